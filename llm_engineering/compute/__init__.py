@@ -1,0 +1,1 @@
+"""Where training runs: the device, its precision and attention."""

@@ -1,0 +1,230 @@
+"""The recipe: one YAML file that describes the whole chain, from documents to promotion.
+
+Field names follow TRL, PEFT and transformers, so that a recipe reads like their documentation.
+A key that no code reads cannot exist here: unknown keys are refused, and every field is used.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+EMBEDDED_DOCUMENTS = "embedded:python-reference"
+
+
+class Block(BaseModel):
+    """A part of the recipe. Frozen, so that a step cannot change what a later step sees."""
+
+    # YAML has infinities and NaN, no number of a recipe may be one: NaN passes every comparison check.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Block):
+    """The base model and how it is loaded."""
+
+    name_or_path: str = EMBEDDED_MODEL
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class DocumentsConfig(Block):
+    """Where text comes from, and how it is cut into passages."""
+
+    path: str = EMBEDDED_DOCUMENTS
+    text_field: str | None = None
+    passage_min_chars: int = Field(200, ge=1)
+    passage_max_chars: int = Field(500, ge=20)
+    max_passages: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.passage_min_chars > self.passage_max_chars:
+            raise ValueError(
+                f"passage_min_chars ({self.passage_min_chars}) is larger than passage_max_chars "
+                f"({self.passage_max_chars}): no passage could be kept"
+            )
+        return self
+
+
+class GenerationConfig(Block):
+    """How the model turns passages into questions, and questions into its own (rejected) answers."""
+
+    batch_size: int = Field(16, ge=1)
+    question_max_new_tokens: int = Field(32, ge=1)
+    rejected_max_new_tokens: int = Field(64, ge=1)
+    max_preferences: int | None = Field(None, ge=1)
+
+
+class SplitConfig(Block):
+    """Shares of the held-out splits; the rest is trained on."""
+
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    test_fraction: float = Field(0.15, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction ({self.validation_fraction}) and test_fraction ({self.test_fraction}) "
+                "leave no row to train on: their sum must be below 1"
+            )
+        return self
+
+
+class DataConfig(Block):
+    """The user's own datasets instead of generated ones, and how rows are split."""
+
+    instructions: str | None = None
+    preferences: str | None = None
+    split: SplitConfig = SplitConfig()
+
+
+class FormattingConfig(Block):
+    """How rows become token ids."""
+
+    max_length: int = Field(512, ge=8)
+    over_long: Literal["drop", "raise"] = "drop"
+
+
+class TrainConfig(Block):
+    """What SFT and DPO have in common. Names and meanings are those of transformers.TrainingArguments."""
+
+    learning_rate: float = Field(gt=0)
+    num_train_epochs: float = Field(gt=0)
+    max_steps: int = Field(-1, ge=-1)
+    per_device_train_batch_size: int = Field(ge=1)
+    per_device_eval_batch_size: int = Field(4, ge=1)
+    gradient_accumulation_steps: int = Field(ge=1)
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(1, ge=1)
+    eval_steps: int = Field(ge=1)
+    save_steps: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0: nothing would be trained. -1 trains num_train_epochs")
+        return self
+
+
+class LoraConfig(Block):
+    """The adapter. Names and meanings are those of peft.LoraConfig."""
+
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class SFTConfig(TrainConfig):
+    """Supervised fine-tuning with TRL's SFTTrainer."""
+
+    lora: LoraConfig = LoraConfig()
+    packing: bool = True
+
+
+class DPOConfig(TrainConfig):
+    """Direct preference optimisation with TRL's DPOTrainer; the reference is the SFT model."""
+
+    beta: float = Field(0.1, gt=0)
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _label_smoothing(self) -> Self:
+        if self.label_smoothing > 0 and self.loss_type == "ipo":
+            raise ValueError("label_smoothing has no effect with loss_type ipo: remove one of the two")
+        return self
+
+
+class EvaluationConfig(Block):
+    """Held-out measures."""
+
+    batch_size: int = Field(4, ge=1)
+    sample_answers: int = Field(1, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class PromotionConfig(Block):
+    """What a model must reach before it is moved to a stage."""
+
+    min_loss_gain: float = Field(0.0, ge=0)
+    min_preference_accuracy_gain: float = Field(0.0, ge=0)
+    max_loss_rise_after_dpo: float = Field(ge=0)
+    auto: bool = False
+
+
+class ComputeConfig(Block):
+    """Where training runs and in which precision."""
+
+    target: Literal["local"] = "local"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+
+
+class TrackingConfig(Block):
+    """Where metrics go."""
+
+    comet: Literal["auto", "offline", "off"] = "auto"
+    project_name: str = "llm-engineering"
+    workspace: str | None = None
+
+
+class TrainingSetup(Block):
+    """What a training or evaluation run needs to know besides its own block."""
+
+    model: ModelConfig
+    max_length: int
+    compute: ComputeConfig
+    tracking: TrackingConfig
+    seed: int
+
+
+class Recipe(Block):
+    """The whole chain."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
+    seed: int = Field(42, ge=0)
+    model: ModelConfig = ModelConfig()
+    documents: DocumentsConfig = DocumentsConfig()
+    generation: GenerationConfig = GenerationConfig()
+    data: DataConfig = DataConfig()
+    formatting: FormattingConfig = FormattingConfig()
+    sft: SFTConfig
+    dpo: DPOConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    promotion: PromotionConfig
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def setup(self) -> TrainingSetup:
+        """The part of the recipe that both training stages share."""
+        return TrainingSetup(
+            model=self.model,
+            max_length=self.formatting.max_length,
+            compute=self.compute,
+            tracking=self.tracking,
+            seed=self.seed,
+        )
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> Self:
+        if self.compute.device == "cpu" and self.compute.dtype == "float16":
+            raise ValueError(
+                "compute.dtype float16 does not train on compute.device cpu: use bfloat16 or float32, or auto"
+            )
+        if self.compute.device == "cpu" and self.compute.attn_implementation == "flash_attention_2":
+            raise ValueError("compute.attn_implementation flash_attention_2 needs CUDA: use sdpa, or auto")
+        if self.tracking.comet != "auto" and self.tracking.workspace is not None:
+            raise ValueError(
+                f"tracking.workspace is only used online, and tracking.comet is {self.tracking.comet}: remove one"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Canonical rows: reading, validation, splits and the data report."""

@@ -1,0 +1,1 @@
+"""Where text comes from: files of the user, or the embedded corpus."""

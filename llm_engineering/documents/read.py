@@ -1,0 +1,183 @@
+"""Reads documents: the embedded corpus, or a file or folder of text, Markdown, HTML, JSON or JSONL."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from bs4 import BeautifulSoup
+from pydantic import BaseModel, ConfigDict
+
+from llm_engineering.config import EMBEDDED_DOCUMENTS, DocumentsConfig
+from llm_engineering.data.files import read_records
+from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.errors import RequestError
+
+TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
+TITLE_FIELDS = ("title", "name", "url", "link", "id")
+
+
+class Document(BaseModel):
+    """One document.
+
+    Attributes:
+        id: hash of its text.
+        source: the file it comes from, with its place in the file where there are several.
+        title: what it is about, as the source says; the file's name otherwise.
+        text: plain text.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    source: str
+    title: str
+    text: str
+
+
+def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quarantined]]:
+    """Read every document, sorted by source, and what could not be read.
+
+    Raises:
+        RequestError: the path is missing, a file in no known format, or holds no text at all.
+    """
+    if config.path == EMBEDDED_DOCUMENTS:
+        return _python_reference()
+    documents: list[Document] = []
+    quarantine: list[Quarantined] = []
+    for file in document_files(config.path):
+        reader = _READERS.get(file.suffix.lower())
+        if reader is None:
+            detail = f"documents are {', '.join(sorted(_READERS))}"
+            quarantine.append(_rejected("unknown_format", file, "whole file", detail))
+            continue
+        try:
+            found, rejected = reader(file, config.text_field)
+        except UnicodeDecodeError as error:
+            quarantine.append(_rejected("not_utf8", file, f"byte {error.start}", "convert it, e.g. with iconv"))
+            continue
+        except OSError as error:
+            quarantine.append(_rejected("unreadable", file, "whole file", str(error)))
+            continue
+        documents += [document for document in found if document.text.strip()]
+        quarantine += rejected
+        quarantine += [_rejected("empty", file, d.source, "no text") for d in found if not d.text.strip()]
+    if not documents:
+        why = "; ".join(row.named() for row in quarantine[:3]) or "the folder holds no file"
+        raise RequestError(f"documents.path {config.path} holds no document that can be read: {why}.")
+    return documents, quarantine
+
+
+def documents_hash(config: DocumentsConfig) -> str:
+    """Hash of everything that `read_documents` would read, so that changed files are noticed.
+
+    Raises:
+        RequestError: the path is missing or a file in no known format.
+    """
+    digest = hashlib.sha256()
+    if config.path == EMBEDDED_DOCUMENTS:
+        for name, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
+            digest.update(f"{name}\0{text}\0".encode())
+    else:
+        for file in document_files(config.path):
+            digest.update(str(file).encode() + b"\0")
+            try:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+            except OSError as error:
+                digest.update(str(error).encode())
+    return digest.hexdigest()[:16]
+
+
+def document_files(path: str) -> list[Path]:
+    """The files that a `documents.path` names, hidden ones left out, in a fixed order."""
+    root = Path(path).expanduser()
+    if root.is_dir():
+        files = (file for file in root.rglob("*") if file.is_file())
+        return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(root).parts))
+    if not root.exists():
+        raise RequestError(
+            f"documents.path {path} does not exist. Name a file or a folder, or {EMBEDDED_DOCUMENTS} for the "
+            "corpus that comes with the project."
+        )
+    if root.suffix.lower() not in _READERS:
+        raise RequestError(
+            f"documents.path {path} is in no known format: documents are {', '.join(sorted(_READERS))} files."
+        )
+    return [root]
+
+
+def _python_reference() -> tuple[list[Document], list[Quarantined]]:
+    # typeshed does not know the data module of pydoc, hence no plain import.
+    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    source = "pydoc_data.topics:{}".format
+    bare = {name: " ".join(text.partition("\n\n")[2].split()) for name, text in topics.items()}
+    documents: list[Document] = []
+    quarantine: list[Quarantined] = []
+    for name, text in sorted(topics.items()):
+        # Many topics are cut-outs of longer ones. Both would leak the same text into training and test.
+        whole = next((n for n in sorted(bare) if len(bare[n]) > len(bare[name]) and bare[name] in bare[n]), None)
+        if whole is None:
+            documents.append(_document(source(name), name, text))
+        else:
+            detail = f"its text stands in {source(whole)} too"
+            quarantine.append(
+                Quarantined(
+                    stage="document", reason="contained", source=source(name), place="whole topic", detail=detail
+                )
+            )
+    return documents, quarantine
+
+
+def _document(source: str, title: str, text: str) -> Document:
+    return Document(id=hashlib.sha256(text.encode()).hexdigest()[:16], source=source, title=title, text=text)
+
+
+def _rejected(reason: str, file: Path, place: str, detail: str) -> Quarantined:
+    return Quarantined(stage="document", reason=reason, source=str(file), place=place, detail=detail)
+
+
+def _plain(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    return [_document(str(file), file.stem, file.read_text(encoding="utf-8-sig"))], []
+
+
+def _html(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    soup = BeautifulSoup(file.read_text(encoding="utf-8-sig"), "html.parser")
+    title = soup.title.get_text(strip=True) if soup.title else file.stem
+    for element in soup(["script", "style", "nav", "header", "footer", "noscript", "template", "title"]):
+        element.decompose()
+    return [_document(str(file), title, soup.get_text("\n", strip=True))], []
+
+
+def _json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    records, quarantine = read_records(file, "document")
+    documents = []
+    for value, place in records:
+        names = [field] if field else [name for name in TEXT_FIELDS if isinstance(value.get(name), str)]
+        if len(names) > 1:
+            raise RequestError(
+                f"{file}, {place} has several text fields ({', '.join(names)}): choose one with documents.text_field."
+            )
+        text = value.get(names[0]) if names else None
+        if not isinstance(text, str):
+            expected = field or " or ".join(TEXT_FIELDS)
+            detail = f"no text under {expected}; it has {', '.join(map(str, value)) or 'no key'}"
+            quarantine.append(_rejected("no_text_field", file, place, detail))
+            continue
+        title = next((str(value[name]) for name in TITLE_FIELDS if value.get(name)), f"{file.stem} {place}")
+        documents.append(_document(f"{file}:{place}", title, text))
+    return documents, quarantine
+
+
+Reader = Callable[[Path, str | None], tuple[list[Document], list[Quarantined]]]
+_READERS: dict[str, Reader] = {
+    ".txt": _plain,
+    ".md": _plain,
+    ".markdown": _plain,
+    ".rst": _plain,
+    ".html": _html,
+    ".htm": _html,
+    ".json": _json,
+    ".jsonl": _json,
+}

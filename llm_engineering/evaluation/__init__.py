@@ -1,0 +1,1 @@
+"""Held-out measures, and the gate that promotes a model by them."""

@@ -1,0 +1,143 @@
+"""Held-out measures of several models that share one base: loss on answers, preference accuracy, sample answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_engineering.data.rows import Message
+from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
+from llm_engineering.progress import Progress
+
+BASE = "base"
+
+
+class AnswerScore(NamedTuple):
+    """Sum of the log-probabilities of an answer's tokens, in nats, and how many tokens it has."""
+
+    log_prob: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Mean log-probability a token."""
+        return self.log_prob / self.tokens
+
+
+class Sample(NamedTuple):
+    """An answer, and whether the model ended it by itself."""
+
+    text: str
+    stopped: bool
+
+
+class Models:
+    """The base model and its adapters by name, e.g. `sft` and `dpo`; `base` is the model without any."""
+
+    def __init__(
+        self, base: PreTrainedModel, adapters: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, batch_size: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.names = [BASE, *adapters]
+        self.model: PreTrainedModel | PeftModel = base
+        for name, folder in adapters.items():
+            if isinstance(self.model, PeftModel):
+                self.model.load_adapter(str(folder), adapter_name=name)
+            else:
+                self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+        self.model.eval()
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
+        """The model under this name, for the time of the `with` block."""
+        adapted = isinstance(self.model, PeftModel)
+        if adapted and name != BASE:
+            self.model.set_adapter(name)  # type: ignore[operator]
+        plain = self.model.disable_adapter() if adapted and name == BASE else nullcontext()  # type: ignore[operator]
+        with plain, torch.inference_mode():
+            yield self.model
+
+    def scores(self, name: str, rows: Sequence[tuple[list[int], list[int]]], what: str) -> list[AnswerScore]:
+        """Score the labelled tokens of each `(input_ids, labels)` row, in the rows' order."""
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+        scores: dict[int, AnswerScore] = {}
+        progress = Progress(f"{what} of {name}", len(rows))
+        with self.use(name) as model:
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                for index, score in zip(batch, self._score(model, [rows[i] for i in batch]), strict=True):
+                    scores[index] = score
+                progress.advance(len(batch))
+        return [scores[index] for index in range(len(rows))]
+
+    def _score(
+        self, model: PreTrainedModel | PeftModel, rows: Sequence[tuple[list[int], list[int]]]
+    ) -> list[AnswerScore]:
+        longest = max(len(input_ids) for input_ids, _ in rows)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[*input_ids, *[pad] * (longest - len(input_ids))] for input_ids, _ in rows])
+        labels = torch.tensor([[*row, *[IGNORE_INDEX] * (longest - len(row))] for _, row in rows])
+        mask = torch.tensor([[1] * len(input_ids) + [0] * (longest - len(input_ids)) for input_ids, _ in rows])
+        ids, labels, mask = (tensor.to(model.device) for tensor in (ids, labels, mask))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
+        ).view(len(rows), -1)
+        counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+        return [
+            AnswerScore(-total, count)
+            for total, count in zip(losses.double().sum(dim=1).tolist(), counts.tolist(), strict=True)
+        ]
+
+    def answer(self, name: str, messages: Sequence[Message], max_new_tokens: int) -> Sample:
+        """The greedy answer to a conversation, prompted as in training."""
+        ids = prompt_ids(messages, self.tokenizer)
+        with self.use(name) as model:
+            inputs = torch.tensor([ids], device=model.device)
+            output = model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+        new = output[0, len(ids) :].tolist()
+        text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
+        return Sample(text, bool(new) and new[-1] == self.tokenizer.eos_token_id)
+
+
+def heldout_loss(scores: Sequence[AnswerScore]) -> float:
+    """Mean negative log-probability over all answer tokens, in nats a token; each token weighs the same."""
+    return -sum(score.log_prob for score in scores) / sum(score.tokens for score in scores)
+
+
+def preference_accuracy(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> float:
+    """Share of pairs whose chosen answer has the higher mean log-probability a token, under one model alone."""
+    return sum(c.mean > r.mean for c, r in zip(chosen, rejected, strict=True)) / len(chosen)
+
+
+def preference_margin(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> float:
+    """Mean over pairs of the chosen minus the rejected mean log-probability a token, in nats."""
+    return sum(c.mean - r.mean for c, r in zip(chosen, rejected, strict=True)) / len(chosen)
+
+
+def labelled_rows(formatted_sft: Dataset) -> list[tuple[list[int], list[int]]]:
+    """`(input_ids, labels)` of each formatted instruction row."""
+    return [(row["input_ids"], row["labels"]) for row in formatted_sft]
+
+
+def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[tuple[list[int], list[int]]]:
+    """`(input_ids, labels)` of each pair's `chosen` or `rejected` answer."""
+    rows: list[dict[str, Any]] = list(formatted_dpo)  # type: ignore[arg-type]
+    return [
+        (row["prompt_ids"] + row[f"{answer}_ids"], [IGNORE_INDEX] * len(row["prompt_ids"]) + row[f"{answer}_ids"])
+        for row in rows
+    ]

@@ -1,0 +1,1 @@
+"""Chat templates and label masks: from messages to token ids."""

@@ -1,0 +1,1 @@
+"""Turns documents into datasets with a language model."""

@@ -1,0 +1,131 @@
+"""Answers from the local model, in batches; every answer is stored at once and never asked for twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_engineering.compute.device import choose_device
+from llm_engineering.config import ComputeConfig, ModelConfig
+from llm_engineering.models import load_model, load_tokenizer
+from llm_engineering.progress import Progress
+from llm_engineering.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+Messages = list[dict[str, str]]
+
+
+class AnswerStore:
+    """Answers on disk, one JSON line each, under the hash of their request. Survives a kill at any moment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answers: dict[str, str] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    # The process was killed while it wrote this line: that answer is asked for again.
+                    logger.warning("%s has a half-written line, which is left out", path)
+                    continue
+                self.answers[record["key"]] = record["answer"]
+
+    def add(self, new: dict[str, str]) -> None:
+        """Store answers by their key, on disk before this returns."""
+        self.answers |= new
+        lines = "".join(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in new.items())
+        with self.path.open("a", encoding="utf-8") as file:
+            # The newline first: it closes a half-written line of a killed process.
+            file.write(("\n" if file.tell() else "") + lines)
+
+
+class LocalModel:
+    """Greedy answers of a model in this process.
+
+    Args:
+        identity: what the answers depend on besides the request: the model, its revision and precision.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        identity: str,
+        store: AnswerStore,
+        batch_size: int,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.identity = identity
+        self.store = store
+        self.batch_size = batch_size
+
+    def answer(
+        self, requests: Sequence[Messages], max_new_tokens: int, what: str, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Answer every request, in order, with at most `max_new_tokens` tokens each.
+
+        Args:
+            what: what is made, for the progress line, e.g. `questions`.
+            stop: strings that end an answer; they stay in it.
+        """
+        settings = [self.identity, max_new_tokens, *stop]
+        keys = [hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24] for request in requests]
+        prompts = {
+            key: str(self.tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False))
+            for key, request in zip(keys, requests, strict=True)
+        }
+        # Prompts of like length share a batch, so that little is computed on padding. Batches are cut before the
+        # stored answers are left out: rounding depends on the batch, and a run that was killed and started again
+        # must end with the same answers.
+        order = sorted(prompts, key=lambda key: (len(prompts[key]), key))
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        missing = [batch for batch in batches if not all(key in self.store.answers for key in batch)]
+        count = sum(map(len, missing))
+        if count < len(order):
+            logger.info("%d of %d %s are stored already", len(order) - count, len(order), what)
+        progress = Progress(what, count)
+        for batch in missing:
+            answers = self._generate([prompts[key] for key in batch], max_new_tokens, stop)
+            self.store.add(dict(zip(batch, answers, strict=True)))
+            progress.advance(len(batch))
+        return [self.store.answers[key] for key in keys]
+
+    def _generate(self, prompts: list[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        inputs = self.tokenizer(
+            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        ).to(self.model.device)
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id,
+                **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
+            )
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+
+
+def open_local_model(model: ModelConfig, compute: ComputeConfig, batch_size: int, settings: Settings) -> LocalModel:
+    """The base model on this machine, with the answers it has given before."""
+    device = choose_device(compute)
+    precision = str(device.dtype).removeprefix("torch.")
+    return LocalModel(
+        load_model(model, settings, device),
+        load_tokenizer(model, settings),
+        f"{model.name_or_path}@{model.revision} in {precision}",
+        AnswerStore(settings.llm_output_dir / "answers.jsonl"),
+        batch_size,
+    )

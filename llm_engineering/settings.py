@@ -1,0 +1,45 @@
+"""Secrets and machine settings: from the environment or `.env`, never from a recipe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from llm_engineering.errors import RequestError
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-engineering"
+
+
+class Settings(BaseSettings):
+    """What belongs to this machine and this person. Secrets print as asterisks."""
+
+    # Other tools read the same .env, so keys that are not ours are theirs.
+    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True)
+
+    comet_api_key: SecretStr | None = None
+    hf_token: SecretStr | None = None
+    llm_cache_dir: Path = Field(default_factory=_cache_home)
+    llm_output_dir: Path = Path("outputs")
+
+    def check_writable(self) -> None:
+        """Make both folders and write to them now, not after an hour of training.
+
+        Raises:
+            RequestError: a folder cannot be made or written to.
+        """
+        for variable, folder in (("LLM_CACHE_DIR", self.llm_cache_dir), ("LLM_OUTPUT_DIR", self.llm_output_dir)):
+            probe = folder / f".writable-{os.getpid()}"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise RequestError(
+                    f"The folder {folder} cannot be written to ({error.strerror}). "
+                    f"Set {variable} to a folder of your own, in the environment or in .env."
+                ) from error

@@ -1,0 +1,104 @@
+"""Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) with TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trl
+from datasets import Dataset, DatasetDict
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl import DPOTrainer
+
+from llm_engineering.compute.device import Device, choose_device
+from llm_engineering.config import DPOConfig, TrainingSetup
+from llm_engineering.formatting.render import IGNORE_INDEX
+from llm_engineering.models import load_tokenizer
+from llm_engineering.settings import Settings
+from llm_engineering.training.policy import trained_policy
+from llm_engineering.training.run import TrainingResult, run_training, training_arguments, work_folder
+from llm_engineering.training.telemetry import TelemetryCallback
+
+LABEL_PAIRS = 2
+
+
+def train_dpo(
+    data: DatasetDict,
+    sft_adapter: Path,
+    config: DPOConfig,
+    setup: TrainingSetup,
+    settings: Settings,
+    parameters: Mapping[str, Any] | None = None,
+) -> TrainingResult:
+    """Train the SFT adapter further on `data["train"]`; the reference is the SFT model as it was.
+
+    Args:
+        data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; the answers end with their end-of-turn token.
+        sft_adapter: the folder of the SFT adapter.
+    """
+    device = choose_device(setup.compute)
+    tokenizer = load_tokenizer(setup.model, settings)
+    reference = hashlib.sha256((sft_adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    folder = work_folder("dpo", config, setup, device, settings, data, reference)
+
+    def build(telemetry: TelemetryCallback) -> DPOTrainer:
+        policy = trained_policy(setup.model, sft_adapter, settings, device)
+        return dpo_trainer(policy, tokenizer, data, config, setup, device, folder, telemetry)
+
+    pairs = data["train"].select(range(min(LABEL_PAIRS, len(data["train"]))))
+    return run_training(
+        "dpo",
+        build,
+        folder=folder,
+        config=config,
+        setup=setup,
+        device=device,
+        tokenizer=tokenizer,
+        settings=settings,
+        parameters=parameters or {},
+        label_rows=[
+            (pair["prompt_ids"] + pair[name], [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[name])
+            for pair in pairs
+            for name in ("chosen_ids", "rejected_ids")
+        ],
+    )
+
+
+class _FormattedDPOTrainer(DPOTrainer):
+    """TRL's trainer for rows that are tokenised already, which DPOTrainer has no option for."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+
+def dpo_trainer(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    config: DPOConfig,
+    setup: TrainingSetup,
+    device: Device,
+    folder: Path,
+    telemetry: TelemetryCallback | None = None,
+) -> DPOTrainer:
+    """TRL's trainer. Of a policy with a trained adapter and no `ref_model`, TRL takes a copy as the reference."""
+    arguments = trl.DPOConfig(
+        **training_arguments(config, device, setup.seed, folder),
+        beta=config.beta,
+        loss_type=[config.loss_type],
+        label_smoothing=config.label_smoothing,
+        # Over-long pairs were set aside by name when the data was formatted; nothing is cut here.
+        max_length=None,
+    )
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    return _FormattedDPOTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=data["train"].select_columns(columns),
+        eval_dataset=data["validation"].select_columns(columns),
+        processing_class=tokenizer,
+        callbacks=[telemetry] if telemetry else [],
+    )

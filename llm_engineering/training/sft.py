@@ -1,0 +1,90 @@
+"""Supervised fine-tuning with TRL's SFTTrainer on rows whose labels were made and checked before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import trl
+from datasets import DatasetDict
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from llm_engineering.compute.device import Device, choose_device
+from llm_engineering.config import SFTConfig, TrainingSetup
+from llm_engineering.models import load_tokenizer
+from llm_engineering.settings import Settings
+from llm_engineering.training.policy import new_policy
+from llm_engineering.training.run import TrainingResult, run_training, training_arguments, work_folder
+from llm_engineering.training.telemetry import TelemetryCallback
+
+LABEL_ROWS = 3
+
+
+def train_sft(
+    data: DatasetDict,
+    config: SFTConfig,
+    setup: TrainingSetup,
+    settings: Settings,
+    parameters: Mapping[str, Any] | None = None,
+) -> TrainingResult:
+    """Train a LoRA adapter on `data["train"]`, with the loss on `data["validation"]` along the way.
+
+    Args:
+        data: splits with `input_ids` and `labels`, lists of a row's length; -100 where nothing is trained.
+    """
+    device = choose_device(setup.compute)
+    tokenizer = load_tokenizer(setup.model, settings)
+    folder = work_folder("sft", config, setup, device, settings, data)
+
+    def build(telemetry: TelemetryCallback) -> SFTTrainer:
+        policy = new_policy(setup.model, config.lora, settings, device)
+        return sft_trainer(policy, tokenizer, data, config, setup, device, folder, telemetry)
+
+    first = data["train"].select(range(min(LABEL_ROWS, len(data["train"]))))
+    return run_training(
+        "sft",
+        build,
+        folder=folder,
+        config=config,
+        setup=setup,
+        device=device,
+        tokenizer=tokenizer,
+        settings=settings,
+        parameters=parameters or {},
+        label_rows=[(row["input_ids"], row["labels"]) for row in first],
+    )
+
+
+def sft_trainer(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DatasetDict,
+    config: SFTConfig,
+    setup: TrainingSetup,
+    device: Device,
+    folder: Path,
+    telemetry: TelemetryCallback | None = None,
+) -> SFTTrainer:
+    """TRL's trainer for rows that are tokenised and labelled already; TRL packs them and changes nothing else."""
+    arguments = trl.SFTConfig(
+        **training_arguments(config, device, setup.seed, folder),
+        max_length=setup.max_length,
+        # Best-fit-decreasing keeps every row whole. Packed rows do not see each other: position ids restart, there
+        # is no attention mask, and TRL runs the model with use_cache=False.
+        packing=config.packing,
+        packing_strategy="bfd",
+        eval_packing=False,
+    )
+    columns = ["input_ids", "labels"]
+    return SFTTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=data["train"].select_columns(columns),
+        eval_dataset=data["validation"].select_columns(columns),
+        processing_class=tokenizer,
+        callbacks=[telemetry] if telemetry else [],
+    )
+

@@ -1,0 +1,1 @@
+"""ZenML pipelines: what runs after what, nothing else."""

@@ -1,0 +1,18 @@
+"""What a run reads from outside, by hash."""
+
+from pydantic import BaseModel
+
+
+class Inputs(BaseModel):
+    """Hashes of what a run reads from outside: a changed file is a changed parameter.
+
+    Attributes:
+        documents, instructions, preferences: of the files that the recipe names; None where it names none.
+        sft_recipe, dpo_recipe: of everything that decides the result of a training stage.
+    """
+
+    documents: str | None
+    instructions: str | None
+    preferences: str | None
+    sft_recipe: str
+    dpo_recipe: str

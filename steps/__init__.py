@@ -1,0 +1,1 @@
+"""ZenML steps: unpack, call the library, log metadata, return artifacts."""

@@ -1,0 +1,153 @@
+"""Makes ZenML's cache see the library functions that a step calls.
+
+ZenML's cache key covers a step's own source. Here every step also gets a hash of all project code that it can reach:
+functions, classes and constants are followed by name from the step through the modules of this project, read as
+syntax trees, so that a change of code reruns the steps that use it, and a change of a comment or docstring reruns
+nothing. The hash stands in the step's environment, which is part of the cache key and shown in the dashboard.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from zenml import step
+
+PROJECT_PACKAGES = ("llm_engineering", "steps")
+# Libraries whose version decides what a step computes.
+LIBRARIES = ("datasets", "peft", "semantic-text-splitter", "torch", "transformers", "trl")
+
+IMPORT_TIME = "<import time>"
+
+
+def project_step(*, files: Sequence[Path] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """ZenML's `step`, cached by all project code it reaches, the library versions, and the content of `files`."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        version = code_version(function.__module__, function.__name__, tuple(files))
+        return step(environment={"CODE_VERSION": version}, **options)(function)
+
+    return decorate
+
+
+def code_version(module: str, name: str, files: Sequence[Path] = ()) -> str:
+    """Twelve hex digits for the code reachable from `module.name`, the library versions and the files."""
+    digest = hashlib.sha256()
+    for library in LIBRARIES:
+        digest.update(f"{library}=={importlib.metadata.version(library)}\n".encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    for key, node in sorted(reachable(module, name).items()):
+        digest.update(f"{key}\n{ast.dump(node)}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def reachable(module: str, name: str) -> dict[str, ast.AST]:
+    """The definitions that `module.name` can reach, itself included, by their full name."""
+    found: dict[str, ast.AST] = {}
+    queue = [(module, name)]
+    while queue:
+        current, wanted = queue.pop()
+        key = f"{current}.{wanted}"
+        if key in found or current.partition(".")[0] not in PROJECT_PACKAGES:
+            continue
+        definition = _definitions(current).get(wanted)
+        if definition is None:
+            # A name that another module only passes on, or a submodule.
+            queue += _follow(_imports(_tree(current)).get(wanted), ())
+            continue
+        found[key] = definition
+        if IMPORT_TIME in _definitions(current):
+            queue.append((current, IMPORT_TIME))
+        imports = _imports(_tree(current)) | _imports(definition)
+        for chain in _names(definition):
+            if chain[0] in imports:
+                queue += _follow(imports[chain[0]], chain[1:])
+            elif chain[0] in _definitions(current):
+                queue.append((current, chain[0]))
+    return found
+
+
+def _follow(target: tuple[str, str] | None, attributes: Sequence[str]) -> list[tuple[str, str]]:
+    """Where an imported name leads: `(module, name)`; of a module, the attribute that is used of it."""
+    if target is None:
+        return []
+    module, name = target
+    submodule = f"{module}.{name}" if name else module
+    if module.partition(".")[0] in PROJECT_PACKAGES and (not name or _is_module(submodule)):
+        return [(submodule, attributes[0])] if attributes else []
+    return [(module, name)]
+
+
+@cache
+def _is_module(name: str) -> bool:
+    return _source(name) is not None
+
+
+@cache
+def _source(module: str) -> Path | None:
+    path = Path(__file__).parent.parent.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    source = _source(module)
+    tree = ast.parse(source.read_text(encoding="utf-8") if source else "")
+    for node in ast.walk(tree):
+        is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
+            node.body[0] = ast.Pass()  # type: ignore[attr-defined]
+    return tree
+
+
+@cache
+def _definitions(module: str) -> dict[str, ast.AST]:
+    """Functions, classes and constants of a module by name; a name that is assigned twice counts as both."""
+    found: dict[str, ast.AST] = {}
+    for node in _tree(module).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            found[node.name] = node
+        elif isinstance(node, ast.Expr):
+            # What a module does when it is imported concerns all of it.
+            former = found.get(IMPORT_TIME)
+            found[IMPORT_TIME] = node if former is None else ast.Tuple([former, node])  # type: ignore[list-item]
+        elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+            for target in ast.walk(node):
+                if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store):
+                    former = found.get(target.id)
+                    found[target.id] = node if former is None else ast.Tuple([former, node])  # type: ignore[list-item]
+    return found
+
+
+def _imports(scope: ast.AST) -> dict[str, tuple[str, str]]:
+    """What names imported in a scope stand for: `(module, name)`, name empty for a whole module."""
+    found: dict[str, tuple[str, str]] = {}
+    nodes = scope.body if isinstance(scope, ast.Module) else ast.walk(scope)
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name: (alias.name, "") for alias in node.names if alias.asname}
+    return found
+
+
+def _names(node: ast.AST) -> Iterator[tuple[str, ...]]:
+    """Every name used in a definition, with the attributes read of it: `a.b.c` gives ("a", "b", "c")."""
+    for child in ast.walk(node):
+        chain: list[str] = []
+        part: ast.AST = child
+        while isinstance(part, ast.Attribute):
+            chain.append(part.attr)
+            part = part.value
+        if isinstance(part, ast.Name):
+            yield (part.id, *reversed(chain))
+        elif isinstance(child, ast.Constant) and isinstance(child.value, str) and child.value.isidentifier():
+            # Annotations may be written as text.
+            yield (child.value,)

@@ -1,0 +1,84 @@
+"""Steps that measure and promote."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+from datasets import DatasetDict
+from zenml import get_step_context, log_metadata
+from zenml.materializers import PydanticMaterializer
+
+from llm_engineering.config import EvaluationConfig, PromotionConfig, TrainingSetup
+from llm_engineering.data.rows import instruction_row
+from llm_engineering.evaluation.evaluate import evaluate
+from llm_engineering.evaluation.promotion import PromotionDecision, decide
+from llm_engineering.settings import Settings
+from steps.caching import project_step
+from steps.logging import log_artifact
+from steps.materializers import Directory, DirectoryMaterializer
+
+
+@project_step(output_materializers=DirectoryMaterializer)
+def evaluate_sft(
+    formatted_sft: DatasetDict,
+    instruction_dataset: DatasetDict,
+    sft_adapter: Directory,
+    config: EvaluationConfig,
+    setup: TrainingSetup,
+) -> Annotated[Directory, "evaluation_report"]:
+    """Measure the base and the SFT model on held-out rows."""
+    return _evaluate({"sft": sft_adapter}, formatted_sft, None, instruction_dataset, config, setup)
+
+
+@project_step(output_materializers=DirectoryMaterializer)
+def evaluate_dpo(
+    formatted_sft: DatasetDict,
+    formatted_dpo: DatasetDict,
+    instruction_dataset: DatasetDict,
+    sft_adapter: Directory,
+    dpo_adapter: Directory,
+    config: EvaluationConfig,
+    setup: TrainingSetup,
+) -> Annotated[Directory, "evaluation_report"]:
+    """Measure the base, the SFT and the DPO model on held-out rows and pairs."""
+    adapters = {"sft": sft_adapter, "dpo": dpo_adapter}
+    return _evaluate(adapters, formatted_sft, formatted_dpo, instruction_dataset, config, setup)
+
+
+def _evaluate(
+    adapters: dict[str, Directory],
+    formatted_sft: DatasetDict,
+    formatted_dpo: DatasetDict | None,
+    instruction_dataset: DatasetDict,
+    config: EvaluationConfig,
+    setup: TrainingSetup,
+) -> Directory:
+    folder = Path(tempfile.mkdtemp())
+    data: dict[str, Any] = evaluate(
+        folder,
+        {name: adapter.path for name, adapter in adapters.items()},
+        formatted_sft["test"],
+        formatted_dpo["test"] if formatted_dpo is not None else None,
+        [instruction_row(record) for record in instruction_dataset["test"]],
+        config,
+        setup,
+        Settings(),
+    )
+    log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"])
+    log_metadata(data["metrics"], infer_model=True)
+    return Directory(path=folder)
+
+
+# Never cached: it acts on the model version of this run.
+@project_step(output_materializers=PydanticMaterializer, enable_cache=False)
+def promote(
+    evaluation_report: Directory, config: PromotionConfig
+) -> Annotated[PromotionDecision, "promotion_decision"]:
+    """Judge this run's model by its measures; a pass moves its model version to a stage."""
+    report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
+    decision = decide(report["metrics"], config)
+    log_artifact("promotion_decision", passed=decision.passed, stage=str(decision.stage))
+    if decision.stage is not None:
+        get_step_context().model.set_stage(decision.stage, force=True)
+    return decision

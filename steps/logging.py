@@ -1,0 +1,17 @@
+"""Metadata that the dashboard and the model registry show."""
+
+from typing import Any
+
+from zenml import log_metadata
+
+from llm_engineering.data.ledger import Ledger
+
+
+def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
+    """Log how many rows of a stage were read, kept and set aside, and further facts, on an output artifact."""
+    log_artifact(artifact, read=ledger.read[stage], rows=ledger.kept[stage], quarantined=len(ledger.quarantine), **facts)
+
+
+def log_artifact(artifact: str, **facts: Any) -> None:
+    """Log facts on an output artifact of the running step."""
+    log_metadata(metadata=facts, artifact_name=artifact, infer_artifact=True)

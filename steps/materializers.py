@@ -1,0 +1,65 @@
+"""How artifacts are stored: datasets as Arrow, adapters and reports as plain directories. Never a pickle."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from zenml.enums import ArtifactType, VisualizationType
+
+# The integration calls itself unavailable, but its import registers the materializer; without it a dataset
+# would be pickled.
+from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import HFDatasetMaterializer
+from zenml.materializers.base_materializer import BaseMaterializer
+from zenml.utils import io_utils
+
+__all__ = ["Directory", "DirectoryMaterializer", "HFDatasetMaterializer"]
+
+
+class Directory(BaseModel):
+    """A folder of files as an artifact: an adapter, or a report whose HTML the dashboard shows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+
+
+class DirectoryMaterializer(BaseMaterializer):
+    """Copies a folder into the artifact store as it is; from a local store it is used in place."""
+
+    ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Directory,)
+    ASSOCIATED_ARTIFACT_TYPE: ClassVar[ArtifactType] = ArtifactType.DATA
+
+    def load(self, data_type: type[Any]) -> Directory:
+        """The stored folder, copied to a temporary one if the store is remote."""
+        if os.path.isdir(self._files):
+            return Directory(path=Path(self._files))
+        local = tempfile.mkdtemp(prefix="artifact-")
+        io_utils.copy_dir(self._files, local)
+        return Directory(path=Path(local))
+
+    def save(self, data: Directory) -> None:
+        """Copy the folder."""
+        io_utils.copy_dir(str(data.path), self._files)
+
+    def save_visualizations(self, data: Directory) -> dict[str, VisualizationType]:
+        """The folder's HTML files."""
+        return {
+            os.path.join(self._files, page.name): VisualizationType.HTML for page in sorted(data.path.glob("*.html"))
+        }
+
+    def extract_metadata(self, data: Directory) -> dict[str, Any]:
+        """Number of files, and size in bytes."""
+        files = _files(data.path)
+        return {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+
+    @property
+    def _files(self) -> str:
+        return os.path.join(self.uri, "files")
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,59 @@
+"""Steps that train."""
+
+from typing import Annotated
+
+from datasets import DatasetDict
+from zenml import get_step_context, log_metadata
+
+from llm_engineering.config import DPOConfig, SFTConfig, TrainingSetup
+from llm_engineering.settings import Settings
+from llm_engineering.training.dpo import train_dpo as train_dpo_adapter
+from llm_engineering.training.run import TrainingResult
+from llm_engineering.training.sft import train_sft as train_sft_adapter
+from steps.caching import project_step
+from steps.logging import log_artifact
+from steps.materializers import Directory, DirectoryMaterializer
+
+
+@project_step(output_materializers=DirectoryMaterializer)
+def train_sft(
+    formatted_sft: DatasetDict, config: SFTConfig, setup: TrainingSetup, recipe_hash: str
+) -> tuple[Annotated[Directory, "sft_adapter"], Annotated[Directory, "training_report"]]:
+    """Train the SFT adapter. `recipe_hash` is of all that decides this stage; DPO finds its start by it."""
+    result = train_sft_adapter(formatted_sft, config, setup, Settings(), _lineage(recipe_hash, "formatted_sft"))
+    _log(result, "sft_adapter", setup, recipe_hash)
+    return Directory(path=result.adapter), Directory(path=result.report)
+
+
+@project_step(output_materializers=DirectoryMaterializer)
+def train_dpo(
+    formatted_dpo: DatasetDict, sft_adapter: Directory, config: DPOConfig, setup: TrainingSetup, recipe_hash: str
+) -> tuple[Annotated[Directory, "dpo_adapter"], Annotated[Directory, "training_report"]]:
+    """Train the DPO adapter on top of the SFT adapter."""
+    lineage = _lineage(recipe_hash, "formatted_dpo", "sft_adapter")
+    result = train_dpo_adapter(formatted_dpo, sft_adapter.path, config, setup, Settings(), lineage)
+    _log(result, "dpo_adapter", setup, recipe_hash)
+    return Directory(path=result.adapter), Directory(path=result.report)
+
+
+def _lineage(recipe_hash: str, *inputs: str) -> dict[str, str]:
+    """What Comet needs to lead back here: the run, the recipe, and the versions of the inputs."""
+    context = get_step_context()
+    versions = {f"{name}_version": str(v.id) for name in inputs for v in context.step_run.inputs[name]}
+    return {"run_id": str(context.pipeline_run.id), "recipe_hash": recipe_hash, **versions}
+
+
+def _log(result: TrainingResult, adapter: str, setup: TrainingSetup, recipe_hash: str) -> None:
+    summary = result.summary
+    facts = {
+        "recipe_hash": recipe_hash,
+        "base_model": setup.model.name_or_path,
+        "base_revision": str(setup.model.revision),
+        "train_loss": summary["train_loss"],
+        "steps": summary["steps"],
+        "tokens_per_second": summary["tokens_per_second"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+        **{f"comet_{name}": value for name, value in summary["comet"].items()},
+    }
+    log_artifact(adapter, **facts)
+    log_metadata({f"{summary['stage']}_{name}": value for name, value in facts.items()}, infer_model=True)

@@ -1,0 +1,158 @@
+"""What a user sees of a finished run in ZenML's dashboard, in a real browser."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Page, Route, expect, sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync"
+).split()
+STEPS = ("read_documents", "train_sft", "evaluate_sft")
+SECONDS_TO_START = 120
+SECONDS_TO_END = 30
+SECONDS_TO_SHOW = 30
+
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium on the PATH (Debian: apt install chromium)"
+)
+
+
+def is_free(port: int) -> bool:
+    """Return whether a server could listen on this loopback port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a loopback port that nothing uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def dashboard(finished_run: Any, free_port: int) -> Iterator[subprocess.Popen[str]]:
+    """Start the dashboard over the store of the finished run."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.dashboard", "--port", str(free_port)],
+        cwd=ROOT,
+        env=finished_run.env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    """Open a desktop-sized page that reaches nothing but loopback."""
+    assert CHROMIUM, "CI must have chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.set_default_timeout(SECONDS_TO_SHOW * 1000)
+        page.route("**/*", loopback_only)
+        yield page
+        browser.close()
+
+
+def loopback_only(route: Route) -> None:
+    """Let a request through unless it leaves this machine."""
+    if urlsplit(route.request.url).hostname == "127.0.0.1":
+        route.continue_()
+    else:
+        route.abort()
+
+
+def printed_url(process: subprocess.Popen[str]) -> str:
+    """Return the URL of the runs page once the dashboard has printed it."""
+    assert process.stdout and process.stderr
+    # Ends the process when it hangs, so that reading its output ends too.
+    watchdog = threading.Timer(SECONDS_TO_START, process.kill)
+    watchdog.start()
+    line = process.stdout.readline()
+    watchdog.cancel()
+    found = re.match(r"Dashboard: (http://127\.0\.0\.1:\d+/projects/default/runs) ", line)
+    assert found, f"printed {line!r} instead of the URL; on stderr: {process.stderr.read()}"
+    return found[1]
+
+
+@needs_chromium
+def test_run_and_its_report_show_in_the_dashboard(
+    finished_run: Any, dashboard: subprocess.Popen[str], free_port: int, page: Page
+) -> None:
+    expect.set_options(timeout=SECONDS_TO_SHOW * 1000)
+    runs_url = printed_url(dashboard)
+
+    page.goto(runs_url)
+    page.locator(f"a[href*='/runs/{finished_run.run_id}']").first.click()
+    expect(page).to_have_url(re.compile(f"/projects/default/runs/{finished_run.run_id}"))
+
+    expect(page.get_by_role("heading", name=re.compile(finished_run.pipeline))).to_be_visible()
+    for step in STEPS:
+        expect(page.locator(f".react-flow__node[data-id='step/{step}']").get_by_text(step)).to_be_visible()
+
+    page.locator(".react-flow__node[data-id$='/evaluation_report']").click()
+    panel = page.get_by_role("dialog")
+    panel.get_by_role("tab", name="Visualization").click()
+    load = panel.get_by_role("button", name="Load Preview")
+    load.wait_for()
+    chooser = panel.get_by_label("Choose visualization")
+    if chooser.count():  # only there when the artifact has several
+        chooser.click()
+        page.get_by_role("option", name=re.compile("html")).first.click()
+    load.click()
+    report = panel.frame_locator("iframe[sandbox]")
+    expect(report.get_by_text("Held-out loss").first).to_be_visible()
+
+    # With the browser still open: its connections must not keep the server alive.
+    dashboard.send_signal(signal.SIGINT)
+    _, errors = dashboard.communicate(timeout=SECONDS_TO_END)
+    assert dashboard.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert is_free(free_port)
+
+
+def test_taken_port_is_a_usage_error(finished_run: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        result = subprocess.run(
+            [sys.executable, "-m", "tools.dashboard", "--port", str(taken.getsockname()[1])],
+            cwd=ROOT,
+            env=finished_run.env,
+            text=True,
+            capture_output=True,
+            timeout=SECONDS_TO_START,
+        )
+    assert result.returncode == 2
+    assert "--port" in result.stderr and result.stdout == ""

@@ -1,0 +1,31 @@
+"""What a run would do, without doing it: the resolved recipe and the steps."""
+
+from __future__ import annotations
+
+import yaml
+
+from llm_engineering.config import Recipe
+
+
+def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
+    """The steps of a pipeline with this recipe, in order."""
+    instructions = (
+        ["load_instructions"] if recipe.data.instructions is not None else ["read_documents", "generate_instructions"]
+    ) + ["prepare_instructions"]
+    preferences = ["load_preferences" if recipe.data.preferences is not None else "generate_preferences"]
+    preferences.append("prepare_preferences")
+    dpo = [*preferences, "format_preferences", "train_dpo", "evaluate_dpo", "promote"]
+    return {
+        "datasets": [*instructions, *preferences],
+        "sft": [*instructions, "format_instructions", "train_sft", "evaluate_sft", "promote"],
+        "dpo": [*instructions, "format_instructions", *dpo],
+        "retrain": [*instructions, "format_instructions", "train_sft", *dpo],
+    }[pipeline]
+
+
+def print_plan(pipeline: str, recipe: Recipe) -> None:
+    """Print the resolved recipe as YAML, then the steps."""
+    print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
+    print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")
+    if pipeline == "dpo":
+        print("If no SFT model of this recipe is registered, sft runs first.")

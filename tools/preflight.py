@@ -1,0 +1,57 @@
+"""Checks everything that can be checked before costly work starts, and pins what a run reads from outside."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+from llm_engineering.compute.device import choose_device
+from llm_engineering.config import Recipe
+from llm_engineering.data.formats import read_instructions, read_preferences
+from llm_engineering.documents.read import documents_hash
+from llm_engineering.models import pin_revision
+from llm_engineering.recipes import recipe_hash
+from llm_engineering.settings import Settings
+from pipelines.inputs import Inputs
+
+logger = logging.getLogger("llm_engineering.preflight")
+
+
+def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
+    """The recipe with its model's exact revision, and hashes of what it reads.
+
+    Raises:
+        RequestError: a file or model is missing, a dataset is in no known format, a folder cannot be written to,
+            or this machine lacks what the recipe asks for.
+    """
+    Settings().check_writable()
+    choose_device(recipe.compute)
+    documents = instructions = preferences = None
+    if recipe.data.instructions is None:
+        documents = documents_hash(recipe.documents)
+    else:
+        read_instructions(Path(recipe.data.instructions))
+        instructions = _file_hash(recipe.data.instructions)
+    if recipe.data.preferences is not None:
+        read_preferences(Path(recipe.data.preferences))
+        preferences = _file_hash(recipe.data.preferences)
+    recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
+    sft_stage = {
+        "inputs": [documents, instructions],
+        "questions": [recipe.generation.question_max_new_tokens, recipe.generation.batch_size],
+        **recipe.model_dump(mode="json", include={"model", "seed", "formatting", "sft"}),
+        "documents": recipe.documents.model_dump() if instructions is None else None,
+        "split": recipe.data.split.model_dump(),
+    }
+    return recipe, Inputs(
+        documents=documents,
+        instructions=instructions,
+        preferences=preferences,
+        sft_recipe=recipe_hash(sft_stage),
+        dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
+    )
+
+
+def _file_hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]

@@ -1,0 +1,60 @@
+"""Runs a pipeline: python -m tools.run {sft,dpo,retrain,datasets} [--config FILE] [--set a.b=value] ..."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+
+
+from llm_engineering.recipes import load_recipe
+from tools.cli import exit_code, start_logging, prepare_zenml
+
+logger = logging.getLogger("llm_engineering.run")
+
+
+def main() -> int:
+    """Parse the command line and run; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.run", description="Run a pipeline of the chain.")
+    parser.add_argument("pipeline", choices=("sft", "dpo", "retrain", "datasets"))
+    parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run")
+    parser.add_argument("--resume", metavar="RUN|last", help="go on with a run that failed or was interrupted")
+    parser.add_argument("--no-cache", action="store_true", help="run every step, also those with a cached result")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    arguments = parser.parse_args()
+    start_logging(arguments.debug)
+    return exit_code(lambda: _run(arguments), arguments.debug)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    started = time.monotonic()
+    recipe = load_recipe(arguments.config, arguments.set)
+    if arguments.dry_run:
+        from tools.plan import print_plan
+
+        print_plan(arguments.pipeline, recipe)
+        return 0
+    # Only now the slow imports: a wrong recipe is told at once.
+    from tools.preflight import preflight
+
+    recipe, inputs = preflight(recipe)
+    prepare_zenml()
+    from tools import launch, summary
+
+    if arguments.resume:
+        launch.check_resumable(arguments.resume, arguments.pipeline, recipe)
+    runs = launch.launch(arguments.pipeline, recipe, inputs, cache=not arguments.no_cache)
+    result = summary.collect(runs, time.monotonic() - started)
+    summary.print_table(result, sys.stderr if arguments.json else sys.stdout)
+    if arguments.json:
+        print(json.dumps(result.as_json()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""What a run ended with: as a table for people, as one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from zenml.enums import ExecutionStatus
+from zenml.models import ArtifactVersionResponse, PipelineRunResponse
+
+
+class StepLine(BaseModel):
+    """A step and how it ended."""
+
+    pipeline: str
+    name: str
+    status: str
+    seconds: float
+
+
+class RunResult(BaseModel):
+    """Everything that the table shows."""
+
+    run_id: str
+    run_name: str
+    status: str
+    pipeline: str
+    steps: list[StepLine]
+    artifacts: dict[str, dict[str, str]]
+    metrics: dict[str, float]
+    data: dict[str, Any]
+    samples: list[dict[str, Any]]
+    promotion: dict[str, Any]
+    comet: dict[str, str]
+    duration_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The part that is promised to machines."""
+        names = {"run_id", "status", "pipeline", "artifacts", "metrics", "comet", "duration_s"}
+        return self.model_dump(include=names)
+
+
+def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult:
+    """Gather steps, artifacts and reports of the runs; of two runs, the later one's artifacts count."""
+    artifacts: dict[str, ArtifactVersionResponse] = {}
+    steps: list[StepLine] = []
+    reports: dict[str, Any] = {"data": {}, "training": {}}
+    for run in runs:
+        pipeline = run.pipeline.name if run.pipeline else "unknown"
+        for name, step in sorted(run.steps.items(), key=lambda item: str(item[1].start_time)):
+            cached = step.status == ExecutionStatus.CACHED
+            seconds = (step.end_time - step.start_time).total_seconds() if step.end_time and step.start_time else 0.0
+            line = StepLine(pipeline=pipeline, name=name, status=str(step.status), seconds=0.0 if cached else seconds)
+            steps.append(line)
+            for versions in step.outputs.values():
+                for version in versions:
+                    artifacts[version.artifact.name] = version
+                    if version.artifact.name == "data_report":
+                        report = _report(version)
+                        reports["data"][report["kind"]] = report
+                    elif version.artifact.name == "training_report":
+                        report = _report(version)
+                        reports["training"][report["stage"]] = report
+    evaluation = _report(artifacts["evaluation_report"]) if "evaluation_report" in artifacts else {}
+    decision = artifacts["promotion_decision"].load().model_dump() if "promotion_decision" in artifacts else {}
+    training = reports["training"]
+    newest = training.get("dpo") or training.get("sft") or {}
+    metrics = dict(evaluation.get("metrics", {}))
+    if newest:
+        metrics["tokens_per_second"] = newest["tokens_per_second"]
+    last = runs[-1]
+    return RunResult(
+        run_id=str(last.id),
+        run_name=last.name,
+        status=str(last.status),
+        pipeline=last.pipeline.name if last.pipeline else "unknown",
+        steps=steps,
+        artifacts={name: {"version": str(v.version), "uri": v.uri} for name, v in sorted(artifacts.items())},
+        metrics=metrics,
+        data=reports["data"],
+        samples=evaluation.get("samples", []),
+        promotion=decision,
+        comet=newest.get("comet", {}),
+        duration_s=round(duration_s, 1),
+    )
+
+
+def print_table(result: RunResult, file: TextIO) -> None:
+    """Print what ran, the rows, the measures, an answer of each model, and where everything is."""
+    # A fixed width off a terminal: logs and pipes are not cut to 80 columns.
+    console = Console(file=file, width=None if file.isatty() else 120, highlight=False, markup=False)
+    ran = _table("What ran", "Step", "State", "Seconds")
+    for step in result.steps:
+        ran.add_row(f"{step.pipeline}: {step.name}", step.status, f"{step.seconds:.0f}")
+    console.print(ran)
+    if result.data:
+        rows = _table("Rows", "Stage", "Read", "Kept", "Set aside")
+        for kind, report in result.data.items():
+            for stage, counts in report["stages"].items():
+                # Both reports begin with the same stages: the instruction report has shown them.
+                if kind == "preference" and stage != "preference" and "instruction" in result.data:
+                    continue
+                reasons = ", ".join(f"{reason} {count}" for reason, count in counts["quarantined"].items())
+                rows.add_row(stage, str(counts["read"]), str(counts["kept"]), reasons or "none")
+            used = ", ".join(f"{name} {count}" for name, count in report["rows"].items())
+            rows.add_row(f"{kind} rows used", "", str(sum(report["rows"].values())), used)
+        console.print(rows)
+    if result.metrics:
+        measures = _table("Held-out measures", "Measure", "Value")
+        for name, value in result.metrics.items():
+            measures.add_row(name, f"{value:.4f}" if name != "tokens_per_second" else f"{value:.0f}")
+        console.print(measures)
+    for sample in result.samples[:1]:
+        answers = _table("One held-out question", "Model", "Answer")
+        answers.add_row("question", sample["prompt"])
+        for name, answer in sample["answers"].items():
+            answers.add_row(name, answer["text"] + ("" if answer["stopped"] else " … [not ended]"))
+        answers.add_row("document", sample["reference"])
+        console.print(answers)
+    if result.promotion:
+        gate = _table("Promotion", "Rule", "Value", "Bound", "Passed")
+        for rule in result.promotion["rules"]:
+            verdict = "yes" if rule["passed"] else "NO"
+            gate.add_row(rule["name"], f"{rule['value']:.4f}", f"{rule['bound']:.4f}", verdict)
+        gate.add_row("→ stage", "", "", str(result.promotion["stage"] or "none: the incumbent stays"))
+        console.print(gate)
+    places = _table("Where", "What", "Place")
+    for name, artifact in result.artifacts.items():
+        places.add_row(f"{name} v{artifact['version']}", artifact["uri"])
+    for name, place in result.comet.items():
+        places.add_row(f"Comet {name}", place)
+    places.add_row("run", f"{result.run_name} ({result.status}, {result.duration_s:.0f} s)")
+    places.add_row("dashboard", "make dashboard")
+    console.print(places)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="right" if column in ("Seconds", "Read", "Kept") else "left")
+    return table
+
+
+def _report(version: ArtifactVersionResponse) -> dict[str, Any]:
+    folder = version.load().path
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    return report
