@@ -78,6 +78,7 @@ class DataConfig(Block):
 
     instructions: str | None = None
     preferences: str | None = None
+    near_duplicate_threshold: float = Field(0.8, gt=0, lt=1)
     split: SplitConfig = SplitConfig()
 
 

@@ -18,19 +18,28 @@ from llm_engineering.errors import RequestError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, and a key given twice is an error."""
+    """YAML as people mean it: `1e-4` is a number, `off` is text, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, where a float needs a dot: it reads `1e-4` as text.
+# PyYAML follows YAML 1.1, where `off` and `no` are booleans, and a float needs a dot: it reads `1e-4` as text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -51,7 +60,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key, sign, text = override.partition("=")
         if not sign or not key.strip():
-            raise RequestError(f"--set {override!r} is not of the form key.path=value, e.g. --set sft.learning_rate=1e-4")
+            raise RequestError(
+                f"--set {override!r} is not of the form key.path=value, e.g. --set sft.learning_rate=1e-4"
+            )
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
@@ -131,13 +142,14 @@ def _nearest(key: str) -> str:
     name = key.rpartition(".")[2]
     same_name = [candidate for candidate in valid if candidate.rpartition(".")[2] == name]
     siblings = [c for c in valid if c.rpartition(".")[0] == key.rpartition(".")[0]]
-    close = (
-        difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-        or same_name
-        or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    )
-    if close:
-        return f"Did you mean {' or '.join(f'`{c}`' for c in close[:2])}?"
+    # Whole paths share their beginning, so only the last parts are compared: in the same block, then anywhere.
+    for candidates in (siblings, valid):
+        by_name = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
+        near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
+        if near:
+            return f"Did you mean `{by_name[near[0]]}`?"
+        if same_name:
+            return f"Did you mean {' or '.join(f'`{c}`' for c in same_name[:2])}?"
     return f"Valid keys there: {', '.join(c.rpartition('.')[2] for c in siblings) or ', '.join(Recipe.model_fields)}."
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")  # Before pyplot: the default backend looks for a display.
-import matplotlib.pyplot as plt  # noqa: E402
-from jinja2 import Environment  # noqa: E402
-from markupsafe import Markup  # noqa: E402
+import matplotlib.pyplot as plt
+from jinja2 import Environment
+from markupsafe import Markup
 
 # Fixed ids and no date: the same data gives the same bytes.
 matplotlib.rcParams.update({"svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif"})

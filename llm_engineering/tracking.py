@@ -62,9 +62,7 @@ class CometRun:
         place = {"url": self.url} if self.url else {"archive": str(self.archive)}
         return {"key": self.key, **{name: text for name, text in place.items() if text}}
 
-    def _open(
-        self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str], online: bool
-    ) -> None:
+    def _open(self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str], online: bool) -> None:
         # Its error tracker would call home, and retry without a network.
         os.environ.setdefault("COMET_ERROR_TRACKING_ENABLE", "0")
         # It would patch the frameworks, and asks to be imported before them; we log what we mean to log.

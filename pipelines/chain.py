@@ -65,7 +65,7 @@ def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
             recipe.generation.question_max_new_tokens,
             recipe.seed,
         )
-    return prepare_instructions(candidates, recipe.data.split)
+    return prepare_instructions(candidates, recipe.data.near_duplicate_threshold, recipe.data.split)
 
 
 def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
@@ -81,7 +81,7 @@ def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
             recipe.generation.max_preferences,
             recipe.seed,
         )
-    return prepare_preferences(candidates, recipe.data.split)
+    return prepare_preferences(candidates, recipe.data.near_duplicate_threshold, recipe.data.split)
 
 
 def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any]:
@@ -94,7 +94,5 @@ def _train_and_judge_dpo(recipe: Recipe, inputs: Inputs, instructions: Any, form
     preferences = _preferences(recipe, inputs, instructions)
     formatted_dpo, _ = format_preferences(preferences, recipe.model, recipe.formatting)
     adapter, _ = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
-    report = evaluate_dpo(
-        formatted, formatted_dpo, instructions, sft_adapter, adapter, recipe.evaluation, recipe.setup
-    )
+    report = evaluate_dpo(formatted, formatted_dpo, instructions, sft_adapter, adapter, recipe.evaluation, recipe.setup)
     promote(report, recipe.promotion)

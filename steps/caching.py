@@ -27,7 +27,11 @@ IMPORT_TIME = "<import time>"
 
 
 def project_step(*, files: Sequence[Path] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """ZenML's `step`, cached by all project code it reaches, the library versions, and the content of `files`."""
+    """ZenML's `step`, cached by all project code it reaches, the library versions, and the content of `files`.
+
+    A step of several outputs must name a materializer for each: with one for all, ZenML 0.98 puts the outputs in the
+    order of a set, which is another in each process, and so is the cache key.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         version = code_version(function.__module__, function.__name__, tuple(files))

@@ -23,8 +23,7 @@ from llm_engineering.data.validate import validate_instructions, validate_prefer
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
-from llm_engineering.formatting.datasets import format_instructions as format_instruction_rows
-from llm_engineering.formatting.datasets import format_preferences as format_preference_pairs
+from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.generation.instructions import QUESTION_PROMPT, prompt_hash
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.local import open_local_model
@@ -63,9 +62,7 @@ def generate_instructions(
     local = open_local_model(model, compute, batch_size, Settings())
     rows, rejected = generate_from_passages(passages, local, question_max_new_tokens)
     ledger.record("instruction", len(passages), len(rows), rejected)
-    log_rows(
-        "instruction_candidates", ledger, "instruction", generated_by=local.identity, prompt_hash=prompt_hash()
-    )
+    log_rows("instruction_candidates", ledger, "instruction", generated_by=local.identity, prompt_hash=prompt_hash())
     return DatasetDict(rows=instruction_dataset(rows), **ledger.datasets())
 
 
@@ -81,17 +78,17 @@ def load_instructions(path: str, content_hash: str) -> Annotated[DatasetDict, "i
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def prepare_instructions(
-    candidates: DatasetDict, split: SplitConfig
+    candidates: DatasetDict, near_duplicate_threshold: float, split: SplitConfig
 ) -> Annotated[DatasetDict, "instruction_dataset"]:
     """Validate and split."""
     ledger = Ledger.load(candidates)
-    rows, rejected = validate_instructions([instruction_row(record) for record in candidates["rows"]])
+    rows, rejected = validate_instructions(
+        [instruction_row(record) for record in candidates["rows"]], near_duplicate_threshold
+    )
     ledger.record("instruction", len(candidates["rows"]), len(rows), rejected)
     parts = split_rows(rows, split, "instruction", ledger.quarantine)
     log_rows("instruction_dataset", ledger, "instruction", **{name: len(part) for name, part in parts.items()})
-    return DatasetDict(
-        {name: instruction_dataset(part) for name, part in parts.items()}, **ledger.datasets()
-    )
+    return DatasetDict({name: instruction_dataset(part) for name, part in parts.items()}, **ledger.datasets())
 
 
 @project_step(output_materializers={"formatted_sft": HFDatasetMaterializer, "data_report": DirectoryMaterializer})
@@ -103,9 +100,8 @@ def format_instructions(
     splits: dict[str, list[InstructionRow]] = {
         name: [instruction_row(record) for record in dataset[name]] for name in SPLITS
     }
-    formatted, rejected = format_instruction_rows(splits, load_tokenizer(model, Settings()), formatting)
+    formatted, lengths, rejected = format_splits(splits, load_tokenizer(model, Settings()), formatting)
     ledger.record("instruction", sum(map(len, splits.values())), sum(map(len, formatted.values())), rejected)
-    lengths = {name: [len(row) for row in part["input_ids"]] for name, part in formatted.items()}
     folder = Path(tempfile.mkdtemp())
     report = write_data_report(folder, "instruction", ledger, splits, lengths, formatting.max_length)
     log_rows("formatted_sft", ledger, "instruction", tokens=report["tokens"]["total"], base_model=model.name_or_path)
@@ -144,10 +140,14 @@ def load_preferences(path: str, content_hash: str) -> Annotated[DatasetDict, "pr
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
-def prepare_preferences(candidates: DatasetDict, split: SplitConfig) -> Annotated[DatasetDict, "preference_dataset"]:
+def prepare_preferences(
+    candidates: DatasetDict, near_duplicate_threshold: float, split: SplitConfig
+) -> Annotated[DatasetDict, "preference_dataset"]:
     """Validate and split."""
     ledger = Ledger.load(candidates)
-    rows, rejected = validate_preferences([preference_row(record) for record in candidates["rows"]])
+    rows, rejected = validate_preferences(
+        [preference_row(record) for record in candidates["rows"]], near_duplicate_threshold
+    )
     ledger.record("preference", len(candidates["rows"]), len(rows), rejected)
     parts = split_rows(rows, split, "preference", ledger.quarantine)
     log_rows("preference_dataset", ledger, "preference", **{name: len(part) for name, part in parts.items()})
@@ -163,14 +163,8 @@ def format_preferences(
     splits: dict[str, list[PreferenceRow]] = {
         name: [preference_row(record) for record in dataset[name]] for name in SPLITS
     }
-    formatted, rejected = format_preference_pairs(splits, load_tokenizer(model, Settings()), formatting)
+    formatted, lengths, rejected = format_splits(splits, load_tokenizer(model, Settings()), formatting)
     ledger.record("preference", sum(map(len, splits.values())), sum(map(len, formatted.values())), rejected)
-    lengths = {
-        name: [
-            len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in part
-        ]
-        for name, part in formatted.items()
-    }
     folder = Path(tempfile.mkdtemp())
     report = write_data_report(folder, "preference", ledger, splits, lengths, formatting.max_length)
     log_rows("formatted_dpo", ledger, "preference", tokens=report["tokens"]["total"], base_model=model.name_or_path)

@@ -66,7 +66,7 @@ def _evaluate(
         Settings(),
     )
     log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"])
-    log_metadata(data["metrics"], infer_model=True)
+    log_metadata(metadata=data["metrics"], infer_model=True)
     return Directory(path=folder)
 
 

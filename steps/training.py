@@ -15,7 +15,7 @@ from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
 
 
-@project_step(output_materializers=DirectoryMaterializer)
+@project_step(output_materializers={"sft_adapter": DirectoryMaterializer, "training_report": DirectoryMaterializer})
 def train_sft(
     formatted_sft: DatasetDict, config: SFTConfig, setup: TrainingSetup, recipe_hash: str
 ) -> tuple[Annotated[Directory, "sft_adapter"], Annotated[Directory, "training_report"]]:
@@ -25,7 +25,7 @@ def train_sft(
     return Directory(path=result.adapter), Directory(path=result.report)
 
 
-@project_step(output_materializers=DirectoryMaterializer)
+@project_step(output_materializers={"dpo_adapter": DirectoryMaterializer, "training_report": DirectoryMaterializer})
 def train_dpo(
     formatted_dpo: DatasetDict, sft_adapter: Directory, config: DPOConfig, setup: TrainingSetup, recipe_hash: str
 ) -> tuple[Annotated[Directory, "dpo_adapter"], Annotated[Directory, "training_report"]]:
@@ -56,4 +56,4 @@ def _log(result: TrainingResult, adapter: str, setup: TrainingSetup, recipe_hash
         **{f"comet_{name}": value for name, value in summary["comet"].items()},
     }
     log_artifact(adapter, **facts)
-    log_metadata({f"{summary['stage']}_{name}": value for name, value in facts.items()}, infer_model=True)
+    log_metadata(metadata={f"{summary['stage']}_{name}": value for name, value in facts.items()}, infer_model=True)

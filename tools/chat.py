@@ -18,7 +18,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Ask the promoted model.")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args()

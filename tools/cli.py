@@ -20,7 +20,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from llm_engineering.errors import RequestError, WorkError  # noqa: E402
+from llm_engineering.errors import RequestError, WorkError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 INTERRUPTED = 130

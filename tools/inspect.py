@@ -22,7 +22,9 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--against", type=Path, metavar="EVAL_FILE", help="look for its rows in FILE")
     parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args()
@@ -43,7 +45,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     settings.check_writable()
     tokenizer = load_tokenizer(pin_revision(recipe.model), settings)
     folder = settings.llm_output_dir / "inspect" / arguments.file.stem
-    report = inspect_file(arguments.file, arguments.against, tokenizer, recipe.formatting, folder)
+    report = inspect_file(arguments.file, arguments.against, tokenizer, recipe.data, recipe.formatting, folder)
     _print(report, folder)
     if arguments.json:
         print(json.dumps(report))

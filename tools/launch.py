@@ -26,7 +26,9 @@ def launch(pipeline: str, recipe: Recipe, inputs: Inputs, cache: bool) -> list[P
     adapter = _registered_adapter(inputs.sft_recipe)
     if adapter is None:
         others = Client().list_artifact_versions(artifact="sft_adapter", size=1).total
-        known = f"{others} SFT models are registered, of other recipes or data" if others else "No SFT model is registered"
+        known = (
+            f"{others} SFT models are registered, of other recipes or data" if others else "No SFT model is registered"
+        )
         logger.info("%s: training SFT first", known)
         runs.append(_start(chain.sft, recipe, inputs, cache))
         adapter = _registered_adapter(inputs.sft_recipe)
@@ -82,9 +84,7 @@ def _registered_adapter(sft_recipe: str) -> Any:
     return found.items[0] if found.items else None
 
 
-def _start(
-    pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any
-) -> PipelineRunResponse:
+def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:
     model = Model(name=recipe.name, tags=["llm-engineering"], save_models_to_registry=False)
     configured = pipeline.with_options(model=model, enable_cache=None if cache else False)
     logger.info("Running %s", pipeline.name)

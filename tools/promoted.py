@@ -32,7 +32,9 @@ def promoted_adapter(recipe: Recipe) -> tuple[str, Path, ModelConfig, str]:
                     revision=str(artifact.run_metadata["base_revision"]),
                     trust_remote_code=recipe.model.trust_remote_code,
                 )
-                described = f"{recipe.name} version {version.number} ({stage.value}): {name.upper()} on {base.name_or_path}"
+                described = (
+                    f"{recipe.name} version {version.number} ({stage.value}): {name.upper()} on {base.name_or_path}"
+                )
                 return name, artifact.load().path, base, described
     raise RequestError(
         f"No version of {recipe.name} is promoted yet. `make run-sft` or `make run-dpo` promotes one that passes its gate."

@@ -8,9 +8,8 @@ import logging
 import sys
 import time
 
-
 from llm_engineering.recipes import load_recipe
-from tools.cli import exit_code, start_logging, prepare_zenml
+from tools.cli import exit_code, prepare_zenml, start_logging
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -20,7 +19,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.run", description="Run a pipeline of the chain.")
     parser.add_argument("pipeline", choices=("sft", "dpo", "retrain", "datasets"))
     parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run")
     parser.add_argument("--resume", metavar="RUN|last", help="go on with a run that failed or was interrupted")
     parser.add_argument("--no-cache", action="store_true", help="run every step, also those with a cached result")

@@ -28,11 +28,15 @@ def read_records(path: Path, stage: str) -> tuple[list[Record], list[Quarantined
     """
     suffix = path.suffix.lower()
     if suffix not in (".json", ".jsonl"):
-        raise RequestError(f"{path} is in no known format ({suffix or 'no ending'}): datasets are .json or .jsonl files.")
+        raise RequestError(
+            f"{path} is in no known format ({suffix or 'no ending'}): datasets are .json or .jsonl files."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RequestError(f"There is no file {path}. Check the path; it is relative to the folder you run in.") from None
+        raise RequestError(
+            f"There is no file {path}. Check the path; it is relative to the folder you run in."
+        ) from None
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv.") from error
     except OSError as error:

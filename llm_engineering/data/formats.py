@@ -108,7 +108,9 @@ def _messages(value: Any, key: str) -> list[Message]:
     for turn in value:
         if not isinstance(turn, dict):
             raise BadRow("malformed", f"`{key}` holds a turn that is {type(turn).__name__}, expected an object")
-        role, content = (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+        role, content = (
+            (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+        )
         role = _SHAREGPT_ROLES.get(str(role), role)
         messages.append(Message(role=_text(role, f"{key}.role"), content=_text(content, f"{key}.content")))
     return messages
@@ -191,7 +193,11 @@ def _preference(value: dict[str, Any], source: str, origin: str) -> PreferenceRo
 # The first format whose keys a row has is the one it is read as.
 _INSTRUCTION_FORMATS: list[tuple[str, frozenset[str], Callable[..., InstructionRow]]] = [
     ("prompt-completion", frozenset({"prompt", "completion"}), _prompt_completion),
-    ("messages", frozenset({"messages"}), lambda v, **kw: _from_conversation(_messages(v["messages"], "messages"), **kw)),
+    (
+        "messages",
+        frozenset({"messages"}),
+        lambda v, **kw: _from_conversation(_messages(v["messages"], "messages"), **kw),
+    ),
     (
         "sharegpt",
         frozenset({"conversations"}),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import DatasetDict, Features, Value
 
 from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.rows import to_dataset
 
 _TEXT = Value("string")
-_QUARANTINE_FEATURES = Features({name: _TEXT for name in Quarantined.model_fields})
+_QUARANTINE_FEATURES = Features(dict.fromkeys(Quarantined.model_fields, _TEXT))
 _COUNT_FEATURES = Features({"stage": _TEXT, "read": Value("int64"), "kept": Value("int64")})
 
 
@@ -40,8 +41,8 @@ class Ledger:
         """`quarantine` and `counts`, to be stored beside the rows."""
         counts = [{"stage": stage, "read": self.read[stage], "kept": self.kept[stage]} for stage in self.read]
         return DatasetDict(
-            quarantine=Dataset.from_list([row.model_dump() for row in self.quarantine], features=_QUARANTINE_FEATURES),
-            counts=Dataset.from_list(counts, features=_COUNT_FEATURES),
+            quarantine=to_dataset([row.model_dump() for row in self.quarantine], _QUARANTINE_FEATURES),
+            counts=to_dataset(counts, _COUNT_FEATURES),
         )
 
     @classmethod

@@ -62,7 +62,9 @@ def write_data_report(
         (s, c["read"], c["kept"], ", ".join(f"{r} {n}" for r, n in c["quarantined"].items())) for s, c in stages.items()
     ]
     samples = [
-        (name, row.source, _text(row.prompt), *_answers(row)) for name in splits for row in list(splits[name])[:SAMPLE_ROWS]
+        (name, row.source, _text(row.prompt), *_answers(row))
+        for name in splits
+        for row in list(splits[name])[:SAMPLE_ROWS]
     ]
     answers = ("Chosen", "Rejected") if kind == "preference" else ("Answer",)
     examples = []
@@ -74,7 +76,8 @@ def write_data_report(
         data,
         page(
             f"Data report: {kind} rows",
-            f"{len(all_lengths):,} rows to use: " + ", ".join(f"{len(part):,} {name}" for name, part in lengths.items()),
+            f"{len(all_lengths):,} rows to use: "
+            + ", ".join(f"{len(part):,} {name}" for name, part in lengths.items()),
             [
                 ("Read, kept, set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], flow)),
                 ("Length in tokens", histogram(all_lengths, "tokens a row", max_length)),
@@ -94,7 +97,9 @@ def write_data_report(
 
 
 def _text(messages: Sequence[Message]) -> str:
-    return "\n".join(message.content if len(messages) == 1 else f"{message.role}: {message.content}" for message in messages)
+    return "\n".join(
+        message.content if len(messages) == 1 else f"{message.role}: {message.content}" for message in messages
+    )
 
 
 def _answers(row: InstructionRow | PreferenceRow) -> tuple[str, ...]:

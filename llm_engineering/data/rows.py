@@ -73,14 +73,20 @@ class PreferenceRow(_Row):
     rejected: list[Message]
 
 
+def to_dataset(records: Sequence[dict[str, Any]], features: Features) -> Dataset:
+    """Records as a dataset, with the same columns also when there are none."""
+    # Dataset.from_list loses the columns of an empty list.
+    return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
+
+
 def instruction_dataset(rows: Sequence[InstructionRow]) -> Dataset:
-    """Rows as a dataset, with the same columns also when there are none."""
-    return Dataset.from_list([row.record() for row in rows], features=INSTRUCTION_FEATURES)
+    """Instruction rows as a dataset."""
+    return to_dataset([row.record() for row in rows], INSTRUCTION_FEATURES)
 
 
 def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
-    """Rows as a dataset, with the same columns also when there are none."""
-    return Dataset.from_list([row.record() for row in rows], features=PREFERENCE_FEATURES)
+    """Preference rows as a dataset."""
+    return to_dataset([row.record() for row in rows], PREFERENCE_FEATURES)
 
 
 def instruction_row(record: dict[str, Any]) -> InstructionRow:

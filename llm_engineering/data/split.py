@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from typing import TypeVar
 
 from llm_engineering.config import SplitConfig
 from llm_engineering.data.quarantine import Quarantined, by_reason
 from llm_engineering.data.rows import InstructionRow, PreferenceRow
+from llm_engineering.data.validate import prompt_text
 from llm_engineering.errors import WorkError
 
 SPLITS = ("train", "validation", "test")
@@ -20,7 +20,7 @@ def split_key(row: InstructionRow | PreferenceRow) -> str:
     """What decides a row's split: its document, or its prompt with case, punctuation and space folded."""
     if row.document:
         return row.document
-    return " ".join(re.findall(r"\w+", " ".join(message.content for message in row.prompt).lower()))
+    return prompt_text(row)
 
 
 def split_of(key: str, config: SplitConfig) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.config import FormattingConfig
 from llm_engineering.data.quarantine import Quarantined, by_reason
-from llm_engineering.data.rows import InstructionRow, PreferenceRow
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, to_dataset
 from llm_engineering.data.split import SPLITS
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.render import render_instruction, render_preference
@@ -21,83 +21,82 @@ _DPO_FEATURES = Features({"id": Value("string"), "prompt_ids": _IDS, "chosen_ids
 RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
 
 
-def format_instructions(
-    splits: dict[str, list[InstructionRow]], tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
-) -> tuple[DatasetDict, list[Quarantined]]:
-    """`input_ids` and `labels` of each row (lists of the row's length), by split, and what was set aside.
+def format_rows(
+    rows: Sequence[RowT], tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
+) -> tuple[list[tuple[dict[str, Any], int]], list[RowT], list[Quarantined]]:
+    """Token ids of each row with its length (of a pair, that of its longer half), the rows kept, and those set aside.
 
     Raises:
-        WorkError: a row cannot be rendered, is over-long under `over_long: raise`, or no row of a split is left.
+        WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
     """
+    formatted: list[tuple[dict[str, Any], int]] = []
+    kept: list[RowT] = []
+    quarantine: list[Quarantined] = []
+    for row in rows:
+        reason, detail, tokens = "", "", ({}, 0)
+        special = _spelt_special_token(row, tokenizer)
+        if special:
+            reason = "special_token_in_text"
+            detail = f"its text spells {special}, which the tokenizer would read as the token itself"
+        else:
+            tokens = _tokenise(row, tokenizer)
+            if tokens[1] > config.max_length:
+                reason, detail = "over_long", f"{tokens[1]} tokens, formatting.max_length is {config.max_length}"
+        if reason == "over_long" and config.over_long == "raise":
+            raise WorkError(
+                f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
+                "Raise max_length, shorten the row, or set over_long to drop."
+            )
+        if reason:
+            stage = "instruction" if isinstance(row, InstructionRow) else "preference"
+            text = row.prompt[-1].content[:200]
+            quarantine.append(
+                Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
+            )
+        else:
+            formatted.append(tokens)
+            kept.append(row)
+    return formatted, kept, quarantine
 
-    def tokenise(row: InstructionRow) -> tuple[dict[str, Any], int]:
-        tokens = render_instruction(row, tokenizer)
-        return {"id": row.id, "input_ids": tokens.input_ids, "labels": tokens.labels}, len(tokens.input_ids)
 
-    return _format(splits, tokenise, tokenizer, config, "instruction", _SFT_FEATURES)
+def format_splits(
+    splits: dict[str, list[RowT]], tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
+) -> tuple[DatasetDict, dict[str, list[int]], list[Quarantined]]:
+    """Formatted datasets by split, the rows' lengths by split, and what was set aside.
 
-
-def format_preferences(
-    splits: dict[str, list[PreferenceRow]], tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
-) -> tuple[DatasetDict, list[Quarantined]]:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids` of each row, by split, and what was set aside.
+    Instruction rows become `input_ids` and `labels` (-100 where nothing is trained), preference rows `prompt_ids`,
+    `chosen_ids` and `rejected_ids`; all lists of token ids.
 
     Raises:
-        WorkError: as `format_instructions`.
+        WorkError: as `format_rows`, or no row of a split is left.
     """
-
-    def tokenise(row: PreferenceRow) -> tuple[dict[str, Any], int]:
-        pair = render_preference(row, tokenizer)
-        return {"id": row.id, **pair._asdict()}, len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-
-    return _format(splits, tokenise, tokenizer, config, "preference", _DPO_FEATURES)
-
-
-def _format(
-    splits: dict[str, list[RowT]],
-    tokenise: Callable[[RowT], tuple[dict[str, Any], int]],
-    tokenizer: PreTrainedTokenizerBase,
-    config: FormattingConfig,
-    stage: str,
-    features: Features,
-) -> tuple[DatasetDict, list[Quarantined]]:
-    formatted = DatasetDict()
+    datasets = DatasetDict()
+    lengths: dict[str, list[int]] = {}
     quarantine: list[Quarantined] = []
     for name in SPLITS:
-        kept = []
-        for row in splits[name]:
-            special = _spelt_special_token(row, tokenizer)
-            if special:
-                detail = f"its text spells {special}, which the tokenizer would read as the token itself"
-                quarantine.append(_rejected(row, stage, "special_token_in_text", detail))
-                continue
-            record, length = tokenise(row)
-            if length > config.max_length:
-                detail = f"{length} tokens, formatting.max_length is {config.max_length}"
-                if config.over_long == "raise":
-                    raise WorkError(
-                        f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
-                        "Raise max_length, shorten the row, or set over_long to drop."
-                    )
-                quarantine.append(_rejected(row, stage, "over_long", detail))
-                continue
-            kept.append(record)
-        if not kept:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in by_reason(quarantine).items())
+        formatted, _, rejected = format_rows(splits[name], tokenizer, config)
+        if not formatted:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items())
             raise WorkError(
                 f"All {len(splits[name])} rows of the {name} split were set aside while formatting ({reasons}). "
                 "If they are over-long, raise formatting.max_length."
             )
-        formatted[name] = Dataset.from_list(kept, features=features)
-    return formatted, quarantine
+        features = _SFT_FEATURES if isinstance(splits[name][0], InstructionRow) else _DPO_FEATURES
+        datasets[name] = to_dataset([record for record, _ in formatted], features)
+        lengths[name] = [length for _, length in formatted]
+        quarantine += rejected
+    return datasets, lengths, quarantine
+
+
+def _tokenise(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], int]:
+    if isinstance(row, InstructionRow):
+        tokens = render_instruction(row, tokenizer)
+        return {"id": row.id, **tokens._asdict()}, len(tokens.input_ids)
+    pair = render_preference(row, tokenizer)
+    return {"id": row.id, **pair._asdict()}, len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
 
 
 def _spelt_special_token(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> str:
     completions = [row.completion] if isinstance(row, InstructionRow) else [row.chosen, row.rejected]
     texts: Sequence[str] = [m.content for messages in (row.prompt, *completions) for m in messages]
     return next((t for t in tokenizer.all_special_tokens if any(t in text for text in texts)), "")
-
-
-def _rejected(row: InstructionRow | PreferenceRow, stage: str, reason: str, detail: str) -> Quarantined:
-    text = row.prompt[-1].content[:200]
-    return Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)

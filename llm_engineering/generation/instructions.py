@@ -28,9 +28,57 @@ _MENTIONS_PASSAGE = re.compile(
 _WORD = re.compile(r"[a-z_]{3,}")
 # Words that any question has: sharing only these with the passage says nothing about it.
 _COMMON_WORDS = frozenset(
-    "what which when where who whose why how are was were does did can could should will would has have may the and "
-    "for with that this from not you your use used using purpose difference between value type object python name "
-    "meaning mean result example called main function".split()
+    [
+        "what",
+        "which",
+        "when",
+        "where",
+        "who",
+        "whose",
+        "why",
+        "how",
+        "are",
+        "was",
+        "were",
+        "does",
+        "did",
+        "can",
+        "could",
+        "should",
+        "will",
+        "would",
+        "has",
+        "have",
+        "may",
+        "the",
+        "and",
+        "for",
+        "with",
+        "that",
+        "this",
+        "from",
+        "not",
+        "you",
+        "your",
+        "use",
+        "used",
+        "using",
+        "purpose",
+        "difference",
+        "between",
+        "value",
+        "type",
+        "object",
+        "python",
+        "name",
+        "meaning",
+        "mean",
+        "result",
+        "example",
+        "called",
+        "main",
+        "function",
+    ]
 )
 
 

@@ -116,8 +116,6 @@ class LocalModel:
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-
-
 def open_local_model(model: ModelConfig, compute: ComputeConfig, batch_size: int, settings: Settings) -> LocalModel:
     """The base model on this machine, with the answers it has given before."""
     device = choose_device(compute)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
@@ -68,10 +69,17 @@ def train_dpo(
 
 
 class _FormattedDPOTrainer(DPOTrainer):
-    """TRL's trainer for rows that are tokenised already, which DPOTrainer has no option for."""
+    """TRL's trainer for rows that are tokenised already, which DPOTrainer has no option for; and one that resumes."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Of a checkpoint with adapters in subfolders, transformers loads those alone: the reference, and not the
+        # policy, which would start over without a word.
+        self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        self.model.set_adapter("default")
 
 
 def dpo_trainer(

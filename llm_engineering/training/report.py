@@ -40,9 +40,7 @@ def write_training_report(
     write_report(folder, summary, page(title, lead, sections))
 
 
-def label_section(
-    rows: Sequence[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
-) -> Markup:
+def label_section(rows: Sequence[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase) -> Markup:
     """What of each row is trained, token by token, with a legend."""
     views = Markup("").join(
         label_view(

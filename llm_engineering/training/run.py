@@ -123,6 +123,8 @@ def run_training(
     comet = CometRun.start(setup.tracking, settings, name=folder.name, tags=[stage, setup.model.name_or_path])
     telemetry = TelemetryCallback(stage, comet)
     try:
+        # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
+        transformers.set_seed(setup.seed)
         trainer = build(telemetry)
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)

@@ -87,4 +87,3 @@ def sft_trainer(
         processing_class=tokenizer,
         callbacks=[telemetry] if telemetry else [],
     )
-
