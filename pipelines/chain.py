@@ -33,7 +33,7 @@ def sft(recipe: Recipe, inputs: Inputs) -> None:
     instructions = _instructions(recipe, inputs)
     formatted, adapter = _train_sft(recipe, inputs, instructions)
     report = evaluate_sft(formatted, instructions, adapter, recipe.evaluation, recipe.setup)
-    promote(report, recipe.promotion)
+    promote(report, recipe, inputs.code)
 
 
 @pipeline
@@ -95,4 +95,4 @@ def _train_and_judge_dpo(recipe: Recipe, inputs: Inputs, instructions: Any, form
     formatted_dpo, _ = format_preferences(preferences, recipe.model, recipe.formatting)
     adapter, _ = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
     report = evaluate_dpo(formatted, formatted_dpo, instructions, sft_adapter, adapter, recipe.evaluation, recipe.setup)
-    promote(report, recipe.promotion)
+    promote(report, recipe, inputs.code)

@@ -9,6 +9,7 @@ class Inputs(BaseModel):
     Attributes:
         documents, instructions, preferences: of the files that the recipe names; None where it names none.
         sft_recipe, dpo_recipe: of everything that decides the result of a training stage.
+        code: the commit of this project, with `+changes` if files differ from it.
     """
 
     documents: str | None
@@ -16,3 +17,4 @@ class Inputs(BaseModel):
     preferences: str | None
     sft_recipe: str
     dpo_recipe: str
+    code: str

@@ -9,10 +9,11 @@ from datasets import DatasetDict
 from zenml import get_step_context, log_metadata
 from zenml.materializers import PydanticMaterializer
 
-from llm_engineering.config import EvaluationConfig, PromotionConfig, TrainingSetup
+from llm_engineering.config import EvaluationConfig, Recipe, TrainingSetup
 from llm_engineering.data.rows import instruction_row
 from llm_engineering.evaluation.evaluate import evaluate
 from llm_engineering.evaluation.promotion import PromotionDecision, decide
+from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
 from steps.caching import project_step
 from steps.logging import log_artifact
@@ -66,19 +67,25 @@ def _evaluate(
         Settings(),
     )
     log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"])
-    log_metadata(metadata=data["metrics"], infer_model=True)
     return Directory(path=folder)
 
 
-# Never cached: it acts on the model version of this run.
+# Never cached: it acts on the model version of this run, which ties together what the steps made or took from the cache.
 @project_step(output_materializers=PydanticMaterializer, enable_cache=False)
 def promote(
-    evaluation_report: Directory, config: PromotionConfig
+    evaluation_report: Directory, recipe: Recipe, code_version: str
 ) -> Annotated[PromotionDecision, "promotion_decision"]:
     """Judge this run's model by its measures; a pass moves its model version to a stage."""
     report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
-    decision = decide(report["metrics"], config)
+    decision = decide(report["metrics"], recipe.promotion)
     log_artifact("promotion_decision", passed=decision.passed, stage=str(decision.stage))
+    facts = {
+        **report["metrics"],
+        "recipe": recipe.model_dump(mode="json"),
+        "recipe_hash": recipe_hash(recipe),
+        "code_version": code_version,
+    }
+    log_metadata(metadata=facts, infer_model=True)
     if decision.stage is not None:
         get_step_context().model.set_stage(decision.stage, force=True)
     return decision

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from datasets import DatasetDict
-from zenml import get_step_context, log_metadata
+from zenml import get_step_context
 
 from llm_engineering.config import DPOConfig, SFTConfig, TrainingSetup
 from llm_engineering.settings import Settings
@@ -45,15 +45,11 @@ def _lineage(recipe_hash: str, *inputs: str) -> dict[str, str]:
 
 def _log(result: TrainingResult, adapter: str, setup: TrainingSetup, recipe_hash: str) -> None:
     summary = result.summary
-    facts = {
-        "recipe_hash": recipe_hash,
-        "base_model": setup.model.name_or_path,
-        "base_revision": str(setup.model.revision),
-        "train_loss": summary["train_loss"],
-        "steps": summary["steps"],
-        "tokens_per_second": summary["tokens_per_second"],
-        "peak_memory_bytes": summary["peak_memory_bytes"],
+    log_artifact(
+        adapter,
+        recipe_hash=recipe_hash,
+        base_model=setup.model.name_or_path,
+        base_revision=str(setup.model.revision),
+        **{name: summary[name] for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes")},
         **{f"comet_{name}": value for name, value in summary["comet"].items()},
-    }
-    log_artifact(adapter, **facts)
-    log_metadata(metadata={f"{summary['stage']}_{name}": value for name, value in facts.items()}, infer_model=True)
+    )

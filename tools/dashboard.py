@@ -17,6 +17,9 @@ import socket
 import sys
 from pathlib import Path
 
+from llm_engineering.errors import RequestError
+from tools.cli import exit_code
+
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8237
 LOG_LINES_SHOWN = 15
@@ -76,7 +79,7 @@ def serve(listener: socket.socket, url: str) -> None:
 
 
 def main() -> int:
-    """Serve the dashboard and return the exit code."""
+    """Parse the command line and serve; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.dashboard",
         description="Serve ZenML's dashboard over the current local store until Ctrl-C.",
@@ -85,6 +88,10 @@ def main() -> int:
     port = parser.parse_args().port
     if not 0 < port < 65536:
         parser.error(f"--port must be from 1 to 65535, not {port}")
+    return exit_code(lambda: _dashboard(port), debug=False)
+
+
+def _dashboard(port: int) -> int:
     url = f"http://{HOST}:{port}"
 
     # Both end it the same way; a shell's background job starts with SIGINT ignored.
@@ -108,8 +115,9 @@ def main() -> int:
             try:
                 listener.bind((HOST, port))
             except OSError as error:
-                print(f"Cannot use port {port}: {error.strerror}. Choose another one with --port.", file=sys.stderr)
-                return 2
+                raise RequestError(
+                    f"Port {port} cannot be used: {error.strerror}. Choose another one: make dashboard ARGS='--port N'."
+                ) from error
             log = Path(configuration.config_directory) / "dashboard.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             logging.basicConfig(filename=log, filemode="w", level=logging.WARNING, force=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
+import importlib.metadata
+import subprocess
 from pathlib import Path
 
 from llm_engineering.compute.device import choose_device
@@ -14,8 +15,7 @@ from llm_engineering.models import pin_revision
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
 from pipelines.inputs import Inputs
-
-logger = logging.getLogger("llm_engineering.preflight")
+from tools.cli import PROJECT_ROOT
 
 
 def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
@@ -50,7 +50,18 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         preferences=preferences,
         sft_recipe=recipe_hash(sft_stage),
         dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
+        code=_code_version(),
     )
+
+
+def _code_version() -> str:
+    git = ["git", "-C", str(PROJECT_ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {importlib.metadata.version('llm-engineering')}, not a git checkout"
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
 def _file_hash(path: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -18,10 +18,13 @@ from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
 from llm_engineering.errors import RequestError
 
+RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
+# A format: its name, the keys that tell it, and what turns a record into a row.
+Formats = Sequence[tuple[str, frozenset[str], Callable[..., RowT]]]
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bard": "assistant", "chatgpt": "assistant"}
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """A row that cannot be read; `reason` is the short name that quarantine counts by."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -54,19 +57,23 @@ def is_preference_file(path: Path) -> bool:
     return any({"chosen", "rejected"} <= record.value.keys() for record in records)
 
 
-def _read(path: Path, stage: str, formats: Sequence[tuple[str, frozenset[str], Callable[..., Any]]]) -> Any:
+def _read(path: Path, stage: str, formats: Formats[RowT]) -> tuple[str, list[RowT], list[Quarantined]]:
     records, quarantine = read_records(path, stage)
-    rows = []
+    rows: list[RowT] = []
     names: dict[str, int] = {}
     for value, place in records:
         match = next(((name, convert) for name, keys, convert in formats if keys <= value.keys()), None)
         try:
             if match is None:
-                raise BadRow("malformed", f"no {stage} format has the keys {', '.join(map(str, value)) or '(none)'}")
+                raise BadRowError(
+                    "malformed", f"no {stage} format has the keys {', '.join(map(str, value)) or '(none)'}"
+                )
             rows.append(match[1](value, source=f"{path.name}:{place}", origin=_origin(value)))
             names[match[0]] = names.get(match[0], 0) + 1
-        except (BadRow, ValidationError) as error:
-            reason, detail = (error.reason, error.detail) if isinstance(error, BadRow) else ("malformed", _short(error))
+        except (BadRowError, ValidationError) as error:
+            reason, detail = (
+                (error.reason, error.detail) if isinstance(error, BadRowError) else ("malformed", _short(error))
+            )
             quarantine.append(
                 Quarantined(
                     stage=stage, reason=reason, source=str(path), place=place, detail=detail, text=str(value)[:200]
@@ -95,7 +102,7 @@ def _origin(value: dict[str, Any]) -> str:
 
 def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
-        raise BadRow("malformed", f"`{key}` is {type(value).__name__}, expected text")
+        raise BadRowError("malformed", f"`{key}` is {type(value).__name__}, expected text")
     return value
 
 
@@ -103,11 +110,11 @@ def _messages(value: Any, key: str) -> list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
-        raise BadRow("malformed", f"`{key}` is {type(value).__name__}, expected a list of messages")
+        raise BadRowError("malformed", f"`{key}` is {type(value).__name__}, expected a list of messages")
     messages = []
     for turn in value:
         if not isinstance(turn, dict):
-            raise BadRow("malformed", f"`{key}` holds a turn that is {type(turn).__name__}, expected an object")
+            raise BadRowError("malformed", f"`{key}` holds a turn that is {type(turn).__name__}, expected an object")
         role, content = (
             (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
         )
@@ -121,11 +128,11 @@ def _check_order(messages: Sequence[Message]) -> None:
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or [message.role for message in turns] != expected:
-        raise BadRow("wrong_role_order", " → ".join(message.role for message in messages))
+        raise BadRowError("wrong_role_order", " → ".join(message.role for message in messages))
     if any(not message.content.strip() for message in turns if message.role == "assistant"):
-        raise BadRow("empty_answer")
+        raise BadRowError("empty_answer")
     if any(not message.content.strip() for message in turns if message.role == "user"):
-        raise BadRow("empty_prompt")
+        raise BadRowError("empty_prompt")
 
 
 def _instruction(prompt: list[Message], completion: list[Message], source: str, origin: str) -> InstructionRow:
@@ -136,7 +143,7 @@ def _instruction(prompt: list[Message], completion: list[Message], source: str, 
 def _from_conversation(messages: list[Message], source: str, origin: str) -> InstructionRow:
     first = next((i for i, message in enumerate(messages) if message.role == "assistant"), None)
     if first is None:
-        raise BadRow("empty_answer", "the conversation has no assistant turn")
+        raise BadRowError("empty_answer", "the conversation has no assistant turn")
     # What follows the last answer has no answer of its own, so there is nothing in it to learn.
     last = max(i for i, message in enumerate(messages) if message.role == "assistant")
     return _instruction(messages[:first], messages[first : last + 1], source, origin)
@@ -180,7 +187,7 @@ def _preference(value: dict[str, Any], source: str, origin: str) -> PreferenceRo
     else:
         prompt = [turn for turn, other in zip(chosen, rejected, strict=False) if turn == other][: len(chosen) - 1]
         if not prompt:
-            raise BadRow("malformed", "without `prompt`, `chosen` and `rejected` must begin with the same turns")
+            raise BadRowError("malformed", "without `prompt`, `chosen` and `rejected` must begin with the same turns")
     if len(chosen) > len(prompt) and chosen[: len(prompt)] == prompt:
         chosen = chosen[len(prompt) :]
     if len(rejected) > len(prompt) and rejected[: len(prompt)] == prompt:
@@ -191,7 +198,7 @@ def _preference(value: dict[str, Any], source: str, origin: str) -> PreferenceRo
 
 
 # The first format whose keys a row has is the one it is read as.
-_INSTRUCTION_FORMATS: list[tuple[str, frozenset[str], Callable[..., InstructionRow]]] = [
+_INSTRUCTION_FORMATS: Formats[InstructionRow] = [
     ("prompt-completion", frozenset({"prompt", "completion"}), _prompt_completion),
     (
         "messages",
@@ -207,7 +214,7 @@ _INSTRUCTION_FORMATS: list[tuple[str, frozenset[str], Callable[..., InstructionR
     ("alpaca (response)", frozenset({"instruction", "response"}), _alpaca),
     ("alpaca (answer)", frozenset({"instruction", "answer"}), _alpaca),
 ]
-_PREFERENCE_FORMATS: list[tuple[str, frozenset[str], Callable[..., PreferenceRow]]] = [
+_PREFERENCE_FORMATS: Formats[PreferenceRow] = [
     ("sharegpt preference", frozenset({"conversations", "chosen", "rejected"}), _preference),
     ("prompt-chosen-rejected", frozenset({"prompt", "chosen", "rejected"}), _preference),
     ("chosen-rejected", frozenset({"chosen", "rejected"}), _preference),

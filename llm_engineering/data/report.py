@@ -43,7 +43,7 @@ def write_data_report(
         lengths: tokens of each formatted row, by split; of a pair, of its longer half.
     """
     all_lengths = [length for part in lengths.values() for length in part]
-    stages = {
+    stages: dict[str, dict[str, Any]] = {
         stage: {
             "read": ledger.read[stage],
             "kept": ledger.kept[stage],

@@ -33,6 +33,7 @@ class Passage(BaseModel):
 
     @property
     def place(self) -> str:
+        """Where in its document."""
         return f"characters {self.start}-{self.end}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,10 +58,12 @@ class Models:
     @contextmanager
     def use(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
         """The model under this name, for the time of the `with` block."""
-        adapted = isinstance(self.model, PeftModel)
-        if adapted and name != BASE:
-            self.model.set_adapter(name)  # type: ignore[operator]
-        plain = self.model.disable_adapter() if adapted and name == BASE else nullcontext()  # type: ignore[operator]
+        plain: AbstractContextManager[Any] = nullcontext()
+        if isinstance(self.model, PeftModel):
+            if name == BASE:
+                plain = self.model.disable_adapter()
+            else:
+                self.model.set_adapter(name)
         with plain, torch.inference_mode():
             yield self.model
 
@@ -73,8 +75,7 @@ class Models:
         with self.use(name) as model:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                for index, score in zip(batch, self._score(model, [rows[i] for i in batch]), strict=True):
-                    scores[index] = score
+                scores |= dict(zip(batch, self._score(model, [rows[i] for i in batch]), strict=True))
                 progress.advance(len(batch))
         return [scores[index] for index in range(len(rows))]
 
@@ -102,7 +103,7 @@ class Models:
         ids = prompt_ids(messages, self.tokenizer)
         with self.use(name) as model:
             inputs = torch.tensor([ids], device=model.device)
-            output = model.generate(
+            output: Any = model.generate(  # type: ignore[operator]
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
@@ -136,7 +137,7 @@ def labelled_rows(formatted_sft: Dataset) -> list[tuple[list[int], list[int]]]:
 
 def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[tuple[list[int], list[int]]]:
     """`(input_ids, labels)` of each pair's `chosen` or `rejected` answer."""
-    rows: list[dict[str, Any]] = list(formatted_dpo)  # type: ignore[arg-type]
+    rows: list[dict[str, Any]] = list(formatted_dpo)
     return [
         (row["prompt_ids"] + row[f"{answer}_ids"], [IGNORE_INDEX] * len(row["prompt_ids"]) + row[f"{answer}_ids"])
         for row in rows

@@ -33,7 +33,8 @@ def format_rows(
     kept: list[RowT] = []
     quarantine: list[Quarantined] = []
     for row in rows:
-        reason, detail, tokens = "", "", ({}, 0)
+        reason, detail = "", ""
+        tokens: tuple[dict[str, Any], int] = ({}, 0)
         special = _spelt_special_token(row, tokenizer)
         if special:
             reason = "special_token_in_text"

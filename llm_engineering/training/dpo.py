@@ -78,6 +78,7 @@ class _FormattedDPOTrainer(DPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # Of a checkpoint with adapters in subfolders, transformers loads those alone: the reference, and not the
         # policy, which would start over without a word.
+        assert isinstance(self.model, PeftModel)
         self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         self.model.set_adapter("default")
 

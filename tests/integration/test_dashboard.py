@@ -100,7 +100,8 @@ def loopback_only(route: Route) -> None:
 
 def printed_url(process: subprocess.Popen[str]) -> str:
     """Return the URL of the runs page once the dashboard has printed it."""
-    assert process.stdout and process.stderr
+    assert process.stdout
+    assert process.stderr
     # Ends the process when it hangs, so that reading its output ends too.
     watchdog = threading.Timer(SECONDS_TO_START, process.kill)
     watchdog.start()
@@ -160,4 +161,5 @@ def test_taken_port_is_a_usage_error(finished_run: Any) -> None:
             timeout=SECONDS_TO_START,
         )
     assert result.returncode == 2
-    assert "--port" in result.stderr and result.stdout == ""
+    assert "--port" in result.stderr
+    assert result.stdout == ""

@@ -1,0 +1,170 @@
+"""The whole chain through ZenML, on a model of two small layers with the real tokenizer."""
+
+import json
+import signal
+import time
+
+import pytest
+
+READ_BACK = """
+import json, sys
+import tools.cli
+from zenml.client import Client
+import steps.materializers
+found = {}
+for version in Client().list_artifact_versions(size=1000, hydrate=True).items:
+    value = version.load()
+    kind = type(value).__name__
+    rows = {name: len(part) for name, part in value.items()} if kind == "DatasetDict" else None
+    files = sorted(f.name for f in value.path.rglob("*") if f.is_file()) if kind == "Directory" else None
+    found[version.artifact.name] = {"kind": kind, "rows": rows, "files": files, "metadata": dict(version.run_metadata)}
+models = [
+    {"number": v.number, "stage": v.stage, "metadata": dict(v.run_metadata),
+     "artifacts": sorted({**v.data_artifact_ids, **v.model_artifact_ids})}
+    for v in Client().list_model_versions(model="tiny", hydrate=True).items
+]
+print(json.dumps({"artifacts": found, "models": models}, default=str))
+"""
+
+
+@pytest.fixture(scope="module")
+def dpo_run(project, finished_run):
+    run = project.run("dpo")
+    assert run.code == 0, run.stderr
+    return run
+
+
+def test_sft_ends_with_measures_and_places(finished_run):
+    result = finished_run.result.json
+    assert result["status"] == "completed"
+    assert result["pipeline"] == "sft"
+    assert result["metrics"]["heldout_loss_sft"] < result["metrics"]["heldout_loss_base"]
+    assert result["metrics"]["tokens_per_second"] > 0
+    assert result["comet"]["archive"].endswith(".zip")
+    assert {"instruction_dataset", "formatted_sft", "sft_adapter", "training_report", "data_report",
+            "evaluation_report", "promotion_decision"} <= result["artifacts"].keys()  # fmt: skip
+
+
+def test_broken_lines_are_said_aloud(finished_run):
+    assert "malformed 3" in finished_run.result.stderr
+    assert "Error" not in finished_run.result.stderr
+
+
+def test_dpo_starts_from_the_registered_sft_model(finished_run, dpo_run):
+    assert "DPO starts from SFT adapter version 1" in dpo_run.stderr
+    assert "Running sft" not in dpo_run.stderr
+    metrics = dpo_run.json["metrics"]
+    assert metrics["heldout_loss_sft"] == pytest.approx(finished_run.result.json["metrics"]["heldout_loss_sft"])
+    for name in ("heldout_loss_dpo", "preference_accuracy_sft", "preference_accuracy_dpo"):
+        assert name in metrics
+
+
+def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
+    process = project.command("tools.runs", "--limit", "5")
+    assert process.code == 0
+    assert "dpo" in process.stdout
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-c", READ_BACK], env=project.env, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    artifacts = found["artifacts"]
+    assert artifacts["instruction_dataset"]["rows"].keys() == {"train", "validation", "test", "quarantine", "counts"}
+    assert artifacts["instruction_dataset"]["rows"]["quarantine"] == 3
+    assert artifacts["instruction_dataset"]["metadata"]["rows"] == 60
+    assert artifacts["preference_dataset"]["kind"] == "DatasetDict"
+    for name in ("sft_adapter", "dpo_adapter"):
+        assert "adapter_model.safetensors" in artifacts[name]["files"]
+        assert artifacts[name]["metadata"]["base_revision"].startswith("folder-")
+    for name in ("data_report", "training_report", "evaluation_report"):
+        assert {"report.json", "report.html"} <= set(artifacts[name]["files"])
+    assert artifacts["promotion_decision"]["kind"] == "PromotionDecision"
+    # Every file of the store is Arrow, safetensors, JSON, HTML or text: nothing that unpickles.
+    endings = {file.suffix for file in (project.folder / "stores").rglob("*") if file.is_file()}
+    assert not endings & {".pkl", ".pickle", ".bin", ".pt", ".pth"}, endings
+
+    newest = found["models"][0] if found["models"][0]["number"] == 2 else found["models"][-1]
+    assert {"dpo_adapter", "sft_adapter", "preference_dataset", "instruction_dataset", "evaluation_report"} <= set(
+        newest["artifacts"]
+    )
+    assert {"heldout_loss_dpo", "recipe_hash", "code_version", "recipe"} <= newest["metadata"].keys()
+
+
+def test_nothing_changed_is_served_from_the_cache(project, finished_run):
+    again = project.run("sft")
+    assert again.code == 0
+    # The gate acts on the new model version, so it alone runs.
+    ran = [line for line in again.stderr.splitlines() if "│" in line and "completed" in line]
+    assert len(ran) == 1
+    assert "promote" in ran[0]
+    assert again.json["metrics"] == finished_run.result.json["metrics"]
+
+
+def test_reports_show_curves_and_labels(project, finished_run):
+    folder = finished_run.result.json["artifacts"]["training_report"]["uri"]
+    page = open(f"{folder}/files/report.html", encoding="utf-8").read()
+    assert "<script" not in page
+    assert page.count("<svg") >= 3
+    # The last token of each shown row is the end of turn, and it is trained.
+    assert page.count('<span class="e">&lt;|im_end|&gt;</span></p>') == 3
+
+
+def test_chat_asks_the_promoted_model(project, dpo_run):
+    answer = project.command("tools.chat", "--config", str(project.recipe), "--prompt", "Hi", "--max-new-tokens", "4")
+    assert answer.code == 0, answer.stderr
+    assert "tiny version" in answer.stderr
+
+
+def test_dpo_without_an_sft_model_trains_it_first_and_says_so(fresh_project):
+    run = fresh_project.run("dpo", "--set", "generation.max_preferences=20")
+    assert run.code == 0, run.stderr
+    assert "No SFT model is registered: training SFT first" in run.stderr
+    assert "heldout_loss_dpo" in run.json["metrics"]
+
+
+def test_interrupted_training_goes_on(fresh_project):
+    """SIGINT in the middle of training; the same command goes on from the checkpoint, and so does --resume."""
+    many = ["--set", "sft.num_train_epochs=60", "--set", "sft.eval_steps=1000"]
+    process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
+    checkpoints = fresh_project.folder / "outputs" / "training"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("*/checkpoints/checkpoint-8/trainer_state.json")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "the same command goes on" in stderr
+    assert "Traceback" not in stderr
+
+    other = fresh_project.run("sft", *many, "--set", "sft.learning_rate=5e-3", "--resume", "last")
+    assert other.code == 2
+    assert "sft.learning_rate differ" in other.stderr
+    resumed = fresh_project.run("sft", *many, "--resume", "last")
+    assert resumed.code == 0, resumed.stderr
+    assert "going on from" in resumed.stderr
+    nothing = fresh_project.run("sft", *many, "--resume", "last")
+    assert nothing.code == 2
+    assert "is complete: there is nothing to resume" in nothing.stderr
+
+
+def test_retrain_is_one_run(fresh_project):
+    run = fresh_project.run("retrain", "--set", "generation.max_preferences=20")
+    assert run.code == 0, run.stderr
+    assert run.json["pipeline"] == "retrain"
+    assert {"sft_adapter", "dpo_adapter"} <= run.json["artifacts"].keys()
+
+
+def test_documents_to_datasets_with_the_real_model(fresh_project):
+    """Generation on the embedded corpus with the embedded model: real questions for real passages."""
+    run = fresh_project.command(
+        "tools.run", "datasets", "--json", "--set", "documents.max_passages=16", "--set",
+        "data.split.test_fraction=0.4", "--set", "data.split.validation_fraction=0.3", "--set",
+        "generation.rejected_max_new_tokens=12",
+    )  # fmt: skip
+    assert run.code == 0, run.stderr
+    assert {"documents", "instruction_dataset", "preference_dataset"} <= run.json["artifacts"].keys()
+    assert run.json["metrics"] == {}

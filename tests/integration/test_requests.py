@@ -1,0 +1,131 @@
+"""Wrong requests: each with its sentence and its exit code, no traceback, and nothing started."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "sft.learning_rat=1"], "Did you mean `sft.learning_rate`?"),
+        (["--set", "sft.num_train_epochs=many"], "`sft.num_train_epochs` is 'many'"),
+        (["--config", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
+        (["--set", "data.instructions=nowhere.jsonl"], "There is no file nowhere.jsonl"),
+        (["--set", "data.instructions=README.md"], "README.md is in no known format"),
+        (
+            ["--set", "data.instructions=null", "--set", "documents.path=nowhere"],
+            "documents.path nowhere does not exist",
+        ),
+        (["--set", "data.instructions=null", "--set", "documents.path=Makefile"], "Makefile is in no known format"),
+        (["--set", "model.name_or_path=./nowhere"], "there is no such folder"),
+        (["--set", "model.name_or_path=some/model"], "embedded:smollm2-135m-instruct"),
+        (["--set", "compute.device=cuda"], "torch finds no CUDA card"),
+        (["--resume", "last"], "There is no run of sft to resume"),
+        (["--resume", "nothing-like-it"], "There is no run nothing-like-it"),
+    ],
+    ids=lambda value: "-".join(value[-1:]) if isinstance(value, list) else "",
+)
+def test_wrong_request(fresh_project, arguments, words):
+    run = fresh_project.run("sft", *arguments)
+    assert run.code == 2, run.stderr
+    assert words in run.stderr
+    assert run.stderr.startswith("Error: ")
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+    assert not (fresh_project.folder / "outputs" / "training").exists()
+
+
+def test_empty_dataset(fresh_project):
+    empty = fresh_project.folder / "empty.jsonl"
+    empty.write_text("\n")
+    run = fresh_project.run("sft", "--set", f"data.instructions={empty}")
+    assert run.code == 2
+    assert "is empty: there is no row in it" in run.stderr
+
+
+def test_all_rows_dropped(fresh_project):
+    run = fresh_project.run("sft", "--set", "formatting.max_length=8")
+    assert run.code == 1
+    assert "rows of the train split were set aside while formatting" in run.stderr
+    assert "over_long" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("variable", ["LLM_OUTPUT_DIR", "LLM_CACHE_DIR"])
+def test_folder_that_cannot_be_written(fresh_project, variable):
+    blocked = fresh_project.folder / "a-file"
+    blocked.write_text("")
+    fresh_project.env[variable] = str(blocked / "below")
+    run = fresh_project.run("sft")
+    assert run.code == 2
+    assert "cannot be written to" in run.stderr
+    assert variable in run.stderr
+
+
+def test_dry_run_starts_nothing(fresh_project):
+    run = fresh_project.command("tools.run", "retrain", "--config", str(fresh_project.recipe), "--dry-run")
+    assert run.code == 0
+    assert "train_sft → generate_preferences" in run.stdout
+    assert "max_length: 192" in run.stdout
+    assert not (fresh_project.folder / "zenml").exists()
+
+
+def test_debug_shows_the_traceback(fresh_project):
+    run = fresh_project.run("sft", "--debug", "--set", "sft.learning_rat=1")
+    assert run.code == 2
+    assert "Traceback" in run.stderr
+
+
+def test_secrets_are_nowhere(fresh_project):
+    secret = "planted-secret-value"
+    fresh_project.env |= {"HF_TOKEN": secret}
+    run = fresh_project.run("sft")
+    assert run.code == 0, run.stderr
+    assert secret not in run.stdout + run.stderr
+    for file in fresh_project.folder.rglob("*"):
+        if file.is_file():
+            assert secret.encode() not in file.read_bytes(), file
+
+
+def test_inspect_reports_on_a_file(fresh_project):
+    file = fresh_project.folder / "instructions.jsonl"
+    evaluation = fresh_project.folder / "evaluation.jsonl"
+    rows = [
+        {"instruction": "where does the number 7 STAND", "output": "Somewhere else."},
+        {"instruction": "Who painted it?", "output": "Nobody knows."},
+    ]
+    evaluation.write_text("\n".join(map(json.dumps, rows)))
+    run = fresh_project.command("tools.inspect", str(file), "--against", str(evaluation), "--json")
+    assert run.code == 0, run.stderr
+    report = run.json
+    assert (report["format"], report["rows"], report["quarantined"]["malformed"]) == ("alpaca", 63, 3)
+    assert report["rows"] == report["kept"] + sum(report["quarantined"].values())
+    assert report["leaked_into_test"] == 1
+    assert report["fit_to_train"] is False
+    assert "Not fit to train on: 1 rows of the evaluation file stand in it too." in run.stderr
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data of other projects is not beside this checkout")
+@pytest.mark.parametrize(
+    ("name", "format_name", "rows"),
+    [("alpaca_en_demo.json", "alpaca", 999), ("dpo_en_demo.json", "sharegpt preference", 299)],
+)
+def test_inspect_real_data(fresh_project, name, format_name, rows):
+    report = fresh_project.command("tools.inspect", str(SHARED / name), "--json").json
+    assert (report["format"], report["rows"]) == (format_name, rows)
+    assert report["rows"] == report["kept"] + sum(report["quarantined"].values())
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the data of other projects is not beside this checkout")
+def test_own_documents_and_datasets_train(fresh_project):
+    """The three real files through the same commands, on the tiny model: articles, Alpaca rows, many-turn pairs."""
+    steps = ["--set", "sft.max_steps=4", "--set", "dpo.max_steps=3"]
+    own = ["--set", f"data.instructions={SHARED / 'alpaca_en_demo.json'}"]
+    own += ["--set", f"data.preferences={SHARED / 'dpo_en_demo.json'}", "--set", "formatting.max_length=512"]
+    run = fresh_project.run("retrain", *steps, *own)
+    assert run.code == 0, run.stderr
+    assert {"instruction_dataset", "preference_dataset", "dpo_adapter"} <= run.json["artifacts"].keys()

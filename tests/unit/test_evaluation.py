@@ -1,0 +1,109 @@
+"""Held-out measures against hand-computed values, and the gate."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from llm_engineering.compute.device import choose_device
+from llm_engineering.config import LoraConfig, ModelConfig, PromotionConfig
+from llm_engineering.data.rows import Message
+from llm_engineering.evaluation.measures import (
+    AnswerScore,
+    Models,
+    heldout_loss,
+    labelled_answers,
+    preference_accuracy,
+    preference_margin,
+)
+from llm_engineering.evaluation.promotion import decide
+from llm_engineering.models import load_model, load_tokenizer
+from llm_engineering.training.policy import new_policy, save_adapter
+
+
+@pytest.fixture
+def model(tiny_model):
+    return ModelConfig(name_or_path=str(tiny_model), revision="test")
+
+
+def test_scores_are_those_of_the_rows_one_by_one(model, cpu, settings):
+    device = choose_device(cpu)
+    base = load_model(model, settings, device)
+    models = Models(base, {}, load_tokenizer(model, settings), batch_size=2)
+    rows = [
+        ([5, 6, 7, 8, 9, 2], [-100, -100, 7, 8, -100, 2]),
+        ([11, 12, 2], [-100, -100, 2]),
+        ([20, 21, 22, 23, 2], [-100, 21, 22, 23, 2]),
+    ]
+    for score, (ids, labels) in zip(models.scores("base", rows, "loss"), rows, strict=True):
+        log_probs = torch.log_softmax(base(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
+        expected = [float(log_probs[i - 1, label]) for i, label in enumerate(labels) if label != -100]
+        assert score.tokens == len(expected)
+        assert score.log_prob == pytest.approx(sum(expected), abs=1e-4)
+
+
+def test_each_adapter_is_measured_as_itself(model, cpu, settings, tmp_path):
+    device = choose_device(cpu)
+    for name, size in (("sft", 0.5), ("dpo", 1.0)):
+        policy = new_policy(model, LoraConfig(r=2), settings, device)
+        for key, parameter in policy.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.constant_(parameter, size)
+        save_adapter(policy, model, tmp_path / name)
+    adapters = {"sft": tmp_path / "sft", "dpo": tmp_path / "dpo"}
+    models = Models(load_model(model, settings, device), adapters, load_tokenizer(model, settings), batch_size=1)
+    rows = [([5, 6, 7, 2], [-100, 6, 7, 2])]
+    alone = Models(load_model(model, settings, device), {}, load_tokenizer(model, settings), batch_size=1)
+    scores = {name: models.scores(name, rows, "loss")[0].log_prob for name in ("dpo", "base", "sft")}
+    assert scores["base"] == pytest.approx(alone.scores("base", rows, "loss")[0].log_prob, abs=1e-6)
+    assert len({round(score, 4) for score in scores.values()}) == 3
+
+
+def test_answers_say_whether_they_ended(model, cpu, settings):
+    tokenizer = load_tokenizer(model, settings)
+    models = Models(load_model(model, settings, choose_device(cpu)), {}, tokenizer, batch_size=1)
+    sample = models.answer("base", [Message(role="user", content="Hi")], max_new_tokens=3)
+    assert not sample.stopped
+
+
+def test_measures_by_hand():
+    chosen = [AnswerScore(-2.0, 2), AnswerScore(-9.0, 3), AnswerScore(-4.0, 4)]
+    rejected = [AnswerScore(-1.0, 1), AnswerScore(-8.0, 2), AnswerScore(-8.0, 4)]
+    assert heldout_loss(chosen) == pytest.approx(15 / 9)
+    # Means: -1 and -1 (a tie is no win), -3 and -4, -1 and -2.
+    assert preference_accuracy(chosen, rejected) == pytest.approx(2 / 3)
+    assert preference_margin(chosen, rejected) == pytest.approx(2 / 3)
+
+
+def test_answers_of_pairs_are_labelled_alone():
+    pairs = Dataset.from_list([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}])
+    assert labelled_answers(pairs, "chosen") == [([1, 2, 3, 4], [-100, -100, 3, 4])]
+    assert labelled_answers(pairs, "rejected") == [([1, 2, 5], [-100, -100, 5])]
+
+
+GATE = PromotionConfig(min_loss_gain=0.1, min_preference_accuracy_gain=0.0, max_loss_rise_after_dpo=0.1)
+SFT = {"heldout_loss_base": 3.0, "heldout_loss_sft": 2.5}
+DPO = {**SFT, "heldout_loss_dpo": 2.55, "preference_accuracy_sft": 0.2, "preference_accuracy_dpo": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "stage", "failed"),
+    [
+        (SFT, "staging", 0),
+        ({**SFT, "heldout_loss_sft": 2.95}, None, 1),
+        ({**SFT, "heldout_loss_sft": math.nan}, None, 1),
+        (DPO, "staging", 0),
+        ({**DPO, "preference_accuracy_dpo": 0.2}, None, 1),
+        ({**DPO, "heldout_loss_dpo": 2.61}, None, 1),
+        ({**DPO, "heldout_loss_dpo": 2.95, "preference_accuracy_dpo": 0.1}, None, 3),
+    ],
+)
+def test_gate(metrics, stage, failed):
+    decision = decide(metrics, GATE)
+    assert decision.stage == stage
+    assert [rule.passed for rule in decision.rules].count(False) == failed
+
+
+def test_production_only_when_the_recipe_says_so():
+    assert decide(SFT, GATE.model_copy(update={"auto": True})).stage == "production"
