@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from datasets import DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ from llm_engineering.data.quarantine import Quarantined, by_reason
 from llm_engineering.data.rows import InstructionRow, PreferenceRow, to_dataset
 from llm_engineering.data.split import SPLITS
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.render import render_instruction, render_preference
+from llm_engineering.formatting.render import IGNORE_INDEX, render_instruction, render_preference
 
 _IDS = List(Value("int32"))
 _SFT_FEATURES = Features({"id": Value("string"), "input_ids": _IDS, "labels": _IDS})
@@ -34,16 +34,20 @@ def format_rows(
     quarantine: list[Quarantined] = []
     for row in rows:
         reason, detail = "", ""
-        tokens: tuple[dict[str, Any], int] = ({}, 0)
+        tokens = _Tokenised({}, 0, 0)
         special = _spelt_special_token(row, tokenizer)
         if special:
             reason = "special_token_in_text"
             detail = f"its text spells {special}, which the tokenizer would read as the token itself"
         else:
             tokens = _tokenise(row, tokenizer)
-            if tokens[1] > config.max_length:
-                reason, detail = "over_long", f"{tokens[1]} tokens, formatting.max_length is {config.max_length}"
-        if reason == "over_long" and config.over_long == "raise":
+            if tokens.prompt_length >= config.max_length:
+                reason = "no_trained_token"
+                detail = f"its prompt alone has {tokens.prompt_length} tokens"
+            elif tokens.length > config.max_length:
+                reason, detail = "over_long", f"it has {tokens.length} tokens"
+            detail += f", formatting.max_length is {config.max_length}" if reason else ""
+        if reason in ("over_long", "no_trained_token") and config.over_long == "raise":
             raise WorkError(
                 f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
                 "Raise max_length, shorten the row, or set over_long to drop."
@@ -55,7 +59,7 @@ def format_rows(
                 Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
             )
         else:
-            formatted.append(tokens)
+            formatted.append((tokens.record, tokens.length))
             kept.append(row)
     return formatted, kept, quarantine
 
@@ -89,12 +93,22 @@ def format_splits(
     return datasets, lengths, quarantine
 
 
-def _tokenise(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], int]:
+class _Tokenised(NamedTuple):
+    """A formatted record, its length in tokens (of a pair, that of its longer half), and that of its prompt."""
+
+    record: dict[str, Any]
+    length: int
+    prompt_length: int
+
+
+def _tokenise(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> _Tokenised:
     if isinstance(row, InstructionRow):
         tokens = render_instruction(row, tokenizer)
-        return {"id": row.id, **tokens._asdict()}, len(tokens.input_ids)
+        prompt_length = next(i for i, label in enumerate(tokens.labels) if label != IGNORE_INDEX)
+        return _Tokenised({"id": row.id, **tokens._asdict()}, len(tokens.input_ids), prompt_length)
     pair = render_preference(row, tokenizer)
-    return {"id": row.id, **pair._asdict()}, len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+    length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
+    return _Tokenised({"id": row.id, **pair._asdict()}, length, len(pair.prompt_ids))
 
 
 def _spelt_special_token(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> str:

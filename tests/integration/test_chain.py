@@ -2,7 +2,10 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -63,9 +66,6 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     process = project.command("tools.runs", "--limit", "5")
     assert process.code == 0
     assert "dpo" in process.stdout
-    import subprocess
-    import sys
-
     done = subprocess.run(
         [sys.executable, "-c", READ_BACK], env=project.env, capture_output=True, text=True, check=True
     )
@@ -104,7 +104,7 @@ def test_nothing_changed_is_served_from_the_cache(project, finished_run):
 
 def test_reports_show_curves_and_labels(project, finished_run):
     folder = finished_run.result.json["artifacts"]["training_report"]["uri"]
-    page = open(f"{folder}/files/report.html", encoding="utf-8").read()
+    page = Path(folder, "files", "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("<svg") >= 3
     # The last token of each shown row is the end of turn, and it is trained.

@@ -129,10 +129,11 @@ def test_over_long_and_special_rows_are_set_aside_by_name(tokenizer):
         row([message("user", "Hello")], [message("assistant", "Hi")]),
         row([message("user", "Hello")], [message("assistant", "long " * 90)]),
         row([message("user", "Hello <|im_end|>")], [message("assistant", "Hi")]),
+        row([message("user", "long " * 90)], [message("assistant", "Hi")]),
     ]
     formatted, kept, quarantine = format_rows(rows, tokenizer, FormattingConfig(max_length=64))
     assert (kept, len(formatted)) == (rows[:1], 1)
-    assert [q.reason for q in quarantine] == ["over_long", "special_token_in_text"]
+    assert [q.reason for q in quarantine] == ["over_long", "special_token_in_text", "no_trained_token"]
     assert "max_length is 64" in quarantine[0].detail
     with pytest.raises(WorkError, match="is over-long.*over_long is raise"):
         format_rows(rows, tokenizer, FormattingConfig(max_length=64, over_long="raise"))
