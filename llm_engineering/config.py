@@ -54,6 +54,7 @@ class GenerationConfig(Block):
     batch_size: int = Field(16, ge=1)
     question_max_new_tokens: int = Field(32, ge=1)
     rejected_max_new_tokens: int = Field(64, ge=1)
+    rejected_temperature: float = Field(1.0, ge=0)
     max_preferences: int | None = Field(None, ge=1)
 
 

@@ -78,6 +78,7 @@ def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
             recipe.compute,
             recipe.generation.batch_size,
             recipe.generation.rejected_max_new_tokens,
+            recipe.generation.rejected_temperature,
             recipe.generation.max_preferences,
             recipe.seed,
         )
@@ -95,4 +96,4 @@ def _train_and_judge_dpo(recipe: Recipe, inputs: Inputs, instructions: Any, form
     formatted_dpo, _ = format_preferences(preferences, recipe.model, recipe.formatting)
     adapter, _ = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
     report = evaluate_dpo(formatted, formatted_dpo, instructions, sft_adapter, adapter, recipe.evaluation, recipe.setup)
-    promote(report, recipe, inputs.code)
+    promote(report, recipe, inputs.code, sft_adapter)

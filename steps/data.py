@@ -116,6 +116,7 @@ def generate_preferences(
     compute: ComputeConfig,
     batch_size: int,
     rejected_max_new_tokens: int,
+    rejected_temperature: float,
     max_preferences: int | None,
     seed: int,
 ) -> Annotated[DatasetDict, "preference_candidates"]:
@@ -123,7 +124,9 @@ def generate_preferences(
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
     local = open_local_model(model, compute, batch_size, Settings())
-    made, rejected = generate_from_rows(rows, local, rejected_max_new_tokens, max_preferences, seed)
+    made, rejected = generate_from_rows(
+        rows, local, rejected_max_new_tokens, rejected_temperature, max_preferences, seed
+    )
     ledger.record("preference", len(rows), len(made), rejected)
     log_rows("preference_candidates", ledger, "preference", generated_by=local.identity)
     return DatasetDict(rows=preference_dataset(made), **ledger.datasets())

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from datasets import DatasetDict
-from zenml import get_step_context, log_metadata
+from zenml import get_step_context, link_artifact_to_model, log_metadata
 from zenml.materializers import PydanticMaterializer
 
 from llm_engineering.config import EvaluationConfig, Recipe, TrainingSetup
@@ -73,9 +73,12 @@ def _evaluate(
 # Never cached: it acts on the model version of this run, which ties together what the steps made or took from the cache.
 @project_step(output_materializers=PydanticMaterializer, enable_cache=False)
 def promote(
-    evaluation_report: Directory, recipe: Recipe, code_version: str
+    evaluation_report: Directory, recipe: Recipe, code_version: str, sft_adapter: Directory | None = None
 ) -> Annotated[PromotionDecision, "promotion_decision"]:
-    """Judge this run's model by its measures; a pass moves its model version to a stage."""
+    """Judge this run's model by its measures; a pass moves its model version to a stage.
+
+    `sft_adapter` is what DPO started from, perhaps in an earlier run: it belongs to this run's model version too.
+    """
     report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
     decision = decide(report["metrics"], recipe.promotion)
     log_artifact("promotion_decision", passed=decision.passed, stage=str(decision.stage))
@@ -86,6 +89,10 @@ def promote(
         "code_version": code_version,
     }
     log_metadata(metadata=facts, infer_model=True)
+    context = get_step_context()
+    if sft_adapter is not None:
+        for version in context.step_run.inputs["sft_adapter"]:
+            link_artifact_to_model(version, context.model)
     if decision.stage is not None:
-        get_step_context().model.set_stage(decision.stage, force=True)
+        context.model.set_stage(decision.stage, force=True)
     return decision

@@ -49,7 +49,7 @@ class AnswerStore:
 
 
 class LocalModel:
-    """Greedy answers of a model in this process.
+    """Answers of a model in this process.
 
     Args:
         identity: what the answers depend on besides the request: the model, its revision and precision.
@@ -70,15 +70,22 @@ class LocalModel:
         self.batch_size = batch_size
 
     def answer(
-        self, requests: Sequence[Messages], max_new_tokens: int, what: str, stop: Sequence[str] = ()
+        self,
+        requests: Sequence[Messages],
+        max_new_tokens: int,
+        what: str,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[str]:
         """Answer every request, in order, with at most `max_new_tokens` tokens each.
 
         Args:
             what: what is made, for the progress line, e.g. `questions`.
             stop: strings that end an answer; they stay in it.
+            temperature: 0 takes the likeliest token each time; 1 draws from the model's own distribution, with the seed.
         """
-        settings = [self.identity, max_new_tokens, *stop]
+        settings = [self.identity, max_new_tokens, list(stop), temperature, seed if temperature else 0]
         keys = [hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24] for request in requests]
         prompts = {
             key: str(self.tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False))
@@ -95,20 +102,28 @@ class LocalModel:
             logger.info("%d of %d %s are stored already", len(order) - count, len(order), what)
         progress = Progress(what, count)
         for batch in missing:
-            answers = self._generate([prompts[key] for key in batch], max_new_tokens, stop)
+            answers = self._generate(
+                [prompts[key] for key in batch], max_new_tokens, stop, temperature, int(batch[0], 16)
+            )
             self.store.add(dict(zip(batch, answers, strict=True)))
             progress.advance(len(batch))
         return [self.store.answers[key] for key in keys]
 
-    def _generate(self, prompts: list[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+    def _generate(
+        self, prompts: list[str], max_new_tokens: int, stop: Sequence[str], temperature: float, seed: int
+    ) -> list[str]:
         inputs = self.tokenizer(
             prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
         ).to(self.model.device)
-        with torch.inference_mode():
+        # top_k 0 and top_p 1: the whole distribution, whatever the model's own generation defaults cut off.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        with torch.inference_mode(), torch.random.fork_rng():
+            # A seed for each batch, from its first request: a batch draws the same whether or not others were stored.
+            torch.manual_seed(seed % 2**63)
             output = self.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **(sampling if temperature else {"do_sample": False}),
                 pad_token_id=self.tokenizer.pad_token_id,
                 **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
             )

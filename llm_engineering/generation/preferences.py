@@ -11,7 +11,12 @@ from llm_engineering.generation.local import LocalModel
 
 
 def generate_preferences(
-    rows: Sequence[InstructionRow], model: LocalModel, max_new_tokens: int, max_rows: int | None, seed: int
+    rows: Sequence[InstructionRow],
+    model: LocalModel,
+    max_new_tokens: int,
+    temperature: float,
+    max_rows: int | None,
+    seed: int,
 ) -> tuple[list[PreferenceRow], list[Quarantined]]:
     """Let the model answer each row's prompt. With `max_rows`, that many rows are drawn with the seed."""
     quarantine: list[Quarantined] = []
@@ -31,7 +36,7 @@ def generate_preferences(
             if index not in chosen
         ]
     requests = [[message.model_dump() for message in row.prompt] for row in drawn]
-    answers = model.answer(requests, max_new_tokens, "rejected answers")
+    answers = model.answer(requests, max_new_tokens, "rejected answers", temperature=temperature, seed=seed)
     made = [
         PreferenceRow(
             prompt=row.prompt,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.conftest import ROOT
+
 READ_BACK = """
 import json, sys
 import tools.cli
@@ -21,9 +23,11 @@ for version in Client().list_artifact_versions(size=1000, hydrate=True).items:
     rows = {name: len(part) for name, part in value.items()} if kind == "DatasetDict" else None
     files = sorted(f.name for f in value.path.rglob("*") if f.is_file()) if kind == "Directory" else None
     found[version.artifact.name] = {"kind": kind, "rows": rows, "files": files, "metadata": dict(version.run_metadata)}
+def linked(version):
+    links = Client().list_model_version_artifact_links(model_version_id=version.id, size=100, hydrate=True).items
+    return sorted({link.artifact_version.artifact.name for link in links})
 models = [
-    {"number": v.number, "stage": v.stage, "metadata": dict(v.run_metadata),
-     "artifacts": sorted({**v.data_artifact_ids, **v.model_artifact_ids})}
+    {"number": v.number, "stage": v.stage, "metadata": dict(v.run_metadata), "artifacts": linked(v)}
     for v in Client().list_model_versions(model="tiny", hydrate=True).items
 ]
 print(json.dumps({"artifacts": found, "models": models}, default=str))
@@ -67,8 +71,9 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     assert process.code == 0
     assert "dpo" in process.stdout
     done = subprocess.run(
-        [sys.executable, "-c", READ_BACK], env=project.env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", READ_BACK], env=project.env, cwd=ROOT, capture_output=True, text=True, check=False
     )
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     artifacts = found["artifacts"]
     assert artifacts["instruction_dataset"]["rows"].keys() == {"train", "validation", "test", "quarantine", "counts"}
@@ -85,7 +90,7 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     endings = {file.suffix for file in (project.folder / "stores").rglob("*") if file.is_file()}
     assert not endings & {".pkl", ".pickle", ".bin", ".pt", ".pth"}, endings
 
-    newest = found["models"][0] if found["models"][0]["number"] == 2 else found["models"][-1]
+    newest = max(found["models"], key=lambda version: version["number"])
     assert {"dpo_adapter", "sft_adapter", "preference_dataset", "instruction_dataset", "evaluation_report"} <= set(
         newest["artifacts"]
     )

@@ -53,6 +53,14 @@ def test_stored_answers_are_not_asked_for_again(model, monkeypatch):
     assert asked == []
 
 
+def test_drawn_answers_depend_on_the_seed_alone(model, tmp_path):
+    drawn = model().answer(REQUESTS, 4, "answers", temperature=1.0, seed=1)
+    (tmp_path / "answers.jsonl").unlink()
+    assert model().answer(REQUESTS, 4, "answers", temperature=1.0, seed=1) == drawn
+    assert model().answer(REQUESTS, 4, "answers", temperature=1.0, seed=2) != drawn
+    assert model().answer(REQUESTS, 4, "answers") != drawn
+
+
 def test_killed_in_the_middle_ends_with_the_same_answers(model, monkeypatch, tmp_path):
     expected = model().answer(REQUESTS, 4, "answers")
     (tmp_path / "answers.jsonl").unlink()
@@ -105,7 +113,7 @@ def test_preferences_keep_what_is_not_drawn_in_the_books(model):
         )
         for i in range(5)
     ]
-    made, rejected = generate_preferences(rows, model(), 4, max_rows=3, seed=1)
+    made, rejected = generate_preferences(rows, model(), 4, temperature=1.0, max_rows=3, seed=1)
     assert (len(made), [q.reason for q in rejected]) == (3, ["not_drawn", "not_drawn"])
     assert all(row.chosen[0].content.startswith("A") for row in made)
     assert len({row.source for row in made} | {q.source for q in rejected}) == 5
