@@ -56,7 +56,7 @@ def settings(tmp_path, monkeypatch) -> Settings:
     return Settings()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cpu() -> ComputeConfig:
     """The same arithmetic on every machine."""
     return ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")

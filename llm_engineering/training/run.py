@@ -130,10 +130,9 @@ def run_training(
             trainer.remove_callback(printer)
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         logger.info(
-            "%s: %d rows of at most %d a device, effective batch %d = %d per device × %d accumulated × 1 process",
+            "%s: %d rows to train on, effective batch %d = %d per device × %d accumulated",
             stage,
             len(trainer.train_dataset),  # type: ignore[arg-type]
-            config.per_device_train_batch_size,
             batch,
             config.per_device_train_batch_size,
             config.gradient_accumulation_steps,

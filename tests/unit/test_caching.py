@@ -116,13 +116,9 @@ def test_no_import_that_the_hash_cannot_follow():
 
 
 SCRIPT = """
-import pathlib, sys
-sys.path.insert(0, {folder!r})
 from zenml import pipeline
 from zenml.client import Client
-from zenml.utils.source_utils import set_custom_source_root
-set_custom_source_root({folder!r})
-import steps_of_test as steps
+from steps import of_test as steps
 
 @pipeline
 def cached():
@@ -130,7 +126,7 @@ def cached():
     steps.ours()
 
 run = cached()
-states = {{name: str(step.status) for name, step in Client().get_pipeline_run(run.id).steps.items()}}
+states = {name: str(step.status) for name, step in Client().get_pipeline_run(run.id).steps.items()}
 print("STATES", states["bare"], states["ours"])
 """
 
@@ -160,7 +156,7 @@ def test_zenml_alone_serves_stale_results_and_project_steps_do_not(tmp_path):
         (project / package / "__init__.py").write_text("")
     shutil.copy(ROOT / "steps" / "caching.py", project / "steps" / "caching.py")
     (project / "steps" / "of_test.py").write_text(STEPS)
-    (project / "steps_of_test.py").write_text("from steps.of_test import bare, ours\n")
+    (project / "run_of_test.py").write_text(SCRIPT)
     helper = project / "llm_engineering" / "helper_of_test.py"
     environment = {
         **os.environ,
@@ -172,7 +168,7 @@ def test_zenml_alone_serves_stale_results_and_project_steps_do_not(tmp_path):
     def states(value):
         helper.write_text(f"def helper() -> int:\n    return {value}\n")
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT.format(folder=str(project))],
+            [sys.executable, "run_of_test.py"],
             capture_output=True,
             text=True,
             env=environment,
