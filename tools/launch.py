@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from pydantic import ValidationError
 from zenml import Model
 from zenml.client import Client
-from zenml.enums import ExecutionStatus
+from zenml.enums import ExecutionMode, ExecutionStatus
 from zenml.models import PipelineRunResponse
 
 from llm_engineering.config import Recipe
@@ -59,8 +60,14 @@ def check_resumable(run: str, pipeline: str, recipe: Recipe) -> None:
         raise RequestError(f"Run {former.name} is no run of {name}. `make runs` lists the last runs.")
     if former.status == ExecutionStatus.COMPLETED:
         raise RequestError(f"Run {former.name} is complete: there is nothing to resume. Leave --resume out.")
-    then = former.config.parameters or {}
-    different = _differences(then.get("recipe", {}), recipe.model_dump(mode="json"))
+    try:
+        # ZenML keeps the values that were set: validation adds the defaults again.
+        then = Recipe.model_validate((former.config.parameters or {})["recipe"])
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"Run {former.name} was made with another version of the recipe's schema. Leave --resume out to start anew."
+        ) from error
+    different = _differences(then.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if different:
         raise RequestError(
             f"Run {former.name} was made with another recipe: {', '.join(different)} differ. "
@@ -86,7 +93,12 @@ def _registered_adapter(sft_recipe: str) -> Any:
 
 def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:
     model = Model(name=recipe.name, tags=["llm-engineering"], save_models_to_registry=False)
-    configured = pipeline.with_options(model=model, enable_cache=None if cache else False)
+    configured = pipeline.with_options(
+        model=model,
+        enable_cache=None if cache else False,
+        # The other modes raise an error that names the step and not what was wrong.
+        execution_mode=ExecutionMode.FAIL_FAST,
+    )
     logger.info("Running %s", pipeline.name)
     run = configured(recipe=recipe, inputs=inputs, **arguments)
     assert isinstance(run, PipelineRunResponse)

@@ -70,9 +70,10 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     process = project.command("tools.runs", "--limit", "5")
     assert process.code == 0
     assert "dpo" in process.stdout
-    done = subprocess.run(
-        [sys.executable, "-c", READ_BACK], env=project.env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    script = project.folder / "read_back.py"
+    script.write_text(READ_BACK)
+    env = {**project.env, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     artifacts = found["artifacts"]
@@ -101,7 +102,7 @@ def test_nothing_changed_is_served_from_the_cache(project, finished_run):
     again = project.run("sft")
     assert again.code == 0
     # The gate acts on the new model version, so it alone runs.
-    ran = [line for line in again.stderr.splitlines() if "│" in line and "completed" in line]
+    ran = [line for line in again.stderr.splitlines() if "│ sft: " in line and "completed" in line]
     assert len(ran) == 1
     assert "promote" in ran[0]
     assert again.json["metrics"] == finished_run.result.json["metrics"]
@@ -166,7 +167,7 @@ def test_retrain_is_one_run(fresh_project):
 def test_documents_to_datasets_with_the_real_model(fresh_project):
     """Generation on the embedded corpus with the embedded model: real questions for real passages."""
     run = fresh_project.command(
-        "tools.run", "datasets", "--json", "--set", "documents.max_passages=16", "--set",
+        "tools.run", "datasets", "--json", "--set", "documents.max_passages=24", "--set",
         "data.split.test_fraction=0.4", "--set", "data.split.validation_fraction=0.3", "--set",
         "generation.rejected_max_new_tokens=12",
     )  # fmt: skip

@@ -29,7 +29,7 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-STEPS = ("read_documents", "train_sft", "evaluate_sft")
+STEPS = ("load_instructions", "train_sft", "evaluate_sft")
 SECONDS_TO_START = 120
 SECONDS_TO_END = 30
 SECONDS_TO_SHOW = 30
