@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from zenml import Model
 from zenml.client import Client
 from zenml.enums import ExecutionMode, ExecutionStatus
+from zenml.exceptions import RunInterruptedException
 from zenml.models import PipelineRunResponse
 
 from llm_engineering.config import Recipe
@@ -100,7 +101,11 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
         execution_mode=ExecutionMode.FAIL_FAST,
     )
     logger.info("Running %s", pipeline.name)
-    run = configured(recipe=recipe, inputs=inputs, **arguments)
+    try:
+        run = configured(recipe=recipe, inputs=inputs, **arguments)
+    except RunInterruptedException as error:
+        # ZenML's own name for Ctrl-C inside a step.
+        raise KeyboardInterrupt from error
     assert isinstance(run, PipelineRunResponse)
     return Client().get_pipeline_run(run.id)
 
