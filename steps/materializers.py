@@ -7,12 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
+from datasets import Dataset, DatasetDict
 from pydantic import BaseModel, ConfigDict
 from zenml.enums import ArtifactType, VisualizationType
 
 # The integration calls itself unavailable, but its import registers the materializer; without it a dataset
 # would be pickled.
-from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import HFDatasetMaterializer
+from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import (
+    DEFAULT_DATASET_DIR,
+)
+from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import (
+    HFDatasetMaterializer as ZenMLDatasetMaterializer,
+)
 from zenml.materializers.base_materializer import BaseMaterializer
 from zenml.utils import io_utils
 
@@ -25,6 +31,21 @@ class Directory(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: Path
+
+
+class HFDatasetMaterializer(ZenMLDatasetMaterializer):
+    """ZenML's, for datasets that may be empty: by itself datasets 4.8 writes no file for them, and cannot read that."""
+
+    ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Dataset, DatasetDict)
+
+    def save(self, ds: Dataset | DatasetDict) -> None:
+        """Write the dataset, with one file for what is empty."""
+        shards: Any = (
+            {name: None if len(part) else 1 for name, part in ds.items()} if isinstance(ds, DatasetDict) else 1
+        )
+        with self.get_temporary_directory(delete_at_exit=True) as folder:
+            ds.save_to_disk(folder, num_shards=shards)
+            io_utils.copy_dir(folder, os.path.join(self.uri, DEFAULT_DATASET_DIR))
 
 
 class DirectoryMaterializer(BaseMaterializer):

@@ -158,8 +158,13 @@ def test_interrupted_training_goes_on(fresh_project):
 
 
 def test_retrain_is_one_run(fresh_project):
-    run = fresh_project.run("retrain", "--set", "generation.max_preferences=20")
+    # A file with nothing to set aside: an empty quarantine is stored and read like any other.
+    lines = (fresh_project.folder / "instructions.jsonl").read_text().splitlines(keepends=True)
+    clean = fresh_project.folder / "clean.jsonl"
+    clean.write_text("".join(line for line in lines if line.endswith("}\n")))
+    run = fresh_project.run("retrain", "--set", "generation.max_preferences=50", "--set", f"data.instructions={clean}")
     assert run.code == 0, run.stderr
+    assert "malformed" not in run.stderr
     assert run.json["pipeline"] == "retrain"
     assert {"sft_adapter", "dpo_adapter"} <= run.json["artifacts"].keys()
 
