@@ -74,13 +74,54 @@ class SplitConfig(Block):
         return self
 
 
+# What happens to rows that a rule matches. `report` keeps them and lists them; `drop_generated` drops those that a
+# model wrote and reports the others.
+Action = Literal["off", "report", "drop", "drop_generated"]
+PrivateAction = Literal["off", "report", "mask", "drop"]
+
+
+class RulesConfig(Block):
+    """The checks of the data, each with what happens to the rows it matches."""
+
+    empty_answer: Action = "drop"
+    chosen_equals_rejected: Action = "drop"
+    exact_duplicate: Action = "drop"
+    near_duplicate: Action = "drop"
+    refusal: Action = "drop_generated"
+    truncated_answer: Action = "drop_generated"
+    mentions_passage: Action = "drop_generated"
+    conflicting_answers: Action = "report"
+    language_outlier: Action = "report"
+    length_outlier: Action = "report"
+    personal_data: PrivateAction = "report"
+    secret: PrivateAction = "report"
+
+
 class DataConfig(Block):
-    """The user's own datasets instead of generated ones, and how rows are split."""
+    """The user's own datasets instead of generated ones, and how rows are checked and split.
+
+    A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` behind it names one of several splits.
+    """
 
     instructions: str | None = None
     preferences: str | None = None
+    test_instructions: str | None = None
+    test_preferences: str | None = None
+    format: str | None = None
+    columns: dict[str, str] = {}
+    rules: RulesConfig = RulesConfig()
     near_duplicate_threshold: float = Field(0.8, gt=0, lt=1)
+    decontaminate_against: list[str] = []
+    decontaminate_ngram: int = Field(13, ge=1)
+    strict: bool = False
     split: SplitConfig = SplitConfig()
+
+    @model_validator(mode="after")
+    def _own_test_split(self) -> Self:
+        for kind in ("instructions", "preferences"):
+            if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
+                raise ValueError(f"test_{kind} is set, but {kind} is not: a test split goes with a dataset of one's own")
+        return self
 
 
 class FormattingConfig(Block):
