@@ -116,6 +116,12 @@ class DataConfig(Block):
     strict: bool = False
     split: SplitConfig = SplitConfig()
 
+    @property
+    def checks(self) -> DataConfig:
+        """The part that decides what becomes of rows, wherever they are read from."""
+        sources = ("instructions", "preferences", "test_instructions", "test_preferences", "format", "columns")
+        return DataConfig.model_validate(self.model_dump(exclude=set(sources)))
+
     @model_validator(mode="after")
     def _own_test_split(self) -> Self:
         for kind in ("instructions", "preferences"):

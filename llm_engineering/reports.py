@@ -64,14 +64,23 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
     return _svg(figure)
 
 
-def histogram(values: Sequence[float], x_label: str, limit: float | None = None) -> Markup:
-    """A histogram, with a line at `limit`."""
+def histogram(counts: Mapping[int, int], x_label: str, limit: float | None = None) -> Markup:
+    """A histogram of values counted by value, with a line at `limit`."""
     figure, axes = plt.subplots(figsize=(7, 2.5))
-    axes.hist(values, bins=min(40, max(5, len(set(values)))), color=BLUE)
+    bins = min(40, max(5, len(counts)))
+    axes.hist(list(counts), bins=bins, weights=list(counts.values()), color=BLUE)
     if limit is not None:
         axes.axvline(limit, color=ORANGE, linestyle="--", label=f"limit {limit:g}")
         axes.legend(frameon=False)
     axes.set(xlabel=x_label, ylabel="rows")
+    return _svg(figure)
+
+
+def bars(counts: Mapping[str, int], x_label: str, y_label: str) -> Markup:
+    """A bar for each name."""
+    figure, axes = plt.subplots(figsize=(7, 2))
+    axes.bar(list(counts), list(counts.values()), color=BLUE, width=0.6)
+    axes.set(xlabel=x_label, ylabel=y_label)
     return _svg(figure)
 
 

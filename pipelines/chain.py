@@ -54,7 +54,7 @@ def retrain(recipe: Recipe, inputs: Inputs) -> None:
 
 def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
     if recipe.data.instructions is not None:
-        candidates = load_instructions(recipe.data.instructions, inputs.instructions)
+        candidates = load_instructions(recipe.data.instructions, recipe.data.test_instructions, recipe.data, inputs.instructions)
     else:
         candidates = generate_instructions(
             read_documents(recipe.documents, inputs.documents),
@@ -65,12 +65,12 @@ def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
             recipe.generation.question_max_new_tokens,
             recipe.seed,
         )
-    return prepare_instructions(candidates, recipe.data.near_duplicate_threshold, recipe.data.split)
+    return prepare_instructions(candidates, recipe.data.checks, inputs.evaluation)
 
 
 def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
     if recipe.data.preferences is not None:
-        candidates = load_preferences(recipe.data.preferences, inputs.preferences)
+        candidates = load_preferences(recipe.data.preferences, recipe.data.test_preferences, recipe.data, inputs.preferences)
     else:
         candidates = generate_preferences(
             instructions,
@@ -82,7 +82,7 @@ def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
             recipe.generation.max_preferences,
             recipe.seed,
         )
-    return prepare_preferences(candidates, recipe.data.near_duplicate_threshold, recipe.data.split)
+    return prepare_preferences(candidates, recipe.data.checks, inputs.evaluation)
 
 
 def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any]:

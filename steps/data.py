@@ -1,25 +1,17 @@
 """Steps from documents to formatted datasets."""
 
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 from datasets import Dataset, DatasetDict
 
-from llm_engineering.config import ComputeConfig, DocumentsConfig, FormattingConfig, ModelConfig, SplitConfig
-from llm_engineering.data.formats import read_instructions, read_preferences
+from llm_engineering.config import ComputeConfig, DataConfig, DocumentsConfig, FormattingConfig, ModelConfig
 from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.load import load_evaluation, load_rows
+from llm_engineering.data.prepare import check_splits, prepare
 from llm_engineering.data.report import write_data_report
-from llm_engineering.data.rows import (
-    InstructionRow,
-    PreferenceRow,
-    instruction_dataset,
-    instruction_row,
-    preference_dataset,
-    preference_row,
-)
-from llm_engineering.data.split import SPLITS, split_rows
-from llm_engineering.data.validate import validate_instructions, validate_preferences
+from llm_engineering.data.rows import instruction_dataset, instruction_row, preference_dataset
+from llm_engineering.data.split import SPLITS
+from llm_engineering.data.storage import work_folder
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
@@ -67,28 +59,19 @@ def generate_instructions(
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
-def load_instructions(path: str, content_hash: str) -> Annotated[DatasetDict, "instruction_candidates"]:
-    """Read the user's own instruction dataset."""
-    name, rows, rejected = read_instructions(Path(path))
-    ledger = Ledger()
-    ledger.record("instruction", len(rows) + len(rejected), len(rows), rejected)
-    log_rows("instruction_candidates", ledger, "instruction", path=path, content_hash=content_hash, format=name)
-    return DatasetDict(rows=instruction_dataset(rows), **ledger.datasets())
+def load_instructions(
+    path: str, test_path: str | None, data: DataConfig, content_hash: str
+) -> Annotated[DatasetDict, "instruction_candidates"]:
+    """Read the user's own instruction dataset, and the test split that goes with it."""
+    return _load("instruction", path, test_path, data, content_hash)
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def prepare_instructions(
-    candidates: DatasetDict, near_duplicate_threshold: float, split: SplitConfig
+    candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
 ) -> Annotated[DatasetDict, "instruction_dataset"]:
-    """Validate and split."""
-    ledger = Ledger.load(candidates)
-    rows, rejected = validate_instructions(
-        [instruction_row(record) for record in candidates["rows"]], near_duplicate_threshold
-    )
-    ledger.record("instruction", len(candidates["rows"]), len(rows), rejected)
-    parts = split_rows(rows, split, "instruction", ledger.quarantine)
-    log_rows("instruction_dataset", ledger, "instruction", **{name: len(part) for name, part in parts.items()})
-    return DatasetDict({name: instruction_dataset(part) for name, part in parts.items()}, **ledger.datasets())
+    """Check, judge and split. `evaluation_hash` stands for the content of `data.decontaminate_against`."""
+    return _prepare("instruction", candidates, checks, evaluation_hash)
 
 
 @project_step(output_materializers={"formatted_sft": HFDatasetMaterializer, "data_report": DirectoryMaterializer})
@@ -96,17 +79,8 @@ def format_instructions(
     dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
 ) -> tuple[Annotated[DatasetDict, "formatted_sft"], Annotated[Directory, "data_report"]]:
     """Render and label every row, and report on the data."""
-    ledger = Ledger.load(dataset)
-    splits: dict[str, list[InstructionRow]] = {
-        name: [instruction_row(record) for record in dataset[name]] for name in SPLITS
-    }
-    formatted, lengths, rejected = format_splits(splits, load_tokenizer(model, Settings()), formatting)
-    ledger.record("instruction", sum(map(len, splits.values())), sum(map(len, formatted.values())), rejected)
-    folder = Path(tempfile.mkdtemp())
-    report = write_data_report(folder, "instruction", ledger, splits, lengths, formatting.max_length)
-    log_rows("formatted_sft", ledger, "instruction", tokens=report["tokens"]["total"], base_model=model.name_or_path)
-    log_rows("data_report", ledger, "instruction", **report["rows"])
-    return formatted, Directory(path=folder)
+    formatted, report = _format("instruction", "formatted_sft", dataset, model, formatting)
+    return formatted, report
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
@@ -133,43 +107,62 @@ def generate_preferences(
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
-def load_preferences(path: str, content_hash: str) -> Annotated[DatasetDict, "preference_candidates"]:
-    """Read the user's own preference dataset."""
-    name, rows, rejected = read_preferences(Path(path))
-    ledger = Ledger()
-    ledger.record("preference", len(rows) + len(rejected), len(rows), rejected)
-    log_rows("preference_candidates", ledger, "preference", path=path, content_hash=content_hash, format=name)
-    return DatasetDict(rows=preference_dataset(rows), **ledger.datasets())
+def load_preferences(
+    path: str, test_path: str | None, data: DataConfig, content_hash: str
+) -> Annotated[DatasetDict, "preference_candidates"]:
+    """Read the user's own preference dataset, and the test split that goes with it."""
+    return _load("preference", path, test_path, data, content_hash)
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def prepare_preferences(
-    candidates: DatasetDict, near_duplicate_threshold: float, split: SplitConfig
+    candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
 ) -> Annotated[DatasetDict, "preference_dataset"]:
-    """Validate and split."""
-    ledger = Ledger.load(candidates)
-    rows, rejected = validate_preferences(
-        [preference_row(record) for record in candidates["rows"]], near_duplicate_threshold
-    )
-    ledger.record("preference", len(candidates["rows"]), len(rows), rejected)
-    parts = split_rows(rows, split, "preference", ledger.quarantine)
-    log_rows("preference_dataset", ledger, "preference", **{name: len(part) for name, part in parts.items()})
-    return DatasetDict({name: preference_dataset(part) for name, part in parts.items()}, **ledger.datasets())
+    """Check, judge and split. `evaluation_hash` stands for the content of `data.decontaminate_against`."""
+    return _prepare("preference", candidates, checks, evaluation_hash)
 
 
 @project_step(output_materializers={"formatted_dpo": HFDatasetMaterializer, "data_report": DirectoryMaterializer})
 def format_preferences(
     dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
 ) -> tuple[Annotated[DatasetDict, "formatted_dpo"], Annotated[Directory, "data_report"]]:
-    """Render every pair, and report on the data."""
+    """Render and label every pair, and report on the data."""
+    formatted, report = _format("preference", "formatted_dpo", dataset, model, formatting)
+    return formatted, report
+
+
+def _load(kind: str, path: str, test_path: str | None, data: DataConfig, content_hash: str) -> DatasetDict:
+    ledger = Ledger()
+    folder = work_folder()
+    loaded = load_rows(path, kind, data, folder / "rows.arrow", ledger)
+    candidates = DatasetDict(rows=loaded.rows)
+    if test_path is not None:
+        candidates["test_rows"] = load_rows(test_path, kind, data, folder / "test.arrow", ledger, "_test").rows
+    log_rows(f"{kind}_candidates", ledger, kind, path=path, content_hash=content_hash, format=loaded.format)
+    return DatasetDict(**candidates, **ledger.datasets())
+
+
+def _prepare(kind: str, candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None) -> DatasetDict:
+    ledger = Ledger.load(candidates)
+    evaluation = load_evaluation(checks.decontaminate_against, checks.decontaminate_ngram)
+    own_test = candidates.get("test_rows")
+    prepared = prepare(candidates["rows"], kind, checks, ledger, work_folder(), own_test, evaluation)
+    check_splits(prepared.splits, kind, ledger)
+    facts = {name: len(part) for name, part in prepared.splits.items()}
+    if evaluation_hash is not None:
+        facts["evaluation_hash"] = evaluation_hash
+    log_rows(f"{kind}_dataset", ledger, kind, **facts)
+    return DatasetDict(**prepared.splits, **prepared.tables(), **ledger.datasets())
+
+
+def _format(
+    kind: str, output: str, dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
+) -> tuple[DatasetDict, Directory]:
     ledger = Ledger.load(dataset)
-    splits: dict[str, list[PreferenceRow]] = {
-        name: [preference_row(record) for record in dataset[name]] for name in SPLITS
-    }
-    formatted, lengths, rejected = format_splits(splits, load_tokenizer(model, Settings()), formatting)
-    ledger.record("preference", sum(map(len, splits.values())), sum(map(len, formatted.values())), rejected)
-    folder = Path(tempfile.mkdtemp())
-    report = write_data_report(folder, "preference", ledger, splits, lengths, formatting.max_length)
-    log_rows("formatted_dpo", ledger, "preference", tokens=report["tokens"]["total"], base_model=model.name_or_path)
-    log_rows("data_report", ledger, "preference", **report["rows"])
-    return formatted, Directory(path=folder)
+    folder = work_folder()
+    splits = {name: dataset[name] for name in SPLITS}
+    formatted, lengths = format_splits(splits, kind, load_tokenizer(model, Settings()), formatting, folder, ledger)
+    report = write_data_report(folder / "report", kind, ledger, dataset, lengths, formatting.max_length)
+    log_rows(output, ledger, kind, tokens=report["tokens"]["total"], base_model=model.name_or_path)
+    log_rows("data_report", ledger, kind, **report["rows"])
+    return formatted, Directory(path=folder / "report")

@@ -10,7 +10,11 @@ from llm_engineering.data.ledger import Ledger
 def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
     """Log how many rows of a stage were read, kept and set aside, and further facts, on an output artifact."""
     log_artifact(
-        artifact, read=ledger.read[stage], rows=ledger.kept[stage], quarantined=len(ledger.quarantine), **facts
+        artifact,
+        read=ledger.read[stage],
+        rows=ledger.kept[stage],
+        quarantined=sum(reasons.total() for reasons in ledger.reasons.values()),
+        **facts,
     )
 
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_from_disk
 from pydantic import BaseModel, ConfigDict
 from zenml.enums import ArtifactType, VisualizationType
 
@@ -34,7 +34,11 @@ class Directory(BaseModel):
 
 
 class HFDatasetMaterializer(ZenMLDatasetMaterializer):
-    """ZenML's, for datasets that may be empty: by itself datasets 4.8 writes no file for them, and cannot read that."""
+    """ZenML's, without what grows with the rows or fails on none.
+
+    By itself it copies a dataset to a temporary folder each time it is read and computes statistics of all its values
+    in memory; and datasets 4.8 writes no file for an empty dataset, which it then cannot read.
+    """
 
     ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Dataset, DatasetDict)
 
@@ -45,7 +49,27 @@ class HFDatasetMaterializer(ZenMLDatasetMaterializer):
         )
         with self.get_temporary_directory(delete_at_exit=True) as folder:
             ds.save_to_disk(folder, num_shards=shards)
-            io_utils.copy_dir(folder, os.path.join(self.uri, DEFAULT_DATASET_DIR))
+            io_utils.copy_dir(folder, self._files)
+
+    def load(self, data_type: type[Any]) -> Dataset | DatasetDict:
+        """The dataset, memory-mapped: in place from a local store, from a temporary copy otherwise."""
+        if os.path.isdir(self._files):
+            return load_from_disk(self._files)
+        local = tempfile.mkdtemp(prefix="artifact-")
+        io_utils.copy_dir(self._files, local)
+        return load_from_disk(local)
+
+    def extract_metadata(self, ds: Dataset | DatasetDict) -> dict[str, Any]:
+        """Rows of each split, and bytes."""
+        parts = ds if isinstance(ds, DatasetDict) else {"rows": ds}
+        return {
+            "splits": {name: len(part) for name, part in parts.items()},
+            "bytes": sum(part.data.nbytes for part in parts.values()),
+        }
+
+    @property
+    def _files(self) -> str:
+        return os.path.join(self.uri, DEFAULT_DATASET_DIR)
 
 
 class DirectoryMaterializer(BaseMaterializer):

@@ -19,8 +19,8 @@ logger = logging.getLogger("llm_engineering.inspect")
 def main() -> int:
     """Print the report; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.inspect", description="Report on a dataset file.")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--against", type=Path, metavar="EVAL_FILE", help="look for its rows in FILE")
+    parser.add_argument("file", help="a file, a folder that datasets saved, or a hub id; #split chooses a split")
+    parser.add_argument("--against", metavar="EVAL_FILE", help="look for its rows in FILE")
     parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    if str(arguments.file) in ("", "."):
+    if arguments.file in ("", "."):
         raise RequestError("There is no file to inspect. Name one: make inspect DATA=rows.jsonl")
     recipe = load_recipe(arguments.config, arguments.set)
 
@@ -44,7 +44,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     settings = Settings()
     settings.check_writable()
     tokenizer = load_tokenizer(pin_revision(recipe.model), settings)
-    folder = settings.llm_output_dir / "inspect" / arguments.file.stem
+    folder = settings.llm_output_dir / "inspect" / Path(arguments.file).name.partition(".")[0]
     report = inspect_file(arguments.file, arguments.against, tokenizer, recipe.data, recipe.formatting, folder)
     _print(report, folder)
     if arguments.json:
@@ -59,6 +59,8 @@ def _print(report: dict[str, Any], folder: Path) -> None:
         logger.info("  set aside:       %d %s", count, reason)
     logger.info("Exact duplicates:  %d", report["exact_duplicates"])
     logger.info("Near duplicates:   %d", report["near_duplicates"])
+    for rule, count in report["findings"].items():
+        logger.info("  kept, but:       %d %s", count, rule)
     logger.info("Leaked into test:  %d", report["leaked_into_test"])
     logger.info("Tokens:            %s", ", ".join(f"{name} {value:g}" for name, value in report["tokens"].items()))
     logger.info("Report:            %s", folder / "report.html")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import subprocess
-from pathlib import Path
+from collections.abc import Sequence
 
 from llm_engineering.compute.device import choose_device
-from llm_engineering.config import Recipe
-from llm_engineering.data.formats import read_instructions, read_preferences
+from llm_engineering.config import DataConfig, Recipe
+from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.models import pin_revision
 from llm_engineering.recipes import recipe_hash
@@ -27,27 +26,25 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     """
     Settings().check_writable()
     choose_device(recipe.compute)
-    documents = instructions = preferences = None
-    if recipe.data.instructions is None:
-        documents = documents_hash(recipe.documents)
-    else:
-        read_instructions(Path(recipe.data.instructions))
-        instructions = _file_hash(recipe.data.instructions)
-    if recipe.data.preferences is not None:
-        read_preferences(Path(recipe.data.preferences))
-        preferences = _file_hash(recipe.data.preferences)
+    data = recipe.data
+    documents = documents_hash(recipe.documents) if data.instructions is None else None
+    instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
+    preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    # The names of the recipe's own columns say nothing about another's file.
+    evaluation = _datasets(data.decontaminate_against, None, DataConfig())
     recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
     sft_stage = {
-        "inputs": [documents, instructions],
+        "inputs": [documents, instructions, evaluation],
         "questions": [recipe.generation.question_max_new_tokens, recipe.generation.batch_size],
         **recipe.model_dump(mode="json", include={"model", "seed", "formatting", "sft"}),
         "documents": recipe.documents.model_dump() if instructions is None else None,
-        "data": recipe.data.model_dump(exclude={"instructions", "preferences"}),
+        "data": recipe.data.checks.model_dump(),
     }
     return recipe, Inputs(
         documents=documents,
         instructions=instructions,
         preferences=preferences,
+        evaluation=evaluation,
         sft_recipe=recipe_hash(sft_stage),
         dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
         code=_code_version(),
@@ -64,5 +61,9 @@ def _code_version() -> str:
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
-def _file_hash(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+def _datasets(references: Sequence[str | None], kind: str | None, config: DataConfig) -> str | None:
+    """Open datasets once, so that a wrong one is told now, and hash them; None where none is named."""
+    named = [reference for reference in references if reference is not None]
+    for reference in named:
+        open_dataset(reference, kind, config)
+    return "-".join(map(dataset_hash, named)) or None

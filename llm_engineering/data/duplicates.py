@@ -1,59 +1,200 @@
-"""Finds near duplicates with MinHash and locality-sensitive hashing (Broder 1997), by the library datasketch."""
+"""Finds near duplicates with MinHash and locality-sensitive hashing (Broder 1997), by the library rensa.
+
+Texts are compared as sets of three-word shingles. Each text's MinHash is cut into bands; texts that share a band are
+candidates, and every candidate is checked by the exact Jaccard similarity. What is kept of each text stands in files,
+so that memory does not grow with their number: its bands' hashes, and those of its shingles.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
 
-from datasketch import MinHash, MinHashLSH
+import numpy as np
+from numpy.typing import NDArray
+from rensa import RMinHash
 
 SHINGLE_WORDS = 3
-# 128 permutations estimate a Jaccard similarity to about ±0.09; every candidate is then checked exactly.
 PERMUTATIONS = 128
+_SEED = 1
+# Share of the pairs right at the threshold that must become candidates.
+_RECALL = 0.999
+# Rows that are sorted at a time: 32 MB of hashes and row numbers.
+_PART_ROWS = 2**21
+# A text of a group is compared with so many texts of it that are unlike each other. Without a bound, a thousand rows
+# from one template would take a million comparisons.
+_MAX_LEADERS = 8
+# In scripts without spaces a run of letters is a sentence, not a word: each sign counts as one.
+_SIGN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_SIGN}]|[^\W{_SIGN}]+")
 
 
-class NearDuplicates:
-    """Texts added so far, and which of them a new text nearly repeats.
+class Sketches(NamedTuple):
+    """What near duplicates of n texts are found by.
 
-    Args:
-        threshold: Jaccard similarity of the sets of three-word shingles, from which two texts count as the same.
+    Attributes:
+        bands: hashes of the MinHash's bands, shape (n, bands).
+        shingles: hashes of the distinct shingles of all texts, one after the other.
+        counts: shingles of each text, shape (n,).
     """
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self.index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-        self.shingles: dict[str, frozenset[str]] = {}
-
-    def find(self, text: str) -> str | None:
-        """The key of the most similar text at or above the threshold, or None."""
-        shingles = _shingles(text)
-        scored = [(_jaccard(shingles, self.shingles[key]), key) for key in self.index.query(_minhash(shingles))]
-        best = max(scored, default=(0.0, ""))
-        return best[1] if best[0] >= self.threshold else None
-
-    def add(self, key: str, text: str) -> None:
-        """Add a text under a key that was not used before."""
-        shingles = _shingles(text)
-        self.shingles[key] = shingles
-        self.index.insert(key, _minhash(shingles))
+    bands: NDArray[np.uint64]
+    shingles: NDArray[np.uint64]
+    counts: NDArray[np.uint32]
 
 
 def normalised(text: str) -> str:
     """The words of a text, without case, punctuation and space."""
-    return " ".join(re.findall(r"\w+", text.lower()))
+    return " ".join(_WORD.findall(text.lower()))
 
 
-def _shingles(text: str) -> frozenset[str]:
-    words = normalised(text).split()
+def band_count(threshold: float) -> int:
+    """Bands of a MinHash: as few as find a pair at the threshold with a probability of 0.999.
+
+    A pair of similarity s shares one of b bands of r values with probability 1 - (1 - s^r)^b
+    (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4).
+    """
+    for rows in range(PERMUTATIONS // 4, 0, -1):
+        bands = PERMUTATIONS // rows
+        if 1 - (1 - threshold**rows) ** bands >= _RECALL:
+            return bands
+    return PERMUTATIONS
+
+
+def sketch(texts: Sequence[str], threshold: float) -> Sketches:
+    """Sketch texts so that those of at least this Jaccard similarity are found."""
+    # rensa's type stubs call the result a list of lists of Python integers.
+    hashed = [np.unique(np.array(h, np.uint64)) for h in RMinHash.hash_token_sets([_shingles(t) for t in texts])]
+    counts = np.array([len(one) for one in hashed], np.uint32)
+    shingles = np.concatenate(hashed) if hashed else np.empty(0, np.uint64)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.uint64)
+    digests = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets, PERMUTATIONS, _SEED)
+    bands = band_count(threshold)
+    rows = PERMUTATIONS // bands
+    values = np.array(digests.to_rows(), np.uint64).reshape(len(texts), PERMUTATIONS)[:, : bands * rows]
+    return Sketches(_combine(values.reshape(len(texts), bands, rows)), shingles, counts)
+
+
+def groups(path: Path) -> Iterator[NDArray[np.int64]]:
+    """Positions of equal values in a file of uint64, ascending, for each value that stands there more than once.
+
+    Values are sorted in parts that fit into memory, each part holding all places of its values.
+    """
+    parts = max(1, -(-path.stat().st_size // (8 * _PART_ROWS)))
+    for part in range(parts):
+        positions, values, start = [], [], 0
+        with path.open("rb") as file:
+            while len(chunk := np.fromfile(file, np.uint64, _PART_ROWS)):
+                chosen = np.flatnonzero(chunk % np.uint64(parts) == part)
+                positions.append(chosen + start)
+                values.append(chunk[chosen])
+                start += len(chunk)
+        if not values:
+            return
+        found = np.concatenate(values)
+        order = np.argsort(found, kind="stable")
+        found, places = found[order], np.concatenate(positions)[order]
+        starts = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]]))
+        ends = np.append(starts[1:], len(found))
+        for first, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
+            yield places[first:end]
+
+
+class Clusters:
+    """Rows joined into clusters (union-find); a cluster's number is its first row."""
+
+    def __init__(self, rows: int) -> None:
+        self.first = np.arange(rows, dtype=np.int64)
+
+    def find(self, row: int) -> int:
+        """The first row of a row's cluster."""
+        while self.first[row] != row:
+            self.first[row] = self.first[self.first[row]]
+            row = int(self.first[row])
+        return row
+
+    def join(self, one: int, other: int) -> None:
+        """Join the clusters of two rows."""
+        low, high = sorted((self.find(one), self.find(other)))
+        self.first[high] = low
+
+    def members(self) -> Iterator[list[int]]:
+        """The rows of each cluster of two or more, ascending."""
+        found: dict[int, list[int]] = {}
+        for row in np.flatnonzero(self.first != np.arange(len(self.first))).tolist():
+            found.setdefault(self.find(row), []).append(row)
+        for first in sorted(found):
+            yield [first, *found[first]]
+
+
+def join_near_duplicates(clusters: Clusters, bands: Sequence[Path], shingles: ShingleFile, threshold: float) -> None:
+    """Join rows whose shingle sets have at least this Jaccard similarity.
+
+    Args:
+        bands: a file of uint64 for each band, a value for each row.
+    """
+    for path in bands:
+        for group in groups(path):
+            leaders: list[tuple[int, frozenset[int]]] = []
+            for row in group.tolist():
+                roots = {clusters.find(leader) for leader, _ in leaders}
+                if clusters.find(row) in roots:
+                    continue
+                own = shingles.of(row)
+                near = next((leader for leader, other in leaders if _jaccard(own, other) >= threshold), None)
+                if near is not None:
+                    clusters.join(near, row)
+                elif len(leaders) < _MAX_LEADERS:
+                    leaders.append((row, own))
+
+
+class ShingleFile:
+    """The shingle hashes of each row, in a file.
+
+    Args:
+        path: uint64, of all rows one after the other.
+        counts: how many each row has.
+    """
+
+    def __init__(self, path: Path, counts: NDArray[np.uint32]) -> None:
+        self._file = path.open("rb")
+        self._ends = np.cumsum(counts, dtype=np.int64)
+        self._counts = counts
+
+    def of(self, row: int) -> frozenset[int]:
+        """The hashes of a row's shingles."""
+        count = int(self._counts[row])
+        self._file.seek(8 * (int(self._ends[row]) - count))
+        return frozenset(np.fromfile(self._file, np.uint64, count).tolist())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def _shingles(text: str) -> list[str]:
+    words = _WORD.findall(text.lower())
+    if not words:
+        # Nothing but punctuation: only the same text is like it.
+        return [text]
     count = max(1, len(words) - SHINGLE_WORDS + 1)
-    return frozenset(" ".join(words[i : i + SHINGLE_WORDS]) for i in range(count))
+    return [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(count)]
 
 
-def _minhash(shingles: Iterable[str]) -> MinHash:
-    sketch = MinHash(num_perm=PERMUTATIONS)
-    sketch.update_batch([shingle.encode() for shingle in sorted(shingles)])
-    return sketch
+def _combine(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Hash the last axis to one value (FNV-1a over whole words)."""
+    combined = np.full(values.shape[:-1], 14695981039346656037, np.uint64)
+    for k in range(values.shape[-1]):
+        combined = (combined ^ values[..., k]) * np.uint64(1099511628211)
+    return combined
 
 
-def _jaccard(one: frozenset[str], other: frozenset[str]) -> float:
+def _jaccard(one: frozenset[int], other: frozenset[int]) -> float:
     return len(one & other) / len(one | other)

@@ -2,95 +2,146 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from datasets import DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.config import FormattingConfig
-from llm_engineering.data.quarantine import Quarantined, by_reason
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, to_dataset
-from llm_engineering.data.split import SPLITS
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, instruction_row, preference_row
+from llm_engineering.data.storage import TableWriter, stream_records
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX, render_instruction, render_preference
+from llm_engineering.progress import Progress
 
 _IDS = List(Value("int32"))
 _SFT_FEATURES = Features({"id": Value("string"), "input_ids": _IDS, "labels": _IDS})
 _DPO_FEATURES = Features({"id": Value("string"), "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
-RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
+SAMPLE_ROWS = 5
+Row = InstructionRow | PreferenceRow
+
+
+class FormattedRow(NamedTuple):
+    """A row as token ids.
+
+    Attributes:
+        record: what the trainer reads; empty for a row that is set aside.
+        length: tokens; of a pair, those of its longer half; 0 where the row could not be tokenised.
+        rejected: why the row is set aside, or None.
+    """
+
+    row: Row
+    record: dict[str, Any]
+    length: int
+    rejected: Quarantined | None
+
+
+class Lengths:
+    """Lengths of rows in tokens and in turns, counted by value: a few hundred numbers for any number of rows."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Counter[int]] = {}
+        self.all: Counter[int] = Counter()
+        self.turns: Counter[int] = Counter()
+        self.samples: list[tuple[str, Row]] = []
+
+    def add(self, split: str, formatted: FormattedRow) -> None:
+        """Count a row of a split."""
+        if formatted.length:
+            self.all[formatted.length] += 1
+        if formatted.rejected is None:
+            kept = self.kept.setdefault(split, Counter())
+            kept[formatted.length] += 1
+            row = formatted.row
+            self.turns[len(row.prompt) + len(row.completion if isinstance(row, InstructionRow) else row.chosen)] += 1
+            if kept.total() <= SAMPLE_ROWS:
+                self.samples.append((split, row))
 
 
 def format_rows(
-    rows: Sequence[RowT], tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
-) -> tuple[list[tuple[dict[str, Any], int]], list[RowT], list[Quarantined]]:
-    """Token ids of each row with its length (of a pair, that of its longer half), the rows kept, and those set aside.
+    rows: Iterable[Row], stage: str, tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
+) -> Iterator[FormattedRow]:
+    """Token ids of each row, or the reason why it is set aside.
 
     Raises:
         WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
     """
-    formatted: list[tuple[dict[str, Any], int]] = []
-    kept: list[RowT] = []
-    quarantine: list[Quarantined] = []
     for row in rows:
         reason, detail = "", ""
-        tokens = _Tokenised({}, 0, 0)
+        record, length = {}, 0
         special = _spelt_special_token(row, tokenizer)
         if special:
             reason = "special_token_in_text"
             detail = f"its text spells {special}, which the tokenizer would read as the token itself"
         else:
-            tokens = _tokenise(row, tokenizer)
-            if tokens.prompt_length >= config.max_length:
-                reason = "no_trained_token"
-                detail = f"its prompt alone has {tokens.prompt_length} tokens"
-            elif tokens.length > config.max_length:
-                reason, detail = "over_long", f"it has {tokens.length} tokens"
+            record, length, prompt_length = _tokenise(row, tokenizer)
+            if prompt_length >= config.max_length:
+                reason, detail = "no_trained_token", f"its prompt alone has {prompt_length} tokens"
+            elif length > config.max_length:
+                reason, detail = "over_long", f"it has {length} tokens"
             detail += f", formatting.max_length is {config.max_length}" if reason else ""
         if reason in ("over_long", "no_trained_token") and config.over_long == "raise":
             raise WorkError(
                 f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
                 "Raise max_length, shorten the row, or set over_long to drop."
             )
-        if reason:
-            stage = "instruction" if isinstance(row, InstructionRow) else "preference"
-            text = row.prompt[-1].content[:200]
-            quarantine.append(
-                Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
-            )
-        else:
-            formatted.append((tokens.record, tokens.length))
-            kept.append(row)
-    return formatted, kept, quarantine
+        if not reason:
+            yield FormattedRow(row, record, length, None)
+            continue
+        text = row.prompt[-1].content[:200]
+        rejected = Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
+        yield FormattedRow(row, {}, length, rejected)
 
 
 def format_splits(
-    splits: dict[str, list[RowT]], tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
-) -> tuple[DatasetDict, dict[str, list[int]], list[Quarantined]]:
-    """Formatted datasets by split, the rows' lengths by split, and what was set aside.
+    splits: Mapping[str, Dataset],
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: FormattingConfig,
+    folder: Path,
+    ledger: Ledger,
+) -> tuple[DatasetDict, Lengths]:
+    """Formatted datasets by split, written to a folder, and the rows' lengths.
 
     Instruction rows become `input_ids` and `labels` (-100 where nothing is trained), preference rows `prompt_ids`,
-    `chosen_ids` and `rejected_ids`; all lists of token ids.
+    `chosen_ids` and `rejected_ids`; all lists of token ids. What is set aside is entered in the ledger.
+
+    Args:
+        kind: `instruction` or `preference`.
 
     Raises:
         WorkError: as `format_rows`, or no row of a split is left.
     """
+    to_row = instruction_row if kind == "instruction" else preference_row
+    features = _SFT_FEATURES if kind == "instruction" else _DPO_FEATURES
     datasets = DatasetDict()
-    lengths: dict[str, list[int]] = {}
-    quarantine: list[Quarantined] = []
-    for name in SPLITS:
-        formatted, _, rejected = format_rows(splits[name], tokenizer, config)
-        if not formatted:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items())
+    lengths = Lengths()
+    progress = Progress(f"{kind} rows tokenised", sum(map(len, splits.values())))
+    for name, split in splits.items():
+        reasons: Counter[str] = Counter()
+        with TableWriter(folder / f"formatted-{name}.arrow", features) as table:
+            for formatted in format_rows(map(to_row, stream_records(split)), kind, tokenizer, config):
+                lengths.add(name, formatted)
+                if formatted.rejected is None:
+                    table.write(formatted.record)
+                else:
+                    reasons[formatted.rejected.reason] += 1
+                    ledger.set_aside([formatted.rejected])
+                progress.advance()
+        if not table.rows:
+            counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise WorkError(
-                f"All {len(splits[name])} rows of the {name} split were set aside while formatting ({reasons}). "
+                f"All {len(split)} rows of the {name} split were set aside while formatting ({counts}). "
                 "If they are over-long, raise formatting.max_length."
             )
-        features = _SFT_FEATURES if isinstance(splits[name][0], InstructionRow) else _DPO_FEATURES
-        datasets[name] = to_dataset([record for record, _ in formatted], features)
-        lengths[name] = [length for _, length in formatted]
-        quarantine += rejected
-    return datasets, lengths, quarantine
+        datasets[name] = table.dataset()
+    ledger.record(kind, sum(map(len, splits.values())), sum(map(len, datasets.values())))
+    return datasets, lengths
 
 
 class _Tokenised(NamedTuple):
@@ -101,7 +152,7 @@ class _Tokenised(NamedTuple):
     prompt_length: int
 
 
-def _tokenise(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> _Tokenised:
+def _tokenise(row: Row, tokenizer: PreTrainedTokenizerBase) -> _Tokenised:
     if isinstance(row, InstructionRow):
         tokens = render_instruction(row, tokenizer)
         prompt_length = next(i for i, label in enumerate(tokens.labels) if label != IGNORE_INDEX)
@@ -111,7 +162,7 @@ def _tokenise(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenize
     return _Tokenised({"id": row.id, **pair._asdict()}, length, len(pair.prompt_ids))
 
 
-def _spelt_special_token(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> str:
+def _spelt_special_token(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     completions = [row.completion] if isinstance(row, InstructionRow) else [row.chosen, row.rejected]
-    texts: Sequence[str] = [m.content for messages in (row.prompt, *completions) for m in messages]
+    texts = [m.content for messages in (row.prompt, *completions) for m in messages]
     return next((t for t in tokenizer.all_special_tokens if any(t in text for text in texts)), "")

@@ -1,0 +1,192 @@
+"""Looks at rows one by one, in batches and over the cores: rules, split, language, and what duplicates are found by."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from numpy.typing import NDArray
+
+from llm_engineering.config import DataConfig
+from llm_engineering.data.contamination import EvaluationIndex
+from llm_engineering.data.duplicates import Sketches, normalised, sketch
+from llm_engineering.data.language import language_of
+from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.rows import (
+    INSTRUCTION_FEATURES,
+    PREFERENCE_FEATURES,
+    InstructionRow,
+    Message,
+    PreferenceRow,
+    instruction_row,
+    preference_row,
+)
+from llm_engineering.data.rules import RowRules, is_generated
+from llm_engineering.data.split import SPLITS, prompt_text, row_text, split_key, split_of
+
+# Starting a process takes some seconds, as long as one process needs for so many rows.
+_ROWS_FOR_PROCESSES = 20_000
+
+
+class Examined(NamedTuple):
+    """A batch of rows after the first look. Arrays have a value for each kept row.
+
+    Attributes:
+        kept: the rows as Arrow, with their ids.
+        rejected: rows that a rule dropped.
+        findings: position in `kept`, rule and detail of what a rule reports.
+        ids, prompts, answers, others: hashes of the row, its prompt, what is learned, and what is rejected (0 for
+            instruction rows).
+        sides: index into `SPLITS`.
+        generated: 1 where a model wrote of the row, else 0.
+        lengths: characters of prompt and answer.
+        languages: ISO 639-1 codes; empty where the text is too short to tell.
+    """
+
+    kept: pa.RecordBatch
+    rejected: list[Quarantined]
+    findings: list[tuple[int, str, str]]
+    ids: NDArray[np.uint64]
+    prompts: NDArray[np.uint64]
+    answers: NDArray[np.uint64]
+    others: NDArray[np.uint64]
+    sides: NDArray[np.uint8]
+    generated: NDArray[np.uint8]
+    lengths: NDArray[np.uint32]
+    languages: list[str]
+    sketches: Sketches
+
+
+class Examiner:
+    """The first look at rows of one kind.
+
+    Args:
+        stage: what the quarantine counts by.
+        kind: `instruction` or `preference`.
+        side: the split of all rows; None splits them by their document or prompt.
+        evaluation: rows that training rows must not share n-grams with.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        kind: str,
+        config: DataConfig,
+        side: str | None,
+        has_own_test: bool,
+        evaluation: EvaluationIndex | None,
+    ) -> None:
+        self.stage = stage
+        self.kind = kind
+        self.config = config
+        self.side = side
+        self.has_own_test = has_own_test
+        self.evaluation = evaluation
+        self.rules = RowRules(config.rules)
+
+    def __call__(self, batch: pa.RecordBatch) -> Examined:
+        """Examine a batch of records in the columns of the canonical rows."""
+        to_row = instruction_row if self.kind == "instruction" else preference_row
+        kept: list[InstructionRow | PreferenceRow] = []
+        sides: list[int] = []
+        rejected: list[Quarantined] = []
+        findings: list[tuple[int, str, str]] = []
+        for record in batch.to_pylist():
+            row: InstructionRow | PreferenceRow = to_row(record)
+            side = self.side or split_of(split_key(row), self.config.split, self.has_own_test)
+            checked = self.rules.check(row)
+            reason, detail = checked.reason, checked.detail
+            if not reason and self.evaluation is not None and side == "train":
+                shared = self.evaluation.match(checked.row)
+                if shared:
+                    reason, detail = "contaminated", f"shares with data.decontaminate_against: {shared}"
+            if reason:
+                rejected.append(_quarantined(self.stage, checked.row, reason, detail))
+                continue
+            findings += [(len(kept), finding.rule, finding.detail) for finding in checked.findings]
+            kept.append(checked.row)
+            sides.append(SPLITS.index(side))
+        texts = [row_text(row) for row in kept]
+        records = [row.record() for row in kept]
+        features = INSTRUCTION_FEATURES if self.kind == "instruction" else PREFERENCE_FEATURES
+        looks_for_language = self.config.rules.language_outlier != "off"
+        return Examined(
+            kept=pa.RecordBatch.from_pylist(records, schema=features.arrow_schema),
+            rejected=rejected,
+            findings=findings,
+            ids=np.array([int(record["id"], 16) for record in records], np.uint64),
+            prompts=np.array([_hash(prompt_text(row)) for row in kept], np.uint64),
+            answers=np.array([_hash(_folded(learned(row))) for row in kept], np.uint64),
+            others=np.array(
+                [_hash(_folded(row.rejected)) if isinstance(row, PreferenceRow) else 0 for row in kept], np.uint64
+            ),
+            sides=np.array(sides, np.uint8),
+            generated=np.array([is_generated(row) for row in kept], np.uint8),
+            lengths=np.array([len(text) for text in texts], np.uint32),
+            languages=[(language_of(text) or "") if looks_for_language else "" for text in texts],
+            sketches=sketch(texts, self.config.near_duplicate_threshold),
+        )
+
+
+def examine(batches: Iterable[pa.RecordBatch], rows: int, examiner: Examiner) -> Iterator[Examined]:
+    """Examine batches in their order, in several processes if there are rows enough.
+
+    Args:
+        rows: how many there are in all.
+    """
+    processes = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+    if rows < _ROWS_FOR_PROCESSES or processes == 1:
+        yield from map(examiner, batches)
+        return
+    waiting: deque[Future[Examined]] = deque()
+    # Not forked: a process with threads (torch, Arrow) may hang in its copy.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(examiner,)) as pool:
+        try:
+            for batch in batches:
+                waiting.append(pool.submit(_examine, batch))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _quarantined(stage: str, row: InstructionRow | PreferenceRow, reason: str, detail: str) -> Quarantined:
+    """A row's entry in the quarantine."""
+    text = row.prompt[-1].content[:200] if row.prompt else ""
+    return Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
+
+
+def learned(row: InstructionRow | PreferenceRow) -> list[Message]:
+    """The answer that training makes likelier."""
+    return row.completion if isinstance(row, InstructionRow) else row.chosen
+
+
+_examiner: Examiner
+
+
+def _start(examiner: Examiner) -> None:
+    global _examiner
+    _examiner = examiner
+
+
+def _examine(batch: pa.RecordBatch) -> Examined:
+    return _examiner(batch)
+
+
+def _folded(messages: list[Message]) -> str:
+    text = "\n".join(message.content for message in messages)
+    return normalised(text) or text
+
+
+def _hash(text: str) -> int:
+    return int(xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass")))

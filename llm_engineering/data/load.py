@@ -1,0 +1,69 @@
+"""Brings the rows of a dataset to disk, whatever format they are in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+
+from llm_engineering.config import DataConfig
+from llm_engineering.data.contamination import EvaluationIndex
+from llm_engineering.data.formats import open_dataset
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES
+from llm_engineering.data.storage import TableWriter
+
+
+class Loaded(NamedTuple):
+    """A dataset that was read: `instruction` or `preference`, the name of its format, and its rows."""
+
+    kind: str
+    format: str
+    rows: Dataset
+
+
+def load_rows(
+    reference: str, kind: str | None, config: DataConfig, path: Path, ledger: Ledger, suffix: str = ""
+) -> Loaded:
+    """Read all rows of a dataset into an Arrow file; what cannot be read is set aside.
+
+    Args:
+        kind: `instruction` or `preference`; None recognises it.
+        path: the file to write.
+        suffix: goes behind the kind in the ledger's stage, e.g. `_test`.
+
+    Raises:
+        RequestError: the dataset is missing, empty or in no known format, or several readings are possible.
+    """
+    opened = open_dataset(reference, kind, config)
+    stage = opened.kind + suffix
+    read = 0
+    features = INSTRUCTION_FEATURES if opened.kind == "instruction" else PREFERENCE_FEATURES
+    with TableWriter(path, features) as table:
+        for row in opened.rows:
+            read += 1
+            if isinstance(row, Quarantined):
+                ledger.set_aside([row.model_copy(update={"stage": stage})])
+            else:
+                table.write(row.record())
+    ledger.record(stage, read, table.rows)
+    return Loaded(opened.kind, opened.format, table.dataset())
+
+
+def load_evaluation(references: list[str], n: int) -> EvaluationIndex | None:
+    """Index evaluation files that training rows must not share n-grams with; None where there is no file.
+
+    Raises:
+        RequestError: as `load_rows`.
+    """
+    if not references:
+        return None
+    index = EvaluationIndex(n)
+    for reference in references:
+        # The names of the recipe's own columns say nothing about another's file.
+        for row in open_dataset(reference, None, DataConfig()).rows:
+            if not isinstance(row, Quarantined):
+                index.add(row)
+    return index

@@ -1,0 +1,276 @@
+"""From candidate rows to a dataset that can be trained on: checked one by one, judged together, and split.
+
+Rows go through in three passes over files: rules look at each row (`examine`), what they have in common is judged by
+their hashes (`verdicts`), and the rows that stay are written to their split. No pass holds the rows in memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Features, Value
+
+from llm_engineering.config import DataConfig
+from llm_engineering.data.contamination import EvaluationIndex
+from llm_engineering.data.examine import Examiner, examine
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES, to_dataset
+from llm_engineering.data.split import SPLITS
+from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
+from llm_engineering.data.verdicts import RowIndex, Verdict, Verdicts, judge
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.progress import Progress
+
+SUSPICIOUS_ROWS = 10
+# Rows of a cluster that are named in a sentence; the table of clusters has them all.
+_NAMED = 3
+_SHOWN_CHARS = 500
+_TEXT = Value("string")
+_FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), _TEXT))
+_CLUSTERS = Features({"cluster": Value("int64"), **dict.fromkeys(("id", "source", "split", "fate"), _TEXT)})
+_SUSPICIOUS = Features(dict.fromkeys(("id", "source", "findings", "prompt", "answer"), _TEXT))
+_RAW_FINDINGS = Features({"row": Value("int64"), "rule": _TEXT, "detail": _TEXT})
+
+
+class Prepared(NamedTuple):
+    """What preparing made.
+
+    Attributes:
+        splits: `train`, `validation` and `test` rows.
+        findings: what rules report of rows that were kept.
+        clusters: every row of every cluster of duplicates, and what became of it.
+        suspicious: the rows with the most findings, worst first.
+        leaked: held-out rows that stood on a less held-out side too.
+    """
+
+    splits: DatasetDict
+    findings: Dataset
+    clusters: Dataset
+    suspicious: Dataset
+    leaked: int
+
+    def tables(self) -> dict[str, Dataset]:
+        """What the data report shows of them."""
+        return {"findings": self.findings, "clusters": self.clusters, "suspicious": self.suspicious}
+
+
+def prepare(
+    candidates: Dataset,
+    kind: str,
+    config: DataConfig,
+    ledger: Ledger,
+    folder: Path,
+    own_test: Dataset | None = None,
+    evaluation: EvaluationIndex | None = None,
+    inspected: bool = False,
+) -> Prepared:
+    """Check, judge and split rows.
+
+    Args:
+        kind: `instruction` or `preference`: the stage that the ledger counts by; a test split of the user's own
+            counts as `instruction_test` or `preference_test`.
+        folder: for the files of this work.
+        own_test: the user's own test split; `candidates` are then split into training and validation.
+        evaluation: what training rows must not share n-grams with (`data.decontaminate_against`).
+        inspected: only look: nothing is split, and what leaks into `own_test` is counted and stays.
+
+    Raises:
+        RequestError: rows leak into the user's own test split, and `data.strict` is on.
+    """
+    features = INSTRUCTION_FEATURES if kind == "instruction" else PREFERENCE_FEATURES
+    parts = [(kind, candidates, "train" if inspected else None)]
+    if own_test is not None:
+        parts.append((f"{kind}_test", own_test, "test"))
+    valid = TableWriter(folder / "valid.arrow", features)
+    raw_findings = TableWriter(folder / "raw-findings.arrow", _RAW_FINDINGS)
+    progress = Progress("rows checked", sum(len(dataset) for _, dataset, _ in parts))
+    ends: dict[str, int] = {}
+    with RowIndex(folder, config) as index:
+        for stage, dataset, side in parts:
+            examiner = Examiner(stage, kind, config, side, own_test is not None, evaluation)
+            for batch in examine(dataset_batches(dataset), len(dataset), examiner):
+                for position, rule, detail in batch.findings:
+                    raw_findings.write({"row": index.rows + position, "rule": rule, "detail": detail})
+                ledger.set_aside(batch.rejected)
+                index.add(batch)
+                valid.write_batch(batch.kept)
+                progress.advance(batch.kept.num_rows + len(batch.rejected))
+            ends[stage] = index.rows
+        verdicts = judge(index, config, remove_leaks=not inspected)
+        writer = _Writer(valid, raw_findings, index, verdicts, ends, folder)
+        if config.strict and own_test is not None and verdicts.leaked:
+            raise RequestError(writer.refusal())
+        writer.write(ledger)
+    for stage, dataset, _ in parts:
+        ledger.record(stage, len(dataset), writer.kept[stage])
+    return writer.prepared()
+
+
+def check_splits(splits: DatasetDict, kind: str, ledger: Ledger) -> None:
+    """Check that there is something to train on and to measure with.
+
+    Raises:
+        WorkError: a split is empty.
+    """
+    rows = sum(len(part) for part in splits.values())
+    if not rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in ledger.by_reason(kind).items())
+        raise WorkError(
+            f"No {kind} row is left: all that was read was set aside ({reasons or 'nothing was read'}). "
+            "`make inspect DATA=file` shows each row of a file with its reason."
+        )
+    empty = [name for name, part in splits.items() if not len(part)]
+    if empty:
+        raise WorkError(
+            f"The {kind} dataset has {rows} rows, and the {' and '.join(empty)} split came out empty. Rows of one "
+            "document or prompt stay together: add data, or raise data.split.test_fraction and "
+            "data.split.validation_fraction."
+        )
+
+
+class _Writer:
+    """The third pass: every row goes to its split or to the quarantine, with what is reported of it."""
+
+    def __init__(
+        self,
+        valid: TableWriter,
+        raw_findings: TableWriter,
+        index: RowIndex,
+        verdicts: Verdicts,
+        ends: dict[str, int],
+        folder: Path,
+    ) -> None:
+        self.rows = valid.dataset()
+        self.path = valid.path
+        self.raw = stream_records(raw_findings.dataset())
+        self.next_raw = next(self.raw, None)
+        self.sides = index.column("sides")
+        self.languages = list(index.languages)
+        self.codes = index.column("codes")
+        self.verdicts = verdicts
+        self.cluster_of = {row: rows for rows in verdicts.clusters for row in rows}
+        self.ends = ends
+        self.kept: Counter[str] = Counter()
+        self.worst: list[tuple[int, int, dict[str, Any]]] = []
+        self.splits = {name: TableWriter(folder / f"{name}.arrow", valid.features) for name in SPLITS}
+        self.findings = TableWriter(folder / "findings.arrow", _FINDINGS)
+        self.clusters = TableWriter(folder / "clusters.arrow", _CLUSTERS)
+
+    def write(self, ledger: Ledger) -> None:
+        """Write every row where it belongs."""
+        start = 0
+        for batch in stream_batches(self.path) if len(self.rows) else ():
+            rows = range(start, start + batch.num_rows)
+            dropped = {row: verdict for row in rows if (verdict := self.verdicts.drop_of(row)) is not None}
+            sides = [-1 if row in dropped else int(self.sides[row]) for row in rows]
+            for side, name in enumerate(SPLITS):
+                chosen = [position for position, one in enumerate(sides) if one == side]
+                if chosen:
+                    self.splits[name].write_batch(batch.take(pa.array(chosen)))
+            ledger.set_aside(self._quarantined(row, verdict) for row, verdict in dropped.items())
+            for row in rows:
+                found = self._found(row)
+                if row not in dropped:
+                    self.kept[self._stage(row)] += 1
+                    if found:
+                        self._report(row, found)
+            start += batch.num_rows
+        for number, members in enumerate(self.verdicts.clusters):
+            for row in members:
+                drop = self.verdicts.drop_of(row)
+                split = SPLITS[int(self.sides[row])]
+                fate = drop.rule if drop is not None else "kept"
+                self.clusters.write({"cluster": number, **self._names(row), "split": split, "fate": fate})
+
+    def prepared(self) -> Prepared:
+        """What was written."""
+        return Prepared(
+            splits=DatasetDict({name: table.dataset() for name, table in self.splits.items()}),
+            findings=self.findings.dataset(),
+            clusters=self.clusters.dataset(),
+            suspicious=to_dataset([row for *_, row in sorted(self.worst, key=lambda one: one[:2], reverse=True)], _SUSPICIOUS),
+            leaked=len(self.verdicts.leaked),
+        )
+
+    def refusal(self) -> str:
+        """Why a test split that leaks is refused."""
+        leaks = [
+            f"{self._source(row)} is like {self._source(verdict.other)}"
+            for row, found in self.verdicts.by_row.items()
+            for verdict in found
+            if verdict.rule == "leaks_into_test"
+        ]
+        return (
+            f"{len(self.verdicts.leaked)} rows of the test split stand in the training data too, and data.strict is on: "
+            f"{'; '.join(leaks[:_NAMED])}{' …' if len(leaks) > _NAMED else ''}. Remove them from one of the two files, "
+            "or set data.strict to false: they then leave the training side."
+        )
+
+    def _found(self, row: int) -> list[tuple[str, str]]:
+        """What is reported of a row: by the rules that look at it alone, then by those that compare."""
+        found = []
+        while self.next_raw is not None and self.next_raw["row"] == row:
+            found.append((self.next_raw["rule"], self.next_raw["detail"]))
+            self.next_raw = next(self.raw, None)
+        reported = (verdict for verdict in self.verdicts.by_row.get(row, ()) if not verdict.drops)
+        return found + [(verdict.rule, self._detail(row, verdict)) for verdict in reported]
+
+    def _report(self, row: int, found: Sequence[tuple[str, str]]) -> None:
+        names = self._names(row)
+        for rule, detail in found:
+            self.findings.write({**names, "rule": rule, "detail": detail})
+        # Of two rows with as many rules against them, the earlier is shown.
+        entry = (len({rule for rule, _ in found}), -row)
+        if len(self.worst) < SUSPICIOUS_ROWS or entry > self.worst[0][:2]:
+            record = self.rows[row]
+            answer = record["completion"] if "completion" in record else record["chosen"]
+            shown = {
+                **names,
+                "findings": "; ".join(f"{rule}: {detail}" if detail else rule for rule, detail in found),
+                "prompt": "\n".join(message["content"] for message in record["prompt"])[:_SHOWN_CHARS],
+                "answer": "\n".join(message["content"] for message in answer)[:_SHOWN_CHARS],
+            }
+            push = heapq.heappush if len(self.worst) < SUSPICIOUS_ROWS else heapq.heapreplace
+            push(self.worst, (*entry, shown))
+
+    def _quarantined(self, row: int, verdict: Verdict) -> Quarantined:
+        record = self.rows[row]
+        text = record["prompt"][-1]["content"][:200] if record["prompt"] else ""
+        return Quarantined(
+            stage=self._stage(row),
+            reason=verdict.rule,
+            source=record["source"],
+            place=record["id"],
+            detail=self._detail(row, verdict),
+            text=text,
+        )
+
+    def _detail(self, row: int, verdict: Verdict) -> str:
+        if verdict.rule == "length_outlier":
+            return "far shorter or longer than the other rows"
+        if verdict.rule == "language_outlier":
+            return f"in {self.languages[int(self.codes[row])]}, unlike nearly all other rows"
+        other = self._source(verdict.other)
+        if verdict.rule == "exact_duplicate":
+            return f"first seen at {other}"
+        if verdict.rule == "conflicting_answers":
+            return f"the row at {other} answers the same prompt otherwise"
+        rest = [one for one in self.cluster_of.get(row, ()) if one not in (row, verdict.other)]
+        more = f", with {', '.join(map(self._source, rest[:_NAMED]))}" if rest else ""
+        more += f" and {len(rest) - _NAMED} others" if len(rest) > _NAMED else ""
+        return f"of the row at {other}{more}"
+
+    def _stage(self, row: int) -> str:
+        return next(stage for stage, end in self.ends.items() if row < end)
+
+    def _source(self, row: int) -> str:
+        return str(self.rows.data.column("source")[row].as_py())
+
+    def _names(self, row: int) -> dict[str, str]:
+        return {"id": str(self.rows.data.column("id")[row].as_py()), "source": self._source(row)}

@@ -1,0 +1,111 @@
+"""Rows on disk as Arrow streams: written and read a batch at a time, so that memory does not grow with the rows."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+from datasets import Dataset, Features
+
+BATCH_ROWS = 1000
+
+
+def work_folder() -> Path:
+    """A new folder for what a step makes, removed when the process ends. `TMPDIR` chooses where."""
+    folder = Path(tempfile.mkdtemp(prefix="llm-engineering-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+class TableWriter:
+    """Writes records to one Arrow stream file.
+
+    Args:
+        path: the file; it is overwritten.
+        features: its columns; a record must have them all.
+    """
+
+    def __init__(self, path: Path, features: Features) -> None:
+        self.path = path
+        self.features = features
+        self.rows = 0
+        self._schema = features.arrow_schema
+        self._waiting: list[dict[str, Any]] = []
+        self._file = pa.OSFile(str(path), "wb")
+        self._stream = pa.ipc.new_stream(self._file, self._schema)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add one record."""
+        self._waiting.append(record)
+        self.rows += 1
+        if len(self._waiting) >= BATCH_ROWS:
+            self._flush()
+
+    def write_batch(self, batch: pa.RecordBatch) -> None:
+        """Add a batch of records that is in Arrow already."""
+        self._flush()
+        self._stream.write_batch(batch)
+        self.rows += batch.num_rows
+
+    def close(self) -> None:
+        """Write what waits and close the file. A second call does nothing."""
+        if not self._file.closed:
+            self._flush()
+            self._stream.close()
+            self._file.close()
+
+    def dataset(self) -> Dataset:
+        """The closed file as a dataset, memory-mapped."""
+        self.close()
+        if self.rows == 0:
+            # datasets cannot map a file without a batch.
+            return Dataset.from_dict({name: [] for name in self.features}, features=self.features)
+        return Dataset.from_file(str(self.path))
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._stream.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=self._schema))
+            self._waiting = []
+
+
+def stream_batches(path: Path) -> Iterator[pa.RecordBatch]:
+    """The record batches of an Arrow stream file, read one after the other and not memory-mapped."""
+    with pa.OSFile(str(path), "rb") as file, pa.ipc.open_stream(file) as stream:
+        yield from stream
+
+
+def dataset_batches(dataset: Dataset) -> Iterator[pa.RecordBatch]:
+    """The rows of a dataset in record batches of at most `BATCH_ROWS`.
+
+    Read from its files where it is a plain view of them: what is memory-mapped stays resident and looks like growing
+    memory.
+    """
+    files = [Path(file["filename"]) for file in dataset.cache_files]
+    rows = sum(batch.num_rows for file in files for batch in stream_batches(file)) if dataset._indices is None else -1
+    if files and rows == dataset.num_rows:
+        tables = (batch for file in files for batch in stream_batches(file))
+    else:
+        tables = (batch for part in dataset.with_format("arrow").iter(BATCH_ROWS) for batch in part.to_batches())
+    for table in tables:
+        for start in range(0, table.num_rows, BATCH_ROWS):
+            yield table.slice(start, BATCH_ROWS)
+
+
+def stream_records(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """The rows of a dataset as dictionaries, in order, in memory a batch at a time."""
+    for batch in dataset_batches(dataset):
+        yield from batch.to_pylist()

@@ -1,0 +1,209 @@
+"""What becomes of a row because of the other rows: duplicates, leaks across the split, conflicts and outliers.
+
+All that is needed of a row to judge it stands in files, about 30 bytes of it in memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm_engineering.config import DataConfig
+from llm_engineering.data.duplicates import Clusters, ShingleFile, band_count, groups, join_near_duplicates
+from llm_engineering.data.examine import Examined
+from llm_engineering.data.outliers import length_bounds, rare_languages
+from llm_engineering.data.split import SPLITS
+
+Fate = Literal["kept", "reported", "set aside"]
+_HASHES = ("ids", "prompts", "answers", "others")
+
+
+class Verdict(NamedTuple):
+    """What one rule says of a row.
+
+    Attributes:
+        rule: its name; for leaks `leaks_into_validation` or `leaks_into_test`.
+        other: the row it is judged by, or -1.
+        drops: whether the row is set aside; else it is reported.
+    """
+
+    rule: str
+    other: int
+    drops: bool
+
+
+class RowIndex:
+    """What is known of every row that passed the first look, by its number. A context manager."""
+
+    def __init__(self, folder: Path, config: DataConfig) -> None:
+        self.folder = folder
+        self.bands = [folder / f"band-{k}" for k in range(band_count(config.near_duplicate_threshold))]
+        self.rows = 0
+        self.languages: dict[str, int] = {}
+        self._parts: dict[str, list[NDArray[np.generic]]] = {"sides": [], "lengths": [], "codes": [], "counts": []}
+        self._parts["generated"] = []
+        names = [*(folder / name for name in _HASHES), folder / "shingles", *self.bands]
+        self._stack = ExitStack()
+        self._files = {path.name: self._stack.enter_context(path.open("wb")) for path in names}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def add(self, batch: Examined) -> None:
+        """Add the rows of a batch."""
+        for name in _HASHES:
+            getattr(batch, name).tofile(self._files[name])
+        for k, path in enumerate(self.bands):
+            np.ascontiguousarray(batch.sketches.bands[:, k]).tofile(self._files[path.name])
+        batch.sketches.shingles.tofile(self._files["shingles"])
+        codes = [self.languages.setdefault(name, len(self.languages)) for name in batch.languages]
+        self._parts["codes"].append(np.array(codes, np.uint16))
+        self._parts["sides"].append(batch.sides)
+        self._parts["lengths"].append(batch.lengths)
+        self._parts["counts"].append(batch.sketches.counts)
+        self._parts["generated"].append(batch.generated)
+        self.rows += len(batch.sides)
+
+    def column(self, name: str) -> NDArray[np.generic]:
+        """`sides`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`, a value for each row."""
+        if len(self._parts[name]) > 1:
+            self._parts[name] = [np.concatenate(self._parts[name])]
+        return self._parts[name][0] if self._parts[name] else np.empty(0, np.uint32)
+
+    def hashes(self, name: str) -> NDArray[np.uint64]:
+        """`ids`, `prompts`, `answers` or `others`, from their file."""
+        return np.memmap(self.folder / name, np.uint64, "r") if self.rows else np.empty(0, np.uint64)
+
+    def flush(self) -> None:
+        """Bring everything to the files, so that it can be read."""
+        for file in self._files.values():
+            file.flush()
+
+
+class Verdicts:
+    """What the rules say of the rows.
+
+    Attributes:
+        by_row: verdicts of each row that has any.
+        clusters: the rows of each cluster of duplicates.
+        leaked: held-out rows that stand on a less held-out side too.
+    """
+
+    def __init__(self) -> None:
+        self.by_row: dict[int, list[Verdict]] = {}
+        self.clusters: list[list[int]] = []
+        self.leaked: set[int] = set()
+
+    def drop_of(self, row: int) -> Verdict | None:
+        """The verdict that sets a row aside, or None."""
+        return next((verdict for verdict in self.by_row.get(row, ()) if verdict.drops), None)
+
+
+class _Judge:
+    def __init__(self, index: RowIndex, config: DataConfig) -> None:
+        self.index = index
+        self.rules = config.rules
+        self.sides = index.column("sides")
+        self.generated = index.column("generated")
+        self.verdicts = Verdicts()
+
+    def say(self, rule: str, row: int, other: int = -1) -> None:
+        """A rule of the recipe matches a row: do what its switch says."""
+        action = getattr(self.rules, rule)
+        if action != "off":
+            drops = action == "drop" or (action == "drop_generated" and bool(self.generated[row]))
+            self._add(row, Verdict(rule, other, drops))
+
+    def leaks(self, rows: Iterable[int], remove: bool) -> None:
+        """Of rows that are alike, those on the less held-out sides leak."""
+        kept = [row for row in rows if self.verdicts.drop_of(row) is None]
+        top = max((row for row in kept), key=lambda row: (self.sides[row], -row), default=-1)
+        lower = [row for row in kept if self.sides[row] < self.sides[top]]
+        if lower:
+            side = self.sides[top]
+            self.verdicts.leaked |= {row for row in rows if self.sides[row] == side}
+            for row in lower:
+                self._add(row, Verdict(f"leaks_into_{SPLITS[int(side)]}", top, remove))
+
+    def duplicates(self, rows: Iterable[int], rule: str) -> None:
+        """Of rows that are alike, all but the first of each side repeat it."""
+        first: dict[int, int] = {}
+        for row in rows:
+            earlier = first.setdefault(int(self.sides[row]), row)
+            if earlier != row and not self._has(row, "exact_duplicate"):
+                self.say(rule, row, earlier)
+
+    def conflicts(self, rows: list[int]) -> None:
+        """Rows of one prompt whose answers differ; of pairs, those whose chosen answer another one rejects."""
+        answers, others = self.index.hashes("answers"), self.index.hashes("others")
+        if others[rows[0]]:
+            rejected = {int(others[row]): row for row in rows}
+            found = [(row, rejected[int(answers[row])]) for row in rows if int(answers[row]) in rejected]
+        else:
+            found = [(row, rows[0]) for row in rows if answers[row] != answers[rows[0]]]
+        for row, other in found:
+            self.say("conflicting_answers", row, other)
+
+    def _has(self, row: int, rule: str) -> bool:
+        return any(verdict.rule == rule for verdict in self.verdicts.by_row.get(row, ()))
+
+    def _add(self, row: int, verdict: Verdict) -> None:
+        self.verdicts.by_row.setdefault(row, []).append(verdict)
+
+
+def judge(index: RowIndex, config: DataConfig, remove_leaks: bool) -> Verdicts:
+    """Judge every row by the others.
+
+    Args:
+        remove_leaks: set aside training rows that stand on a held-out side too; else they are reported.
+    """
+    index.flush()
+    say = _Judge(index, config)
+    clusters = Clusters(index.rows)
+    for group in groups(index.folder / "ids"):
+        rows = group.tolist()
+        say.duplicates(rows, "exact_duplicate")
+        for row in rows[1:]:
+            clusters.join(rows[0], row)
+    with ShingleFile(index.folder / "shingles", index.column("counts")) as shingles:
+        join_near_duplicates(clusters, index.bands, shingles, config.near_duplicate_threshold)
+    for rows in clusters.members():
+        say.duplicates(rows, "near_duplicate")
+        say.leaks(rows, remove_leaks)
+        say.verdicts.clusters.append(rows)
+    for group in groups(index.folder / "prompts"):
+        rows = [row for row in group.tolist() if say.verdicts.drop_of(row) is None]
+        if len(rows) > 1:
+            say.leaks(group.tolist(), remove_leaks)
+            say.conflicts(rows)
+    _outliers(index, say)
+    return say.verdicts
+
+
+def _outliers(index: RowIndex, say: _Judge) -> None:
+    lengths = index.column("lengths")
+    short, long = length_bounds(lengths)
+    for row in np.flatnonzero((lengths < short) | (lengths > long)).tolist():
+        say.say("length_outlier", row)
+    codes = index.column("codes")
+    names = list(index.languages)
+    rare = rare_languages(names, np.bincount(codes, minlength=len(names)))
+    for row in np.flatnonzero(np.isin(codes, [index.languages[name] for name in rare])).tolist():
+        say.say("language_outlier", row)
+
+
+def counts(verdicts: Verdicts) -> Counter[str]:
+    """Rows by rule, whatever becomes of them."""
+    return Counter(verdict.rule for found in verdicts.by_row.values() for verdict in found)
