@@ -53,8 +53,9 @@ def retrain(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
-    if recipe.data.instructions is not None:
-        candidates = load_instructions(recipe.data.instructions, recipe.data.test_instructions, recipe.data, inputs.instructions)
+    data = recipe.data
+    if data.instructions is not None:
+        candidates = load_instructions(data.instructions, data.test_instructions, data.format, data.columns, inputs.instructions)
     else:
         candidates = generate_instructions(
             read_documents(recipe.documents, inputs.documents),
@@ -65,12 +66,13 @@ def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
             recipe.generation.question_max_new_tokens,
             recipe.seed,
         )
-    return prepare_instructions(candidates, recipe.data.checks, inputs.evaluation)
+    return prepare_instructions(candidates, data.checks, inputs.evaluation)
 
 
 def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
-    if recipe.data.preferences is not None:
-        candidates = load_preferences(recipe.data.preferences, recipe.data.test_preferences, recipe.data, inputs.preferences)
+    data = recipe.data
+    if data.preferences is not None:
+        candidates = load_preferences(data.preferences, data.test_preferences, data.format, data.columns, inputs.preferences)
     else:
         candidates = generate_preferences(
             instructions,
@@ -82,7 +84,7 @@ def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
             recipe.generation.max_preferences,
             recipe.seed,
         )
-    return prepare_preferences(candidates, recipe.data.checks, inputs.evaluation)
+    return prepare_preferences(candidates, data.checks, inputs.evaluation)
 
 
 def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any]:

@@ -60,10 +60,10 @@ def generate_instructions(
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def load_instructions(
-    path: str, test_path: str | None, data: DataConfig, content_hash: str
+    path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
 ) -> Annotated[DatasetDict, "instruction_candidates"]:
     """Read the user's own instruction dataset, and the test split that goes with it."""
-    return _load("instruction", path, test_path, data, content_hash)
+    return _load("instruction", path, test_path, format_name, columns, content_hash)
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
@@ -108,10 +108,10 @@ def generate_preferences(
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def load_preferences(
-    path: str, test_path: str | None, data: DataConfig, content_hash: str
+    path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
 ) -> Annotated[DatasetDict, "preference_candidates"]:
     """Read the user's own preference dataset, and the test split that goes with it."""
-    return _load("preference", path, test_path, data, content_hash)
+    return _load("preference", path, test_path, format_name, columns, content_hash)
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
@@ -131,7 +131,10 @@ def format_preferences(
     return formatted, report
 
 
-def _load(kind: str, path: str, test_path: str | None, data: DataConfig, content_hash: str) -> DatasetDict:
+def _load(
+    kind: str, path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
+) -> DatasetDict:
+    data = DataConfig.model_validate({"format": format_name, "columns": columns})
     ledger = Ledger()
     folder = work_folder()
     loaded = load_rows(path, kind, data, folder / "rows.arrow", ledger)
