@@ -63,7 +63,9 @@ def read_messages(value: Any, name: str) -> list[Message]:
 
 def read_turns(value: Any, name: str, role: str) -> list[Message]:
     """Messages, or one text that is the message of a role."""
-    return [Message(role=role, content=value)] if isinstance(value, str) else read_messages(value, name)
+    if isinstance(value, (list, dict)):
+        return read_messages(value, name)
+    return [Message(role=role, content=read_text(value, name))]
 
 
 def read_pairs(value: Any, name: str) -> list[Message]:
@@ -84,7 +86,7 @@ def with_system(value: dict[str, Any], messages: list[Message]) -> list[Message]
     if not value.get("system"):
         return messages
     system = Message(role="system", content=read_text(value["system"], "system"))
-    return messages if messages[0] == system else [system, *messages]
+    return messages if messages[:1] == [system] else [system, *messages]
 
 
 def until_last_answer(messages: list[Message]) -> list[Message]:
@@ -105,7 +107,7 @@ def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> 
     A lone answer may be empty: the rules of the data decide what happens to it.
 
     Raises:
-        BadRowError: `no_prompt`, `wrong_role_order`, `empty_prompt` or `empty_turn`.
+        BadRowError: `wrong_role_order`, `empty_prompt` or `empty_turn`.
     """
     messages = [*prompt, *answer]
     start = 1 if messages[0].role == "system" else 0
@@ -114,9 +116,7 @@ def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> 
         if message.role != expected:
             raise BadRowError("wrong_role_order", _roles(messages))
         expected = "assistant" if expected == "user" else "user"
-    if len(prompt) <= start:
-        raise BadRowError("no_prompt", "nothing stands before the answer")
-    if expected == "assistant" or not answer:
+    if expected == "assistant":
         raise BadRowError("wrong_role_order", _roles(messages))
     last = len(messages) - 1
     for index in range(start, len(messages)):

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from llm_engineering.data.conversations import BadRowError
 from llm_engineering.data.rows import Message
 
-_ALPACA = re.compile(r"^### (Instruction|Input|Response):[ \t]*$", re.MULTILINE)
+_ALPACA = re.compile(r"^### (Instruction|Input|Response):", re.MULTILINE)
 _HUMAN_ASSISTANT = re.compile(r"### (Human|Assistant):")
 _INST = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=\[INST\]|\Z)", re.DOTALL)
 _SYSTEM = re.compile(r"\A\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 # Written by tokenizers that rendered the text; as part of an answer they would be learned as words.
-_BORDERS = re.compile(r"\A(?:\s|<s>|</s>|<\|endoftext\|>)+|(?:\s|<s>|</s>|<\|endoftext\|>)+\Z")
+_BORDERS = ("<s>", "</s>", "<|endoftext|>")
 # The sentence before the first heading belongs to Alpaca's template; any other one is a system message.
 _ALPACA_PREAMBLE = "Below is an instruction that describes a task"
 
@@ -81,7 +81,13 @@ def _said(role: str, content: str) -> Message:
 
 
 def _stripped(text: str) -> str:
-    return _BORDERS.sub("", text)
+    before = None
+    while text != before:
+        before = text
+        text = text.strip()
+        for border in _BORDERS:
+            text = text.removeprefix(border).removesuffix(border)
+    return text
 
 
 _MARKS = {"text-alpaca": "### Instruction:", "text-human-assistant": "### Human:", "text-inst": "[INST]"}
