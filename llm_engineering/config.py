@@ -97,6 +97,25 @@ class RulesConfig(Block):
     secret: PrivateAction = "report"
 
 
+# The formats of instruction and of preference datasets, as llm_engineering.data.formats reads them.
+FormatName = Literal[
+    "alpaca",
+    "alpaca-response",
+    "alpaca-answer",
+    "dolly",
+    "messages",
+    "sharegpt",
+    "prompt-completion",
+    "text-alpaca",
+    "text-human-assistant",
+    "text-inst",
+    "prompt-chosen-rejected",
+    "chosen-rejected",
+    "sharegpt-preference",
+    "alpaca-preference",
+]
+
+
 class DataConfig(Block):
     """The user's own datasets instead of generated ones, and how rows are checked and split.
 
@@ -107,7 +126,7 @@ class DataConfig(Block):
     preferences: str | None = None
     test_instructions: str | None = None
     test_preferences: str | None = None
-    format: str | None = None
+    format: FormatName | None = None
     columns: dict[str, str] = {}
     rules: RulesConfig = RulesConfig()
     near_duplicate_threshold: float = Field(0.8, gt=0, lt=1)

@@ -1,95 +1,238 @@
-"""Reads records from JSON and JSONL files; a broken line is quarantined, never fatal and never silent."""
+"""Reads records from files, one at a time: a broken record is handed on by name, never fatal and never silent."""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
-from collections.abc import Iterator
+import re
+import zlib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
+import pyarrow as pa
+
+from llm_engineering.data.json_stream import JsonError, JsonStream, list_key, rows_of_list
 from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.tables import arrow_rows, parquet_rows
 from llm_engineering.errors import RequestError
+
+# A cell may hold a whole conversation; the library's own limit is 128 KB. C's long has 32 bits on some systems.
+csv.field_size_limit(2**31 - 1)
 
 
 class Record(NamedTuple):
-    """One record of a file and its place there."""
+    """One record of a file and its place there; its text can be written as UTF-8."""
 
     value: dict[str, Any]
+    file: str
     place: str
 
 
-def read_records(path: Path, stage: str) -> tuple[list[Record], list[Quarantined]]:
-    """Read the records of a `.json` or `.jsonl` file.
+class BrokenRecord(NamedTuple):
+    """Something that was read and is no record, and why."""
 
-    A `.json` file holds a list of objects, or an object with exactly one list of objects in it.
+    file: str
+    place: str
+    reason: str
+    detail: str
+    text: str
+
+    def quarantined(self, stage: str) -> Quarantined:
+        """As the stage that read it counts it."""
+        return Quarantined(
+            stage=stage,
+            reason=self.reason,
+            source=printable(self.file),
+            place=printable(self.place),
+            detail=printable(self.detail),
+            text=printable(self.text)[:200],
+        )
+
+
+# The place of a record, its value, and the reason and detail of a problem, both empty where there is none.
+Item = tuple[str, Any, str, str]
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_NOT_UTF8 = ("not_utf8", "it holds bytes that are no UTF-8 text: convert them, e.g. with iconv")
+
+
+def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
+    """The records of a file, lazily: every record and every broken one is handed on once.
 
     Raises:
-        RequestError: the file is missing, unreadable, empty or in no known format.
+        RequestError: the file is missing, unreadable, damaged or in no known format.
     """
-    suffix = path.suffix.lower()
-    if suffix not in (".json", ".jsonl"):
+    reader = _READERS.get(ending(path).removesuffix(".gz"))
+    if reader is None:
         raise RequestError(
-            f"{path} is in no known format ({suffix or 'no ending'}): datasets are .json or .jsonl files."
+            f"{path} is in no known format ({path.suffix or 'no ending'}): datasets are {', '.join(_READERS)} files, "
+            "each also as .gz."
         )
+    file = str(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        for place, value, reason, detail in reader(path):
+            if reason:
+                yield BrokenRecord(file, place, reason, detail, shown(value))
+            elif isinstance(value, dict):
+                yield Record(value, file, place)
+            else:
+                detail = f"expected an object, found {type(value).__name__}"
+                yield BrokenRecord(file, place, "malformed", detail, shown(value))
     except FileNotFoundError:
         raise RequestError(
             f"There is no file {path}. Check the path; it is relative to the folder you run in."
         ) from None
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text (byte {error.start}): convert it, e.g. with iconv.") from error
-    except OSError as error:
-        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
-    if not text.strip():
-        raise RequestError(f"{path} is empty: there is no row in it.")
-    values = list(_lines(text) if suffix == ".jsonl" else _items(path, text))
-    records: list[Record] = []
-    quarantine: list[Quarantined] = []
-    for place, value, problem in values:
-        if isinstance(value, dict):
-            records.append(Record(value, place))
-        else:
-            detail = problem or f"expected an object, found {type(value).__name__}"
-            raw = value if isinstance(value, str) else json.dumps(value)
-            quarantine.append(
-                Quarantined(
-                    stage=stage, reason="malformed", source=str(path), place=place, detail=detail, text=raw[:200]
-                )
-            )
-    return records, quarantine
+        raise RequestError(f"{path} is not {error.encoding} text to its end: {error.reason}. Write it again.") from error
+    except JsonError as error:
+        hint = " If each line is one object, name the file .jsonl." if "extra data" in str(error) else ""
+        raise RequestError(f"{path} is not valid JSON with rows in it: {error}.{hint}") from None
+    except csv.Error as error:
+        raise RequestError(f"{path} is not valid CSV: {error}.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise RequestError(f"{path} is damaged, {error}: copy or compress it again.") from error
+    except (OSError, pa.ArrowException) as error:
+        problem = getattr(error, "strerror", None) or str(error).split("\n")[0]
+        raise RequestError(f"{path} cannot be read: {problem}. It is damaged or in another format.") from error
 
 
-def _lines(text: str) -> Iterator[tuple[str, Any, str]]:
-    # Only "\n" ends a line of JSONL: str.splitlines would also cut at U+2028 inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield f"line {number}", json.loads(line), ""
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield f"line {number}", line, str(error)
+def ending(path: Path) -> str:
+    """The ending that tells the format, in lower case, with `.gz` where there is one: `.jsonl.gz`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
-def _items(path: Path, text: str) -> Iterator[tuple[str, Any, str]]:
+def has_known_ending(path: Path) -> bool:
+    """Whether the file's name says that it is a dataset."""
+    return ending(path).removesuffix(".gz") in _READERS
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; half of a surrogate pair cannot."""
+    if text.isascii():
+        return True
     try:
-        data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        hint = " If each line is one object, name the file .jsonl." if "Extra data" in str(error) else ""
-        raise RequestError(f"{path} is not valid JSON: {error}.{hint}") from error
-    prefix = ""
-    if isinstance(data, dict):
-        lists = {key: value for key, value in data.items() if isinstance(value, list) and value}
-        if len(lists) != 1:
-            found = ", ".join(f"`{key}`" for key in lists) or "none"
-            raise RequestError(
-                f"{path} holds an object with {len(lists)} lists ({found}): expected a list of rows, "
-                "or an object with exactly one."
-            )
-        prefix, data = next(iter(lists.items()))
-    if not isinstance(data, list):
-        raise RequestError(f"{path} holds a single {type(data).__name__}: expected a list of rows.")
-    if not data:
-        raise RequestError(f"{path} is empty: there is no row in it.")
-    for number, value in enumerate(data):
-        yield f"{prefix}[{number}]", value, ""
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(text: str) -> str:
+    """The same text, with what cannot be written as UTF-8 in escapes."""
+    return text if is_text(text) else text.encode("utf-8", "backslashreplace").decode()
+
+
+def shown(value: Any) -> str:
+    """The start of any value, for people."""
+    try:
+        return (value if isinstance(value, str) else str(value))[:200]
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
+
+
+def open_binary(path: Path) -> BinaryIO:
+    """A file's bytes, unpacked where it is a .gz."""
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _open_text(path: Path, newline: str) -> TextIO:
+    with open_binary(path) as file:
+        is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
+    # Bytes that are no text come through as lone surrogates, which the readers look for.
+    encoding, errors = ("utf-16", "surrogatepass") if is_utf16 else ("utf-8-sig", "surrogateescape")
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding=encoding, errors=errors, newline=newline)
+    return path.open(encoding=encoding, errors=errors, newline=newline)
+
+
+def _checked(place: str, value: Any, raw: str) -> Item:
+    """A value that was read from JSON, quarantined where its text is none."""
+    clean = is_text(raw)
+    if clean and "\\u" in raw and _SURROGATE.search(raw):
+        try:
+            clean = is_text(json.dumps(value, ensure_ascii=False))
+        except RecursionError:
+            return place, raw, "malformed", "nested too deeply"
+    return (place, value, "", "") if clean else (place, raw, *_NOT_UTF8)
+
+
+def _jsonl(path: Path) -> Iterator[Item]:
+    # Only "\n" ends a line of JSONL: universal newlines and str.splitlines would also cut elsewhere.
+    with _open_text(path, newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.isspace():
+                continue
+            place = f"line {number}"
+            if not is_text(line):
+                yield place, line, *_NOT_UTF8
+                continue
+            try:
+                value = json.loads(line)
+            # ValueError: broken JSON, and an integer with more digits than Python converts.
+            except (ValueError, RecursionError) as error:
+                yield place, line, "malformed", str(error)
+            else:
+                yield _checked(place, value, line)
+
+
+def _json(path: Path) -> Iterator[Item]:
+    with _open_text(path, newline="") as stream:
+        if not JsonStream(stream).peek():
+            return
+    with _open_text(path, newline="") as stream:
+        key = list_key(stream)
+    with _open_text(path, newline="") as stream:
+        for place, value, raw in rows_of_list(stream, key):
+            yield _checked(place, value, raw)
+
+
+def _csv(path: Path) -> Iterator[Item]:
+    with _open_text(path, newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        header = next(reader, [])
+        if not all(map(is_text, header)):
+            raise csv.Error("its first line, the names of the columns, is not UTF-8 text")
+        if len(set(header)) < len(header):
+            raise csv.Error(f"two columns have the same name ({', '.join(header)})")
+        while True:
+            place = f"line {reader.line_num + 1}"
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                if "unexpected end of data" in str(error):
+                    raise csv.Error(f"{place} opens a quoted cell that is never closed") from error
+                yield place, "", "malformed", str(error)
+                continue
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                detail = f"{len(cells)} cells, and the first line names {len(header)} columns"
+                yield place, ",".join(cells), "malformed", detail
+            elif not is_text("".join(cells)):
+                yield place, ",".join(cells), *_NOT_UTF8
+            else:
+                yield place, dict(zip(header, cells, strict=True)), "", ""
+
+
+def _parquet(path: Path) -> Iterator[Item]:
+    with open_binary(path) as file:
+        yield from parquet_rows(file)
+
+
+def _arrow(path: Path) -> Iterator[Item]:
+    with open_binary(path) as file:
+        yield from arrow_rows(file)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

@@ -1,221 +1,235 @@
-"""Turns the formats that people have into canonical rows.
+"""Turns the formats that people have into canonical rows, one row at a time.
 
-Read are, for instructions: TRL's `prompt`/`completion`, OpenAI's `messages`, ShareGPT's `conversations`, and Alpaca's
-`instruction`/`input`/`output`; for preferences: TRL's `prompt`/`chosen`/`rejected` (text, messages, or whole
-conversations with or without `prompt`) and ShareGPT's `conversations` with `chosen` and `rejected`.
+A record's format is told by its columns; where two formats fit, the request is refused and never guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from llm_engineering.data.files import read_records
+from llm_engineering.config import DataConfig
+from llm_engineering.data.conversations import BadRowError
+from llm_engineering.data.files import BrokenRecord, Record, printable, shown
+from llm_engineering.data.instruction_formats import INSTRUCTION_FORMATS
+from llm_engineering.data.preference_formats import PREFERENCE_FORMATS
 from llm_engineering.data.quarantine import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.rows import InstructionRow, PreferenceRow
+from llm_engineering.data.sources import dataset_hash, open_records
+from llm_engineering.data.templates import text_templates
 from llm_engineering.errors import RequestError
 
-RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
-# A format: its name, the keys that tell it, and what turns a record into a row.
-Formats = Sequence[tuple[str, frozenset[str], Callable[..., RowT]]]
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bard": "assistant", "chatgpt": "assistant"}
+__all__ = ["OpenedDataset", "dataset_hash", "open_dataset"]
+
+# Rows that are looked at to recognise the format.
+PEEKED_ROWS = 100
+_COLUMNS = {
+    **{name: columns for name, (columns, _) in INSTRUCTION_FORMATS.items()},
+    **{name: columns for name, (columns, _) in PREFERENCE_FORMATS.items()},
+}
+_KIND = {**dict.fromkeys(INSTRUCTION_FORMATS, "instruction"), **dict.fromkeys(PREFERENCE_FORMATS, "preference")}
+# The columns that data.columns can map, by the kinds of datasets that have them.
+_MAPPABLE = {
+    "instruction": frozenset({"input", "system", "history", "document", "origin"}).union(
+        *(columns for columns, _ in INSTRUCTION_FORMATS.values())
+    ),
+    "preference": frozenset({"input", "system", "document", "origin"}).union(
+        *(columns for columns, _ in PREFERENCE_FORMATS.values())
+    ),
+}
 
 
-class BadRowError(ValueError):
-    """A row that cannot be read; `reason` is the short name that quarantine counts by."""
+class OpenedDataset(NamedTuple):
+    """A dataset whose format is known.
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(detail or reason)
-        self.reason = reason
-        self.detail = detail
+    Attributes:
+        kind: `instruction` or `preference`.
+        format: the format of its first rows, e.g. `alpaca`, or `alpaca and messages`.
+        rows: every record as a row or, by name, as quarantined; read from the file as they are asked for.
+    """
+
+    kind: str
+    format: str
+    rows: Iterator[InstructionRow | PreferenceRow | Quarantined]
 
 
-def read_instructions(path: Path) -> tuple[str, list[InstructionRow], list[Quarantined]]:
-    """Read an instruction dataset: the name of its format, its rows, and what was not kept.
+def open_dataset(reference: str, kind: str | None, config: DataConfig) -> OpenedDataset:
+    """Open a dataset and recognise its format from its first rows.
+
+    Args:
+        reference: a file, a folder, or a hub id; `#name` behind it names one of several splits.
+        kind: `instruction` or `preference`; None recognises it.
+        config: `format` insists on a format (of this kind: the other one is meant for the recipe's other dataset),
+            `columns` maps standard names of columns to those of the file.
 
     Raises:
-        RequestError: the file is missing, empty or in no known format.
+        RequestError: the dataset is missing, empty, damaged, in no known format or in one of several, or lacks a
+            mapped column. Damage further inside a file is raised when `rows` reach it.
     """
-    return _read(path, "instruction", _INSTRUCTION_FORMATS)
+    insisted = config.format if config.format and kind in (None, _KIND[config.format]) else None
+    columns = _columns_of(config.columns, kind)
+    records = open_records(reference)
+    peeked = [_renamed(record, columns) for record in islice(records, PEEKED_ROWS)]
+    if not peeked:
+        raise RequestError(f"{reference} is empty: there is no row in it.")
+    first = [record for record in peeked if isinstance(record, Record)]
+    if not first:
+        problem = next(record for record in peeked if isinstance(record, BrokenRecord)).quarantined("row")
+        raise RequestError(f"{reference} holds no row that can be read; the first problem: {problem.named()}.")
+    _check_mapped(reference, columns, first)
+    names = Counter(chain.from_iterable(_readings_of(reference, record, kind, insisted) for record in first))
+    if not names:
+        raise _unknown(reference, kind, insisted, first[0])
+    kinds = {_KIND[name] for name in names}
+    if len(kinds) > 1:
+        raise _ambiguous(reference, sorted(names))
+    found = kinds.pop()
+    rest = (_renamed(record, columns) for record in records)
+    rows = (_row(record, found, insisted) for record in chain(peeked, rest))
+    return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows)
 
 
-def read_preferences(path: Path) -> tuple[str, list[PreferenceRow], list[Quarantined]]:
-    """Read a preference dataset: the name of its format, its rows, and what was not kept.
-
-    Raises:
-        RequestError: the file is missing, empty or in no known format.
-    """
-    return _read(path, "preference", _PREFERENCE_FORMATS)
-
-
-def is_preference_file(path: Path) -> bool:
-    """Whether the rows of a file have a `chosen` and a `rejected` answer."""
-    records, _ = read_records(path, "row")
-    return any({"chosen", "rejected"} <= record.value.keys() for record in records)
-
-
-def _read(path: Path, stage: str, formats: Formats[RowT]) -> tuple[str, list[RowT], list[Quarantined]]:
-    records, quarantine = read_records(path, stage)
-    rows: list[RowT] = []
-    names: dict[str, int] = {}
-    for value, place in records:
-        match = next(((name, convert) for name, keys, convert in formats if keys <= value.keys()), None)
-        try:
-            if match is None:
-                raise BadRowError(
-                    "malformed", f"no {stage} format has the keys {', '.join(map(str, value)) or '(none)'}"
-                )
-            rows.append(match[1](value, source=f"{path.name}:{place}", origin=_origin(value)))
-            names[match[0]] = names.get(match[0], 0) + 1
-        except (BadRowError, ValidationError) as error:
-            reason, detail = (
-                (error.reason, error.detail) if isinstance(error, BadRowError) else ("malformed", _short(error))
+def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:
+    known = _MAPPABLE["instruction"] | _MAPPABLE["preference"]
+    for name in mapping:
+        if name not in known:
+            raise RequestError(
+                f"data.columns maps {name}, which is no standard column: it maps a standard name to the file's own, "
+                f"and the standard names are {', '.join(sorted(known))}."
             )
-            quarantine.append(
-                Quarantined(
-                    stage=stage, reason=reason, source=str(path), place=place, detail=detail, text=str(value)[:200]
-                )
+    return {name: own for name, own in mapping.items() if kind is None or name in _MAPPABLE[kind]}
+
+
+def _renamed(record: Record | BrokenRecord, columns: dict[str, str]) -> Record | BrokenRecord:
+    if not columns or isinstance(record, BrokenRecord):
+        return record
+    renamed = {name: record.value[own] for name, own in columns.items() if own in record.value}
+    others = {key: value for key, value in record.value.items() if key not in columns.values()}
+    return record._replace(value={**others, **renamed})
+
+
+def _check_mapped(reference: str, columns: dict[str, str], records: list[Record]) -> None:
+    for name, own in columns.items():
+        # A renamed record has the standard name only if it had the mapped column.
+        there = list(dict.fromkeys(columns.get(key, key) for record in records for key in record.value))
+        if own not in there:
+            raise RequestError(
+                f"data.columns maps {name} to {own}, and the first rows of {reference} have no such column: they have "
+                f"{printable(', '.join(there)) or 'none'}."
             )
-    if records and not names and all(row.reason == "malformed" for row in quarantine):
-        known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys, _ in formats)
-        raise RequestError(
-            f"{path} is in no known {stage} format: its first row has the keys {', '.join(map(str, records[0].value))}. "
-            f"Known are {known}."
+
+
+def _readings_of(reference: str, record: Record, kind: str | None, insisted: str | None) -> tuple[str, ...]:
+    """The format that a record counts for while the dataset's format is recognised; none for an unknown one."""
+    if insisted is not None:
+        return (insisted,) if _COLUMNS[insisted] <= record.value.keys() else ()
+    found = _readings(record.value, kind)
+    if len(found) > 1:
+        raise _ambiguous(f"{reference} ({record.place})", found)
+    return found or _with_nulls(record.value, kind)[:1]
+
+
+def _readings(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
+    """The formats of a kind that a record's columns fit; a column without a value is as good as not there."""
+    found = _formats_with(tuple([name for name, content in value.items() if content is not None]))
+    if not found and isinstance(value.get("text"), str):
+        # Last, because many datasets with columns of their own also carry them rendered as text.
+        found = text_templates(value["text"])
+    return found if kind is None else tuple([name for name in found if _KIND[name] == kind])
+
+
+def _with_nulls(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
+    return tuple(name for name in _formats_with(tuple(value)) if kind is None or _KIND[name] == kind)
+
+
+@lru_cache(maxsize=1024)
+def _formats_with(columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The formats whose columns are all there, without those that ask for a part of another one's columns."""
+    there = frozenset(columns)
+    found = [name for name, needed in _COLUMNS.items() if needed <= there and needed != {"text"}]
+    return tuple(name for name in found if not any(_COLUMNS[name] < _COLUMNS[other] for other in found))
+
+
+def _row(record: Record | BrokenRecord, kind: str, insisted: str | None) -> InstructionRow | PreferenceRow | Quarantined:
+    if isinstance(record, BrokenRecord):
+        return record.quarantined(kind)
+    value, file, place = record
+    try:
+        name = _format_of(value, kind, insisted)
+        source = f"{file.rpartition('/')[2]}:{place}"
+        origin, document = _origin(value), value.get("document")
+        document = document if isinstance(document, str) else ""
+        if kind == "instruction":
+            prompt, completion = INSTRUCTION_FORMATS[name][1](value)
+            return InstructionRow(
+                prompt=prompt, completion=completion, source=printable(source), origin=origin, document=document
+            )
+        prompt, chosen, rejected = PREFERENCE_FORMATS[name][1](value)
+        return PreferenceRow(
+            prompt=prompt,
+            chosen=chosen,
+            rejected=rejected,
+            source=printable(source),
+            origin=origin,
+            document=document,
         )
-    if not records:
-        raise RequestError(f"{path} holds no row that can be read; the first problem: {quarantine[0].named()}.")
-    return " and ".join(sorted(names, key=lambda name: -names[name])), rows, quarantine
+    except BadRowError as error:
+        return BrokenRecord(file, place, error.reason, error.detail, shown(value)).quarantined(kind)
 
 
-def _short(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+def _format_of(value: dict[str, Any], kind: str, insisted: str | None) -> str:
+    found = (insisted,) if insisted is not None else _readings(value, kind)
+    if len(found) > 1:
+        raise BadRowError("malformed", f"it can be read as {_either(found)}: name one in data.format")
+    found = found or _with_nulls(value, kind)
+    if not found:
+        raise BadRowError("malformed", f"no {kind} format has the columns {', '.join(value) or '(none)'}")
+    missing = sorted(name for name in _COLUMNS[found[0]] if value.get(name) is None)
+    if missing and missing[0] in value:
+        raise BadRowError("null_value", f"`{missing[0]}` is null")
+    if missing:
+        raise BadRowError("malformed", f"`{missing[0]}` is not there, and {found[0]} needs it")
+    return found[0]
 
 
 def _origin(value: dict[str, Any]) -> str:
-    given = value.get("origin")
-    return given if isinstance(given, str) and given else "unknown"
+    for key in ("origin", "model", "generator"):
+        given = value.get(key)
+        if given and isinstance(given, str):
+            return given
+    return "unknown"
 
 
-def _text(value: Any, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRowError("malformed", f"`{key}` is {type(value).__name__}, expected text")
-    return value
+def _either(names: tuple[str, ...] | list[str]) -> str:
+    return " or as ".join(names)
 
 
-def _messages(value: Any, key: str) -> list[Message]:
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise BadRowError("malformed", f"`{key}` is {type(value).__name__}, expected a list of messages")
-    messages = []
-    for turn in value:
-        if not isinstance(turn, dict):
-            raise BadRowError("malformed", f"`{key}` holds a turn that is {type(turn).__name__}, expected an object")
-        role, content = (
-            (turn.get("from"), turn.get("value")) if "from" in turn else (turn.get("role"), turn.get("content"))
+def _ambiguous(what: str, names: tuple[str, ...] | list[str]) -> RequestError:
+    choices = " or ".join(f"data.format={name}" for name in names)
+    return RequestError(f"{what} can be read as {_either(names)}: say which is meant with {choices}.")
+
+
+def _unknown(reference: str, kind: str | None, insisted: str | None, first: Record) -> RequestError:
+    there = printable(", ".join(first.value)) or "none"
+    if insisted is not None:
+        needed = ", ".join(sorted(_COLUMNS[insisted]))
+        return RequestError(
+            f"{reference} is not in the format that data.format asks for: {insisted} has the columns {needed}, its "
+            f"first row has {there}. Name another format, or map columns with data.columns."
         )
-        role = _SHAREGPT_ROLES.get(str(role), role)
-        messages.append(Message(role=_text(role, f"{key}.role"), content=_text(content, f"{key}.content")))
-    return messages
-
-
-def _check_order(messages: Sequence[Message]) -> None:
-    """User and assistant in turn after an optional system message, the assistant last."""
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    expected = ["user", "assistant"] * (len(turns) // 2)
-    if not turns or [message.role for message in turns] != expected:
-        raise BadRowError("wrong_role_order", " → ".join(message.role for message in messages))
-    if any(not message.content.strip() for message in turns if message.role == "assistant"):
-        raise BadRowError("empty_answer")
-    if any(not message.content.strip() for message in turns if message.role == "user"):
-        raise BadRowError("empty_prompt")
-
-
-def _instruction(prompt: list[Message], completion: list[Message], source: str, origin: str) -> InstructionRow:
-    _check_order([*prompt, *completion])
-    return InstructionRow(prompt=prompt, completion=completion, source=source, origin=origin)
-
-
-def _from_conversation(messages: list[Message], source: str, origin: str) -> InstructionRow:
-    first = next((i for i, message in enumerate(messages) if message.role == "assistant"), None)
-    if first is None:
-        raise BadRowError("empty_answer", "the conversation has no assistant turn")
-    # What follows the last answer has no answer of its own, so there is nothing in it to learn.
-    last = max(i for i, message in enumerate(messages) if message.role == "assistant")
-    return _instruction(messages[:first], messages[first : last + 1], source, origin)
-
-
-def _alpaca(value: dict[str, Any], source: str, origin: str) -> InstructionRow:
-    key = next(key for key in ("output", "response", "answer") if key in value)
-    instruction = _text(value["instruction"], "instruction")
-    extra = _text(value.get("input") or "", "input")
-    prompt = f"{instruction}\n\n{extra}" if extra.strip() else instruction
-    answer = Message(role="assistant", content=_text(value[key], key))
-    messages = [Message(role="user", content=prompt)]
-    if value.get("system"):
-        messages.insert(0, Message(role="system", content=_text(value["system"], "system")))
-    return _instruction(messages, [answer], source, origin)
-
-
-def _prompt_completion(value: dict[str, Any], source: str, origin: str) -> InstructionRow:
-    return _instruction(
-        _one_or_more(value["prompt"], "prompt", "user"),
-        _one_or_more(value["completion"], "completion", "assistant"),
-        source,
-        origin,
+    other = _readings(first.value, None)
+    if other:
+        return RequestError(
+            f"{reference} is in no known {kind} format: it holds {_KIND[other[0]]} rows ({_either(other)}). Name it "
+            f"under data.{_KIND[other[0]]}s."
+        )
+    known = "; ".join(
+        f"{name}: {', '.join(sorted(columns))}" for name, columns in _COLUMNS.items() if kind in (None, _KIND[name])
     )
-
-
-def _one_or_more(value: Any, key: str, role: str) -> list[Message]:
-    return [Message(role=role, content=value)] if isinstance(value, str) else _messages(value, key)
-
-
-def _preference(value: dict[str, Any], source: str, origin: str) -> PreferenceRow:
-    chosen = _one_or_more(value["chosen"], "chosen", "assistant")
-    rejected = _one_or_more(value["rejected"], "rejected", "assistant")
-    if "conversations" in value:
-        prompt = _messages(value["conversations"], "conversations")
-    elif "prompt" in value and value["prompt"] is not None:
-        prompt = _one_or_more(value["prompt"], "prompt", "user")
-        # Whole conversations that repeat the prompt: only what follows it is the answer.
-        if isinstance(value["prompt"], str) and len(chosen) > 1 and len(rejected) > 1:
-            prompt = chosen[:-1]
-    else:
-        prompt = [turn for turn, other in zip(chosen, rejected, strict=False) if turn == other][: len(chosen) - 1]
-        if not prompt:
-            raise BadRowError("malformed", "without `prompt`, `chosen` and `rejected` must begin with the same turns")
-    if len(chosen) > len(prompt) and chosen[: len(prompt)] == prompt:
-        chosen = chosen[len(prompt) :]
-    if len(rejected) > len(prompt) and rejected[: len(prompt)] == prompt:
-        rejected = rejected[len(prompt) :]
-    _check_order([*prompt, *chosen])
-    _check_order([*prompt, *rejected])
-    return PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, source=source, origin=origin)
-
-
-# The first format whose keys a row has is the one it is read as.
-_INSTRUCTION_FORMATS: Formats[InstructionRow] = [
-    ("prompt-completion", frozenset({"prompt", "completion"}), _prompt_completion),
-    (
-        "messages",
-        frozenset({"messages"}),
-        lambda v, **kw: _from_conversation(_messages(v["messages"], "messages"), **kw),
-    ),
-    (
-        "sharegpt",
-        frozenset({"conversations"}),
-        lambda v, **kw: _from_conversation(_messages(v["conversations"], "conversations"), **kw),
-    ),
-    ("alpaca", frozenset({"instruction", "output"}), _alpaca),
-    ("alpaca (response)", frozenset({"instruction", "response"}), _alpaca),
-    ("alpaca (answer)", frozenset({"instruction", "answer"}), _alpaca),
-]
-_PREFERENCE_FORMATS: Formats[PreferenceRow] = [
-    ("sharegpt preference", frozenset({"conversations", "chosen", "rejected"}), _preference),
-    ("prompt-chosen-rejected", frozenset({"prompt", "chosen", "rejected"}), _preference),
-    ("chosen-rejected", frozenset({"chosen", "rejected"}), _preference),
-]
+    return RequestError(
+        f"{reference} is in no known {f'{kind} ' if kind else ''}format: its first row has the columns {there}. Known "
+        f"are {known}; a text must be written with the named template. Other names are mapped with data.columns."
+    )

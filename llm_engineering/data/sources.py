@@ -1,0 +1,184 @@
+"""Finds the records that a dataset's name stands for: a file, a folder, or a dataset of the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+from datasets import load_dataset, load_dataset_builder, load_from_disk
+from huggingface_hub import HfApi
+
+from llm_engineering.data.files import BrokenRecord, Record, has_known_ending, read_records
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.settings import Settings
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What `datasets` itself writes beside the rows.
+_BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+class Reference(NamedTuple):
+    """A dataset's name, and the split behind its `#`; `path` is None for a dataset of the hub."""
+
+    name: str
+    split: str | None
+    path: Path | None
+
+
+def open_records(reference: str) -> Iterator[Record | BrokenRecord]:
+    """The records of a dataset, one after the other.
+
+    Raises:
+        RequestError: it is missing, damaged or in no known format, or has several splits and none is named. What is
+            wrong inside a file shows when its place is reached.
+        WorkError: the connection to the hub broke on the way.
+    """
+    found = _resolve(reference)
+    if found.path is None:
+        return _hub_records(found)
+    if not found.path.is_dir():
+        if found.split is not None:
+            raise RequestError(f"{found.path} is a file and has no splits: write it without #{found.split}.")
+        return read_records(found.path)
+    return (record for file in _folder_files(found) for record in read_records(file))
+
+
+def dataset_hash(reference: str) -> str:
+    """What changes when the dataset does: a hash of its files' content, or the hub's commit.
+
+    Raises:
+        RequestError: it is missing, or cannot be read.
+    """
+    found = _resolve(reference)
+    if found.path is None:
+        return _commit(found.name)
+    digest = hashlib.sha256()
+    root = found.path
+    files = sorted(file for file in root.rglob("*") if _is_visible(file, root)) if root.is_dir() else [root]
+    try:
+        for file in files:
+            # One file is the same dataset under any name; a folder's names say what its splits are.
+            digest.update(str(file.relative_to(root)).encode("utf-8", "surrogateescape") + b"\0")
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    except OSError as error:
+        raise RequestError(f"{error.filename} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()[:16]
+
+
+def _resolve(reference: str) -> Reference:
+    # A file's name may have a `#` in it.
+    if (path := Path(reference).expanduser()).exists():
+        return Reference(reference, None, path)
+    name, mark, split = reference.rpartition("#")
+    name, named_split = (name, split) if mark else (reference, None)
+    path = Path(name).expanduser()
+    if path.exists():
+        return Reference(name, named_split, path)
+    if _HUB_ID.fullmatch(name) and not has_known_ending(path) and not name.startswith("."):
+        return Reference(name, named_split, None)
+    raise RequestError(
+        f"There is no file {name}. Check the path; it is relative to the folder you run in. A dataset of the hub is "
+        "written owner/name."
+    )
+
+
+def _folder_files(found: Reference) -> Sequence[Path]:
+    folder = found.path
+    assert folder is not None
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        return _saved_files(found, folder)
+    try:
+        # The rules by which `datasets` tells splits from names of files, or from the folder's README.
+        data_files = load_dataset_builder(str(folder.resolve())).config.data_files
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{folder} is a folder in which `datasets` finds no dataset ({str(error).splitlines()[0]}): name a file, "
+            "or a folder with .json, .jsonl, .csv, .parquet or .arrow files."
+        ) from error
+    splits = {str(split): [Path(file) for file in files] for split, files in (data_files or {}).items()}
+    used = {file.resolve() for files in splits.values() for file in files}
+    left = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if _is_visible(file, folder)
+        and has_known_ending(file)
+        and file.name not in _BOOKKEEPING
+        and file.resolve() not in used
+    ]
+    if left:
+        raise RequestError(
+            f"{folder} also holds {left[0].relative_to(folder)}, which `datasets` leaves out when it reads the folder: "
+            "move it elsewhere, or name one file instead of the folder."
+        )
+    return splits[_one_split(found, list(splits))]
+
+
+def _saved_files(found: Reference, folder: Path) -> Sequence[Path]:
+    try:
+        saved = load_from_disk(str(folder), keep_in_memory=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(
+            f"{folder} looks like a dataset that `datasets` saved, and cannot be read ({str(error).splitlines()[0]}): "
+            "save it again."
+        ) from error
+    splits = saved.cache_files if isinstance(saved.cache_files, dict) else {"": saved.cache_files}
+    if "" in splits and found.split is not None:
+        raise RequestError(f"{folder} is a dataset without splits: write it without #{found.split}.")
+    split = "" if "" in splits else _one_split(found, list(splits))
+    return [Path(file["filename"]) for file in splits[split]]
+
+
+def _one_split(found: Reference, splits: Sequence[str]) -> str:
+    choices = " or ".join(f"{found.name}#{split}" for split in splits)
+    if found.split is None and len(splits) > 1:
+        raise RequestError(f"{found.name} has {len(splits)} splits: write {choices}.")
+    if found.split is not None and found.split not in splits:
+        raise RequestError(f"{found.name} has no split {found.split}: write {choices}.")
+    return found.split or splits[0]
+
+
+def _is_visible(file: Path, root: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _token() -> str | None:
+    token = Settings().hf_token
+    return token.get_secret_value() if token else None
+
+
+def _commit(name: str) -> str:
+    try:
+        commit = HfApi(token=_token()).dataset_info(name).sha
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise _unreachable(name, error) from error
+    return str(commit)
+
+
+def _hub_records(found: Reference) -> Iterator[Record | BrokenRecord]:
+    try:
+        splits = load_dataset(found.name, streaming=True, revision=_commit(found.name), token=_token())
+        rows = splits[_one_split(found, list(splits))]
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise _unreachable(found.name, error) from error
+    place = 0
+    try:
+        for place, row in enumerate(rows, start=1):
+            yield Record(dict(row), found.name, f"row {place}")
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise WorkError(
+            f"Reading {found.name} from the hub broke off after row {place} ({str(error).splitlines()[0]}). Run the "
+            "command again, or download the files and name their folder."
+        ) from error
+
+
+def _unreachable(name: str, error: Exception) -> RequestError:
+    return RequestError(
+        f"{name} is no file or folder here, and it could not be read from the hub: "
+        f"{(str(error) or type(error).__name__).splitlines()[0]} Check the name and, for a private dataset, HF_TOKEN; "
+        "with no network, download the files elsewhere and name their folder."
+    )
