@@ -55,7 +55,9 @@ def retrain(recipe: Recipe, inputs: Inputs) -> None:
 def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
     data = recipe.data
     if data.instructions is not None:
-        candidates = load_instructions(data.instructions, data.test_instructions, data.format, data.columns, inputs.instructions)
+        candidates = load_instructions(
+            data.instructions, data.test_instructions, data.format, data.columns, inputs.instructions
+        )
     else:
         candidates = generate_instructions(
             read_documents(recipe.documents, inputs.documents),
@@ -72,7 +74,9 @@ def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
 def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
     data = recipe.data
     if data.preferences is not None:
-        candidates = load_preferences(data.preferences, data.test_preferences, data.format, data.columns, inputs.preferences)
+        candidates = load_preferences(
+            data.preferences, data.test_preferences, data.format, data.columns, inputs.preferences
+        )
     else:
         candidates = generate_preferences(
             instructions,

@@ -1,6 +1,6 @@
 """Steps from documents to formatted datasets."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from datasets import Dataset, DatasetDict
 
@@ -151,7 +151,7 @@ def _prepare(kind: str, candidates: DatasetDict, checks: DataConfig, evaluation_
     own_test = candidates.get("test_rows")
     prepared = prepare(candidates["rows"], kind, checks, ledger, work_folder(), own_test, evaluation)
     check_splits(prepared.splits, kind, ledger)
-    facts = {name: len(part) for name, part in prepared.splits.items()}
+    facts: dict[str, Any] = {name: len(part) for name, part in prepared.splits.items()}
     if evaluation_hash is not None:
         facts["evaluation_hash"] = evaluation_hash
     log_rows(f"{kind}_dataset", ledger, kind, **facts)

@@ -85,7 +85,9 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
             f"There is no file {path}. Check the path; it is relative to the folder you run in."
         ) from None
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not {error.encoding} text to its end: {error.reason}. Write it again.") from error
+        raise RequestError(
+            f"{path} is not {error.encoding} text to its end: {error.reason}. Write it again."
+        ) from error
     except JsonError as error:
         hint = " If each line is one object, name the file .jsonl." if "extra data" in str(error) else ""
         raise RequestError(f"{path} is not valid JSON with rows in it: {error}.{hint}") from None

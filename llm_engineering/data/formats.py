@@ -153,7 +153,9 @@ def _formats_with(columns: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in found if not any(_COLUMNS[name] < _COLUMNS[other] for other in found))
 
 
-def _row(record: Record | BrokenRecord, kind: str, insisted: str | None) -> InstructionRow | PreferenceRow | Quarantined:
+def _row(
+    record: Record | BrokenRecord, kind: str, insisted: str | None
+) -> InstructionRow | PreferenceRow | Quarantined:
     if isinstance(record, BrokenRecord):
         return record.quarantined(kind)
     value, file, place = record

@@ -53,8 +53,9 @@ def inspect_file(
     lengths = Lengths()
     # What is over-long is counted here, whatever a run would do with it.
     counting = formatting.model_copy(update={"over_long": "drop"})
-    rows = map(to_row, stream_records(prepared.splits["train"]))
-    for formatted in format_rows(rows, loaded.kind, tokenizer, counting):
+    for formatted in format_rows(
+        (to_row(record) for record in stream_records(prepared.splits["train"])), loaded.kind, tokenizer, counting
+    ):
         lengths.add("all", formatted)
         ledger.set_aside([formatted.rejected] if formatted.rejected is not None else [])
     kept = lengths.kept.get("all", Counter())

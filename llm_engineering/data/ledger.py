@@ -54,7 +54,9 @@ class Ledger:
         quarantined = total - self._entered[stage]
         expected = self.kept.get(stage, read)
         if read != expected or read != kept + quarantined:
-            raise AssertionError(f"{stage}: {expected} rows were there, {read} read, {kept} kept, {quarantined} quarantined")
+            raise AssertionError(
+                f"{stage}: {expected} rows were there, {read} read, {kept} kept, {quarantined} quarantined"
+            )
         self._entered[stage] = total
         self.read.setdefault(stage, read)
         self.kept[stage] = kept

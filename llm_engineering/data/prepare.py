@@ -194,7 +194,9 @@ class _Writer:
             splits=DatasetDict({name: table.dataset() for name, table in self.splits.items()}),
             findings=self.findings.dataset(),
             clusters=self.clusters.dataset(),
-            suspicious=to_dataset([row for *_, row in sorted(self.worst, key=lambda one: one[:2], reverse=True)], _SUSPICIOUS),
+            suspicious=to_dataset(
+                [row for *_, row in sorted(self.worst, key=lambda one: one[:2], reverse=True)], _SUSPICIOUS
+            ),
             leaked=len(self.verdicts.leaked),
         )
 

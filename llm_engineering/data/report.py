@@ -155,7 +155,9 @@ def _guidance(lengths: Lengths, share_over: float, max_length: int, findings: di
         # The 95 % interval of a share of n rows is widest at one half: 1.96 sqrt(0.25 / n).
         lines.append(f"{test:,} test rows: a share measured on them is known to ±{98 / test**0.5:.0f} points (95 %).")
     if share_over > MAX_SHARE_OVER_LENGTH:
-        lines.append(f"{share_over:.0%} of the rows are over formatting.max_length ({max_length}): raise it if memory allows.")
+        lines.append(
+            f"{share_over:.0%} of the rows are over formatting.max_length ({max_length}): raise it if memory allows."
+        )
     for rule, what in (("secret", "keys or passwords"), ("personal_data", "e-mail addresses or phone numbers")):
         if rule in findings:
             lines.append(f"{findings[rule]:,} findings of {what}: set data.rules.{rule} to mask or drop.")

@@ -5,12 +5,11 @@ All that is needed of a row to judge it stands in files, about 30 bytes of it in
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,6 @@ from llm_engineering.data.examine import Examined
 from llm_engineering.data.outliers import length_bounds, rare_languages
 from llm_engineering.data.split import SPLITS
 
-Fate = Literal["kept", "reported", "set aside"]
 _HASHES = ("ids", "prompts", "answers", "others")
 
 
@@ -47,7 +45,7 @@ class RowIndex:
         self.bands = [folder / f"band-{k}" for k in range(band_count(config.near_duplicate_threshold))]
         self.rows = 0
         self.languages: dict[str, int] = {}
-        self._parts: dict[str, list[NDArray[np.generic]]] = {"sides": [], "lengths": [], "codes": [], "counts": []}
+        self._parts: dict[str, list[NDArray[Any]]] = {"sides": [], "lengths": [], "codes": [], "counts": []}
         self._parts["generated"] = []
         names = [*(folder / name for name in _HASHES), folder / "shingles", *self.bands]
         self._stack = ExitStack()
@@ -76,7 +74,7 @@ class RowIndex:
         self._parts["generated"].append(batch.generated)
         self.rows += len(batch.sides)
 
-    def column(self, name: str) -> NDArray[np.generic]:
+    def column(self, name: str) -> NDArray[Any]:
         """`sides`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`, a value for each row."""
         if len(self._parts[name]) > 1:
             self._parts[name] = [np.concatenate(self._parts[name])]
@@ -118,6 +116,7 @@ class _Judge:
         self.sides = index.column("sides")
         self.generated = index.column("generated")
         self.verdicts = Verdicts()
+        self.exact: set[int] = set()
 
     def say(self, rule: str, row: int, other: int = -1) -> None:
         """A rule of the recipe matches a row: do what its switch says."""
@@ -138,11 +137,11 @@ class _Judge:
                 self._add(row, Verdict(f"leaks_into_{SPLITS[int(side)]}", top, remove))
 
     def duplicates(self, rows: Iterable[int], rule: str) -> None:
-        """Of rows that are alike, all but the first of each side repeat it."""
+        """Of rows that are alike, all but the first of each side repeat it. What repeats exactly is not near as well."""
         first: dict[int, int] = {}
         for row in rows:
             earlier = first.setdefault(int(self.sides[row]), row)
-            if earlier != row and not self._has(row, "exact_duplicate"):
+            if earlier != row and row not in self.exact:
                 self.say(rule, row, earlier)
 
     def conflicts(self, rows: list[int]) -> None:
@@ -155,9 +154,6 @@ class _Judge:
             found = [(row, rows[0]) for row in rows if answers[row] != answers[rows[0]]]
         for row, other in found:
             self.say("conflicting_answers", row, other)
-
-    def _has(self, row: int, rule: str) -> bool:
-        return any(verdict.rule == rule for verdict in self.verdicts.by_row.get(row, ()))
 
     def _add(self, row: int, verdict: Verdict) -> None:
         self.verdicts.by_row.setdefault(row, []).append(verdict)
@@ -175,6 +171,8 @@ def judge(index: RowIndex, config: DataConfig, remove_leaks: bool) -> Verdicts:
     for group in groups(index.folder / "ids"):
         rows = group.tolist()
         say.duplicates(rows, "exact_duplicate")
+        first = {int(say.sides[row]): row for row in reversed(rows)}
+        say.exact |= set(rows) - set(first.values())
         for row in rows[1:]:
             clusters.join(rows[0], row)
     with ShingleFile(index.folder / "shingles", index.column("counts")) as shingles:
@@ -202,8 +200,3 @@ def _outliers(index: RowIndex, say: _Judge) -> None:
     rare = rare_languages(names, np.bincount(codes, minlength=len(names)))
     for row in np.flatnonzero(np.isin(codes, [index.languages[name] for name in rare])).tolist():
         say.say("language_outlier", row)
-
-
-def counts(verdicts: Verdicts) -> Counter[str]:
-    """Rows by rule, whatever becomes of them."""
-    return Counter(verdict.rule for found in verdicts.by_row.values() for verdict in found)

@@ -73,7 +73,8 @@ def format_rows(
     """
     for row in rows:
         reason, detail = "", ""
-        record, length = {}, 0
+        record: dict[str, Any] = {}
+        length = 0
         special = _spelt_special_token(row, tokenizer)
         if special:
             reason = "special_token_in_text"

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from llm_engineering.data.validate import validate_instructions, validate_preferences
 
 from llm_engineering.config import SplitConfig
 from llm_engineering.data.formats import read_instructions, read_preferences
@@ -11,7 +12,6 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.quarantine import by_reason
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, instruction_row
 from llm_engineering.data.split import split_of, split_rows
-from llm_engineering.data.validate import validate_instructions, validate_preferences
 from llm_engineering.errors import RequestError, WorkError
 
 

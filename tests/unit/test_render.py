@@ -5,9 +5,10 @@ import copy
 import pytest
 
 from llm_engineering.config import FormattingConfig
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.datasets import format_rows
+from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.render import render_instruction, render_preference
 
 # In SmolLM2's vocabulary: 1 <|im_start|>, 2 <|im_end|>, 9690 "system", 4093 "user", 520+9531 "ass"+"istant", 198 "\n";
@@ -131,9 +132,32 @@ def test_over_long_and_special_rows_are_set_aside_by_name(tokenizer):
         row([message("user", "Hello <|im_end|>")], [message("assistant", "Hi")]),
         row([message("user", "long " * 90)], [message("assistant", "Hi")]),
     ]
-    formatted, kept, quarantine = format_rows(rows, tokenizer, FormattingConfig(max_length=64))
-    assert (kept, len(formatted)) == (rows[:1], 1)
+    formatted = list(format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64)))
+    assert [f.row for f in formatted if f.rejected is None] == rows[:1]
+    quarantine = [f.rejected for f in formatted if f.rejected is not None]
     assert [q.reason for q in quarantine] == ["over_long", "special_token_in_text", "no_trained_token"]
     assert "max_length is 64" in quarantine[0].detail
     with pytest.raises(WorkError, match="is over-long.*over_long is raise"):
-        format_rows(rows, tokenizer, FormattingConfig(max_length=64, over_long="raise"))
+        list(format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64, over_long="raise")))
+
+
+def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, tmp_path):
+    rows = [row([message("user", f"Hello {i}")], [message("assistant", "Hi")]) for i in range(6)]
+    rows.append(row([message("user", "Hello")], [message("assistant", "long " * 90)]))
+    ledger = Ledger()
+    ledger.record("instruction", 7, 7)
+    splits = {"train": rows[:3] + rows[6:], "validation": rows[3:5], "test": rows[5:6]}
+    formatted, lengths = format_splits(
+        {name: instruction_dataset(part) for name, part in splits.items()},
+        "instruction",
+        tokenizer,
+        FormattingConfig(max_length=64),
+        tmp_path,
+        ledger,
+    )
+    assert {name: len(part) for name, part in formatted.items()} == {"train": 3, "validation": 2, "test": 1}
+    assert list(formatted["test"]["input_ids"][0]) == render_instruction(rows[5], tokenizer).input_ids
+    assert (ledger.kept["instruction"], ledger.by_reason("instruction")) == (6, {"over_long": 1})
+    assert lengths.kept["train"].total() == 3
+    # The long row is in the histogram, though it is not kept.
+    assert (lengths.all.total(), max(lengths.all) > 64, lengths.turns) == (7, True, {2: 6})

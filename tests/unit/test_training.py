@@ -23,7 +23,14 @@ from llm_engineering.config import (
     TrackingConfig,
     TrainingSetup,
 )
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import (
+    InstructionRow,
+    Message,
+    PreferenceRow,
+    instruction_dataset,
+    preference_dataset,
+)
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.models import load_model, load_tokenizer
@@ -59,8 +66,15 @@ def setup(tiny_model, cpu):
     )
 
 
+def formatted(splits, kind, to_dataset, tokenizer, folder):
+    ledger = Ledger()
+    ledger.record(kind, sum(map(len, splits.values())), sum(map(len, splits.values())))
+    datasets = {name: to_dataset(rows) for name, rows in splits.items()}
+    return format_splits(datasets, kind, tokenizer, FormattingConfig(max_length=128), folder, ledger)[0]
+
+
 @pytest.fixture(scope="module")
-def sft_data(tokenizer):
+def sft_data(tokenizer, tmp_path_factory):
     rows = [
         InstructionRow(
             prompt=[message("user", f"What is {i} plus {i}?")],
@@ -71,11 +85,11 @@ def sft_data(tokenizer):
         for i in range(24)
     ]
     splits = {"train": rows[:16], "validation": rows[16:20], "test": rows[20:]}
-    return format_splits(splits, tokenizer, FormattingConfig(max_length=128))[0]
+    return formatted(splits, "instruction", instruction_dataset, tokenizer, tmp_path_factory.mktemp("instruction"))
 
 
 @pytest.fixture(scope="module")
-def dpo_data(tokenizer):
+def dpo_data(tokenizer, tmp_path_factory):
     rows = [
         PreferenceRow(
             prompt=[message("user", f"What is {i} plus {i}?")],
@@ -87,7 +101,7 @@ def dpo_data(tokenizer):
         for i in range(12)
     ]
     splits = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
-    return format_splits(splits, tokenizer, FormattingConfig(max_length=128))[0]
+    return formatted(splits, "preference", preference_dataset, tokenizer, tmp_path_factory.mktemp("preference"))
 
 
 @pytest.fixture(scope="module")
