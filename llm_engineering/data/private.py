@@ -70,7 +70,9 @@ def personal_data(text: str) -> list[Private]:
     """
     found: list[Private] = []
     if "@" in text:
-        found += (Private("e-mail address", "[EMAIL]", *match.span()) for match in _EMAIL.finditer(text) if _mail(match))
+        found += (
+            Private("e-mail address", "[EMAIL]", *match.span()) for match in _EMAIL.finditer(text) if _mail(match)
+        )
     if ("+" in text or "＋" in text) and _INTERNATIONAL.search(text):
         found += (Private("telephone number", "[PHONE]", *span) for span in _international(text))
     if _NATIONAL_END.search(text):
@@ -94,7 +96,9 @@ def _international(text: str) -> Iterator[tuple[int, int]]:
     for line in text.split("\n"):
         if _INTERNATIONAL.search(line):
             for match in phonenumbers.PhoneNumberMatcher(line, None):
-                yield start + match.start, start + match.end
+                # In `0.5 + 14285714` and `x+4420836611` it is a sum.
+                if not match.raw_string[1:2].isspace() and not line[match.start - 1 : match.start].isalnum():
+                    yield start + match.start, start + match.end
         start += len(line) + 1
 
 
@@ -110,33 +114,36 @@ class _Credential(NamedTuple):
 # are mostly none: both entropy plugins (digests, UUIDs, base64 of anything), keyword (`password = "password"` in every
 # lesson about code), public IP addresses, Artifactory (any word in capitals that begins with APA), IBM IAM, IBM COS,
 # Cloudant and SoftLayer (any digest behind `key`). The private key plugin knows no end of the key; see _PRIVATE_KEY.
-_PLUGINS: dict[type[RegexBasedDetector], tuple[tuple[str, ...], ...]] = {
-    AWSKeyDetector: (("A3T", "ABIA", "ACCA", "AKIA", "ASIA"), ("aws",)),
-    AzureStorageKeyDetector: (("AccountKey=",),),
-    BasicAuthDetector: (("://",),),
-    DiscordBotTokenDetector: ((".",),),
-    GitHubTokenDetector: (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),),
-    GitLabTokenDetector: (
-        ("glpat-", "gldt-", "glft-", "glsoat-", "glrt-"),
-        ("GR1348941",),
-        ("glcbt-",),
-        ("glimt-",),
-        ("glptt-",),
-        ("glagent-",),
-        ("gloas-",),
+_PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
+    (AWSKeyDetector(), (("A3T", "ABIA", "ACCA", "AKIA", "ASIA"), ("aws",))),
+    (AzureStorageKeyDetector(), (("AccountKey=",),)),
+    (BasicAuthDetector(), (("://",),)),
+    (DiscordBotTokenDetector(), ((".",),)),
+    (GitHubTokenDetector(), (("ghp_", "gho_", "ghu_", "ghs_", "ghr_"),)),
+    (
+        GitLabTokenDetector(),
+        (
+            ("glpat-", "gldt-", "glft-", "glsoat-", "glrt-"),
+            ("GR1348941",),
+            ("glcbt-",),
+            ("glimt-",),
+            ("glptt-",),
+            ("glagent-",),
+            ("gloas-",),
+        ),
     ),
-    JwtTokenDetector: (("eyJ",),),
-    MailchimpDetector: (("-us",),),
-    NpmDetector: (("_authToken=",),),
-    OpenAIDetector: (("T3BlbkFJ",),),
-    PypiTokenDetector: (("pypi-AgEIcHlwaS5vcmc",), ("pypi-AgENdGVzdC5weXBpLm9yZw",)),
-    SendGridDetector: (("SG.",),),
-    SlackDetector: (("xox",), ("hooks.slack.com",)),
-    SquareOAuthDetector: (("sq0csp-",),),
-    StripeDetector: (("k_live_",),),
-    TelegramBotTokenDetector: ((":",),),
-    TwilioKeyDetector: (("AC",), ("SK",)),
-}
+    (JwtTokenDetector(), (("eyJ",),)),
+    (MailchimpDetector(), (("-us",),)),
+    (NpmDetector(), (("_authToken=",),)),
+    (OpenAIDetector(), (("T3BlbkFJ",),)),
+    (PypiTokenDetector(), (("pypi-AgEIcHlwaS5vcmc",), ("pypi-AgENdGVzdC5weXBpLm9yZw",))),
+    (SendGridDetector(), (("SG.",),)),
+    (SlackDetector(), (("xox",), ("hooks.slack.com",))),
+    (SquareOAuthDetector(), (("sq0csp-",),)),
+    (StripeDetector(), (("k_live_",),)),
+    (TelegramBotTokenDetector(), ((":",),)),
+    (TwilioKeyDetector(), (("AC",), ("SK",))),
+]
 _PREFIX_GROUP = (GitHubTokenDetector, GitLabTokenDetector)
 _FIXED_LENGTH = (AWSKeyDetector, MailchimpDetector, TelegramBotTokenDetector, TwilioKeyDetector)
 
@@ -144,11 +151,11 @@ _CREDENTIALS = [
     _Credential(
         plugin.secret_type,
         pattern,
-        group=0 if plugin in _PREFIX_GROUP else min(1, pattern.groups),
+        group=0 if isinstance(plugin, _PREFIX_GROUP) else min(1, pattern.groups),
         marks=marks,
-        exact=plugin in _FIXED_LENGTH,
+        exact=isinstance(plugin, _FIXED_LENGTH),
     )
-    for plugin, all_marks in _PLUGINS.items()
+    for plugin, all_marks in _PLUGINS
     for pattern, marks in zip(plugin.denylist, all_marks, strict=True)
 ] + [
     # Newer than detect-secrets' last release; the prefixes are those of their issuers' documentation.
@@ -160,6 +167,19 @@ _CREDENTIALS = [
         ("OpenAI Token", r"sk-(?:proj|svcacct|admin)-[A-Za-z0-9_-]{40,}", ("sk-proj-", "sk-svcacct-", "sk-admin-")),
         ("Anthropic Token", r"sk-ant-[A-Za-z0-9_-]{40,}", ("sk-ant-",)),
     )
+]
+_MARKS = [
+    (mark, place)
+    for place, credential in enumerate(_CREDENTIALS)
+    if not credential.pattern.flags & re.IGNORECASE
+    for mark in credential.marks
+]
+# Looked for in the casefolded text, not the lowered one: IGNORECASE also takes the long ſ for an s.
+_FOLDED_MARKS = [
+    (mark, place)
+    for place, credential in enumerate(_CREDENTIALS)
+    if credential.pattern.flags & re.IGNORECASE
+    for mark in credential.marks
 ]
 # Only with key material behind it: the first line alone is what lessons about keys show.
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----")
@@ -182,17 +202,10 @@ def secrets(text: str) -> list[Private]:
 
     Stand-ins such as `ghp_xxxxxxxx`, `user:password@` or `${TOKEN}` are none.
     """
-    found: list[Private] = []
-    folded = ""
-    for credential in _CREDENTIALS:
-        where = text
-        if credential.pattern.flags & re.IGNORECASE:
-            # Folded, not lowered: IGNORECASE also takes the long ſ for an s.
-            folded = where = folded or text.casefold()
-        for mark in credential.marks:
-            if mark in where:
-                found += _credentials(text, credential)
-                break
+    folded = text.casefold()
+    candidates = {place for mark, place in _MARKS if mark in text}
+    candidates |= {place for mark, place in _FOLDED_MARKS if mark in folded}
+    found = [private for place in sorted(candidates) for private in _credentials(text, _CREDENTIALS[place])]
     if "PRIVATE KEY" in text:
         found += _private_keys(text)
     return _disjoint(found)
@@ -202,18 +215,20 @@ def _credentials(text: str, credential: _Credential) -> Iterator[Private]:
     for match in credential.pattern.finditer(text):
         start, end = match.span(credential.group)
         if credential.group == 0:
-            if _is_alphanumeric(text[start - 1 : start]) or (credential.exact and _is_alphanumeric(text[end : end + 1])):
+            if _is_alphanumeric(text[start - 1 : start]) or (
+                credential.exact and _is_alphanumeric(text[end : end + 1])
+            ):
                 continue
             # Some patterns stop before the token does, e.g. before a JWT's signature.
             rest = _REST.match(text, end)
             end = rest.end() if rest and not credential.exact else end
         value = text[start:end]
-        if credential.kind == BasicAuthDetector.secret_type:
+        if credential.kind == "Basic Auth Credentials":
             user = match.group()[3:].split(":")[0]
             is_secret = value != user and not _is_placeholder(value)
         else:
             is_secret = len(set(value)) >= _MIN_DIFFERENT and not any(specimen in value for specimen in _SPECIMENS)
-            if credential.kind == JwtTokenDetector.secret_type:
+            if credential.kind == "JSON Web Token":
                 is_secret = is_secret and JwtTokenDetector.is_formally_valid(match.group())
         if is_secret:
             yield Private(credential.kind, "[SECRET]", start, end)

@@ -124,8 +124,10 @@ def _private(row: Row, find: Callable[[str], list[Private]]) -> list[tuple[str, 
 
 def _private_detail(found: Sequence[tuple[str, str]]) -> str:
     counts = {key: found.count(key) for key in found}
-    return "; ".join(f"{kind} in the {field}, {count} times" if count > 1 else f"{kind} in the {field}"
-                     for (field, kind), count in counts.items())
+    return "; ".join(
+        f"{kind} in the {field}, {count} times" if count > 1 else f"{kind} in the {field}"
+        for (field, kind), count in counts.items()
+    )
 
 
 def _masked(row: RowT, find: Callable[[str], list[Private]]) -> RowT:

@@ -12,8 +12,8 @@ import re
 _DO = (
     r"(?:help\b(?! (?:but|feel|falling|my|wonder|think|notice|laugh|smil))|assist|provide|fulfil|comply|answer (?:that|this|the question|your|any)"
     r"|do (?:that|this|so)\b|generate|create|write|give (?:you|any|advice|medical|legal|financial|specific|an? )|offer"
-    r"|engage|support|participate|continue|discuss|recommend|share|access|process|browse|respond|produce|perform|complete"
-    r"|promote|condone|encourage|suggest|disclose|facilitate|predict|determine|browse|see (?:images|the|your|any)|view"
+    r"|engage|support|participate|continue|discuss|recommend|share|access|process|browse|respond|retrieve|estimate|verify|produce|perform|complete"
+    r"|promote|condone|encourage|suggest|disclose|facilitate|predict|determine|see (?:images|the|your|any)|view"
     r"|open|play|have|express|feel|experience|make|accurately|translate|tell you|reveal|advise|directly|physically)"
 )
 _CANNOT = (
@@ -34,9 +34,11 @@ _ENGLISH = (
     rf"i{_SOFTLY} ?(?:{_CANNOT})(?<!have)(?<!possess){_SOFTLY} (?!have|make|feel|see|open|play|continue|accurately|experience|express|directly|physically|complete){_DO}",
     r"i (?:do not|don['’]t) (?:have|possess) (?:(?:the )?(?:ability|capability|capacity) to|access to|personal (?:opinions|beliefs|feelings|experiences|preferences)"
     r"|feelings|real[- ]time)",
-    r"as an? (?:ai|artificial intelligence|(?:large )?language model|machine learning model|(?:virtual|digital) assistant)"
-    r"(?:[ -](?:powered|based))?(?: (?:large )?(?:language )?(?:model|assistant|chat ?bot|program|system|bot|text[- ]based (?:model|assistant|program)))?"
-    r"(?: (?:developed|created|trained|made|built) by \w+(?: \w+)?)?,? (?:i\b|it (?:is|would)|my\b)",
+    r"as an? (?:ai |large )?language model\b,? ?(?:\w+ \w+ \w+,? )?(?:i\b|it (?:is|would)|my\b)",
+    r"as an? (?:ai|artificial intelligence|machine learning model|virtual assistant|digital assistant|computer program)"
+    r"(?:[ -](?:powered|based))?(?: (?:language )?(?:model|assistant|chat ?bot|program|system|bot))?"
+    r"(?: (?:developed|created|trained|made|built) by \w+(?: \w+)?)?,? (?:i|it|my)\b[^\n]{0,120}?"
+    r"(?:\b(?:can(?:no|['’])t|can not|unable|not able|not capable|not have|am not|lack|without|don['’]t|do not|won['’]t|never|no personal)\b|['’]m not\b|n['’]t\b)",
     r"i(?:['’]m| am) (?:just |only |merely |simply )?an? (?:ai|artificial intelligence|(?:large )?language model|computer program|machine)\b[^.!?\n]{0,60}?"
     r"(?:\b(?:can(?:no|['’])t|unable|not able|(?:do|am) not|don['’]t|not capable)\b)",
     r"it (?:is|would be) (?:not |un|in)(?:appropriate|ethical) (?:for me )?to (?:provide|generate|create|write|discuss|assist|make|give)",
@@ -99,13 +101,15 @@ _NO_SENTENCE = re.compile(
     re.IGNORECASE,
 )
 # Words after which a sentence goes on. As written: a letter A or I is an answer.
-_GOES_ON = frozenset(
-    "the a an and or of because than their its our your my including into whose "
-    "der die den dem ein eine einen und oder weil sowie durch für "
-    "le la les un une des du de et ou avec qui que pour "
-    "el los las y o con por del "
-    "il lo gli di che dei della um uma do das dos com em".split()
-)
+# fmt: off
+_GOES_ON = frozenset({
+    "the", "a", "an", "and", "or", "of", "because", "than", "their", "its", "our", "your", "my", "including", "into", "whose",
+    "der", "die", "den", "dem", "ein", "eine", "einen", "und", "oder", "weil", "sowie", "durch", "für",
+    "le", "la", "les", "un", "une", "des", "du", "de", "et", "ou", "avec", "qui", "que", "pour",
+    "el", "los", "las", "y", "o", "con", "por", "del",
+    "il", "lo", "gli", "di", "che", "dei", "della", "um", "uma", "do", "das", "dos", "com", "em",
+})
+# fmt: on
 # Sentences shorter than this may well be names, titles or labels.
 MIN_WORDS = 6
 # A line of verse is rarely longer, and follows a stop without being cut.
@@ -176,8 +180,10 @@ _MENTIONS = (
     rf"\b(?:according to|based (?:solely |only )?(?:up)?on|as (?:mentioned|described|stated|discussed|explained|defined|given) in|(?:mentioned|described|stated|discussed|explained) in"
     rf"|referred to in|refer(?:ring)? to|(?:author|narrator|speaker|tone|main (?:idea|point|topic|theme|argument|purpose)|purpose|topic|theme|meaning|title|moral|summary|subject) (?:of|in)"
     rf"|given|from|answer from) (?:the|this) {_WEAK}\b{_CLAUSE_END}",
-    rf"\bin the (?:text|paragraph|article|passage|snippet|excerpt|document)(?=\s*(?:[?,]|$|above\b|below\b))",
+    r"\bin the (?:text|paragraph|article|passage|snippet|excerpt|document)(?=\s*(?:[?,]|$|above\b|below\b))",
     rf"\b(?:what|how|why|where|which [^?.]{{1,30}}) (?:does|did|do|is|was) the (?:text|context|paragraph|article|document|snippet|section|author|narrator) {_SAYS}",
+    rf"\b(?:summari[sz]e|paraphrase|rewrite|rephrase|translate|proofread|edit|correct|classify|categori[sz]e|analy[sz]e|read|review|shorten|simplify|continue)"
+    rf" (?:the|this) (?:{_WEAK}|{_STRONG})\b{_CLAUSE_END}",
     # German, French, Spanish, Portuguese, Italian
     r"\b(?:laut|gemäß|im|in dem|aus dem|nach dem|in diesem|des|dem|den|der|das) (?:dem |der |des )?(?:(?:obigen?|obenstehenden?|folgenden?|vorliegenden?|gegebenen?|nachstehenden?) "
     r"(?:text(?:es|s)?|abschnitts?|absatz(?:es)?|auszugs?|artikels?|kontexts?|passage)|textabschnitts?|textauszugs?|textpassage|textstelle)\b",
@@ -193,13 +199,17 @@ _MENTIONS = (
 )
 _MENTION = re.compile("|".join(_MENTIONS), re.IGNORECASE)
 # One of these stands in every mention, and a search for them is far quicker. Folded as IGNORECASE folds.
+# fmt: off
 _HINTS = (
-    *"passag excerpt extract text context paragraph article document snippet section story poem abstract transcript".split(),
-    *"chapter author narrator abschnit absatz auszug artikel kontext extrait pasaje fragmento párrafo artículo".split(),
-    *"trecho parágrafo artigo excerto testo brano paragrafo articolo contesto estratto 文 段落 材料 内容 テキスト 記事".split(),
+    "passag", "excerpt", "extract", "text", "context", "paragraph", "article", "document", "snippet", "section", "story", "poem", "abstract", "transcript",
+    "chapter", "author", "narrator", "abschnit", "absatz", "auszug", "artikel", "kontext", "extrait", "pasaje", "fragmento", "párrafo", "artículo",
+    "trecho", "parágrafo", "artigo", "excerto", "testo", "brano", "paragrafo", "articolo", "contesto", "estratto", "文", "段落", "材料", "内容", "テキスト", "記事",
 )
+# fmt: on
 # The text itself: behind a colon, or quoted, some words long (or some characters, in scripts without spaces).
-_CARRIED = re.compile(r"[:：]\s*(?:\S+\s+){2}\S|[:：]\s*[^\s\x00-\u2fff]{6}|[\"“«„「‘](?:[^\"”»“」’\s]+\s+){2}|[“«「『][^”»」』]{8}|\n\s*\S|```")
+_CARRIED = re.compile(
+    r"[:：]\s*(?:\S+\s+){2}\S|[:：]\s*[^\s\x00-\u2fff]{6}|[\"“«„「‘](?:[^\"”»“」’\s]+\s+){2}|[“«「『][^”»」』]{8}|\n\s*\S|```"
+)
 
 
 def mention_of_passage(prompt: str) -> str:
