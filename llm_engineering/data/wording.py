@@ -187,6 +187,7 @@ _MENTIONS = (
     # German, French, Spanish, Portuguese, Italian
     r"\b(?:laut|gemäß|im|in dem|aus dem|nach dem|in diesem|des|dem|den|der|das) (?:dem |der |des )?(?:(?:obigen?|obenstehenden?|folgenden?|vorliegenden?|gegebenen?|nachstehenden?) "
     r"(?:text(?:es|s)?|abschnitts?|absatz(?:es)?|auszugs?|artikels?|kontexts?|passage)|textabschnitts?|textauszugs?|textpassage|textstelle)\b",
+    r"\b(?:laut|gemäß) (?:dem |diesem |obigem )?(?:text|absatz|auszug|artikel|kontext)\b",
     r"\b(?:laut|gemäß|im|in dem|nach dem|des) (?:text(?:es|s)?|absatz(?:es)?)(?=\s*(?:[?,.]|$|erwähnt|genannt|beschrieben|oben|unten))",
     r"\b(?:selon|d['’]après|dans|de) (?:le |la |l['’]|ce |cet |cette )(?:texte|passage|extrait|paragraphe|article|contexte)(?=\s*(?:[?,.]|$|ci-dessus|ci-dessous|suivant|précédent|fourni|donné))",
     r"\b(?:según|en|del?|sobre) (?:el |la |este |esta )?(?:texto|pasaje|fragmento|párrafo|artículo|contexto|extracto)(?=\s*(?:[?,.]|$|anterior|siguiente|proporcionad|dado|de arriba|de abajo))",
