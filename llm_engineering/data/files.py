@@ -9,8 +9,9 @@ import re
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
 
@@ -85,7 +86,9 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
             f"There is no file {path}. Check the path; it is relative to the folder you run in."
         ) from None
     except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not {error.encoding} text to its end: {error.reason}. Write it again.") from error
+        raise RequestError(
+            f"{path} is not {error.encoding} text to its end: {error.reason}. Write it again."
+        ) from error
     except JsonError as error:
         hint = " If each line is one object, name the file .jsonl." if "extra data" in str(error) else ""
         raise RequestError(f"{path} is not valid JSON with rows in it: {error}.{hint}") from None
@@ -133,9 +136,9 @@ def shown(value: Any) -> str:
         return f"a deeply nested {type(value).__name__}"
 
 
-def open_binary(path: Path) -> BinaryIO:
+def open_binary(path: Path) -> BufferedIOBase:
     """A file's bytes, unpacked where it is a .gz."""
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _open_text(path: Path, newline: str) -> TextIO:

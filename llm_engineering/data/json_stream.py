@@ -84,7 +84,7 @@ class JsonStream:
             if self.take(",]") == "]":
                 return
 
-    def keys(self) -> Iterator[str]:
+    def entries(self) -> Iterator[str]:
         """The keys of the object that comes next; the caller reads each key's value before it asks for the next."""
         self.take("{")
         if self.peek() == "}":
@@ -133,14 +133,15 @@ def rows_of_list(stream: TextIO, key: str | None, window: int = WINDOW) -> Itera
                 yield f"[{number}]", value, raw
             json_text.end()
             return
-        for found in json_text.keys():
+        for found in json_text.entries():
             if found != key or json_text.peek() != "[":
                 json_text.value()
                 continue
             for number, (value, raw) in enumerate(json_text.items()):
                 yield f"{key}[{number}]", value, raw
     except JsonError as error:
-        raise JsonError(f"{error}, {f'after {key or ""}[{number}]' if number >= 0 else 'before the first row'}") from None
+        place = f"after {key or ''}[{number}]" if number >= 0 else "before the first row"
+        raise JsonError(f"{error}, {place}") from None
 
 
 def list_key(stream: TextIO, window: int = WINDOW) -> str | None:
@@ -159,7 +160,7 @@ def list_key(stream: TextIO, window: int = WINDOW) -> str | None:
         value, _ = json_text.value()
         raise JsonError(f"it holds a single {type(value).__name__}: expected a list of rows")
     lists = []
-    for key in json_text.keys():
+    for key in json_text.entries():
         if json_text.peek() != "[":
             json_text.value()
         elif sum(1 for _ in json_text.items()):
