@@ -60,10 +60,11 @@ class JsonStream:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                cut_off = "Unterminated string" in error.msg or error.pos >= len(self.text) - _CUT_OFF
-                if cut_off and self._more():
+                unterminated = "Unterminated string" in error.msg or error.pos >= len(self.text)
+                if (unterminated or error.pos >= len(self.text) - _CUT_OFF) and self._more():
                     continue
-                raise self._error(error.msg if self._has_more() else "the file ends in the middle of a value") from None
+                problem = "the file ends in the middle of a value" if unterminated else error.msg
+                raise self._error(problem) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(str(error)) from None
             # A number at the window's end may have more digits behind it.
@@ -111,9 +112,6 @@ class JsonStream:
         chunk = self.stream.read(max(self.window, len(self.text)))
         self.text += chunk
         return bool(chunk)
-
-    def _has_more(self) -> bool:
-        return len(self.text) - self.at > _CUT_OFF or self._more()
 
     def _error(self, problem: str) -> JsonError:
         return JsonError(f"{problem} (line {self.lines + self.text.count(chr(10), 0, self.at)})")
