@@ -6,13 +6,14 @@ A record's format is told by its columns; where two formats fit, the request is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_engineering.config import DataConfig
-from llm_engineering.data.conversations import BadRowError
+from llm_engineering.data.conversations import BadRowError, read_text
 from llm_engineering.data.files import BrokenRecord, Record, printable, shown
 from llm_engineering.data.instruction_formats import INSTRUCTION_FORMATS
 from llm_engineering.data.preference_formats import PREFERENCE_FORMATS
@@ -72,14 +73,15 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     insisted = config.format if config.format and kind in (None, _KIND[config.format]) else None
     columns = _columns_of(config.columns, kind)
     records = open_records(reference)
-    peeked = [_renamed(record, columns) for record in islice(records, PEEKED_ROWS)]
-    if not peeked:
+    unmapped = list(islice(records, PEEKED_ROWS))
+    if not unmapped:
         raise RequestError(f"{reference} is empty: there is no row in it.")
+    _check_mapped(reference, columns, unmapped)
+    peeked = [_renamed(record, columns) for record in unmapped]
     first = [record for record in peeked if isinstance(record, Record)]
     if not first:
         problem = next(record for record in peeked if isinstance(record, BrokenRecord)).quarantined("row")
         raise RequestError(f"{reference} holds no row that can be read; the first problem: {problem.named()}.")
-    _check_mapped(reference, columns, first)
     names = Counter(chain.from_iterable(_readings_of(reference, record, kind, insisted) for record in first))
     if not names:
         raise _unknown(reference, kind, insisted, first[0])
@@ -90,6 +92,27 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     rest = (_renamed(record, columns) for record in records)
     rows = (_row(record, found, insisted) for record in chain(peeked, rest))
     return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows)
+
+
+def read_instructions(path: Path) -> tuple[str, list[InstructionRow], list[Quarantined]]:
+    """An instruction dataset as a whole: the name of its format, its rows, and what was not kept."""
+    opened = open_dataset(str(path), "instruction", DataConfig())
+    everything = list(opened.rows)
+    rows = [row for row in everything if isinstance(row, InstructionRow)]
+    return opened.format, rows, [row for row in everything if isinstance(row, Quarantined)]
+
+
+def read_preferences(path: Path) -> tuple[str, list[PreferenceRow], list[Quarantined]]:
+    """A preference dataset as a whole: the name of its format, its rows, and what was not kept."""
+    opened = open_dataset(str(path), "preference", DataConfig())
+    everything = list(opened.rows)
+    rows = [row for row in everything if isinstance(row, PreferenceRow)]
+    return opened.format, rows, [row for row in everything if isinstance(row, Quarantined)]
+
+
+def is_preference_file(path: Path) -> bool:
+    """Whether a file is a preference dataset."""
+    return open_dataset(str(path), None, DataConfig()).kind == "preference"
 
 
 def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:
@@ -111,11 +134,10 @@ def _renamed(record: Record | BrokenRecord, columns: dict[str, str]) -> Record |
     return record._replace(value={**others, **renamed})
 
 
-def _check_mapped(reference: str, columns: dict[str, str], records: list[Record]) -> None:
+def _check_mapped(reference: str, columns: dict[str, str], records: Sequence[Record | BrokenRecord]) -> None:
+    there = list(dict.fromkeys(key for record in records if isinstance(record, Record) for key in record.value))
     for name, own in columns.items():
-        # A renamed record has the standard name only if it had the mapped column.
-        there = list(dict.fromkeys(columns.get(key, key) for record in records for key in record.value))
-        if own not in there:
+        if there and own not in there:
             raise RequestError(
                 f"data.columns maps {name} to {own}, and the first rows of {reference} have no such column: they have "
                 f"{printable(', '.join(there)) or 'none'}."
@@ -162,8 +184,7 @@ def _row(
     try:
         name = _format_of(value, kind, insisted)
         source = f"{file.rpartition('/')[2]}:{place}"
-        origin, document = _origin(value), value.get("document")
-        document = document if isinstance(document, str) else ""
+        origin, document = _origin(value), _document(value)
         if kind == "instruction":
             prompt, completion = INSTRUCTION_FORMATS[name][1](value)
             return InstructionRow(
@@ -187,6 +208,9 @@ def _format_of(value: dict[str, Any], kind: str, insisted: str | None) -> str:
     if len(found) > 1:
         raise BadRowError("malformed", f"it can be read as {_either(found)}: name one in data.format")
     found = found or _with_nulls(value, kind)
+    if not found and kind == "instruction" and "text" in value:
+        read_text(value["text"], "text")
+        raise BadRowError("malformed", "its `text` is written in no known template")
     if not found:
         raise BadRowError("malformed", f"no {kind} format has the columns {', '.join(value) or '(none)'}")
     missing = sorted(name for name in _COLUMNS[found[0]] if value.get(name) is None)
@@ -203,6 +227,12 @@ def _origin(value: dict[str, Any]) -> str:
         if given and isinstance(given, str):
             return given
     return "unknown"
+
+
+def _document(value: dict[str, Any]) -> str:
+    given = value.get("document")
+    # It groups rows and is not learned, so a number is as good a name as a word.
+    return str(given) if isinstance(given, (str, int)) else ""
 
 
 def _either(names: tuple[str, ...] | list[str]) -> str:

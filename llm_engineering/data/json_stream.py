@@ -60,10 +60,11 @@ class JsonStream:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
-                cut_off = "Unterminated string" in error.msg or error.pos >= len(self.text) - _CUT_OFF
-                if cut_off and self._more():
+                unterminated = "Unterminated string" in error.msg or error.pos >= len(self.text)
+                if (unterminated or error.pos >= len(self.text) - _CUT_OFF) and self._more():
                     continue
-                raise self._error(error.msg if self._has_more() else "the file ends in the middle of a value") from None
+                problem = "the file ends in the middle of a value" if unterminated else error.msg
+                raise self._error(problem) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(str(error)) from None
             # A number at the window's end may have more digits behind it.
@@ -84,7 +85,7 @@ class JsonStream:
             if self.take(",]") == "]":
                 return
 
-    def keys(self) -> Iterator[str]:
+    def entries(self) -> Iterator[str]:
         """The keys of the object that comes next; the caller reads each key's value before it asks for the next."""
         self.take("{")
         if self.peek() == "}":
@@ -112,9 +113,6 @@ class JsonStream:
         self.text += chunk
         return bool(chunk)
 
-    def _has_more(self) -> bool:
-        return len(self.text) - self.at > _CUT_OFF or self._more()
-
     def _error(self, problem: str) -> JsonError:
         return JsonError(f"{problem} (line {self.lines + self.text.count(chr(10), 0, self.at)})")
 
@@ -133,14 +131,15 @@ def rows_of_list(stream: TextIO, key: str | None, window: int = WINDOW) -> Itera
                 yield f"[{number}]", value, raw
             json_text.end()
             return
-        for found in json_text.keys():
+        for found in json_text.entries():
             if found != key or json_text.peek() != "[":
                 json_text.value()
                 continue
             for number, (value, raw) in enumerate(json_text.items()):
                 yield f"{key}[{number}]", value, raw
     except JsonError as error:
-        raise JsonError(f"{error}, {f'after {key or ""}[{number}]' if number >= 0 else 'before the first row'}") from None
+        place = f"after {key or ''}[{number}]" if number >= 0 else "before the first row"
+        raise JsonError(f"{error}, {place}") from None
 
 
 def list_key(stream: TextIO, window: int = WINDOW) -> str | None:
@@ -159,7 +158,7 @@ def list_key(stream: TextIO, window: int = WINDOW) -> str | None:
         value, _ = json_text.value()
         raise JsonError(f"it holds a single {type(value).__name__}: expected a list of rows")
     lists = []
-    for key in json_text.keys():
+    for key in json_text.entries():
         if json_text.peek() != "[":
             json_text.value()
         elif sum(1 for _ in json_text.items()):

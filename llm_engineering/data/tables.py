@@ -6,7 +6,8 @@ import gzip
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ BATCH_ROWS = 1000
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
-def parquet_rows(file: BinaryIO) -> Iterator[tuple[str, Any, str, str]]:
+def parquet_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
     """The place, value, and the reason and detail of the problem (empty where there is none) of every row.
 
     Raises:
@@ -28,7 +29,7 @@ def parquet_rows(file: BinaryIO) -> Iterator[tuple[str, Any, str, str]]:
         yield from _rows(source.iter_batches(BATCH_ROWS))
 
 
-def arrow_rows(file: BinaryIO) -> Iterator[tuple[str, Any, str, str]]:
+def arrow_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
     """The same for an Arrow file, in either of its two forms; `datasets` writes the streaming one.
 
     Raises:
@@ -48,13 +49,12 @@ def arrow_rows(file: BinaryIO) -> Iterator[tuple[str, Any, str, str]]:
         yield from _rows(batches)
 
 
-def _seekable(file: BinaryIO, unpacked: Any) -> BinaryIO:
+def _seekable(file: BufferedIOBase, unpacked: Any) -> Any:
     if not isinstance(file, gzip.GzipFile):
         return file
     shutil.copyfileobj(file, unpacked)
     unpacked.seek(0)
-    result: BinaryIO = unpacked
-    return result
+    return unpacked
 
 
 def _check_names(schema: pa.Schema) -> None:

@@ -11,7 +11,7 @@ from bs4 import BeautifulSoup
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.config import EMBEDDED_DOCUMENTS, DocumentsConfig
-from llm_engineering.data.files import read_records
+from llm_engineering.data.files import BrokenRecord, read_records
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.errors import RequestError
 
@@ -151,9 +151,13 @@ def _html(file: Path, _field: str | None) -> tuple[list[Document], list[Quaranti
 
 
 def _json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    records, quarantine = read_records(file, "document")
-    documents = []
-    for value, place in records:
+    documents: list[Document] = []
+    quarantine: list[Quarantined] = []
+    for record in read_records(file):
+        if isinstance(record, BrokenRecord):
+            quarantine.append(record.quarantined("document"))
+            continue
+        value, place = record.value, record.place
         names = [field] if field else [name for name in TEXT_FIELDS if isinstance(value.get(name), str)]
         if len(names) > 1:
             raise RequestError(
@@ -167,6 +171,8 @@ def _json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantin
             continue
         title = next((str(value[name]) for name in TITLE_FIELDS if value.get(name)), f"{file.stem} {place}")
         documents.append(_document(f"{file}:{place}", title, text))
+    if not documents and not quarantine:
+        raise RequestError(f"{file} is empty: there is no row in it.")
     return documents, quarantine
 
 

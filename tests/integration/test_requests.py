@@ -112,7 +112,7 @@ def test_inspect_reports_on_a_file(fresh_project):
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the data of other projects is not beside this checkout")
 @pytest.mark.parametrize(
     ("name", "format_name", "rows"),
-    [("alpaca_en_demo.json", "alpaca", 999), ("dpo_en_demo.json", "sharegpt preference", 299)],
+    [("alpaca_en_demo.json", "alpaca", 999), ("dpo_en_demo.json", "sharegpt-preference", 299)],
 )
 def test_inspect_real_data(fresh_project, name, format_name, rows):
     report = fresh_project.command("tools.inspect", str(SHARED / name), "--json").json
