@@ -8,14 +8,14 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 from llm_engineering.config import RulesConfig
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
 
-RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
+RowT = TypeVar("RowT", bound=InstructionRow | PreferenceRow)
 Row = InstructionRow | PreferenceRow
 
 # Longest quotation of a row in a detail, in characters.
@@ -131,15 +131,14 @@ def _private_detail(found: Sequence[tuple[str, str]]) -> str:
 
 
 def _masked(row: RowT, find: Callable[[str], list[Private]]) -> RowT:
-    return row.model_copy(
-        update={
-            field: [
-                message.model_copy(update={"content": masked(message.content, find(message.content))})
-                for message in messages
-            ]
-            for field, messages in _fields(row).items()
-        }
-    )
+    update = {
+        field: [
+            message.model_copy(update={"content": masked(message.content, find(message.content))})
+            for message in messages
+        ]
+        for field, messages in _fields(row).items()
+    }
+    return cast("RowT", row.model_copy(update=update))
 
 
 def _empty_answer(row: Row) -> str:

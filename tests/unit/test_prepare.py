@@ -20,6 +20,7 @@ from llm_engineering.data.rows import (
     Message,
     PreferenceRow,
     instruction_dataset,
+    instruction_row,
     preference_dataset,
 )
 from llm_engineering.data.split import split_of
@@ -251,6 +252,19 @@ def test_rows_stay_on_their_side_when_data_is_added(tmp_path):
         sides.setdefault(r.document, set()).add(after[r.id])
     assert all(len(names) == 1 for names in sides.values())
     assert set(after.values()) == {"train", "validation", "test"}
+
+
+def test_same_question_in_other_case_falls_on_the_same_side(tmp_path):
+    rows = [row(f"What is {i}?", f"This is {i}.", str(i)) for i in range(30)]
+    rows += [row(f"WHAT is {i}", "Another answer altogether.", f"{i} again") for i in range(30)]
+    sides = {r["source"]: name for name, part in Run(tmp_path, rows).prepared.splits.items() for r in part}
+    assert len(sides) == 60
+    assert all(sides[str(i)] == sides[f"{i} again"] for i in range(30))
+
+
+def test_rows_survive_the_dataset():
+    rows = [row(prompt="Ä 😀\n", answer="x")]
+    assert [instruction_row(record) for record in instruction_dataset(rows)] == rows
 
 
 def test_split_shares_are_those_of_the_recipe():
