@@ -22,7 +22,6 @@ from detect_secrets.plugins.github_token import GitHubTokenDetector
 from detect_secrets.plugins.gitlab_token import GitLabTokenDetector
 from detect_secrets.plugins.jwt import JwtTokenDetector
 from detect_secrets.plugins.mailchimp import MailchimpDetector
-from detect_secrets.plugins.npm import NpmDetector
 from detect_secrets.plugins.openai import OpenAIDetector
 from detect_secrets.plugins.pypi_token import PypiTokenDetector
 from detect_secrets.plugins.sendgrid import SendGridDetector
@@ -113,7 +112,7 @@ class _Credential(NamedTuple):
 # detect-secrets' plugins that are on, with the marks of each of their patterns in order. Off are those whose matches
 # are mostly none: both entropy plugins (digests, UUIDs, base64 of anything), keyword (`password = "password"` in every
 # lesson about code), public IP addresses, Artifactory (any word in capitals that begins with APA), IBM IAM, IBM COS,
-# Cloudant and SoftLayer (any digest behind `key`). The private key plugin knows no end of the key; see _PRIVATE_KEY.
+# Cloudant and SoftLayer (any digest behind `key`), and npm (slow; a token's own form stands below). The private key plugin knows no end of the key; see _PRIVATE_KEY.
 _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     (AWSKeyDetector(), (("A3T", "ABIA", "ACCA", "AKIA", "ASIA"), ("aws",))),
     (AzureStorageKeyDetector(), (("AccountKey=",),)),
@@ -134,7 +133,6 @@ _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     ),
     (JwtTokenDetector(), (("eyJ",),)),
     (MailchimpDetector(), (("-us",),)),
-    (NpmDetector(), (("_authToken=",),)),
     (OpenAIDetector(), (("T3BlbkFJ",),)),
     (PypiTokenDetector(), (("pypi-AgEIcHlwaS5vcmc",), ("pypi-AgENdGVzdC5weXBpLm9yZw",))),
     (SendGridDetector(), (("SG.",),)),
@@ -145,13 +143,15 @@ _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     (TwilioKeyDetector(), (("AC",), ("SK",))),
 ]
 _PREFIX_GROUP = (GitHubTokenDetector, GitLabTokenDetector)
+_UNBOUNDED = (JwtTokenDetector, OpenAIDetector)
 _FIXED_LENGTH = (AWSKeyDetector, MailchimpDetector, TelegramBotTokenDetector, TwilioKeyDetector)
 
 _CREDENTIALS = [
     _Credential(
         plugin.secret_type,
-        # A JWT begins a word; without this a long text of eyJeyJeyJ takes time in the square of its length.
-        re.compile(r"(?<![A-Za-z0-9])" + pattern.pattern) if isinstance(plugin, JwtTokenDetector) else pattern,
+        # These two run on without a bound; if they began within a word too, eyJeyJeyJ… would take time in the square
+        # of its length.
+        re.compile(r"(?<![A-Za-z0-9_-])" + pattern.pattern) if isinstance(plugin, _UNBOUNDED) else pattern,
         group=0 if isinstance(plugin, _PREFIX_GROUP) else min(1, pattern.groups),
         marks=marks,
         exact=isinstance(plugin, _FIXED_LENGTH),
@@ -165,6 +165,7 @@ _CREDENTIALS = [
         ("GitHub Token", r"github_pat_[A-Za-z0-9_]{40,}", ("github_pat_",)),
         ("Google API Key", r"AIza[A-Za-z0-9_-]{35}", ("AIza",)),
         ("Hugging Face Token", r"hf_[A-Za-z0-9]{34}", ("hf_",)),
+        ("npm Token", r"npm_[A-Za-z0-9]{36}", ("npm_",)),
         ("OpenAI Token", r"sk-(?:proj|svcacct|admin)-[A-Za-z0-9_-]{40,}", ("sk-proj-", "sk-svcacct-", "sk-admin-")),
         ("Anthropic Token", r"sk-ant-[A-Za-z0-9_-]{40,}", ("sk-ant-",)),
     )
@@ -252,10 +253,12 @@ def _is_placeholder(password: str) -> bool:
 
 
 def _private_keys(text: str) -> Iterator[Private]:
-    for begin in _PRIVATE_KEY.finditer(text):
-        closing = _PRIVATE_KEY_END.search(text, begin.end())
-        # Without its last line the key may run to the end.
-        end = closing.end() if closing else len(text)
+    begins = list(_PRIVATE_KEY.finditer(text))
+    limits = [begin.start() for begin in begins[1:]] + [len(text)]
+    for begin, limit in zip(begins, limits, strict=True):
+        closing = _PRIVATE_KEY_END.search(text, begin.end(), limit)
+        # Without its last line the key may run to the end, or to the next key.
+        end = closing.end() if closing else limit
         if _KEY_MATERIAL.search(text, begin.end(), end):
             yield Private("Private Key", "[SECRET]", begin.start(), end)
 
