@@ -96,7 +96,7 @@ def _international(text: str) -> Iterator[tuple[int, int]]:
         if _INTERNATIONAL.search(line):
             for match in phonenumbers.PhoneNumberMatcher(line, None):
                 # In `0.5 + 14285714` and `x+4420836611` it is a sum.
-                if not match.raw_string[1:2].isspace() and not line[match.start - 1 : match.start].isalnum():
+                if not match.raw_string[1:2].isspace() and not _is_alphanumeric(line[match.start - 1 : match.start]):
                     yield start + match.start, start + match.end
         start += len(line) + 1
 
@@ -112,7 +112,8 @@ class _Credential(NamedTuple):
 # detect-secrets' plugins that are on, with the marks of each of their patterns in order. Off are those whose matches
 # are mostly none: both entropy plugins (digests, UUIDs, base64 of anything), keyword (`password = "password"` in every
 # lesson about code), public IP addresses, Artifactory (any word in capitals that begins with APA), IBM IAM, IBM COS,
-# Cloudant and SoftLayer (any digest behind `key`), and npm (slow; a token's own form stands below). The private key plugin knows no end of the key; see _PRIVATE_KEY.
+# Cloudant and SoftLayer (any digest behind `key`), and npm (slow; the form of its token stands below). The private key
+# plugin knows no end of the key; see _PRIVATE_KEY.
 _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     (AWSKeyDetector(), (("A3T", "ABIA", "ACCA", "AKIA", "ASIA"), ("aws",))),
     (AzureStorageKeyDetector(), (("AccountKey=",),)),

@@ -97,6 +97,7 @@ def test_stand_ins_and_digests_are_no_secrets(text):
         ("tel:+41446681800", "tel:[PHONE]"),
         ("Tél. : +33 1 42 68 53 00", "Tél. : [PHONE]"),
         ("電話 +81 3-3224-9999。", "電話 [PHONE]。"),
+        ("電話+81 3-3224-9999。", "電話[PHONE]。"),
         ("+1 (212) 736-5000 or +12127365000", "[PHONE] or [PHONE]"),
         ("Call (212) 736-5000 or 212-736-5000.", "Call [PHONE] or [PHONE]."),
         ("Call 1-212-736-5000, ann@firma.de", "Call [PHONE], [EMAIL]"),
