@@ -22,7 +22,6 @@ from detect_secrets.plugins.github_token import GitHubTokenDetector
 from detect_secrets.plugins.gitlab_token import GitLabTokenDetector
 from detect_secrets.plugins.jwt import JwtTokenDetector
 from detect_secrets.plugins.mailchimp import MailchimpDetector
-from detect_secrets.plugins.npm import NpmDetector
 from detect_secrets.plugins.openai import OpenAIDetector
 from detect_secrets.plugins.pypi_token import PypiTokenDetector
 from detect_secrets.plugins.sendgrid import SendGridDetector
@@ -97,7 +96,7 @@ def _international(text: str) -> Iterator[tuple[int, int]]:
         if _INTERNATIONAL.search(line):
             for match in phonenumbers.PhoneNumberMatcher(line, None):
                 # In `0.5 + 14285714` and `x+4420836611` it is a sum.
-                if not match.raw_string[1:2].isspace() and not line[match.start - 1 : match.start].isalnum():
+                if not match.raw_string[1:2].isspace() and not _is_alphanumeric(line[match.start - 1 : match.start]):
                     yield start + match.start, start + match.end
         start += len(line) + 1
 
@@ -113,7 +112,8 @@ class _Credential(NamedTuple):
 # detect-secrets' plugins that are on, with the marks of each of their patterns in order. Off are those whose matches
 # are mostly none: both entropy plugins (digests, UUIDs, base64 of anything), keyword (`password = "password"` in every
 # lesson about code), public IP addresses, Artifactory (any word in capitals that begins with APA), IBM IAM, IBM COS,
-# Cloudant and SoftLayer (any digest behind `key`). The private key plugin knows no end of the key; see _PRIVATE_KEY.
+# Cloudant and SoftLayer (any digest behind `key`), and npm (slow; the form of its token stands below). The private key
+# plugin knows no end of the key; see _PRIVATE_KEY.
 _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     (AWSKeyDetector(), (("A3T", "ABIA", "ACCA", "AKIA", "ASIA"), ("aws",))),
     (AzureStorageKeyDetector(), (("AccountKey=",),)),
@@ -134,7 +134,6 @@ _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     ),
     (JwtTokenDetector(), (("eyJ",),)),
     (MailchimpDetector(), (("-us",),)),
-    (NpmDetector(), (("_authToken=",),)),
     (OpenAIDetector(), (("T3BlbkFJ",),)),
     (PypiTokenDetector(), (("pypi-AgEIcHlwaS5vcmc",), ("pypi-AgENdGVzdC5weXBpLm9yZw",))),
     (SendGridDetector(), (("SG.",),)),
@@ -145,12 +144,15 @@ _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     (TwilioKeyDetector(), (("AC",), ("SK",))),
 ]
 _PREFIX_GROUP = (GitHubTokenDetector, GitLabTokenDetector)
+_UNBOUNDED = (JwtTokenDetector, OpenAIDetector)
 _FIXED_LENGTH = (AWSKeyDetector, MailchimpDetector, TelegramBotTokenDetector, TwilioKeyDetector)
 
 _CREDENTIALS = [
     _Credential(
         plugin.secret_type,
-        pattern,
+        # These two run on without a bound; if they began within a word too, eyJeyJeyJ… would take time in the square
+        # of its length.
+        re.compile(r"(?<![A-Za-z0-9_-])" + pattern.pattern) if isinstance(plugin, _UNBOUNDED) else pattern,
         group=0 if isinstance(plugin, _PREFIX_GROUP) else min(1, pattern.groups),
         marks=marks,
         exact=isinstance(plugin, _FIXED_LENGTH),
@@ -164,6 +166,7 @@ _CREDENTIALS = [
         ("GitHub Token", r"github_pat_[A-Za-z0-9_]{40,}", ("github_pat_",)),
         ("Google API Key", r"AIza[A-Za-z0-9_-]{35}", ("AIza",)),
         ("Hugging Face Token", r"hf_[A-Za-z0-9]{34}", ("hf_",)),
+        ("npm Token", r"npm_[A-Za-z0-9]{36}", ("npm_",)),
         ("OpenAI Token", r"sk-(?:proj|svcacct|admin)-[A-Za-z0-9_-]{40,}", ("sk-proj-", "sk-svcacct-", "sk-admin-")),
         ("Anthropic Token", r"sk-ant-[A-Za-z0-9_-]{40,}", ("sk-ant-",)),
     )
@@ -212,26 +215,30 @@ def secrets(text: str) -> list[Private]:
 
 
 def _credentials(text: str, credential: _Credential) -> Iterator[Private]:
-    for match in credential.pattern.finditer(text):
+    match = credential.pattern.search(text)
+    while match:
         start, end = match.span(credential.group)
+        is_whole = True
         if credential.group == 0:
-            if _is_alphanumeric(text[start - 1 : start]) or (
-                credential.exact and _is_alphanumeric(text[end : end + 1])
-            ):
-                continue
-            # Some patterns stop before the token does, e.g. before a JWT's signature.
-            rest = _REST.match(text, end)
-            end = rest.end() if rest and not credential.exact else end
-        value = text[start:end]
-        if credential.kind == "Basic Auth Credentials":
-            user = match.group()[3:].split(":")[0]
-            is_secret = value != user and not _is_placeholder(value)
-        else:
-            is_secret = len(set(value)) >= _MIN_DIFFERENT and not any(specimen in value for specimen in _SPECIMENS)
-            if credential.kind == "JSON Web Token":
-                is_secret = is_secret and JwtTokenDetector.is_formally_valid(match.group())
-        if is_secret:
+            is_whole = not _is_alphanumeric(text[start - 1 : start])
+            if credential.exact:
+                is_whole = is_whole and not _is_alphanumeric(text[end : end + 1])
+            else:
+                # Some patterns stop before the token does, e.g. before a JWT's signature.
+                rest = _REST.match(text, end) if is_whole else None
+                end = rest.end() if rest else end
+        if is_whole and _is_secret(credential, match, text[start:end]):
             yield Private(credential.kind, "[SECRET]", start, end)
+        match = credential.pattern.search(text, max(end, match.end()))
+
+
+def _is_secret(credential: _Credential, match: re.Match[str], value: str) -> bool:
+    if credential.kind == "Basic Auth Credentials":
+        user = match.group()[3:].split(":")[0]
+        return value != user and not _is_placeholder(value)
+    if credential.kind == "JSON Web Token" and not JwtTokenDetector.is_formally_valid(match.group()):
+        return False
+    return len(set(value)) >= _MIN_DIFFERENT and not any(specimen in value for specimen in _SPECIMENS)
 
 
 def _is_alphanumeric(character: str) -> bool:
@@ -247,10 +254,12 @@ def _is_placeholder(password: str) -> bool:
 
 
 def _private_keys(text: str) -> Iterator[Private]:
-    for begin in _PRIVATE_KEY.finditer(text):
-        closing = _PRIVATE_KEY_END.search(text, begin.end())
-        # Without its last line the key may run to the end.
-        end = closing.end() if closing else len(text)
+    begins = list(_PRIVATE_KEY.finditer(text))
+    limits = [begin.start() for begin in begins[1:]] + [len(text)]
+    for begin, limit in zip(begins, limits, strict=True):
+        closing = _PRIVATE_KEY_END.search(text, begin.end(), limit)
+        # Without its last line the key may run to the end, or to the next key.
+        end = closing.end() if closing else limit
         if _KEY_MATERIAL.search(text, begin.end(), end):
             yield Private("Private Key", "[SECRET]", begin.start(), end)
 

@@ -6,6 +6,7 @@ Each rule's switch stands in the recipe (`data.rules`). What needs other rows, s
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Generic, NamedTuple, TypeVar, cast
@@ -123,7 +124,7 @@ def _private(row: Row, find: Callable[[str], list[Private]]) -> list[tuple[str, 
 
 
 def _private_detail(found: Sequence[tuple[str, str]]) -> str:
-    counts = {key: found.count(key) for key in found}
+    counts = Counter(found)
     return "; ".join(
         f"{kind} in the {field}, {count} times" if count > 1 else f"{kind} in the {field}"
         for (field, kind), count in counts.items()

@@ -131,7 +131,7 @@ def test_the_index_holds_numbers_only_and_survives_the_way_to_a_worker():
         ("Le chien a traversé la rue en courant parce qu'il avait vu un chat.", "fr"),
         ("El perro cruzó la calle corriendo porque había visto un gato en la acera.", "es"),
         ("那只狗跑过了街道，因为它看见了一只猫。", "zh"),
-        ("Собака перебежала улицу, потому что увидела кошку.", "ru"),
+        ("Собака перебежала улицу, потому что увидела кошку. Потом она вернулась домой и легла спать.", "ru"),
         ("", None),
         ("42", None),
         ("Paris", None),

@@ -432,4 +432,4 @@ def test_any_text_is_judged_and_accounted_for(prompt, chosen, rejected, origin, 
         assert (checked.row != row) == bool(masked)
         assert all(actions[finding.rule] == "mask" for finding in masked)
         assert rules.check(checked.row)[1:3] == (checked.reason, checked.detail)
-        assert isinstance(checked.findings, list) and all(isinstance(finding, Finding) for finding in checked.findings)
+        assert all(isinstance(finding, Finding) for finding in checked.findings)
