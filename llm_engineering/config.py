@@ -120,7 +120,9 @@ class DataConfig(Block):
     def _own_test_split(self) -> Self:
         for kind in ("instructions", "preferences"):
             if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
-                raise ValueError(f"test_{kind} is set, but {kind} is not: a test split goes with a dataset of one's own")
+                raise ValueError(
+                    f"test_{kind} is set, but {kind} is not: a test split goes with a dataset of one's own"
+                )
         return self
 
 
