@@ -42,7 +42,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         "questions": [recipe.generation.question_max_new_tokens, recipe.generation.batch_size],
         **recipe.model_dump(mode="json", include={"model", "seed", "formatting", "sft"}),
         "documents": recipe.documents.model_dump() if instructions is None else None,
-        "data": recipe.data.model_dump(exclude={"instructions", "preferences"}),
+        "data": recipe.data.model_dump(exclude={"instructions", "preferences", "hub"}),
     }
     return recipe, Inputs(
         documents=documents,
