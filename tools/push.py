@@ -101,8 +101,8 @@ def _made_with(dataset: ArtifactVersionResponse, recipe: Recipe, kind: str) -> R
     Raises:
         RequestError: it differs from the present one in what decides the rows.
     """
-    made_with = Recipe.model_validate(dataset.run.config.parameters["recipe"])
-    different = differences(_deciding(made_with), _deciding(recipe))
+    made_with = Recipe.model_validate(_parameters(dataset)["recipe"])
+    different = differences(_deciding(made_with, kind), _deciding(recipe, kind))
     if different:
         raise RequestError(
             f"The newest {kind} dataset of {recipe.name} was made with another recipe: {', '.join(different)} differ. "
@@ -111,13 +111,20 @@ def _made_with(dataset: ArtifactVersionResponse, recipe: Recipe, kind: str) -> R
     return made_with
 
 
-def _deciding(recipe: Recipe) -> dict[str, Any]:
+def _parameters(dataset: ArtifactVersionResponse) -> dict[str, Any]:
+    """What the pipeline run that made the dataset was given."""
+    return dataset.run.config.parameters or {}
+
+
+def _deciding(recipe: Recipe, kind: str) -> dict[str, Any]:
+    """The part of a recipe that decides the rows."""
+    other = {"preferences", "test_preferences"} if kind == "instruction" else set()
     return {
         "seed": recipe.seed,
         # The revision is pinned when a run starts.
         "model": {"name_or_path": recipe.model.name_or_path},
         **recipe.model_dump(mode="json", include={"documents", "generation"}),
-        "data": recipe.data.model_dump(mode="json", exclude={"hub"}),
+        "data": recipe.data.model_dump(mode="json", exclude={"hub", *other}),
     }
 
 
@@ -145,10 +152,10 @@ def _card(
         model=card.OWN_DATASET if own else card.public_name(str(recorded.get("generated_by", base))),
         prompt_hash=str(recorded["prompt_hash"]) if "prompt_hash" in recorded else None,
         recipe_hash=recipe_hash(made_with),
-        code_version=str(dataset_version.run.config.parameters["inputs"]["code"]),
+        code_version=str(_parameters(dataset_version)["inputs"]["code"]),
         stages=card.stage_counts(dataset),
         rows={split: len(part) for split, part in rows.items()},
-        tokens=int(formatted.run_metadata["tokens"]) if formatted else None,
+        tokens=int(str(formatted.run_metadata["tokens"])) if formatted else None,
         columns=rows["train"].column_names,
         origins=card.origins(rows),
         limits=card.limits(kind, own is not None, made_with.data.rules),

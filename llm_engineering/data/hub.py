@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import SecretStr
 
 from llm_engineering.data.card import data_file, public_name
@@ -121,6 +121,14 @@ def push_dataset(dataset: DatasetDict, card: str, repo_id: str, private: bool, t
         raise RequestError("HF_HUB_OFFLINE is set, so nothing can be published: unset it.") from error
     except HfHubHTTPError as error:
         raise _explained(error, repo_id) from error
+    except ValueError as error:
+        # The hub's verdict on the card's metadata comes as a plain ValueError.
+        if not str(error).startswith("Invalid metadata"):
+            raise
+        raise RequestError(
+            f"The hub refuses the card: {' '.join(str(error).split())}. Its licence and language come from "
+            "data.hub in the recipe."
+        ) from error
     except httpx.HTTPError as error:
         raise WorkError(
             f"The hub at {api.endpoint} cannot be reached ({type(error).__name__}). Check the network and HF_ENDPOINT, "
