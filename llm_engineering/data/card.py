@@ -138,7 +138,7 @@ def limits(kind: Kind, own: bool, rules: RulesConfig) -> list[str]:
 def public_name(place: str) -> str:
     """A path of this machine without its folders; `embedded:` names, hub ids and relative names stay."""
     path = PurePath(place)
-    return path.name if path.is_absolute() or place.startswith(("~", ".")) else place
+    return path.name or place if path.is_absolute() or place.startswith(("~", ".")) else place
 
 
 def render_card(facts: CardFacts) -> str:

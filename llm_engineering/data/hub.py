@@ -64,7 +64,9 @@ def public_rows(dataset: DatasetDict, places: Sequence[str]) -> DatasetDict:
     Args:
         places: what the recipe names as model, documents and datasets; paths among them are cut to their names.
     """
-    hidden = {place: public_name(place) for place in sorted(places, key=len, reverse=True)}
+    # A recipe may say `~/docs/`, and rows then name files below the folder that this stands for.
+    forms = {form for place in places for form in (place.rstrip("/"), str(Path(place).expanduser()))}
+    hidden = {form: public_name(form) for form in sorted(forms, key=len, reverse=True) if public_name(form) != form}
 
     def hide(row: dict[str, Any]) -> dict[str, str]:
         texts = {column: str(row[column]) for column in ("source", "origin", "document")}

@@ -155,7 +155,7 @@ def test_other_findings_are_not_refused(dataset):
 
 def test_folders_of_this_machine_are_cut_and_nothing_else_changes(dataset):
     dataset["train"] = part(1, 2, origin="question by /srv/models/tiny@folder-1 in float32, answer from the document")
-    rows = public_rows(dataset, ["/srv/models/tiny", "/home/someone/docs", "embedded:python-reference"])
+    rows = public_rows(dataset, ["/srv/models/tiny", "/home/someone/docs/", "embedded:python-reference", "."])
     assert set(rows) == {"train", "validation", "test"}
     assert rows["train"]["origin"][0] == "question by tiny@folder-1 in float32, answer from the document"
     assert set(rows["train"]["document"]) == {"docs/numbers.md"}
