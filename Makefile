@@ -42,7 +42,7 @@ retrain: .venv/ready  ## the whole chain as one run
 datasets: .venv/ready  ## generate both datasets, without training
 	@$(BIN)/python -m tools.run datasets --config $(CONFIG) $(ARGS)
 
-push-dataset: .venv/ready  ## publish a dataset on the hub: make push-dataset KIND=instruction ARGS="--repo owner/name"
+push-dataset: .venv/ready  ## publish a dataset on the hub: KIND=instruction|preference
 	@$(BIN)/python -m tools.push $(KIND) --config $(CONFIG) $(ARGS)
 
 chat: .venv/ready  ## ask the promoted model: make chat PROMPT="What is a list?"

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard
+from pydantic import ValidationError
 
 from llm_engineering.config import HubConfig, RulesConfig
 from llm_engineering.data.card import (
@@ -183,3 +184,13 @@ def test_limits_say_what_was_not_looked_for():
 )
 def test_public_names(place, name):
     assert public_name(place) == name
+
+
+def test_one_repository_cannot_hold_both_kinds():
+    with pytest.raises(ValidationError, match="one would overwrite the other"):
+        HubConfig(license="mit", instruction_repo_id="someone/rows", preference_repo_id="someone/rows")
+
+
+def test_the_licence_has_no_default():
+    with pytest.raises(ValidationError, match="license"):
+        HubConfig.model_validate({"instruction_repo_id": "someone/rows"})
