@@ -7,13 +7,18 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from llm_engineering.config import HubConfig, Recipe
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import differences, load_recipe, recipe_hash
 from tools.cli import exit_code, prepare_zenml, start_logging
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from zenml.models import ArtifactVersionResponse, ModelVersionResponse
+
+    from llm_engineering.data.card import CardFacts, Kind
 
 logger = logging.getLogger("llm_engineering.push")
 
@@ -54,6 +59,7 @@ def _push(arguments: argparse.Namespace) -> int:
         )
     private = hub.private and not arguments.public
 
+    from llm_engineering.data.card import render_card
     from llm_engineering.data.hub import check_repo_id, check_secrets, public_rows, push_dataset
     from llm_engineering.settings import Settings
 
@@ -67,7 +73,7 @@ def _push(arguments: argparse.Namespace) -> int:
     places = [made_with.model.name_or_path, made_with.documents.path]
     places += [place for place in (made_with.data.instructions, made_with.data.preferences) if place is not None]
     rows = public_rows(dataset, places)
-    card, facts = _card(arguments.kind, version, dataset_version, made_with, hub, dataset, rows)
+    facts = _facts(arguments.kind, version, dataset_version, made_with, hub, dataset, rows)
 
     logger.info("Dataset:     %s version %s of %s", dataset_version.artifact.name, dataset_version.version, recipe.name)
     logger.info("Rows:        %s", ", ".join(f"{name} {count}" for name, count in facts.rows.items()))
@@ -75,7 +81,7 @@ def _push(arguments: argparse.Namespace) -> int:
     logger.info("Model:       %s", facts.model)
     logger.info("Licence:     %s", hub.license)
     logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
-    print(push_dataset(rows, card, repo_id, private, Settings().hf_token))
+    print(push_dataset(rows, render_card(facts), repo_id, private, Settings().hf_token))
     return 0
 
 
@@ -101,7 +107,13 @@ def _made_with(dataset: ArtifactVersionResponse, recipe: Recipe, kind: str) -> R
     Raises:
         RequestError: it differs from the present one in what decides the rows.
     """
-    made_with = Recipe.model_validate(_parameters(dataset)["recipe"])
+    try:
+        made_with = Recipe.model_validate(_parameters(dataset)["recipe"])
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"The newest {kind} dataset of {recipe.name} was made with another version of the recipe's schema. "
+            "Make it anew: `make datasets`."
+        ) from error
     different = differences(_deciding(made_with, kind), _deciding(recipe, kind))
     if different:
         raise RequestError(
@@ -128,15 +140,16 @@ def _deciding(recipe: Recipe, kind: str) -> dict[str, Any]:
     }
 
 
-def _card(
-    kind: Any,
+def _facts(
+    kind: Kind,
     version: ModelVersionResponse,
     dataset_version: ArtifactVersionResponse,
     made_with: Recipe,
     hub: HubConfig,
-    dataset: Any,
-    rows: Any,
-) -> tuple[str, Any]:
+    dataset: DatasetDict,
+    rows: DatasetDict,
+) -> CardFacts:
+    """What the runs recorded about the dataset."""
     from llm_engineering.data import card
 
     own = made_with.data.instructions if kind == "instruction" else made_with.data.preferences
@@ -144,7 +157,7 @@ def _card(
     formatted = version.get_artifact(FORMATTED[kind])
     recorded = candidates.run_metadata if candidates else {}
     base = f"{made_with.model.name_or_path}@{made_with.model.revision}"
-    facts = card.CardFacts(
+    return card.CardFacts(
         name=made_with.name,
         kind=kind,
         hub=hub,
@@ -160,7 +173,6 @@ def _card(
         origins=card.origins(rows),
         limits=card.limits(kind, own is not None, made_with.data.rules),
     )
-    return card.render_card(facts), facts
 
 
 if __name__ == "__main__":

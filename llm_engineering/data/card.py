@@ -32,6 +32,7 @@ _SIZES = [
     (100_000_000, "10M<n<100M"),
     (1_000_000_000, "100M<n<1B"),
 ]
+_USES = {"instruction": "supervised fine-tuning", "preference": "preference optimisation (DPO)"}
 _COLUMNS = {
     "id": "hash of the row's content",
     "source": "file and place, or document and characters, that the row was made from",
@@ -143,7 +144,9 @@ def public_name(place: str) -> str:
 
 def render_card(facts: CardFacts) -> str:
     """README.md: the hub's metadata as YAML, then the card as Markdown."""
-    return f"---\n{yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)}---\n\n{_CARD.render(f=facts, total=sum(facts.rows.values()), descriptions=_COLUMNS, training={'instruction': 'supervised fine-tuning', 'preference': 'preference optimisation (DPO)'}[facts.kind])}\n"
+    front = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
+    body = _CARD.render(f=facts, total=sum(facts.rows.values()), use=_USES[facts.kind], descriptions=_COLUMNS)
+    return f"---\n{front}---\n\n{body}\n"
 
 
 def metadata(facts: CardFacts) -> dict[str, Any]:
@@ -185,7 +188,7 @@ _environment.filters["cell"] = _cell
 _CARD = _environment.from_string("""\
 # {{ f.name }}: {{ f.kind }} dataset
 
-{{ "{:,}".format(total) }} rows for {{ training }}, made by a recipe; the facts below are recorded by the runs that made it.
+{{ "{:,}".format(total) }} rows for {{ use }}, made by a recipe; the facts below are recorded by the runs that made it.
 
 | | |
 |---|---|

@@ -68,6 +68,9 @@ def public_rows(dataset: DatasetDict, places: Sequence[str]) -> DatasetDict:
     forms = {form for place in places for form in (place.rstrip("/"), str(Path(place).expanduser()))}
     hidden = {form: public_name(form) for form in sorted(forms, key=len, reverse=True) if public_name(form) != form}
 
+    if not hidden:
+        return DatasetDict({split: dataset[split] for split in SPLITS})
+
     def hide(row: dict[str, Any]) -> dict[str, str]:
         texts = {column: str(row[column]) for column in ("source", "origin", "document")}
         for place, name in hidden.items():
