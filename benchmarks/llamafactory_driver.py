@@ -5,6 +5,7 @@ The last line of stdout is one JSON object.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,11 +36,13 @@ def main() -> None:
     )
     loaded = load_tokenizer(model)
     template = get_template_and_fix_tokenizer(loaded["tokenizer"], data)
-    started = time.perf_counter()
+    before, started = os.times(), time.perf_counter()
     made = get_dataset(template, model, data, training, stage="sft", **loaded)["train_dataset"]
     seconds = time.perf_counter() - started
+    # Of this process and its workers: wall time alone says little on a machine that does other work.
+    cpu_seconds = sum(os.times()[:4]) - sum(before[:4])
     tokens = sum(map(len, made["input_ids"]))
-    print(json.dumps({"seconds": seconds, "rows_out": len(made), "tokens": tokens}))
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "rows_out": len(made), "tokens": tokens}))
 
 
 if __name__ == "__main__":

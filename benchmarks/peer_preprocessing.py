@@ -1,8 +1,8 @@
 """Times the preprocessing of LLaMA-Factory on made-up rows: python -m benchmarks.peer_preprocessing [--rows N]
 
-LLaMA-Factory reads the file, converts the rows and tokenises them with labels. It finds no duplicates, checks no
-answer, keeps no record of what it leaves out and stops at a broken line; so the rows here hold no broken line, and
-none is longer than `--max-length`, so that nothing is truncated. Caches are fresh in every run.
+LLaMA-Factory reads the file, converts the rows and tokenises them with labels. It keeps duplicates and rows with an
+empty answer, truncates long rows without a word and fails at a broken line; so the rows here hold no broken line, and
+none is longer than the default `--max-length`. Caches are fresh in every run.
 
 Its environment is built once, below the cache folder: it asks for older versions of the libraries used here.
 """
