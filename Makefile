@@ -4,10 +4,11 @@
 PYTHON ?= python3
 CONFIG ?= configs/local.yaml
 ARGS   ?=
+KIND   ?= instruction
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-sft run-dpo retrain datasets chat inspect runs dashboard test lint format lock clean
+.PHONY: help setup run-sft run-dpo retrain datasets push-dataset chat inspect runs dashboard test lint format lock clean
 
 help:  ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,9 @@ retrain: .venv/ready  ## the whole chain as one run
 
 datasets: .venv/ready  ## generate both datasets, without training
 	@$(BIN)/python -m tools.run datasets --config $(CONFIG) $(ARGS)
+
+push-dataset: .venv/ready  ## publish a dataset on the hub: KIND=instruction|preference
+	@$(BIN)/python -m tools.push $(KIND) --config $(CONFIG) $(ARGS)
 
 chat: .venv/ready  ## ask the promoted model: make chat PROMPT="What is a list?"
 	@$(BIN)/python -m tools.chat --config $(CONFIG) --prompt "$(PROMPT)" $(ARGS)

@@ -116,6 +116,26 @@ FormatName = Literal[
 ]
 
 
+class HubConfig(Block):
+    """How `make push-dataset` publishes the datasets on the Hugging Face Hub.
+
+    `license` is the hub's short name of the data's licence (e.g. `cc-by-4.0`; `other` if it has none): nobody but the
+    owner of the data can know it, so it has no default.
+    """
+
+    license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
+    instruction_repo_id: str | None = None
+    preference_repo_id: str | None = None
+    private: bool = True
+
+    @model_validator(mode="after")
+    def _one_repo_each(self) -> Self:
+        if self.instruction_repo_id is not None and self.instruction_repo_id == self.preference_repo_id:
+            raise ValueError("instruction_repo_id and preference_repo_id are the same: one would overwrite the other")
+        return self
+
+
 class DataConfig(Block):
     """The user's own datasets instead of generated ones, and how rows are checked and split.
 
@@ -134,11 +154,12 @@ class DataConfig(Block):
     decontaminate_ngram: int = Field(13, ge=1)
     strict: bool = False
     split: SplitConfig = SplitConfig()
+    hub: HubConfig | None = None
 
     @property
     def checks(self) -> DataConfig:
         """The part that decides what becomes of rows, wherever they are read from."""
-        sources = ("instructions", "preferences", "test_instructions", "test_preferences", "format", "columns")
+        sources = ("instructions", "preferences", "test_instructions", "test_preferences", "format", "columns", "hub")
         return DataConfig.model_validate(self.model_dump(exclude=set(sources)))
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -84,6 +84,14 @@ def recipe_hash(blocks: BaseModel | dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def differences(then: Any, now: Any, prefix: str = "") -> list[str]:
+    """The full paths of the keys whose values differ between two dumped recipes, or parts of them."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(then.keys() | now.keys())
+        return [d for key in keys for d in differences(then.get(key), now.get(key), f"{prefix}{key}.")]
+    return [] if then == now else [prefix.rstrip(".")]
+
+
 def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
         raise RequestError(f"{path}: `extends` goes in a circle ({' → '.join(p.name for p in (*seen, path))}).")
@@ -132,8 +140,10 @@ def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every valid key with its full path."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        # A block, or a block that may be left out.
+        for annotation in (field.annotation, *get_args(field.annotation)):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from _keys(annotation, f"{prefix}{name}.")
 
 
 def _nearest(key: str) -> str:

@@ -14,6 +14,7 @@ from zenml.models import PipelineRunResponse
 
 from llm_engineering.config import Recipe
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.recipes import differences
 from pipelines import chain
 from pipelines.inputs import Inputs
 
@@ -68,20 +69,13 @@ def check_resumable(run: str, pipeline: str, recipe: Recipe) -> None:
         raise RequestError(
             f"Run {former.name} was made with another version of the recipe's schema. Leave --resume out to start anew."
         ) from error
-    different = _differences(then.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    different = differences(then.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if different:
         raise RequestError(
             f"Run {former.name} was made with another recipe: {', '.join(different)} differ. "
             "Use the same recipe, or leave --resume out to start anew."
         )
     logger.info("Going on with run %s", former.name)
-
-
-def _differences(then: Any, now: Any, prefix: str = "") -> list[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        keys = sorted(then.keys() | now.keys())
-        return [d for key in keys for d in _differences(then.get(key), now.get(key), f"{prefix}{key}.")]
-    return [] if then == now else [prefix.rstrip(".")]
 
 
 def _registered_adapter(sft_recipe: str) -> Any:

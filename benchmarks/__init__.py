@@ -1,0 +1,1 @@
+"""Benchmarks: each prints one JSON object, and runs by itself with `python -m benchmarks.NAME`."""

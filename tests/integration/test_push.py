@@ -1,0 +1,140 @@
+"""Publishing through the command line, on a hub on loopback, and loading what was published like any user."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.fake_hub import running_hub
+from tests.integration.conftest import ROOT, make_project
+
+TOKEN = "hf_planted_token_value"
+
+LOAD = """
+import json, sys
+from datasets import load_dataset
+from huggingface_hub import DatasetCard
+loaded = load_dataset(sys.argv[1])
+rows = {name: part.to_list() for name, part in loaded.items()}
+print(json.dumps({"rows": rows, "license": DatasetCard.load(sys.argv[1]).data.license}))
+"""
+STORED = """
+import json, sys
+from tools.cli import prepare_zenml
+prepare_zenml()
+from zenml.client import Client
+import steps.materializers
+dataset = Client().get_artifact_version(sys.argv[1]).load()
+print(json.dumps({name: dataset[name].to_list() for name in ("train", "validation", "test")}))
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """A project with both datasets made, whose recipe names a licence and two repositories."""
+    project = make_project(tmp_path_factory.mktemp("push"), tiny_model)
+    hub = "{license: cc-by-4.0, instruction_repo_id: someone/rows, preference_repo_id: someone/pairs}"
+    text = project.recipe.read_text().replace("data:\n", f"data:\n  hub: {hub}\n")
+    project.recipe.write_text(text)
+    run = project.run("datasets")
+    assert run.code == 0, run.stderr
+    return project
+
+
+@pytest.fixture
+def hub(made, tmp_path):
+    with running_hub(TOKEN) as served:
+        made.env |= {
+            "HF_ENDPOINT": served.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        yield served
+
+
+def push(project, kind, *arguments):
+    return project.command("tools.push", kind, "--config", str(project.recipe), *arguments)
+
+
+def python(project, script, argument):
+    command = [sys.executable, "-c", script, argument]
+    done = subprocess.run(command, cwd=ROOT, env=project.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_what_is_published_is_what_was_made(made, hub, tiny_model):
+    run = push(made, "preference")
+    assert run.code == 0, run.stderr
+    assert run.stdout.strip() == f"{hub.url}/datasets/someone/pairs"
+    assert "Publishing:  someone/pairs, private" in run.stderr
+    assert hub.sent("POST", "/api/repos/create")[0]["visibility"] == "private"
+    repo = hub.repos["someone/pairs"]
+    files = ["README.md", "data/test.parquet", "data/train.parquet", "data/validation.parquet"]
+    assert repo.commits == [{"written": files, "removed": []}]
+
+    loaded = python(made, LOAD, "someone/pairs")
+    assert loaded["license"] == "cc-by-4.0"
+    stored = python(made, STORED, "preference_dataset")
+    # The model was a folder of this machine: its name is published, the way there is not.
+    hidden = json.loads(json.dumps(stored).replace(str(tiny_model), tiny_model.name))
+    assert loaded["rows"] == hidden
+    assert hidden != stored
+
+    card = repo.files["README.md"].decode()
+    counted = sum(map(len, stored.values()))
+    assert f"{counted:,} rows for preference optimisation (DPO)" in card
+    assert f"| generating model | {tiny_model.name}@folder-" in card
+    assert "| documents | instructions.jsonl |" in card
+    assert not any(str(place) in card + json.dumps(loaded["rows"]) for place in (made.folder, tiny_model))
+
+
+def test_own_rows_in_public_with_nothing_else(made, hub):
+    """Broken lines are counted and not shown; the token is sent in its header and kept nowhere."""
+    run = push(made, "instruction", "--repo", "other/name", "--public")
+    assert run.code == 0, run.stderr
+    assert "other/name, PUBLIC" in run.stderr
+    assert hub.sent("POST", "/api/repos/create")[0]["visibility"] == "public"
+    files = hub.repos["other/name"].files
+    card = files["README.md"].decode()
+    assert "| generating model | none: own dataset |" in card
+    assert "| instruction | 63 | 60 | 3 malformed |" in card
+    tables = {name: pq.read_table(io.BytesIO(files[name])).to_pylist() for name in files if name != "README.md"}
+    assert tables.keys() == {"data/train.parquet", "data/validation.parquet", "data/test.parquet"}
+    assert sum(map(len, tables.values())) == 60
+    assert "broken" not in json.dumps(tables) + card
+
+    assert TOKEN not in run.stdout + run.stderr
+    headers = [(name.lower(), r.path) for r in hub.requests for name, value in r.headers.items() if TOKEN in value]
+    assert headers
+    assert {name for name, _ in headers} == {"authorization"}
+    assert not any(path.startswith("/lfs/") for _, path in headers)
+    assert not any(TOKEN in request.path or TOKEN.encode() in request.body for request in hub.requests)
+    for file in made.folder.rglob("*"):
+        if file.is_file():
+            assert TOKEN.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["instruction", "--set", "data.hub=null"], "under which licence the data may be published"),
+        (["instruction", "--set", "data.hub.instruction_repo_id=null"], "data.hub.instruction_repo_id"),
+        (["instruction", "--repo", "no-owner"], "names no owner"),
+        (["instruction", "--set", "data.hub.licence=mit"], "Did you mean `data.hub.license`?"),
+        (["instruction", "--set", "name=nobody"], "There is no instruction dataset of nobody yet"),
+        (["preference", "--set", "generation.batch_size=3"], "made with another recipe: generation.batch_size differ"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_wrong_request(made, hub, arguments, words):
+    run = push(made, *arguments)
+    assert run.code == 2, run.stderr
+    assert words in run.stderr
+    assert "Traceback" not in run.stderr
+    assert hub.requests == []
