@@ -95,7 +95,7 @@ def stage_counts(dataset: DatasetDict) -> list[StageCount]:
             stage=stage,
             read=ledger.read[stage],
             kept=ledger.kept[stage],
-            set_aside=dict(Counter(row.reason for row in ledger.quarantine if row.stage == stage).most_common()),
+            set_aside=ledger.by_reason(stage),
         )
         for stage in ledger.read
     ]

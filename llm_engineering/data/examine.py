@@ -18,6 +18,7 @@ from llm_engineering.config import DataConfig
 from llm_engineering.data.contamination import EvaluationIndex
 from llm_engineering.data.duplicates import Sketches, normalised, sketch
 from llm_engineering.data.language import language_of
+from llm_engineering.data.private import redacted
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import (
     INSTRUCTION_FEATURES,
@@ -106,7 +107,7 @@ class Examiner:
             if not reason and self.evaluation is not None and side == "train":
                 shared = self.evaluation.match(checked.row)
                 if shared:
-                    reason, detail = "contaminated", f"shares with data.decontaminate_against: {shared}"
+                    reason, detail = "contaminated", f"shares with data.decontaminate_against: {redacted(shared)}"
             if reason:
                 rejected.append(_quarantined(self.stage, checked.row, reason, detail))
                 continue
@@ -161,8 +162,8 @@ def examine(batches: Iterable[pa.RecordBatch], rows: int, examiner: Examiner) ->
 
 
 def _quarantined(stage: str, row: InstructionRow | PreferenceRow, reason: str, detail: str) -> Quarantined:
-    """A row's entry in the quarantine."""
-    text = row.prompt[-1].content[:200] if row.prompt else ""
+    # Redacted before it is cut: a key that is cut in two is not recognised.
+    text = redacted(row.prompt[-1].content)[:200] if row.prompt else ""
     return Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
 
 

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_engineering.config import DataConfig
@@ -92,27 +91,6 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     rest = (_renamed(record, columns) for record in records)
     rows = (_row(record, found, insisted) for record in chain(peeked, rest))
     return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows)
-
-
-def read_instructions(path: Path) -> tuple[str, list[InstructionRow], list[Quarantined]]:
-    """An instruction dataset as a whole: the name of its format, its rows, and what was not kept."""
-    opened = open_dataset(str(path), "instruction", DataConfig())
-    everything = list(opened.rows)
-    rows = [row for row in everything if isinstance(row, InstructionRow)]
-    return opened.format, rows, [row for row in everything if isinstance(row, Quarantined)]
-
-
-def read_preferences(path: Path) -> tuple[str, list[PreferenceRow], list[Quarantined]]:
-    """A preference dataset as a whole: the name of its format, its rows, and what was not kept."""
-    opened = open_dataset(str(path), "preference", DataConfig())
-    everything = list(opened.rows)
-    rows = [row for row in everything if isinstance(row, PreferenceRow)]
-    return opened.format, rows, [row for row in everything if isinstance(row, Quarantined)]
-
-
-def is_preference_file(path: Path) -> bool:
-    """Whether a file is a preference dataset."""
-    return open_dataset(str(path), None, DataConfig()).kind == "preference"
 
 
 def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ from llm_engineering.config import DataConfig
 from llm_engineering.data.contamination import EvaluationIndex
 from llm_engineering.data.examine import Examiner, examine
 from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.private import redacted
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES, to_dataset
 from llm_engineering.data.split import SPLITS
@@ -235,15 +236,15 @@ class _Writer:
             shown = {
                 **names,
                 "findings": "; ".join(f"{rule}: {detail}" if detail else rule for rule, detail in found),
-                "prompt": "\n".join(message["content"] for message in record["prompt"])[:_SHOWN_CHARS],
-                "answer": "\n".join(message["content"] for message in answer)[:_SHOWN_CHARS],
+                "prompt": redacted("\n".join(message["content"] for message in record["prompt"]))[:_SHOWN_CHARS],
+                "answer": redacted("\n".join(message["content"] for message in answer))[:_SHOWN_CHARS],
             }
             push = heapq.heappush if len(self.worst) < SUSPICIOUS_ROWS else heapq.heapreplace
             push(self.worst, (*entry, shown))
 
     def _quarantined(self, row: int, verdict: Verdict) -> Quarantined:
         record = self.rows[row]
-        text = record["prompt"][-1]["content"][:200] if record["prompt"] else ""
+        text = redacted(record["prompt"][-1]["content"])[:200] if record["prompt"] else ""
         return Quarantined(
             stage=self._stage(row),
             reason=verdict.rule,
