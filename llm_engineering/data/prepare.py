@@ -7,8 +7,11 @@ their hashes (`verdicts`), and the rows that stay are written to their split. No
 from __future__ import annotations
 
 import heapq
+import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +31,11 @@ from llm_engineering.data.verdicts import RowIndex, Verdict, Verdicts, judge
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 SUSPICIOUS_ROWS = 10
+# From so many rows on, what takes seconds says what it does.
+BIG_ROWS = 100_000
 # Rows of a cluster that are named in a sentence; the table of clusters has them all.
 _NAMED = 3
 _SHOWN_CHARS = 500
@@ -48,6 +55,7 @@ class Prepared(NamedTuple):
         clusters: every row of every cluster of duplicates, and what became of it.
         suspicious: the rows with the most findings, worst first.
         leaked: held-out rows that stood on a less held-out side too.
+        seconds: what checking, judging and writing took.
     """
 
     splits: DatasetDict
@@ -55,6 +63,7 @@ class Prepared(NamedTuple):
     clusters: Dataset
     suspicious: Dataset
     leaked: int
+    seconds: dict[str, float]
 
     def tables(self) -> dict[str, Dataset]:
         """What the data report shows of them."""
@@ -92,6 +101,7 @@ def prepare(
     raw_findings = TableWriter(folder / "raw-findings.arrow", _RAW_FINDINGS)
     progress = Progress("rows checked", sum(len(dataset) for _, dataset, _ in parts))
     ends: dict[str, int] = {}
+    times = [time.monotonic()]
     with RowIndex(folder, config) as index:
         for stage, dataset, side in parts:
             examiner = Examiner(stage, kind, config, side, own_test is not None, evaluation)
@@ -103,14 +113,20 @@ def prepare(
                 valid.write_batch(batch.kept)
                 progress.advance(batch.kept.num_rows + len(batch.rejected))
             ends[stage] = index.rows
+        times.append(time.monotonic())
+        if index.rows >= BIG_ROWS:
+            logger.info("Looking for duplicates and leaks among %d rows", index.rows)
         verdicts = judge(index, config, remove_leaks=not inspected)
+        times.append(time.monotonic())
         writer = _Writer(valid, raw_findings, index, verdicts, ends, folder)
         if config.strict and own_test is not None and verdicts.leaked:
             raise RequestError(writer.refusal())
         writer.write(ledger)
+        times.append(time.monotonic())
     for stage, dataset, _ in parts:
         ledger.record(stage, len(dataset), writer.kept[stage])
-    return writer.prepared()
+    took = dict(zip(("check", "judge", "write"), (end - start for start, end in pairwise(times)), strict=True))
+    return writer.prepared(took)
 
 
 def check_splits(splits: DatasetDict, kind: str, ledger: Ledger) -> None:
@@ -189,7 +205,7 @@ class _Writer:
                 fate = drop.rule if drop is not None else "kept"
                 self.clusters.write({"cluster": number, **self._names(row), "split": split, "fate": fate})
 
-    def prepared(self) -> Prepared:
+    def prepared(self, seconds: dict[str, float]) -> Prepared:
         """What was written."""
         return Prepared(
             splits=DatasetDict({name: table.dataset() for name, table in self.splits.items()}),
@@ -199,6 +215,7 @@ class _Writer:
                 [row for *_, row in sorted(self.worst, key=lambda one: one[:2], reverse=True)], _SUSPICIOUS
             ),
             leaked=len(self.verdicts.leaked),
+            seconds=seconds,
         )
 
     def refusal(self) -> str:

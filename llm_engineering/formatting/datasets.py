@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,17 +13,19 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.config import FormattingConfig
 from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.private import redacted
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import InstructionRow, PreferenceRow, instruction_row, preference_row
 from llm_engineering.data.storage import TableWriter, stream_records
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.render import IGNORE_INDEX, render_instruction, render_preference
+from llm_engineering.formatting.render import CrossingTokensError, Pair, Tokens, prompt_length, render
 from llm_engineering.progress import Progress
 
 _IDS = List(Value("int32"))
 _SFT_FEATURES = Features({"id": Value("string"), "input_ids": _IDS, "labels": _IDS})
 _DPO_FEATURES = Features({"id": Value("string"), "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
 SAMPLE_ROWS = 5
+_BATCH_ROWS = 256
 Row = InstructionRow | PreferenceRow
 
 
@@ -71,32 +74,47 @@ def format_rows(
     Raises:
         WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
     """
-    for row in rows:
-        reason, detail = "", ""
-        record: dict[str, Any] = {}
-        length = 0
-        special = _spelt_special_token(row, tokenizer)
-        if special:
-            reason = "special_token_in_text"
-            detail = f"its text spells {special}, which the tokenizer would read as the token itself"
-        else:
-            record, length, prompt_length = _tokenise(row, tokenizer)
-            if prompt_length >= config.max_length:
-                reason, detail = "no_trained_token", f"its prompt alone has {prompt_length} tokens"
-            elif length > config.max_length:
-                reason, detail = "over_long", f"it has {length} tokens"
-            detail += f", formatting.max_length is {config.max_length}" if reason else ""
-        if reason in ("over_long", "no_trained_token") and config.over_long == "raise":
-            raise WorkError(
-                f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
-                "Raise max_length, shorten the row, or set over_long to drop."
-            )
-        if not reason:
-            yield FormattedRow(row, record, length, None)
-            continue
-        text = row.prompt[-1].content[:200]
-        rejected = Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
-        yield FormattedRow(row, {}, length, rejected)
+    special_tokens = tuple(tokenizer.all_special_tokens)
+    waiting = iter(rows)
+    # Tokenised in batches, which tokenizers spreads over the cores.
+    while batch := list(islice(waiting, _BATCH_ROWS)):
+        special = [_spelt_special_token(row, special_tokens) for row in batch]
+        rendered = iter(render([row for row, token in zip(batch, special, strict=True) if not token], tokenizer))
+        for row, token in zip(batch, special, strict=True):
+            if token:
+                detail = f"its text spells {token}, which the tokenizer would read as the token itself"
+                yield _set_aside(row, stage, "special_token_in_text", detail)
+            else:
+                yield _judged(row, stage, next(rendered), config)
+
+
+def _judged(
+    row: Row, stage: str, tokens: Tokens | Pair | CrossingTokensError, config: FormattingConfig
+) -> FormattedRow:
+    if isinstance(tokens, CrossingTokensError):
+        return _set_aside(row, stage, "crossing_tokens", str(tokens))
+    if isinstance(tokens, Tokens):
+        start, length = prompt_length(tokens), len(tokens.input_ids)
+    else:
+        start = len(tokens.prompt_ids)
+        length = start + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
+    if length <= config.max_length:
+        return FormattedRow(row, {"id": row.id, **tokens._asdict()}, length, None)
+    fits_prompt = start < config.max_length
+    detail = f"it has {length} tokens" if fits_prompt else f"its prompt alone has {start} tokens"
+    detail += f", formatting.max_length is {config.max_length}"
+    if config.over_long == "raise":
+        raise WorkError(
+            f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
+            "Raise max_length, shorten the row, or set over_long to drop."
+        )
+    return _set_aside(row, stage, "over_long" if fits_prompt else "no_trained_token", detail, length)
+
+
+def _set_aside(row: Row, stage: str, reason: str, detail: str, length: int = 0) -> FormattedRow:
+    text = redacted(row.prompt[-1].content)[:200]
+    rejected = Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
+    return FormattedRow(row, {}, length, rejected)
 
 
 def format_splits(
@@ -145,25 +163,7 @@ def format_splits(
     return datasets, lengths
 
 
-class _Tokenised(NamedTuple):
-    """A formatted record, its length in tokens (of a pair, that of its longer half), and that of its prompt."""
-
-    record: dict[str, Any]
-    length: int
-    prompt_length: int
-
-
-def _tokenise(row: Row, tokenizer: PreTrainedTokenizerBase) -> _Tokenised:
-    if isinstance(row, InstructionRow):
-        tokens = render_instruction(row, tokenizer)
-        prompt_length = next(i for i, label in enumerate(tokens.labels) if label != IGNORE_INDEX)
-        return _Tokenised({"id": row.id, **tokens._asdict()}, len(tokens.input_ids), prompt_length)
-    pair = render_preference(row, tokenizer)
-    length = len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids))
-    return _Tokenised({"id": row.id, **pair._asdict()}, length, len(pair.prompt_ids))
-
-
-def _spelt_special_token(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+def _spelt_special_token(row: Row, special_tokens: Sequence[str]) -> str:
     completions = [row.completion] if isinstance(row, InstructionRow) else [row.chosen, row.rejected]
     texts = [m.content for messages in (row.prompt, *completions) for m in messages]
-    return next((t for t in tokenizer.all_special_tokens if any(t in text for text in texts)), "")
+    return next((token for token in special_tokens if any(token in text for text in texts)), "")

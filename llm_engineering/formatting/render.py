@@ -6,7 +6,7 @@ a template whose mask comes out wrong is an error that names the row and the tem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -24,41 +24,6 @@ class Tokens(NamedTuple):
     labels: list[int]
 
 
-def render_instruction(row: InstructionRow, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Token ids and labels of an instruction row.
-
-    The template is applied to the conversation up to each answer and again with it; the difference is the answer.
-    What a template puts after the last end-of-turn token (a line break, often) is left out: generation has stopped there.
-
-    Raises:
-        WorkError: the template has no such prefix property, or does not end an answer with the end-of-turn token.
-    """
-    where = f"row {row.id} ({row.source})"
-    messages = list(row.prompt)
-    ids: list[int] = []
-    labels: list[int] = []
-    for message in row.completion:
-        if message.role == "assistant":
-            prompt_ids = _apply(tokenizer, messages, add_generation_prompt=True)
-            answered = _apply(tokenizer, [*messages, message], add_generation_prompt=False)
-            if prompt_ids[: len(ids)] != ids or answered[: len(prompt_ids)] != prompt_ids:
-                raise WorkError(
-                    f"{where}: the chat template of {_name(tokenizer)} renders a prompt differently once it is "
-                    "answered, so the model would be trained on other prompts than it is asked later. "
-                    "Use a template that only appends."
-                )
-            end = _end_of_turn(answered, len(prompt_ids), tokenizer, where)
-            labels += [IGNORE_INDEX] * (len(prompt_ids) - len(ids)) + answered[len(prompt_ids) : end]
-            ids = answered[:end]
-        messages.append(message)
-    if all(label == IGNORE_INDEX for label in labels):
-        raise WorkError(
-            f"{where}: no token of it would be trained with the chat template of {_name(tokenizer)}. "
-            "The completion needs an assistant turn with text, and the template must render it."
-        )
-    return Tokens(ids, labels)
-
-
 class Pair(NamedTuple):
     """Token ids of a preference row: the prompt, and the two answers with their end-of-turn tokens."""
 
@@ -67,46 +32,164 @@ class Pair(NamedTuple):
     rejected_ids: list[int]
 
 
-def render_preference(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> Pair:
-    """Token ids of a preference row, by the same rules as `render_instruction`."""
-    answers = []
-    for completion in (row.chosen, row.rejected):
-        instruction = InstructionRow(prompt=row.prompt, completion=completion, source=row.source, origin=row.origin)
-        answers.append(render_instruction(instruction, tokenizer))
-    starts = [next(i for i, label in enumerate(a.labels) if label != IGNORE_INDEX) for a in answers]
-    chosen, rejected = answers
-    return Pair(chosen.input_ids[: starts[0]], chosen.input_ids[starts[0] :], rejected.input_ids[starts[1] :])
+class Segment(NamedTuple):
+    """A piece of a rendered conversation: an answer with its end of turn (trained), or what stands between answers."""
+
+    text: str
+    trained: bool
+
+
+class CrossingTokensError(ValueError):
+    """A token would stretch from the prompt into the answer, so that neither could be trained by itself."""
+
+
+def render(
+    rows: Sequence[InstructionRow | PreferenceRow], tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens | Pair | CrossingTokensError]:
+    """Token ids of rows, tokenised together.
+
+    A prompt and its answer are tokenised apart from each other: asked later, the model is given the prompt's tokens
+    and has to say the answer's.
+
+    Raises:
+        WorkError: the template renders a prompt differently once it is answered, or does not end an answer with the
+            end-of-turn token.
+    """
+    conversations = []
+    for row in rows:
+        answers = [row.completion] if isinstance(row, InstructionRow) else [row.chosen, row.rejected]
+        conversations += [_segments(row, answer, tokenizer) for answer in answers]
+    tokenised = iter(_tokenise(conversations, tokenizer))
+    found: list[Tokens | Pair | CrossingTokensError] = []
+    for row in rows:
+        if isinstance(row, InstructionRow):
+            found.append(next(tokenised))
+            continue
+        chosen, rejected = next(tokenised), next(tokenised)
+        if isinstance(chosen, Tokens) and isinstance(rejected, Tokens):
+            start = prompt_length(chosen)
+            found.append(
+                Pair(chosen.input_ids[:start], chosen.input_ids[start:], rejected.input_ids[prompt_length(rejected) :])
+            )
+        else:
+            found.append(chosen if isinstance(chosen, CrossingTokensError) else rejected)
+    return found
+
+
+def prompt_length(tokens: Tokens) -> int:
+    """Tokens before the first trained one."""
+    return next(i for i, label in enumerate(tokens.labels) if label != IGNORE_INDEX)
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that ask for an answer to `messages`: what training, evaluation and serving all prompt with."""
-    return _apply(tokenizer, messages, add_generation_prompt=True)
+    return _encode([_apply(tokenizer, messages, add_generation_prompt=True)], tokenizer)[0]
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+def _segments(
+    row: InstructionRow | PreferenceRow, completion: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> list[Segment]:
+    """The rendered conversation, cut where answers begin and end.
+
+    The template is applied to the conversation up to each answer and again with it; the difference is the answer. What
+    a template puts after the last end of turn (a line break, often) is left out: generation has stopped there.
+    """
+    messages = list(row.prompt)
+    segments: list[Segment] = []
+    done = ""
+    for message in completion:
+        if message.role == "assistant":
+            asked = _apply(tokenizer, messages, add_generation_prompt=True)
+            answered = _apply(tokenizer, [*messages, message], add_generation_prompt=False)
+            if not asked.startswith(done) or not answered.startswith(asked):
+                raise WorkError(
+                    f"{_where(row)}: the chat template of {_name(tokenizer)} renders a prompt differently once it is "
+                    "answered, so the model would be trained on other prompts than it is asked later. "
+                    "Use a template that only appends."
+                )
+            end = answered.rfind(str(tokenizer.eos_token), len(asked))
+            if end <= len(asked) or answered[end:].removeprefix(str(tokenizer.eos_token)).strip():
+                raise _no_end_of_turn(tokenizer, _where(row))
+            end += len(str(tokenizer.eos_token))
+            segments += [Segment(asked[len(done) :], False), Segment(answered[len(asked) : end], True)]
+            done = answered[:end]
+        messages.append(message)
+    if not segments:
+        raise WorkError(f"{_where(row)}: its completion has no assistant turn, so no token of it would be trained.")
+    return segments
+
+
+def _tokenise(
+    conversations: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase
+) -> list[Tokens | CrossingTokensError]:
+    if _is_joinable(tokenizer):
+        ids = iter(_encode([segment.text for segments in conversations for segment in segments], tokenizer))
+        pieces: Iterable[list[list[int]] | CrossingTokensError] = (
+            [next(ids) for _ in segments] for segments in conversations
+        )
+    else:
+        pieces = (_tokenise_whole(segments, tokenizer) for segments in conversations)
+    found: list[Tokens | CrossingTokensError] = []
+    for segments, parts in zip(conversations, pieces, strict=True):
+        if isinstance(parts, CrossingTokensError):
+            found.append(parts)
+            continue
+        tokens = Tokens([], [])
+        for segment, part in zip(segments, parts, strict=True):
+            if segment.trained and part[-1:] != [tokenizer.eos_token_id]:
+                raise _no_end_of_turn(tokenizer, "every row")
+            tokens.input_ids.extend(part)
+            tokens.labels.extend(part if segment.trained else [IGNORE_INDEX] * len(part))
+        found.append(tokens)
+    return found
+
+
+def _tokenise_whole(
+    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]] | CrossingTokensError:
+    """Token ids of each segment, tokenised as one text: where a tokenizer puts a space before every text it is given."""
+    texts = ["".join(segment.text for segment in segments[:count]) for count in range(1, len(segments) + 1)]
+    parts: list[list[int]] = []
+    done: list[int] = []
+    for whole in _encode(texts, tokenizer):
+        if whole[: len(done)] != done:
+            return CrossingTokensError("its answer begins with white space that the tokenizer joins to the prompt")
+        parts.append(whole[len(done) :])
+        done = whole
+    return parts
+
+
+def _is_joinable(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether texts tokenised apart are the same text again when their tokens stand together."""
+    first, second = _encode(["a", "b"], tokenizer)
+    return str(tokenizer.decode(first + second)) == "ab"
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # The template has written the special tokens.
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+    return list(encoded["input_ids"])
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise WorkError(
             f"The tokenizer of {_name(tokenizer)} has no chat template, so there is no one way to render a "
             "conversation. Use a chat (instruct) model, or add a template to the tokenizer."
         )
-    encoded = tokenizer.apply_chat_template(
-        [message.model_dump() for message in messages], add_generation_prompt=add_generation_prompt, return_dict=True
-    )
-    return list(encoded["input_ids"])  # type: ignore[arg-type, call-overload, index]
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False))
 
 
-def _end_of_turn(ids: Sequence[int], start: int, tokenizer: PreTrainedTokenizerBase, where: str) -> int:
-    """The position behind the last end-of-turn token of an answer that starts at `start`."""
-    for position in range(len(ids) - 1, start - 1, -1):
-        if ids[position] == tokenizer.eos_token_id:
-            after = tokenizer.decode(ids[position + 1 :])  # type: ignore[arg-type]
-            if position == start or str(after).strip():
-                break
-            return position + 1
-    raise WorkError(
+def _no_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> WorkError:
+    return WorkError(
         f"{where}: with the chat template of {_name(tokenizer)} its answer does not end with the end-of-turn token "
         f"{tokenizer.eos_token!r}, so the model would never learn to stop. Check the tokenizer's eos_token and template."
     )
+
+
+def _where(row: InstructionRow | PreferenceRow) -> str:
+    return f"row {row.id} ({row.source})"
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

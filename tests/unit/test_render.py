@@ -8,8 +8,9 @@ from llm_engineering.config import FormattingConfig
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset
 from llm_engineering.errors import WorkError
+from llm_engineering.formatting import render as rendering
 from llm_engineering.formatting.datasets import format_rows, format_splits
-from llm_engineering.formatting.render import render_instruction, render_preference
+from llm_engineering.formatting.render import CrossingTokensError, render
 
 # In SmolLM2's vocabulary: 1 <|im_start|>, 2 <|im_end|>, 9690 "system", 4093 "user", 520+9531 "ass"+"istant", 198 "\n";
 # the default system prompt is what the template adds by itself.
@@ -49,8 +50,13 @@ def row(prompt, completion):
     return InstructionRow(prompt=prompt, completion=completion, source="file:line 7", origin="human")
 
 
+def render_one(one, tokenizer):
+    (rendered,) = render([one], tokenizer)
+    return rendered
+
+
 def test_one_turn(tokenizer):
-    tokens = render_instruction(row([message("user", "Hello")], [message("assistant", "Hi")]), tokenizer)
+    tokens = render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), tokenizer)
     prompt = DEFAULT_SYSTEM + USER + HELLO + END + NEWLINE + ASSISTANT
     assert tokens.input_ids == prompt + HI + END
     assert tokens.labels == [-100] * len(prompt) + HI + END
@@ -58,7 +64,7 @@ def test_one_turn(tokenizer):
 
 def test_several_turns_in_the_prompt_train_the_last_answer_only(tokenizer):
     prompt = [message("system", "No"), message("user", "Hello"), message("assistant", "Hi"), message("user", "No")]
-    tokens = render_instruction(row(prompt, [message("assistant", "Bye")]), tokenizer)
+    tokens = render_one(row(prompt, [message("assistant", "Bye")]), tokenizer)
     system = [1, 9690, 198, *NO, *END, *NEWLINE]
     asked = system + USER + HELLO + END + NEWLINE + ASSISTANT + HI + END + NEWLINE
     asked += USER + NO + END + NEWLINE + ASSISTANT
@@ -68,7 +74,7 @@ def test_several_turns_in_the_prompt_train_the_last_answer_only(tokenizer):
 
 def test_several_turns_in_the_completion_train_every_answer(tokenizer):
     completion = [message("assistant", "Hi"), message("user", "No"), message("assistant", "Bye")]
-    tokens = render_instruction(row([message("user", "Hello")], completion), tokenizer)
+    tokens = render_one(row([message("user", "Hello")], completion), tokenizer)
     first = DEFAULT_SYSTEM + USER + HELLO + END + NEWLINE + ASSISTANT
     between = NEWLINE + USER + NO + END + NEWLINE + ASSISTANT
     assert tokens.input_ids == first + HI + END + between + BYE + END
@@ -83,7 +89,7 @@ def test_pair(tokenizer):
         source="s",
         origin="human",
     )
-    rendered = render_preference(pair, tokenizer)
+    rendered = render_one(pair, tokenizer)
     assert rendered.prompt_ids == DEFAULT_SYSTEM + USER + HELLO + END + NEWLINE + ASSISTANT
     assert (rendered.chosen_ids, rendered.rejected_ids) == (HI + END, BYE + END)
 
@@ -107,17 +113,40 @@ def with_template(tokenizer, template):
 def test_template_with_a_wrong_mask_is_an_error_that_names_row_and_template(tokenizer, template, words):
     bad = with_template(tokenizer, template)
     with pytest.raises(WorkError, match=words) as error:
-        render_instruction(row([message("user", "Hello")], [message("assistant", "Hi")]), bad)
+        render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), bad)
     assert tokenizer.name_or_path in str(error.value)
     if template is not None:
         assert "file:line 7" in str(error.value)
+
+
+@pytest.mark.parametrize("start", ["\n\n", "   ", "\n", " "])
+def test_white_space_at_the_start_of_an_answer_is_trained_as_it_will_be_said(tokenizer, start):
+    rendered = render_one(row([message("user", "Hello")], [message("assistant", start + "Hi")]), tokenizer)
+    prompt = DEFAULT_SYSTEM + USER + HELLO + END + NEWLINE + ASSISTANT
+    assert rendered.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(rendered.input_ids[len(prompt) :]) == f"{start}Hi<|im_end|>"
+    assert rendered.labels == [-100] * len(prompt) + rendered.input_ids[len(prompt) :]
+
+
+def test_tokenising_whole_texts_gives_the_same_tokens(tokenizer, monkeypatch):
+    """The other way, for tokenizers that put a space before each text: same tokens where no token crosses."""
+    completion = [message("assistant", "Hi"), message("user", "No"), message("assistant", "Bye")]
+    rows = [row([message("user", "Hello")], completion), row([message("user", "No")], [message("assistant", "\n\nHi")])]
+    apart = render(rows, tokenizer)
+    monkeypatch.setattr(rendering, "_is_joinable", lambda tokenizer: False)
+    whole, crossing = render(rows, tokenizer)
+    assert whole == apart[0]
+    assert isinstance(crossing, CrossingTokensError)
+    (formatted, aside) = format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64))
+    assert formatted.rejected is None
+    assert aside.rejected.reason == "crossing_tokens"
 
 
 def test_the_wrong_end_token_of_the_packaged_tokenizer_would_be_noticed(tokenizer):
     wrong = copy.deepcopy(tokenizer)
     wrong.eos_token = "<|im_start|>"
     with pytest.raises(WorkError, match="does not end with the end-of-turn token"):
-        render_instruction(row([message("user", "Hello")], [message("assistant", "Hi")]), wrong)
+        render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), wrong)
 
 
 def test_pad_token_is_not_the_end_token(tokenizer):
@@ -156,7 +185,7 @@ def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, t
         ledger,
     )
     assert {name: len(part) for name, part in formatted.items()} == {"train": 3, "validation": 2, "test": 1}
-    assert list(formatted["test"]["input_ids"][0]) == render_instruction(rows[5], tokenizer).input_ids
+    assert list(formatted["test"]["input_ids"][0]) == render_one(rows[5], tokenizer).input_ids
     assert (ledger.kept["instruction"], ledger.by_reason("instruction")) == (6, {"over_long": 1})
     assert lengths.kept["train"].total() == 3
     # The long row is in the histogram, though it is not kept.
