@@ -8,7 +8,7 @@ KIND   ?= instruction
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-sft run-dpo retrain datasets push-dataset chat inspect runs dashboard test lint format lock clean
+.PHONY: help setup run-sft run-dpo retrain datasets push-dataset chat inspect runs dashboard bench test lint format lock clean
 
 help:  ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ runs: .venv/ready  ## the last runs, as a table
 
 dashboard: .venv/ready  ## ZenML's dashboard on loopback, until Ctrl-C
 	@$(BIN)/python -m tools.dashboard $(ARGS)
+
+bench: .venv/ready-dev  ## the benchmarks, as ratios (about a quarter of an hour)
+	@$(BIN)/python -m benchmarks.endpoint $(ARGS)
+	@$(BIN)/python -m benchmarks.datasets --peer $(ARGS)
 
 test: .venv/ready-dev  ## unit and integration tests
 	@$(BIN)/python -m pytest $(ARGS)

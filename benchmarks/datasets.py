@@ -1,0 +1,192 @@
+"""Times reading, checking, judging and writing of made-up rows, and their memory: python -m benchmarks.datasets
+
+Each number of rows is worked on in a fresh process with its own children; the memory is that of all of them together,
+read from the operating system every tenth of a second. With `--peer`, LLaMA-Factory's preprocessing runs on the same
+rows in the same run (see `benchmarks.peer_preprocessing`), against the same work here: read, check, judge, split,
+write, tokenise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.machine import machine
+from benchmarks.peer_preprocessing import compare, options
+from benchmarks.rows import write_rows
+
+RESULTS = Path(__file__).with_suffix(".json")
+
+
+class PeakMemory:
+    """The largest memory of this process and its children while the context is open, in bytes.
+
+    Attributes:
+        resident: all of it that is in memory, shared pages counted once for each process.
+        unique: what would be freed if the processes ended: without files mapped and libraries shared.
+    """
+
+    def __init__(self) -> None:
+        self.resident = 0
+        self.unique = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        own = psutil.Process()
+        while not self._stop.wait(0.1):
+            resident = unique = 0
+            for process in [own, *own.children(recursive=True)]:
+                try:
+                    memory = process.memory_full_info()
+                except psutil.NoSuchProcess:
+                    continue
+                resident += memory.rss
+                unique += memory.uss
+            self.resident = max(self.resident, resident)
+            self.unique = max(self.unique, unique)
+
+
+def work(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
+    """Bring a file of rows through every stage; what was found, and the seconds of each stage.
+
+    Args:
+        tokenised: format the splits for training too.
+    """
+    from llm_engineering.config import DataConfig, FormattingConfig, ModelConfig
+    from llm_engineering.data.ledger import Ledger
+    from llm_engineering.data.load import load_rows
+    from llm_engineering.data.prepare import prepare
+    from llm_engineering.data.storage import work_folder
+    from llm_engineering.formatting.datasets import format_splits
+    from llm_engineering.models import load_tokenizer, pin_revision
+    from llm_engineering.settings import Settings
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    folder = work_folder()
+    tokenizer = load_tokenizer(pin_revision(ModelConfig()), Settings()) if tokenised else None
+    ledger = Ledger()
+    with PeakMemory() as memory:
+        start = time.monotonic()
+        loaded = load_rows(str(rows), "instruction", DataConfig(), folder / "rows.arrow", ledger)
+        seconds = {"read": time.monotonic() - start}
+        prepared = prepare(loaded.rows, "instruction", DataConfig(), ledger, folder)
+        seconds |= prepared.seconds
+        if tokenizer is not None:
+            start = time.monotonic()
+            formatting = FormattingConfig(max_length=max_length)
+            format_splits(prepared.splits, "instruction", tokenizer, formatting, folder, ledger)
+            seconds["tokenise"] = time.monotonic() - start
+    return {
+        "seconds": seconds,
+        "peak_resident_bytes": memory.resident,
+        "peak_unique_bytes": memory.unique,
+        "kept": ledger.kept["instruction"],
+        "set_aside": ledger.by_reason("instruction"),
+    }
+
+
+def measure(lines: int, tokenised: bool, seed: int, max_length: int) -> dict[str, Any]:
+    """Make rows and work on them in a fresh process."""
+    with tempfile.TemporaryDirectory(prefix="bench-datasets-") as scratch:
+        rows = Path(scratch) / "rows.jsonl"
+        made = write_rows(rows, lines, seed)
+        return {
+            "rows": lines,
+            "made": asdict(made),
+            "bytes": rows.stat().st_size,
+            **_apart(rows, tokenised, max_length),
+        }
+
+
+def _apart(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.datasets", "--work-on", str(rows), "--max-length", str(max_length)]
+    command += ["--tokenise"] if tokenised else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    total = sum(found["seconds"].values())
+    read = found["kept"] + sum(found["set_aside"].values())
+    stages = {**found["seconds"], "all": total}
+    found["rows_per_s"] = {stage: round(read / seconds) for stage, seconds in stages.items()}
+    return found
+
+
+def _print(result: dict[str, Any]) -> None:
+    rates = ", ".join(f"{stage} {rate:,}" for stage, rate in result["rows_per_s"].items())
+    print(
+        f"{result['rows']:,} rows: rows/s {rates}; {sum(result['seconds'].values()):.0f} s; peak memory of all "
+        f"processes {result['peak_resident_bytes'] / 1e9:.2f} GB resident, {result['peak_unique_bytes'] / 1e9:.2f} GB unique"
+    )
+
+
+def main() -> None:
+    """Print rows a second by stage and the peak memory, and a ratio to the peer."""
+    parser: argparse.ArgumentParser = options(__doc__.splitlines()[0] if __doc__ else None)
+    parser.set_defaults(rows=20_000)
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[250_000, 500_000, 1_000_000], help="(default: %(default)s)"
+    )
+    parser.add_argument("--peer", action="store_true", help="compare with LLaMA-Factory on --rows rows")
+    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULTS.name}")
+    parser.add_argument("--work-on", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tokenise", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work_on:
+        print(json.dumps(work(arguments.work_on, arguments.tokenise, arguments.max_length)))
+        return
+    result: dict[str, Any] = {"machine": machine(), "sizes": []}
+    for lines in arguments.sizes:
+        result["sizes"].append(measure(lines, False, arguments.seed, arguments.max_length))
+        _print(result["sizes"][-1])
+    if arguments.peer:
+        result["peer"] = _compare(arguments)
+    if arguments.write:
+        RESULTS.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
+    ours: dict[str, Any] = {}
+
+    def timed(rows: Path) -> float:
+        ours.update(_apart(rows, True, arguments.max_length))
+        return sum(ours["seconds"].values())
+
+    found = compare(
+        arguments.rows, arguments.seed, arguments.workers, arguments.max_length, arguments.environment, timed
+    )
+    best = max(worker["rows_per_s"] for worker in found["workers"].values())
+    found["stages"] = ours
+    found["ratio_all_stages"] = round(found["ours"]["rows_per_s"] / best, 2)
+    same_work = arguments.rows / (ours["seconds"]["read"] + ours["seconds"]["tokenise"])
+    found["ratio_same_work"] = round(same_work / best, 2)
+    for number, worker in found["workers"].items():
+        print(f"{found['peer']} with {number} workers: {worker['rows_per_s']:,.0f} rows/s")
+    print(
+        f"here: {found['ours']['rows_per_s']:,.0f} rows/s, {found['ratio_all_stages']} of the peer's best, with checks, "
+        f"duplicates, leaks and splits, which it has not; reading and tokenising alone, which is what it does: "
+        f"{same_work:,.0f} rows/s, {found['ratio_same_work']} of it"
+    )
+    return found
+
+
+if __name__ == "__main__":
+    main()
