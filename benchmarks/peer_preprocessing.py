@@ -23,7 +23,6 @@ from typing import Any
 
 from benchmarks.rows import Shares, write_rows
 from llm_engineering.config import EMBEDDED_MODEL, ModelConfig
-from llm_engineering.models import model_path
 from llm_engineering.settings import Settings
 
 PEER = "llamafactory==0.9.5"
@@ -41,6 +40,9 @@ def compare(
     Raises:
         RuntimeError: the peer could not be installed or failed; with the end of its output.
     """
+    # torch comes with it, which has no place in the memory of what is compared.
+    from llm_engineering.models import model_path
+
     python = _peer_python(environment)
     tokenizer = model_path(ModelConfig(name_or_path=EMBEDDED_MODEL), Settings())
     with tempfile.TemporaryDirectory(prefix="peer-preprocessing-") as scratch:
