@@ -63,7 +63,9 @@ class Prices(Block):
 class ClientConfig(Block):
     """Which model writes, and how it is reached: in this process, over an OpenAI-compatible endpoint, or Bedrock.
 
-    The keys after `batch_size` are for endpoints. `max_total_tokens` and `max_cost_usd` hold for each dataset that is
+    The keys after `batch_size` are for endpoints. `response_format` says how an answer is made to be one text and
+    nothing else: by a JSON schema that the endpoint keeps to, by one that the prompt shows, or not at all, for small
+    models that cannot write JSON. `max_total_tokens` and `max_cost_usd` hold for each dataset that is
     generated; answers that it takes from the store count too.
     """
 
@@ -71,7 +73,7 @@ class ClientConfig(Block):
     batch_size: int = Field(16, ge=1)
     model: str | None = None
     base_url: str | None = None
-    response_format: Literal["json_schema", "prompt"] = "json_schema"
+    response_format: Literal["json_schema", "prompt", "text"] = "json_schema"
     temperature: float | None = Field(None, ge=0, le=2)
     concurrency: int = Field(8, ge=1)
     timeout_s: float = Field(60.0, gt=0)
@@ -361,7 +363,8 @@ class Recipe(Block):
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         writing = self.generation
-        if writing.client != "local" and self.data.instructions is None:
+        writes_json = writing.client != "local" and writing.response_format != "text"
+        if writes_json and self.data.instructions is None:
             if writing.question_max_new_tokens < MIN_JSON_TOKENS:
                 raise ValueError(
                     f"generation.question_max_new_tokens {writing.question_max_new_tokens} is too few with client "

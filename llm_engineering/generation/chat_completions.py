@@ -129,8 +129,9 @@ class ChatCompletions:
         )
 
     def _explained(self, error: APIStatusError) -> Exception:
-        status, said = error.status_code, self._without_key(error.message)
-        code = error.body.get("code") if isinstance(error.body, dict) else None
+        body = error.body if isinstance(error.body, dict) else {}
+        status, code = error.status_code, body.get("code")
+        said = self._without_key(str(body.get("message") or body.get("detail") or error.message))
         if code == "content_filter":
             return RowRefusedError("refused", f"the endpoint's filter refused the request: {said}")
         if code == "context_length_exceeded":

@@ -59,13 +59,12 @@ class Endpoint:
     use: a run that is killed and started again asks only for what is missing, and judges the rest as before.
     """
 
-    writes_json = True
-
     def __init__(self, transport: Transport, config: ClientConfig, store: AnswerStore) -> None:
         self.transport = transport
         self.config = config
         self.store = store
         self.identity = transport.identity
+        self.writes_json = config.response_format != "text"
         self.temperature = config.temperature
         self.budget = Budget(config)
         self._stop: asyncio.Event
@@ -104,6 +103,7 @@ class Endpoint:
 
     def check_access(self, max_new_tokens: int, json_field: str | None) -> None:
         """Send one small request. Raises RequestError for whatever would end a run at its start."""
+        json_field = json_field if self.writes_json else None
         sampling = Sampling(max_new_tokens, self.temperature, json_field=json_field)
         messages = self._with_schema([{"role": "user", "content": read_prompt("check")}], sampling)
         payload = self.transport.payload(messages, sampling, self._schema(sampling))
@@ -122,7 +122,7 @@ class Endpoint:
         if self._schema(sampling) and isinstance(outcome, Failure) and outcome.reason in REPAIRABLE:
             raise RequestError(
                 f"{self.identity} does not keep to a JSON schema: it answered {reply.text[:60]!r}. "
-                "Set generation.response_format: prompt, which asks for JSON in words."
+                "Set generation.response_format: prompt, which asks for JSON in words, or text for a small model."
             )
         if self.budget.is_capped and not reply.output_tokens:
             raise RequestError(
