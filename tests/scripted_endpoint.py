@@ -16,6 +16,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -145,6 +146,11 @@ class ScriptedEndpoint:
         def serve() -> None:
             self._loop.run_until_complete(start())
             self._loop.run_forever()
+            for task in asyncio.all_tasks(self._loop):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    self._loop.run_until_complete(task)
+            self._loop.close()
 
         self._thread = threading.Thread(target=serve, daemon=True)
         self._thread.start()

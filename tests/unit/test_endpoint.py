@@ -342,8 +342,8 @@ def test_keys_are_sent_and_kept_nowhere(settings, caplog):
     with ScriptedEndpoint(echoes) as endpoint, caplog.at_level("DEBUG", logger="llm_engineering"):
         with pytest.raises(WorkError) as raised:
             ask(endpoint, settings, 4, concurrency=1)
+        endpoint.script = lambda asked: error(401, f"wrong key {secret}")
         with pytest.raises(RequestError) as refused:
-            endpoint.script = lambda asked: error(401, f"wrong key {secret}")
             check(endpoint, settings)
         endpoint.script = lambda asked: completion(GOOD)
         ask(endpoint, settings, 4)
