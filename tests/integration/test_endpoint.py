@@ -20,7 +20,7 @@ from tests.scripted_endpoint import ScriptedEndpoint, error, scripted
 PASSAGES = 2000
 CONCURRENCY = 64
 # Longer than any answer takes on a busy machine: a time-out is then the script's, and nothing that was answered.
-TIMEOUT_S, HANG_S = 4.0, 4.5
+TIMEOUT_S, HANG_S = 3.0, 3.3
 
 GENERATE = """
 import json, sys
