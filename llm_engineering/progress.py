@@ -28,15 +28,17 @@ class Progress:
         self.started = self.last_line = time.monotonic()
         self.bar = tqdm(total=total, desc=what, file=sys.stderr) if total and sys.stderr.isatty() else None
 
-    def advance(self, count: int = 1) -> None:
-        """Say that `count` more are done."""
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Say that `count` more are done, and show a note, e.g. the cost, beside the count."""
         self.done += count
         if self.bar is not None:
+            if note:
+                self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
             if self.done >= self.total:
                 self.bar.close()
         elif time.monotonic() - self.last_line >= LINE_EVERY_S:
-            self.say("")
+            self.say(note)
 
     def say(self, note: str) -> None:
         """Show a note, e.g. the loss, beside the count."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from zenml import pipeline
 
-from llm_engineering.config import Recipe
+from llm_engineering.config import ClientConfig, InstructionWriting, PreferenceWriting, Recipe
 from pipelines.inputs import Inputs
 from steps.data import (
     format_instructions,
@@ -24,13 +24,14 @@ from steps.training import train_dpo, train_sft
 @pipeline
 def generate_datasets(recipe: Recipe, inputs: Inputs) -> None:
     """Both datasets, without training."""
-    _preferences(recipe, inputs, _instructions(recipe, inputs))
+    documents = _documents(recipe, inputs)
+    _preferences(recipe, inputs, documents, _instructions(recipe, inputs, documents))
 
 
 @pipeline
 def sft(recipe: Recipe, inputs: Inputs) -> None:
     """Documents to an evaluated SFT adapter."""
-    instructions = _instructions(recipe, inputs)
+    instructions = _instructions(recipe, inputs, _documents(recipe, inputs))
     formatted, adapter = _train_sft(recipe, inputs, instructions)
     report = evaluate_sft(formatted, instructions, adapter, recipe.evaluation, recipe.setup)
     promote(report, recipe, inputs.code)
@@ -39,20 +40,29 @@ def sft(recipe: Recipe, inputs: Inputs) -> None:
 @pipeline
 def dpo(recipe: Recipe, inputs: Inputs, sft_adapter: Any) -> None:
     """Documents and an SFT adapter to an evaluated DPO adapter."""
-    instructions = _instructions(recipe, inputs)
+    documents = _documents(recipe, inputs)
+    instructions = _instructions(recipe, inputs, documents)
     formatted, _ = format_instructions(instructions, recipe.model, recipe.formatting)
-    _train_and_judge_dpo(recipe, inputs, instructions, formatted, sft_adapter)
+    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, sft_adapter)
 
 
 @pipeline
 def retrain(recipe: Recipe, inputs: Inputs) -> None:
     """The whole chain as one run."""
-    instructions = _instructions(recipe, inputs)
+    documents = _documents(recipe, inputs)
+    instructions = _instructions(recipe, inputs, documents)
     formatted, adapter = _train_sft(recipe, inputs, instructions)
-    _train_and_judge_dpo(recipe, inputs, instructions, formatted, adapter)
+    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, adapter)
 
 
-def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
+def _documents(recipe: Recipe, inputs: Inputs) -> Any:
+    """The documents that instructions are generated from; None where a dataset of one's own takes their place."""
+    if recipe.data.instructions is not None:
+        return None
+    return read_documents(recipe.documents, inputs.documents)
+
+
+def _instructions(recipe: Recipe, inputs: Inputs, documents: Any) -> Any:
     data = recipe.data
     if data.instructions is not None:
         candidates = load_instructions(
@@ -60,18 +70,18 @@ def _instructions(recipe: Recipe, inputs: Inputs) -> Any:
         )
     else:
         candidates = generate_instructions(
-            read_documents(recipe.documents, inputs.documents),
+            documents,
             recipe.documents,
             recipe.model,
             recipe.compute,
-            recipe.generation.batch_size,
-            recipe.generation.question_max_new_tokens,
+            recipe.generation.part(ClientConfig),
+            recipe.generation.part(InstructionWriting),
             recipe.seed,
         )
     return prepare_instructions(candidates, data.checks, inputs.evaluation)
 
 
-def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
+def _preferences(recipe: Recipe, inputs: Inputs, documents: Any, instructions: Any) -> Any:
     data = recipe.data
     if data.preferences is not None:
         candidates = load_preferences(
@@ -80,12 +90,11 @@ def _preferences(recipe: Recipe, inputs: Inputs, instructions: Any) -> Any:
     else:
         candidates = generate_preferences(
             instructions,
+            documents,
             recipe.model,
             recipe.compute,
-            recipe.generation.batch_size,
-            recipe.generation.rejected_max_new_tokens,
-            recipe.generation.rejected_temperature,
-            recipe.generation.max_preferences,
+            recipe.generation.rejecting_client,
+            recipe.generation.part(PreferenceWriting),
             recipe.seed,
         )
     return prepare_preferences(candidates, data.checks, inputs.evaluation)
@@ -97,8 +106,10 @@ def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, 
     return formatted, adapter
 
 
-def _train_and_judge_dpo(recipe: Recipe, inputs: Inputs, instructions: Any, formatted: Any, sft_adapter: Any) -> None:
-    preferences = _preferences(recipe, inputs, instructions)
+def _train_and_judge_dpo(
+    recipe: Recipe, inputs: Inputs, documents: Any, instructions: Any, formatted: Any, sft_adapter: Any
+) -> None:
+    preferences = _preferences(recipe, inputs, documents, instructions)
     formatted_dpo, _ = format_preferences(preferences, recipe.model, recipe.formatting)
     adapter, _ = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
     report = evaluate_dpo(formatted, formatted_dpo, instructions, sft_adapter, adapter, recipe.evaluation, recipe.setup)

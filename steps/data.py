@@ -4,7 +4,16 @@ from typing import Annotated, Any
 
 from datasets import Dataset, DatasetDict
 
-from llm_engineering.config import ComputeConfig, DataConfig, DocumentsConfig, FormattingConfig, ModelConfig
+from llm_engineering.config import (
+    ClientConfig,
+    ComputeConfig,
+    DataConfig,
+    DocumentsConfig,
+    FormattingConfig,
+    InstructionWriting,
+    ModelConfig,
+    PreferenceWriting,
+)
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
 from llm_engineering.data.prepare import check_splits, prepare
@@ -16,10 +25,11 @@ from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.generation.instructions import QUESTION_PROMPT, prompt_hash
+from llm_engineering.generation.client import open_client
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
-from llm_engineering.generation.local import open_local_model
+from llm_engineering.generation.instructions import prompt_versions
 from llm_engineering.generation.preferences import generate_preferences as generate_from_rows
+from llm_engineering.generation.prompts import PROMPT_FILES
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
 from steps.caching import project_step
@@ -37,24 +47,25 @@ def read_documents(documents: DocumentsConfig, content_hash: str) -> Annotated[D
     return DatasetDict(documents=Dataset.from_list([document.model_dump() for document in found]), **ledger.datasets())
 
 
-@project_step(output_materializers=HFDatasetMaterializer, files=[QUESTION_PROMPT])
+@project_step(output_materializers=HFDatasetMaterializer, files=PROMPT_FILES)
 def generate_instructions(
     documents: DatasetDict,
     config: DocumentsConfig,
     model: ModelConfig,
     compute: ComputeConfig,
-    batch_size: int,
-    question_max_new_tokens: int,
+    client: ClientConfig,
+    writing: InstructionWriting,
     seed: int,
 ) -> Annotated[DatasetDict, "instruction_candidates"]:
-    """Cut the documents into passages and let the model ask a question for each."""
+    """Cut the documents into passages and let the client write an instruction for each."""
     ledger = Ledger.load(documents)
     passages, rejected = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
     ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
-    local = open_local_model(model, compute, batch_size, Settings())
-    rows, rejected = generate_from_passages(passages, local, question_max_new_tokens)
+    writer = open_client(client, model, compute, Settings())
+    rows, rejected = generate_from_passages(passages, writer, writing, seed)
     ledger.record("instruction", len(passages), len(rows), rejected)
-    log_rows("instruction_candidates", ledger, "instruction", generated_by=local.identity, prompt_hash=prompt_hash())
+    prompts = prompt_versions(writer, writing)
+    log_rows("instruction_candidates", ledger, "instruction", generated_by=writer.identity, prompts=prompts)
     return DatasetDict(rows=instruction_dataset(rows), **ledger.datasets())
 
 
@@ -86,23 +97,24 @@ def format_instructions(
 @project_step(output_materializers=HFDatasetMaterializer)
 def generate_preferences(
     dataset: DatasetDict,
+    documents: DatasetDict | None,
     model: ModelConfig,
     compute: ComputeConfig,
-    batch_size: int,
-    rejected_max_new_tokens: int,
-    rejected_temperature: float,
-    max_preferences: int | None,
+    client: ClientConfig,
+    writing: PreferenceWriting,
     seed: int,
 ) -> Annotated[DatasetDict, "preference_candidates"]:
-    """Let the base model answer the prompts of the instruction dataset."""
+    """Let the base model or the client answer the prompts of the instruction dataset.
+
+    `documents` are those that the dataset was generated from, None for a dataset of one's own.
+    """
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
-    local = open_local_model(model, compute, batch_size, Settings())
-    made, rejected = generate_from_rows(
-        rows, local, rejected_max_new_tokens, rejected_temperature, max_preferences, seed
-    )
+    texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
+    writer = open_client(client, model, compute, Settings())
+    made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
     ledger.record("preference", len(rows), len(made), rejected)
-    log_rows("preference_candidates", ledger, "preference", generated_by=local.identity)
+    log_rows("preference_candidates", ledger, "preference", generated_by=writer.identity)
     return DatasetDict(rows=preference_dataset(made), **ledger.datasets())
 
 

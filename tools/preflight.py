@@ -7,14 +7,18 @@ import subprocess
 from collections.abc import Sequence
 
 from llm_engineering.compute.device import choose_device
-from llm_engineering.config import DataConfig, Recipe
+from llm_engineering.config import ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.documents.read import documents_hash
+from llm_engineering.generation.client import check_access
 from llm_engineering.models import pin_revision
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT
+
+# Keys of the client that say how answers are fetched, and not which.
+_HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
 
 
 def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
@@ -32,10 +36,12 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
     # The names of the recipe's own columns say nothing about another's file.
     evaluation = _datasets(data.decontaminate_against, None, DataConfig())
+    _check_client(recipe)
     recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
     sft_stage = {
         "inputs": [documents, instructions, evaluation],
-        "questions": [recipe.generation.question_max_new_tokens, recipe.generation.batch_size],
+        "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),
+        "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
         **recipe.model_dump(mode="json", include={"model", "seed", "formatting", "sft"}),
         "documents": recipe.documents.model_dump() if instructions is None else None,
         "data": recipe.data.checks.model_dump(),
@@ -49,6 +55,15 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
         code=_code_version(),
     )
+
+
+def _check_client(recipe: Recipe) -> None:
+    """Ask the endpoint for one word, if the recipe lets one write anything."""
+    writing = recipe.generation
+    if recipe.data.instructions is None:
+        check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
+    elif recipe.data.preferences is None and writing.rejected_by == "client":
+        check_access(writing.part(ClientConfig), Settings(), writing.rejected_max_new_tokens, None)
 
 
 def _code_version() -> str:

@@ -1,21 +1,28 @@
-"""Instruction rows from passages: the model writes a question for each, the passage is the answer."""
+"""Instruction rows from passages: a client writes a question or task for each, and the passage is the answer or the
+client writes that too."""
 
 from __future__ import annotations
 
-import hashlib
+import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
+from llm_engineering.config import InstructionWriting, Style
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
-from llm_engineering.generation.local import LocalModel
+from llm_engineering.generation.client import Answer, Client, Failure, Sampling
+from llm_engineering.generation.prompts import prompt_hash, read_prompt
 
-QUESTION_PROMPT = Path(__file__).parent / "prompts" / "question.txt"
+# How a row's origin ends whose answer is the document's own text.
+FROM_DOCUMENT = "answer from the document"
+# What ends a small model's question or task, after which it would go on to answer it.
+STOP: dict[Style, tuple[str, ...]] = {"question": ("?",), "how_to": ("?",), "task": ("\n",)}
 
 MIN_QUESTION_CHARS = 15
 MAX_QUESTION_CHARS = 200
+# Of a raw text, as much as a person needs to see what went wrong.
+RAW_CHARS = 200
 _QUESTION_WORD = re.compile(
     r"(what|which|when|where|who|whose|why|how|is|are|was|were|do|does|did|can|could|should|will|would|has|have|may|in)\b",
     re.IGNORECASE,
@@ -82,67 +89,150 @@ _COMMON_WORDS = frozenset(
 )
 
 
-def prompt_hash() -> str:
-    """Version of the question prompt: the hash of its file."""
-    return hashlib.sha256(QUESTION_PROMPT.read_bytes()).hexdigest()[:12]
-
-
 def generate_instructions(
-    passages: Sequence[Passage], model: LocalModel, question_max_new_tokens: int
+    passages: Sequence[Passage], client: Client, writing: InstructionWriting, seed: int
 ) -> tuple[list[InstructionRow], list[Quarantined]]:
-    """Ask for a question for each passage and keep the usable ones; the others are quarantined with the reason."""
-    template = QUESTION_PROMPT.read_text(encoding="utf-8").strip()
-    requests = [
-        [{"role": "user", "content": template.format(title=passage.title, passage=passage.text)}]
-        for passage in passages
-    ]
-    answers = model.answer(requests, question_max_new_tokens, "questions", stop=["?"])
-    # Small models like to announce what they write.
-    questions = [answer.removeprefix("Question:").strip() for answer in answers]
-    rows: list[InstructionRow] = []
-    quarantine: list[Quarantined] = []
-    seen: dict[str, str] = {}
-    for passage, question in zip(passages, questions, strict=True):
-        reason = question_problem(question, passage.text)
+    """Ask for an instruction for each passage and keep the usable ones; the others are quarantined with the reason."""
+    styles = [draw_style(passage, writing, seed) for passage in passages]
+    written = _instructions(passages, styles, client, writing, seed)
+    rejected: dict[int, Failure] = {}
+    questions: dict[int, str] = {}
+    seen: set[str] = set()
+    for index, (passage, style, outcome) in enumerate(zip(passages, styles, written, strict=True)):
+        if isinstance(outcome, Failure):
+            rejected[index] = outcome
+            continue
+        # Small models like to announce what they write.
+        question = outcome.text.removeprefix("Question:").removeprefix("Task:").strip()
+        reason = instruction_problem(question, passage.text, style)
         normalised = " ".join(_WORD.findall(question.lower()))
         if not reason and normalised in seen:
             reason = "repeated_question"
         if reason:
+            rejected[index] = Failure(reason, "", question)
+            continue
+        seen.add(normalised)
+        questions[index] = question
+    answers: dict[int, Answer | Failure] = {index: Answer(passages[index].text) for index in questions}
+    if writing.answers == "model":
+        answers = _answers(passages, questions, client, writing, seed)
+    rows: list[InstructionRow] = []
+    quarantine: list[Quarantined] = []
+    for index, (passage, style) in enumerate(zip(passages, styles, strict=True)):
+        prompt = f"{style} (prompt {prompt_hash(_prompt(style, client))})"
+        outcome = rejected[index] if index in rejected else answers[index]
+        if isinstance(outcome, Failure):
+            asked = prompt if index in rejected else f"answer (prompt {prompt_hash(_prompt('answer', client))})"
             quarantine.append(
                 Quarantined(
                     stage="instruction",
-                    reason=reason,
+                    reason=outcome.reason,
                     source=passage.document,
                     place=passage.place,
-                    detail=f"asked for with prompt {prompt_hash()}",
-                    text=question[:200],
+                    detail=f"{asked}{f': {outcome.detail}' if outcome.detail else ''}",
+                    text=outcome.text[:RAW_CHARS],
                 )
             )
             continue
-        seen[normalised] = passage.id
+        written_by = f"{prompt} by {client.identity}, {FROM_DOCUMENT}"
+        if writing.answers == "model":
+            answered = f"answer (prompt {prompt_hash(_prompt('answer', client))})"
+            written_by = f"{prompt} and {answered} by {client.identity}"
         rows.append(
             InstructionRow(
-                prompt=[Message(role="user", content=question)],
-                completion=[Message(role="assistant", content=passage.text)],
+                prompt=[Message(role="user", content=questions[index])],
+                completion=[Message(role="assistant", content=outcome.text)],
                 source=f"{passage.document}:{passage.place}",
-                origin=f"question by {model.identity}, answer from the document",
+                origin=written_by,
                 document=passage.document,
             )
         )
     return rows, quarantine
 
 
-def question_problem(question: str, passage: str) -> str:
-    """The reason why a generated question is of no use, or an empty string."""
-    if not question.endswith("?"):
+def prompt_versions(client: Client, writing: InstructionWriting) -> dict[str, str]:
+    """The hash of every prompt that the recipe uses, by its file's name."""
+    used = [_prompt(style, client) for style, weight in writing.styles.items() if weight]
+    used += [_prompt("answer", client)] if writing.answers == "model" else []
+    return {name: prompt_hash(name) for name in used}
+
+
+def draw_style(passage: Passage, writing: InstructionWriting, seed: int) -> Style:
+    """A style by its weight, with the seed; the same for a passage whatever the others are."""
+    names = sorted(writing.styles)
+    return random.Random(f"{seed} {passage.id}").choices(names, [writing.styles[name] for name in names])[0]
+
+
+def _prompt(name: str, client: Client) -> str:
+    return f"{name}_endpoint" if client.writes_json else name
+
+
+def _instructions(
+    passages: Sequence[Passage], styles: Sequence[Style], client: Client, writing: InstructionWriting, seed: int
+) -> list[Answer | Failure]:
+    outcomes: dict[int, Answer | Failure] = {}
+    for style in sorted(set(styles)):
+        template = read_prompt(_prompt(style, client))
+        chosen = [index for index, drawn in enumerate(styles) if drawn == style]
+        requests = [
+            [
+                {
+                    "role": "user",
+                    "content": template.format(title=passages[index].title, passage=passages[index].text),
+                }
+            ]
+            for index in chosen
+        ]
+        sampling = Sampling(
+            writing.question_max_new_tokens,
+            client.temperature,
+            seed,
+            () if client.writes_json else STOP[style],
+            "instruction" if client.writes_json else None,
+        )
+        what = {"question": "questions", "task": "tasks", "how_to": "how-to questions"}[style]
+        outcomes |= zip(chosen, client.answer(requests, sampling, what), strict=True)
+    return [outcomes[index] for index in range(len(passages))]
+
+
+def _answers(
+    passages: Sequence[Passage], questions: dict[int, str], client: Client, writing: InstructionWriting, seed: int
+) -> dict[int, Answer | Failure]:
+    assert writing.answer_max_new_tokens is not None
+    template = read_prompt(_prompt("answer", client))
+    requests = [
+        [
+            {
+                "role": "user",
+                "content": template.format(
+                    title=passages[index].title, passage=passages[index].text, instruction=question
+                ),
+            }
+        ]
+        for index, question in questions.items()
+    ]
+    field = "answer" if client.writes_json else None
+    sampling = Sampling(writing.answer_max_new_tokens, client.temperature, seed, json_field=field)
+    outcomes = client.answer(requests, sampling, "answers")
+    return dict(zip(questions, outcomes, strict=True))
+
+
+def instruction_problem(text: str, passage: str, style: Style) -> str:
+    """The reason why a generated question or task is of no use, or an empty string."""
+    is_question = text.endswith("?")
+    if style == "task" and is_question:
+        return "not_a_task"
+    if style != "task" and not is_question:
         return "not_a_question"
-    if not MIN_QUESTION_CHARS <= len(question) <= MAX_QUESTION_CHARS or "\n" in question:
+    if not MIN_QUESTION_CHARS <= len(text) <= MAX_QUESTION_CHARS or "\n" in text:
         return "question_length"
-    if not _QUESTION_WORD.match(question):
+    if style == "question" and not _QUESTION_WORD.match(text):
         return "not_a_question"
-    if _MENTIONS_PASSAGE.search(question):
+    if style == "how_to" and not text.lower().startswith("how"):
+        return "not_a_how_to"
+    if _MENTIONS_PASSAGE.search(text):
         return "mentions_passage"
-    words = set(_WORD.findall(question.lower())) - _COMMON_WORDS
+    words = set(_WORD.findall(text.lower())) - _COMMON_WORDS
     if not words & set(_WORD.findall(passage.lower())):
         return "not_grounded"
     return ""

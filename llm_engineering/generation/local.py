@@ -1,4 +1,4 @@
-"""Answers from the local model, in batches; every answer is stored at once and never asked for twice."""
+"""Answers from the local model, in batches; every batch is stored at once and never asked for twice."""
 
 from __future__ import annotations
 
@@ -6,46 +6,19 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.compute.device import choose_device
 from llm_engineering.config import ComputeConfig, ModelConfig
+from llm_engineering.generation.client import Answer, Messages, Sampling
+from llm_engineering.generation.store import AnswerStore, Reply
 from llm_engineering.models import load_model, load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-Messages = list[dict[str, str]]
-
-
-class AnswerStore:
-    """Answers on disk, one JSON line each, under the hash of their request. Survives a kill at any moment."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.answers: dict[str, str] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    # The process was killed while it wrote this line: that answer is asked for again.
-                    logger.warning("%s has a half-written line, which is left out", path)
-                    continue
-                self.answers[record["key"]] = record["answer"]
-
-    def add(self, new: dict[str, str]) -> None:
-        """Store answers by their key, on disk before this returns."""
-        self.answers |= new
-        lines = "".join(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in new.items())
-        with self.path.open("a", encoding="utf-8") as file:
-            # The newline first: it closes a half-written line of a killed process.
-            file.write(("\n" if file.tell() else "") + lines)
 
 
 class LocalModel:
@@ -54,6 +27,10 @@ class LocalModel:
     Args:
         identity: what the answers depend on besides the request: the model, its revision and precision.
     """
+
+    writes_json = False
+    # Greedy: the same question each time.
+    temperature: float | None = 0.0
 
     def __init__(
         self,
@@ -69,23 +46,16 @@ class LocalModel:
         self.store = store
         self.batch_size = batch_size
 
-    def answer(
-        self,
-        requests: Sequence[Messages],
-        max_new_tokens: int,
-        what: str,
-        stop: Sequence[str] = (),
-        temperature: float = 0.0,
-        seed: int = 0,
-    ) -> list[str]:
-        """Answer every request, in order, with at most `max_new_tokens` tokens each.
-
-        Args:
-            what: what is made, for the progress line, e.g. `questions`.
-            stop: strings that end an answer; they stay in it.
-            temperature: 0 takes the likeliest token each time; 1 draws from the model's own distribution, with the seed.
-        """
-        settings = [self.identity, max_new_tokens, list(stop), temperature, seed if temperature else 0]
+    def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
+        """Answer every request, in order: this model has no failures. `what` is made, e.g. `questions`."""
+        drawn_with = sampling.seed if sampling.temperature else 0
+        settings = [
+            self.identity,
+            sampling.max_new_tokens,
+            list(sampling.stop),
+            sampling.temperature,
+            drawn_with,
+        ]
         keys = [hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24] for request in requests]
         prompts = {
             key: str(self.tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False))
@@ -101,31 +71,28 @@ class LocalModel:
         if count < len(order):
             logger.info("%d of %d %s are stored already", len(order) - count, len(order), what)
         progress = Progress(what, count)
-        for batch in missing:
-            answers = self._generate(
-                [prompts[key] for key in batch], max_new_tokens, stop, temperature, int(batch[0], 16)
-            )
-            self.store.add(dict(zip(batch, answers, strict=True)))
-            progress.advance(len(batch))
-        return [self.store.answers[key] for key in keys]
+        with self.store:
+            for batch in missing:
+                texts = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16))
+                self.store.add({key: Reply(text) for key, text in zip(batch, texts, strict=True)})
+                progress.advance(len(batch))
+        return [Answer(self.store.answers[key].text) for key in keys]
 
-    def _generate(
-        self, prompts: list[str], max_new_tokens: int, stop: Sequence[str], temperature: float, seed: int
-    ) -> list[str]:
+    def _generate(self, prompts: list[str], sampling: Sampling, seed: int) -> list[str]:
         inputs = self.tokenizer(
             prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
         ).to(self.model.device)
         # top_k 0 and top_p 1: the whole distribution, whatever the model's own generation defaults cut off.
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode(), torch.random.fork_rng():
             # A seed for each batch, from its first request: a batch draws the same whether or not others were stored.
             torch.manual_seed(seed % 2**63)
             output = self.model.generate(
                 **inputs,
-                max_new_tokens=max_new_tokens,
-                **(sampling if temperature else {"do_sample": False}),
+                max_new_tokens=sampling.max_new_tokens,
+                **(drawn if sampling.temperature else {"do_sample": False}),
                 pad_token_id=self.tokenizer.pad_token_id,
-                **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
+                **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
             )
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

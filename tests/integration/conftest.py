@@ -83,7 +83,7 @@ def make_project(folder: Path, model: Path) -> Project:
                 file.write('{"instruction": "broken\n')
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", model=model, instructions=instructions))
-    secrets = ("COMET_API_KEY", "HF_TOKEN")
+    secrets = ("COMET_API_KEY", "HF_TOKEN", "OPENAI_API_KEY")
     env = {name: value for name, value in os.environ.items() if name not in secrets and not name.startswith("ZENML_")}
     env |= {
         "ZENML_CONFIG_PATH": str(folder / "zenml"),

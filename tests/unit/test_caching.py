@@ -101,7 +101,7 @@ def test_real_steps_reach_the_code_that_decides_their_result():
     assert "llm_engineering.training.telemetry.TelemetryCallback" in training
     assert "llm_engineering.config.DPOConfig" not in training
     assert not any(".documents." in name or ".generation." in name for name in training)
-    assert "llm_engineering.generation.instructions.question_problem" in reachable(
+    assert "llm_engineering.generation.instructions.instruction_problem" in reachable(
         "steps.data", "generate_instructions"
     )
 

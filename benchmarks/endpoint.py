@@ -1,0 +1,88 @@
+"""How busy a client keeps an endpoint: python -m benchmarks.endpoint [--write]
+
+A scripted endpoint in a process of its own answers after 0.3 to 0.7 s. With 32 requests in flight it could answer
+32 / (mean latency) a second; measured is which share of that is reached, from the first request to the last answer
+stored. Both figures come from the same run, so that a busy machine is no excuse and no advantage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from llm_engineering.config import ClientConfig, ComputeConfig, ModelConfig
+from llm_engineering.generation.client import Answer, Messages, Sampling, open_client
+from llm_engineering.settings import Settings
+
+CONCURRENCY = 32
+LATENCY_S = (0.3, 0.7)
+REQUESTS = 1600
+RESULTS = Path(__file__).with_suffix(".json")
+
+
+def measure() -> dict[str, object]:
+    """Ask `REQUESTS` questions once; rates are in requests a second."""
+    latency = [str(bound) for bound in LATENCY_S]
+    command = [sys.executable, "-m", "tests.scripted_endpoint", "--faults", "0", "--latency", *latency]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+            config = ClientConfig(client="openai", model="m", base_url=f"{url}/v1", concurrency=CONCURRENCY)
+            client = open_client(config, ModelConfig(), ComputeConfig(), Settings(llm_output_dir=Path(folder)))
+            requests: list[Messages] = [[{"role": "user", "content": f"The lamp n{i}"}] for i in range(REQUESTS)]
+            sampling = Sampling(100, None, json_field="instruction")
+            started = time.monotonic()
+            answers = client.answer(requests, sampling, "answers")
+            seconds = time.monotonic() - started
+            with urllib.request.urlopen(f"{url}/counts") as response:  # noqa: S310 — loopback
+                counts = json.load(response)
+        finally:
+            server.terminate()
+    assert all(isinstance(answer, Answer) for answer in answers)
+    # Drawn evenly, so the mean is the middle; over 1,600 requests the drawn mean is within 0.01 s of it.
+    ideal = CONCURRENCY / (sum(LATENCY_S) / 2)
+    rate = REQUESTS / seconds
+    return {
+        "requests": REQUESTS,
+        "concurrency": CONCURRENCY,
+        "latency_s": LATENCY_S,
+        "most_in_flight": counts["most"],
+        "requests_per_s": round(rate, 1),
+        "ideal_requests_per_s": round(ideal, 1),
+        "ratio": round(rate / ideal, 3),
+        "machine": _machine(),
+    }
+
+
+def _machine() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def main() -> None:
+    """Print the result, and with --write keep it beside this file."""
+    parser = argparse.ArgumentParser(description="Achieved rate of requests over the ideal one.")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args()
+    text = json.dumps(measure(), indent=2)
+    print(text)
+    if arguments.write:
+        RESULTS.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

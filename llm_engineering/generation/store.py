@@ -1,0 +1,105 @@
+"""Answers on disk, one JSON line each, under the hash of their request. Only ever appended to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+logger = logging.getLogger(__name__)
+
+SYNC_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model sent back.
+
+    Attributes:
+        text: the raw text.
+        finish: `stop`, `length` (it reached the longest answer), or `refused`.
+        input_tokens, output_tokens: what it cost; 0 for the local model.
+    """
+
+    text: str
+    finish: str = "stop"
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+class AnswerStore:
+    """Every answer received, kept before anything else is done with it: a kill at any moment loses none.
+
+    A record is one `write` of a whole line on a file opened with O_APPEND, so that records of several processes
+    do not mix. What is written survives the end of the process at once, and a power cut after `SYNC_EVERY_S`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.answers: dict[str, Reply] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        # A half-written line of a killed process is closed by the next record.
+        self._line_open = bool(content) and not content.endswith(b"\n")
+        self._file: int | None = None
+        self._synced = time.monotonic()
+        unread = 0
+        for line in content.split(b"\n"):
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+                key = record.pop("key")
+                self.answers[key] = Reply(record.pop("answer"), **record)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                unread += 1
+        if unread:
+            logger.warning("%s has %d half-written lines: what they held is asked for again", path, unread)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(self, new: Mapping[str, Reply]) -> None:
+        """Write answers by their key; they are in the file when this returns.
+
+        Raises:
+            OSError: the disk is full, or the file is gone.
+        """
+        if self._file is None:
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        lines = "".join(json.dumps(_record(key, reply)) + "\n" for key, reply in new.items())
+        data = ("\n" if self._line_open else "").encode() + lines.encode()
+        self._line_open = True
+        written = os.write(self._file, data)
+        if written < len(data):
+            raise OSError(f"{self.path}: only {written} of {len(data)} bytes could be written. Is the disk full?")
+        self._line_open = False
+        self.answers |= new
+        if time.monotonic() - self._synced >= SYNC_EVERY_S:
+            os.fsync(self._file)
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Put everything on the disk and close the file; the next `add` opens it again."""
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+
+
+def _record(key: str, reply: Reply) -> dict[str, object]:
+    values = asdict(reply)
+    record = {"key": key, "answer": values.pop("text")}
+    defaults = {"finish": "stop", "input_tokens": 0, "output_tokens": 0}
+    return record | {name: value for name, value in values.items() if value != defaults[name]}
