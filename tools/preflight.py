@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from llm_engineering.compute.device import choose_device
 from llm_engineering.config import ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
+from llm_engineering.data.load import check_evaluation
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.generation.client import check_access
 from llm_engineering.models import pin_revision
@@ -34,8 +35,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     documents = documents_hash(recipe.documents) if data.instructions is None else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
     preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
-    # The names of the recipe's own columns say nothing about another's file.
-    evaluation = _datasets(data.decontaminate_against, None, DataConfig())
+    check_evaluation(data.decontaminate_against)
+    evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
     recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
     sft_stage = {
@@ -76,7 +77,7 @@ def _code_version() -> str:
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
 
 
-def _datasets(references: Sequence[str | None], kind: str | None, config: DataConfig) -> str | None:
+def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -> str | None:
     """Open datasets once, so that a wrong one is told now, and hash them; None where none is named."""
     named = [reference for reference in references if reference is not None]
     for reference in named:

@@ -34,8 +34,18 @@ class EvaluationIndex:
     def add(self, row: InstructionRow | PreferenceRow) -> None:
         """Add an evaluation row."""
         for message in _messages(row):
-            self.grams.update(xxhash.xxh3_64_intdigest(gram) for gram in self._grams(message))
-        prompt = _prompt(row)
+            self._add_grams(message.content)
+        self._add_short(_prompt(row))
+
+    def add_text(self, text: str) -> None:
+        """Add a text that may be a prompt or an answer."""
+        self._add_grams(text)
+        self._add_short(normalised(text).encode())
+
+    def _add_grams(self, text: str) -> None:
+        self.grams.update(xxhash.xxh3_64_intdigest(gram) for gram in self._grams(text))
+
+    def _add_short(self, prompt: bytes) -> None:
         if prompt and prompt.count(b" ") + 1 < self.n:
             self.short_prompts.add(xxhash.xxh3_64_intdigest(prompt))
 
@@ -43,7 +53,7 @@ class EvaluationIndex:
         """The words that a training row shares with an evaluation row, at most QUOTE_CHARS characters; or empty."""
         if self.grams:
             for message in _messages(row):
-                for gram in self._grams(message):
+                for gram in self._grams(message.content):
                     if xxhash.xxh3_64_intdigest(gram) in self.grams:
                         return gram.decode()[:QUOTE_CHARS]
         if self.short_prompts:
@@ -52,11 +62,11 @@ class EvaluationIndex:
                 return prompt.decode()[:QUOTE_CHARS]
         return ""
 
-    def _grams(self, message: Message) -> Iterator[bytes]:
-        text = normalised(message.content).encode()
-        words = [match.span() for match in _WORD.finditer(text)]
+    def _grams(self, text: str) -> Iterator[bytes]:
+        folded = normalised(text).encode()
+        words = [match.span() for match in _WORD.finditer(folded)]
         for first, last in zip(words, words[self.n - 1 :], strict=False):
-            yield text[first[0] : last[1]]
+            yield folded[first[0] : last[1]]
 
 
 def _messages(row: InstructionRow | PreferenceRow) -> Iterator[Message]:

@@ -42,6 +42,10 @@ _MAPPABLE = {
 }
 
 
+class UnknownFormatError(RequestError):
+    """No format has the columns of a dataset."""
+
+
 class OpenedDataset(NamedTuple):
     """A dataset whose format is known.
 
@@ -239,7 +243,7 @@ def _unknown(reference: str, kind: str | None, insisted: str | None, first: Reco
     known = "; ".join(
         f"{name}: {', '.join(sorted(columns))}" for name, columns in _COLUMNS.items() if kind in (None, _KIND[name])
     )
-    return RequestError(
+    return UnknownFormatError(
         f"{reference} is in no known {f'{kind} ' if kind else ''}format: its first row has the columns {there}. Known "
         f"are {known}; a text must be written with the named template. Other names are mapped with data.columns."
     )

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 
 from llm_engineering.config import DataConfig
 from llm_engineering.data.contamination import EvaluationIndex
-from llm_engineering.data.formats import open_dataset
+from llm_engineering.data.files import Record
+from llm_engineering.data.formats import UnknownFormatError, open_dataset
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES
+from llm_engineering.data.sources import open_records
 from llm_engineering.data.storage import TableWriter
+
+logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
@@ -55,15 +61,46 @@ def load_rows(
 def load_evaluation(references: list[str], n: int) -> EvaluationIndex | None:
     """Index evaluation files that training rows must not share n-grams with; None where there is no file.
 
+    Of a file in no known format (benchmarks have columns of their own) each text counts by itself.
+
     Raises:
-        RequestError: as `load_rows`.
+        RequestError: a file is missing, empty or cannot be read.
     """
     if not references:
         return None
     index = EvaluationIndex(n)
     for reference in references:
-        # The names of the recipe's own columns say nothing about another's file.
-        for row in open_dataset(reference, None, DataConfig()).rows:
+        try:
+            # The names of the recipe's own columns say nothing about another's file.
+            rows = open_dataset(reference, None, DataConfig()).rows
+        except UnknownFormatError:
+            logger.info("%s is in no known format: each of its texts counts by itself", reference)
+            for record in open_records(reference):
+                for text in _texts(record.value) if isinstance(record, Record) else ():
+                    index.add_text(text)
+            continue
+        for row in rows:
             if not isinstance(row, Quarantined):
                 index.add(row)
     return index
+
+
+def check_evaluation(references: list[str]) -> None:
+    """Open evaluation files once, so that a wrong one is told now.
+
+    Raises:
+        RequestError: as `load_evaluation`.
+    """
+    for reference in references:
+        try:
+            open_dataset(reference, None, DataConfig())
+        except UnknownFormatError:
+            logger.info("%s is in no known format: each of its texts counts by itself", reference)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)

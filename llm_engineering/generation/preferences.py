@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from llm_engineering.config import PreferenceWriting
+from llm_engineering.data.private import redacted
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
 from llm_engineering.generation.client import Client, Failure, Sampling
@@ -26,7 +27,8 @@ def generate_preferences(
     Args:
         documents: the text of each document by its name; empty if the rows were not generated.
     """
-    folded = {name: _folded(text) for name, text in documents.items()}
+    # A rule may have masked personal data in the answer: it then stands in the masked document.
+    folded = {name: _folded(text) + "\n" + _folded(redacted(text)) for name, text in documents.items()}
     quarantine: list[Quarantined] = []
     usable: list[InstructionRow] = []
     for row in rows:

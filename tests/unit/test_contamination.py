@@ -1,12 +1,15 @@
 """Evaluation rows that stand in training data, and the language of a text."""
 
+import json
 import pickle
 
 import pytest
 
 from llm_engineering.data.contamination import EvaluationIndex
 from llm_engineering.data.language import language_of
+from llm_engineering.data.load import load_evaluation
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.errors import RequestError
 
 
 def row(prompt: str, answer: str = "Yes.", system: str = "") -> InstructionRow:
@@ -91,7 +94,8 @@ def test_short_prompts_in_other_scripts_count_as_a_whole():
     found = index(row("法国的首都是哪里？"), row("Где столица?"))
     assert found.match(row("法国的首都是哪里"))
     assert found.match(row("где столица"))
-    assert found.match(row("法国的首都是巴黎。")) == ""
+    assert found.match(row("法国的首都是巴黎。")) == "法 国 的 首 都"
+    assert index(row("法国的首都是哪里？"), n=13).match(row("法国的首都是巴黎。")) == ""
 
 
 def test_a_prompt_of_punctuation_alone_matches_no_other():
@@ -142,3 +146,21 @@ def test_the_index_holds_numbers_only_and_survives_the_way_to_a_worker():
 )
 def test_the_language_of_a_text_or_none_where_it_is_uncertain(text, language):
     assert language_of(text) == language
+
+
+def test_evaluation_files_of_any_columns(tmp_path, caplog):
+    benchmark = tmp_path / "benchmark.jsonl"
+    record = {"question": "Who?", "choices": {"text": [LONG, "Nobody"]}, "answer": 3}
+    benchmark.write_text(json.dumps(record))
+    known = tmp_path / "known.jsonl"
+    known.write_text(json.dumps({"instruction": "Add up", "input": "1 2", "output": "3"}))
+    with caplog.at_level("INFO"):
+        found = load_evaluation([str(benchmark), str(known)], 5)
+    assert f"{benchmark} is in no known format: each of its texts counts by itself" in caplog.text
+    assert found.match(row("Tell me.", f"Well. {LONG}"))
+    assert found.match(row("who"))
+    assert found.match(row("Add up 1 2"))
+    assert not found.match(row("Add up"))
+    assert load_evaluation([], 5) is None
+    with pytest.raises(RequestError, match="There is no file"):
+        load_evaluation([str(tmp_path / "nowhere.jsonl")], 5)
