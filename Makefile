@@ -59,7 +59,7 @@ dashboard: .venv/ready  ## ZenML's dashboard on loopback, until Ctrl-C
 
 bench: .venv/ready-dev  ## the benchmarks, as ratios (about a quarter of an hour)
 	@$(BIN)/python -m benchmarks.endpoint $(ARGS)
-	@$(BIN)/python -m benchmarks.datasets --peer $(ARGS)
+	@$(BIN)/python -m benchmarks.dataset_stages --peer $(ARGS)
 
 test: .venv/ready-dev  ## unit and integration tests
 	@$(BIN)/python -m pytest $(ARGS)

@@ -163,8 +163,8 @@ class _Writer:
         ends: dict[str, int],
         folder: Path,
     ) -> None:
-        self.rows = valid.dataset()
-        self.path = valid.path
+        self.valid = valid
+        self.index = index
         self.raw = stream_records(raw_findings.dataset())
         self.next_raw = next(self.raw, None)
         self.sides = index.column("sides")
@@ -181,8 +181,9 @@ class _Writer:
 
     def write(self, ledger: Ledger) -> None:
         """Write every row where it belongs."""
+        self.valid.close()
         start = 0
-        for batch in stream_batches(self.path) if len(self.rows) else ():
+        for batch in stream_batches(self.valid.path):
             rows = range(start, start + batch.num_rows)
             dropped = {row: verdict for row in rows if (verdict := self.verdicts.drop_of(row)) is not None}
             sides = [-1 if row in dropped else int(self.sides[row]) for row in rows]
@@ -190,20 +191,22 @@ class _Writer:
                 chosen = [position for position, one in enumerate(sides) if one == side]
                 if chosen:
                     self.splits[name].write_batch(batch.take(pa.array(chosen)))
-            ledger.set_aside(self._quarantined(row, verdict) for row, verdict in dropped.items())
+            ledger.set_aside(
+                self._quarantined(row, verdict, _record(batch, row - start)) for row, verdict in dropped.items()
+            )
             for row in rows:
                 found = self._found(row)
                 if row not in dropped:
                     self.kept[self._stage(row)] += 1
                     if found:
-                        self._report(row, found)
+                        self._report(row, found, batch, row - start)
             start += batch.num_rows
         for number, members in enumerate(self.verdicts.clusters):
             for row in members:
                 drop = self.verdicts.drop_of(row)
                 split = SPLITS[int(self.sides[row])]
                 fate = drop.rule if drop is not None else "kept"
-                self.clusters.write({"cluster": number, **self._names(row), "split": split, "fate": fate})
+                self.clusters.write({"cluster": number, **self.index.names(row), "split": split, "fate": fate})
 
     def prepared(self, seconds: dict[str, float]) -> Prepared:
         """What was written."""
@@ -241,14 +244,14 @@ class _Writer:
         reported = (verdict for verdict in self.verdicts.by_row.get(row, ()) if not verdict.drops)
         return found + [(verdict.rule, self._detail(row, verdict)) for verdict in reported]
 
-    def _report(self, row: int, found: Sequence[tuple[str, str]]) -> None:
-        names = self._names(row)
+    def _report(self, row: int, found: Sequence[tuple[str, str]], batch: pa.RecordBatch, position: int) -> None:
+        names = self.index.names(row)
         for rule, detail in found:
             self.findings.write({**names, "rule": rule, "detail": detail})
         # Of two rows with as many rules against them, the earlier is shown.
         entry = (len({rule for rule, _ in found}), -row)
         if len(self.worst) < SUSPICIOUS_ROWS or entry > self.worst[0][:2]:
-            record = self.rows[row]
+            record = _record(batch, position)
             answer = record["completion"] if "completion" in record else record["chosen"]
             shown = {
                 **names,
@@ -259,8 +262,7 @@ class _Writer:
             push = heapq.heappush if len(self.worst) < SUSPICIOUS_ROWS else heapq.heapreplace
             push(self.worst, (*entry, shown))
 
-    def _quarantined(self, row: int, verdict: Verdict) -> Quarantined:
-        record = self.rows[row]
+    def _quarantined(self, row: int, verdict: Verdict, record: dict[str, Any]) -> Quarantined:
         text = redacted(record["prompt"][-1]["content"])[:200] if record["prompt"] else ""
         return Quarantined(
             stage=self._stage(row),
@@ -290,7 +292,9 @@ class _Writer:
         return next(stage for stage, end in self.ends.items() if row < end)
 
     def _source(self, row: int) -> str:
-        return str(self.rows.data.column("source")[row].as_py())
+        return self.index.names(row)["source"]
 
-    def _names(self, row: int) -> dict[str, str]:
-        return {"id": str(self.rows.data.column("id")[row].as_py()), "source": self._source(row)}
+
+def _record(batch: pa.RecordBatch, position: int) -> dict[str, Any]:
+    record: dict[str, Any] = batch.slice(position, 1).to_pylist()[0]
+    return record

@@ -5,6 +5,8 @@ All that is needed of a row to judge it stands in files, about 30 bytes of it in
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,7 +40,10 @@ class Verdict(NamedTuple):
 
 
 class RowIndex:
-    """What is known of every row that passed the first look, by its number. A context manager."""
+    """What is known of every row that passed the first look, by its number. A context manager.
+
+    Its files are read at the place that is asked for. Mapped into memory they would count as memory, and grow.
+    """
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
         self.folder = folder
@@ -46,10 +51,11 @@ class RowIndex:
         self.rows = 0
         self.languages: dict[str, int] = {}
         self._parts: dict[str, list[NDArray[Any]]] = {"sides": [], "lengths": [], "codes": [], "counts": []}
-        self._parts["generated"] = []
-        names = [*(folder / name for name in _HASHES), folder / "shingles", *self.bands]
+        self._parts |= {"generated": [], "source_bytes": []}
+        names = [*(folder / name for name in (*_HASHES, "shingles", "sources")), *self.bands]
         self._stack = ExitStack()
-        self._files = {path.name: self._stack.enter_context(path.open("wb")) for path in names}
+        self._files = {path.name: self._stack.enter_context(path.open("w+b")) for path in names}
+        self._ends: NDArray[np.int64] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -72,6 +78,9 @@ class RowIndex:
         self._parts["lengths"].append(batch.lengths)
         self._parts["counts"].append(batch.sketches.counts)
         self._parts["generated"].append(batch.generated)
+        sources = [source.encode() for source in batch.kept.column("source").to_pylist()]
+        self._files["sources"].write(b"".join(sources))
+        self._parts["source_bytes"].append(np.array([len(source) for source in sources], np.uint32))
         self.rows += len(batch.sides)
 
     def column(self, name: str) -> NDArray[Any]:
@@ -80,9 +89,20 @@ class RowIndex:
             self._parts[name] = [np.concatenate(self._parts[name])]
         return self._parts[name][0] if self._parts[name] else np.empty(0, np.uint32)
 
-    def hashes(self, name: str) -> NDArray[np.uint64]:
-        """`ids`, `prompts`, `answers` or `others`, from their file."""
-        return np.memmap(self.folder / name, np.uint64, "r") if self.rows else np.empty(0, np.uint64)
+    def hash(self, name: str, row: int) -> int:
+        """A row's `ids`, `prompts`, `answers` or `others`."""
+        return int.from_bytes(self._read(name, 8 * row, 8), sys.byteorder)
+
+    def names(self, row: int) -> dict[str, str]:
+        """A row's `id` and `source`."""
+        if self._ends is None:
+            self._ends = np.cumsum(self.column("source_bytes"), dtype=np.int64)
+        count = int(self.column("source_bytes")[row])
+        source = self._read("sources", int(self._ends[row]) - count, count).decode()
+        return {"id": f"{self.hash('ids', row):016x}", "source": source}
+
+    def _read(self, name: str, start: int, count: int) -> bytes:
+        return os.pread(self._files[name].fileno(), count, start)
 
     def flush(self) -> None:
         """Bring everything to the files, so that it can be read."""
@@ -146,12 +166,12 @@ class _Judge:
 
     def conflicts(self, rows: list[int]) -> None:
         """Rows of one prompt whose answers differ; of pairs, those whose chosen answer another one rejects."""
-        answers, others = self.index.hashes("answers"), self.index.hashes("others")
-        if others[rows[0]]:
-            rejected = {int(others[row]): row for row in rows}
-            found = [(row, rejected[int(answers[row])]) for row in rows if int(answers[row]) in rejected]
-        else:
+        answers = {row: self.index.hash("answers", row) for row in rows}
+        rejected = {self.index.hash("others", row): row for row in rows}
+        if 0 in rejected:
             found = [(row, rows[0]) for row in rows if answers[row] != answers[rows[0]]]
+        else:
+            found = [(row, rejected[answers[row]]) for row in rows if answers[row] in rejected]
         for row, other in found:
             self.say("conflicting_answers", row, other)
 

@@ -3,16 +3,21 @@
 import itertools
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from benchmarks.rows import write_rows
 from llm_engineering.config import DataConfig
 from llm_engineering.data import duplicates, examine
 from llm_engineering.data.contamination import EvaluationIndex
 from llm_engineering.data.duplicates import Clusters, ShingleFile, band_count, groups, join_near_duplicates, sketch
 from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.load import load_rows
 from llm_engineering.data.outliers import length_bounds, rare_languages
 from llm_engineering.data.prepare import check_splits, prepare
 from llm_engineering.data.rows import (
@@ -389,3 +394,42 @@ def test_ledger_goes_on_from_what_was_stored(tmp_path):
     assert [json.dumps(q.model_dump()) for q in again.quarantine()] == [
         json.dumps(q.model_dump()) for q in run.quarantine
     ]
+
+
+def brought_in(folder, file):
+    """A file after reading and preparing; the ledger has checked that kept + quarantined = read."""
+    ledger = Ledger()
+    loaded = load_rows(str(file), "instruction", DataConfig(), folder / "rows.arrow", ledger)
+    prepared = prepare(loaded.rows, "instruction", CONFIG, ledger, folder)
+    return ledger, prepared
+
+
+def test_planted_faults_are_found_as_often_as_they_were_planted(tmp_path):
+    made = write_rows(tmp_path / "rows.jsonl", 6000, seed=5)
+    ledger, prepared = brought_in(tmp_path, tmp_path / "rows.jsonl")
+    found = Counter(ledger.by_reason("instruction"))
+    leaks = found["leaks_into_test"] + found["leaks_into_validation"]
+    assert (found["malformed"], found["empty_answer"]) == (made.broken, made.empty_answer)
+    assert found["exact_duplicate"] + found["near_duplicate"] + leaks == made.exact_duplicate + made.near_duplicate
+    rules = Counter(record["rule"] for record in prepared.findings)
+    assert (rules["refusal"], rules["personal_data"]) == (made.refusal, made.email)
+    assert ledger.read["instruction"] == 6000
+
+
+WORDS = st.one_of(
+    st.text(max_size=30), st.sampled_from(["", "Same?", "same", "I'm sorry, but I can't.", "a@b.org", FOX])
+)
+ANY_ROW = st.fixed_dictionaries(
+    {"instruction": WORDS, "output": st.one_of(WORDS, st.none(), st.integers())},
+    optional={"input": WORDS, "document": WORDS, "origin": WORDS},
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ANY_ROW, min_size=1, max_size=12))
+def test_any_rows_are_kept_or_quarantined(tmp_path, rows):
+    file = tmp_path / "any.jsonl"
+    file.write_text("\n".join(map(json.dumps, [{"instruction": "Q?", "output": "A."}, *rows])))
+    ledger, prepared = brought_in(tmp_path, file)
+    kept = sum(map(len, prepared.splits.values()))
+    assert kept + sum(ledger.by_reason("instruction").values()) == ledger.read["instruction"] == len(rows) + 1

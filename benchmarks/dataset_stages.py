@@ -1,4 +1,4 @@
-"""Times reading, checking, judging and writing of made-up rows, and their memory: python -m benchmarks.datasets
+"""Times reading, checking, judging and writing of made-up rows, and their memory: python -m benchmarks.dataset_stages
 
 Each number of rows is worked on in a fresh process with its own children; the memory is that of all of them together,
 read from the operating system twice a second. With `--peer`, LLaMA-Factory's preprocessing runs on the same
@@ -124,7 +124,15 @@ def measure(lines: int, tokenised: bool, seed: int, max_length: int) -> dict[str
 
 
 def _apart(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.datasets", "--work-on", str(rows), "--max-length", str(max_length)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.dataset_stages",
+        "--work-on",
+        str(rows),
+        "--max-length",
+        str(max_length),
+    ]
     command += ["--tokenise"] if tokenised else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
