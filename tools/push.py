@@ -156,6 +156,9 @@ def _facts(
     candidates = version.get_artifact(f"{kind}_candidates")
     formatted = version.get_artifact(FORMATTED[kind])
     recorded = candidates.run_metadata if candidates else {}
+    # Pairs come from instructions, which the prompts asked for.
+    instructions = version.get_artifact("instruction_candidates")
+    asked: Any = instructions.run_metadata if instructions and not own else {}
     base = f"{made_with.model.name_or_path}@{made_with.model.revision}"
     return card.CardFacts(
         name=made_with.name,
@@ -163,7 +166,7 @@ def _facts(
         hub=hub,
         documents=card.public_name(own or made_with.data.instructions or made_with.documents.path),
         model=card.OWN_DATASET if own else card.public_name(str(recorded.get("generated_by", base))),
-        prompt_hash=str(recorded["prompt_hash"]) if "prompt_hash" in recorded else None,
+        prompts={str(name): str(version) for name, version in dict(asked.get("prompts", {})).items()},
         recipe_hash=recipe_hash(made_with),
         code_version=str(_parameters(dataset_version)["inputs"]["code"]),
         stages=card.stage_counts(dataset),

@@ -76,7 +76,7 @@ class CardFacts(BaseModel):
     hub: HubConfig
     documents: str
     model: str
-    prompt_hash: str | None
+    prompts: dict[str, str]
     recipe_hash: str
     code_version: str
     stages: list[StageCount]
@@ -194,13 +194,13 @@ _CARD = _environment.from_string("""\
 |---|---|
 | documents | {{ f.documents | cell }} |
 | generating model | {{ f.model | cell }} |
-| prompt | {{ f.prompt_hash or "none" }} |
+| prompts | {% for name, hash in f.prompts.items() %}{{ name | cell }} {{ hash }}{{ ", " if not loop.last else "" }}{% else %}none{% endfor %} |
 | recipe | {{ f.recipe_hash }} |
 | code | {{ f.code_version | cell }} |
 | licence | {{ f.hub.license }} |
 | tokens | {{ "{:,}, after formatting".format(f.tokens) if f.tokens is not none else "not counted" }} |
 
-`prompt`, `recipe` and `code` are hashes of the prompt template, of the recipe, and the version of the code.
+`prompts` and `recipe` are the hashes of the prompts' files and of the recipe, `code` is the version of the code.
 
 ## Rows
 

@@ -138,3 +138,33 @@ def test_wrong_request(made, hub, arguments, words):
     assert words in run.stderr
     assert "Traceback" not in run.stderr
     assert hub.requests == []
+
+
+def test_credentials_are_not_published_unless_insisted(made, hub, tmp_path):
+    secret = "ghp_" + "a1B2c3D4e5F6" * 3
+    rows = tmp_path / "rows.jsonl"
+    planted = json.dumps({"instruction": "How do I sign in?", "output": f"Give {secret} as the password, and go on."})
+    rows.write_text((made.folder / "instructions.jsonl").read_text() + planted + "\n")
+    own = ["--set", "name=secretive", "--set", f"data.instructions={rows}"]
+    run = made.run("datasets", *own)
+    assert run.code == 0, run.stderr
+    refused = push(made, "instruction", *own)
+    assert refused.code == 2
+    assert "Credentials were found in 1 places and not masked (the first: rows.jsonl:line 64)" in refused.stderr
+    assert secret not in refused.stdout + refused.stderr
+    assert hub.requests == []
+    insisted = push(made, "instruction", *own, "--allow-secrets")
+    assert insisted.code == 0, insisted.stderr
+    masked = made.run("datasets", *own, "--set", "data.rules.secret=mask")
+    assert masked.code == 0, masked.stderr
+    published = push(made, "instruction", *own, "--set", "data.rules.secret=mask")
+    assert published.code == 0, published.stderr
+    text = json.dumps(
+        [
+            pq.read_table(io.BytesIO(f)).to_pylist()
+            for name, f in hub.repos["someone/rows"].files.items()
+            if "data" in name
+        ]
+    )
+    assert "Give [SECRET] as the password" in text
+    assert secret not in text

