@@ -26,7 +26,7 @@ _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 body{font:15px/1.5 system-ui,sans-serif;color:#111827;background:#fff;margin:0 auto;padding:1rem;max-width:60rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
 .wide{overflow-x:auto}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #e5e7eb;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}p.lead{font-size:1.1rem}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}p.lead{font-size:1.1rem}
 .tokens{font:13px/2 ui-monospace,monospace;word-break:break-word}.tokens span{padding:.15em 0;border-radius:2px}
 .t{background:#bbf7d0}.m{background:#f3f4f6;color:#6b7280}.e{background:#16a34a;color:#fff;font-weight:bold}
 .warn{background:#fef3c7;padding:.5rem .75rem;border-left:4px solid #f59e0b}pre{white-space:pre-wrap}
@@ -42,7 +42,9 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, Markup]]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
     """A table; numbers are set right, floats with four significant digits."""
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    first = rows[0] if rows else [""] * len(head)
+    right = [' class="n"' if isinstance(value, int | float) else "" for value in first]
+    cells = "".join(f"<th{css}>{html.escape(name)}</th>" for name, css in zip(head, right, strict=True))
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     return Markup(f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>')  # noqa: S704
 
@@ -73,14 +75,6 @@ def histogram(counts: Mapping[int, int], x_label: str, limit: float | None = Non
         axes.axvline(limit, color=ORANGE, linestyle="--", label=f"limit {limit:g}")
         axes.legend(frameon=False)
     axes.set(xlabel=x_label, ylabel="rows")
-    return _svg(figure)
-
-
-def bars(counts: Mapping[str, int], x_label: str, y_label: str) -> Markup:
-    """A bar for each name."""
-    figure, axes = plt.subplots(figsize=(7, 2))
-    axes.bar(list(counts), list(counts.values()), color=BLUE, width=0.6)
-    axes.set(xlabel=x_label, ylabel=y_label)
     return _svg(figure)
 
 

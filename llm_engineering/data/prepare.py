@@ -38,7 +38,7 @@ SUSPICIOUS_ROWS = 10
 BIG_ROWS = 100_000
 # Rows of a cluster that are named in a sentence; the table of clusters has them all.
 _NAMED = 3
-_SHOWN_CHARS = 500
+_SHOWN_CHARS = 300
 _TEXT = Value("string")
 _FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), _TEXT))
 _CLUSTERS = Features({"cluster": Value("int64"), **dict.fromkeys(("id", "source", "split", "fate"), _TEXT)})

@@ -15,7 +15,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
 from llm_engineering.data.storage import stream_records
 from llm_engineering.formatting.datasets import Lengths
-from llm_engineering.reports import bars, histogram, page, paragraph, table, write_report
+from llm_engineering.reports import histogram, page, paragraph, table, write_report
 
 # Under this, a dataset is too small to hold rows out of and still learn from.
 MIN_ROWS = 20
@@ -116,7 +116,7 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         ("Read, kept, set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], flow)),
         ("Size", Markup("").join(paragraph(line) for line in data["guidance"])),
         ("Length in tokens", histogram(lengths.all, "tokens a row", data["max_length"]) + paragraph(over)),
-        ("Messages a row", bars({str(turns): count for turns, count in data["turns"].items()}, "messages", "rows")),
+        ("Turns", table(["Messages", "Rows"], [(int(turns), count) for turns, count in data["turns"].items()])),
         ("Reported and kept", _or_none(["Rule", "Rows"], list(data["findings"].items()))),
         (
             "Most suspicious rows",
@@ -169,9 +169,10 @@ def _unfit(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
     problems = []
     if kept < MIN_ROWS:
         problems.append(f"only {kept} rows are left, at least {MIN_ROWS} are needed to hold some out")
-    lost = sum(count for reason, count in reasons.items() if reason not in _HARMLESS)
-    if lost > MAX_SHARE_SET_ASIDE * rows:
-        problems.append(f"{lost} of {rows} rows were set aside, so the file is not what it seems to be")
+    lost = {reason: count for reason, count in reasons.items() if reason not in _HARMLESS}
+    if sum(lost.values()) > MAX_SHARE_SET_ASIDE * rows:
+        named = ", ".join(f"{reason} {count}" for reason, count in lost.items())
+        problems.append(f"more than half of the {rows} rows were set aside ({named})")
     if leaked:
         problems.append(f"{leaked} rows of the evaluation file stand in it too")
     return "; ".join(problems)

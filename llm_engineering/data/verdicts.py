@@ -154,7 +154,10 @@ class _Judge:
             side = self.sides[top]
             self.verdicts.leaked |= {row for row in rows if self.sides[row] == side}
             for row in lower:
-                self._add(row, Verdict(f"leaks_into_{SPLITS[int(side)]}", top, remove))
+                leak = Verdict(f"leaks_into_{SPLITS[int(side)]}", top, remove)
+                # Rows that are alike mostly have the same prompt too: that is one leak.
+                if all(verdict.rule != leak.rule for verdict in self.verdicts.by_row.get(row, ())):
+                    self._add(row, leak)
 
     def duplicates(self, rows: Iterable[int], rule: str) -> None:
         """Of rows that are alike, all but the first of each side repeat it. What repeats exactly is not near as well."""

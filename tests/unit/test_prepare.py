@@ -169,6 +169,9 @@ def test_inspection_counts_leaks_and_keeps_the_rows(tmp_path):
     run = Run(tmp_path, rows, own_test=other, inspected=True)
     assert run.sources("train") == ["1", "2"]
     assert run.prepared.leaked == 2
+    again = Run(tmp_path, rows, own_test=rows, inspected=True)
+    leaks = [r["source"] for r in again.prepared.findings if r["rule"] == "leaks_into_test"]
+    assert leaks == ["1", "2"]
 
 
 def test_own_test_split(tmp_path):
