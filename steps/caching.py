@@ -21,7 +21,18 @@ from zenml import step
 
 PROJECT_PACKAGES = ("llm_engineering", "steps")
 # Libraries whose version decides what a step computes.
-LIBRARIES = ("datasets", "peft", "semantic-text-splitter", "torch", "transformers", "trl")
+LIBRARIES = (
+    "datasets",
+    "detect-secrets",
+    "peft",
+    "phonenumberslite",
+    "py3langid",
+    "rensa",
+    "semantic-text-splitter",
+    "torch",
+    "transformers",
+    "trl",
+)
 
 IMPORT_TIME = "<import time>"
 

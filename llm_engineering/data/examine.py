@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -178,6 +180,17 @@ _examiner: Examiner
 def _start(examiner: Examiner) -> None:
     global _examiner
     _examiner = examiner
+    # Ctrl-C reaches every process of the terminal; the one that collects the results ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A pool's process does not notice that the one it works for was killed.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _examine(batch: pa.RecordBatch) -> Examined:

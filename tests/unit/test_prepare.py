@@ -2,10 +2,15 @@
 
 import itertools
 import json
+import os
 import random
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
@@ -436,3 +441,37 @@ def test_any_rows_are_kept_or_quarantined(tmp_path, rows):
     ledger, prepared = brought_in(tmp_path, file)
     kept = sum(map(len, prepared.splits.values()))
     assert kept + sum(ledger.by_reason("instruction").values()) == ledger.read["instruction"] == len(rows) + 1
+
+
+WORK = """
+import sys
+from pathlib import Path
+from llm_engineering.config import DataConfig
+from llm_engineering.data import examine
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.load import load_rows
+from llm_engineering.data.prepare import prepare
+
+if __name__ == "__main__":
+    examine._ROWS_FOR_PROCESSES = 0
+    folder, ledger = Path(sys.argv[1]), Ledger()
+    loaded = load_rows(str(folder / "rows.jsonl"), "instruction", DataConfig(), folder / "rows.arrow", ledger)
+    prepare(loaded.rows, "instruction", DataConfig(), ledger, folder)
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: no other processes are started")
+def test_processes_end_with_the_one_that_is_killed(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 60_000)
+    (tmp_path / "work.py").write_text(WORK)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    work = psutil.Popen([sys.executable, str(tmp_path / "work.py"), str(tmp_path)], env=env)
+    deadline = time.monotonic() + 120
+    while not (workers := [child for child in work.children() if "spawn_main" in " ".join(child.cmdline())]):
+        assert work.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    work.kill()
+    work.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
