@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -283,9 +283,10 @@ class _Writer:
             return f"first seen at {other}"
         if verdict.rule == "conflicting_answers":
             return f"the row at {other} answers the same prompt otherwise"
-        rest = [one for one in self.cluster_of.get(row, ()) if one not in (row, verdict.other)]
-        more = f", with {', '.join(map(self._source, rest[:_NAMED]))}" if rest else ""
-        more += f" and {len(rest) - _NAMED} others" if len(rest) > _NAMED else ""
+        cluster = self.cluster_of.get(row, [])
+        rest = list(islice((one for one in cluster if one not in (row, verdict.other)), _NAMED))
+        more = f", with {', '.join(map(self._source, rest))}" if rest else ""
+        more += f" and {len(cluster) - 2 - _NAMED} others" if len(cluster) - 2 > _NAMED else ""
         return f"of the row at {other}{more}"
 
     def _stage(self, row: int) -> str:

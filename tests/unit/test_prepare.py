@@ -110,6 +110,13 @@ def test_empty_and_repeated_rows_are_set_aside_and_the_kept_row_is_named(tmp_pat
     assert fates == [("1", "kept"), ("2", "exact_duplicate"), ("4", "near_duplicate")]
 
 
+def test_large_clusters_name_a_few_of_their_rows(tmp_path):
+    run = Run(tmp_path, [row(answer=FOX + "!" * i, source=str(i)) for i in range(7)])
+    assert run.sources() == ["0"]
+    assert run.quarantine[0].detail == "of the row at 0, with 2, 3, 4 and 2 others"
+    assert len(run.prepared.clusters) == 7
+
+
 @pytest.mark.parametrize(
     ("switch", "kept", "reported"),
     [
