@@ -77,7 +77,8 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     artifacts = found["artifacts"]
-    assert artifacts["instruction_dataset"]["rows"].keys() == {"train", "validation", "test", "quarantine", "counts"}
+    tables = {"train", "validation", "test", "findings", "clusters", "suspicious", "quarantine", "counts"}
+    assert artifacts["instruction_dataset"]["rows"].keys() == tables
     assert artifacts["instruction_dataset"]["rows"]["quarantine"] == 3
     assert artifacts["instruction_dataset"]["metadata"]["rows"] == 60
     assert artifacts["preference_dataset"]["kind"] == "DatasetDict"
