@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,24 @@ IDENTITY_FILE = "identity.json"
 # A checkpoint is written under this name and renamed when it is complete.
 PARTIAL = ".partial"
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run's folder to this process; the system lets it go when the process ends, however it ends.
+
+    Raises:
+        RequestError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(
+                f"Another process trains this very run in {folder}. Wait for it to end, or end it first."
+            ) from error
+        yield
 
 
 def publish(partial: Path, final: Path, identity: Mapping[str, Any]) -> None:

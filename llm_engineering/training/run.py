@@ -24,7 +24,7 @@ from llm_engineering.config import TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
 from llm_engineering.settings import Settings
 from llm_engineering.tracking import CometRun
-from llm_engineering.training.checkpoints import given_checkpoint, newest_complete
+from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
 from llm_engineering.training.interruption import Interruption
 from llm_engineering.training.policy import save_adapter
 from llm_engineering.training.report import write_training_report
@@ -134,7 +134,7 @@ def run_training(
         resume_from: a checkpoint to go on from, and not the newest of this run's folder.
 
     Raises:
-        RequestError: a checkpoint was made from something else.
+        RequestError: a checkpoint was made from something else, or another process trains this very run.
         WorkError: the loss is not a number or has exploded, the disk or the card's memory is full.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
@@ -149,36 +149,37 @@ def run_training(
         logged = {**config.model_dump(), **setup.model_dump(), **device_facts(device), **parameters}
         comet.log_parameters(_flat(logged))
         transformers.logging.set_verbosity_error()
-        used = config
-        checkpoint = resume_from or newest_complete(checkpoints, identity)
-        while True:
-            telemetry = TelemetryCallback(stage, comet)
-            # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
-            transformers.set_seed(setup.seed)
-            trainer = build(used, telemetry)
-            trainer.identity, trainer.rows = identity, data["train"]
-            if _train(trainer, used, telemetry, checkpoint):
-                break
-            assert trainer.model is not None
-            smaller = halved(used, training=trainer.model.training)
-            logger.warning("%s: out of memory with %s; trying %s", stage, _sizes(used), _sizes(smaller))
-            used = smaller
-            del trainer
-            gc.collect()
-            torch.cuda.empty_cache()
-            checkpoint = newest_complete(checkpoints, identity) or resume_from
-        history = trainer.state.log_history
-        losses = [entry["loss"] for entry in history if "loss" in entry]
-        if not losses or not math.isfinite(losses[-1]):
-            raise WorkError(
-                f"The {stage} loss is {losses[-1] if losses else 'missing'} after {trainer.state.global_step} steps. "
-                f"Lower {stage}.learning_rate, or look for broken rows in the data report."
-            )
-        adapter = folder / "adapter"
-        shutil.rmtree(adapter, ignore_errors=True)
-        assert isinstance(trainer.model, PeftModel)
-        save_adapter(trainer.model, setup.model, adapter)
-        tokenizer.save_pretrained(str(adapter))
+        with held(folder):
+            used = config
+            checkpoint = resume_from or newest_complete(checkpoints, identity)
+            while True:
+                telemetry = TelemetryCallback(stage, comet)
+                # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
+                transformers.set_seed(setup.seed)
+                trainer = build(used, telemetry)
+                trainer.identity, trainer.rows = identity, data["train"]
+                if _train(trainer, used, telemetry, checkpoint):
+                    break
+                assert trainer.model is not None
+                smaller = halved(used, training=trainer.model.training)
+                logger.warning("%s: out of memory with %s; trying %s", stage, _sizes(used), _sizes(smaller))
+                used = smaller
+                del trainer
+                gc.collect()
+                torch.cuda.empty_cache()
+                checkpoint = newest_complete(checkpoints, identity) or resume_from
+            history = trainer.state.log_history
+            losses = [entry["loss"] for entry in history if "loss" in entry]
+            if not losses or not math.isfinite(losses[-1]):
+                raise WorkError(
+                    f"The {stage} loss is {losses[-1] if losses else 'missing'} after {trainer.state.global_step} steps. "
+                    f"Lower {stage}.learning_rate, or look for broken rows in the data report."
+                )
+            adapter = folder / "adapter"
+            shutil.rmtree(adapter, ignore_errors=True)
+            assert isinstance(trainer.model, PeftModel)
+            save_adapter(trainer.model, setup.model, adapter)
+            tokenizer.save_pretrained(str(adapter))
     finally:
         place = comet.end()
     summary = {

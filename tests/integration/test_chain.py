@@ -163,9 +163,11 @@ def test_interrupted_training_goes_on(fresh_project):
 
 def test_killed_run_is_found_and_goes_on(fresh_project):
     """kill -9 in the middle of training: nobody tells ZenML, and `make runs` finds it out."""
-    many = ["--set", "sft.num_train_epochs=60", "--set", "sft.eval_steps=1000"]
+    many = ["--set", "sft.num_train_epochs=6", "--set", "sft.eval_steps=1000"]
     process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
     wait_for_checkpoint(fresh_project, process)
+    # Alive, and not at its end before the next commands have looked at it.
+    process.send_signal(signal.SIGSTOP)
     running = fresh_project.run("sft", *many, "--resume", "last")
     assert running.code == 2
     assert "is still running" in running.stderr

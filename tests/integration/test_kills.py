@@ -6,6 +6,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ import torch
 
 from llm_engineering.config import ComputeConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.settings import Settings
+from tests.integration.conftest import ROOT
 
 STEPS = 24
 # Dropout, accumulation, and a log entry every third step: none of them falls together with the saves.
@@ -128,3 +132,42 @@ def test_kill_inside_a_save_leaves_no_checkpoint(run, whole, tmp_path):
     assert run(tmp_path) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["resumed_from"] == "checkpoint-6"
     assert_alike(tmp_path, whole)
+
+
+def test_sigterm_of_the_command_line_is_resumable(tiny_model, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    row = {"id": "r", "input_ids": [1, 20, 21, 2], "labels": [-100, 20, 21, 2]}
+    DatasetDict(train=Dataset.from_list([row] * 8), validation=Dataset.from_list([row])).save_to_disk(tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"extends: {ROOT}/configs/local.yaml\nname: tiny\nmodel: {{name_or_path: {tiny_model}}}\n"
+        "sft: {max_steps: 40, save_steps: 10, eval_steps: 1000, gradient_accumulation_steps: 1}\n"
+        "compute: {device: cpu, dtype: float32}\ntracking: {comet: 'off'}\n"
+    )
+    env = {**os.environ, "LLM_OUTPUT_DIR": str(tmp_path / "outputs"), "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "llm_engineering.training", "sft", "--recipe", recipe, "--data",
+                   tmp_path / "data", "--output", tmp_path / "out", *arguments]  # fmt: skip
+        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+    process = start()
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("outputs/training/*/checkpoints/checkpoint-10"))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert "Interrupted. A checkpoint is saved" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    steps = [int(path.name.partition("-")[2]) for path in found[0].parent.glob("checkpoint-*")]
+    newest = found[0].parent / f"checkpoint-{max(steps)}"
+
+    other = start("--set", "seed=8", "--resume-from", str(newest))
+    assert "made with another seed. Use" in other.communicate(timeout=60)[1]
+    assert other.returncode == 2
+    same = start("--resume-from", str(newest))
+    assert f"going on from {newest}" in same.communicate(timeout=60)[1]
+    assert same.returncode == 0
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.training import resumable, telemetry
-from llm_engineering.training.checkpoints import newest_complete, publish
+from llm_engineering.training.checkpoints import held, newest_complete, publish
 from llm_engineering.training.divergence import EXPLOSION_FACTOR, LossWatch, rows_of
 from llm_engineering.training.interruption import Interruption
 from llm_engineering.training.run import halved
@@ -301,3 +301,10 @@ def test_smaller_batches_keep_the_effective_batch():
     assert (smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps) == (3, 6)
     evaluated = halved(CONFIG.model_copy(update={"per_device_eval_batch_size": 8}), training=False)
     assert (evaluated.per_device_eval_batch_size, evaluated.per_device_train_batch_size) == (4, 4)
+
+
+def test_one_process_trains_a_run(data, setup, settings):
+    folder = train_sft(data, CONFIG, setup, settings).adapter.parent
+    with held(folder), pytest.raises(RequestError, match="Another process trains this very run"):
+        train_sft(data, CONFIG, setup, settings)
+    train_sft(data, CONFIG, setup, settings)
