@@ -1,6 +1,9 @@
-"""The two ways a command fails, and the exit code of each."""
+"""The ways a command ends without success, and the exit code of each."""
 
 from __future__ import annotations
+
+# Ctrl-C, SIGTERM: what was finished is kept.
+INTERRUPTED = 130
 
 
 class RequestError(Exception):

@@ -20,10 +20,9 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TQDM_DISABLE", "" if sys.stderr.isatty() else "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
-INTERRUPTED = 130
 
 
 def start_logging(debug: bool) -> None:

@@ -17,6 +17,7 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipes import differences
 from pipelines import chain
 from pipelines.inputs import Inputs
+from tools.processes import is_alive, repair_killed, this_process
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -47,6 +48,7 @@ def check_resumable(run: str, pipeline: str, recipe: Recipe) -> None:
     Finished steps come from the cache and training goes on from its newest complete checkpoint, so that going on
     is the same command again; this makes sure that it is the same.
     """
+    repair_killed()
     name = {"datasets": "generate_datasets"}.get(pipeline, pipeline)
     if run == "last":
         found = Client().list_pipeline_runs(pipeline=name, sort_by="desc:created", size=1, hydrate=True).items
@@ -62,6 +64,8 @@ def check_resumable(run: str, pipeline: str, recipe: Recipe) -> None:
         raise RequestError(f"Run {former.name} is no run of {name}. `make runs` lists the last runs.")
     if former.status == ExecutionStatus.COMPLETED:
         raise RequestError(f"Run {former.name} is complete: there is nothing to resume. Leave --resume out.")
+    if not former.status.is_finished and is_alive(former):
+        raise RequestError(f"Run {former.name} is still {former.status}: let it end or stop it first.")
     try:
         # ZenML keeps the values that were set: validation adds the defaults again.
         then = Recipe.model_validate((former.config.parameters or {})["recipe"])
@@ -91,6 +95,7 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
     configured = pipeline.with_options(
         model=model,
         enable_cache=None if cache else False,
+        extra=this_process(),
         # The other modes raise an error that names the step and not what was wrong.
         execution_mode=ExecutionMode.FAIL_FAST,
     )

@@ -27,18 +27,27 @@ def _list(limit: int) -> int:
     from zenml.client import Client
 
     prepare_zenml()
+    from tools.processes import KILLED, repair_killed
+
+    repair_killed()
     runs = Client().list_pipeline_runs(sort_by="desc:created", size=limit, hydrate=True).items
     if not runs:
         print("No run yet. `make run-sft` makes the first one.")
         return 0
     table = Table("Run", "Pipeline", "State", "Started (UTC)", "Seconds", "Model", "Id")
     for run in runs:
-        seconds = f"{(run.end_time - run.start_time).total_seconds():.0f}" if run.end_time and run.start_time else ""
+        killed = (run.get_body().status_reason or "").startswith(KILLED)
+        # When a killed run ended is not known.
+        seconds = (
+            f"{(run.end_time - run.start_time).total_seconds():.0f}"
+            if run.end_time and run.start_time and not killed
+            else ""
+        )
         version = run.model_version
         table.add_row(
             run.name,
             run.pipeline.name if run.pipeline else "",
-            str(run.status),
+            f"{run.status} ({KILLED})" if killed else str(run.status),
             f"{run.start_time:%Y-%m-%d %H:%M}" if run.start_time else "",
             seconds,
             f"{version.model.name} {version.number} {version.stage or ''}".strip() if version else "",

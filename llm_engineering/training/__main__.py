@@ -16,7 +16,7 @@ from pathlib import Path
 
 from datasets import DatasetDict, load_from_disk
 
-from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.models import pin_revision
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, type=Path)
     parser.add_argument("--adapter", type=Path, help="the SFT adapter that DPO starts from")
     parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--resume-from", type=Path, metavar="DIR", help="a checkpoint of this very run to go on from")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -42,16 +43,20 @@ def main() -> int:
         settings.check_writable()
         data = _formatted(arguments.data)
         if arguments.stage == "sft":
-            result = train_sft(data, recipe.sft, recipe.setup, settings)
+            result = train_sft(data, recipe.sft, recipe.setup, settings, resume_from=arguments.resume_from)
         elif arguments.adapter is None or not (arguments.adapter / "adapter_model.safetensors").is_file():
             raise RequestError("DPO starts from an SFT adapter: give its folder with --adapter.")
         else:
-            result = train_dpo(data, arguments.adapter, recipe.dpo, recipe.setup, settings)
+            start, checkpoint = arguments.adapter, arguments.resume_from
+            result = train_dpo(data, start, recipe.dpo, recipe.setup, settings, resume_from=checkpoint)
         for folder in (result.adapter, result.report):
             shutil.copytree(folder, arguments.output / folder.name, dirs_exist_ok=True)
     except (RequestError, WorkError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted. A checkpoint is saved: the same command goes on from there.", file=sys.stderr)
+        return INTERRUPTED
     print(f"Adapter: {arguments.output / 'adapter'}")
     return 0
 

@@ -15,12 +15,19 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOTrainer
 
 from llm_engineering.compute.device import Device, choose_device
-from llm_engineering.config import DPOConfig, TrainingSetup
+from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
 from llm_engineering.training.policy import trained_policy
-from llm_engineering.training.run import TrainingResult, run_training, training_arguments, work_folder
+from llm_engineering.training.resumable import ResumableTrainer
+from llm_engineering.training.run import (
+    TrainingResult,
+    run_identity,
+    run_training,
+    training_arguments,
+    work_folder,
+)
 from llm_engineering.training.telemetry import TelemetryCallback
 
 LABEL_PAIRS = 2
@@ -33,42 +40,49 @@ def train_dpo(
     setup: TrainingSetup,
     settings: Settings,
     parameters: Mapping[str, Any] | None = None,
+    resume_from: Path | None = None,
 ) -> TrainingResult:
     """Train the SFT adapter further on `data["train"]`; the reference is the SFT model as it was.
 
     Args:
         data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; the answers end with their end-of-turn token.
         sft_adapter: the folder of the SFT adapter.
+        resume_from: a checkpoint folder to go on from; without it, the newest complete one of the same run.
     """
     device = choose_device(setup.compute)
     tokenizer = load_tokenizer(setup.model, settings)
     reference = hashlib.sha256((sft_adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    folder = work_folder("dpo", config, setup, device, settings, data, reference)
+    identity = run_identity("dpo", config, setup, device, data, reference)
+    folder = work_folder("dpo", identity, settings)
 
-    def build(telemetry: TelemetryCallback) -> DPOTrainer:
+    def build(used: TrainConfig, telemetry: TelemetryCallback) -> _FormattedDPOTrainer:
+        assert isinstance(used, DPOConfig)
         policy = trained_policy(setup.model, sft_adapter, settings, device)
-        return dpo_trainer(policy, tokenizer, data, config, setup, device, folder, telemetry)
+        return dpo_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry)
 
     pairs = data["train"].select(range(min(LABEL_PAIRS, len(data["train"]))))
     return run_training(
         "dpo",
         build,
         folder=folder,
+        identity=identity,
         config=config,
         setup=setup,
         device=device,
         tokenizer=tokenizer,
         settings=settings,
+        data=data,
         parameters=parameters or {},
         label_rows=[
             (pair["prompt_ids"] + pair[name], [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[name])
             for pair in pairs
             for name in ("chosen_ids", "rejected_ids")
         ],
+        resume_from=resume_from,
     )
 
 
-class _FormattedDPOTrainer(DPOTrainer):
+class _FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
     """TRL's trainer for rows that are tokenised already, which DPOTrainer has no option for; and one that resumes."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -92,7 +106,7 @@ def dpo_trainer(
     device: Device,
     folder: Path,
     telemetry: TelemetryCallback | None = None,
-) -> DPOTrainer:
+) -> _FormattedDPOTrainer:
     """TRL's trainer. Of a policy with a trained adapter and no `ref_model`, TRL takes a copy as the reference."""
     arguments = trl.DPOConfig(
         **training_arguments(config, device, setup.seed, folder),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -16,16 +17,18 @@ import torch
 import transformers
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 
 from llm_engineering.compute.device import Device
 from llm_engineering.config import TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
 from llm_engineering.settings import Settings
 from llm_engineering.tracking import CometRun
-from llm_engineering.training.checkpoints import newest_complete
+from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
+from llm_engineering.training.interruption import Interruption
 from llm_engineering.training.policy import save_adapter
 from llm_engineering.training.report import write_training_report
+from llm_engineering.training.resumable import RestoreWindow, ResumableTrainer
 from llm_engineering.training.telemetry import TelemetryCallback, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
@@ -39,24 +42,35 @@ class TrainingResult(NamedTuple):
     summary: dict[str, Any]
 
 
-def work_folder(
+def run_identity(
     stage: str,
     config: TrainConfig,
     setup: TrainingSetup,
     device: Device,
-    settings: Settings,
     data: DatasetDict,
     reference: str = "",
-) -> Path:
-    """Where this very run keeps its checkpoints: a run with other settings or other data has another folder,
-    so nothing is ever resumed that is not the same run."""
-    parts = [config.model_dump(), setup.model_dump(exclude={"tracking"}), device_facts(device), reference]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+) -> dict[str, Any]:
+    """All that decides what this run computes: recipe, model revision, device, data, and the model it starts from."""
+    splits = {}
     for name in sorted(data):
-        digest.update(name.encode())
+        digest = hashlib.sha256()
         for row in data[name]:
             digest.update(json.dumps(row, sort_keys=True).encode())
-    return settings.llm_output_dir.resolve() / "training" / f"{stage}-{digest.hexdigest()[:12]}"
+        splits[name] = digest.hexdigest()
+    return {
+        **setup.model_dump(mode="json", exclude={"tracking"}),
+        stage: config.model_dump(mode="json"),
+        "device": device_facts(device),
+        "dataset": splits,
+        "reference": reference,
+    }
+
+
+def work_folder(stage: str, identity: Mapping[str, Any], settings: Settings) -> Path:
+    """Where this very run keeps its checkpoints: a run with other settings or other data has another folder,
+    so nothing is ever resumed that is not the same run."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return settings.llm_output_dir.resolve() / "training" / f"{stage}-{digest[:12]}"
 
 
 def training_arguments(config: TrainConfig, device: Device, seed: int, folder: Path) -> dict[str, Any]:
@@ -95,74 +109,85 @@ def training_arguments(config: TrainConfig, device: Device, seed: int, folder: P
 
 def run_training(
     stage: str,
-    build: Callable[[TelemetryCallback], Trainer],
+    build: Callable[[TrainConfig, TelemetryCallback], ResumableTrainer],
     *,
     folder: Path,
+    identity: Mapping[str, Any],
     config: TrainConfig,
     setup: TrainingSetup,
     device: Device,
     tokenizer: PreTrainedTokenizerBase,
     settings: Settings,
+    data: DatasetDict,
     parameters: Mapping[str, Any],
     label_rows: Sequence[tuple[list[int], list[int]]],
+    resume_from: Path | None = None,
 ) -> TrainingResult:
     """Train to the end, from the newest complete checkpoint if there is one.
 
     Args:
         stage: `sft` or `dpo`.
-        build: makes the TRL trainer with the given callback.
+        build: makes the trainer with the given batch sizes and callback.
+        identity: what checkpoints of this run are made from.
         parameters: what Comet gets besides the hyperparameters: dataset versions, run id.
         label_rows: `(input_ids, labels)` of a few rows, for the label view of the report.
+        resume_from: a checkpoint to go on from, and not the newest of this run's folder.
 
     Raises:
-        WorkError: the loss is not a number.
+        RequestError: a checkpoint was made from something else, or another process trains this very run.
+        WorkError: the loss is not a number or has exploded, the disk or the card's memory is full.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for reason in device.reasons:
         logger.info("%s", reason)
+    checkpoints = folder / "checkpoints"
+    if resume_from is not None:
+        given_checkpoint(resume_from, identity)
     comet = CometRun.start(setup.tracking, settings, name=folder.name, tags=[stage, setup.model.name_or_path])
-    telemetry = TelemetryCallback(stage, comet)
     try:
-        # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
-        transformers.set_seed(setup.seed)
-        trainer = build(telemetry)
-        for printer in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(printer)
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        logger.info(
-            "%s: %d rows to train on, effective batch %d = %d per device × %d accumulated",
-            stage,
-            len(trainer.train_dataset),  # type: ignore[arg-type]
-            batch,
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-        )
         logged = {**config.model_dump(), **setup.model_dump(), **device_facts(device), **parameters}
         comet.log_parameters(_flat(logged))
-        checkpoint = newest_complete(folder / "checkpoints")
-        if checkpoint is not None:
-            logger.info("%s: going on from %s", stage, checkpoint)
         transformers.logging.set_verbosity_error()
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        history = trainer.state.log_history
-        losses = [entry["loss"] for entry in history if "loss" in entry]
-        if not losses or not math.isfinite(losses[-1]):
-            raise WorkError(
-                f"The {stage} loss is {losses[-1] if losses else 'missing'} after {trainer.state.global_step} steps. "
-                f"Lower {stage}.learning_rate, or look for broken rows in the data report."
-            )
-        adapter = folder / "adapter"
-        shutil.rmtree(adapter, ignore_errors=True)
-        assert isinstance(trainer.model, PeftModel)
-        save_adapter(trainer.model, setup.model, adapter)
-        tokenizer.save_pretrained(str(adapter))
+        with held(folder):
+            used = config
+            checkpoint = resume_from or newest_complete(checkpoints, identity)
+            while True:
+                telemetry = TelemetryCallback(stage, comet)
+                # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
+                transformers.set_seed(setup.seed)
+                trainer = build(used, telemetry)
+                trainer.identity, trainer.rows = identity, data["train"]
+                if _train(trainer, used, telemetry, checkpoint):
+                    break
+                assert trainer.model is not None
+                smaller = halved(used, training=trainer.model.training)
+                logger.warning("%s: out of memory with %s; trying %s", stage, _sizes(used), _sizes(smaller))
+                used = smaller
+                del trainer
+                gc.collect()
+                torch.cuda.empty_cache()
+                checkpoint = newest_complete(checkpoints, identity) or resume_from
+            history = trainer.state.log_history
+            losses = [entry["loss"] for entry in history if "loss" in entry]
+            if not losses or not math.isfinite(losses[-1]):
+                raise WorkError(
+                    f"The {stage} loss is {losses[-1] if losses else 'missing'} after {trainer.state.global_step} steps. "
+                    f"Lower {stage}.learning_rate, or look for broken rows in the data report."
+                )
+            adapter = folder / "adapter"
+            shutil.rmtree(adapter, ignore_errors=True)
+            assert isinstance(trainer.model, PeftModel)
+            save_adapter(trainer.model, setup.model, adapter)
+            tokenizer.save_pretrained(str(adapter))
     finally:
         place = comet.end()
     summary = {
         "stage": stage,
         "steps": trainer.state.global_step,
         "resumed_from": checkpoint.name if checkpoint else None,
-        "effective_batch": batch,
+        "effective_batch": used.per_device_train_batch_size * used.gradient_accumulation_steps,
+        "per_device_train_batch_size": used.per_device_train_batch_size,
         "train_loss": losses[-1],
         "tokens_per_second": telemetry.tokens_per_second,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -175,8 +200,57 @@ def run_training(
     report = folder / "report"
     write_training_report(report, summary, tokenizer, label_rows)
     # The adapter is complete: what was kept to resume from has done its work.
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return TrainingResult(adapter, report, summary)
+
+
+def halved(config: TrainConfig, *, training: bool) -> TrainConfig:
+    """Smaller batches, of training with as much more accumulation, so that the effective batch stays.
+
+    Raises:
+        WorkError: there is no smaller batch than one row.
+    """
+    size = config.per_device_train_batch_size if training else config.per_device_eval_batch_size
+    if size == 1:
+        raise WorkError(
+            f"Out of memory in {'training' if training else 'evaluation'}, with one row at a time. Lower "
+            "formatting.max_length, set gradient_checkpointing, or take a smaller model."
+        )
+    # Half, or of an odd size the next one that divides it.
+    smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+    if not training:
+        return config.model_copy(update={"per_device_eval_batch_size": smaller})
+    accumulated = config.gradient_accumulation_steps * (size // smaller)
+    return config.model_copy(
+        update={"per_device_train_batch_size": smaller, "gradient_accumulation_steps": accumulated}
+    )
+
+
+def _train(
+    trainer: ResumableTrainer, config: TrainConfig, telemetry: TelemetryCallback, checkpoint: Path | None
+) -> bool:
+    """Train to the end; False if the memory did not suffice."""
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    rows = len(trainer.train_dataset)  # type: ignore[arg-type]
+    logger.info("%s: %d rows to train on, %s", telemetry.stage, rows, _sizes(config))
+    if checkpoint is not None:
+        logger.info("%s: going on from %s", telemetry.stage, checkpoint)
+        trainer.add_callback(RestoreWindow(trainer, checkpoint, telemetry))
+    with Interruption() as interruption:
+        trainer.add_callback(interruption)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError:
+            return False
+    if interruption.received is not None:
+        raise KeyboardInterrupt(f"{interruption.received.name} in step {trainer.state.global_step}")
+    return True
+
+
+def _sizes(config: TrainConfig) -> str:
+    per_device, accumulated = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    return f"effective batch {per_device * accumulated} = {per_device} per device × {accumulated} accumulated"
 
 
 def device_facts(device: Device) -> dict[str, str]:

@@ -13,11 +13,18 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from llm_engineering.compute.device import Device, choose_device
-from llm_engineering.config import SFTConfig, TrainingSetup
+from llm_engineering.config import SFTConfig, TrainConfig, TrainingSetup
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.run import TrainingResult, run_training, training_arguments, work_folder
+from llm_engineering.training.resumable import ResumableTrainer
+from llm_engineering.training.run import (
+    TrainingResult,
+    run_identity,
+    run_training,
+    training_arguments,
+    work_folder,
+)
 from llm_engineering.training.telemetry import TelemetryCallback
 
 LABEL_ROWS = 3
@@ -29,33 +36,44 @@ def train_sft(
     setup: TrainingSetup,
     settings: Settings,
     parameters: Mapping[str, Any] | None = None,
+    resume_from: Path | None = None,
 ) -> TrainingResult:
     """Train a LoRA adapter on `data["train"]`, with the loss on `data["validation"]` along the way.
 
     Args:
         data: splits with `input_ids` and `labels`, lists of a row's length; -100 where nothing is trained.
+        resume_from: a checkpoint folder to go on from; without it, the newest complete one of the same run.
     """
     device = choose_device(setup.compute)
     tokenizer = load_tokenizer(setup.model, settings)
-    folder = work_folder("sft", config, setup, device, settings, data)
+    identity = run_identity("sft", config, setup, device, data)
+    folder = work_folder("sft", identity, settings)
 
-    def build(telemetry: TelemetryCallback) -> SFTTrainer:
+    def build(used: TrainConfig, telemetry: TelemetryCallback) -> ResumableSFTTrainer:
+        assert isinstance(used, SFTConfig)
         policy = new_policy(setup.model, config.lora, settings, device)
-        return sft_trainer(policy, tokenizer, data, config, setup, device, folder, telemetry)
+        return sft_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry)
 
     first = data["train"].select(range(min(LABEL_ROWS, len(data["train"]))))
     return run_training(
         "sft",
         build,
         folder=folder,
+        identity=identity,
         config=config,
         setup=setup,
         device=device,
         tokenizer=tokenizer,
         settings=settings,
+        data=data,
         parameters=parameters or {},
         label_rows=[(row["input_ids"], row["labels"]) for row in first],
+        resume_from=resume_from,
     )
+
+
+class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's trainer, whose runs cannot be lost."""
 
 
 def sft_trainer(
@@ -67,7 +85,7 @@ def sft_trainer(
     device: Device,
     folder: Path,
     telemetry: TelemetryCallback | None = None,
-) -> SFTTrainer:
+) -> ResumableSFTTrainer:
     """TRL's trainer for rows that are tokenised and labelled already; TRL packs them and changes nothing else."""
     arguments = trl.SFTConfig(
         **training_arguments(config, device, setup.seed, folder),
@@ -79,7 +97,7 @@ def sft_trainer(
         eval_packing=False,
     )
     columns = ["input_ids", "labels"]
-    return SFTTrainer(
+    return ResumableSFTTrainer(
         model=policy,
         args=arguments,
         train_dataset=data["train"].select_columns(columns),

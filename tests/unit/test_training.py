@@ -236,7 +236,7 @@ def test_another_learning_rate_is_another_run(sft_data, setup, settings):
 
 
 def test_no_checkpoint_is_no_error(tmp_path):
-    assert newest_complete(tmp_path / "nowhere") is None
+    assert newest_complete(tmp_path / "nowhere", {}) is None
 
 
 def test_comet_archive_holds_metrics_and_parameters(sft_data, setup, settings):

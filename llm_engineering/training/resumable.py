@@ -1,0 +1,164 @@
+"""What SFT's and DPO's trainers add to TRL's so that no run is lost: whole checkpoints, and a stop before harm."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+
+from llm_engineering.errors import WorkError
+from llm_engineering.training.checkpoints import PARTIAL, check_space, publish, size
+from llm_engineering.training.divergence import LossWatch, rows_of
+from llm_engineering.training.telemetry import TelemetryCallback
+
+_WINDOW_FILE = "log_window.json"
+# Weights, two moments of AdamW, and DPO's reference.
+_COPIES = 4
+# Tokenizer, states of schedule and generators: Gemma's tokenizer alone has 33 MB.
+_SMALL_FILES_BYTES = 64 * 2**20
+
+
+class ResumableTrainer(Trainer):
+    """To be named before TRL's trainer among the bases.
+
+    Attributes:
+        identity: what checkpoints are made from.
+        rows: the training split with its ids, to name rows of a batch.
+    """
+
+    identity: Mapping[str, Any]
+    rows: Dataset
+    # TRL's: numbers of the steps since the last log entry, by `train` and `eval`, and tokens of all steps.
+    _metrics: Any
+    _total_train_tokens: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._writing: Path | None = None
+        self._watch = LossWatch()
+        self._batches: list[Mapping[str, Any]] = []
+        self._step_loss = 0.0
+        self._step_ended = True
+        super().__init__(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write the checkpoint under another name, and rename it when it is complete and on the disk."""
+        assert self.args.output_dir is not None
+        folder = Path(self.args.output_dir)
+        final = folder / f"checkpoint-{self.state.global_step}"
+        partial = folder / PARTIAL
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        check_space(folder, self._needed_bytes(folder))
+        self._writing = partial
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = None
+        written = partial / final.name
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(written / "trainer_state.json"))
+        (written / _WINDOW_FILE).write_text(json.dumps(self._window()), encoding="utf-8")
+        publish(written, final, self.identity)
+        partial.rmdir()
+        rotate_checkpoints(
+            output_dir=str(folder),
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _needed_bytes(self, folder: Path) -> int:
+        former = sort_checkpoints(str(folder), use_mtime=True)
+        if former:
+            return size(Path(former[-1]))
+        assert self.model is not None
+        trained = sum(int(p.nbytes) for p in self.model.parameters() if p.requires_grad)
+        return _COPIES * trained + _SMALL_FILES_BYTES
+
+    def _window(self) -> dict[str, Any]:
+        """What the trainers add up until the next log entry, which transformers forgets between two runs."""
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "tokens": self._total_train_tokens,
+            "metrics": self._metrics["train"],
+            "recent_losses": self._watch.recent,
+            "highest_median": self._watch.highest_median,
+        }
+
+    def restore_window(self, checkpoint: Path) -> int:
+        """Go on adding up where the checkpoint was saved, so that the log is that of an uninterrupted run.
+
+        Returns the tokens trained so far.
+        """
+        window = json.loads((checkpoint / _WINDOW_FILE).read_text(encoding="utf-8"))
+        self._tr_loss.fill_(window["loss"])
+        self._total_loss_scalar = window["total_loss"]
+        self._globalstep_last_logged = window["last_logged"]
+        self._total_train_tokens = window["tokens"]
+        self._metrics["train"].update(window["metrics"])
+        self._watch.recent = window["recent_losses"]
+        self._watch.highest_median = window["highest_median"]
+        return self._total_train_tokens
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward of one batch; a loss that is not finite or has exploded ends the run before it trains.
+
+        Raises:
+            WorkError: with the rows of the batch, or of all batches of the step.
+        """
+        if self._step_ended:
+            self._batches, self._step_loss = [], 0.0
+        self._batches.append(dict(inputs))
+        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+        self._step_loss += loss.item()
+        self._step_ended = self.accelerator.sync_gradients
+        if not math.isfinite(self._step_loss):
+            self._stop(f"the loss is {self._step_loss}", self._batches[-1:])
+        if self._step_ended:
+            problem = self._watch.problem(self._step_loss)
+            if problem:
+                self._stop(problem, self._batches)
+        return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        # The scaler of fp16 looks for its scale by trying too large ones, and leaves those steps out itself.
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            self._stop(f"the norm of the gradient is {float(norm)}", self._batches)
+        return norm
+
+    def _stop(self, problem: str, batches: list[Mapping[str, Any]]) -> None:
+        raise WorkError(
+            f"Training stopped in step {self.state.global_step + 1}: {problem}. The batch was made of these rows of the "
+            f"training split: {rows_of(batches, self.rows)}. Look at them in the dataset; if nothing is wrong with "
+            "them, lower learning_rate. The weights were not changed by this step."
+        )
+
+
+class RestoreWindow(TrainerCallback):
+    """Restores the window when training begins: transformers empties it just before."""
+
+    def __init__(self, trainer: ResumableTrainer, checkpoint: Path, telemetry: TelemetryCallback) -> None:
+        self.trainer = trainer
+        self.checkpoint = checkpoint
+        self.telemetry = telemetry
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore; the speed counts the tokens of this process alone."""
+        self.telemetry.tokens_logged = self.trainer.restore_window(self.checkpoint)

@@ -1,0 +1,173 @@
+"""SFT killed with SIGKILL, at steps and inside a save: resumed, it ends like a run that nobody touched."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_engineering.config import ComputeConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.settings import Settings
+from tests.integration.conftest import ROOT
+
+STEPS = 24
+# Dropout, accumulation, and a log entry every third step: none of them falls together with the saves.
+CONFIG = SFTConfig(
+    learning_rate=1e-2, num_train_epochs=4, per_device_train_batch_size=1, gradient_accumulation_steps=2,
+    save_steps=2, eval_steps=5, logging_steps=3, packing=False, lora=LoraConfig(r=4, lora_dropout=0.1),
+)  # fmt: skip
+TIMED = {"tokens_per_second", "peak_memory_bytes", "train_runtime", "train_samples_per_second",
+         "train_steps_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # fmt: skip
+
+
+def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool) -> None:
+    """In a process of its own: train, kill oneself where told, and keep the last checkpoint of a run that ends."""
+    from datasets import Dataset, DatasetDict
+
+    from llm_engineering.training import telemetry
+    from llm_engineering.training.sft import train_sft
+
+    torch.set_num_threads(1)
+    step_end = telemetry.TelemetryCallback.on_step_end
+    saved = torch.save
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == kill_at and not in_save:
+            os.kill(os.getpid(), signal.SIGKILL)
+        here["step"] = state.global_step
+
+    def on_train_end(self, args, state, control, **kwargs):
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        shutil.copytree(newest, outputs / "kept", dirs_exist_ok=True)
+
+    def save(value, file, *args, **kwargs):
+        saved(value, file, *args, **kwargs)
+        if in_save and here["step"] == kill_at and Path(file).name == "optimizer.pt":
+            Path(file).write_bytes(Path(file).read_bytes()[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    here = {"step": 0}
+    telemetry.TelemetryCallback.on_step_end = on_step_end
+    telemetry.TelemetryCallback.on_train_end = on_train_end
+    torch.save = save
+    rows = [
+        {"id": f"r{i}", "input_ids": [1, *range(20 + i, 30 + 2 * i), 2], "labels": [-100] * 4 + [*range(23 + i, 30 + 2 * i), 2]}
+        for i in range(16)
+    ]  # fmt: skip
+    data = DatasetDict(train=Dataset.from_list(rows[:12]), validation=Dataset.from_list(rows[12:]))
+    setup = TrainingSetup(
+        model=ModelConfig(name_or_path=str(model), revision="test"),
+        max_length=64,
+        compute=ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa"),
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+    result = train_sft(data, CONFIG, setup, Settings(llm_output_dir=outputs))
+    (outputs / "summary.json").write_text(json.dumps(result.summary))
+    shutil.copytree(result.adapter, outputs / "adapter", dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model):
+    """Starts `train` in a forked process of a server that has all imported and computed nothing; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llm_engineering.training.sft", "tests.integration.test_kills"])
+
+    def start(outputs: Path, kill_at: int | None = None, in_save: bool = False) -> int | None:
+        process = context.Process(target=train, args=(tiny_model, outputs, kill_at, in_save))
+        process.start()
+        process.join(120)
+        return process.exitcode
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory) -> Path:
+    outputs = tmp_path_factory.mktemp("whole")
+    assert run(outputs) == 0
+    return outputs
+
+
+def history(outputs: Path) -> list[dict[str, float]]:
+    entries = json.loads((outputs / "summary.json").read_text())["history"]
+    return [{name: value for name, value in entry.items() if name not in TIMED} for entry in entries]
+
+
+def assert_alike(outputs: Path, whole: Path) -> None:
+    name = "adapter/adapter_model.safetensors"
+    assert (outputs / name).read_bytes() == (whole / name).read_bytes()
+    mine, other = (torch.load(o / "kept" / "optimizer.pt") for o in (outputs, whole))
+    assert mine["param_groups"] == other["param_groups"]
+    for key, moments in other["state"].items():
+        for moment, value in moments.items():
+            assert torch.equal(mine["state"][key][moment], value)
+    assert history(outputs) == history(whole)
+
+
+def test_five_kills_change_nothing(run, whole, tmp_path):
+    for step in sorted(random.Random(20).sample(range(1, STEPS), 5)):
+        assert run(tmp_path, kill_at=step) == -signal.SIGKILL
+    assert run(tmp_path) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["resumed_from"] is not None
+    assert summary["steps"] == STEPS
+    assert_alike(tmp_path, whole)
+
+
+def test_kill_inside_a_save_leaves_no_checkpoint(run, whole, tmp_path):
+    assert run(tmp_path, kill_at=8, in_save=True) == -signal.SIGKILL
+    (folder,) = (tmp_path / "training").glob("*/checkpoints")
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
+    assert (folder / ".partial" / "checkpoint-8" / "optimizer.pt").stat().st_size == 1000
+    assert run(tmp_path) == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["resumed_from"] == "checkpoint-6"
+    assert_alike(tmp_path, whole)
+
+
+def test_sigterm_of_the_command_line_is_resumable(tiny_model, tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    row = {"id": "r", "input_ids": [1, 20, 21, 2], "labels": [-100, 20, 21, 2]}
+    DatasetDict(train=Dataset.from_list([row] * 8), validation=Dataset.from_list([row])).save_to_disk(tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"extends: {ROOT}/configs/local.yaml\nname: tiny\nmodel: {{name_or_path: {tiny_model}}}\n"
+        "sft: {max_steps: 40, save_steps: 10, eval_steps: 1000, gradient_accumulation_steps: 1}\n"
+        "compute: {device: cpu, dtype: float32}\ntracking: {comet: 'off'}\n"
+    )
+    env = {**os.environ, "LLM_OUTPUT_DIR": str(tmp_path / "outputs"), "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "llm_engineering.training", "sft", "--recipe", recipe, "--data",
+                   tmp_path / "data", "--output", tmp_path / "out", *arguments]  # fmt: skip
+        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+    process = start()
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("outputs/training/*/checkpoints/checkpoint-10"))):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    assert "Interrupted. A checkpoint is saved" in process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    steps = [int(path.name.partition("-")[2]) for path in found[0].parent.glob("checkpoint-*")]
+    newest = found[0].parent / f"checkpoint-{max(steps)}"
+
+    other = start("--set", "seed=8", "--resume-from", str(newest))
+    assert "made with another seed. Use" in other.communicate(timeout=60)[1]
+    assert other.returncode == 2
+    same = start("--resume-from", str(newest))
+    assert f"going on from {newest}" in same.communicate(timeout=60)[1]
+    assert same.returncode == 0
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
