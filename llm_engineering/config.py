@@ -273,10 +273,17 @@ class DataConfig(Block):
 
 
 class FormattingConfig(Block):
-    """How rows become token ids."""
+    """How rows become token ids.
+
+    `chat_template` is null for the model's own, a name (`alpaca`, `chatml`, `human_assistant`, `llama3`), or the path of
+    a Jinja file. What is too long is dropped, cut (`truncate`: the end of turn is then not trained), or an error.
+    `train_on_prompt` trains every token of a row; the held-out loss stays that of the answers.
+    """
 
     max_length: int = Field(512, ge=8)
-    over_long: Literal["drop", "raise"] = "drop"
+    over_long: Literal["drop", "truncate", "raise"] = "drop"
+    chat_template: str | None = None
+    train_on_prompt: bool = False
 
 
 class TrainConfig(Block):
@@ -373,6 +380,8 @@ class TrainingSetup(Block):
 
     model: ModelConfig
     max_length: int
+    chat_template: str | None = None
+    train_on_prompt: bool = False
     compute: ComputeConfig
     tracking: TrackingConfig
     seed: int
@@ -401,6 +410,8 @@ class Recipe(Block):
         return TrainingSetup(
             model=self.model,
             max_length=self.formatting.max_length,
+            chat_template=self.formatting.chat_template,
+            train_on_prompt=self.formatting.train_on_prompt,
             compute=self.compute,
             tracking=self.tracking,
             seed=self.seed,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
+from llm_engineering.models import end_token_ids
 from llm_engineering.progress import Progress
 
 BASE = "base"
@@ -101,6 +102,7 @@ class Models:
     def answer(self, name: str, messages: Sequence[Message], max_new_tokens: int) -> Sample:
         """The greedy answer to a conversation, prompted as in training."""
         ids = prompt_ids(messages, self.tokenizer)
+        ends = end_token_ids(self.model, self.tokenizer)
         with self.use(name) as model:
             inputs = torch.tensor([ids], device=model.device)
             output: Any = model.generate(  # type: ignore[operator]
@@ -109,10 +111,11 @@ class Models:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=ends,
             )
         new = output[0, len(ids) :].tolist()
         text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-        return Sample(text, bool(new) and new[-1] == self.tokenizer.eos_token_id)
+        return Sample(text, bool(new) and new[-1] in ends)
 
 
 def heldout_loss(scores: Sequence[AnswerScore]) -> float:

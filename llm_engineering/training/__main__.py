@@ -17,6 +17,7 @@ from pathlib import Path
 from datasets import DatasetDict, load_from_disk
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.formatting.chat_template import pin_chat_template
 from llm_engineering.models import pin_revision
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
@@ -37,7 +38,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
-        recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
+        recipe = recipe.model_copy(
+            update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+        )
         settings = Settings()
         settings.check_writable()
         data = _formatted(arguments.data)

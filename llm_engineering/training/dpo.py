@@ -41,7 +41,7 @@ def train_dpo(
         sft_adapter: the folder of the SFT adapter.
     """
     device = choose_device(setup.compute)
-    tokenizer = load_tokenizer(setup.model, settings)
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     reference = hashlib.sha256((sft_adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     folder = work_folder("dpo", config, setup, device, settings, data, reference)
 

@@ -36,7 +36,7 @@ def train_sft(
         data: splits with `input_ids` and `labels`, lists of a row's length; -100 where nothing is trained.
     """
     device = choose_device(setup.compute)
-    tokenizer = load_tokenizer(setup.model, settings)
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     folder = work_folder("sft", config, setup, device, settings, data)
 
     def build(telemetry: TelemetryCallback) -> SFTTrainer:
