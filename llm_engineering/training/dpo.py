@@ -16,6 +16,7 @@ from trl import DPOTrainer
 
 from llm_engineering.compute.device import Device, choose_device
 from llm_engineering.config import DPOConfig, TrainingSetup
+from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
@@ -39,9 +40,13 @@ def train_dpo(
     Args:
         data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; the answers end with their end-of-turn token.
         sft_adapter: the folder of the SFT adapter.
+
+    Raises:
+        WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
     device = choose_device(setup.compute)
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    check_labels(data, tokenizer)
     reference = hashlib.sha256((sft_adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     folder = work_folder("dpo", config, setup, device, settings, data, reference)
 
@@ -99,7 +104,7 @@ def dpo_trainer(
         beta=config.beta,
         loss_type=[config.loss_type],
         label_smoothing=config.label_smoothing,
-        # Over-long pairs were set aside by name when the data was formatted; nothing is cut here.
+        # Over-long pairs were set aside or cut, and counted, when the data was formatted; nothing is cut here.
         max_length=None,
     )
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from llm_engineering.compute.device import Device, choose_device
 from llm_engineering.config import SFTConfig, TrainingSetup
+from llm_engineering.formatting.labels import check_labels
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
 from llm_engineering.training.policy import new_policy
@@ -34,9 +35,13 @@ def train_sft(
 
     Args:
         data: splits with `input_ids` and `labels`, lists of a row's length; -100 where nothing is trained.
+
+    Raises:
+        WorkError: a row's labels are wrong (`check_labels`), or training fails.
     """
     device = choose_device(setup.compute)
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    check_labels(data, tokenizer, setup.train_on_prompt)
     folder = work_folder("sft", config, setup, device, settings, data)
 
     def build(telemetry: TelemetryCallback) -> SFTTrainer:
