@@ -10,9 +10,17 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm_engineering.compute.device import Device
 from llm_engineering.config import EMBEDDED_MODEL, ModelConfig
@@ -110,9 +118,23 @@ def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedToken
     return sorted({*own, tokenizer.eos_token_id})
 
 
-def load_model(model: ModelConfig, settings: Settings, device: Device) -> PreTrainedModel:
-    """The base model in the device's precision, on the device."""
+def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
+    """The base model in the device's precision, on the device.
+
+    Args:
+        four_bits: hold the linear layers as 4-bit normal floats, doubly quantised (QLoRA, Dettmers et al. 2023,
+            arXiv:2305.14314); they are computed in the device's precision.
+    """
     token = settings.hf_token
+    quantised: dict[str, Any] = {}
+    if four_bits:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=device.dtype,
+        )
+        quantised = {"quantization_config": quantisation, "device_map": {"": 0}}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
         revision=_hub_revision(model),
@@ -120,7 +142,10 @@ def load_model(model: ModelConfig, settings: Settings, device: Device) -> PreTra
         token=token.get_secret_value() if token else None,
         dtype=device.dtype,
         attn_implementation=device.attn_implementation,
+        **quantised,
     )
+    if four_bits:
+        return loaded
     loaded.to(device.name)  # type: ignore[arg-type]
     return loaded
 

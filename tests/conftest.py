@@ -11,6 +11,7 @@ import tools.cli  # noqa: F401
 from llm_engineering.config import EMBEDDED_MODEL, ComputeConfig, ModelConfig
 from llm_engineering.models import load_tokenizer, pin_revision
 from llm_engineering.settings import Settings
+from tests.tiny_models import write_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,38 +50,13 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def base_model(tmp_path_factory) -> Path:
     """A folder with a GPT-2 of two small layers: no chat template, no pad token, one special token for everything."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    return write_model(tmp_path_factory.mktemp("base-model"), "gpt2")
 
-    bytes_to_tokens = Tokenizer(models.BPE())
-    bytes_to_tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_to_tokens.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bytes_to_tokens.train_from_iterator(["What is the sum of these numbers? It is this."], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_to_tokens,
-        bos_token=end,
-        eos_token=end,
-        unk_token=end,
-        clean_up_tokenization_spaces=False,
-    )
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=512,
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = tmp_path_factory.mktemp("base-model")
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory) -> Path:
+    """A folder with a Llama of two small layers and the tokenizer of `base_model`: 300 tokens, so that it is fast."""
+    return write_model(tmp_path_factory.mktemp("small-llama"), "llama")
 
 
 @pytest.fixture

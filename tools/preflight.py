@@ -6,7 +6,7 @@ import importlib.metadata
 import subprocess
 from collections.abc import Sequence
 
-from llm_engineering.compute.device import choose_device
+from llm_engineering.compute.device import check_training, choose_device
 from llm_engineering.config import EMBEDDED_MODEL, ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
@@ -31,7 +31,9 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
             or this machine lacks what the recipe asks for.
     """
     Settings().check_writable()
-    choose_device(recipe.compute)
+    device = choose_device(recipe.compute)
+    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
+    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
     data = recipe.data
     documents = documents_hash(recipe.documents) if data.instructions is None else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)

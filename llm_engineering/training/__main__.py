@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--adapter", type=Path, help="the SFT adapter that DPO starts from")
+    parser.add_argument("--adapter", type=Path, help="the SFT adapter, or full SFT model, that DPO starts from")
     parser.add_argument("--output", required=True, type=Path)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -46,8 +46,8 @@ def main() -> int:
         data = _formatted(arguments.data)
         if arguments.stage == "sft":
             result = train_sft(data, recipe.sft, recipe.setup, settings)
-        elif arguments.adapter is None or not (arguments.adapter / "adapter_model.safetensors").is_file():
-            raise RequestError("DPO starts from an SFT adapter: give its folder with --adapter.")
+        elif arguments.adapter is None or not any(arguments.adapter.glob("*.safetensors")):
+            raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
         else:
             result = train_dpo(data, arguments.adapter, recipe.dpo, recipe.setup, settings)
         for folder in (result.adapter, result.report):

@@ -16,15 +16,22 @@ import torch
 import transformers
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+)
 
-from llm_engineering.compute.device import Device
+from llm_engineering.compute.device import Device, choose_optimiser
 from llm_engineering.config import TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
 from llm_engineering.settings import Settings
 from llm_engineering.tracking import CometRun
 from llm_engineering.training.checkpoints import newest_complete
-from llm_engineering.training.policy import save_adapter
+from llm_engineering.training.policy import save_policy
 from llm_engineering.training.report import write_training_report
 from llm_engineering.training.telemetry import TelemetryCallback, peak_memory_bytes
 
@@ -75,7 +82,9 @@ def training_arguments(config: TrainConfig, device: Device, seed: int, folder: P
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "optim": "adamw_torch_fused" if device.name == "cuda" else "adamw_torch",
+        "optim": choose_optimiser(config.optim, device)[0],
+        "load_best_model_at_end": config.load_best,
+        "metric_for_best_model": "eval_loss",
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
         "eval_strategy": "steps",
@@ -118,7 +127,8 @@ def run_training(
         WorkError: the loss is not a number.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for reason in device.reasons:
+    optimiser, why = choose_optimiser(config.optim, device)
+    for reason in (*device.reasons, f"optimiser {optimiser}: {why}"):
         logger.info("%s", reason)
     comet = CometRun.start(setup.tracking, settings, name=folder.name, tags=[stage, setup.model.name_or_path])
     telemetry = TelemetryCallback(stage, comet)
@@ -128,6 +138,8 @@ def run_training(
         trainer = build(telemetry)
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
+        if config.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
         logger.info(
             "%s: %d rows to train on, effective batch %d = %d per device × %d accumulated",
@@ -153,8 +165,8 @@ def run_training(
             )
         adapter = folder / "adapter"
         shutil.rmtree(adapter, ignore_errors=True)
-        assert isinstance(trainer.model, PeftModel)
-        save_adapter(trainer.model, setup.model, adapter)
+        assert isinstance(trainer.model, PreTrainedModel | PeftModel)
+        save_policy(trainer.model, setup.model, adapter)
         tokenizer.save_pretrained(str(adapter))
     finally:
         place = comet.end()

@@ -12,8 +12,6 @@ from llm_engineering.config import (
     TrackingConfig,
     TrainingSetup,
 )
-from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.chat_template import (
     TEMPLATES,
@@ -22,11 +20,11 @@ from llm_engineering.formatting.chat_template import (
     set_chat_template,
     template_text,
 )
-from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import render
 from llm_engineering.models import end_token_ids, load_model, load_tokenizer
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
+from tests.tiny_models import formatted, instruction
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 ASKED = [{"role": "user", "content": "What is it?"}]
@@ -58,36 +56,6 @@ STEPS = {
 @pytest.fixture
 def model(base_model):
     return ModelConfig(name_or_path=str(base_model))
-
-
-def message(role, content):
-    return Message(role=role, content=content)
-
-
-def instruction(number):
-    return InstructionRow(
-        prompt=[message("user", f"What is {number}?")],
-        completion=[message("assistant", "It is this. " * (1 + number % 3))],
-        source="s",
-        origin="o",
-    )
-
-
-def pair(number):
-    return PreferenceRow(
-        prompt=[message("user", f"What is {number}?")],
-        chosen=[message("assistant", "It is this.")],
-        rejected=[message("assistant", "What? " * (1 + number % 3))],
-        source="s",
-        origin="o",
-    )
-
-
-def format_all(rows, kind, to_dataset, tokenizer, folder):
-    ledger = Ledger()
-    ledger.record(kind, len(rows), len(rows))
-    splits = {"train": to_dataset(rows[:-2]), "validation": to_dataset(rows[-2:])}
-    return format_splits(splits, kind, tokenizer, FormattingConfig(max_length=256), folder, ledger)[0]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -156,6 +124,20 @@ def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path)
     assert len(loaded) == len(plain)
 
 
+def test_preflight_tells_what_is_missing(base_model):
+    from llm_engineering.recipes import load_recipe
+    from tests.conftest import ROOT
+    from tools.preflight import preflight
+
+    sets = [f"model.name_or_path={base_model}"]
+    with pytest.raises(RequestError, match="has no chat template.*alpaca"):
+        preflight(load_recipe(ROOT / "configs" / "local.yaml", sets))
+    recipe, _ = preflight(load_recipe(ROOT / "configs" / "local.yaml", [*sets, "formatting.chat_template=alpaca"]))
+    assert recipe.setup.chat_template == template_text("alpaca")
+    with pytest.raises(RequestError, match=r"sft\.method is qlora, which needs CUDA"):
+        preflight(load_recipe(ROOT / "configs" / "local.yaml", ["sft.method=qlora", "compute.device=cpu"]))
+
+
 def test_answers_end_with_the_model_s_tokens_and_with_the_trained_one(model, settings, cpu):
     from llm_engineering.compute.device import choose_device
 
@@ -179,12 +161,11 @@ def test_a_model_with_no_template_and_no_pad_token_trains_and_is_served_as_it_wa
         tracking=TrackingConfig(comet="off"),
         seed=7,
     )
-    rows = [instruction(number) for number in range(8)]
-    data = format_all(rows, "instruction", instruction_dataset, tokenizer, tmp_path)
+    data = formatted("instruction", 8, tokenizer, tmp_path)
     result = train_sft(data, SFTConfig(**STEPS, packing=False), setup, settings)
 
     served = AutoTokenizer.from_pretrained(result.adapter)
-    for row in rows:
+    for row in map(instruction, range(8)):
         (trained,) = render([row], tokenizer)
         turns = [turn.model_dump() for turn in row.prompt]
         asked = served.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -197,9 +178,8 @@ def test_a_model_with_no_template_and_no_pad_token_trains_and_is_served_as_it_wa
         assert answered[: len(trained.input_ids)] == trained.input_ids
         assert served.decode(answered[len(trained.input_ids) :]).strip() == ""
 
-    pairs = [pair(number) for number in range(8)]
-    formatted = format_all(pairs, "preference", preference_dataset, tokenizer, tmp_path)
-    aligned = train_dpo(formatted, result.adapter, DPOConfig(**STEPS), setup, settings)
+    pairs = formatted("preference", 8, tokenizer, tmp_path)
+    aligned = train_dpo(pairs, result.adapter, DPOConfig(**STEPS), setup, settings)
     assert AutoTokenizer.from_pretrained(aligned.adapter).chat_template == tokenizer.chat_template
 
 
@@ -215,8 +195,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(model, sett
     assert tokenizer.pad_token_id == end
     device = choose_device(cpu)
     setup = TrainingSetup(model=model, max_length=256, compute=cpu, tracking=TrackingConfig(comet="off"), seed=7)
-    rows = [instruction(number) for number in range(8)]
-    data = format_all(rows, "instruction", instruction_dataset, tokenizer, tmp_path)
+    data = formatted("instruction", 8, tokenizer, tmp_path)
     config = SFTConfig(**STEPS, packing=False)
     policy = new_policy(model, config.lora, settings, device)
     trainer = sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
@@ -225,7 +204,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(model, sett
         assert labels == row["labels"] + [-100] * (len(labels) - len(row["labels"]))
         assert labels[len(row["labels"]) - 1] == end
 
-    pairs = format_all([pair(n) for n in range(8)], "preference", preference_dataset, tokenizer, tmp_path)
+    pairs = formatted("preference", 8, tokenizer, tmp_path)
     trainer = dpo_trainer(policy, tokenizer, DatasetDict(pairs), DPOConfig(**STEPS), setup, device, tmp_path)
     batch = trainer.data_collator(list(pairs["train"].select([0, 1])))
     trained = [
