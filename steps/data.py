@@ -52,6 +52,7 @@ def generate_instructions(
     documents: DatasetDict,
     config: DocumentsConfig,
     model: ModelConfig,
+    chat_template: str | None,
     compute: ComputeConfig,
     client: ClientConfig,
     writing: InstructionWriting,
@@ -61,7 +62,7 @@ def generate_instructions(
     ledger = Ledger.load(documents)
     passages, rejected = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
     ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
-    writer = open_client(client, model, compute, Settings())
+    writer = open_client(client, model, compute, Settings(), chat_template)
     rows, rejected = generate_from_passages(passages, writer, writing, seed)
     ledger.record("instruction", len(passages), len(rows), rejected)
     prompts = prompt_versions(writer, writing)
@@ -99,6 +100,7 @@ def generate_preferences(
     dataset: DatasetDict,
     documents: DatasetDict | None,
     model: ModelConfig,
+    chat_template: str | None,
     compute: ComputeConfig,
     client: ClientConfig,
     writing: PreferenceWriting,
@@ -111,7 +113,7 @@ def generate_preferences(
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
     texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
-    writer = open_client(client, model, compute, Settings())
+    writer = open_client(client, model, compute, Settings(), chat_template)
     made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
     ledger.record("preference", len(rows), len(made), rejected)
     log_rows("preference_candidates", ledger, "preference", generated_by=writer.identity)
@@ -176,7 +178,8 @@ def _format(
     ledger = Ledger.load(dataset)
     folder = work_folder()
     splits = {name: dataset[name] for name in SPLITS}
-    formatted, lengths = format_splits(splits, kind, load_tokenizer(model, Settings()), formatting, folder, ledger)
+    tokenizer = load_tokenizer(model, Settings(), formatting.chat_template)
+    formatted, lengths = format_splits(splits, kind, tokenizer, formatting, folder, ledger)
     report = write_data_report(folder / "report", kind, ledger, dataset, lengths, formatting.max_length)
     log_rows(output, ledger, kind, tokens=report["tokens"]["total"], base_model=model.name_or_path)
     log_rows("data_report", ledger, kind, **report["rows"])

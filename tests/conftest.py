@@ -11,6 +11,7 @@ import tools.cli  # noqa: F401
 from llm_engineering.config import EMBEDDED_MODEL, ComputeConfig, ModelConfig
 from llm_engineering.models import load_tokenizer, pin_revision
 from llm_engineering.settings import Settings
+from tests.tiny_models import write_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,18 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory) -> Path:
+    """A folder with a GPT-2 of two small layers: no chat template, no pad token, one special token for everything."""
+    return write_model(tmp_path_factory.mktemp("base-model"), "gpt2")
+
+
+@pytest.fixture(scope="session")
+def small_llama(tmp_path_factory) -> Path:
+    """A folder with a Llama of two small layers and the tokenizer of `base_model`: 300 tokens, so that it is fast."""
+    return write_model(tmp_path_factory.mktemp("small-llama"), "llama")
 
 
 @pytest.fixture

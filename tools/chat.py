@@ -36,6 +36,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.config, arguments.set)
 
     from llm_engineering.compute.device import choose_device
+    from llm_engineering.config import ModelConfig
     from llm_engineering.data.rows import Message
     from llm_engineering.evaluation.measures import Models
     from llm_engineering.models import load_model, load_tokenizer
@@ -46,8 +47,10 @@ def _chat(arguments: argparse.Namespace) -> int:
     name, adapter, model, described = promoted_adapter(recipe)
     logger.info("%s", described)
     settings = Settings()
+    # Its own tokenizer, saved with it: it is asked with the template that it was trained with.
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(adapter)), settings)
     base = load_model(model, settings, choose_device(recipe.compute))
-    models = Models(base, {name: adapter}, load_tokenizer(model, settings), batch_size=1)
+    models = Models(base, {name: adapter}, tokenizer, batch_size=1)
     sample = models.answer(name, [Message(role="user", content=arguments.prompt)], arguments.max_new_tokens)
     print(sample.text)
     if not sample.stopped:

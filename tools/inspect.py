@@ -43,7 +43,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     settings = Settings()
     settings.check_writable()
-    tokenizer = load_tokenizer(pin_revision(recipe.model), settings)
+    tokenizer = load_tokenizer(pin_revision(recipe.model), settings, recipe.formatting.chat_template)
     folder = settings.llm_output_dir / "inspect" / Path(arguments.file).name.partition(".")[0]
     report = inspect_file(arguments.file, arguments.against, tokenizer, recipe.data, recipe.formatting, folder)
     _print(report, folder)

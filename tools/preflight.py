@@ -6,13 +6,14 @@ import importlib.metadata
 import subprocess
 from collections.abc import Sequence
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ClientConfig, DataConfig, InstructionWriting, Recipe
+from llm_engineering.compute.device import check_training, choose_device
+from llm_engineering.config import EMBEDDED_MODEL, ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.documents.read import documents_hash
+from llm_engineering.formatting.chat_template import check_chat_template, pin_chat_template
 from llm_engineering.generation.client import check_access
-from llm_engineering.models import pin_revision
+from llm_engineering.models import load_tokenizer, pin_revision
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
 from pipelines.inputs import Inputs
@@ -30,7 +31,9 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
             or this machine lacks what the recipe asks for.
     """
     Settings().check_writable()
-    choose_device(recipe.compute)
+    device = choose_device(recipe.compute)
+    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
+    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
     data = recipe.data
     documents = documents_hash(recipe.documents) if data.instructions is None else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
@@ -38,7 +41,10 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     check_evaluation(data.decontaminate_against)
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
-    recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
+    recipe = recipe.model_copy(
+        update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+    )
+    _check_tokenizer(recipe)
     sft_stage = {
         "inputs": [documents, instructions, evaluation],
         "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),
@@ -56,6 +62,12 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
         code=_code_version(),
     )
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    """Render two turns. The embedded model's own template is known to be right; the model is unpacked when needed."""
+    if recipe.model.name_or_path != EMBEDDED_MODEL or recipe.formatting.chat_template is not None:
+        check_chat_template(load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template))
 
 
 def _check_client(recipe: Recipe) -> None:

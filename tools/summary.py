@@ -107,6 +107,8 @@ def print_table(result: RunResult, file: TextIO) -> None:
                 reasons = ", ".join(f"{reason} {count}" for reason, count in counts["quarantined"].items())
                 rows.add_row(stage, str(counts["read"]), str(counts["kept"]), reasons or "none")
             used = ", ".join(f"{name} {count}" for name, count in report["rows"].items())
+            if report.get("truncated"):
+                used += f"; {report['truncated']} truncated ({report['share_truncated']:.1%})"
             rows.add_row(f"{kind} rows used", "", str(sum(report["rows"].values())), used)
         console.print(rows)
     if result.metrics:

@@ -59,6 +59,33 @@ def choose_device(compute: ComputeConfig) -> Device:
     return Device(name, getattr(torch, dtype), attention, reasons)
 
 
+def check_training(stage: str, method: str, optim: str, device: Device) -> None:
+    """Raise a RequestError if this machine cannot train the stage (`sft` or `dpo`) with this method and optimiser."""
+    for key, value in (("sft.method", method), (f"{stage}.optim", optim)):
+        if value in ("qlora", "adamw_8bit") and (device.name != "cuda" or not _has_bitsandbytes()):
+            instead = "sft.method lora" if value == "qlora" else f"{stage}.optim auto"
+            raise RequestError(
+                f"{key} is {value}, which needs CUDA and the package bitsandbytes (pip install 'llm-engineering[gpu]'). "
+                f"Use {instead}, or a machine that has both."
+            )
+
+
+def choose_optimiser(optim: str, device: Device) -> tuple[str, str]:
+    """The optimiser's name as transformers knows it, and why it is the one.
+
+    8-bit AdamW (Dettmers et al. 2021, arXiv:2110.02861) keeps its state in a quarter of the memory.
+    """
+    if optim == "adamw_8bit" or (optim == "auto" and device.name == "cuda" and _has_bitsandbytes()):
+        return "adamw_8bit", "bitsandbytes is installed, and its state takes a quarter of the memory"
+    if device.name == "cuda":
+        return "adamw_torch_fused", "torch's own, as one kernel"
+    return "adamw_torch", "torch's own"
+
+
+def _has_bitsandbytes() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
 def _best_dtype(device: str) -> tuple[str, str]:
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

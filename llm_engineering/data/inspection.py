@@ -51,8 +51,8 @@ def inspect_file(
 
     to_row = instruction_row if loaded.kind == "instruction" else preference_row
     lengths = Lengths()
-    # What is over-long is counted here, whatever a run would do with it.
-    counting = formatting.model_copy(update={"over_long": "drop"})
+    # What is over-long is counted here, where a run would stop at it.
+    counting = formatting.model_copy(update={"over_long": "drop"}) if formatting.over_long == "raise" else formatting
     for formatted in format_rows(
         (to_row(record) for record in stream_records(prepared.splits["train"])), loaded.kind, tokenizer, counting
     ):

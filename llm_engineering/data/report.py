@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def write_data_report(
 ) -> dict[str, Any]:
     """Write `report.json`, `report.html` and what they rest on, and return the JSON report.
 
-    Beside them stand `quarantine.jsonl` (every row set aside), `findings.jsonl` (what rules only report) and
+    Beside them stand `quarantine.jsonl` (every row set aside), `findings.jsonl` (what is kept with a remark) and
     `clusters.jsonl` (every duplicate with the rows it repeats).
 
     Args:
@@ -61,7 +62,8 @@ def write_data_report(
     folder.mkdir(parents=True, exist_ok=True)
     kept = sum(lengths.kept.values(), Counter())
     reasons = ledger.by_reason(kind)
-    findings = _counts(tables["findings"], "rule")
+    truncated = lengths.truncated.dataset()
+    findings = _counts(tables["findings"], "rule") | ({"truncated": len(truncated)} if len(truncated) else {})
     over = sum(count for length, count in lengths.all.items() if length > max_length)
     share_over = round(over / max(1, lengths.all.total()), 4)
     why = _unfit(kind, ledger, kept.total(), leaked)
@@ -75,6 +77,8 @@ def write_data_report(
         "tokens": token_counts(kept),
         "max_length": max_length,
         "share_over_max_length": share_over,
+        "truncated": len(truncated),
+        "share_truncated": round(len(truncated) / max(1, kept.total()), 4),
         "turns": {str(turns): count for turns, count in sorted(lengths.turns.items())},
         "findings": findings,
         "exact_duplicates": reasons.get("exact_duplicate", 0),
@@ -85,8 +89,8 @@ def write_data_report(
         "fit_to_train": not why,
         "why": why,
     }
-    for name in ("findings", "clusters"):
-        _write_lines(folder / f"{name}.jsonl", stream_records(tables[name]))
+    _write_lines(folder / "findings.jsonl", chain(stream_records(tables["findings"]), stream_records(truncated)))
+    _write_lines(folder / "clusters.jsonl", stream_records(tables["clusters"]))
     _write_lines(folder / "quarantine.jsonl", (row.model_dump() for row in ledger.quarantine()))
     write_report(folder, data, _page(data, ledger, tables, lengths))
     return data
@@ -112,6 +116,8 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
     leaks = [row for row in examples if row[1].startswith("leaks_into") or row[1] == "contaminated"]
     used = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
     over = f"{data['share_over_max_length']:.1%} of the rows are over max_length ({data['max_length']} tokens)."
+    if data["truncated"]:
+        over += f" {data['truncated']:,} of the rows that are used were cut there ({data['share_truncated']:.1%})."
     sections = [
         ("Read, kept, set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], flow)),
         ("Size", Markup("").join(paragraph(line) for line in data["guidance"])),
@@ -157,6 +163,11 @@ def _guidance(lengths: Lengths, share_over: float, max_length: int, findings: di
     if share_over > MAX_SHARE_OVER_LENGTH:
         lines.append(
             f"{share_over:.0%} of the rows are over formatting.max_length ({max_length}): raise it if memory allows."
+        )
+    if "truncated" in findings:
+        lines.append(
+            f"{findings['truncated']:,} rows were cut at formatting.max_length ({max_length}): of them the end of the "
+            "answer is not trained. Raise max_length, or set formatting.over_long to drop."
         )
     for rule, what in (("secret", "keys or passwords"), ("personal_data", "e-mail addresses or phone numbers")):
         if rule in findings:

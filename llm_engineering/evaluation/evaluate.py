@@ -48,7 +48,7 @@ def evaluate(
         dpo_test: held-out `prompt_ids`, `chosen_ids` and `rejected_ids`; None leaves preference measures out.
         rows: held-out instruction rows; the first ones are answered by every model.
     """
-    tokenizer = load_tokenizer(setup.model, settings)
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     base = load_model(setup.model, settings, choose_device(setup.compute))
     models = Models(base, adapters, tokenizer, config.batch_size)
     metrics: dict[str, float] = {}

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
+from llm_engineering.models import end_token_ids
 from llm_engineering.progress import Progress
 
 BASE = "base"
@@ -39,7 +40,10 @@ class Sample(NamedTuple):
 
 
 class Models:
-    """The base model and its adapters by name, e.g. `sft` and `dpo`; `base` is the model without any."""
+    """The base model and what was trained from it by name, e.g. `sft` and `dpo`: adapters, or full models.
+
+    `base` is the model as it was.
+    """
 
     def __init__(
         self, base: PreTrainedModel, adapters: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, batch_size: int
@@ -48,8 +52,11 @@ class Models:
         self.batch_size = batch_size
         self.names = [BASE, *adapters]
         self.model: PreTrainedModel | PeftModel = base
+        self.full: dict[str, PreTrainedModel] = {}
         for name, folder in adapters.items():
-            if isinstance(self.model, PeftModel):
+            if not (folder / "adapter_config.json").is_file():
+                self.full[name] = _full_model(folder, base)
+            elif isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(folder), adapter_name=name)
             else:
                 self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
@@ -58,6 +65,10 @@ class Models:
     @contextmanager
     def use(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
         """The model under this name, for the time of the `with` block."""
+        if name in self.full:
+            with torch.inference_mode():
+                yield self.full[name]
+            return
         plain: AbstractContextManager[Any] = nullcontext()
         if isinstance(self.model, PeftModel):
             if name == BASE:
@@ -101,6 +112,7 @@ class Models:
     def answer(self, name: str, messages: Sequence[Message], max_new_tokens: int) -> Sample:
         """The greedy answer to a conversation, prompted as in training."""
         ids = prompt_ids(messages, self.tokenizer)
+        ends = end_token_ids(self.model, self.tokenizer)
         with self.use(name) as model:
             inputs = torch.tensor([ids], device=model.device)
             output: Any = model.generate(  # type: ignore[operator]
@@ -109,10 +121,21 @@ class Models:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=ends,
             )
         new = output[0, len(ids) :].tolist()
         text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-        return Sample(text, bool(new) and new[-1] == self.tokenizer.eos_token_id)
+        return Sample(text, bool(new) and new[-1] in ends)
+
+
+def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
+    """A full model in the precision, with the attention and on the device of the base model."""
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation
+    )
+    loaded.to(base.device)  # type: ignore[arg-type]
+    loaded.eval()
+    return loaded
 
 
 def heldout_loss(scores: Sequence[AnswerScore]) -> float:

@@ -1,4 +1,4 @@
-"""Formats whole datasets: over-long rows and rows that spell special tokens are set aside by name."""
+"""Formats whole datasets: rows that do not fit or spell special tokens are set aside, or cut, and counted by name."""
 
 from __future__ import annotations
 
@@ -16,14 +16,23 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.private import redacted
 from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import InstructionRow, PreferenceRow, instruction_row, preference_row
-from llm_engineering.data.storage import TableWriter, stream_records
+from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.render import CrossingTokensError, Pair, Tokens, prompt_length, render
+from llm_engineering.formatting.render import (
+    IGNORE_INDEX,
+    CrossingTokensError,
+    Pair,
+    Tokens,
+    prompt_length,
+    render,
+)
 from llm_engineering.progress import Progress
 
 _IDS = List(Value("int32"))
-_SFT_FEATURES = Features({"id": Value("string"), "input_ids": _IDS, "labels": _IDS})
-_DPO_FEATURES = Features({"id": Value("string"), "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
+_ROW = {"id": Value("string"), "truncated": Value("bool")}
+_SFT_FEATURES = Features({**_ROW, "input_ids": _IDS, "labels": _IDS, "prompt_tokens": Value("int32")})
+_DPO_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
+_FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), Value("string")))
 SAMPLE_ROWS = 5
 _BATCH_ROWS = 256
 Row = InstructionRow | PreferenceRow
@@ -34,24 +43,30 @@ class FormattedRow(NamedTuple):
 
     Attributes:
         record: what the trainer reads; empty for a row that is set aside.
-        length: tokens; of a pair, those of its longer half; 0 where the row could not be tokenised.
+        length: tokens before any were cut; of a pair, those of its longer half; 0 where it could not be tokenised.
         rejected: why the row is set aside, or None.
+        truncated: what was cut off, or empty.
     """
 
     row: Row
     record: dict[str, Any]
     length: int
     rejected: Quarantined | None
+    truncated: str = ""
 
 
 class Lengths:
-    """Lengths of rows in tokens and in turns, counted by value: a few hundred numbers for any number of rows."""
+    """Lengths of rows in tokens and in turns, counted by value: a few hundred numbers for any number of rows.
+
+    Rows that were cut are written to a table of findings.
+    """
 
     def __init__(self) -> None:
         self.kept: dict[str, Counter[int]] = {}
         self.all: Counter[int] = Counter()
         self.turns: Counter[int] = Counter()
         self.samples: list[tuple[str, Row]] = []
+        self.truncated = TableWriter(work_folder() / "truncated.arrow", _FINDINGS)
 
     def add(self, split: str, formatted: FormattedRow) -> None:
         """Count a row of a split."""
@@ -59,11 +74,21 @@ class Lengths:
             self.all[formatted.length] += 1
         if formatted.rejected is None:
             kept = self.kept.setdefault(split, Counter())
-            kept[formatted.length] += 1
+            kept[_trained_length(formatted)] += 1
             row = formatted.row
+            if formatted.truncated:
+                names = {"id": row.id, "source": row.source}
+                self.truncated.write({**names, "rule": "truncated", "detail": formatted.truncated})
             self.turns[len(row.prompt) + len(row.completion if isinstance(row, InstructionRow) else row.chosen)] += 1
             if kept.total() <= SAMPLE_ROWS:
                 self.samples.append((split, row))
+
+
+def _trained_length(formatted: FormattedRow) -> int:
+    record = formatted.record
+    if "input_ids" in record:
+        return len(record["input_ids"])
+    return len(record["prompt_ids"]) + max(len(record["chosen_ids"]), len(record["rejected_ids"]))
 
 
 def format_rows(
@@ -99,16 +124,43 @@ def _judged(
         start = len(tokens.prompt_ids)
         length = start + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
     if length <= config.max_length:
-        return FormattedRow(row, {"id": row.id, **tokens._asdict()}, length, None)
+        return FormattedRow(row, _record(row, tokens, config, truncated=False), length, None)
     fits_prompt = start < config.max_length
     detail = f"it has {length} tokens" if fits_prompt else f"its prompt alone has {start} tokens"
     detail += f", formatting.max_length is {config.max_length}"
     if config.over_long == "raise":
         raise WorkError(
             f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
-            "Raise max_length, shorten the row, or set over_long to drop."
+            "Raise max_length, shorten the row, or set over_long to drop or truncate."
         )
+    if config.over_long == "truncate" and fits_prompt:
+        cut = _cut(tokens, config.max_length)
+        if isinstance(cut, Pair) and cut.chosen_ids == cut.rejected_ids:
+            detail += ", and up to there both answers are the same"
+            return _set_aside(row, stage, "over_long", detail, length)
+        detail += "; the rest is cut off, and the end of its answer is not trained"
+        return FormattedRow(row, _record(row, cut, config, truncated=True), length, None, detail)
     return _set_aside(row, stage, "over_long" if fits_prompt else "no_trained_token", detail, length)
+
+
+def _cut(tokens: Tokens | Pair, max_length: int) -> Tokens | Pair:
+    """The first tokens. The prompt stays whole; of a conversation, nothing is kept after the last trained token."""
+    if isinstance(tokens, Pair):
+        room = max_length - len(tokens.prompt_ids)
+        return Pair(tokens.prompt_ids, tokens.chosen_ids[:room], tokens.rejected_ids[:room])
+    labels = tokens.labels[:max_length]
+    while labels[-1] == IGNORE_INDEX:
+        labels.pop()
+    return Tokens(tokens.input_ids[: len(labels)], labels)
+
+
+def _record(row: Row, tokens: Tokens | Pair, config: FormattingConfig, truncated: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {"id": row.id, "truncated": truncated, **tokens._asdict()}
+    if isinstance(tokens, Tokens):
+        record["prompt_tokens"] = prompt_length(tokens)
+        if config.train_on_prompt:
+            record["labels"] = list(tokens.input_ids)
+    return record
 
 
 def _set_aside(row: Row, stage: str, reason: str, detail: str, length: int = 0) -> FormattedRow:
@@ -127,8 +179,10 @@ def format_splits(
 ) -> tuple[DatasetDict, Lengths]:
     """Formatted datasets by split, written to a folder, and the rows' lengths.
 
-    Instruction rows become `input_ids` and `labels` (-100 where nothing is trained), preference rows `prompt_ids`,
-    `chosen_ids` and `rejected_ids`; all lists of token ids. What is set aside is entered in the ledger.
+    Instruction rows become `input_ids`, `labels` (-100 where nothing is trained) and `prompt_tokens` (how many stand
+    before the first answer), preference rows `prompt_ids`, `chosen_ids` and `rejected_ids`. `truncated` says that the
+    row was cut. What is set aside is entered in the ledger. In the split `test` only answers are labelled, whatever is
+    trained on, so that losses can be compared.
 
     Args:
         kind: `instruction` or `preference`.
@@ -143,8 +197,9 @@ def format_splits(
     progress = Progress(f"{kind} rows tokenised", sum(map(len, splits.values())))
     for name, split in splits.items():
         reasons: Counter[str] = Counter()
+        labelled = config.model_copy(update={"train_on_prompt": config.train_on_prompt and name != "test"})
         with TableWriter(folder / f"formatted-{name}.arrow", features) as table:
-            for formatted in format_rows(map(to_row, stream_records(split)), kind, tokenizer, config):
+            for formatted in format_rows(map(to_row, stream_records(split)), kind, tokenizer, labelled):
                 lengths.add(name, formatted)
                 if formatted.rejected is None:
                     table.write(formatted.record)

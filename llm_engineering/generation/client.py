@@ -67,13 +67,23 @@ class Client(Protocol):
         ...
 
 
-def open_client(config: ClientConfig, model: ModelConfig, compute: ComputeConfig, settings: Settings) -> Client:
-    """The client that the recipe names, with the answers it has given before."""
+def open_client(
+    config: ClientConfig,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    settings: Settings,
+    chat_template: str | None = None,
+) -> Client:
+    """The client that the recipe names, with the answers it has given before.
+
+    Args:
+        chat_template: for the model in this process, as `formatting.chat_template`; endpoints have their own.
+    """
     # Each client's libraries are imported only where it is used.
     if config.client == "local":
         from llm_engineering.generation.local import open_local_model
 
-        return open_local_model(model, compute, config.batch_size, settings)
+        return open_local_model(model, compute, config.batch_size, settings, chat_template)
     from llm_engineering.generation.endpoint import open_endpoint
 
     return open_endpoint(config, settings)

@@ -14,7 +14,7 @@ from llm_engineering.compute.device import choose_device
 from llm_engineering.config import ComputeConfig, ModelConfig
 from llm_engineering.generation.client import Answer, Messages, Sampling
 from llm_engineering.generation.store import AnswerStore, Reply
-from llm_engineering.models import load_model, load_tokenizer
+from llm_engineering.models import end_token_ids, load_model, load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.settings import Settings
 
@@ -92,20 +92,25 @@ class LocalModel:
                 max_new_tokens=sampling.max_new_tokens,
                 **(drawn if sampling.temperature else {"do_sample": False}),
                 pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=end_token_ids(self.model, self.tokenizer),
                 **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
             )
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def open_local_model(model: ModelConfig, compute: ComputeConfig, batch_size: int, settings: Settings) -> LocalModel:
+def open_local_model(
+    model: ModelConfig, compute: ComputeConfig, batch_size: int, settings: Settings, chat_template: str | None = None
+) -> LocalModel:
     """The base model on this machine, with the answers it has given before."""
     device = choose_device(compute)
     precision = str(device.dtype).removeprefix("torch.")
+    tokenizer = load_tokenizer(model, settings, chat_template)
+    template = "" if chat_template is None else hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
     return LocalModel(
         load_model(model, settings, device),
-        load_tokenizer(model, settings),
-        f"{model.name_or_path}@{model.revision} in {precision}",
+        tokenizer,
+        f"{model.name_or_path}@{model.revision} in {precision}{template and f', chat template {template}'}",
         AnswerStore(settings.llm_output_dir / "answers.jsonl"),
         batch_size,
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from datasets import DatasetDict, load_from_disk
 
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
+from llm_engineering.formatting.chat_template import pin_chat_template
 from llm_engineering.models import pin_revision
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
@@ -31,21 +32,23 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--adapter", type=Path, help="the SFT adapter that DPO starts from")
+    parser.add_argument("--adapter", type=Path, help="the SFT adapter, or full SFT model, that DPO starts from")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--resume-from", type=Path, metavar="DIR", help="a checkpoint of this very run to go on from")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
-        recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
+        recipe = recipe.model_copy(
+            update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+        )
         settings = Settings()
         settings.check_writable()
         data = _formatted(arguments.data)
         if arguments.stage == "sft":
             result = train_sft(data, recipe.sft, recipe.setup, settings, resume_from=arguments.resume_from)
-        elif arguments.adapter is None or not (arguments.adapter / "adapter_model.safetensors").is_file():
-            raise RequestError("DPO starts from an SFT adapter: give its folder with --adapter.")
+        elif arguments.adapter is None or not any(arguments.adapter.glob("*.safetensors")):
+            raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
         else:
             start, checkpoint = arguments.adapter, arguments.resume_from
             result = train_dpo(data, start, recipe.dpo, recipe.setup, settings, resume_from=checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 import torch
 import trl
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, disable_caching, enable_caching, is_caching_enabled
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from llm_engineering.compute.device import Device, choose_device
+from llm_engineering.compute.device import Device, check_training, choose_device
 from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
+from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
@@ -42,23 +44,30 @@ def train_dpo(
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
 ) -> TrainingResult:
-    """Train the SFT adapter further on `data["train"]`; the reference is the SFT model as it was.
+    """Train the SFT adapter, or the full SFT model, further on `data["train"]`; the reference is that model as it was.
 
     Args:
         data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; the answers end with their end-of-turn token.
-        sft_adapter: the folder of the SFT adapter.
+        sft_adapter: the folder of the SFT adapter, or of the full SFT model.
         resume_from: a checkpoint folder to go on from; without it, the newest complete one of the same run.
+
+    Raises:
+        WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
     device = choose_device(setup.compute)
-    tokenizer = load_tokenizer(setup.model, settings)
-    reference = hashlib.sha256((sft_adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    check_training("dpo", setup.method, config.optim, device)
+    check_labels(data, tokenizer)
+    reference = "-".join(_file_hash(file) for file in sorted(sft_adapter.glob("*.safetensors")))
     identity = run_identity("dpo", config, setup, device, data, reference)
     folder = work_folder("dpo", identity, settings)
 
     def build(used: TrainConfig, telemetry: TelemetryCallback) -> _FormattedDPOTrainer:
         assert isinstance(used, DPOConfig)
-        policy = trained_policy(setup.model, sft_adapter, settings, device)
-        return dpo_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry)
+        policy = trained_policy(setup.model, sft_adapter, settings, device, setup.method)
+        # A policy with an adapter holds its reference as a second one.
+        start = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
+        return dpo_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry, start)
 
     pairs = data["train"].select(range(min(LABEL_PAIRS, len(data["train"]))))
     return run_training(
@@ -82,6 +91,11 @@ def train_dpo(
     )
 
 
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class _FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
     """TRL's trainer for rows that are tokenised already, which DPOTrainer has no option for; and one that resumes."""
 
@@ -92,13 +106,14 @@ class _FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         # Of a checkpoint with adapters in subfolders, transformers loads those alone: the reference, and not the
         # policy, which would start over without a word.
-        assert isinstance(self.model, PeftModel)
+        if not isinstance(self.model, PeftModel):
+            return
         self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         self.model.set_adapter("default")
 
 
 def dpo_trainer(
-    policy: PeftModel,
+    policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     data: DatasetDict,
     config: DPOConfig,
@@ -106,22 +121,32 @@ def dpo_trainer(
     device: Device,
     folder: Path,
     telemetry: TelemetryCallback | None = None,
+    reference: PreTrainedModel | None = None,
 ) -> _FormattedDPOTrainer:
-    """TRL's trainer. Of a policy with a trained adapter and no `ref_model`, TRL takes a copy as the reference."""
+    """TRL's trainer. Of a policy with a trained adapter and no `reference`, TRL takes a copy as the reference."""
     arguments = trl.DPOConfig(
         **training_arguments(config, device, setup.seed, folder),
         beta=config.beta,
         loss_type=[config.loss_type],
         label_smoothing=config.label_smoothing,
-        # Over-long pairs were set aside by name when the data was formatted; nothing is cut here.
+        precompute_ref_log_probs=config.precompute_ref_log_probs,
+        # Over-long pairs were set aside or cut, and counted, when the data was formatted; nothing is cut here.
         max_length=None,
     )
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    return _FormattedDPOTrainer(
-        model=policy,
-        args=arguments,
-        train_dataset=data["train"].select_columns(columns),
-        eval_dataset=data["validation"].select_columns(columns),
-        processing_class=tokenizer,
-        callbacks=[telemetry] if telemetry else [],
-    )
+    # What TRL precomputes it would keep beside the dataset, which is an artifact of another step.
+    cached = is_caching_enabled()
+    disable_caching()
+    try:
+        return _FormattedDPOTrainer(
+            model=policy,
+            ref_model=reference,
+            args=arguments,
+            train_dataset=data["train"].select_columns(columns),
+            eval_dataset=data["validation"].select_columns(columns),
+            processing_class=tokenizer,
+            callbacks=[telemetry] if telemetry else [],
+        )
+    finally:
+        if cached:
+            enable_caching()

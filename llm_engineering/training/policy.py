@@ -5,24 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 
 import peft
-from peft import PeftModel, get_peft_model
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import PreTrainedModel
 
 from llm_engineering.compute.device import Device
-from llm_engineering.config import LoraConfig, ModelConfig
+from llm_engineering.config import LoraConfig, Method, ModelConfig
 from llm_engineering.models import load_model
 from llm_engineering.settings import Settings
 
 
-def new_policy(model: ModelConfig, lora: LoraConfig, settings: Settings, device: Device) -> PeftModel:
-    """The base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), which starts as no change."""
-    base = load_model(model, settings, device)
+def new_policy(
+    model: ModelConfig, lora: LoraConfig, settings: Settings, device: Device, method: Method = "lora"
+) -> PreTrainedModel | PeftModel:
+    """The base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), which starts as no change.
+
+    With method `full`, the base model itself.
+    """
+    if method == "full":
+        return _full_model(model, settings, device)
     policy = get_peft_model(
-        base,
+        _base(model, settings, device, method),
         peft.LoraConfig(
             r=lora.r,
             lora_alpha=lora.lora_alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
             task_type="CAUSAL_LM",
         ),
     )
@@ -30,15 +40,37 @@ def new_policy(model: ModelConfig, lora: LoraConfig, settings: Settings, device:
     return policy
 
 
-def trained_policy(model: ModelConfig, adapter: Path, settings: Settings, device: Device) -> PeftModel:
-    """The base model with an adapter that was trained before, to be trained on."""
-    return PeftModel.from_pretrained(load_model(model, settings, device), str(adapter), is_trainable=True)
+def trained_policy(
+    model: ModelConfig, trained: Path, settings: Settings, device: Device, method: Method = "lora"
+) -> PreTrainedModel | PeftModel:
+    """What was trained before, to be trained on: the base model with the adapter, or the full model of that folder."""
+    if method == "full":
+        folder = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
+        return _full_model(folder, settings, device)
+    return PeftModel.from_pretrained(_base(model, settings, device, method), str(trained), is_trainable=True)
 
 
-def save_adapter(policy: PeftModel, model: ModelConfig, folder: Path) -> None:
-    """Write the adapter as safetensors; it names its base model as the recipe does, not by a path of this machine."""
+def save_policy(policy: PreTrainedModel | PeftModel, model: ModelConfig, folder: Path) -> None:
+    """Write an adapter or a full model as safetensors.
+
+    An adapter names its base model as the recipe does, not by a path of this machine.
+    """
+    if not isinstance(policy, PeftModel):
+        policy.save_pretrained(str(folder))
+        return
     policy.peft_config["default"].base_model_name_or_path = model.name_or_path
     policy.peft_config["default"].revision = model.revision
     policy.save_pretrained(str(folder), selected_adapters=["default"])
     # PEFT's template of a model card says nothing about this model.
     (folder / "README.md").unlink(missing_ok=True)
+
+
+def _base(model: ModelConfig, settings: Settings, device: Device, method: Method) -> PreTrainedModel:
+    base = load_model(model, settings, device, four_bits=method == "qlora")
+    # The trainer turns gradient checkpointing on, if the recipe says so.
+    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if method == "qlora" else base
+
+
+def _full_model(model: ModelConfig, settings: Settings, device: Device) -> PreTrainedModel:
+    # Weights in half precision lose updates smaller than their last bit: the trainer casts while it computes.
+    return load_model(model, settings, device._replace(dtype=torch.float32))

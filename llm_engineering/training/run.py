@@ -17,16 +17,21 @@ import torch
 import transformers
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+)
 
-from llm_engineering.compute.device import Device
+from llm_engineering.compute.device import Device, choose_optimiser
 from llm_engineering.config import TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
 from llm_engineering.settings import Settings
 from llm_engineering.tracking import CometRun
 from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
 from llm_engineering.training.interruption import Interruption
-from llm_engineering.training.policy import save_adapter
+from llm_engineering.training.policy import save_policy
 from llm_engineering.training.report import write_training_report
 from llm_engineering.training.resumable import RestoreWindow, ResumableTrainer
 from llm_engineering.training.telemetry import TelemetryCallback, peak_memory_bytes
@@ -89,7 +94,9 @@ def training_arguments(config: TrainConfig, device: Device, seed: int, folder: P
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "optim": "adamw_torch_fused" if device.name == "cuda" else "adamw_torch",
+        "optim": choose_optimiser(config.optim, device)[0],
+        "load_best_model_at_end": config.load_best,
+        "metric_for_best_model": "eval_loss",
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
         "eval_strategy": "steps",
@@ -139,7 +146,8 @@ def run_training(
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for reason in device.reasons:
+    optimiser, why = choose_optimiser(config.optim, device)
+    for reason in (*device.reasons, f"optimiser {optimiser}: {why}"):
         logger.info("%s", reason)
     checkpoints = folder / "checkpoints"
     if resume_from is not None:
@@ -177,8 +185,8 @@ def run_training(
                 )
             adapter = folder / "adapter"
             shutil.rmtree(adapter, ignore_errors=True)
-            assert isinstance(trainer.model, PeftModel)
-            save_adapter(trainer.model, setup.model, adapter)
+            assert isinstance(trainer.model, PreTrainedModel | PeftModel)
+            save_policy(trainer.model, setup.model, adapter)
             tokenizer.save_pretrained(str(adapter))
     finally:
         place = comet.end()
@@ -232,6 +240,8 @@ def _train(
     """Train to the end; False if the memory did not suffice."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
+    if config.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     rows = len(trainer.train_dataset)  # type: ignore[arg-type]
     logger.info("%s: %d rows to train on, %s", telemetry.stage, rows, _sizes(config))
     if checkpoint is not None:

@@ -9,11 +9,12 @@ from typing import Any
 import trl
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from llm_engineering.compute.device import Device, choose_device
+from llm_engineering.compute.device import Device, check_training, choose_device
 from llm_engineering.config import SFTConfig, TrainConfig, TrainingSetup
+from llm_engineering.formatting.labels import check_labels
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
 from llm_engineering.training.policy import new_policy
@@ -38,20 +39,26 @@ def train_sft(
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
 ) -> TrainingResult:
-    """Train a LoRA adapter on `data["train"]`, with the loss on `data["validation"]` along the way.
+    """Train an adapter or the full model on `data["train"]`, with the loss on `data["validation"]` along the way.
 
     Args:
         data: splits with `input_ids` and `labels`, lists of a row's length; -100 where nothing is trained.
         resume_from: a checkpoint folder to go on from; without it, the newest complete one of the same run.
+
+    Raises:
+        RequestError: this machine lacks what the method or the optimiser needs.
+        WorkError: a row's labels are wrong (`check_labels`), or training fails.
     """
     device = choose_device(setup.compute)
-    tokenizer = load_tokenizer(setup.model, settings)
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    check_training("sft", config.method, config.optim, device)
+    check_labels(data, tokenizer, setup.train_on_prompt)
     identity = run_identity("sft", config, setup, device, data)
     folder = work_folder("sft", identity, settings)
 
     def build(used: TrainConfig, telemetry: TelemetryCallback) -> ResumableSFTTrainer:
         assert isinstance(used, SFTConfig)
-        policy = new_policy(setup.model, config.lora, settings, device)
+        policy = new_policy(setup.model, config.lora, settings, device, config.method)
         return sft_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry)
 
     first = data["train"].select(range(min(LABEL_ROWS, len(data["train"]))))
@@ -77,7 +84,7 @@ class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
 
 
 def sft_trainer(
-    policy: PeftModel,
+    policy: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     data: DatasetDict,
     config: SFTConfig,
@@ -91,7 +98,8 @@ def sft_trainer(
         **training_arguments(config, device, setup.seed, folder),
         max_length=setup.max_length,
         # Best-fit-decreasing keeps every row whole. Packed rows do not see each other: position ids restart, there
-        # is no attention mask, and TRL runs the model with use_cache=False.
+        # is no attention mask, and TRL runs the model with use_cache=False. Attention that reads an attention mask
+        # alone would leak from row to row: the recipe can name none (config.ComputeConfig).
         packing=config.packing,
         packing_strategy="bfd",
         eval_packing=False,

@@ -19,7 +19,7 @@ from llm_engineering.evaluation.measures import (
 )
 from llm_engineering.evaluation.promotion import decide
 from llm_engineering.models import load_model, load_tokenizer
-from llm_engineering.training.policy import new_policy, save_adapter
+from llm_engineering.training.policy import new_policy, save_policy
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_each_adapter_is_measured_as_itself(model, cpu, settings, tmp_path):
         for key, parameter in policy.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.constant_(parameter, size)
-        save_adapter(policy, model, tmp_path / name)
+        save_policy(policy, model, tmp_path / name)
     adapters = {"sft": tmp_path / "sft", "dpo": tmp_path / "dpo"}
     models = Models(load_model(model, settings, device), adapters, load_tokenizer(model, settings), batch_size=1)
     rows = [([5, 6, 7, 2], [-100, 6, 7, 2])]

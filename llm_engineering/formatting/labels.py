@@ -1,0 +1,79 @@
+"""Checks what of each row is trained, before anything is: also of data that another program has formatted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedTokenizerBase
+
+from llm_engineering.errors import WorkError
+from llm_engineering.formatting.render import IGNORE_INDEX
+
+TRAINED_SPLITS = ("train", "validation")
+
+
+def check_labels(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool = False) -> None:
+    """Check every row that is trained on or validated with.
+
+    Each has a trained token; labels are the row's own ids; nothing of its prompt is trained, unless all of it is meant
+    to be; every trained answer ends with the end-of-turn token, but for the last one of a row that says it is
+    `truncated`. Without a column `prompt_tokens` the prompt is what stands before the first trained token, and has to
+    be there.
+
+    Args:
+        data: splits of instruction rows (`input_ids`, `labels`) or of pairs (`prompt_ids`, `chosen_ids`,
+            `rejected_ids`).
+
+    Raises:
+        WorkError: names the first row that is wrong, and what is wrong with it.
+    """
+    for split in TRAINED_SPLITS:
+        end = int(tokenizer.eos_token_id)
+        for number, row in enumerate(_rows(data[split])):
+            wrong = _wrong_pair(row, end) if "chosen_ids" in row else _wrong_row(row, end, train_on_prompt)
+            if wrong:
+                name = f" ({row['id']})" if "id" in row else ""
+                raise WorkError(
+                    f"Row {number}{name} of the {split} split cannot be trained on: {wrong}. "
+                    "Format the data again with this model's tokenizer and recipe."
+                )
+
+
+def _rows(split: Dataset) -> Any:
+    return split.with_format("numpy")
+
+
+def _wrong_row(row: dict[str, Any], end: int, train_on_prompt: bool) -> str:
+    ids, labels = row["input_ids"], row["labels"]
+    if len(ids) != len(labels):
+        return f"it has {len(ids)} tokens and {len(labels)} labels"
+    trained = labels != IGNORE_INDEX
+    if not trained.any():
+        return "none of its tokens is trained"
+    if (labels[trained] != ids[trained]).any():
+        return "a label is another token than the one at its place"
+    if train_on_prompt:
+        if not trained.all():
+            return "formatting.train_on_prompt is true, but not all of its tokens are trained"
+    elif trained[: max(1, int(row.get("prompt_tokens", 1)))].any():
+        return "a token of its prompt is trained"
+    # An answer ends where the next token is not trained, or at the end of the row.
+    ends = np.flatnonzero(trained & ~np.append(trained[1:], False))
+    whole = ends[:-1] if row.get("truncated", False) else ends
+    if (ids[whole] != end).any():
+        return "an answer does not end with the end-of-turn token"
+    return ""
+
+
+def _wrong_pair(row: dict[str, Any], end: int) -> str:
+    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+    if not len(row["prompt_ids"]):
+        return "it has no prompt"
+    for name, ids in (("chosen", chosen), ("rejected", rejected)):
+        if not len(ids):
+            return f"its {name} answer is empty"
+        if ids[-1] != end and not row.get("truncated", False):
+            return f"its {name} answer does not end with the end-of-turn token"
+    return "its chosen and rejected answers are the same" if np.array_equal(chosen, rejected) else ""
