@@ -18,6 +18,7 @@ import transformers
 from datasets import DatasetDict
 from peft import PeftModel
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
