@@ -61,8 +61,9 @@ bench: .venv/ready-dev  ## the benchmarks, as ratios (about a quarter of an hour
 	@$(BIN)/python -m benchmarks.endpoint $(ARGS)
 	@$(BIN)/python -m benchmarks.dataset_stages --peer $(ARGS)
 
+# One thread each: models of two layers gain nothing from more, and two test processes would fight for the cores.
 test: .venv/ready-dev  ## unit and integration tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/ready-dev  ## ruff, types, import direction
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
