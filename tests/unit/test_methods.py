@@ -145,7 +145,7 @@ def test_precomputed_references_train_the_same(rows, pairs, tokenizer, setup, se
 
 def test_the_best_checkpoint_is_what_a_run_ends_with(rows, tokenizer, setup, settings):
     """With a learning rate that grows until it spoils the model, the last checkpoint is not the best."""
-    spoilt = {"learning_rate": 10.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.9, "num_train_epochs": 5}
+    spoilt = {"learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.9, "num_train_epochs": 5}
     spoilt |= {"packing": False, "save_steps": 1, "eval_steps": 1}
     result = trained_sft(rows, setup, settings, **spoilt, load_best=True, early_stopping_patience=3)
     losses = [entry["eval_loss"] for entry in result.summary["history"] if "eval_loss" in entry]
