@@ -423,12 +423,39 @@ class PromotionConfig(Block):
 
 
 class ComputeConfig(Block):
-    """Where training runs and in which precision."""
+    """Where training runs, in which precision, and in how many processes.
+
+    On CUDA each of the `num_processes` has a card of its own. `distributed` is what they share: with `ddp` each holds
+    the whole model and they average gradients; `fsdp2` shards weights, gradients and optimiser state over them;
+    `deepspeed` shards what `zero_stage` says (1 the optimiser state, 2 gradients too, 3 weights too).
+    """
 
     target: Literal["local"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    num_processes: int = Field(1, ge=1)
+    distributed: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
+    zero_stage: Literal[1, 2, 3] | None = None
+
+    @model_validator(mode="after")
+    def _processes(self) -> Self:
+        if self.distributed != "ddp" and self.num_processes == 1:
+            raise ValueError(
+                f"distributed {self.distributed} has no effect with num_processes 1: remove it, or set num_processes"
+            )
+        if self.distributed != "ddp" and self.device == "cpu":
+            raise ValueError(f"distributed {self.distributed} needs CUDA: use ddp with device cpu")
+        if self.distributed == "deepspeed" and self.zero_stage is None:
+            raise ValueError("distributed deepspeed needs zero_stage: 1, 2 or 3, which shards the weights too")
+        if self.distributed != "deepspeed" and self.zero_stage is not None:
+            raise ValueError(f"zero_stage has no effect with distributed {self.distributed}: remove it")
+        return self
+
+    @property
+    def one_process(self) -> ComputeConfig:
+        """What work in a single process depends on, so that it is not repeated when training gets more of them."""
+        return self.model_copy(update={"num_processes": 1, "distributed": "ddp", "zero_stage": None})
 
 
 class TrackingConfig(Block):
@@ -506,6 +533,23 @@ class Recipe(Block):
             )
         if self.compute.device == "cpu" and self.compute.attn_implementation == "flash_attention_2":
             raise ValueError("compute.attn_implementation flash_attention_2 needs CUDA: use sdpa, or auto")
+        compute = self.compute
+        if self.sft.method == "qlora" and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
+            raise ValueError(
+                "sft.method qlora keeps its weights in 4 bits, which are not sharded here: use compute.distributed ddp, "
+                "or deepspeed with zero_stage 1 or 2"
+            )
+        for stage, optim in (("sft", self.sft.optim), ("dpo", self.dpo.optim)):
+            if optim == "adamw_8bit" and compute.distributed != "ddp":
+                raise ValueError(
+                    f"{stage}.optim adamw_8bit has a state that is not sharded with compute.distributed "
+                    f"{compute.distributed}: use auto or adamw_torch, or ddp"
+                )
+        if self.dpo.precompute_ref_log_probs and compute.num_processes > 1:
+            raise ValueError(
+                "dpo.precompute_ref_log_probs is for compute.num_processes 1: set it to false, and the reference is "
+                "asked at every step"
+            )
         if self.tracking.comet != "auto" and self.tracking.workspace is not None:
             raise ValueError(
                 f"tracking.workspace is only used online, and tracking.comet is {self.tracking.comet}: remove one"

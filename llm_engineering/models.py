@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import (
     AutoConfig,
@@ -134,7 +135,7 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=device.dtype,
         )
-        quantised = {"quantization_config": quantisation, "device_map": {"": 0}}
+        quantised = {"quantization_config": quantisation, "device_map": {"": torch.cuda.current_device()}}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
         revision=_hub_revision(model),
@@ -179,7 +180,6 @@ def _prepare_embedded(models_dir: Path) -> Path:
 
     The GGUF tokenizer comes back with `<|im_start|>` as its end token; the model ends its turns with `<|im_end|>`.
     """
-    import torch
     from transformers import GgufConfig
 
     target = models_dir / _embedded_version()

@@ -6,7 +6,7 @@ import importlib.metadata
 import subprocess
 from collections.abc import Sequence
 
-from llm_engineering.compute.device import check_training, choose_device
+from llm_engineering.compute.device import check_processes, check_training, choose_device
 from llm_engineering.config import EMBEDDED_MODEL, ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
@@ -32,6 +32,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     """
     Settings().check_writable()
     device = choose_device(recipe.compute)
+    check_processes(recipe.compute, device)
     check_training("sft", recipe.sft.method, recipe.sft.optim, device)
     check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
     data = recipe.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import NamedTuple
 
 import torch
@@ -70,11 +71,34 @@ def check_training(stage: str, method: str, optim: str, device: Device) -> None:
             )
 
 
-def choose_optimiser(optim: str, device: Device) -> tuple[str, str]:
+def check_processes(compute: ComputeConfig, device: Device) -> None:
+    """Raise a RequestError if this machine cannot run the recipe's processes."""
+    if compute.distributed != "ddp" and device.name != "cuda":
+        raise RequestError(
+            f"compute.distributed is {compute.distributed}, which needs CUDA, and torch finds no CUDA card here. "
+            "Use --set compute.distributed=ddp."
+        )
+    if compute.distributed == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise RequestError(
+            "compute.distributed is deepspeed, and the package deepspeed is not installed. Install it "
+            "(pip install deepspeed), or use --set compute.distributed=fsdp2, which comes with torch."
+        )
+    # Over several machines each starts its share, and says how many that are.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", compute.num_processes))
+    if device.name == "cuda" and here > torch.cuda.device_count():
+        raise RequestError(
+            f"compute.num_processes is {here}, and this machine has {torch.cuda.device_count()} CUDA card(s): each "
+            f"process needs its own. Use --set compute.num_processes={torch.cuda.device_count()}."
+        )
+
+
+def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tuple[str, str]:
     """The optimiser's name as transformers knows it, and why it is the one.
 
-    8-bit AdamW (Dettmers et al. 2021, arXiv:2110.02861) keeps its state in a quarter of the memory.
+    8-bit AdamW (Dettmers et al. 2021, arXiv:2110.02861) keeps its state in a quarter of the memory; it is not sharded.
     """
+    if optim == "auto" and distributed != "ddp":
+        return "adamw_torch", "torch's own, whose state can be sharded"
     if optim == "adamw_8bit" or (optim == "auto" and device.name == "cuda" and _has_bitsandbytes()):
         return "adamw_8bit", "bitsandbytes is installed, and its state takes a quarter of the memory"
     if device.name == "cuda":

@@ -4,64 +4,135 @@
     python -m llm_engineering.training dpo --recipe recipe.yaml --data formatted/ --output out/ --adapter sft_adapter/
 
 `--data` is a DatasetDict on disk, as the formatting step makes it. Writes `out/adapter` and `out/report`.
+It starts the recipe's `compute.num_processes` by itself; started by torchrun or accelerate, it is one of them:
+
+    torchrun --nproc-per-node 2 -m llm_engineering.training sft --set compute.num_processes=2 --recipe …
+    accelerate launch --num_processes 2 -m llm_engineering.training sft --set compute.num_processes=2 --recipe …
+
+`--job FILE` is what the pipelines start: everything stands in the file, and the answer is written beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from datasets import DatasetDict, load_from_disk
 
+from llm_engineering.config import DPOConfig, SFTConfig
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
-from llm_engineering.formatting.chat_template import pin_chat_template
-from llm_engineering.models import pin_revision
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.sft import train_sft
+from llm_engineering.training.job import RESULT_FILE, Job, Result, read_job, write_failure
+
+if TYPE_CHECKING:
+    from llm_engineering.training.run import TrainingResult
 
 
 def main() -> int:
-    """Parse the command line, train, and copy the results to the output folder."""
+    """Parse the command line and train; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m llm_engineering.training", description="Train one stage.")
-    parser.add_argument("stage", choices=("sft", "dpo"))
-    parser.add_argument("--recipe", required=True, type=Path)
+    parser.add_argument("stage", choices=("sft", "dpo"), nargs="?")
+    parser.add_argument("--recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--data", required=True, type=Path)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--adapter", type=Path, help="the SFT adapter, or full SFT model, that DPO starts from")
-    parser.add_argument("--output", required=True, type=Path)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--resume-from", type=Path, metavar="DIR", help="a checkpoint of this very run to go on from")
+    parser.add_argument(
+        "--job", type=Path, metavar="FILE", help="a whole training run as a file, in place of all others"
+    )
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    missing = [name for name in ("stage", "recipe", "data", "output") if getattr(arguments, name) is None]
+    if arguments.job is None and missing:
+        parser.error(f"missing: {', '.join(missing)}")
+    is_main = os.environ.get("RANK", "0") == "0"
+    # Before any library reads it: one progress bar is enough.
+    if not is_main:
+        os.environ["TQDM_DISABLE"] = "1"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     try:
-        recipe = load_recipe(arguments.recipe, arguments.set)
-        recipe = recipe.model_copy(
-            update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
-        )
-        settings = Settings()
-        settings.check_writable()
-        data = _formatted(arguments.data)
-        if arguments.stage == "sft":
-            result = train_sft(data, recipe.sft, recipe.setup, settings, resume_from=arguments.resume_from)
-        elif arguments.adapter is None or not any(arguments.adapter.glob("*.safetensors")):
-            raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
+        if arguments.job is not None:
+            _train_job(arguments.job)
         else:
-            start, checkpoint = arguments.adapter, arguments.resume_from
-            result = train_dpo(data, start, recipe.dpo, recipe.setup, settings, resume_from=checkpoint)
-        for folder in (result.adapter, result.report):
-            shutil.copytree(folder, arguments.output / folder.name, dirs_exist_ok=True)
+            _train_recipe(arguments)
     except (RequestError, WorkError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        # The process that wrote the job says what is left beside it.
+        if arguments.job is None:
+            print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Interrupted. A checkpoint is saved: the same command goes on from there.", file=sys.stderr)
+        if is_main and arguments.job is None:
+            print("Interrupted. A checkpoint is saved: the same command goes on from there.", file=sys.stderr)
         return INTERRUPTED
-    print(f"Adapter: {arguments.output / 'adapter'}")
     return 0
+
+
+def _train_job(file: Path) -> None:
+    """Train a job as one of its processes, and leave the result, or the reason of a failure, beside it."""
+    job = read_job(file)
+    # A backend that changes transformers when it is imported belongs here: nothing above imports transformers.
+    from llm_engineering.training import ranks
+
+    ranks.end_with_launcher()
+    try:
+        result = _train(job)
+    except Exception as error:
+        write_failure(file.parent, ranks.rank(), error)
+        raise
+    if ranks.is_main():
+        place = Result(adapter=result.adapter, report=result.report)
+        (file.parent / RESULT_FILE).write_text(place.model_dump_json(), encoding="utf-8")
+
+
+def _train_recipe(arguments: argparse.Namespace) -> None:
+    """Train what the command line says: in one of the processes that something else started, or in all of them."""
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    # As above, for one of several processes.
+    from llm_engineering.formatting.chat_template import pin_chat_template
+    from llm_engineering.models import pin_revision
+    from llm_engineering.training import ranks
+    from llm_engineering.training.launch import launch_training
+
+    recipe = recipe.model_copy(
+        update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+    )
+    settings = Settings()
+    settings.check_writable()
+    config: SFTConfig | DPOConfig = recipe.sft if arguments.stage == "sft" else recipe.dpo
+    job = Job(
+        stage=arguments.stage,
+        config=config,
+        setup=recipe.setup,
+        data=arguments.data,
+        start=arguments.adapter,
+        resume_from=arguments.resume_from,
+    )
+    is_one_of_several = "WORLD_SIZE" in os.environ
+    result = _train(job) if is_one_of_several else launch_training(job, _formatted(arguments.data), settings)
+    if ranks.is_main():
+        for folder in (result.adapter, result.report):
+            shutil.copytree(folder, arguments.output / folder.name, dirs_exist_ok=True)
+        print(f"Adapter: {arguments.output / 'adapter'}")
+
+
+def _train(job: Job) -> TrainingResult:
+    from llm_engineering.compute.device import check_processes, choose_device
+    from llm_engineering.training import ranks
+    from llm_engineering.training.launch import train
+
+    assert job.data is not None
+    device = choose_device(job.setup.compute)
+    check_processes(job.setup.compute, device)
+    ranks.join(job.setup.compute, device.name)
+    result = train(job, _formatted(job.data), Settings())
+    ranks.leave()
+    return result
 
 
 def _formatted(folder: Path) -> DatasetDict:

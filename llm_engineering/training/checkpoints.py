@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "identity.json"
 # A checkpoint is written under this name and renamed when it is complete.
 PARTIAL = ".partial"
-_TORCH_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 @contextmanager
@@ -120,12 +119,13 @@ def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
 def _problem(checkpoint: Path) -> str:
     try:
         described = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
-        sizes, _ = described["files"], described["identity"]
+        sizes, identity = described["files"], described["identity"]
+        needed = _torch_files(identity)
     except OSError:
         return f"it has no {IDENTITY_FILE}, so that it was not made here"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{IDENTITY_FILE} is not what is written here"
-    for name in (*sizes, *_TORCH_FILES):
+    for name in (*sizes, *needed):
         path = checkpoint / name
         if name not in sizes or not path.is_file() or path.stat().st_size != sizes[name]:
             return f"{name} is missing or half-written"
@@ -145,6 +145,14 @@ def _problem(checkpoint: Path) -> str:
     if "global_step" not in state:
         return "trainer_state.json has no global_step"
     return ""
+
+
+def _torch_files(identity: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint holds besides weights: the state of each process's generators; shards have names of their own."""
+    compute = identity.get("compute", {})
+    processes = compute.get("num_processes", 1)
+    states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    return ["scheduler.pt", *states, *(["optimizer.pt"] if compute.get("distributed", "ddp") == "ddp" else [])]
 
 
 def _sync(path: Path) -> None:

@@ -125,7 +125,7 @@ def dpo_trainer(
 ) -> _FormattedDPOTrainer:
     """TRL's trainer. Of a policy with a trained adapter and no `reference`, TRL takes a copy as the reference."""
     arguments = trl.DPOConfig(
-        **training_arguments(config, device, setup.seed, folder),
+        **training_arguments(config, device, setup, folder),
         beta=config.beta,
         loss_type=[config.loss_type],
         label_smoothing=config.label_smoothing,

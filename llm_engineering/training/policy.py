@@ -50,17 +50,25 @@ def trained_policy(
     return PeftModel.from_pretrained(_base(model, settings, device, method), str(trained), is_trainable=True)
 
 
-def save_policy(policy: PreTrainedModel | PeftModel, model: ModelConfig, folder: Path) -> None:
+def save_policy(
+    policy: PreTrainedModel | PeftModel,
+    model: ModelConfig,
+    folder: Path,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Write an adapter or a full model as safetensors.
 
     An adapter names its base model as the recipe does, not by a path of this machine.
+
+    Args:
+        weights: the whole ones, where `policy` holds a shard of them.
     """
     if not isinstance(policy, PeftModel):
-        policy.save_pretrained(str(folder))
+        policy.save_pretrained(str(folder), state_dict=weights)
         return
     policy.peft_config["default"].base_model_name_or_path = model.name_or_path
     policy.peft_config["default"].revision = model.revision
-    policy.save_pretrained(str(folder), selected_adapters=["default"])
+    policy.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
     # PEFT's template of a model card says nothing about this model.
     (folder / "README.md").unlink(missing_ok=True)
 

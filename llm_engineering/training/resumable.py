@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from llm_engineering.errors import WorkError
+from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import PARTIAL, check_space, publish, size
 from llm_engineering.training.divergence import LossWatch, rows_of
+from llm_engineering.training.heldout import HeldOutTrainer
 from llm_engineering.training.telemetry import TelemetryCallback
 
 _WINDOW_FILE = "log_window.json"
@@ -26,7 +28,7 @@ _COPIES = 4
 _SMALL_FILES_BYTES = 64 * 2**20
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(HeldOutTrainer):
     """To be named before TRL's trainer among the bases.
 
     Attributes:
@@ -36,14 +38,14 @@ class ResumableTrainer(Trainer):
 
     identity: Mapping[str, Any]
     rows: Dataset
-    # TRL's: numbers of the steps since the last log entry, by `train` and `eval`, and tokens of all steps.
-    _metrics: Any
+    # TRL's: tokens of all steps.
     _total_train_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._writing: Path | None = None
         self._watch = LossWatch()
         self._batches: list[Mapping[str, Any]] = []
+        self._broken: list[Mapping[str, Any]] = []
         self._step_loss = 0.0
         self._step_ended = True
         super().__init__(*args, **kwargs)
@@ -57,27 +59,35 @@ class ResumableTrainer(Trainer):
         folder = Path(self.args.output_dir)
         final = folder / f"checkpoint-{self.state.global_step}"
         partial = folder / PARTIAL
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        check_space(folder, self._needed_bytes(folder))
+        if ranks.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            check_space(folder, self._needed_bytes(folder))
+        ranks.wait()
         self._writing = partial
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._writing = None
         written = partial / final.name
-        if self.state.best_model_checkpoint == str(written):
+        is_best = self.state.best_model_checkpoint == str(written)
+        if is_best:
             self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(written / "trainer_state.json"))
-        (written / _WINDOW_FILE).write_text(json.dumps(self._window()), encoding="utf-8")
-        publish(written, final, self.identity)
-        partial.rmdir()
-        rotate_checkpoints(
-            output_dir=str(folder),
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        # Gathered from all processes, which have written their files when this is there.
+        window = self._window()
+        if ranks.is_main():
+            if is_best:
+                self.state.save_to_json(str(written / "trainer_state.json"))
+            (written / _WINDOW_FILE).write_text(json.dumps(window), encoding="utf-8")
+            publish(written, final, self.identity)
+            partial.rmdir()
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        ranks.wait()
 
     def _needed_bytes(self, folder: Path) -> int:
         former = sort_checkpoints(str(folder), use_mtime=True)
@@ -90,7 +100,7 @@ class ResumableTrainer(Trainer):
     def _window(self) -> dict[str, Any]:
         """What the trainers add up until the next log entry, which transformers forgets between two runs."""
         return {
-            "loss": self._tr_loss.item(),
+            "losses": ranks.gathered(self._tr_loss.item()),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
             "tokens": self._total_train_tokens,
@@ -105,7 +115,7 @@ class ResumableTrainer(Trainer):
         Returns the tokens trained so far.
         """
         window = json.loads((checkpoint / _WINDOW_FILE).read_text(encoding="utf-8"))
-        self._tr_loss.fill_(window["loss"])
+        self._tr_loss.fill_(window["losses"][ranks.rank()])
         self._total_loss_scalar = window["total_loss"]
         self._globalstep_last_logged = window["last_logged"]
         self._total_train_tokens = window["tokens"]
@@ -118,34 +128,37 @@ class ResumableTrainer(Trainer):
         """Forward and backward of one batch; a loss that is not finite or has exploded ends the run before it trains.
 
         Raises:
-            WorkError: with the rows of the batch, or of all batches of the step.
+            WorkError: with the rows of the batch, or of all batches of the step; in all processes.
         """
         if self._step_ended:
-            self._batches, self._step_loss = [], 0.0
+            self._batches, self._broken, self._step_loss = [], [], 0.0
         self._batches.append(dict(inputs))
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss += loss.item()
+        if not math.isfinite(self._step_loss) and not self._broken:
+            self._broken = self._batches[-1:]
         self._step_ended = self.accelerator.sync_gradients
-        if not math.isfinite(self._step_loss):
-            self._stop(f"the loss is {self._step_loss}", self._batches[-1:])
         if self._step_ended:
-            problem = self._watch.problem(self._step_loss)
+            # The loss of a step is the mean of its processes' shares, and not finite if one of them is not.
+            step_loss = ranks.total(torch.tensor(self._step_loss)).item() / ranks.world_size()
+            problem = self._watch.problem(step_loss)
             if problem:
-                self._stop(problem, self._batches)
+                self._stop(problem, self._batches if math.isfinite(step_loss) else self._broken)
         return loss
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         # The scaler of fp16 looks for its scale by trying too large ones, and leaves those steps out itself.
-        if self.accelerator.scaler is None and not math.isfinite(norm):
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
             self._stop(f"the norm of the gradient is {float(norm)}", self._batches)
         return norm
 
     def _stop(self, problem: str, batches: list[Mapping[str, Any]]) -> None:
+        named = ", ".join(filter(None, ranks.gathered(rows_of(batches, self.rows))))
         raise WorkError(
             f"Training stopped in step {self.state.global_step + 1}: {problem}. The batch was made of these rows of the "
-            f"training split: {rows_of(batches, self.rows)}. Look at them in the dataset; if nothing is wrong with "
-            "them, lower learning_rate. The weights were not changed by this step."
+            f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate. "
+            "The weights were not changed by this step."
         )
 
 

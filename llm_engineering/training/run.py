@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +27,13 @@ from transformers import (
 )
 
 from llm_engineering.compute.device import Device, choose_optimiser
-from llm_engineering.config import TrainConfig, TrainingSetup
+from llm_engineering.config import ComputeConfig, TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
 from llm_engineering.settings import Settings
 from llm_engineering.tracking import CometRun
+from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
+from llm_engineering.training.distributed import distributed_arguments, effective_batch, sizes_text, whole_weights
 from llm_engineering.training.interruption import Interruption
 from llm_engineering.training.policy import save_policy
 from llm_engineering.training.report import write_training_report
@@ -79,9 +82,10 @@ def work_folder(stage: str, identity: Mapping[str, Any], settings: Settings) -> 
     return settings.llm_output_dir.resolve() / "training" / f"{stage}-{digest[:12]}"
 
 
-def training_arguments(config: TrainConfig, device: Device, seed: int, folder: Path) -> dict[str, Any]:
+def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup, folder: Path) -> dict[str, Any]:
     """The arguments that transformers.TrainingArguments takes for both stages."""
     return {
+        **distributed_arguments(setup.compute),
         "output_dir": str(folder / "checkpoints"),
         "learning_rate": config.learning_rate,
         "num_train_epochs": config.num_train_epochs,
@@ -95,7 +99,7 @@ def training_arguments(config: TrainConfig, device: Device, seed: int, folder: P
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,
-        "optim": choose_optimiser(config.optim, device)[0],
+        "optim": choose_optimiser(config.optim, device, setup.compute.distributed)[0],
         "load_best_model_at_end": config.load_best,
         "metric_for_best_model": "eval_loss",
         "logging_steps": config.logging_steps,
@@ -109,7 +113,7 @@ def training_arguments(config: TrainConfig, device: Device, seed: int, folder: P
         "fp16": device.dtype == torch.float16,
         "use_cpu": device.name == "cpu",
         "dataloader_pin_memory": device.name == "cuda",
-        "seed": seed,
+        "seed": setup.seed,
         "report_to": "none",
         "disable_tqdm": True,
     }
@@ -147,31 +151,41 @@ def run_training(
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    optimiser, why = choose_optimiser(config.optim, device)
+    optimiser, why = choose_optimiser(config.optim, device, setup.compute.distributed)
     for reason in (*device.reasons, f"optimiser {optimiser}: {why}"):
         logger.info("%s", reason)
     checkpoints = folder / "checkpoints"
     if resume_from is not None:
         given_checkpoint(resume_from, identity)
-    comet = CometRun.start(setup.tracking, settings, name=folder.name, tags=[stage, setup.model.name_or_path])
+    tags = [stage, setup.model.name_or_path]
+    comet = CometRun.start(setup.tracking, settings, folder.name, tags) if ranks.is_main() else CometRun()
     try:
         logged = {**config.model_dump(), **setup.model_dump(), **device_facts(device), **parameters}
         comet.log_parameters(_flat(logged))
         transformers.logging.set_verbosity_error()
-        with held(folder):
+        with held(folder) if ranks.is_main() else nullcontext():
             used = config
-            checkpoint = resume_from or newest_complete(checkpoints, identity)
+            newest = newest_complete(checkpoints, identity) if ranks.is_main() and not resume_from else None
+            checkpoint = resume_from or ranks.from_main(newest)
             while True:
                 telemetry = TelemetryCallback(stage, comet)
                 # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
                 transformers.set_seed(setup.seed)
                 trainer = build(used, telemetry)
                 trainer.identity, trainer.rows = identity, data["train"]
-                if _train(trainer, used, telemetry, checkpoint):
+                if _train(trainer, used, setup.compute, telemetry, checkpoint):
                     break
                 assert trainer.model is not None
                 smaller = halved(used, training=trainer.model.training)
-                logger.warning("%s: out of memory with %s; trying %s", stage, _sizes(used), _sizes(smaller))
+                sizes = [sizes_text(tried, setup.compute) for tried in (used, smaller)]
+                if ranks.world_size() > 1:
+                    # The others wait for this process in the middle of a step, and cannot be asked to start it anew.
+                    raise WorkError(
+                        f"Out of memory in process {ranks.rank()} of {ranks.world_size()} with {sizes[0]}. With several "
+                        f"processes the batch is not made smaller by itself: use {sizes[1]} in the recipe's {stage}, "
+                        f"and per_device_eval_batch_size {smaller.per_device_eval_batch_size}."
+                    )
+                logger.warning("%s: out of memory with %s; trying %s", stage, *sizes)
                 used = smaller
                 del trainer
                 gc.collect()
@@ -185,17 +199,20 @@ def run_training(
                     f"Lower {stage}.learning_rate, or look for broken rows in the data report."
                 )
             adapter = folder / "adapter"
-            shutil.rmtree(adapter, ignore_errors=True)
-            assert isinstance(trainer.model, PreTrainedModel | PeftModel)
-            save_policy(trainer.model, setup.model, adapter)
-            tokenizer.save_pretrained(str(adapter))
+            weights = whole_weights(trainer, setup.compute)
+            if ranks.is_main():
+                shutil.rmtree(adapter, ignore_errors=True)
+                assert isinstance(trainer.model, PreTrainedModel | PeftModel)
+                save_policy(trainer.model, setup.model, adapter, weights)
+                tokenizer.save_pretrained(str(adapter))
     finally:
         place = comet.end()
     summary = {
         "stage": stage,
         "steps": trainer.state.global_step,
         "resumed_from": checkpoint.name if checkpoint else None,
-        "effective_batch": used.per_device_train_batch_size * used.gradient_accumulation_steps,
+        "effective_batch": effective_batch(used, setup.compute),
+        "num_processes": setup.compute.num_processes,
         "per_device_train_batch_size": used.per_device_train_batch_size,
         "train_loss": losses[-1],
         "tokens_per_second": telemetry.tokens_per_second,
@@ -207,9 +224,10 @@ def run_training(
         "history": history,
     }
     report = folder / "report"
-    write_training_report(report, summary, tokenizer, label_rows)
-    # The adapter is complete: what was kept to resume from has done its work.
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if ranks.is_main():
+        write_training_report(report, summary, tokenizer, label_rows)
+        # The adapter is complete: what was kept to resume from has done its work.
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return TrainingResult(adapter, report, summary)
 
 
@@ -236,7 +254,11 @@ def halved(config: TrainConfig, *, training: bool) -> TrainConfig:
 
 
 def _train(
-    trainer: ResumableTrainer, config: TrainConfig, telemetry: TelemetryCallback, checkpoint: Path | None
+    trainer: ResumableTrainer,
+    config: TrainConfig,
+    compute: ComputeConfig,
+    telemetry: TelemetryCallback,
+    checkpoint: Path | None,
 ) -> bool:
     """Train to the end; False if the memory did not suffice."""
     for printer in (PrinterCallback, ProgressCallback):
@@ -244,7 +266,14 @@ def _train(
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     rows = len(trainer.train_dataset)  # type: ignore[arg-type]
-    logger.info("%s: %d rows to train on, %s", telemetry.stage, rows, _sizes(config))
+    logger.info("%s: %d rows to train on, %s", telemetry.stage, rows, sizes_text(config, compute))
+    repeated = -rows % (config.per_device_train_batch_size * compute.num_processes)
+    if compute.num_processes > 1 and repeated:
+        logger.info(
+            "%s: the last step of each epoch repeats %d of them, so that every process has a batch",
+            telemetry.stage,
+            repeated,
+        )
     if checkpoint is not None:
         logger.info("%s: going on from %s", telemetry.stage, checkpoint)
         trainer.add_callback(RestoreWindow(trainer, checkpoint, telemetry))
@@ -254,14 +283,10 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except torch.OutOfMemoryError:
             return False
+        interruption.agree()
     if interruption.received is not None:
         raise KeyboardInterrupt(f"{interruption.received.name} in step {trainer.state.global_step}")
     return True
-
-
-def _sizes(config: TrainConfig) -> str:
-    per_device, accumulated = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    return f"effective batch {per_device * accumulated} = {per_device} per device × {accumulated} accumulated"
 
 
 def device_facts(device: Device) -> dict[str, str]:

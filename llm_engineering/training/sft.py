@@ -95,7 +95,7 @@ def sft_trainer(
 ) -> ResumableSFTTrainer:
     """TRL's trainer for rows that are tokenised and labelled already; TRL packs them and changes nothing else."""
     arguments = trl.SFTConfig(
-        **training_arguments(config, device, setup.seed, folder),
+        **training_arguments(config, device, setup, folder),
         max_length=setup.max_length,
         # Best-fit-decreasing keeps every row whole. Packed rows do not see each other: position ids restart, there
         # is no attention mask, and TRL runs the model with use_cache=False. Attention that reads an attention mask

@@ -1,0 +1,48 @@
+"""How the processes of a run share its work: DDP, FSDP2 or DeepSpeed, and what a step is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from llm_engineering.config import ComputeConfig, TrainConfig
+
+
+def distributed_arguments(compute: ComputeConfig) -> dict[str, Any]:
+    """What transformers.TrainingArguments takes for several processes; nothing for one."""
+    if compute.num_processes == 1:
+        return {}
+    if compute.distributed == "fsdp2":
+        return {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+    if compute.distributed == "deepspeed":
+        zero: dict[str, Any] = {"stage": compute.zero_stage}
+        if compute.zero_stage == 3:
+            zero["stage3_gather_16bit_weights_on_model_save"] = True
+        sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        precision = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
+        same = dict.fromkeys((*sizes, "gradient_clipping"), "auto")
+        return {"deepspeed": {"zero_optimization": zero, **same, **precision}}
+    # Every trained weight is part of every step; looking for others costs a walk over the graph.
+    return {"ddp_find_unused_parameters": False}
+
+
+def whole_weights(trainer: Trainer, compute: ComputeConfig) -> dict[str, torch.Tensor] | None:
+    """The weights to save where each process holds a shard of them, else None; all processes must call it."""
+    if compute.distributed == "ddp":
+        return None
+    weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return weights
+
+
+def effective_batch(config: TrainConfig, compute: ComputeConfig) -> int:
+    """Rows, or packs of rows, of one step."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * compute.num_processes
+
+
+def sizes_text(config: TrainConfig, compute: ComputeConfig) -> str:
+    """The effective batch and what it is made of."""
+    factors = f"{config.per_device_train_batch_size} per device × {config.gradient_accumulation_steps} accumulated"
+    shared = f" × {compute.num_processes} processes" if compute.num_processes > 1 else ""
+    return f"effective batch {effective_batch(config, compute)} = {factors}{shared}"

@@ -1,0 +1,86 @@
+"""A training run as a file that other processes and machines read, and what they answer. It holds no secret."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from llm_engineering.config import Block, DPOConfig, SFTConfig, TrainingSetup
+from llm_engineering.errors import RequestError
+
+# Both stand beside the job.
+RESULT_FILE = "result.json"
+_FAILURE = "failure-"
+
+Stage = Literal["sft", "dpo"]
+
+
+class Job(Block):
+    """One stage with all that it needs.
+
+    Attributes:
+        data: a DatasetDict on disk, formatted, with the splits `train` and `validation`; None before it is written.
+        start: for `dpo`, the folder of the SFT adapter or of the full SFT model.
+        parameters: what Comet gets besides the hyperparameters.
+    """
+
+    stage: Stage
+    config: SFTConfig | DPOConfig
+    setup: TrainingSetup
+    data: Path | None = None
+    start: Path | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    resume_from: Path | None = None
+
+
+class Result(Block):
+    """Where the trained model and its report are."""
+
+    adapter: Path
+    report: Path
+
+
+class Failure(Block):
+    """How a process failed: the error's class and sentence; of an unexpected one, the traceback too."""
+
+    rank: int
+    time: float
+    kind: str
+    message: str
+    traceback: str
+
+
+def read_job(path: Path) -> Job:
+    """The job of a file.
+
+    Raises:
+        RequestError: it cannot be read, or holds no job.
+    """
+    try:
+        return Job.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"The job {path} cannot be read ({error.strerror}).") from error
+    except ValidationError as error:
+        raise RequestError(f"{path} holds no training job: {error.errors()[0]['msg']}.") from error
+
+
+def write_failure(folder: Path, rank: int, error: Exception) -> None:
+    """Leave word of an error for the process that started this one."""
+    failure = Failure(
+        rank=rank,
+        time=time.time(),
+        kind=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+    )
+    (folder / f"{_FAILURE}{rank}.json").write_text(failure.model_dump_json(), encoding="utf-8")
+
+
+def read_failures(folder: Path) -> list[Failure]:
+    """What processes left, the first first."""
+    found = [Failure.model_validate_json(file.read_text(encoding="utf-8")) for file in folder.glob(f"{_FAILURE}*.json")]
+    return sorted(found, key=lambda failure: failure.time)
