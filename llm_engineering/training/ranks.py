@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +22,7 @@ from llm_engineering.errors import RequestError
 # The number of the process that started this one to train; unset in a process that a person started.
 LAUNCHER = "LLM_TRAINING_LAUNCHER"
 _LOOK_EVERY_S = 1.0
+_LIMIT = timedelta(days=1)
 
 T = TypeVar("T")
 
@@ -70,11 +72,13 @@ def join(compute: ComputeConfig, device: str) -> None:
             f"{world_size()} process(es) were started, and compute.num_processes is {compute.num_processes}. "
             f"Use --set compute.num_processes={world_size()}, which is part of what the run computes."
         )
-    if world_size() > 1:
-        from accelerate import PartialState
-
-        sharded = {"use_deepspeed": True} if compute.distributed == "deepspeed" else {}
-        PartialState(cpu=device == "cpu", **sharded)
+    if world_size() == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # What is agreed on here is on the CPU, so that no step waits for the card for it. Whoever starts the processes ends
+    # them when one has died: a short time limit would end slow work, such as packing a large dataset, and nothing else.
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", timeout=_LIMIT)
 
 
 def leave() -> None:
@@ -120,7 +124,6 @@ def maximum(value: int) -> int:
 def _reduced(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
     if world_size() == 1:
         return values.double().cpu()
-    # NCCL passes on what is on a card, and gloo what is not.
-    shared = values.double().to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    shared = values.double().cpu()
     dist.all_reduce(shared, operation)
-    return shared.cpu()
+    return shared

@@ -89,6 +89,21 @@ def test_packed_rows_have_the_losses_that_they_have_alone(kind, attention, rows,
     assert seen == 16
 
 
+@pytest.mark.parametrize(("batch", "packing"), [(1, False), (3, False), (3, True), (8, True)])
+def test_validation_loss_is_the_mean_over_trained_tokens(batch, packing, rows, setup, settings, tmp_path):
+    device = choose_device(setup.compute)
+    config = SFTConfig(**STEPS | {"per_device_eval_batch_size": batch}, packing=packing)
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    policy = new_policy(setup.model, config.lora, settings, device)
+    trainer = sft_trainer(policy, tokenizer, DatasetDict(rows), config, setup, device, tmp_path)
+    model = load_model(setup.model, settings, device).eval()
+    alone = [
+        token_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
+        for row in rows["validation"]
+    ]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(torch.cat(alone).mean().item(), abs=1e-4)
+
+
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_losses_are_those_of_the_reference_run(stage, tmp_path, settings):
     """`python -m tests.renew_references` writes the files anew, for a change that is meant to change losses."""
