@@ -70,11 +70,12 @@ class HeldOutTrainer(Trainer):
         self._losses, self._weights = [], []
         # accelerate drops what it takes for filling where the training batch of the moment is the last of its epoch.
         state = self.accelerator.gradient_state
-        training, state.active_dataloader = state.active_dataloader, None
+        loaders = state.dataloader_references
+        state.dataloader_references = [*loaders, None]
         try:
             output = super().evaluation_loop(*args, **kwargs)
         finally:
-            state.active_dataloader = training
+            state.dataloader_references = loaders
         # Of a round, the mean of the processes' losses is that of its tokens or pairs: transformers scales by the
         # tokens of all processes, and the pairs are as many in each.
         losses = ranks.total(torch.stack(self._losses)) / ranks.world_size()

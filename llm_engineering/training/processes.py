@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import select
+import selectors
 import signal
 import subprocess
 import time
@@ -45,8 +45,8 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
     Raises:
         KeyboardInterrupt: a second signal.
     """
-    with Interruption() as interruption, _started(command, environments) as (processes, output):
-        lines = _Lines(output)
+    with Interruption() as interruption, _started(command, environments) as processes:
+        lines = _Lines(processes)
         killed: set[int] = set()
         passed_on, ends_at = False, float("inf")
         while any(process.poll() is None for process in processes):
@@ -71,8 +71,7 @@ def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, st
 @contextmanager
 def _started(
     command: Sequence[str], environments: Sequence[Mapping[str, str]]
-) -> Iterator[tuple[list[subprocess.Popen[bytes]], int]]:
-    readable, writable = os.pipe()
+) -> Iterator[list[subprocess.Popen[bytes]]]:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for environment in environments:
@@ -80,38 +79,45 @@ def _started(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=writable,
-                stderr=writable,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 # Not the terminal's: what it sends comes from here, once.
                 start_new_session=True,
             )
             processes.append(process)
-        os.close(writable)
-        yield processes, readable
+        yield processes
     finally:
         for process in processes:
             process.kill()
             process.wait()
-        os.close(readable)
+            assert process.stdout is not None
+            process.stdout.close()
 
 
 class _Lines:
-    """Reads whole lines from a pipe and logs them, in the calling thread: ZenML keeps the log of that one."""
+    """Reads whole lines of several processes and logs them, in the calling thread: ZenML keeps the log of that one."""
 
-    def __init__(self, readable: int) -> None:
-        self.readable = readable
-        self.rest = b""
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.rests: dict[int, bytes] = {}
+        for process in processes:
+            assert process.stdout is not None
+            self.selector.register(process.stdout, selectors.EVENT_READ)
+            self.rests[process.stdout.fileno()] = b""
 
     def show(self, wait_s: float) -> bool:
-        """Log what is there, after waiting so long for it; False if nothing was."""
-        if not select.select([self.readable], [], [], wait_s)[0]:
-            return False
-        read = os.read(self.readable, 2**16)
-        *lines, self.rest = (self.rest + read).split(b"\n")
-        if not read and self.rest:
-            lines, self.rest = [self.rest], b""
-        for line in lines:
-            logger.info("%s", line.decode(errors="replace").rstrip())
-        if not read:
+        """Log what is there, after waiting at most so long for it; False if nothing was."""
+        if not self.rests:
             time.sleep(wait_s)
-        return bool(read)
+            return False
+        ready = self.selector.select(wait_s)
+        for key, _ in ready:
+            read = os.read(key.fd, 2**16)
+            *lines, self.rests[key.fd] = (self.rests[key.fd] + read).split(b"\n")
+            if not read:
+                self.selector.unregister(key.fileobj)
+                last = self.rests.pop(key.fd)
+                lines += [last] if last else []
+            for line in lines:
+                logger.info("%s", line.decode(errors="replace").rstrip())
+        return bool(ready)

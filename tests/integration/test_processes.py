@@ -147,6 +147,7 @@ def run(data):
 @pytest.fixture(scope="module")
 def sft_adapter(run, tmp_path_factory):
     (told,) = run(tmp_path_factory.mktemp("adapter"), SFT, count=1)
+    assert told["end"] == "done", told
     return Path(told["adapter"])
 
 
