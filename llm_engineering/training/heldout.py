@@ -53,6 +53,8 @@ class HeldOutTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
+            # Its own: a loader draws a seed, and the one of dropout is to be the same with and without an evaluation.
+            generator=torch.Generator(),
         )
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

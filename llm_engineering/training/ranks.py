@@ -74,7 +74,10 @@ def join(compute: ComputeConfig, device: str) -> None:
         )
     if world_size() == 1:
         return
-    if device == "cuda":
+    if device == "cpu":
+        # accelerate counts CPUs as cards, and torch.load knows no cpu:0 to put an optimiser's state to.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # What is agreed on here is on the CPU, so that no step waits for the card for it. Whoever starts the processes ends
     # them when one has died: a short time limit would end slow work, such as packing a large dataset, and nothing else.

@@ -32,7 +32,8 @@ def write_training_report(
     sections.append(("Learning rate", line_chart({"learning rate": curve("learning_rate")}, "step", "learning rate")))
     sections.append(("Speed", line_chart({"training": curve("tokens_per_second")}, "step", "real tokens a second")))
     sections.append(("Labels", label_section(label_rows, tokenizer)))
-    facts = {**summary["device"], **summary["config"], "effective_batch": summary["effective_batch"]}
+    sizes = {name: summary[name] for name in ("effective_batch", "num_processes")}
+    facts = {**summary["device"], **summary["config"], **sizes}
     sections.append(("Settings", table(["Key", "Value"], [(k, str(v)) for k, v in facts.items()])))
     sections.append(("Why", table(["Choice"], [(reason,) for reason in summary["device_reasons"]])))
     title = f"Training report: {summary['stage'].upper()}"

@@ -140,7 +140,7 @@ class ResumableTrainer(HeldOutTrainer):
         self._step_ended = self.accelerator.sync_gradients
         if self._step_ended:
             # The loss of a step is the mean of its processes' shares, and not finite if one of them is not.
-            step_loss = ranks.total(torch.tensor(self._step_loss)).item() / ranks.world_size()
+            step_loss = ranks.total(torch.tensor(self._step_loss, dtype=torch.float64)).item() / ranks.world_size()
             problem = self._watch.problem(step_loss)
             if problem:
                 self._stop(problem, self._batches if math.isfinite(step_loss) else self._broken)
@@ -155,10 +155,12 @@ class ResumableTrainer(HeldOutTrainer):
 
     def _stop(self, problem: str, batches: list[Mapping[str, Any]]) -> None:
         named = ", ".join(filter(None, ranks.gathered(rows_of(batches, self.rows))))
+        # DeepSpeed takes its step within the backward pass; no checkpoint has it.
+        unchanged = "" if self.is_deepspeed_enabled else " The weights were not changed by this step."
         raise WorkError(
             f"Training stopped in step {self.state.global_step + 1}: {problem}. The batch was made of these rows of the "
-            f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate. "
-            "The weights were not changed by this step."
+            f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate."
+            f"{unchanged}"
         )
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -71,6 +72,24 @@ time.sleep(600)
 """
     with pytest.raises(KeyboardInterrupt):
         run(sends)
+
+
+def test_process_does_not_outlive_its_launcher():
+    launches = """
+import os, subprocess, sys, time
+from llm_engineering.training import ranks
+child = "from llm_engineering.training import ranks; ranks.end_with_launcher(); print('here', flush=True); import time; time.sleep(600)"
+env = os.environ | {ranks.LAUNCHER: str(os.getpid())}
+print(subprocess.Popen([sys.executable, "-c", child], env=env).pid, flush=True)
+time.sleep(600)
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", launches], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(launcher.stdout.readline()))
+    assert launcher.stdout.readline() == "here\n"
+    launcher.kill()
+    launcher.wait()
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 13])

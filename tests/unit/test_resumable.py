@@ -11,10 +11,11 @@ from collections import namedtuple
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import Trainer
 
 from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.training import resumable, telemetry
+from llm_engineering.training import telemetry
 from llm_engineering.training.checkpoints import held, newest_complete, publish
 from llm_engineering.training.divergence import EXPLOSION_FACTOR, LossWatch, rows_of
 from llm_engineering.training.interruption import Interruption
@@ -193,7 +194,7 @@ def test_publishing_syncs_every_file_before_the_rename(tmp_path, monkeypatch):
 
 def test_poisoned_row_stops_the_run_by_its_name(data, setup, settings, monkeypatch):
     poisoned = data["train"][9]["input_ids"]
-    real = resumable.Trainer.compute_loss
+    real = Trainer.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         result = real(self, model, inputs, *args, **kwargs)
@@ -201,7 +202,7 @@ def test_poisoned_row_stops_the_run_by_its_name(data, setup, settings, monkeypat
             return (result[0] * float("nan"), *result[1:])
         return result
 
-    monkeypatch.setattr(resumable.Trainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
     config = CONFIG.model_copy(update={"per_device_train_batch_size": 2})
     with pytest.raises(WorkError, match=r"Training stopped in step \d+: the loss is nan.*9 \(id r9\)") as stopped:
         train_sft(data, config, setup, settings)
@@ -217,7 +218,7 @@ def test_learning_rate_that_explodes_stops_the_run(data, setup, settings):
 
 
 def test_gradient_without_a_norm_stops_the_run(data, setup, settings, monkeypatch):
-    monkeypatch.setattr(resumable.Trainer, "_get_grad_norm", lambda self, model, grad_norm: torch.tensor(float("inf")))
+    monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, model, grad_norm: torch.tensor(float("inf")))
     with pytest.raises(WorkError, match=r"step 1: the norm of the gradient is inf.*\(id r\d+\)"):
         train_sft(data, CONFIG, setup, settings)
 
@@ -267,7 +268,7 @@ def test_full_disk_ends_the_run_before_a_checkpoint_is_begun(data, setup, settin
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(data, setup, settings, monkeypatch, caplog):
-    real = resumable.Trainer.training_step
+    real = Trainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
         if len(inputs["input_ids"]) > 2 and self.state.global_step == 3:
@@ -275,7 +276,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(data, setup,
         return real(self, model, inputs, *args, **kwargs)
 
     expected = train_sft(data, CONFIG, setup, settings)
-    monkeypatch.setattr(resumable.Trainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "training_step", training_step)
     with caplog.at_level(logging.INFO):
         result = train_sft(data, CONFIG, setup, settings)
     assert "out of memory with effective batch 4 = 4 per device × 1 accumulated; trying effective batch 4 = 2 per" in (
@@ -291,7 +292,7 @@ def test_out_of_memory_with_one_row_is_an_error(data, setup, settings, monkeypat
         self.model.train()
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(resumable.Trainer, "training_step", training_step)
+    monkeypatch.setattr(Trainer, "training_step", training_step)
     with pytest.raises(WorkError, match="Out of memory in training, with one row at a time. Lower formatting.max_len"):
         train_sft(data, CONFIG, setup, settings)
 
