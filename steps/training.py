@@ -7,9 +7,11 @@ from zenml import get_step_context
 
 from llm_engineering.config import DPOConfig, SFTConfig, TrainingSetup
 from llm_engineering.settings import Settings
+from llm_engineering.training.dpo import train_dpo_job
 from llm_engineering.training.job import Job
 from llm_engineering.training.launch import launch_training
 from llm_engineering.training.run import TrainingResult
+from llm_engineering.training.sft import train_sft_job
 from steps.caching import project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
@@ -20,8 +22,8 @@ def train_sft(
     formatted_sft: DatasetDict, config: SFTConfig, setup: TrainingSetup, recipe_hash: str
 ) -> tuple[Annotated[Directory, "sft_adapter"], Annotated[Directory, "training_report"]]:
     """Train the SFT adapter. `recipe_hash` is of all that decides this stage; DPO finds its start by it."""
-    job = Job(stage="sft", config=config, setup=setup, parameters=_lineage(recipe_hash, "formatted_sft"))
-    result = launch_training(job, formatted_sft, Settings())
+    job = Job(stage="sft", config=config.model_dump(), setup=setup, parameters=_lineage(recipe_hash, "formatted_sft"))
+    result = launch_training(train_sft_job, job, formatted_sft, Settings())
     _log(result, "sft_adapter", setup, recipe_hash)
     return Directory(path=result.adapter), Directory(path=result.report)
 
@@ -32,8 +34,8 @@ def train_dpo(
 ) -> tuple[Annotated[Directory, "dpo_adapter"], Annotated[Directory, "training_report"]]:
     """Train the DPO adapter on top of the SFT adapter."""
     lineage = _lineage(recipe_hash, "formatted_dpo", "sft_adapter")
-    job = Job(stage="dpo", config=config, setup=setup, start=sft_adapter.path, parameters=lineage)
-    result = launch_training(job, formatted_dpo, Settings())
+    job = Job(stage="dpo", config=config.model_dump(), setup=setup, start=sft_adapter.path, parameters=lineage)
+    result = launch_training(train_dpo_job, job, formatted_dpo, Settings())
     _log(result, "dpo_adapter", setup, recipe_hash)
     return Directory(path=result.adapter), Directory(path=result.report)
 

@@ -19,16 +19,16 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import DatasetDict, load_from_disk
 
-from llm_engineering.config import DPOConfig, SFTConfig
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
-from llm_engineering.training.job import RESULT_FILE, Job, Result, read_job, write_failure
+from llm_engineering.training.job import RESULT_FILE, Job, Result, Stage, read_job, write_failure
 
 if TYPE_CHECKING:
     from llm_engineering.training.run import TrainingResult
@@ -104,17 +104,19 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     )
     settings = Settings()
     settings.check_writable()
-    config: SFTConfig | DPOConfig = recipe.sft if arguments.stage == "sft" else recipe.dpo
+    config = recipe.sft if arguments.stage == "sft" else recipe.dpo
     job = Job(
         stage=arguments.stage,
-        config=config,
+        config=config.model_dump(),
         setup=recipe.setup,
         data=arguments.data,
         start=arguments.adapter,
         resume_from=arguments.resume_from,
     )
-    is_one_of_several = "WORLD_SIZE" in os.environ
-    result = _train(job) if is_one_of_several else launch_training(job, _formatted(arguments.data), settings)
+    if "WORLD_SIZE" in os.environ:
+        result = _train(job)
+    else:
+        result = launch_training(_stage(job.stage), job, _formatted(arguments.data), settings)
     if ranks.is_main():
         for folder in (result.adapter, result.report):
             shutil.copytree(folder, arguments.output / folder.name, dirs_exist_ok=True)
@@ -124,15 +126,21 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
 def _train(job: Job) -> TrainingResult:
     from llm_engineering.compute.device import check_processes, choose_device
     from llm_engineering.training import ranks
-    from llm_engineering.training.launch import train
 
     assert job.data is not None
     device = choose_device(job.setup.compute)
     check_processes(job.setup.compute, device)
     ranks.join(job.setup.compute, device.name)
-    result = train(job, _formatted(job.data), Settings())
+    result = _stage(job.stage)(job, _formatted(job.data), Settings())
     ranks.leave()
     return result
+
+
+def _stage(name: Stage) -> Callable[[Job, DatasetDict, Settings], TrainingResult]:
+    from llm_engineering.training.dpo import train_dpo_job
+    from llm_engineering.training.sft import train_sft_job
+
+    return train_sft_job if name == "sft" else train_dpo_job
 
 
 def _formatted(folder: Path) -> DatasetDict:

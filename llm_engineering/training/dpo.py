@@ -17,10 +17,12 @@ from trl import DPOTrainer
 
 from llm_engineering.compute.device import Device, check_training, choose_device
 from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
+from llm_engineering.errors import RequestError
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
+from llm_engineering.training.job import Job
 from llm_engineering.training.policy import trained_policy
 from llm_engineering.training.resumable import ResumableTrainer
 from llm_engineering.training.run import (
@@ -89,6 +91,18 @@ def train_dpo(
         ],
         resume_from=resume_from,
     )
+
+
+def train_dpo_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
+    """`train_dpo` for a job, in this process, which may be one of several.
+
+    Raises:
+        RequestError: the job names no model to start from.
+    """
+    if job.start is None or not any(job.start.glob("*.safetensors")):
+        raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
+    config = DPOConfig.model_validate(job.config)
+    return train_dpo(data, job.start, config, job.setup, settings, job.parameters, job.resume_from)
 
 
 def _file_hash(path: Path) -> str:

@@ -43,8 +43,8 @@ class HeldOutTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
         """The batches of this process."""
         if ranks.world_size() == 1:
-            return super().get_eval_dataloader(eval_dataset)  # type: ignore[no-any-return]
-        rows = self._remove_unused_columns(self.eval_dataset, description="Evaluation")  # type: ignore[arg-type]
+            return super().get_eval_dataloader(eval_dataset)
+        rows = self._remove_unused_columns(self.eval_dataset, description="Evaluation")
         batches, self._shared_batches = evaluation_batches(
             len(rows), self.args.eval_batch_size, ranks.rank(), ranks.world_size()
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from llm_engineering.config import Block, DPOConfig, SFTConfig, TrainingSetup
+from llm_engineering.config import Block, TrainingSetup
 from llm_engineering.errors import RequestError
 
 # Both stand beside the job.
@@ -23,13 +23,15 @@ class Job(Block):
     """One stage with all that it needs.
 
     Attributes:
+        config: the stage's block of the recipe, which the stage reads; one of another stage is none of its business,
+            so that a change of DPO's code does not train SFT anew.
         data: a DatasetDict on disk, formatted, with the splits `train` and `validation`; None before it is written.
         start: for `dpo`, the folder of the SFT adapter or of the full SFT model.
         parameters: what Comet gets besides the hyperparameters.
     """
 
     stage: Stage
-    config: SFTConfig | DPOConfig
+    config: dict[str, Any]
     setup: TrainingSetup
     data: Path | None = None
     start: Path | None = None

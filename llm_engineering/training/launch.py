@@ -9,27 +9,34 @@ import shutil
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import DatasetDict
 
 from llm_engineering.compute.device import check_processes, choose_device
-from llm_engineering.config import DPOConfig, SFTConfig
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.settings import Settings
 from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import held
-from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.job import RESULT_FILE, Job, Result, read_failures
 from llm_engineering.training.processes import Ended, run_processes
 from llm_engineering.training.run import TrainingResult
-from llm_engineering.training.sft import train_sft
 
 
-def launch_training(job: Job, data: DatasetDict, settings: Settings, *, own_process: bool = False) -> TrainingResult:
+def launch_training(
+    train: Callable[[Job, DatasetDict, Settings], TrainingResult],
+    job: Job,
+    data: DatasetDict,
+    settings: Settings,
+    *,
+    own_process: bool = False,
+) -> TrainingResult:
     """Train in as many processes as the recipe says; one alone is this one.
 
     Args:
+        train: what trains the job's stage in one process, `train_sft_job` or `train_dpo_job`; others find it by the
+            stage's name.
         job: without `data`, which is given apart.
         data: as `train_sft` and `train_dpo` take it.
         own_process: train in another process also where one is enough.
@@ -59,17 +66,6 @@ def launch_training(job: Job, data: DatasetDict, settings: Settings, *, own_proc
             _clear(folder)
     summary = json.loads((result.report / "report.json").read_text(encoding="utf-8"))
     return TrainingResult(result.adapter, result.report, summary)
-
-
-def train(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """Train in this process, which may be one of several."""
-    if job.stage == "sft":
-        assert isinstance(job.config, SFTConfig)
-        return train_sft(data, job.config, job.setup, settings, job.parameters, job.resume_from)
-    assert isinstance(job.config, DPOConfig)
-    if job.start is None or not any(job.start.glob("*.safetensors")):
-        raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
-    return train_dpo(data, job.start, job.config, job.setup, settings, job.parameters, job.resume_from)
 
 
 def _run(file: Path, count: int, settings: Settings) -> None:

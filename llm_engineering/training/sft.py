@@ -17,6 +17,7 @@ from llm_engineering.config import SFTConfig, TrainConfig, TrainingSetup
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
+from llm_engineering.training.job import Job
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.resumable import ResumableTrainer
 from llm_engineering.training.run import (
@@ -77,6 +78,12 @@ def train_sft(
         label_rows=[(row["input_ids"], row["labels"]) for row in first],
         resume_from=resume_from,
     )
+
+
+def train_sft_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
+    """`train_sft` for a job, in this process, which may be one of several."""
+    config = SFTConfig.model_validate(job.config)
+    return train_sft(data, config, job.setup, settings, job.parameters, job.resume_from)
 
 
 class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):

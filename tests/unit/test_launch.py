@@ -20,6 +20,7 @@ from llm_engineering.training.heldout import evaluation_batches
 from llm_engineering.training.job import Job, read_job, write_failure
 from llm_engineering.training.launch import launch_training
 from llm_engineering.training.processes import Ended, run_processes
+from llm_engineering.training.sft import train_sft_job
 from tests.conftest import ROOT
 from tests.renew_references import STEPS
 
@@ -113,7 +114,7 @@ def job(tiny_model):
     compute = ComputeConfig(device="cpu", dtype="float32", num_processes=2)
     model = ModelConfig(name_or_path=str(tiny_model), revision="test")
     setup = TrainingSetup(model=model, max_length=64, compute=compute, tracking=TrackingConfig(comet="off"), seed=7)
-    return Job(stage="sft", config=SFTConfig(**STEPS), setup=setup, parameters={"run_id": "r"})
+    return Job(stage="sft", config=SFTConfig(**STEPS).model_dump(), setup=setup, parameters={"run_id": "r"})
 
 
 @pytest.fixture
@@ -136,7 +137,7 @@ def test_error_of_a_process_comes_back_as_it_was(job, data, settings, monkeypatc
             return ended
 
         monkeypatch.setattr(launch, "run_processes", run_processes)
-        launch_training(job, data, settings)
+        launch_training(train_sft_job, job, data, settings)
 
     with pytest.raises(RequestError, match="^The checkpoint is another's.$"):
         ends(Ended([-9, 2], [], None), (1, RequestError("The checkpoint is another's.")))
@@ -159,11 +160,11 @@ def test_error_of_a_process_comes_back_as_it_was(job, data, settings, monkeypatc
 
 def test_processes_of_one_job_are_started_once(job, data, settings, monkeypatch):
     def again(command, environments):
-        launch_training(job, data, settings)
+        launch_training(train_sft_job, job, data, settings)
 
     monkeypatch.setattr(launch, "run_processes", again)
     with pytest.raises(RequestError, match="Another process trains this very run"):
-        launch_training(job, data, settings)
+        launch_training(train_sft_job, job, data, settings)
 
 
 def test_secrets_are_in_no_job(job, monkeypatch):
@@ -179,7 +180,7 @@ def test_own_process_is_one_alone_and_gives_the_same_result(data, job, settings,
     )
     alone = job.setup.model_copy(update={"compute": job.setup.compute.one_process})
     with pytest.raises(WorkError):
-        launch_training(job.model_copy(update={"setup": alone}), data, settings, own_process=True)
+        launch_training(train_sft_job, job.model_copy(update={"setup": alone}), data, settings, own_process=True)
     (environment,) = seen
     assert "WORLD_SIZE" not in environment
     assert environment[ranks.LAUNCHER] == str(os.getpid())
