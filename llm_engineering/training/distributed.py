@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer
 
 from llm_engineering.config import ComputeConfig, TrainConfig
+from llm_engineering.errors import WorkError
 
 
 def distributed_arguments(compute: ComputeConfig) -> dict[str, Any]:
@@ -46,3 +47,25 @@ def sizes_text(config: TrainConfig, compute: ComputeConfig) -> str:
     factors = f"{config.per_device_train_batch_size} per device × {config.gradient_accumulation_steps} accumulated"
     shared = f" × {compute.num_processes} processes" if compute.num_processes > 1 else ""
     return f"effective batch {effective_batch(config, compute)} = {factors}{shared}"
+
+
+def halved(config: TrainConfig, *, training: bool) -> TrainConfig:
+    """Smaller batches, of training with as much more accumulation, so that the effective batch stays.
+
+    Raises:
+        WorkError: there is no smaller batch than one row.
+    """
+    size = config.per_device_train_batch_size if training else config.per_device_eval_batch_size
+    if size == 1:
+        raise WorkError(
+            f"Out of memory in {'training' if training else 'evaluation'}, with one row at a time. Lower "
+            "formatting.max_length, set gradient_checkpointing, or take a smaller model."
+        )
+    # Half, or of an odd size the next one that divides it.
+    smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
+    if not training:
+        return config.model_copy(update={"per_device_eval_batch_size": smaller})
+    accumulated = config.gradient_accumulation_steps * (size // smaller)
+    return config.model_copy(
+        update={"per_device_train_batch_size": smaller, "gradient_accumulation_steps": accumulated}
+    )

@@ -33,7 +33,13 @@ from llm_engineering.settings import Settings
 from llm_engineering.tracking import CometRun
 from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
-from llm_engineering.training.distributed import distributed_arguments, effective_batch, sizes_text, whole_weights
+from llm_engineering.training.distributed import (
+    distributed_arguments,
+    effective_batch,
+    halved,
+    sizes_text,
+    whole_weights,
+)
 from llm_engineering.training.interruption import Interruption
 from llm_engineering.training.policy import save_policy
 from llm_engineering.training.report import write_training_report
@@ -229,28 +235,6 @@ def run_training(
         # The adapter is complete: what was kept to resume from has done its work.
         shutil.rmtree(checkpoints, ignore_errors=True)
     return TrainingResult(adapter, report, summary)
-
-
-def halved(config: TrainConfig, *, training: bool) -> TrainConfig:
-    """Smaller batches, of training with as much more accumulation, so that the effective batch stays.
-
-    Raises:
-        WorkError: there is no smaller batch than one row.
-    """
-    size = config.per_device_train_batch_size if training else config.per_device_eval_batch_size
-    if size == 1:
-        raise WorkError(
-            f"Out of memory in {'training' if training else 'evaluation'}, with one row at a time. Lower "
-            "formatting.max_length, set gradient_checkpointing, or take a smaller model."
-        )
-    # Half, or of an odd size the next one that divides it.
-    smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
-    if not training:
-        return config.model_copy(update={"per_device_eval_batch_size": smaller})
-    accumulated = config.gradient_accumulation_steps * (size // smaller)
-    return config.model_copy(
-        update={"per_device_train_batch_size": smaller, "gradient_accumulation_steps": accumulated}
-    )
 
 
 def _train(

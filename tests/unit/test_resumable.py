@@ -17,9 +17,9 @@ from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, Train
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.training import telemetry
 from llm_engineering.training.checkpoints import held, newest_complete, publish
+from llm_engineering.training.distributed import halved
 from llm_engineering.training.divergence import EXPLOSION_FACTOR, LossWatch, rows_of
 from llm_engineering.training.interruption import Interruption
-from llm_engineering.training.run import halved
 from llm_engineering.training.sft import train_sft
 
 CONFIG = SFTConfig(
