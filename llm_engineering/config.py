@@ -432,7 +432,7 @@ class ComputeConfig(Block):
 
 
 class TrackingConfig(Block):
-    """Where metrics go."""
+    """Where metrics go: to Comet, and to what `report_to` names besides (names as transformers has them)."""
 
     comet: Literal["auto", "offline", "off"] = "auto"
     project_name: str = "llm-engineering"
@@ -451,6 +451,7 @@ class TrainingSetup(Block):
     tracking: TrackingConfig
     seed: int
 
+    report_to: list[Literal["tensorboard", "wandb"]] = []
 
 class Recipe(Block):
     """The whole chain."""

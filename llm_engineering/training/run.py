@@ -29,7 +29,7 @@ from llm_engineering.compute.device import Device, choose_optimiser
 from llm_engineering.config import TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
 from llm_engineering.settings import Settings
-from llm_engineering.tracking import CometRun
+from llm_engineering.tracking import Trackers
 from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
 from llm_engineering.training.interruption import Interruption
 from llm_engineering.training.policy import save_policy
@@ -153,16 +153,16 @@ def run_training(
     checkpoints = folder / "checkpoints"
     if resume_from is not None:
         given_checkpoint(resume_from, identity)
-    comet = CometRun.start(setup.tracking, settings, name=folder.name, tags=[stage, setup.model.name_or_path])
+    trackers = Trackers.start(setup.tracking, settings, folder, tags=[stage, setup.model.name_or_path])
     try:
         logged = {**config.model_dump(), **setup.model_dump(), **device_facts(device), **parameters}
-        comet.log_parameters(_flat(logged))
+        trackers.log_parameters(_flat(logged))
         transformers.logging.set_verbosity_error()
         with held(folder):
             used = config
             checkpoint = resume_from or newest_complete(checkpoints, identity)
             while True:
-                telemetry = TelemetryCallback(stage, comet)
+                telemetry = TelemetryCallback(stage, trackers)
                 # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
                 transformers.set_seed(setup.seed)
                 trainer = build(used, telemetry)
@@ -190,7 +190,7 @@ def run_training(
             save_policy(trainer.model, setup.model, adapter)
             tokenizer.save_pretrained(str(adapter))
     finally:
-        place = comet.end()
+        places = trackers.end()
     summary = {
         "stage": stage,
         "steps": trainer.state.global_step,
@@ -202,7 +202,8 @@ def run_training(
         "peak_memory_bytes": peak_memory_bytes(),
         "device": device_facts(device),
         "device_reasons": device.reasons,
-        "comet": place,
+        "comet": places.pop("comet"),
+        "trackers": places,
         "config": config.model_dump(),
         "history": history,
     }
