@@ -350,12 +350,23 @@ class SFTConfig(TrainConfig):
     """Supervised fine-tuning with TRL's SFTTrainer.
 
     `method` is also what DPO goes on with: `full` trains all weights, `lora` an adapter (the block `lora`), `qlora` an
-    adapter on a base model in 4 bits (nf4), which needs CUDA.
+    adapter on a base model in 4 bits (nf4), which needs CUDA. `train_sampling_strategy: group_by_length` puts rows of
+    about one length into a batch, so that less is padded, where rows are not packed.
     """
 
     method: Method = "lora"
     lora: LoraConfig = LoraConfig()
     packing: bool = True
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+
+    @model_validator(mode="after")
+    def _sampling(self) -> Self:
+        if self.packing and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy {self.train_sampling_strategy} has no effect with packing, which fills every "
+                "row to max_length: set packing to false, or remove it"
+            )
+        return self
 
 
 # TRL 1.14's losses of a pair. Its `sft` is none: it leaves the rejected answer out.

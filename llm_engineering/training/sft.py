@@ -105,6 +105,9 @@ def sft_trainer(
         eval_packing=False,
     )
     columns = ["input_ids", "labels"]
+        # unsloth would turn it on where it is not set.
+        padding_free=False,
+        train_sampling_strategy=config.train_sampling_strategy,
     return ResumableSFTTrainer(
         model=policy,
         args=arguments,
