@@ -434,18 +434,24 @@ class PromotionConfig(Block):
 
 
 class ComputeConfig(Block):
-    """Where training runs and in which precision."""
+    """Where training runs, in which precision, and what loads the model that is trained.
+
+    `backend: auto` is unsloth where CUDA and the package are there and the recipe asks for nothing that it lacks, else
+    transformers.
+    """
 
     target: Literal["local"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    backend: Literal["auto", "transformers", "unsloth"] = "auto"
 
 
 class TrackingConfig(Block):
     """Where metrics go: to Comet, and to what `report_to` names besides (names as transformers has them)."""
 
     comet: Literal["auto", "offline", "off"] = "auto"
+    report_to: list[Literal["tensorboard", "wandb"]] = []
     project_name: str = "llm-engineering"
     workspace: str | None = None
 
@@ -462,7 +468,6 @@ class TrainingSetup(Block):
     tracking: TrackingConfig
     seed: int
 
-    report_to: list[Literal["tensorboard", "wandb"]] = []
 
 class Recipe(Block):
     """The whole chain."""
@@ -518,6 +523,17 @@ class Recipe(Block):
             )
         if self.compute.device == "cpu" and self.compute.attn_implementation == "flash_attention_2":
             raise ValueError("compute.attn_implementation flash_attention_2 needs CUDA: use sdpa, or auto")
+        if self.compute.backend == "unsloth" and self.compute.device == "cpu":
+            raise ValueError("compute.backend unsloth needs CUDA, and compute.device is cpu: use transformers, or auto")
+        if self.compute.backend == "unsloth" and self.sft.lora.use_dora:
+            raise ValueError(
+                "compute.backend unsloth has no kernels for sft.lora.use_dora: use transformers, or auto, or no DoRA"
+            )
+        if self.compute.backend == "unsloth" and self.sft.method == "full" and self.sft.packing:
+            raise ValueError(
+                "compute.backend unsloth trains sft.method full with a forward that is not told where packed rows begin: "
+                "set sft.packing to false, or use transformers"
+            )
         if self.tracking.comet != "auto" and self.tracking.workspace is not None:
             raise ValueError(
                 f"tracking.workspace is only used online, and tracking.comet is {self.tracking.comet}: remove one"

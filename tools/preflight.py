@@ -6,7 +6,7 @@ import importlib.metadata
 import subprocess
 from collections.abc import Sequence
 
-from llm_engineering.compute.device import check_training, choose_device
+from llm_engineering.compute.device import check_training, choose_backend, choose_device
 from llm_engineering.config import EMBEDDED_MODEL, ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
@@ -16,6 +16,7 @@ from llm_engineering.generation.client import check_access
 from llm_engineering.models import load_tokenizer, pin_revision
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
+from llm_engineering.tracking import check_trackers
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT
 
@@ -34,6 +35,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     device = choose_device(recipe.compute)
     check_training("sft", recipe.sft.method, recipe.sft.optim, device)
     check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
+    choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+    check_trackers(recipe.tracking)
     data = recipe.data
     documents = documents_hash(recipe.documents) if data.instructions is None else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)

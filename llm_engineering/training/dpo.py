@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from llm_engineering.compute.device import Device, check_training, choose_device
+from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
 from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
@@ -31,6 +32,7 @@ from llm_engineering.training.run import (
     work_folder,
 )
 from llm_engineering.training.telemetry import TelemetryCallback
+from llm_engineering.training.unsloth_policy import Loading
 
 LABEL_PAIRS = 2
 
@@ -54,7 +56,7 @@ def train_dpo(
     Raises:
         WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
-    device = choose_device(setup.compute)
+    device = choose_backend(choose_device(setup.compute), setup.compute, setup.method, use_dora=_uses_dora(sft_adapter))
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     check_training("dpo", setup.method, config.optim, device)
     check_labels(data, tokenizer)
@@ -64,7 +66,8 @@ def train_dpo(
 
     def build(used: TrainConfig, telemetry: TelemetryCallback) -> _FormattedDPOTrainer:
         assert isinstance(used, DPOConfig)
-        policy = trained_policy(setup.model, sft_adapter, settings, device, setup.method)
+        loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
+        policy = trained_policy(setup.model, sft_adapter, settings, device, setup.method, loading)
         # A policy with an adapter holds its reference as a second one.
         start = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
         return dpo_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry, start)
@@ -89,6 +92,11 @@ def train_dpo(
         ],
         resume_from=resume_from,
     )
+
+
+def _uses_dora(adapter: Path) -> bool:
+    config = adapter / "adapter_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8"))["use_dora"])
 
 
 def _file_hash(path: Path) -> str:

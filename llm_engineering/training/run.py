@@ -94,7 +94,8 @@ def training_arguments(config: TrainConfig, device: Device, seed: int, folder: P
         "warmup_steps": config.warmup_ratio,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        # unsloth turned its own on when it loaded the model.
+        "gradient_checkpointing": config.gradient_checkpointing and device.backend == "transformers",
         "optim": choose_optimiser(config.optim, device)[0],
         "load_best_model_at_end": config.load_best,
         "metric_for_best_model": "eval_loss",
@@ -266,11 +267,12 @@ def _sizes(config: TrainConfig) -> str:
 
 
 def device_facts(device: Device) -> dict[str, str]:
-    """Device, precision and attention as text."""
+    """Device, precision, attention and backend as text."""
     return {
         "device": device.name,
         "dtype": str(device.dtype).removeprefix("torch."),
         "attn_implementation": device.attn_implementation,
+        "backend": device.backend,
     }
 
 
