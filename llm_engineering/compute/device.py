@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -98,6 +99,12 @@ def choose_backend(device: Device, compute: ComputeConfig, method: Method, *, us
         return device._replace(reasons=[*device.reasons, f"backend transformers: not unsloth, for {problem}"])
     why = "backend unsloth: it is installed, and its kernels train adapters faster and in less memory"
     return device._replace(backend="unsloth", reasons=[*device.reasons, why])
+
+
+def uses_dora(trained: Path) -> bool:
+    """Whether a folder holds an adapter with DoRA; a full model is none."""
+    config = trained / "adapter_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8"))["use_dora"])
 
 
 def import_backend(device: Device, cache_dir: Path) -> None:

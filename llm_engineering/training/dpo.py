@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
+from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device, uses_dora
 from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
@@ -56,7 +55,7 @@ def train_dpo(
     Raises:
         WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
-    device = choose_backend(choose_device(setup.compute), setup.compute, setup.method, use_dora=_uses_dora(sft_adapter))
+    device = choose_backend(choose_device(setup.compute), setup.compute, setup.method, use_dora=uses_dora(sft_adapter))
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     check_training("dpo", setup.method, config.optim, device)
     check_labels(data, tokenizer)
@@ -92,11 +91,6 @@ def train_dpo(
         ],
         resume_from=resume_from,
     )
-
-
-def _uses_dora(adapter: Path) -> bool:
-    config = adapter / "adapter_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8"))["use_dora"])
 
 
 def _file_hash(path: Path) -> str:
