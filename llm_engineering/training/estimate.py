@@ -25,12 +25,12 @@ from llm_engineering.training.policy import lora_config
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 # TRL's SFT loss computes this many tokens' logits at a time, and forgets them.
 LOGITS_CHUNK = 256
-# What is there without a model: on a CPU Python with torch, transformers and TRL (515 MiB) and what they take when a
-# first step runs (200 MiB; benchmarks/estimate), on a card the context and workspaces of CUDA and cuBLAS.
+# What is there besides: on a CPU Python with torch, transformers and TRL (515 MiB), and what the C library keeps of freed
+# memory (200 MiB; both measured by benchmarks/estimate), on a card the context and workspaces of CUDA and cuBLAS.
 OVERHEAD_BYTES = {"cpu": 715 * 2**20, "cuda": 1024 * 2**20}
 # The share of the matmul rate that training reaches. CPU: measured by benchmarks/estimate. CUDA: the 38 to 43 % that
 # Llama 3 reports of the card's peak (arXiv:2407.21783, table 4); not measured here.
-UTILISATION = {"cpu": 0.5, "cuda": 0.4}
+UTILISATION = {"cpu": 0.6, "cuda": 0.4}
 GIB = 2**30
 
 
@@ -179,7 +179,7 @@ def peak_memory(found: Shapes, config: TrainConfig, device: Device, method: Meth
     - gradients: float32 for each trained weight. With accumulation they are there during the next backward too;
       without it, they come as activations go.
     - activations: what autograd keeps of a forward, and as much as one layer keeps for the gradients on their way
-      back. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and all of one layer.
+      back. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and once what one layer keeps.
     - logits: vocabulary × tokens. TRL's SFT loss holds 256 tokens' at a time, four times over in float32; DPO's holds
       all tokens', three times over.
 
@@ -197,7 +197,7 @@ def peak_memory(found: Shapes, config: TrainConfig, device: Device, method: Meth
     one_layer = found.activations / found.layers
     activations = found.activations + one_layer
     if config.gradient_checkpointing:
-        activations = tokens * found.hidden * found.hidden_bytes * found.layers + 2 * one_layer
+        activations = tokens * found.hidden * found.hidden_bytes * found.layers + one_layer
     logits = 16.0 * min(tokens, LOGITS_CHUNK) * found.vocabulary
     if is_dpo:
         logits = 3.0 * (2 if half else 4) * tokens * found.vocabulary

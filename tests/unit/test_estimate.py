@@ -35,9 +35,9 @@ STEPS = {
 }  # fmt: skip
 LORA = SFTConfig(**STEPS)
 DPO = DPOConfig(**STEPS)
-# Of tests/tiny_models: two layers of width 32, four heads of 8 with two for keys, an MLP of 64, 300 tokens.
+# Of tests/tiny_models: two layers of width 32, four heads of 8 with two for keys, an MLP of 64, 281 tokens.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
-HEAD = 300 * 32
+HEAD = 281 * 32
 FOUND = Shapes(
     weights=1000.0, trained=100, matmul=10**6, activations=8000, layers=4, hidden=16, hidden_bytes=2, vocabulary=50,
     attention_width=64,
@@ -57,7 +57,7 @@ def test_shapes_are_those_of_the_model(tiny):
     assert found.trained == adapter
     assert found.matmul == 2 * LAYER + HEAD
     assert found.weights == 4 * (2 * LAYER + 2 * HEAD + norms)
-    assert (found.layers, found.hidden, found.vocabulary, found.attention_width) == (2, 32, 300, 2 * 4 * 8)
+    assert (found.layers, found.hidden, found.vocabulary, found.attention_width) == (2, 32, 281, 2 * 4 * 8)
     half = shapes(tiny, LORA, CARD, 2, 16)
     assert half.weights == found.weights / 2
     assert half.trained == adapter
@@ -80,9 +80,11 @@ def test_activations_grow_with_tokens_and_eager_attention_with_their_square(tiny
         return shapes(tiny, LORA, CPU._replace(attn_implementation=attention), rows, length).activations
 
     assert kept("sdpa", 4, 16) == pytest.approx(2 * kept("sdpa", 2, 16), rel=0.05)
-    assert kept("sdpa", 2, 128) == pytest.approx(8 * kept("sdpa", 2, 16), rel=0.1)
-    # Four heads' probabilities of two layers in float32, at the least.
-    assert kept("eager", 1, 256) - kept("sdpa", 1, 256) >= 2 * 4 * 256 * 256 * 4
+    # What grows with the square are four heads' probabilities of two layers in float32.
+    square = {attention: kept(attention, 1, 512) - 2 * kept(attention, 1, 256) for attention in ("sdpa", "eager")}
+    assert square["eager"] >= 2 * 256 * 256 * (2 * 4 * 4)
+    # With sdpa it is the mask alone, a number for each pair of tokens in each layer.
+    assert square["sdpa"] <= 2 * 256 * 256 * (2 * 4)
 
 
 def test_big_model_needs_no_memory_to_be_estimated():
@@ -95,7 +97,7 @@ def test_big_model_needs_no_memory_to_be_estimated():
     # 8.03 billion weights in bfloat16; each layer's input is kept: 2 · 2,048 · 4,096 · 2 bytes · 32 layers.
     assert found.weights == pytest.approx(8.03e9 * 2, rel=1e-3)
     memory = peak_memory(found, config, CARD, "lora", 2, 2048)
-    assert memory.activations - 2 * found.activations / 32 == 2 * 2048 * 4096 * 2 * 32
+    assert memory.activations - found.activations / 32 == 2 * 2048 * 4096 * 2 * 32
 
 
 @pytest.mark.parametrize(
@@ -105,8 +107,8 @@ def test_big_model_needs_no_memory_to_be_estimated():
         (LORA, "lora", CPU, (1400, 0, 0, 800, 10000, 16000)),
         (LORA.model_copy(update={"optim": "adamw_8bit"}), "lora", CARD, (1400, 0, 0, 200, 10000, 16000)),
         (LORA.model_copy(update={"gradient_accumulation_steps": 2}), "full", CPU, (1000, 0, 400, 800, 10000, 16000)),
-        # 20 tokens · 16 wide · 2 bytes · 4 layers, and twice one layer
-        (LORA.model_copy(update={"gradient_checkpointing": True}), "lora", CPU, (1400, 0, 0, 800, 6560, 16000)),
+        # 20 tokens · 16 wide · 2 bytes · 4 layers, and one layer
+        (LORA.model_copy(update={"gradient_checkpointing": True}), "lora", CPU, (1400, 0, 0, 800, 4560, 16000)),
         # the reference: a second adapter, or a second model; logits of all tokens, three times
         (DPO, "lora", CPU, (1400, 400, 0, 800, 10000, 3 * 4 * 20 * 50)),
         (DPO, "full", CARD, (1000, 1000, 0, 800, 10000, 3 * 2 * 20 * 50)),
@@ -150,14 +152,14 @@ def test_passes_through_the_model():
 
 
 def test_real_peaks_are_within_a_quarter():
-    """Really trained, each in a process of its own; both figures without what was there before the model."""
+    """Really trained, each in a process of its own, which gives freed memory back."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.estimate", "--small"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=True)
     cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(cases) == 4
     for case in cases:
-        assert case["estimated_by_peak"] == pytest.approx(1, abs=0.25), case
+        assert case["parts_by_used"] == pytest.approx(1, abs=0.25), case
 
 
 def test_matmul_rate_is_a_rate():
@@ -170,14 +172,14 @@ def recipe(*overrides):
 
 
 def test_tokens_of_documents_and_of_files(tmp_path):
-    (tmp_path / "one.txt").write_text("A lamp stands on the table and gives light to the room. " * 6)
+    (tmp_path / "one.txt").write_text("A lamp stands on the table and gives light to the room.")
     local = [f"documents.path={tmp_path}", "documents.passage_min_chars=20", "documents.passage_max_chars=1000"]
     tokens, source = tokens_of(recipe(*local), "sft")
-    # One passage of 335 characters, a question of at most 32 tokens, 30 of the template; three quarters are trained on.
-    assert tokens == pytest.approx(0.75 * (335 / 4 + 32 + 30))
+    # One passage of 55 characters, a question of at most 32 tokens, 30 of the template; three quarters are trained on.
+    assert tokens == pytest.approx(0.75 * (55 / 4 + 32 + 30))
     assert "each of 1 passages" in source
     pairs, _ = tokens_of(recipe(*local), "dpo")
-    assert pairs == pytest.approx(0.75 * (335 / 4 + 2 * (32 + 30) + 64))
+    assert pairs == pytest.approx(0.75 * (55 / 4 + 2 * (32 + 30) + 64))
     own = tmp_path / "rows.jsonl"
     own.write_text("x" * 4000)
     assert tokens_of(recipe(f"data.instructions={own}"), "sft") == (pytest.approx(750), "the size of rows.jsonl")
