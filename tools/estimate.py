@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
 from llm_engineering.config import DPOConfig, Recipe, TrainConfig
 from llm_engineering.documents.passages import cut_passages
@@ -47,25 +49,32 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
     """What training takes here, as lines for people. Nothing is downloaded but the model's configuration."""
     if not stages:
         return []
+    lines: list[str] = []
     try:
         device = _device(recipe)
     except RequestError as error:
-        return [f"No estimate for this machine, which cannot train this recipe: {error}"]
+        lines.append(f"This machine cannot train this recipe: {error}")
+        device = _a_card(recipe)
     try:
         found = {stage: _shapes(recipe, stage, device) for stage in stages}
     except (OSError, ValueError) as error:
-        return [f"No estimate: the configuration of {recipe.model.name_or_path} cannot be read ({_first(error)})."]
-    lines = [f"On this machine ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):"]
-    rate = matmul_rate(device)
+        reason = f"the configuration of {recipe.model.name_or_path} cannot be read ({_first(error)})"
+        return [*lines, f"No estimate: {reason}."]
+    here = not lines
+    where = "On this machine" if here else "On a card"
+    lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
+    rate = matmul_rate(device) if here else 0.0
     for stage in stages:
         config = _config(recipe, stage)
         memory = _memory(recipe, config, found[stage], device)
-        lines.append(f"{stage}: at most {memory} at its peak; {free_memory(device) / GIB:.1f} GiB are free")
-        warning = _warning(recipe, stage, config, memory, device)
-        lines += [f"WARNING: {warning}"] if warning else []
-        lines.append(f"{stage}: {_time(recipe, stage, config, found[stage], rate, device)}")
-    if device.backend == "unsloth":
-        lines.append("unsloth takes less memory and time than these figures, which are those of transformers.")
+        free = f"; {free_memory(device) / GIB:.1f} GiB are free" if here else ""
+        lines.append(f"{stage}: about {memory} at its peak, with rows of max_length{free}")
+        if here:
+            warning = _warning(recipe, stage, config, memory, device)
+            lines += [f"WARNING: {warning}"] if warning else []
+            lines.append(f"{stage}: {_time(recipe, stage, config, found[stage], rate, device)}")
+    if recipe.compute.backend == "unsloth" or device.backend == "unsloth":
+        lines.append("These figures are those of transformers: unsloth is to take less memory and time.")
     return lines
 
 
@@ -125,6 +134,12 @@ def _device(recipe: Recipe) -> Device:
     check_training("sft", recipe.sft.method, recipe.sft.optim, device)
     check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
     return choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+
+
+def _a_card(recipe: Recipe) -> Device:
+    """A card that is not here, for what the recipe would need on one."""
+    dtype = torch.bfloat16 if recipe.compute.dtype == "auto" else getattr(torch, recipe.compute.dtype)
+    return Device("cuda", dtype, "sdpa", [])
 
 
 def _config(recipe: Recipe, stage: str) -> TrainConfig:

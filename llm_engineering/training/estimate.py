@@ -6,7 +6,7 @@ Nothing is loaded: the model is built of fake tensors, which have shapes and no 
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -162,7 +162,8 @@ def _materialise(model: nn.Module) -> set[int]:
         return fakes[id(tensor)]
 
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
     return {tensor.untyped_storage()._cdata for tensor in fakes.values()}
 

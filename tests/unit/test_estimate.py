@@ -189,7 +189,7 @@ def test_tokens_of_documents_and_of_files(tmp_path):
 def test_dry_run_tells_memory_time_and_what_is_free(small_llama, monkeypatch, caplog):
     own = recipe(f"model.name_or_path={small_llama}", "formatting.chat_template=alpaca")
     text = "\n".join(estimate_lines(own, stages_of("retrain")))
-    for words in ("On this machine (cpu, float32, transformers)", "sft: at most", "dpo: at most", "GiB are free"):
+    for words in ("On this machine (cpu, float32, transformers)", "sft: about", "dpo: about", "GiB are free"):
         assert words in text
     assert "tokens (one row for each of" in text
     assert "WARNING" not in text
@@ -203,12 +203,21 @@ def test_dry_run_tells_memory_time_and_what_is_free(small_llama, monkeypatch, ca
     assert [record.message.split()[0] for record in caplog.records if "may need" in record.message] == ["sft", "dpo"]
 
 
-def test_recipe_of_another_machine_has_no_estimate_but_a_reason():
+def test_recipe_for_a_card_is_estimated_without_one(small_llama):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    card = load_recipe(ROOT / "configs" / "cuda_8b.yaml")
-    (line,) = estimate_lines(card, ["sft"])
-    assert "cannot train this recipe: compute.device is cuda" in line
+    card = load_recipe(ROOT / "configs" / "cuda_8b.yaml", [f"model.name_or_path={small_llama}"])
+    reason, where, memory, note = estimate_lines(card, ["sft"])
+    assert "cannot train this recipe: compute.device is cuda" in reason
+    assert where == "On a card (cuda, bfloat16, transformers):"
+    assert "at its peak" in memory
+    assert "free" not in memory
+    assert "unsloth" in note
+
+
+def test_model_that_cannot_be_looked_up_has_no_estimate():
+    (line,) = estimate_lines(recipe("model.name_or_path=nobody/no-such-model"), ["sft"])
+    assert line.startswith("No estimate: the configuration of nobody/no-such-model cannot be read (")
 
 
 def test_remedies_are_those_that_are_left():
