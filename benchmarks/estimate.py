@@ -241,7 +241,12 @@ def main() -> None:
     for line in results:
         print(json.dumps(line))
     if arguments.write:
-        figures = {"machine": machine(), "torch": torch.__version__, "cases": results}
+        figures = {
+            "machine": machine(),
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "cases": results,
+        }
         RESULTS.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
