@@ -350,12 +350,23 @@ class SFTConfig(TrainConfig):
     """Supervised fine-tuning with TRL's SFTTrainer.
 
     `method` is also what DPO goes on with: `full` trains all weights, `lora` an adapter (the block `lora`), `qlora` an
-    adapter on a base model in 4 bits (nf4), which needs CUDA.
+    adapter on a base model in 4 bits (nf4), which needs CUDA. `train_sampling_strategy: group_by_length` puts rows of
+    about one length into a batch, so that less is padded, where rows are not packed.
     """
 
     method: Method = "lora"
     lora: LoraConfig = LoraConfig()
     packing: bool = True
+    train_sampling_strategy: Literal["random", "group_by_length"] = "random"
+
+    @model_validator(mode="after")
+    def _sampling(self) -> Self:
+        if self.packing and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy {self.train_sampling_strategy} has no effect with packing, which fills every "
+                "row to max_length: set packing to false, or remove it"
+            )
+        return self
 
 
 # TRL 1.14's losses of a pair. Its `sft` is none: it leaves the rejected answer out.
@@ -423,17 +434,21 @@ class PromotionConfig(Block):
 
 
 class ComputeConfig(Block):
-    """Where training runs, in which precision, and in how many processes.
+    """Where training runs, in which precision, in how many processes, and what loads the model that is trained.
 
     On CUDA each of the `num_processes` has a card of its own. `distributed` is what they share: with `ddp` each holds
     the whole model and they average gradients; `fsdp2` shards weights, gradients and optimiser state over them;
     `deepspeed` shards what `zero_stage` says (1 the optimiser state, 2 gradients too, 3 weights too).
+
+    `backend: auto` is unsloth where CUDA and the package are there and the recipe asks for nothing that it lacks, else
+    transformers.
     """
 
     target: Literal["local"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    backend: Literal["auto", "transformers", "unsloth"] = "auto"
     num_processes: int = Field(1, ge=1)
     distributed: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     zero_stage: Literal[1, 2, 3] | None = None
@@ -459,9 +474,10 @@ class ComputeConfig(Block):
 
 
 class TrackingConfig(Block):
-    """Where metrics go."""
+    """Where metrics go: to Comet, and to what `report_to` names besides (names as transformers has them)."""
 
     comet: Literal["auto", "offline", "off"] = "auto"
+    report_to: list[Literal["tensorboard", "wandb"]] = []
     project_name: str = "llm-engineering"
     workspace: str | None = None
 
@@ -549,6 +565,17 @@ class Recipe(Block):
             raise ValueError(
                 "dpo.precompute_ref_log_probs is for compute.num_processes 1: set it to false, and the reference is "
                 "asked at every step"
+            )
+        if self.compute.backend == "unsloth" and self.compute.device == "cpu":
+            raise ValueError("compute.backend unsloth needs CUDA, and compute.device is cpu: use transformers, or auto")
+        if self.compute.backend == "unsloth" and self.sft.lora.use_dora:
+            raise ValueError(
+                "compute.backend unsloth has no kernels for sft.lora.use_dora: use transformers, or auto, or no DoRA"
+            )
+        if self.compute.backend == "unsloth" and self.sft.method == "full" and self.sft.packing:
+            raise ValueError(
+                "compute.backend unsloth trains sft.method full with a forward that is not told where packed rows begin: "
+                "set sft.packing to false, or use transformers"
             )
         if self.tracking.comet != "auto" and self.tracking.workspace is not None:
             raise ValueError(

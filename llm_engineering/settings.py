@@ -24,6 +24,7 @@ class Settings(BaseSettings):
     comet_api_key: SecretStr | None = None
     hf_token: SecretStr | None = None
     openai_api_key: SecretStr | None = None
+    wandb_api_key: SecretStr | None = None
     llm_cache_dir: Path = Field(default_factory=_cache_home)
     llm_output_dir: Path = Path("outputs")
 

@@ -65,6 +65,7 @@ def settings(tmp_path, monkeypatch) -> Settings:
     monkeypatch.setenv("LLM_OUTPUT_DIR", str(tmp_path / "outputs"))
     monkeypatch.delenv("COMET_API_KEY", raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setitem(Settings.model_config, "env_file", None)
     return Settings()

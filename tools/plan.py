@@ -1,10 +1,11 @@
-"""What a run would do, without doing it: the resolved recipe and the steps."""
+"""What a run would do, without doing it: the resolved recipe, the steps, and what training would take."""
 
 from __future__ import annotations
 
 import yaml
 
 from llm_engineering.config import Recipe
+from tools.estimate import estimate_lines, stages_of
 
 
 def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
@@ -24,8 +25,9 @@ def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
 
 
 def print_plan(pipeline: str, recipe: Recipe) -> None:
-    """Print the resolved recipe as YAML, then the steps."""
+    """Print the resolved recipe as YAML, the steps, and the memory and time that training would take here."""
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")
     if pipeline == "dpo":
         print("If no SFT model of this recipe is registered, sft runs first.")
+    print("\n" + "\n".join(estimate_lines(recipe, stages_of(pipeline))))

@@ -6,16 +6,18 @@ import importlib.metadata
 import subprocess
 from collections.abc import Sequence
 
-from llm_engineering.compute.device import check_processes, check_training, choose_device
+from llm_engineering.compute.device import check_processes, check_training, choose_backend, choose_device
 from llm_engineering.config import EMBEDDED_MODEL, ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.formatting.chat_template import check_chat_template, pin_chat_template
 from llm_engineering.generation.client import check_access
-from llm_engineering.models import load_tokenizer, pin_revision
+from llm_engineering.models import load_config, load_tokenizer, pin_revision
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
+from llm_engineering.tracking import check_trackers
+from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT
 
@@ -35,6 +37,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     check_processes(recipe.compute, device)
     check_training("sft", recipe.sft.method, recipe.sft.optim, device)
     check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
+    device = choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+    check_trackers(recipe.tracking)
     data = recipe.data
     documents = documents_hash(recipe.documents) if data.instructions is None else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
@@ -46,6 +50,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
     )
     _check_tokenizer(recipe)
+    if device.backend == "unsloth" and recipe.sft.packing:
+        check_packable(load_config(recipe.model, Settings()).model_type)
     sft_stage = {
         "inputs": [documents, instructions, evaluation],
         "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),

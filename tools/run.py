@@ -41,9 +41,11 @@ def _run(arguments: argparse.Namespace) -> int:
         print_plan(arguments.pipeline, recipe)
         return 0
     # Only now the slow imports: a wrong recipe is told at once.
+    from tools.estimate import stages_of, warn_of_memory
     from tools.preflight import preflight
 
     recipe, inputs = preflight(recipe)
+    warn_of_memory(recipe, stages_of(arguments.pipeline))
     prepare_zenml()
     from tools import launch, summary
 

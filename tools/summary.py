@@ -36,11 +36,12 @@ class RunResult(BaseModel):
     samples: list[dict[str, Any]]
     promotion: dict[str, Any]
     comet: dict[str, str]
+    trackers: dict[str, dict[str, str]]
     duration_s: float
 
     def as_json(self) -> dict[str, Any]:
         """The part that is promised to machines."""
-        names = {"run_id", "status", "pipeline", "artifacts", "metrics", "comet", "duration_s"}
+        names = {"run_id", "status", "pipeline", "artifacts", "metrics", "comet", "trackers", "duration_s"}
         return self.model_dump(include=names)
 
 
@@ -85,6 +86,8 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
         samples=evaluation.get("samples", []),
         promotion=decision,
         comet=newest.get("comet", {}),
+        # A report that was made before there were others than Comet has none.
+        trackers=newest.get("trackers", {}),
         duration_s=round(duration_s, 1),
     )
 
@@ -135,6 +138,9 @@ def print_table(result: RunResult, file: TextIO) -> None:
         places.add_row(f"{name} v{artifact['version']}", artifact["uri"])
     for name, place in result.comet.items():
         places.add_row(f"Comet {name}", place)
+    for tracker, found in result.trackers.items():
+        for name, place in found.items():
+            places.add_row(f"{tracker} {name}", place)
     places.add_row("run", f"{result.run_name} ({result.status}, {result.duration_s:.0f} s)")
     places.add_row("dashboard", "make dashboard")
     console.print(places)

@@ -1,24 +1,35 @@
-"""Chooses device, precision and attention for this machine, and says why."""
+"""Chooses device, precision, attention and backend for this machine, and says why."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
 import os
-from typing import NamedTuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
+from packaging.requirements import Requirement
 
-from llm_engineering.config import ComputeConfig
+from llm_engineering.config import ComputeConfig, Method
 from llm_engineering.errors import RequestError
+
+Backend = Literal["transformers", "unsloth"]
 
 
 class Device(NamedTuple):
-    """Where and how a model runs; `reasons` are sentences for the log."""
+    """Where and how a model runs; `reasons` are sentences for the log.
+
+    Attributes:
+        backend: what loads the model that is trained; evaluation and generation are always transformers'.
+    """
 
     name: str
     dtype: torch.dtype
     attn_implementation: str
     reasons: list[str]
+    backend: Backend = "transformers"
 
 
 def choose_device(compute: ComputeConfig) -> Device:
@@ -92,6 +103,97 @@ def check_processes(compute: ComputeConfig, device: Device) -> None:
         )
 
 
+def choose_backend(device: Device, compute: ComputeConfig, method: Method, *, use_dora: bool = False) -> Device:
+    """The device with the backend that loads the model, and why. Imports nothing.
+
+    Raises:
+        RequestError: the recipe asks for unsloth, and this machine or the rest of the recipe cannot have it.
+    """
+    if compute.backend == "transformers":
+        return device
+    problem = _unsloth_problem(compute, device, method, use_dora)
+    if problem and compute.backend == "unsloth":
+        raise RequestError(
+            f"compute.backend is unsloth, but {problem}. Change that, or use --set compute.backend=transformers."
+        )
+    if problem:
+        return device._replace(reasons=[*device.reasons, f"backend transformers: not unsloth, for {problem}"])
+    why = "backend unsloth: it is installed, and its kernels train adapters faster and in less memory"
+    return device._replace(backend="unsloth", reasons=[*device.reasons, why])
+
+
+def uses_dora(trained: Path) -> bool:
+    """Whether a folder holds an adapter with DoRA; a full model is none."""
+    config = trained / "adapter_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8"))["use_dora"])
+
+
+def import_backend(device: Device, cache_dir: Path) -> None:
+    """Import unsloth if it is the backend: it replaces parts of transformers, PEFT and TRL, so it has to come first.
+
+    Args:
+        cache_dir: where the trainers go that unsloth writes; on its own, it takes the working directory.
+    """
+    if device.backend != "unsloth":
+        return
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir / "unsloth"))
+    # It would download a file, so that downloads can be counted.
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    importlib.import_module("unsloth")
+
+
+def needs_own_process(compute: ComputeConfig) -> bool:
+    """Whether training may use unsloth, which has to be imported before transformers: so in a process of its own.
+
+    The recipe's other keys may still speak for transformers: `choose_backend` says, in that process.
+    """
+    if compute.backend == "auto":
+        return torch.cuda.is_available() and compute.device != "cpu" and _is_installed("unsloth")
+    return compute.backend == "unsloth"
+
+
+def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, use_dora: bool) -> str:
+    """Why unsloth cannot train this here, as the rest of a sentence; empty if it can."""
+    if device.name != "cuda":
+        return "it needs a CUDA card" + ("" if torch.cuda.is_available() else ", and torch finds none")
+    if not _is_installed("unsloth"):
+        return "it is not installed (pip install 'llm-engineering[gpu]')"
+    if compute.num_processes > 1:
+        return "it trains in one process"
+    conflict = _conflict("unsloth")
+    if conflict:
+        return f"the installed one needs {conflict}"
+    if use_dora:
+        return "its kernels know no DoRA (sft.lora.use_dora)"
+    if method == "full" and compute.backend == "auto":
+        return "with sft.method full its kernels for adapters have nothing to do"
+    if device.dtype == torch.float32:
+        return "its kernels are for 16 bits, and compute.dtype is float32"
+    if compute.attn_implementation != "auto":
+        return f"it chooses the attention itself, and compute.attn_implementation is {compute.attn_implementation}"
+    return ""
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _conflict(package: str) -> str:
+    """The first requirement of an installed package that is installed in another version, e.g. `trl<=1.15 (is 1.16)`."""
+    for text in importlib.metadata.requires(package) or ():
+        needed = Requirement(text)
+        # Extras that nobody asked for, and packages for other systems, are no requirement.
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{needed.name}, which is not installed"
+        if not needed.specifier.contains(version, prereleases=True):
+            return f"{needed.name}{needed.specifier} (installed is {version})"
+    return ""
+
+
 def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tuple[str, str]:
     """The optimiser's name as transformers knows it, and why it is the one.
 
@@ -107,7 +209,7 @@ def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tu
 
 
 def _has_bitsandbytes() -> bool:
-    return importlib.util.find_spec("bitsandbytes") is not None
+    return _is_installed("bitsandbytes")
 
 
 def _best_dtype(device: str) -> tuple[str, str]:

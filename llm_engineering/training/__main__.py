@@ -19,12 +19,13 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import DatasetDict, load_from_disk
 
+from llm_engineering.config import ComputeConfig, Method
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
@@ -76,7 +77,7 @@ def main() -> int:
 def _train_job(file: Path) -> None:
     """Train a job as one of its processes, and leave the result, or the reason of a failure, beside it."""
     job = read_job(file)
-    # A backend that changes transformers when it is imported belongs here: nothing above imports transformers.
+    _import_backend(job.setup.compute, job.setup.method, job.config, job.start)
     from llm_engineering.training import ranks
 
     ranks.end_with_launcher()
@@ -93,7 +94,11 @@ def _train_job(file: Path) -> None:
 def _train_recipe(arguments: argparse.Namespace) -> None:
     """Train what the command line says: in one of the processes that something else started, or in all of them."""
     recipe = load_recipe(arguments.recipe, arguments.set)
-    # As above, for one of several processes.
+    config = recipe.sft if arguments.stage == "sft" else recipe.dpo
+    if arguments.stage == "dpo" and not (arguments.adapter and any(arguments.adapter.glob("*.safetensors"))):
+        raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
+    if "WORLD_SIZE" in os.environ:
+        _import_backend(recipe.compute, recipe.sft.method, config.model_dump(), arguments.adapter)
     from llm_engineering.formatting.chat_template import pin_chat_template
     from llm_engineering.models import pin_revision
     from llm_engineering.training import ranks
@@ -104,7 +109,6 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     )
     settings = Settings()
     settings.check_writable()
-    config = recipe.sft if arguments.stage == "sft" else recipe.dpo
     job = Job(
         stage=arguments.stage,
         config=config.model_dump(),
@@ -121,6 +125,15 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
         for folder in (result.adapter, result.report):
             shutil.copytree(folder, arguments.output / folder.name, dirs_exist_ok=True)
         print(f"Adapter: {arguments.output / 'adapter'}")
+
+
+def _import_backend(compute: ComputeConfig, method: Method, config: Mapping[str, Any], start: Path | None) -> None:
+    """Import what changes transformers, before transformers: nothing at the top of this module imports it."""
+    from llm_engineering.compute.device import choose_backend, choose_device, import_backend, uses_dora
+
+    use_dora = uses_dora(start) if start else bool(config["lora"]["use_dora"])
+    device = choose_backend(choose_device(compute), compute, method, use_dora=use_dora)
+    import_backend(device, Settings().llm_cache_dir)
 
 
 def _train(job: Job) -> TrainingResult:

@@ -15,9 +15,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 
-from llm_engineering.compute.device import Device, check_training, choose_device
+from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device, uses_dora
 from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
-from llm_engineering.errors import RequestError
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models import load_tokenizer
@@ -33,6 +32,7 @@ from llm_engineering.training.run import (
     work_folder,
 )
 from llm_engineering.training.telemetry import TelemetryCallback
+from llm_engineering.training.unsloth_policy import Loading
 
 LABEL_PAIRS = 2
 
@@ -56,7 +56,7 @@ def train_dpo(
     Raises:
         WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
-    device = choose_device(setup.compute)
+    device = choose_backend(choose_device(setup.compute), setup.compute, setup.method, use_dora=uses_dora(sft_adapter))
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     check_training("dpo", setup.method, config.optim, device)
     check_labels(data, tokenizer)
@@ -66,7 +66,8 @@ def train_dpo(
 
     def build(used: TrainConfig, telemetry: TelemetryCallback) -> _FormattedDPOTrainer:
         assert isinstance(used, DPOConfig)
-        policy = trained_policy(setup.model, sft_adapter, settings, device, setup.method)
+        loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
+        policy = trained_policy(setup.model, sft_adapter, settings, device, setup.method, loading)
         # A policy with an adapter holds its reference as a second one.
         start = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
         return dpo_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry, start)
@@ -94,13 +95,8 @@ def train_dpo(
 
 
 def train_dpo_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """`train_dpo` for a job, in this process, which may be one of several.
-
-    Raises:
-        RequestError: the job names no model to start from.
-    """
-    if job.start is None or not any(job.start.glob("*.safetensors")):
-        raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
+    """`train_dpo` for a job, in this process, which may be one of several."""
+    assert job.start is not None
     config = DPOConfig.model_validate(job.config)
     return train_dpo(data, job.start, config, job.setup, settings, job.parameters, job.resume_from)
 

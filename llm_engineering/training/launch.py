@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from llm_engineering.compute.device import check_processes, choose_device
+from llm_engineering.compute.device import check_processes, choose_device, needs_own_process
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.settings import Settings
 from llm_engineering.training import ranks
@@ -29,17 +29,14 @@ def launch_training(
     job: Job,
     data: DatasetDict,
     settings: Settings,
-    *,
-    own_process: bool = False,
 ) -> TrainingResult:
-    """Train in as many processes as the recipe says; one alone is this one.
+    """Train in as many processes as the recipe says; one alone is this one, unless its backend needs its own.
 
     Args:
         train: what trains the job's stage in one process, `train_sft_job` or `train_dpo_job`; others find it by the
             stage's name.
         job: without `data`, which is given apart.
         data: as `train_sft` and `train_dpo` take it.
-        own_process: train in another process also where one is enough.
 
     Raises:
         RequestError: this machine cannot run the recipe's processes, or they refused the request.
@@ -48,7 +45,7 @@ def launch_training(
     """
     compute = job.setup.compute
     check_processes(compute, choose_device(compute))
-    if compute.num_processes == 1 and not own_process:
+    if compute.num_processes == 1 and not needs_own_process(compute):
         return train(job, data, settings)
     digest = hashlib.sha256(job.model_dump_json(exclude={"data"}).encode()).hexdigest()[:12]
     folder = settings.llm_output_dir.resolve() / "training" / f"{job.stage}-job-{digest}"

@@ -1,4 +1,4 @@
-"""Loads the model that is trained. A faster backend than transformers would load it here, and nowhere else."""
+"""Loads the model that is trained: with transformers and PEFT here, with unsloth in a module of its own."""
 
 from __future__ import annotations
 
@@ -13,37 +13,60 @@ from llm_engineering.compute.device import Device
 from llm_engineering.config import LoraConfig, Method, ModelConfig
 from llm_engineering.models import load_model
 from llm_engineering.settings import Settings
+from llm_engineering.training import unsloth_policy
+from llm_engineering.training.unsloth_policy import Loading
 
 
 def new_policy(
-    model: ModelConfig, lora: LoraConfig, settings: Settings, device: Device, method: Method = "lora"
+    model: ModelConfig,
+    lora: LoraConfig,
+    settings: Settings,
+    device: Device,
+    method: Method = "lora",
+    loading: Loading | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), which starts as no change.
 
-    With method `full`, the base model itself.
+    With method `full`, the base model itself. `loading` is for unsloth, which needs it.
     """
+    if device.backend == "unsloth":
+        assert loading is not None
+        return unsloth_policy.new_policy(model, lora, settings, device, method, loading)
     if method == "full":
         return _full_model(model, settings, device)
-    policy = get_peft_model(
-        _base(model, settings, device, method),
-        peft.LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,
-            lora_dropout=lora.lora_dropout,
-            target_modules=lora.target_modules,
-            use_rslora=lora.use_rslora,
-            use_dora=lora.use_dora,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    policy = get_peft_model(_base(model, settings, device, method), lora_config(lora))
     assert isinstance(policy, PeftModel)
     return policy
 
 
+def lora_config(lora: LoraConfig) -> peft.LoraConfig:
+    """The recipe's adapter as PEFT describes it."""
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        task_type="CAUSAL_LM",
+    )
+
+
 def trained_policy(
-    model: ModelConfig, trained: Path, settings: Settings, device: Device, method: Method = "lora"
+    model: ModelConfig,
+    trained: Path,
+    settings: Settings,
+    device: Device,
+    method: Method = "lora",
+    loading: Loading | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """What was trained before, to be trained on: the base model with the adapter, or the full model of that folder."""
+    """What was trained before, to be trained on: the base model with the adapter, or the full model of that folder.
+
+    `loading` is for unsloth, which needs it.
+    """
+    if device.backend == "unsloth":
+        assert loading is not None
+        return unsloth_policy.trained_policy(model, trained, settings, device, method, loading)
     if method == "full":
         folder = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
         return _full_model(folder, settings, device)

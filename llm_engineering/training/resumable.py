@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from llm_engineering.errors import WorkError
@@ -49,6 +50,12 @@ class ResumableTrainer(HeldOutTrainer):
         self._step_loss = 0.0
         self._step_ended = True
         super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler[int] | None:
+        sampler: torch.utils.data.Sampler[int] | None = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return LengthGroupedByEpoch(sampler.batch_size, sampler.lengths, self.args.seed)
+        return sampler
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
@@ -162,6 +169,27 @@ class ResumableTrainer(HeldOutTrainer):
             f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate."
             f"{unchanged}"
         )
+
+
+class LengthGroupedByEpoch(LengthGroupedSampler):
+    """transformers' sampler, whose order depends on the seed and the epoch alone.
+
+    Its own order comes from torch's global generator, which stands elsewhere when a run is resumed: rows would be
+    trained twice, and others not at all.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        yield from super().__iter__()  # type: ignore[no-untyped-call]
 
 
 class RestoreWindow(TrainerCallback):

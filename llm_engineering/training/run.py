@@ -30,7 +30,7 @@ from llm_engineering.compute.device import Device, choose_optimiser
 from llm_engineering.config import ComputeConfig, TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
 from llm_engineering.settings import Settings
-from llm_engineering.tracking import CometRun
+from llm_engineering.tracking import Trackers
 from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
 from llm_engineering.training.distributed import (
@@ -104,7 +104,8 @@ def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup
         "warmup_steps": config.warmup_ratio,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        # unsloth turned its own on when it loaded the model.
+        "gradient_checkpointing": config.gradient_checkpointing and device.backend == "transformers",
         "optim": choose_optimiser(config.optim, device, setup.compute.distributed)[0],
         "load_best_model_at_end": config.load_best,
         "metric_for_best_model": "eval_loss",
@@ -164,17 +165,17 @@ def run_training(
     if resume_from is not None:
         given_checkpoint(resume_from, identity)
     tags = [stage, setup.model.name_or_path]
-    comet = CometRun.start(setup.tracking, settings, folder.name, tags) if ranks.is_main() else CometRun()
+    trackers = Trackers.start(setup.tracking, settings, folder, tags) if ranks.is_main() else Trackers({})
     try:
         logged = {**config.model_dump(), **setup.model_dump(), **device_facts(device), **parameters}
-        comet.log_parameters(_flat(logged))
+        trackers.log_parameters(_flat(logged))
         transformers.logging.set_verbosity_error()
         with held(folder) if ranks.is_main() else nullcontext():
             used = config
             newest = newest_complete(checkpoints, identity) if ranks.is_main() and not resume_from else None
             checkpoint = resume_from or ranks.from_main(newest)
             while True:
-                telemetry = TelemetryCallback(stage, comet)
+                telemetry = TelemetryCallback(stage, trackers)
                 # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
                 transformers.set_seed(setup.seed)
                 trainer = build(used, telemetry)
@@ -212,7 +213,7 @@ def run_training(
                 save_policy(trainer.model, setup.model, adapter, weights)
                 tokenizer.save_pretrained(str(adapter))
     finally:
-        place = comet.end()
+        places = trackers.end()
     summary = {
         "stage": stage,
         "steps": trainer.state.global_step,
@@ -225,7 +226,8 @@ def run_training(
         "peak_memory_bytes": peak_memory_bytes(),
         "device": device_facts(device),
         "device_reasons": device.reasons,
-        "comet": place,
+        "comet": places.pop("comet", {}),
+        "trackers": places,
         "config": config.model_dump(),
         "history": history,
     }
@@ -274,16 +276,21 @@ def _train(
 
 
 def device_facts(device: Device) -> dict[str, str]:
-    """Device, precision and attention as text."""
+    """Device, precision, attention and backend as text."""
     return {
         "device": device.name,
         "dtype": str(device.dtype).removeprefix("torch."),
         "attn_implementation": device.attn_implementation,
+        "backend": device.backend,
     }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level of names and values; a list is one value, as text, which Comet would take apart."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = ", ".join(map(str, value)) if isinstance(value, list) else value
     return flat

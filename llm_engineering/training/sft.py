@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from llm_engineering.compute.device import Device, check_training, choose_device
+from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
 from llm_engineering.config import SFTConfig, TrainConfig, TrainingSetup
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.models import load_tokenizer
@@ -28,6 +28,7 @@ from llm_engineering.training.run import (
     work_folder,
 )
 from llm_engineering.training.telemetry import TelemetryCallback
+from llm_engineering.training.unsloth_policy import Loading, check_packable, check_packed
 
 LABEL_ROWS = 3
 
@@ -50,7 +51,7 @@ def train_sft(
         RequestError: this machine lacks what the method or the optimiser needs.
         WorkError: a row's labels are wrong (`check_labels`), or training fails.
     """
-    device = choose_device(setup.compute)
+    device = choose_backend(choose_device(setup.compute), setup.compute, config.method, use_dora=config.lora.use_dora)
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     check_training("sft", config.method, config.optim, device)
     check_labels(data, tokenizer, setup.train_on_prompt)
@@ -59,7 +60,8 @@ def train_sft(
 
     def build(used: TrainConfig, telemetry: TelemetryCallback) -> ResumableSFTTrainer:
         assert isinstance(used, SFTConfig)
-        policy = new_policy(setup.model, config.lora, settings, device, config.method)
+        loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
+        policy = new_policy(setup.model, config.lora, settings, device, config.method, loading)
         return sft_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry)
 
     first = data["train"].select(range(min(LABEL_ROWS, len(data["train"]))))
@@ -110,9 +112,15 @@ def sft_trainer(
         packing=config.packing,
         packing_strategy="bfd",
         eval_packing=False,
+        # unsloth would turn it on where it is not set.
+        padding_free=False,
+        train_sampling_strategy=config.train_sampling_strategy,
     )
     columns = ["input_ids", "labels"]
-    return ResumableSFTTrainer(
+    packed_by_unsloth = device.backend == "unsloth" and config.packing
+    if packed_by_unsloth:
+        check_packable(policy.config.model_type)
+    trainer = ResumableSFTTrainer(
         model=policy,
         args=arguments,
         train_dataset=data["train"].select_columns(columns),
@@ -120,3 +128,6 @@ def sft_trainer(
         processing_class=tokenizer,
         callbacks=[telemetry] if telemetry else [],
     )
+    if packed_by_unsloth:
+        check_packed(next(iter(trainer.get_train_dataloader())))
+    return trainer

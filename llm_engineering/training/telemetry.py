@@ -1,4 +1,4 @@
-"""What a training run tells while it runs: losses, speed and memory, to the log and to Comet."""
+"""What a training run tells while it runs: losses, speed and memory, to the log and to trackers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_engineering.progress import Progress
-from llm_engineering.tracking import CometRun
+from llm_engineering.tracking import Trackers
 
 
 def peak_memory_bytes() -> int:
@@ -27,9 +27,9 @@ class TelemetryCallback(TrainerCallback):
     Time is that of training steps alone, without evaluation and saving.
     """
 
-    def __init__(self, stage: str, comet: CometRun) -> None:
+    def __init__(self, stage: str, trackers: Trackers) -> None:
         self.stage = stage
-        self.comet = comet
+        self.trackers = trackers
         self.step_started = 0.0
         self.seconds_since_log = 0.0
         self.seconds = 0.0
@@ -78,7 +78,7 @@ class TelemetryCallback(TrainerCallback):
         shown = [f"{name} {entry[name]:.4g}" for name in (*names, "tokens_per_second") if name in entry]
         if shown and self.progress is not None:
             self.progress.say(", ".join(shown))
-        self.comet.log_metrics({f"{self.stage}/{name}": value for name, value in entry.items()}, state.global_step)
+        self.trackers.log_metrics({f"{self.stage}/{name}": value for name, value in entry.items()}, state.global_step)
 
     @property
     def tokens_per_second(self) -> float:

@@ -178,9 +178,10 @@ def test_own_process_is_one_alone_and_gives_the_same_result(data, job, settings,
     monkeypatch.setattr(
         launch, "run_processes", lambda command, environments: seen.extend(environments) or Ended([1], [], None)
     )
+    monkeypatch.setattr(launch, "needs_own_process", lambda compute: True)
     alone = job.setup.model_copy(update={"compute": job.setup.compute.one_process})
     with pytest.raises(WorkError):
-        launch_training(train_sft_job, job.model_copy(update={"setup": alone}), data, settings, own_process=True)
+        launch_training(train_sft_job, job.model_copy(update={"setup": alone}), data, settings)
     (environment,) = seen
     assert "WORLD_SIZE" not in environment
     assert environment[ranks.LAUNCHER] == str(os.getpid())

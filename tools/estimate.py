@@ -1,0 +1,197 @@
+"""What training of a recipe will take on this machine, in memory and time, before anything is generated or loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
+from llm_engineering.config import DPOConfig, Recipe, TrainConfig
+from llm_engineering.documents.passages import cut_passages
+from llm_engineering.documents.read import read_documents
+from llm_engineering.errors import RequestError
+from llm_engineering.models import load_config
+from llm_engineering.settings import Settings
+from llm_engineering.training.estimate import (
+    UTILISATION,
+    Memory,
+    Shapes,
+    batch_shape,
+    flops_per_token,
+    free_memory,
+    matmul_rate,
+    peak_memory,
+    remedy,
+    shapes,
+)
+
+logger = logging.getLogger(__name__)
+
+# English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
+CHARACTERS_PER_TOKEN = 4
+# A chat template's own tokens around a question and an answer.
+TEMPLATE_TOKENS = 30
+# Files whose bytes are about their characters.
+_PLAIN = (".json", ".jsonl", ".csv")
+GIB = 2**30
+
+
+def stages_of(pipeline: str) -> list[str]:
+    """The training stages of a pipeline."""
+    return {"datasets": [], "sft": ["sft"], "dpo": ["dpo"], "retrain": ["sft", "dpo"]}[pipeline]
+
+
+def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """What training takes here, as lines for people. Nothing is downloaded but the model's configuration."""
+    if not stages:
+        return []
+    lines: list[str] = []
+    try:
+        device = _device(recipe)
+    except RequestError as error:
+        lines.append(f"This machine cannot train this recipe: {error}")
+        device = _a_card(recipe)
+    try:
+        found = {stage: _shapes(recipe, stage, device) for stage in stages}
+    except (OSError, ValueError) as error:
+        reason = f"the configuration of {recipe.model.name_or_path} cannot be read ({_first(error)})"
+        return [*lines, f"No estimate: {reason}."]
+    here = not lines
+    where = "On this machine" if here else "On a card"
+    lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
+    rate = matmul_rate(device) if here else 0.0
+    for stage in stages:
+        config = _config(recipe, stage)
+        memory = _memory(recipe, config, found[stage], device)
+        free = f"; {free_memory(device) / GIB:.1f} GiB are free" if here else ""
+        lines.append(f"{stage}: about {memory} at its peak, with rows of max_length{free}")
+        if here:
+            warning = _warning(recipe, stage, config, memory, device)
+            lines += [f"WARNING: {warning}"] if warning else []
+            lines.append(f"{stage}: {_time(recipe, stage, config, found[stage], rate, device)}")
+    if recipe.compute.backend == "unsloth" or device.backend == "unsloth":
+        lines.append("These figures are those of transformers: unsloth is to take less memory and time.")
+    return lines
+
+
+def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Log a warning for each stage that will need more memory than is free.
+
+    Raises:
+        RequestError: this machine cannot train the recipe.
+    """
+    device = _device(recipe)
+    for stage in stages:
+        config = _config(recipe, stage)
+        try:
+            found = _shapes(recipe, stage, device)
+        except (OSError, ValueError) as error:
+            logger.warning("The memory of %s cannot be estimated: %s", stage, _first(error))
+            continue
+        warning = _warning(recipe, stage, config, _memory(recipe, config, found, device), device)
+        if warning:
+            logger.warning("%s", warning)
+
+
+def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
+    """How many tokens an epoch has, at most, and how that is known; None where only the data itself can tell."""
+    own = recipe.data.instructions if stage == "sft" else recipe.data.preferences
+    split = recipe.data.split
+    share = 1 - split.validation_fraction - split.test_fraction
+    if own is not None:
+        return _own_tokens(own, share)
+    if recipe.data.instructions is not None:
+        return None
+    writing = recipe.generation
+    documents, _ = read_documents(recipe.documents)
+    passages, _ = cut_passages(documents, recipe.documents, recipe.seed)
+    answers = [len(passage.text) / CHARACTERS_PER_TOKEN for passage in passages]
+    if writing.answers == "model" and writing.answer_max_new_tokens is not None:
+        answers = [float(writing.answer_max_new_tokens)] * len(passages)
+    prompt = writing.question_max_new_tokens + TEMPLATE_TOKENS
+    if stage == "dpo":
+        answers = [
+            2 * prompt + answer + writing.rejected_max_new_tokens for answer in answers[: writing.max_preferences]
+        ]
+    else:
+        answers = [min(prompt + answer, recipe.formatting.max_length) for answer in answers]
+    return share * sum(answers), f"one row for each of {len(answers)} passages, before the rules of the data"
+
+
+def _own_tokens(reference: str, share: float) -> tuple[float, str] | None:
+    path = Path(reference).expanduser()
+    if not path.is_file() or path.suffix not in _PLAIN:
+        return None
+    return share * path.stat().st_size / CHARACTERS_PER_TOKEN, f"the size of {path.name}"
+
+
+def _device(recipe: Recipe) -> Device:
+    device = choose_device(recipe.compute)
+    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
+    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
+    return choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+
+
+def _a_card(recipe: Recipe) -> Device:
+    """A card that is not here, for what the recipe would need on one."""
+    dtype = torch.bfloat16 if recipe.compute.dtype == "auto" else getattr(torch, recipe.compute.dtype)
+    return Device("cuda", dtype, "sdpa", [])
+
+
+def _config(recipe: Recipe, stage: str) -> TrainConfig:
+    return recipe.sft if stage == "sft" else recipe.dpo
+
+
+def _shapes(recipe: Recipe, stage: str, device: Device) -> Shapes:
+    rows, length = batch_shape(_config(recipe, stage), recipe.formatting.max_length)
+    model = load_config(recipe.model, Settings())
+    return shapes(model, recipe.sft, device, rows, length, recipe.model.trust_remote_code)
+
+
+def _memory(recipe: Recipe, config: TrainConfig, found: Shapes, device: Device) -> Memory:
+    rows, length = batch_shape(config, recipe.formatting.max_length)
+    return peak_memory(found, config, device, recipe.sft.method, rows, length)
+
+
+def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, device: Device) -> str:
+    free = free_memory(device)
+    if memory.total <= free:
+        return ""
+    where = "the card" if device.name == "cuda" else "this machine"
+    return (
+        f"{stage} may need {memory.total / GIB:.1f} GiB of memory, and {where} has {free / GIB:.1f} GiB free. "
+        f"If it does not suffice: {remedy(config, stage, recipe.sft.method)}."
+    )
+
+
+def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: float, device: Device) -> str:
+    known = tokens_of(recipe, stage)
+    length = recipe.formatting.max_length
+    flops = flops_per_token(found, config, recipe.sft.method, length)
+    speed = rate * UTILISATION[device.name] / flops
+    how = (
+        f"{speed:,.0f} tokens a second, from {flops / 1e9:.2f} GFLOP a token and {UTILISATION[device.name]:.0%} of the "
+        f"{rate / 1e9:,.0f} GFLOP a second that matrix products reach here"
+    )
+    if known is None:
+        return f"about {how}; how many tokens there are is known when the data is formatted"
+    epoch, source = known
+    tokens = epoch * config.num_train_epochs
+    if config.max_steps > 0:
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        tokens = min(tokens, config.max_steps * batch * length * (2 if isinstance(config, DPOConfig) else 1))
+    return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens ({source}): {how}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
