@@ -111,6 +111,8 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     """Write the rows as JSON lines for the plain side, and formatted for ours."""
     import random
 
+    from datasets import Dataset
+
     from llm_engineering.config import DataConfig, DocumentsConfig, FormattingConfig, ModelConfig
     from llm_engineering.data.ledger import Ledger
     from llm_engineering.data.load import load_rows
@@ -151,13 +153,13 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     tokenizer = load_tokenizer(model, settings)
     formatting = FormattingConfig(max_length=MAX_LENGTH)
 
-    def formatted(kind: str, split: Any, name: str) -> tuple[Any, list[int]]:
+    def formatted(kind: str, split: Dataset, name: str) -> tuple[Dataset, list[int]]:
         """The rows that fit, and their indices."""
         work = folder / name
         work.mkdir()
         splits, _ = format_splits({"train": split}, kind, tokenizer, formatting, work, Ledger())
         ids = set(splits["train"]["id"])
-        return splits["train"], [index for index, row in enumerate(split) if row["id"] in ids]
+        return splits["train"], [index for index, row in enumerate(stream_records(split)) if row["id"] in ids]
 
     every, fitting = formatted("instruction", instruction_dataset(rows), "all")
     rows = [rows[index] for index in fitting][: ROWS["sft"] + HELDOUT]
@@ -167,7 +169,8 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
         for a, b in zip(train[: ROWS["dpo"]], train[ROWS["dpo"] : 2 * ROWS["dpo"]], strict=True)
     ]
     columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}
-    for stage, stage_rows in {"sft": train, "dpo": pairs}.items():
+    written: dict[str, list[Any]] = {"sft": train, "dpo": pairs}
+    for stage, stage_rows in written.items():
         lines = [json.dumps(row.model_dump(include=set(columns[stage]))) for row in stage_rows]
         (folder / f"{stage}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     every.select(range(len(train))).save_to_disk(folder / "formatted-sft")
@@ -175,7 +178,10 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     formatted_pairs, _ = formatted("preference", preference_dataset(pairs), "pairs")
     formatted_pairs.save_to_disk(folder / "formatted-dpo")
     lengths = [len(ids) for ids in every["input_ids"][: len(train)]]
-    pair_tokens = [2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in formatted_pairs]
+    pair_tokens = [
+        2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"])
+        for p in stream_records(formatted_pairs)
+    ]
     return {
         "model": model_path(model, settings),
         "sft_rows": len(lengths),

@@ -92,21 +92,19 @@ def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel) -> str | Non
     list of such models has to be kept.
     """
     model = causal_model(policy)
-    head: nn.Module | None = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         return "an adapter lies on the output weights"
     if not isinstance(head, nn.Linear) or head.bias is not None:
         return "the output layer is no plain matrix"
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
-    was_training = model.training
+    training = model.training
     model.eval()
-    try:
-        with torch.inference_mode():
-            logits = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            direct = (hidden @ head.weight.to(hidden.dtype).t()).float()
-    finally:
-        model.train(was_training)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        direct = (hidden @ head.weight.to(hidden.dtype).t()).float()
+    model.train(training)
     # Two ways of computing the same in half precision differ by roundings.
     if not torch.allclose(logits, direct, atol=1e-2 * float(logits.abs().max())):
         return "the model changes its logits after the output layer"
