@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 import trl
 from datasets import Dataset, DatasetDict, disable_caching, enable_caching, is_caching_enabled
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
+from trl.models.utils import _ForwardRedirection
 
 from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device, uses_dora
 from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
@@ -21,7 +24,9 @@ from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
+from llm_engineering.training.flops import TrainingFlops
 from llm_engineering.training.job import Job
+from llm_engineering.training.packed_attention import attend_by_row, keeps_rows_apart, row_lengths
 from llm_engineering.training.policy import trained_policy
 from llm_engineering.training.resumable import ResumableTrainer
 from llm_engineering.training.run import (
@@ -32,7 +37,10 @@ from llm_engineering.training.run import (
     work_folder,
 )
 from llm_engineering.training.telemetry import TelemetryCallback
+from llm_engineering.training.token_log_probs import causal_model, token_log_probs, why_not_from_hidden_states
 from llm_engineering.training.unsloth_policy import Loading
+
+logger = logging.getLogger(__name__)
 
 LABEL_PAIRS = 2
 
@@ -109,8 +117,45 @@ def _file_hash(path: Path) -> str:
 class _FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
     """TRL's trainer for rows that are tokenised already, which DPOTrainer has no option for; and one that resumes."""
 
+    by_row = False
+
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def _get_per_token_logps_and_entropies(
+        self, model: torch.nn.Module, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        """What TRL asks for where it works without logits: `(rows, length - 1)` each, 0 where nothing is answered.
+
+        The rows are computed one behind another, without their padding. Entropy is not computed.
+        """
+        inner = causal_model(self.accelerator.unwrap_model(model))
+        kept = model_kwargs["attention_mask"].bool()
+        position_ids = (kept.cumsum(dim=1) - 1)[kept].unsqueeze(0)
+        lengths = {"row_lengths": row_lengths(position_ids)} if self.by_row else {}
+        with self.accelerator.autocast():
+            outputs = inner.base_model(
+                input_ids=input_ids[kept].unsqueeze(0), position_ids=position_ids, use_cache=False, **lengths
+            )
+            answered = completion_mask.bool()
+            answered[:, 0] = False
+            # A token is predicted by the position before it, which is never that of another row: prompts come first.
+            places = (kept.flatten().cumsum(dim=0) - 1).view_as(kept)[answered]
+            head = inner.get_output_embeddings().weight
+            found = token_log_probs(outputs.last_hidden_state[0, places - 1], head, input_ids[answered])
+        log_probs = found.new_zeros(answered.shape).masked_scatter(answered, found)[:, 1:]
+        return log_probs, torch.zeros_like(log_probs), outputs
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        training = model.training
+        if training:
+            mask = inputs["attention_mask"]
+            computed = int(mask.sum()) if self.use_liger_kernel else mask.numel()
+            self.count(mask.sum(dim=1).tolist(), int(inputs["completion_mask"].sum()), computed)
+        result = super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
+        if self.use_liger_kernel:
+            self._metrics["train" if training else "eval"].pop("entropy", None)
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -143,12 +188,18 @@ def dpo_trainer(
         # Over-long pairs were set aside or cut, and counted, when the data was formatted; nothing is cut here.
         max_length=None,
     )
+    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
+    if device.backend == "transformers":
+        by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
+        reason = why_not_from_hidden_states(policy, setup.compute)
+        unpadded = reason is None and keeps_rows_apart(policy, by_row)
+        logger.info("logits: %s", "of answers alone, in chunks" if unpadded else reason or "of whole batches")
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     # What TRL precomputes it would keep beside the dataset, which is an artifact of another step.
     cached = is_caching_enabled()
     disable_caching()
     try:
-        return _FormattedDPOTrainer(
+        trainer = _FormattedDPOTrainer(
             model=policy,
             ref_model=reference,
             args=arguments,
@@ -160,3 +211,9 @@ def dpo_trainer(
     finally:
         if cached:
             enable_caching()
+    # TRL's name for its branch that never sees logits; Liger's own kernels are for CUDA alone, and are not used.
+    trainer.use_liger_kernel = unpadded
+    trainer._forward_redirection = _ForwardRedirection()
+    trainer.by_row, trainer.flops = by_row, flops
+    trainer.asks_reference = not config.precompute_ref_log_probs
+    return trainer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from llm_engineering.errors import WorkError
 from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import PARTIAL, check_space, publish, size
 from llm_engineering.training.divergence import LossWatch, rows_of
+from llm_engineering.training.flops import TrainingFlops
 from llm_engineering.training.heldout import HeldOutTrainer
-from llm_engineering.training.telemetry import TelemetryCallback
+from llm_engineering.training.telemetry import Work
 
 _WINDOW_FILE = "log_window.json"
 # Weights, two moments of AdamW, and DPO's reference.
@@ -35,10 +36,15 @@ class ResumableTrainer(HeldOutTrainer):
     Attributes:
         identity: what checkpoints are made from.
         rows: the training split with its ids, to name rows of a batch.
+        flops: what training this model takes.
+        asks_reference: whether every step asks a reference model too.
+        work: what this process has done so far.
     """
 
     identity: Mapping[str, Any]
     rows: Dataset
+    flops: TrainingFlops
+    asks_reference = False
     # TRL's: tokens of all steps.
     _total_train_tokens: int
 
@@ -49,6 +55,7 @@ class ResumableTrainer(HeldOutTrainer):
         self._broken: list[Mapping[str, Any]] = []
         self._step_loss = 0.0
         self._step_ended = True
+        self.work = Work()
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler[int] | None:
@@ -62,6 +69,10 @@ class ResumableTrainer(HeldOutTrainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint under another name, and rename it when it is complete and on the disk."""
+        with self.work.timed("save"):
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         assert self.args.output_dir is not None
         folder = Path(self.args.output_dir)
         final = folder / f"checkpoint-{self.state.global_step}"
@@ -116,11 +127,8 @@ class ResumableTrainer(HeldOutTrainer):
             "highest_median": self._watch.highest_median,
         }
 
-    def restore_window(self, checkpoint: Path) -> int:
-        """Go on adding up where the checkpoint was saved, so that the log is that of an uninterrupted run.
-
-        Returns the tokens trained so far.
-        """
+    def restore_window(self, checkpoint: Path) -> None:
+        """Go on adding up where the checkpoint was saved, so that the log is that of an uninterrupted run."""
         window = json.loads((checkpoint / _WINDOW_FILE).read_text(encoding="utf-8"))
         self._tr_loss.fill_(window["losses"][ranks.rank()])
         self._total_loss_scalar = window["total_loss"]
@@ -129,7 +137,28 @@ class ResumableTrainer(HeldOutTrainer):
         self._metrics["train"].update(window["metrics"])
         self._watch.recent = window["recent_losses"]
         self._watch.highest_median = window["highest_median"]
-        return self._total_train_tokens
+
+    def count(self, lengths: Sequence[int], trained_tokens: int, computed_tokens: int) -> int:
+        """Count a batch of rows of these lengths, for which so many positions are computed.
+
+        Returns the real tokens of the batch, of all processes.
+        """
+        tokens, computed = ranks.total(torch.tensor([sum(lengths), computed_tokens])).tolist()
+        self.work.tokens += int(tokens)
+        self.work.computed_tokens += int(computed)
+        # Of this process alone, as its card's peak is.
+        self.work.flops += self.flops.step(lengths, trained_tokens, self.asks_reference)
+        return int(tokens)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of a step; the time is that of waiting for data."""
+        with self.work.timed("data"):
+            return super().get_batch_samples(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Losses of the validation split, timed."""
+        with self.work.timed("eval"):
+            return super().evaluate(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Forward and backward of one batch; a loss that is not finite or has exploded ends the run before it trains.
@@ -140,8 +169,10 @@ class ResumableTrainer(HeldOutTrainer):
         if self._step_ended:
             self._batches, self._broken, self._step_loss = [], [], 0.0
         self._batches.append(dict(inputs))
-        loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-        self._step_loss += loss.item()
+        with self.work.timed("forward_backward"):
+            loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
+            # Waits for the card, where there is one.
+            self._step_loss += loss.item()
         if not math.isfinite(self._step_loss) and not self._broken:
             self._broken = self._batches[-1:]
         self._step_ended = self.accelerator.sync_gradients
@@ -195,13 +226,12 @@ class LengthGroupedByEpoch(LengthGroupedSampler):
 class RestoreWindow(TrainerCallback):
     """Restores the window when training begins: transformers empties it just before."""
 
-    def __init__(self, trainer: ResumableTrainer, checkpoint: Path, telemetry: TelemetryCallback) -> None:
+    def __init__(self, trainer: ResumableTrainer, checkpoint: Path) -> None:
         self.trainer = trainer
         self.checkpoint = checkpoint
-        self.telemetry = telemetry
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore; the speed counts the tokens of this process alone."""
-        self.telemetry.tokens_logged = self.trainer.restore_window(self.checkpoint)
+        """Restore."""
+        self.trainer.restore_window(self.checkpoint)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -40,11 +41,12 @@ from llm_engineering.training.distributed import (
     sizes_text,
     whole_weights,
 )
+from llm_engineering.training.flops import peak_flops
 from llm_engineering.training.interruption import Interruption
 from llm_engineering.training.policy import save_policy
 from llm_engineering.training.report import write_training_report
 from llm_engineering.training.resumable import RestoreWindow, ResumableTrainer
-from llm_engineering.training.telemetry import TelemetryCallback, peak_memory_bytes
+from llm_engineering.training.telemetry import TelemetryCallback, Work, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +182,8 @@ def run_training(
                 transformers.set_seed(setup.seed)
                 trainer = build(used, telemetry)
                 trainer.identity, trainer.rows = identity, data["train"]
+                telemetry.work, telemetry.peak_flops = trainer.work, peak_flops(trainer.args.device, device.dtype)
+                started = time.perf_counter()
                 if _train(trainer, used, setup.compute, telemetry, checkpoint):
                     break
                 assert trainer.model is not None
@@ -198,6 +202,7 @@ def run_training(
                 gc.collect()
                 torch.cuda.empty_cache()
                 checkpoint = newest_complete(checkpoints, identity) or resume_from
+            seconds = time.perf_counter() - started
             history = trainer.state.log_history
             losses = [entry["loss"] for entry in history if "loss" in entry]
             if not losses or not math.isfinite(losses[-1]):
@@ -222,7 +227,8 @@ def run_training(
         "num_processes": setup.compute.num_processes,
         "per_device_train_batch_size": used.per_device_train_batch_size,
         "train_loss": losses[-1],
-        "tokens_per_second": telemetry.tokens_per_second,
+        **{"tokens_per_second": 0.0, "padding_share": 0.0, **telemetry.work.rates(Work(), telemetry.peak_flops)},
+        "seconds": {**telemetry.work.seconds, "total": seconds},
         "peak_memory_bytes": peak_memory_bytes(),
         "device": device_facts(device),
         "device_reasons": device.reasons,
@@ -262,7 +268,7 @@ def _train(
         )
     if checkpoint is not None:
         logger.info("%s: going on from %s", telemetry.stage, checkpoint)
-        trainer.add_callback(RestoreWindow(trainer, checkpoint, telemetry))
+        trainer.add_callback(RestoreWindow(trainer, checkpoint))
     with Interruption() as interruption:
         trainer.add_callback(interruption)
         try:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import trl
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
 
 from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
 from llm_engineering.config import SFTConfig, TrainConfig, TrainingSetup
+from llm_engineering.errors import RequestError
 from llm_engineering.formatting.labels import check_labels
+from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models import load_tokenizer
 from llm_engineering.settings import Settings
+from llm_engineering.training.flops import TrainingFlops
 from llm_engineering.training.job import Job
+from llm_engineering.training.packed_attention import attend_by_row, keeps_rows_apart, row_lengths
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.resumable import ResumableTrainer
 from llm_engineering.training.run import (
@@ -28,7 +34,10 @@ from llm_engineering.training.run import (
     work_folder,
 )
 from llm_engineering.training.telemetry import TelemetryCallback
+from llm_engineering.training.token_log_probs import take_loss_from_hidden_states, why_not_from_hidden_states
 from llm_engineering.training.unsloth_policy import Loading, check_packable, check_packed
+
+logger = logging.getLogger(__name__)
 
 LABEL_ROWS = 3
 
@@ -58,7 +67,7 @@ def train_sft(
     identity = run_identity("sft", config, setup, device, data)
     folder = work_folder("sft", identity, settings)
 
-    def build(used: TrainConfig, telemetry: TelemetryCallback) -> ResumableSFTTrainer:
+    def build(used: TrainConfig, telemetry: TelemetryCallback) -> FormattedSFTTrainer:
         assert isinstance(used, SFTConfig)
         loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
         policy = new_policy(setup.model, config.lora, settings, device, config.method, loading)
@@ -88,8 +97,41 @@ def train_sft_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingRe
     return train_sft(data, config, job.setup, settings, job.parameters, job.resume_from)
 
 
-class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
-    """TRL's trainer, whose runs cannot be lost."""
+class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's trainer for rows that are labelled already; one that resumes, and computes no more than it needs.
+
+    Attributes:
+        by_row: whether the attention takes `row_lengths`.
+        own_loss: whether the loss is computed here, and not by what unsloth put into TRL's trainer.
+    """
+
+    by_row: bool
+    own_loss: bool
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss alone. TRL's also measures entropy and accuracy over the logits of all positions, which takes
+        longer than the loss itself."""
+        mask = inputs.get("attention_mask")
+        lengths = row_lengths(inputs["position_ids"]) if mask is None else mask.sum(dim=1).tolist()
+        if model.training:
+            trained = int((inputs["labels"] != IGNORE_INDEX).sum())
+            tokens = self.count(lengths, trained, inputs["input_ids"].numel())
+            if self.own_loss:
+                self._total_train_tokens += tokens
+                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        if not self.own_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+        inputs.pop("_prediction_loss_only", None)
+        inputs["use_cache"] = False
+        if self.by_row and mask is None:
+            inputs["row_lengths"] = lengths
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
 def sft_trainer(
@@ -101,26 +143,45 @@ def sft_trainer(
     device: Device,
     folder: Path,
     telemetry: TelemetryCallback | None = None,
-) -> ResumableSFTTrainer:
-    """TRL's trainer for rows that are tokenised and labelled already; TRL packs them and changes nothing else."""
+) -> FormattedSFTTrainer:
+    """TRL's trainer for rows that are tokenised and labelled already; TRL packs them and changes nothing else.
+
+    Raises:
+        RequestError: packed rows of this model would see each other.
+    """
+    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
+    if device.backend == "transformers":
+        by_row = attend_by_row(policy)
+        unpadded = keeps_rows_apart(policy, by_row)
+        reason = why_not_from_hidden_states(policy, setup.compute)
+        if reason is None:
+            take_loss_from_hidden_states(policy)
+        logger.info("logits: %s", reason or "of trained tokens alone, in chunks")
+        if config.packing and not unpadded:
+            raise RequestError(
+                f"Packed rows of {setup.model.name_or_path} would see each other: its attention does not tell them apart "
+                "by their position ids. Use --set sft.packing=false."
+            )
+    elif config.packing:
+        check_packable(policy.config.model_type)
     arguments = trl.SFTConfig(
         **training_arguments(config, device, setup, folder),
-        max_length=setup.max_length,
-        # Best-fit-decreasing keeps every row whole. Packed rows do not see each other: position ids restart, there
-        # is no attention mask, and TRL runs the model with use_cache=False. Attention that reads an attention mask
-        # alone would leak from row to row: the recipe can name none (config.ComputeConfig).
+        # Without packing, over-long rows were set aside or cut before, and TRL cuts nothing.
+        max_length=setup.max_length if config.packing else None,
+        # Best-fit-decreasing keeps every row whole. Packed rows are told apart by their position ids, which restart:
+        # there is no attention mask.
         packing=config.packing,
         packing_strategy="bfd",
         eval_packing=False,
-        # unsloth would turn it on where it is not set.
-        padding_free=False,
+        # The rows of a batch lie one behind another too, where that can be: nothing is computed for padding.
+        padding_free=unpadded,
         train_sampling_strategy=config.train_sampling_strategy,
     )
+    # It warns of every attention but FlashAttention where rows lie one behind another; whether they are kept apart
+    # was just tried.
+    logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)
     columns = ["input_ids", "labels"]
-    packed_by_unsloth = device.backend == "unsloth" and config.packing
-    if packed_by_unsloth:
-        check_packable(policy.config.model_type)
-    trainer = ResumableSFTTrainer(
+    trainer = FormattedSFTTrainer(
         model=policy,
         args=arguments,
         train_dataset=data["train"].select_columns(columns),
@@ -128,6 +189,7 @@ def sft_trainer(
         processing_class=tokenizer,
         callbacks=[telemetry] if telemetry else [],
     )
-    if packed_by_unsloth:
+    trainer.by_row, trainer.flops, trainer.own_loss = by_row, flops, device.backend == "transformers"
+    if device.backend == "unsloth" and config.packing:
         check_packed(next(iter(trainer.get_train_dataloader())))
     return trainer

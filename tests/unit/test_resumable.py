@@ -197,10 +197,11 @@ def test_poisoned_row_stops_the_run_by_its_name(data, setup, settings, monkeypat
     real = Trainer.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        result = real(self, model, inputs, *args, **kwargs)
-        if self.model.training and poisoned in inputs["input_ids"].tolist():
-            return (result[0] * float("nan"), *result[1:])
-        return result
+        loss = real(self, model, inputs, *args, **kwargs)
+        ids = inputs["input_ids"][0].tolist()
+        if self.model.training and any(ids[i : i + len(poisoned)] == poisoned for i in range(len(ids))):
+            return loss * float("nan")
+        return loss
 
     monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
     config = CONFIG.model_copy(update={"per_device_train_batch_size": 2})
@@ -271,7 +272,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(data, setup,
     real = Trainer.training_step
 
     def training_step(self, model, inputs, *args, **kwargs):
-        if len(inputs["input_ids"]) > 2 and self.state.global_step == 3:
+        if int((inputs["position_ids"] == 0).sum()) > 2 and self.state.global_step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, model, inputs, *args, **kwargs)
 

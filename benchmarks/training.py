@@ -1,0 +1,306 @@
+"""Training here against a plain TRL script and the bare model: python -m benchmarks.training [--data FILE] [--write]
+
+Every side runs in a process of its own, one after the other, on the same rows and seed:
+
+- `bare`: forward and backward of full rows of 512 tokens, all of them trained, with nothing around it; in the faster of
+  its two usual precisions (weights in bf16, or bf16 by autocast as the trainers do);
+- `plain`: benchmarks/plain_trl.py;
+- `ours`: `train_sft` and `train_dpo` as the steps call them, with packing.
+
+Tokens are real ones. Training is timed from its first step to its last, saving included and loading not. The held-out
+loss of all adapters is measured by the same code. Rows are passages of the Python reference of natural lengths, or
+those of `--data`; the rejected answer of a pair is another row's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from benchmarks.training_settings import BATCH, BETA, LEARNING_RATE, LORA, MAX_LENGTH, SEED
+
+ROWS = {"sft": 128, "dpo": 32}
+HELDOUT = 32
+# Micro-batches of bare passes: the first is not counted.
+PASSES = 4
+RESULTS = Path(__file__).parent / "results" / "training.json"
+
+
+def main() -> None:
+    """Run one side, or all of them and print the ratios."""
+    parser = argparse.ArgumentParser(description="Tokens a second, peak memory and held-out loss, as ratios.")
+    parser.add_argument("--side", choices=("rows", "bare", "sft", "dpo", "losses"), help="run one side (internal)")
+    parser.add_argument("--folder", type=Path, help="where the sides leave what they make (internal)")
+    parser.add_argument("--data", help="instruction rows of your own")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args()
+    if arguments.side is not None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        folder, side = arguments.folder, arguments.side
+        if side == "rows":
+            result = _rows(folder, arguments.data)
+        elif side == "losses":
+            result = _losses(folder)
+        else:
+            result = _bare() if side == "bare" else _ours(side, folder)
+        print(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        result = measure(Path(scratch), arguments.data)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.write:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(text + "\n", encoding="utf-8")
+
+
+def measure(folder: Path, data: str | None) -> dict[str, Any]:
+    """All sides, one after the other."""
+    own = ["-m", "benchmarks.training", "--folder", str(folder), *(["--data", data] if data else []), "--side"]
+    made = _run(*own, "rows")
+    sides: dict[str, Any] = {"bare": _run(*own, "bare")}
+    for stage in ("sft", "dpo"):
+        output = str(folder / f"plain-{stage}")
+        plain = ["-m", "benchmarks.plain_trl", stage, "--model", made["model"], "--output", output]
+        start = ["--adapter", str(folder / "ours-sft")] if stage == "dpo" else []
+        sides[f"plain_{stage}"] = _run(*plain, "--rows", str(folder / f"{stage}.jsonl"), *start)
+        sides[f"ours_{stage}"] = _run(*own, stage)
+        for name in (f"plain_{stage}", f"ours_{stage}"):
+            sides[name]["tokens_per_second"] = made[f"{stage}_tokens"] / sides[name]["seconds"]
+    for name, loss in _run(*own, "losses").items():
+        sides[name]["heldout_loss"] = loss
+    rate = {name: side["tokens_per_second"] for name, side in sides.items() if "tokens_per_second" in side}
+    packages = ("torch", "transformers", "trl", "peft")
+    return {
+        "sft_real_tokens_per_second_over_plain": rate["ours_sft"] / rate["plain_sft"],
+        "sft_real_tokens_per_second_over_bare": rate["ours_sft"] / rate["bare"],
+        "sft_peak_memory_over_plain": _ratio(sides, "peak_memory_bytes", "sft"),
+        "dpo_pairs_per_second_over_plain": sides["plain_dpo"]["seconds"] / sides["ours_dpo"]["seconds"],
+        "dpo_peak_memory_over_plain": _ratio(sides, "peak_memory_bytes", "dpo"),
+        "rows": {**made, "of": data or "the Python reference"},
+        "sides": sides,
+        "machine": machine(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _ratio(sides: dict[str, Any], figure: str, stage: str) -> float:
+    return float(sides[f"ours_{stage}"][figure] / sides[f"plain_{stage}"][figure])
+
+
+def _run(*command: str) -> dict[str, Any]:
+    print("running", *command[1:], file=sys.stderr, flush=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(result, file=sys.stderr, flush=True)
+    return result
+
+
+def _rows(folder: Path, data: str | None) -> dict[str, Any]:
+    """Write the rows as JSON lines for the plain side, and formatted for ours."""
+    import random
+
+    from datasets import Dataset
+
+    from llm_engineering.config import DataConfig, DocumentsConfig, FormattingConfig, ModelConfig
+    from llm_engineering.data.ledger import Ledger
+    from llm_engineering.data.load import load_rows
+    from llm_engineering.data.rows import (
+        InstructionRow,
+        Message,
+        PreferenceRow,
+        instruction_dataset,
+        instruction_row,
+        preference_dataset,
+    )
+    from llm_engineering.data.storage import stream_records
+    from llm_engineering.documents.passages import cut_passages
+    from llm_engineering.documents.read import read_documents
+    from llm_engineering.formatting.datasets import format_splits
+    from llm_engineering.models import load_tokenizer, model_path, pin_revision
+    from llm_engineering.settings import Settings
+
+    if data:
+        path = folder / "loaded.arrow"
+        rows = [
+            instruction_row(row)
+            for row in stream_records(load_rows(data, "instruction", DataConfig(), path, Ledger()).rows)
+        ]
+    else:
+        cut = DocumentsConfig(passage_min_chars=100, passage_max_chars=1600)
+        rows = [
+            InstructionRow(
+                prompt=[Message(role="user", content=f"What does the Python reference say about {passage.title}?")],
+                completion=[Message(role="assistant", content=passage.text)],
+                source=passage.document,
+                origin="document",
+            )
+            for passage in cut_passages(read_documents(cut)[0], cut, SEED)[0]
+        ]
+    random.Random(SEED).shuffle(rows)
+    settings, model = Settings(), pin_revision(ModelConfig())
+    tokenizer = load_tokenizer(model, settings)
+    formatting = FormattingConfig(max_length=MAX_LENGTH)
+
+    def formatted(kind: str, split: Dataset, name: str) -> tuple[Dataset, list[int]]:
+        """The rows that fit, and their indices."""
+        work = folder / name
+        work.mkdir()
+        splits, _ = format_splits({"train": split}, kind, tokenizer, formatting, work, Ledger())
+        ids = set(splits["train"]["id"])
+        return splits["train"], [index for index, row in enumerate(stream_records(split)) if row["id"] in ids]
+
+    every, fitting = formatted("instruction", instruction_dataset(rows), "all")
+    rows = [rows[index] for index in fitting][: ROWS["sft"] + HELDOUT]
+    train, heldout = rows[: ROWS["sft"]], rows[ROWS["sft"] :]
+    pairs = [
+        PreferenceRow(prompt=a.prompt, chosen=a.completion, rejected=b.completion, source=a.source, origin=a.origin)
+        for a, b in zip(train[: ROWS["dpo"]], train[ROWS["dpo"] : 2 * ROWS["dpo"]], strict=True)
+    ]
+    columns = {"sft": ("prompt", "completion"), "dpo": ("prompt", "chosen", "rejected")}
+    written: dict[str, list[Any]] = {"sft": train, "dpo": pairs}
+    for stage, stage_rows in written.items():
+        lines = [json.dumps(row.model_dump(include=set(columns[stage]))) for row in stage_rows]
+        (folder / f"{stage}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    every.select(range(len(train))).save_to_disk(folder / "formatted-sft")
+    every.select(range(len(train), len(rows))).save_to_disk(folder / "formatted-heldout")
+    formatted_pairs, _ = formatted("preference", preference_dataset(pairs), "pairs")
+    formatted_pairs.save_to_disk(folder / "formatted-dpo")
+    lengths = [len(ids) for ids in every["input_ids"][: len(train)]]
+    pair_tokens = [
+        2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"])
+        for p in stream_records(formatted_pairs)
+    ]
+    return {
+        "model": model_path(model, settings),
+        "sft_rows": len(lengths),
+        "sft_tokens": sum(lengths),
+        "longest_row": max(lengths),
+        "dpo_pairs": len(formatted_pairs),
+        "dpo_tokens": sum(pair_tokens),
+        "heldout_rows": len(heldout),
+    }
+
+
+def _bare() -> dict[str, Any]:
+    """Tokens a second of forward and backward alone, the best of two precisions."""
+    import peft
+    import torch
+
+    from llm_engineering.compute.device import choose_device
+    from llm_engineering.config import ComputeConfig, ModelConfig
+    from llm_engineering.models import load_model, pin_revision
+    from llm_engineering.settings import Settings
+
+    device = choose_device(ComputeConfig())
+    model = load_model(pin_revision(ModelConfig()), Settings(), device)
+    policy = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM")).train()
+    ids = torch.randint(1000, model.config.vocab_size, (4, MAX_LENGTH), device=device.name)
+    rates = {}
+    for precision in ("weights", "autocast"):
+        started = 0.0
+        for number in range(PASSES + 1):
+            if number == 1:
+                started = time.perf_counter()
+            with torch.autocast(device.name, device.dtype, enabled=precision == "autocast"):
+                loss = policy(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            # Waits for the card, where there is one.
+            loss.item()
+            policy.zero_grad()
+        rates[precision] = PASSES * ids.numel() / (time.perf_counter() - started)
+        if device.dtype == torch.float32:
+            break
+    return {"tokens_per_second": max(rates.values()), "by_precision": rates}
+
+
+def _ours(stage: str, folder: Path) -> dict[str, Any]:
+    from datasets import Dataset, DatasetDict
+
+    from llm_engineering.config import (
+        ComputeConfig,
+        DPOConfig,
+        LoraConfig,
+        ModelConfig,
+        SFTConfig,
+        TrackingConfig,
+        TrainingSetup,
+    )
+    from llm_engineering.models import pin_revision
+    from llm_engineering.settings import Settings
+    from llm_engineering.training.dpo import train_dpo
+    from llm_engineering.training.sft import train_sft
+
+    setup = TrainingSetup(
+        model=pin_revision(ModelConfig()),
+        max_length=MAX_LENGTH,
+        compute=ComputeConfig(),
+        tracking=TrackingConfig(comet="off"),
+        seed=SEED,
+    )
+    rows = Dataset.load_from_disk(folder / f"formatted-{stage}")
+    splits = DatasetDict(train=rows, validation=rows.select(range(1)))
+    settings = Settings(llm_output_dir=folder / "outputs")
+    common: dict[str, Any] = {
+        "learning_rate": LEARNING_RATE[stage],
+        "num_train_epochs": 1,
+        # As transformers' default, which the plain side has.
+        "lr_scheduler_type": "linear",
+        "warmup_ratio": 0.0,
+        "gradient_accumulation_steps": 1,
+        "eval_steps": 10_000,
+        "save_steps": 10_000,
+    }
+    if stage == "sft":
+        tokens = sum(map(len, rows["input_ids"]))
+        # As many optimiser steps as the plain side, of whole packed rows.
+        batch = round(tokens / (len(rows) / BATCH["sft"]) / MAX_LENGTH) or 1
+        config = SFTConfig(**common, per_device_train_batch_size=batch, lora=LoraConfig(**LORA))
+        result = train_sft(splits, config, setup, settings)
+    else:
+        preference = DPOConfig(**common, per_device_train_batch_size=BATCH["dpo"], beta=BETA)
+        result = train_dpo(splits, folder / "ours-sft", preference, setup, settings)
+    result.adapter.rename(folder / f"ours-{stage}")
+    summary = result.summary
+    return {
+        "seconds": summary["seconds"]["total"],
+        "seconds_by_part": summary["seconds"],
+        "steps": summary["steps"],
+        "peak_memory_bytes": summary["peak_memory_bytes"],
+    }
+
+
+def _losses(folder: Path) -> dict[str, float]:
+    from datasets import Dataset
+
+    from llm_engineering.compute.device import choose_device
+    from llm_engineering.config import ComputeConfig, ModelConfig
+    from llm_engineering.evaluation.measures import Models, heldout_loss, labelled_rows
+    from llm_engineering.models import load_model, load_tokenizer, pin_revision
+    from llm_engineering.settings import Settings
+
+    model, settings = pin_revision(ModelConfig()), Settings()
+    names = ("plain_sft", "ours_sft", "plain_dpo", "ours_dpo")
+    adapters = {}
+    for name in names:
+        side, stage = name.split("_")
+        adapters[name] = folder / f"{side}-{stage}" / ("adapter" if side == "plain" else "")
+    base = load_model(model, settings, choose_device(ComputeConfig()))
+    models = Models(base, adapters, load_tokenizer(model, settings), batch_size=4)
+    rows = labelled_rows(Dataset.load_from_disk(folder / "formatted-heldout"))
+    return {name: heldout_loss(models.scores(name, rows, "held-out loss")) for name in names}
+
+
+if __name__ == "__main__":
+    main()

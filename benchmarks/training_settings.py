@@ -1,0 +1,11 @@
+"""What both sides of the training benchmark have in common."""
+
+from typing import Any
+
+SEED = 42
+MAX_LENGTH = 512
+# Rows, or pairs, of a step. Ours packs: as many tokens a step, in rows of 512.
+BATCH = {"sft": 8, "dpo": 4}
+LEARNING_RATE = {"sft": 5e-4, "dpo": 1e-4}
+BETA = 0.1
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}

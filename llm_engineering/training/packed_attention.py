@@ -1,0 +1,82 @@
+"""Attention over rows that lie one behind another in one long row, each row by itself.
+
+Packed rows and batches without padding are one row of many. torch's scaled_dot_product_attention keeps its members apart
+with a mask over the whole, and so computes all of the square; member by member, only the triangles on its diagonal
+are computed, by the kernel that needs no mask. FlashAttention does the same in one call, where it is installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from llm_engineering.training.token_log_probs import causal_model
+
+_NAME = "sdpa_by_row"
+
+
+def attend_by_row(policy: PreTrainedModel | PeftModel) -> bool:
+    """Let a model with `sdpa` attention take `row_lengths` beside its input; returns whether it does.
+
+    Models with windows keep their masks: a triangle is not what they attend to.
+    """
+    model = causal_model(policy)
+    config = model.config.get_text_config()
+    windows = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config._attn_implementation != "sdpa" or windows or kinds != {"full_attention"}:
+        return False
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    model.set_attn_implementation(_NAME)
+    return True
+
+
+def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
+    """Whether the members of one long row see each other: whether the first one's tokens change the second one.
+
+    Tried on eight tokens, so that no list of models whose attention reads position ids has to be kept.
+    """
+    model = causal_model(policy)
+    tokens = torch.arange(4, device=model.device)
+    told: dict[str, Any] = {"position_ids": tokens.repeat(2).unsqueeze(0), "use_cache": False}
+    if by_row:
+        told["row_lengths"] = [4, 4]
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        first, second = (
+            model.base_model(input_ids=torch.cat([before, tokens]).unsqueeze(0), **told).last_hidden_state[0, 4:]
+            for before in (tokens, tokens + 4)
+        )
+    model.train(training)
+    return torch.allclose(first, second, rtol=0, atol=1e-3 * float(first.abs().max()))
+
+
+def row_lengths(position_ids: Tensor) -> list[int]:
+    """Lengths of the members of one long row, `(1, tokens)`, whose positions start at 0 in each."""
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    return [end - start for start, end in zip(starts, [*starts[1:], position_ids.shape[1]], strict=True)]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    row_lengths: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers' functions: query, key and value `(batch, heads, tokens, head size)`, result with tokens second."""
+    if row_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    members = zip(*(part.split(row_lengths, dim=2) for part in (query, key, value)), strict=True)
+    results = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in members]
+    return torch.cat(results, dim=1), None
