@@ -19,12 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from llm_engineering.compute.device import Device, choose_optimiser
 from llm_engineering.config import DPOConfig, Method, SFTConfig, TrainConfig
 from llm_engineering.training.policy import lora_config
+from llm_engineering.training.token_log_probs import CHUNK
 
 # A weight in 4 bits, and its share of the doubly quantised block constants: 8/64 + 32/(64·256) bits (QLoRA,
 # arXiv:2305.14314, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-# TRL's SFT loss computes this many tokens' logits at a time, and forgets them.
-LOGITS_CHUNK = 256
 # What is there besides: on a CPU Python with torch, transformers and TRL (515 MiB), and what the C library keeps of freed
 # memory (200 MiB; both measured by benchmarks/estimate), on a card the context and workspaces of CUDA and cuBLAS.
 OVERHEAD_BYTES = {"cpu": 715 * 2**20, "cuda": 1024 * 2**20}
@@ -181,12 +180,11 @@ def peak_memory(found: Shapes, config: TrainConfig, device: Device, method: Meth
       without it, they come as activations go.
     - activations: what autograd keeps of a forward, and as much as one layer keeps for the gradients on their way
       back. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and once what one layer keeps.
-    - logits: vocabulary × tokens. TRL's SFT loss holds 256 tokens' at a time, four times over in float32; DPO's holds
-      all tokens', three times over.
+    - logits: vocabulary × 128 tokens, four times over in float32. A model whose logits have to be made of whole batches
+      (`why_not_from_hidden_states`) takes more than this.
 
     The real peak varies with the allocator; benchmarks/estimate compares.
     """
-    half = device.dtype != torch.float32
     tokens = rows * length
     is_dpo = isinstance(config, DPOConfig)
     trained = 4.0 * found.trained
@@ -199,9 +197,7 @@ def peak_memory(found: Shapes, config: TrainConfig, device: Device, method: Meth
     activations = found.activations + one_layer
     if config.gradient_checkpointing:
         activations = tokens * found.hidden * found.hidden_bytes * found.layers + one_layer
-    logits = 16.0 * min(tokens, LOGITS_CHUNK) * found.vocabulary
-    if is_dpo:
-        logits = 3.0 * (2 if half else 4) * tokens * found.vocabulary
+    logits = 16.0 * min(tokens, CHUNK) * found.vocabulary
     accumulates = config.gradient_accumulation_steps > 1
     beyond = activations + logits
     gradients = trained if accumulates else max(0.0, trained - beyond)

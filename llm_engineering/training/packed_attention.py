@@ -7,6 +7,7 @@ are computed, by the kernel that needs no mask. FlashAttention does the same in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -77,6 +78,10 @@ def _attention(
     """As transformers' functions: query, key and value `(batch, heads, tokens, head size)`, result with tokens second."""
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    members = zip(*(part.split(row_lengths, dim=2) for part in (query, key, value)), strict=True)
+    members = zip(*(_split(part, row_lengths) for part in (query, key, value)), strict=True)
     results = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in members]
     return torch.cat(results, dim=1), None
+
+
+def _split(part: Tensor, lengths: list[int]) -> Sequence[Tensor]:
+    return part.split(lengths, dim=2)

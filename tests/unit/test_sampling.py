@@ -10,6 +10,7 @@ from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, Train
 from llm_engineering.errors import RequestError
 from llm_engineering.models import load_tokenizer
 from llm_engineering.recipes import load_recipe
+from llm_engineering.training import sft
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
 from tests.conftest import ROOT
@@ -52,7 +53,9 @@ def batches(data, setup, settings, tmp_path, strategy):
     return list(trainer.get_train_dataloader())
 
 
-def test_grouped_batches_hold_every_row_and_less_padding(data, setup, settings, tmp_path):
+def test_grouped_batches_hold_every_row_and_less_padding(data, setup, settings, tmp_path, monkeypatch):
+    """Of a model that cannot keep rows apart, so that they are padded."""
+    monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: False)
     padded = {}
     for strategy in ("random", "group_by_length"):
         found = batches(data, setup, settings, tmp_path, strategy)
