@@ -41,13 +41,10 @@ def poison(step, row):
     real = Trainer.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        result = real(self, model, inputs, *args, **kwargs)
-        hit = (
-            self.model.training
-            and self.state.global_step >= step
-            and row in [r[: len(row)] for r in inputs["input_ids"].tolist()]
-        )
-        return (result[0] * float("nan"), *result[1:]) if hit else result
+        loss = real(self, model, inputs, *args, **kwargs)
+        ids = inputs["input_ids"][0].tolist()
+        holds = any(ids[i : i + len(row)] == row for i in range(len(ids)))
+        return loss * float("nan") if self.model.training and self.state.global_step >= step and holds else loss
 
     Trainer.compute_loss = compute_loss
 
