@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
 from llm_engineering.config import ComputeConfig
@@ -86,6 +86,20 @@ def test_rows_behind_one_another_have_the_losses_that_they_have_alone(attention)
     alone = [cross_entropy(plain(input_ids=row.unsqueeze(0)).logits[0, 1:-1], row[2:], reduction="sum") for row in rows]
     trained = sum(len(row) - 2 for row in rows)
     assert together.loss.item() == pytest.approx(sum(alone).item() / trained, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 7, packed_attention.SHORT])
+def test_short_rows_in_half_precision_have_torchs_attention(length):
+    torch.manual_seed(6)
+    parts = [torch.randn(1, heads, length, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2)]
+    found = packed_attention._short_row(*parts, scaling=0.3)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    expected = scaled_dot_product_attention(*exact, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(found.double(), expected, atol=2e-2)
+    weights = torch.randn(expected.shape)
+    ours = torch.autograd.grad((found * weights).sum(), parts)
+    for gradient, wanted in zip(ours, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert torch.allclose(gradient.double(), wanted, atol=2e-2 * float(wanted.abs().max()))
 
 
 def test_row_lengths_are_between_the_positions_that_start_again():
