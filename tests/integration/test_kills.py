@@ -1,4 +1,4 @@
-"""SFT killed with SIGKILL, at steps and inside a save: resumed, it ends like a run that nobody touched."""
+"""SFT and DPO killed with SIGKILL, at steps and inside a save: resumed, it ends like a run that nobody touched."""
 
 import json
 import multiprocessing
@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_engineering.config import ComputeConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.config import (
+    ComputeConfig,
+    DPOConfig,
+    LoraConfig,
+    ModelConfig,
+    SFTConfig,
+    TrackingConfig,
+    TrainingSetup,
+)
 from llm_engineering.settings import Settings
 from tests.integration.conftest import ROOT
 
@@ -28,11 +36,12 @@ TIMED = {"tokens_per_second", "peak_memory_bytes", "train_runtime", "train_sampl
          "train_steps_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # fmt: skip
 
 
-def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool) -> None:
-    """In a process of its own: train, kill oneself where told, and keep the last checkpoint of a run that ends."""
+def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None) -> None:
+    """In a process of its own: train SFT, or DPO on an SFT adapter; kill oneself where told, and keep the last checkpoint of a run that ends."""
     from datasets import Dataset, DatasetDict
 
     from llm_engineering.training import telemetry
+    from llm_engineering.training.dpo import train_dpo
     from llm_engineering.training.sft import train_sft
 
     torch.set_num_threads(1)
@@ -63,6 +72,16 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool) -> Non
         {"id": f"r{i}", "input_ids": [1, *range(20 + i, 30 + 2 * i), 2], "labels": [-100] * 4 + [*range(23 + i, 30 + 2 * i), 2]}
         for i in range(16)
     ]  # fmt: skip
+    if sft is not None:
+        rows = [
+            {
+                "id": f"r{i}",
+                "prompt_ids": [1, 20 + i],
+                "chosen_ids": [*range(30, 33 + i), 2],
+                "rejected_ids": [40 + i, 2],
+            }
+            for i in range(16)
+        ]
     data = DatasetDict(train=Dataset.from_list(rows[:12]), validation=Dataset.from_list(rows[12:]))
     setup = TrainingSetup(
         model=ModelConfig(name_or_path=str(model), revision="test"),
@@ -71,7 +90,14 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool) -> Non
         tracking=TrackingConfig(comet="off"),
         seed=7,
     )
-    result = train_sft(data, CONFIG, setup, Settings(llm_output_dir=outputs))
+    settings = Settings(llm_output_dir=outputs)
+    if sft is None:
+        result = train_sft(data, CONFIG, setup, settings)
+    else:
+        config = DPOConfig.model_validate(
+            CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
+        )
+        result = train_dpo(data, sft, config, setup, settings)
     (outputs / "summary.json").write_text(json.dumps(result.summary))
     shutil.copytree(result.adapter, outputs / "adapter", dirs_exist_ok=True)
 
@@ -80,10 +106,12 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool) -> Non
 def run(tiny_model):
     """Starts `train` in a forked process of a server that has all imported and computed nothing; its exit code."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llm_engineering.training.sft", "tests.integration.test_kills"])
+    context.set_forkserver_preload(
+        ["llm_engineering.training.sft", "llm_engineering.training.dpo", "tests.integration.test_kills"]
+    )
 
-    def start(outputs: Path, kill_at: int | None = None, in_save: bool = False) -> int | None:
-        process = context.Process(target=train, args=(tiny_model, outputs, kill_at, in_save))
+    def start(outputs: Path, kill_at: int | None = None, in_save: bool = False, sft: Path | None = None) -> int | None:
+        process = context.Process(target=train, args=(tiny_model, outputs, kill_at, in_save, sft))
         process.start()
         process.join(120)
         return process.exitcode
@@ -122,6 +150,17 @@ def test_five_kills_change_nothing(run, whole, tmp_path):
     assert summary["resumed_from"] is not None
     assert summary["steps"] == STEPS
     assert_alike(tmp_path, whole)
+
+
+def test_killed_dpo_ends_like_a_whole_one(run, whole, tmp_path):
+    start, untouched, killed = whole / "adapter", tmp_path / "untouched", tmp_path / "killed"
+    untouched.mkdir()
+    assert run(untouched, sft=start) == 0
+    for step in (5, 15):
+        assert run(killed, kill_at=step, sft=start) == -signal.SIGKILL
+    assert run(killed, sft=start) == 0
+    assert json.loads((killed / "summary.json").read_text())["resumed_from"] == "checkpoint-14"
+    assert_alike(killed, untouched)
 
 
 def test_kill_inside_a_save_leaves_no_checkpoint(run, whole, tmp_path):
