@@ -57,9 +57,11 @@ runs: .venv/ready  ## the last runs, as a table
 dashboard: .venv/ready  ## ZenML's dashboard on loopback, until Ctrl-C
 	@$(BIN)/python -m tools.dashboard $(ARGS)
 
-bench: .venv/ready-dev  ## the benchmarks, as ratios (about a quarter of an hour)
+bench: .venv/ready-dev  ## the benchmarks, as ratios (about half an hour)
 	@$(BIN)/python -m benchmarks.endpoint $(ARGS)
 	@$(BIN)/python -m benchmarks.dataset_stages --peer $(ARGS)
+	@$(BIN)/python -m benchmarks.estimate $(ARGS)
+	@$(BIN)/python -m benchmarks.training $(ARGS)
 
 # One thread each: models of two layers gain nothing from more, and two test processes would fight for the cores.
 test: .venv/ready-dev  ## unit and integration tests

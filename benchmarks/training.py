@@ -245,7 +245,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
     setup = TrainingSetup(
         model=pin_revision(ModelConfig()),
         max_length=MAX_LENGTH,
-        compute=ComputeConfig(),
+        compute=ComputeConfig(backend="transformers"),
         tracking=TrackingConfig(comet="off"),
         seed=SEED,
     )
