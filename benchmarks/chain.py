@@ -1,0 +1,148 @@
+"""The whole `make run-sft` against the same work in scripts without this project: python -m benchmarks.chain [--write]
+
+First the pipeline runs as anyone runs it, with a ZenML store of its own that was set up before. Then
+benchmarks/bare_chain.py takes the requests, rows and settings of that run through transformers, PEFT and torch, in one
+process for each of generation, training and evaluation; reading, rules, duplicates, splits and reports it leaves out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+
+RESULTS = Path(__file__).parent / "results" / "chain.json"
+
+
+def main() -> None:
+    """Measure, print, and with `--write` keep the figures."""
+    parser = argparse.ArgumentParser(description="make run-sft as a multiple of bare scripts.")
+    parser.add_argument("--config", default="configs/local.yaml")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        result = measure(Path(scratch), arguments.config)
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.write:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(text + "\n", encoding="utf-8")
+
+
+def measure(folder: Path, config: str) -> dict[str, Any]:
+    """Seconds of the run and of each script."""
+    env = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "ZENML_CONFIG_PATH": str(folder / "zenml"),
+        "ZENML_LOCAL_STORES_PATH": str(folder / "stores"),
+        "LLM_OUTPUT_DIR": str(folder / "outputs"),
+    }
+    _timed(["-m", "tools.runs"], env)
+    seconds, output = _timed(["-m", "tools.run", "sft", "--config", config, "--json"], env)
+    run = json.loads(output.splitlines()[-1])
+    work = folder / "work.json"
+    work.write_text(json.dumps(_work(config, run, folder)), encoding="utf-8")
+    bare = {
+        stage: _timed(["-m", "benchmarks.bare_chain", stage, str(work)], env)[0]
+        for stage in ("generate", "train", "evaluate")
+    }
+    return {
+        "run_sft_over_bare": seconds / sum(bare.values()),
+        "run_sft_seconds": seconds,
+        "bare_seconds": bare,
+        "metrics": run["metrics"],
+        "machine": machine(),
+    }
+
+
+def _timed(command: Sequence[str], env: dict[str, str]) -> tuple[float, str]:
+    print("running", *command, file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, *command], env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return time.perf_counter() - started, done.stdout
+
+
+def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What the scripts need of the run: prompts as text, rows as token ids, settings."""
+    from datasets import load_from_disk
+
+    from llm_engineering.compute.device import choose_device
+    from llm_engineering.config import InstructionWriting
+    from llm_engineering.documents.passages import cut_passages
+    from llm_engineering.documents.read import read_documents
+    from llm_engineering.generation.instructions import generate_instructions
+    from llm_engineering.models import load_tokenizer, model_path, pin_revision
+    from llm_engineering.recipes import load_recipe
+    from llm_engineering.settings import Settings
+
+    recipe, settings = load_recipe(config, []), Settings()
+    model = pin_revision(recipe.model)
+    tokenizer = load_tokenizer(model, settings)
+    passages = cut_passages(read_documents(recipe.documents)[0], recipe.documents, recipe.seed)[0]
+    asked = _Recorder()
+    generate_instructions(passages, asked, recipe.generation.part(InstructionWriting), recipe.seed)  # type: ignore[arg-type]
+    formatted: Any = load_from_disk(str(Path(run["artifacts"]["formatted_sft"]["uri"]) / "hf_datasets"))
+    rows = {name: [dict(row) for row in formatted[name].select_columns(["input_ids", "labels"])] for name in formatted}
+    answered = [
+        tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100])
+        for row in rows["test"][: recipe.evaluation.generated_rows]
+    ]
+    return {
+        "model": model_path(model, settings),
+        "dtype": str(choose_device(recipe.compute).dtype).removeprefix("torch."),
+        "questions": [
+            {
+                "prompts": [
+                    tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False)
+                    for request in requests
+                ],
+                "stop": list(sampling.stop),
+                "max_new_tokens": sampling.max_new_tokens,
+            }
+            for requests, sampling in asked.seen
+        ],
+        "generation_batch": recipe.generation.batch_size,
+        **rows,
+        "answered": answered,
+        "answer_max_new_tokens": recipe.evaluation.max_new_tokens,
+        "evaluation_batch": recipe.evaluation.batch_size,
+        "lora": recipe.sft.lora.model_dump(include={"r", "lora_alpha", "target_modules"}),
+        "learning_rate": recipe.sft.learning_rate,
+        "max_length": recipe.formatting.max_length,
+        "train_batch": recipe.sft.per_device_train_batch_size * recipe.sft.gradient_accumulation_steps,
+        "eval_batch": recipe.sft.per_device_eval_batch_size,
+        "eval_steps": recipe.sft.eval_steps,
+        "epochs": int(recipe.sft.num_train_epochs),
+        "adapter": str(folder / "bare-adapter"),
+    }
+
+
+class _Recorder:
+    """A client that answers nothing and keeps what it was asked."""
+
+    writes_json = False
+    temperature = 0.0
+    identity = "none"
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Sequence[Any], Any]] = []
+
+    def answer(self, requests: Sequence[Any], sampling: Any, what: str) -> list[Any]:
+        from llm_engineering.generation.client import Failure
+
+        self.seen.append((requests, sampling))
+        return [Failure("not_asked", "", "") for _ in requests]
+
+
+if __name__ == "__main__":
+    main()
