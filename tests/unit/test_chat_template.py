@@ -183,13 +183,18 @@ def test_a_model_with_no_template_and_no_pad_token_trains_and_is_served_as_it_wa
     assert AutoTokenizer.from_pretrained(aligned.adapter).chat_template == tokenizer.chat_template
 
 
-def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(model, settings, cpu, tmp_path):
-    """The batches that the trainers make: the end of each answer is trained, the padding after it is not."""
+@pytest.mark.parametrize("apart", [True, False])
+def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
+    apart, model, settings, cpu, tmp_path, monkeypatch
+):
+    """The batches that the trainers make: the end of each answer is trained, the padding after it is not. Batches of SFT
+    have none where the model keeps rows `apart`."""
     from llm_engineering.compute.device import choose_device
+    from llm_engineering.training import sft
     from llm_engineering.training.dpo import dpo_trainer
     from llm_engineering.training.policy import new_policy
-    from llm_engineering.training.sft import sft_trainer
 
+    monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: apart)
     tokenizer = load_tokenizer(model, settings, "alpaca")
     end = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == end
@@ -198,11 +203,13 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(model, sett
     data = formatted("instruction", 8, tokenizer, tmp_path)
     config = SFTConfig(**STEPS, packing=False)
     policy = new_policy(model, config.lora, settings, device)
-    trainer = sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
+    trainer = sft.sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
     first = list(data["train"].select([0, 1]))
-    for row, labels in zip(first, trainer.data_collator(first)["labels"].tolist(), strict=True):
-        assert labels == row["labels"] + [-100] * (len(labels) - len(row["labels"]))
-        assert labels[len(row["labels"]) - 1] == end
+    assert all(row["labels"][-1] == end for row in first)
+    longest = max(len(row["labels"]) for row in first)
+    padding = [[] if apart else [-100] * (longest - len(row["labels"])) for row in first]
+    expected = [label for row, after in zip(first, padding, strict=True) for label in row["labels"] + after]
+    assert trainer.data_collator(first)["labels"].flatten().tolist() == expected
 
     pairs = formatted("preference", 8, tokenizer, tmp_path)
     trainer = dpo_trainer(policy, tokenizer, DatasetDict(pairs), DPOConfig(**STEPS), setup, device, tmp_path)

@@ -199,7 +199,8 @@ def test_dry_run_tells_memory_time_and_what_is_free(small_llama, monkeypatch, ca
     text = "\n".join(estimate_lines(own, ["dpo"]))
     assert "WARNING: dpo may need" in text
     assert "lower dpo.per_device_train_batch_size and raise dpo.gradient_accumulation_steps" in text
-    warn_of_memory(own, ["sft", "dpo"])
+    with caplog.at_level("WARNING"):
+        warn_of_memory(own, ["sft", "dpo"])
     assert [record.message.split()[0] for record in caplog.records if "may need" in record.message] == ["sft", "dpo"]
 
 
