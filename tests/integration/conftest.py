@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.integration.preloaded import run_module
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600
@@ -64,9 +67,10 @@ class Project:
         )
 
     def command(self, *arguments: str) -> Run:
-        process = self.start(*arguments)
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-        return Run(process.returncode, stdout, stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path(folder)
+            code = run_module(arguments[0], arguments[1:], self.env, ROOT, output, TIMEOUT_S)
+            return Run(code, (output / "stdout").read_text(), (output / "stderr").read_text())
 
     def run(self, pipeline: str, *arguments: str) -> Run:
         return self.command("tools.run", pipeline, "--config", str(self.recipe), "--json", *arguments)
