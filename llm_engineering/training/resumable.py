@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
@@ -57,6 +58,12 @@ class ResumableTrainer(HeldOutTrainer):
         self._step_ended = True
         self.work = Work()
         super().__init__(*args, **kwargs)
+        if self.args.bf16 or self.args.fp16:
+            # PEFT makes every input float32, for its weights' sake, and autocast makes it half precision again.
+            assert self.model is not None
+            for layer in self.model.modules():
+                if isinstance(layer, LoraLayer) and not any(layer.use_dora.values()):
+                    layer.cast_input_dtype_enabled = False
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler[int] | None:
         sampler: torch.utils.data.Sampler[int] | None = super()._get_train_sampler(train_dataset)

@@ -175,6 +175,8 @@ def sft_trainer(
         eval_packing=False,
         # The rows of a batch lie one behind another too, where that can be: nothing is computed for padding.
         padding_free=unpadded,
+        # TRL's own default, chunked_nll, would take the place of the forward pass that returns the loss alone.
+        loss_type="nll" if device.backend == "transformers" else None,
         train_sampling_strategy=config.train_sampling_strategy,
     )
     # It warns of every attention but FlashAttention where rows lie one behind another; whether they are kept apart
