@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase, set_seed
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.training_settings import BATCH, LORA, SEED
 from llm_engineering.config import DocumentsConfig, FormattingConfig, LoraConfig, ModelConfig
@@ -79,6 +79,7 @@ class Shape:
 
 
 SHAPES = {
+    # A unit test trains it on CPU: no larger than takes seconds.
     "tiny": Shape(64, 128, 2, 4, 2, 49152, max_length=128, rows=16, words=15),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256, max_length=2048, rows=256, words=200),
 }
@@ -105,9 +106,11 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(pin_revision(ModelConfig()), settings)
     config = shape.config(tokenizer)
     with torch.device("meta"):
-        policy = get_peft_model(AutoModelForCausalLM.from_config(config), lora_config(LoraConfig(**LORA)))
+        base: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        parameters = base.num_parameters()
+        policy = get_peft_model(base, lora_config(LoraConfig(**LORA)))
+    assert isinstance(policy, PeftModel)
     flops = TrainingFlops.of(policy)
-    parameters = policy.get_base_model().num_parameters()
     _write_model(config, parameters, tokenizer, folder)
     lengths, trained = _write_rows(shape, tokenizer, folder)
     steps = shape.rows / BATCH["sft"]

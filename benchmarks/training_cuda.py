@@ -149,8 +149,8 @@ def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for side, peer in PEERS.items():
         for figure in ("tokens_per_second", "peak_memory_bytes"):
-            both = [sides.get(name, {}).get(figure) for name in (side, peer)]
-            found[f"{side}_{figure}_over_{peer}"] = None if None in both else both[0] / both[1]
+            own, other = (sides.get(name, {}).get(figure) for name in (side, peer))
+            found[f"{side}_{figure}_over_{peer}"] = own / other if own and other else None
         found[f"{side}_mfu"] = sides.get(side, {}).get("mfu")
     return found
 
@@ -238,7 +238,8 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
     splits = DatasetDict(train=rows, validation=rows.select(range(1)))
     clock = LastEpoch()
     # train_sft makes its trainer itself.
-    trainer.DEFAULT_CALLBACKS.append(clock)
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks.append(clock)
     summary = train_sft(splits, config, setup, Settings(llm_output_dir=folder / f"{method}-{side}")).summary
     names = ("steps", "per_device_train_batch_size", "peak_memory_bytes", "device", "device_reasons")
     told = {name: summary[name] for name in ("tokens_per_second", "mfu", "padding_share") if name in summary}
