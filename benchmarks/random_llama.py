@@ -97,10 +97,12 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
         RequestError: the disk has no room for the weights.
     """
     shape, facts = SHAPES[name], folder / FACTS
+    made_from = {**asdict(shape), "lora": LORA, "batch": BATCH["sft"], "seed": SEED}
     if facts.is_file():
         found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
-        if found["shape"] == asdict(shape):
+        if found["made_from"] == made_from:
             return found
+        facts.unlink()
     disable_progress_bars()
     settings = Settings()
     tokenizer = load_tokenizer(pin_revision(ModelConfig()), settings)
@@ -116,7 +118,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
     steps = shape.rows / BATCH["sft"]
     made = {
         "name": name,
-        "shape": asdict(shape),
+        "made_from": made_from,
         "model": str(folder / "model"),
         "parameters": parameters,
         "rows": len(lengths),

@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,8 +116,11 @@ def measure(folder: Path, shape: str, method: str, sides: Sequence[str], *, cpu:
     environment = _environment(folder, cpu)
     results = {}
     for side in sides:
+        output = folder / f"{method}-{side}"
+        # A run that was killed before would be gone on with.
+        shutil.rmtree(output, ignore_errors=True)
         script = [
-            "--model", made["model"], "--rows", str(folder / "rows.jsonl"), "--output", str(folder / f"{method}-{side}"),
+            "--model", made["model"], "--rows", str(folder / "rows.jsonl"), "--output", str(output),
             "--max-length", str(made["max_length"]), "--epochs", str(EPOCHS),
             *(["--four-bits"] if method == "qlora" else []),
         ]  # fmt: skip
@@ -176,7 +180,8 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> tuple[di
     figures: dict[str, Any] = {}
     reason = None
     if done.returncode == 0:
-        figures = json.loads(done.stdout.splitlines()[-1])
+        # Libraries may say goodbye after it.
+        figures = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     else:
         reason = _reason(done.returncode, log.read_text(encoding="utf-8", errors="replace"))
     print(reason or figures, file=sys.stderr, flush=True)

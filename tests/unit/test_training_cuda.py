@@ -63,6 +63,12 @@ def _ids(tokenizer, messages, generation):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=False)
 
 
+def test_what_was_made_before_is_found_again(made, folder):
+    before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
+    assert random_llama.prepare("tiny", folder) == made
+    assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
 def test_sides_train_the_same_and_one_that_cannot_is_named(made, folder, stub, settings):
     sides = ("plain", "ours_transformers", "raw_unsloth")
     result = training_cuda.measure(folder, "tiny", "lora", sides, cpu=True)
