@@ -57,11 +57,15 @@ runs: .venv/ready  ## the last runs, as a table
 dashboard: .venv/ready  ## ZenML's dashboard on loopback, until Ctrl-C
 	@$(BIN)/python -m tools.dashboard $(ARGS)
 
-bench: .venv/ready-dev  ## the benchmarks, as ratios (about half an hour)
+bench: .venv/ready-dev  ## the benchmarks, as ratios (about an hour)
 	@$(BIN)/python -m benchmarks.endpoint $(ARGS)
 	@$(BIN)/python -m benchmarks.dataset_stages --peer $(ARGS)
 	@$(BIN)/python -m benchmarks.estimate $(ARGS)
 	@$(BIN)/python -m benchmarks.training $(ARGS)
+	@$(BIN)/python -m benchmarks.chain $(ARGS)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python -m benchmarks.training_cuda $(ARGS); \
+	else echo "Training on a card is not measured: torch finds no CUDA card here."; fi
 
 # One thread each: models of two layers gain nothing from more, and two test processes would fight for the cores.
 test: .venv/ready-dev  ## unit and integration tests

@@ -245,6 +245,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
     setup = TrainingSetup(
         model=pin_revision(ModelConfig()),
         max_length=MAX_LENGTH,
+        # unsloth, where it is installed, takes a process of its own, and is measured in benchmarks/training_cuda.py.
         compute=ComputeConfig(backend="transformers"),
         tracking=TrackingConfig(comet="off"),
         seed=SEED,

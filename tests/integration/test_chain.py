@@ -1,10 +1,8 @@
 """The whole chain through ZenML, on a model of two small layers with the real tokenizer."""
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -129,81 +127,6 @@ def test_dpo_without_an_sft_model_trains_it_first_and_says_so(fresh_project):
     assert run.code == 0, run.stderr
     assert "No SFT model is registered: training SFT first" in run.stderr
     assert "heldout_loss_dpo" in run.json["metrics"]
-
-
-def wait_for_checkpoint(project, process):
-    """Wait until a run that was started has saved its eighth step."""
-    deadline = time.monotonic() + 300
-    while not list(project.folder.glob("outputs/training/*/checkpoints/checkpoint-8")):
-        assert time.monotonic() < deadline
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.1)
-
-
-def test_interrupted_training_goes_on(fresh_project):
-    """SIGINT in the middle of training; the same command goes on from the checkpoint, and so does --resume."""
-    many = ["--set", "sft.num_train_epochs=60", "--set", "sft.eval_steps=1000"]
-    process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
-    wait_for_checkpoint(fresh_project, process)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "the same command goes on" in stderr
-    assert "Traceback" not in stderr
-
-    other = fresh_project.run("sft", *many, "--set", "sft.learning_rate=5e-3", "--resume", "last")
-    assert other.code == 2
-    assert "sft.learning_rate differ" in other.stderr
-    resumed = fresh_project.run("sft", *many, "--resume", "last")
-    assert resumed.code == 0, resumed.stderr
-    assert "going on from" in resumed.stderr
-    nothing = fresh_project.run("sft", *many, "--resume", "last")
-    assert nothing.code == 2
-    assert "is complete: there is nothing to resume" in nothing.stderr
-
-
-def test_killed_run_is_found_and_goes_on(fresh_project):
-    """kill -9 in the middle of training: nobody tells ZenML, and `make runs` finds it out."""
-    many = ["--set", "sft.num_train_epochs=6", "--set", "sft.eval_steps=1000"]
-    process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
-    wait_for_checkpoint(fresh_project, process)
-    # Alive, and not at its end before the next commands have looked at it.
-    process.send_signal(signal.SIGSTOP)
-    running = fresh_project.run("sft", *many, "--resume", "last")
-    assert running.code == 2
-    assert "is still running" in running.stderr
-    assert "killed" not in fresh_project.command("tools.runs").stdout
-    process.kill()
-    process.communicate(timeout=60)
-
-    listed = fresh_project.command("tools.runs")
-    assert "failed (killed)" in listed.stdout
-    assert "--resume" in listed.stderr
-    again = fresh_project.command("tools.runs")
-    assert "failed (killed)" in again.stdout
-    assert "was killed" not in again.stderr
-    (name,) = [
-        word for line in again.stdout.splitlines() if "killed" in line for word in line.split() if "sft-" in word
-    ]
-    resumed = fresh_project.run("sft", *many, "--resume", name)
-    assert resumed.code == 0, resumed.stderr
-    assert "going on from" in resumed.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_in_a_step_saves_a_checkpoint(fresh_project, number):
-    many = ["--set", "sft.num_train_epochs=200", "--set", "sft.save_steps=8", "--set", "sft.eval_steps=1000"]
-    process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
-    wait_for_checkpoint(fresh_project, process)
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert f"{number.name}: ending after this step" in stderr
-    saved = int(stderr.partition("saving step ")[2].split()[0])
-    assert "the same command goes on" in stderr
-    assert "Traceback" not in stderr
-    assert list(fresh_project.folder.glob(f"outputs/training/*/checkpoints/checkpoint-{saved}/identity.json"))
-    assert "failed" in fresh_project.command("tools.runs").stdout
 
 
 def test_retrain_is_one_run(fresh_project):

@@ -270,14 +270,14 @@ for name in ("sft_trainer", "dpo_trainer"):
     _patch_trl_rl_trainers_impl(name)
 import transformers
 from llm_engineering.training import dpo, resumable, sft
-stages = (sft.ResumableSFTTrainer, dpo._FormattedDPOTrainer)
+stages = (sft.FormattedSFTTrainer, dpo._FormattedDPOTrainer)
 own = [n for n, f in vars(resumable.ResumableTrainer).items() if inspect.isfunction(f) and hasattr(transformers.Trainer, n)]
 print(json.dumps({
     "bases": [[base.__name__ for base in stage.__mro__] for stage in stages],
     "overridden": own,
     "lost": [n for stage in stages for n in own if getattr(stage, n) is not getattr(resumable.ResumableTrainer, n)],
     "prepared": dpo.DPOTrainer._prepare_dataset is not None,
-    "counted": ["_total_train_tokens" in inspect.getsource(stage.__mro__[3]) for stage in stages],
+    "counted": ["_total_train_tokens" in inspect.getsource(stage.__mro__[4]) for stage in stages],
     "from_pretrained": list(inspect.signature(unsloth.FastLanguageModel.from_pretrained).parameters),
     "get_peft_model": list(inspect.signature(unsloth.FastLanguageModel.get_peft_model).parameters),
 }))
@@ -291,7 +291,7 @@ def test_the_real_unsloth_has_what_is_used_of_it(tmp_path):
         [sys.executable, "-c", REAL], env=environment, capture_output=True, text=True, cwd=tmp_path, check=True
     )
     found = json.loads(done.stdout.splitlines()[-1])
-    assert [bases[2] for bases in found["bases"]] == ["UnslothSFTTrainer", "UnslothDPOTrainer"]
+    assert [bases[3] for bases in found["bases"]] == ["UnslothSFTTrainer", "UnslothDPOTrainer"]
     assert {"training_step", "_get_grad_norm", "_save_checkpoint", "_get_train_sampler"} <= set(found["overridden"])
     assert found["lost"] == []
     assert found["prepared"]
