@@ -29,16 +29,16 @@ def _load(work: dict[str, Any]) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(work["model"], dtype=getattr(torch, work["dtype"])), tokenizer
 
 
-def _answers(model: Any, tokenizer: Any, prompts: list[str], batch: int, **settings: Any) -> None:
+def _answers(model: Any, processor: Any, prompts: list[str], batch: int, **settings: Any) -> None:
     import torch
 
     prompts = sorted(prompts, key=len)
     for start in range(0, len(prompts), batch):
-        inputs = tokenizer(
+        inputs = processor(
             prompts[start : start + batch], return_tensors="pt", padding=True, add_special_tokens=False
         ).to(model.device)
         with torch.inference_mode():
-            model.generate(**inputs, do_sample=False, pad_token_id=tokenizer.pad_token_id, **settings)
+            model.generate(**inputs, do_sample=False, pad_token_id=processor.pad_token_id, **settings)
 
 
 def _generate(work: dict[str, Any]) -> None:
