@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from datasets import DatasetDict
 from zenml import get_step_context, link_artifact_to_model, log_metadata
-from zenml.materializers import PydanticMaterializer
+from zenml.client import Client
 
 from llm_engineering.config import EvaluationConfig, Recipe, TrainingSetup
 from llm_engineering.data.rows import instruction_row
@@ -17,7 +17,8 @@ from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
 from steps.caching import project_step
 from steps.logging import log_artifact
-from steps.materializers import Directory, DirectoryMaterializer
+from steps.materializers import Directory, DirectoryMaterializer, HashedPydanticMaterializer
+from steps.registry import StaleError, move
 
 
 @project_step(output_materializers=DirectoryMaterializer)
@@ -25,11 +26,13 @@ def evaluate_sft(
     formatted_sft: DatasetDict,
     instruction_dataset: DatasetDict,
     sft_adapter: Directory,
+    incumbent: Directory | None,
     config: EvaluationConfig,
     setup: TrainingSetup,
 ) -> Annotated[Directory, "evaluation_report"]:
-    """Measure the base and the SFT model on held-out rows."""
-    return _evaluate({"sft": sft_adapter}, formatted_sft, None, instruction_dataset, config, setup)
+    """Measure the base and the SFT model, and the one in production if there is one, on held-out rows."""
+    adapters = {"sft": sft_adapter, "incumbent": incumbent}
+    return _evaluate(adapters, formatted_sft, None, instruction_dataset, config, setup)
 
 
 @project_step(output_materializers=DirectoryMaterializer)
@@ -39,16 +42,17 @@ def evaluate_dpo(
     instruction_dataset: DatasetDict,
     sft_adapter: Directory,
     dpo_adapter: Directory,
+    incumbent: Directory | None,
     config: EvaluationConfig,
     setup: TrainingSetup,
 ) -> Annotated[Directory, "evaluation_report"]:
-    """Measure the base, the SFT and the DPO model on held-out rows and pairs."""
-    adapters = {"sft": sft_adapter, "dpo": dpo_adapter}
+    """Measure the base, the SFT and the DPO model, and the one in production if there is one, on rows and pairs."""
+    adapters = {"sft": sft_adapter, "dpo": dpo_adapter, "incumbent": incumbent}
     return _evaluate(adapters, formatted_sft, formatted_dpo, instruction_dataset, config, setup)
 
 
 def _evaluate(
-    adapters: dict[str, Directory],
+    adapters: dict[str, Directory | None],
     formatted_sft: DatasetDict,
     formatted_dpo: DatasetDict | None,
     instruction_dataset: DatasetDict,
@@ -58,7 +62,7 @@ def _evaluate(
     folder = Path(tempfile.mkdtemp())
     data: dict[str, Any] = evaluate(
         folder,
-        {name: adapter.path for name, adapter in adapters.items()},
+        {name: adapter.path for name, adapter in adapters.items() if adapter is not None},
         formatted_sft["test"],
         formatted_dpo["test"] if formatted_dpo is not None else None,
         [instruction_row(record) for record in instruction_dataset["test"]],
@@ -71,17 +75,21 @@ def _evaluate(
 
 
 # Never cached: it acts on the model version of this run, which ties together what the steps made or took from the cache.
-@project_step(output_materializers=PydanticMaterializer, enable_cache=False)
+@project_step(output_materializers=HashedPydanticMaterializer, enable_cache=False)
 def promote(
-    evaluation_report: Directory, recipe: Recipe, code_version: str, sft_adapter: Directory | None = None
+    evaluation_report: Directory,
+    recipe: Recipe,
+    code_version: str,
+    incumbent: int | None,
+    sft_adapter: Directory | None = None,
 ) -> Annotated[PromotionDecision, "promotion_decision"]:
     """Judge this run's model by its measures; a pass moves its model version to a stage.
 
+    `incumbent` is the version that was in production when the run began; if another one is by now, nothing is moved.
     `sft_adapter` is what DPO started from, perhaps in an earlier run: it belongs to this run's model version too.
     """
     report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
-    decision = decide(report["metrics"], recipe.promotion)
-    log_artifact("promotion_decision", passed=decision.passed, stage=str(decision.stage))
+    decision = decide(report, recipe.promotion, incumbent)
     facts = {
         **report["metrics"],
         "recipe": recipe.model_dump(mode="json"),
@@ -94,5 +102,11 @@ def promote(
         for version in context.step_run.inputs["sft_adapter"]:
             link_artifact_to_model(version, context.model)
     if decision.stage is not None:
-        context.model.set_stage(decision.stage, force=True)
+        version = Client().get_model_version(None, context.model.model_version_id)
+        try:
+            move(version, decision.stage, incumbent, f"gate of run {context.pipeline_run.name}", decision.reason)
+        except StaleError as error:
+            reason = f"Every rule passed, but {error}: run again to be judged against it."
+            decision = decision.model_copy(update={"outcome": "stale", "stage": None, "reason": reason})
+    log_artifact("promotion_decision", outcome=decision.outcome, stage=str(decision.stage), reason=decision.reason)
     return decision
