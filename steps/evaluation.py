@@ -102,9 +102,9 @@ def promote(
         for version in context.step_run.inputs["sft_adapter"]:
             link_artifact_to_model(version, context.model)
     if decision.stage is not None:
-        version = Client().get_model_version(None, context.model.model_version_id)
+        own = Client().get_model_version(None, context.model.id)
         try:
-            move(version, decision.stage, incumbent, f"gate of run {context.pipeline_run.name}", decision.reason)
+            move(own, decision.stage, incumbent, f"gate of run {context.pipeline_run.name}", decision.reason)
         except StaleError as error:
             reason = f"Every rule passed, but {error}: run again to be judged against it."
             decision = decision.model_copy(update={"outcome": "stale", "stage": None, "reason": reason})

@@ -46,6 +46,8 @@ class HashedMaterializer(BaseMaterializer):
     ZenML keeps the hash of that file, and takes it for the artifact's content where it looks for a cached result.
     """
 
+    SKIP_REGISTRATION: ClassVar[bool] = True
+
     def compute_content_hash(self, data: Any) -> str:
         """Hash what was stored: ZenML asks for it after all files are written."""
         hashes = file_hashes(self.uri, self.artifact_store)

@@ -242,7 +242,7 @@ def _settle(model: str) -> None:
         for stage, holder in holders.items():
             for version in _holders(model, stage):
                 if version.id not in holders.values():
-                    version.set_stage(ModelStages.ARCHIVED)
+                    version.set_stage(ModelStages.ARCHIVED, force=True)
             if holder is not None:
                 Client().get_model_version(model, holder).set_stage(stage, force=True)
         if stages(model).number == state.number:

@@ -126,18 +126,16 @@ def print_table(result: RunResult, file: TextIO) -> None:
     if result.promotion:
         gate = _table("Promotion", "Rule", "Better by", f"{result.promotion['confidence']:.0%} interval", "Verdict")
         for rule in result.promotion["rules"]:
-            value, interval = (
-                ("", "")
-                if rule["value"] is None
-                else (f"{rule['value']:.4f}", f"{rule['low']:.4f} to {rule['high']:.4f}")
-            )
+            judged = rule["value"] is not None
             verdict = rule["verdict"].upper() if rule["verdict"] == "failed" else rule["verdict"]
-            gate.add_row(rule["name"], value, interval, f"{verdict}: {rule['reason']}" if rule["reason"] else verdict)
+            gate.add_row(
+                rule["name"],
+                f"{rule['value']:.4f}" if judged else "",
+                f"{rule['low']:.4f} to {rule['high']:.4f}" if judged else "",
+                f"{verdict}: {rule['reason']}" if rule["reason"] else verdict,
+            )
         console.print(gate)
         console.print(result.promotion["reason"])
-        if result.promotion["stage"] is None and result.promotion["incumbent"] is not None:
-            console.print(f"Version {result.promotion['incumbent']} was in production when this run began.")
-        console.print()
     places = _table("Where", "What", "Place")
     for name, artifact in result.artifacts.items():
         places.add_row(f"{name} v{artifact['version']}", artifact["uri"])

@@ -92,7 +92,7 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
         passed=not failed,
         outcome="failed" if failed else "passed",
         stage=None if failed else stage,
-        reason=_reason(failed, confidence, stage),
+        reason=_reason(failed, confidence, stage, incumbent),
     )
 
 
@@ -145,7 +145,7 @@ def _judge(
     return rule.model_copy(update={"value": value, "low": low, "high": high, "verdict": verdict})
 
 
-def _reason(failed: list[Rule], confidence: float, stage: str) -> str:
+def _reason(failed: list[Rule], confidence: float, stage: str, incumbent: int | None) -> str:
     if not failed:
         return f"Every rule passed: to {stage}."
     said = [
@@ -154,4 +154,5 @@ def _reason(failed: list[Rule], confidence: float, stage: str) -> str:
         else f"{rule.name}: {rule.value:.4f}, {confidence:.0%} interval {rule.low:.4f} to {rule.high:.4f}"
         for rule in failed
     ]
-    return f"Not promoted, {len(failed)} rule{'s' if len(failed) > 1 else ''} failed: {'; '.join(said)}."
+    stays = f"version {incumbent} stays in production" if incumbent is not None else "production stays empty"
+    return f"Not promoted, {stays}. Failed: {'; '.join(said)}."
