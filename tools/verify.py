@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from llm_engineering.config import ModelConfig, Recipe
+from llm_engineering.config import EMBEDDED_MODEL, ModelConfig, Recipe
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipes import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
@@ -140,7 +140,9 @@ def _base_model(version: Any) -> Iterator[Finding]:
     adapter = adapter_of(version)
     if adapter is None:
         return
-    name, then = adapter.base.name_or_path, adapter.base.revision
+    name, then = adapter.base.name_or_path, str(adapter.base.revision)
+    if name != EMBEDDED_MODEL and not then.startswith("folder-"):
+        return
     try:
         now = pin_revision(ModelConfig(name_or_path=name)).revision
     except RequestError as error:
