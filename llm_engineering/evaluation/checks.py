@@ -76,7 +76,7 @@ def read_checks(path: str) -> list[Check]:
     """
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise RequestError(f"evaluation.checks {path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:
