@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,22 +56,31 @@ class TaskResults:
 
     Attributes:
         scores: each task's metrics as lm-eval reports them, with its standard errors.
-        rows: of each task, the value of its first metric on each row, where that is their mean.
+        rows: of each task, the value of its first metric on each row, where the metric is their mean.
+        metrics, better: that metric's name, and whether more or less of it is better.
     """
 
     def __init__(self, results: dict[str, Any]) -> None:
         self.scores: dict[str, dict[str, Any]] = {
-            task: {name: value for name, value in metrics.items() if name not in ("alias", "name")}
+            task: {name: value for name, value in metrics.items() if name not in ("alias", "name") and value != "N/A"}
             for task, metrics in results["results"].items()
         }
         self.rows: dict[str, Rows] = {}
+        self.metrics: dict[str, str] = {}
+        self.better: dict[str, Literal["higher", "lower"]] = {}
         for task, samples in results["samples"].items():
             metric = str(results["configs"][task]["metric_list"][0]["metric"])
             values = [sample[metric] for sample in samples if _is_number(sample.get(metric))]
             reported = next((v for k, v in self.scores[task].items() if k.startswith(f"{metric},")), None)
             # Some metrics are no mean over rows, e.g. a corpus BLEU: only lm-eval's own number stands for them.
-            if len(values) == len(samples) and _is_number(reported) and abs(sum(values) / len(values) - reported) < 1e-6:
+            if (
+                len(values) == len(samples)
+                and _is_number(reported)
+                and abs(sum(values) / len(values) - reported) < 1e-6
+            ):
                 self.rows[task] = Rows.of(values)
+                self.metrics[task] = metric
+                self.better[task] = "higher" if results["higher_is_better"][task][metric] else "lower"
 
 
 def run_tasks(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -13,7 +14,8 @@ from llm_engineering.errors import RequestError
 
 # One text may stand for a list of one.
 _Texts = Annotated[
-    list[Annotated[str, Field(min_length=1)]], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
 ]
 
 
@@ -104,16 +106,17 @@ def _explain(problem: Any) -> str:
     return f"{f'`{key}`: ' if key else ''}{message[0].lower()}{message[1:]}"
 
 
-def report(checks: list[Check], answers: dict[str, list[str]]) -> dict[str, Any]:
+def check_report(checks: Sequence[Check], answers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """How many answers of each model pass, and for each prompt what was answered and what it lacks."""
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "prompt": check.prompt,
             "answers": {
-                name: {"text": texts[index], "failures": check.failures(texts[index])} for name, texts in answers.items()
+                name: {"text": texts[index], "failures": check.failures(texts[index])}
+                for name, texts in answers.items()
             },
         }
         for index, check in enumerate(checks)
     ]
-    passed = {name: sum(not row["answers"][name]["failures"] for row in found) for name in answers}  # type: ignore[index]
+    passed = {name: sum(not row["answers"][name]["failures"] for row in found) for name in answers}
     return {"prompts": len(checks), "passed": passed, "rows": found}

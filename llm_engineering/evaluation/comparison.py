@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -32,35 +32,22 @@ MEASURES = {
     "checks": Measure("Own check", "share passed", "higher"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
 }
-_TASK = "lm_eval_"
 
 
-def measure(key: str) -> Measure:
-    """The measure of a key; `lm_eval_<task>` is a task of lm-eval."""
-    if key.startswith(_TASK):
-        return Measure(f"lm-eval: {key.removeprefix(_TASK)}", "score", "higher")
-    return MEASURES[key]
-
-
-def compare(rows: Mapping[str, Mapping[str, Rows]], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Measures as the evaluation report holds them.
+def compare(what: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
+    """A measure as the evaluation report holds it.
 
     Args:
-        rows: by measure, then by model; the rows of a measure are the same for every model.
+        rows: by model; they are the same for every model.
         newest: the model whose differences to all others are given, as `dpo-base` for `dpo` minus `base`.
     """
-    return {
-        key: entry(
-            measure(key),
-            {name: bootstrap.estimate(values, measure(key).transform) for name, values in models.items()},
-            {
-                f"{newest}-{name}": bootstrap.difference(models[newest], values, measure(key).transform)
-                for name, values in models.items()
-                if name != newest
-            },
-        )
-        for key, models in rows.items()
+    models = {name: bootstrap.estimate(values, what.transform) for name, values in rows.items()}
+    differences = {
+        f"{newest}-{name}": bootstrap.difference(rows[newest], values, what.transform)
+        for name, values in rows.items()
+        if name != newest
     }
+    return entry(what, models, differences)
 
 
 def entry(what: Measure, models: Mapping[str, Estimate], differences: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -77,7 +64,9 @@ def entry(what: Measure, models: Mapping[str, Estimate], differences: Mapping[st
 def flat(measures: Mapping[str, Any]) -> dict[str, float]:
     """The values alone, as `measure_model`."""
     return {
-        f"{key}_{name}": estimate["value"] for key, found in measures.items() for name, estimate in found["models"].items()
+        f"{key}_{name}": estimate["value"]
+        for key, found in measures.items()
+        for name, estimate in found["models"].items()
     }
 
 
@@ -89,12 +78,3 @@ def verdict(difference: Mapping[str, Any], better: str | None) -> str:
     if better is None:
         return "higher" if low > 0 else "lower"
     return "better" if (low > 0) == (better == "higher") else "worse"
-
-
-def by_model(rows: Sequence[tuple[str, Mapping[str, Rows]]]) -> dict[str, dict[str, Rows]]:
-    """From `(model, rows by measure)` to rows by measure and model."""
-    found: dict[str, dict[str, Rows]] = {}
-    for model, measured in rows:
-        for key, values in measured.items():
-            found.setdefault(key, {})[model] = values
-    return found

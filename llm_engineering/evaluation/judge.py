@@ -19,7 +19,7 @@ PROMPT_FILE = Path(__file__).parent / "prompts" / "judge.txt"
 JSON_FIELD = "verdict"
 Outcome = Literal["won", "lost", "tie", "unparsable"]
 # A verdict that cannot be read speaks for neither, and still counts.
-_SCORES = {"won": 1.0, "tie": 0.5, "unparsable": 0.5, "lost": 0.0}
+_SCORES: dict[Outcome, float] = {"won": 1.0, "tie": 0.5, "unparsable": 0.5, "lost": 0.0}
 _VERDICT = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
 
 
@@ -112,9 +112,7 @@ def _duels(
         return [{"role": "user", "content": prompt.format(**questions[row]._asdict(), **texts)}]
 
     rows = range(len(questions))
-    requests = [
-        request(row, *order) for name in others for row in rows for order in ((newest, name), (name, newest))
-    ]
+    requests = [request(row, *order) for name in others for row in rows for order in ((newest, name), (name, newest))]
     if client.writes_json:
         sampling = Sampling(sampling.max_new_tokens, sampling.temperature, sampling.seed, json_field=JSON_FIELD)
     verdicts = iter(client.answer(requests, sampling, "verdicts"))
@@ -141,6 +139,6 @@ def _outcome(verdict: Answer | Failure, place: str, unparsable: Counter[str]) ->
     return "tie" if said == "tie" else "won" if said == place else "lost"
 
 
-def _counts(duel: Duel) -> dict[str, int]:
+def _counts(duel: Duel) -> dict[Outcome, int]:
     counts = Counter(outcome for both in duel.outcomes for outcome in both)
     return {name: counts[name] for name in _SCORES}

@@ -20,6 +20,9 @@ from llm_engineering.progress import Progress
 
 BASE = "base"
 
+# Token ids, and labels of the same length: -100 where nothing is scored.
+Labelled = tuple[list[int], list[int]]
+
 
 class AnswerScore(NamedTuple):
     """Sum of the log-probabilities of an answer's tokens, in nats, and how many tokens it has."""
@@ -80,11 +83,11 @@ class Models:
         with plain, torch.inference_mode():
             yield self.model
 
-    def scores(self, name: str, rows: Sequence[tuple[list[int], list[int]]], what: str) -> list[AnswerScore]:
-        """Score the labelled tokens of each `(input_ids, labels)` row, in the rows' order."""
+    def scores(self, name: str, rows: Sequence[Labelled], what: str) -> list[AnswerScore]:
+        """Score the labelled tokens of each `(input_ids, labels)` row, in the rows' order. `what` is shown as progress."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
         scores: dict[int, AnswerScore] = {}
-        progress = Progress(f"{what} of {name}", len(rows))
+        progress = Progress(what, len(rows))
         with self.use(name) as model:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
@@ -92,9 +95,7 @@ class Models:
                 progress.advance(len(batch))
         return [scores[index] for index in range(len(rows))]
 
-    def _score(
-        self, model: PreTrainedModel | PeftModel, rows: Sequence[tuple[list[int], list[int]]]
-    ) -> list[AnswerScore]:
+    def _score(self, model: PreTrainedModel | PeftModel, rows: Sequence[Labelled]) -> list[AnswerScore]:
         longest = max(len(input_ids) for input_ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[*input_ids, *[pad] * (longest - len(input_ids))] for input_ids, _ in rows])
@@ -125,7 +126,7 @@ class Models:
         ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
         order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         samples: dict[int, Sample] = {}
-        progress = Progress(f"{what} of {name}", len(ids) if what else 0)
+        progress = Progress(what, len(ids) if what else 0)
         with self.use(name) as model:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
@@ -185,15 +186,17 @@ def preference_margin(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerSc
     return Rows.of([c.mean - r.mean for c, r in zip(chosen, rejected, strict=True)])
 
 
-def labelled_rows(formatted_sft: Dataset) -> list[tuple[list[int], list[int]]]:
-    """`(input_ids, labels)` of each formatted instruction row."""
+def labelled_rows(formatted_sft: Dataset) -> list[Labelled]:
+    """What is scored of each formatted instruction row."""
     return [(row["input_ids"], row["labels"]) for row in formatted_sft]
 
 
-def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[tuple[list[int], list[int]]]:
-    """`(input_ids, labels)` of each pair's `chosen` or `rejected` answer."""
+def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[Labelled]:
+    """What is scored of each pair's `chosen` or `rejected` answer."""
     rows: list[dict[str, Any]] = list(formatted_dpo)
-    return [
-        (row["prompt_ids"] + row[f"{answer}_ids"], [IGNORE_INDEX] * len(row["prompt_ids"]) + row[f"{answer}_ids"])
-        for row in rows
-    ]
+    return [labelled_answer(row["prompt_ids"], row[f"{answer}_ids"]) for row in rows]
+
+
+def labelled_answer(prompt: list[int], answer: list[int]) -> Labelled:
+    """An answer to a prompt, of which the answer is scored."""
+    return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
