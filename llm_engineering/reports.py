@@ -88,8 +88,8 @@ def interval_bars(values: Mapping[str, tuple[float, float | None, float | None]]
         axes.barh(place, value if math.isfinite(value) else 0, height=0.6, color=_COLOURS[place % len(_COLOURS)])
         if low is not None and high is not None and math.isfinite(high - low):
             axes.plot([low, high], [place, place], color="#111827", linewidth=1.5, marker="|", markersize=8)
-        right_of_all = {"xycoords": ("axes fraction", "data"), "va": "center", "fontsize": 9}
-        axes.annotate(interval(value, low, high), (1.02, place), **right_of_all)
+        shown = interval(value, low, high)
+        axes.annotate(shown, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     axes.set_xlabel(x_label)
