@@ -407,16 +407,63 @@ class DPOConfig(TrainConfig):
         return self
 
 
-class EvaluationConfig(Block):
-    """Held-out measures."""
+class JudgeConfig(ClientConfig):
+    """The model that judges pairs of answers, reached as `generation` reaches its writer; always at temperature 0."""
 
-    batch_size: int = Field(4, ge=1)
-    sample_answers: int = Field(1, ge=1)
+    max_new_tokens: int = Field(64, ge=16)
+
+    @model_validator(mode="after")
+    def _greedy(self) -> Self:
+        if self.temperature is not None:
+            raise ValueError("temperature has no effect: a judge answers at temperature 0. Remove it")
+        return self
+
+
+class LmEvalConfig(Block):
+    """Tasks of lm-eval by name, from the library or from the YAML files in the folder `include_path`.
+
+    Names and meanings are those of lm_eval.simple_evaluate.
+    """
+
+    tasks: list[str] = Field(min_length=1)
+    limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
+    include_path: str | None = None
+    apply_chat_template: bool = True
+
+
+class EvaluationConfig(Block):
+    """Held-out measures, each with a bootstrap interval over rows.
+
+    `generated_rows` held-out rows, drawn with the seed, are answered by every model, and the first `sample_answers` of
+    them are shown. `checks` is a JSONL file of prompts with what their answers must be like.
+    """
+
+    batch_size: int = Field(8, ge=1)
+    sample_answers: int = Field(20, ge=1)
+    generated_rows: int = Field(20, ge=1)
     max_new_tokens: int = Field(64, ge=1)
+    bootstrap_samples: int = Field(2000, ge=100)
+    confidence: float = Field(0.95, ge=0.5, lt=1)
+    judge: JudgeConfig | None = None
+    lm_eval: LmEvalConfig | None = None
+    checks: str | None = None
+
+    @model_validator(mode="after")
+    def _shown(self) -> Self:
+        if self.sample_answers > self.generated_rows:
+            raise ValueError(
+                f"sample_answers ({self.sample_answers}) is larger than generated_rows ({self.generated_rows}): only "
+                "answers that are generated can be shown"
+            )
+        return self
 
     def computes(self, measure: str) -> bool:
         """Whether this evaluation computes a measure."""
-        return measure in MEASURES and measure not in ("checks", "judge_win_rate")
+        if measure.startswith(TASK_MEASURE):
+            return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
+        optional = {"checks": self.checks, "judge_win_rate": self.judge}
+        return optional[measure] is not None if measure in optional else measure in MEASURES
 
 
 # What the evaluation report measures, and which direction is better; None where neither is.
@@ -433,6 +480,8 @@ MEASURES: dict[str, Literal["lower", "higher"] | None] = {
     "checks": "higher",
     "judge_win_rate": "higher",
 }
+# Of a task of lm-eval; its direction stands in the report.
+TASK_MEASURE = "lm_eval_"
 # Measures over pairs, which a run that ends with SFT has none of.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
 
@@ -484,7 +533,7 @@ class PromotionConfig(Block):
         for path, measure in self.measures():
             if measure in MEASURES and MEASURES[measure] is None:
                 raise ValueError(f"{path}: neither more nor less {measure} is better, so no rule can be made of it")
-            if measure not in MEASURES and not measure.startswith("lm_eval_"):
+            if measure not in MEASURES and not measure.startswith(TASK_MEASURE):
                 near = get_close_matches(measure, MEASURES, n=1, cutoff=0.5)
                 known = f"did you mean {near[0]}?" if near else f"there are {', '.join(MEASURES)} and lm_eval_<task>"
                 raise ValueError(f"{path}: there is no measure {measure}; {known}")

@@ -32,8 +32,10 @@ def generate_datasets(recipe: Recipe, inputs: Inputs) -> None:
 def sft(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
     """Documents to an evaluated SFT adapter. `incumbent` is the adapter in production, None if there is none."""
     instructions = _instructions(recipe, inputs, _documents(recipe, inputs))
-    formatted, adapter = _train_sft(recipe, inputs, instructions)
-    report = evaluate_sft(formatted, instructions, adapter, incumbent, recipe.evaluation, recipe.setup)
+    formatted, adapter, training = _train_sft(recipe, inputs, instructions)
+    report = evaluate_sft(
+        formatted, instructions, adapter, training, recipe.evaluation, recipe.setup, inputs.checks, incumbent
+    )
     promote(report, recipe, inputs.code, inputs.incumbent)
 
 
@@ -51,7 +53,7 @@ def retrain(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
     """The whole chain as one run. `incumbent` as in `sft`."""
     documents = _documents(recipe, inputs)
     instructions = _instructions(recipe, inputs, documents)
-    formatted, adapter = _train_sft(recipe, inputs, instructions)
+    formatted, adapter, _ = _train_sft(recipe, inputs, instructions)
     _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, adapter, incumbent)
 
 
@@ -102,10 +104,10 @@ def _preferences(recipe: Recipe, inputs: Inputs, documents: Any, instructions: A
     return prepare_preferences(candidates, data.checks, inputs.evaluation)
 
 
-def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any]:
+def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any, Any]:
     formatted, _ = format_instructions(instructions, recipe.model, recipe.formatting)
-    adapter, _ = train_sft(formatted, recipe.sft, recipe.setup, inputs.sft_recipe)
-    return formatted, adapter
+    adapter, training = train_sft(formatted, recipe.sft, recipe.setup, inputs.sft_recipe)
+    return formatted, adapter, training
 
 
 def _train_and_judge_dpo(
@@ -119,8 +121,18 @@ def _train_and_judge_dpo(
 ) -> None:
     preferences = _preferences(recipe, inputs, documents, instructions)
     formatted_dpo, _ = format_preferences(preferences, recipe.model, recipe.formatting)
-    adapter, _ = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
+    adapter, training = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
     report = evaluate_dpo(
-        formatted, formatted_dpo, instructions, sft_adapter, adapter, incumbent, recipe.evaluation, recipe.setup
+        formatted,
+        formatted_dpo,
+        instructions,
+        preferences,
+        sft_adapter,
+        adapter,
+        training,
+        recipe.evaluation,
+        recipe.setup,
+        inputs.checks,
+        incumbent,
     )
     promote(report, recipe, inputs.code, inputs.incumbent, sft_adapter)

@@ -98,19 +98,9 @@ def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **
     found = incumbent(recipe.name)
     if found is None:
         return _start(pipeline, recipe, inputs, cache, **arguments)
+    logger.info("In production is version %d: it is measured beside the new model", found.number)
     inputs = inputs.model_copy(update={"incumbent": found.number})
-    base = found.adapter.base
-    if (base.name_or_path, base.revision) == (recipe.model.name_or_path, str(recipe.model.revision)):
-        logger.info("In production is version %d: it is measured beside the new model", found.number)
-        return _start(pipeline, recipe, inputs, cache, incumbent=found.adapter.artifact, **arguments)
-    logger.warning(
-        "In production is version %d, trained on another base model (%s, revision %s): the two are not compared, and the "
-        "gate will not pass. Give the recipe another name, or promote by hand: make promote VERSION=… ARGS=--force NOTE=…",
-        found.number,
-        base.name_or_path,
-        base.revision,
-    )
-    return _start(pipeline, recipe, inputs, cache, **arguments)
+    return _start(pipeline, recipe, inputs, cache, incumbent=found.adapter.artifact, **arguments)
 
 
 def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:

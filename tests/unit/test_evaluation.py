@@ -60,20 +60,36 @@ def test_each_adapter_is_measured_as_itself(model, cpu, settings, tmp_path):
     assert len({round(score, 4) for score in scores.values()}) == 3
 
 
-def test_answers_say_whether_they_ended(model, cpu, settings):
-    tokenizer = load_tokenizer(model, settings)
-    models = Models(load_model(model, settings, choose_device(cpu)), {}, tokenizer, batch_size=1)
-    sample = models.answer("base", [Message(role="user", content="Hi")], max_new_tokens=3)
-    assert not sample.stopped
+def test_answers_in_batches_are_those_asked_one_by_one(base_model, cpu, settings):
+    config = ModelConfig(name_or_path=str(base_model), revision="test")
+    # Its pad token is its end token: what is padding and what is an end is told by the place alone.
+    tokenizer = load_tokenizer(config, settings, "chatml")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    model = load_model(config, settings, choose_device(cpu))
+    models = Models(model, {}, tokenizer, batch_size=3)
+    texts = ["Hi", "What is the sum of these numbers, please?", "Is it this?", "x" * 90, "It is", "7", "numbers " * 12]
+    prompts = [[Message(role="user", content=text)] for text in texts]
+    free = [models.answer("base", prompt, 16) for prompt in prompts]
+    assert not any(sample.stopped for sample in free)
+    assert all(len(sample.ids) == 16 for sample in free)
+    # One more end token, which some of the answers have in the middle.
+    end = free[0].ids[5]
+    model.generation_config.eos_token_id = end
+    alone = [models.answer("base", prompt, 16) for prompt in prompts]
+    assert models.answers("base", prompts, 16, "answers") == alone
+    assert alone[0].stopped
+    assert alone[0].ids == free[0].ids[: free[0].ids.index(end) + 1]
+    assert {sample.stopped for sample in alone} == {True, False}
+    assert len({sample.text for sample in alone}) > 3
 
 
 def test_measures_by_hand():
     chosen = [AnswerScore(-2.0, 2), AnswerScore(-9.0, 3), AnswerScore(-4.0, 4)]
     rejected = [AnswerScore(-1.0, 1), AnswerScore(-8.0, 2), AnswerScore(-8.0, 4)]
-    assert heldout_loss(chosen) == pytest.approx(15 / 9)
+    assert heldout_loss(chosen).value == pytest.approx(15 / 9)
     # Means: -1 and -1 (a tie is no win), -3 and -4, -1 and -2.
-    assert preference_accuracy(chosen, rejected) == pytest.approx(2 / 3)
-    assert preference_margin(chosen, rejected) == pytest.approx(2 / 3)
+    assert preference_accuracy(chosen, rejected).value == pytest.approx(2 / 3)
+    assert preference_margin(chosen, rejected).value == pytest.approx(2 / 3)
 
 
 def test_answers_of_pairs_are_labelled_alone():
