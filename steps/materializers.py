@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, disable_caching, load_from_disk
 from pydantic import BaseModel, ConfigDict
 from zenml.artifact_stores import BaseArtifactStore
 from zenml.enums import ArtifactType, VisualizationType
@@ -98,6 +98,8 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
 
     def load(self, data_type: type[Any]) -> Dataset | DatasetDict:
         """The dataset, memory-mapped: in place from a local store, from a temporary copy otherwise."""
+        # `datasets` keeps what it makes of a dataset beside it, which here would be inside the artifact.
+        disable_caching()
         if os.path.isdir(self._files):
             return load_from_disk(self._files)
         local = tempfile.mkdtemp(prefix="artifact-")

@@ -38,7 +38,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(found))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
+    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False)
     facts = _table(f"{recipe.name} version {found['version']}", "What", "Value")
     for name in ("stage", "run", "recipe_hash", "code_version", "base_model", "base_revision"):
         facts.add_row(name.replace("_", " "), str(found[name] or "none"))

@@ -136,10 +136,11 @@ def _judge(
         return rule.model_copy(update={"reason": f"neither more nor less {measure} is better"})
     ends = [float("nan") if difference[key] is None else float(difference[key]) for key in ("value", "low", "high")]
     if not all(map(math.isfinite, ends)):
-        return rule.model_copy(update={"reason": "the difference is no finite number"})
+        return rule.model_copy(update={"reason": "the difference has no interval: too few rows, or no finite number"})
     value, low, high = ends
     if found["better"] == "lower":
-        value, low, high = -value, -high, -low
+        # Subtracted from zero, or no difference would read -0.
+        value, low, high = 0.0 - value, 0.0 - high, 0.0 - low
     passed = low > bound if sense == "better" else low >= bound
     verdict = "passed" if passed else "failed"
     return rule.model_copy(update={"value": value, "low": low, "high": high, "verdict": verdict})

@@ -1,13 +1,11 @@
-"""Held-out measures against hand-computed values, and the gate."""
-
-import math
+"""Held-out measures against hand-computed values."""
 
 import pytest
 import torch
 from datasets import Dataset
 
 from llm_engineering.compute.device import choose_device
-from llm_engineering.config import LoraConfig, ModelConfig, PromotionConfig
+from llm_engineering.config import LoraConfig, ModelConfig
 from llm_engineering.data.rows import Message
 from llm_engineering.evaluation.measures import (
     AnswerScore,
@@ -17,7 +15,6 @@ from llm_engineering.evaluation.measures import (
     preference_accuracy,
     preference_margin,
 )
-from llm_engineering.evaluation.promotion import decide
 from llm_engineering.models import load_model, load_tokenizer
 from llm_engineering.training.policy import new_policy, save_policy
 
@@ -96,30 +93,3 @@ def test_answers_of_pairs_are_labelled_alone():
     pairs = Dataset.from_list([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}])
     assert labelled_answers(pairs, "chosen") == [([1, 2, 3, 4], [-100, -100, 3, 4])]
     assert labelled_answers(pairs, "rejected") == [([1, 2, 5], [-100, -100, 5])]
-
-
-GATE = PromotionConfig(min_loss_gain=0.1, min_preference_accuracy_gain=0.0, max_loss_rise_after_dpo=0.1)
-SFT = {"heldout_loss_base": 3.0, "heldout_loss_sft": 2.5}
-DPO = {**SFT, "heldout_loss_dpo": 2.55, "preference_accuracy_sft": 0.2, "preference_accuracy_dpo": 0.6}
-
-
-@pytest.mark.parametrize(
-    ("metrics", "stage", "failed"),
-    [
-        (SFT, "staging", 0),
-        ({**SFT, "heldout_loss_sft": 2.95}, None, 1),
-        ({**SFT, "heldout_loss_sft": math.nan}, None, 1),
-        (DPO, "staging", 0),
-        ({**DPO, "preference_accuracy_dpo": 0.2}, None, 1),
-        ({**DPO, "heldout_loss_dpo": 2.61}, None, 1),
-        ({**DPO, "heldout_loss_dpo": 2.95, "preference_accuracy_dpo": 0.1}, None, 3),
-    ],
-)
-def test_gate(metrics, stage, failed):
-    decision = decide(metrics, GATE)
-    assert decision.stage == stage
-    assert [rule.passed for rule in decision.rules].count(False) == failed
-
-
-def test_production_only_when_the_recipe_says_so():
-    assert decide(SFT, GATE.model_copy(update={"auto": True})).stage == "production"
