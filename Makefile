@@ -4,11 +4,14 @@
 PYTHON ?= python3
 CONFIG ?= configs/local.yaml
 ARGS   ?=
+VERSION ?=
+NOTE   ?=
+export NOTE
 KIND   ?= instruction
 BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-sft run-dpo retrain datasets push-dataset chat inspect runs dashboard bench test lint format lock clean
+.PHONY: help setup run-sft run-dpo retrain datasets push-dataset promote rollback models lineage verify chat inspect runs dashboard bench test lint format lock clean
 
 help:  ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +47,22 @@ datasets: .venv/ready  ## generate both datasets, without training
 
 push-dataset: .venv/ready  ## publish a dataset on the hub: KIND=instruction|preference
 	@$(BIN)/python -m tools.push $(KIND) --config $(CONFIG) $(ARGS)
+
+# The note is read by the shell as it is, whatever quotes are in it.
+promote: .venv/ready  ## move a model version to production: VERSION=… [NOTE="why"]
+	@$(BIN)/python -m tools.promote "$(VERSION)" --config $(CONFIG) --note "$$NOTE" $(ARGS)
+
+rollback: .venv/ready  ## put the former production version back: [NOTE="why"]
+	@$(BIN)/python -m tools.rollback --config $(CONFIG) --note "$$NOTE" $(ARGS)
+
+models: .venv/ready  ## the versions of the model, as a table
+	@$(BIN)/python -m tools.models --config $(CONFIG) $(ARGS)
+
+lineage: .venv/ready  ## where a model version comes from, with hashes: VERSION=…
+	@$(BIN)/python -m tools.lineage "$(VERSION)" --config $(CONFIG) $(ARGS)
+
+verify: .venv/ready  ## what was changed, lost or added since a version was made: VERSION=…
+	@$(BIN)/python -m tools.verify "$(VERSION)" --config $(CONFIG) $(ARGS)
 
 chat: .venv/ready  ## ask the promoted model: make chat PROMPT="What is a list?"
 	@$(BIN)/python -m tools.chat --config $(CONFIG) --prompt "$(PROMPT)" $(ARGS)

@@ -9,7 +9,7 @@ from typing import Any
 
 import tools.cli  # noqa: F401 — before ZenML
 
-ROUNDS, PROCESSES = 8, 3
+ROUNDS, PROCESSES = 3, 3
 
 
 def race(index: int, barrier: Any, results: Any) -> None:
