@@ -1,14 +1,14 @@
 # The commands of the project. `make` alone lists them.
 # CONFIG chooses the recipe, ARGS passes options: make run-sft ARGS="--set sft.learning_rate=1e-4 --json"
 
-PYTHON ?= python3
-CONFIG ?= configs/local.yaml
-ARGS   ?=
+PYTHON  ?= python3
+CONFIG  ?= configs/local.yaml
+ARGS    ?=
+KIND    ?= instruction
 VERSION ?=
-NOTE   ?=
+NOTE    ?=
+BIN     := .venv/bin
 export NOTE
-KIND   ?= instruction
-BIN    := .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run-sft run-dpo retrain datasets push-dataset promote rollback models lineage verify chat inspect runs dashboard bench test lint format lock clean
