@@ -208,3 +208,11 @@ def test_of_processes_that_promote_at_once_one_does(fresh_project):
     winners = [version for _, version, outcome in found["results"] if outcome == "moved"]
     assert found["changes"] == found["history"] == winners
     assert found["in_production"] == winners[-1:]
+    # One that was overtaken between its look at production and its own change.
+    outcome, in_production, faster = found["overtaken"]
+    assert f"by now version {faster} is there" in outcome
+    assert in_production == [faster]
+    # One that was killed after its change: it counts, and a rollback leads to what was there before.
+    state, moved, in_production = found["killed"]
+    assert state == moved
+    assert in_production == [faster]
