@@ -238,6 +238,20 @@ class HubConfig(Block):
         return self
 
 
+class ModelHubConfig(Block):
+    """How `make push-model` publishes the model on the Hugging Face Hub.
+
+    `license` is the hub's short name of the licence that the model gets, `base_license` that of its base model: it
+    is known of the embedded one only.
+    """
+
+    license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    base_license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
+    repo_id: str | None = None
+    private: bool = True
+
+
 class DataConfig(Block):
     """The user's own datasets instead of generated ones, and how rows are checked and split.
 
@@ -603,6 +617,7 @@ class Recipe(Block):
     promotion: PromotionConfig
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
+    hub: ModelHubConfig | None = None
 
     @property
     def setup(self) -> TrainingSetup:
