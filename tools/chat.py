@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import readline  # noqa: F401 — lines can be edited, and called back with the arrow keys
 import sys
 
 from llm_engineering.errors import RequestError

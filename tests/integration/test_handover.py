@@ -3,32 +3,69 @@
 import json
 import os
 import pty
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import openai
 import pytest
 from transformers import AutoTokenizer
 
 from tests.fake_hub import running_hub
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, Run
 
 QUESTION = "Where does the number 7 stand?"
 
 
+# Several commands in one process: most of their time is imports.
+COMMANDS = """
+import contextlib, importlib, io, json, sys
+import tools.cli
+ended = []
+for tool, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [tool, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = importlib.import_module(f"tools.{tool}").main()
+    ended.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(ended))
+"""
+
+
+@dataclass
+class Handed:
+    """What the commands of one process ended with, and the folder that was exported to."""
+
+    output: Path
+    export: Run
+    again: Run
+    missing: Run
+    chat: Run
+    compare: Run
+    unlicensed: Run
+
+
 @pytest.fixture(scope="module")
-def exported(project, finished_run):
-    """The merged model of the run, in a folder of the user's."""
+def handed(project, finished_run):
     output = project.folder / "exported"
-    run = project.command("tools.export", "--config", str(project.recipe), "--version", "1", "--output", str(output))
-    assert run.code == 0, run.stderr
-    assert run.stdout.strip() == str(output)
-    return run, output
+    one = ["--config", str(project.recipe), "--version", "1"]
+    commands = [
+        ["export", *one, "--output", str(output)],
+        ["export", *one, "--output", str(output)],
+        ["export", "--config", str(project.recipe), "--version", "99"],
+        ["chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"],
+        ["compare", *one, "--prompt", "Hi", "--max-new-tokens", "3"],
+        ["push_model", *one, "--repo", "someone/tiny"],
+    ]
+    command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
+    env = {**project.env, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Handed(output, *(Run(*ended) for ended in json.loads(done.stdout.splitlines()[-1])))
 
 
 def free_port():
@@ -55,14 +92,10 @@ def listens(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def chat(project, *arguments):
-    run = project.command("tools.chat", "--config", str(project.recipe), "--prompt", QUESTION, *arguments)
+def test_export_says_how_near_it_is_and_registers(project, handed):
+    run, output = handed.export, handed.output
     assert run.code == 0, run.stderr
-    return run
-
-
-def test_export_says_how_near_it_is_and_registers(project, exported):
-    run, output = exported
+    assert run.stdout.strip() == str(output)
     assert "tiny version 1" in run.stderr
     assert "Verified: " in run.stderr
     assert "Registered:  merged_model version 1" in run.stderr
@@ -70,21 +103,28 @@ def test_export_says_how_near_it_is_and_registers(project, exported):
     assert found["dtype"] == "float32"
     assert found["same_top"] == found["tokens"] > 0
     assert found["largest_difference"] < 1e-3 < found["mean_training_effect"]
-    # Nothing of the user's is replaced.
-    refused = project.command("tools.export", "--config", str(project.recipe), "--output", str(output))
-    assert refused.code == 2
-    assert "exists and is no empty folder" in refused.stderr
-    missing = project.command("tools.export", "--config", str(project.recipe), "--version", "99")
-    assert missing.code == 2
-    assert "There is no version 99 of tiny. There are 1" in missing.stderr
     card = (output / "README.md").read_text()
     assert "# tiny, version 1" in card
     assert "| Held-out loss | nats a token |" in card
     assert str(project.folder) not in card
 
 
-def test_served_answer_is_the_one_of_chat(project, exported):
+def test_wrong_requests(handed):
+    """Nothing of the user's is replaced, no other version is taken, nothing is published without a licence."""
+    for run, words in (
+        (handed.again, "exists and is no empty folder"),
+        (handed.missing, "There is no version 99 of tiny. There are 1"),
+        (handed.unlicensed, "does not say under which licence the model may be published"),
+    ):
+        assert run.code == 2, run.stderr
+        assert words in run.stderr
+
+
+def test_served_answer_is_the_one_of_chat(project, handed):
     """The real client over HTTP against `make chat`: the same greedy tokens, streamed too; then it is gone."""
+    assert handed.chat.code == 0, handed.chat.stderr
+    # Made once: what is registered is taken.
+    assert "Verified" not in handed.chat.stderr
     port = free_port()
     with served(project, port, "--version", "1") as process:
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
@@ -94,12 +134,9 @@ def test_served_answer_is_the_one_of_chat(project, exported):
             "messages": [{"role": "user", "content": QUESTION}],
         }  # fmt: skip
         answer = client.chat.completions.create(**asked)
-        said = chat(project, "--version", "1", "--max-new-tokens", "12")
-        assert answer.choices[0].message.content.strip() == said.stdout.strip()
-        # Made once: what is registered is taken.
-        assert "Verified" not in said.stderr
+        assert answer.choices[0].message.content.strip() == handed.chat.stdout.strip()
         # Neither the server nor the template adds a token to what was trained with.
-        tokenizer = AutoTokenizer.from_pretrained(exported[1])
+        tokenizer = AutoTokenizer.from_pretrained(handed.output)
         turn = [{"role": "user", "content": QUESTION}]
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
         assert answer.usage.prompt_tokens == len(prompt)
@@ -119,8 +156,8 @@ def test_served_answer_is_the_one_of_chat(project, exported):
         assert not listens(port)
 
 
-def test_conversation_on_a_terminal(project, exported):
-    """Two turns on a pseudo-terminal: the second is asked with the first; Ctrl-D ends it."""
+def test_conversation_on_a_terminal(project, handed):
+    """Two turns on a pseudo-terminal; Ctrl-D ends it."""
     controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "tools.chat", "--config", str(project.recipe), "--version", "1"]
     process = subprocess.Popen(
@@ -128,19 +165,19 @@ def test_conversation_on_a_terminal(project, exported):
         cwd=ROOT, env=project.env, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     os.close(terminal)
-    os.write(controller, b"Hi\nAnd then?\n\x04")
     shown = b""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            shown += os.read(controller, 1024)
-        except OSError:
-            break
-    _, stderr = process.communicate(timeout=60)
-    os.close(controller)
+    try:
+        for turn, typed in enumerate((b"Hi\n", b"And then?\n", b"\x04"), start=1):
+            while shown.count(b"> ") < turn:
+                assert select.select([controller], [], [], 120)[0], shown
+                shown += os.read(controller, 1024)
+            os.write(controller, typed)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(controller)
     assert process.returncode == 0, stderr
     assert stderr.count("[not ended: the answer was cut at 3 tokens") == 2
-    assert shown.count(b"> ") == 3
 
 
 def test_no_question_and_no_terminal(project):
@@ -149,10 +186,8 @@ def test_no_question_and_no_terminal(project):
     assert "There is no question and no terminal" in run.stderr
 
 
-def test_compare_shows_every_model_and_how_it_ended(project, finished_run):
-    run = project.command(
-        "tools.compare", "--config", str(project.recipe), "--version", "1", "--prompt", "Hi", "--max-new-tokens", "3"
-    )
+def test_compare_shows_every_model_and_how_it_ended(handed):
+    run = handed.compare
     assert run.code == 0, run.stderr
     assert "base" in run.stdout
     assert "SFT" in run.stdout
@@ -172,13 +207,10 @@ print(json.dumps(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_sp
 """
 
 
-def test_what_is_published_answers_like_what_was_trained(project, exported, tiny_model, tmp_path):
+def test_what_is_published_answers_like_what_was_trained(project, handed, tiny_model, tmp_path):
     """A private repository by default, in one commit with its card; anyone's transformers loads it from there."""
     token = "hf_planted_token_value"
     push = ("tools.push_model", "--config", str(project.recipe), "--version", "1", "--repo", "someone/tiny")
-    unknown = project.command(*push)
-    assert unknown.code == 2
-    assert "does not say under which licence the model may be published" in unknown.stderr
     with running_hub(token) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
                   "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
@@ -192,7 +224,7 @@ def test_what_is_published_answers_like_what_was_trained(project, exported, tiny
         assert created["visibility"] == "private"
         repo = hub.repos["someone/tiny"]
         assert len(repo.commits) == 1
-        files = {file.name for file in exported[1].iterdir()}
+        files = {file.name for file in handed.output.iterdir()}
         assert set(repo.files) == files
         card = repo.files["README.md"].decode()
         assert "license: mit" in card
@@ -204,4 +236,4 @@ def test_what_is_published_answers_like_what_was_trained(project, exported, tiny
         done = subprocess.run(command, cwd=tmp_path, env=there.env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout.splitlines()[-1])
-    assert said.strip() == chat(project, "--version", "1", "--max-new-tokens", "12").stdout.strip()
+    assert said.strip() == handed.chat.stdout.strip()
