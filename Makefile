@@ -1,14 +1,17 @@
 # The commands of the project. `make` alone lists them.
 # CONFIG chooses the recipe, ARGS passes options: make run-sft ARGS="--set sft.learning_rate=1e-4 --json"
 
-PYTHON ?= python3
-CONFIG ?= configs/local.yaml
-ARGS   ?=
-KIND   ?= instruction
-BIN    := .venv/bin
+PYTHON  ?= python3
+CONFIG  ?= configs/local.yaml
+ARGS    ?=
+KIND    ?= instruction
+VERSION ?=
+NOTE    ?=
+BIN     := .venv/bin
+export NOTE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run-sft run-dpo retrain datasets push-dataset chat inspect runs dashboard bench test lint format lock clean
+.PHONY: help setup run-sft run-dpo retrain datasets push-dataset promote rollback models lineage verify export push-model serve chat compare inspect runs dashboard bench test lint format lock clean
 
 help:  ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,8 +48,39 @@ datasets: .venv/ready  ## generate both datasets, without training
 push-dataset: .venv/ready  ## publish a dataset on the hub: KIND=instruction|preference
 	@$(BIN)/python -m tools.push $(KIND) --config $(CONFIG) $(ARGS)
 
-chat: .venv/ready  ## ask the promoted model: make chat PROMPT="What is a list?"
-	@$(BIN)/python -m tools.chat --config $(CONFIG) --prompt "$(PROMPT)" $(ARGS)
+# The note is read by the shell as it is, whatever quotes are in it.
+promote: .venv/ready  ## move a model version to production: VERSION=… [NOTE="why"]
+	@$(BIN)/python -m tools.promote "$(VERSION)" --config $(CONFIG) --note "$$NOTE" $(ARGS)
+
+rollback: .venv/ready  ## put the former production version back: [NOTE="why"]
+	@$(BIN)/python -m tools.rollback --config $(CONFIG) --note "$$NOTE" $(ARGS)
+
+models: .venv/ready  ## the versions of the model, as a table
+	@$(BIN)/python -m tools.models --config $(CONFIG) $(ARGS)
+
+lineage: .venv/ready  ## where a model version comes from, with hashes: VERSION=…
+	@$(BIN)/python -m tools.lineage "$(VERSION)" --config $(CONFIG) $(ARGS)
+
+verify: .venv/ready  ## what was changed, lost or added since a version was made: VERSION=…
+	@$(BIN)/python -m tools.verify "$(VERSION)" --config $(CONFIG) $(ARGS)
+
+# In double quotes with two dollars: the shell reads what stands on the command line, with whatever quotes it has.
+VERSIONED = $(if $(VERSION),--version "$$VERSION")
+
+export: .venv/ready  ## merge, verify, register: make export [VERSION=N] [FORMAT=gguf] [OUTPUT=path]
+	@$(BIN)/python -m tools.export --config $(CONFIG) $(VERSIONED) $(if $(FORMAT),--format $(FORMAT)) $(if $(OUTPUT),--output "$$OUTPUT") $(ARGS)
+
+push-model: .venv/ready  ## publish a model on the hub: make push-model [VERSION=N]
+	@$(BIN)/python -m tools.push_model --config $(CONFIG) $(VERSIONED) $(ARGS)
+
+serve: .venv/ready  ## an OpenAI-compatible endpoint for the production model, until Ctrl-C
+	@$(BIN)/python -m tools.serve --config $(CONFIG) $(VERSIONED) $(ARGS)
+
+chat: .venv/ready  ## talk to the promoted model, or ask it: make chat PROMPT="What is a list?"
+	@$(BIN)/python -m tools.chat --config $(CONFIG) $(VERSIONED) $(if $(PROMPT),--prompt "$$PROMPT") $(ARGS)
+
+compare: .venv/ready  ## base, SFT and DPO side by side: make compare PROMPT="What is a list?"
+	@$(BIN)/python -m tools.compare --config $(CONFIG) $(VERSIONED) --prompt "$$PROMPT" $(ARGS)
 
 inspect: .venv/ready  ## the data report for a file: make inspect DATA=rows.jsonl
 	@$(BIN)/python -m tools.inspect "$(DATA)" --config $(CONFIG) $(ARGS)

@@ -95,7 +95,7 @@ def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
     rows = {name: [dict(row) for row in formatted[name].select_columns(["input_ids", "labels"])] for name in formatted}
     answered = [
         tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100])
-        for row in rows["test"][: recipe.evaluation.sample_answers]
+        for row in rows["test"][: recipe.evaluation.generated_rows]
     ]
     return {
         "model": model_path(model, settings),

@@ -300,7 +300,7 @@ def _losses(folder: Path) -> dict[str, float]:
     base = load_model(model, settings, choose_device(ComputeConfig()))
     models = Models(base, adapters, load_tokenizer(model, settings), batch_size=4)
     rows = labelled_rows(Dataset.load_from_disk(folder / "formatted-heldout"))
-    return {name: heldout_loss(models.scores(name, rows, "held-out loss")) for name in names}
+    return {name: heldout_loss(models.scores(name, rows, "held-out loss")).value for name in names}
 
 
 if __name__ == "__main__":

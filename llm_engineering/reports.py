@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from markupsafe import Markup
 # Fixed ids and no date: the same data gives the same bytes.
 matplotlib.rcParams.update({"svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif"})
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#9ca3af"
+# Base model, then what was trained, then the one in production.
+_COLOURS = (GREY, "#93c5fd", BLUE, ORANGE)
+
+# Fits a phone's screen at its own size.
+NARROW_INCHES = 4.2
 
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -29,6 +35,10 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:c
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}p.lead{font-size:1.1rem}
 .tokens{font:13px/2 ui-monospace,monospace;word-break:break-word}.tokens span{padding:.15em 0;border-radius:2px}
 .t{background:#bbf7d0}.m{background:#f3f4f6;color:#6b7280}.e{background:#16a34a;color:#fff;font-weight:bold}
+.cards{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
+.cards>*{min-width:0}.card{border:1px solid #e5e7eb;border-radius:6px;padding:.5rem .75rem;overflow-wrap:anywhere}
+.card h3{font-size:.95rem;margin:.1rem 0 .3rem}.card p{margin:.2rem 0;white-space:pre-wrap}.small{color:#4b5563;font-size:.85rem}
+.answers{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));margin-bottom:1.5rem}
 .warn{background:#fef3c7;padding:.5rem .75rem;border-left:4px solid #f59e0b}pre{white-space:pre-wrap}
 </style></head><body><h1>{{ title }}</h1><p class="lead">{{ lead }}</p>
 {% for heading, body in sections %}<h2>{{ heading }}</h2>{{ body }}{% endfor %}</body></html>
@@ -54,9 +64,11 @@ def paragraph(text: str, css: str = "") -> Markup:
     return Markup('<p class="{}">{}</p>').format(css, text)
 
 
-def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str) -> Markup:
-    """Lines by name, each a sequence of (x, y)."""
-    figure, axes = plt.subplots(figsize=(7, 3))
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, width: float = 7
+) -> Markup:
+    """Lines by name, each a sequence of (x, y); `width` is in inches."""
+    figure, axes = plt.subplots(figsize=(width, 3))
     for (name, points), colour in zip(series.items(), (BLUE, ORANGE, GREY), strict=False):
         if points:
             xs, ys = zip(*points, strict=True)
@@ -64,6 +76,37 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.legend(frameon=False)
     return _svg(figure)
+
+
+def interval_bars(values: Mapping[str, tuple[float, float | None, float | None]], x_label: str) -> Markup:
+    """A bar by name, from 0, with a whisker over its interval where there is one: `(value, low, high)`.
+
+    What is not finite has no bar, only its text.
+    """
+    figure, axes = plt.subplots(figsize=(NARROW_INCHES, 0.75 + 0.3 * len(values)))
+    for place, (value, low, high) in enumerate(values.values()):
+        axes.barh(place, value if math.isfinite(value) else 0, height=0.6, color=_COLOURS[place % len(_COLOURS)])
+        if low is not None and high is not None and math.isfinite(high - low):
+            axes.plot([low, high], [place, place], color="#111827", linewidth=1.5, marker="|", markersize=8)
+        shown = interval(value, low, high)
+        axes.annotate(shown, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.invert_yaxis()
+    axes.set_xlabel(x_label)
+    axes.axvline(0, color="#111827", linewidth=0.8)
+    return _svg(figure)
+
+
+def interval(value: float, low: float | None, high: float | None, sign: bool = False) -> str:
+    """A value with its interval, as text: `2.815 [2.74, 2.89]`; with `sign`, a plus stands before positive ones."""
+    style = "+.3g" if sign else ".3g"
+    return f"{value:{style}}" if low is None or high is None else f"{value:{style}} [{low:{style}}, {high:{style}}]"
+
+
+def cards(items: Sequence[tuple[str, Markup]], css: str = "cards") -> Markup:
+    """Headed boxes side by side, one below the other where there is no room. `css` is `cards` or `answers`."""
+    boxes = Markup("").join(Markup('<div class="card"><h3>{}</h3>{}</div>').format(head, body) for head, body in items)
+    return Markup('<div class="{}">{}</div>').format(css, boxes)
 
 
 def histogram(counts: Mapping[int, int], x_label: str, limit: float | None = None) -> Markup:

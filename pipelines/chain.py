@@ -29,30 +29,32 @@ def generate_datasets(recipe: Recipe, inputs: Inputs) -> None:
 
 
 @pipeline
-def sft(recipe: Recipe, inputs: Inputs) -> None:
-    """Documents to an evaluated SFT adapter."""
+def sft(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
+    """Documents to an evaluated SFT adapter. `incumbent` is the adapter in production, None if there is none."""
     instructions = _instructions(recipe, inputs, _documents(recipe, inputs))
-    formatted, adapter = _train_sft(recipe, inputs, instructions)
-    report = evaluate_sft(formatted, instructions, adapter, recipe.evaluation, recipe.setup)
-    promote(report, recipe, inputs.code)
+    formatted, adapter, training = _train_sft(recipe, inputs, instructions)
+    report = evaluate_sft(
+        formatted, instructions, adapter, training, recipe.evaluation, recipe.setup, inputs.checks, incumbent
+    )
+    promote(report, recipe, inputs.code, inputs.incumbent)
 
 
 @pipeline
-def dpo(recipe: Recipe, inputs: Inputs, sft_adapter: Any) -> None:
-    """Documents and an SFT adapter to an evaluated DPO adapter."""
+def dpo(recipe: Recipe, inputs: Inputs, sft_adapter: Any, incumbent: Any = None) -> None:
+    """Documents and an SFT adapter to an evaluated DPO adapter. `incumbent` as in `sft`."""
     documents = _documents(recipe, inputs)
     instructions = _instructions(recipe, inputs, documents)
     formatted, _ = format_instructions(instructions, recipe.model, recipe.formatting)
-    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, sft_adapter)
+    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, sft_adapter, incumbent)
 
 
 @pipeline
-def retrain(recipe: Recipe, inputs: Inputs) -> None:
-    """The whole chain as one run."""
+def retrain(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
+    """The whole chain as one run. `incumbent` as in `sft`."""
     documents = _documents(recipe, inputs)
     instructions = _instructions(recipe, inputs, documents)
-    formatted, adapter = _train_sft(recipe, inputs, instructions)
-    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, adapter)
+    formatted, adapter, _ = _train_sft(recipe, inputs, instructions)
+    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, adapter, incumbent)
 
 
 def _documents(recipe: Recipe, inputs: Inputs) -> Any:
@@ -102,17 +104,35 @@ def _preferences(recipe: Recipe, inputs: Inputs, documents: Any, instructions: A
     return prepare_preferences(candidates, data.checks, inputs.evaluation)
 
 
-def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any]:
+def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any, Any]:
     formatted, _ = format_instructions(instructions, recipe.model, recipe.formatting)
-    adapter, _ = train_sft(formatted, recipe.sft, recipe.setup, inputs.sft_recipe)
-    return formatted, adapter
+    adapter, training = train_sft(formatted, recipe.sft, recipe.setup, inputs.sft_recipe)
+    return formatted, adapter, training
 
 
 def _train_and_judge_dpo(
-    recipe: Recipe, inputs: Inputs, documents: Any, instructions: Any, formatted: Any, sft_adapter: Any
+    recipe: Recipe,
+    inputs: Inputs,
+    documents: Any,
+    instructions: Any,
+    formatted: Any,
+    sft_adapter: Any,
+    incumbent: Any,
 ) -> None:
     preferences = _preferences(recipe, inputs, documents, instructions)
     formatted_dpo, _ = format_preferences(preferences, recipe.model, recipe.formatting)
-    adapter, _ = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
-    report = evaluate_dpo(formatted, formatted_dpo, instructions, sft_adapter, adapter, recipe.evaluation, recipe.setup)
-    promote(report, recipe, inputs.code, sft_adapter)
+    adapter, training = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
+    report = evaluate_dpo(
+        formatted,
+        formatted_dpo,
+        instructions,
+        preferences,
+        sft_adapter,
+        adapter,
+        training,
+        recipe.evaluation,
+        recipe.setup,
+        inputs.checks,
+        incumbent,
+    )
+    promote(report, recipe, inputs.code, inputs.incumbent, sft_adapter)

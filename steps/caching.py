@@ -28,6 +28,8 @@ LIBRARIES = (
     "phonenumberslite",
     "py3langid",
     "rensa",
+    "rouge-score",
+    "scipy",
     "semantic-text-splitter",
     "torch",
     "transformers",

@@ -14,6 +14,7 @@ from llm_engineering.config import (
     ModelConfig,
     PreferenceWriting,
 )
+from llm_engineering.data.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
 from llm_engineering.data.prepare import check_splits, prepare
@@ -44,7 +45,9 @@ def read_documents(documents: DocumentsConfig, content_hash: str) -> Annotated[D
     ledger = Ledger()
     ledger.record("document", len(found) + len(rejected), len(found), rejected)
     log_rows("documents", ledger, "document", path=documents.path, content_hash=content_hash)
-    return DatasetDict(documents=Dataset.from_list([document.model_dump() for document in found]), **ledger.datasets())
+    rows = Dataset.from_list([document.model_dump() for document in found])
+    sources = fingerprint_table(document_fingerprints(documents))
+    return DatasetDict(documents=rows, sources=sources, **ledger.datasets())
 
 
 @project_step(output_materializers=HFDatasetMaterializer, files=PROMPT_FILES)
@@ -156,7 +159,8 @@ def _load(
     if test_path is not None:
         candidates["test_rows"] = load_rows(test_path, kind, data, folder / "test.arrow", ledger, "_test").rows
     log_rows(f"{kind}_candidates", ledger, kind, path=path, content_hash=content_hash, format=loaded.format)
-    return DatasetDict(**candidates, **ledger.datasets())
+    sources = fingerprint_table(dataset_fingerprints([path, test_path]))
+    return DatasetDict(**candidates, sources=sources, **ledger.datasets())
 
 
 def _prepare(kind: str, candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None) -> DatasetDict:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, disable_caching, load_from_disk
 from pydantic import BaseModel, ConfigDict
+from zenml.artifact_stores import BaseArtifactStore
 from zenml.enums import ArtifactType, VisualizationType
 
 # The integration calls itself unavailable, but its import registers the materializer; without it a dataset
@@ -19,10 +21,15 @@ from zenml.integrations.huggingface.materializers.huggingface_datasets_materiali
 from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import (
     HFDatasetMaterializer as ZenMLDatasetMaterializer,
 )
+from zenml.materializers import PydanticMaterializer
 from zenml.materializers.base_materializer import BaseMaterializer
 from zenml.utils import io_utils
 
-__all__ = ["Directory", "DirectoryMaterializer", "HFDatasetMaterializer"]
+__all__ = ["Directory", "DirectoryMaterializer", "HFDatasetMaterializer", "HashedPydanticMaterializer"]
+
+# In the format of sha256sum, so that `sha256sum -c` checks it too.
+MANIFEST = "SHA256SUMS"
+_READ_BYTES = 1 << 20
 
 
 class Directory(BaseModel):
@@ -33,7 +40,45 @@ class Directory(BaseModel):
     path: Path
 
 
-class HFDatasetMaterializer(ZenMLDatasetMaterializer):
+class HashedMaterializer(BaseMaterializer):
+    """Writes the hashes of an artifact's files beside them, in `SHA256SUMS`.
+
+    ZenML keeps the hash of that file, and takes it for the artifact's content where it looks for a cached result.
+    """
+
+    SKIP_REGISTRATION: ClassVar[bool] = True
+
+    def compute_content_hash(self, data: Any) -> str:
+        """Hash what was stored: ZenML asks for it after all files are written."""
+        hashes = file_hashes(self.uri, self.artifact_store)
+        manifest = "".join(f"{value}  {name}\n" for name, value in hashes.items())
+        with self.artifact_store.open(os.path.join(self.uri, MANIFEST), "w") as file:
+            file.write(manifest)
+        return hashlib.sha256(manifest.encode()).hexdigest()
+
+
+def file_hashes(uri: str, store: BaseArtifactStore) -> dict[str, str]:
+    """SHA-256 of every file of an artifact by its path below `uri`, but for the manifest."""
+    hashes: dict[str, str] = {}
+    for folder, _, names in store.walk(uri):
+        for name in names:
+            path = os.path.join(str(folder), str(name))
+            relative = os.path.relpath(path, uri)
+            if relative == MANIFEST:
+                continue
+            digest = hashlib.sha256()
+            with store.open(path, "rb") as file:
+                while chunk := file.read(_READ_BYTES):
+                    digest.update(chunk)
+            hashes[relative] = digest.hexdigest()
+    return dict(sorted(hashes.items()))
+
+
+class HashedPydanticMaterializer(HashedMaterializer, PydanticMaterializer):
+    """ZenML's, with hashes."""
+
+
+class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
     """ZenML's, without what grows with the rows or fails on none.
 
     By itself it copies a dataset to a temporary folder each time it is read and computes statistics of all its values
@@ -53,6 +98,8 @@ class HFDatasetMaterializer(ZenMLDatasetMaterializer):
 
     def load(self, data_type: type[Any]) -> Dataset | DatasetDict:
         """The dataset, memory-mapped: in place from a local store, from a temporary copy otherwise."""
+        # `datasets` keeps what it makes of a dataset beside it, which here would be inside the artifact.
+        disable_caching()
         if os.path.isdir(self._files):
             return load_from_disk(self._files)
         local = tempfile.mkdtemp(prefix="artifact-")
@@ -72,7 +119,7 @@ class HFDatasetMaterializer(ZenMLDatasetMaterializer):
         return os.path.join(self.uri, DEFAULT_DATASET_DIR)
 
 
-class DirectoryMaterializer(BaseMaterializer):
+class DirectoryMaterializer(HashedMaterializer):
     """Copies a folder into the artifact store as it is; from a local store it is used in place."""
 
     ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Directory,)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 @dataclass
 class Repo:
-    """A dataset repository: its newest files, and what each commit wrote and removed."""
+    """A repository: its newest files, and what each commit wrote and removed."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -141,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._allowed:
             self._error(401, "Invalid credentials in Authorization header")
         elif name in self.hub.repos:
-            self._error(409, "You already created this dataset repo")
+            self._error(409, "You already created this repo")
         else:
             self.hub.repos[name] = Repo(private=asked.get("visibility") == "private" or asked.get("private") is True)
             self._json({"url": f"{self.hub.url}/datasets/{name}", "name": name})
@@ -233,16 +233,18 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
 
 
 _REPO = r"([^/]+/[^/]+)"
+_API = rf"/api/(?:datasets|models)/{_REPO}"
+_FILES = rf"(?:/datasets)?/{_REPO}"
 _ROUTES = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.validate),
-    ("POST", rf"/api/datasets/{_REPO}/preupload/main", _Handler.preupload),
-    ("POST", rf"/datasets/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("POST", rf"{_API}/preupload/main", _Handler.preupload),
+    ("POST", rf"{_FILES}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", _Handler.lfs_upload),
-    ("POST", rf"/api/datasets/{_REPO}/commit/main", _Handler.commit),
-    ("GET", rf"/api/datasets/{_REPO}(?:/revision/[^/]+)?", _Handler.info),
-    ("GET", rf"/api/datasets/{_REPO}/tree/[^/]+(/.*)?", _Handler.tree),
-    ("POST", rf"/api/datasets/{_REPO}/paths-info/[^/]+", _Handler.paths_info),
-    ("GET HEAD", rf"/datasets/{_REPO}/resolve/[^/]+/(.+)", _Handler.resolve),
+    ("POST", rf"{_API}/commit/main", _Handler.commit),
+    ("GET", rf"{_API}(?:/revision/[^/]+)?", _Handler.info),
+    ("GET", rf"{_API}/tree/[^/]+(/.*)?", _Handler.tree),
+    ("POST", rf"{_API}/paths-info/[^/]+", _Handler.paths_info),
+    ("GET HEAD", rf"{_FILES}/resolve/[^/]+/(.+)", _Handler.resolve),
 ]

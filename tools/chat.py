@@ -1,61 +1,79 @@
-"""Asks the promoted model: python -m tools.chat --prompt "What is a list?" """
+"""Talks to the promoted model: python -m tools.chat [--prompt "What is a list?"]"""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import readline  # noqa: F401 — lines can be edited, and called back with the arrow keys
 import sys
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import load_recipe
-from tools.cli import exit_code, prepare_zenml, start_logging
+from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 logger = logging.getLogger("llm_engineering.chat")
 
 
 def main() -> int:
-    """Print the answer; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Ask the promoted model.")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
-    )
+    """Print the answer while it is written; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Talk to the promoted model.")
+    parser.add_argument("--prompt", help="without it, on a terminal, a conversation")
+    parser.add_argument("--version", metavar="N", help="default: the version in production, else staging")
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_recipe_arguments(parser)
     arguments = parser.parse_args()
     start_logging(arguments.debug)
     return exit_code(lambda: _chat(arguments), arguments.debug)
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    if not arguments.prompt.strip():
+    prompt: str | None = arguments.prompt
+    if prompt is None and not sys.stdin.isatty():
+        raise RequestError('There is no question and no terminal. Ask one: make chat PROMPT="What is a list?"')
+    if prompt is not None and not prompt.strip():
         raise RequestError('There is no question. Ask one: make chat PROMPT="What is a list?"')
     if arguments.max_new_tokens < 1:
         raise RequestError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}.")
     recipe = load_recipe(arguments.config, arguments.set)
 
     from llm_engineering.compute.device import choose_device
-    from llm_engineering.config import ModelConfig
     from llm_engineering.data.rows import Message
-    from llm_engineering.evaluation.measures import Models
-    from llm_engineering.models import load_model, load_tokenizer
+    from llm_engineering.export.conversation import Conversation
     from llm_engineering.settings import Settings
-    from tools.promoted import promoted_adapter
 
-    prepare_zenml()
-    name, adapter, model, described = promoted_adapter(recipe)
-    logger.info("%s", described)
     settings = Settings()
-    # Its own tokenizer, saved with it: it is asked with the template that it was trained with.
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(adapter)), settings)
-    base = load_model(model, settings, choose_device(recipe.compute))
-    models = Models(base, {name: adapter}, tokenizer, batch_size=1)
-    sample = models.answer(name, [Message(role="user", content=arguments.prompt)], arguments.max_new_tokens)
-    print(sample.text)
-    if not sample.stopped:
-        logger.info("[not ended: the answer was cut at %d tokens, --max-new-tokens]", arguments.max_new_tokens)
+    prepare_zenml()
+    from tools.merged import merged_model
+    from tools.promoted import find_model
+
+    found = find_model(recipe, arguments.version)
+    logger.info("%s", found.described)
+    folder = merged_model(found, recipe, settings)
+    conversation = Conversation(
+        folder, choose_device(recipe.compute), settings, arguments.max_new_tokens, recipe.model.trust_remote_code
+    )
+    if prompt is not None:
+        _say_end(conversation.answer([Message(role="user", content=prompt)]).stopped, arguments.max_new_tokens)
+        return 0
+    logger.info("Ask; an empty line, Ctrl-D or Ctrl-C ends it.")
+    messages: list[Message] = []
+    try:
+        while asked := input("> ").strip():
+            if messages and not conversation.has_room([*messages, Message(role="user", content=asked)]):
+                logger.info("[the conversation is longer than the model can read: it begins anew]")
+                messages = []
+            messages.append(Message(role="user", content=asked))
+            answer = conversation.answer(messages)
+            _say_end(answer.stopped, arguments.max_new_tokens)
+            messages.append(Message(role="assistant", content=answer.text))
+    except (EOFError, KeyboardInterrupt):
+        print()
     return 0
+
+
+def _say_end(stopped: bool, max_new_tokens: int) -> None:
+    if not stopped:
+        logger.info("[not ended: the answer was cut at %d tokens, --max-new-tokens]", max_new_tokens)
 
 
 if __name__ == "__main__":

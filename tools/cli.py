@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -23,6 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every tool for model versions has; the recipe says which model is meant."""
+    parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
 def start_logging(debug: bool) -> None:

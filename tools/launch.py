@@ -17,6 +17,7 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipes import differences
 from pipelines import chain
 from pipelines.inputs import Inputs
+from steps.registry import incumbent
 from tools.processes import is_alive, repair_killed, this_process
 
 logger = logging.getLogger("llm_engineering.run")
@@ -24,8 +25,10 @@ logger = logging.getLogger("llm_engineering.run")
 
 def launch(pipeline: str, recipe: Recipe, inputs: Inputs, cache: bool) -> list[PipelineRunResponse]:
     """Run a pipeline; `dpo` runs `sft` first if no SFT model of this recipe is registered. Returns all runs."""
+    if pipeline == "datasets":
+        return [_start(chain.generate_datasets, recipe, inputs, cache)]
     if pipeline != "dpo":
-        return [_start(_PIPELINES[pipeline], recipe, inputs, cache)]
+        return [_start_judged(_PIPELINES[pipeline], recipe, inputs, cache)]
     runs = []
     adapter = _registered_adapter(inputs.sft_recipe)
     if adapter is None:
@@ -34,12 +37,12 @@ def launch(pipeline: str, recipe: Recipe, inputs: Inputs, cache: bool) -> list[P
             f"{others} SFT models are registered, of other recipes or data" if others else "No SFT model is registered"
         )
         logger.info("%s: training SFT first", known)
-        runs.append(_start(chain.sft, recipe, inputs, cache))
+        runs.append(_start_judged(chain.sft, recipe, inputs, cache))
         adapter = _registered_adapter(inputs.sft_recipe)
         if adapter is None:
             raise WorkError("The SFT run ended without a registered adapter. `make runs` shows its state.")
     logger.info("DPO starts from SFT adapter version %s", adapter.version)
-    return [*runs, _start(chain.dpo, recipe, inputs, cache, sft_adapter=adapter)]
+    return [*runs, _start_judged(chain.dpo, recipe, inputs, cache, sft_adapter=adapter)]
 
 
 def check_resumable(run: str, pipeline: str, recipe: Recipe) -> None:
@@ -90,6 +93,16 @@ def _registered_adapter(sft_recipe: str) -> Any:
     return found.items[0] if found.items else None
 
 
+def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:
+    """Start a pipeline that ends with the gate, and hand it the model in production to be measured beside its own."""
+    found = incumbent(recipe.name)
+    if found is None:
+        return _start(pipeline, recipe, inputs, cache, **arguments)
+    logger.info("In production is version %d: it is measured beside the new model", found.number)
+    inputs = inputs.model_copy(update={"incumbent": found.number})
+    return _start(pipeline, recipe, inputs, cache, incumbent=found.adapter.artifact, **arguments)
+
+
 def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:
     model = Model(name=recipe.name, tags=["llm-engineering"], save_models_to_registry=False)
     configured = pipeline.with_options(
@@ -109,4 +122,4 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
     return Client().get_pipeline_run(run.id)
 
 
-_PIPELINES = {"sft": chain.sft, "retrain": chain.retrain, "datasets": chain.generate_datasets}
+_PIPELINES = {"sft": chain.sft, "retrain": chain.retrain}

@@ -11,6 +11,7 @@ from llm_engineering.config import EMBEDDED_MODEL, ClientConfig, DataConfig, Ins
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.documents.read import documents_hash
+from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.formatting.chat_template import check_chat_template, pin_chat_template
 from llm_engineering.generation.client import check_access
 from llm_engineering.models import load_config, load_tokenizer, pin_revision
@@ -46,6 +47,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     check_evaluation(data.decontaminate_against)
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
+    checks = check_requirements(recipe.evaluation, Settings())
     recipe = recipe.model_copy(
         update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
     )
@@ -65,6 +67,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         instructions=instructions,
         preferences=preferences,
         evaluation=evaluation,
+        checks=checks,
         sft_recipe=recipe_hash(sft_stage),
         dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
         code=_code_version(),

@@ -60,7 +60,8 @@ def _push(arguments: argparse.Namespace) -> int:
     private = hub.private and not arguments.public
 
     from llm_engineering.data.card import render_card
-    from llm_engineering.data.hub import check_repo_id, check_secrets, public_rows, push_dataset
+    from llm_engineering.data.hub import check_secrets, public_rows, push_dataset
+    from llm_engineering.hub import check_repo_id
     from llm_engineering.settings import Settings
 
     check_repo_id(repo_id)

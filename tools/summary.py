@@ -127,12 +127,18 @@ def print_table(result: RunResult, file: TextIO) -> None:
         answers.add_row("document", sample["reference"])
         console.print(answers)
     if result.promotion:
-        gate = _table("Promotion", "Rule", "Value", "Bound", "Passed")
+        gate = _table("Promotion", "Rule", "Better by", f"{result.promotion['confidence']:.0%} interval", "Verdict")
         for rule in result.promotion["rules"]:
-            verdict = "yes" if rule["passed"] else "NO"
-            gate.add_row(rule["name"], f"{rule['value']:.4f}", f"{rule['bound']:.4f}", verdict)
-        gate.add_row("→ stage", "", "", str(result.promotion["stage"] or "none: the incumbent stays"))
+            judged = rule["value"] is not None
+            verdict = rule["verdict"].upper() if rule["verdict"] == "failed" else rule["verdict"]
+            gate.add_row(
+                rule["name"],
+                f"{rule['value']:.4f}" if judged else "",
+                f"{rule['low']:.4f} to {rule['high']:.4f}" if judged else "",
+                f"{verdict}: {rule['reason']}" if rule["reason"] else verdict,
+            )
         console.print(gate)
+        console.print(result.promotion["reason"])
     places = _table("Where", "What", "Place")
     for name, artifact in result.artifacts.items():
         places.add_row(f"{name} v{artifact['version']}", artifact["uri"])

@@ -1,4 +1,4 @@
-"""Publishes the splits of a dataset and its card on the Hugging Face Hub, in one commit."""
+"""What of a dataset may be published, and its files on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -7,33 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
 from datasets import DatasetDict
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import SecretStr
 
 from llm_engineering.data.card import data_file, public_name
 from llm_engineering.data.split import SPLITS
-from llm_engineering.errors import RequestError, WorkError
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raises:
-    RequestError: it is no `owner/name` that the hub accepts.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise RequestError(f"{repo_id!r} is no name of a repository: {error}") from None
-    if repo_id.count("/") != 1:
-        raise RequestError(f"{repo_id!r} names no owner: give owner/name, the owner being you or an organisation.")
+from llm_engineering.errors import RequestError
+from llm_engineering.hub import publish
 
 
 def check_secrets(dataset: DatasetDict, masked: bool) -> None:
@@ -86,97 +66,13 @@ def push_dataset(dataset: DatasetDict, card: str, repo_id: str, private: bool, t
     Other tables of the dataset (quarantine, counts, findings) are not published. Files of a former push that are not written
     again are removed in the same commit.
 
-    Args:
-        private: the visibility that a new repository gets, and that an existing one must have.
-        token: with the right to write; None takes the one that `hf auth login` stored.
-
     Raises:
-        RequestError: the name is invalid, there is no token, the hub refuses it, or an existing repository has the
-            other visibility.
-        WorkError: the hub could not be reached, or failed.
+        RequestError, WorkError: as `publish`, whose arguments these are.
     """
-    check_repo_id(repo_id)
-    secret = token.get_secret_value() if token else get_token()
-    if not secret:
-        raise RequestError(
-            "There is no token for the Hugging Face Hub. Set HF_TOKEN, in the environment or in .env, to one with "
-            "the right to write (https://huggingface.co/settings/tokens)."
-        )
-    api = HfApi(token=secret)
-    try:
-        api.whoami()
-        former = _files_of(api, repo_id, private)
-        if former is None:
-            api.create_repo(repo_id, repo_type="dataset", private=private)
-        with tempfile.TemporaryDirectory(prefix="push-") as folder:
-            additions = [CommitOperationAdd("README.md", card.encode())]
-            for split in SPLITS:
-                file = Path(folder, f"{split}.parquet")
-                dataset[split].to_parquet(file)
-                additions.append(CommitOperationAdd(data_file(split), file))
-            written = {addition.path_in_repo for addition in additions}
-            stale = [file for file in former or () if file.startswith("data/") and file not in written]
-            api.create_commit(
-                repo_id,
-                [*additions, *map(CommitOperationDelete, stale)],
-                commit_message="Publish the dataset",
-                repo_type="dataset",
-            )
-    except OfflineModeIsEnabled as error:
-        raise RequestError("HF_HUB_OFFLINE is set, so nothing can be published: unset it.") from error
-    except HfHubHTTPError as error:
-        raise _explained(error, repo_id) from error
-    except ValueError as error:
-        # The hub's verdict on the card's metadata comes as a plain ValueError.
-        if not str(error).startswith("Invalid metadata"):
-            raise
-        raise RequestError(
-            f"The hub refuses the card: {' '.join(str(error).split())}. Its licence and language come from "
-            "data.hub in the recipe."
-        ) from error
-    except httpx.HTTPError as error:
-        raise WorkError(
-            f"The hub at {api.endpoint} cannot be reached ({type(error).__name__}). Check the network and HF_ENDPOINT, "
-            "and run the command again: it starts from the beginning."
-        ) from error
-    return f"{api.endpoint}/datasets/{repo_id}"
-
-
-def _files_of(api: HfApi, repo_id: str, private: bool) -> Sequence[str] | None:
-    """The files of an existing repository; None if there is none.
-
-    Raises:
-        RequestError: it has the other visibility.
-    """
-    try:
-        info = api.dataset_info(repo_id)
-    except RepositoryNotFoundError:
-        return None
-    if bool(info.private) != private:
-        now, asked = ("private", "public") if info.private else ("public", "private")
-        instead = "data.hub.private: true and no --public" if info.private else "--public"
-        raise RequestError(
-            f"{repo_id} exists and is {now}, and the dataset was to be {asked}. Change the visibility in the "
-            f"repository's settings on the hub, name another one with --repo, or ask for a {now} one ({instead})."
-        )
-    return [file.rfilename for file in info.siblings or ()]
-
-
-def _explained(error: HfHubHTTPError, repo_id: str) -> RequestError | WorkError:
-    status = error.response.status_code
-    said = (error.server_message or "").strip().rstrip(".")
-    if status == 401:
-        return RequestError(
-            "The hub refuses the token (401). Set HF_TOKEN to a valid one (https://huggingface.co/settings/tokens)."
-        )
-    if status == 403:
-        return RequestError(
-            f"The token may not write to {repo_id} (403{f': {said}' if said else ''}). Use a token with the right to "
-            f"write there, or another owner: --repo owner/name."
-        )
-    if status == 400:
-        return RequestError(f"The hub refuses the request for {repo_id} (400{f': {said}' if said else ''}).")
-    return WorkError(
-        f"The hub failed while {repo_id} was published ({status}{f': {said}' if said else ''}). Run the command again: "
-        "what was uploaded is only visible after the last step."
-    )
+    with tempfile.TemporaryDirectory(prefix="push-") as folder:
+        files: dict[str, bytes | Path] = {"README.md": card.encode()}
+        for split in SPLITS:
+            file = Path(folder, f"{split}.parquet")
+            dataset[split].to_parquet(file)
+            files[data_file(split)] = file
+        return publish("dataset", files, repo_id, private, token, lambda file: file.startswith("data/"))

@@ -54,11 +54,11 @@ def dataset_hash(reference: str) -> str:
         RequestError: it is missing, or cannot be read.
     """
     found = _resolve(reference)
-    if found.path is None:
+    files = dataset_files(reference)
+    if found.path is None or files is None:
         return _commit(found.name)
     digest = hashlib.sha256()
     root = found.path
-    files = sorted(file for file in root.rglob("*") if _is_visible(file, root)) if root.is_dir() else [root]
     try:
         for file in files:
             # One file is the same dataset under any name; a folder's names say what its splits are.
@@ -68,6 +68,18 @@ def dataset_hash(reference: str) -> str:
     except OSError as error:
         raise RequestError(f"{error.filename} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()[:16]
+
+
+def dataset_files(reference: str) -> list[Path] | None:
+    """The files of a dataset, hidden ones left out, in a fixed order; None for one of the hub.
+
+    Raises:
+        RequestError: it is missing.
+    """
+    root = _resolve(reference).path
+    if root is None or not root.is_dir():
+        return None if root is None else [root]
+    return sorted(file for file in root.rglob("*") if _is_visible(file, root))
 
 
 def _resolve(reference: str) -> Reference:

@@ -1,4 +1,4 @@
-"""Evaluates base, SFT and DPO model on the same held-out rows and writes the evaluation report."""
+"""Evaluates base, SFT, DPO and the model in production on the same held-out rows and writes the evaluation report."""
 
 from __future__ import annotations
 
@@ -6,110 +6,147 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
 from llm_engineering.compute.device import choose_device
 from llm_engineering.config import EvaluationConfig, TrainingSetup
-from llm_engineering.data.rows import InstructionRow
-from llm_engineering.evaluation.measures import (
-    Models,
-    heldout_loss,
-    labelled_answers,
-    labelled_rows,
-    preference_accuracy,
-    preference_margin,
-)
+from llm_engineering.data.rows import Message
+from llm_engineering.evaluation.benchmarks import lm_eval_version
+from llm_engineering.evaluation.checks import check_report, read_checks
+from llm_engineering.evaluation.comparison import MEASURES, Measure, compare, flat
+from llm_engineering.evaluation.heldout import HeldOut, drawn, rendered_for_both
+from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_like_ours, load_incumbent
+from llm_engineering.evaluation.judge import Question, judge
+from llm_engineering.evaluation.measures import Models
+from llm_engineering.evaluation.observation import Observation, Work, observe
+from llm_engineering.evaluation.page import evaluation_page
+from llm_engineering.evaluation.statistics import Bootstrap
+from llm_engineering.generation.client import open_client
 from llm_engineering.models import load_model, load_tokenizer
-from llm_engineering.reports import page, table, write_report
+from llm_engineering.reports import write_report
 from llm_engineering.settings import Settings
-
-_NAMES = {
-    "heldout_loss": "Held-out loss, nats a token",
-    "preference_accuracy": "Preference accuracy",
-    "preference_margin": "Preference margin, nats a token",
-}
 
 
 def evaluate(
     folder: Path,
     adapters: Mapping[str, Path],
-    sft_test: Dataset,
-    dpo_test: Dataset | None,
-    rows: Sequence[InstructionRow],
+    rows: HeldOut,
     config: EvaluationConfig,
     setup: TrainingSetup,
     settings: Settings,
+    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure the base model and each adapter, write `report.json` and `report.html`, and return the JSON report.
 
     Args:
-        adapters: folders by name, `sft` and perhaps `dpo`.
-        sft_test: held-out `input_ids` and `labels`.
-        dpo_test: held-out `prompt_ids`, `chosen_ids` and `rejected_ids`; None leaves preference measures out.
-        rows: held-out instruction rows; the first ones are answered by every model.
+        adapters: folders by name: `sft`, perhaps `dpo`, and perhaps `incumbent`, the model in production, which may
+            have another base model and another chat template.
+        rows: held out from training.
+        training: the training report of the newest model, whose curves are shown.
+
+    Raises:
+        RequestError: `evaluation.checks` is no file of checks.
+        WorkError: the incumbent cannot be loaded, a task of lm-eval cannot run, or the judge does not answer.
     """
+    trained = {name: path for name, path in adapters.items() if name != INCUMBENT}
+    newest = list(trained)[-1]
+    checks = read_checks(config.checks) if config.checks is not None else []
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    base = load_model(setup.model, settings, choose_device(setup.compute))
-    models = Models(base, adapters, tokenizer, config.batch_size)
-    metrics: dict[str, float] = {}
-    for name in models.names:
-        metrics[f"heldout_loss_{name}"] = heldout_loss(models.scores(name, labelled_rows(sft_test), "held-out loss"))
-        if dpo_test is not None:
-            chosen, rejected = (
-                models.scores(name, labelled_answers(dpo_test, answer), f"{answer} answers")
-                for answer in ("chosen", "rejected")
-            )
-            metrics[f"preference_accuracy_{name}"] = preference_accuracy(chosen, rejected)
-            metrics[f"preference_margin_{name}"] = preference_margin(chosen, rejected)
-    samples = []
-    for row in rows[: config.sample_answers]:
-        answers = {name: models.answer(name, row.prompt, config.max_new_tokens) for name in models.names}
-        samples.append(
-            {
-                "prompt": row.prompt[-1].content,
-                "reference": row.completion[0].content,
-                "answers": {name: sample._asdict() for name, sample in answers.items()},
-            }
+    ours = theirs = rows
+    own_tokenizer = None
+    if INCUMBENT in adapters:
+        own_tokenizer = incumbent_tokenizer(adapters[INCUMBENT], settings)
+        if is_like_ours(adapters[INCUMBENT], own_tokenizer, tokenizer, setup):
+            trained[INCUMBENT], own_tokenizer = adapters[INCUMBENT], None
+        else:
+            ours, theirs = rendered_for_both(rows, own_tokenizer)
+    work = Work(ours, drawn(ours.rows, config.generated_rows, setup.seed), checks)
+
+    def observe_ours() -> dict[str, Observation]:
+        base = load_model(setup.model, settings, choose_device(setup.compute))
+        models = Models(base, trained, tokenizer, config.batch_size)
+        return {name: observe(models, name, name, ours, work, config, setup.seed) for name in models.names}
+
+    seen = observe_ours()
+    if own_tokenizer is not None:
+        models, name = load_incumbent(adapters[INCUMBENT], own_tokenizer, config.batch_size, setup, settings)
+        seen[INCUMBENT] = observe(models, name, INCUMBENT, theirs, work, config, setup.seed)
+
+    bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, setup.seed)
+    measures = _measures(seen, newest, bootstrap)
+    samples = _samples(seen, work)
+    judged = None
+    if config.judge is not None:
+        client = open_client(config.judge, setup.model, setup.compute, settings, setup.chat_template)
+        questions = [
+            Question(_as_text(row.row.prompt), row.row.completion[0].content)
+            for row in (ours.rows[place] for place in work.places)
+        ]
+        texts = {name: [answer.text for answer in found.answers] for name, found in seen.items()}
+        judged, measures["judge_win_rate"] = judge(
+            questions, texts, newest, client, config.judge.max_new_tokens, bootstrap
         )
     data = {
-        "models": models.names,
-        "metrics": metrics,
-        "samples": samples,
-        "heldout_rows": len(sft_test),
-        "heldout_pairs": len(dpo_test) if dpo_test is not None else 0,
+        "models": list(seen),
+        "newest": newest,
+        "heldout_rows": len(ours.rows),
+        "heldout_pairs": len(ours.pairs),
+        "left_out": ours.left_out,
+        "generated_rows": len(work.places),
+        "confidence": config.confidence,
+        "bootstrap_samples": config.bootstrap_samples,
+        "seed": setup.seed,
+        "metrics": flat(measures),
+        "measures": measures,
+        "samples": samples[: config.sample_answers],
+        "judge": judged,
+        "lm_eval": _lm_eval(seen, config),
+        "checks": check_report(checks, {n: found.check_answers for n, found in seen.items()}) if checks else None,
     }
-    write_report(folder, data, _page(data))
+    write_report(folder, data, evaluation_page(data, training))
     return data
 
 
-def _page(data: Mapping[str, Any]) -> str:
-    models, metrics = data["models"], data["metrics"]
-    measures = [
-        (title, *(metrics[f"{key}_{name}"] for name in models))
-        for key, title in _NAMES.items()
-        if f"{key}_{models[0]}" in metrics
+def _measures(seen: Mapping[str, Observation], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Every measure that was taken, in the order of the table of measures, then lm-eval's tasks."""
+    measures = {
+        key: compare(what, {name: found.rows[key] for name, found in seen.items()}, newest, bootstrap)
+        for key, what in MEASURES.items()
+        if key in seen[newest].rows
+    }
+    tasks = seen[newest].tasks
+    if tasks is not None:
+        for task in tasks.rows:
+            values = {name: found.tasks.rows[task] for name, found in seen.items() if found.tasks is not None}
+            what = Measure(f"lm-eval: {task}", tasks.metrics[task], tasks.better[task])
+            measures[f"lm_eval_{task}"] = compare(what, values, newest, bootstrap)
+    return measures
+
+
+def _samples(seen: Mapping[str, Observation], work: Work) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": work.ours.rows[place].row.prompt[-1].content,
+            "reference": work.ours.rows[place].row.completion[0].content,
+            "answers": {
+                name: {"text": found.answers[number].text, "stopped": found.answers[number].stopped}
+                for name, found in seen.items()
+            },
+        }
+        for number, place in enumerate(work.places)
     ]
-    samples = [
-        (
-            sample["prompt"],
-            sample["reference"],
-            *(
-                sample["answers"][name]["text"] + ("" if sample["answers"][name]["stopped"] else " … [not ended]")
-                for name in models
-            ),
-        )
-        for sample in data["samples"]
-    ]
-    lead = (
-        f"On {data['heldout_rows']} held-out rows"
-        + (f" and {data['heldout_pairs']} held-out pairs" if data["heldout_pairs"] else "")
-        + ", prompted as in training"
-    )
-    return page(
-        "Evaluation report",
-        lead,
-        [
-            ("Measures", table(["Measure", *models], measures)),
-            ("Answers", table(["Prompt", "Reference", *models], samples)),
-        ],
-    )
+
+
+def _lm_eval(seen: Mapping[str, Observation], config: EvaluationConfig) -> dict[str, Any] | None:
+    if config.lm_eval is None:
+        return None
+    return {
+        "version": lm_eval_version(),
+        **config.lm_eval.model_dump(exclude={"include_path"}),
+        "scores": {name: found.tasks.scores for name, found in seen.items() if found.tasks is not None},
+    }
+
+
+def _as_text(prompt: Sequence[Message]) -> str:
+    """The question; a conversation with its roles."""
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)

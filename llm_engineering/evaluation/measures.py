@@ -1,4 +1,4 @@
-"""Held-out measures of several models that share one base: loss on answers, preference accuracy, sample answers."""
+"""What several models that share one base do with held-out rows: scores of given answers, and answers of their own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
+from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
 from llm_engineering.models import end_token_ids
 from llm_engineering.progress import Progress
 
 BASE = "base"
+
+# Token ids, and labels of the same length: -100 where nothing is scored.
+Labelled = tuple[list[int], list[int]]
 
 
 class AnswerScore(NamedTuple):
@@ -33,10 +37,11 @@ class AnswerScore(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An answer, and whether the model ended it by itself."""
+    """An answer, whether the model ended it by itself, and its token ids, with the end token where there is one."""
 
     text: str
     stopped: bool
+    ids: list[int]
 
 
 class Models:
@@ -78,11 +83,11 @@ class Models:
         with plain, torch.inference_mode():
             yield self.model
 
-    def scores(self, name: str, rows: Sequence[tuple[list[int], list[int]]], what: str) -> list[AnswerScore]:
-        """Score the labelled tokens of each `(input_ids, labels)` row, in the rows' order."""
+    def scores(self, name: str, rows: Sequence[Labelled], what: str) -> list[AnswerScore]:
+        """Score the labelled tokens of each `(input_ids, labels)` row, in the rows' order. `what` is shown as progress."""
         order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
         scores: dict[int, AnswerScore] = {}
-        progress = Progress(f"{what} of {name}", len(rows))
+        progress = Progress(what, len(rows))
         with self.use(name) as model:
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
@@ -90,9 +95,7 @@ class Models:
                 progress.advance(len(batch))
         return [scores[index] for index in range(len(rows))]
 
-    def _score(
-        self, model: PreTrainedModel | PeftModel, rows: Sequence[tuple[list[int], list[int]]]
-    ) -> list[AnswerScore]:
+    def _score(self, model: PreTrainedModel | PeftModel, rows: Sequence[Labelled]) -> list[AnswerScore]:
         longest = max(len(input_ids) for input_ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[*input_ids, *[pad] * (longest - len(input_ids))] for input_ids, _ in rows])
@@ -111,21 +114,51 @@ class Models:
 
     def answer(self, name: str, messages: Sequence[Message], max_new_tokens: int) -> Sample:
         """The greedy answer to a conversation, prompted as in training."""
-        ids = prompt_ids(messages, self.tokenizer)
-        ends = end_token_ids(self.model, self.tokenizer)
+        return self.answers(name, [messages], max_new_tokens)[0]
+
+    def answers(
+        self, name: str, prompts: Sequence[Sequence[Message]], max_new_tokens: int, what: str = ""
+    ) -> list[Sample]:
+        """The greedy answers to conversations, in their order, in batches of like length padded on the left.
+
+        `what` is shown with the progress; empty for none.
+        """
+        ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
+        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+        samples: dict[int, Sample] = {}
+        progress = Progress(what, len(ids) if what else 0)
         with self.use(name) as model:
-            inputs = torch.tensor([ids], device=model.device)
-            output: Any = model.generate(  # type: ignore[operator]
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=ends,
-            )
-        new = output[0, len(ids) :].tolist()
-        text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-        return Sample(text, bool(new) and new[-1] in ends)
+            for start in range(0, len(order), self.batch_size):
+                batch = order[start : start + self.batch_size]
+                samples |= dict(zip(batch, self._generate(model, [ids[i] for i in batch], max_new_tokens), strict=True))
+                if what:
+                    progress.advance(len(batch))
+        return [samples[index] for index in range(len(ids))]
+
+    def _generate(
+        self, model: PreTrainedModel | PeftModel, prompts: Sequence[list[int]], max_new_tokens: int
+    ) -> list[Sample]:
+        ends = end_token_ids(model, self.tokenizer)
+        longest = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        inputs = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+        output: Any = model.generate(  # type: ignore[operator]
+            input_ids=inputs,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=ends,
+        )
+        return [self._sample(new, ends) for new in output[:, longest:].tolist()]
+
+    def _sample(self, new: list[int], ends: Sequence[int]) -> Sample:
+        # By place, not by id: what follows the end is padding, which may be the end token itself.
+        length = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
+        ids = new[:length]
+        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        return Sample(text, bool(ids) and ids[-1] in ends, ids)
 
 
 def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
@@ -138,30 +171,32 @@ def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     return loaded
 
 
-def heldout_loss(scores: Sequence[AnswerScore]) -> float:
-    """Mean negative log-probability over all answer tokens, in nats a token; each token weighs the same."""
-    return -sum(score.log_prob for score in scores) / sum(score.tokens for score in scores)
+def heldout_loss(scores: Sequence[AnswerScore]) -> Rows:
+    """Negative log-probability of the answers' tokens, in nats a token; each token weighs the same."""
+    return Rows.of([-score.log_prob for score in scores], [score.tokens for score in scores])
 
 
-def preference_accuracy(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> float:
-    """Share of pairs whose chosen answer has the higher mean log-probability a token, under one model alone."""
-    return sum(c.mean > r.mean for c, r in zip(chosen, rejected, strict=True)) / len(chosen)
+def preference_accuracy(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> Rows:
+    """Whether a pair's chosen answer has the higher mean log-probability a token, under one model alone."""
+    return Rows.of([c.mean > r.mean for c, r in zip(chosen, rejected, strict=True)])
 
 
-def preference_margin(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> float:
-    """Mean over pairs of the chosen minus the rejected mean log-probability a token, in nats."""
-    return sum(c.mean - r.mean for c, r in zip(chosen, rejected, strict=True)) / len(chosen)
+def preference_margin(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> Rows:
+    """A pair's chosen minus its rejected mean log-probability a token, in nats."""
+    return Rows.of([c.mean - r.mean for c, r in zip(chosen, rejected, strict=True)])
 
 
-def labelled_rows(formatted_sft: Dataset) -> list[tuple[list[int], list[int]]]:
-    """`(input_ids, labels)` of each formatted instruction row."""
+def labelled_rows(formatted_sft: Dataset) -> list[Labelled]:
+    """What is scored of each formatted instruction row."""
     return [(row["input_ids"], row["labels"]) for row in formatted_sft]
 
 
-def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[tuple[list[int], list[int]]]:
-    """`(input_ids, labels)` of each pair's `chosen` or `rejected` answer."""
+def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[Labelled]:
+    """What is scored of each pair's `chosen` or `rejected` answer."""
     rows: list[dict[str, Any]] = list(formatted_dpo)
-    return [
-        (row["prompt_ids"] + row[f"{answer}_ids"], [IGNORE_INDEX] * len(row["prompt_ids"]) + row[f"{answer}_ids"])
-        for row in rows
-    ]
+    return [labelled_answer(row["prompt_ids"], row[f"{answer}_ids"]) for row in rows]
+
+
+def labelled_answer(prompt: list[int], answer: list[int]) -> Labelled:
+    """An answer to a prompt, of which the answer is scored."""
+    return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer

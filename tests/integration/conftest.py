@@ -29,7 +29,11 @@ generation: {{rejected_max_new_tokens: 8, max_preferences: 40}}
 sft: {{num_train_epochs: 2, learning_rate: 1e-2, eval_steps: 4, save_steps: 4}}
 dpo: {{num_train_epochs: 1, learning_rate: 1e-3, eval_steps: 4, save_steps: 4}}
 evaluation: {{max_new_tokens: 8}}
-promotion: {{min_loss_gain: 0.0, max_loss_rise_after_dpo: 5.0}}
+promotion:
+  sft: {{better_than: {{base: {{heldout_loss: 0.0}}}}}}
+  dpo:
+    better_than: {{base: {{heldout_loss: 0.0}}}}
+    not_worse_than: {{sft: {{heldout_loss: 5.0}}}}
 compute: {{device: cpu, dtype: float32}}
 """
 

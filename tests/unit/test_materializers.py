@@ -1,8 +1,17 @@
 """Datasets that may be empty: a clean document folder has nothing in quarantine."""
 
+import hashlib
+
+import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 
-from steps.materializers import HFDatasetMaterializer
+from steps.materializers import (
+    Directory,
+    DirectoryMaterializer,
+    HashedPydanticMaterializer,
+    HFDatasetMaterializer,
+    file_hashes,
+)
 
 
 def test_empty_datasets_are_read_again(tmp_path):
@@ -26,3 +35,37 @@ def test_a_local_dataset_is_read_in_place_and_described_without_reading_it_whole
     read = materializer.load(DatasetDict)
     assert read["rows"].cache_files[0]["filename"].startswith(str(tmp_path))
     assert materializer.extract_metadata(read)["splits"] == {"rows": 2000}
+
+
+@pytest.mark.parametrize("kind", ["directory", "dataset", "model"])
+def test_hashes_of_what_was_stored_stand_beside_it(tmp_path, kind):
+    """In the format that sha256sum reads; what is stored is found by its content wherever it lies."""
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "a.txt").write_text("a")
+    (source / "deep" / "b.txt").write_text("b")
+    materializer_class, value = {
+        "directory": (DirectoryMaterializer, Directory(path=source)),
+        "dataset": (HFDatasetMaterializer, DatasetDict(rows=Dataset.from_dict({"x": ["a"]}))),
+        "model": (HashedPydanticMaterializer, Directory(path=source)),
+    }[kind]
+    uri = tmp_path / "stored"
+    uri.mkdir()
+    materializer = materializer_class(uri=str(uri))
+    materializer.save(value)
+    content = materializer.compute_content_hash(value)
+    manifest = (uri / "SHA256SUMS").read_bytes()
+    assert content == hashlib.sha256(manifest).hexdigest()
+    listed = dict(reversed(line.split("  ")) for line in manifest.decode().splitlines())
+    stored = [file for file in uri.rglob("*") if file.is_file() and file.name != "SHA256SUMS"]
+    assert listed == {str(f.relative_to(uri)): hashlib.sha256(f.read_bytes()).hexdigest() for f in stored}
+    assert listed == file_hashes(str(uri), materializer.artifact_store)
+
+
+def test_reading_a_dataset_leaves_nothing_in_the_artifact(tmp_path):
+    materializer = HFDatasetMaterializer(uri=str(tmp_path))
+    materializer.save(DatasetDict(rows=Dataset.from_dict({"x": [1, 2]})))
+    before = file_hashes(str(tmp_path), materializer.artifact_store)
+    read = materializer.load(DatasetDict)
+    assert read["rows"].map(lambda row: {"y": row["x"] + 1})["y"][:] == [2, 3]
+    assert file_hashes(str(tmp_path), materializer.artifact_store) == before

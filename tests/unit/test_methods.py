@@ -85,7 +85,7 @@ def test_dpo_goes_on_from_the_sft_model_of_its_method(method, rows, pairs, token
     base = load_model(setup.model, settings, device)
     models = Models(base, {"sft": sft.adapter, "dpo": dpo.adapter}, tokenizer, batch_size=2)
     heldout = labelled_rows(rows["validation"])
-    measured = {name: heldout_loss(models.scores(name, heldout, "loss")) for name in models.names}
+    measured = {name: heldout_loss(models.scores(name, heldout, "loss")).value for name in models.names}
     assert measured["base"] > measured["sft"] + 0.1
     assert len({round(loss, 6) for loss in measured.values()}) == 3
     # Each is measured as what was saved.
@@ -154,7 +154,7 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(rows, tokenizer, setup, set
     assert result.summary["steps"] == len(losses) == best + 1 + 3 < 20
     base = load_model(setup.model, settings, choose_device(setup.compute))
     models = Models(base, {"sft": result.adapter}, tokenizer, batch_size=4)
-    measured = heldout_loss(models.scores("sft", labelled_rows(rows["validation"]), "loss"))
+    measured = heldout_loss(models.scores("sft", labelled_rows(rows["validation"]), "loss")).value
     assert measured == pytest.approx(min(losses), abs=1e-4)
 
 

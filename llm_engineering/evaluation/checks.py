@@ -1,0 +1,122 @@
+"""The user's own check: prompts, and what their answers must be like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from llm_engineering.data.rows import Message
+from llm_engineering.errors import RequestError
+
+# One text may stand for a list of one.
+_Texts = Annotated[
+    list[Annotated[str, Field(min_length=1)]],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+]
+
+
+class Check(BaseModel):
+    """One line of the file. An answer passes if all that the line asks for is so.
+
+    Attributes:
+        prompt: the question; `system` may stand before it.
+        must_contain, must_not_contain: texts, all or none of which stand in the answer, in this case of letters.
+        regex: is found somewhere in the answer.
+        exact: is the answer, white space around it aside.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    prompt: str = Field(min_length=1)
+    system: str | None = None
+    must_contain: _Texts = []
+    must_not_contain: _Texts = []
+    regex: str | None = None
+    exact: str | None = None
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _asks(self) -> Self:
+        if not (self.must_contain or self.must_not_contain or self.regex is not None or self.exact is not None):
+            raise ValueError("it asks for nothing: give must_contain, must_not_contain, regex or exact")
+        return self
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation that is asked."""
+        system = [Message(role="system", content=self.system)] if self.system is not None else []
+        return [*system, Message(role="user", content=self.prompt)]
+
+    def failures(self, answer: str) -> list[str]:
+        """What an answer lacks, in words; empty if it passes."""
+        found = [f"lacks {text!r}" for text in self.must_contain if text not in answer]
+        found += [f"has {text!r}" for text in self.must_not_contain if text in answer]
+        if self.regex is not None and not re.search(self.regex, answer):
+            found.append(f"does not match {self.regex!r}")
+        if self.exact is not None and answer.strip() != self.exact.strip():
+            found.append(f"is not {self.exact!r}")
+        return found
+
+
+def read_checks(path: str) -> list[Check]:
+    """The checks of a JSONL file; empty lines are passed over.
+
+    Raises:
+        RequestError: the file is missing or empty, or a line is no check; it names the line.
+    """
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise RequestError(f"evaluation.checks {path}: there is no such file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"evaluation.checks {path} cannot be read: {error}.") from error
+    checks, wrong = [], []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                checks.append(Check.model_validate_json(line))
+            except ValidationError as error:
+                wrong += [f"{path}, line {number}: {_explain(problem)}." for problem in error.errors()]
+    if wrong:
+        more = f"\n{len(wrong) - 5} more problems." if len(wrong) > 5 else ""
+        raise RequestError("\n".join(wrong[:5]) + more)
+    if not checks:
+        raise RequestError(f"evaluation.checks {path} holds no check: one JSON object a line, with `prompt`.")
+    return checks
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key `{key}`, known are {', '.join(Check.model_fields)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{f'`{key}`: ' if key else ''}{message[0].lower()}{message[1:]}"
+
+
+def check_report(checks: Sequence[Check], answers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """How many answers of each model pass, and for each prompt what was answered and what it lacks."""
+    found: list[dict[str, Any]] = [
+        {
+            "prompt": check.prompt,
+            "answers": {
+                name: {"text": texts[index], "failures": check.failures(texts[index])}
+                for name, texts in answers.items()
+            },
+        }
+        for index, check in enumerate(checks)
+    ]
+    passed = {name: sum(not row["answers"][name]["failures"] for row in found) for name in answers}
+    return {"prompts": len(checks), "passed": passed, "rows": found}

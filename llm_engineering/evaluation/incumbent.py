@@ -1,0 +1,78 @@
+"""The model now in production: how it is loaded beside the new ones, or after them where it differs too much."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from llm_engineering.compute.device import choose_device
+from llm_engineering.config import ModelConfig, TrainingSetup
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.evaluation.measures import BASE, Models
+from llm_engineering.models import load_model, load_tokenizer, pin_revision
+from llm_engineering.settings import Settings
+
+INCUMBENT = "incumbent"
+
+
+def incumbent_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase:
+    """Its own tokenizer, saved with it: it is asked with the template that it was trained with."""
+    return load_tokenizer(ModelConfig(name_or_path=str(folder)), settings)
+
+
+def is_like_ours(
+    folder: Path, own: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, setup: TrainingSetup
+) -> bool:
+    """Whether it can be used as one more adapter: of the same base model, and prompted the same."""
+    base = _base(folder, setup)
+    return (
+        (base is None or (base.name_or_path, base.revision) == (setup.model.name_or_path, setup.model.revision))
+        and own.chat_template == ours.chat_template
+        and own.get_vocab() == ours.get_vocab()
+    )
+
+
+def load_incumbent(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, setup: TrainingSetup, settings: Settings
+) -> tuple[Models, str]:
+    """The model on a base of its own, and the name that it has there.
+
+    Raises:
+        WorkError: its base model is gone, or is another one by now.
+    """
+    base = _base(folder, setup)
+    device = choose_device(setup.compute)
+    if base is None:
+        full = ModelConfig(name_or_path=str(folder), trust_remote_code=setup.model.trust_remote_code)
+        return Models(load_model(full, settings, device), {}, tokenizer, batch_size), BASE
+    is_folder = (base.revision or "").startswith("folder-")
+    try:
+        there = pin_revision(base.model_copy(update={"revision": None})) if is_folder else base
+        if there.revision != base.revision:
+            raise WorkError(
+                f"The model in production was trained on {base.name_or_path} as it was then ({base.revision}), and the "
+                f"folder has changed since ({there.revision}): it cannot be measured. Put the former files back, or "
+                "take the model out of production."
+            )
+        loaded = load_model(base, settings, device)
+    except (RequestError, OSError) as error:
+        raise WorkError(
+            f"The model in production cannot be measured, because its base model {base.name_or_path} cannot be loaded: "
+            f"{error} Put it back, or take the model out of production."
+        ) from error
+    return Models(loaded, {INCUMBENT: folder}, tokenizer, batch_size), INCUMBENT
+
+
+def _base(folder: Path, setup: TrainingSetup) -> ModelConfig | None:
+    """What the adapter was trained on; None for a full model."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return None
+    adapter = json.loads(file.read_text(encoding="utf-8"))
+    return ModelConfig(
+        name_or_path=adapter["base_model_name_or_path"],
+        revision=adapter.get("revision"),
+        trust_remote_code=setup.model.trust_remote_code,
+    )

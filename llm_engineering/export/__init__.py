@@ -1,0 +1,1 @@
+"""Handing a model over: merging and verifying it, GGUF, its card, publishing it."""

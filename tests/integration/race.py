@@ -1,0 +1,112 @@
+"""Processes that move versions of one model at the same moment, each against the production it has just seen.
+
+python -m tests.integration.race: prints one JSON object with what each round's processes came to, and the final stages.
+"""
+
+import json
+import multiprocessing
+from typing import Any
+
+import tools.cli  # noqa: F401 — before ZenML
+
+ROUNDS, PROCESSES = 3, 3
+
+
+def race(index: int, barrier: Any, results: Any) -> None:
+    from zenml.client import Client
+
+    from steps.registry import StaleError, move, stages
+
+    for turn in range(ROUNDS):
+        version = Client().get_model_version("raced", turn * PROCESSES + index + 1)
+        production = stages("raced").production
+        seen = production[-1].number if production else None
+        barrier.wait()
+        try:
+            move(version, "production", seen, f"process {index}", "")
+            results.put((turn, version.number, "moved"))
+        except StaleError as error:
+            results.put((turn, version.number, str(error)))
+        barrier.wait()
+
+
+def overtaken(first: Any, second: Any) -> str:
+    """Move `first`, and `second` just before what `first` comes to is written."""
+    from steps import registry
+
+    real = registry.save_artifact
+    seen = registry.stages("raced").production[-1].number
+
+    def late(*arguments: Any, **options: Any) -> Any:
+        registry.save_artifact = real
+        registry.move(second, "production", seen, "the faster one", "")
+        return real(*arguments, **options)
+
+    registry.save_artifact = late
+    try:
+        registry.move(first, "production", seen, "the slower one", "")
+    except registry.StaleError as error:
+        return str(error)
+    return "moved"
+
+
+def killed(version: Any) -> None:
+    """Move a version, and end before ZenML's own stages follow."""
+    from steps import registry
+
+    real, seen = registry._settle, registry.stages("raced").production[-1].number
+
+    def kill(model: str) -> None:
+        raise KeyboardInterrupt
+
+    registry._settle = kill
+    try:
+        registry.move(version, "production", seen, "killed", "")
+    except KeyboardInterrupt:
+        registry._settle = real
+
+
+def main() -> None:
+    from zenml.client import Client
+
+    from steps.registry import history, roll_back, stages
+
+    def in_production() -> list[int]:
+        found = Client().list_model_versions(model_name_or_id="raced", stage="production").items
+        return [version.number for version in found]
+
+    Client().create_model("raced")
+    versions = [Client().create_model_version("raced") for _ in range(ROUNDS * PROCESSES + 3)]
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(PROCESSES), context.Queue()
+    processes = [context.Process(target=race, args=(index, barrier, results)) for index in range(PROCESSES)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=300) for _ in range(ROUNDS * PROCESSES)]
+    for process in processes:
+        process.join()
+    after_race = {
+        "in_production": in_production(),
+        "history": [held.number for held in stages("raced").production],
+        "changes": [change.version for change in history("raced")],
+    }
+    first, second, third = versions[-3:]
+    outcome = overtaken(first, second)
+    after_overtaking = in_production()
+    killed(third)
+    state = stages("raced").production[-1].number
+    roll_back("raced", "someone", "")
+    print(
+        json.dumps(
+            {
+                "results": sorted(found),
+                **after_race,
+                "overtaken": [outcome, after_overtaking, second.number],
+                "killed": [state, third.number, in_production()],
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

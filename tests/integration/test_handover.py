@@ -1,0 +1,239 @@
+"""Handing the model of a run over: export, a server with a real client, chat, comparison, publishing."""
+
+import json
+import os
+import pty
+import select
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import openai
+import pytest
+from transformers import AutoTokenizer
+
+from tests.fake_hub import running_hub
+from tests.integration.conftest import ROOT, Run
+
+QUESTION = "Where does the number 7 stand?"
+
+
+# Several commands in one process: most of their time is imports.
+COMMANDS = """
+import contextlib, importlib, io, json, sys
+import tools.cli
+ended = []
+for tool, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [tool, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = importlib.import_module(f"tools.{tool}").main()
+    ended.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(ended))
+"""
+
+
+@dataclass
+class Handed:
+    """What the commands of one process ended with, and the folder that was exported to."""
+
+    output: Path
+    export: Run
+    again: Run
+    missing: Run
+    chat: Run
+    compare: Run
+    unlicensed: Run
+
+
+@pytest.fixture(scope="module")
+def handed(project, finished_run):
+    output = project.folder / "exported"
+    one = ["--config", str(project.recipe), "--version", "1"]
+    commands = [
+        ["export", *one, "--output", str(output)],
+        ["export", *one, "--output", str(output)],
+        ["export", "--config", str(project.recipe), "--version", "99"],
+        ["chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"],
+        ["compare", *one, "--prompt", "Hi", "--max-new-tokens", "3"],
+        ["push_model", *one, "--repo", "someone/tiny"],
+    ]
+    command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
+    env = {**project.env, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Handed(output, *(Run(*ended) for ended in json.loads(done.stdout.splitlines()[-1])))
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def served(project, port, *arguments):
+    process = project.start("tools.serve", "--config", str(project.recipe), "--port", str(port), *arguments)
+    try:
+        line = process.stdout.readline()
+        assert line == f"Serving: http://127.0.0.1:{port}/v1, model tiny (Ctrl-C ends it)\n", process.stderr.read()
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+
+
+def listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_export_says_how_near_it_is_and_registers(project, handed):
+    run, output = handed.export, handed.output
+    assert run.code == 0, run.stderr
+    assert run.stdout.strip() == str(output)
+    assert "tiny version 1" in run.stderr
+    assert "Verified: " in run.stderr
+    assert "Registered:  merged_model version 1" in run.stderr
+    found = json.loads((output / "verification.json").read_text())
+    assert found["dtype"] == "float32"
+    assert found["same_top"] == found["tokens"] > 0
+    assert found["largest_difference"] < 1e-3 < found["mean_training_effect"]
+    card = (output / "README.md").read_text()
+    assert "# tiny, version 1" in card
+    assert "| Held-out loss | nats a token |" in card
+    assert str(project.folder) not in card
+
+
+def test_wrong_requests(handed):
+    """Nothing of the user's is replaced, no other version is taken, nothing is published without a licence."""
+    for run, words in (
+        (handed.again, "exists and is no empty folder"),
+        (handed.missing, "There is no version 99 of tiny. There are 1"),
+        (handed.unlicensed, "does not say under which licence the model may be published"),
+    ):
+        assert run.code == 2, run.stderr
+        assert words in run.stderr
+
+
+def test_served_answer_is_the_one_of_chat(project, handed):
+    """The real client over HTTP against `make chat`: the same greedy tokens, streamed too; then it is gone."""
+    assert handed.chat.code == 0, handed.chat.stderr
+    # Made once: what is registered is taken.
+    assert "Verified" not in handed.chat.stderr
+    port = free_port()
+    with served(project, port, "--version", "1") as process:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        asked = {
+            "model": "tiny", "temperature": 0, "max_tokens": 12,
+            "messages": [{"role": "user", "content": QUESTION}],
+        }  # fmt: skip
+        answer = client.chat.completions.create(**asked)
+        assert answer.choices[0].message.content.strip() == handed.chat.stdout.strip()
+        # Neither the server nor the template adds a token to what was trained with.
+        tokenizer = AutoTokenizer.from_pretrained(handed.output)
+        turn = [{"role": "user", "content": QUESTION}]
+        prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert answer.usage.prompt_tokens == len(prompt)
+        streamed = "".join(
+            chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**asked, stream=True)
+        )
+        assert streamed == answer.choices[0].message.content
+
+        taken = project.command("tools.serve", "--config", str(project.recipe), "--port", str(port))
+        assert taken.code == 2
+        assert f"Port {port} cannot be used: Address already in use." in taken.stderr
+
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
+        assert stderr.endswith("Ended.\n")
+        assert not listens(port)
+
+
+def test_conversation_on_a_terminal(project, handed):
+    """Two turns on a pseudo-terminal; Ctrl-D ends it."""
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "tools.chat", "--config", str(project.recipe), "--version", "1"]
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "3"],
+        cwd=ROOT, env=project.env, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    try:
+        for turn, typed in enumerate((b"Hi\n", b"And then?\n", b"\x04"), start=1):
+            while shown.count(b"> ") < turn:
+                assert select.select([controller], [], [], 120)[0], shown
+                shown += os.read(controller, 1024)
+            os.write(controller, typed)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(controller)
+    assert process.returncode == 0, stderr
+    assert stderr.count("[not ended: the answer was cut at 3 tokens") == 2
+
+
+def test_no_question_and_no_terminal(project):
+    run = project.command("tools.chat", "--config", str(project.recipe))
+    assert run.code == 2
+    assert "There is no question and no terminal" in run.stderr
+
+
+def test_compare_shows_every_model_and_how_it_ended(handed):
+    run = handed.compare
+    assert run.code == 0, run.stderr
+    assert "base" in run.stdout
+    assert "SFT" in run.stdout
+    assert run.stdout.count("[cut at 3 tokens]") == 2
+
+
+LOAD = """
+import json, sys
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+turn = [{"role": "user", "content": sys.argv[2]}]
+ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**ids, max_new_tokens=12, do_sample=False)
+print(json.dumps(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_special_tokens=True)))
+"""
+
+
+def test_what_is_published_answers_like_what_was_trained(project, handed, tiny_model, tmp_path):
+    """A private repository by default, in one commit with its card; anyone's transformers loads it from there."""
+    token = "hf_planted_token_value"
+    push = ("tools.push_model", "--config", str(project.recipe), "--version", "1", "--repo", "someone/tiny")
+    with running_hub(token) as hub:
+        online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+                  "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+        there = replace(project, env=project.env | online)
+        licences = ("--set", "hub.license=mit", "--set", "hub.base_license=apache-2.0")
+        run = there.command(*push, *licences)
+        assert run.code == 0, run.stderr
+        assert run.stdout.strip() == f"{hub.url}/someone/tiny"
+        assert "Publishing:  someone/tiny, private" in run.stderr
+        (created,) = hub.sent("POST", "/api/repos/create")
+        assert created["visibility"] == "private"
+        repo = hub.repos["someone/tiny"]
+        assert len(repo.commits) == 1
+        files = {file.name for file in handed.output.iterdir()}
+        assert set(repo.files) == files
+        card = repo.files["README.md"].decode()
+        assert "license: mit" in card
+        assert "| licence of the base model | apache-2.0 |" in card
+        published = b"".join(repo.files.values())
+        for hidden in (token, str(project.folder), str(tiny_model)):
+            assert hidden.encode() not in published
+        command = [sys.executable, "-c", LOAD, "someone/tiny", QUESTION]
+        done = subprocess.run(command, cwd=tmp_path, env=there.env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout.splitlines()[-1])
+    assert said.strip() == handed.chat.stdout.strip()

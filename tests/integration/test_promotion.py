@@ -1,0 +1,218 @@
+"""Promotion, rollback, lineage and verification on the runs of a small model, and processes that race for production."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT, Project, Run, make_project
+
+# A run whose production has changed since it began: it is told that nothing was in production.
+STALE = """
+import sys
+import tools.cli
+from tools import launch, summary
+from tools.preflight import preflight
+from llm_engineering.recipes import load_recipe
+from pipelines import chain
+tools.cli.prepare_zenml()
+recipe, inputs = preflight(load_recipe(sys.argv[1]))
+run = launch._start(chain.sft, recipe, inputs, True)
+summary.print_table(summary.collect([run], 0.0), sys.stdout)
+"""
+
+
+# Several commands in one process: most of their time is imports.
+COMMANDS = """
+import contextlib, importlib, io, json, sys
+import tools.cli
+ended = []
+for tool, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [tool, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = importlib.import_module(f"tools.{tool}").main()
+    ended.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(ended))
+"""
+
+
+def python(project, script: str, *arguments: str) -> str:
+    env = {**project.env, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def call(project, *commands: list[str]) -> list[Run]:
+    """Run commands of the tools one after the other."""
+    commands = [[*command, "--config", str(project.recipe)] for command in commands]
+    return [Run(*ended) for ended in json.loads(python(project, COMMANDS, json.dumps(commands)).splitlines()[-1])]
+
+
+def stages(models: Run) -> dict[int, str | None]:
+    assert models.code == 0, models.stderr
+    return {version["version"]: version["stage"] for version in models.json["versions"]}
+
+
+@pytest.fixture(scope="module")
+def own(tiny_model, tmp_path_factory) -> Project:
+    """A project with three versions of one run: the first in production, the second judged against it, the third stale."""
+    project = make_project(tmp_path_factory.mktemp("promotion"), tiny_model)
+    project.first = project.run("sft")
+    assert project.first.code == 0, project.first.stderr
+    (project.promoted,) = call(project, ["promote", "1", "--note", "the first that there is"])
+    project.second = project.run("sft")
+    assert project.second.code == 0, project.second.stderr
+    project.third = python(project, STALE, str(project.recipe))
+    return project
+
+
+def test_a_pass_goes_to_staging_and_an_equal_model_fails(own):
+    assert "Every rule passed: to staging." in own.first.stderr
+    assert "In production is version 1" in own.second.stderr
+    assert "Not promoted, version 1 stays in production." in own.second.stderr
+    assert "heldout_loss better than incumbent by more than 0: 0.0000" in " ".join(own.second.stderr.split())
+    # The evaluation saw another incumbent, everything before it came from the cache.
+    ran = [line for line in own.second.stderr.splitlines() if "│ sft: " in line and "completed" in line]
+    assert [line.split()[2] for line in ran] == ["evaluate_sft", "promote"]
+    metrics = own.second.json["metrics"]
+    assert metrics["heldout_loss_incumbent"] == pytest.approx(metrics["heldout_loss_sft"])
+
+
+def test_a_run_that_production_changed_under_ends_as_stale(own):
+    said = " ".join(own.third.split())
+    assert "Every rule passed, but it was judged with nothing in production, and by now version 1 is there" in said
+
+
+def test_models_lists_what_happened(own):
+    assert own.promoted.code == 0, own.promoted.stderr
+    machine, people = call(own, ["models", "--json"], ["models"])
+    listed = machine.json["versions"]
+    assert [(v["version"], v["gate"], v["stage"]) for v in listed] == [
+        (3, "stale", None),
+        (2, "failed", None),
+        (1, "passed", "production"),
+    ]
+    assert listed[2]["changed"]["note"] == "the first that there is"
+    assert "@" in listed[2]["changed"]["changed_by"]
+    assert listed[2]["measures"]["heldout_loss"] == pytest.approx(own.first.json["metrics"]["heldout_loss_sft"])
+    assert "heldout_loss" in people.stdout
+    assert "instruction v1" in people.stdout
+
+
+def test_what_is_refused(own):
+    refused = {
+        ("promote", "9"): "There is no version 9 of tiny. There are 3, 2, 1.",
+        ("promote", ""): "No version is named",
+        ("promote", "1"): "version 1 is in production already",
+        ("promote", "2"): "has not passed its gate. Not promoted, version 1 stays in production.",
+        ("promote", "3"): "it was judged with nothing in production, and by now version 1 is there",
+        ("promote", "2", "--force"): "--force needs a NOTE",
+        ("rollback",): "no former production version of tiny to go back to: version 1 is the first",
+        ("verify", "9"): "There is no version 9 of tiny",
+        ("lineage", "x"): "There is no version x of tiny",
+    }
+    ended = call(own, *map(list, refused), ["models", "--json"])
+    for words, run in zip(refused.values(), ended, strict=False):
+        assert run.code == 2, run.stderr
+        assert words in run.stderr
+        assert "Traceback" not in run.stderr
+    assert stages(ended[-1]) == {1: "production", 2: None, 3: None}
+
+
+def test_force_and_rollback(own):
+    forced, between, back, after, again, lineage = call(
+        own,
+        ["promote", "2", "--force", "--note", "asked for by the owner"],
+        ["models", "--json"],
+        ["rollback", "--note", "a mistake"],
+        ["models", "--json"],
+        ["rollback"],
+        ["lineage", "1", "--json"],
+    )
+    assert forced.code == 0, forced.stderr
+    assert stages(between) == {1: "archived", 2: "production", 3: None}
+    assert back.code == 0, back.stderr
+    assert "version 1 is in production again" in back.stdout
+    assert stages(after) == {1: "production", 2: "archived", 3: None}
+    assert again.code == 2
+    assert [(change["action"], change["note"]) for change in lineage.json["changes"][1:]] == [
+        ("promote", "the first that there is"),
+        ("rollback", "a mistake"),
+    ]
+
+
+def test_lineage_leads_back_to_the_documents(own):
+    found = call(own, ["lineage", "1", "--json"])[0].json
+    names = {artifact["name"]: artifact for artifact in found["artifacts"]}
+    assert names["sft_adapter"]["from"] == ["formatted_sft v1"]
+    assert names["formatted_sft"]["from"] == ["instruction_dataset v1"]
+    assert names["instruction_dataset"]["from"] == ["instruction_candidates v1"]
+    assert all(len(artifact["sha256"]) == 64 for artifact in found["artifacts"])
+    assert list(found["sources"]["instruction_candidates"]) == [str(own.folder / "instructions.jsonl")]
+    assert found["base_revision"].startswith("folder-")
+    assert found["recipe_hash"]
+    # What `sha256sum -c` would say.
+    uri = Path(names["sft_adapter"]["uri"])
+    check = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=uri, capture_output=True, check=False)
+    assert check.returncode == 0, check.stderr
+
+
+def test_verify_names_what_was_changed_lost_or_added(own):
+    untouched, lineage = call(own, ["verify", "1"], ["lineage", "1", "--json"])
+    assert untouched.code == 0, untouched.stdout + untouched.stderr
+    assert "are as they were recorded" in untouched.stdout
+    places = {artifact["name"]: Path(artifact["uri"]) for artifact in lineage.json["artifacts"]}
+    adapter = places["sft_adapter"] / "files" / "adapter_model.safetensors"
+    report = places["evaluation_report"] / "files" / "report.html"
+    instructions = own.folder / "instructions.jsonl"
+    former = {file: file.read_bytes() for file in (adapter, report, instructions)}
+    adapter.write_bytes(former[adapter][:-1] + bytes([former[adapter][-1] ^ 1]))
+    report.unlink()
+    added = places["training_report"] / "files" / "added.txt"
+    added.write_text("new")
+    instructions.write_bytes(former[instructions] + b"\n")
+    try:
+        manifest = places["formatted_sft"] / "SHA256SUMS"
+        former[manifest] = manifest.read_bytes()
+        manifest.unlink()
+        machine, people = call(own, ["verify", "1", "--json"], ["verify", "1"])
+        assert machine.code == people.code == 1
+        assert {(f["where"], Path(f["file"]).name, f["what"]) for f in machine.json["found"]} == {
+            ("sft_adapter v1", "adapter_model.safetensors", "changed"),
+            ("evaluation_report v1", "report.html", "lost"),
+            ("training_report v1", "added.txt", "added"),
+            ("formatted_sft v1", "SHA256SUMS", "lost"),
+            ("sources of instruction_candidates v1", "instructions.jsonl", "changed"),
+        }
+        assert "adapter_model.safetensors" in people.stdout
+    finally:
+        for file, content in former.items():
+            file.write_bytes(content)
+        added.unlink()
+
+
+def test_of_processes_that_promote_at_once_one_does(fresh_project):
+    done = fresh_project.command("tests.integration.race")
+    assert done.code == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    turns: dict[int, list[str]] = {}
+    for turn, _, outcome in found["results"]:
+        turns.setdefault(turn, []).append(outcome)
+    for outcomes in turns.values():
+        assert outcomes.count("moved") == 1
+        assert all("it was judged with" in outcome for outcome in outcomes if outcome != "moved")
+    winners = [version for _, version, outcome in found["results"] if outcome == "moved"]
+    assert found["changes"] == found["history"] == winners
+    assert found["in_production"] == winners[-1:]
+    # One that was overtaken between its look at production and its own change.
+    outcome, in_production, faster = found["overtaken"]
+    assert f"by now version {faster} is there" in outcome
+    assert in_production == [faster]
+    # One that was killed after its change: it counts, and a rollback leads to what was there before.
+    state, moved, in_production = found["killed"]
+    assert state == moved
+    assert in_production == [faster]

@@ -1,0 +1,91 @@
+"""The merged and verified model of a version: the registered one, or one that is made and registered now."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+from zenml import save_artifact
+from zenml.client import Client
+from zenml.model.utils import link_artifact_version_to_model_version
+
+from llm_engineering.compute.device import choose_device
+from llm_engineering.config import Recipe
+from llm_engineering.data.storage import stream_records
+from llm_engineering.errors import RequestError
+from llm_engineering.export.merge import MAX_ROWS, Trained, merge
+from llm_engineering.export.verify import HeldoutRow, Verification
+from llm_engineering.settings import Settings
+from steps.materializers import Directory, DirectoryMaterializer
+from tools.promoted import Found
+
+logger = logging.getLogger("llm_engineering.merged")
+
+MERGED = "merged_model"
+
+
+def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
+    """The folder of the merged model in the recipe's precision.
+
+    It is made once for each precision, and registered as `merged_model` of the model version.
+
+    Raises:
+        RequestError: the version holds no held-out rows to verify it on.
+        WorkError: the merged model differs from the trained one: it is then not registered.
+    """
+    device = choose_device(recipe.compute)
+    registered = _registered(found, str(device.dtype).removeprefix("torch."))
+    if registered is not None:
+        return registered
+    formatted = found.version.get_artifact("formatted_sft")
+    if formatted is None:
+        raise RequestError(
+            f"Version {found.version.number} holds no held-out rows (formatted_sft), so nothing can be verified on."
+        )
+    records = islice(stream_records(formatted.load()["test"]), MAX_ROWS)
+    rows = [HeldoutRow(record["id"], record["input_ids"], record["labels"]) for record in records]
+    trained = Trained(found.base, found.folders[found.name])
+    with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
+        target = Path(temporary, "model")
+        verification = merge(trained, rows, device, settings, target)
+        logger.info("Verified: %s", verification.sentence)
+        return _register(found, target, verification)
+
+
+def _registered(found: Found, dtype: str) -> Path | None:
+    known = Client().list_artifact_versions(
+        artifact=MERGED,
+        model_version_id=found.version.id,
+        run_metadata=[f"dtype:{dtype}"],
+        sort_by="desc:created",
+        size=1,
+        hydrate=True,
+    )
+    if not known.items:
+        return None
+    folder: Path = known.items[0].load().path
+    return folder
+
+
+def _register(found: Found, folder: Path, verification: Verification) -> Path:
+    facts = {**verification.model_dump(exclude_none=True), "stage": found.name}
+    saved = save_artifact(Directory(path=folder), MERGED, materializer=DirectoryMaterializer, user_metadata=facts)
+    link_artifact_version_to_model_version(saved, found.version)
+    logger.info("Registered:  %s version %s", MERGED, saved.version)
+    path: Path = saved.load().path
+    return path
+
+
+def copy_model(folder: Path, output: Path) -> None:
+    """Copy the files of a model to a folder of the user's.
+
+    Raises:
+        RequestError: the folder cannot be written.
+    """
+    try:
+        shutil.copytree(folder, output, dirs_exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"OUTPUT {output} cannot be written: {error.strerror}.") from error
