@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import readline  # noqa: F401 — lines can be edited, and called back with the arrow keys
 import sys
 
 from llm_engineering.errors import RequestError
@@ -52,23 +51,41 @@ def _chat(arguments: argparse.Namespace) -> int:
     conversation = Conversation(
         folder, choose_device(recipe.compute), settings, arguments.max_new_tokens, recipe.model.trust_remote_code
     )
+    too_long = f"The question is longer than the model can read beside an answer of {arguments.max_new_tokens} tokens"
     if prompt is not None:
-        _say_end(conversation.answer([Message(role="user", content=prompt)]).stopped, arguments.max_new_tokens)
+        question = Message(role="user", content=prompt)
+        if not conversation.has_room([question]):
+            raise RequestError(f"{too_long}. Shorten it, or lower --max-new-tokens.")
+        _say_end(conversation.answer([question]).stopped, arguments.max_new_tokens)
         return 0
     logger.info("Ask; an empty line, Ctrl-D or Ctrl-C ends it.")
     messages: list[Message] = []
     try:
-        while asked := input("> ").strip():
-            if messages and not conversation.has_room([*messages, Message(role="user", content=asked)]):
+        while asked := _ask():
+            question = Message(role="user", content=asked)
+            if not conversation.has_room([question]):
+                logger.info("[%s: ask a shorter one]", too_long)
+                continue
+            if not conversation.has_room([*messages, question]):
                 logger.info("[the conversation is longer than the model can read: it begins anew]")
                 messages = []
-            messages.append(Message(role="user", content=asked))
+            messages.append(question)
             answer = conversation.answer(messages)
             _say_end(answer.stopped, arguments.max_new_tokens)
             messages.append(Message(role="assistant", content=answer.text))
-    except (EOFError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         print()
     return 0
+
+
+def _ask() -> str:
+    """A line from the terminal; empty at its end."""
+    print("> ", end="", flush=True)
+    line = sys.stdin.readline()
+    if not line:
+        # The cursor still stands behind the prompt.
+        print()
+    return line.strip()
 
 
 def _say_end(stopped: bool, max_new_tokens: int) -> None:

@@ -22,23 +22,9 @@ from tests.integration.conftest import ROOT, Run
 QUESTION = "Where does the number 7 stand?"
 
 
-# Several commands in one process: most of their time is imports.
-COMMANDS = """
-import contextlib, importlib, io, json, sys
-import tools.cli
-ended = []
-for tool, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [tool, *arguments]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = importlib.import_module(f"tools.{tool}").main()
-    ended.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(ended))
-"""
-
-
 @dataclass
 class Handed:
-    """What the commands of one process ended with, and the folder that was exported to."""
+    """What the commands ended with, and the folder that was exported to."""
 
     output: Path
     export: Run
@@ -52,20 +38,17 @@ class Handed:
 @pytest.fixture(scope="module")
 def handed(project, finished_run):
     output = project.folder / "exported"
-    one = ["--config", str(project.recipe), "--version", "1"]
-    commands = [
-        ["export", *one, "--output", str(output)],
-        ["export", *one, "--output", str(output)],
-        ["export", "--config", str(project.recipe), "--version", "99"],
-        ["chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"],
-        ["compare", *one, "--prompt", "Hi", "--max-new-tokens", "3"],
-        ["push_model", *one, "--repo", "someone/tiny"],
-    ]
-    command = [sys.executable, "-c", COMMANDS, json.dumps(commands)]
-    env = {**project.env, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Handed(output, *(Run(*ended) for ended in json.loads(done.stdout.splitlines()[-1])))
+    recipe = ("--config", str(project.recipe))
+    one = (*recipe, "--version", "1")
+    return Handed(
+        output,
+        export=project.command("tools.export", *one, "--output", str(output)),
+        again=project.command("tools.export", *one, "--output", str(output)),
+        missing=project.command("tools.export", *recipe, "--version", "99"),
+        chat=project.command("tools.chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"),
+        compare=project.command("tools.compare", *one, "--prompt", "Hi", "--max-new-tokens", "3"),
+        unlicensed=project.command("tools.push_model", *one, "--repo", "someone/tiny"),
+    )
 
 
 def free_port():

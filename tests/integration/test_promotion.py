@@ -24,20 +24,6 @@ summary.print_table(summary.collect([run], 0.0), sys.stdout)
 """
 
 
-# Several commands in one process: most of their time is imports.
-COMMANDS = """
-import contextlib, importlib, io, json, sys
-import tools.cli
-ended = []
-for tool, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [tool, *arguments]
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = importlib.import_module(f"tools.{tool}").main()
-    ended.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(ended))
-"""
-
-
 def python(project, script: str, *arguments: str) -> str:
     env = {**project.env, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script, *arguments]
@@ -48,8 +34,9 @@ def python(project, script: str, *arguments: str) -> str:
 
 def call(project, *commands: list[str]) -> list[Run]:
     """Run commands of the tools one after the other."""
-    commands = [[*command, "--config", str(project.recipe)] for command in commands]
-    return [Run(*ended) for ended in json.loads(python(project, COMMANDS, json.dumps(commands)).splitlines()[-1])]
+    return [
+        project.command(f"tools.{tool}", *arguments, "--config", str(project.recipe)) for tool, *arguments in commands
+    ]
 
 
 def stages(models: Run) -> dict[int, str | None]:
