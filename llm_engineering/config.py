@@ -6,26 +6,25 @@ A key that no code reads cannot exist here: unknown keys are refused, and every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from difflib import get_close_matches
-from typing import Annotated, Literal, Self, TypeVar
-from urllib.parse import urlsplit
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+# `as`: the recipe's blocks are imported from here, wherever they are written down.
+from llm_engineering.config_evaluation import EvaluationConfig as EvaluationConfig
+from llm_engineering.config_evaluation import JudgeConfig as JudgeConfig
+from llm_engineering.config_evaluation import LmEvalConfig as LmEvalConfig
+from llm_engineering.config_evaluation import PromotionConfig as PromotionConfig
+from llm_engineering.config_generation import MIN_JSON_TOKENS
+from llm_engineering.config_generation import Block as Block
+from llm_engineering.config_generation import ClientConfig as ClientConfig
+from llm_engineering.config_generation import GenerationConfig as GenerationConfig
+from llm_engineering.config_generation import InstructionWriting as InstructionWriting
+from llm_engineering.config_generation import PreferenceWriting as PreferenceWriting
+from llm_engineering.config_generation import Style as Style
 
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 EMBEDDED_DOCUMENTS = "embedded:python-reference"
-# An instruction as JSON, with its braces and its key, does not fit into fewer tokens.
-MIN_JSON_TOKENS = 64
-
-PartT = TypeVar("PartT", bound="Block")
-
-
-class Block(BaseModel):
-    """A part of the recipe. Frozen, so that a step cannot change what a later step sees."""
-
-    # YAML has infinities and NaN, no number of a recipe may be one: NaN passes every comparison check.
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Block):
@@ -53,111 +52,6 @@ class DocumentsConfig(Block):
                 f"({self.passage_max_chars}): no passage could be kept"
             )
         return self
-
-
-class Prices(Block):
-    """What an endpoint charges, in US dollars for a million tokens."""
-
-    input_per_million: float = Field(ge=0)
-    output_per_million: float = Field(ge=0)
-
-
-class ClientConfig(Block):
-    """Which model writes, and how it is reached: in this process, over an OpenAI-compatible endpoint, or Bedrock.
-
-    The keys after `batch_size` are for endpoints. `response_format` says how an answer is made to be one text and
-    nothing else: by a JSON schema that the endpoint keeps to, by one that the prompt shows, or not at all, for small
-    models that cannot write JSON. `max_total_tokens` and `max_cost_usd` hold for each dataset that is
-    generated; answers that it takes from the store count too.
-    """
-
-    client: Literal["local", "openai", "bedrock"] = "local"
-    batch_size: int = Field(16, ge=1)
-    model: str | None = None
-    base_url: str | None = None
-    response_format: Literal["json_schema", "prompt", "text"] = "json_schema"
-    temperature: float | None = Field(None, ge=0, le=2)
-    concurrency: int = Field(8, ge=1)
-    timeout_s: float = Field(60.0, gt=0)
-    max_retries: int = Field(5, ge=0)
-    max_total_tokens: int | None = Field(None, ge=1)
-    max_cost_usd: float | None = Field(None, gt=0)
-    prices: Prices | None = None
-
-    @model_validator(mode="after")
-    def _client(self) -> Self:
-        if self.client == "local":
-            for name in sorted(ClientConfig.model_fields.keys() - {"client", "batch_size"}):
-                if getattr(self, name) != ClientConfig.model_fields[name].default:
-                    raise ValueError(f"{name} has no effect with client local: remove it, or choose another client")
-            return self
-        if not self.model:
-            raise ValueError(f"client {self.client} needs `model`, the name that the endpoint knows the model by")
-        if self.client == "bedrock" and self.base_url is not None:
-            raise ValueError("base_url belongs to client openai: boto3 knows Bedrock's address by the AWS region")
-        if self.base_url is not None:
-            url = urlsplit(self.base_url)
-            if url.scheme not in ("http", "https") or not url.hostname:
-                raise ValueError(f"base_url {self.base_url} is no address such as http://127.0.0.1:8000/v1")
-            if url.username or url.password or url.query:
-                raise ValueError("base_url may hold no password and no query: a key belongs in OPENAI_API_KEY")
-        if self.max_cost_usd is not None and self.prices is None:
-            raise ValueError("max_cost_usd needs `prices`: nothing else says what a token costs")
-        return self
-
-
-Style = Literal["question", "task", "how_to"]
-
-
-class InstructionWriting(Block):
-    """How passages become instruction rows: what is written for each, and who writes the answer.
-
-    `styles` are weights; a style is drawn for each passage, with the seed. With `answers: document` the passage is the
-    answer, word for word; with `model` the client writes one from the passage.
-    """
-
-    question_max_new_tokens: int = Field(32, ge=1)
-    styles: dict[Style, Annotated[float, Field(ge=0)]] = {"question": 1.0}
-    answers: Literal["document", "model"] = "document"
-    answer_max_new_tokens: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _writing(self) -> Self:
-        if not sum(self.styles.values()):
-            raise ValueError("styles has no weight above 0: nothing would be asked for, e.g. {question: 1}")
-        if self.answers == "document" and self.answer_max_new_tokens is not None:
-            raise ValueError("answer_max_new_tokens has no effect with answers document: remove it")
-        if self.answers == "model" and self.answer_max_new_tokens is None:
-            raise ValueError("answers model needs answer_max_new_tokens, e.g. 512")
-        return self
-
-
-class PreferenceWriting(Block):
-    """How instruction rows become pairs: who writes the rejected answer, the base model or the client."""
-
-    rejected_by: Literal["base", "client"] = "base"
-    rejected_max_new_tokens: int = Field(64, ge=1)
-    rejected_temperature: float = Field(1.0, ge=0)
-    max_preferences: int | None = Field(None, ge=1)
-
-
-class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
-    """How datasets are written from documents. The three parts are separate, so that a step gets what it uses."""
-
-    @model_validator(mode="after")
-    def _rejected_by(self) -> Self:
-        if self.rejected_by == "client" and self.client == "local":
-            raise ValueError("rejected_by client is for endpoints: client local is the base model already, say base")
-        return self
-
-    @property
-    def rejecting_client(self) -> ClientConfig:
-        """The client that writes the rejected answers."""
-        return ClientConfig(batch_size=self.batch_size) if self.rejected_by == "base" else self.part(ClientConfig)
-
-    def part(self, block: type[PartT]) -> PartT:
-        """One of the three parts alone."""
-        return block.model_validate(self.model_dump(include=set(block.model_fields)))
 
 
 class SplitConfig(Block):
@@ -263,10 +157,10 @@ class DataConfig(Block):
     test_instructions: str | None = None
     test_preferences: str | None = None
     format: FormatName | None = None
-    columns: dict[str, str] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
     rules: RulesConfig = RulesConfig()
     near_duplicate_threshold: float = Field(0.8, gt=0, lt=1)
-    decontaminate_against: list[str] = []
+    decontaminate_against: list[str] = Field(default_factory=list)
     decontaminate_ngram: int = Field(13, ge=1)
     strict: bool = False
     split: SplitConfig = SplitConfig()
@@ -432,156 +326,6 @@ class DPOConfig(TrainConfig):
         return self
 
 
-class JudgeConfig(ClientConfig):
-    """The model that judges pairs of answers, reached as `generation` reaches its writer; always at temperature 0."""
-
-    max_new_tokens: int = Field(64, ge=16)
-
-    @model_validator(mode="after")
-    def _greedy(self) -> Self:
-        if self.temperature is not None:
-            raise ValueError("temperature has no effect: a judge answers at temperature 0. Remove it")
-        return self
-
-
-class LmEvalConfig(Block):
-    """Tasks of lm-eval by name, from the library or from the YAML files in the folder `include_path`.
-
-    Names and meanings are those of lm_eval.simple_evaluate.
-    """
-
-    tasks: list[str] = Field(min_length=1)
-    limit: int | None = Field(None, ge=1)
-    num_fewshot: int | None = Field(None, ge=0)
-    include_path: str | None = None
-    apply_chat_template: bool = True
-
-
-class EvaluationConfig(Block):
-    """Held-out measures, each with a bootstrap interval over rows.
-
-    `generated_rows` held-out rows, drawn with the seed, are answered by every model, and the first `sample_answers` of
-    them are shown. `checks` is a JSONL file of prompts with what their answers must be like.
-    """
-
-    batch_size: int = Field(8, ge=1)
-    sample_answers: int = Field(20, ge=1)
-    generated_rows: int = Field(20, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-    bootstrap_samples: int = Field(2000, ge=100)
-    confidence: float = Field(0.95, ge=0.5, lt=1)
-    judge: JudgeConfig | None = None
-    lm_eval: LmEvalConfig | None = None
-    checks: str | None = None
-
-    @model_validator(mode="after")
-    def _shown(self) -> Self:
-        if self.sample_answers > self.generated_rows:
-            raise ValueError(
-                f"sample_answers ({self.sample_answers}) is larger than generated_rows ({self.generated_rows}): only "
-                "answers that are generated can be shown"
-            )
-        return self
-
-    def computes(self, measure: str) -> bool:
-        """Whether this evaluation computes a measure."""
-        if measure.startswith(TASK_MEASURE):
-            return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
-        optional = {"checks": self.checks, "judge_win_rate": self.judge}
-        return optional[measure] is not None if measure in optional else measure in MEASURES
-
-
-# What the evaluation report measures, and which direction is better; None where neither is.
-MEASURES: dict[str, Literal["lower", "higher"] | None] = {
-    "heldout_loss": "lower",
-    "perplexity": "lower",
-    "preference_accuracy": "higher",
-    "preference_margin": "higher",
-    "rouge_l": "higher",
-    "stopped": "higher",
-    "repetition": "lower",
-    "length_ratio": None,
-    "empty": "lower",
-    "checks": "higher",
-    "judge_win_rate": "higher",
-}
-# Of a task of lm-eval; its direction stands in the report.
-TASK_MEASURE = "lm_eval_"
-# Measures over pairs, which a run that ends with SFT has none of.
-PAIR_MEASURES = ("preference_accuracy", "preference_margin")
-
-Bounds = dict[str, Annotated[float, Field(ge=0)] | None]
-
-
-class Comparisons(Block):
-    """Bounds by the model compared with, then by measure: `{base: {heldout_loss: 0.1}}`.
-
-    `incumbent` is the model in production. A bound of null takes an inherited rule away.
-    """
-
-    base: Bounds = {}
-    sft: Bounds = {}
-    incumbent: Bounds = {}
-
-
-class GateRules(Block):
-    """What a model must reach before it is moved to a stage, in the measures' own units.
-
-    It must be better by more than each bound of `better_than`, and not worse by more than each bound of
-    `not_worse_than`; both are judged by the end of the interval of the paired difference that speaks against it.
-    """
-
-    better_than: Comparisons
-    not_worse_than: Comparisons = Comparisons()
-
-    @model_validator(mode="after")
-    def _base_and_incumbent(self) -> Self:
-        # Without these an equal model would pass.
-        for model in ("base", "incumbent"):
-            if all(bound is None for bound in getattr(self.better_than, model).values()):
-                raise ValueError(
-                    f"better_than.{model} has no measure: a model must be better than {model} in at least one, "
-                    f"e.g. {model}: {{heldout_loss: 0.0}}"
-                )
-        return self
-
-
-class PromotionConfig(Block):
-    """What the gate asks of a run that ends with SFT, and of one that ends with DPO; `auto` promotes to production."""
-
-    sft: GateRules
-    dpo: GateRules
-    auto: bool = False
-
-    @model_validator(mode="after")
-    def _known_measures(self) -> Self:
-        for path, measure in self.measures():
-            if measure in MEASURES and MEASURES[measure] is None:
-                raise ValueError(f"{path}: neither more nor less {measure} is better, so no rule can be made of it")
-            if measure not in MEASURES and not measure.startswith(TASK_MEASURE):
-                near = get_close_matches(measure, MEASURES, n=1, cutoff=0.5)
-                known = f"did you mean {near[0]}?" if near else f"there are {', '.join(MEASURES)} and lm_eval_<task>"
-                raise ValueError(f"{path}: there is no measure {measure}; {known}")
-            if path.startswith("sft.") and measure in PAIR_MEASURES:
-                raise ValueError(
-                    f"{path}: a run that ends with SFT has no held-out pairs to measure {measure} on; "
-                    f"ask for it in promotion.dpo"
-                )
-        if self.sft.better_than.sft or self.sft.not_worse_than.sft:
-            raise ValueError("sft: a run that ends with SFT has no other SFT model to compare with: remove its key sft")
-        return self
-
-    def measures(self) -> Iterator[tuple[str, str]]:
-        """Every measure that a rule names, with the path of the rule."""
-        for run in ("sft", "dpo"):
-            for sense in ("better_than", "not_worse_than"):
-                comparisons: Comparisons = getattr(getattr(self, run), sense)
-                for model in Comparisons.model_fields:
-                    for measure, bound in getattr(comparisons, model).items():
-                        if bound is not None:
-                            yield f"{run}.{sense}.{model}", measure
-
-
 class ComputeConfig(Block):
     """Where training runs, in which precision, in how many processes, and what loads the model that is trained.
 
@@ -626,7 +370,7 @@ class TrackingConfig(Block):
     """Where metrics go: to Comet, and to what `report_to` names besides (names as transformers has them)."""
 
     comet: Literal["auto", "offline", "off"] = "auto"
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     project_name: str = "llm-engineering"
     workspace: str | None = None
 

@@ -3,47 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from llm_engineering.config_evaluation import Measure
 from llm_engineering.evaluation.statistics import Bootstrap, Estimate, Rows, Transform
 
-
-class Measure(NamedTuple):
-    """What a measure is called, in which unit, and which way is better; None where neither is."""
-
-    title: str
-    unit: str
-    better: Literal["lower", "higher"] | None
-    transform: Transform | None = None
+# What is made of the ratio of sums that a measure otherwise is.
+TRANSFORMS: dict[str, Transform] = {"perplexity": np.exp}
 
 
-MEASURES = {
-    "heldout_loss": Measure("Held-out loss", "nats a token", "lower"),
-    "perplexity": Measure("Perplexity", "per token", "lower", np.exp),
-    "preference_accuracy": Measure("Preference accuracy", "share of pairs", "higher"),
-    "preference_margin": Measure("Preference margin", "nats a token", "higher"),
-    "rouge_l": Measure("ROUGE-L against the reference", "F1", "higher"),
-    "stopped": Measure("Answers that end by themselves", "share of answers", "higher"),
-    "repetition": Measure("Repeated 4-grams", "share of an answer", "lower"),
-    "length_ratio": Measure("Length against the reference", "ratio of tokens", None),
-    "empty": Measure("Empty answers", "share of answers", "lower"),
-    "checks": Measure("Own check", "share passed", "higher"),
-    "judge_win_rate": Measure("Judge", "share won", "higher"),
-}
-
-
-def compare(what: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
+def compare(
+    what: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap, transform: Transform | None = None
+) -> dict[str, Any]:
     """A measure as the evaluation report holds it.
 
     Args:
         rows: by model; they are the same for every model.
         newest: the model whose differences to all others are given, as `dpo-base` for `dpo` minus `base`.
     """
-    models = {name: bootstrap.estimate(values, what.transform) for name, values in rows.items()}
+    models = {name: bootstrap.estimate(values, transform) for name, values in rows.items()}
     differences = {
-        f"{newest}-{name}": bootstrap.difference(rows[newest], values, what.transform)
+        f"{newest}-{name}": bootstrap.difference(rows[newest], values, transform)
         for name, values in rows.items()
         if name != newest
     }

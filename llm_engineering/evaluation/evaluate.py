@@ -8,10 +8,11 @@ from typing import Any
 
 from llm_engineering.compute.device import choose_device
 from llm_engineering.config import EvaluationConfig, TrainingSetup
+from llm_engineering.config_evaluation import MEASURES, TASK_MEASURE, Measure
 from llm_engineering.data.rows import Message
 from llm_engineering.evaluation.benchmarks import lm_eval_version
 from llm_engineering.evaluation.checks import check_report, read_checks
-from llm_engineering.evaluation.comparison import MEASURES, Measure, compare, flat
+from llm_engineering.evaluation.comparison import TRANSFORMS, compare, flat
 from llm_engineering.evaluation.heldout import HeldOut, drawn, rendered_for_both
 from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_like_ours, load_incumbent
 from llm_engineering.evaluation.judge import Question, judge
@@ -108,16 +109,23 @@ def evaluate(
 def _measures(seen: Mapping[str, Observation], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
     """Every measure that was taken, in the order of the table of measures, then lm-eval's tasks."""
     measures = {
-        key: compare(what, {name: found.rows[key] for name, found in seen.items()}, newest, bootstrap)
+        key: compare(
+            what, {name: found.rows[key] for name, found in seen.items()}, newest, bootstrap, TRANSFORMS.get(key)
+        )
         for key, what in MEASURES.items()
         if key in seen[newest].rows
     }
     tasks = seen[newest].tasks
     if tasks is not None:
         for task in tasks.rows:
-            values = {name: found.tasks.rows[task] for name, found in seen.items() if found.tasks is not None}
+            values = {
+                name: found.tasks.rows[task] for name, found in seen.items() if found.tasks and task in found.tasks.rows
+            }
+            if len(values) < len(seen):
+                # A metric that is no number on a row of one model compares no models: lm-eval's own scores stand alone.
+                continue
             what = Measure(f"lm-eval: {task}", tasks.metrics[task], tasks.better[task])
-            measures[f"lm_eval_{task}"] = compare(what, values, newest, bootstrap)
+            measures[f"{TASK_MEASURE}{task}"] = compare(what, values, newest, bootstrap)
     return measures
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from llm_engineering.evaluation.comparison import MEASURES, entry
+from llm_engineering.config_evaluation import MEASURES
+from llm_engineering.evaluation.comparison import entry
 from llm_engineering.evaluation.statistics import Bootstrap, Rows
 from llm_engineering.generation.client import Answer, Client, Failure, Messages, Sampling
 

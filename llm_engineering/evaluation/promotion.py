@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.config import Comparisons, PromotionConfig
+from llm_engineering.config_evaluation import Comparisons, PromotionConfig
 
 # What a report's intervals cover where it does not say.
 CONFIDENCE = 0.95
@@ -121,7 +121,8 @@ def _judge(
     incumbent: int | None,
 ) -> Rule:
     words = f"better than {than} by more than" if sense == "better" else f"not worse than {than} by more than"
-    bound = asked if sense == "better" else -asked
+    # Subtracted from zero, or a bound of 0 would read -0.
+    bound = asked if sense == "better" else 0.0 - asked
     rule = Rule(
         name=f"{measure} {words} {asked:g}", measure=measure, sense=sense, than=than, bound=bound, verdict="failed"
     )
@@ -139,7 +140,6 @@ def _judge(
         return rule.model_copy(update={"reason": "the difference has no interval: too few rows, or no finite number"})
     value, low, high = ends
     if found["better"] == "lower":
-        # Subtracted from zero, or no difference would read -0.
         value, low, high = 0.0 - value, 0.0 - high, 0.0 - low
     passed = low > bound if sense == "better" else low >= bound
     verdict = "passed" if passed else "failed"

@@ -2,9 +2,8 @@
 
 import pytest
 
-from llm_engineering.config import MEASURES, PromotionConfig
+from llm_engineering.config import PromotionConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation import comparison
 from llm_engineering.evaluation.promotion import PromotionDecision, decide
 from llm_engineering.recipes import load_recipe
 
@@ -136,10 +135,6 @@ def test_the_confidence_is_that_of_the_report():
 def test_production_only_when_the_recipe_says_so():
     report = sft_report((-0.5, -0.6, -0.4))
     assert decide(report, GATE.model_copy(update={"auto": True}), None).stage == "production"
-
-
-def test_measures_are_those_of_the_report():
-    assert {name: measure.better for name, measure in comparison.MEASURES.items()} == MEASURES
 
 
 @pytest.mark.parametrize(
