@@ -16,6 +16,8 @@ from llm_engineering.config import LmEvalConfig
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.statistics import Rows
 
+_BETTER: dict[bool | None, Literal["higher", "lower"]] = {True: "higher", False: "lower"}
+
 
 def check_tasks(config: LmEvalConfig) -> None:
     """Make sure that every task can be found, before anything runs.
@@ -31,7 +33,8 @@ def check_tasks(config: LmEvalConfig) -> None:
     if config.include_path is not None and not Path(config.include_path).expanduser().is_dir():
         raise RequestError(f"evaluation.lm_eval.include_path {config.include_path}: there is no such folder.")
     manager = _task_manager(config)
-    unknown = [task for task in config.tasks if not manager.match_tasks([task])]
+    # By their whole names: what runs them knows no patterns.
+    unknown = [task for task in config.tasks if task not in manager.all_tasks]
     if unknown:
         where = f" or in {config.include_path}" if config.include_path else ""
         raise RequestError(
@@ -57,7 +60,7 @@ class TaskResults:
     Attributes:
         scores: each task's metrics as lm-eval reports them, with its standard errors.
         rows: of each task, the value of its first metric on each row, where the metric is their mean.
-        metrics, better: that metric's name, and whether more or less of it is better.
+        metrics, better: that metric's name, and whether more or less of it is better; None where the task does not say.
     """
 
     def __init__(self, results: dict[str, Any]) -> None:
@@ -67,20 +70,23 @@ class TaskResults:
         }
         self.rows: dict[str, Rows] = {}
         self.metrics: dict[str, str] = {}
-        self.better: dict[str, Literal["higher", "lower"]] = {}
+        self.better: dict[str, Literal["higher", "lower"] | None] = {}
         for task, samples in results["samples"].items():
             metric = str(results["configs"][task]["metric_list"][0]["metric"])
+            # With several filters every row stands there once for each: the first one's count.
+            kept = samples[0].get("filter") if samples else None
+            samples = [sample for sample in samples if sample.get("filter") == kept]
             values = [sample[metric] for sample in samples if _is_number(sample.get(metric))]
-            reported = next((v for k, v in self.scores[task].items() if k.startswith(f"{metric},")), None)
+            reported = self.scores[task].get(f"{metric},{kept}")
             # Some metrics are no mean over rows, e.g. a corpus BLEU: only lm-eval's own number stands for them.
             if (
-                len(values) == len(samples)
+                len(values) == len(samples) > 0
                 and _is_number(reported)
                 and abs(sum(values) / len(values) - reported) < 1e-6
             ):
                 self.rows[task] = Rows.of(values)
                 self.metrics[task] = metric
-                self.better[task] = "higher" if results["higher_is_better"][task][metric] else "lower"
+                self.better[task] = _BETTER.get(results["higher_is_better"].get(task, {}).get(metric))
 
 
 def run_tasks(

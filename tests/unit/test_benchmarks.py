@@ -8,7 +8,7 @@ import pytest
 from llm_engineering.compute.device import choose_device
 from llm_engineering.config import EvaluationConfig, LmEvalConfig, ModelConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.benchmarks import run_tasks, tasks_hash
+from llm_engineering.evaluation.benchmarks import TaskResults, run_tasks, tasks_hash
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.models import load_model, load_tokenizer
 
@@ -51,6 +51,33 @@ def test_a_local_task_is_measured_row_by_row(tasks, small_llama, cpu, settings):
     assert found.better == {"lamps": "higher"}
 
 
+def results(metric, samples, reported, direction):
+    """What lm-eval returns for one task: `samples` by filter."""
+    return {
+        "results": {"t": {"alias": "t", **{f"{metric},{name}": value for name, value in reported.items()}}},
+        "samples": {"t": [{"filter": name, metric: value} for name, values in samples.items() for value in values]},
+        "configs": {"t": {"metric_list": [{"metric": metric}]}},
+        "higher_is_better": {"t": {metric: direction}},
+    }
+
+
+def test_of_several_filters_the_first_ones_rows_count():
+    found = TaskResults(
+        results("m", {"strict": [1, 0, 0], "loose": [1, 1, 0]}, {"strict": 1 / 3, "loose": 2 / 3}, True)
+    )
+    assert list(found.rows["t"].totals) == [1, 0, 0]
+    assert found.better == {"t": "higher"}
+
+
+@pytest.mark.parametrize(("direction", "better"), [(True, "higher"), (False, "lower"), (None, None)])
+def test_a_metric_that_names_no_direction_has_none(direction, better):
+    assert TaskResults(results("m", {"none": [1.0]}, {"none": 1.0}, direction)).better == {"t": better}
+
+
+def test_a_metric_that_is_no_mean_over_rows_has_no_rows():
+    assert TaskResults(results("m", {"none": [1.0, 0.0]}, {"none": 0.7}, True)).rows == {}
+
+
 def test_a_changed_task_file_is_another_input(tasks):
     config = LmEvalConfig(tasks=["lamps"], include_path=str(tasks))
     before = tasks_hash(config)
@@ -67,5 +94,6 @@ def test_what_is_not_there_is_refused(tasks, settings, monkeypatch):
 
     refused("no such folder", include_path=str(tasks / "nowhere"))
     refused("knows no task lumps", include_path=str(tasks), tasks=["lamps", "lumps"])
+    refused(r"knows no task lam\*", include_path=str(tasks), tasks=["lam*"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refused(r"pip install 'llm-engineering\[eval\]'", include_path=str(tasks))
