@@ -99,7 +99,7 @@ def lineage(model: str, version: Any) -> dict[str, Any]:
             }
         )
         if recorded := sources_of(artifact):
-            sources[artifact.artifact.name] = recorded
+            sources[f"{artifact.artifact.name} v{artifact.version}"] = recorded
     return {
         "model": model,
         "version": version.number,

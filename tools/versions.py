@@ -11,6 +11,8 @@ from zenml.utils.pagination_utils import depaginate
 
 from llm_engineering.errors import RequestError, WorkError
 
+# What a step of the evaluation is given to compare with: no model comes from it.
+COMPARED_WITH = "incumbent"
 # Artifacts that are read from the user's files.
 SOURCED = ("documents", "instruction_candidates", "preference_candidates")
 
@@ -54,7 +56,10 @@ def newest_artifacts(version: ModelVersionResponse) -> dict[str, ArtifactVersion
 
 
 def with_origins(artifacts: list[ArtifactVersionResponse]) -> Iterator[ArtifactVersionResponse]:
-    """Artifacts, then what the steps that made them were given, back to the documents; each once."""
+    """Artifacts, then what the steps that made them were given, back to the documents; each once.
+
+    The model in production, which an evaluation compares with, has its own origins: other data, as it was then.
+    """
     seen: set[Any] = set()
     queue = list(artifacts)
     while queue:
@@ -65,7 +70,7 @@ def with_origins(artifacts: list[ArtifactVersionResponse]) -> Iterator[ArtifactV
         yield artifact
         step = producer(artifact)
         if step is not None:
-            queue += [given for versions in step.inputs.values() for given in versions]
+            queue += [g for name, versions in step.inputs.items() if name != COMPARED_WITH for g in versions]
 
 
 def producer(artifact: ArtifactVersionResponse) -> StepRunResponse | None:

@@ -139,7 +139,7 @@ def test_lineage_leads_back_to_the_documents(own):
     assert names["formatted_sft"]["from"] == ["instruction_dataset v1"]
     assert names["instruction_dataset"]["from"] == ["instruction_candidates v1"]
     assert all(len(artifact["sha256"]) == 64 for artifact in found["artifacts"])
-    assert list(found["sources"]["instruction_candidates"]) == [str(own.folder / "instructions.jsonl")]
+    assert list(found["sources"]["instruction_candidates v1"]) == [str(own.folder / "instructions.jsonl")]
     assert found["base_revision"].startswith("folder-")
     assert found["recipe_hash"]
     # What `sha256sum -c` would say.
