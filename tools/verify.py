@@ -107,15 +107,17 @@ def _artifact(artifact: Any) -> Iterator[Finding]:
 
 
 def _sources(artifact: Any) -> Iterator[Finding]:
-    """The user's files that an artifact was read from."""
+    """The user's files that an artifact was read from, or measured with."""
     from llm_engineering.data.fingerprints import recipe_fingerprints
     from llm_engineering.data.sources import dataset_hash
+    from llm_engineering.evaluation.requirements import files_hash
     from tools.versions import sources_of
 
     name = artifact.artifact.name
     then = sources_of(artifact)
     evaluation = artifact.run_metadata.get("evaluation_hash")
-    if not then and evaluation is None:
+    checks = artifact.run_metadata.get("files_hash")
+    if not then and evaluation is None and checks is None:
         return
     where = f"sources of {_name(artifact)}"
     try:
@@ -126,8 +128,13 @@ def _sources(artifact: Any) -> Iterator[Finding]:
     try:
         if then:
             yield from differing(where, then, recipe_fingerprints(recipe, name))
-        elif "-".join(map(dataset_hash, recipe.data.decontaminate_against)) != evaluation:
-            yield Finding(where=where, file=", ".join(recipe.data.decontaminate_against), what="changed")
+        elif evaluation is not None:
+            if "-".join(map(dataset_hash, recipe.data.decontaminate_against)) != evaluation:
+                yield Finding(where=where, file=", ".join(recipe.data.decontaminate_against), what="changed")
+        elif files_hash(recipe.evaluation) != checks:
+            tasks = recipe.evaluation.lm_eval
+            named = [recipe.evaluation.checks, tasks.include_path if tasks is not None else None]
+            yield Finding(where=where, file=", ".join(filter(None, named)), what="changed")
     except (RequestError, WorkError) as error:
         yield Finding(where=where, file="", what="lost", detail=str(error))
 

@@ -15,22 +15,33 @@ from llm_engineering.settings import Settings
 
 
 def check_requirements(config: EvaluationConfig, settings: Settings) -> str | None:
-    """Hash of the files that the evaluation reads; None where it reads none.
+    """Check it all; returns `files_hash`.
 
     Raises:
         RequestError: the file of checks is missing or has a bad line, lm-eval or one of its tasks is not there, or the
             judge cannot be reached.
+    """
+    if config.lm_eval is not None:
+        check_tasks(config.lm_eval)
+    files = files_hash(config)
+    if config.judge is not None:
+        try:
+            check_access(config.judge, settings, config.judge.max_new_tokens, JSON_FIELD)
+        except RequestError as error:
+            raise RequestError(f"evaluation.judge, whose keys are those of generation: {error}") from error
+    return files
+
+
+def files_hash(config: EvaluationConfig) -> str | None:
+    """Hash of the files that the evaluation reads; None where it reads none.
+
+    Raises:
+        RequestError: the file of checks is missing or has a bad line.
     """
     hashes = []
     if config.checks is not None:
         read_checks(config.checks)
         hashes.append(hashlib.sha256(Path(config.checks).expanduser().read_bytes()).hexdigest()[:12])
     if config.lm_eval is not None:
-        check_tasks(config.lm_eval)
         hashes.append(tasks_hash(config.lm_eval) or "no-folder")
-    if config.judge is not None:
-        try:
-            check_access(config.judge, settings, config.judge.max_new_tokens, JSON_FIELD)
-        except RequestError as error:
-            raise RequestError(f"evaluation.judge, whose keys are those of generation: {error}") from error
     return "-".join(hashes) or None
