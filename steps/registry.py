@@ -98,7 +98,11 @@ class Incumbent(NamedTuple):
 
 
 def incumbent(model: str) -> Incumbent | None:
-    """The version in production, or None."""
+    """The version in production, or None.
+
+    Raises:
+        RequestError: its run ended before there was a model: its stage was set by hand.
+    """
     production = stages(model).production
     if not production:
         return None
@@ -106,8 +110,8 @@ def incumbent(model: str) -> Incumbent | None:
     adapter = adapter_of(version)
     if adapter is None:
         raise RequestError(
-            f"{model} version {version.number} is in production and has no adapter. `make rollback` puts the former "
-            "one back."
+            f"{model} version {version.number} is in production and has no adapter. `make promote VERSION=…` puts another "
+            "one there."
         )
     return Incumbent(version.number, adapter)
 

@@ -54,6 +54,11 @@ def _promote(arguments: argparse.Namespace) -> int:
     try:
         move(version, "production", against, person(), note)
     except StaleError as error:
+        if arguments.force:
+            raise RequestError(
+                f"Production of {recipe.name} has changed since the command began: version {version.number} is not "
+                "promoted. See `make models`, and repeat the command if it still holds."
+            ) from error
         raise RequestError(
             f"{recipe.name} version {version.number} passed its gate, but {error}. Run it again to be judged against that "
             "(training comes from the cache), or promote it all the same: ARGS=--force NOTE='why'."
