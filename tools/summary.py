@@ -124,7 +124,7 @@ def print_table(result: RunResult, file: TextIO) -> None:
         answers.add_row("question", sample["prompt"])
         for name, answer in sample["answers"].items():
             answers.add_row(name, answer["text"] + ("" if answer["stopped"] else " … [not ended]"))
-        answers.add_row("document", sample["reference"])
+        answers.add_row("reference", sample["reference"])
         console.print(answers)
     if result.promotion:
         gate = _table("Promotion", "Rule", "Better by", f"{result.promotion['confidence']:.0%} interval", "Verdict")
