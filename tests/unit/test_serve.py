@@ -107,7 +107,7 @@ def serving(tmp_path):
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline().startswith(f"Serving: http://127.0.0.1:{port}/v1")
-        server, worker = map(int, (tmp_path / "log").read_text().split())
+        server, worker = map(int, (tmp_path / "log").read_text().splitlines()[0].split())
         yield process, server, worker
     finally:
         process.kill()
