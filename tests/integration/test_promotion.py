@@ -212,7 +212,8 @@ def test_of_processes_that_promote_at_once_one_does(fresh_project):
     outcome, in_production, faster = found["overtaken"]
     assert f"by now version {faster} is there" in outcome
     assert in_production == [faster]
-    # One that was killed after its change: it counts, and a rollback leads to what was there before.
-    state, moved, in_production = found["killed"]
-    assert state == moved
-    assert in_production == [faster]
+    # One that was killed after its change: it counts, the next change gives it its stage, and a rollback goes behind it.
+    moved, between, repaired, rolled_back = found["killed"]
+    assert between == [moved, faster]
+    assert repaired == [moved]
+    assert rolled_back == [faster]
