@@ -73,10 +73,10 @@ def judge(
     duels = _duels(questions, answers, newest, client, Sampling(max_new_tokens, 0.0, bootstrap.seed))
     names = list(duels)
     won = {name: duels[name].scores for name in names}
-    overall = Rows.of(np.mean([won[name].totals for name in names], axis=0).tolist())
-    scores = {name: bootstrap.estimate(Rows.of((1 - won[name].totals).tolist())) for name in names}
-    scores[newest] = bootstrap.estimate(overall)
-    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of((2 * won[name].totals - 1).tolist())) for name in names}
+    shares = {name: 1 - won[name].totals for name in names}
+    shares[newest] = np.mean([won[name].totals for name in names], axis=0)
+    scores = {name: bootstrap.estimate(Rows.of(shares[name])) for name in answers}
+    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of(2 * won[name].totals - 1)) for name in names}
     found = {
         "model": client.identity,
         "prompt_hash": hashlib.sha256(PROMPT_FILE.read_bytes()).hexdigest()[:12],
