@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.comparison import MEASURES, entry
 from llm_engineering.evaluation.statistics import Bootstrap, Rows
 from llm_engineering.generation.client import Answer, Client, Failure, Messages, Sampling
@@ -115,7 +116,10 @@ def _duels(
     requests = [request(row, *order) for name in others for row in rows for order in ((newest, name), (name, newest))]
     if client.writes_json:
         sampling = Sampling(sampling.max_new_tokens, sampling.temperature, sampling.seed, json_field=JSON_FIELD)
-    verdicts = iter(client.answer(requests, sampling, "verdicts"))
+    try:
+        verdicts = iter(client.answer(requests, sampling, "verdicts"))
+    except WorkError as error:
+        raise WorkError(f"evaluation.judge, whose keys are those of generation: {error}") from error
     duels = {}
     for name in others:
         duel = Duel([], Counter())
