@@ -76,6 +76,10 @@ def test_perplexity_has_the_interval_of_the_loss_exponentiated():
     )
 
 
+def test_of_two_rows_the_interval_is_all_that_was_seen():
+    assert Bootstrap(500, 0.95, 7).estimate(Rows.of([1.0, 3.0])) == (2.0, 1.0, 3.0, 2)
+
+
 def test_the_seed_decides_and_one_row_has_no_interval():
     rows = Rows.of([1.0, 2.0, 4.0, 8.0])
     assert Bootstrap(500, 0.95, 7).estimate(rows) == Bootstrap(500, 0.95, 7).estimate(rows)
