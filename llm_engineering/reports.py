@@ -38,8 +38,9 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;
 .cards{display:grid;gap:1rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr))}
 .cards>*{min-width:0}.card{border:1px solid #e5e7eb;border-radius:6px;padding:.5rem .75rem;overflow-wrap:anywhere}
 .card h3{font-size:.95rem;margin:.1rem 0 .3rem}.card p{margin:.2rem 0;white-space:pre-wrap}.small{color:#4b5563;font-size:.85rem}
-.answers{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,13rem),1fr));margin-bottom:1.5rem}
+.answers{display:grid;gap:.75rem;grid-template-columns:repeat(auto-fit,minmax(min(100%,10.5rem),1fr));margin-bottom:1.5rem}.answers .card{font-size:.9rem}
 .warn{background:#fef3c7;padding:.5rem .75rem;border-left:4px solid #f59e0b}pre{white-space:pre-wrap}
+@media(max-width:30rem){table{font-size:.85rem}th,td{padding:.25rem .35rem}}
 </style></head><body><h1>{{ title }}</h1><p class="lead">{{ lead }}</p>
 {% for heading, body in sections %}<h2>{{ heading }}</h2>{{ body }}{% endfor %}</body></html>
 """)
@@ -94,13 +95,25 @@ def interval_bars(values: Mapping[str, tuple[float, float | None, float | None]]
     axes.invert_yaxis()
     axes.set_xlabel(x_label)
     axes.axvline(0, color="#111827", linewidth=0.8)
+    if not any(value for value, _, _ in values.values()):
+        axes.set_xlim(0, 1)
     return _svg(figure)
 
 
 def interval(value: float, low: float | None, high: float | None, sign: bool = False) -> str:
-    """A value with its interval, as text: `2.815 [2.74, 2.89]`; with `sign`, a plus stands before positive ones."""
-    style = "+.3g" if sign else ".3g"
-    return f"{value:{style}}" if low is None or high is None else f"{value:{style}} [{low:{style}}, {high:{style}}]"
+    """A value with its interval, to two digits of the interval's width: `2.82 [2.74, 2.89]`.
+
+    With `sign`, a plus stands before what is above 0.
+    """
+    if low is None or high is None:
+        return f"{value:{'+' if sign else ''}.3g}"
+    width = high - low
+    places = max(0, 1 - math.floor(math.log10(width))) if width > 0 and math.isfinite(width) else 2
+
+    def shown(number: float) -> str:
+        return f"{number:{'+' if sign and number > 0 else ''}.{places}f}"
+
+    return f"{shown(value)} [{shown(low)}, {shown(high)}]"
 
 
 def cards(items: Sequence[tuple[str, Markup]], css: str = "cards") -> Markup:

@@ -12,6 +12,9 @@ from rich.table import Table
 from zenml.enums import ExecutionStatus
 from zenml.models import ArtifactVersionResponse, PipelineRunResponse
 
+from llm_engineering.evaluation.comparison import verdict
+from llm_engineering.reports import interval
+
 
 class StepLine(BaseModel):
     """A step and how it ended."""
@@ -33,7 +36,7 @@ class RunResult(BaseModel):
     artifacts: dict[str, dict[str, str]]
     metrics: dict[str, float]
     data: dict[str, Any]
-    samples: list[dict[str, Any]]
+    evaluation: dict[str, Any]
     promotion: dict[str, Any]
     comet: dict[str, str]
     trackers: dict[str, dict[str, str]]
@@ -83,7 +86,7 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
         artifacts={name: {"version": str(v.version), "uri": v.uri} for name, v in sorted(artifacts.items())},
         metrics=metrics,
         data=reports["data"],
-        samples=evaluation.get("samples", []),
+        evaluation=evaluation,
         promotion=decision,
         comet=newest.get("comet", {}),
         # A report that was made before there were others than Comet has none.
@@ -114,12 +117,9 @@ def print_table(result: RunResult, file: TextIO) -> None:
                 used += f"; {report['truncated']} truncated ({report['share_truncated']:.1%})"
             rows.add_row(f"{kind} rows used", "", str(sum(report["rows"].values())), used)
         console.print(rows)
-    if result.metrics:
-        measures = _table("Held-out measures", "Measure", "Value")
-        for name, value in result.metrics.items():
-            measures.add_row(name, f"{value:.4f}" if name != "tokens_per_second" else f"{value:.0f}")
-        console.print(measures)
-    for sample in result.samples[:1]:
+    if result.evaluation:
+        console.print(_measures(result.evaluation))
+    for sample in result.evaluation.get("samples", [])[:1]:
         answers = _table("One held-out question", "Model", "Answer")
         answers.add_row("question", sample["prompt"])
         for name, answer in sample["answers"].items():
@@ -147,9 +147,26 @@ def print_table(result: RunResult, file: TextIO) -> None:
     for tracker, found in result.trackers.items():
         for name, place in found.items():
             places.add_row(f"{tracker} {name}", place)
-    places.add_row("run", f"{result.run_name} ({result.status}, {result.duration_s:.0f} s)")
+    speed = (
+        f", training {result.metrics['tokens_per_second']:.0f} tokens/s"
+        if "tokens_per_second" in result.metrics
+        else ""
+    )
+    places.add_row("run", f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed})")
     places.add_row("dashboard", "make dashboard")
     console.print(places)
+
+
+def _measures(evaluation: dict[str, Any]) -> Table:
+    """Every measure of every model, and how sure its difference between the newest model and the base model is."""
+    models, newest = evaluation["models"], evaluation["newest"]
+    measures = _table("Held-out measures", "Measure", *models, f"{newest} minus base", "That is")
+    for found in evaluation["measures"].values():
+        values = [f"{found['models'][name]['value']:.4g}" for name in models]
+        difference = found["differences"][f"{newest}-base"]
+        shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+        measures.add_row(found["title"], *values, shown, verdict(difference, found["better"]))
+    return measures
 
 
 def _table(title: str, *columns: str) -> Table:

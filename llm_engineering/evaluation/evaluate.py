@@ -9,9 +9,8 @@ from typing import Any
 from llm_engineering.compute.device import choose_device
 from llm_engineering.config import EvaluationConfig, TrainingSetup
 from llm_engineering.config_evaluation import MEASURES, TASK_MEASURE, Measure
-from llm_engineering.data.rows import Message
 from llm_engineering.evaluation.benchmarks import lm_eval_version
-from llm_engineering.evaluation.checks import check_report, read_checks
+from llm_engineering.evaluation.checks import Check, check_report, read_checks
 from llm_engineering.evaluation.comparison import TRANSFORMS, compare, flat
 from llm_engineering.evaluation.heldout import HeldOut, drawn, rendered_for_both
 from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_like_ours, load_incumbent
@@ -47,63 +46,70 @@ def evaluate(
         RequestError: `evaluation.checks` is no file of checks.
         WorkError: the incumbent cannot be loaded, a task of lm-eval cannot run, or the judge does not answer.
     """
-    trained = {name: path for name, path in adapters.items() if name != INCUMBENT}
-    newest = list(trained)[-1]
     checks = read_checks(config.checks) if config.checks is not None else []
-    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    ours = theirs = rows
-    own_tokenizer = None
-    if INCUMBENT in adapters:
-        own_tokenizer = incumbent_tokenizer(adapters[INCUMBENT], settings)
-        if is_like_ours(adapters[INCUMBENT], own_tokenizer, tokenizer, setup):
-            trained[INCUMBENT], own_tokenizer = adapters[INCUMBENT], None
-        else:
-            ours, theirs = rendered_for_both(rows, own_tokenizer)
-    work = Work(ours, drawn(ours.rows, config.generated_rows, setup.seed), checks)
-
-    def observe_ours() -> dict[str, Observation]:
-        base = load_model(setup.model, settings, choose_device(setup.compute))
-        models = Models(base, trained, tokenizer, config.batch_size)
-        return {name: observe(models, name, name, ours, work, config, setup.seed) for name in models.names}
-
-    seen = observe_ours()
-    if own_tokenizer is not None:
-        models, name = load_incumbent(adapters[INCUMBENT], own_tokenizer, config.batch_size, setup, settings)
-        seen[INCUMBENT] = observe(models, name, INCUMBENT, theirs, work, config, setup.seed)
-
+    work, seen = _observe_all(adapters, rows, checks, config, setup, settings)
+    newest = [name for name in seen if name != INCUMBENT][-1]
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, setup.seed)
     measures = _measures(seen, newest, bootstrap)
-    samples = _samples(seen, work)
     judged = None
     if config.judge is not None:
         client = open_client(config.judge, setup.model, setup.compute, settings, setup.chat_template)
-        questions = [
-            Question(_as_text(row.row.prompt), row.row.completion[0].content)
-            for row in (ours.rows[place] for place in work.places)
-        ]
         texts = {name: [answer.text for answer in found.answers] for name, found in seen.items()}
         judged, measures["judge_win_rate"] = judge(
-            questions, texts, newest, client, config.judge.max_new_tokens, bootstrap
+            _questions(work), texts, newest, client, config.judge.max_new_tokens, bootstrap
         )
     data = {
         "models": list(seen),
         "newest": newest,
-        "heldout_rows": len(ours.rows),
-        "heldout_pairs": len(ours.pairs),
-        "left_out": ours.left_out,
+        "heldout_rows": len(work.ours.rows),
+        "heldout_pairs": len(work.ours.pairs),
+        "left_out": work.ours.left_out,
         "generated_rows": len(work.places),
         "confidence": config.confidence,
         "bootstrap_samples": config.bootstrap_samples,
         "seed": setup.seed,
         "metrics": flat(measures),
         "measures": measures,
-        "samples": samples[: config.sample_answers],
+        "samples": _samples(seen, work)[: config.sample_answers],
         "judge": judged,
         "lm_eval": _lm_eval(seen, config),
         "checks": check_report(checks, {n: found.check_answers for n, found in seen.items()}) if checks else None,
     }
     write_report(folder, data, evaluation_page(data, training))
     return data
+
+
+def _observe_all(
+    adapters: Mapping[str, Path],
+    rows: HeldOut,
+    checks: Sequence[Check],
+    config: EvaluationConfig,
+    setup: TrainingSetup,
+    settings: Settings,
+) -> tuple[Work, dict[str, Observation]]:
+    """What every model did, in the order base, then as in `adapters`."""
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    ours = theirs = rows
+    beside = dict(adapters)
+    own_tokenizer = None
+    if INCUMBENT in adapters:
+        own_tokenizer = incumbent_tokenizer(adapters[INCUMBENT], settings)
+        if not is_like_ours(adapters[INCUMBENT], own_tokenizer, tokenizer, setup):
+            del beside[INCUMBENT]
+            ours, theirs = rendered_for_both(rows, own_tokenizer)
+    work = Work(ours, drawn(ours.rows, config.generated_rows, setup.seed), checks)
+
+    def observe_beside() -> dict[str, Observation]:
+        # A function of its own, so that the memory is free again before another base model is loaded.
+        base = load_model(setup.model, settings, choose_device(setup.compute))
+        models = Models(base, beside, tokenizer, config.batch_size)
+        return {name: observe(models, name, name, ours, work, config, setup.seed) for name in models.names}
+
+    seen = observe_beside()
+    if own_tokenizer is not None and INCUMBENT not in seen:
+        models, name = load_incumbent(adapters[INCUMBENT], own_tokenizer, config.batch_size, setup, settings)
+        seen[INCUMBENT] = observe(models, name, INCUMBENT, theirs, work, config, setup.seed)
+    return work, seen
 
 
 def _measures(seen: Mapping[str, Observation], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
@@ -132,14 +138,27 @@ def _measures(seen: Mapping[str, Observation], newest: str, bootstrap: Bootstrap
 def _samples(seen: Mapping[str, Observation], work: Work) -> list[dict[str, Any]]:
     return [
         {
-            "prompt": work.ours.rows[place].row.prompt[-1].content,
-            "reference": work.ours.rows[place].row.completion[0].content,
+            "prompt": row.prompt[-1].content,
+            "reference": row.completion[0].content,
             "answers": {
                 name: {"text": found.answers[number].text, "stopped": found.answers[number].stopped}
                 for name, found in seen.items()
             },
         }
-        for number, place in enumerate(work.places)
+        for number, row in enumerate(work.asked)
+    ]
+
+
+def _questions(work: Work) -> list[Question]:
+    """What the judge is shown of each row; of a conversation, all turns with their roles."""
+    return [
+        Question(
+            row.prompt[0].content
+            if len(row.prompt) == 1
+            else "\n\n".join(f"{message.role}: {message.content}" for message in row.prompt),
+            row.completion[0].content,
+        )
+        for row in work.asked
     ]
 
 
@@ -151,10 +170,3 @@ def _lm_eval(seen: Mapping[str, Observation], config: EvaluationConfig) -> dict[
         **config.lm_eval.model_dump(exclude={"include_path"}),
         "scores": {name: found.tasks.scores for name, found in seen.items() if found.tasks is not None},
     }
-
-
-def _as_text(prompt: Sequence[Message]) -> str:
-    """The question; a conversation with its roles."""
-    if len(prompt) == 1:
-        return prompt[0].content
-    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt)

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from llm_engineering.config_evaluation import MEASURES
+from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.comparison import entry
 from llm_engineering.evaluation.statistics import Bootstrap, Rows
 from llm_engineering.generation.client import Answer, Client, Failure, Messages, Sampling
@@ -74,10 +75,10 @@ def judge(
     duels = _duels(questions, answers, newest, client, Sampling(max_new_tokens, 0.0, bootstrap.seed))
     names = list(duels)
     won = {name: duels[name].scores for name in names}
-    overall = Rows.of(np.mean([won[name].totals for name in names], axis=0).tolist())
-    scores = {name: bootstrap.estimate(Rows.of((1 - won[name].totals).tolist())) for name in names}
-    scores[newest] = bootstrap.estimate(overall)
-    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of((2 * won[name].totals - 1).tolist())) for name in names}
+    shares = {name: 1 - won[name].totals for name in names}
+    shares[newest] = np.mean([won[name].totals for name in names], axis=0)
+    scores = {name: bootstrap.estimate(Rows.of(shares[name])) for name in answers}
+    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of(2 * won[name].totals - 1)) for name in names}
     found = {
         "model": client.identity,
         "prompt_hash": hashlib.sha256(PROMPT_FILE.read_bytes()).hexdigest()[:12],
@@ -116,7 +117,10 @@ def _duels(
     requests = [request(row, *order) for name in others for row in rows for order in ((newest, name), (name, newest))]
     if client.writes_json:
         sampling = Sampling(sampling.max_new_tokens, sampling.temperature, sampling.seed, json_field=JSON_FIELD)
-    verdicts = iter(client.answer(requests, sampling, "verdicts"))
+    try:
+        verdicts = iter(client.answer(requests, sampling, "verdicts"))
+    except WorkError as error:
+        raise WorkError(f"evaluation.judge, whose keys are those of generation: {error}") from error
     duels = {}
     for name in others:
         duel = Duel([], Counter())

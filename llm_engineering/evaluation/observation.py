@@ -38,6 +38,11 @@ class Work(NamedTuple):
     places: Sequence[int]
     checks: Sequence[Check]
 
+    @property
+    def asked(self) -> list[InstructionRow]:
+        """The rows that are answered."""
+        return [self.ours.rows[place].row for place in self.places]
+
 
 @dataclass(frozen=True)
 class Observation:

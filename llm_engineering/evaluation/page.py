@@ -26,8 +26,9 @@ def evaluation_page(data: Report, training: Report | None) -> str:
     newest = data["newest"]
     others = [name for name in data["models"] if name not in (newest, INCUMBENT)]
     sections = [(f"{newest} against {name}", _differences(data, name)) for name in others]
-    if INCUMBENT in data["models"]:
-        sections.insert(0, ("What changed since the last promoted run", _differences(data, INCUMBENT)))
+    has_incumbent = INCUMBENT in data["models"]
+    changed = _differences(data, INCUMBENT) if has_incumbent else paragraph("No model in production was measured here.")
+    sections.insert(0, ("What changed since the last promoted run", changed))
     sections.append(("Measures", _measures(data)))
     if training is not None:
         sections.append((f"Training of {training['stage']}", _curves(training)))

@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     weights: Floats
 
     @classmethod
-    def of(cls, totals: Sequence[float], weights: Sequence[float] | None = None) -> Rows:
+    def of(cls, totals: Sequence[float] | Floats, weights: Sequence[float] | Floats | None = None) -> Rows:
         """From plain numbers; without weights, each row weighs the same."""
         sums = np.asarray(totals, dtype=np.float64)
         return cls(sums, np.ones_like(sums) if weights is None else np.asarray(weights, dtype=np.float64))

@@ -69,6 +69,7 @@ def killed(version: Any) -> None:
 def main() -> None:
     from zenml.client import Client
 
+    from steps import registry
     from steps.registry import history, roll_back, stages
 
     def in_production() -> list[int]:
@@ -94,7 +95,9 @@ def main() -> None:
     outcome = overtaken(first, second)
     after_overtaking = in_production()
     killed(third)
-    state = stages("raced").production[-1].number
+    between = [stages("raced").production[-1].number, *in_production()]
+    registry.move(first, "staging", third.number, "the next one", "")
+    repaired = in_production()
     roll_back("raced", "someone", "")
     print(
         json.dumps(
@@ -102,7 +105,7 @@ def main() -> None:
                 "results": sorted(found),
                 **after_race,
                 "overtaken": [outcome, after_overtaking, second.number],
-                "killed": [state, third.number, in_production()],
+                "killed": [third.number, between, repaired, in_production()],
             }
         )
     )

@@ -116,6 +116,18 @@ def test_reports_show_curves_and_labels(project, finished_run):
     assert page.count('<span class="e">&lt;|im_end|&gt;</span></p>') == 3
 
 
+def test_the_evaluation_says_how_sure_it_is(project, dpo_run):
+    folder = Path(dpo_run.json["artifacts"]["evaluation_report"]["uri"], "files")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert report["models"][:3] == ["base", "sft", "dpo"]
+    assert {"heldout_loss", "preference_accuracy", "rouge_l", "stopped"} <= report["measures"].keys()
+    gain = report["measures"]["heldout_loss"]["differences"]["dpo-base"]
+    assert gain["low"] < gain["value"] < gain["high"] < 0
+    assert dpo_run.json["metrics"]["heldout_loss_dpo"] == report["measures"]["heldout_loss"]["models"]["dpo"]["value"]
+    assert len(report["samples"]) == min(20, report["heldout_rows"])
+    assert "Training of dpo" in (folder / "report.html").read_text(encoding="utf-8")
+
+
 def test_chat_asks_the_promoted_model(project, dpo_run):
     answer = project.command("tools.chat", "--config", str(project.recipe), "--prompt", "Hi", "--max-new-tokens", "4")
     assert answer.code == 0, answer.stderr

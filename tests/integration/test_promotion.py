@@ -13,11 +13,11 @@ from tests.integration.conftest import ROOT, Project, Run, make_project
 STALE = """
 import sys
 import tools.cli
+tools.cli.prepare_zenml()
 from tools import launch, summary
 from tools.preflight import preflight
 from llm_engineering.recipes import load_recipe
 from pipelines import chain
-tools.cli.prepare_zenml()
 recipe, inputs = preflight(load_recipe(sys.argv[1]))
 run = launch._start(chain.sft, recipe, inputs, True)
 summary.print_table(summary.collect([run], 0.0), sys.stdout)
@@ -26,7 +26,10 @@ summary.print_table(summary.collect([run], 0.0), sys.stdout)
 
 def python(project, script: str, *arguments: str) -> str:
     env = {**project.env, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", script, *arguments]
+    # A file: ZenML asks where the main module lies.
+    file = project.folder / "script.py"
+    file.write_text(script)
+    command = [sys.executable, str(file), *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -199,7 +202,8 @@ def test_of_processes_that_promote_at_once_one_does(fresh_project):
     outcome, in_production, faster = found["overtaken"]
     assert f"by now version {faster} is there" in outcome
     assert in_production == [faster]
-    # One that was killed after its change: it counts, and a rollback leads to what was there before.
-    state, moved, in_production = found["killed"]
-    assert state == moved
-    assert in_production == [faster]
+    # One that was killed after its change: it counts, the next change gives it its stage, and a rollback goes behind it.
+    moved, between, repaired, rolled_back = found["killed"]
+    assert between == [moved, faster]
+    assert repaired == [moved]
+    assert rolled_back == [faster]

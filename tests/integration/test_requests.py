@@ -18,6 +18,11 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
         (["--set", "data.instructions=nowhere.jsonl"], "There is no file nowhere.jsonl"),
         (["--set", "data.instructions=README.md"], "README.md is in no known format"),
         (["--set", "data.decontaminate_against=[nowhere.jsonl]"], "There is no file nowhere.jsonl"),
+        (["--set", "evaluation.checks=nowhere.jsonl"], "evaluation.checks nowhere.jsonl: there is no such file"),
+        (
+            ["--set", "evaluation.lm_eval={tasks: [hellaswag], include_path: nowhere}"],
+            "nowhere: there is no such folder",
+        ),
         (["--set", "data.test_preferences=own.jsonl"], "test_preferences is set, but preferences is not"),
         (["--set", "data.columns={output: reply}"], "reply"),
         (

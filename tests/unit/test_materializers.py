@@ -1,9 +1,13 @@
 """Datasets that may be empty: a clean document folder has nothing in quarantine."""
 
 import hashlib
+from datetime import datetime
+from uuid import uuid4
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Value
+from zenml.artifact_stores import LocalArtifactStore, LocalArtifactStoreConfig
+from zenml.enums import StackComponentType
 
 from steps.materializers import (
     Directory,
@@ -12,6 +16,12 @@ from steps.materializers import (
     HFDatasetMaterializer,
     file_hashes,
 )
+
+
+def local_store(path) -> LocalArtifactStore:
+    now = datetime.now()
+    config, kind = LocalArtifactStoreConfig(path=str(path)), StackComponentType.ARTIFACT_STORE
+    return LocalArtifactStore("", uuid4(), config, "local", kind, user=uuid4(), created=now, updated=now)
 
 
 def test_empty_datasets_are_read_again(tmp_path):
@@ -51,7 +61,7 @@ def test_hashes_of_what_was_stored_stand_beside_it(tmp_path, kind):
     }[kind]
     uri = tmp_path / "stored"
     uri.mkdir()
-    materializer = materializer_class(uri=str(uri))
+    materializer = materializer_class(uri=str(uri), artifact_store=local_store(tmp_path))
     materializer.save(value)
     content = materializer.compute_content_hash(value)
     manifest = (uri / "SHA256SUMS").read_bytes()
@@ -63,7 +73,7 @@ def test_hashes_of_what_was_stored_stand_beside_it(tmp_path, kind):
 
 
 def test_reading_a_dataset_leaves_nothing_in_the_artifact(tmp_path):
-    materializer = HFDatasetMaterializer(uri=str(tmp_path))
+    materializer = HFDatasetMaterializer(uri=str(tmp_path), artifact_store=local_store(tmp_path))
     materializer.save(DatasetDict(rows=Dataset.from_dict({"x": [1, 2]})))
     before = file_hashes(str(tmp_path), materializer.artifact_store)
     read = materializer.load(DatasetDict)

@@ -1,10 +1,13 @@
 """Intervals that cover the truth as often as they say."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from llm_engineering.evaluation.statistics import Bootstrap, Rows
+from llm_engineering.reports import interval
 
 EXPERIMENTS = 400
 CONFIDENCE = 0.9
@@ -73,9 +76,31 @@ def test_perplexity_has_the_interval_of_the_loss_exponentiated():
     )
 
 
+def test_of_two_rows_the_interval_is_all_that_was_seen():
+    assert Bootstrap(500, 0.95, 7).estimate(Rows.of([1.0, 3.0])) == (2.0, 1.0, 3.0, 2)
+
+
 def test_the_seed_decides_and_one_row_has_no_interval():
     rows = Rows.of([1.0, 2.0, 4.0, 8.0])
     assert Bootstrap(500, 0.95, 7).estimate(rows) == Bootstrap(500, 0.95, 7).estimate(rows)
     assert Bootstrap(500, 0.95, 7).estimate(rows) != Bootstrap(500, 0.95, 8).estimate(rows)
     assert Bootstrap(500, 0.95, 7).estimate(Rows.of([3.0])) == (3.0, None, None, 1)
     assert Bootstrap(500, 0.95, 7).difference(rows, rows)[:3] == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "sign", "text"),
+    [
+        ((2.8154, 2.7422, 2.8931), False, "2.82 [2.74, 2.89]"),
+        ((-0.1762, -0.2349, -0.1031), True, "-0.18 [-0.23, -0.10]"),
+        ((0.32, 0.064, 0.548), True, "+0.32 [+0.06, +0.55]"),
+        ((21.63, 18.61, 24.94), False, "21.6 [18.6, 24.9]"),
+        ((1234.5, 1000.0, 1500.0), False, "1234 [1000, 1500]"),
+        ((0.0, 0.0, 0.0), True, "0.00 [0.00, 0.00]"),
+        ((0.51234, None, None), True, "+0.512"),
+        ((math.inf, math.inf, math.inf), False, "inf [inf, inf]"),
+        ((math.nan, math.nan, math.nan), False, "nan [nan, nan]"),
+    ],
+)
+def test_intervals_are_shown_to_two_digits_of_their_width(estimate, sign, text):
+    assert interval(*estimate, sign=sign) == text
