@@ -37,6 +37,21 @@ def check_repo_id(repo_id: str) -> None:
         raise RequestError(f"{repo_id!r} names no owner: give owner/name, the owner being you or an organisation.")
 
 
+def find_token(token: SecretStr | None) -> str:
+    """The token that is set, else the one that `hf auth login` stored.
+
+    Raises:
+        RequestError: there is none.
+    """
+    secret = token.get_secret_value() if token else get_token()
+    if not secret:
+        raise RequestError(
+            "There is no token for the Hugging Face Hub. Set HF_TOKEN, in the environment or in .env, to one with "
+            "the right to write (https://huggingface.co/settings/tokens)."
+        )
+    return secret
+
+
 def publish(
     kind: RepoType,
     files: Mapping[str, bytes | Path],
@@ -58,13 +73,7 @@ def publish(
         WorkError: the hub could not be reached, or failed.
     """
     check_repo_id(repo_id)
-    secret = token.get_secret_value() if token else get_token()
-    if not secret:
-        raise RequestError(
-            "There is no token for the Hugging Face Hub. Set HF_TOKEN, in the environment or in .env, to one with "
-            "the right to write (https://huggingface.co/settings/tokens)."
-        )
-    api = HfApi(token=secret)
+    api = HfApi(token=find_token(token))
     try:
         api.whoami()
         former = _files_of(api, kind, repo_id, private)

@@ -35,9 +35,9 @@ def _chat(arguments: argparse.Namespace) -> int:
         raise RequestError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}.")
     recipe = load_recipe(arguments.config, arguments.set)
 
-    from llm_engineering.compute.device import choose_device
     from llm_engineering.data.rows import Message
     from llm_engineering.export.conversation import Conversation
+    from llm_engineering.export.merge import merged_device
     from llm_engineering.settings import Settings
 
     settings = Settings()
@@ -49,7 +49,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     logger.info("%s", found.described)
     folder = merged_model(found, recipe, settings)
     conversation = Conversation(
-        folder, choose_device(recipe.compute), settings, arguments.max_new_tokens, recipe.model.trust_remote_code
+        folder, merged_device(recipe.compute), settings, arguments.max_new_tokens, recipe.model.trust_remote_code
     )
     too_long = f"The question is longer than the model can read beside an answer of {arguments.max_new_tokens} tokens"
     if prompt is not None:

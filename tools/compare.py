@@ -41,6 +41,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from llm_engineering.config import ModelConfig
     from llm_engineering.data.rows import Message
     from llm_engineering.evaluation.measures import Models
+    from llm_engineering.export.conversation import has_room
     from llm_engineering.models import load_model, load_tokenizer
     from llm_engineering.settings import Settings
 
@@ -53,12 +54,18 @@ def _compare(arguments: argparse.Namespace) -> int:
     # Saved with what was trained: every model is asked with the template of training, as evaluation does.
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(found.folders[found.name])), settings)
     base = load_model(found.base, settings, choose_device(recipe.compute))
+    question = [Message(role="user", content=arguments.prompt)]
+    if not has_room(question, base, tokenizer, arguments.max_new_tokens):
+        raise RequestError(
+            f"The question is longer than the model can read beside an answer of {arguments.max_new_tokens} tokens. "
+            "Shorten it, or lower --max-new-tokens."
+        )
     models = Models(base, found.folders, tokenizer, batch_size=1)
     shown = Table(title=arguments.prompt, title_justify="left", title_style="bold")
     answers = []
     for name in models.names:
         logger.info("Asking %s", name)
-        sample = models.answer(name, [Message(role="user", content=arguments.prompt)], arguments.max_new_tokens)
+        sample = models.answer(name, question, arguments.max_new_tokens)
         end = "ended by itself" if sample.stopped else f"cut at {arguments.max_new_tokens} tokens"
         shown.add_column(name if name == "base" else name.upper(), overflow="fold", ratio=1)
         answers.append((sample.text, end))

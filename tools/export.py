@@ -68,6 +68,8 @@ def _check_output(output: Path, is_gguf: bool) -> None:
     """Refuse a place that holds something, before any work."""
     if is_gguf and output.exists():
         raise RequestError(f"OUTPUT {output} exists: name another file, nothing is replaced.")
+    if is_gguf and not output.parent.is_dir():
+        raise RequestError(f"OUTPUT {output} cannot be written: there is no folder {output.parent}.")
     if not is_gguf and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError(f"OUTPUT {output} exists and is no empty folder: name another one, nothing is replaced.")
 

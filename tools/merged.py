@@ -16,8 +16,8 @@ from llm_engineering.compute.device import choose_device
 from llm_engineering.config import Recipe
 from llm_engineering.data.storage import stream_records
 from llm_engineering.errors import RequestError
-from llm_engineering.export.merge import MAX_ROWS, Trained, merge
-from llm_engineering.export.verify import HeldoutRow, Verification
+from llm_engineering.export.merge import MAX_ROWS, Trained, merge, merged_device
+from llm_engineering.export.verify import HeldoutRow, Verification, precision
 from llm_engineering.settings import Settings
 from steps.materializers import Directory, DirectoryMaterializer
 from tools.promoted import Found
@@ -28,7 +28,7 @@ MERGED = "merged_model"
 
 
 def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
-    """The folder of the merged model in the recipe's precision.
+    """The folder of the merged model in the precision of `merged_device`.
 
     It is made once for each precision, and registered as `merged_model` of the model version.
 
@@ -36,21 +36,21 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
         RequestError: the version holds no held-out rows to verify it on.
         WorkError: the merged model differs from the trained one: it is then not registered.
     """
-    device = choose_device(recipe.compute)
-    registered = _registered(found, str(device.dtype).removeprefix("torch."))
+    dtype = merged_device(recipe.compute).dtype
+    registered = _registered(found, precision(dtype))
     if registered is not None:
         return registered
     formatted = found.version.get_artifact("formatted_sft")
     if formatted is None:
         raise RequestError(
-            f"Version {found.version.number} holds no held-out rows (formatted_sft), so nothing can be verified on."
+            f"Version {found.version.number} holds no held-out rows (formatted_sft), so there is nothing to verify it on."
         )
     records = islice(stream_records(formatted.load()["test"]), MAX_ROWS)
     rows = [HeldoutRow(record["id"], record["input_ids"], record["labels"]) for record in records]
     trained = Trained(found.base, found.folders[found.name])
     with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
         target = Path(temporary, "model")
-        verification = merge(trained, rows, device, settings, target)
+        verification = merge(trained, rows, choose_device(recipe.compute), dtype, settings, target)
         logger.info("Verified: %s", verification.sentence)
         return _register(found, target, verification)
 
@@ -88,4 +88,4 @@ def copy_model(folder: Path, output: Path) -> None:
     try:
         shutil.copytree(folder, output, dirs_exist_ok=True)
     except OSError as error:
-        raise RequestError(f"OUTPUT {output} cannot be written: {error.strerror}.") from error
+        raise RequestError(f"OUTPUT {output} cannot be written: {error.strerror or error}.") from error

@@ -40,32 +40,38 @@ def _push(arguments: argparse.Namespace) -> int:
     private = hub.private and not arguments.public
 
     from llm_engineering.export.card import base_licence, render_model_card
-    from llm_engineering.hub import check_repo_id, publish
+    from llm_engineering.hub import check_repo_id, find_token, publish
     from llm_engineering.settings import Settings
 
+    settings = Settings()
     check_repo_id(repo_id)
+    find_token(settings.hf_token)
     prepare_zenml()
     from tools.merged import merged_model
     from tools.model_card import card_facts
     from tools.promoted import find_model
 
-    settings = Settings()
     found = find_model(recipe, arguments.version)
+    base = base_licence(found.base.name_or_path, hub)
+    if base is None:
+        raise RequestError(
+            f"The licence of the base model {found.base.name_or_path} is not known here, and the model is made of it: "
+            "add it to the recipe, e.g. --set hub.base_license=llama3.1."
+        )
     logger.info("Model:       %s", found.described)
     folder = merged_model(found, recipe, settings)
     facts = card_facts(found, folder, recipe)
-    base = base_licence(facts.recipe, hub)
-    if base is None:
-        raise RequestError(
-            f"The licence of the base model {facts.recipe.model.name_or_path} is not known here, and the model is made "
-            "of it: add it to the recipe, e.g. --set hub.base_license=llama3.1."
-        )
     logger.info("Licences:    model %s, base model %s", hub.license, base)
     logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
     files: dict[str, bytes | Path] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
     files["README.md"] = render_model_card(facts).encode()
-    print(publish("model", files, repo_id, private, settings.hf_token, lambda file: file != ".gitattributes"))
+    print(publish("model", files, repo_id, private, settings.hf_token, _is_ours))
     return 0
+
+
+def _is_ours(file: str) -> bool:
+    """Whether a file of a repository is one that a model consists of: left over, old weights would be loaded."""
+    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja"))
 
 
 if __name__ == "__main__":

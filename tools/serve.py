@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import shutil
@@ -12,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+
+import httpx
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipes import load_recipe
@@ -29,6 +30,9 @@ LOG_LINES_SHOWN = 15
 # A server that still answers somebody when it is asked to end gets this long.
 GRACE_S = 10.0
 _POLL_S = 0.2
+# Starts a program that is sent SIGTERM when this process is gone: PR_SET_PDEATHSIG of prctl(2), which Linux alone has.
+_END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
+_UNDER_THIS = [sys.executable, "-c", _END_WITH_PARENT] if sys.platform == "linux" else []
 
 
 def main() -> int:
@@ -53,12 +57,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.config, arguments.set)
     check_port(arguments.port)
 
-    from llm_engineering.compute.device import choose_device
+    from llm_engineering.export.merge import merged_device
+    from llm_engineering.export.verify import precision
     from llm_engineering.settings import Settings
 
     settings = Settings()
     settings.check_writable()
-    device = choose_device(recipe.compute).name
+    device = merged_device(recipe.compute)
     prepare_zenml()
     from tools.merged import merged_model
     from tools.promoted import find_model
@@ -66,14 +71,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     found = find_model(recipe, arguments.version)
     logger.info("%s", found.described)
     folder = merged_model(found, recipe, settings)
-    vllm = shutil.which("vllm") if device == "cuda" else None
-    log = settings.llm_output_dir.resolve() / "serve.log"
+    vllm = installed_vllm() if device.name == "cuda" else None
+    log = settings.llm_output_dir.resolve() / f"serve-{arguments.port}.log"
     with tempfile.TemporaryDirectory(prefix="serve-") as cache:
         if vllm is not None:
-            command = vllm_command(vllm, folder, recipe.name, arguments.port)
+            command = vllm_command(vllm, folder, recipe.name, arguments.port, precision(device.dtype))
         else:
             link_as_cached(folder, recipe.name, Path(cache))
-            command = transformers_command(recipe.name, arguments.port, device)
+            command = transformers_command(recipe.name, arguments.port, device.name)
         if recipe.model.trust_remote_code:
             command.append("--trust-remote-code")
         logger.info("Starting %s, which logs to %s", Path(command[0]).name, log)
@@ -119,13 +124,25 @@ def transformers_command(name: str, port: int, device: str) -> list[str]:
     return [str(program), "serve", name, "--device", device, "--host", HOST, "--port", str(port)]
 
 
-def vllm_command(program: str, folder: Path, name: str, port: int) -> list[str]:
-    """vLLM's server; template and end tokens are those in the folder."""
-    return [program, "serve", str(folder), "--served-model-name", name, "--host", HOST, "--port", str(port)]
+def installed_vllm() -> str | None:
+    """vLLM's program: of this environment, which need not be on the PATH, else of another."""
+    return shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+def vllm_command(program: str, folder: Path, name: str, port: int, dtype: str) -> list[str]:
+    """vLLM's server; template and end tokens are those in the folder.
+
+    Args:
+        dtype: the precision that was verified; on its own vLLM takes half precision for float32 files.
+    """
+    address = ["--host", HOST, "--port", str(port)]
+    return [program, "serve", str(folder), "--served-model-name", name, "--dtype", dtype, *address]
 
 
 def run_server(command: Sequence[str], url: str, name: str, cache: Path, log: Path) -> None:
-    """Start the server, say when it answers, and stay until a signal or its own end; it never outlives this.
+    """Start the server, say when it answers, and stay until a signal or its own end.
+
+    The server and what it started end with this; on Linux the server also after a kill -9 of this.
 
     Raises:
         KeyboardInterrupt: a signal ended it.
@@ -135,7 +152,13 @@ def run_server(command: Sequence[str], url: str, name: str, cache: Path, log: Pa
     with log.open("w", encoding="utf-8") as output:
         # In a session of its own: Ctrl-C reaches this process alone, which then ends the server in order.
         server = subprocess.Popen(
-            command, cwd=cache, env=environment, stdout=output, stderr=output, start_new_session=True
+            [*_UNDER_THIS, *command],
+            cwd=cache,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     try:
         while server.poll() is None and not _answers(f"{url}/health"):
@@ -151,9 +174,9 @@ def run_server(command: Sequence[str], url: str, name: str, cache: Path, log: Pa
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5):  # noqa: S310 — loopback
-            return True
-    except (urllib.error.URLError, OSError):
+        # A proxy of the environment does not know this machine's ports.
+        return httpx.get(url, timeout=5, trust_env=False).is_success
+    except httpx.HTTPError:
         return False
 
 
@@ -165,6 +188,9 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         # Too long, or a second Ctrl-C.
         server.kill()
         server.wait()
+    # What it started and left behind, if anything.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

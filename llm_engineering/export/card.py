@@ -74,9 +74,9 @@ class ModelCardFacts(BaseModel):
     lineage: dict[str, str]
 
 
-def base_licence(recipe: Recipe, hub: ModelHubConfig | None) -> str | None:
-    """The base model's licence, where it is known."""
-    return _LICENCES.get(recipe.model.name_or_path) or (hub.base_license if hub is not None else None)
+def base_licence(base: str, hub: ModelHubConfig | None) -> str | None:
+    """The licence of a base model, by its name in the recipe, where it is known."""
+    return _LICENCES.get(base) or (hub.base_license if hub is not None else None)
 
 
 def data_licence(recipe: Recipe) -> str | None:
@@ -93,10 +93,14 @@ def render_model_card(facts: ModelCardFacts) -> str:
     settings = recipe.model_dump(mode="json", include={"seed", "formatting", "sft", *_dpo(facts)})
     if recipe.sft.method == "full":
         del settings["sft"]["lora"]
+    template = recipe.formatting.chat_template
+    if template is not None:
+        # A file of this machine, or a name.
+        settings["formatting"]["chat_template"] = public_name(template)
     body = _CARD.render(
         f=facts,
         base=public_name(recipe.model.name_or_path),
-        base_licence=base_licence(recipe, facts.hub) or _NOT_STATED,
+        base_licence=base_licence(recipe.model.name_or_path, facts.hub) or _NOT_STATED,
         data_licence=data_licence(recipe) or _NOT_STATED,
         method="a full fine-tune" if recipe.sft.method == "full" else f"an adapter ({recipe.sft.method}), merged",
         steps="supervised fine-tuning" + (" and direct preference optimisation" if facts.stage == "dpo" else ""),
@@ -114,7 +118,8 @@ def _dpo(facts: ModelCardFacts) -> list[str]:
 
 def _metadata(facts: ModelCardFacts) -> str:
     name = facts.recipe.model.name_or_path
-    is_hub_id = not name.startswith("embedded:") and public_name(name) == name and name.count("/") <= 1
+    is_folder = public_name(name) != name or (facts.recipe.model.revision or "").startswith("folder-")
+    is_hub_id = not name.startswith("embedded:") and not is_folder
     hub = facts.hub
     return str(
         ModelCardData(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llm_engineering.compute.device import Device
 from llm_engineering.config import ModelConfig
@@ -24,6 +24,14 @@ class Reply(NamedTuple):
     stopped: bool
 
 
+def has_room(
+    messages: Sequence[Message], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> bool:
+    """Whether a conversation and an answer of so many tokens fit into what the model can read."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    return limit is None or len(prompt_ids(messages, tokenizer)) + max_new_tokens <= limit
+
+
 class Conversation:
     """A model that answers on stdout, prompted as in training."""
 
@@ -37,8 +45,7 @@ class Conversation:
 
     def has_room(self, messages: Sequence[Message]) -> bool:
         """Whether the conversation and an answer fit into what the model can read."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        return limit is None or len(prompt_ids(messages, self.tokenizer)) + self.max_new_tokens <= limit
+        return has_room(messages, self.model, self.tokenizer, self.max_new_tokens)
 
     def answer(self, messages: Sequence[Message]) -> Reply:
         """Print the answer to the last message word by word, and return it."""

@@ -26,6 +26,7 @@ _TYPES = {
 }
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
+_NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
 # llama.cpp cuts texts into words by rules of its own, which it knows by these names.
 _PRE_TOKENIZERS = {"gpt-2": [_BYTE_LEVEL], "smollm": [_DIGITS, _BYTE_LEVEL]}
 
@@ -73,17 +74,18 @@ def _check(config: PreTrainedConfig) -> None:
 
 
 def _word_rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name for how the tokenizer cuts a text into words."""
+    """llama.cpp's name for how the tokenizer cuts a text, which it may not have changed before, into words."""
     parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     before = parts["pre_tokenizer"] or {}
     steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
     steps = [{key: value for key, value in step.items() if key != "trim_offsets"} for step in steps]
     for name, known in _PRE_TOKENIZERS.items():
-        if steps == known and parts["model"]["type"] == "BPE" and not (parts["normalizer"] or {}).get("normalizers"):
+        if steps == known and parts["model"]["type"] == "BPE" and parts["normalizer"] in _NO_NORMALIZER:
             return name
     raise RequestError(
-        f"This model cannot be written as GGUF here: how its tokenizer cuts words ({json.dumps(steps)[:200]}) is none of "
-        f"the ways known by name ({', '.join(_PRE_TOKENIZERS)}). Export it as safetensors and convert it with llama.cpp's "
+        f"This model cannot be written as GGUF here: how its tokenizer changes texts "
+        f"({json.dumps(parts['normalizer'])[:200]}) and cuts words ({json.dumps(steps)[:200]}) is none of the ways known "
+        f"by name ({', '.join(_PRE_TOKENIZERS)}). Export it as safetensors and convert it with llama.cpp's "
         "convert_hf_to_gguf.py."
     )
 

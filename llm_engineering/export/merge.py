@@ -1,7 +1,8 @@
 """Makes one plain `transformers` model of a base model and what was trained on it, and verifies the files.
 
-Merging computes in float32: an update smaller than half the last bit of a half-precision weight would otherwise be
-rounded away before it is added. The sum is rounded once, to the precision of the recipe, when it is saved.
+Merging computes in float32, and float32 is what is saved: of an update smaller than half the last bit of a weight, half
+precision keeps nothing. Where the recipe names a smaller precision, the sum is rounded to it once, and what that costs
+is measured.
 """
 
 from __future__ import annotations
@@ -17,10 +18,18 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_engineering.compute.device import Device
-from llm_engineering.config import ModelConfig
+from llm_engineering.compute.device import Device, choose_device
+from llm_engineering.config import ComputeConfig, ModelConfig
 from llm_engineering.errors import WorkError
-from llm_engineering.export.verify import HeldoutRow, TokenScores, Verification, token_scores, verify
+from llm_engineering.export.verify import (
+    HeldoutRow,
+    TokenScores,
+    Verification,
+    check_same,
+    precision,
+    token_scores,
+    verify,
+)
 from llm_engineering.models import end_token_ids, load_model, load_tokenizer
 from llm_engineering.settings import Settings
 
@@ -43,17 +52,24 @@ class Trained(NamedTuple):
         return (self.folder / "adapter_config.json").is_file()
 
 
+def merged_device(compute: ComputeConfig) -> Device:
+    """Where a merged model runs, in the precision it is saved in: float32, unless the recipe names another."""
+    dtype = "float32" if compute.dtype == "auto" else compute.dtype
+    return choose_device(compute.model_copy(update={"dtype": dtype}))
+
+
 def merge(
-    trained: Trained, rows: Sequence[HeldoutRow], device: Device, settings: Settings, target: Path
+    trained: Trained, rows: Sequence[HeldoutRow], device: Device, dtype: torch.dtype, settings: Settings, target: Path
 ) -> Verification:
     """Write the merged model with tokenizer, chat template and end tokens to `target`, if it passes its verification.
 
-    It needs four bytes of memory for each parameter. What is compared with the trained model are the files as they
-    were written.
+    The merge has to be the trained model, and the written weights the merged ones, rounded to `dtype`. It needs four
+    to six bytes of memory for each parameter.
 
     Args:
-        rows: held-out ones; as many as are wanted, each is computed three times.
-        device: its precision is that of the saved weights.
+        rows: held-out ones; as many as are wanted, each is computed three or four times.
+        device: its precision is that of the base model in training.
+        dtype: of the weights that are written.
 
     Raises:
         WorkError: the merged model differs from the trained one; `target` is then not there.
@@ -61,21 +77,28 @@ def merge(
     if not rows:
         raise WorkError("There is no held-out row to verify the merged model on. Give the recipe a larger test split.")
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder)), settings)
-    logger.info("Merging in float32, saving in %s", str(device.dtype).removeprefix("torch."))
+    if device.attn_implementation == "flash_attention_2":
+        # It has no float32 kernels.
+        device = device._replace(attn_implementation="sdpa")
+    logger.info("Merging in float32, saving in %s", precision(dtype))
     reference, untrained, merged = _merged(trained, rows, device, settings)
+    if dtype != torch.float32:
+        # Before anything is rounded, so that rounding hides no other mistake.
+        check_same(rows, reference, token_scores(merged, rows))
     ends = end_token_ids(merged, tokenizer)
-    _write(merged, tokenizer, ends, device.dtype, target)
-    del merged
+    _write(merged, tokenizer, ends, dtype, target)
     try:
         logger.info("Verifying the saved files on %d held-out rows", len(rows))
         written = AutoModelForCausalLM.from_pretrained(
             target,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=device.attn_implementation,
             trust_remote_code=trained.base.trust_remote_code,
         )
         written.eval().to(device.name)
-        verification = verify(rows, reference, token_scores(written, rows), device.dtype, untrained)
+        _check_weights(written, merged)
+        del merged
+        verification = verify(rows, reference, token_scores(written.float(), rows), untrained, dtype)
         _check_handling(written, target, tokenizer, ends)
     except WorkError:
         shutil.rmtree(target)
@@ -86,18 +109,18 @@ def merge(
 
 def _merged(
     trained: Trained, rows: Sequence[HeldoutRow], device: Device, settings: Settings
-) -> tuple[list[TokenScores], list[TokenScores] | None, PreTrainedModel]:
-    """Scores of the trained model, those of the base model where there is an adapter, and the merged model in float32."""
+) -> tuple[list[TokenScores], list[TokenScores], PreTrainedModel]:
+    """Scores of the trained model and of its base model, and the merged model, all in float32."""
+    # In the precision that was trained and measured, and from there on without loss.
+    base = load_model(trained.base, settings, device).float().eval()
+    untrained = token_scores(base, rows)
     if not trained.is_adapter:
+        del base
         folder = ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trained.base.trust_remote_code)
         full = load_model(folder, settings, device._replace(dtype=torch.float32)).eval()
-        return token_scores(full, rows), None, full
-    # In the precision that was trained and measured, and from there on without loss.
-    base = load_model(trained.base, settings, device).float()
+        return token_scores(full, rows), untrained, full
     model = PeftModel.from_pretrained(base, str(trained.folder)).eval()
     reference = token_scores(model, rows)
-    with model.disable_adapter():
-        untrained = token_scores(model, rows)
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     return reference, untrained, merged
 
@@ -113,6 +136,21 @@ def _write(
     merged.config._name_or_path = ""
     merged.save_pretrained(target)
     tokenizer.save_pretrained(target)
+
+
+def _check_weights(written: PreTrainedModel, merged: PreTrainedModel) -> None:
+    """Whether the files hold the merged weights as they were rounded, and no others."""
+    kept, expected = written.state_dict(), merged.state_dict()
+    different = [
+        name
+        for name in sorted(kept.keys() | expected.keys())
+        if name not in kept or name not in expected or not torch.equal(kept[name].float(), expected[name].float())
+    ]
+    if different:
+        raise WorkError(
+            f"The model is not registered: the saved weights are not those of the merged model, at {different[0]} and "
+            f"{len(different) - 1} others."
+        )
 
 
 def _check_handling(

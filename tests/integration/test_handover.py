@@ -169,6 +169,14 @@ def test_no_question_and_no_terminal(project):
     assert "There is no question and no terminal" in run.stderr
 
 
+@pytest.mark.parametrize("tool", ["chat", "compare"])
+def test_a_question_that_the_model_cannot_read(project, handed, tool):
+    arguments = ("--version", "1", "--prompt", "Why? " * 10, "--max-new-tokens", "100000")
+    run = project.command(f"tools.{tool}", "--config", str(project.recipe), *arguments)
+    assert run.code == 2, run.stderr
+    assert "The question is longer than the model can read beside an answer of 100000 tokens." in run.stderr
+
+
 def test_compare_shows_every_model_and_how_it_ended(handed):
     run = handed.compare
     assert run.code == 0, run.stderr

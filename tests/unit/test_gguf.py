@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.errors import RequestError
@@ -97,5 +97,14 @@ def test_unknown_word_rules_are_refused(small_llama, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save_pretrained(folder)
-    with pytest.raises(RequestError, match=r"how its tokenizer cuts words .*Whitespace"):
+    with pytest.raises(RequestError, match=r"how its tokenizer changes texts \(null\) and cuts words .*Whitespace"):
+        write_gguf(folder, tmp_path / "model.gguf", "my-model")
+
+
+def test_a_tokenizer_that_changes_texts_first_is_refused(small_llama, tmp_path):
+    folder = saved(small_llama, tmp_path / "model", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(RequestError, match="how its tokenizer changes texts .*Lowercase"):
         write_gguf(folder, tmp_path / "model.gguf", "my-model")

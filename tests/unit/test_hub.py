@@ -12,7 +12,9 @@ from pydantic import SecretStr
 from llm_engineering.data.hub import check_secrets, public_rows, push_dataset
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.hub import publish
 from tests.fake_hub import Repo, running_hub
+from tools.push_model import _is_ours
 
 TOKEN = SecretStr("hf_planted")
 
@@ -76,6 +78,14 @@ def test_a_second_push_removes_files_that_are_no_longer_written(hub, dataset):
     assert repo.files["README.md"] == b"# Card"
     assert repo.files["LICENSE"] == b"x"
     assert hub.sent("POST", "/api/repos/create") == []
+
+
+def test_of_a_former_model_only_what_a_model_consists_of_is_removed(hub):
+    former = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "own.gguf", "LICENSE", "data/a.json")
+    hub.repos["someone/model"] = Repo(True, dict.fromkeys(former, b"x"))
+    files = {"model.safetensors": b"new", "config.json": b"{}", "README.md": b"# Card"}
+    publish("model", files, "someone/model", private=True, token=TOKEN, is_ours=_is_ours)
+    assert hub.repos["someone/model"].commits == [{"written": sorted(files), "removed": list(former[:2])}]
 
 
 @pytest.mark.parametrize(

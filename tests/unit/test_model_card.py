@@ -90,6 +90,18 @@ def test_a_base_model_of_the_hub_is_linked_and_a_folder_is_not(facts):
     assert found is None
     assert "| base model | own, 1 |" in card
     assert "/home/someone" not in card
+    # A folder below the working directory looks like a name on the hub.
+    beside = facts.recipe.model_copy(update={"model": ModelConfig(name_or_path="models/own", revision="folder-0123")})
+    card = render_model_card(facts.model_copy(update={"recipe": beside}))
+    assert "base_model" not in ModelCard(card).data.to_dict()
+
+
+def test_a_template_of_this_machine_is_named_without_its_folder(facts):
+    formatting = facts.recipe.formatting.model_copy(update={"chat_template": "/home/someone/templates/own.jinja"})
+    recipe = facts.recipe.model_copy(update={"formatting": formatting})
+    card = render_model_card(facts.model_copy(update={"recipe": recipe}))
+    assert "chat_template: own.jinja" in card
+    assert "/home/someone" not in card
 
 
 def test_every_fact_stands_in_it(facts):
@@ -124,11 +136,9 @@ def test_a_model_without_dpo_says_nothing_of_it(facts):
 
 
 def test_licences_are_known_or_given(recipe):
-    own = recipe.model_copy(update={"model": ModelConfig(name_or_path="owner/model")})
-    assert base_licence(recipe, None) == "apache-2.0"
-    assert recipe.model.name_or_path == EMBEDDED_MODEL
-    assert base_licence(own, None) is None
-    assert base_licence(own, ModelHubConfig(license="other", base_license="llama3.1")) == "llama3.1"
+    assert base_licence(EMBEDDED_MODEL, None) == "apache-2.0"
+    assert base_licence("owner/model", None) is None
+    assert base_licence("owner/model", ModelHubConfig(license="other", base_license="llama3.1")) == "llama3.1"
     assert data_licence(recipe) is None
     assert data_licence(load_recipe("configs/local.yaml")) == "psf-2.0"
     assert data_licence(load_recipe("configs/local.yaml", ["data.hub.license=cc-by-4.0"])) == "cc-by-4.0"

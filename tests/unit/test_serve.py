@@ -1,21 +1,44 @@
 """The commands that serve, and a server that ends, does not start, or is ended."""
 
+import os
+import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
 from llm_engineering.errors import RequestError, WorkError
-from tools.serve import check_port, link_as_cached, run_server, transformers_command, vllm_command
+from tests.conftest import ROOT
+from tools.serve import (
+    check_port,
+    installed_vllm,
+    link_as_cached,
+    run_server,
+    transformers_command,
+    vllm_command,
+)
 
 
 def test_both_servers_listen_on_loopback_alone(tmp_path):
     transformers = transformers_command("my-model", 8123, "cpu")
     assert transformers[1:] == ["serve", "my-model", "--device", "cpu", "--host", "127.0.0.1", "--port", "8123"]
-    vllm = vllm_command("/bin/vllm", tmp_path, "my-model", 8123)
-    assert vllm == f"/bin/vllm serve {tmp_path} --served-model-name my-model --host 127.0.0.1 --port 8123".split()
+    vllm = vllm_command("/bin/vllm", tmp_path, "my-model", 8123, "float32")
+    assert vllm[:5] == ["/bin/vllm", "serve", str(tmp_path), "--served-model-name", "my-model"]
+    assert vllm[5:] == ["--dtype", "float32", "--host", "127.0.0.1", "--port", "8123"]
+
+
+def test_vllm_of_this_environment_is_found_without_a_path(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert installed_vllm() is None
+    program = tmp_path / "vllm"
+    program.touch(mode=0o755)
+    assert installed_vllm() == str(program)
 
 
 def test_the_hub_library_finds_the_model_by_its_name(tmp_path):
@@ -44,3 +67,79 @@ def test_a_server_that_ends_by_itself_shows_its_log(tmp_path):
     command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
     with pytest.raises(WorkError, match=r"exit code 3; the end of .*serve.log:\nno such model"):
         run_server(command, "http://127.0.0.1:9", "my-model", tmp_path, tmp_path / "serve.log")
+
+
+# A server that answers, started one that does not end when it is asked to, and writes down both.
+SERVER = """
+import http.server, os, subprocess, sys
+stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+worker = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+worker.stdout.readline()
+print(os.getpid(), worker.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+SERVE = """
+import signal, sys
+from pathlib import Path
+from tools.serve import run_server
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+server, port, folder = sys.argv[1:]
+try:
+    run_server([sys.executable, "-c", server, port], f"http://127.0.0.1:{port}", "m", Path(folder), Path(folder, "log"))
+except KeyboardInterrupt:
+    pass
+"""
+
+
+@pytest.fixture
+def serving(tmp_path):
+    """A process that serves, and the ids of the server and of what that started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # A proxy that is not there must not be asked for this machine.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "http_proxy": "http://127.0.0.1:9"}
+    command = [sys.executable, "-c", SERVE, SERVER, port, str(tmp_path)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline().startswith(f"Serving: http://127.0.0.1:{port}/v1")
+        server, worker = map(int, (tmp_path / "log").read_text().splitlines()[0].split())
+        yield process, server, worker
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def runs(process):
+    try:
+        # In a container there may be nobody to collect the dead.
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for_end(*processes):
+    for _ in range(600):
+        if not any(map(runs, processes)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"one of {processes} is still there")
+
+
+def test_nothing_is_left_when_it_is_ended(serving):
+    process, server, worker = serving
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    wait_for_end(server, worker)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_killed_one_takes_the_server_along(serving):
+    process, server, worker = serving
+    process.kill()
+    wait_for_end(server)
+    os.kill(worker, signal.SIGKILL)
