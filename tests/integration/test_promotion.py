@@ -2,37 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, Project, Run, make_project
-
-# A run whose production has changed since it began: it is told that nothing was in production.
-STALE = """
-import sys
-import tools.cli
-tools.cli.prepare_zenml()
-from tools import launch, summary
-from tools.preflight import preflight
-from llm_engineering.recipes import load_recipe
-from pipelines import chain
-recipe, inputs = preflight(load_recipe(sys.argv[1]))
-run = launch._start(chain.sft, recipe, inputs, True)
-summary.print_table(summary.collect([run], 0.0), sys.stdout)
-"""
-
-
-def python(project, script: str, *arguments: str) -> str:
-    env = {**project.env, "PYTHONPATH": str(ROOT)}
-    # A file: ZenML asks where the main module lies.
-    file = project.folder / "script.py"
-    file.write_text(script)
-    command = [sys.executable, str(file), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.integration.conftest import Project, Run, make_project
 
 
 def call(project, *commands: list[str]) -> list[Run]:
@@ -56,7 +30,8 @@ def own(tiny_model, tmp_path_factory) -> Project:
     (project.promoted,) = call(project, ["promote", "1", "--note", "the first that there is"])
     project.second = project.run("sft")
     assert project.second.code == 0, project.second.stderr
-    project.third = python(project, STALE, str(project.recipe))
+    project.third = project.command("tests.integration.stale", str(project.recipe))
+    assert project.third.code == 0, project.third.stderr
     return project
 
 
@@ -73,7 +48,7 @@ def test_a_pass_goes_to_staging_and_an_equal_model_fails(own):
 
 
 def test_a_run_that_production_changed_under_ends_as_stale(own):
-    said = " ".join(own.third.split())
+    said = " ".join(own.third.stdout.split())
     assert "Every rule passed, but it was judged with nothing in production, and by now version 1 is there" in said
 
 

@@ -1,0 +1,25 @@
+"""A run whose production changes before it ends: it was told that nothing was in production.
+
+python -m tests.integration.stale recipe.yaml: prints the table that every run ends with.
+"""
+
+import sys
+
+import tools.cli
+
+
+def main() -> None:
+    # Before any step is imported: it says where the sources are.
+    tools.cli.prepare_zenml()
+    from llm_engineering.recipes import load_recipe
+    from pipelines import chain
+    from tools import launch, summary
+    from tools.preflight import preflight
+
+    recipe, inputs = preflight(load_recipe(sys.argv[1]))
+    run = launch._start(chain.sft, recipe, inputs, True)
+    summary.print_table(summary.collect([run], 0.0), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
