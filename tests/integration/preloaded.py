@@ -1,10 +1,9 @@
 """Commands in processes that are forked from one which has imported the libraries: seconds less for each command.
 
-Imported is what reads no setting when it is imported, but for those of the hub, which are read anew. What the commands
-do, and how they end, is their own.
+Imported is what reads no setting when it is imported, but for those of the hub: where they differ, another way is
+taken (`Project.command`). What the commands do, and how they end, is their own.
 """
 
-import importlib
 import multiprocessing
 import os
 import runpy
@@ -38,8 +37,6 @@ def run_module(
 def _run(module: str, arguments: list[str], env: dict[str, str], folder: Path, output: Path) -> None:
     os.environ.clear()
     os.environ.update(env)
-    # Which hub, and whether to go there.
-    importlib.reload(importlib.import_module("huggingface_hub.constants"))
     os.chdir(folder)
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         with (output / name).open("wb") as file:
