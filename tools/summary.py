@@ -147,15 +147,11 @@ def print_table(result: RunResult, file: TextIO) -> None:
     for tracker, found in result.trackers.items():
         for name, place in found.items():
             places.add_row(f"{tracker} {name}", place)
-<<<<<<< HEAD
-    speed = f", training {result.metrics['tokens_per_second']:.0f} tokens/s" if result.metrics else ""
-=======
     speed = (
         f", training {result.metrics['tokens_per_second']:.0f} tokens/s"
         if "tokens_per_second" in result.metrics
         else ""
     )
->>>>>>> d-gate
     places.add_row("run", f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed})")
     places.add_row("dashboard", "make dashboard")
     console.print(places)
