@@ -5,6 +5,7 @@ python -m tests.integration.race: prints one JSON object with what each round's 
 
 import json
 import multiprocessing
+import os
 from typing import Any
 
 import tools.cli  # noqa: F401 — before ZenML
@@ -12,7 +13,8 @@ import tools.cli  # noqa: F401 — before ZenML
 ROUNDS, PROCESSES = 3, 3
 
 
-def race(index: int, barrier: Any, results: Any) -> None:
+def race(index: int, environment: dict[str, str], barrier: Any, results: Any) -> None:
+    os.environ.update(environment)
     from zenml.client import Client
 
     from steps.registry import StaleError, move, stages
@@ -78,9 +80,11 @@ def main() -> None:
 
     Client().create_model("raced")
     versions = [Client().create_model_version("raced") for _ in range(ROUNDS * PROCESSES + 3)]
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # the one that this process came from
     barrier, results = context.Barrier(PROCESSES), context.Queue()
-    processes = [context.Process(target=race, args=(index, barrier, results)) for index in range(PROCESSES)]
+    processes = [
+        context.Process(target=race, args=(index, dict(os.environ), barrier, results)) for index in range(PROCESSES)
+    ]
     for process in processes:
         process.start()
     found = [results.get(timeout=300) for _ in range(ROUNDS * PROCESSES)]
