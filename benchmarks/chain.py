@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, show
 
 RESULTS = Path(__file__).parent / "results" / "chain.json"
 
@@ -31,11 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(Path(scratch), arguments.config)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.write:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
+    show(result, RESULTS if arguments.write else None)
 
 
 def measure(folder: Path, config: str) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Names the machine that a benchmark ran on."""
+"""What every benchmark's figures have in common: the machine that they were taken on, and where they go."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -18,3 +20,12 @@ def machine() -> dict[str, object]:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "python": platform.python_version(),
     }
+
+
+def show(figures: Mapping[str, object], kept: Path | None) -> None:
+    """Print the figures as JSON, and keep them in a file if one is given."""
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if kept is not None:
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(text + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, show
 from benchmarks.training_settings import BATCH, BETA, LEARNING_RATE, LORA, MAX_LENGTH, SEED
 
 ROWS = {"sft": 128, "dpo": 32}
@@ -57,21 +57,18 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         result = measure(Path(scratch), arguments.data)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.write:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text + "\n", encoding="utf-8")
+    show(result, RESULTS if arguments.write else None)
 
 
 def measure(folder: Path, data: str | None) -> dict[str, Any]:
     """All sides, one after the other."""
     own = ["-m", "benchmarks.training", "--folder", str(folder), *(["--data", data] if data else []), "--side"]
     made = _run(*own, "rows")
+    model = made.pop("model")
     sides: dict[str, Any] = {"bare": _run(*own, "bare")}
     for stage in ("sft", "dpo"):
         output = str(folder / f"plain-{stage}")
-        plain = ["-m", "benchmarks.plain_trl", stage, "--model", made["model"], "--output", output]
+        plain = ["-m", "benchmarks.plain_trl", stage, "--model", model, "--output", output]
         start = ["--adapter", str(folder / "ours-sft")] if stage == "dpo" else []
         sides[f"plain_{stage}"] = _run(*plain, "--rows", str(folder / f"{stage}.jsonl"), *start)
         sides[f"ours_{stage}"] = _run(*own, stage)
@@ -87,7 +84,7 @@ def measure(folder: Path, data: str | None) -> dict[str, Any]:
         "sft_peak_memory_over_plain": _ratio(sides, "peak_memory_bytes", "sft"),
         "dpo_pairs_per_second_over_plain": sides["plain_dpo"]["seconds"] / sides["ours_dpo"]["seconds"],
         "dpo_peak_memory_over_plain": _ratio(sides, "peak_memory_bytes", "dpo"),
-        "rows": {**made, "of": data or "the Python reference"},
+        "rows": {**made, "of": Path(data).name if data else "the Python reference"},
         "sides": sides,
         "machine": machine(),
         "versions": {name: importlib.metadata.version(name) for name in packages},

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 # Nothing here imports transformers: in a side's process unsloth comes first.
-from benchmarks.machine import machine
+from benchmarks.machine import machine, show
 from benchmarks.training_settings import LEARNING_RATE, LORA, SEED
 from llm_engineering.errors import RequestError, WorkError
 
@@ -72,11 +72,7 @@ def main() -> int:
             folder.mkdir(parents=True, exist_ok=True)
             for method in methods:
                 result = measure(folder, arguments.shape, method, sides, cpu=arguments.cpu)
-                text = json.dumps(result, indent=2)
-                print(text)
-                if arguments.write:
-                    RESULTS.mkdir(exist_ok=True)
-                    (RESULTS / f"training_cuda_{method}.json").write_text(text + "\n", encoding="utf-8")
+                show(result, RESULTS / f"training_cuda_{method}.json" if arguments.write else None)
     except (RequestError, WorkError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
@@ -140,7 +136,7 @@ def measure(folder: Path, shape: str, method: str, sides: Sequence[str], *, cpu:
     return {
         "method": method,
         **ratios(results),
-        "rows": made,
+        "rows": {name: value for name, value in made.items() if name != "model"},
         "sides": results,
         "card": card,
         "machine": machine(),

@@ -192,8 +192,10 @@ def dpo_trainer(
     if device.backend == "transformers":
         by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
         reason = why_not_from_hidden_states(policy, setup.compute)
-        unpadded = reason is None and keeps_rows_apart(policy, by_row)
-        logger.info("logits: %s", "of answers alone, in chunks" if unpadded else reason or "of whole batches")
+        if reason is None and not keeps_rows_apart(policy, by_row):
+            reason = "rows that lie one behind another would see each other"
+        unpadded = reason is None
+        logger.info("logits: %s", f"of whole batches, for {reason}" if reason else "of answers alone, in chunks")
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     # What TRL precomputes it would keep beside the dataset, which is an artifact of another step.
     cached = is_caching_enabled()

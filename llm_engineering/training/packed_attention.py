@@ -42,7 +42,7 @@ def attend_by_row(policy: PreTrainedModel | PeftModel) -> bool:
 
 
 def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
-    """Whether the members of one long row see each other: whether the first one's tokens change the second one.
+    """Whether the members of one long row do not see each other: other tokens in the first one leave the second as it is.
 
     Tried on eight tokens, so that no list of models whose attention reads position ids has to be kept.
     """

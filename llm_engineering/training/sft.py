@@ -97,6 +97,12 @@ def train_sft_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingRe
     return train_sft(data, config, job.setup, settings, job.parameters, job.resume_from)
 
 
+def _is_not_about_unpadded_rows(record: logging.LogRecord) -> bool:
+    """TRL warns of every attention but FlashAttention where rows lie one behind another, and of one row a batch;
+    whether the model keeps them apart was tried before."""
+    return not ("Flash Attention" in str(record.msg) or "padding-free training" in str(record.msg))
+
+
 class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
     """TRL's trainer for rows that are labelled already; one that resumes, and computes no more than it needs.
 
@@ -156,7 +162,7 @@ def sft_trainer(
         reason = why_not_from_hidden_states(policy, setup.compute)
         if reason is None:
             take_loss_from_hidden_states(policy)
-        logger.info("logits: %s", reason or "of trained tokens alone, in chunks")
+        logger.info("logits: %s", f"of whole batches, for {reason}" if reason else "of trained tokens alone, in chunks")
         if config.packing and not unpadded:
             raise RequestError(
                 f"Packed rows of {setup.model.name_or_path} would see each other: its attention does not tell them apart "
@@ -179,9 +185,7 @@ def sft_trainer(
         loss_type="nll" if device.backend == "transformers" else None,
         train_sampling_strategy=config.train_sampling_strategy,
     )
-    # It warns of every attention but FlashAttention where rows lie one behind another; whether they are kept apart
-    # was just tried.
-    logging.getLogger("trl.trainer.sft_trainer").setLevel(logging.ERROR)
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(_is_not_about_unpadded_rows)
     columns = ["input_ids", "labels"]
     trainer = FormattedSFTTrainer(
         model=policy,

@@ -87,8 +87,8 @@ def causal_model(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: ComputeConfig) -> str | None:
-    """Why logits are made of whole batches: a model's are not its last hidden states times its output weights, or not
-    on this machine; None if they are.
+    """Why logits have to be made of whole batches; None if they are the last hidden states times the output weights, and
+    these are here as a whole.
 
     Some models scale or cap their logits, and an adapter may lie on the head. It is tried on four tokens, so that no
     list of such models has to be kept.
@@ -96,11 +96,11 @@ def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: Com
     model = causal_model(policy)
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
-        return "of whole batches, because an adapter lies on the output weights"
+        return "an adapter lies on the output weights"
     if compute.distributed == "fsdp2" or compute.zero_stage == 3:
-        return "of whole batches, because the output weights are sharded"
+        return "the output weights are sharded"
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-        return "of whole batches, because the output layer is no plain matrix"
+        return "the output layer is no plain matrix"
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
     training = model.training
     model.eval()
@@ -111,7 +111,7 @@ def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: Com
     model.train(training)
     # Two ways of computing the same in half precision differ by roundings.
     if not torch.allclose(logits, direct, atol=1e-2 * float(logits.abs().max())):
-        return "of whole batches, because the model changes them after the output layer"
+        return "the model changes them after the output layer"
     return None
 
 

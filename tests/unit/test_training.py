@@ -121,6 +121,17 @@ def test_sft_lowers_the_loss_and_leaves_no_pickle(sft_data, setup, settings):
     )
 
 
+def test_of_trls_warnings_those_of_unpadded_rows_alone_are_left_out(sft_data, setup, settings, caplog):
+    name = "trl.trainer.sft_trainer"
+    with caplog.at_level(logging.WARNING, logger=name):
+        train_sft(sft_data, SFT.model_copy(update={"max_steps": 1}), setup, settings)
+        assert [record for record in caplog.records if record.name == name] == []
+        logging.getLogger(name).warning("The model may not learn to stop.")
+    assert [record.getMessage() for record in caplog.records if record.name == name] == [
+        "The model may not learn to stop."
+    ]
+
+
 def test_packed_rows_do_not_see_each_other(sft_data, setup, settings):
     """The first packed step's loss is that of the same rows one by one."""
     device = choose_device(setup.compute)
