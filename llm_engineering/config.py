@@ -11,6 +11,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 # `as`: the recipe's blocks are imported from here, wherever they are written down.
+from llm_engineering.config_compute import ComputeConfig as ComputeConfig
+from llm_engineering.config_compute import SageMakerConfig as SageMakerConfig
 from llm_engineering.config_evaluation import EvaluationConfig as EvaluationConfig
 from llm_engineering.config_evaluation import JudgeConfig as JudgeConfig
 from llm_engineering.config_evaluation import LmEvalConfig as LmEvalConfig
@@ -324,46 +326,6 @@ class DPOConfig(TrainConfig):
                 f"loss_type {named} compares the sorted pairs of a batch: per_device_train_batch_size must be above 1"
             )
         return self
-
-
-class ComputeConfig(Block):
-    """Where training runs, in which precision, in how many processes, and what loads the model that is trained.
-
-    On CUDA each of the `num_processes` has a card of its own. `distributed` is what they share: with `ddp` each holds
-    the whole model and they average gradients; `fsdp2` shards weights, gradients and optimiser state over them;
-    `deepspeed` shards what `zero_stage` says (1 the optimiser state, 2 gradients too, 3 weights too).
-
-    `backend: auto` is unsloth where CUDA and the package are there and the recipe asks for nothing that it lacks, else
-    transformers.
-    """
-
-    target: Literal["local"] = "local"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    backend: Literal["auto", "transformers", "unsloth"] = "auto"
-    num_processes: int = Field(1, ge=1)
-    distributed: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
-    zero_stage: Literal[1, 2, 3] | None = None
-
-    @model_validator(mode="after")
-    def _processes(self) -> Self:
-        if self.distributed != "ddp" and self.num_processes == 1:
-            raise ValueError(
-                f"distributed {self.distributed} has no effect with num_processes 1: remove it, or set num_processes"
-            )
-        if self.distributed != "ddp" and self.device == "cpu":
-            raise ValueError(f"distributed {self.distributed} needs CUDA: use ddp with device cpu")
-        if self.distributed == "deepspeed" and self.zero_stage is None:
-            raise ValueError("distributed deepspeed needs zero_stage: 1, 2 or 3, which shards the weights too")
-        if self.distributed != "deepspeed" and self.zero_stage is not None:
-            raise ValueError(f"zero_stage has no effect with distributed {self.distributed}: remove it")
-        return self
-
-    @property
-    def one_process(self) -> ComputeConfig:
-        """What work in a single process depends on, so that it is not repeated when training gets more of them."""
-        return self.model_copy(update={"num_processes": 1, "distributed": "ddp", "zero_stage": None})
 
 
 class TrackingConfig(Block):

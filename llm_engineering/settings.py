@@ -25,6 +25,14 @@ class Settings(BaseSettings):
     hf_token: SecretStr | None = None
     openai_api_key: SecretStr | None = None
     wandb_api_key: SecretStr | None = None
+    aws_region: str | None = None
+    sagemaker_role: str | None = None
+    sagemaker_bucket: str | None = None
+    sagemaker_image: str | None = None
+    # The name of a secret in Secrets Manager: a JSON object of environment variables for the job.
+    sagemaker_secret: str | None = None
+    notify_sns_topic: str | None = None
+    notify_webhook: SecretStr | None = None
     llm_cache_dir: Path = Field(default_factory=_cache_home)
     llm_output_dir: Path = Path("outputs")
 
