@@ -70,13 +70,16 @@ class EvaluationConfig(Block):
     """Held-out measures, each with a bootstrap interval over rows.
 
     `generated_rows` held-out rows, drawn with the seed, are answered by every model, and the first `sample_answers` of
-    them are shown. `checks` is a JSONL file of prompts with what their answers must be like.
+    them are shown. `checks` is a JSONL file of prompts with what their answers must be like. `repetition_penalty`
+    (Keskar et al. 2019, arXiv:1909.05858, section 4.1; 1 is none) holds for these answers, base model's included, and
+    is handed over with the merged model, so that what is served answers as what was measured.
     """
 
     batch_size: int = Field(8, ge=1)
     sample_answers: int = Field(20, ge=1)
     generated_rows: int = Field(20, ge=1)
     max_new_tokens: int = Field(64, ge=1)
+    repetition_penalty: float = Field(1.0, ge=1.0)
     bootstrap_samples: int = Field(2000, ge=100)
     confidence: float = Field(0.95, ge=0.5, lt=1)
     judge: JudgeConfig | None = None

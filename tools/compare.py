@@ -60,7 +60,7 @@ def _compare(arguments: argparse.Namespace) -> int:
             f"The question is longer than the model can read beside an answer of {arguments.max_new_tokens} tokens. "
             "Shorten it, or lower --max-new-tokens."
         )
-    models = Models(base, found.folders, tokenizer, batch_size=1)
+    models = Models(base, found.folders, tokenizer, 1, recipe.evaluation.repetition_penalty)
     shown = Table(title=arguments.prompt, title_justify="left", title_style="bold")
     answers = []
     for name in models.names:

@@ -30,14 +30,15 @@ MERGED = "merged_model"
 def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     """The folder of the merged model in the precision of `merged_device`.
 
-    It is made once for each precision, and registered as `merged_model` of the model version.
+    It is made once for each precision and repetition penalty, and registered as `merged_model` of the model version.
 
     Raises:
         RequestError: the version holds no held-out rows to verify it on.
         WorkError: the merged model differs from the trained one: it is then not registered.
     """
     dtype = merged_device(recipe.compute).dtype
-    registered = _registered(found, precision(dtype))
+    penalty = recipe.evaluation.repetition_penalty
+    registered = _registered(found, precision(dtype), penalty)
     if registered is not None:
         return registered
     formatted = found.version.get_artifact("formatted_sft")
@@ -50,16 +51,16 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     trained = Trained(found.base, found.folders[found.name])
     with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
         target = Path(temporary, "model")
-        verification = merge(trained, rows, choose_device(recipe.compute), dtype, settings, target)
+        verification = merge(trained, rows, choose_device(recipe.compute), dtype, settings, target, penalty)
         logger.info("Verified: %s", verification.sentence)
-        return _register(found, target, verification)
+        return _register(found, target, verification, penalty)
 
 
-def _registered(found: Found, dtype: str) -> Path | None:
+def _registered(found: Found, dtype: str, repetition_penalty: float) -> Path | None:
     known = Client().list_artifact_versions(
         artifact=MERGED,
         model_version_id=found.version.id,
-        run_metadata=[f"dtype:{dtype}"],
+        run_metadata=[f"dtype:{dtype}", f"repetition_penalty:{repetition_penalty}"],
         sort_by="desc:created",
         size=1,
         hydrate=True,
@@ -70,8 +71,12 @@ def _registered(found: Found, dtype: str) -> Path | None:
     return folder
 
 
-def _register(found: Found, folder: Path, verification: Verification) -> Path:
-    facts = {**verification.model_dump(exclude_none=True), "stage": found.name}
+def _register(found: Found, folder: Path, verification: Verification, repetition_penalty: float) -> Path:
+    facts = {
+        **verification.model_dump(exclude_none=True),
+        "stage": found.name,
+        "repetition_penalty": repetition_penalty,
+    }
     saved = save_artifact(Directory(path=folder), MERGED, materializer=DirectoryMaterializer, user_metadata=facts)
     link_artifact_version_to_model_version(saved, found.version)
     logger.info("Registered:  %s version %s", MERGED, saved.version)

@@ -102,12 +102,12 @@ def _observe_all(
     def observe_beside() -> dict[str, Observation]:
         # A function of its own, so that the memory is free again before another base model is loaded.
         base = load_model(setup.model, settings, choose_device(setup.compute))
-        models = Models(base, beside, tokenizer, config.batch_size)
+        models = Models(base, beside, tokenizer, config.batch_size, config.repetition_penalty)
         return {name: observe(models, name, name, ours, work, config, setup.seed) for name in models.names}
 
     seen = observe_beside()
     if own_tokenizer is not None and INCUMBENT not in seen:
-        models, name = load_incumbent(adapters[INCUMBENT], own_tokenizer, config.batch_size, setup, settings)
+        models, name = load_incumbent(adapters[INCUMBENT], own_tokenizer, config, setup, settings)
         seen[INCUMBENT] = observe(models, name, INCUMBENT, theirs, work, config, setup.seed)
     return work, seen
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ModelConfig, TrainingSetup
+from llm_engineering.config import EvaluationConfig, ModelConfig, TrainingSetup
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.measures import BASE, Models
 from llm_engineering.models import load_model, load_tokenizer, pin_revision
@@ -35,7 +35,11 @@ def is_like_ours(
 
 
 def load_incumbent(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, batch_size: int, setup: TrainingSetup, settings: Settings
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EvaluationConfig,
+    setup: TrainingSetup,
+    settings: Settings,
 ) -> tuple[Models, str]:
     """The model on a base of its own, and the name that it has there.
 
@@ -46,7 +50,8 @@ def load_incumbent(
     device = choose_device(setup.compute)
     if base is None:
         full = ModelConfig(name_or_path=str(folder), trust_remote_code=setup.model.trust_remote_code)
-        return Models(load_model(full, settings, device), {}, tokenizer, batch_size), BASE
+        alone = load_model(full, settings, device)
+        return Models(alone, {}, tokenizer, config.batch_size, config.repetition_penalty), BASE
     is_folder = (base.revision or "").startswith("folder-")
     try:
         there = pin_revision(base.model_copy(update={"revision": None})) if is_folder else base
@@ -62,7 +67,8 @@ def load_incumbent(
             f"The model in production cannot be measured, because its base model {base.name_or_path} cannot be loaded: "
             f"{error} Put it back, or take the model out of production."
         ) from error
-    return Models(loaded, {INCUMBENT: folder}, tokenizer, batch_size), INCUMBENT
+    models = Models(loaded, {INCUMBENT: folder}, tokenizer, config.batch_size, config.repetition_penalty)
+    return models, INCUMBENT
 
 
 def _base(folder: Path, setup: TrainingSetup) -> ModelConfig | None:

@@ -47,14 +47,20 @@ class Sample(NamedTuple):
 class Models:
     """The base model and what was trained from it by name, e.g. `sft` and `dpo`: adapters, or full models.
 
-    `base` is the model as it was.
+    `base` is the model as it was. Answers are greedy, with `repetition_penalty` (1 is none).
     """
 
     def __init__(
-        self, base: PreTrainedModel, adapters: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase, batch_size: int
+        self,
+        base: PreTrainedModel,
+        adapters: Mapping[str, Path],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        repetition_penalty: float = 1.0,
     ) -> None:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.repetition_penalty = repetition_penalty
         self.names = [BASE, *adapters]
         self.model: PreTrainedModel | PeftModel = base
         self.full: dict[str, PreTrainedModel] = {}
@@ -148,6 +154,7 @@ class Models:
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            repetition_penalty=self.repetition_penalty,
             pad_token_id=pad,
             eos_token_id=ends,
         )

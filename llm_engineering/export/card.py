@@ -175,6 +175,10 @@ _CARD = _environment.from_string("""\
 | weights | {{ f.verification.dtype }}, safetensors |
 
 Ask it with its own chat template, which comes with the tokenizer: it was trained with that and no other.
+{% if f.recipe.evaluation.repetition_penalty != 1 %}
+Its answers were measured with a repetition penalty of {{ f.recipe.evaluation.repetition_penalty }}, which \
+generation_config.json asks for wherever it is read; llama.cpp is told by `--repeat-penalty`.
+{% endif %}
 
 ## Data
 

@@ -59,7 +59,13 @@ def merged_device(compute: ComputeConfig) -> Device:
 
 
 def merge(
-    trained: Trained, rows: Sequence[HeldoutRow], device: Device, dtype: torch.dtype, settings: Settings, target: Path
+    trained: Trained,
+    rows: Sequence[HeldoutRow],
+    device: Device,
+    dtype: torch.dtype,
+    settings: Settings,
+    target: Path,
+    repetition_penalty: float = 1.0,
 ) -> Verification:
     """Write the merged model with tokenizer, chat template and end tokens to `target`, if it passes its verification.
 
@@ -70,6 +76,7 @@ def merge(
         rows: held-out ones; as many as are wanted, each is computed three or four times.
         device: its precision is that of the base model in training.
         dtype: of the weights that are written.
+        repetition_penalty: of whoever serves the files, unless a request names another.
 
     Raises:
         WorkError: the merged model differs from the trained one; `target` is then not there.
@@ -86,6 +93,7 @@ def merge(
         # Before anything is rounded, so that rounding hides no other mistake.
         check_same(rows, reference, token_scores(merged, rows))
     ends = end_token_ids(merged, tokenizer)
+    merged.generation_config.repetition_penalty = repetition_penalty
     _write(merged, tokenizer, ends, dtype, target)
     try:
         logger.info("Verifying the saved files on %d held-out rows", len(rows))

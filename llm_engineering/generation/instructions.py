@@ -21,6 +21,8 @@ STOP: dict[Style, tuple[str, ...]] = {"question": ("?",), "how_to": ("?",), "tas
 
 MIN_QUESTION_CHARS = 15
 MAX_QUESTION_CHARS = 200
+# Of a question's telling words, as many must stand in the passage: with fewer, small models ask about something else.
+MIN_GROUNDED_SHARE = 0.5
 # Of a raw text, as much as a person needs to see what went wrong.
 RAW_CHARS = 200
 _QUESTION_WORD = re.compile(
@@ -233,6 +235,7 @@ def instruction_problem(text: str, passage: str, style: Style) -> str:
     if _MENTIONS_PASSAGE.search(text):
         return "mentions_passage"
     words = set(_WORD.findall(text.lower())) - _COMMON_WORDS
-    if not words & set(_WORD.findall(passage.lower())):
+    shared = words & set(_WORD.findall(passage.lower()))
+    if len(shared) < max(1, MIN_GROUNDED_SHARE * len(words)):
         return "not_grounded"
     return ""

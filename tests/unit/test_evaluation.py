@@ -15,6 +15,7 @@ from llm_engineering.evaluation.measures import (
     preference_accuracy,
     preference_margin,
 )
+from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models import load_model, load_tokenizer
 from llm_engineering.training.policy import new_policy, save_policy
 
@@ -55,6 +56,24 @@ def test_each_adapter_is_measured_as_itself(model, cpu, settings, tmp_path):
     scores = {name: models.scores(name, rows, "loss")[0].log_prob for name in ("dpo", "base", "sft")}
     assert scores["base"] == pytest.approx(alone.scores("base", rows, "loss")[0].log_prob, abs=1e-6)
     assert len({round(score, 4) for score in scores.values()}) == 3
+
+
+def test_repetition_penalty_is_that_of_its_formula(model, cpu, settings):
+    """Logits of tokens that are there already: divided by the penalty above zero, multiplied below."""
+    tokenizer = load_tokenizer(model, settings)
+    base = load_model(model, settings, choose_device(cpu))
+    prompt = [Message(role="user", content="Is it this?")]
+    penalised = Models(base, {}, tokenizer, 1, repetition_penalty=1.5).answer("base", prompt, 8).ids
+    ids = prompt_ids(prompt, tokenizer)
+    expected = []
+    with torch.inference_mode():
+        while len(expected) < 8 and tokenizer.eos_token_id not in expected:
+            logits = base(input_ids=torch.tensor([ids + expected])).logits[0, -1].float()
+            there = sorted({*ids, *expected})
+            logits[there] = torch.where(logits[there] > 0, logits[there] / 1.5, logits[there] * 1.5)
+            expected.append(int(logits.argmax()))
+    assert penalised == expected
+    assert Models(base, {}, tokenizer, 1).answer("base", prompt, 8).ids != expected
 
 
 def test_answers_in_batches_are_those_asked_one_by_one(base_model, cpu, settings):

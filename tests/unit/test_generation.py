@@ -31,6 +31,7 @@ PASSAGE = "A generator function suspends its execution at each yield expression 
         ("question", "What does the passage say about a generator?", "mentions_passage"),
         ("question", "What is the output of the following generator?", "mentions_passage"),
         ("question", "What is the purpose of the debugger?", "not_grounded"),
+        ("question", "Which debugger commands list the breakpoints of a generator?", "not_grounded"),
         ("how_to", "How does a generator function suspend its execution?", ""),
         ("how_to", "What does a generator function suspend?", "not_a_how_to"),
         ("task", "Explain how a generator function suspends its execution.", ""),

@@ -54,9 +54,11 @@ def test_merged_model_is_the_trained_one(model, cpu, settings, tmp_path, lora):
 
 
 def test_files_are_complete(model, cpu, settings, tmp_path):
-    """Plain transformers layout: weights, tokenizer, the template that was trained with, and every end token."""
+    """Plain transformers layout: weights, tokenizer, the template that was trained with, every end token, and how
+    it was asked when it was measured."""
     trained = adapter(model, tmp_path / "adapter", settings, cpu)
-    merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged")
+    merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged", repetition_penalty=1.1)
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["repetition_penalty"] == 1.1
     files = {file.name for file in (tmp_path / "merged").iterdir()}
     assert {
         "config.json",
