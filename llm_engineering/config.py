@@ -382,6 +382,11 @@ class Recipe(Block):
             seed=self.seed,
         )
 
+    @property
+    def evaluation_setup(self) -> TrainingSetup:
+        """The same for evaluation, which is one process, here, wherever training runs."""
+        return self.setup.model_copy(update={"compute": self.compute.one_process})
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         writing = self.generation
