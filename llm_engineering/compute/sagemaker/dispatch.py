@@ -55,9 +55,12 @@ def dispatch_training(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the job was stopped, or left running.
     """
     stage = _Stage(job, data, settings, recipe)
+    with translated("SageMaker's jobs cannot be looked up"):
+        current = stage.given() or stage.unfinished()
+    if current is None:
+        with translated(f"The inputs of {job.stage} cannot be uploaded"):
+            stage.upload()
     with Signals() as signals:
-        with translated("SageMaker's jobs cannot be looked up"):
-            current = stage.given() or stage.unfinished(signals)
         if current is None:
             with translated(f"A job for {job.stage} cannot be started"):
                 current = stage.start(jobs.instance_types(stage.config))
@@ -73,6 +76,8 @@ def dispatch_training(
             left = jobs.types_after(stage.config, tried) if is_capacity(current) else []
             if not left:
                 raise explain(current, list(log.last))
+            if signals.received is not None:
+                raise KeyboardInterrupt("no job was started in place of one without capacity")
             logger.warning("No capacity of %s: trying %s", tried, left[0])
             with translated(f"A job for {job.stage} cannot be started"):
                 stage.former = current
@@ -99,6 +104,7 @@ class _Stage:
         self.identity = jobs.job_identity(job, data)
         self.names = jobs.JobNames.of(recipe, job.stage, self.identity)
         self.former: dict[str, Any] | None = None
+        self._channels: dict[str, str] = {}
 
     def given(self) -> dict[str, Any] | None:
         """The job that a person named, if it is one of this stage.
@@ -137,7 +143,7 @@ class _Stage:
         identity: dict[str, Any] = json.loads(found["Body"].read())
         return identity
 
-    def unfinished(self, signals: Signals) -> dict[str, Any] | None:
+    def unfinished(self) -> dict[str, Any] | None:
         """The newest job of this work, if it runs or its results are still to be brought back."""
         self.former = self.names.newest(self.client)
         if self.former is None:
@@ -148,8 +154,8 @@ class _Stage:
             return self.former
         if status == "Stopping":
             logger.info("Job %s is being stopped: waiting for its last checkpoint", name)
-            log = JobLog(self.account.client("logs"), name)
-            self.former = follow(self.client, log, name, signals)
+            with Signals() as signals:
+                self.former = follow(self.client, JobLog(self.account.client("logs"), name), name, signals)
         if self.former["TrainingJobStatus"] != "Completed":
             logger.info("Job %s was not completed: a new one goes on from its newest checkpoint", name)
             return None
@@ -162,7 +168,7 @@ class _Stage:
         """Upload what is missing and create a job on the first of these types that the quota allows."""
         number = 1 if self.former is None else self.names.number(self.former["TrainingJobName"]) + 1
         name = self.names.name(number)
-        channels = {**self._inputs, "job": self._upload_job(name)}
+        channels = {**self.upload(), "job": self._upload_job(name)}
         tags = {jobs.STAGE: self.job.stage, jobs.IDENTITY: self.names.digest, jobs.RECIPE: self.recipe}
         requests = {
             kind: training_job_request(
@@ -201,9 +207,10 @@ class _Stage:
             logger.warning("The checkpoints of the former job are in another bucket, %s: training starts anew", uri)
         return self.account.uri("checkpoints", name)
 
-    @cached_property
-    def _inputs(self) -> dict[str, str]:
-        """The channels that do not depend on the job's number."""
+    def upload(self) -> dict[str, str]:
+        """Upload what does not depend on the job's number, once; returns the channels."""
+        if self._channels:
+            return self._channels
         with tempfile.TemporaryDirectory() as folder:
             self.data.save_to_disk(folder)
             content = folder_hash(Path(folder))
@@ -215,6 +222,7 @@ class _Stage:
             channels["start"] = upload_folder(self.account, self.job.start, "models", folder_hash(self.job.start))
         if self._model is not None:
             channels["model"] = upload_folder(self.account, self._model, "models", folder_hash(self._model))
+        self._channels = channels
         return channels
 
     @cached_property
