@@ -22,7 +22,7 @@ from llm_engineering.compute.sagemaker.follow import Signals, follow
 from llm_engineering.compute.sagemaker.logs import JobLog
 from llm_engineering.compute.sagemaker.prices import cost_facts, cost_line
 from llm_engineering.compute.sagemaker.request import INPUTS, RESULTS, training_job_request
-from llm_engineering.compute.sagemaker.storage import fetch_results, folder_hash, upload_folder
+from llm_engineering.compute.sagemaker.storage import fetch_results, folder_hash, is_there, upload_folder
 from llm_engineering.config import SageMakerConfig
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import differences
@@ -161,7 +161,11 @@ class _Stage:
             return None
         if jobs.FETCHED in jobs.tags_of(self.client, self.former):
             return None
-        logger.info("Job %s has done this very work: bringing its results back", name)
+        if not is_there(self.account, self.former["ModelArtifacts"]["S3ModelArtifacts"]):
+            logger.warning("Job %s has done this very work, but its results are no longer in S3: starting anew", name)
+            return None
+        when = self.former["CreationTime"].strftime("%Y-%m-%d %H:%M")
+        logger.info("Job %s of %s has done this very work: bringing its results back", name, when)
         return self.former
 
     def start(self, types: Sequence[str]) -> dict[str, Any]:
