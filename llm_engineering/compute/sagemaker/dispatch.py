@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import ClientError
 from datasets import DatasetDict
 
 from llm_engineering.compute.sagemaker import jobs
@@ -273,7 +274,13 @@ class _Stage:
         summary = json.loads(report.read_text(encoding="utf-8")) | {"sagemaker": self.facts(description)}
         report.write_text(json.dumps(summary, indent=2), encoding="utf-8")
         when = {"Key": jobs.FETCHED, "Value": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
+        try:
+            self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
+        except ClientError as error:
+            # The results are here, and that is what counts.
+            logger.warning(
+                "Job %s cannot be marked as fetched (%s): the same work will find its results again", name, error
+            )
         return TrainingResult(adapter, report.parent, summary)
 
 
