@@ -48,7 +48,7 @@ def locked(target: str) -> str:
         asked.write_text("\n".join(requirements(target)), encoding="utf-8")
         # --no-header and so on: nothing of the machine that wrote it.
         command = [
-            "uv", "pip", "compile", str(asked), "--constraint", str(full), "--python-version", "3.11",
+            "uv", "pip", "compile", str(asked), "--constraint", str(full), "--python-version", "3.11.9",
             "--python-platform", "x86_64-manylinux_2_28", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet",
         ]  # fmt: skip
         resolved = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -32,11 +32,20 @@ def instructions() -> dict[str, list[str]]:
     return stages
 
 
+# What the images are: markers of requirements.lock, which is for every system and Python, are read for it.
+IMAGE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix",
+         "python_version": "3.11", "python_full_version": "3.11.9", "platform_python_implementation": "CPython",
+         "implementation_name": "cpython"}  # fmt: skip
+
+
 def pins(lock: str) -> dict[str, str]:
     """Versions by name."""
-    lines = (ROOT / lock).read_text().splitlines()
-    parts = [line.partition(" ;")[0].partition("==") for line in lines if line]
-    return {canonicalize_name(name): version for name, _, version in parts}
+    found = [Requirement(line) for line in (ROOT / lock).read_text().splitlines()]
+    return {
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==")
+        for one in found
+        if one.marker is None or one.marker.evaluate(IMAGE)
+    }
 
 
 def test_each_target_installs_its_lock_and_says_which():
