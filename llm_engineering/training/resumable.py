@@ -100,7 +100,10 @@ class ResumableTrainer(HeldOutTrainer):
             self.state.best_model_checkpoint = str(final)
         # Gathered from all processes, which have written their files when this is there.
         window = self._window()
+        elsewhere = ranks.gathered(_own_state(written)) if ranks.several_machines() else []
         if ranks.is_main():
+            for name, content in elsewhere:
+                (written / name).write_bytes(content)
             if is_best:
                 self.state.save_to_json(str(written / "trainer_state.json"))
             (written / _WINDOW_FILE).write_text(json.dumps(window), encoding="utf-8")
@@ -113,6 +116,9 @@ class ResumableTrainer(HeldOutTrainer):
                 use_mtime=True,
             )
         ranks.wait()
+        # Only now: if the machines share the folder after all, it was the one that is published.
+        if elsewhere and ranks.is_first_here():
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _needed_bytes(self, folder: Path) -> int:
         former = sort_checkpoints(str(folder), use_mtime=True)
@@ -207,6 +213,12 @@ class ResumableTrainer(HeldOutTrainer):
             f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate."
             f"{unchanged}"
         )
+
+
+def _own_state(checkpoint: Path) -> tuple[str, bytes]:
+    """The one file that each process writes itself, which machines without a common disk have to bring together."""
+    name = f"rng_state_{ranks.rank()}.pth"
+    return name, (checkpoint / name).read_bytes()
 
 
 class LengthGroupedByEpoch(LengthGroupedSampler):
