@@ -1,0 +1,102 @@
+"""What became of each run that a schedule started: one JSON file each, in a folder or in S3."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import boto3
+from pydantic import BaseModel, ConfigDict
+
+# The environment of a scheduled training job holds its name here.
+JOB_VARIABLE = "LLM_SCHEDULED_JOB"
+
+# These judged a model by the gate: the same data again would end the same way.
+_COMPLETED = ("promoted", "staged", "gate failed")
+
+
+def job_prefix(schedule: str) -> str:
+    """What the names of a schedule's jobs begin with, and no other's: a schedule's name has no two hyphens in a row."""
+    return f"{schedule}--"
+
+
+class RunRecord(BaseModel):
+    """A run of a schedule.
+
+    Attributes:
+        run: the training job's name; for a run on this machine its time and process.
+        ended: None while it runs, or if nobody was left to say how it ended.
+        reason: which rule failed, what was raised, why nothing ran.
+        run_id: of the ZenML run; None if it never began.
+        version: of the model.
+        fingerprint: of what the run would read and do; None if it ended before that was known.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    began: datetime
+    ended: datetime | None = None
+    outcome: Literal["running", "promoted", "staged", "gate failed", "stale", "skipped", "failed", "interrupted"] = (
+        "running"
+    )
+    reason: str = ""
+    run_id: str | None = None
+    version: int | None = None
+    fingerprint: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in words: `promoted: version 4`, `skipped: no new data`, `failed: …`."""
+        return f"{self.outcome}: {self.reason}" if self.reason else self.outcome
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run went through the whole chain to a judgement."""
+        return self.outcome in _COMPLETED
+
+
+class Place:
+    """Where a schedule keeps what belongs to it: a folder, or `s3://bucket/prefix`. Its last part is the schedule's name."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place.rstrip("/")
+        self.in_s3 = place.startswith("s3://")
+
+    @property
+    def schedule(self) -> str:
+        """The schedule's name."""
+        return self.place.rpartition("/")[2]
+
+    def write(self, record: RunRecord) -> None:
+        """Keep a record, in place of a former one of the same run."""
+        text = record.model_dump_json(indent=1)
+        if self.in_s3:
+            bucket, prefix = self.bucket_and_prefix
+            boto3.client("s3").put_object(Bucket=bucket, Key=f"{prefix}/runs/{record.run}.json", Body=text.encode())
+            return
+        folder = Path(self.place) / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{record.run}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / f"{record.run}.json")
+
+    def records(self, s3: Any = None) -> list[RunRecord]:
+        """All records, the newest first. `s3` is a boto3 client, where the default one is not meant."""
+        if self.in_s3:
+            s3 = s3 or boto3.client("s3")
+            bucket, prefix = self.bucket_and_prefix
+            pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/runs/")
+            keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
+            texts = [s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys]
+        else:
+            texts = [file.read_bytes() for file in (Path(self.place) / "runs").glob("*.json")]
+        found = [RunRecord.model_validate_json(text) for text in texts]
+        return sorted(found, key=lambda record: record.began, reverse=True)
+
+    @property
+    def bucket_and_prefix(self) -> tuple[str, str]:
+        """Of a place in S3."""
+        bucket, _, prefix = self.place.removeprefix("s3://").partition("/")
+        return bucket, prefix
