@@ -6,13 +6,11 @@ evaluation, the recipe but for where it runs and what is published, the base mod
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import boto3
@@ -106,17 +104,9 @@ class Scheduled:
         """Whether this is the only run of the schedule, or the first of several."""
         if self.place.in_s3:
             yield self._is_oldest_job()
-            return
-        folder = Path(self.place.place)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as file:
-            try:
-                # The kernel lets go of it when the process ends, however that comes about.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+        else:
+            with self.place.lock() as is_first:
+                yield is_first
 
     def _is_oldest_job(self) -> bool:
         """Of the jobs of this schedule that run, the one that was created first goes on."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import boto3
+import psutil
 from pydantic import BaseModel, ConfigDict
 
 # The environment of a scheduled training job holds its name here.
 JOB_VARIABLE = "LLM_SCHEDULED_JOB"
 
+_LOCK_FILE = "lock"
 # These judged a model by the gate: the same data again would end the same way.
 _COMPLETED = ("promoted", "staged", "gate failed")
 
@@ -94,6 +100,36 @@ class Place:
             texts = [file.read_bytes() for file in (Path(self.place) / "runs").glob("*.json")]
         found = [RunRecord.model_validate_json(text) for text in texts]
         return sorted(found, key=lambda record: record.began, reverse=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Whether this process is the only run of the schedule; of a folder."""
+        folder = Path(self.place)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _LOCK_FILE).open("a+") as file:
+            try:
+                # The kernel lets go of it when the process ends, however that comes about.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield True
+            file.truncate(0)
+
+    def running_process(self) -> int | None:
+        """The process that holds the lock of a folder; None if none does. It is not asked by locking, which would make a
+        run that begins just then believe that it is the second."""
+        file = Path(self.place) / _LOCK_FILE
+        try:
+            process = psutil.Process(int(file.read_text() or 0))
+            # A number alone is given again to other processes.
+            holds = process.create_time() <= file.stat().st_mtime + 1 and process.status() != psutil.STATUS_ZOMBIE
+        except (FileNotFoundError, psutil.NoSuchProcess):
+            return None
+        return process.pid if holds else None
 
     @property
     def bucket_and_prefix(self) -> tuple[str, str]:
