@@ -382,6 +382,11 @@ class Recipe(Block):
             seed=self.seed,
         )
 
+    @property
+    def evaluation_setup(self) -> TrainingSetup:
+        """The same for evaluation, which is one process, here, wherever training runs."""
+        return self.setup.model_copy(update={"compute": self.compute.one_process})
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         writing = self.generation
@@ -412,6 +417,12 @@ class Recipe(Block):
         if self.compute.device == "cpu" and self.compute.attn_implementation == "flash_attention_2":
             raise ValueError("compute.attn_implementation flash_attention_2 needs CUDA: use sdpa, or auto")
         compute = self.compute
+        best = [stage for stage, config in (("sft", self.sft), ("dpo", self.dpo)) if config.load_best]
+        if best and compute.sagemaker is not None and compute.sagemaker.instance_count > 1:
+            raise ValueError(
+                f"{best[0]}.load_best reads the best checkpoint in every process, and only the first of several machines "
+                "has it on its disk: set it to false, or compute.sagemaker.instance_count to 1"
+            )
         if self.sft.method == "qlora" and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
             raise ValueError(
                 "sft.method qlora keeps its weights in 4 bits, which are not sharded here: use compute.distributed ddp, "

@@ -95,6 +95,11 @@ class ComputeConfig(Block):
                 f"num_processes {self.num_processes} counts those of all machines, and cannot be shared by "
                 f"sagemaker.instance_count {self.sagemaker.instance_count}"
             )
+        if self.sagemaker is not None and self.sagemaker.instance_count > 1 and self.distributed != "ddp":
+            raise ValueError(
+                f"distributed {self.distributed} writes its shards to a disk that all processes see, which several "
+                "machines have not: use ddp, or sagemaker.instance_count 1"
+            )
         if self.distributed != "ddp" and self.num_processes == 1:
             raise ValueError(
                 f"distributed {self.distributed} has no effect with num_processes 1: remove it, or set num_processes"
@@ -111,6 +116,11 @@ class ComputeConfig(Block):
     def in_job(self) -> ComputeConfig:
         """What the training job itself gets: for it, its machine is here."""
         return self.model_copy(update={"target": "local", "sagemaker": None})
+
+    @property
+    def here(self) -> ComputeConfig:
+        """What a model of this recipe is used with here, once it is trained: of another machine, its precision alone."""
+        return self if self.target == "local" else ComputeConfig(dtype=self.dtype)
 
     @property
     def one_process(self) -> ComputeConfig:

@@ -34,7 +34,7 @@ def sft(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
     instructions = _instructions(recipe, inputs, _documents(recipe, inputs))
     formatted, adapter, training = _train_sft(recipe, inputs, instructions)
     report = evaluate_sft(
-        formatted, instructions, adapter, training, recipe.evaluation, recipe.setup, inputs.checks, incumbent
+        formatted, instructions, adapter, training, recipe.evaluation, recipe.evaluation_setup, inputs.checks, incumbent
     )
     promote(report, recipe, inputs.code, inputs.incumbent)
 
@@ -131,7 +131,7 @@ def _train_and_judge_dpo(
         adapter,
         training,
         recipe.evaluation,
-        recipe.setup,
+        recipe.evaluation_setup,
         inputs.checks,
         incumbent,
     )

@@ -1,10 +1,12 @@
 """Steps that train."""
 
+from collections.abc import Callable
 from typing import Annotated
 
 from datasets import DatasetDict
-from zenml import get_step_context
+from zenml import get_step_context, log_metadata
 
+from llm_engineering.compute.sagemaker.dispatch import dispatch_training
 from llm_engineering.config import DPOConfig, SFTConfig, TrainingSetup
 from llm_engineering.settings import Settings
 from llm_engineering.training.dpo import train_dpo_job
@@ -23,7 +25,7 @@ def train_sft(
 ) -> tuple[Annotated[Directory, "sft_adapter"], Annotated[Directory, "training_report"]]:
     """Train the SFT adapter. `recipe_hash` is of all that decides this stage; DPO finds its start by it."""
     job = Job(stage="sft", config=config.model_dump(), setup=setup, parameters=_lineage(recipe_hash, "formatted_sft"))
-    result = launch_training(train_sft_job, job, formatted_sft, Settings())
+    result = _train(train_sft_job, job, formatted_sft)
     _log(result, "sft_adapter", setup, recipe_hash)
     return Directory(path=result.adapter), Directory(path=result.report)
 
@@ -35,9 +37,19 @@ def train_dpo(
     """Train the DPO adapter on top of the SFT adapter."""
     lineage = _lineage(recipe_hash, "formatted_dpo", "sft_adapter")
     job = Job(stage="dpo", config=config.model_dump(), setup=setup, start=sft_adapter.path, parameters=lineage)
-    result = launch_training(train_dpo_job, job, formatted_dpo, Settings())
+    result = _train(train_dpo_job, job, formatted_dpo)
     _log(result, "dpo_adapter", setup, recipe_hash)
     return Directory(path=result.adapter), Directory(path=result.report)
+
+
+def _train(
+    train: Callable[[Job, DatasetDict, Settings], TrainingResult], job: Job, data: DatasetDict
+) -> TrainingResult:
+    """Train where the recipe says."""
+    if job.setup.compute.target == "local":
+        return launch_training(train, job, data, Settings())
+    recipe = get_step_context().model.name
+    return dispatch_training(job, data, Settings(), recipe, lambda facts: log_metadata(metadata=facts))
 
 
 def _lineage(recipe_hash: str, *inputs: str) -> dict[str, str]:
@@ -56,4 +68,5 @@ def _log(result: TrainingResult, adapter: str, setup: TrainingSetup, recipe_hash
         base_revision=str(setup.model.revision),
         **{name: summary[name] for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes")},
         **{f"comet_{name}": value for name, value in summary["comet"].items()},
+        **summary.get("sagemaker", {}),
     )

@@ -14,10 +14,12 @@ import boto3
 import regex
 from botocore.config import Config
 from botocore.model import OperationModel, Shape
-from botocore.session import get_session
 from moto.core.parse import PROTOCOL_PARSERS
 from moto.core.request import Request as MotoRequest
+from moto.core.request import determine_request_protocol
 from moto.core.routing import get_service_router
+from moto.core.utils import get_service_model
+from moto.moto_api._internal.models import moto_api_backend
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
@@ -25,7 +27,6 @@ ACCOUNT = "123456789012"
 REGION = "eu-west-1"
 # What a service signs with, where boto3 has another name for it.
 _CLIENT_NAMES = {"servicequotas": "service-quotas", "monitoring": "cloudwatch"}
-_MODELS = get_session()
 
 
 class Error(Exception):
@@ -103,22 +104,13 @@ def running_aws(fake: Fake) -> Iterator[Fake]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        _reset()
+        moto_api_backend.reset()
         yield fake
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
-        _reset()
-
-
-def _reset() -> None:
-    from moto.backends import loaded_backends
-    from moto.core.model_instances import reset_model_data
-
-    reset_model_data()
-    for _, backend in loaded_backends():
-        backend.reset()
+        moto_api_backend.reset()
 
 
 class _QuietHandler(MotoRequestHandler):
@@ -137,7 +129,7 @@ class _Front:
         if signed is None:
             return self._moto(environ, start_response)
         key, region, service = signed
-        model = _MODELS.get_service_model(_CLIENT_NAMES.get(service, service))
+        model = get_service_model(_CLIENT_NAMES.get(service, service))
         try:
             operation, parameters = _parse(environ, model)
             complaints = [] if service == "s3" else list(complaints_about(parameters, operation.input_shape))
@@ -167,7 +159,7 @@ def _signature(environ: dict[str, Any]) -> tuple[str, str, str] | None:
 
 
 def _parse(environ: dict[str, Any], model: Any) -> tuple[OperationModel, dict[str, Any]]:
-    protocol = model.metadata["protocol"]
+    protocol = determine_request_protocol(model, environ.get("CONTENT_TYPE"))
     if protocol != "rest-xml":
         length = int(environ.get("CONTENT_LENGTH") or 0)
         body = environ["wsgi.input"].read(length)

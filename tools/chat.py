@@ -49,7 +49,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     logger.info("%s", found.described)
     folder = merged_model(found, recipe, settings)
     conversation = Conversation(
-        folder, merged_device(recipe.compute), settings, arguments.max_new_tokens, recipe.model.trust_remote_code
+        folder, merged_device(recipe.compute.here), settings, arguments.max_new_tokens, recipe.model.trust_remote_code
     )
     too_long = f"The question is longer than the model can read beside an answer of {arguments.max_new_tokens} tokens"
     if prompt is not None:

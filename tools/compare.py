@@ -53,7 +53,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     logger.info("%s", found.described)
     # Saved with what was trained: every model is asked with the template of training, as evaluation does.
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(found.folders[found.name])), settings)
-    base = load_model(found.base, settings, choose_device(recipe.compute))
+    base = load_model(found.base, settings, choose_device(recipe.compute.here))
     question = [Message(role="user", content=arguments.prompt)]
     if not has_room(question, base, tokenizer, arguments.max_new_tokens):
         raise RequestError(

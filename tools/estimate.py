@@ -51,7 +51,7 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
         return []
     lines: list[str] = []
     try:
-        device = _device(recipe)
+        device = _a_card(recipe) if recipe.compute.sagemaker else _device(recipe)
     except RequestError as error:
         lines.append(f"This machine cannot train this recipe: {error}")
         device = _a_card(recipe)
@@ -60,8 +60,10 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
     except (OSError, ValueError) as error:
         reason = f"the configuration of {recipe.model.name_or_path} cannot be read ({_first(error)})"
         return [*lines, f"No estimate: {reason}."]
-    here = not lines
+    here = not lines and recipe.compute.sagemaker is None
     where = "On this machine" if here else "On a card"
+    if recipe.compute.sagemaker is not None:
+        where = f"On {recipe.compute.sagemaker.instance_type}"
     lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
     rate = matmul_rate(device) if here else 0.0
     for stage in stages:
@@ -79,11 +81,13 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
 
 
 def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Log a warning for each stage that will need more memory than is free.
+    """Log a warning for each stage that will need more memory than is free. Of a machine elsewhere nothing is known.
 
     Raises:
         RequestError: this machine cannot train the recipe.
     """
+    if recipe.compute.target == "sagemaker":
+        return
     device = _device(recipe)
     for stage in stages:
         config = _config(recipe, stage)
@@ -137,9 +141,9 @@ def _device(recipe: Recipe) -> Device:
 
 
 def _a_card(recipe: Recipe) -> Device:
-    """A card that is not here, for what the recipe would need on one."""
+    """A card that is not here, for what the recipe would need on one; a CPU elsewhere, if it asks for that."""
     dtype = torch.bfloat16 if recipe.compute.dtype == "auto" else getattr(torch, recipe.compute.dtype)
-    return Device("cuda", dtype, "sdpa", [])
+    return Device("cpu" if recipe.compute.device == "cpu" else "cuda", dtype, "sdpa", [])
 
 
 def _config(recipe: Recipe, stage: str) -> TrainConfig:

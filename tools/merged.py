@@ -36,7 +36,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
         RequestError: the version holds no held-out rows to verify it on.
         WorkError: the merged model differs from the trained one: it is then not registered.
     """
-    dtype = merged_device(recipe.compute).dtype
+    dtype = merged_device(recipe.compute.here).dtype
     registered = _registered(found, precision(dtype))
     if registered is not None:
         return registered
@@ -50,7 +50,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     trained = Trained(found.base, found.folders[found.name])
     with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
         target = Path(temporary, "model")
-        verification = merge(trained, rows, choose_device(recipe.compute), dtype, settings, target)
+        verification = merge(trained, rows, choose_device(recipe.compute.here), dtype, settings, target)
         logger.info("Verified: %s", verification.sentence)
         return _register(found, target, verification)
 

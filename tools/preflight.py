@@ -34,11 +34,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
             or this machine lacks what the recipe asks for.
     """
     Settings().check_writable()
-    device = choose_device(recipe.compute)
-    check_processes(recipe.compute, device)
-    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
-    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
-    device = choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+    uses_unsloth = _check_machine(recipe)
     check_trackers(recipe.tracking)
     data = recipe.data
     documents = documents_hash(recipe.documents) if data.instructions is None else None
@@ -52,7 +48,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
     )
     _check_tokenizer(recipe)
-    if device.backend == "unsloth" and recipe.sft.packing:
+    if uses_unsloth and recipe.sft.packing:
         check_packable(load_config(recipe.model, Settings()).model_type)
     sft_stage = {
         "inputs": [documents, instructions, evaluation],
@@ -72,6 +68,22 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
         code=_code_version(),
     )
+
+
+def _check_machine(recipe: Recipe) -> bool:
+    """Check that training can run where the recipe says; whether unsloth will be its backend.
+
+    A machine of SageMaker's is not here to be asked: with `backend: auto` only the job knows.
+    """
+    compute = recipe.compute
+    if compute.target == "sagemaker":
+        choose_device(compute.one_process)
+        return compute.backend == "unsloth"
+    device = choose_device(compute)
+    check_processes(compute, device)
+    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
+    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
+    return choose_backend(device, compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora).backend == "unsloth"
 
 
 def _check_tokenizer(recipe: Recipe) -> None:

@@ -28,6 +28,9 @@ def main() -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and what would run")
     parser.add_argument("--resume", metavar="RUN|last", help="go on with a run that failed or was interrupted")
+    parser.add_argument(
+        "--attach", metavar="JOB", help="follow this SageMaker job of the training step, instead of starting one"
+    )
     parser.add_argument("--no-cache", action="store_true", help="run every step, also those with a cached result")
     parser.add_argument(
         "--scheduled",
@@ -61,6 +64,10 @@ def _run(arguments: argparse.Namespace, scheduled: Scheduled | None) -> int:
     from tools.estimate import stages_of, warn_of_memory
     from tools.preflight import preflight
 
+    if arguments.attach:
+        from tools.attach import check_attachable
+
+        check_attachable(arguments.attach, recipe, stages_of(arguments.pipeline))
     recipe, inputs = preflight(recipe)
     warn_of_memory(recipe, stages_of(arguments.pipeline))
     prepare_zenml()
@@ -71,6 +78,10 @@ def _run(arguments: argparse.Namespace, scheduled: Scheduled | None) -> int:
     if arguments.resume:
         launch.check_resumable(arguments.resume, arguments.pipeline, recipe)
     runs = launch.launch(arguments.pipeline, recipe, inputs, cache=not arguments.no_cache)
+    if arguments.attach:
+        from tools.attach import warn_if_unused
+
+        warn_if_unused(arguments.attach)
     result = summary.collect(runs, time.monotonic() - started)
     if scheduled is not None:
         version = runs[-1].model_version

@@ -63,7 +63,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     settings = Settings()
     settings.check_writable()
-    device = merged_device(recipe.compute)
+    device = merged_device(recipe.compute.here)
     prepare_zenml()
     from tools.merged import merged_model
     from tools.promoted import find_model

@@ -9,7 +9,9 @@ It starts the recipe's `compute.num_processes` by itself; started by torchrun or
     torchrun --nproc-per-node 2 -m llm_engineering.training sft --set compute.num_processes=2 --recipe …
     accelerate launch --num_processes 2 -m llm_engineering.training sft --set compute.num_processes=2 --recipe …
 
-`--job FILE` is what the pipelines start: everything stands in the file, and the answer is written beside it.
+`--job FILE` is what the pipelines start: everything stands in the file, and the answer is written beside it. With
+`--output DIR` the adapter, the report and the archives of trackers go there, and an error is said: the form for a machine
+of which nothing else is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import logging
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,23 +62,23 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     try:
         if arguments.job is not None:
-            _train_job(arguments.job)
+            _train_job(arguments.job, arguments.output)
         else:
             _train_recipe(arguments)
     except (RequestError, WorkError) as error:
         # The process that wrote the job says what is left beside it.
-        if arguments.job is None:
+        if arguments.job is None or arguments.output is not None:
             print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        if is_main and arguments.job is None:
+        if is_main and (arguments.job is None or arguments.output is not None):
             print("Interrupted. A checkpoint is saved: the same command goes on from there.", file=sys.stderr)
         return INTERRUPTED
     return 0
 
 
-def _train_job(file: Path) -> None:
-    """Train a job as one of its processes, and leave the result, or the reason of a failure, beside it."""
+def _train_job(file: Path, output: Path | None) -> None:
+    """Train a job as one of its processes, and leave the result, or the reason of a failure, in `output` or beside it."""
     job = read_job(file)
     _import_backend(job.setup.compute, job.setup.method, job.config, job.start)
     from llm_engineering.training import ranks
@@ -84,11 +87,26 @@ def _train_job(file: Path) -> None:
     try:
         result = _train(job)
     except Exception as error:
-        write_failure(file.parent, ranks.rank(), error)
+        if output is None:
+            write_failure(file.parent, ranks.rank(), error)
+        elif not isinstance(error, RequestError | WorkError):
+            traceback.print_exc()
+            raise WorkError(f"{type(error).__name__}: {error}") from error
         raise
-    if ranks.is_main():
+    if ranks.is_main() and output is not None:
+        _copy_results(result, output, Settings().llm_output_dir.resolve())
+    elif ranks.is_main():
         place = Result(adapter=result.adapter, report=result.report)
         (file.parent / RESULT_FILE).write_text(place.model_dump_json(), encoding="utf-8")
+
+
+def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> None:
+    """Copy adapter and report, and below `trackers` what trackers keep on disk, at its place in the output folder."""
+    for folder in (result.adapter, result.report):
+        shutil.copytree(folder, output / folder.name, dirs_exist_ok=True)
+    for kept in (output_dir / "comet", output_dir / "wandb", result.adapter.parent / "tensorboard"):
+        if kept.is_dir():
+            shutil.copytree(kept, output / "trackers" / kept.relative_to(output_dir), dirs_exist_ok=True, symlinks=True)
 
 
 def _train_recipe(arguments: argparse.Namespace) -> None:

@@ -42,6 +42,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def several_machines() -> bool:
+    """Whether processes train on other machines too, which have disks of their own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) < world_size()
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def has_launcher() -> bool:
     """Whether another process started this one, passes signals on to it, and ends it where that must be at once."""
     return LAUNCHER in os.environ or world_size() > 1

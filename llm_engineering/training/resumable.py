@@ -100,7 +100,10 @@ class ResumableTrainer(HeldOutTrainer):
             self.state.best_model_checkpoint = str(final)
         # Gathered from all processes, which have written their files when this is there.
         window = self._window()
+        elsewhere = ranks.gathered(_own_state(written)) if ranks.several_machines() else []
         if ranks.is_main():
+            for name, content in elsewhere:
+                (written / name).write_bytes(content)
             if is_best:
                 self.state.save_to_json(str(written / "trainer_state.json"))
             (written / _WINDOW_FILE).write_text(json.dumps(window), encoding="utf-8")
@@ -112,6 +115,8 @@ class ResumableTrainer(HeldOutTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+        elif elsewhere and ranks.is_first_here():
+            shutil.rmtree(partial, ignore_errors=True)
         ranks.wait()
 
     def _needed_bytes(self, folder: Path) -> int:
@@ -207,6 +212,12 @@ class ResumableTrainer(HeldOutTrainer):
             f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate."
             f"{unchanged}"
         )
+
+
+def _own_state(checkpoint: Path) -> tuple[str, bytes]:
+    """The one file that each process writes itself, which machines without a common disk have to bring together."""
+    name = f"rng_state_{ranks.rank()}.pth"
+    return name, (checkpoint / name).read_bytes()
 
 
 class LengthGroupedByEpoch(LengthGroupedSampler):

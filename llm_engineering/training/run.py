@@ -68,19 +68,24 @@ def run_identity(
     reference: str = "",
 ) -> dict[str, Any]:
     """All that decides what this run computes: recipe, model revision, device, data, and the model it starts from."""
+    return {
+        **setup.model_dump(mode="json", exclude={"tracking"}),
+        stage: config.model_dump(mode="json"),
+        "device": device_facts(device),
+        "dataset": dataset_digests(data),
+        "reference": reference,
+    }
+
+
+def dataset_digests(data: DatasetDict) -> dict[str, str]:
+    """A hash of the rows of each split."""
     splits = {}
     for name in sorted(data):
         digest = hashlib.sha256()
         for row in data[name]:
             digest.update(json.dumps(row, sort_keys=True).encode())
         splits[name] = digest.hexdigest()
-    return {
-        **setup.model_dump(mode="json", exclude={"tracking"}),
-        stage: config.model_dump(mode="json"),
-        "device": device_facts(device),
-        "dataset": splits,
-        "reference": reference,
-    }
+    return splits
 
 
 def work_folder(stage: str, identity: Mapping[str, Any], settings: Settings) -> Path:
