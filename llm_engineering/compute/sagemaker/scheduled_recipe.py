@@ -107,7 +107,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         tasks = evaluation.lm_eval.model_copy(update={"include_path": f"{INPUTS}/{RECIPE_CHANNEL}/tasks"})
         evaluation = evaluation.model_copy(update={"lm_eval": tasks})
     for key, client in (("generation", recipe.generation), ("evaluation.judge", evaluation.judge)):
-        if client is not None and client.base_url is not None and _is_loopback(client.base_url):
+        if client is not None and client.base_url is not None and is_loopback(client.base_url):
             problems.append(
                 f"{key}.base_url {client.base_url} is this machine's own: name an address that a job reaches"
             )
@@ -152,7 +152,8 @@ def _not_there(key: str, value: str, bucket: str) -> str:
     )
 
 
-def _is_loopback(url: str) -> bool:
+def is_loopback(url: str) -> bool:
+    """Whether an address is the machine's own."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -1,0 +1,228 @@
+"""The job that a schedule of SageMaker starts: checked as far as can be, its code and recipe uploaded."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import boto3
+from botocore.exceptions import ClientError
+from pydantic import SecretStr
+
+from llm_engineering.compute.runs import JOB_VARIABLE, job_prefix
+from llm_engineering.compute.sagemaker.account import Account
+from llm_engineering.compute.sagemaker.alerts import topic_problem
+from llm_engineering.compute.sagemaker.code import upload_code
+from llm_engineering.compute.sagemaker.request import INPUTS, training_job_request
+from llm_engineering.compute.sagemaker.scheduled_recipe import (
+    RECIPE_CHANNEL,
+    RECIPE_FILE,
+    JobRecipe,
+    is_loopback,
+    job_recipe,
+)
+from llm_engineering.compute.sagemaker.schedules import EXECUTION
+from llm_engineering.config import Recipe, SageMakerConfig
+from llm_engineering.errors import RequestError
+from llm_engineering.recipes import recipe_hash
+from llm_engineering.settings import Settings
+
+logger = logging.getLogger("llm_engineering.schedule")
+
+STORE_URL = "ZENML_STORE_URL"
+STORE_API_KEY = "ZENML_STORE_API_KEY"
+# EventBridge Scheduler's limit of a target's input.
+_MAX_INPUT_BYTES = 262_144
+
+
+class Server(NamedTuple):
+    """The ZenML server that a run reports to: its active stack and project, and whether it asks for a key."""
+
+    url: str
+    stack_id: str
+    project_id: str
+    has_logins: bool
+
+
+def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Session) -> dict[str, Any]:
+    """Check what a run needs, upload what it takes from here, and say what the schedule starts.
+
+    Returns:
+        The parameters of CreateTrainingJob, with `schedules.EXECUTION` where the start's id goes.
+
+    Raises:
+        RequestError: something is missing; as much as is known is named at once, each with its remedy.
+    """
+    config = recipe.compute.sagemaker
+    if config is None:
+        raise RequestError(
+            "The recipe has no compute.sagemaker, so there is no machine to start: choose one that has "
+            "(CONFIG=configs/sagemaker_8b.yaml), or keep the schedule on this machine: TARGET=local."
+        )
+    if config.instance_count > 1:
+        raise RequestError(
+            f"A scheduled run is one job on one machine, and compute.sagemaker.instance_count is {config.instance_count}: "
+            "set it to 1, and choose a machine with more cards."
+        )
+    account = Account.resolve(config, settings)
+    # All that belongs to the schedule is in one folder, which goes with it.
+    account = replace(account, prefix=account.key("schedules", name))
+    server = _server(session)
+    problems = [*_problems(account, settings, session, server)]
+    if problems:
+        raise RequestError("The schedule cannot be made yet:\n" + "\n".join(f"- {problem}" for problem in problems))
+    job = job_recipe(recipe, account.bucket, account.client("s3"))
+    if config.fallback_instance_types:
+        logger.info("A schedule starts %s alone: fallback_instance_types are not tried", config.instance_type)
+    logger.info(
+        "Each run costs at most %.1f hours of %s%s (compute.sagemaker.max_run_s)",
+        config.max_run_s / 3600,
+        config.instance_type,
+        ", spot" if config.use_spot else "",
+    )
+    return _request(name, config, account, job, server)
+
+
+def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecipe, server: Server) -> dict[str, Any]:
+    recipe_file = f"{INPUTS}/{RECIPE_CHANNEL}/{RECIPE_FILE}"
+    request = training_job_request(
+        job_prefix(name) + EXECUTION,
+        [
+            "python",
+            "-m",
+            "tools.run",
+            "retrain",
+            "--config",
+            recipe_file,
+            "--scheduled",
+            f"s3://{account.bucket}/{account.prefix}",
+        ],
+        {"code": upload_code(account), RECIPE_CHANNEL: _upload_recipe(account, job), **job.channels},
+        {
+            JOB_VARIABLE: job_prefix(name) + EXECUTION,
+            STORE_URL: server.url,
+            "ZENML_ACTIVE_STACK_ID": server.stack_id,
+            "ZENML_ACTIVE_PROJECT_ID": server.project_id,
+            # What ZenML finds out in the job is of the job alone.
+            "ZENML_CONFIG_PATH": "/opt/ml/zenml",
+            "ZENML_LOCAL_STORES_PATH": "/opt/ml/zenml/stores",
+        },
+        account.uri("checkpoints", EXECUTION) + "/",
+        account.uri("results"),
+        config,
+        account,
+        {"llm-engineering:schedule": name},
+    )
+    size = len(json.dumps(request))
+    if size > _MAX_INPUT_BYTES:
+        raise RequestError(f"The job's description has {size} bytes, and a schedule keeps {_MAX_INPUT_BYTES}.")
+    return request
+
+
+def _upload_recipe(account: Account, job: JobRecipe) -> str:
+    """The recipe and its files, in a folder named by their content, so that a job that runs keeps its own."""
+    s3, contents = account.client("s3"), {name: file.read_bytes() for name, file in job.files.items()}
+    contents[RECIPE_FILE] = job.recipe.model_dump_json(indent=1).encode()
+    version = recipe_hash({name: content.hex() for name, content in contents.items()})
+    for name, content in contents.items():
+        key = account.key("recipe", version, name)
+        s3.put_object(Bucket=account.bucket, Key=key, Body=content, **account.encryption)
+    return account.uri("recipe", version) + "/"
+
+
+def _problems(account: Account, settings: Settings, session: boto3.Session, server: Server) -> Iterator[str]:
+    """What is missing in the account, each with its remedy."""
+    if settings.scheduler_role is None:
+        yield (
+            "no role is known that EventBridge Scheduler takes on: make one by docs/aws/scheduler-trust.json and "
+            "scheduler-policy.json, and set SCHEDULER_ROLE to its ARN in .env"
+        )
+    if settings.notify_sns_topic is not None:
+        problem = topic_problem(session, settings.notify_sns_topic)
+        if problem is not None:
+            yield problem
+    needed = [STORE_API_KEY] if server.has_logins else []
+    # The job has no .env: what is set here and not there is lost.
+    needed += [name.upper() for name, value in dict(settings).items() if isinstance(value, SecretStr)]
+    if account.secret is None:
+        if needed:
+            yield (
+                f"the job needs {', '.join(needed)}, which belong into a secret: aws secretsmanager create-secret --name "
+                "llm-engineering --secret-string file://secret.json, a JSON object of them, and set "
+                "SAGEMAKER_SECRET=llm-engineering in .env"
+            )
+        return
+    try:
+        held = json.loads(session.client("secretsmanager").get_secret_value(SecretId=account.secret)["SecretString"])
+    except ClientError as error:
+        if error.response["Error"]["Code"] == "AccessDeniedException":
+            logger.warning("Nobody here may look whether the secret %s holds %s", account.secret, ", ".join(needed))
+            return
+        yield f"the secret {account.secret} cannot be read ({error.response['Error']['Code']}): create it"
+        return
+    except (KeyError, ValueError):
+        yield f"the secret {account.secret} is no JSON object of texts"
+        return
+    missing = [name for name in needed if not isinstance(held, dict) or not held.get(name)]
+    if missing:
+        why = (
+            f" ({STORE_API_KEY}: `zenml service-account create retraining` shows one)"
+            if STORE_API_KEY in missing
+            else ""
+        )
+        yield f"the secret {account.secret} lacks {', '.join(missing)}: add them{why}"
+
+
+def _server(session: boto3.Session) -> Server:
+    """The server that this machine is connected to.
+
+    Raises:
+        RequestError: it is none that a job reaches, or its active stack keeps artifacts on this machine.
+    """
+    url = os.environ.get(STORE_URL, "").rstrip("/")
+    if not url:
+        raise RequestError(
+            f"A scheduled run reports to a ZenML server, else nobody could browse it: set {STORE_URL}=https://… in the "
+            "environment, and log in with `zenml login`."
+        )
+    address = urlsplit(url)
+    if address.scheme not in ("http", "https") or address.username is not None:
+        raise RequestError(
+            f"{STORE_URL} has to be the address of a ZenML server, https://…, without a name or password."
+        )
+    if is_loopback(url) and not is_loopback(session.client("sts").meta.endpoint_url):
+        raise RequestError(f"{STORE_URL} {url} is this machine's own: name an address that a job in AWS reaches.")
+    from tools.cli import prepare_zenml
+
+    prepare_zenml()
+    from zenml.client import Client
+    from zenml.config.global_config import GlobalConfiguration
+    from zenml.enums import StackComponentType
+    from zenml.exceptions import ZenMLBaseException
+
+    try:
+        client = Client()
+        stack, project = client.active_stack_model, client.active_project
+        info = client.zen_store.get_store_info()
+    except (ZenMLBaseException, RuntimeError, OSError) as error:
+        raise RequestError(
+            f"The ZenML server {url} does not answer, or not to you ({str(error).splitlines()[0]}). Log in with `zenml login`."
+        ) from error
+    connected = GlobalConfiguration().store_configuration.url.rstrip("/")
+    if connected != url:
+        raise RequestError(
+            f"{STORE_URL} is {url}, and ZenML is connected to {connected}: log in with `zenml login {url}`."
+        )
+    (artifacts,) = stack.components[StackComponentType.ARTIFACT_STORE]
+    path = str(artifacts.configuration.get("path", ""))
+    if not path.startswith("s3://"):
+        raise RequestError(
+            f"The active stack {stack.name} keeps artifacts {f'in {path}' if path else 'on this machine'}, which is lost with "
+            "the job's machine: `make stack-aws` registers one that keeps them in S3, and makes it the active one."
+        )
+    return Server(url, str(stack.id), str(project.id), str(info.auth_scheme) != "NO_AUTH")
