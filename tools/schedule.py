@@ -26,7 +26,7 @@ from llm_engineering.config import Recipe
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
-from tools.cli import add_recipe_arguments, exit_code, start_logging
+from tools.cli import exit_code, start_logging
 
 logger = logging.getLogger("llm_engineering.schedule")
 
@@ -38,7 +38,9 @@ def main() -> int:
     """Parse the command line and do it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.schedule", description="Retraining on a schedule.")
     parser.add_argument("action", choices=("create", "change", "list", "pause", "resume", "run", "remove"))
-    add_recipe_arguments(parser)
+    parser.add_argument("--config", help="the recipe (create: configs/local.yaml if none is named; change: as it is)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parser.add_argument("--name", help="the schedule's name (default: that of the recipe, or the only one there is)")
     parser.add_argument("--target", choices=("sagemaker", "local"), help="where it runs: a job, or this machine")
     parser.add_argument("--cron", help='when: "0 3 ? * SUN *", five fields of cron, or "rate(7 days)"')
@@ -125,22 +127,26 @@ def _create(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _change(arguments: argparse.Namespace, settings: Settings, found: LocalSchedule | CloudSchedule) -> int:
-    """The same with what is asked now: time, recipe, code."""
+    """Another time, another recipe with today's code, or both; and the settings of now."""
+    if not arguments.config and (arguments.set or arguments.documents):
+        raise RequestError("--set and --documents change a recipe: name it too, CONFIG=recipe.yaml.")
     timezone = arguments.timezone or found.timing.timezone
-    timing = parse_timing(arguments.cron or found.timing.fields or found.timing.expression, timezone, datetime.now(UTC))
+    timing = parse_timing(arguments.cron or found.timing.expression, timezone, datetime.now(UTC))
+    recipe = _recipe(arguments) if arguments.config else None
     if isinstance(found, LocalSchedule):
-        _local(found.name, timing, _recipe(arguments), settings, found)
+        _local(found.name, timing, recipe, settings, found)
     else:
         from tools.schedule_job import job_request
 
         session = _session(settings)
-        request = job_request(found.name, _recipe(arguments), settings, session)
+        request = found.request if recipe is None else job_request(found.name, recipe, settings, session)
         schedules.change(session, found.name, timing, request, settings.notify_sns_topic)
     print(f"Schedule {found.name} is changed. {_next(timing, found.created)}")
     return 0
 
 
-def _local(name: str, timing: Timing, recipe: Recipe, settings: Settings, former: LocalSchedule | None) -> None:
+def _local(name: str, timing: Timing, recipe: Recipe | None, settings: Settings, former: LocalSchedule | None) -> None:
+    """Write a schedule of this machine; without a recipe the former one stays."""
     from tools.schedule_local import environment
 
     folder, now = _folder(settings), datetime.now(UTC)
@@ -151,7 +157,7 @@ def _local(name: str, timing: Timing, recipe: Recipe, settings: Settings, former
         )
     keeper = former.keeper if former is not None else local_schedules.keeper()
     local_schedules.check(timing, keeper, now)
-    if recipe.compute.target != "local":
+    if recipe is not None and recipe.compute.target != "local":
         logger.info("compute.target is %s: on a schedule of this machine, training runs on it", recipe.compute.target)
         recipe = recipe.model_copy(update={"compute": recipe.compute.in_job})
     schedule = LocalSchedule(
@@ -164,15 +170,18 @@ def _local(name: str, timing: Timing, recipe: Recipe, settings: Settings, former
         environment=environment(),
     )
     paused = former is not None and local_schedules.state(former) == "paused"
-    local_schedules.write(schedule, recipe.model_dump_json(indent=1), paused)
+    kept = recipe.model_dump_json(indent=1) if recipe is not None else None
+    local_schedules.write(schedule, kept, paused)
 
 
 def _list(arguments: argparse.Namespace, settings: Settings) -> int:
     rows: list[tuple[LocalSchedule | CloudSchedule, str, list[RunRecord], datetime | None]] = []
     now = datetime.now(UTC)
     if arguments.target != "sagemaker":
-        for local in local_schedules.list_all(_folder(settings)):
-            rows.append((local, local_schedules.state(local), local_schedules.runs(local, arguments.limit), None))
+        rows += [
+            (local, local_schedules.state(local), local_schedules.runs(local, arguments.limit), None)
+            for local in local_schedules.list_all(_folder(settings))
+        ]
     if arguments.target != "local" and _has_region(settings):
         session = _session(settings)
         for cloud in schedules.list_all(session):
@@ -260,7 +269,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     overrides = list(arguments.set)
     if arguments.documents:
         overrides.append(f"documents.path={arguments.documents}")
-    return load_recipe(arguments.config, overrides)
+    return load_recipe(arguments.config or "configs/local.yaml", overrides)
 
 
 def _check_name(name: str) -> None:

@@ -121,14 +121,15 @@ def check(timing: Timing, keeper: Literal["systemd", "cron"], now: datetime) -> 
         )
 
 
-def write(schedule: LocalSchedule, recipe: str, paused: bool) -> None:
-    """Make a schedule, or one anew that is there, with its recipe as JSON.
+def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
+    """Make a schedule, or one anew that is there, with its recipe as JSON; None leaves the one that is there.
 
     Raises:
         WorkError: systemd or cron refuses.
     """
     schedule.folder.mkdir(parents=True, exist_ok=True)
-    (schedule.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+    if recipe is not None:
+        (schedule.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
     _KEEPERS[schedule.keeper].write(
         schedule.kept_as,
         schedule.timing,
