@@ -138,6 +138,12 @@ class FakeSageMaker(FakeAWS):
         page: dict[str, Any] = {"TrainingJobSummaries": [j.summary() for j in found[start : start + size]]}
         return page | ({"NextToken": str(start + size)} if start + size < len(found) else {})
 
+    def _add_tags(self, asked: dict[str, Any]) -> dict[str, Any]:
+        (job,) = [job for job in self.jobs.values() if job.arn == asked["ResourceArn"]]
+        names = {tag["Key"] for tag in asked["Tags"]}
+        job.request["Tags"] = [t for t in job.request.get("Tags", []) if t["Key"] not in names] + asked["Tags"]
+        return {"Tags": job.request["Tags"]}
+
     def _list_quotas(self, asked: dict[str, Any]) -> dict[str, Any]:
         quotas = [
             {"ServiceCode": "sagemaker", "QuotaName": name, "QuotaCode": f"L-{i:08X}", "Value": value,
@@ -181,6 +187,7 @@ class FakeSageMaker(FakeAWS):
             ("sagemaker", "ListTags"): lambda asked: {
                 "Tags": next(j for j in self.jobs.values() if j.arn == asked["ResourceArn"]).request.get("Tags", [])
             },
+            ("sagemaker", "AddTags"): self._add_tags,
             ("servicequotas", "ListServiceQuotas"): self._list_quotas,
             ("iam", "SimulatePrincipalPolicy"): self._simulate,
         }

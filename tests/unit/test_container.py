@@ -61,8 +61,8 @@ class Secrets:
     def __init__(self, text):
         self.text = text
 
-    def get_secret_value(self, SecretId):
-        assert SecretId == "the-name"
+    def get_secret_value(self, **asked):
+        assert asked == {"SecretId": "the-name"}
         return {"SecretString": self.text}
 
 

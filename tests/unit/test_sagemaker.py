@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 import botocore.session
 import pytest
+import regex
 from botocore.exceptions import ClientError, NoCredentialsError
 from botocore.validate import ParamValidator
 from datasets import Dataset, DatasetDict
@@ -175,8 +176,6 @@ def test_names_are_what_sagemaker_takes():
     assert len(name) <= 63
     assert name.startswith("llama-3-1-8b-f-r-alle-x")
     assert name.endswith(f"-sft-{names.digest}-0007")
-    import regex
-
     assert regex.fullmatch(pattern["pattern"], name)
     assert names.number(name) == 7
 
@@ -191,12 +190,12 @@ class Client:
         assert operation == "list_training_jobs"
         return self
 
-    def paginate(self, NameContains):
-        found = [{"TrainingJobName": name} for name in self.names if NameContains in name]
+    def paginate(self, **asked):
+        found = [{"TrainingJobName": name} for name in self.names if asked["NameContains"] in name]
         return [{"TrainingJobSummaries": found[i : i + 2]} for i in range(0, len(found), 2)]
 
-    def describe_training_job(self, TrainingJobName):
-        return {"TrainingJobName": TrainingJobName}
+    def describe_training_job(self, **asked):
+        return asked
 
 
 def test_newest_job_is_the_one_with_the_highest_number():
@@ -258,20 +257,48 @@ def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
 @pytest.mark.parametrize(
     ("description", "said", "remedy"),
     [
-        (ended(reason="CapacityError: Unable to provision requested ML compute capacity."), "no free machine of the type ml.g5.2xlarge on the spot market", "fallback_instance_types"),  # fmt: skip
-        (ended(reason="CapacityError: no", spot=False), "no free machine of the type ml.g5.2xlarge.", "in another region."),
-        (ended(reason="AlgorithmError: Error: OutOfMemoryError: CUDA out of memory. Tried, exit code: 1"), "The card's memory did not suffice.", "per_device_train_batch_size"),  # fmt: skip
-        (ended(reason="AlgorithmError: , exit code: 137"), "machine's memory did not suffice", "more memory than ml.g5.2xlarge"),
-        (ended(reason="AlgorithmError: Error: [Errno 28] No space left on device, exit code: 1"), "volume of 100 GB is full", "volume_size_gb"),
-        (ended(reason="ClientError: Cannot pull image the-image"), "The image the-image could not be pulled.", "make image"),
+        (
+            ended(reason="CapacityError: Unable to provision requested ML compute capacity."),
+            "no free machine of the type ml.g5.2xlarge on the spot market",
+            "fallback_instance_types",
+        ),
+        (
+            ended(reason="CapacityError: no", spot=False),
+            "no free machine of the type ml.g5.2xlarge.",
+            "in another region.",
+        ),
+        (
+            ended(reason="AlgorithmError: Error: OutOfMemoryError: CUDA out of memory. Tried, exit code: 1"),
+            "The card's memory did not suffice.",
+            "per_device_train_batch_size",
+        ),
+        (
+            ended(reason="AlgorithmError: , exit code: 137"),
+            "machine's memory did not suffice",
+            "more memory than ml.g5.2xlarge",
+        ),
+        (
+            ended(reason="AlgorithmError: Error: [Errno 28] No space left on device, exit code: 1"),
+            "volume of 100 GB is full",
+            "volume_size_gb",
+        ),
+        (
+            ended(reason="ClientError: Cannot pull image the-image"),
+            "The image the-image could not be pulled.",
+            "make image",
+        ),
         (ended(reason="ClientError: Data download failed: AccessDenied (403)"), "lacks a permission", ROLE),
-        (ended(reason="AlgorithmError: Error: The loss is nan. Lower sft.learning_rate., exit code: 1"), "The loss is nan. Lower sft.learning_rate.", "goes on from the newest checkpoint"),  # fmt: skip
+        (
+            ended(reason="AlgorithmError: Error: The loss is nan. Lower sft.learning_rate., exit code: 1"),
+            "The loss is nan. Lower sft.learning_rate.",
+            "goes on from the newest checkpoint",
+        ),
         (ended(reason="InternalServerError"), "ended with an error", "SageMaker says: InternalServerError"),
         (ended("Stopped", "MaxRuntimeExceeded"), "max_run_s, 600 s", "max_run_s if"),
         (ended("Stopped", "MaxWaitTimeExceeded"), "more than 1200 s", "max_wait_s"),
         (ended("Stopped", "Stopped"), "stopped, and not from here", "newest checkpoint"),
     ],
-)  # fmt: skip
+)
 def test_failures_are_a_sentence_and_a_remedy(description, said, remedy):
     error = failures.explain(description, ["line one", "line two"])
     assert isinstance(error, WorkError)
@@ -292,9 +319,9 @@ def test_errors_of_aws_are_translated():
     refused = ClientError(
         {"Error": {"Code": "ExpiredToken", "Message": "The token is expired."}}, "DescribeTrainingJob"
     )
-    with pytest.raises(WorkError, match="cannot look: ExpiredToken: The token is expired. Renew the credentials"):
-        with failures.translated("cannot look"):
-            raise refused
+    expired = "cannot look: ExpiredToken: The token is expired. Renew the credentials"
+    with pytest.raises(WorkError, match=expired), failures.translated("cannot look"):
+        raise refused
     with pytest.raises(RequestError, match="aws configure"), failures.translated("cannot look"):
         raise NoCredentialsError
 

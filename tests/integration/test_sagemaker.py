@@ -1,0 +1,354 @@
+"""Training stages as SageMaker jobs, over HTTP, on a fake account whose jobs really run their command."""
+
+import importlib.metadata
+import io
+import json
+import os
+import signal
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from llm_engineering.compute.sagemaker.dispatch import ATTACH, dispatch_training
+from llm_engineering.compute.sagemaker.jobs import FETCHED, JobNames
+from llm_engineering.config import ComputeConfig, ModelConfig
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.models import load_tokenizer, pin_revision
+from llm_engineering.recipes import load_recipe
+from llm_engineering.settings import Settings
+from llm_engineering.training.job import Job
+from llm_engineering.training.launch import launch_training
+from llm_engineering.training.sft import train_sft_job
+from tests.conftest import ROOT
+from tests.fake_sagemaker import BUCKET, LOG_GROUP, running_sagemaker, why_no_jobs
+from tests.tiny_models import formatted, write_model
+
+pytestmark = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
+
+PLANTED = "planted-secret-4711"
+MACHINES = {"instance_type": "ml.g5.xlarge", "max_run_s": 600, "volume_size_gb": 30}
+# A job that never gets its machines: what it is asked meanwhile is all that matters.
+NEVER_S = 600.0
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """An account whose image has a lock of what is installed here."""
+    lock = tmp_path / "image.lock"
+    lock.write_text("\n".join(f"{name}=={importlib.metadata.version(name)}" for name in ("boto3", "torch", "trl")))
+    with running_sagemaker() as fake:
+        fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1"}
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"), "llama")
+
+
+class Stage:
+    """An SFT stage of a tiny model, as the step has it, and what is recorded of its jobs."""
+
+    def __init__(self, model: Path, output: Path, **compute):
+        recipe = load_recipe(ROOT / "configs" / "local.yaml", ["sft.num_train_epochs=4", "tracking.comet=offline"])
+        config = recipe.sft.model_copy(update={"eval_steps": 1000, "save_steps": 20, "learning_rate": 1e-3})
+        base = pin_revision(ModelConfig(name_or_path=str(model)))
+        tokenizer = load_tokenizer(base, Settings(), "chatml")
+        self.data = formatted("instruction", 40, tokenizer, output)
+        self.settings = Settings(llm_output_dir=output / "outputs")
+        machines = {"target": "sagemaker", "sagemaker": MACHINES, "device": "cpu", "dtype": "float32", **compute}
+        update = {"model": base, "max_length": 256, "chat_template": "chatml"}
+        setup = recipe.setup.model_copy(update={**update, "compute": ComputeConfig.model_validate(machines)})
+        config = config.model_copy(update={"packing": False})
+        self.job = Job(stage="sft", config=config.model_dump(), setup=setup)
+        self.recorded: list[dict] = []
+
+    def dispatch(self, **changes):
+        return dispatch_training(
+            self.job.model_copy(update=changes), self.data, self.settings, "tiny", self.recorded.append
+        )
+
+
+@pytest.fixture
+def stage(fake, model, tmp_path, monkeypatch):
+    for name, value in fake.env().items():
+        monkeypatch.setenv(name, value)
+    return Stage(model, tmp_path)
+
+
+def when(condition, action):
+    """Do something in another thread as soon as a condition holds."""
+
+    def wait():
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        action()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def keys(fake, prefix=""):
+    pages = fake.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    return [found["Key"] for page in pages for found in page.get("Contents", [])]
+
+
+def interrupt_here():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, caplog):
+    """One job: left alone while it starts, taken up again, its spot machine taken away, and the result is that of an
+    uninterrupted run on this machine; then the next run of the same work, and one whose results were never fetched."""
+    caplog.set_level("INFO")
+    fake.starting_s = 4.0
+    when(lambda: fake.jobs and fake.asked("logs", "DescribeLogStreams"), interrupt_here)
+    with monkeypatch.context() as terminal:
+        terminal.setattr("sys.stdin", Terminal("d\n"))
+        terminal.setattr("sys.stderr", Terminal())
+        with pytest.raises(KeyboardInterrupt, match="detached"):
+            stage.dispatch()
+    (job,) = fake.jobs.values()
+    assert job.status == "InProgress"
+    assert f"--attach {job.name}" in caplog.text
+
+    monkeypatch.setenv(ATTACH, job.name)
+    with pytest.raises(RequestError, match=r"does other work: sft.learning_rate differ"):
+        stage.dispatch(config={**stage.job.config, "learning_rate": 0.5})
+    monkeypatch.setenv(ATTACH, job.name)
+    fake.starting_s = 0.0
+    when(lambda: any("checkpoint-20/identity.json" in key for key in keys(fake)), lambda: fake.interrupt(job.name))
+    result = stage.dispatch()
+    assert [state["Status"] for state in job.transitions].count("Training") == 2
+    assert result.summary["resumed_from"] is not None
+    assert "going on from /opt/ml/checkpoints" in caplog.text
+
+    local = stage.job.setup.model_copy(update={"compute": stage.job.setup.compute.in_job})
+    here = launch_training(train_sft_job, stage.job.model_copy(update={"setup": local}), stage.data, stage.settings)
+    # Threads, of which a job has one, add numbers in another order.
+    assert_close(
+        load_file(result.adapter / "adapter_model.safetensors"),
+        load_file(here.adapter / "adapter_model.safetensors"),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    names = [json.loads((r.adapter / "adapter_config.json").read_text()) for r in (result, here)]
+    assert names[0]["base_model_name_or_path"] == names[1]["base_model_name_or_path"]
+    archive = Path(result.summary["comet"]["archive"])
+    assert archive.parent == stage.settings.llm_output_dir / "comet"
+    assert archive.is_file()
+    facts = stage.recorded[-1]
+    assert facts["sagemaker_name"] == job.name
+    assert facts["sagemaker_arn"] == job.arn
+    assert facts["sagemaker_billable_seconds"] < facts["sagemaker_training_seconds"]
+    assert facts["sagemaker_cost_usd_estimate"] == pytest.approx(
+        1.408 * facts["sagemaker_billable_seconds"] / 3600, abs=1e-4
+    )
+
+    assert any(tag["Key"] == FETCHED for tag in job.request["Tags"])
+    job.request["Tags"] = [tag for tag in job.request["Tags"] if tag["Key"] != FETCHED]
+    again = stage.dispatch()
+    assert again.summary["sagemaker"]["sagemaker_name"] == job.name
+    assert "bringing its results back" in caplog.text
+
+    fake.starting_s = NEVER_S
+    when(lambda: len(fake.jobs) == 2, interrupt_here)
+    with pytest.raises(KeyboardInterrupt, match="was stopped"):
+        stage.dispatch()
+    former, new = fake.jobs.values()
+    assert new.name == former.name.replace("-0001", "-0002")
+    assert new.request["CheckpointConfig"] != former.request["CheckpointConfig"]
+
+
+def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):
+    """Types are tried in order; a failed job tells its reason and the end of its log, and the next uses its checkpoints."""
+    stage.job.setup.compute.sagemaker.fallback_instance_types.extend(["ml.g5.2xlarge", "ml.p4d.24xlarge"])
+    fake.fails_to_start["ml.g5.xlarge"] = "CapacityError: Unable to provision requested ML compute capacity."
+    fake.quotas["ml.g5.2xlarge for spot training job usage"] = 0.0
+    (tmp_path / "image.lock").write_text("boto3==0.1")
+    with pytest.raises(WorkError) as error:
+        stage.dispatch()
+    assert "The image was built from another" in str(error.value)
+    assert "boto3==0.1" in str(error.value)
+    assert "make image" in str(error.value)
+    assert "lines of its log:\n  Error: The image was built" in str(error.value)
+    asked = fake.asked("sagemaker", "CreateTrainingJob")
+    assert [(a["TrainingJobName"][-4:], a["ResourceConfig"]["InstanceType"]) for a in asked] == [
+        ("0001", "ml.g5.xlarge"),
+        ("0002", "ml.g5.2xlarge"),
+        ("0002", "ml.p4d.24xlarge"),
+    ]
+    assert "No capacity of ml.g5.xlarge: trying ml.g5.2xlarge" in caplog.text
+    assert "ml.g5.2xlarge: the quota does not suffice" in caplog.text
+    with pytest.raises(WorkError):
+        stage.dispatch()
+    assert len({a["CheckpointConfig"]["S3Uri"] for a in fake.asked("sagemaker", "CreateTrainingJob")}) == 1
+    assert [name[-4:] for name in fake.jobs] == ["0001", "0002", "0003", "0004"]
+
+    fake.quotas.clear()
+    with pytest.raises(WorkError, match="ResourceLimitExceeded.*Ask for a higher quota"):
+        stage.dispatch()
+
+
+def test_two_clients_and_ctrl_c(fake, stage, monkeypatch, caplog):
+    """A job that another process made under the same name is followed; Ctrl-C where nobody can be asked stops it."""
+    caplog.set_level("INFO")
+    fake.starting_s = NEVER_S
+    refused = []
+
+    def dispatch_first():
+        with pytest.raises(WorkError) as error:
+            stage.dispatch()
+        refused.append(str(error.value))
+
+    first = threading.Thread(target=dispatch_first, daemon=True)
+    first.start()
+    when(lambda: fake.jobs, lambda: None).join()
+    # As a list that does not show the new job yet.
+    monkeypatch.setattr(JobNames, "newest", lambda self, client: None)
+    when(lambda: "was started by another process" in caplog.text, interrupt_here)
+    with pytest.raises(KeyboardInterrupt, match="was stopped"):
+        stage.dispatch()
+    first.join(60)
+    assert "was stopped, and not from here" in refused[0]
+    (job,) = fake.jobs.values()
+    assert job.status == "Stopped"
+    assert len(fake.asked("sagemaker", "StopTrainingJob")) == 1
+
+
+def test_stopped_by_someone_else(fake, stage):
+    fake.starting_s = NEVER_S
+    when(
+        lambda: fake.jobs,
+        lambda: fake.client("sagemaker").stop_training_job(TrainingJobName=next(iter(fake.jobs))),
+    )
+    with pytest.raises(WorkError, match="was stopped, and not from here"):
+        stage.dispatch()
+
+
+def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
+    """torchrun on both, one process each; a checkpoint has the state of both, and the result is that of two here."""
+    for name, value in fake.env().items():
+        monkeypatch.setenv(name, value)
+    stage = Stage(model, tmp_path, num_processes=2, sagemaker={**MACHINES, "instance_count": 2})
+    config = {**stage.job.config, "num_train_epochs": 5.0, "save_steps": 4}
+    result = stage.dispatch(config=config)
+    assert result.summary["num_processes"] == 2
+    saved = [key for key in keys(fake) if "/checkpoints/checkpoint-" in key]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "identity.json"} <= {key.rpartition("/")[2] for key in saved}
+    streams = fake.client("logs").describe_log_streams(logGroupName=LOG_GROUP)["logStreams"]
+    assert {stream["logStreamName"].rpartition("/")[2][:6] for stream in streams} == {"algo-1", "algo-2"}
+
+
+RECIPE = """
+extends: {recipe}
+compute:
+  target: sagemaker
+  sagemaker: {{instance_type: ml.g5.xlarge, max_run_s: 600, volume_size_gb: 30, tags: {{team: tests}}}}
+tracking: {{comet: offline}}
+"""
+
+
+@pytest.fixture
+def cloud_project(fake, fresh_project):
+    recipe = fresh_project.folder / "cloud.yaml"
+    recipe.write_text(RECIPE.format(recipe=fresh_project.recipe))
+    fresh_project.recipe = recipe
+    fresh_project.env |= {**fake.env(), "OMP_NUM_THREADS": "1"}
+    return fresh_project
+
+
+def everything_in(bucket_client):
+    """Every object's bytes, unpacked where it is an archive."""
+    for page in bucket_client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+        for found in page.get("Contents", []):
+            body = bucket_client.get_object(Bucket=BUCKET, Key=found["Key"])["Body"].read()
+            yield found["Key"], body
+            if found["Key"].endswith(".tar.gz"):
+                with tarfile.open(fileobj=io.BytesIO(body)) as archive:
+                    for member in archive:
+                        if member.isfile():
+                            yield f"{found['Key']}:{member.name}", archive.extractfile(member).read()
+
+
+def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
+    """SFT, then DPO on its adapter, as jobs; all else here. What comes back is what a run here has, and no secret is
+    anywhere but in the job's process."""
+    fake.client("secretsmanager").create_secret(
+        Name="llm", SecretString=json.dumps({"COMET_API_KEY": PLANTED, "HF_TOKEN": PLANTED})
+    )
+    cloud_project.env["SAGEMAKER_SECRET"] = "llm"
+    run = cloud_project.run("retrain")
+    assert run.code == 0, run.stderr
+    assert [name.split("-")[1] for name in fake.jobs] == ["sft", "dpo"]
+    assert {job.status for job in fake.jobs.values()} == {"Completed"}
+    metrics = run.json["metrics"]
+    assert metrics["heldout_loss_sft"] < metrics["heldout_loss_base"]
+    assert {"sft_adapter", "dpo_adapter", "training_report"} <= run.json["artifacts"].keys()
+    assert Path(run.json["comet"]["archive"]).is_file()
+    adapter = json.loads(Path(run.json["artifacts"]["dpo_adapter"]["uri"], "adapter_config.json").read_text())
+    assert "/opt/ml" not in json.dumps(adapter)
+    for job in fake.jobs.values():
+        assert f"{job.name}: Training" in run.stderr
+        assert f"{job.name}: " in run.stderr
+    assert "rows to train on" in run.stderr, "the job's log is not shown"
+    assert "USD at the list price" in run.stderr
+
+    again = cloud_project.run("retrain")
+    assert again.code == 0, again.stderr
+    assert len(fake.jobs) == 2
+    unused = cloud_project.run("retrain", "--attach", next(iter(fake.jobs)))
+    assert "was not followed: its training step was served from the cache" in unused.stderr
+    assert cloud_project.run("datasets", "--attach", next(iter(fake.jobs))).code == 2
+
+    planted = PLANTED.encode()
+    assert fake.asked("secretsmanager", "GetSecretValue")
+    sent = [r for r in fake.requests if PLANTED in json.dumps(r.parameters, default=str)]
+    assert sent == []
+    assert [key for key, body in everything_in(fake.client("s3")) if planted in body] == []
+    logs = fake.client("logs")
+    streams = logs.describe_log_streams(logGroupName=LOG_GROUP)["logStreams"]
+    events = [
+        event["message"]
+        for stream in streams
+        for event in logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=stream["logStreamName"])["events"]
+    ]
+    assert events
+    assert [line for line in events if PLANTED in line] == []
+    written = [path for path in cloud_project.folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".db" for path in written)
+    assert [path for path in written if planted in path.read_bytes()] == []
+    assert PLANTED not in run.stderr + run.stdout
+
+
+def test_killed_client_finds_its_job_and_ctrl_c_stops_it(fake, cloud_project):
+    fake.starting_s = NEVER_S
+    command = ["tools.run", "sft", "--config", str(cloud_project.recipe)]
+    process = cloud_project.start(*command)
+    when(lambda: fake.jobs or process.poll() is not None, process.kill).join()
+    process.communicate(timeout=60)
+    (job,) = fake.jobs.values()
+
+    process = cloud_project.start(*command)
+    asked = len(fake.asked("sagemaker", "DescribeTrainingJob"))
+    following = lambda: len(fake.asked("sagemaker", "DescribeTrainingJob")) > asked + 1  # noqa: E731
+    when(lambda: following() or process.poll() is not None, lambda: process.send_signal(signal.SIGINT)).join()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert f"Job {job.name} does this very work already: following it" in stderr
+    assert "the same command goes on" in stderr
+    assert list(fake.jobs) == [job.name]
+    assert job.status == "Stopped"
