@@ -374,7 +374,7 @@ class Webhook(http.server.ThreadingHTTPServer):
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.server.told.append((self.path, json.loads(body)["text"]))
         self.send_response(200)
