@@ -115,9 +115,10 @@ class ResumableTrainer(HeldOutTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
-        elif elsewhere and ranks.is_first_here():
-            shutil.rmtree(partial, ignore_errors=True)
         ranks.wait()
+        # Only now: if the machines share the folder after all, it was the one that is published.
+        if elsewhere and ranks.is_first_here():
+            shutil.rmtree(partial, ignore_errors=True)
 
     def _needed_bytes(self, folder: Path) -> int:
         former = sort_checkpoints(str(folder), use_mtime=True)

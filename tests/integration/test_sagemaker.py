@@ -329,7 +329,9 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
     assert events
     assert [line for line in events if PLANTED in line] == []
     written = [path for path in cloud_project.folder.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".db" for path in written)
+    (database,) = [path for path in written if path.suffix == ".db"]
+    for job in fake.jobs.values():
+        assert job.arn.encode() in database.read_bytes()
     assert [path for path in written if planted in path.read_bytes()] == []
     assert PLANTED not in run.stderr + run.stdout
 
