@@ -69,7 +69,9 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
             f"A scheduled run is one job on one machine, and compute.sagemaker.instance_count is {config.instance_count}: "
             "set it to 1, and choose a machine with more cards."
         )
-    account = Account.resolve(config, settings)
+    image = settings.sagemaker_retrain_image
+    # What is missing is told with the rest; the image for training alone has no ZenML.
+    account = Account.resolve(config.model_copy(update={"image": image or "none"}), settings)
     # All that belongs to the schedule is in one folder, which goes with it.
     account = replace(account, prefix=account.key("schedules", name))
     server = _server(session)
@@ -137,6 +139,8 @@ def _upload_recipe(account: Account, job: JobRecipe) -> str:
 
 def _problems(account: Account, settings: Settings, session: boto3.Session, server: Server) -> Iterator[str]:
     """What is missing in the account, each with its remedy."""
+    if settings.sagemaker_retrain_image is None:
+        yield "no image with the whole project is known: `make image` builds it; set SAGEMAKER_RETRAIN_IMAGE in .env"
     if settings.scheduler_role is None:
         yield (
             "no role is known that EventBridge Scheduler takes on: make one by docs/aws/scheduler-trust.json and "

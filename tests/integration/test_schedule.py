@@ -23,7 +23,7 @@ from llm_engineering.compute.sagemaker.schedules import EXECUTION
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.settings import Settings
 from tests.conftest import ROOT
-from tests.fake_sagemaker import ACCOUNT, BUCKET, LOG_GROUP, REGION, running_sagemaker, why_no_jobs
+from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, running_sagemaker, why_no_jobs
 from tools import schedule
 from tools.schedule_job import Server
 
@@ -91,6 +91,7 @@ def fake(account, tmp_path, monkeypatch):
 def settings_of(folder: Path) -> dict[str, str]:
     return {
         "SCHEDULER_ROLE": SCHEDULER_ROLE,
+        "SAGEMAKER_RETRAIN_IMAGE": IMAGE,
         "NOTIFY_SNS_TOPIC": TOPIC,
         "SAGEMAKER_SECRET": "job",
         "LLM_OUTPUT_DIR": str(folder / "outputs"),
@@ -207,7 +208,7 @@ def test_schedule_is_made_listed_paused_changed_and_removed_with_nothing_left(fa
 
 def test_recipe_in_the_job_has_its_places_there(fake, recipe, tmp_path):
     checks = tmp_path / "my_checks.jsonl"
-    checks.write_text('{"prompt": "Say yes.", "contains": ["yes"]}\n')
+    checks.write_text('{"prompt": "Say yes.", "must_contain": ["yes"]}\n')
     create(recipe, "--set", f"evaluation.checks={checks}")
     (key,) = [key for key in keys(fake, f"{FOLDER}recipe/") if key.endswith("recipe.json")]
     kept = json.loads(fake.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
@@ -250,6 +251,7 @@ def test_what_a_job_cannot_read_is_refused_with_the_remedy(fake, recipe, tmp_pat
 
 def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monkeypatch):
     monkeypatch.delenv("SCHEDULER_ROLE")
+    monkeypatch.delenv("SAGEMAKER_RETRAIN_IMAGE")
     monkeypatch.setenv("COMET_API_KEY", "planted-comet-4711")
     put_secret(fake, {"HF_TOKEN": "planted-hf-4711"})
     allow(fake, "s3.amazonaws.com")
@@ -260,6 +262,7 @@ def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monke
         allow(fake, "events.amazonaws.com")
     said = str(refused.value)
     assert "set SCHEDULER_ROLE" in said
+    assert "set SAGEMAKER_RETRAIN_IMAGE" in said
     assert f"EventBridge may not publish to {TOPIC}" in said
     assert "lacks ZENML_STORE_API_KEY, COMET_API_KEY" in said
     assert "planted" not in said

@@ -125,7 +125,7 @@ def test_failed_and_interrupted_runs_are_told_without_secrets(tmp_path, monkeypa
     place = tmp_path / "weekly"
 
     def leaking(scheduled):
-        raise ValueError("401 for key planted-openai-4711 at planted-hook-4711")
+        raise ValueError("401 for key planted-openai-4711")
 
     def interrupted(scheduled):
         raise KeyboardInterrupt
@@ -135,7 +135,7 @@ def test_failed_and_interrupted_runs_are_told_without_secrets(tmp_path, monkeypa
         run(place, monkeypatch, "a", leaking)
     with pytest.raises(KeyboardInterrupt):
         run(place, monkeypatch, "b", interrupted)
-    assert webhook.told[0].startswith("Retraining weekly failed\n401 for key *** at ")
+    assert webhook.told[0].startswith("Retraining weekly failed\n401 for key ***\n")
     assert webhook.told[1].startswith("Retraining weekly interrupted\n")
     kept = "".join(file.read_text() for file in (place / "runs").iterdir())
     assert "planted-openai-4711" not in kept + "".join(webhook.told)

@@ -16,6 +16,7 @@ from llm_engineering.compute.sagemaker.request import INPUTS
 from llm_engineering.config import EMBEDDED_DOCUMENTS, EMBEDDED_MODEL, Recipe
 from llm_engineering.data.sources import dataset_files
 from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.formatting.chat_template import pin_chat_template
 
 # The channel of the recipe itself and the files that go with it.
@@ -96,6 +97,8 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
     elif model.name_or_path != EMBEDDED_MODEL and Path(model.name_or_path).expanduser().exists():
         problems.append(_not_there("model.name_or_path", model.name_or_path, bucket))
     evaluation = recipe.evaluation
+    # A missing file or a bad line is told now.
+    files_hash(evaluation)
     if evaluation.checks is not None:
         file = Path(evaluation.checks).expanduser()
         files[f"checks/{file.name}"] = file
