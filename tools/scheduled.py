@@ -26,6 +26,9 @@ logger = logging.getLogger("llm_engineering.run")
 
 # What a record keeps of an error; the log has all of it.
 _REASON_CHARACTERS = 1000
+_SIGNAL_IN_JOB = (
+    "its job was stopped, reached max_run_s, or lost its spot machine, after which SageMaker starts it again by itself"
+)
 
 
 class Scheduled:
@@ -48,10 +51,8 @@ class Scheduled:
                 self.place.write(self.record)
                 return work(self)
         except KeyboardInterrupt:
-            self._end("interrupted", "a signal ended it")
-            # SageMaker takes a spot machine back by the same signal, and starts the job again by itself.
-            if not self.place.in_s3:
-                self._tell()
+            self._end("interrupted", _SIGNAL_IN_JOB if self.place.in_s3 else "a signal ended it")
+            self._tell()
             raise
         except Exception as error:  # Whatever it is, it is kept and raised again.
             self._end("failed", str(error) or type(error).__name__)
