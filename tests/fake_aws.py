@@ -12,7 +12,11 @@ from xml.sax.saxutils import escape
 
 import boto3
 import regex
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
 from botocore.config import Config
+from botocore.credentials import Credentials
+from botocore.httpsession import URLLib3Session
 from botocore.model import OperationModel, Shape
 from moto.core.parse import PROTOCOL_PARSERS
 from moto.core.request import Request as MotoRequest
@@ -86,6 +90,26 @@ class FakeAWS:
     def credentials(self, principal: str) -> tuple[str, str]:
         """Access key and secret of a principal."""
         return self.keys.setdefault(principal, (f"AKIA{principal.upper():0<16}", f"secret-key-of-{principal}"))
+
+    def send(self, service: str, operation: str, parameters: dict[str, Any], principal: str) -> dict[str, Any]:
+        """Send parameters to a JSON service as they are, with no client to look at them: as EventBridge Scheduler does.
+
+        Raises:
+            Error: what the service answers instead.
+        """
+        model = get_service_model(service)
+        key, secret = self.credentials(principal)
+        headers = {
+            "X-Amz-Target": f"{model.metadata['targetPrefix']}.{operation}",
+            "Content-Type": f"application/x-amz-json-{model.metadata['jsonVersion']}",
+        }
+        request = AWSRequest("POST", f"{self.url}/", headers, json.dumps(parameters).encode())
+        SigV4Auth(Credentials(key, secret), model.signing_name, REGION).add_auth(request)
+        answer = URLLib3Session().send(request.prepare())
+        body = json.loads(answer.content or b"{}")
+        if answer.status_code != 200:
+            raise Error(body["__type"], body["message"], answer.status_code)
+        return body
 
     def asked(self, service: str, operation: str) -> list[dict[str, Any]]:
         """The parameters of all requests of an operation."""

@@ -168,7 +168,7 @@ class Job:
             order = self._order(0.1)
             for machine in machines:
                 machine.copy_checkpoints()
-            if any(m.process.returncode for m in machines):
+            if any(m.process.poll() for m in machines):
                 break
         grace = self.fake.grace_s if order in ("stop", "expire", "interrupt") else 0.0
         for machine in machines:

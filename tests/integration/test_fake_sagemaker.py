@@ -7,6 +7,7 @@ import time
 import pytest
 from botocore.exceptions import ClientError
 
+from tests.fake_aws import Error
 from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, ROLE, running_sagemaker, why_no_jobs
 
 needs_jobs = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
@@ -113,12 +114,10 @@ def test_stop_is_sigterm_and_keeps_the_model(fake):
 @pytest.mark.parametrize("graceful", [True, False])
 def test_an_interrupted_job_starts_again_with_its_checkpoints(fake, graceful):
     sagemaker = fake.client("sagemaker", "launcher")
-    script = """
-    if [ -e /opt/ml/checkpoints/step ]; then cat /opt/ml/checkpoints/* > /opt/ml/model/steps; exit 0; fi
-    trap 'echo last > /opt/ml/checkpoints/term; exit 1' TERM
-    echo 7 > /opt/ml/checkpoints/step
-    while :; do sleep 0.1; done
-    """
+    script = (
+        "cd /opt/ml/checkpoints; if [ -e step ]; then cat * > ../model/steps; exit 0; fi; "
+        "trap 'echo last > term; exit 1' TERM; echo 7 > step; while :; do sleep 0.1; done"
+    )
     sagemaker.create_training_job(**request("a", script, **spot()))
     s3 = fake.client("s3")
     wait_for_object(s3, "checkpoints/run/step")
@@ -136,10 +135,10 @@ def test_an_interrupted_job_starts_again_with_its_checkpoints(fake, graceful):
 @needs_jobs
 def test_machines_find_each_other_by_name_and_fail_together(fake):
     sagemaker = fake.client("sagemaker", "launcher")
-    script = """
-    grep -q '"current_host": "algo-1"' /opt/ml/input/config/resourceconfig.json && exec sleep 60
-    python -c "import socket; print(socket.gethostbyname('algo-1'))" && exit 4
-    """
+    script = (
+        "grep -q 'current_host.: .algo-1' /opt/ml/input/config/resourceconfig.json && exec sleep 60; "
+        "getent hosts algo-1 && exit 4"
+    )
     resources = {"InstanceType": "ml.g5.2xlarge", "InstanceCount": 2, "VolumeSizeInGB": 30}
     sagemaker.create_training_job(**request("a", script, ResourceConfig=resources))
     assert finished(sagemaker, "a")["FailureReason"].endswith("exit code: 4")
@@ -194,9 +193,8 @@ def test_jobs_that_are_refused(fake, changes, code):
 )
 def test_a_request_that_the_model_excludes_is_refused_and_remembered(fake, changes, said):
     # As EventBridge Scheduler sends what it stored: no client has looked at it.
-    sagemaker = fake.client("sagemaker", "scheduler", parameter_validation=False)
-    with pytest.raises(ClientError, match=said):
-        sagemaker.create_training_job(**request("a", "true") | changes)
+    with pytest.raises(Error, match=said):
+        fake.send("sagemaker", "CreateTrainingJob", request("a", "true") | changes, "scheduler")
     assert len(fake.invalid) == 1
     assert not fake.jobs
     fake.invalid.clear()
