@@ -31,6 +31,7 @@ from llm_engineering.config import Recipe, SageMakerConfig
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
+from tools.preflight import CODE_VARIABLE, code_version
 
 logger = logging.getLogger("llm_engineering.schedule")
 
@@ -107,6 +108,7 @@ def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecip
         {"code": upload_code(account), RECIPE_CHANNEL: _upload_recipe(account, job), **job.channels},
         {
             JOB_VARIABLE: job_prefix(name) + EXECUTION,
+            CODE_VARIABLE: code_version(),
             STORE_URL: server.url,
             "ZENML_ACTIVE_STACK_ID": server.stack_id,
             "ZENML_ACTIVE_PROJECT_ID": server.project_id,
