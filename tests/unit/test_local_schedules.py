@@ -1,5 +1,6 @@
 """Schedules of this machine, with a crontab and a systemctl that write down what they are told."""
 
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -7,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+import tools.schedule
 from llm_engineering.compute import crontab, local_schedules, systemd
 from llm_engineering.compute.cron import parse_timing
 from llm_engineering.compute.local_schedules import LocalSchedule
 from llm_engineering.compute.runs import Place, RunRecord
 from llm_engineering.errors import RequestError
+from llm_engineering.recipes import load_recipe
+from tests.conftest import ROOT
 
 NOW = datetime(2026, 11, 23, 15, 40, tzinfo=UTC)
 OTHERS = "MAILTO=me@example.org\n# backups\n17 4 * * * /usr/bin/backup --all # llm-engineering-not-this\n"
@@ -213,3 +217,90 @@ def test_run_under_way_is_stopped_only_when_asked(machine):
     finally:
         process.kill()
         process.stdout.close()
+
+
+@pytest.fixture
+def commands(machine, monkeypatch, settings):
+    """`python -m tools.schedule … --target local` in this process, with settings and outputs of its own."""
+    monkeypatch.chdir(machine)
+    for name in ("NOTIFY_WEBHOOK", "NOTIFY_SNS_TOPIC", "AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(action: str, *arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["schedule", action, "--target", "local", *arguments])
+        monkeypatch.setattr(tools.schedule, "exit_code", lambda work, debug: work())
+        return tools.schedule.main()
+
+    return call
+
+
+def test_commands_for_this_machine(machine, commands, capsys):
+    recipe = str(ROOT / "configs" / "local.yaml")
+    commands("create", "--config", recipe, "--cron", "0 3 * * 0", "--set", "seed=7", "--name", "weekly")
+    line = (machine / "crontab").read_text()
+    assert line.startswith("0 3 * * 0 cd ")
+    with pytest.raises(RequestError, match="There is a schedule weekly on this machine already"):
+        commands("create", "--config", recipe, "--cron", "0 3 * * 0", "--name", "weekly")
+    folder = machine / "outputs" / "schedules" / "weekly"
+    assert load_recipe(folder / "recipe.json") == load_recipe(recipe, ["seed=7"])
+
+    commands("pause")
+    commands("change", "--cron", "0 5 ? * MON *")
+    assert load_recipe(folder / "recipe.json").seed == 7
+    with pytest.raises(RequestError, match="name it too, CONFIG="):
+        commands("change", "--set", "seed=8")
+    Place(str(folder)).write(RunRecord(run="a", began=NOW, ended=NOW, outcome="skipped", reason="no new data"))
+    capsys.readouterr()
+    commands("list", "--json")
+    (shown,) = json.loads(capsys.readouterr().out)
+    assert (shown["where"], shown["state"], shown["next"]) == ("this machine (cron)", "paused", None)
+    assert (shown["expression"], shown["timezone"]) == ("cron(0 5 ? * MON *)", "UTC")
+    assert [run["verdict"] for run in shown["runs"]] == ["skipped: no new data"]
+    commands("list")
+    assert "skipped: no new data" in capsys.readouterr().out
+    commands("resume")
+    assert (machine / "crontab").read_text() == line.replace("0 3 * * 0 ", "0 5 * * 1 ", 1)
+    (machine / "crontab").unlink()
+    commands("list", "--json")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["state"] == "lost"
+    commands("remove")
+    assert not (machine / "outputs" / "schedules" / "weekly").exists()
+    with pytest.raises(RequestError, match="There is no schedule"):
+        commands("remove")
+
+
+def test_what_cron_starts_keeps_its_verdict(machine, commands):
+    """Under cron's own environment, which has next to nothing in it."""
+    recipe = machine / "mine.yaml"
+    recipe.write_text(f"extends: {ROOT}/configs/local.yaml\nname: mine\ndocuments: {{path: my_docs}}\n")
+    commands("create", "--config", str(recipe), "--cron", "@weekly")
+    line = (machine / "crontab").read_text().rstrip("\n")
+    command = line.split(None, 5)[5].replace("\\%", "%")
+    done = subprocess.run(["/bin/sh", "-c", command], env={"HOME": str(machine), "PATH": "/usr/bin:/bin"})
+    place = Place(str(machine / "outputs" / "schedules" / "mine"))
+    assert done.returncode == 2, (machine / "outputs" / "schedules" / "mine" / "log.txt").read_text()
+    assert place.records()[0].verdict.startswith("failed: documents.path my_docs does not exist.")
+
+
+def test_secret_of_this_shell_alone_is_refused(machine, commands, monkeypatch):
+    monkeypatch.setenv("COMET_API_KEY", "planted-comet-4711")
+    recipe = str(ROOT / "configs" / "local.yaml")
+    with pytest.raises(RequestError, match="COMET_API_KEY stands in the environment of this shell") as refused:
+        commands("create", "--config", recipe, "--cron", "@weekly")
+    assert "planted" not in str(refused.value)
+    assert not (machine / "crontab").exists()
+    (machine / ".env").write_text("COMET_API_KEY=planted-comet-4711\n")
+    commands("create", "--config", recipe, "--cron", "@weekly")
+    written = (machine / "crontab").read_text() + "".join(
+        file.read_text() for file in (machine / "outputs").rglob("*") if file.is_file()
+    )
+    assert "planted" not in written
+
+
+def test_time_that_cron_cannot_keep_is_refused_before_anything_is_written(machine, commands):
+    recipe = str(ROOT / "configs" / "local.yaml")
+    for text in ("0 3 L * ? *", "rate(7 days)", "0 3 * * SUN *"):
+        with pytest.raises(RequestError):
+            commands("create", "--config", recipe, "--cron", text)
+    assert not (machine / "crontab").exists()
+    assert not (machine / "outputs" / "schedules").exists()
