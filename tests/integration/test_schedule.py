@@ -86,6 +86,8 @@ def fake(account, tmp_path, monkeypatch):
     account.errors.clear()
     for name in list_names(account):
         account.client("scheduler").delete_schedule_group(Name=name)
+    for key in keys(account, "llm-engineering/"):
+        account.client("s3").delete_object(Bucket=BUCKET, Key=key)
 
 
 def settings_of(folder: Path) -> dict[str, str]:
@@ -136,6 +138,7 @@ def call(*arguments: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["schedule", *arguments])
         patch.setattr(schedule, "exit_code", lambda work, debug: work())
+        patch.setattr(schedule, "start_logging", lambda debug: None)
         return schedule.main()
 
 
@@ -291,7 +294,7 @@ def test_nothing_is_left_of_a_schedule_that_cannot_be_made(fake, recipe):
 def test_names_of_jobs_tell_schedules_apart(fake, recipe):
     for name in ("weekly--extra", "a" * 26, "-weekly", "wöchentlich"):
         with pytest.raises(RequestError, match="no name for a schedule"):
-            create(recipe, "--name", name)
+            create(recipe, f"--name={name}")
 
 
 def test_run_that_never_began_is_told_with_its_reason_and_is_listed(fake, recipe, capsys):

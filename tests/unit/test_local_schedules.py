@@ -229,6 +229,7 @@ def commands(machine, monkeypatch, settings):
     def call(action: str, *arguments: str) -> int:
         monkeypatch.setattr("sys.argv", ["schedule", action, "--target", "local", *arguments])
         monkeypatch.setattr(tools.schedule, "exit_code", lambda work, debug: work())
+        monkeypatch.setattr(tools.schedule, "start_logging", lambda debug: None)
         return tools.schedule.main()
 
     return call
@@ -269,8 +270,9 @@ def test_commands_for_this_machine(machine, commands, capsys):
         commands("remove")
 
 
-def test_what_cron_starts_keeps_its_verdict(machine, commands):
+def test_what_cron_starts_keeps_its_verdict(machine, commands, monkeypatch):
     """Under cron's own environment, which has next to nothing in it."""
+    monkeypatch.chdir(ROOT)
     recipe = machine / "mine.yaml"
     recipe.write_text(f"extends: {ROOT}/configs/local.yaml\nname: mine\ndocuments: {{path: my_docs}}\n")
     commands("create", "--config", str(recipe), "--cron", "@weekly")
