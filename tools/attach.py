@@ -28,8 +28,11 @@ def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
         raise RequestError(
             "--attach follows a SageMaker job, and this recipe trains here. Use the recipe that the job was started with."
         )
-    client = Account.resolve(recipe.compute.sagemaker, Settings()).client("sagemaker")
+    account = Account.resolve(recipe.compute.sagemaker, Settings())
+    client = account.client("sagemaker")
     with translated(f"Job {job} cannot be looked up"):
+        if not jobs.exists(client, job):
+            raise RequestError(f"There is no job {job} in {account.region}: correct its name, or AWS_REGION.")
         stage = jobs.tags_of(client, jobs.describe(client, job)).get(jobs.STAGE)
     if stage not in stages:
         raise RequestError(

@@ -307,6 +307,14 @@ def test_failures_are_a_sentence_and_a_remedy(description, said, remedy):
     assert str(error).endswith("The last 2 lines of its log:\n  line one\n  line two")
 
 
+def test_what_the_job_said_itself_is_not_repeated():
+    """Nor taken for something else: the image is no cause here."""
+    own = "The image was built from another lock. Build it anew."
+    text = str(failures.explain(ended(reason=f"AlgorithmError: Error: {own}, exit code: 2")))
+    assert text.count(own) == 1
+    assert "could not be pulled" not in text
+
+
 def test_only_a_missing_machine_is_tried_again_elsewhere():
     assert failures.is_capacity(ended(reason="CapacityError: Unable to provision requested ML compute capacity."))
     assert not failures.is_capacity(ended(reason="AlgorithmError: CUDA out of memory"))

@@ -9,9 +9,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from botocore.exceptions import ClientError
-
 from llm_engineering.compute.sagemaker.account import Account
+from llm_engineering.compute.sagemaker.storage import is_there
 from llm_engineering.errors import RequestError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[3]
@@ -27,14 +26,10 @@ def upload_code(account: Account) -> str:
     """
     archive = code_archive(PROJECT_ROOT)
     key = account.key("code", f"{hashlib.sha256(archive).hexdigest()}.tar.gz")
-    s3 = account.client("s3")
-    try:
-        s3.head_object(Bucket=account.bucket, Key=key)
-    except ClientError as error:
-        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
-            raise
-        s3.upload_fileobj(io.BytesIO(archive), account.bucket, key, ExtraArgs=account.encryption)
-    return f"s3://{account.bucket}/{key}"
+    uri = f"s3://{account.bucket}/{key}"
+    if not is_there(account, uri):
+        account.client("s3").upload_fileobj(io.BytesIO(archive), account.bucket, key, ExtraArgs=account.encryption)
+    return uri
 
 
 def code_archive(root: Path) -> bytes:

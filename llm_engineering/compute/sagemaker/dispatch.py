@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from botocore.exceptions import ClientError
 from datasets import DatasetDict
 
 from llm_engineering.compute.sagemaker import jobs
@@ -22,7 +23,7 @@ from llm_engineering.compute.sagemaker.follow import Signals, follow
 from llm_engineering.compute.sagemaker.logs import JobLog
 from llm_engineering.compute.sagemaker.prices import cost_facts, cost_line
 from llm_engineering.compute.sagemaker.request import INPUTS, RESULTS, training_job_request
-from llm_engineering.compute.sagemaker.storage import fetch_results, folder_hash, upload_folder
+from llm_engineering.compute.sagemaker.storage import fetch_results, folder_hash, is_there, upload_folder
 from llm_engineering.config import SageMakerConfig
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import differences
@@ -161,7 +162,11 @@ class _Stage:
             return None
         if jobs.FETCHED in jobs.tags_of(self.client, self.former):
             return None
-        logger.info("Job %s has done this very work: bringing its results back", name)
+        if not is_there(self.account, self.former["ModelArtifacts"]["S3ModelArtifacts"]):
+            logger.warning("Job %s has done this very work, but its results are no longer in S3: starting anew", name)
+            return None
+        when = self.former["CreationTime"].strftime("%Y-%m-%d %H:%M")
+        logger.info("Job %s of %s has done this very work: bringing its results back", name, when)
         return self.former
 
     def start(self, types: Sequence[str]) -> dict[str, Any]:
@@ -269,7 +274,13 @@ class _Stage:
         summary = json.loads(report.read_text(encoding="utf-8")) | {"sagemaker": self.facts(description)}
         report.write_text(json.dumps(summary, indent=2), encoding="utf-8")
         when = {"Key": jobs.FETCHED, "Value": datetime.now(UTC).isoformat(timespec="seconds")}
-        self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
+        try:
+            self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
+        except ClientError as error:
+            # The results are here, and that is what counts.
+            logger.warning(
+                "Job %s cannot be marked as fetched (%s): the same work will find its results again", name, error
+            )
         return TrainingResult(adapter, report.parent, summary)
 
 

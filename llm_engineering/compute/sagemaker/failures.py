@@ -7,38 +7,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
 from llm_engineering.errors import RequestError, WorkError
 
-# Of FailureReason: SageMaker's own words for what its users meet, and what helps.
-_REASONS = (
+# Of FailureReason: what a pattern in it means, and what helps. The first are SageMaker's own words for what kept the job
+# from running, the others the end of a job that did run.
+_Meaning = tuple[re.Pattern[str], str, str]
+_CAPACITY: _Meaning = (
+    re.compile(r"CapacityError|insufficient capacity|Unable to provision", re.IGNORECASE),
+    "Amazon has no free machine of the type {type}{spot}.",
+    "Name other types in compute.sagemaker.fallback_instance_types, try again later, or in another region{on_demand}.",
+)
+_NOT_RUN: tuple[_Meaning, ...] = (
+    _CAPACITY,
     (
-        re.compile(r"CapacityError|insufficient capacity|Unable to provision", re.IGNORECASE),
-        "Amazon has no free machine of the type {type}{spot}.",
-        "Name other types in compute.sagemaker.fallback_instance_types, try again later, or in another region"
-        "{on_demand}.",
-    ),
-    (
-        re.compile(r"CUDA out of memory|OutOfMemoryError|Out of memory in process|CUBLAS_STATUS_ALLOC", re.IGNORECASE),
-        "The card's memory did not suffice.",
-        "Lower per_device_train_batch_size or formatting.max_length, set gradient_checkpointing, or take a type with a "
-        "larger card than {type}'s.",
-    ),
-    (
-        re.compile(r"exit code:? ?137|SIGKILL|signal 9|Please use an instance type with more memory", re.IGNORECASE),
-        "The machine's memory did not suffice: the training process was killed.",
-        "Take a type with more memory than {type}, or lower compute.num_processes.",
-    ),
-    (
-        re.compile(r"No space left on device|volume.{0,40}(full|too small)|disk is full", re.IGNORECASE),
-        "The job's volume of {volume} GB is full.",
-        "Raise compute.sagemaker.volume_size_gb: base model, checkpoints and results stand on it together.",
-    ),
-    (
-        re.compile(
-            r"(pull|download|access|find|validate).{0,60}image|CannotPullContainer|image.{0,60}not", re.IGNORECASE
-        ),
+        re.compile(r"image", re.IGNORECASE),
         "The image {image} could not be pulled.",
         "`make image` builds and pushes it; it has to be in the job's region, and the job's role needs ecr:BatchGetImage "
         "and ecr:GetDownloadUrlForLayer; in a VPC without internet also endpoints of ECR and S3.",
@@ -47,6 +32,24 @@ _REASONS = (
         re.compile(r"AccessDenied|not authorized|Forbidden|403", re.IGNORECASE),
         "The job's role lacks a permission.",
         "Compare {role} with docs/aws: it has to read and write {bucket}.",
+    ),
+)
+_RUN: tuple[_Meaning, ...] = (
+    (
+        re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC"),
+        "The card's memory did not suffice.",
+        "Lower per_device_train_batch_size or formatting.max_length, set gradient_checkpointing, or take a type with a "
+        "larger card than {type}'s.",
+    ),
+    (
+        re.compile(r"exit code: 137|SIGKILL|instance type with more memory"),
+        "The machine's memory did not suffice: the training process was killed.",
+        "Take a type with more memory than {type}, or lower compute.num_processes.",
+    ),
+    (
+        re.compile(r"No space left on device"),
+        "The job's volume of {volume} GB is full.",
+        "Raise compute.sagemaker.volume_size_gb: base model, checkpoints and results stand on it together.",
     ),
 )
 # Codes with which AWS refuses a request, and what helps.
@@ -83,7 +86,7 @@ def translated(what: str) -> Iterator[None]:
         found = error.response["Error"]
         remedy = _CODES.get(found["Code"], "`make preflight` checks what a job needs.")
         raise WorkError(f"{what}: {found['Code']}: {found['Message'].rstrip('.')}. {remedy}") from error
-    except BotoCoreError as error:
+    except (BotoCoreError, Boto3Error) as error:
         raise WorkError(
             f"{what}: {str(error).rstrip('.')}. Look at the network, and run the same command again."
         ) from error
@@ -94,7 +97,7 @@ def is_capacity(description: dict[str, Any]) -> bool:
     if description["TrainingJobStatus"] == "Stopped":
         # The wait ended before the job ever began.
         return description["SecondaryStatus"] == "MaxWaitTimeExceeded" and "TrainingStartTime" not in description
-    return bool(_REASONS[0][0].search(description.get("FailureReason", "")))
+    return bool(_CAPACITY[0].search(description.get("FailureReason", "")))
 
 
 def explain(description: dict[str, Any], last_lines: Sequence[str] = ()) -> WorkError:
@@ -106,7 +109,7 @@ def explain(description: dict[str, Any], last_lines: Sequence[str] = ()) -> Work
     name, reason = description["TrainingJobName"], description.get("FailureReason", "").strip()
     sentence, remedy = _cause(description, reason)
     text = f"Job {name} {'failed' if description['TrainingJobStatus'] == 'Failed' else 'ended'}. {sentence} {remedy}"
-    if reason and reason not in text:
+    if reason and sentence not in reason:
         text += f"\nSageMaker says: {reason}"
     if last_lines:
         text += f"\nThe last {len(last_lines)} lines of its log:\n" + "\n".join(f"  {line}" for line in last_lines)
@@ -136,11 +139,12 @@ def _cause(description: dict[str, Any], reason: str) -> tuple[str, str]:
         "spot": " on the spot market" if spot else "",
         "on_demand": ", or set compute.sagemaker.use_spot to false" if spot else "",
     }
-    for pattern, sentence, remedy in _REASONS:
+    has_run = reason.startswith("AlgorithmError")
+    for pattern, sentence, remedy in _RUN if has_run else _NOT_RUN:
         if pattern.search(reason):
             return sentence.format(**facts), remedy.format(**facts)
     own = re.search(r"Error: (.*?)(, exit code: \d+)?$", reason.removeprefix("AlgorithmError: "), re.DOTALL)
-    if own:
+    if has_run and own:
         # The project's own errors say what to do.
         return own[1].strip(), "Once that is mended, the same command goes on from the newest checkpoint."
     return "The training process ended with an error.", f"Its log says where. {goes_on}"

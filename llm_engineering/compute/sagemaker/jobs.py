@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from botocore.exceptions import ClientError
 from datasets import DatasetDict
 
 from llm_engineering.compute.sagemaker.storage import folder_hash
@@ -84,6 +85,17 @@ def describe(client: Any, name: str) -> dict[str, Any]:
     """What SageMaker says of a job."""
     description: dict[str, Any] = client.describe_training_job(TrainingJobName=name)
     return description
+
+
+def exists(client: Any, name: str) -> bool:
+    """Whether there is a job of this name."""
+    try:
+        describe(client, name)
+    except ClientError as error:
+        if "not found" in error.response["Error"]["Message"]:
+            return False
+        raise
+    return True
 
 
 def tags_of(client: Any, description: Mapping[str, Any]) -> dict[str, str]:

@@ -10,6 +10,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from botocore.exceptions import ClientError
+
 from llm_engineering.compute.sagemaker.account import Account
 from llm_engineering.compute.sagemaker.request import CHECKPOINTS
 from llm_engineering.errors import WorkError
@@ -46,6 +48,18 @@ def upload_folder(account: Account, folder: Path, *place: str) -> str:
     logger.info("Uploaded %.1f MiB to s3://%s/%s", sent / 2**20, account.bucket, prefix)
     # With the slash, so that no other place begins with it.
     return f"s3://{account.bucket}/{prefix}/"
+
+
+def is_there(account: Account, uri: str) -> bool:
+    """Whether there is an object at this address."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    try:
+        account.client("s3").head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+            raise
+        return False
+    return True
 
 
 def fetch_results(account: Account, uri: str, name: str, output_dir: Path) -> Path:
