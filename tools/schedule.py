@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
+from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 from rich.console import Console
 from rich.table import Table
 
@@ -182,14 +183,11 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
             (local, local_schedules.state(local), local_schedules.runs(local, arguments.limit), None)
             for local in local_schedules.list_all(_folder(settings))
         ]
-    if arguments.target != "local" and _has_region(settings):
+    for cloud in _in_the_cloud(arguments.target, settings):
         session = _session(settings)
-        for cloud in schedules.list_all(session):
-            found = schedules.runs(session, cloud, arguments.limit)
-            missed = schedules.missed(cloud, found[0] if found else None, now)
-            rows.append((cloud, "paused" if cloud.paused else "active", found, missed))
-    elif arguments.target != "local":
-        logger.info("Schedules of SageMaker are not listed: no region is known (AWS_REGION).")
+        found = schedules.runs(session, cloud, arguments.limit)
+        missed = schedules.missed(cloud, found[0] if found else None, now)
+        rows.append((cloud, "paused" if cloud.paused else "active", found, missed))
     if arguments.json:
         print(json.dumps([_as_json(*row, now) for row in rows]))
         return 0
@@ -253,9 +251,7 @@ def _find(name: str | None, target: str | None, settings: Settings) -> LocalSche
     found: list[LocalSchedule | CloudSchedule] = []
     if target != "sagemaker":
         found += local_schedules.list_all(_folder(settings))
-    if target == "sagemaker" or (target is None and _has_region(settings)):
-        session = _session(settings)
-        found += [schedules.get(session, name)] if name and target else schedules.list_all(session)
+    found += _in_the_cloud(target, settings)
     wanted = [schedule for schedule in found if name in (None, schedule.name)]
     if len(wanted) == 1:
         return wanted[0]
@@ -263,6 +259,22 @@ def _find(name: str | None, target: str | None, settings: Settings) -> LocalSche
     if not wanted:
         raise RequestError(f"There is no schedule {name or ''}. Those there are: {names}.".replace("  ", " "))
     raise RequestError(f"Several schedules could be meant: {names}. Say which one: NAME=…, or TARGET=local|sagemaker.")
+
+
+def _in_the_cloud(target: str | None, settings: Settings) -> list[CloudSchedule]:
+    """The schedules of the account; where none is asked for and there is no account, that is said."""
+    if target == "local":
+        return []
+    if target is None and not _has_region(settings):
+        logger.info("Schedules of SageMaker are not looked up: no region is known (AWS_REGION).")
+        return []
+    try:
+        return schedules.list_all(_session(settings))
+    except (NoCredentialsError, PartialCredentialsError):
+        if target is not None:
+            raise
+        logger.info("Schedules of SageMaker are not looked up: there are no AWS credentials.")
+        return []
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:

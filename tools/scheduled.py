@@ -51,12 +51,10 @@ class Scheduled:
                 self.place.write(self.record)
                 return work(self)
         except KeyboardInterrupt:
-            self._end("interrupted", _SIGNAL_IN_JOB if self.place.in_s3 else "a signal ended it")
-            self._tell()
+            self._fail("interrupted", _SIGNAL_IN_JOB if self.place.in_s3 else "a signal ended it")
             raise
         except Exception as error:  # Whatever it is, it is kept and raised again.
-            self._end("failed", str(error) or type(error).__name__)
-            self._tell()
+            self._fail("failed", str(error) or type(error).__name__)
             raise
 
     def is_new(self, recipe: Recipe, inputs: Inputs) -> bool:
@@ -84,21 +82,26 @@ class Scheduled:
         self._end(outcome, reason)
 
     def _end(self, outcome: str, reason: str) -> None:
+        self._ended(outcome, reason)
+        self.place.write(self.record)
+
+    def _fail(self, outcome: str, reason: str) -> None:
+        self._ended(outcome, reason)
+        # First: what went wrong may be that nothing can be written.
+        notify(
+            f"Retraining {self.place.schedule} {outcome}",
+            f"{self.record.reason}\nRun {self.record.run}, began {self.record.began:%Y-%m-%d %H:%M} UTC. "
+            "`make schedules` lists the last runs.",
+            Settings(),
+        )
+        self.place.write(self.record)
+
+    def _ended(self, outcome: str, reason: str) -> None:
         reason = without_secrets(reason, Settings())
         if len(reason) > _REASON_CHARACTERS:
             reason = f"{reason[:_REASON_CHARACTERS]} …"
         update = {"outcome": outcome, "reason": reason, "ended": datetime.now(UTC)}
         self.record = self.record.model_copy(update=update)
-        self.place.write(self.record)
-
-    def _tell(self) -> None:
-        name = self.place.schedule
-        notify(
-            f"Retraining {name} {self.record.outcome}",
-            f"{self.record.reason}\nRun {self.record.run}, began {self.record.began:%Y-%m-%d %H:%M} UTC. "
-            "`make schedules` lists the last runs.",
-            Settings(),
-        )
 
     @contextmanager
     def _lock(self) -> Iterator[bool]:

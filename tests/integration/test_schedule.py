@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from llm_engineering.compute.sagemaker.schedules import EXECUTION
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.settings import Settings
 from tests.conftest import ROOT
-from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, running_sagemaker, why_no_jobs
+from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, ROLE, running_sagemaker, why_no_jobs
 from tools import schedule
 from tools.schedule_job import Server
 
@@ -527,3 +528,38 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     command(env, "-m", "tools.schedule", "remove")
     assert keys(account, FOLDER) == []
     assert list_names(account) == []
+
+
+def policy(name: str, **places: str) -> list[dict]:
+    text = (ROOT / "docs" / "aws" / name).read_text()
+    for place, value in places.items():
+        text = text.replace(f"<{place}>", value)
+    return json.loads(text)["Statement"]
+
+
+def test_policies_allow_what_is_asked_and_no_more(fake, recipe):
+    create(recipe)
+    fake.starting_s = 60.0
+    try:
+        job = fire(fake)
+        assert call("remove", "--stop") == 0
+    finally:
+        fake.starting_s = 0.0
+    asked = {f"{r.service}:{r.operation}" for r in fake.requests if r.principal == "scheduler"}
+    places = {"ACCOUNT": ACCOUNT, "REGION": REGION, "JOB_ROLE_ARN": ROLE}
+    start, give = policy("scheduler-policy.json", **places)
+    # Tags in a request ask for the right to set them.
+    assert asked == {"sagemaker:CreateTrainingJob"} == set(start["Action"]) - {"sagemaker:AddTags"}
+    assert fnmatchcase(fake.job(job).arn, start["Resource"])
+    assert not fnmatchcase(fake.job(job).arn.replace("--", "-"), start["Resource"])
+    assert (give["Action"], give["Resource"]) == ("iam:PassRole", fake.job(job).request["RoleArn"])
+    (trust,) = policy("scheduler-trust.json", **places)
+    (group,) = fake.asked("scheduler", "CreateScheduleGroup")
+    arn = f"arn:aws:scheduler:{REGION}:{ACCOUNT}:schedule-group/{group['Name']}"
+    assert fnmatchcase(arn, trust["Condition"]["ArnLike"]["aws:SourceArn"])
+
+
+def test_topic_with_the_policy_of_the_documentation_is_taken(fake, recipe):
+    text = json.dumps({"Version": "2012-10-17", "Statement": policy("topic-policy.json", TOPIC_ARN=TOPIC)})
+    fake.client("sns").set_topic_attributes(TopicArn=TOPIC, AttributeName="Policy", AttributeValue=text)
+    assert create(recipe) == 0
