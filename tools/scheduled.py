@@ -17,6 +17,7 @@ import boto3
 
 from llm_engineering.compute.runs import JOB_VARIABLE, Place, RunRecord, job_prefix
 from llm_engineering.config import Recipe
+from llm_engineering.generation.store import STORE_FILE
 from llm_engineering.notify import notify, without_secrets
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings

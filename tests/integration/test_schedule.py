@@ -496,6 +496,8 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     shown = json.loads(command(env, "-c", SHOW, records[first].run_id))
     assert (shown["pipeline"], shown["status"], shown["user"]) == ("retrain", "completed", "retraining")
     assert len(shown["uris"]) > 10
+    # Answers that were paid for are there for the next run.
+    assert f"{FOLDER}answers.jsonl" in keys(account, FOLDER)
     assert all(uri.startswith(f"s3://{BUCKET}/zenml/") for uri in shown["uris"])
 
     third = fire(account)
