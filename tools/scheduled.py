@@ -50,7 +50,9 @@ class Scheduled:
                 if not is_first:
                     return self.skip("running")
                 self.place.write(self.record)
-                return work(self)
+                # Else every run would pay for all answers anew.
+                with self.place.kept(Settings().llm_output_dir / STORE_FILE):
+                    return work(self)
         except KeyboardInterrupt:
             self._fail("interrupted", _SIGNAL_IN_JOB if self.place.in_s3 else "a signal ended it")
             raise

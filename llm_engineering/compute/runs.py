@@ -102,6 +102,26 @@ class Place:
         return sorted(found, key=lambda record: record.began, reverse=True)
 
     @contextmanager
+    def kept(self, file: Path) -> Iterator[None]:
+        """Let a file outlive the machine of a job: it is there before the work, and in S3 after it, however that ends.
+
+        What is on the machine already is newer, for it comes from the job's checkpoints. In a folder nothing is done.
+        """
+        if not self.in_s3:
+            yield
+            return
+        s3, (bucket, prefix) = boto3.client("s3"), self.bucket_and_prefix
+        key = f"{prefix}/{file.name}"
+        if not file.exists() and s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            s3.download_file(bucket, key, str(file))
+        try:
+            yield
+        finally:
+            if file.exists():
+                s3.upload_file(str(file), bucket, key)
+
+    @contextmanager
     def lock(self) -> Iterator[bool]:
         """Whether this process is the only run of the schedule; of a folder."""
         folder = Path(self.place)
