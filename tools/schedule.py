@@ -113,6 +113,7 @@ def _create(arguments: argparse.Namespace, settings: Settings) -> int:
         from tools.schedule_job import job_request
 
         session = _session(settings)
+        schedules.check_free(session, name)
         request = job_request(name, recipe, settings, session)
         assert settings.scheduler_role is not None
         schedules.create(session, name, timing, request, settings.scheduler_role, settings.notify_sns_topic)

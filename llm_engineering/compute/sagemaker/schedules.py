@@ -60,23 +60,33 @@ class CloudSchedule(BaseModel):
         return _place(self.request)
 
 
+def check_free(session: boto3.Session, name: str) -> None:
+    """See that no schedule has this name.
+
+    Raises:
+        RequestError: one has.
+    """
+    scheduler = session.client("scheduler")
+    try:
+        scheduler.get_schedule_group(Name=PREFIX + name)
+    except scheduler.exceptions.ResourceNotFoundException:
+        return
+    raise RequestError(
+        f"There is a schedule {name} already. `make schedule-change NAME={name}` changes it, `make unschedule NAME={name}` "
+        "removes it; right after its removal the name is free again in a minute."
+    )
+
+
 def create(
     session: boto3.Session, name: str, timing: Timing, request: Mapping[str, Any], role: str, topic: str | None
 ) -> None:
     """Make a schedule, and with a topic what tells of runs that fail; all of it or nothing.
 
     Raises:
-        RequestError: there is one of that name.
         WorkError: AWS refuses.
     """
     scheduler = session.client("scheduler")
-    try:
-        scheduler.create_schedule_group(Name=PREFIX + name)
-    except scheduler.exceptions.ConflictException as error:
-        raise RequestError(
-            f"There is a schedule {name} already. `make schedule-change NAME={name}` changes it, `make unschedule "
-            f"NAME={name}` removes it; right after its removal the name is free again in a minute."
-        ) from error
+    scheduler.create_schedule_group(Name=PREFIX + name)
     try:
         if topic is not None:
             add_alerts(session, name, topic)
