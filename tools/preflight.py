@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Sequence
 
 from llm_engineering.compute.device import check_processes, check_training, choose_backend, choose_device
+from llm_engineering.compute.sagemaker.account import Account
+from llm_engineering.compute.sagemaker.preflight import check
 from llm_engineering.config import EMBEDDED_MODEL, ClientConfig, DataConfig, InstructionWriting, Recipe
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
@@ -39,6 +41,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     Settings().check_writable()
     uses_unsloth = _check_machine(recipe)
     check_trackers(recipe.tracking)
+    if recipe.compute.sagemaker is not None:
+        check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
     data = recipe.data
     documents = documents_hash(recipe.documents) if data.instructions is None else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
