@@ -39,14 +39,13 @@ data:
   split: {{validation_fraction: 0.2, test_fraction: 0.2}}
 model: {{name_or_path: "s3://{bucket}/model/"}}
 formatting: {{max_length: 192}}
-generation: {{rejected_max_new_tokens: 8, max_preferences: 40}}
-sft: {{num_train_epochs: 2, learning_rate: 1e-2, eval_steps: 4, save_steps: 4}}
-dpo: {{num_train_epochs: 1, learning_rate: 1e-3, eval_steps: 4, save_steps: 4}}
-evaluation: {{max_new_tokens: 8}}
+generation: {{rejected_max_new_tokens: 4, max_preferences: 16}}
+sft: {{max_steps: 6, learning_rate: 1e-2, eval_steps: 100, save_steps: 100}}
+dpo: {{max_steps: 2, learning_rate: 1e-4, eval_steps: 100, save_steps: 100}}
+evaluation: {{max_new_tokens: 4, generated_rows: 2, sample_answers: 1, bootstrap_samples: 100}}
 promotion:
-  sft: {{better_than: {{base: {{heldout_loss: 0.0}}}}}}
   dpo:
-    better_than: {{base: {{heldout_loss: 0.0}}}}
+    better_than: {{base: {{heldout_loss: 0.0, preference_accuracy: null}}, sft: {{preference_accuracy: null}}}}
     not_worse_than: {{sft: {{heldout_loss: 5.0}}}}
 tracking: {{comet: "off"}}
 compute:
@@ -352,6 +351,8 @@ def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
 
 
 CONNECT = """
+from tools.cli import prepare_zenml
+prepare_zenml()
 from zenml.client import Client
 from zenml.enums import StackComponentType
 client = Client()
@@ -468,7 +469,7 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     address = f"http://127.0.0.1:{webhook.server_port}/{hook}"
     put_secret(account, {"ZENML_STORE_API_KEY": key, "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address})
     s3 = account.client("s3")
-    s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=rows(60))
+    s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=rows(40))
     for file in tiny_model.iterdir():
         s3.upload_file(str(file), BUCKET, f"model/{file.name}")
     recipe = tmp_path / "weekly.yaml"
@@ -492,7 +493,7 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     assert account.job(second).status == "Completed", log_of(account, second)
     records = {record.run: record for record in Place(f"s3://{BUCKET}/{FOLDER}").records(s3)}
     assert records[second].verdict == "skipped: running"
-    assert (records[first].outcome, records[first].version) == ("staged", 1)
+    assert (records[first].verdict, records[first].version) == ("staged: version 1", 1)
     shown = json.loads(command(env, "-c", SHOW, records[first].run_id))
     assert (shown["pipeline"], shown["status"], shown["user"]) == ("retrain", "completed", "retraining")
     assert len(shown["uris"]) > 10
