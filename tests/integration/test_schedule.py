@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -16,6 +17,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+import httpx
 import pytest
 
 import tools.schedule_job
@@ -25,6 +27,7 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.settings import Settings
 from tests.conftest import ROOT
 from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, ROLE, running_sagemaker, why_no_jobs
+from tests.integration.preloaded import run_module
 from tools import schedule
 from tools.schedule_job import Server
 
@@ -350,29 +353,6 @@ def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
     assert missed(made.model_copy(update={"paused": True}), None, late) is None
 
 
-CONNECT = """
-from tools.cli import prepare_zenml
-prepare_zenml()
-from zenml.client import Client
-from zenml.enums import StackComponentType
-client = Client()
-store = client.create_stack_component(
-    "aws", flavor="s3", component_type=StackComponentType.ARTIFACT_STORE, configuration={"path": "s3://%s/zenml"}
-)
-local = client.active_stack_model.components[StackComponentType.ORCHESTRATOR][0]
-stack = client.create_stack("aws", {StackComponentType.ARTIFACT_STORE: "aws", StackComponentType.ORCHESTRATOR: local.id})
-client.activate_stack(stack.id)
-"""
-SHOW = """
-import json, sys
-from zenml.client import Client
-run = Client().get_pipeline_run(sys.argv[1])
-uris = [v.uri for step in run.steps.values() for found in step.outputs.values() for v in found]
-user = run.resources.user.name
-print(json.dumps({"pipeline": run.pipeline.name, "status": str(run.status), "uris": uris, "user": user}))
-"""
-
-
 class Webhook(http.server.ThreadingHTTPServer):
     """What is told over a webhook."""
 
@@ -402,16 +382,17 @@ def webhook():
 
 @pytest.fixture
 def zenml_server(tmp_path):
-    """A server that asks for logins: its address and the key of a service account."""
+    """A server that asks for logins: its address, the key of a service account, and a stack with artifacts in S3."""
+    pytest.importorskip("s3fs", reason="ZenML's artifact store in S3 needs s3fs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
     env |= {"ZENML_CONFIG_PATH": str(tmp_path / "server"), "ZENML_LOCAL_STORES_PATH": str(tmp_path / "server")}
-    key, log = tmp_path / "key", tmp_path / "server.log"
+    made, log = tmp_path / "server.json", tmp_path / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zenml_server", str(port), str(key)],
+            [sys.executable, "-m", "tests.zenml_server", str(port), str(made), BUCKET],
             cwd=ROOT,
             env=env,
             stdout=output,
@@ -427,7 +408,7 @@ def zenml_server(tmp_path):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", key.read_text()
+        yield f"http://127.0.0.1:{port}", *json.loads(made.read_text()).values()
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -437,10 +418,14 @@ def zenml_server(tmp_path):
             process.wait()
 
 
-def command(env: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def command(env: dict[str, str], *arguments: str, code: int = 0) -> str:
+    """`python -m tools.schedule` in a process of its own; returns what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        ended = run_module("tools.schedule", arguments, env, ROOT, output, 300)
+        said = (output / "stdout").read_text() + (output / "stderr").read_text()
+    assert ended == code, said
+    return said
 
 
 def rows(count: int) -> bytes:
@@ -463,8 +448,7 @@ def log_of(fake, job: str) -> str:
 @pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
 def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
     """The schedule fires twice at once, then with nothing new, then with data that cannot be read."""
-    pytest.importorskip("s3fs", reason="ZenML's artifact store in S3 needs s3fs")
-    url, key = zenml_server
+    url, key, stack = zenml_server
     planted, hook = f"planted-{uuid.uuid4().hex}", f"hook-{uuid.uuid4().hex}"
     address = f"http://127.0.0.1:{webhook.server_port}/{hook}"
     put_secret(account, {"ZENML_STORE_API_KEY": key, "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address})
@@ -478,11 +462,9 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     env |= {**account.env(), **settings_of(tmp_path), "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address}
     env |= {"ZENML_STORE_URL": url, "ZENML_STORE_API_KEY": key, "ZENML_CONFIG_PATH": str(tmp_path / "launcher")}
     account.requests.clear()
-    asked = ("-m", "tools.schedule", "create", "--config", str(recipe), "--cron", "0 3 ? * SUN *")
-    refused = subprocess.run([sys.executable, *asked], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "make stack-aws" in refused.stderr
-    command(env, "-c", CONNECT % BUCKET)
+    asked = ("create", "--config", str(recipe), "--cron", "0 3 ? * SUN *")
+    assert "make stack-aws" in command(env, *asked, code=2)
+    env["ZENML_ACTIVE_STACK_ID"] = stack
     command(env, *asked)
 
     first = fire(account)
@@ -494,12 +476,16 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     records = {record.run: record for record in Place(f"s3://{BUCKET}/{FOLDER}").records(s3)}
     assert records[second].verdict == "skipped: running"
     assert (records[first].verdict, records[first].version) == ("staged: version 1", 1)
-    shown = json.loads(command(env, "-c", SHOW, records[first].run_id))
-    assert (shown["pipeline"], shown["status"], shown["user"]) == ("retrain", "completed", "retraining")
-    assert len(shown["uris"]) > 10
+    token = httpx.post(f"{url}/api/v1/login", data={"password": key}).json()["access_token"]
+    with httpx.Client(base_url=f"{url}/api/v1", headers={"Authorization": f"Bearer {token}"}) as server:
+        run = server.get(f"/runs/{records[first].run_id}").json()
+        artifacts = server.get("/artifact_versions", params={"size": 100}).json()["items"]
+    assert (run["name"].partition("-")[0], run["body"]["status"]) == ("retrain", "completed")
+    uris = [artifact["body"]["uri"] for artifact in artifacts]
+    assert len(uris) > 10
+    assert all(uri.startswith(f"s3://{BUCKET}/zenml/") for uri in uris)
     # Answers that were paid for are there for the next run.
     assert f"{FOLDER}answers.jsonl" in keys(account, FOLDER)
-    assert all(uri.startswith(f"s3://{BUCKET}/zenml/") for uri in shown["uris"])
 
     third = fire(account)
     account.job(third).thread.join(300)
@@ -512,7 +498,7 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     ((path, told),) = webhook.told
     assert path == f"/{hook}"
     assert told.startswith("Retraining weekly failed\n")
-    found = json.loads(command(env, "-m", "tools.schedule", "list", "--json", "--limit", "9").splitlines()[-1])
+    found = json.loads(command(env, "list", "--json", "--limit", "9").splitlines()[0])
     verdicts = {run["run"]: run["verdict"] for run in found[0]["runs"]}
     assert verdicts[third] == "skipped: no new data"
     assert verdicts[fourth].startswith("failed: ")
@@ -528,7 +514,7 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     assert any(name.endswith(".db") for name in seen)
     for secret in (key, planted, hook):
         assert [name for name, text in seen.items() if secret in text] == []
-    command(env, "-m", "tools.schedule", "remove")
+    command(env, "remove")
     assert keys(account, FOLDER) == []
     assert list_names(account) == []
 
