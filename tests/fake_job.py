@@ -129,7 +129,7 @@ class Job:
                 except LookupError as error:
                     return self._end("Failed", reason=f"ClientError: {error}")
                 self.go("Training")
-                order = self._train(machines)
+                order, failed = self._train(machines)
                 if order in ("interrupt", "kill"):
                     self.go("Interrupted")
                     self.go("Starting")
@@ -140,7 +140,6 @@ class Job:
                 if order is None:
                     self.go("Uploading")
                 self._upload(machines[0].ml)
-                failed = next((m for m in machines if m.process.returncode), None)
                 if order is None and failed:
                     return self._end("Failed", reason=failed.failure())
                 if order is None:
@@ -159,8 +158,8 @@ class Job:
         names = [f"algo-{i}" for i in range(1, count + 1)]
         return [_Machine.make(self, folder / name, name, names) for name in names]
 
-    def _train(self, machines: list[_Machine]) -> str | None:
-        """Run the command on all machines; the order that ended it, None if it ended by itself."""
+    def _train(self, machines: list[_Machine]) -> tuple[str | None, _Machine | None]:
+        """Run the command on all machines; the order that ended it, if any did, and the machine that failed first."""
         for machine in machines:
             machine.start()
         order = None
@@ -170,12 +169,14 @@ class Job:
                 machine.copy_checkpoints()
             if any(m.process.poll() for m in machines):
                 break
+        # The others are ended now, which is no failure of theirs.
+        failed = next((m for m in machines if m.process.poll()), None)
         grace = self.fake.grace_s if order in ("stop", "expire", "interrupt") else 0.0
         for machine in machines:
             machine.end(grace)
             if order not in ("kill", "end"):
                 machine.copy_checkpoints()
-        return order
+        return order, failed
 
     def _upload(self, ml: Path) -> None:
         for folder, name in ((ml / "model", "model.tar.gz"), (ml / "output", "output.tar.gz")):

@@ -4,6 +4,7 @@ import json
 import os
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
@@ -154,7 +155,7 @@ def test_on_demand_asks_another_quota_and_a_fallback_only_warns(fake, small_llam
 
 def test_a_volume_that_is_too_small(fake, small_llama, monkeypatch):
     small = make_recipe(small_llama, "compute.sagemaker.volume_size_gb=10")
-    the_one(small, "volume_size_gb 10 is too small", "Set it to 12 or more")
+    the_one(small, "volume_size_gb 10 is too small", "Set it to 13 or more")
     # A float32 Llama: 4 bytes of each weight as published, 12 · 3 and 4 for each that is trained.
     full = make_recipe(small_llama, "sft.method=full")
     from transformers import AutoModelForCausalLM
@@ -188,9 +189,11 @@ def test_a_gated_model_needs_a_token_in_the_secret(fake, recipe, monkeypatch):
     assert found(recipe) == []
     monkeypatch.delenv("HF_TOKEN")
     the_one(recipe, "owner/gated is gated, and there is no HF_TOKEN here", "Accept its licence")
-    response = SimpleNamespace(headers={}, request=None, status_code=403)
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hf.co"))
     monkeypatch.setenv("HF_TOKEN", "hf_planted_token")
-    monkeypatch.setattr(HfApi, "auth_check", lambda *a, **k: (_ for _ in ()).throw(GatedRepoError("no", response)))
+    monkeypatch.setattr(
+        HfApi, "auth_check", lambda *a, **k: (_ for _ in ()).throw(GatedRepoError("no", response=response))
+    )
     the_one(recipe, "The token may not load owner/gated", "https://hf.co/owner/gated")
 
 

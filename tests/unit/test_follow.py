@@ -31,7 +31,7 @@ class Logs:
         if self.streams is None:
             raise refused("ResourceNotFoundException")
         names = [name for name in self.streams if name.startswith(asked["logStreamNamePrefix"])]
-        return [{"logStreams": [{"logStreamName": name}]} for name in names]
+        yield from ({"logStreams": [{"logStreamName": name}]} for name in names)
 
     def get_log_events(self, **asked):
         assert asked["startFromHead"]

@@ -8,6 +8,8 @@ from typing import Any, Self
 
 import boto3
 from botocore.config import Config
+from botocore.loaders import create_loader
+from botocore.session import get_session
 
 from llm_engineering.config import SageMakerConfig
 from llm_engineering.errors import RequestError
@@ -15,6 +17,7 @@ from llm_engineering.settings import Settings
 
 # Throttling and lost connections are tried again; "standard" waits exponentially with jitter between attempts.
 _RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10, read_timeout=60)
+_LOADER = create_loader()
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/.+")
 
 
@@ -77,7 +80,10 @@ class Account:
 
     def client(self, service: str) -> Any:
         """A boto3 client of this region that tries again what may pass; credentials are found as AWS's tools do."""
-        return boto3.Session(region_name=self.region).client(service, config=_RETRIES)
+        session = get_session()
+        # Reading the services' models takes longer than asking: once for all clients, not for each session.
+        session.register_component("data_loader", _LOADER)
+        return boto3.Session(botocore_session=session, region_name=self.region).client(service, config=_RETRIES)
 
     def uri(self, *parts: str) -> str:
         """The address of a place below the prefix: `s3://bucket/prefix/a/b`."""
