@@ -7,17 +7,20 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import boto3
-from botocore.exceptions import ClientError
 from pydantic import SecretStr
 
 from llm_engineering.compute.runs import JOB_VARIABLE, job_prefix
+from llm_engineering.compute.sagemaker.access import trusts
 from llm_engineering.compute.sagemaker.account import Account
-from llm_engineering.compute.sagemaker.alerts import topic_problem
+from llm_engineering.compute.sagemaker.alerts import topic_problems
 from llm_engineering.compute.sagemaker.code import upload_code
+from llm_engineering.compute.sagemaker.preflight import problems
+from llm_engineering.compute.sagemaker.problems import Problem, tried
 from llm_engineering.compute.sagemaker.request import INPUTS, training_job_request
 from llm_engineering.compute.sagemaker.scheduled_recipe import (
     RECIPE_CHANNEL,
@@ -27,7 +30,7 @@ from llm_engineering.compute.sagemaker.scheduled_recipe import (
     job_recipe,
 )
 from llm_engineering.compute.sagemaker.schedules import EXECUTION
-from llm_engineering.config import Recipe, SageMakerConfig
+from llm_engineering.config import ModelConfig, Recipe, SageMakerConfig
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
@@ -76,9 +79,7 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
     # All that belongs to the schedule is in one folder, which goes with it.
     account = replace(account, prefix=account.key("schedules", name))
     server = _server(session)
-    problems = [*_problems(account, settings, session, server)]
-    if problems:
-        raise RequestError("The schedule cannot be made yet:\n" + "\n".join(f"- {problem}" for problem in problems))
+    _check(recipe, account, settings, session, server)
     job = job_recipe(recipe, account.bucket, account.client("s3"))
     if config.fallback_instance_types:
         logger.info("A schedule starts %s alone: fallback_instance_types are not tried", config.instance_type)
@@ -139,49 +140,61 @@ def _upload_recipe(account: Account, job: JobRecipe) -> str:
     return account.uri("recipe", version) + "/"
 
 
-def _problems(account: Account, settings: Settings, session: boto3.Session, server: Server) -> Iterator[str]:
-    """What is missing in the account, each with its remedy."""
-    if settings.sagemaker_retrain_image is None:
-        yield "no image with the whole project is known: `make image` builds it; set SAGEMAKER_RETRAIN_IMAGE in .env"
-    if settings.scheduler_role is None:
-        yield (
-            "no role is known that EventBridge Scheduler takes on: make one by docs/aws/scheduler-trust.json and "
-            "scheduler-policy.json, and set SCHEDULER_ROLE to its ARN in .env"
-        )
-    if settings.notify_sns_topic is not None:
-        problem = topic_problem(session, settings.notify_sns_topic)
-        if problem is not None:
-            yield problem
+def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.Session, server: Server) -> None:
+    """Look at everything that the schedule and its jobs need in the account.
+
+    Raises:
+        RequestError: something is missing; every problem is named with its remedy.
+    """
     needed = [STORE_API_KEY] if server.has_logins else []
-    # The job has no .env: what is set here and not there is lost.
+    # The job has no .env: what is set here and not there would be lost.
     needed += [name.upper() for name, value in dict(settings).items() if isinstance(value, SecretStr)]
-    if account.secret is None:
-        if needed:
-            yield (
-                f"the job needs {', '.join(needed)}, which belong into a secret: aws secretsmanager create-secret --name "
-                "llm-engineering --secret-string file://secret.json, a JSON object of them, and set "
-                "SAGEMAKER_SECRET=llm-engineering in .env"
-            )
-        return
-    try:
-        held = json.loads(session.client("secretsmanager").get_secret_value(SecretId=account.secret)["SecretString"])
-    except ClientError as error:
-        if error.response["Error"]["Code"] == "AccessDeniedException":
-            logger.warning("Nobody here may look whether the secret %s holds %s", account.secret, ", ".join(needed))
-            return
-        yield f"the secret {account.secret} cannot be read ({error.response['Error']['Code']}): create it"
-        return
-    except (KeyError, ValueError):
-        yield f"the secret {account.secret} is no JSON object of texts"
-        return
-    missing = [name for name in needed if not isinstance(held, dict) or not held.get(name)]
-    if missing:
-        why = (
-            f" ({STORE_API_KEY}: `zenml service-account create retraining` shows one)"
-            if STORE_API_KEY in missing
-            else ""
+    found = [*_setting_problems(settings)]
+    if settings.scheduler_role is not None:
+        role = settings.scheduler_role
+        found += tried(f"The role {role}", partial(_role_problems, session, role))
+    if settings.notify_sns_topic is not None:
+        topic = settings.notify_sns_topic
+        found += tried(f"The topic {topic}", partial(topic_problems, session, topic))
+    # A model in S3 is no model of the hub; the job's own check sees it.
+    in_s3 = recipe.model.name_or_path.startswith("s3://")
+    found += problems(
+        recipe.model_copy(update={"model": ModelConfig()}) if in_s3 else recipe, account, settings, needed
+    )
+    for warning in (problem for problem in found if problem.is_warning):
+        logger.warning("%s", warning)
+    serious = [f"- {problem}" for problem in found if not problem.is_warning]
+    if serious:
+        raise RequestError("The schedule cannot be made yet:\n" + "\n".join(serious))
+
+
+def _setting_problems(settings: Settings) -> Iterator[Problem]:
+    if settings.sagemaker_retrain_image is None:
+        yield Problem(
+            "No image with the whole project is known", "`make image` builds it; set SAGEMAKER_RETRAIN_IMAGE in .env"
         )
-        yield f"the secret {account.secret} lacks {', '.join(missing)}: add them{why}"
+    if settings.scheduler_role is None:
+        yield Problem(
+            "No role is known that EventBridge Scheduler takes on",
+            "Make one by docs/aws/scheduler-trust.json and scheduler.json, and set SCHEDULER_ROLE to its ARN in .env",
+        )
+
+
+def _role_problems(session: boto3.Session, role: str) -> Iterator[Problem]:
+    """Whether the scheduler's role is there, and lets EventBridge Scheduler take it on."""
+    iam, name = session.client("iam"), role.rpartition("/")[2]
+    trust = "docs/aws/scheduler-trust.json"
+    try:
+        document = iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"]
+    except iam.exceptions.NoSuchEntityException:
+        create = f"aws iam create-role --role-name {name} --assume-role-policy-document file://{trust}"
+        yield Problem(f"There is no role {name}", f"`{create}`, and give it docs/aws/scheduler.json")
+        return
+    if not trusts(document, "scheduler.amazonaws.com"):
+        yield Problem(
+            f"The role {name} does not let scheduler.amazonaws.com assume it",
+            f"`aws iam update-assume-role-policy --role-name {name} --policy-document file://{trust}`",
+        )
 
 
 def _server(session: boto3.Session) -> Server:

@@ -26,7 +26,9 @@ from llm_engineering.compute.sagemaker.schedules import EXECUTION
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.settings import Settings
 from tests.conftest import ROOT
+from tests.fake_aws import Request
 from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, ROLE, running_sagemaker, why_no_jobs
+from tests.iam import actions, assert_allowed, policy
 from tests.integration.preloaded import run_module
 from tools import schedule
 from tools.schedule_job import Server
@@ -67,6 +69,9 @@ def account(tmp_path_factory):
     with running_sagemaker() as fake:
         fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1"}
         fake.client("sns").create_topic(Name="retraining")
+        statement = {"Effect": "Allow", "Principal": {"Service": "scheduler.amazonaws.com"}, "Action": "sts:AssumeRole"}
+        trust = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        fake.client("iam").create_role(RoleName="scheduler", AssumeRolePolicyDocument=trust)
         allow(fake, "events.amazonaws.com")
         yield fake
 
@@ -269,8 +274,8 @@ def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monke
     said = str(refused.value)
     assert "set SCHEDULER_ROLE" in said
     assert "set SAGEMAKER_RETRAIN_IMAGE" in said
-    assert f"EventBridge may not publish to {TOPIC}" in said
-    assert "lacks ZENML_STORE_API_KEY, COMET_API_KEY" in said
+    assert f"The topic {TOPIC} does not let EventBridge publish to it" in said
+    assert "lacks COMET_API_KEY and ZENML_STORE_API_KEY" in said
     assert "planted" not in said
     assert fake.asked("scheduler", "CreateScheduleGroup") == []
 
@@ -507,6 +512,8 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
 
     # The secrets are in Secrets Manager, and nowhere else.
     s3.delete_object(Bucket=BUCKET, Key="data/rows.jsonl")
+    own = [*policy("job", SECRET="job"), *policy("job-schedules")]
+    assert "sagemaker:ListTrainingJobs" in assert_allowed(account.requests, "job", own)
     seen = {"requests": str(account.requests), "notification": told, "verdicts": json.dumps(found)}
     seen |= {f"log of {job}": log_of(account, job) for job in (first, second, third, fourth)}
     seen |= {key: s3.get_object(Bucket=BUCKET, Key=key)["Body"].read().decode("latin-1") for key in keys(account, "")}
@@ -519,36 +526,34 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     assert list_names(account) == []
 
 
-def policy(name: str, **places: str) -> list[dict]:
-    text = (ROOT / "docs" / "aws" / name).read_text()
-    for place, value in places.items():
-        text = text.replace(f"<{place}>", value)
-    return json.loads(text)["Statement"]
-
-
-def test_policies_allow_what_is_asked_and_no_more(fake, recipe):
+def test_policies_allow_what_is_asked_and_no_more(fake, recipe, capsys):
     create(recipe)
     fake.starting_s = 60.0
     try:
         job = fire(fake)
+        listed(capsys)
+        assert call("pause") == 0
         assert call("remove", "--stop") == 0
     finally:
         fake.starting_s = 0.0
-    asked = {f"{r.service}:{r.operation}" for r in fake.requests if r.principal == "scheduler"}
-    places = {"ACCOUNT": ACCOUNT, "REGION": REGION, "JOB_ROLE_ARN": ROLE}
-    start, give = policy("scheduler-policy.json", **places)
-    # Tags in a request ask for the right to set them.
-    assert asked == {"sagemaker:CreateTrainingJob"} == set(start["Action"]) - {"sagemaker:AddTags"}
-    assert fnmatchcase(fake.job(job).arn, start["Resource"])
-    assert not fnmatchcase(fake.job(job).arn.replace("--", "-"), start["Resource"])
-    assert (give["Action"], give["Resource"]) == ("iam:PassRole", fake.job(job).request["RoleArn"])
-    (trust,) = policy("scheduler-trust.json", **places)
+    own = policy("launcher-schedules")
+    used = assert_allowed(fake.requests, "launcher", [*own, *policy("launcher", SECRET="job")])
+    assert actions(own) - used == set()
+    scheduler = policy("scheduler")
+    assert assert_allowed(fake.requests, "scheduler", scheduler) == actions(scheduler)
+    other = Request(
+        "scheduler", "sagemaker", "CreateTrainingJob", {"TrainingJobName": "other", "RoleArn": ROLE}, REGION
+    )
+    with pytest.raises(AssertionError, match="scheduler is not allowed"):
+        assert_allowed([other], "scheduler", scheduler)
+    (trust,) = policy("scheduler-trust")
     (group,) = fake.asked("scheduler", "CreateScheduleGroup")
     arn = f"arn:aws:scheduler:{REGION}:{ACCOUNT}:schedule-group/{group['Name']}"
     assert fnmatchcase(arn, trust["Condition"]["ArnLike"]["aws:SourceArn"])
+    assert fake.job(job).status == "Stopped"
 
 
 def test_topic_with_the_policy_of_the_documentation_is_taken(fake, recipe):
-    text = json.dumps({"Version": "2012-10-17", "Statement": policy("topic-policy.json", TOPIC_ARN=TOPIC)})
+    text = json.dumps({"Version": "2012-10-17", "Statement": policy("topic")})
     fake.client("sns").set_topic_attributes(TopicArn=TOPIC, AttributeName="Policy", AttributeValue=text)
     assert create(recipe) == 0

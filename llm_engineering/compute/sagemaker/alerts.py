@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from typing import Any
 
 import boto3
-from botocore.exceptions import ClientError
 
 from llm_engineering.compute.runs import job_prefix
+from llm_engineering.compute.sagemaker.problems import Problem
 from llm_engineering.errors import WorkError
 
 logger = logging.getLogger("llm_engineering.schedules")
 
 # Everything that a schedule has in the account begins with it.
 PREFIX = "llm-engineering-"
+_EVENTS = "events.amazonaws.com"
 
 
 def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
@@ -69,30 +72,28 @@ def remove_alerts(session: boto3.Session, name: str) -> None:
         cloudwatch.delete_alarms(AlarmNames=[full])
 
 
-def topic_problem(session: boto3.Session, topic: str) -> str | None:
-    """Why EventBridge could not tell a topic of a failed run, with the remedy; None if it can, or if nobody may look."""
+def topic_problems(session: boto3.Session, topic: str) -> Iterator[Problem]:
+    """Whether a topic is there, and lets EventBridge publish to it. Conditions are not looked at."""
+    sns = session.client("sns")
     try:
-        policy = json.loads(
-            session.client("sns").get_topic_attributes(TopicArn=topic)["Attributes"].get("Policy", "{}")
+        policy = json.loads(sns.get_topic_attributes(TopicArn=topic)["Attributes"].get("Policy", "{}"))
+    except (sns.exceptions.NotFoundException, sns.exceptions.InvalidParameterException):
+        yield Problem(
+            f"There is no topic {topic}", "Make it (`aws sns create-topic`), or correct NOTIFY_SNS_TOPIC in .env"
         )
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        if code in ("AuthorizationError", "AccessDenied", "AccessDeniedException"):
-            logger.warning("Nobody here may look whether EventBridge may publish to %s: %s", topic, error)
-            return None
-        return f"the topic {topic} of NOTIFY_SNS_TOPIC cannot be used ({code}): create it, or correct its ARN"
+        return
     for statement in policy.get("Statement", []):
         principal = statement.get("Principal", {})
-        services = principal.get("Service", []) if isinstance(principal, dict) else []
-        actions = statement.get("Action", [])
-        if (
-            statement.get("Effect") == "Allow"
-            and "events.amazonaws.com" in ([services] if isinstance(services, str) else services)
-            and {"sns:publish", "sns:*", "*"}
-            & {a.lower() for a in ([actions] if isinstance(actions, str) else actions)}
-        ):
-            return None
-    return (
-        f"EventBridge may not publish to {topic}: put the statement of docs/aws/topic-policy.json into its policy "
-        f"(aws sns set-topic-attributes --topic-arn {topic} --attribute-name Policy --attribute-value file://policy.json)"
+        services = _listed(principal.get("Service", [])) if isinstance(principal, dict) else []
+        actions = {action.lower() for action in _listed(statement.get("Action", []))}
+        if statement["Effect"] == "Allow" and _EVENTS in services and actions & {"sns:publish", "sns:*"}:
+            return
+    set_policy = f"aws sns set-topic-attributes --topic-arn {topic} --attribute-name Policy"
+    yield Problem(
+        f"The topic {topic} does not let EventBridge publish to it",
+        f"Add the statement of docs/aws/topic.json to its policy: `{set_policy} --attribute-value file://topic.json`",
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
