@@ -7,19 +7,15 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
-from rich.console import Console
-from rich.table import Table
 
 from llm_engineering.compute import local_schedules
 from llm_engineering.compute.cron import Timing, parse_timing
 from llm_engineering.compute.local_schedules import LocalSchedule
-from llm_engineering.compute.runs import RunRecord
 from llm_engineering.compute.sagemaker import schedules
 from llm_engineering.compute.sagemaker.failures import translated
 from llm_engineering.compute.sagemaker.schedules import CloudSchedule
@@ -28,6 +24,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipes import load_recipe
 from llm_engineering.settings import Settings
 from tools.cli import exit_code, start_logging
+from tools.schedule_table import Row, as_json, print_table, where
 
 logger = logging.getLogger("llm_engineering.schedule")
 
@@ -177,70 +174,23 @@ def _local(name: str, timing: Timing, recipe: Recipe | None, settings: Settings,
 
 
 def _list(arguments: argparse.Namespace, settings: Settings) -> int:
-    rows: list[tuple[LocalSchedule | CloudSchedule, str, list[RunRecord], datetime | None]] = []
+    rows: list[Row] = []
     now = datetime.now(UTC)
     if arguments.target != "sagemaker":
         rows += [
-            (local, local_schedules.state(local), local_schedules.runs(local, arguments.limit), None)
+            Row(local, local_schedules.state(local), local_schedules.runs(local, arguments.limit), None)
             for local in local_schedules.list_all(_folder(settings))
         ]
     for cloud in _in_the_cloud(arguments.target, settings):
         session = _session(settings)
         found = schedules.runs(session, cloud, arguments.limit)
         missed = schedules.missed(cloud, found[0] if found else None, now)
-        rows.append((cloud, "paused" if cloud.paused else "active", found, missed))
+        rows.append(Row(cloud, "paused" if cloud.paused else "active", found, missed))
     if arguments.json:
-        print(json.dumps([_as_json(*row, now) for row in rows]))
-        return 0
-    if not rows:
-        print('There is no schedule. `make schedule CRON="0 3 ? * SUN *"` makes one.')
-        return 0
-    table = Table("Schedule", "Where", "State", "When", "Next (UTC)", "Last runs (UTC)", "Verdict")
-    for schedule, state, records, missed in rows:
-        times = schedule.timing.next_times(now, 1, schedule.created) if state == "active" else []
-        lines = [(f"{record.began:%Y-%m-%d %H:%M}", record.verdict) for record in records]
-        if missed is not None:
-            lines.insert(0, (f"{missed.astimezone(UTC):%Y-%m-%d %H:%M}", "no job was started: see CloudTrail"))
-        began, verdict = lines[0] if lines else ("none yet", "")
-        table.add_row(
-            schedule.name,
-            _where(schedule),
-            state,
-            f"{schedule.timing.expression} {schedule.timing.timezone}",
-            f"{times[0].astimezone(UTC):%Y-%m-%d %H:%M}" if times else "",
-            began,
-            verdict,
-        )
-        for began, verdict in lines[1:]:
-            table.add_row("", "", "", "", "", began, verdict)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+        print(json.dumps([as_json(row, now) for row in rows]))
+    else:
+        print_table(rows, now)
     return 0
-
-
-def _as_json(
-    schedule: LocalSchedule | CloudSchedule,
-    state: str,
-    records: Sequence[RunRecord],
-    missed: datetime | None,
-    now: datetime,
-) -> dict[str, object]:
-    times = schedule.timing.next_times(now, 1, schedule.created) if state == "active" else []
-    return {
-        "name": schedule.name,
-        "where": _where(schedule),
-        "state": state,
-        "expression": schedule.timing.expression,
-        "timezone": schedule.timing.timezone,
-        "next": times[0].astimezone(UTC).isoformat() if times else None,
-        "missed": missed.astimezone(UTC).isoformat() if missed else None,
-        "runs": [{**record.model_dump(mode="json"), "verdict": record.verdict} for record in records],
-    }
-
-
-def _where(schedule: LocalSchedule | CloudSchedule) -> str:
-    if isinstance(schedule, LocalSchedule):
-        return f"this machine ({schedule.keeper})"
-    return f"sagemaker ({schedule.request['ResourceConfig']['InstanceType']})"
 
 
 def _find(name: str | None, target: str | None, settings: Settings) -> LocalSchedule | CloudSchedule:
@@ -256,7 +206,7 @@ def _find(name: str | None, target: str | None, settings: Settings) -> LocalSche
     wanted = [schedule for schedule in found if name in (None, schedule.name)]
     if len(wanted) == 1:
         return wanted[0]
-    names = ", ".join(f"{schedule.name} ({_where(schedule)})" for schedule in found) or "none"
+    names = ", ".join(f"{schedule.name} ({where(schedule)})" for schedule in found) or "none"
     if not wanted:
         raise RequestError(f"There is no schedule {name or ''}. Those there are: {names}.".replace("  ", " "))
     raise RequestError(f"Several schedules could be meant: {names}. Say which one: NAME=…, or TARGET=local|sagemaker.")
