@@ -76,10 +76,10 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
     image = settings.sagemaker_retrain_image
     # What is missing is told with the rest; the image for training alone has no ZenML.
     account = Account.resolve(config.model_copy(update={"image": image or "none"}), settings)
-    # All that belongs to the schedule is in one folder, which goes with it.
-    account = replace(account, prefix=account.key("schedules", name))
     server = _server(session)
     _check(recipe, account, settings, session, server)
+    # All that belongs to the schedule is in one folder, which goes with it.
+    account = replace(account, prefix=account.key("schedules", name))
     job = job_recipe(recipe, account.bucket, account.client("s3"))
     if config.fallback_instance_types:
         logger.info("A schedule starts %s alone: fallback_instance_types are not tried", config.instance_type)

@@ -209,7 +209,7 @@ def test_schedule_is_made_listed_paused_changed_and_removed_with_nothing_left(fa
     assert list_names(fake) == []
     assert fake.client("events").list_rules()["Rules"] == []
     assert fake.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
-    assert keys(fake, "llm-engineering/") == []
+    assert keys(fake, "llm-engineering/schedules/") == []
     assert keys(fake, "data/") == ["data/rows.jsonl"]
     assert listed(capsys) == []
     with pytest.raises(RequestError, match="There is no schedule weekly"):
@@ -257,7 +257,7 @@ def test_what_a_job_cannot_read_is_refused_with_the_remedy(fake, recipe, tmp_pat
     assert f"aws s3 cp {rows} s3://{BUCKET}/data/pairs.jsonl, then --set data.preferences=" in said
     assert f"s3://{BUCKET}/nowhere holds no object" in said
     assert fake.asked("scheduler", "CreateScheduleGroup") == []
-    assert keys(fake, "llm-engineering/") == []
+    assert keys(fake, "llm-engineering/schedules/") == []
 
 
 def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monkeypatch):
@@ -296,7 +296,7 @@ def test_nothing_is_left_of_a_schedule_that_cannot_be_made(fake, recipe):
     assert list_names(fake) == []
     assert fake.client("events").list_rules()["Rules"] == []
     assert fake.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
-    assert keys(fake, "llm-engineering/") == []
+    assert keys(fake, "llm-engineering/schedules/") == []
 
 
 def test_names_of_jobs_tell_schedules_apart(fake, recipe):
@@ -339,7 +339,7 @@ def test_schedule_with_a_running_job_is_removed_only_when_the_job_is_stopped(fak
         fake.starting_s = 0.0
     assert fake.job(job).status == "Stopped"
     assert list_names(fake) == []
-    assert keys(fake, "llm-engineering/") == []
+    assert keys(fake, "llm-engineering/schedules/") == []
 
 
 def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
