@@ -385,6 +385,27 @@ def webhook():
         server.shutdown()
 
 
+class ZenMLServer:
+    """A ZenML server, the key of its service account, and the id of a stack that keeps artifacts in S3."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url, self.key = url, key
+        token = httpx.post(f"{url}/api/v1/login", data={"password": key}).json()["access_token"]
+        self.client = httpx.Client(base_url=f"{url}/api/v1", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        store = {"type": "artifact_store", "flavor": "s3", "configuration": {"path": f"s3://{BUCKET}/zenml"}}
+        orchestrator = self.get("/components", type="orchestrator")["items"][0]["id"]
+        parts = {"artifact_store": [self.post("/components", name="s3", **store)], "orchestrator": [orchestrator]}
+        self.stack = self.post("/stacks", name="s3", components=parts)
+
+    def get(self, path: str, **parameters) -> dict:
+        return self.client.get(path, params=parameters).raise_for_status().json()
+
+    def post(self, path: str, **values) -> str:
+        answer = self.client.post(path, json=values)
+        assert answer.is_success, answer.text
+        return answer.json()["id"]
+
+
 @pytest.fixture
 def zenml_server(tmp_path):
     """A server that asks for logins: its address, the key of a service account, and a stack with artifacts in S3."""
@@ -397,7 +418,7 @@ def zenml_server(tmp_path):
     made, log = tmp_path / "server.json", tmp_path / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zenml_server", str(port), str(made), BUCKET],
+            [sys.executable, "-m", "tests.zenml_server", str(port), str(made)],
             cwd=ROOT,
             env=env,
             stdout=output,
@@ -413,7 +434,7 @@ def zenml_server(tmp_path):
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", *json.loads(made.read_text()).values()
+        yield ZenMLServer(f"http://127.0.0.1:{port}", made.read_text())
     finally:
         process.send_signal(signal.SIGINT)
         try:
@@ -453,7 +474,7 @@ def log_of(fake, job: str) -> str:
 @pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
 def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
     """The schedule fires twice at once, then with nothing new, then with data that cannot be read."""
-    url, key, stack = zenml_server
+    key = zenml_server.key
     planted, hook = f"planted-{uuid.uuid4().hex}", f"hook-{uuid.uuid4().hex}"
     address = f"http://127.0.0.1:{webhook.server_port}/{hook}"
     put_secret(account, {"ZENML_STORE_API_KEY": key, "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address})
@@ -465,11 +486,15 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     recipe.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", bucket=BUCKET, spot="false"))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
     env |= {**account.env(), **settings_of(tmp_path), "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address}
-    env |= {"ZENML_STORE_URL": url, "ZENML_STORE_API_KEY": key, "ZENML_CONFIG_PATH": str(tmp_path / "launcher")}
+    env |= {
+        "ZENML_STORE_URL": zenml_server.url,
+        "ZENML_STORE_API_KEY": key,
+        "ZENML_CONFIG_PATH": str(tmp_path / "launcher"),
+    }
     account.requests.clear()
     asked = ("create", "--config", str(recipe), "--cron", "0 3 ? * SUN *")
     assert "make stack-aws" in command(env, *asked, code=2)
-    env["ZENML_ACTIVE_STACK_ID"] = stack
+    env["ZENML_ACTIVE_STACK_ID"] = zenml_server.stack
     command(env, *asked)
 
     first = fire(account)
@@ -481,10 +506,8 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     records = {record.run: record for record in Place(f"s3://{BUCKET}/{FOLDER}").records(s3)}
     assert records[second].verdict == "skipped: running"
     assert (records[first].verdict, records[first].version) == ("staged: version 1", 1)
-    token = httpx.post(f"{url}/api/v1/login", data={"password": key}).json()["access_token"]
-    with httpx.Client(base_url=f"{url}/api/v1", headers={"Authorization": f"Bearer {token}"}) as server:
-        run = server.get(f"/runs/{records[first].run_id}").json()
-        artifacts = server.get("/artifact_versions", params={"size": 100}).json()["items"]
+    run = zenml_server.get(f"/runs/{records[first].run_id}")
+    artifacts = zenml_server.get("/artifact_versions", size=100)["items"]
     assert (run["name"].partition("-")[0], run["body"]["status"]) == ("retrain", "completed")
     uris = [artifact["body"]["uri"] for artifact in artifacts]
     assert len(uris) > 10
