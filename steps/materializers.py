@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,6 +48,13 @@ class HashedMaterializer(BaseMaterializer):
     """
 
     SKIP_REGISTRATION: ClassVar[bool] = True
+
+    def local_copy(self, files: str) -> str:
+        """A folder of a remote store in a temporary one, which goes with the step, or else with this process."""
+        with self.get_temporary_directory(delete_at_exit=False) as folder:
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            io_utils.copy_dir(files, folder)
+        return folder
 
     def compute_content_hash(self, data: Any) -> str:
         """Hash what was stored: ZenML asks for it after all files are written."""
@@ -102,9 +110,7 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
         disable_caching()
         if os.path.isdir(self._files):
             return load_from_disk(self._files)
-        local = tempfile.mkdtemp(prefix="artifact-")
-        io_utils.copy_dir(self._files, local)
-        return load_from_disk(local)
+        return load_from_disk(self.local_copy(self._files))
 
     def extract_metadata(self, ds: Dataset | DatasetDict) -> dict[str, Any]:
         """Rows of each split, and bytes."""
@@ -129,9 +135,7 @@ class DirectoryMaterializer(HashedMaterializer):
         """The stored folder, copied to a temporary one if the store is remote."""
         if os.path.isdir(self._files):
             return Directory(path=Path(self._files))
-        local = tempfile.mkdtemp(prefix="artifact-")
-        io_utils.copy_dir(self._files, local)
-        return Directory(path=Path(local))
+        return Directory(path=Path(self.local_copy(self._files)))
 
     def save(self, data: Directory) -> None:
         """Copy the folder."""

@@ -1,4 +1,4 @@
-"""SageMaker on loopback: an account whose training jobs really run the container's command, as fake_job says."""
+"""SageMaker on loopback: an account whose training jobs really run the container's command, as fake_machine says."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from tests.fake_aws import ACCOUNT, REGION, Error, FakeAWS, running_aws
-from tests.fake_job import LOG_GROUP, Job, why_no_jobs
+from tests.fake_job import Job
+from tests.fake_machine import LOG_GROUP, why_no_jobs
 
 __all__ = [
     "ACCOUNT",

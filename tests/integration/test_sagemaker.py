@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import os
+import secrets
 import signal
 import tarfile
 import threading
@@ -30,7 +31,8 @@ from tests.tiny_models import formatted, write_model
 
 pytestmark = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
 
-PLANTED = "planted-secret-4711"
+# Another one each time: a job gets the files of this project, and this is one.
+PLANTED = f"planted-{secrets.token_hex(12)}"
 MACHINES = {"instance_type": "ml.g5.xlarge", "max_run_s": 600, "volume_size_gb": 30}
 # A job that never gets its machines: what it is asked meanwhile is all that matters.
 NEVER_S = 600.0

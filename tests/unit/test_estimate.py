@@ -26,6 +26,7 @@ from llm_engineering.training.estimate import (
 from tests.conftest import ROOT
 from tools import estimate
 from tools.estimate import estimate_lines, stages_of, tokens_of, warn_of_memory
+from tools.preflight import _check_machine
 
 CPU = Device("cpu", torch.float32, "sdpa", [])
 CARD = Device("cuda", torch.bfloat16, "sdpa", [])
@@ -214,6 +215,19 @@ def test_recipe_for_a_card_is_estimated_without_one(small_llama):
     assert "at its peak" in memory
     assert "free" not in memory
     assert "unsloth" in note
+
+
+def test_machines_elsewhere_are_estimated_and_not_asked_of_this_one(small_llama, caplog):
+    cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [f"model.name_or_path={small_llama}"])
+    where, memory, note = estimate_lines(cloud, ["sft"])
+    assert where == "On ml.g5.2xlarge (cuda, bfloat16, transformers):"
+    assert "free" not in memory
+    assert "unsloth" in note
+    with caplog.at_level("WARNING"):
+        warn_of_memory(cloud, ["sft", "dpo"])
+    assert caplog.records == []
+    assert _check_machine(cloud)
+    assert not _check_machine(load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", ["compute.backend=auto"]))
 
 
 def test_model_that_cannot_be_looked_up_has_no_estimate():

