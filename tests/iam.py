@@ -10,7 +10,10 @@ from tests.conftest import ROOT
 from tests.fake_aws import ACCOUNT, REGION, Request
 from tests.fake_sagemaker import BUCKET, ROLE
 
-PLACES = {"ACCOUNT": ACCOUNT, "REGION": REGION, "BUCKET": BUCKET, "JOB_ROLE_ARN": ROLE, "SECRET": "llm"}
+PLACES = {
+    "ACCOUNT": ACCOUNT, "REGION": REGION, "BUCKET": BUCKET, "JOB_ROLE_ARN": ROLE, "SECRET": "llm",
+    "SCHEDULER_ROLE_ARN": f"arn:aws:iam::{ACCOUNT}:role/scheduler", "TOPIC_ARN": f"arn:aws:sns:{REGION}:{ACCOUNT}:retraining",
+}  # fmt: skip
 
 
 class Need(NamedTuple):
@@ -55,10 +58,12 @@ def needs(request: Request) -> Iterator[Need]:
         return  # allowed to everyone
     if service == "s3":
         bucket, key = f"arn:aws:s3:::{asked['Bucket']}", asked.get("Key")
+        if operation == "DeleteObjects":  # the keys stand in its body, which is not recorded
+            key = "*"
         yield Need(f"s3:{_S3.get(operation, operation)}", bucket if key is None else f"{bucket}/{key}", {})
         return
     context: dict[str, str] = {}
-    yield Need(f"{service}:{operation}", _resource(request), context)
+    yield Need(f"{_PREFIXES.get(service, service)}:{operation}", _resource(request), context)
     if operation == "CreateTrainingJob":
         yield Need("iam:PassRole", asked["RoleArn"], {"iam:PassedToService": "sagemaker.amazonaws.com"})
         if asked.get("Tags"):
@@ -67,6 +72,8 @@ def needs(request: Request) -> Iterator[Need]:
         yield Need("iam:PassRole", asked["Target"]["RoleArn"], {"iam:PassedToService": "scheduler.amazonaws.com"})
 
 
+# Services that sign by another name than IAM's.
+_PREFIXES = {"monitoring": "cloudwatch"}
 _S3 = {
     "HeadBucket": "ListBucket", "ListObjects": "ListBucket", "ListObjectsV2": "ListBucket", "HeadObject": "GetObject",
     "CreateMultipartUpload": "PutObject", "UploadPart": "PutObject", "CompleteMultipartUpload": "PutObject",
@@ -91,6 +98,12 @@ def _resource(request: Request) -> str:
             return f"arn:aws:ecr:{here}:repository/{asked['repositoryName']}"
         case "secretsmanager":
             return f"arn:aws:secretsmanager:{here}:secret:{asked['SecretId']}-AbCdEf"
+        case "scheduler" if request.operation.endswith("ScheduleGroup"):
+            return f"arn:aws:scheduler:{here}:schedule-group/{asked['Name']}"
+        case "events":
+            return f"arn:aws:events:{here}:rule/{asked.get('Rule') or asked['Name']}"
+        case "monitoring" if request.operation != "DescribeAlarms":
+            return f"arn:aws:cloudwatch:{here}:alarm:{asked.get('AlarmName') or asked['AlarmNames'][0]}"
         case "scheduler":
             group = asked.get("GroupName") or ""
             return f"arn:aws:scheduler:{here}:schedule/{group}/{asked.get('Name', '*')}" if group else "*"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT
 
+# A scheduled job runs the files of a checkout without its history: whoever sent them says which they were.
+CODE_VARIABLE = "LLM_CODE_VERSION"
 # Keys of the client that say how answers are fetched, and not which.
 _HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
 
@@ -70,7 +73,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         checks=checks,
         sft_recipe=recipe_hash(sft_stage),
         dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
-        code=_code_version(),
+        code=code_version(),
     )
 
 
@@ -105,7 +108,10 @@ def _check_client(recipe: Recipe) -> None:
         check_access(writing.part(ClientConfig), Settings(), writing.rejected_max_new_tokens, None)
 
 
-def _code_version() -> str:
+def code_version() -> str:
+    """The commit of this project, with `+changes` if files differ from it; where there is no git, what CODE_VARIABLE says."""
+    if os.environ.get(CODE_VARIABLE):
+        return os.environ[CODE_VARIABLE]
     git = ["git", "-C", str(PROJECT_ROOT)]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)

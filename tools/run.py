@@ -7,9 +7,13 @@ import json
 import logging
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from llm_engineering.recipes import load_recipe
 from tools.cli import exit_code, prepare_zenml, start_logging
+
+if TYPE_CHECKING:
+    from tools.scheduled import Scheduled
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -28,14 +32,27 @@ def main() -> int:
         "--attach", metavar="JOB", help="follow this SageMaker job of the training step, instead of starting one"
     )
     parser.add_argument("--no-cache", action="store_true", help="run every step, also those with a cached result")
+    parser.add_argument(
+        "--scheduled",
+        metavar="PLACE",
+        help="a run of the schedule that is kept there (retrain only): ends at once if there is nothing new",
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     arguments = parser.parse_args()
+    if arguments.scheduled and (arguments.pipeline != "retrain" or arguments.dry_run or arguments.resume):
+        parser.error("--scheduled goes with retrain alone, without --dry-run and --resume")
     start_logging(arguments.debug)
-    return exit_code(lambda: _run(arguments), arguments.debug)
+    if arguments.scheduled:
+        from tools.scheduled import Scheduled
+
+        return exit_code(
+            lambda: Scheduled(arguments.scheduled).run(lambda scheduled: _run(arguments, scheduled)), arguments.debug
+        )
+    return exit_code(lambda: _run(arguments, None), arguments.debug)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, scheduled: Scheduled | None) -> int:
     started = time.monotonic()
     recipe = load_recipe(arguments.config, arguments.set)
     if arguments.dry_run:
@@ -56,6 +73,8 @@ def _run(arguments: argparse.Namespace) -> int:
     prepare_zenml()
     from tools import launch, summary
 
+    if scheduled is not None and not scheduled.is_new(recipe, inputs):
+        return scheduled.skip("no new data")
     if arguments.resume:
         launch.check_resumable(arguments.resume, arguments.pipeline, recipe)
     runs = launch.launch(arguments.pipeline, recipe, inputs, cache=not arguments.no_cache)
@@ -64,6 +83,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
         warn_if_unused(arguments.attach)
     result = summary.collect(runs, time.monotonic() - started)
+    if scheduled is not None:
+        version = runs[-1].model_version
+        scheduled.judged(result.run_id, version.number if version else None, result.promotion)
     summary.print_table(result, sys.stderr if arguments.json else sys.stdout)
     if arguments.json:
         print(json.dumps(result.as_json()))

@@ -16,7 +16,7 @@ from llm_engineering.generation.budget import Budget
 from llm_engineering.generation.client import Answer, Failure, Messages, Sampling
 from llm_engineering.generation.prompts import read_prompt
 from llm_engineering.generation.retries import EndpointRefusedError, RowRefusedError, TryAgainError, retrying
-from llm_engineering.generation.store import AnswerStore, Reply
+from llm_engineering.generation.store import STORE_FILE, AnswerStore, Reply
 from llm_engineering.generation.structured import REPAIRABLE, json_schema, judge, schema_text
 from llm_engineering.progress import Progress
 from llm_engineering.settings import Settings
@@ -260,4 +260,4 @@ def open_endpoint(config: ClientConfig, settings: Settings) -> Endpoint:
         from llm_engineering.generation.bedrock import Bedrock
 
         transport = Bedrock(config)
-    return Endpoint(transport, config, AnswerStore(settings.llm_output_dir / "answers.jsonl"))
+    return Endpoint(transport, config, AnswerStore(settings.llm_output_dir / STORE_FILE))

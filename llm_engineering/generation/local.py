@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_engineering.compute.device import choose_device
 from llm_engineering.config import ComputeConfig, ModelConfig
 from llm_engineering.generation.client import Answer, Messages, Sampling
-from llm_engineering.generation.store import AnswerStore, Reply
+from llm_engineering.generation.store import STORE_FILE, AnswerStore, Reply
 from llm_engineering.models import end_token_ids, load_model, load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.settings import Settings
@@ -111,6 +111,6 @@ def open_local_model(
         load_model(model, settings, device),
         tokenizer,
         f"{model.name_or_path}@{model.revision} in {precision}{template and f', chat template {template}'}",
-        AnswerStore(settings.llm_output_dir / "answers.jsonl"),
+        AnswerStore(settings.llm_output_dir / STORE_FILE),
         batch_size,
     )

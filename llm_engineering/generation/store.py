@@ -33,6 +33,10 @@ class Reply:
     output_tokens: int = 0
 
 
+# In the output folder.
+STORE_FILE = "answers.jsonl"
+
+
 class AnswerStore:
     """Every answer received, kept before anything else is done with it: a kill at any moment loses none.
 

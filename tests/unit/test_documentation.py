@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
-VERSIONED = re.search(r"^VERSIONED = (.*)$", MAKEFILE, re.M)[1]
+PARTS = re.findall(r"^([A-Z]+) = (.*)$", MAKEFILE, re.M)
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.M | re.S)
 COMMAND = re.compile(r"\bmake ([a-z][a-z-]*)((?:\s+[A-Z]+=(?:\"[^\"]*\"|'[^']*'|[^\s`]+))*)")
 
@@ -15,7 +15,11 @@ COMMAND = re.compile(r"\bmake ([a-z][a-z-]*)((?:\s+[A-Z]+=(?:\"[^\"]*\"|'[^']*'|
 def recipe_of(target: str) -> str:
     found = re.search(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.M)
     assert found, f"there is no make {target}"
-    return found[1].replace("$(VERSIONED)", VERSIONED)
+    recipe = found[1]
+    # The last first: a part may name those above it.
+    for name, text in reversed(PARTS):
+        recipe = recipe.replace(f"$({name})", text)
+    return recipe
 
 
 def commands(page: str) -> list[tuple[str, str]]:

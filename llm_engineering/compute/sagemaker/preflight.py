@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +40,11 @@ def check(recipe: Recipe, account: Account, settings: Settings) -> None:
         )
 
 
-def problems(recipe: Recipe, account: Account, settings: Settings) -> list[Problem]:
+def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequence[str] = ()) -> list[Problem]:
     """What stands in the way of a job of this recipe; empty where nothing does.
 
-    A check that the credentials do not allow is a warning. Without valid credentials nothing is asked of AWS.
+    `secrets` are variables that the job's secret has to hold, besides what the recipe asks for. A check that the
+    credentials do not allow is a warning. Without valid credentials nothing is asked of AWS.
     """
     config = recipe.compute.sagemaker
     if config is None:
@@ -58,7 +59,7 @@ def problems(recipe: Recipe, account: Account, settings: Settings) -> list[Probl
     arn, unknown = (None, wrong_region) if wrong_region else access.caller(account)
     if arn is None:
         return [*unknown, *found]
-    needed = [_TOKEN] if needs_token else []
+    needed = {*secrets, *([_TOKEN] if needs_token else [])}
     return [
         *tried(f"The role {account.role}", partial(access.role_problems, account, arn)),
         *tried("The right to pass the role", partial(access.pass_role_problems, account, arn)),

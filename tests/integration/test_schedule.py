@@ -1,0 +1,582 @@
+"""Schedules over HTTP: made, listed, paused, changed and removed in a fake account; fired as EventBridge does it, with
+jobs that really run the chain and report to a real ZenML server that asks for logins."""
+
+import http.server
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import httpx
+import pytest
+
+import tools.schedule_job
+from llm_engineering.compute.runs import Place, RunRecord
+from llm_engineering.compute.sagemaker.schedules import EXECUTION
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.settings import Settings
+from tests.conftest import ROOT
+from tests.fake_aws import Request
+from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, ROLE, running_sagemaker, why_no_jobs
+from tests.iam import actions, assert_allowed, policy
+from tests.integration.preloaded import run_module
+from tools import schedule
+from tools.schedule_job import Server
+
+TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:retraining"
+SCHEDULER_ROLE = f"arn:aws:iam::{ACCOUNT}:role/scheduler"
+FOLDER = "llm-engineering/schedules/weekly/"
+RECIPE = """
+extends: {local}
+name: weekly
+data:
+  instructions: s3://{bucket}/data/rows.jsonl
+  split: {{validation_fraction: 0.2, test_fraction: 0.2}}
+model: {{name_or_path: "s3://{bucket}/model/"}}
+formatting: {{max_length: 192}}
+generation: {{rejected_max_new_tokens: 4, max_preferences: 16}}
+sft: {{max_steps: 6, learning_rate: 1e-2, eval_steps: 100, save_steps: 100}}
+dpo: {{max_steps: 2, learning_rate: 1e-4, eval_steps: 100, save_steps: 100}}
+evaluation: {{max_new_tokens: 4, generated_rows: 2, sample_answers: 1, bootstrap_samples: 100}}
+promotion:
+  dpo:
+    better_than: {{base: {{heldout_loss: 0.0, preference_accuracy: null}}, sft: {{preference_accuracy: null}}}}
+    not_worse_than: {{sft: {{heldout_loss: 5.0}}}}
+tracking: {{comet: "off"}}
+compute:
+  target: sagemaker
+  device: cpu
+  dtype: float32
+  sagemaker: {{instance_type: ml.g5.xlarge, max_run_s: 600, volume_size_gb: 30, use_spot: {spot}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory):
+    """An account with a bucket, a topic that EventBridge may publish to, and a secret."""
+    lock = tmp_path_factory.mktemp("image") / "image.lock"
+    lock.write_text(f"trl=={importlib.metadata.version('trl')}\n")
+    with running_sagemaker() as fake:
+        fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1"}
+        fake.client("sns").create_topic(Name="retraining")
+        statement = {"Effect": "Allow", "Principal": {"Service": "scheduler.amazonaws.com"}, "Action": "sts:AssumeRole"}
+        trust = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+        fake.client("iam").create_role(RoleName="scheduler", AssumeRolePolicyDocument=trust)
+        allow(fake, "events.amazonaws.com")
+        yield fake
+
+
+@pytest.fixture
+def fake(account, tmp_path, monkeypatch):
+    """The same, as the launcher's commands in this process find it, with nothing asked yet."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "ZENML_"))]:
+        monkeypatch.delenv(name)
+    for name, value in {**account.env(), **settings_of(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(Settings.model_config, "env_file", None)
+    server = Server("https://zenml.example.org", "stack-id", "project-id", has_logins=True)
+    monkeypatch.setattr(tools.schedule_job, "_server", lambda session: server)
+    put_secret(account, {"ZENML_STORE_API_KEY": "planted-key-4711"})
+    account.client("s3").put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=b"{}")
+    account.client("s3").put_object(Bucket=BUCKET, Key="model/config.json", Body=b"{}")
+    account.requests.clear()
+    yield account
+    account.errors.clear()
+    for name in list_names(account):
+        account.client("scheduler").delete_schedule_group(Name=name)
+    for key in keys(account, "llm-engineering/"):
+        account.client("s3").delete_object(Bucket=BUCKET, Key=key)
+
+
+def settings_of(folder: Path) -> dict[str, str]:
+    return {
+        "SCHEDULER_ROLE": SCHEDULER_ROLE,
+        "SAGEMAKER_RETRAIN_IMAGE": IMAGE,
+        "NOTIFY_SNS_TOPIC": TOPIC,
+        "SAGEMAKER_SECRET": "job",
+        "LLM_OUTPUT_DIR": str(folder / "outputs"),
+        "COMET_API_KEY": "",
+        "NOTIFY_WEBHOOK": "",
+    }
+
+
+def allow(fake, service: str) -> None:
+    statement = {"Effect": "Allow", "Principal": {"Service": service}, "Action": "sns:Publish", "Resource": TOPIC}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+    fake.client("sns").set_topic_attributes(TopicArn=TOPIC, AttributeName="Policy", AttributeValue=policy)
+
+
+def put_secret(fake, values: dict[str, str]) -> None:
+    secrets = fake.client("secretsmanager")
+    try:
+        secrets.create_secret(Name="job", SecretString=json.dumps(values))
+    except secrets.exceptions.ResourceExistsException:
+        secrets.put_secret_value(SecretId="job", SecretString=json.dumps(values))
+
+
+def list_names(fake) -> list[str]:
+    groups = fake.client("scheduler").list_schedule_groups()["ScheduleGroups"]
+    return [group["Name"] for group in groups if group["Name"] != "default"]
+
+
+def keys(fake, prefix: str) -> list[str]:
+    pages = fake.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    return [found["Key"] for page in pages for found in page.get("Contents", [])]
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    file = tmp_path / "weekly.yaml"
+    file.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", bucket=BUCKET, spot="true"))
+    return file
+
+
+def call(*arguments: str) -> int:
+    """`python -m tools.schedule` in this process; errors are raised."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["schedule", *arguments])
+        patch.setattr(schedule, "exit_code", lambda work, debug: work())
+        patch.setattr(schedule, "start_logging", lambda debug: None)
+        return schedule.main()
+
+
+def create(recipe: Path, *arguments: str, cron: str = "0 3 ? * SUN *") -> int:
+    return call("create", "--config", str(recipe), "--cron", cron, *arguments)
+
+
+def listed(capsys) -> list[dict]:
+    capsys.readouterr()
+    assert call("list", "--json") == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def fire(fake, name: str = "weekly") -> str:
+    """What EventBridge Scheduler does when the time has come; returns the job's name."""
+    full = f"llm-engineering-{name}"
+    target = fake.client("scheduler").get_schedule(GroupName=full, Name=full)["Target"]
+    assert target["Arn"] == "arn:aws:scheduler:::aws-sdk:sagemaker:createTrainingJob"
+    request = json.loads(target["Input"].replace(EXECUTION, f"d32c5kddcf5bb8c{len(fake.jobs)}"))
+    fake.client("sagemaker", "scheduler").create_training_job(**request)
+    return request["TrainingJobName"]
+
+
+def test_schedule_is_made_listed_paused_changed_and_removed_with_nothing_left(fake, recipe, capsys):
+    assert create(recipe, "--timezone", "Europe/Berlin") == 0
+    (made,) = fake.asked("scheduler", "CreateSchedule")
+    assert (made["ScheduleExpression"], made["ScheduleExpressionTimezone"]) == ("cron(0 3 ? * SUN *)", "Europe/Berlin")
+    assert made["Target"]["RoleArn"] == SCHEDULER_ROLE
+    request = json.loads(made["Target"]["Input"])
+    assert request["TrainingJobName"] == "weekly--<aws.scheduler.execution-id>"
+    assert request["CheckpointConfig"]["S3Uri"] == f"s3://{BUCKET}/{FOLDER}checkpoints/<aws.scheduler.execution-id>/"
+    assert request["Environment"]["ZENML_STORE_URL"] == "https://zenml.example.org"
+    (rule,) = fake.client("events").list_rules(NamePrefix="llm-engineering")["Rules"]
+    assert json.loads(rule["EventPattern"])["detail"]["TrainingJobName"] == [{"prefix": "weekly--"}]
+    (target,) = fake.client("events").list_targets_by_rule(Rule=rule["Name"])["Targets"]
+    assert target["Arn"] == TOPIC
+    (alarm,) = fake.client("cloudwatch").describe_alarms()["MetricAlarms"]
+    assert alarm["AlarmActions"] == [TOPIC]
+    (shown,) = listed(capsys)
+    assert (shown["name"], shown["state"], shown["runs"]) == ("weekly", "active", [])
+    assert datetime.fromisoformat(shown["next"]) > datetime.now(UTC)
+
+    with pytest.raises(RequestError, match="There is a schedule weekly already"):
+        create(recipe)
+    assert call("pause") == 0
+    assert listed(capsys)[0] | {"state": "paused", "next": None} == listed(capsys)[0]
+    assert call("change", "--cron", "30 4 1 * ? *") == 0
+    (shown,) = listed(capsys)
+    assert (shown["state"], shown["expression"], shown["timezone"]) == ("paused", "cron(30 4 1 * ? *)", "Europe/Berlin")
+    full = "llm-engineering-weekly"
+    described = fake.client("scheduler").get_schedule(GroupName=full, Name=full)
+    assert json.loads(described["Target"]["Input"]) == request
+    assert call("change", "--config", str(recipe), "--set", "seed=7") == 0
+    described = fake.client("scheduler").get_schedule(GroupName=full, Name=full)
+    assert json.loads(described["Target"]["Input"])["InputDataConfig"] != request["InputDataConfig"]
+    assert call("resume") == 0
+    assert listed(capsys)[0]["state"] == "active"
+
+    assert call("remove") == 0
+    assert list_names(fake) == []
+    assert fake.client("events").list_rules()["Rules"] == []
+    assert fake.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
+    assert keys(fake, "llm-engineering/schedules/") == []
+    assert keys(fake, "data/") == ["data/rows.jsonl"]
+    assert listed(capsys) == []
+    with pytest.raises(RequestError, match="There is no schedule weekly"):
+        call("remove", "--name", "weekly")
+    assert "planted" not in json.dumps([str(asked) for asked in fake.requests])
+
+
+def test_recipe_in_the_job_has_its_places_there(fake, recipe, tmp_path):
+    checks = tmp_path / "my_checks.jsonl"
+    checks.write_text('{"prompt": "Say yes.", "must_contain": ["yes"]}\n')
+    create(recipe, "--set", f"evaluation.checks={checks}")
+    (key,) = [key for key in keys(fake, f"{FOLDER}recipe/") if key.endswith("recipe.json")]
+    kept = json.loads(fake.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    assert kept["compute"]["target"] == "local"
+    assert kept["compute"]["sagemaker"] is None
+    assert kept["data"]["instructions"] == "/opt/ml/input/data/data-instructions/rows.jsonl"
+    assert kept["model"]["name_or_path"] == "/opt/ml/input/data/model-name-or-path"
+    assert kept["evaluation"]["checks"] == "/opt/ml/input/data/recipe/checks/my_checks.jsonl"
+    body = fake.client("s3").get_object(Bucket=BUCKET, Key=f"{key.rpartition('/')[0]}/checks/my_checks.jsonl")["Body"]
+    assert body.read() == checks.read_bytes()
+    (made,) = fake.asked("scheduler", "CreateSchedule")
+    channels = {
+        channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]
+        for channel in json.loads(made["Target"]["Input"])["InputDataConfig"]
+    }
+    assert channels["data-instructions"] == f"s3://{BUCKET}/data/rows.jsonl"
+    assert channels["model-name-or-path"] == f"s3://{BUCKET}/model/"
+    assert sorted(channels) == ["code", "data-instructions", "model-name-or-path", "recipe"]
+
+
+def test_what_a_job_cannot_read_is_refused_with_the_remedy(fake, recipe, tmp_path):
+    (tmp_path / "docs").mkdir()
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("{}")
+    with pytest.raises(RequestError) as refused:
+        create(
+            recipe, "--documents", str(tmp_path / "docs"),
+            "--set", "data.instructions=null", "--set", f"data.preferences={rows}",
+            "--set", f"model.name_or_path=s3://{BUCKET}/nowhere",
+        )  # fmt: skip
+    said = str(refused.value)
+    assert (
+        f"aws s3 sync {tmp_path}/docs s3://{BUCKET}/documents/docs, then DOCUMENTS=s3://{BUCKET}/documents/docs" in said
+    )
+    assert f"aws s3 cp {rows} s3://{BUCKET}/data/pairs.jsonl, then --set data.preferences=" in said
+    assert f"s3://{BUCKET}/nowhere holds no object" in said
+    assert fake.asked("scheduler", "CreateScheduleGroup") == []
+    assert keys(fake, "llm-engineering/schedules/") == []
+
+
+def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monkeypatch):
+    monkeypatch.delenv("SCHEDULER_ROLE")
+    monkeypatch.delenv("SAGEMAKER_RETRAIN_IMAGE")
+    monkeypatch.setenv("COMET_API_KEY", "planted-comet-4711")
+    put_secret(fake, {"HF_TOKEN": "planted-hf-4711"})
+    allow(fake, "s3.amazonaws.com")
+    try:
+        with pytest.raises(RequestError) as refused:
+            create(recipe)
+    finally:
+        allow(fake, "events.amazonaws.com")
+    said = str(refused.value)
+    assert "set SCHEDULER_ROLE" in said
+    assert "set SAGEMAKER_RETRAIN_IMAGE" in said
+    assert f"The topic {TOPIC} does not let EventBridge publish to it" in said
+    assert "lacks COMET_API_KEY and ZENML_STORE_API_KEY" in said
+    assert "planted" not in said
+    assert fake.asked("scheduler", "CreateScheduleGroup") == []
+
+
+@pytest.mark.parametrize("cron", ["0 3 * * SUN *", "61 3 * * ? *", "0 3 1 * 0", "rate(7 day)"])
+def test_wrong_time_is_refused_before_anything_is_asked(fake, recipe, cron):
+    with pytest.raises(RequestError):
+        create(recipe, cron=cron)
+    assert fake.requests == []
+
+
+def test_nothing_is_left_of_a_schedule_that_cannot_be_made(fake, recipe):
+    fake.fail(
+        "scheduler", "CreateSchedule", "ValidationException", "The execution role must allow EventBridge Scheduler"
+    )
+    with pytest.raises(WorkError, match="nothing of it is left: .*The execution role"):
+        create(recipe)
+    assert list_names(fake) == []
+    assert fake.client("events").list_rules()["Rules"] == []
+    assert fake.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
+    assert keys(fake, "llm-engineering/schedules/") == []
+
+
+def test_names_of_jobs_tell_schedules_apart(fake, recipe):
+    for name in ("weekly--extra", "a" * 26, "-weekly", "wöchentlich"):
+        with pytest.raises(RequestError, match="no name for a schedule"):
+            create(recipe, f"--name={name}")
+
+
+def test_run_that_never_began_is_told_with_its_reason_and_is_listed(fake, recipe, capsys):
+    """No capacity: no code of this project ran. Nothing but AWS can say so: the rule does."""
+    create(recipe, "--name", "late")
+    fake.fails_to_start["ml.g5.xlarge"] = "CapacityError: Unable to provision requested ML compute capacity."
+    try:
+        assert call("run") == 0
+        (job,) = [job for job in fake.jobs.values() if job.name.startswith("late--")]
+        job.thread.join(30)
+    finally:
+        fake.fails_to_start.clear()
+    (shown,) = listed(capsys)
+    assert [run["verdict"] for run in shown["runs"]] == [
+        "failed: CapacityError: Unable to provision requested ML compute capacity."
+    ]
+    (rule,) = fake.client("events").list_rules(NamePrefix="llm-engineering")["Rules"]
+    detail = json.loads(rule["EventPattern"])["detail"]
+    assert job.name.startswith(detail["TrainingJobName"][0]["prefix"])
+    assert job.status in detail["TrainingJobStatus"]
+
+
+def test_schedule_with_a_running_job_is_removed_only_when_the_job_is_stopped(fake, recipe, capsys):
+    create(recipe, "--name", "busy")
+    fake.starting_s = 60.0
+    try:
+        job = fire(fake, "busy")
+        with pytest.raises(RequestError, match=f"busy is paused, and its job {job} still runs"):
+            call("remove")
+        assert listed(capsys)[0]["state"] == "paused"
+        assert listed(capsys)[0]["runs"][0]["verdict"] == "running"
+        assert call("remove", "--stop") == 0
+    finally:
+        fake.starting_s = 0.0
+    assert fake.job(job).status == "Stopped"
+    assert list_names(fake) == []
+    assert keys(fake, "llm-engineering/schedules/") == []
+
+
+def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
+    """CreateTrainingJob itself was refused: there is no job. The alarm tells, and the list says so."""
+    from llm_engineering.compute.sagemaker.schedules import get, missed
+
+    create(recipe, "--timezone", "UTC", cron="0 * * * ? *")
+    session = schedule._session(Settings())
+    made = get(session, "weekly")
+    hour, now = 3600.0, made.created.timestamp()
+    assert missed(made, None, datetime.fromtimestamp(now + 0.9 * hour, UTC)) is None
+    late = datetime.fromtimestamp(now + 2.1 * hour, UTC)
+    due = made.timing.next_times(made.created, 1)[0]
+    assert missed(made, None, late) == due
+    assert missed(made, RunRecord(run="weekly--1", began=due), late.replace(minute=59)) != due
+    assert missed(made.model_copy(update={"paused": True}), None, late) is None
+
+
+class Webhook(http.server.ThreadingHTTPServer):
+    """What is told over a webhook."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), WebhookHandler)
+        self.told: list[tuple[str, str]] = []
+
+
+class WebhookHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.server.told.append((self.path, json.loads(body)["text"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def webhook():
+    with Webhook() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+class ZenMLServer:
+    """A ZenML server, the key of its service account, and the id of a stack that keeps artifacts in S3."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.url, self.key = url, key
+        token = httpx.post(f"{url}/api/v1/login", data={"password": key}).json()["access_token"]
+        self.client = httpx.Client(base_url=f"{url}/api/v1", headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        store = {"type": "artifact_store", "flavor": "s3", "configuration": {"path": f"s3://{BUCKET}/zenml"}}
+        orchestrator = self.get("/components", type="orchestrator")["items"][0]["id"]
+        parts = {"artifact_store": [self.post("/components", name="s3", **store)], "orchestrator": [orchestrator]}
+        self.stack = self.post("/stacks", name="s3", components=parts)
+
+    def get(self, path: str, **parameters) -> dict:
+        return self.client.get(path, params=parameters).raise_for_status().json()
+
+    def post(self, path: str, **values) -> str:
+        answer = self.client.post(path, json=values)
+        assert answer.is_success, answer.text
+        return answer.json()["id"]
+
+
+@pytest.fixture
+def zenml_server(tmp_path):
+    """A server that asks for logins: its address, the key of a service account, and a stack with artifacts in S3."""
+    pytest.importorskip("s3fs", reason="ZenML's artifact store in S3 needs s3fs")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
+    env |= {"ZENML_CONFIG_PATH": str(tmp_path / "server"), "ZENML_LOCAL_STORES_PATH": str(tmp_path / "server")}
+    made, log = tmp_path / "server.json", tmp_path / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.zenml_server", str(port), str(made)],
+            cwd=ROOT,
+            env=env,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield ZenMLServer(f"http://127.0.0.1:{port}", made.read_text())
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def command(env: dict[str, str], *arguments: str, code: int = 0) -> str:
+    """`python -m tools.schedule` in a process of its own; returns what it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        ended = run_module("tools.schedule", arguments, env, ROOT, output, 300)
+        said = (output / "stdout").read_text() + (output / "stderr").read_text()
+    assert ended == code, said
+    return said
+
+
+def rows(count: int) -> bytes:
+    answer = "The number {i} comes after {before}, and {after} comes after it."
+    texts = [answer.format(i=i, before=i - 1, after=i + 1) for i in range(count)]
+    return "".join(
+        json.dumps({"instruction": f"Where does the number {i} stand?", "output": text}) + "\n"
+        for i, text in enumerate(texts)
+    ).encode()
+
+
+def log_of(fake, job: str) -> str:
+    logs = fake.client("logs")
+    (stream,) = logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]
+    name = stream["logStreamName"]
+    events = logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=name, startFromHead=True)["events"]
+    return "\n".join(event["message"] for event in events)
+
+
+@pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
+def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
+    """The schedule fires twice at once, then with nothing new, then with data that cannot be read."""
+    key = zenml_server.key
+    planted, hook = f"planted-{uuid.uuid4().hex}", f"hook-{uuid.uuid4().hex}"
+    address = f"http://127.0.0.1:{webhook.server_port}/{hook}"
+    put_secret(account, {"ZENML_STORE_API_KEY": key, "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address})
+    s3 = account.client("s3")
+    s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=rows(40))
+    for file in tiny_model.iterdir():
+        s3.upload_file(str(file), BUCKET, f"model/{file.name}")
+    recipe = tmp_path / "weekly.yaml"
+    recipe.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", bucket=BUCKET, spot="false"))
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
+    env |= {**account.env(), **settings_of(tmp_path), "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address}
+    env |= {
+        "ZENML_STORE_URL": zenml_server.url,
+        "ZENML_STORE_API_KEY": key,
+        "ZENML_CONFIG_PATH": str(tmp_path / "launcher"),
+    }
+    account.requests.clear()
+    asked = ("create", "--config", str(recipe), "--cron", "0 3 ? * SUN *")
+    assert "make stack-aws" in command(env, *asked, code=2)
+    env["ZENML_ACTIVE_STACK_ID"] = zenml_server.stack
+    command(env, *asked)
+
+    first = fire(account)
+    second = fire(account)
+    for job in (second, first):
+        account.job(job).thread.join(300)
+    assert account.job(first).status == "Completed", log_of(account, first)
+    assert account.job(second).status == "Completed", log_of(account, second)
+    records = {record.run: record for record in Place(f"s3://{BUCKET}/{FOLDER}").records(s3)}
+    assert records[second].verdict == "skipped: running"
+    assert (records[first].verdict, records[first].version) == ("staged: version 1", 1)
+    run = zenml_server.get(f"/runs/{records[first].run_id}")
+    artifacts = zenml_server.get("/artifact_versions", size=100)["items"]
+    assert (run["name"].partition("-")[0], run["body"]["status"]) == ("retrain", "completed")
+    uris = [artifact["body"]["uri"] for artifact in artifacts]
+    assert len(uris) > 10
+    assert all(uri.startswith(f"s3://{BUCKET}/zenml/") for uri in uris)
+    # Answers that were paid for are there for the next run.
+    assert f"{FOLDER}answers.jsonl" in keys(account, FOLDER)
+
+    third = fire(account)
+    account.job(third).thread.join(300)
+    assert account.job(third).status == "Completed", log_of(account, third)
+    assert webhook.told == []
+    s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=f'{{"{planted}": 1}}\n'.encode())
+    fourth = fire(account)
+    account.job(fourth).thread.join(300)
+    assert account.job(fourth).status == "Failed"
+    ((path, told),) = webhook.told
+    assert path == f"/{hook}"
+    assert told.startswith("Retraining weekly failed\n")
+    found = json.loads(command(env, "list", "--json", "--limit", "9").splitlines()[0])
+    verdicts = {run["run"]: run["verdict"] for run in found[0]["runs"]}
+    assert verdicts[third] == "skipped: no new data"
+    assert verdicts[fourth].startswith("failed: ")
+    assert verdicts[fourth].removeprefix("failed: ") in told
+    assert verdicts[fourth][:100].removeprefix("failed: ") in account.job(fourth).reason
+
+    # The secrets are in Secrets Manager, and nowhere else.
+    s3.delete_object(Bucket=BUCKET, Key="data/rows.jsonl")
+    own = [*policy("job", SECRET="job"), *policy("job-schedules")]
+    assert "sagemaker:ListTrainingJobs" in assert_allowed(account.requests, "job", own)
+    seen = {"requests": str(account.requests), "notification": told, "verdicts": json.dumps(found)}
+    seen |= {f"log of {job}": log_of(account, job) for job in (first, second, third, fourth)}
+    seen |= {key: s3.get_object(Bucket=BUCKET, Key=key)["Body"].read().decode("latin-1") for key in keys(account, "")}
+    seen |= {str(file): file.read_bytes().decode("latin-1") for file in (tmp_path / "server").rglob("*.db")}
+    assert any(name.endswith(".db") for name in seen)
+    for secret in (key, planted, hook):
+        assert [name for name, text in seen.items() if secret in text] == []
+    command(env, "remove")
+    assert keys(account, FOLDER) == []
+    assert list_names(account) == []
+
+
+def test_policies_allow_what_is_asked_and_no_more(fake, recipe, capsys):
+    create(recipe)
+    fake.starting_s = 60.0
+    try:
+        job = fire(fake)
+        listed(capsys)
+        assert call("pause") == 0
+        assert call("remove", "--stop") == 0
+    finally:
+        fake.starting_s = 0.0
+    own = policy("launcher-schedules")
+    used = assert_allowed(fake.requests, "launcher", [*own, *policy("launcher", SECRET="job")])
+    assert actions(own) - used == set()
+    scheduler = policy("scheduler")
+    assert assert_allowed(fake.requests, "scheduler", scheduler) == actions(scheduler)
+    other = Request(
+        "scheduler", "sagemaker", "CreateTrainingJob", {"TrainingJobName": "other", "RoleArn": ROLE}, REGION
+    )
+    with pytest.raises(AssertionError, match="scheduler is not allowed"):
+        assert_allowed([other], "scheduler", scheduler)
+    (trust,) = policy("scheduler-trust")
+    (group,) = fake.asked("scheduler", "CreateScheduleGroup")
+    arn = f"arn:aws:scheduler:{REGION}:{ACCOUNT}:schedule-group/{group['Name']}"
+    assert fnmatchcase(arn, trust["Condition"]["ArnLike"]["aws:SourceArn"])
+    assert fake.job(job).status == "Stopped"
+
+
+def test_topic_with_the_policy_of_the_documentation_is_taken(fake, recipe):
+    text = json.dumps({"Version": "2012-10-17", "Statement": policy("topic")})
+    fake.client("sns").set_topic_attributes(TopicArn=TOPIC, AttributeName="Policy", AttributeValue=text)
+    assert create(recipe) == 0
