@@ -186,10 +186,13 @@ def format_splits(
 
     Args:
         kind: `instruction` or `preference`.
+        ledger: a test split of the user's own is a stage of its own there, e.g. `instruction_test`.
 
     Raises:
         WorkError: as `format_rows`, or no row of a split is left.
     """
+    own_test = f"{kind}_test"
+    stages = {name: own_test if name == "test" and own_test in ledger.kept else kind for name in splits}
     to_row = instruction_row if kind == "instruction" else preference_row
     features = _SFT_FEATURES if kind == "instruction" else _DPO_FEATURES
     datasets = DatasetDict()
@@ -205,7 +208,7 @@ def format_splits(
                     table.write(formatted.record)
                 else:
                     reasons[formatted.rejected.reason] += 1
-                    ledger.set_aside([formatted.rejected])
+                    ledger.set_aside([formatted.rejected.model_copy(update={"stage": stages[name]})])
                 progress.advance()
         if not table.rows:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -214,7 +217,9 @@ def format_splits(
                 "If they are over-long, raise formatting.max_length."
             )
         datasets[name] = table.dataset()
-    ledger.record(kind, sum(map(len, splits.values())), sum(map(len, datasets.values())))
+    for stage in dict.fromkeys(stages.values()):
+        names = [name for name in splits if stages[name] == stage]
+        ledger.record(stage, sum(len(splits[name]) for name in names), sum(len(datasets[name]) for name in names))
     return datasets, lengths
 
 

@@ -1,6 +1,7 @@
 """Wrong requests: each with its sentence and its exit code, no traceback, and nothing started."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,12 @@ def test_a_test_split_of_ones_own_that_leaks(fresh_project):
     assert len(prepared["test"]) == 4
     assert [row["reason"] for row in prepared["quarantine"]].count("leaks_into_test") == 3
     assert len(prepared["train"]) + len(prepared["validation"]) == 57
+    # Formatting goes on from there: the user's own split is counted by itself.
+    run = fresh_project.run("sft", *arguments, "--set", "sft.max_steps=1")
+    assert run.code == 0, run.stderr
+    report = json.loads(next(Path(run.json["artifacts"]["data_report"]["uri"]).rglob("report.json")).read_text())
+    assert [report["stages"][f"instruction{part}"]["kept"] for part in ("", "_test")] == [57, 4]
+    shutil.rmtree(fresh_project.folder / "outputs" / "training")
     strict = fresh_project.run("sft", *arguments, "--set", "data.strict=true")
     assert strict.code == 2
     assert "3 rows of the test split stand in the training data too, and data.strict is on" in strict.stderr
