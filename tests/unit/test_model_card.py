@@ -113,7 +113,7 @@ def test_every_fact_stands_in_it(facts):
         "| instruction_dataset | docs | train 1,200, validation 40, test 60 | 123,456 | 17 | 5 |",
         f"| instruction_dataset | files-0123456789ab | {'a' * 64} |",
         "learning_rate: 0.0005",
-        "a repetition penalty of 1.1, which generation_config.json asks for",
+        "a repetition penalty of 1.05, which generation_config.json asks for",
         "On 60 held-out rows and 50 held-out pairs",
         "over rows at 95%.",
         "| measure | unit | base | sft | dpo |",
