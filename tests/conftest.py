@@ -1,5 +1,6 @@
 """What unit and integration tests share: the real tokenizer, and a tiny model made here."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from llm_engineering.settings import Settings
 from tests.tiny_models import write_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As in the tools: ZenML sets the root logger to what they ask of it, which is CRITICAL.
+logging.getLogger("llm_engineering").setLevel(logging.INFO)
 ROOT = Path(__file__).resolve().parent.parent
 
 

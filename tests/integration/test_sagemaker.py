@@ -115,7 +115,6 @@ class Terminal(io.StringIO):
 def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, caplog):
     """One job: left alone while it starts, taken up again, its spot machine taken away, and the result is that of an
     uninterrupted run on this machine; then the next run of the same work, and one whose results were never fetched."""
-    caplog.set_level("INFO")
     fake.starting_s = 4.0
     when(lambda: fake.jobs and fake.asked("logs", "DescribeLogStreams"), interrupt_here)
     with monkeypatch.context() as terminal:
@@ -207,7 +206,6 @@ def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):
 
 def test_two_clients_and_ctrl_c(fake, stage, monkeypatch, caplog):
     """A job that another process made under the same name is followed; Ctrl-C where nobody can be asked stops it."""
-    caplog.set_level("INFO")
     fake.starting_s = NEVER_S
     refused = []
 

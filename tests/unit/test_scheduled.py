@@ -13,7 +13,11 @@ from llm_engineering.settings import Settings
 from pipelines.inputs import Inputs
 from tests.conftest import ROOT
 from tests.fake_aws import ACCOUNT, REGION, FakeAWS, running_aws
+from tools.cli import prepare_zenml
 from tools.scheduled import Scheduled, fingerprint
+
+# Steps are read where pytest runs as a module of another process, too.
+prepare_zenml()
 
 PASSED = {"outcome": "passed", "stage": "staging", "reason": "every rule passed", "rules": []}
 INPUTS = Inputs(
