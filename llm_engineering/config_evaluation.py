@@ -23,6 +23,7 @@ class Measure(NamedTuple):
 MEASURES = {
     "heldout_loss": Measure("Held-out loss", "nats a token", "lower"),
     "perplexity": Measure("Perplexity", "per token", "lower"),
+    "question_gain": Measure("Gain from the question", "nats a token", "higher"),
     "preference_accuracy": Measure("Preference accuracy", "share of pairs", "higher"),
     "preference_margin": Measure("Preference margin", "nats a token", "higher"),
     "rouge_l": Measure("ROUGE-L against the reference", "F1", "higher"),

@@ -183,6 +183,39 @@ def heldout_loss(scores: Sequence[AnswerScore]) -> Rows:
     return Rows.of([-score.log_prob for score in scores], [score.tokens for score in scores])
 
 
+def question_gain(own: Sequence[AnswerScore], others: Sequence[Sequence[AnswerScore]]) -> Rows:
+    """How much likelier an answer is after its own question than after those of other rows, in nats a token.
+
+    A model that learns how answers sound, and not which answer belongs to which question, loses it: pointwise mutual
+    information (Church and Hanks 1990) with the other rows' questions in place of all questions.
+
+    Args:
+        own: after the row's own question.
+        others: for each of several ways to give every row another row's question.
+    """
+    gains = [
+        score.log_prob - sum(other[index].log_prob for other in others) / len(others) for index, score in enumerate(own)
+    ]
+    return Rows.of(gains, [score.tokens for score in own])
+
+
+def with_other_questions(rows: Sequence[Labelled]) -> list[list[Labelled]]:
+    """The rows with what stands before the first answer taken from other rows, in up to three ways.
+
+    Rows of one document stand together, so the others are a quarter, a half and three quarters of all rows away.
+    """
+    borders = [next(place for place, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in rows]
+    ways = []
+    for shift in sorted({len(rows) * quarter // 4 for quarter in (1, 2, 3)} - {0}):
+        moved = []
+        for index, ((ids, labels), border) in enumerate(zip(rows, borders, strict=True)):
+            other = (index + shift) % len(rows)
+            question = rows[other][0][: borders[other]]
+            moved.append(([*question, *ids[border:]], [IGNORE_INDEX] * len(question) + labels[border:]))
+        ways.append(moved)
+    return ways
+
+
 def preference_accuracy(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> Rows:
     """Whether a pair's chosen answer has the higher mean log-probability a token, under one model alone."""
     return Rows.of([c.mean > r.mean for c, r in zip(chosen, rejected, strict=True)])

@@ -20,6 +20,8 @@ from llm_engineering.evaluation.measures import (
     heldout_loss,
     preference_accuracy,
     preference_margin,
+    question_gain,
+    with_other_questions,
 )
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX
@@ -71,8 +73,12 @@ def observe(
         given: the held-out rows as this model's tokenizer renders them.
     """
     rows: dict[str, Rows] = {}
-    loss = heldout_loss(_scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}"))
-    rows["heldout_loss"] = rows["perplexity"] = loss
+    scores = _scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}")
+    rows["heldout_loss"] = rows["perplexity"] = heldout_loss(scores)
+    ways = with_other_questions([row.answers[0] for row in given.rows])
+    if ways:
+        what = f"held-out answers after other questions, {shown_as}"
+        rows["question_gain"] = question_gain(scores, [models.scores(name, moved, what) for moved in ways])
     if given.pairs:
         chosen, rejected = (
             _scores(models, name, given.pairs, work.ours.pairs, place, f"{answer} answers, {shown_as}")

@@ -94,7 +94,15 @@ def test_the_report_holds_every_measure_of_every_model(setup, settings, rows, tm
     assert json.loads((tmp_path / "report" / "report.json").read_text()) == report
     assert report["models"] == ["base", "sft", "dpo", "incumbent"]
     assert (report["heldout_rows"], report["heldout_pairs"], report["left_out"]) == (12, 6, 0)
-    expected = {"heldout_loss", "perplexity", "preference_accuracy", "preference_margin", "rouge_l", "stopped"}
+    expected = {
+        "heldout_loss",
+        "perplexity",
+        "question_gain",
+        "preference_accuracy",
+        "preference_margin",
+        "rouge_l",
+        "stopped",
+    }
     assert report["measures"].keys() == expected | {"repetition", "length_ratio", "empty", "checks"}
     for key, measure in report["measures"].items():
         assert list(measure["models"]) == report["models"]

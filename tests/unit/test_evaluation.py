@@ -14,6 +14,8 @@ from llm_engineering.evaluation.measures import (
     labelled_answers,
     preference_accuracy,
     preference_margin,
+    question_gain,
+    with_other_questions,
 )
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models import load_model, load_tokenizer
@@ -39,6 +41,32 @@ def test_scores_are_those_of_the_rows_one_by_one(model, cpu, settings):
         expected = [float(log_probs[i - 1, label]) for i, label in enumerate(labels) if label != -100]
         assert score.tokens == len(expected)
         assert score.log_prob == pytest.approx(sum(expected), abs=1e-4)
+
+
+def test_question_gain_is_that_of_the_rows_one_by_one(model, cpu, settings):
+    base = load_model(model, settings, choose_device(cpu))
+    models = Models(base, {}, load_tokenizer(model, settings), batch_size=2)
+    rows = [
+        ([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2]),
+        ([11, 12, 13, 2], [-100, 12, 13, 2]),
+        ([20, 21, 22, 23, 24, 2], [-100, -100, -100, 23, -100, 2]),
+        ([30, 31, 2], [-100, 31, 2]),
+    ]
+
+    def log_prob(question, answer, labels):
+        log_probs = torch.log_softmax(base(input_ids=torch.tensor([question + answer])).logits[0].double(), dim=-1)
+        places = [len(question) + i for i, label in enumerate(labels) if label != -100]
+        return sum(float(log_probs[place - 1, (question + answer)[place]]) for place in places)
+
+    borders = [2, 1, 3, 1]
+    total = 0.0
+    for index, ((ids, labels), border) in enumerate(zip(rows, borders, strict=True)):
+        after = [log_prob(rows[other][0][: borders[other]], ids[border:], labels[border:]) for other in range(4)]
+        total += after[index] - sum(after[other] for other in range(4) if other != index) / 3
+    scores = models.scores("base", rows, "own")
+    found = question_gain(scores, [models.scores("base", moved, "others") for moved in with_other_questions(rows)])
+    assert found.value == pytest.approx(total / (3 + 3 + 2 + 2), abs=1e-4)
+    assert with_other_questions(rows[:1]) == []
 
 
 def test_each_adapter_is_measured_as_itself(model, cpu, settings, tmp_path):
