@@ -134,6 +134,7 @@ bench: .venv/ready-dev  ## the benchmarks, as ratios (about an hour)
 	@$(BIN)/python -m benchmarks.estimate $(ARGS)
 	@$(BIN)/python -m benchmarks.training $(ARGS)
 	@$(BIN)/python -m benchmarks.chain $(ARGS)
+	@$(BIN)/python -m benchmarks.shuffled $(ARGS)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m benchmarks.training_cuda $(ARGS); \
 	else echo "Training on a card is not measured: torch finds no CUDA card here."; fi
