@@ -61,7 +61,7 @@ def code_version(module: str, name: str, files: Sequence[Path] = ()) -> str:
     for file in files:
         digest.update(file.read_bytes())
     for key, node in sorted(reachable(module, name).items()):
-        digest.update(f"{key}\n{ast.dump(node)}\n".encode())
+        digest.update(f"{key}\n{_dump(node)}\n".encode())
     return digest.hexdigest()[:12]
 
 
@@ -80,15 +80,28 @@ def reachable(module: str, name: str) -> dict[str, ast.AST]:
             queue += _follow(_imports(_tree(current)).get(wanted), ())
             continue
         found[key] = definition
-        if IMPORT_TIME in _definitions(current):
-            queue.append((current, IMPORT_TIME))
-        imports = _imports(_tree(current)) | _imports(definition)
-        for chain in _names(definition):
-            if chain[0] in imports:
-                queue += _follow(imports[chain[0]], chain[1:])
-            elif chain[0] in _definitions(current):
-                queue.append((current, chain[0]))
+        queue += _used(current, wanted)
     return found
+
+
+# Steps share most of what they reach.
+@cache
+def _used(module: str, name: str) -> list[tuple[str, str]]:
+    """What a definition of a module uses itself, as `(module, name)`."""
+    definitions = _definitions(module)
+    found = [(module, IMPORT_TIME)] if IMPORT_TIME in definitions else []
+    imports = _imports(_tree(module)) | _imports(definitions[name])
+    for chain in _names(definitions[name]):
+        if chain[0] in imports:
+            found += _follow(imports[chain[0]], chain[1:])
+        elif chain[0] in definitions:
+            found.append((module, chain[0]))
+    return list(dict.fromkeys(found))
+
+
+@cache
+def _dump(node: ast.AST) -> str:
+    return ast.dump(node)
 
 
 def _follow(target: tuple[str, str] | None, attributes: Sequence[str]) -> list[tuple[str, str]]:
