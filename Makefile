@@ -139,9 +139,10 @@ bench: .venv/ready-dev  ## the benchmarks, as ratios (about an hour)
 	then $(BIN)/python -m benchmarks.training_cuda $(ARGS); \
 	else echo "Training on a card is not measured: torch finds no CUDA card here."; fi
 
-# One thread each: models of two layers gain nothing from more, and two test processes would fight for the cores.
+# One thread each: models of two layers gain nothing from more, and two test processes would fight for the cores. In
+# the order of their names, so that the long files do not come last, when the other process has nothing left.
 test: .venv/ready-dev  ## unit and integration tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready-dev  ## ruff, types, import direction
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

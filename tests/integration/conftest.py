@@ -2,19 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.preloaded import run_module
+from tests.integration.preloaded import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 600
+# The secrets of every project here, which nothing may show or keep.
+PLANTED = "planted-secret-value"
 
 # Small enough for a model of two layers to train in seconds.
 RECIPE = """
@@ -59,36 +59,21 @@ class Project:
     recipe: Path
     env: dict[str, str] = field(repr=False)
 
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [sys.executable, "-m", *arguments],
-            cwd=ROOT,
-            env=self.env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-            text=True,
-        )
+    def start(self, *arguments: str) -> Forked:
+        """Start `python -m` these arguments; where the first ends in `.py`, that file."""
+        return Forked(arguments[0], arguments[1:], self.env, ROOT)
 
     def command(self, *arguments: str) -> Run:
-        # Read by huggingface_hub when it is imported, which was done with this process's.
-        if any(
-            self.env.get(name) != os.environ.get(name) for name in {*self.env, *os.environ} if name.startswith("HF_")
-        ):
-            process = self.start(*arguments)
-            stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-            return Run(process.returncode, stdout, stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder)
-            code = run_module(arguments[0], arguments[1:], self.env, ROOT, output, TIMEOUT_S)
-            return Run(code, (output / "stdout").read_text(), (output / "stderr").read_text())
+        process = self.start(*arguments)
+        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+        return Run(process.wait(), stdout, stderr)
 
     def run(self, pipeline: str, *arguments: str) -> Run:
         return self.command("tools.run", pipeline, "--config", str(self.recipe), "--json", *arguments)
 
 
-def make_project(folder: Path, model: Path) -> Project:
-    """A place of its own below `folder`."""
+def make_project(folder: Path, model: Path, made: "Project | None" = None) -> Project:
+    """A place of its own below `folder`; of `made` it has ZenML's configuration and store as they are now."""
     instructions = folder / "instructions.jsonl"
     with instructions.open("w") as file:
         for i in range(60):
@@ -98,16 +83,30 @@ def make_project(folder: Path, model: Path) -> Project:
                 file.write('{"instruction": "broken\n')
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", model=model, instructions=instructions))
-    secrets = ("COMET_API_KEY", "HF_TOKEN", "OPENAI_API_KEY")
-    env = {name: value for name, value in os.environ.items() if name not in secrets and not name.startswith("ZENML_")}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("ZENML_")}
     env |= {
         "ZENML_CONFIG_PATH": str(folder / "zenml"),
         "ZENML_LOCAL_STORES_PATH": str(folder / "stores"),
         "LLM_OUTPUT_DIR": str(folder / "outputs"),
         "HF_HUB_OFFLINE": "1",
         "COMET_API_KEY": "",
+        **dict.fromkeys(("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"), PLANTED),
     }
+    if made is not None:
+        for name in ("zenml", "stores"):
+            shutil.copytree(made.folder / name, folder / name)
+        config = folder / "zenml" / "config.yaml"
+        config.write_text(config.read_text().replace(str(made.folder), str(folder)))
     return Project(folder, recipe, env)
+
+
+@pytest.fixture(scope="session")
+def unused(tiny_model, tmp_path_factory) -> Project:
+    """A project without a run. ZenML makes its store in seconds, and a copy is there at once."""
+    project = make_project(tmp_path_factory.mktemp("unused"), tiny_model)
+    listed = project.command("tools.runs")
+    assert listed.code == 0, listed.stderr
+    return project
 
 
 @pytest.fixture(scope="session")
@@ -116,8 +115,8 @@ def project(tiny_model, tmp_path_factory) -> Project:
 
 
 @pytest.fixture
-def fresh_project(tiny_model, tmp_path) -> Project:
-    return make_project(tmp_path, tiny_model)
+def fresh_project(tiny_model, unused, tmp_path) -> Project:
+    return make_project(tmp_path, tiny_model, unused)
 
 
 @dataclass

@@ -1,13 +1,11 @@
 """The whole chain through ZenML, on a model of two small layers with the real tokenizer."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import PLANTED
 
 READ_BACK = """
 import json, sys
@@ -70,10 +68,9 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     assert "dpo" in process.stdout
     script = project.folder / "read_back.py"
     script.write_text(READ_BACK)
-    env = {**project.env, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    done = project.command(str(script))
+    assert done.code == 0, done.stderr
+    found = done.json
     artifacts = found["artifacts"]
     tables = {"train", "validation", "test", "findings", "clusters", "suspicious", "quarantine", "counts"}
     assert artifacts["instruction_dataset"]["rows"].keys() == tables
@@ -95,6 +92,14 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
         newest["artifacts"]
     )
     assert {"heldout_loss_dpo", "recipe_hash", "code_version", "recipe"} <= newest["metadata"].keys()
+
+
+def test_secrets_are_nowhere(project, finished_run, dpo_run):
+    for run in (finished_run.result, dpo_run):
+        assert PLANTED not in run.stdout + run.stderr
+    for file in project.folder.rglob("*"):
+        if file.is_file():
+            assert PLANTED.encode() not in file.read_bytes(), file
 
 
 def test_nothing_changed_is_served_from_the_cache(project, finished_run):

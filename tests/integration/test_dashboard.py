@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Page, Route, expect, sync_playwright
 
+from tests.integration.preloaded import Forked
+
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_FLAGS = [
@@ -152,14 +154,8 @@ def test_taken_port_is_a_usage_error(finished_run: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        result = subprocess.run(
-            [sys.executable, "-m", "tools.dashboard", "--port", str(taken.getsockname()[1])],
-            cwd=ROOT,
-            env=finished_run.env,
-            text=True,
-            capture_output=True,
-            timeout=SECONDS_TO_START,
-        )
-    assert result.returncode == 2
-    assert "--port" in result.stderr
-    assert result.stdout == ""
+        process = Forked("tools.dashboard", ["--port", str(taken.getsockname()[1])], finished_run.env, ROOT)
+        stdout, stderr = process.communicate(SECONDS_TO_START)
+    assert process.wait() == 2
+    assert "--port" in stderr
+    assert stdout == ""

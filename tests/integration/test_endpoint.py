@@ -15,6 +15,7 @@ from llm_engineering.config import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.models import model_path, pin_revision
 from llm_engineering.settings import Settings
 from tests.integration.conftest import ROOT
+from tests.integration.preloaded import Forked
 from tests.scripted_endpoint import ScriptedEndpoint, error, scripted
 
 PASSAGES = 2000
@@ -45,15 +46,13 @@ result = {"rows": [row.record() for row in rows], "rejected": [row.model_dump() 
 
 
 def generate(url, folder, count=PASSAGES, **generation):
-    """A process that generates instructions for `count` passages into a folder."""
+    """A process that generates instructions for `count` passages into a folder, which need not be there."""
     config = {"client": "openai", "model": "m", "base_url": f"{url}/v1", "question_max_new_tokens": 100}
     config |= {"concurrency": CONCURRENCY, "timeout_s": TIMEOUT_S} | generation
-    return subprocess.Popen(
-        [sys.executable, "-c", GENERATE, json.dumps(config), str(count), str(folder)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    folder.mkdir(exist_ok=True)
+    script = folder / "generate.py"
+    script.write_text(GENERATE)
+    return Forked(str(script), [json.dumps(config), str(count), str(folder)], os.environ, ROOT)
 
 
 def dataset(process, folder):
@@ -181,9 +180,7 @@ def test_datasets_from_transformers_serve(fresh_project, tmp_path):
         "found = Client().get_artifact_version('preference_candidates').load()\n"
         "print(json.dumps({name: part.to_list() for name, part in found.items()}))\n"
     )
-    env = {**fresh_project.env, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, candidates], env=env, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = fresh_project.command(str(candidates)).json
     counts = {count["stage"]: count for count in found["counts"]}
     for stage in ("instruction", "preference"):
         rejected = [row for row in found["quarantine"] if row["stage"] == stage]

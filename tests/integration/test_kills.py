@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from llm_engineering.config import (
 )
 from llm_engineering.settings import Settings
 from tests.integration.conftest import ROOT
+from tests.integration.preloaded import Forked
 
 STEPS = 24
 # Dropout, accumulation, and a log entry every third step: none of them falls together with the saves.
@@ -186,10 +185,9 @@ def test_sigterm_of_the_command_line_is_resumable(tiny_model, tmp_path):
     )
     env = {**os.environ, "LLM_OUTPUT_DIR": str(tmp_path / "outputs"), "OMP_NUM_THREADS": "1"}
 
-    def start(*arguments: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "llm_engineering.training", "sft", "--recipe", recipe, "--data",
-                   tmp_path / "data", "--output", tmp_path / "out", *arguments]  # fmt: skip
-        return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    def start(*arguments: str) -> Forked:
+        places = ["--recipe", str(recipe), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+        return Forked("llm_engineering.training", ["sft", *places, *arguments], env, ROOT)
 
     process = start()
     deadline = time.monotonic() + 120
@@ -197,7 +195,7 @@ def test_sigterm_of_the_command_line_is_resumable(tiny_model, tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     assert "Interrupted. A checkpoint is saved" in process.communicate(timeout=60)[1]
     assert process.returncode == 130
     steps = [int(path.name.partition("-")[2]) for path in found[0].parent.glob("checkpoint-*")]

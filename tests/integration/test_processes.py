@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from llm_engineering.training import ranks, telemetry
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.integration.conftest import ROOT
+from tests.integration.preloaded import Forked
 from tests.integration.test_kills import TIMED
 from tests.tiny_models import formatted, write_model
 
@@ -234,11 +233,9 @@ def command(data, tmp_path_factory):
     arguments = ["llm_engineering.training", "sft", "--recipe", str(recipe), "--data", str(data / "sft"), "--output",
                  str(folder / "out")]  # fmt: skip
 
-    def start(*program, more=()):
-        return subprocess.Popen(
-            [sys.executable, *program, "-m", *arguments, *more],
-            cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
-        )  # fmt: skip
+    def start(*launcher, more=()):
+        program = [*launcher, "-m", *arguments, *more] if launcher else [*arguments, *more]
+        return Forked(program[0], program[1:], env, ROOT, own_session=True)
 
     start.folder = folder
     return start
@@ -294,7 +291,7 @@ def test_command_line_ends_all_its_processes(command):
 
 def test_torchrun_starts_the_same_run(command):
     process = command(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
         more=("--set", "sft.max_steps=2", "--set", "seed=8"),
     )  # fmt: skip
     errors = process.communicate(timeout=TIMEOUT_S)[1]

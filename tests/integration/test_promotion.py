@@ -22,9 +22,9 @@ def stages(models: Run) -> dict[int, str | None]:
 
 
 @pytest.fixture(scope="module")
-def own(tiny_model, tmp_path_factory) -> Project:
+def own(tiny_model, unused, tmp_path_factory) -> Project:
     """A project with three versions of one run: the first in production, the second judged against it, the third stale."""
-    project = make_project(tmp_path_factory.mktemp("promotion"), tiny_model)
+    project = make_project(tmp_path_factory.mktemp("promotion"), tiny_model, unused)
     project.first = project.run("sft")
     assert project.first.code == 0, project.first.stderr
     (project.promoted,) = call(project, ["promote", "1", "--note", "the first that there is"])

@@ -4,12 +4,13 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.fake_hub import running_hub
-from tests.integration.conftest import ROOT, make_project
+from tests.integration.conftest import make_project
 
 TOKEN = "hf_planted_token_value"
 
@@ -33,9 +34,9 @@ print(json.dumps({name: dataset[name].to_list() for name in ("train", "validatio
 
 
 @pytest.fixture(scope="module")
-def made(tiny_model, tmp_path_factory):
+def made(tiny_model, unused, tmp_path_factory):
     """A project with both datasets made, whose recipe names a licence and two repositories."""
-    project = make_project(tmp_path_factory.mktemp("push"), tiny_model)
+    project = make_project(tmp_path_factory.mktemp("push"), tiny_model, unused)
     hub = "{license: cc-by-4.0, instruction_repo_id: someone/rows, preference_repo_id: someone/pairs}"
     text = project.recipe.read_text().replace("data:\n", f"data:\n  hub: {hub}\n")
     project.recipe.write_text(text)
@@ -45,31 +46,30 @@ def made(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
-def hub(made, tmp_path):
+def hub():
     with running_hub(TOKEN) as served:
-        made.env |= {
-            "HF_ENDPOINT": served.url,
-            "HF_TOKEN": TOKEN,
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-        }
         yield served
+
+
+@pytest.fixture
+def online(made, hub, tmp_path):
+    """The same project, which reaches the hub."""
+    env = {
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return replace(made, env=made.env | env)
 
 
 def push(project, kind, *arguments):
     return project.command("tools.push", kind, "--config", str(project.recipe), *arguments)
 
 
-def python(project, script, argument):
-    command = [sys.executable, "-c", script, argument]
-    done = subprocess.run(command, cwd=ROOT, env=project.env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_what_is_published_is_what_was_made(made, hub, tiny_model):
-    run = push(made, "preference")
+def test_what_is_published_is_what_was_made(made, online, hub, tiny_model):
+    run = push(online, "preference")
     assert run.code == 0, run.stderr
     assert run.stdout.strip() == f"{hub.url}/datasets/someone/pairs"
     assert "Publishing:  someone/pairs, private" in run.stderr
@@ -78,9 +78,14 @@ def test_what_is_published_is_what_was_made(made, hub, tiny_model):
     files = ["README.md", "data/test.parquet", "data/train.parquet", "data/validation.parquet"]
     assert repo.commits == [{"written": files, "removed": []}]
 
-    loaded = python(made, LOAD, "someone/pairs")
+    command = [sys.executable, "-c", LOAD, "someone/pairs"]
+    done = subprocess.run(command, env=online.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout.splitlines()[-1])
     assert loaded["license"] == "cc-by-4.0"
-    stored = python(made, STORED, "preference_dataset")
+    script = made.folder / "stored.py"
+    script.write_text(STORED)
+    stored = made.command(str(script), "preference_dataset").json
     # The model was a folder of this machine: its name is published, the way there is not.
     hidden = json.loads(json.dumps(stored).replace(str(tiny_model), tiny_model.name))
     assert loaded["rows"] == hidden
@@ -94,9 +99,9 @@ def test_what_is_published_is_what_was_made(made, hub, tiny_model):
     assert not any(str(place) in card + json.dumps(loaded["rows"]) for place in (made.folder, tiny_model))
 
 
-def test_own_rows_in_public_with_nothing_else(made, hub):
+def test_own_rows_in_public_with_nothing_else(made, online, hub):
     """Broken lines are counted and not shown; the token is sent in its header and kept nowhere."""
-    run = push(made, "instruction", "--repo", "other/name", "--public")
+    run = push(online, "instruction", "--repo", "other/name", "--public")
     assert run.code == 0, run.stderr
     assert "other/name, PUBLIC" in run.stderr
     assert hub.sent("POST", "/api/repos/create")[0]["visibility"] == "public"
@@ -132,15 +137,14 @@ def test_own_rows_in_public_with_nothing_else(made, hub):
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_wrong_request(made, hub, arguments, words):
+def test_wrong_request(made, arguments, words):
     run = push(made, *arguments)
     assert run.code == 2, run.stderr
     assert words in run.stderr
     assert "Traceback" not in run.stderr
-    assert hub.requests == []
 
 
-def test_credentials_are_not_published_unless_insisted(made, hub, tmp_path):
+def test_credentials_are_not_published_unless_insisted(made, online, hub, tmp_path):
     secret = "ghp_" + "a1B2c3D4e5F6" * 3
     rows = tmp_path / "rows.jsonl"
     planted = json.dumps({"instruction": "How do I sign in?", "output": f"Give {secret} as the password, and go on."})
@@ -148,16 +152,16 @@ def test_credentials_are_not_published_unless_insisted(made, hub, tmp_path):
     own = ["--set", "name=secretive", "--set", f"data.instructions={rows}"]
     run = made.run("datasets", *own)
     assert run.code == 0, run.stderr
-    refused = push(made, "instruction", *own)
+    refused = push(online, "instruction", *own)
     assert refused.code == 2
     assert "Credentials were found in 1 places and not masked (the first: rows.jsonl:line 64)" in refused.stderr
     assert secret not in refused.stdout + refused.stderr
     assert hub.requests == []
-    insisted = push(made, "instruction", *own, "--allow-secrets")
+    insisted = push(online, "instruction", *own, "--allow-secrets")
     assert insisted.code == 0, insisted.stderr
     masked = made.run("datasets", *own, "--set", "data.rules.secret=mask")
     assert masked.code == 0, masked.stderr
-    published = push(made, "instruction", *own, "--set", "data.rules.secret=mask")
+    published = push(online, "instruction", *own, "--set", "data.rules.secret=mask")
     assert published.code == 0, published.stderr
     text = json.dumps(
         [

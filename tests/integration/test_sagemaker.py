@@ -27,6 +27,7 @@ from llm_engineering.training.launch import launch_training
 from llm_engineering.training.sft import train_sft_job
 from tests.conftest import ROOT
 from tests.fake_sagemaker import BUCKET, LOG_GROUP, running_sagemaker, why_no_jobs
+from tests.iam import actions, assert_allowed, policy
 from tests.tiny_models import formatted, write_model
 
 pytestmark = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
@@ -253,6 +254,30 @@ def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
     assert {stream["logStreamName"].rpartition("/")[2][:6] for stream in streams} == {"algo-1", "algo-2"}
 
 
+# What the policies allow and the whole chain does not ask for, and why.
+LAUNCHER_UNTESTED = {
+    "ecr:GetAuthorizationToken": "docker's login, for make image",
+    "ecr:BatchCheckLayerAvailability": "docker push",
+    "ecr:CompleteLayerUpload": "docker push",
+    "ecr:InitiateLayerUpload": "docker push",
+    "ecr:PutImage": "docker push",
+    "ecr:UploadLayerPart": "docker push",
+    "ecr:CreateRepository": "make image",
+    "ecr:DescribeRepositories": "make image",
+    "s3:AbortMultipartUpload": "boto3, where a large upload fails",
+    "s3:DeleteObject": "ZenML, where it replaces or deletes artifacts in its S3 store",
+    "sagemaker:StopTrainingJob": "Ctrl-C",
+}
+JOB_UNTESTED = {
+    "s3:AbortMultipartUpload": "SageMaker, where a large upload fails",
+    "logs:DescribeLogStreams": "SageMaker, as its documentation lists for execution roles",
+    "cloudwatch:PutMetricData": "SageMaker, load of processor and card",
+    "ecr:BatchCheckLayerAvailability": "SageMaker pulls the image",
+    "ecr:BatchGetImage": "SageMaker pulls the image",
+    "ecr:GetDownloadUrlForLayer": "SageMaker pulls the image",
+    "ecr:GetAuthorizationToken": "SageMaker pulls the image",
+}
+
 RECIPE = """
 extends: {recipe}
 compute:
@@ -311,6 +336,10 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
     assert "was not followed: its training step was served from the cache" in again.stderr
     assert len(fake.jobs) == 2
     assert cloud_project.run("datasets", "--attach", next(iter(fake.jobs))).code == 2
+
+    launcher, job = policy("launcher"), policy("job")
+    assert actions(launcher) - assert_allowed(fake.requests, "launcher", launcher) == set(LAUNCHER_UNTESTED)
+    assert actions(job) - assert_allowed(fake.requests, "job", job) == set(JOB_UNTESTED)
 
     planted = PLANTED.encode()
     assert fake.asked("secretsmanager", "GetSecretValue")

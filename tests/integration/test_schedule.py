@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -29,7 +28,7 @@ from tests.conftest import ROOT
 from tests.fake_aws import Request
 from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, ROLE, running_sagemaker, why_no_jobs
 from tests.iam import actions, assert_allowed, policy
-from tests.integration.preloaded import run_module
+from tests.integration.preloaded import Forked
 from tools import schedule
 from tools.schedule_job import Server
 
@@ -446,11 +445,9 @@ def zenml_server(tmp_path):
 
 def command(env: dict[str, str], *arguments: str, code: int = 0) -> str:
     """`python -m tools.schedule` in a process of its own; returns what it wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder)
-        ended = run_module("tools.schedule", arguments, env, ROOT, output, 300)
-        said = (output / "stdout").read_text() + (output / "stderr").read_text()
-    assert ended == code, said
+    process = Forked("tools.schedule", arguments, env, ROOT)
+    said = "".join(process.communicate(300))
+    assert process.wait() == code, said
     return said
 
 

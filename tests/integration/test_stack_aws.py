@@ -1,8 +1,5 @@
 """Local runs that keep their artifacts in S3: a real run of the command line, over HTTP on loopback."""
 
-import json
-import os
-
 import pytest
 
 from tests.fake_sagemaker import BUCKET, running_sagemaker
@@ -46,11 +43,9 @@ def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_
             assert artifact["uri"].startswith(f"s3://{BUCKET}/llm-engineering/artifacts/")
         script = tmp_path / "load_artifacts.py"
         script.write_text(LOAD)
-        fresh_project.env["PYTHONPATH"] = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-        loaded = fresh_project.start("load_artifacts")
-        stdout, stderr = loaded.communicate(timeout=300)
-        assert loaded.returncode == 0, stderr
-        found = json.loads(stdout.splitlines()[-1])
+        loaded = fresh_project.command(str(script))
+        assert loaded.code == 0, loaded.stderr
+        found = loaded.json
         assert "adapter_model.safetensors" in found["sft_adapter"]
         assert "report.json" in found["data_report"]
         assert found["instruction_dataset rows"]["train"] > 0
