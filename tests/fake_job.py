@@ -29,7 +29,7 @@ class Job:
         self.created = time.time()
         self.orders: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.transitions: list[dict[str, Any]] = []
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self._run_guarded, daemon=True)
         self.go("Starting")
 
     def go(self, secondary: str, message: str = "") -> None:
@@ -76,6 +76,14 @@ class Job:
         self.reason = reason[:1024]
         self.go(secondary or status, reason)
         self.status = status
+
+    def _run_guarded(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            # Else its client would wait for ever.
+            self._end("Failed", reason=f"InternalServerError: {error!r}")
+            raise
 
     def _run(self) -> None:
         order = self._order(self.fake.starting_s)

@@ -194,12 +194,12 @@ class Machine:
 
     def _files(self) -> dict[Path, tuple[int, int]]:
         found = {}
-        for path in sorted(self._checkpoints.rglob("*")):
-            try:
-                if path.is_file():
+        # os.walk passes over folders that go while it looks: the job renames and removes its own.
+        for folder, _, names in os.walk(self._checkpoints):
+            for name in sorted(names):
+                path = Path(folder, name)
+                with suppress(OSError):
                     found[path] = (path.stat().st_mtime_ns, path.stat().st_size)
-            except OSError:
-                continue
         return found
 
 
