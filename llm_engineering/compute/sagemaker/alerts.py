@@ -23,7 +23,8 @@ _EVENTS = "events.amazonaws.com"
 def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
     """Tell the topic of jobs that fail or are stopped, and of starts that were given up.
 
-    `name` is that of the schedule. A job may fail before any code of this project runs: no capacity, no image. A start may be refused: no job is there.
+    `name` is that of the schedule. A job may fail before any code of this project runs: no capacity, no image. A start
+    may be refused: no job is there.
     """
     full = PREFIX + name
     pattern = {
