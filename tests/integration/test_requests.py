@@ -153,6 +153,8 @@ def test_inspect_real_data(fresh_project, name, format_name, rows):
 def test_own_documents_and_datasets_train(fresh_project):
     """The three real files through the same commands, on the tiny model: articles, Alpaca rows, many-turn pairs."""
     steps = ["--set", "sft.max_steps=4", "--set", "dpo.max_steps=3"]
+    # What is held out of a thousand rows is evaluated four times for each of three models.
+    steps += ["--set", "data.split={validation_fraction: 0.03, test_fraction: 0.03}"]
     own = ["--set", f"data.instructions={SHARED / 'alpaca_en_demo.json'}"]
     own += ["--set", f"data.preferences={SHARED / 'dpo_en_demo.json'}", "--set", "formatting.max_length=512"]
     run = fresh_project.run("retrain", *steps, *own)
