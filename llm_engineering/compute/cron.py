@@ -62,6 +62,11 @@ class Timing(BaseModel):
         """The six fields of a cron expression; None of a rate."""
         return self.expression[5:-1] if self.expression.startswith("cron(") else None
 
+    @property
+    def step(self) -> timedelta | None:
+        """The time between two starts of a rate; None of a cron expression."""
+        return _rate(self.expression) if self.fields is None else None
+
     def next_times(self, after: datetime, count: int, created: datetime | None = None) -> list[datetime]:
         """The next times after `after`, in the schedule's timezone, at most `count`.
 
@@ -69,8 +74,8 @@ class Timing(BaseModel):
         fires once, as EventBridge Scheduler does it. A rate counts from `created`, `after` if that is None.
         """
         zone = ZoneInfo(self.timezone)
-        if self.fields is None:
-            step, start = _rate(self.expression), created or after
+        if (step := self.step) is not None:
+            start = created or after
             passed = max(0, (after - start) // step)
             return [(start + (passed + i) * step).astimezone(zone) for i in range(1, count + 1)]
         cron, found = AwsCroniter(self.fields), list[datetime]()

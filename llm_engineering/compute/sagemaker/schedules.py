@@ -12,7 +12,7 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import boto3
@@ -43,6 +43,8 @@ class CloudSchedule(BaseModel):
     """A schedule as it is in the account.
 
     Attributes:
+        created: when it was made; of a rate, what it counts from.
+        modified: when it was last made, changed, paused or resumed.
         request: what it starts: the parameters of CreateTrainingJob, with EXECUTION in the job's name.
     """
 
@@ -52,6 +54,7 @@ class CloudSchedule(BaseModel):
     timing: Timing
     paused: bool
     created: datetime
+    modified: datetime
     request: dict[str, Any]
 
     @property
@@ -90,7 +93,8 @@ def create(
     try:
         if topic is not None:
             add_alerts(session, name, topic)
-        scheduler.create_schedule(**_parameters(name, timing, request, role, paused=False))
+        now = datetime.now(UTC)
+        scheduler.create_schedule(**_parameters(name, timing, request, role, paused=False, origin=now))
     except (ClientError, BotoCoreError) as error:
         _remove(session, name, _place(request))
         raise WorkError(f"The schedule {name} could not be made, and nothing of it is left: {error}") from error
@@ -126,19 +130,21 @@ def change(session: boto3.Session, name: str, timing: Timing, request: Mapping[s
         remove_alerts(session, name)
     else:
         add_alerts(session, name, topic)
-    paused = former["State"] == "DISABLED"
+    known = _read(former, name)
+    origin = known.created if timing == known.timing else datetime.now(UTC)
     session.client("scheduler").update_schedule(
-        **_parameters(name, timing, request, former["Target"]["RoleArn"], paused)
+        **_parameters(name, timing, request, former["Target"]["RoleArn"], known.paused, origin)
     )
 
 
 def set_paused(session: boto3.Session, name: str, paused: bool) -> None:
     """Let it fire no more, or again."""
     former = _described(session, name)
+    known = _read(former, name)
     # An update replaces all of it.
-    kept = ("Name", "GroupName", "ScheduleExpression", "ScheduleExpressionTimezone", "FlexibleTimeWindow", "Target")
-    state = "DISABLED" if paused else "ENABLED"
-    session.client("scheduler").update_schedule(**{key: former[key] for key in kept if key in former}, State=state)
+    session.client("scheduler").update_schedule(
+        **_parameters(name, known.timing, known.request, former["Target"]["RoleArn"], paused, known.created)
+    )
 
 
 def run_now(session: boto3.Session, name: str) -> str:
@@ -211,16 +217,22 @@ def runs(session: boto3.Session, schedule: CloudSchedule, limit: int) -> list[Ru
 def missed(schedule: CloudSchedule, last: RunRecord | None, now: datetime) -> datetime | None:
     """The last time at which it should have fired and no job was created; None if there is none.
 
-    EventBridge may take up to an hour, by the retries it is given.
+    EventBridge may take up to an hour, by the retries it is given. Of times before its last change, when it was paused
+    or had others, nothing is known.
     """
-    since = max(last.began, schedule.created) if last is not None else schedule.created
+    since = max(last.began, schedule.modified) if last is not None else schedule.modified
     due = schedule.timing.next_times(since, 1, schedule.created)
     late = timedelta(seconds=_RETRY["MaximumEventAgeInSeconds"])
     return due[0] if due and not schedule.paused and due[0] + late < now else None
 
 
-def _parameters(name: str, timing: Timing, request: Mapping[str, Any], role: str, paused: bool) -> dict[str, Any]:
+def _parameters(
+    name: str, timing: Timing, request: Mapping[str, Any], role: str, paused: bool, origin: datetime
+) -> dict[str, Any]:
+    # Without it a rate fires at once; one in the past is refused.
+    start = timing.next_times(datetime.now(UTC), 1, origin)[0] if timing.step is not None else None
     return {
+        **({"StartDate": start} if start else {}),
         "Name": PREFIX + name,
         "GroupName": PREFIX + name,
         "ScheduleExpression": timing.expression,
@@ -241,13 +253,16 @@ def _described(session: boto3.Session, name: str) -> dict[str, Any]:
 
 
 def _read(described: Mapping[str, Any], name: str) -> CloudSchedule:
+    timing = Timing(
+        expression=described["ScheduleExpression"], timezone=described.get("ScheduleExpressionTimezone", "UTC")
+    )
+    created = described["StartDate"] - timing.step if timing.step is not None else described["CreationDate"]
     return CloudSchedule(
         name=name,
-        timing=Timing(
-            expression=described["ScheduleExpression"], timezone=described.get("ScheduleExpressionTimezone", "UTC")
-        ),
+        timing=timing,
         paused=described["State"] == "DISABLED",
-        created=described["CreationDate"],
+        created=created,
+        modified=described["LastModificationDate"],
         request=json.loads(described["Target"]["Input"]),
     )
 
