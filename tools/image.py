@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,16 @@ def _docker(*arguments: str, given: str | None = None) -> None:
     Raises:
         WorkError: it failed.
     """
-    done = subprocess.run(["docker", *arguments], input=given, text=True, check=False, stdout=sys.stderr)  # noqa: S607
+    # An attestation would make it an index of manifests, which SageMaker does not take.
+    environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
+    done = subprocess.run(
+        ["docker", *arguments],  # noqa: S607
+        input=given,
+        text=True,
+        check=False,
+        stdout=sys.stderr,
+        env=environment,
+    )
     if done.returncode:
         raise WorkError(
             f"`docker {arguments[0]}` failed (exit code {done.returncode}); what it said stands above. "
