@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -114,8 +115,13 @@ class ComputeConfig(Block):
 
     @property
     def in_job(self) -> ComputeConfig:
-        """What the training job itself gets: for it, its machine is here."""
-        return self.model_copy(update={"target": "local", "sagemaker": None})
+        """What the training job itself gets: for it, its machine is here.
+
+        A machine with cards is paid for them: `auto` is `cuda` there, so that a job that sees none ends at once.
+        """
+        has_cards = self.sagemaker is not None and re.match(r"ml\.[gp]\d", self.sagemaker.instance_type)
+        device = "cuda" if self.device == "auto" and has_cards else self.device
+        return self.model_copy(update={"target": "local", "sagemaker": None, "device": device})
 
     @property
     def here(self) -> ComputeConfig:

@@ -158,7 +158,9 @@ def _local(name: str, timing: Timing, recipe: Recipe | None, settings: Settings,
     local_schedules.check(timing, keeper, now)
     if recipe is not None and recipe.compute.target != "local":
         logger.info("compute.target is %s: on a schedule of this machine, training runs on it", recipe.compute.target)
-        recipe = recipe.model_copy(update={"compute": recipe.compute.in_job})
+        recipe = recipe.model_copy(
+            update={"compute": recipe.compute.model_copy(update={"target": "local", "sagemaker": None})}
+        )
     schedule = LocalSchedule(
         name=name,
         timing=timing,

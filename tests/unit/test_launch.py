@@ -235,6 +235,17 @@ def test_sharded_run_takes_an_optimiser_that_can_be_sharded(monkeypatch):
     assert chosen == ["adamw_8bit", "adamw_torch", "adamw_torch"]
 
 
+@pytest.mark.parametrize(
+    ("instance_type", "device", "in_job"),
+    [("ml.g5.2xlarge", "auto", "cuda"), ("ml.p4d.24xlarge", "auto", "cuda"), ("ml.m5.large", "auto", "auto"),
+     ("ml.g5.2xlarge", "cpu", "cpu")],
+)  # fmt: skip
+def test_a_job_with_cards_does_not_train_beside_them(instance_type, device, in_job):
+    block = {"instance_type": instance_type}
+    compute = ComputeConfig.model_validate({"target": "sagemaker", "sagemaker": block, "device": device})
+    assert (compute.in_job.device, compute.in_job.target) == (in_job, "local")
+
+
 def test_work_in_one_process_does_not_see_how_many_train():
     compute = ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=2, dtype="float32")
     assert compute.one_process == ComputeConfig(dtype="float32")
