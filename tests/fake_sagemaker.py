@@ -33,6 +33,7 @@ class FakeSageMaker(FakeAWS):
     Attributes:
         quotas: applied service quotas by name; a job beyond its own is refused when it is created.
         fails_to_start: FailureReason of jobs by instance type, after they were created: no capacity, no image.
+        default_quotas: what is listed of quotas that were never changed, where the applied ones lack them.
         denied: actions that iam:SimulatePrincipalPolicy says no to, as `service:Action`.
         environment: what jobs have in their environment besides what SageMaker and the request say.
         starting_s: seconds that a job takes to get its machines.
@@ -47,6 +48,7 @@ class FakeSageMaker(FakeAWS):
             for kind in ("ml.g5.xlarge", "ml.g5.2xlarge", "ml.p4d.24xlarge")
             for use in ("training", "spot training")
         }
+        self.default_quotas: dict[str, float] = {}
         self.fails_to_start: dict[str, str] = {}
         self.denied: set[str] = set()
         self.environment: dict[str, str] = {}
@@ -145,10 +147,11 @@ class FakeSageMaker(FakeAWS):
         job.request["Tags"] = [t for t in job.request.get("Tags", []) if t["Key"] not in names] + asked["Tags"]
         return {"Tags": job.request["Tags"]}
 
-    def _list_quotas(self, asked: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def _list_quotas(listed: dict[str, float], asked: dict[str, Any]) -> dict[str, Any]:
         quotas = [
             {"ServiceCode": "sagemaker", "QuotaName": name, "QuotaCode": f"L-{i:08X}", "Value": value,
-             "Adjustable": True} for i, (name, value) in enumerate(self.quotas.items())
+             "Adjustable": True} for i, (name, value) in enumerate(listed.items())
         ]  # fmt: skip
         # Short pages, so that a caller that does not ask for the next one is found.
         start = int(asked.get("NextToken", 0))
@@ -189,7 +192,10 @@ class FakeSageMaker(FakeAWS):
                 "Tags": next(j for j in self.jobs.values() if j.arn == asked["ResourceArn"]).request.get("Tags", [])
             },
             ("sagemaker", "AddTags"): self._add_tags,
-            ("servicequotas", "ListServiceQuotas"): self._list_quotas,
+            ("servicequotas", "ListServiceQuotas"): lambda asked: self._list_quotas(self.quotas, asked),
+            ("servicequotas", "ListAWSDefaultServiceQuotas"): lambda asked: self._list_quotas(
+                self.default_quotas, asked
+            ),
             ("iam", "SimulatePrincipalPolicy"): self._simulate,
         }
 

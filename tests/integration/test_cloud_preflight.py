@@ -153,6 +153,16 @@ def test_on_demand_asks_another_quota_and_a_fallback_only_warns(fake, small_llam
     the_one(make_recipe(small_llama, "compute.sagemaker.use_spot=false"), "`ml.g5.2xlarge for training", "L-00000002")
 
 
+def test_a_quota_of_which_only_the_default_is_listed(fake, recipe):
+    name = "ml.g5.2xlarge for spot training job usage"
+    del fake.quotas[name]
+    fake.default_quotas |= {name: 0.0, "ml.g5.xlarge for spot training job usage": 0.0}
+    # That of the fallback was raised, which counts.
+    the_one(recipe, f"The quota `{name}` is 0", "L-00000000")
+    fake.default_quotas[name] = 1.0
+    assert found(recipe) == []
+
+
 def test_a_volume_that_is_too_small(fake, small_llama, monkeypatch):
     small = make_recipe(small_llama, "compute.sagemaker.volume_size_gb=10")
     the_one(small, "volume_size_gb 10 is too small", "Set it to 13 or more")

@@ -258,6 +258,7 @@ def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
 LAUNCHER_UNTESTED = {
     "ecr:GetAuthorizationToken": "docker's login, for make image",
     "ecr:BatchCheckLayerAvailability": "docker push",
+    "ecr:BatchGetImage": "docker push",
     "ecr:CompleteLayerUpload": "docker push",
     "ecr:InitiateLayerUpload": "docker push",
     "ecr:PutImage": "docker push",
@@ -267,6 +268,7 @@ LAUNCHER_UNTESTED = {
     "s3:AbortMultipartUpload": "boto3, where a large upload fails",
     "s3:DeleteObject": "ZenML, where it replaces or deletes artifacts in its S3 store",
     "sagemaker:StopTrainingJob": "Ctrl-C",
+    "servicequotas:ListAWSDefaultServiceQuotas": "a quota that was never changed, where only its default is listed",
 }
 JOB_UNTESTED = {
     "s3:AbortMultipartUpload": "SageMaker, where a large upload fails",

@@ -293,6 +293,12 @@ def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
             "The loss is nan. Lower sft.learning_rate.",
             "goes on from the newest checkpoint",
         ),
+        (ended(reason="ClientError: Data download failed: No space left on device"), "volume of", "volume_size_gb"),
+        (
+            ended(reason="ClientError: Please use an instance type with more memory"),
+            "memory did not suffice",
+            "more memory",
+        ),
         (ended(reason="InternalServerError"), "ended with an error", "SageMaker says: InternalServerError"),
         (ended("Stopped", "MaxRuntimeExceeded"), "max_run_s, 600 s", "max_run_s if"),
         (ended("Stopped", "MaxWaitTimeExceeded"), "more than 1200 s", "max_wait_s"),

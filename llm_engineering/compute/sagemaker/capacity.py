@@ -53,13 +53,13 @@ def type_problems(config: SageMakerConfig, account: Account) -> Iterator[Problem
 def quota_problems(config: SageMakerConfig, account: Account) -> Iterator[Problem]:
     """Whether the account may use as many machines; of fallback types, too small a quota is a warning."""
     use = "spot training" if config.use_spot else "training"
-    quotas: dict[str, tuple[float, str]] = {}
-    pages = account.client("service-quotas").get_paginator("list_service_quotas")
-    for page in pages.paginate(ServiceCode="sagemaker"):
-        quotas |= {found["QuotaName"]: (found["Value"], found["QuotaCode"]) for found in page["Quotas"]}
-    for instance_type in _types(config):
+    names = {instance_type: f"{instance_type} for {use} job usage" for instance_type in _types(config)}
+    quotas = _quotas("list_service_quotas", account)
+    if not set(names.values()) <= quotas.keys():
+        # Of a quota that was never changed there may be the default alone.
+        quotas = _quotas("list_aws_default_service_quotas", account) | quotas
+    for instance_type, name in names.items():
         is_fallback = instance_type != config.instance_type
-        name = f"{instance_type} for {use} job usage"
         if name not in quotas:
             yield Problem(
                 f"There is no quota `{name}` in {account.region}: SageMaker does not train on this type there",
@@ -75,6 +75,12 @@ def quota_problems(config: SageMakerConfig, account: Account) -> Iterator[Proble
                 f"--desired-value {config.instance_count} --region {account.region}`; an answer takes minutes to days",
                 is_fallback,
             )
+
+
+def _quotas(operation: str, account: Account) -> dict[str, tuple[float, str]]:
+    """SageMaker's quotas: value and code by name."""
+    pages = account.client("service-quotas").get_paginator(operation).paginate(ServiceCode="sagemaker")
+    return {found["QuotaName"]: (found["Value"], found["QuotaCode"]) for page in pages for found in page["Quotas"]}
 
 
 def volume_problems(recipe: Recipe, config: SageMakerConfig, settings: Settings) -> Iterator[Problem]:

@@ -140,7 +140,8 @@ def _cause(description: dict[str, Any], reason: str) -> tuple[str, str]:
         "on_demand": ", or set compute.sagemaker.use_spot to false" if spot else "",
     }
     has_run = reason.startswith("AlgorithmError")
-    for pattern, sentence, remedy in _RUN if has_run else _NOT_RUN:
+    # SageMaker's own words may be of a full disk or of memory too.
+    for pattern, sentence, remedy in _RUN if has_run else (*_RUN, *_NOT_RUN):
         if pattern.search(reason):
             return sentence.format(**facts), remedy.format(**facts)
     own = re.search(r"Error: (.*?)(, exit code: \d+)?$", reason.removeprefix("AlgorithmError: "), re.DOTALL)
