@@ -15,7 +15,7 @@ import boto3
 from pydantic import SecretStr
 
 from llm_engineering.compute.runs import JOB_VARIABLE, job_prefix
-from llm_engineering.compute.sagemaker.access import trusts
+from llm_engineering.compute.sagemaker.access import trust_problems
 from llm_engineering.compute.sagemaker.account import Account
 from llm_engineering.compute.sagemaker.alerts import topic_problems
 from llm_engineering.compute.sagemaker.code import upload_code
@@ -40,6 +40,7 @@ logger = logging.getLogger("llm_engineering.schedule")
 
 STORE_URL = "ZENML_STORE_URL"
 STORE_API_KEY = "ZENML_STORE_API_KEY"
+_SCHEDULER = "scheduler.amazonaws.com"
 # EventBridge Scheduler's limit of a target's input.
 _MAX_INPUT_BYTES = 262_144
 
@@ -152,7 +153,9 @@ def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.
     found = [*_setting_problems(settings)]
     if settings.scheduler_role is not None:
         role = settings.scheduler_role
-        found += tried(f"The role {role}", partial(_role_problems, session, role))
+        found += tried(
+            f"The role {role}", partial(trust_problems, session.client("iam"), role, _SCHEDULER, "scheduler")
+        )
     if settings.notify_sns_topic is not None:
         topic = settings.notify_sns_topic
         found += tried(f"The topic {topic}", partial(topic_problems, session, topic))
@@ -177,23 +180,6 @@ def _setting_problems(settings: Settings) -> Iterator[Problem]:
         yield Problem(
             "No role is known that EventBridge Scheduler takes on",
             "Make one by docs/aws/scheduler-trust.json and scheduler.json, and set SCHEDULER_ROLE to its ARN in .env",
-        )
-
-
-def _role_problems(session: boto3.Session, role: str) -> Iterator[Problem]:
-    """Whether the scheduler's role is there, and lets EventBridge Scheduler take it on."""
-    iam, name = session.client("iam"), role.rpartition("/")[2]
-    trust = "docs/aws/scheduler-trust.json"
-    try:
-        document = iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"]
-    except iam.exceptions.NoSuchEntityException:
-        create = f"aws iam create-role --role-name {name} --assume-role-policy-document file://{trust}"
-        yield Problem(f"There is no role {name}", f"`{create}`, and give it docs/aws/scheduler.json")
-        return
-    if not trusts(document, "scheduler.amazonaws.com"):
-        yield Problem(
-            f"The role {name} does not let scheduler.amazonaws.com assume it",
-            f"`aws iam update-assume-role-policy --role-name {name} --policy-document file://{trust}`",
         )
 
 

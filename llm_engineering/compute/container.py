@@ -119,16 +119,23 @@ def secret_variables(name: str | None) -> dict[str, str]:
             f"The secret {name} cannot be read: {error}. Let the job's role do secretsmanager:GetSecretValue on it, or "
             "correct SAGEMAKER_SECRET."
         ) from error
-    try:
-        values = json.loads(text)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
+    values = secret_object(text)
+    if values is None:
         raise RequestError(
             f"The secret {name} is no JSON object of texts. It has the form "
             '{"COMET_API_KEY": "...", "HF_TOKEN": "..."}.'
         )
     return values
+
+
+def secret_object(text: str) -> dict[str, str] | None:
+    """A secret's variables; None if it is no JSON object of texts."""
+    try:
+        held = json.loads(text)
+    except ValueError:
+        return None
+    is_object = isinstance(held, dict) and all(isinstance(value, str) for value in held.values())
+    return held if is_object else None
 
 
 def torchrun_variables(ml: Path) -> dict[str, str]:

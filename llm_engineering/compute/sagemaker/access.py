@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
+from llm_engineering.compute.container import secret_object
 from llm_engineering.compute.sagemaker.account import Account
 from llm_engineering.compute.sagemaker.problems import Problem, error_code
 
@@ -52,27 +53,31 @@ def role_problems(account: Account, arn: str) -> Iterator[Problem]:
             "Set SAGEMAKER_ROLE to a role of the same account, or AWS_PROFILE to the other account's profile",
         )
         return
-    name = account.role.rpartition("/")[2]
-    iam = account.client("iam")
+    yield from trust_problems(account.client("iam"), account.role, SERVICE, "job")
+
+
+def trust_problems(iam: Any, role: str, service: str, policies: str) -> Iterator[Problem]:
+    """Whether a role is there and lets a service take it on; `policies` is what its files in docs/aws begin with."""
+    name, trust = role.rpartition("/")[2], f"docs/aws/{policies}-trust.json"
     try:
-        role = iam.get_role(RoleName=name)["Role"]
+        document = iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"]
     except iam.exceptions.NoSuchEntityException:
-        create = f"aws iam create-role --role-name {name} --assume-role-policy-document file://docs/aws/job-trust.json"
-        yield Problem(f"There is no role {name} in account {own}", f"`{create}`, and give it docs/aws/job.json")
+        create = f"aws iam create-role --role-name {name} --assume-role-policy-document file://{trust}"
+        yield Problem(f"There is no role {name}", f"`{create}`, and give it docs/aws/{policies}.json")
         return
-    if not trusts(role["AssumeRolePolicyDocument"], SERVICE):
+    if not trusts(document, service):
         yield Problem(
-            f"The role {name} does not let {SERVICE} assume it",
-            f"`aws iam update-assume-role-policy --role-name {name} --policy-document file://docs/aws/job-trust.json`",
+            f"The role {name} does not let {service} assume it",
+            f"`aws iam update-assume-role-policy --role-name {name} --policy-document file://{trust}`",
         )
 
 
 def trusts(document: dict[str, Any], service: str) -> bool:
     """Whether a trust policy lets a service assume its role. Conditions are not looked at."""
-    for statement in _listed(document["Statement"]):
+    for statement in listed(document["Statement"]):
         principal = statement.get("Principal", {})
-        services = _listed(principal.get("Service", [])) if isinstance(principal, dict) else [service]
-        allowed = statement["Effect"] == "Allow" and "sts:AssumeRole" in _listed(statement["Action"])
+        services = listed(principal.get("Service", [])) if isinstance(principal, dict) else [service]
+        allowed = statement["Effect"] == "Allow" and "sts:AssumeRole" in listed(statement["Action"])
         if allowed and service in services:
             return True
     return False
@@ -131,15 +136,6 @@ def secret_problems(account: Account, needed: Iterable[str]) -> Iterator[Problem
         yield Problem(f"The secret {account.secret} lacks {' and '.join(missing)}", f"Add it: {put}")
 
 
-def secret_object(text: str) -> dict[str, str] | None:
-    """A secret's variables; None if it does not have the form that the container reads."""
-    try:
-        held = json.loads(text)
-    except ValueError:
-        return None
-    is_object = isinstance(held, dict) and all(isinstance(value, str) for value in held.values())
-    return held if is_object else None
-
-
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """A policy's value, which is a list or one of its items."""
     return value if isinstance(value, list) else [value]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import boto3
 
 from llm_engineering.compute.runs import job_prefix
+from llm_engineering.compute.sagemaker.access import listed
 from llm_engineering.compute.sagemaker.problems import Problem
 from llm_engineering.errors import WorkError
 
@@ -82,8 +82,8 @@ def topic_problems(session: boto3.Session, topic: str) -> Iterator[Problem]:
         return
     for statement in policy.get("Statement", []):
         principal = statement.get("Principal", {})
-        services = _listed(principal.get("Service", [])) if isinstance(principal, dict) else []
-        actions = {action.lower() for action in _listed(statement.get("Action", []))}
+        services = listed(principal.get("Service", [])) if isinstance(principal, dict) else []
+        actions = {action.lower() for action in listed(statement.get("Action", []))}
         allows = statement["Effect"] == "Allow" and "Condition" not in statement
         if allows and _EVENTS in services and actions & {"sns:publish", "sns:*"}:
             return
@@ -92,7 +92,3 @@ def topic_problems(session: boto3.Session, topic: str) -> Iterator[Problem]:
         f"The topic {topic} does not let EventBridge publish to it",
         f"Add the statement of docs/aws/topic.json to its policy: `{set_policy} --attribute-value file://topic.json`",
     )
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
