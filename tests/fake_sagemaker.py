@@ -73,6 +73,11 @@ class FakeSageMaker(FakeAWS):
         ]
         return found
 
+    def objects(self, prefix: str = "") -> list[str]:
+        """The keys of the bucket's objects that begin with this."""
+        pages = self.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        return [found["Key"] for page in pages for found in page.get("Contents", [])]
+
     def interrupt(self, name: str, graceful: bool = True) -> None:
         """Take a spot job's machines away while it trains; it starts again with its checkpoints.
 

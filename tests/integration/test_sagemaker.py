@@ -99,11 +99,6 @@ def when(condition, action):
     return thread
 
 
-def keys(fake, prefix=""):
-    pages = fake.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-    return [found["Key"] for page in pages for found in page.get("Contents", [])]
-
-
 def interrupt_here():
     os.kill(os.getpid(), signal.SIGINT)
 
@@ -132,7 +127,7 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
         stage.dispatch(config={**stage.job.config, "learning_rate": 0.5})
     monkeypatch.setenv(ATTACH, job.name)
     fake.starting_s = 0.0
-    when(lambda: any("checkpoint-20/identity.json" in key for key in keys(fake)), lambda: fake.interrupt(job.name))
+    when(lambda: any("checkpoint-20/identity.json" in key for key in fake.objects()), lambda: fake.interrupt(job.name))
     result = stage.dispatch()
     assert [state["Status"] for state in job.transitions].count("Training") == 2
     assert result.summary["resumed_from"] is not None
@@ -248,7 +243,7 @@ def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
     config = {**stage.job.config, "num_train_epochs": 5.0, "save_steps": 4}
     result = stage.dispatch(config=config)
     assert result.summary["num_processes"] == 2
-    saved = [key for key in keys(fake) if "/checkpoints/checkpoint-" in key]
+    saved = [key for key in fake.objects() if "/checkpoints/checkpoint-" in key]
     assert {"rng_state_0.pth", "rng_state_1.pth", "identity.json"} <= {key.rpartition("/")[2] for key in saved}
     streams = fake.client("logs").describe_log_streams(logGroupName=LOG_GROUP)["logStreams"]
     assert {stream["logStreamName"].rpartition("/")[2][:6] for stream in streams} == {"algo-1", "algo-2"}

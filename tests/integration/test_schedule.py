@@ -1,34 +1,24 @@
-"""Schedules over HTTP: made, listed, paused, changed and removed in a fake account; fired as EventBridge does it, with
-jobs that really run the chain and report to a real ZenML server that asks for logins."""
+"""Schedules over HTTP: made, listed, paused, changed and removed in a fake account."""
 
-import http.server
 import importlib.metadata
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
-import uuid
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import httpx
 import pytest
 
 import tools.schedule_job
-from llm_engineering.compute.runs import Place, RunRecord
+from llm_engineering.compute.runs import RunRecord
 from llm_engineering.compute.sagemaker.schedules import EXECUTION
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.settings import Settings
 from tests.conftest import ROOT
 from tests.fake_aws import Request
-from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, REGION, ROLE, running_sagemaker, why_no_jobs
+from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, REGION, ROLE, running_sagemaker
 from tests.iam import actions, assert_allowed, policy
-from tests.integration.preloaded import Forked
 from tools import schedule
 from tools.schedule_job import Server
 
@@ -93,7 +83,7 @@ def fake(account, tmp_path, monkeypatch):
     account.errors.clear()
     for name in list_names(account):
         account.client("scheduler").delete_schedule_group(Name=name)
-    for key in keys(account, "llm-engineering/"):
+    for key in account.objects("llm-engineering/"):
         account.client("s3").delete_object(Bucket=BUCKET, Key=key)
 
 
@@ -126,11 +116,6 @@ def put_secret(fake, values: dict[str, str]) -> None:
 def list_names(fake) -> list[str]:
     groups = fake.client("scheduler").list_schedule_groups()["ScheduleGroups"]
     return [group["Name"] for group in groups if group["Name"] != "default"]
-
-
-def keys(fake, prefix: str) -> list[str]:
-    pages = fake.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-    return [found["Key"] for page in pages for found in page.get("Contents", [])]
 
 
 @pytest.fixture
@@ -208,8 +193,8 @@ def test_schedule_is_made_listed_paused_changed_and_removed_with_nothing_left(fa
     assert list_names(fake) == []
     assert fake.client("events").list_rules()["Rules"] == []
     assert fake.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
-    assert keys(fake, "llm-engineering/schedules/") == []
-    assert keys(fake, "data/") == ["data/rows.jsonl"]
+    assert fake.objects("llm-engineering/schedules/") == []
+    assert fake.objects("data/") == ["data/rows.jsonl"]
     assert listed(capsys) == []
     with pytest.raises(RequestError, match="There is no schedule weekly"):
         call("remove", "--name", "weekly")
@@ -238,7 +223,7 @@ def test_recipe_in_the_job_has_its_places_there(fake, recipe, tmp_path):
     checks = tmp_path / "my_checks.jsonl"
     checks.write_text('{"prompt": "Say yes.", "must_contain": ["yes"]}\n')
     create(recipe, "--set", f"evaluation.checks={checks}")
-    (key,) = [key for key in keys(fake, f"{FOLDER}recipe/") if key.endswith("recipe.json")]
+    (key,) = [key for key in fake.objects(f"{FOLDER}recipe/") if key.endswith("recipe.json")]
     kept = json.loads(fake.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
     assert kept["compute"]["target"] == "local"
     assert kept["compute"]["sagemaker"] is None
@@ -274,7 +259,7 @@ def test_what_a_job_cannot_read_is_refused_with_the_remedy(fake, recipe, tmp_pat
     assert f"aws s3 cp {rows} s3://{BUCKET}/data/pairs.jsonl, then --set data.preferences=" in said
     assert f"s3://{BUCKET}/nowhere holds no object" in said
     assert fake.asked("scheduler", "CreateScheduleGroup") == []
-    assert keys(fake, "llm-engineering/schedules/") == []
+    assert fake.objects("llm-engineering/schedules/") == []
 
 
 def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monkeypatch):
@@ -313,7 +298,7 @@ def test_nothing_is_left_of_a_schedule_that_cannot_be_made(fake, recipe):
     assert list_names(fake) == []
     assert fake.client("events").list_rules()["Rules"] == []
     assert fake.client("cloudwatch").describe_alarms()["MetricAlarms"] == []
-    assert keys(fake, "llm-engineering/schedules/") == []
+    assert fake.objects("llm-engineering/schedules/") == []
 
 
 def test_names_of_jobs_tell_schedules_apart(fake, recipe):
@@ -356,7 +341,7 @@ def test_schedule_with_a_running_job_is_removed_only_when_the_job_is_stopped(fak
         fake.starting_s = 0.0
     assert fake.job(job).status == "Stopped"
     assert list_names(fake) == []
-    assert keys(fake, "llm-engineering/schedules/") == []
+    assert fake.objects("llm-engineering/schedules/") == []
 
 
 def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
@@ -375,195 +360,6 @@ def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
     assert missed(made.model_copy(update={"paused": True}), None, late) is None
     # Resumed a while ago: what fell into the pause was not missed.
     assert missed(made.model_copy(update={"modified": late}), None, late) is None
-
-
-class Webhook(http.server.ThreadingHTTPServer):
-    """What is told over a webhook."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), WebhookHandler)
-        self.told: list[tuple[str, str]] = []
-
-
-class WebhookHandler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.told.append((self.path, json.loads(body)["text"]))
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *arguments) -> None:
-        pass
-
-
-@pytest.fixture
-def webhook():
-    with Webhook() as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-class ZenMLServer:
-    """A ZenML server, the key of its service account, and the id of a stack that keeps artifacts in S3."""
-
-    def __init__(self, url: str, key: str) -> None:
-        self.url, self.key = url, key
-        token = httpx.post(f"{url}/api/v1/login", data={"password": key}).json()["access_token"]
-        self.client = httpx.Client(base_url=f"{url}/api/v1", headers={"Authorization": f"Bearer {token}"}, timeout=60)
-        store = {"type": "artifact_store", "flavor": "s3", "configuration": {"path": f"s3://{BUCKET}/zenml"}}
-        orchestrator = self.get("/components", type="orchestrator")["items"][0]["id"]
-        parts = {"artifact_store": [self.post("/components", name="s3", **store)], "orchestrator": [orchestrator]}
-        self.stack = self.post("/stacks", name="s3", components=parts)
-
-    def get(self, path: str, **parameters) -> dict:
-        return self.client.get(path, params=parameters).raise_for_status().json()
-
-    def post(self, path: str, **values) -> str:
-        answer = self.client.post(path, json=values)
-        assert answer.is_success, answer.text
-        return answer.json()["id"]
-
-
-@pytest.fixture
-def zenml_server(tmp_path):
-    """A server that asks for logins: its address, the key of a service account, and a stack with artifacts in S3."""
-    pytest.importorskip("s3fs", reason="ZenML's artifact store in S3 needs s3fs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
-    env |= {"ZENML_CONFIG_PATH": str(tmp_path / "server"), "ZENML_LOCAL_STORES_PATH": str(tmp_path / "server")}
-    made, log = tmp_path / "server.json", tmp_path / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zenml_server", str(port), str(made)],
-            cwd=ROOT,
-            env=env,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield ZenMLServer(f"http://127.0.0.1:{port}", made.read_text())
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def command(env: dict[str, str], *arguments: str, code: int = 0) -> str:
-    """`python -m tools.schedule` in a process of its own; returns what it wrote."""
-    process = Forked("tools.schedule", arguments, env, ROOT)
-    said = "".join(process.communicate(300))
-    assert process.wait() == code, said
-    return said
-
-
-def rows(count: int) -> bytes:
-    answer = "The number {i} comes after {before}, and {after} comes after it."
-    texts = [answer.format(i=i, before=i - 1, after=i + 1) for i in range(count)]
-    return "".join(
-        json.dumps({"instruction": f"Where does the number {i} stand?", "output": text}) + "\n"
-        for i, text in enumerate(texts)
-    ).encode()
-
-
-def log_of(fake, job: str) -> str:
-    logs = fake.client("logs")
-    (stream,) = logs.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=f"{job}/")["logStreams"]
-    name = stream["logStreamName"]
-    events = logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=name, startFromHead=True)["events"]
-    return "\n".join(event["message"] for event in events)
-
-
-@pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
-def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
-    """The schedule fires twice at once, then with nothing new, then with data that cannot be read."""
-    key = zenml_server.key
-    planted, hook = f"planted-{uuid.uuid4().hex}", f"hook-{uuid.uuid4().hex}"
-    address = f"http://127.0.0.1:{webhook.server_port}/{hook}"
-    put_secret(account, {"ZENML_STORE_API_KEY": key, "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address})
-    s3 = account.client("s3")
-    s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=rows(40))
-    for file in tiny_model.iterdir():
-        s3.upload_file(str(file), BUCKET, f"model/{file.name}")
-    recipe = tmp_path / "weekly.yaml"
-    recipe.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", bucket=BUCKET, spot="false"))
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
-    env |= {**account.env(), **settings_of(tmp_path), "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address}
-    env |= {
-        "ZENML_STORE_URL": zenml_server.url,
-        "ZENML_STORE_API_KEY": key,
-        "ZENML_CONFIG_PATH": str(tmp_path / "launcher"),
-    }
-    account.requests.clear()
-    asked = ("create", "--config", str(recipe), "--cron", "0 3 ? * SUN *")
-    assert "make stack-aws" in command(env, *asked, code=2)
-    env["ZENML_ACTIVE_STACK_ID"] = zenml_server.stack
-    command(env, *asked)
-
-    first = fire(account)
-    second = fire(account)
-    for job in (second, first):
-        account.job(job).thread.join(300)
-    assert account.job(first).status == "Completed", log_of(account, first)
-    assert account.job(second).status == "Completed", log_of(account, second)
-    records = {record.run: record for record in Place(f"s3://{BUCKET}/{FOLDER}").records(s3)}
-    assert records[second].verdict == "skipped: running"
-    assert (records[first].verdict, records[first].version) == ("staged: version 1", 1)
-    run = zenml_server.get(f"/runs/{records[first].run_id}")
-    artifacts = zenml_server.get("/artifact_versions", size=100)["items"]
-    assert (run["name"].partition("-")[0], run["body"]["status"]) == ("retrain", "completed")
-    uris = [artifact["body"]["uri"] for artifact in artifacts]
-    assert len(uris) > 10
-    assert all(uri.startswith(f"s3://{BUCKET}/zenml/") for uri in uris)
-    # Answers that were paid for are there for the next run.
-    assert f"{FOLDER}answers.jsonl" in keys(account, FOLDER)
-
-    third = fire(account)
-    account.job(third).thread.join(300)
-    assert account.job(third).status == "Completed", log_of(account, third)
-    assert webhook.told == []
-    s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=f'{{"{planted}": 1}}\n'.encode())
-    fourth = fire(account)
-    account.job(fourth).thread.join(300)
-    assert account.job(fourth).status == "Failed"
-    ((path, told),) = webhook.told
-    assert path == f"/{hook}"
-    assert told.startswith("Retraining weekly failed\n")
-    found = json.loads(command(env, "list", "--json", "--limit", "9").splitlines()[0])
-    verdicts = {run["run"]: run["verdict"] for run in found[0]["runs"]}
-    assert verdicts[third] == "skipped: no new data"
-    assert verdicts[fourth].startswith("failed: ")
-    assert verdicts[fourth].removeprefix("failed: ") in told
-    assert verdicts[fourth][:100].removeprefix("failed: ") in account.job(fourth).reason
-
-    # The secrets are in Secrets Manager, and nowhere else.
-    s3.delete_object(Bucket=BUCKET, Key="data/rows.jsonl")
-    own = [*policy("job", SECRET="job"), *policy("job-schedules")]
-    assert "sagemaker:ListTrainingJobs" in assert_allowed(account.requests, "job", own)
-    seen = {"requests": str(account.requests), "notification": told, "verdicts": json.dumps(found)}
-    seen |= {f"log of {job}": log_of(account, job) for job in (first, second, third, fourth)}
-    seen |= {key: s3.get_object(Bucket=BUCKET, Key=key)["Body"].read().decode("latin-1") for key in keys(account, "")}
-    seen |= {str(file): file.read_bytes().decode("latin-1") for file in (tmp_path / "server").rglob("*.db")}
-    assert any(name.endswith(".db") for name in seen)
-    for secret in (key, planted, hook):
-        assert [name for name, text in seen.items() if secret in text] == []
-    command(env, "remove")
-    assert keys(account, FOLDER) == []
-    assert list_names(account) == []
 
 
 def test_policies_allow_what_is_asked_and_no_more(fake, recipe, capsys):
