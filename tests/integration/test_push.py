@@ -137,11 +137,12 @@ def test_own_rows_in_public_with_nothing_else(made, online, hub):
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
-def test_wrong_request(made, arguments, words):
-    run = push(made, *arguments)
+def test_wrong_request(online, hub, arguments, words):
+    run = push(online, *arguments)
     assert run.code == 2, run.stderr
     assert words in run.stderr
     assert "Traceback" not in run.stderr
+    assert hub.requests == []
 
 
 def test_credentials_are_not_published_unless_insisted(made, online, hub, tmp_path):

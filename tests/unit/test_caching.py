@@ -180,4 +180,5 @@ def test_zenml_alone_serves_stale_results_and_project_steps_do_not(tmp_path):
         return line[0].split()[1:]
 
     assert states(1) == ["completed", "completed"]
+    assert states(1) == ["cached", "cached"]
     assert states(2) == ["cached", "completed"]
