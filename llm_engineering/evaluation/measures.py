@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from llm_engineering.data.rows import Message
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
-from llm_engineering.models import end_token_ids
+from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.progress import Progress
 
 BASE = "base"

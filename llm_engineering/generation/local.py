@@ -10,13 +10,15 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ComputeConfig, ModelConfig
-from llm_engineering.generation.client import Answer, Messages, Sampling
-from llm_engineering.generation.store import STORE_FILE, AnswerStore, Reply
-from llm_engineering.models import end_token_ids, load_model, load_tokenizer
+from llm_engineering.generation.store import STORE_FILE, AnswerStore
+from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.progress import Progress
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,29 @@ class LocalModel:
         self.identity = identity
         self.store = store
         self.batch_size = batch_size
+
+    @classmethod
+    def load(
+        cls,
+        model: ModelConfig,
+        compute: ComputeConfig,
+        batch_size: int,
+        settings: Settings,
+        chat_template: str | None = None,
+    ) -> LocalModel:
+        """Load the base model on this machine, with the answers it has given before."""
+        device = choose_device(compute)
+        precision = str(device.dtype).removeprefix("torch.")
+        tokenizer = load_tokenizer(model, settings, chat_template)
+        text = str(tokenizer.chat_template).encode()
+        template = "" if chat_template is None else hashlib.sha256(text).hexdigest()[:12]
+        return cls(
+            load_model(model, settings, device),
+            tokenizer,
+            f"{model.name_or_path}@{model.revision} in {precision}{template and f', chat template {template}'}",
+            AnswerStore(settings.llm_output_dir / STORE_FILE),
+            batch_size,
+        )
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
         """Answer every request, in order: this model has no failures. `what` is made, e.g. `questions`."""
@@ -97,20 +122,3 @@ class LocalModel:
             )
         new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def open_local_model(
-    model: ModelConfig, compute: ComputeConfig, batch_size: int, settings: Settings, chat_template: str | None = None
-) -> LocalModel:
-    """The base model on this machine, with the answers it has given before."""
-    device = choose_device(compute)
-    precision = str(device.dtype).removeprefix("torch.")
-    tokenizer = load_tokenizer(model, settings, chat_template)
-    template = "" if chat_template is None else hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
-    return LocalModel(
-        load_model(model, settings, device),
-        tokenizer,
-        f"{model.name_or_path}@{model.revision} in {precision}{template and f', chat template {template}'}",
-        AnswerStore(settings.llm_output_dir / STORE_FILE),
-        batch_size,
-    )

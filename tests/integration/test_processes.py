@@ -15,16 +15,16 @@ from datasets import DatasetDict, concatenate_datasets
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from llm_engineering.config import ComputeConfig, DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig
-from llm_engineering.config import TrainingSetup as Setup
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig
+from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
 from llm_engineering.training import ranks, telemetry
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
-from tests.integration.test_kills import TIMED
 from tests.tiny_models import formatted, write_model
 
 STEPS = {"learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
