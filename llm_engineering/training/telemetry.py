@@ -158,6 +158,7 @@ class TelemetryCallback(TrainerCallback):
         self.peak_flops: float | None = None
         self.optimizer_started = 0.0
         self.progress: Progress | None = None
+        self.newest: dict[str, float] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -166,9 +167,16 @@ class TelemetryCallback(TrainerCallback):
         self.progress = Progress(f"{self.stage} steps", state.max_steps - state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the step."""
+        """Count the step; where it is logged too, `on_log` shows it with its losses."""
         if self.progress is not None:
-            self.progress.advance()
+            self.progress.advance(show=not control.should_log)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the last step."""
+        if self.progress is not None:
+            self.progress.end()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,7 +205,8 @@ class TelemetryCallback(TrainerCallback):
             self.logged = self.work.copy()
             entry["peak_memory_bytes"] = peak_memory_bytes()
         names = ("loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
-        shown = [f"{name} {entry[name]:.4g}" for name in (*names, "tokens_per_second", "mfu") if name in entry]
-        if shown and self.progress is not None:
-            self.progress.say(", ".join(shown))
+        # An evaluation is an entry of its own: the line shows the newest value of each.
+        self.newest |= {name: entry[name] for name in (*names, "tokens_per_second", "mfu") if name in entry}
+        if self.newest and self.progress is not None:
+            self.progress.say(", ".join(f"{name} {value:.4g}" for name, value in self.newest.items()))
         self.trackers.log_metrics({f"{self.stage}/{name}": value for name, value in entry.items()}, state.global_step)
