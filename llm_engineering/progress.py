@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long work: a bar on a terminal, elsewhere a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LINE_EVERY_S = 10.0
+LINE_EVERY_S = 5.0
 
 
 class Progress:
@@ -25,28 +25,49 @@ class Progress:
         self.what = what
         self.total = total
         self.done = 0
+        self.note = ""
+        self.shown = 0
         self.started = self.last_line = time.monotonic()
         self.bar = tqdm(total=total, desc=what, file=sys.stderr) if total and sys.stderr.isatty() else None
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Say that `count` more are done, and show a note, e.g. the cost, beside the count."""
+    def advance(self, count: int = 1, note: str = "", *, show: bool = True) -> None:
+        """Count `count` more, with a note, e.g. the cost.
+
+        Args:
+            show: False where a note about the new count follows, so that no line is printed without it.
+        """
         self.done += count
+        if note:
+            self.note = note
         if self.bar is not None:
-            if note:
-                self.bar.set_postfix_str(note, refresh=False)
+            self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
             if self.done >= self.total:
                 self.bar.close()
-        elif time.monotonic() - self.last_line >= LINE_EVERY_S:
-            self.say(note)
+        elif show:
+            self._line()
 
     def say(self, note: str) -> None:
         """Show a note, e.g. the loss, beside the count."""
-        if self.bar is not None and self.done < self.total:
+        self.note = note
+        if self.bar is None:
+            self._line()
+        elif self.done < self.total:
             self.bar.set_postfix_str(note)
+
+    def end(self) -> None:
+        """Show the last state, unless a line shows it already."""
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._line(every_s=0.0)
+
+    def _line(self, every_s: float = LINE_EVERY_S) -> None:
+        now = time.monotonic()
+        if self.done == self.shown or now - self.last_line < every_s:
             return
-        self.last_line = time.monotonic()
-        rate = self.done / max(self.last_line - self.started, 1e-9)
+        self.last_line, self.shown = now, self.done
+        rate = self.done / max(now - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         count = f"{self.done} of {self.total}, {rate:.1f} a second, {left:.0f} s left"
-        logger.info("%s: %s%s", self.what, count, f" — {note}" if note else "")
+        logger.info("%s: %s%s", self.what, count, f" — {self.note}" if self.note else "")

@@ -4,8 +4,10 @@ from typing import Any
 
 from zenml import pipeline
 
-from llm_engineering.config import ClientConfig, InstructionWriting, PreferenceWriting, Recipe
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
+from llm_engineering.recipe.recipe import Recipe
 from pipelines.inputs import Inputs
+from pipelines.promote import promote
 from steps.data import (
     format_instructions,
     format_preferences,
@@ -17,7 +19,7 @@ from steps.data import (
     prepare_preferences,
     read_documents,
 )
-from steps.evaluation import evaluate_dpo, evaluate_sft, promote
+from steps.evaluation import evaluate_dpo, evaluate_sft
 from steps.training import train_dpo, train_sft
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from zenml import step
 
-PROJECT_PACKAGES = ("llm_engineering", "steps")
+PROJECT_PACKAGES = ("llm_engineering", "steps", "pipelines")
 # Libraries whose version decides what a step computes.
 LIBRARIES = (
     "datasets",

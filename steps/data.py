@@ -4,35 +4,28 @@ from typing import Annotated, Any
 
 from datasets import Dataset, DatasetDict
 
-from llm_engineering.config import (
-    ClientConfig,
-    ComputeConfig,
-    DataConfig,
-    DocumentsConfig,
-    FormattingConfig,
-    InstructionWriting,
-    ModelConfig,
-    PreferenceWriting,
-)
-from llm_engineering.data.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
 from llm_engineering.data.prepare import check_splits, prepare
-from llm_engineering.data.report import write_data_report
-from llm_engineering.data.rows import instruction_dataset, instruction_row, preference_dataset
-from llm_engineering.data.split import SPLITS
+from llm_engineering.data.rows import SPLITS, instruction_dataset, instruction_row, preference_dataset
 from llm_engineering.data.storage import work_folder
+from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.generation.client import open_client
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
+from llm_engineering.generation.open import open_client
 from llm_engineering.generation.preferences import generate_preferences as generate_from_rows
 from llm_engineering.generation.prompts import PROMPT_FILES
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.reports.data_report import write_data_report
 from steps.caching import project_step
 from steps.logging import log_rows
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer

@@ -6,13 +6,14 @@ from typing import Annotated
 from datasets import DatasetDict
 from zenml import get_step_context, log_metadata
 
-from llm_engineering.compute.sagemaker.dispatch import dispatch_training
-from llm_engineering.config import DPOConfig, SFTConfig, TrainingSetup
-from llm_engineering.settings import Settings
+from llm_engineering.cloud.sagemaker.dispatch import dispatch_training
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig, TrainingSetup
+from llm_engineering.reports.page import write_page
+from llm_engineering.reports.training_report import training_page
 from llm_engineering.training.dpo import train_dpo_job
-from llm_engineering.training.job import Job
+from llm_engineering.training.job import Job, TrainingResult
 from llm_engineering.training.launch import launch_training
-from llm_engineering.training.run import TrainingResult
 from llm_engineering.training.sft import train_sft_job
 from steps.caching import project_step
 from steps.logging import log_artifact
@@ -45,11 +46,14 @@ def train_dpo(
 def _train(
     train: Callable[[Job, DatasetDict, Settings], TrainingResult], job: Job, data: DatasetDict
 ) -> TrainingResult:
-    """Train where the recipe says."""
+    """Train where the recipe says, and make a page of the summary."""
     if job.setup.compute.target == "local":
-        return launch_training(train, job, data, Settings())
-    recipe = get_step_context().model.name
-    return dispatch_training(job, data, Settings(), recipe, lambda facts: log_metadata(metadata=facts))
+        result = launch_training(train, job, data, Settings())
+    else:
+        recipe = get_step_context().model.name
+        result = dispatch_training(job, data, Settings(), recipe, lambda facts: log_metadata(metadata=facts))
+    write_page(result.report, training_page(result.summary))
+    return result
 
 
 def _lineage(recipe_hash: str, *inputs: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Small runs whose losses stand in tests/unit/references: python -m tests.renew_references writes them anew.
+"""Small runs whose losses stand in tests/unit/training/references: python -m tests.renew_references writes them anew.
 
 Run it only after a change that is meant to change what is trained, and say in the commit why the losses moved.
 """
@@ -8,14 +8,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_engineering.config import ComputeConfig, DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, write_model
 
-FOLDER = Path(__file__).parent / "unit" / "references"
+FOLDER = Path(__file__).parent / "unit" / "training" / "references"
 STEPS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "num_train_epochs": 1,

@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm_engineering.config import FormattingConfig
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.recipe.data_blocks import FormattingConfig
 
 END = "<|endoftext|>"
 

@@ -6,13 +6,13 @@ import logging
 import os
 from collections.abc import Sequence
 
-from llm_engineering.compute.sagemaker import jobs
-from llm_engineering.compute.sagemaker.account import Account
-from llm_engineering.compute.sagemaker.dispatch import ATTACH
-from llm_engineering.compute.sagemaker.failures import translated
-from llm_engineering.config import Recipe
+from llm_engineering.cloud.sagemaker import jobs
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.dispatch import ATTACH
+from llm_engineering.cloud.sagemaker.failures import translated
 from llm_engineering.errors import RequestError
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
 
 logger = logging.getLogger("llm_engineering.run")
 

@@ -7,7 +7,7 @@ import logging
 import sys
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 logger = logging.getLogger("llm_engineering.chat")
@@ -36,9 +36,9 @@ def _chat(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.config, arguments.set)
 
     from llm_engineering.data.rows import Message
-    from llm_engineering.export.conversation import Conversation
-    from llm_engineering.export.merge import merged_device
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.conversation import Conversation
+    from llm_engineering.publish.merge import merged_device
+    from llm_engineering.recipe.settings import Settings
 
     settings = Settings()
     prepare_zenml()

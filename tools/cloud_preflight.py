@@ -9,11 +9,11 @@ import argparse
 import json
 import sys
 
-from llm_engineering.compute.sagemaker.account import Account
-from llm_engineering.compute.sagemaker.preflight import check, problems
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.preflight import check, problems
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
 from tools.cli import add_recipe_arguments, exit_code, start_logging
 
 

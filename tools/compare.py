@@ -7,7 +7,7 @@ import logging
 import sys
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 logger = logging.getLogger("llm_engineering.compare")
@@ -37,13 +37,14 @@ def _compare(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from llm_engineering.compute.device import choose_device
-    from llm_engineering.config import ModelConfig
     from llm_engineering.data.rows import Message
     from llm_engineering.evaluation.measures import Models
-    from llm_engineering.export.conversation import has_room
-    from llm_engineering.models import load_model, load_tokenizer
-    from llm_engineering.settings import Settings
+    from llm_engineering.models.device import choose_device
+    from llm_engineering.models.loading import load_model
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.publish.conversation import has_room
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import ModelConfig
 
     settings = Settings()
     prepare_zenml()

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
-from llm_engineering.config import DPOConfig, Recipe, TrainConfig
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
-from llm_engineering.models import load_config
-from llm_engineering.settings import Settings
+from llm_engineering.models.device import Device, check_training, choose_backend, choose_device
+from llm_engineering.models.loading import load_config
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, TrainConfig
 from llm_engineering.training.estimate import (
     UTILISATION,
     Memory,

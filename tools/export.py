@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 logger = logging.getLogger("llm_engineering.export")
@@ -36,8 +36,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise RequestError("GGUF is one file: say where, e.g. OUTPUT=model.gguf.")
     if output is not None:
         _check_output(output, is_gguf)
-    from llm_engineering.export.card import render_model_card
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.model_card import render_model_card
+    from llm_engineering.recipe.settings import Settings
 
     settings = Settings()
     settings.check_writable()
@@ -53,7 +53,7 @@ def _export(arguments: argparse.Namespace) -> int:
         print(folder)
         return 0
     if is_gguf:
-        from llm_engineering.export.gguf import write_gguf
+        from llm_engineering.publish.gguf import write_gguf
 
         write_gguf(folder, output, recipe.name)
     else:

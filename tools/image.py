@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.settings import Settings
 from tools.cli import PROJECT_ROOT, exit_code, start_logging
 
 TARGETS = {"training": "SAGEMAKER_IMAGE", "retrain": "SAGEMAKER_RETRAIN_IMAGE"}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import exit_code, start_logging
 
 logger = logging.getLogger("llm_engineering.inspect")
@@ -37,9 +37,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         raise RequestError("There is no file to inspect. Name one: make inspect DATA=rows.jsonl")
     recipe = load_recipe(arguments.config, arguments.set)
 
-    from llm_engineering.data.inspection import inspect_file
-    from llm_engineering.models import load_tokenizer, pin_revision
-    from llm_engineering.settings import Settings
+    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.reports.data_report import inspect_file
 
     settings = Settings()
     settings.check_writable()

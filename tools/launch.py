@@ -12,12 +12,12 @@ from zenml.enums import ExecutionMode, ExecutionStatus
 from zenml.exceptions import RunInterruptedException
 from zenml.models import PipelineRunResponse
 
-from llm_engineering.config import Recipe
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import differences
+from llm_engineering.recipe.loading import differences
+from llm_engineering.recipe.recipe import Recipe
 from pipelines import chain
 from pipelines.inputs import Inputs
-from steps.registry import incumbent
+from pipelines.registry import incumbent
 from tools.processes import is_alive, repair_killed, this_process
 
 logger = logging.getLogger("llm_engineering.run")

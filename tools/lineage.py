@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 # Which of a version's artifacts the others are the origin of.
@@ -73,7 +73,7 @@ def lineage(model: str, version: Any) -> dict[str, Any]:
     Raises:
         RequestError: its run ended before there was a model.
     """
-    from steps.registry import adapter_of, history
+    from pipelines.registry import adapter_of, history
     from tools.versions import newest_artifacts, producer, sources_of, with_origins
 
     adapter = adapter_of(version)

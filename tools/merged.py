@@ -12,13 +12,13 @@ from zenml import save_artifact
 from zenml.client import Client
 from zenml.model.utils import link_artifact_version_to_model_version
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import Recipe
 from llm_engineering.data.storage import stream_records
 from llm_engineering.errors import RequestError
-from llm_engineering.export.merge import MAX_ROWS, Trained, merge, merged_device
-from llm_engineering.export.verify import HeldoutRow, Verification, precision
-from llm_engineering.settings import Settings
+from llm_engineering.models.device import choose_device
+from llm_engineering.publish.merge import MAX_ROWS, Trained, merge, merged_device
+from llm_engineering.publish.verification import HeldoutRow, Verification, precision
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
 from steps.materializers import Directory, DirectoryMaterializer
 from tools.promoted import Found
 

@@ -9,12 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 from zenml.models import ArtifactVersionResponse
 
-from llm_engineering.config import Recipe
-from llm_engineering.data import card as data_card
 from llm_engineering.errors import RequestError
-from llm_engineering.export.card import DatasetFacts, ModelCardFacts
-from llm_engineering.export.merge import VERIFICATION
-from llm_engineering.export.verify import Verification
+from llm_engineering.publish import dataset_card as data_card
+from llm_engineering.publish.merge import VERIFICATION
+from llm_engineering.publish.model_card import DatasetFacts, ModelCardFacts
+from llm_engineering.publish.verification import Verification
+from llm_engineering.recipe.recipe import Recipe
 from tools.promoted import Found
 from tools.versions import newest_artifacts
 

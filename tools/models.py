@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 # As the report of the evaluation calls them.
@@ -60,7 +60,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _described(version: Any) -> dict[str, Any]:
     """What the table shows of a model version; `measures` are those of the model that its run ended with."""
-    from steps.registry import adapter_of
+    from pipelines.registry import adapter_of
     from tools.versions import newest_artifacts
 
     adapter = adapter_of(version)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from llm_engineering.config import Recipe
+from llm_engineering.recipe.recipe import Recipe
 from tools.estimate import estimate_lines, stages_of
 
 

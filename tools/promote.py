@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 
@@ -30,7 +30,7 @@ def _promote(arguments: argparse.Namespace) -> int:
         )
     recipe = load_recipe(arguments.config, arguments.set)
     prepare_zenml()
-    from steps.registry import StaleError, adapter_of, move, person, stages
+    from pipelines.registry import StaleError, adapter_of, move, person, stages
     from tools.versions import find_version
 
     version = find_version(recipe.name, arguments.version)

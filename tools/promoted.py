@@ -8,9 +8,10 @@ from typing import NamedTuple
 from zenml.client import Client
 from zenml.models import ModelVersionResponse
 
-from llm_engineering.config import ModelConfig, Recipe
 from llm_engineering.errors import RequestError
-from steps.registry import adapter_of, stages
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.training_blocks import ModelConfig
+from pipelines.registry import adapter_of, stages
 from tools import versions
 
 

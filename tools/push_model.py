@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 logger = logging.getLogger("llm_engineering.push")
@@ -39,9 +39,9 @@ def _push(arguments: argparse.Namespace) -> int:
         raise RequestError("No repository is named: add --repo owner/name, or hub.repo_id to the recipe.")
     private = hub.private and not arguments.public
 
-    from llm_engineering.export.card import base_licence, render_model_card
-    from llm_engineering.hub import check_repo_id, find_token, publish
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.hub import check_repo_id, find_token, publish
+    from llm_engineering.publish.model_card import base_licence, render_model_card
+    from llm_engineering.recipe.settings import Settings
 
     settings = Settings()
     check_repo_id(repo_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 
@@ -22,7 +22,7 @@ def main() -> int:
 def _roll_back(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.config, arguments.set)
     prepare_zenml()
-    from steps.registry import person, roll_back
+    from pipelines.registry import person, roll_back
 
     state = roll_back(recipe.name, person(), arguments.note.strip())
     print(f"{recipe.name} version {state.production[-1].number} is in production again.")

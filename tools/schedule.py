@@ -13,16 +13,15 @@ from pathlib import Path
 import boto3
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
-from llm_engineering.compute import local_schedules
-from llm_engineering.compute.cron import Timing, parse_timing
-from llm_engineering.compute.local_schedules import LocalSchedule
-from llm_engineering.compute.sagemaker import schedules
-from llm_engineering.compute.sagemaker.failures import translated
-from llm_engineering.compute.sagemaker.schedules import CloudSchedule
-from llm_engineering.config import Recipe
+from llm_engineering.cloud.sagemaker.failures import translated
+from llm_engineering.cloud.schedules import eventbridge, local_schedules
+from llm_engineering.cloud.schedules.cron import Timing, parse_timing
+from llm_engineering.cloud.schedules.eventbridge import CloudSchedule
+from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
 from tools.cli import exit_code, start_logging
 from tools.schedule_table import Row, as_json, print_table, where
 
@@ -73,7 +72,7 @@ def _do(arguments: argparse.Namespace) -> int:
         if isinstance(found, LocalSchedule):
             local_schedules.set_paused(found, paused)
         else:
-            schedules.set_paused(_session(settings), found.name, paused)
+            eventbridge.set_paused(_session(settings), found.name, paused)
         print(
             f"{found.name} is paused." if paused else f"{found.name} fires again. {_next(found.timing, found.created)}"
         )
@@ -84,13 +83,13 @@ def _do(arguments: argparse.Namespace) -> int:
             )
         else:
             print(
-                f"Started job {schedules.run_now(_session(settings), found.name)}. `make schedules` shows its verdict."
+                f"Started job {eventbridge.run_now(_session(settings), found.name)}. `make schedules` shows its verdict."
             )
     elif isinstance(found, LocalSchedule):
         local_schedules.remove(found, arguments.stop)
         print(f"Removed {found.name}: its {found.keeper} entry and {found.folder}.")
     else:
-        schedules.remove(_session(settings), found.name, arguments.stop)
+        eventbridge.remove(_session(settings), found.name, arguments.stop)
         print(f"Removed {found.name}: schedule, group, rule and alarm, and {found.place.place}.")
     return 0
 
@@ -110,10 +109,10 @@ def _create(arguments: argparse.Namespace, settings: Settings) -> int:
         from tools.schedule_job import job_request
 
         session = _session(settings)
-        schedules.check_free(session, name)
+        eventbridge.check_free(session, name)
         request = job_request(name, recipe, settings, session)
         assert settings.scheduler_role is not None
-        schedules.create(session, name, timing, request, settings.scheduler_role, settings.notify_sns_topic)
+        eventbridge.create(session, name, timing, request, settings.scheduler_role, settings.notify_sns_topic)
     print(f"Schedule {name} is made. {_next(timing, datetime.now(UTC))}")
     if local:
         print(_hint(local_schedules.get(_folder(settings), name)))
@@ -139,7 +138,7 @@ def _change(arguments: argparse.Namespace, settings: Settings, found: LocalSched
 
         session = _session(settings)
         request = found.request if recipe is None else job_request(found.name, recipe, settings, session)
-        schedules.change(session, found.name, timing, request, settings.notify_sns_topic)
+        eventbridge.change(session, found.name, timing, request, settings.notify_sns_topic)
     print(f"Schedule {found.name} is changed. {_next(timing, found.created)}")
     return 0
 
@@ -185,8 +184,8 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
         ]
     for cloud in _in_the_cloud(arguments.target, settings):
         session = _session(settings)
-        found = schedules.runs(session, cloud, arguments.limit)
-        missed = schedules.missed(cloud, found[0] if found else None, now)
+        found = eventbridge.runs(session, cloud, arguments.limit)
+        missed = eventbridge.missed(cloud, found[0] if found else None, now)
         rows.append(Row(cloud, "paused" if cloud.paused else "active", found, missed))
     if arguments.json:
         print(json.dumps([as_json(row, now) for row in rows]))
@@ -222,7 +221,7 @@ def _in_the_cloud(target: str | None, settings: Settings) -> list[CloudSchedule]
         logger.info("Schedules of SageMaker are not looked up: no region is known (AWS_REGION).")
         return []
     try:
-        return schedules.list_all(_session(settings))
+        return eventbridge.list_all(_session(settings))
     except (NoCredentialsError, PartialCredentialsError):
         if target is not None:
             raise
@@ -238,9 +237,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name) or len(name) > schedules.MAX_NAME:
+    if not _NAME.fullmatch(name) or len(name) > eventbridge.MAX_NAME:
         raise RequestError(
-            f'"{name}" is no name for a schedule: letters, digits and single hyphens, at most {schedules.MAX_NAME}. '
+            f'"{name}" is no name for a schedule: letters, digits and single hyphens, at most {eventbridge.MAX_NAME}. '
             "Choose one: NAME=weekly."
         )
 

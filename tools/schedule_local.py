@@ -9,7 +9,7 @@ from dotenv import dotenv_values
 from pydantic import SecretStr
 
 from llm_engineering.errors import RequestError
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.settings import Settings
 
 # Of other libraries: where they find and put things.
 _OTHERS = (

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from llm_engineering.compute.local_schedules import LocalSchedule
-from llm_engineering.compute.runs import RunRecord
-from llm_engineering.compute.sagemaker.schedules import CloudSchedule
+from llm_engineering.cloud.schedules.eventbridge import CloudSchedule
+from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
+from llm_engineering.cloud.schedules.run_records import RunRecord
 
 
 class Row(NamedTuple):

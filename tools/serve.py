@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import load_recipe
+from llm_engineering.recipe.loading import load_recipe
 from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
 
 logger = logging.getLogger("llm_engineering.serve")
@@ -57,9 +57,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.config, arguments.set)
     check_port(arguments.port)
 
-    from llm_engineering.export.merge import merged_device
-    from llm_engineering.export.verify import precision
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.merge import merged_device
+    from llm_engineering.publish.verification import precision
+    from llm_engineering.recipe.settings import Settings
 
     settings = Settings()
     settings.check_writable()

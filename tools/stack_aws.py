@@ -11,7 +11,7 @@ import sys
 from uuid import UUID
 
 from llm_engineering.errors import RequestError
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.settings import Settings
 from tools.cli import exit_code, prepare_zenml, start_logging
 
 NAME = "aws"

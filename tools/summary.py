@@ -12,8 +12,8 @@ from rich.table import Table
 from zenml.enums import ExecutionStatus
 from zenml.models import ArtifactVersionResponse, PipelineRunResponse
 
-from llm_engineering.evaluation.comparison import verdict
-from llm_engineering.reports import interval
+from llm_engineering.evaluation.statistics import verdict
+from llm_engineering.reports.page import interval
 
 
 class StepLine(BaseModel):

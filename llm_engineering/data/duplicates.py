@@ -1,8 +1,11 @@
-"""Finds near duplicates with MinHash and locality-sensitive hashing (Broder 1997), by the library rensa.
+"""Finds texts that occur twice: near duplicates within a dataset, and rows that stand in an evaluation file.
 
-Texts are compared as sets of three-word shingles. Each text's MinHash is cut into bands; texts that share a band are
-candidates, and every candidate is checked by the exact Jaccard similarity. What is kept of each text stands in files,
-so that memory does not grow with their number: its bands' hashes, and those of its shingles.
+Near duplicates: texts are compared as sets of three-word shingles by MinHash and locality-sensitive hashing
+(Broder 1997), computed by the library rensa. Each text's MinHash is cut into bands; texts that share a band are
+candidates, and every candidate is checked by its exact Jaccard similarity. Band hashes and shingle hashes are kept in
+files, so that memory does not grow with the number of texts.
+
+Contamination: rows that share a run of words with an evaluation file (Brown et al. 2020, appendix C).
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 from rensa import RMinHash
+
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, normalised, words
 
 SHINGLE_WORDS = 3
 PERMUTATIONS = 128
@@ -27,9 +33,6 @@ _PART_ROWS = 2**21
 # A text of a group is compared with so many texts of it that are unlike each other. Without a bound, a thousand rows
 # from one template would take a million comparisons.
 _MAX_LEADERS = 8
-# In scripts without spaces a run of letters is a sentence, not a word: each sign counts as one.
-_SIGN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_SIGN}]|[^\W{_SIGN}]+")
 
 
 class Sketches(NamedTuple):
@@ -44,11 +47,6 @@ class Sketches(NamedTuple):
     bands: NDArray[np.uint64]
     shingles: NDArray[np.uint64]
     counts: NDArray[np.uint32]
-
-
-def normalised(text: str) -> str:
-    """The words of a text, without case, punctuation and space."""
-    return " ".join(_WORD.findall(text.lower()))
 
 
 def band_count(threshold: float) -> int:
@@ -180,12 +178,12 @@ class ShingleFile:
 
 
 def _shingles(text: str) -> list[str]:
-    words = _WORD.findall(text.lower())
-    if not words:
+    found = words(text)
+    if not found:
         # Nothing but punctuation: only the same text is like it.
         return [text]
-    count = max(1, len(words) - SHINGLE_WORDS + 1)
-    return [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(count)]
+    count = max(1, len(found) - SHINGLE_WORDS + 1)
+    return [" ".join(found[i : i + SHINGLE_WORDS]) for i in range(count)]
 
 
 def _combine(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -198,3 +196,71 @@ def _combine(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _jaccard(one: frozenset[int], other: frozenset[int]) -> float:
     return len(one & other) / len(one | other)
+
+
+_COMPARED_WORD = re.compile(rb"[^ ]+")
+# Longest quotation of what is shared, in characters.
+QUOTE_CHARS = 100
+
+
+class EvaluationIndex:
+    """The n-grams of evaluation rows, as 64-bit hashes: about 90 bytes for each word of the evaluation files.
+
+    Two rows share an n-gram if n words in a row are the same in both, but for case and punctuation. Prompts and answers
+    count, each message by itself; system messages do not, as all rows of a dataset share them. An evaluation prompt of
+    fewer than n words counts as a whole, and only against whole prompts. A short answer is no evidence.
+
+    Args:
+        n: words in an n-gram. GPT-3's evaluation used 13.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.grams: set[int] = set()
+        self.short_prompts: set[int] = set()
+
+    def add(self, row: InstructionRow | PreferenceRow) -> None:
+        """Add an evaluation row."""
+        for message in _messages(row):
+            self._add_grams(message.content)
+        self._add_short(_prompt(row))
+
+    def add_text(self, text: str) -> None:
+        """Add a text that may be a prompt or an answer."""
+        self._add_grams(text)
+        self._add_short(normalised(text).encode())
+
+    def _add_grams(self, text: str) -> None:
+        self.grams.update(xxhash.xxh3_64_intdigest(gram) for gram in self._grams(text))
+
+    def _add_short(self, prompt: bytes) -> None:
+        if prompt and prompt.count(b" ") + 1 < self.n:
+            self.short_prompts.add(xxhash.xxh3_64_intdigest(prompt))
+
+    def match(self, row: InstructionRow | PreferenceRow) -> str:
+        """The words that a training row shares with an evaluation row, at most QUOTE_CHARS characters; or empty."""
+        if self.grams:
+            for message in _messages(row):
+                for gram in self._grams(message.content):
+                    if xxhash.xxh3_64_intdigest(gram) in self.grams:
+                        return gram.decode()[:QUOTE_CHARS]
+        if self.short_prompts:
+            prompt = _prompt(row)
+            if xxhash.xxh3_64_intdigest(prompt) in self.short_prompts:
+                return prompt.decode()[:QUOTE_CHARS]
+        return ""
+
+    def _grams(self, text: str) -> Iterator[bytes]:
+        folded = normalised(text).encode()
+        words = [match.span() for match in _COMPARED_WORD.finditer(folded)]
+        for first, last in zip(words, words[self.n - 1 :], strict=False):
+            yield folded[first[0] : last[1]]
+
+
+def _messages(row: InstructionRow | PreferenceRow) -> Iterator[Message]:
+    answers = row.completion if isinstance(row, InstructionRow) else [*row.chosen, *row.rejected]
+    return (message for message in (*row.prompt, *answers) if message.role != "system")
+
+
+def _prompt(row: InstructionRow | PreferenceRow) -> bytes:
+    return normalised(" ".join(message.content for message in row.prompt if message.role != "system")).encode()

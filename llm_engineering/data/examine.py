@@ -1,7 +1,8 @@
-"""Looks at rows one by one, in batches and over the cores: rules, split, language, and what duplicates are found by."""
+"""Examines rows one by one, in batches and on all cores: rules, split, language, and hashes for finding duplicates."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -15,24 +16,49 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
+from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from llm_engineering.config import DataConfig
-from llm_engineering.data.contamination import EvaluationIndex
-from llm_engineering.data.duplicates import Sketches, normalised, sketch
-from llm_engineering.data.language import language_of
+from llm_engineering.data.duplicates import EvaluationIndex, Sketches, sketch
+from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import (
     INSTRUCTION_FEATURES,
     PREFERENCE_FEATURES,
+    SPLITS,
     InstructionRow,
     Message,
     PreferenceRow,
     instruction_row,
+    normalised,
     preference_row,
+    prompt_text,
+    row_text,
+    split_key,
+    split_of,
 )
 from llm_engineering.data.rules import RowRules, is_generated
-from llm_engineering.data.split import SPLITS, prompt_text, row_text, split_key, split_of
+from llm_engineering.recipe.data_blocks import DataConfig
+
+# Reading more changes nothing for ordinary text and costs about 1 µs a character.
+MAX_CHARS = 200
+# Of 75 sentences of two to eight words, 15 each in English, German, French, Spanish and Chinese, 54 are named at this
+# floor and none wrongly (at 0.5: 64, two wrongly; without: 72, three wrongly). Short Spanish is often left unnamed, as
+# Galician is so near. None of 15 snippets of code and 10 names or single words reaches even 0.3.
+MIN_CONFIDENCE = 0.6
+# py3langid's label for what is in no language.
+_NO_LANGUAGE = "zxx"
+
+
+@functools.cache
+def _identifier() -> LanguageIdentifier:
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def language_of(text: str) -> str | None:
+    """The ISO 639 code of a text's language, by its first MAX_CHARS characters; None where that is not certain."""
+    language, confidence = _identifier().classify(text.strip()[:MAX_CHARS])
+    return language if confidence >= MIN_CONFIDENCE and language != _NO_LANGUAGE else None
+
 
 # Starting a process takes some seconds, as long as one process needs for so many rows.
 _ROWS_FOR_PROCESSES = 20_000

@@ -1,4 +1,7 @@
-"""Reads records from files, one at a time: a broken record is handed on by name, never fatal and never silent."""
+"""Reads records from JSON, JSONL, CSV, Parquet and Arrow files, one record at a time, from files larger than memory.
+
+A record that cannot be read is returned with its fault and its place; the rest of the file is still read.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import csv
 import gzip
 import json
 import re
+import shutil
+import tempfile
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
@@ -14,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llm_engineering.data.json_stream import JsonError, JsonStream, list_key, rows_of_list
-from llm_engineering.data.quarantine import Quarantined
-from llm_engineering.data.tables import arrow_rows, parquet_rows
+from llm_engineering.data.ledger import Quarantined
 from llm_engineering.errors import RequestError
 
 # A cell may hold a whole conversation; the library's own limit is 128 KB. C's long has 32 bits on some systems.
@@ -239,3 +244,82 @@ _READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
+
+
+BATCH_ROWS = 1000
+_ARROW_FILE_MAGIC = b"ARROW1"
+
+
+def parquet_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
+    """The place, value, and the reason and detail of the problem (empty where there is none) of every row.
+
+    Raises:
+        pyarrow.ArrowException, OSError: the file is damaged, or is no Parquet file.
+    """
+    with tempfile.TemporaryFile() as unpacked:
+        # A Parquet file is read from its end. What is compressed as a whole has to be unpacked for that.
+        source = pq.ParquetFile(_seekable(file, unpacked), pre_buffer=False)
+        _check_names(source.schema_arrow)
+        yield from _rows(source.iter_batches(BATCH_ROWS))
+
+
+def arrow_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
+    """The same for an Arrow file, in either of its two forms; `datasets` writes the streaming one.
+
+    Raises:
+        pyarrow.ArrowException, OSError: the file is damaged, or is no Arrow file.
+    """
+    with tempfile.TemporaryFile() as unpacked:
+        seekable = _seekable(file, unpacked)
+        start = seekable.read(len(_ARROW_FILE_MAGIC))
+        seekable.seek(0)
+        if start == _ARROW_FILE_MAGIC:
+            table = pa.ipc.open_file(seekable)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+        else:
+            table = pa.ipc.open_stream(seekable)
+            batches = iter(table)
+        _check_names(table.schema)
+        yield from _rows(batches)
+
+
+def _seekable(file: BufferedIOBase, unpacked: Any) -> Any:
+    if not isinstance(file, gzip.GzipFile):
+        return file
+    shutil.copyfileobj(file, unpacked)
+    unpacked.seek(0)
+    return unpacked
+
+
+def _check_names(schema: pa.Schema) -> None:
+    if len(set(schema.names)) < len(schema.names):
+        raise pa.ArrowInvalid(f"two columns have the same name ({', '.join(schema.names)})")
+
+
+def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, Any, str, str]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            part = batch.slice(start, BATCH_ROWS)
+            try:
+                values = part.to_pylist()
+            except (ValueError, OverflowError):
+                # One value that Python cannot hold: text that is not UTF-8, a date out of range.
+                values = [_one(part.slice(index, 1)) for index in range(part.num_rows)]
+            for value in values:
+                number += 1
+                place = f"row {number}"
+                if isinstance(value, UnicodeDecodeError):
+                    yield place, "", "not_utf8", str(value)
+                elif isinstance(value, Exception):
+                    yield place, "", "malformed", str(value)
+                else:
+                    yield place, value, "", ""
+
+
+def _one(row: pa.RecordBatch) -> dict[str, Any] | ValueError | OverflowError:
+    try:
+        values: list[dict[str, Any]] = row.to_pylist()
+    except (ValueError, OverflowError) as error:
+        return error
+    return values[0]

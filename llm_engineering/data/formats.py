@@ -1,26 +1,171 @@
 """Turns the formats that people have into canonical rows, one row at a time.
 
-A record's format is told by its columns; where two formats fit, the request is refused and never guessed.
+The columns of a record decide its format. A request that fits two formats is refused; nothing is guessed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from llm_engineering.config import DataConfig
-from llm_engineering.data.conversations import BadRowError, read_text
+from llm_engineering.data.conversations import (
+    BadRowError,
+    check_conversation,
+    read_messages,
+    read_pairs,
+    read_template,
+    read_text,
+    read_turns,
+    text_templates,
+    until_last_answer,
+    with_system,
+)
 from llm_engineering.data.files import BrokenRecord, Record, printable, shown
-from llm_engineering.data.instruction_formats import INSTRUCTION_FORMATS
-from llm_engineering.data.preference_formats import PREFERENCE_FORMATS
-from llm_engineering.data.quarantine import Quarantined
-from llm_engineering.data.rows import InstructionRow, PreferenceRow
+from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
 from llm_engineering.data.sources import dataset_hash, open_records
-from llm_engineering.data.templates import text_templates
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.data_blocks import DataConfig
+
+# Prompt and completion; the completion begins with an assistant turn.
+Instruction = tuple[list[Message], list[Message]]
+
+
+def alpaca_question(value: dict[str, Any], context: str = "input") -> Message:
+    """The user turn of a record with `instruction` and, where there is one, `input`."""
+    instruction = read_text(value["instruction"], "instruction")
+    if value.get(context) is None:
+        return Message(role="user", content=instruction)
+    extra = read_text(value[context], context)
+    # A question that stands in `input` alone is no reason to begin with two empty lines.
+    parts = [part for part in (instruction, extra) if part.strip()]
+    return Message(role="user", content="\n\n".join(parts) if parts else instruction)
+
+
+def _alpaca(answer: str, context: str = "input") -> Callable[[dict[str, Any]], Instruction]:
+    def read(value: dict[str, Any]) -> Instruction:
+        turns = [
+            *read_pairs(value.get("history"), "history"),
+            alpaca_question(value, context),
+            Message(role="assistant", content=read_text(value[answer], answer)),
+        ]
+        return _conversation(with_system(value, turns))
+
+    return read
+
+
+def _messages(name: str) -> Callable[[dict[str, Any]], Instruction]:
+    return lambda value: _conversation(with_system(value, read_messages(value[name], name)))
+
+
+def _template(name: str) -> Callable[[dict[str, Any]], Instruction]:
+    return lambda value: _conversation(with_system(value, read_template(read_text(value["text"], "text"), name)))
+
+
+def _prompt_completion(value: dict[str, Any]) -> Instruction:
+    prompt = with_system(value, read_turns(value["prompt"], "prompt", "user"))
+    completion = until_last_answer(read_turns(value["completion"], "completion", "assistant"))
+    check_conversation(prompt, completion)
+    return prompt, completion
+
+
+def _conversation(messages: list[Message]) -> Instruction:
+    messages = until_last_answer(messages)
+    first = next(index for index, message in enumerate(messages) if message.role == "assistant")
+    prompt, completion = messages[:first], messages[first:]
+    check_conversation(prompt, completion)
+    return prompt, completion
+
+
+# The columns that each format is known by, and what reads a record that has them.
+INSTRUCTION_FORMATS: dict[str, tuple[frozenset[str], Callable[[dict[str, Any]], Instruction]]] = {
+    "alpaca": (frozenset({"instruction", "output"}), _alpaca("output")),
+    "alpaca-response": (frozenset({"instruction", "response"}), _alpaca("response")),
+    "alpaca-answer": (frozenset({"instruction", "answer"}), _alpaca("answer")),
+    "dolly": (frozenset({"instruction", "context", "response"}), _alpaca("response", context="context")),
+    "messages": (frozenset({"messages"}), _messages("messages")),
+    "sharegpt": (frozenset({"conversations"}), _messages("conversations")),
+    "prompt-completion": (frozenset({"prompt", "completion"}), _prompt_completion),
+    "text-alpaca": (frozenset({"text"}), _template("text-alpaca")),
+    "text-human-assistant": (frozenset({"text"}), _template("text-human-assistant")),
+    "text-inst": (frozenset({"text"}), _template("text-inst")),
+}
+
+
+# Prompt, chosen and rejected answer; both answers begin with an assistant turn.
+Preference = tuple[list[Message], list[Message], list[Message]]
+
+
+def _prompt_chosen_rejected(value: dict[str, Any]) -> Preference:
+    chosen, rejected = _answers(value)
+    if isinstance(value["prompt"], str):
+        if len(chosen) == 1 and len(rejected) == 1:
+            return _pair(value, [Message(role="user", content=value["prompt"])], chosen, rejected)
+        prompt, chosen, rejected = _whole_conversations(chosen, rejected)
+        asked = value["prompt"].strip()
+        if all(turn.content.strip() != asked for turn in prompt if turn.role == "user"):
+            raise BadRowError("different_prompts", "`prompt` is no user turn of the two conversations")
+        return _pair(value, prompt, chosen, rejected)
+    return _pair(value, read_turns(value["prompt"], "prompt", "user"), chosen, rejected)
+
+
+def _chosen_rejected(value: dict[str, Any]) -> Preference:
+    chosen, rejected = _answers(value)
+    return _pair(value, *_whole_conversations(chosen, rejected))
+
+
+def _sharegpt(value: dict[str, Any]) -> Preference:
+    return _pair(value, read_messages(value["conversations"], "conversations"), *_answers(value))
+
+
+def _alpaca_pair(value: dict[str, Any]) -> Preference:
+    return _pair(value, [alpaca_question(value)], *_answers(value))
+
+
+def _answers(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    chosen = until_last_answer(read_turns(value["chosen"], "chosen", "assistant"))
+    rejected = until_last_answer(read_turns(value["rejected"], "rejected", "assistant"))
+    return chosen, rejected
+
+
+def _whole_conversations(chosen: list[Message], rejected: list[Message]) -> Preference:
+    """The turns that both conversations begin with, and what follows in each."""
+    if len(chosen) == 1 or len(rejected) == 1:
+        raise BadRowError(
+            "no_prompt", "its answers have no prompt; where it stands in another column, name that in data.columns"
+        )
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _pair(value: dict[str, Any], prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> Preference:
+    chosen, rejected = _after(prompt, chosen), _after(prompt, rejected)
+    if chosen[0].role != "assistant" or rejected[0].role != "assistant":
+        raise BadRowError("different_prompts", "the conversations of the two answers do not begin with the same turns")
+    prompt = with_system(value, prompt)
+    check_conversation(prompt, chosen)
+    check_conversation(prompt, rejected)
+    return prompt, chosen, rejected
+
+
+def _after(prompt: list[Message], answer: list[Message]) -> list[Message]:
+    repeats_prompt = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
+    return answer[len(prompt) :] if repeats_prompt else answer
+
+
+# The columns that each format is known by, and what reads a record that has them.
+PREFERENCE_FORMATS: dict[str, tuple[frozenset[str], Callable[[dict[str, Any]], Preference]]] = {
+    "prompt-chosen-rejected": (frozenset({"prompt", "chosen", "rejected"}), _prompt_chosen_rejected),
+    "chosen-rejected": (frozenset({"chosen", "rejected"}), _chosen_rejected),
+    "sharegpt-preference": (frozenset({"conversations", "chosen", "rejected"}), _sharegpt),
+    "alpaca-preference": (frozenset({"instruction", "chosen", "rejected"}), _alpaca_pair),
+}
+
 
 __all__ = ["OpenedDataset", "dataset_hash", "open_dataset"]
 

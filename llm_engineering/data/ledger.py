@@ -1,4 +1,7 @@
-"""Accounts for every row: what each stage read, kept and quarantined, carried along with the dataset."""
+"""Accounts for every row: what each stage read, kept and quarantined. Kept + quarantined = read, always.
+
+The account is stored with the dataset that it is about.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,42 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from datasets import DatasetDict, Features, Value
+from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import to_dataset
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
+
+
+class Quarantined(BaseModel):
+    """One thing that was read and not kept.
+
+    Attributes:
+        stage: `document`, `passage`, `instruction` or `preference`.
+        reason: a short name that counts group by, e.g. `empty_answer`.
+        source: the file or document it comes from.
+        place: where in the source, e.g. `line 7` or `characters 120-560`.
+        detail: what exactly was wrong.
+        text: the start of what was read.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    reason: str
+    source: str
+    place: str
+    detail: str = ""
+    text: str = ""
+
+    def named(self) -> str:
+        """`source, place: reason`, for messages."""
+        return f"{self.source}, {self.place}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
+
+
+def by_reason(rows: Iterable[Quarantined]) -> dict[str, int]:
+    """Counts by reason, most frequent first."""
+    return dict(Counter(row.reason for row in rows).most_common())
+
 
 EXAMPLES_PER_REASON = 3
 _TEXT = Value("string")

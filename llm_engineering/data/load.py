@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from llm_engineering.config import DataConfig
-from llm_engineering.data.contamination import EvaluationIndex
+from llm_engineering.data.duplicates import EvaluationIndex
 from llm_engineering.data.files import Record
 from llm_engineering.data.formats import UnknownFormatError, open_dataset
-from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES
 from llm_engineering.data.sources import open_records
 from llm_engineering.data.storage import TableWriter
+from llm_engineering.recipe.data_blocks import DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -18,18 +18,16 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Value
 
-from llm_engineering.config import DataConfig
-from llm_engineering.data.contamination import EvaluationIndex
+from llm_engineering.data.duplicates import EvaluationIndex
 from llm_engineering.data.examine import Examiner, examine
-from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.quarantine import Quarantined
-from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES, to_dataset
-from llm_engineering.data.split import SPLITS
+from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES, SPLITS, to_dataset
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
 from llm_engineering.data.verdicts import RowIndex, Verdict, Verdicts, judge
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.progress import Progress
+from llm_engineering.recipe.data_blocks import DataConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,20 +1,26 @@
-"""The canonical rows: conversational, in TRL's columns, with an id and where they come from."""
+"""Canonical rows: conversations in TRL's columns, with an id, a source, and the split that they fall into."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset, Features, List, Value
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from llm_engineering.recipe.data_blocks import SplitConfig
+
 ROLES = ("system", "user", "assistant")
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _ORIGIN = {"id": Value("string"), "source": Value("string"), "origin": Value("string"), "document": Value("string")}
 INSTRUCTION_FEATURES = Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES})
 PREFERENCE_FEATURES = Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES})
+# In scripts without spaces a run of letters is a sentence, not a word: each sign counts as one.
+_SIGN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_SIGN}]|[^\W{_SIGN}]+")
 
 
 class Message(BaseModel):
@@ -97,3 +103,46 @@ def instruction_row(record: dict[str, Any]) -> InstructionRow:
 def preference_row(record: dict[str, Any]) -> PreferenceRow:
     """A dataset's record as a row."""
     return PreferenceRow.model_validate({k: v for k, v in record.items() if k != "id"})
+
+
+# From what is trained on to what is held out most.
+SPLITS = ("train", "validation", "test")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation; in scripts without spaces, its signs."""
+    return _WORD.findall(text.lower())
+
+
+def normalised(text: str) -> str:
+    """A text for comparing: its words, without case, punctuation and space."""
+    return " ".join(words(text))
+
+
+def split_key(row: InstructionRow | PreferenceRow) -> str:
+    """What decides a row's split: its document, or its prompt with case, punctuation and space folded."""
+    return row.document or prompt_text(row)
+
+
+def split_of(key: str, config: SplitConfig, has_own_test: bool = False) -> str:
+    """The split of a key: its SHA-256 as a number in [0, 1), the test share first, then validation.
+
+    It depends on the key alone, so a row never changes sides when other rows come or go. With a test split of the
+    user's own, the test share is trained on.
+    """
+    position = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8]) / 2**64
+    if position < config.test_fraction:
+        return "train" if has_own_test else "test"
+    return "validation" if position < config.test_fraction + config.validation_fraction else "train"
+
+
+def prompt_text(row: InstructionRow | PreferenceRow) -> str:
+    """The prompt with case, punctuation and space folded; as it is where it is nothing but punctuation."""
+    text = "\n".join(message.content for message in row.prompt)
+    return normalised(text) or text
+
+
+def row_text(row: InstructionRow | PreferenceRow) -> str:
+    """What near duplicates are judged by: the prompt and the answer that is learned."""
+    answer = row.completion if isinstance(row, InstructionRow) else row.chosen
+    return "\n".join(message.content for message in (*row.prompt, *answer))

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Generic, NamedTuple, TypeVar, cast
 
-from llm_engineering.config import RulesConfig
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
+from llm_engineering.recipe.data_blocks import RulesConfig
 
 RowT = TypeVar("RowT", bound=InstructionRow | PreferenceRow)
 Row = InstructionRow | PreferenceRow

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 
 from llm_engineering.data.files import BrokenRecord, Record, has_known_ending, read_records
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.settings import Settings
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What `datasets` itself writes beside the rows.

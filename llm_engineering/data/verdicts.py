@@ -1,13 +1,14 @@
-"""What becomes of a row because of the other rows: duplicates, leaks across the split, conflicts and outliers.
+"""Decides about rows by comparing them with the other rows: duplicates, leaks across splits, conflicts, outliers.
 
-All that is needed of a row to judge it stands in files, about 30 bytes of it in memory.
+What is needed of each row is kept in files; memory holds about 30 bytes a row.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +17,41 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_engineering.config import DataConfig
 from llm_engineering.data.duplicates import Clusters, ShingleFile, band_count, groups, join_near_duplicates
 from llm_engineering.data.examine import Examined
-from llm_engineering.data.outliers import length_bounds, rare_languages
-from llm_engineering.data.split import SPLITS
+from llm_engineering.data.rows import SPLITS
+from llm_engineering.recipe.data_blocks import DataConfig
+
+# Tukey's outer fences (Exploratory Data Analysis, 1977): beyond three interquartile ranges a value is far out.
+_FENCE = 3.0
+# In smaller datasets nothing is usual yet.
+_MIN_ROWS = 100
+# A language with a smaller share of the rows is there by accident.
+_MIN_LANGUAGE_SHARE = 0.02
+
+
+def length_bounds(lengths: NDArray[np.uint32]) -> tuple[float, float]:
+    """The shortest and longest usual length: Tukey's outer fences of the logarithms, as lengths are skewed."""
+    if len(lengths) < _MIN_ROWS:
+        return 0.0, float("inf")
+    low, high = np.quantile(np.log1p(lengths.astype(np.float64)), [0.25, 0.75])
+    # Rows of nearly one length have no spread to judge by: a factor of two is never far out.
+    spread = max(high - low, np.log(2) / _FENCE)
+    return float(np.expm1(low - _FENCE * spread)), float(np.expm1(high + _FENCE * spread))
+
+
+def rare_languages(languages: Sequence[str], counts: NDArray[np.int64]) -> set[str]:
+    """The languages that so few rows are in that they stand out.
+
+    Args:
+        languages: codes, the empty one for rows whose language is not known.
+        counts: rows in each.
+    """
+    known = Counter({name: int(count) for name, count in zip(languages, counts, strict=True) if name})
+    if known.total() < _MIN_ROWS:
+        return set()
+    return {name for name, count in known.items() if count < _MIN_LANGUAGE_SHARE * known.total()}
+
 
 _HASHES = ("ids", "prompts", "answers", "others")
 

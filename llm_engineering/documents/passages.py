@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pydantic import BaseModel, ConfigDict
 from semantic_text_splitter import TextSplitter
 
-from llm_engineering.config import DocumentsConfig
-from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.ledger import Quarantined
 from llm_engineering.documents.read import Document
+from llm_engineering.recipe.data_blocks import DocumentsConfig
 
 # Share of letters and spaces under which a passage is a table, code or grammar. Chosen on the Python
 # reference: at 0.85 prose with inline code stays, operator tables and listings go.

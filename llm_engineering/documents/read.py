@@ -10,10 +10,10 @@ from pathlib import Path
 from bs4 import BeautifulSoup
 from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.config import EMBEDDED_DOCUMENTS, DocumentsConfig
 from llm_engineering.data.files import BrokenRecord, read_records
-from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.ledger import Quarantined
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
 
 TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
 TITLE_FIELDS = ("title", "name", "url", "link", "id")

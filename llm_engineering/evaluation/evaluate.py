@@ -1,4 +1,4 @@
-"""Evaluates base, SFT, DPO and the model in production on the same held-out rows and writes the evaluation report."""
+"""Evaluates base, SFT, DPO and the model in production on the same held-out rows."""
 
 from __future__ import annotations
 
@@ -6,41 +6,36 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import EvaluationConfig, TrainingSetup
-from llm_engineering.config_evaluation import MEASURES, TASK_MEASURE, Measure
-from llm_engineering.evaluation.benchmarks import lm_eval_version
 from llm_engineering.evaluation.checks import Check, check_report, read_checks
-from llm_engineering.evaluation.comparison import TRANSFORMS, compare, flat
 from llm_engineering.evaluation.heldout import HeldOut, drawn, rendered_for_both
 from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_like_ours, load_incumbent
 from llm_engineering.evaluation.judge import Question, judge
+from llm_engineering.evaluation.lm_eval_tasks import lm_eval_version
 from llm_engineering.evaluation.measures import Models
 from llm_engineering.evaluation.observation import Observation, Work, observe
-from llm_engineering.evaluation.page import evaluation_page
-from llm_engineering.evaluation.statistics import Bootstrap
-from llm_engineering.generation.client import open_client
-from llm_engineering.models import load_model, load_tokenizer
-from llm_engineering.reports import write_report
-from llm_engineering.settings import Settings
+from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare, flat
+from llm_engineering.generation.open import open_client
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.evaluation_blocks import MEASURES, TASK_MEASURE, EvaluationConfig, Measure
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import TrainingSetup
 
 
 def evaluate(
-    folder: Path,
     adapters: Mapping[str, Path],
     rows: HeldOut,
     config: EvaluationConfig,
     setup: TrainingSetup,
     settings: Settings,
-    training: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Measure the base model and each adapter, write `report.json` and `report.html`, and return the JSON report.
+    """Measure the base model and each adapter; returns the report as JSON takes it.
 
     Args:
         adapters: folders by name: `sft`, perhaps `dpo`, and perhaps `incumbent`, the model in production, which may
             have another base model and another chat template.
         rows: held out from training.
-        training: the training report of the newest model, whose curves are shown.
 
     Raises:
         RequestError: `evaluation.checks` is no file of checks.
@@ -58,7 +53,7 @@ def evaluate(
         judged, measures["judge_win_rate"] = judge(
             _questions(work), texts, newest, client, config.judge.max_new_tokens, bootstrap
         )
-    data = {
+    return {
         "models": list(seen),
         "newest": newest,
         "heldout_rows": len(work.ours.rows),
@@ -75,8 +70,6 @@ def evaluate(
         "lm_eval": _lm_eval(seen, config),
         "checks": check_report(checks, {n: found.check_answers for n, found in seen.items()}) if checks else None,
     }
-    write_report(folder, data, evaluation_page(data, training))
-    return data
 
 
 def _observe_all(

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import EvaluationConfig, ModelConfig, TrainingSetup
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.measures import BASE, Models
-from llm_engineering.models import load_model, load_tokenizer, pin_revision
-from llm_engineering.settings import Settings
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model, pin_revision
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig, TrainingSetup
 
 INCUMBENT = "incumbent"
 

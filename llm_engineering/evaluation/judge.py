@@ -11,11 +11,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from llm_engineering.config_evaluation import MEASURES
 from llm_engineering.errors import WorkError
-from llm_engineering.evaluation.comparison import entry
-from llm_engineering.evaluation.statistics import Bootstrap, Rows
-from llm_engineering.generation.client import Answer, Client, Failure, Messages, Sampling
+from llm_engineering.evaluation.statistics import Bootstrap, Rows, entry
+from llm_engineering.generation.types import Answer, Client, Failure, Messages, Sampling
+from llm_engineering.recipe.evaluation_blocks import MEASURES
 
 PROMPT_FILE = Path(__file__).parent / "prompts" / "judge.txt"
 JSON_FIELD = "verdict"

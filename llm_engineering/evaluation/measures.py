@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from llm_engineering.data.rows import Message
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
-from llm_engineering.models import end_token_ids
+from llm_engineering.models.generate import batches_by_length, generate_ids
+from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.progress import Progress
 
 BASE = "base"
@@ -91,12 +92,10 @@ class Models:
 
     def scores(self, name: str, rows: Sequence[Labelled], what: str) -> list[AnswerScore]:
         """Score the labelled tokens of each `(input_ids, labels)` row, in the rows' order. `what` is shown as progress."""
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
         scores: dict[int, AnswerScore] = {}
         progress = Progress(what, len(rows))
         with self.use(name) as model:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+            for batch in batches_by_length([len(input_ids) for input_ids, _ in rows], self.batch_size):
                 scores |= dict(zip(batch, self._score(model, [rows[i] for i in batch]), strict=True))
                 progress.advance(len(batch))
         return [scores[index] for index in range(len(rows))]
@@ -130,40 +129,25 @@ class Models:
         `what` is shown with the progress; empty for none.
         """
         ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
         samples: dict[int, Sample] = {}
         progress = Progress(what, len(ids) if what else 0)
         with self.use(name) as model:
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
-                samples |= dict(zip(batch, self._generate(model, [ids[i] for i in batch], max_new_tokens), strict=True))
+            ends = end_token_ids(model, self.tokenizer)
+            for batch in batches_by_length([len(prompt) for prompt in ids], self.batch_size):
+                new = generate_ids(
+                    model,
+                    self.tokenizer,
+                    [ids[i] for i in batch],
+                    max_new_tokens,
+                    do_sample=False,
+                    repetition_penalty=self.repetition_penalty,
+                )
+                samples |= {i: self._sample(answer, ends) for i, answer in zip(batch, new, strict=True)}
                 if what:
                     progress.advance(len(batch))
         return [samples[index] for index in range(len(ids))]
 
-    def _generate(
-        self, model: PreTrainedModel | PeftModel, prompts: Sequence[list[int]], max_new_tokens: int
-    ) -> list[Sample]:
-        ends = end_token_ids(model, self.tokenizer)
-        longest = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        inputs = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
-        output: Any = model.generate(  # type: ignore[operator]
-            input_ids=inputs,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            repetition_penalty=self.repetition_penalty,
-            pad_token_id=pad,
-            eos_token_id=ends,
-        )
-        return [self._sample(new, ends) for new in output[:, longest:].tolist()]
-
-    def _sample(self, new: list[int], ends: Sequence[int]) -> Sample:
-        # By place, not by id: what follows the end is padding, which may be the end token itself.
-        length = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
-        ids = new[:length]
+    def _sample(self, ids: list[int], ends: Sequence[int]) -> Sample:
         text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         return Sample(text, bool(ids) and ids[-1] in ends, ids)
 

@@ -1,17 +1,19 @@
-"""What one model does: the scores that it gives to held-out answers, its own answers, and the tasks of lm-eval."""
+"""Observes one model: its scores of held-out answers, its own answers, and its results on lm-eval's tasks."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llm_engineering.config import EvaluationConfig
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+
 from llm_engineering.data.rows import InstructionRow
-from llm_engineering.evaluation.behaviour import repetition, rouge_l
-from llm_engineering.evaluation.benchmarks import TaskResults, run_tasks
 from llm_engineering.evaluation.checks import Check
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
+from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks
 from llm_engineering.evaluation.measures import (
     AnswerScore,
     Labelled,
@@ -25,6 +27,36 @@ from llm_engineering.evaluation.measures import (
 )
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+
+# Scripts that put no space between words count by the character, as is usual for them: kana, and Chinese characters.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+NGRAM = 4
+
+
+class _Words(Tokenizer):  # type: ignore[misc]
+    """Words of any script. The library's own tokenizer knows only a to z and 0 to 9."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
+
+
+_SCORER = RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004): F1 over the longest common subsequence of words, from 0 to 1, by the library rouge-score."""
+    return float(_SCORER.score(reference, answer)["rougeL"].fmeasure)
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of an answer's token 4-grams that repeat an earlier one: seq-rep-4 (Welleck et al. 2020, arXiv:1908.04319).
+
+    0 for an answer of fewer than four tokens.
+    """
+    grams = [tuple(ids[start : start + NGRAM]) for start in range(len(ids) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 class Work(NamedTuple):

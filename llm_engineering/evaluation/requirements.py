@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from llm_engineering.config import EvaluationConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.benchmarks import check_tasks, tasks_hash
 from llm_engineering.evaluation.checks import read_checks
 from llm_engineering.evaluation.judge import JSON_FIELD
-from llm_engineering.generation.client import check_access
-from llm_engineering.settings import Settings
+from llm_engineering.evaluation.lm_eval_tasks import check_tasks, tasks_hash
+from llm_engineering.generation.open import check_access
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.settings import Settings
 
 
 def check_requirements(config: EvaluationConfig, settings: Settings) -> str | None:

@@ -1,15 +1,17 @@
-"""Bootstrap confidence intervals over rows, and paired differences between models."""
+"""Bootstrap confidence intervals over rows, paired differences between models, and tables of both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from llm_engineering.recipe.evaluation_blocks import Measure
 
 # Numbers drawn at once: bounds the memory, whatever the number of rows.
 _DRAWN_AT_ONCE = 2_000_000
@@ -105,3 +107,55 @@ def _ratio(totals: Floats, weights: Floats, transform: Transform | None, axis: i
     with np.errstate(over="ignore"):
         transformed: Floats = transform(ratio)
         return transformed
+
+
+# What is made of the ratio of sums that a measure otherwise is.
+TRANSFORMS: dict[str, Transform] = {"perplexity": np.exp}
+
+
+def compare(
+    what: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap, transform: Transform | None = None
+) -> dict[str, Any]:
+    """A measure as the evaluation report holds it.
+
+    Args:
+        rows: by model; they are the same for every model.
+        newest: the model whose differences to all others are given, as `dpo-base` for `dpo` minus `base`.
+    """
+    models = {name: bootstrap.estimate(values, transform) for name, values in rows.items()}
+    differences = {
+        f"{newest}-{name}": bootstrap.difference(rows[newest], values, transform)
+        for name, values in rows.items()
+        if name != newest
+    }
+    return entry(what, models, differences)
+
+
+def entry(what: Measure, models: Mapping[str, Estimate], differences: Mapping[str, Estimate]) -> dict[str, Any]:
+    """One measure as the evaluation report holds it."""
+    return {
+        "title": what.title,
+        "unit": what.unit,
+        "better": what.better,
+        "models": {name: estimate._asdict() for name, estimate in models.items()},
+        "differences": {name: estimate._asdict() for name, estimate in differences.items()},
+    }
+
+
+def flat(measures: Mapping[str, Any]) -> dict[str, float]:
+    """The values alone, as `measure_model`."""
+    return {
+        f"{key}_{name}": estimate["value"]
+        for key, found in measures.items()
+        for name, estimate in found["models"].items()
+    }
+
+
+def verdict(difference: Mapping[str, Any], better: str | None) -> str:
+    """What a difference amounts to, in words: only an interval without 0 tells models apart."""
+    low, high = difference["low"], difference["high"]
+    if low is None or not (low > 0 or high < 0):
+        return "not told apart"
+    if better is None:
+        return "higher" if low > 0 else "lower"
+    return "better" if (low > 0) == (better == "higher") else "worse"

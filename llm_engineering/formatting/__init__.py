@@ -1,1 +1,1 @@
-"""Chat templates and label masks: from messages to token ids."""
+"""Rendering and label masks: from messages to token ids."""

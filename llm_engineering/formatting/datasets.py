@@ -11,22 +11,14 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.config import FormattingConfig
-from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import InstructionRow, PreferenceRow, instruction_row, preference_row
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.render import (
-    IGNORE_INDEX,
-    CrossingTokensError,
-    Pair,
-    Tokens,
-    prompt_length,
-    render,
-)
+from llm_engineering.formatting.render import IGNORE_INDEX, CrossingTokensError, Pair, Tokens, prompt_length, render
 from llm_engineering.progress import Progress
+from llm_engineering.recipe.data_blocks import FormattingConfig
 
 _IDS = List(Value("int32"))
 _ROW = {"id": Value("string"), "truncated": Value("bool")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,3 +78,16 @@ def _wrong_pair(row: dict[str, Any], end: int) -> str:
         if ids[-1] != end and not row.get("truncated", False):
             return f"its {name} answer does not end with the end-of-turn token"
     return "its chosen and rejected answers are the same" if np.array_equal(chosen, rejected) else ""
+
+
+def label_views(
+    rows: Sequence[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
+) -> list[list[tuple[str, bool]]]:
+    """Rows of `(input_ids, labels)` as their tokens' texts, each with whether it is trained."""
+    return [
+        [
+            (str(tokenizer.decode([token])), label != IGNORE_INDEX)
+            for token, label in zip(input_ids, labels, strict=True)
+        ]
+        for input_ids, labels in rows
+    ]

@@ -1,18 +1,15 @@
-"""Renders rows with the model's chat template, and marks the tokens that are trained.
-
-Trained are the answers of the completion, each with its end-of-turn token, and nothing else. Every row is checked:
-a template whose mask comes out wrong is an error that names the row and the template.
-"""
+"""Renders rows with the model's chat template, and marks the tokens that are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.errors import WorkError
+from llm_engineering.errors import RequestError, WorkError
 
 IGNORE_INDEX = -100
 
@@ -194,3 +191,21 @@ def _where(row: InstructionRow | PreferenceRow) -> str:
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.name_or_path)
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Render two turns, so that a template that cannot be trained with is told before any work.
+
+    Raises:
+        RequestError: it is no Jinja, changes what it has written, or does not end answers with the end token.
+    """
+    turns = [Message(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
+    probe = InstructionRow(
+        prompt=turns, completion=[Message(role="assistant", content="d")], source="two turns", origin="check"
+    )
+    try:
+        render([probe], tokenizer)
+    except jinja2.TemplateError as error:
+        raise RequestError(f"The chat template of {tokenizer.name_or_path} cannot be used: {error}.") from error
+    except WorkError as error:
+        raise RequestError(str(error)) from error

@@ -22,12 +22,10 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as AWSConnectionError
 from botocore.parsers import ResponseParserError
 
-from llm_engineering.config import ClientConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.generation.client import Messages, Sampling
-from llm_engineering.generation.endpoint import Send
 from llm_engineering.generation.retries import EndpointRefusedError, TryAgainError, is_retried, retry_after_s
-from llm_engineering.generation.store import Reply
+from llm_engineering.generation.types import Messages, Reply, Sampling, Send
+from llm_engineering.recipe.generation_blocks import ClientConfig
 
 FINISH = {
     "max_tokens": "length",

@@ -13,10 +13,7 @@ from urllib.parse import urlsplit
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import BaseModel, Field, SecretStr, ValidationError
 
-from llm_engineering.config import ClientConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.generation.client import Messages, Sampling
-from llm_engineering.generation.endpoint import Send
 from llm_engineering.generation.retries import (
     EndpointRefusedError,
     RowRefusedError,
@@ -24,7 +21,8 @@ from llm_engineering.generation.retries import (
     is_retried,
     retry_after_s,
 )
-from llm_engineering.generation.store import Reply
+from llm_engineering.generation.types import Messages, Reply, Sampling, Send
+from llm_engineering.recipe.generation_blocks import ClientConfig
 
 OPENAI_URL = "https://api.openai.com/v1"
 FINISH = {"length": "length", "content_filter": "refused"}

@@ -1,4 +1,7 @@
-"""Answers from a model behind a network: many at once, each stored when it comes, tried again when it does not."""
+"""Asks a model over the network: many requests at once, each answer stored when it comes, failures tried again.
+
+Also here: what a run may spend (`Budget`), and answers as JSON with one text field.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +9,125 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
 
-from llm_engineering.config import ClientConfig
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.generation.budget import Budget
-from llm_engineering.generation.client import Answer, Failure, Messages, Sampling
 from llm_engineering.generation.prompts import read_prompt
 from llm_engineering.generation.retries import EndpointRefusedError, RowRefusedError, TryAgainError, retrying
-from llm_engineering.generation.store import STORE_FILE, AnswerStore, Reply
-from llm_engineering.generation.structured import REPAIRABLE, json_schema, judge, schema_text
+from llm_engineering.generation.store import AnswerStore
+from llm_engineering.generation.types import Answer, Failure, Messages, Reply, Sampling, Send, Transport
 from llm_engineering.progress import Progress
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.generation_blocks import ClientConfig
+
+
+class Budget:
+    """Counts tokens and money against the caps of the recipe."""
+
+    def __init__(self, config: ClientConfig) -> None:
+        self.max_tokens = config.max_total_tokens
+        self.max_usd = config.max_cost_usd
+        self.prices = config.prices
+        self.input_tokens = 0
+        self.output_tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in and out."""
+        return self.input_tokens + self.output_tokens
+
+    @property
+    def usd(self) -> float | None:
+        """What they cost, if the recipe has prices."""
+        if self.prices is None:
+            return None
+        return (
+            self.input_tokens * self.prices.input_per_million + self.output_tokens * self.prices.output_per_million
+        ) / 1e6
+
+    @property
+    def is_capped(self) -> bool:
+        """Whether the recipe has a cap."""
+        return self.max_tokens is not None or self.max_usd is not None
+
+    def spend(self, reply: Reply) -> None:
+        """Count a reply, new or stored."""
+        self.input_tokens += reply.input_tokens
+        self.output_tokens += reply.output_tokens
+
+    def reached(self) -> str:
+        """The cap that is reached, as `key value`, or an empty string."""
+        if self.max_tokens is not None and self.tokens >= self.max_tokens:
+            return f"generation.max_total_tokens {self.max_tokens}"
+        if self.max_usd is not None and self.usd is not None and self.usd >= self.max_usd:
+            return f"generation.max_cost_usd {self.max_usd}"
+        return ""
+
+    def __str__(self) -> str:
+        cost = "" if self.usd is None else f", ${self.usd:.2f}" if self.usd >= 1 else f", ${self.usd:.4f}"
+        return f"{self.tokens:,} tokens{cost}"
+
+
+REPAIRABLE = ("bad_json", "wrong_schema")
+_FENCED = re.compile(r"\A```(?:json)?\s*\n(.*?)\n?\s*```\Z", re.DOTALL)
+
+
+@cache
+def _model(field: str) -> type[BaseModel]:
+    return create_model("Written", __config__=ConfigDict(extra="forbid"), **{field: (str, ...)})  # type: ignore[call-overload,no-any-return]
+
+
+def json_schema(field: str) -> dict[str, Any]:
+    """The schema of an object with one text field and nothing else."""
+    return {
+        "type": "object",
+        "properties": {field: {"type": "string"}},
+        "required": [field],
+        "additionalProperties": False,
+    }
+
+
+def schema_text(field: str) -> str:
+    """The schema as prompts show it."""
+    return json.dumps(json_schema(field))
+
+
+def judge(reply: Reply, field: str | None) -> Answer | Failure:
+    """What a reply amounts to. Any text has an outcome, none raises.
+
+    Args:
+        field: the text field of the JSON that was asked for; None for an answer in plain text.
+    """
+    text = reply.text.strip()
+    if reply.finish == "refused":
+        return Failure("refused", "the model or the endpoint's filter refused to answer", text)
+    if reply.finish == "length":
+        return Failure("truncated_answer", f"cut off after {reply.output_tokens} tokens", text)
+    if not text:
+        return Failure("empty_answer", "the answer has no text")
+    if field is None:
+        return Answer(text)
+    fenced = _FENCED.match(text)
+    try:
+        value = getattr(_model(field).model_validate_json(fenced[1] if fenced else text), field)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        reason = "bad_json" if problem["type"] == "json_invalid" else "wrong_schema"
+        place = ".".join(map(str, problem["loc"]))
+        return Failure(reason, f"{f'{place}: ' if place else ''}{problem['msg']}", text)
+    value = value.strip()
+    return Answer(value) if value else Failure("empty_answer", f"`{field}` has no text", text)
+
 
 logger = logging.getLogger(__name__)
 
 # So many requests given up with no answer between them: the endpoint is down, and the rest would go the same way.
 MAX_FAILED_IN_A_ROW = 20
 CHECK_RETRIES = 2
-
-Send = Callable[[dict[str, Any]], Awaitable[Reply]]
-
-
-class Transport(Protocol):
-    """One kind of endpoint: how a request looks, and how it is sent.
-
-    Attributes:
-        identity: the model and where it is.
-    """
-
-    identity: str
-
-    def payload(self, messages: Messages, sampling: Sampling, schema: dict[str, Any] | None) -> dict[str, Any]:
-        """The request as it is sent, without secrets."""
-        ...
-
-    def session(self) -> AbstractAsyncContextManager[Send]:
-        """Connections for one run. What is sent raises TryAgainError, RowRefusedError or EndpointRefusedError, and nothing else."""
-        ...
 
 
 class _StoppedError(Exception):
@@ -243,21 +325,3 @@ class Endpoint:
         payload = self.transport.payload(messages, sampling, self._schema(sampling))
         drawn_with = sampling.seed if sampling.temperature != 0 else 0
         return hashlib.sha256(json.dumps([self.identity, drawn_with, payload]).encode()).hexdigest()[:24]
-
-
-def open_endpoint(config: ClientConfig, settings: Settings) -> Endpoint:
-    """The endpoint that the recipe names, with the answers it has given before.
-
-    Raises:
-        RequestError: there is no key, or no AWS region.
-    """
-    transport: Transport
-    if config.client == "openai":
-        from llm_engineering.generation.chat_completions import ChatCompletions
-
-        transport = ChatCompletions(config, settings.openai_api_key)
-    else:
-        from llm_engineering.generation.bedrock import Bedrock
-
-        transport = Bedrock(config)
-    return Endpoint(transport, config, AnswerStore(settings.llm_output_dir / STORE_FILE))

@@ -7,12 +7,12 @@ import random
 import re
 from collections.abc import Sequence
 
-from llm_engineering.config import InstructionWriting, Style
-from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
-from llm_engineering.generation.client import Answer, Client, Failure, Sampling
 from llm_engineering.generation.prompts import prompt_hash, read_prompt
+from llm_engineering.generation.types import Answer, Client, Failure, Sampling
+from llm_engineering.recipe.generation_blocks import InstructionWriting, Style
 
 # How a row's origin ends whose answer is the document's own text.
 FROM_DOCUMENT = "answer from the document"

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ComputeConfig, ModelConfig
-from llm_engineering.generation.client import Answer, Messages, Sampling
-from llm_engineering.generation.store import STORE_FILE, AnswerStore, Reply
-from llm_engineering.models import end_token_ids, load_model, load_tokenizer
+from llm_engineering.generation.store import STORE_FILE, AnswerStore
+from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.generate import batches_by_length, generate_ids
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.progress import Progress
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,29 @@ class LocalModel:
         self.store = store
         self.batch_size = batch_size
 
+    @classmethod
+    def load(
+        cls,
+        model: ModelConfig,
+        compute: ComputeConfig,
+        batch_size: int,
+        settings: Settings,
+        chat_template: str | None = None,
+    ) -> LocalModel:
+        """Load the base model on this machine, with the answers it has given before."""
+        device = choose_device(compute)
+        precision = str(device.dtype).removeprefix("torch.")
+        tokenizer = load_tokenizer(model, settings, chat_template)
+        text = str(tokenizer.chat_template).encode()
+        template = "" if chat_template is None else hashlib.sha256(text).hexdigest()[:12]
+        return cls(
+            load_model(model, settings, device),
+            tokenizer,
+            f"{model.name_or_path}@{model.revision} in {precision}{template and f', chat template {template}'}",
+            AnswerStore(settings.llm_output_dir / STORE_FILE),
+            batch_size,
+        )
+
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
         """Answer every request, in order: this model has no failures. `what` is made, e.g. `questions`."""
         drawn_with = sampling.seed if sampling.temperature else 0
@@ -64,8 +90,9 @@ class LocalModel:
         # Prompts of like length share a batch, so that little is computed on padding. Batches are cut before the
         # stored answers are left out: rounding depends on the batch, and a run that was killed and started again
         # must end with the same answers.
-        order = sorted(prompts, key=lambda key: (len(prompts[key]), key))
-        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        order = sorted(prompts)
+        places = batches_by_length([len(prompts[key]) for key in order], self.batch_size)
+        batches = [[order[place] for place in batch] for batch in places]
         missing = [batch for batch in batches if not all(key in self.store.answers for key in batch)]
         count = sum(map(len, missing))
         if count < len(order):
@@ -79,38 +106,17 @@ class LocalModel:
         return [Answer(self.store.answers[key].text) for key in keys]
 
     def _generate(self, prompts: list[str], sampling: Sampling, seed: int) -> list[str]:
-        inputs = self.tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(self.model.device)
         # top_k 0 and top_p 1: the whole distribution, whatever the model's own generation defaults cut off.
         drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode(), torch.random.fork_rng():
             # A seed for each batch, from its first request: a batch draws the same whether or not others were stored.
             torch.manual_seed(seed % 2**63)
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=sampling.max_new_tokens,
+            new = generate_ids(
+                self.model,
+                self.tokenizer,
+                self.tokenizer(prompts, add_special_tokens=False)["input_ids"],
+                sampling.max_new_tokens,
                 **(drawn if sampling.temperature else {"do_sample": False}),
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=end_token_ids(self.model, self.tokenizer),
                 **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
             )
-        new = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-
-def open_local_model(
-    model: ModelConfig, compute: ComputeConfig, batch_size: int, settings: Settings, chat_template: str | None = None
-) -> LocalModel:
-    """The base model on this machine, with the answers it has given before."""
-    device = choose_device(compute)
-    precision = str(device.dtype).removeprefix("torch.")
-    tokenizer = load_tokenizer(model, settings, chat_template)
-    template = "" if chat_template is None else hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]
-    return LocalModel(
-        load_model(model, settings, device),
-        tokenizer,
-        f"{model.name_or_path}@{model.revision} in {precision}{template and f', chat template {template}'}",
-        AnswerStore(settings.llm_output_dir / STORE_FILE),
-        batch_size,
-    )

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from llm_engineering.config import PreferenceWriting
+from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.quarantine import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.generation.client import Client, Failure, Sampling
 from llm_engineering.generation.instructions import FROM_DOCUMENT, RAW_CHARS
+from llm_engineering.generation.types import Client, Failure, Sampling
+from llm_engineering.recipe.generation_blocks import PreferenceWriting
 
 
 def generate_preferences(

@@ -7,30 +7,16 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from llm_engineering.generation.types import Reply
+
 logger = logging.getLogger(__name__)
 
 SYNC_EVERY_S = 1.0
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a model sent back.
-
-    Attributes:
-        text: the raw text.
-        finish: `stop`, `length` (it reached the longest answer), or `refused`.
-        input_tokens, output_tokens: what it cost; 0 for the local model.
-    """
-
-    text: str
-    finish: str = "stop"
-    input_tokens: int = 0
-    output_tokens: int = 0
 
 
 # In the output folder.

@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import DatasetDict, load_from_disk
 
-from llm_engineering.config import ComputeConfig, Method
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import Method
 from llm_engineering.training.job import RESULT_FILE, Job, Result, Stage, read_job, write_failure
 
 if TYPE_CHECKING:
-    from llm_engineering.training.run import TrainingResult
+    from llm_engineering.training.job import TrainingResult
 
 
 def main() -> int:
@@ -117,8 +118,8 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
         raise RequestError("DPO starts from an SFT adapter, or a full SFT model: give its folder with --adapter.")
     if "WORLD_SIZE" in os.environ:
         _import_backend(recipe.compute, recipe.sft.method, config.model_dump(), arguments.adapter)
-    from llm_engineering.formatting.chat_template import pin_chat_template
-    from llm_engineering.models import pin_revision
+    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.tokenizer import pin_chat_template
     from llm_engineering.training import ranks
     from llm_engineering.training.launch import launch_training
 
@@ -147,7 +148,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
 
 def _import_backend(compute: ComputeConfig, method: Method, config: Mapping[str, Any], start: Path | None) -> None:
     """Import what changes transformers, before transformers: nothing at the top of this module imports it."""
-    from llm_engineering.compute.device import choose_backend, choose_device, import_backend, uses_dora
+    from llm_engineering.models.device import choose_backend, choose_device, import_backend, uses_dora
 
     use_dora = uses_dora(start) if start else bool(config["lora"]["use_dora"])
     device = choose_backend(choose_device(compute), compute, method, use_dora=use_dora)
@@ -155,7 +156,7 @@ def _import_backend(compute: ComputeConfig, method: Method, config: Mapping[str,
 
 
 def _train(job: Job) -> TrainingResult:
-    from llm_engineering.compute.device import check_processes, choose_device
+    from llm_engineering.models.device import check_processes, choose_device
     from llm_engineering.training import ranks
 
     assert job.data is not None

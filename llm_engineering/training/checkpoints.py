@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import differences
+from llm_engineering.recipe.loading import differences
 
 logger = logging.getLogger(__name__)
 

@@ -18,26 +18,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOTrainer
 from trl.models.utils import _ForwardRedirection
 
-from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device, uses_dora
-from llm_engineering.config import DPOConfig, TrainConfig, TrainingSetup
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
-from llm_engineering.training.flops import TrainingFlops
-from llm_engineering.training.job import Job
-from llm_engineering.training.packed_attention import attend_by_row, keeps_rows_apart, row_lengths
-from llm_engineering.training.policy import trained_policy
-from llm_engineering.training.resumable import ResumableTrainer
-from llm_engineering.training.run import (
-    TrainingResult,
-    run_identity,
-    run_training,
-    training_arguments,
-    work_folder,
+from llm_engineering.models.device import Device, check_training, choose_backend, choose_device, uses_dora
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, TrainConfig, TrainingSetup
+from llm_engineering.training.arguments import training_arguments
+from llm_engineering.training.job import Job, TrainingResult
+from llm_engineering.training.losses import (
+    attend_by_row,
+    causal_model,
+    keeps_rows_apart,
+    row_lengths,
+    token_log_probs,
+    why_not_from_hidden_states,
 )
-from llm_engineering.training.telemetry import TelemetryCallback
-from llm_engineering.training.token_log_probs import causal_model, token_log_probs, why_not_from_hidden_states
+from llm_engineering.training.policy import trained_policy
+from llm_engineering.training.run import TrainingRun, run_training
+from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
+from llm_engineering.training.trainer import ResumableTrainer
 from llm_engineering.training.unsloth_policy import Loading
 
 logger = logging.getLogger(__name__)
@@ -68,38 +68,26 @@ def train_dpo(
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     check_training("dpo", setup.method, config.optim, device)
     check_labels(data, tokenizer)
-    reference = "-".join(_file_hash(file) for file in sorted(sft_adapter.glob("*.safetensors")))
-    identity = run_identity("dpo", config, setup, device, data, reference)
-    folder = work_folder("dpo", identity, settings)
+    pairs = data["train"].select(range(min(LABEL_PAIRS, len(data["train"]))))
+    label_rows = [
+        (pair["prompt_ids"] + pair[name], [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[name])
+        for pair in pairs
+        for name in ("chosen_ids", "rejected_ids")
+    ]
+    start = "-".join(_file_hash(file) for file in sorted(sft_adapter.glob("*.safetensors")))
+    run = TrainingRun(
+        "dpo", config, setup, settings, device, tokenizer, data, label_rows, parameters or {}, start, resume_from
+    )
 
     def build(used: TrainConfig, telemetry: TelemetryCallback) -> _FormattedDPOTrainer:
         assert isinstance(used, DPOConfig)
         loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
         policy = trained_policy(setup.model, sft_adapter, settings, device, setup.method, loading)
         # A policy with an adapter holds its reference as a second one.
-        start = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
-        return dpo_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry, start)
+        reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
+        return dpo_trainer(policy, tokenizer, data, used, setup, device, run.folder, telemetry, reference)
 
-    pairs = data["train"].select(range(min(LABEL_PAIRS, len(data["train"]))))
-    return run_training(
-        "dpo",
-        build,
-        folder=folder,
-        identity=identity,
-        config=config,
-        setup=setup,
-        device=device,
-        tokenizer=tokenizer,
-        settings=settings,
-        data=data,
-        parameters=parameters or {},
-        label_rows=[
-            (pair["prompt_ids"] + pair[name], [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[name])
-            for pair in pairs
-            for name in ("chosen_ids", "rejected_ids")
-        ],
-        resume_from=resume_from,
-    )
+    return run_training(run, build)
 
 
 def train_dpo_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:

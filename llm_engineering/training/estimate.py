@@ -16,10 +16,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llm_engineering.compute.device import Device, choose_optimiser
-from llm_engineering.config import DPOConfig, Method, SFTConfig, TrainConfig
+from llm_engineering.models.device import Device, choose_optimiser
+from llm_engineering.recipe.training_blocks import DPOConfig, Method, SFTConfig, TrainConfig
+from llm_engineering.training.losses import CHUNK
 from llm_engineering.training.policy import lora_config
-from llm_engineering.training.token_log_probs import CHUNK
 
 # A weight in 4 bits, and its share of the doubly quantised block constants: 8/64 + 32/(64·256) bits (QLoRA,
 # arXiv:2305.14314, section 3).

@@ -1,16 +1,32 @@
-"""A training run as a file that other processes and machines read, and what they answer. It holds no secret."""
+"""A training run as a file that other processes and machines read, and the files with their results.
+
+No file holds a secret. This module imports neither torch nor transformers: unsloth has to be imported before them.
+"""
 
 from __future__ import annotations
 
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from llm_engineering.config import Block, TrainingSetup
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.training_blocks import TrainingSetup
+
+# In the folder `report`.
+SUMMARY_FILE = "report.json"
+
+
+class TrainingResult(NamedTuple):
+    """Two folders, `adapter` and `report`, and the summary that `report` holds as JSON."""
+
+    adapter: Path
+    report: Path
+    summary: dict[str, Any]
+
 
 # Both stand beside the job.
 RESULT_FILE = "result.json"
@@ -83,6 +99,6 @@ def write_failure(folder: Path, rank: int, error: Exception) -> None:
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """What processes left, the first first."""
+    """Failures of the worker processes, in the order of their time."""
     found = [Failure.model_validate_json(file.read_text(encoding="utf-8")) for file in folder.glob(f"{_FAILURE}*.json")]
     return sorted(found, key=lambda failure: failure.time)

@@ -1,27 +1,142 @@
-"""Where training runs on this machine: in this process, or in processes of its own that this one watches."""
+"""Starts training on this machine: in this process, or in several processes that this one watches.
+
+The processes of one run end together: signals are passed on to them, and when one fails, the others are ended.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import selectors
 import shutil
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from datasets import DatasetDict
 
-from llm_engineering.compute.device import check_processes, choose_device, needs_own_process
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
-from llm_engineering.settings import Settings
+from llm_engineering.models.device import check_processes, choose_device, needs_own_process
+from llm_engineering.recipe.settings import Settings
 from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import held
-from llm_engineering.training.job import RESULT_FILE, Job, Result, read_failures
-from llm_engineering.training.processes import Ended, run_processes
-from llm_engineering.training.run import TrainingResult
+from llm_engineering.training.job import RESULT_FILE, Job, Result, TrainingResult, read_failures
+from llm_engineering.training.ranks import Interruption
+
+logger = logging.getLogger(__name__)
+
+# When one process has failed, the others are given this long to end: most wait for it in vain.
+GRACE_S = 5.0
+_LOOK_EVERY_S = 0.1
+
+
+class Ended(NamedTuple):
+    """How processes ended.
+
+    Attributes:
+        codes: their exit codes in order; that of a signal is its number below zero, as in subprocess.
+        killed: those that a signal ended which did not come from here.
+        received: the signal that this process was sent meanwhile, and passed on.
+    """
+
+    codes: list[int]
+    killed: list[int]
+    received: signal.Signals | None
+
+
+def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
+    """Run a command once for each environment, to the end of all.
+
+    What they write is logged line by line. SIGINT and SIGTERM reach them as one SIGTERM. When one fails, the others
+    have `GRACE_S` to end. Whatever happens here, none of them is left.
+
+    Raises:
+        KeyboardInterrupt: a second signal.
+    """
+    with Interruption() as interruption, _started(command, environments) as processes:
+        lines = _Lines(processes)
+        killed: set[int] = set()
+        passed_on, ends_at = False, float("inf")
+        while any(process.poll() is None for process in processes):
+            lines.show(_LOOK_EVERY_S)
+            if interruption.received is not None and not passed_on:
+                passed_on = True
+                for process in processes:
+                    process.terminate()
+            codes = [process.poll() for process in processes]
+            if ends_at == float("inf") and any(code not in (None, 0, INTERRUPTED) for code in codes):
+                ends_at = time.monotonic() + GRACE_S
+            if time.monotonic() < ends_at:
+                killed |= {number for number, code in enumerate(codes) if code is not None and code < 0}
+            else:
+                for process in processes:
+                    process.kill()
+        while lines.show(0):
+            pass
+        return Ended([process.wait() for process in processes], sorted(killed), interruption.received)
+
+
+@contextmanager
+def _started(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]]
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for environment in environments:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                # Not the terminal's: what it sends comes from here, once.
+                start_new_session=True,
+            )
+            processes.append(process)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+class _Lines:
+    """Reads whole lines of several processes and logs them, in the calling thread: ZenML keeps the log of that one."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.rests: dict[int, bytes] = {}
+        for process in processes:
+            assert process.stdout is not None
+            self.selector.register(process.stdout, selectors.EVENT_READ)
+            self.rests[process.stdout.fileno()] = b""
+
+    def show(self, wait_s: float) -> bool:
+        """Log what is there, after waiting at most so long for it; False if nothing was."""
+        if not self.rests:
+            time.sleep(wait_s)
+            return False
+        ready = self.selector.select(wait_s)
+        for key, _ in ready:
+            read = os.read(key.fd, 2**16)
+            *lines, self.rests[key.fd] = (self.rests[key.fd] + read).split(b"\n")
+            if not read:
+                self.selector.unregister(key.fileobj)
+                last = self.rests.pop(key.fd)
+                lines += [last] if last else []
+            for line in lines:
+                logger.info("%s", line.decode(errors="replace").rstrip())
+        return bool(ready)
 
 
 def launch_training(

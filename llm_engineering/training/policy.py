@@ -9,10 +9,10 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 
-from llm_engineering.compute.device import Device
-from llm_engineering.config import LoraConfig, Method, ModelConfig
-from llm_engineering.models import load_model
-from llm_engineering.settings import Settings
+from llm_engineering.models.device import Device
+from llm_engineering.models.loading import load_model
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.training import unsloth_policy
 from llm_engineering.training.unsloth_policy import Loading
 

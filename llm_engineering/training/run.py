@@ -12,6 +12,8 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,54 +29,68 @@ from transformers import (
     ProgressCallback,
 )
 
-from llm_engineering.compute.device import Device, choose_optimiser
-from llm_engineering.config import ComputeConfig, TrainConfig, TrainingSetup
 from llm_engineering.errors import WorkError
-from llm_engineering.settings import Settings
-from llm_engineering.tracking import Trackers
+from llm_engineering.formatting.labels import label_views
+from llm_engineering.models.device import Device, choose_optimiser
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import TrainConfig, TrainingSetup
 from llm_engineering.training import ranks
+from llm_engineering.training.arguments import device_facts, effective_batch, halved, sizes_text, whole_weights
 from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
-from llm_engineering.training.distributed import (
-    distributed_arguments,
-    effective_batch,
-    halved,
-    sizes_text,
-    whole_weights,
-)
-from llm_engineering.training.flops import peak_flops
-from llm_engineering.training.interruption import Interruption
+from llm_engineering.training.job import SUMMARY_FILE, Stage, TrainingResult
 from llm_engineering.training.policy import save_policy
-from llm_engineering.training.report import write_training_report
-from llm_engineering.training.resumable import RestoreWindow, ResumableTrainer
-from llm_engineering.training.telemetry import TelemetryCallback, Work, peak_memory_bytes
+from llm_engineering.training.ranks import Interruption
+from llm_engineering.training.telemetry import TelemetryCallback, Work, peak_flops, peak_memory_bytes
+from llm_engineering.training.tracking import Trackers
+from llm_engineering.training.trainer import RestoreWindow, ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingResult(NamedTuple):
-    """Two folders, `adapter` and `report`, and the summary that the report holds as JSON."""
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run of a stage: everything that decides what it computes, and where it works.
 
-    adapter: Path
-    report: Path
-    summary: dict[str, Any]
+    Attributes:
+        stage: `sft` or `dpo`.
+        config: the stage's block of the recipe.
+        data: formatted splits, `train` and `validation` among them.
+        tokenizer: with the chat template of the recipe; it is saved beside the adapter.
+        label_rows: `(input_ids, labels)` of a few rows, for the label view of the report.
+        parameters: what trackers get besides the hyperparameters: dataset versions, run id.
+        start: hash of the trained weights that the stage starts from; empty for the base model.
+        resume_from: a checkpoint to go on from, in place of the newest of this run's folder.
+    """
 
+    stage: Stage
+    config: TrainConfig
+    setup: TrainingSetup
+    settings: Settings
+    device: Device
+    tokenizer: PreTrainedTokenizerBase
+    data: DatasetDict
+    label_rows: Sequence[tuple[list[int], list[int]]]
+    parameters: Mapping[str, Any]
+    start: str = ""
+    resume_from: Path | None = None
 
-def run_identity(
-    stage: str,
-    config: TrainConfig,
-    setup: TrainingSetup,
-    device: Device,
-    data: DatasetDict,
-    reference: str = "",
-) -> dict[str, Any]:
-    """All that decides what this run computes: recipe, model revision, device, data, and the model it starts from."""
-    return {
-        **setup.model_dump(mode="json", exclude={"tracking"}),
-        stage: config.model_dump(mode="json"),
-        "device": device_facts(device),
-        "dataset": dataset_digests(data),
-        "reference": reference,
-    }
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What checkpoints of this run are made from: recipe, model revision, device, data, and the start."""
+        return {
+            **self.setup.model_dump(mode="json", exclude={"tracking"}),
+            self.stage: self.config.model_dump(mode="json"),
+            "device": device_facts(self.device),
+            "dataset": dataset_digests(self.data),
+            "reference": self.start,
+        }
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where this run keeps its checkpoints. Another identity has another folder: no run resumes another's."""
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return self.settings.llm_output_dir.resolve() / "training" / f"{self.stage}-{digest[:12]}"
 
 
 def dataset_digests(data: DatasetDict) -> dict[str, str]:
@@ -88,126 +104,38 @@ def dataset_digests(data: DatasetDict) -> dict[str, str]:
     return splits
 
 
-def work_folder(stage: str, identity: Mapping[str, Any], settings: Settings) -> Path:
-    """Where this very run keeps its checkpoints: a run with other settings or other data has another folder,
-    so nothing is ever resumed that is not the same run."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return settings.llm_output_dir.resolve() / "training" / f"{stage}-{digest[:12]}"
-
-
-def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup, folder: Path) -> dict[str, Any]:
-    """The arguments that transformers.TrainingArguments takes for both stages."""
-    return {
-        **distributed_arguments(setup.compute),
-        "output_dir": str(folder / "checkpoints"),
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "lr_scheduler_type": config.lr_scheduler_type,
-        # transformers takes a share of the steps under this name, when it is below 1.
-        "warmup_steps": config.warmup_ratio,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
-        # unsloth turned its own on when it loaded the model.
-        "gradient_checkpointing": config.gradient_checkpointing and device.backend == "transformers",
-        "optim": choose_optimiser(config.optim, device, setup.compute.distributed)[0],
-        "load_best_model_at_end": config.load_best,
-        "metric_for_best_model": "eval_loss",
-        "logging_steps": config.logging_steps,
-        "logging_first_step": True,
-        "eval_strategy": "steps",
-        "eval_steps": config.eval_steps,
-        "save_steps": config.save_steps,
-        "save_total_limit": 2,
-        # TRL turns bf16 on by itself, also where it is slower.
-        "bf16": device.dtype == torch.bfloat16,
-        "fp16": device.dtype == torch.float16,
-        "use_cpu": device.name == "cpu",
-        "dataloader_pin_memory": device.name == "cuda",
-        "seed": setup.seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
 def run_training(
-    stage: str,
-    build: Callable[[TrainConfig, TelemetryCallback], ResumableTrainer],
-    *,
-    folder: Path,
-    identity: Mapping[str, Any],
-    config: TrainConfig,
-    setup: TrainingSetup,
-    device: Device,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Settings,
-    data: DatasetDict,
-    parameters: Mapping[str, Any],
-    label_rows: Sequence[tuple[list[int], list[int]]],
-    resume_from: Path | None = None,
+    run: TrainingRun, build: Callable[[TrainConfig, TelemetryCallback], ResumableTrainer]
 ) -> TrainingResult:
     """Train to the end, from the newest complete checkpoint if there is one.
 
     Args:
-        stage: `sft` or `dpo`.
         build: makes the trainer with the given batch sizes and callback.
-        identity: what checkpoints of this run are made from.
-        parameters: what Comet gets besides the hyperparameters: dataset versions, run id.
-        label_rows: `(input_ids, labels)` of a few rows, for the label view of the report.
-        resume_from: a checkpoint to go on from, and not the newest of this run's folder.
 
     Raises:
         RequestError: a checkpoint was made from something else, or another process trains this very run.
         WorkError: the loss is not a number or has exploded, the disk or the card's memory is full.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
+    stage, config, setup, folder = run.stage, run.config, run.setup, run.folder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    optimiser, why = choose_optimiser(config.optim, device, setup.compute.distributed)
-    for reason in (*device.reasons, f"optimiser {optimiser}: {why}"):
+    optimiser, why = choose_optimiser(config.optim, run.device, setup.compute.distributed)
+    for reason in (*run.device.reasons, f"optimiser {optimiser}: {why}"):
         logger.info("%s", reason)
-    checkpoints = folder / "checkpoints"
-    if resume_from is not None:
-        given_checkpoint(resume_from, identity)
+    if run.resume_from is not None:
+        given_checkpoint(run.resume_from, run.identity)
+
+    # Start the trackers
     tags = [stage, setup.model.name_or_path]
-    trackers = Trackers.start(setup.tracking, settings, folder, tags) if ranks.is_main() else Trackers({})
+    trackers = Trackers.start(setup.tracking, run.settings, folder, tags) if ranks.is_main() else Trackers({})
     try:
-        logged = {**config.model_dump(), **setup.model_dump(), **device_facts(device), **parameters}
+        logged = {**config.model_dump(), **setup.model_dump(), **device_facts(run.device), **run.parameters}
         trackers.log_parameters(_flat(logged))
         transformers.logging.set_verbosity_error()
         with held(folder) if ranks.is_main() else nullcontext():
-            used = config
-            newest = newest_complete(checkpoints, identity) if ranks.is_main() and not resume_from else None
-            checkpoint = resume_from or ranks.from_main(newest)
-            while True:
-                telemetry = TelemetryCallback(stage, trackers)
-                # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
-                transformers.set_seed(setup.seed)
-                trainer = build(used, telemetry)
-                trainer.identity, trainer.rows = identity, data["train"]
-                telemetry.work, telemetry.peak_flops = trainer.work, peak_flops(trainer.args.device, device.dtype)
-                started = time.perf_counter()
-                if _train(trainer, used, setup.compute, telemetry, checkpoint):
-                    break
-                assert trainer.model is not None
-                smaller = halved(used, training=trainer.model.training)
-                sizes = [sizes_text(tried, setup.compute) for tried in (used, smaller)]
-                if ranks.world_size() > 1:
-                    # The others wait for this process in the middle of a step, and cannot be asked to start it anew.
-                    raise WorkError(
-                        f"Out of memory in process {ranks.rank()} of {ranks.world_size()} with {sizes[0]}. With several "
-                        f"processes the batch is not made smaller by itself: use {sizes[1]} in the recipe's {stage}, "
-                        f"and per_device_eval_batch_size {smaller.per_device_eval_batch_size}."
-                    )
-                logger.warning("%s: out of memory with %s; trying %s", stage, *sizes)
-                used = smaller
-                del trainer
-                gc.collect()
-                torch.cuda.empty_cache()
-                checkpoint = newest_complete(checkpoints, identity) or resume_from
-            seconds = time.perf_counter() - started
+            # Train
+            trained = _train_until_it_fits(run, build, trackers)
+            trainer, telemetry = trained.trainer, trained.telemetry
             history = trainer.state.log_history
             losses = [entry["loss"] for entry in history if "loss" in entry]
             if not losses or not math.isfinite(losses[-1]):
@@ -215,39 +143,93 @@ def run_training(
                     f"The {stage} loss is {losses[-1] if losses else 'missing'} after {trainer.state.global_step} steps. "
                     f"Lower {stage}.learning_rate, or look for broken rows in the data report."
                 )
+
+            # Save the model and its tokenizer
             adapter = folder / "adapter"
             weights = whole_weights(trainer, setup.compute)
             if ranks.is_main():
                 shutil.rmtree(adapter, ignore_errors=True)
                 assert isinstance(trainer.model, PreTrainedModel | PeftModel)
                 save_policy(trainer.model, setup.model, adapter, weights)
-                tokenizer.save_pretrained(str(adapter))
+                run.tokenizer.save_pretrained(str(adapter))
     finally:
         places = trackers.end()
+
+    # Write the summary
     summary = {
         "stage": stage,
         "steps": trainer.state.global_step,
-        "resumed_from": checkpoint.name if checkpoint else None,
-        "effective_batch": effective_batch(used, setup.compute),
+        "resumed_from": trained.checkpoint.name if trained.checkpoint else None,
+        "effective_batch": effective_batch(trained.config, setup.compute),
         "num_processes": setup.compute.num_processes,
-        "per_device_train_batch_size": used.per_device_train_batch_size,
+        "per_device_train_batch_size": trained.config.per_device_train_batch_size,
         "train_loss": losses[-1],
         **{"tokens_per_second": 0.0, "padding_share": 0.0, **telemetry.work.rates(Work(), telemetry.peak_flops)},
-        "seconds": {**telemetry.work.seconds, "total": seconds},
+        "seconds": {**telemetry.work.seconds, "total": trained.seconds},
         "peak_memory_bytes": peak_memory_bytes(),
-        "device": device_facts(device),
-        "device_reasons": device.reasons,
+        "device": device_facts(run.device),
+        "device_reasons": run.device.reasons,
         "comet": places.pop("comet", {}),
         "trackers": places,
         "config": config.model_dump(),
         "history": history,
+        "labels": label_views(run.label_rows, run.tokenizer),
+        "end_token": str(run.tokenizer.eos_token),
     }
     report = folder / "report"
     if ranks.is_main():
-        write_training_report(report, summary, tokenizer, label_rows)
+        report.mkdir(parents=True, exist_ok=True)
+        (report / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
         # The adapter is complete: what was kept to resume from has done its work.
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return TrainingResult(adapter, report, summary)
+
+
+class _Trained(NamedTuple):
+    """A training that came to its end: with which batch sizes, from which checkpoint, and in how many seconds."""
+
+    trainer: ResumableTrainer
+    config: TrainConfig
+    telemetry: TelemetryCallback
+    checkpoint: Path | None
+    seconds: float
+
+
+def _train_until_it_fits(
+    run: TrainingRun, build: Callable[[TrainConfig, TelemetryCallback], ResumableTrainer], trackers: Trackers
+) -> _Trained:
+    """Train with the recipe's batch; where the card's memory does not suffice, with half of it, and so on."""
+    stage, setup = run.stage, run.setup
+    checkpoints = run.folder / "checkpoints"
+    used = run.config
+    newest = newest_complete(checkpoints, run.identity) if ranks.is_main() and not run.resume_from else None
+    checkpoint = run.resume_from or ranks.from_main(newest)
+    while True:
+        telemetry = TelemetryCallback(stage, trackers)
+        # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
+        transformers.set_seed(setup.seed)
+        trainer = build(used, telemetry)
+        trainer.identity, trainer.rows = run.identity, run.data["train"]
+        telemetry.work, telemetry.peak_flops = trainer.work, peak_flops(trainer.args.device, run.device.dtype)
+        started = time.perf_counter()
+        if _train(trainer, used, setup.compute, telemetry, checkpoint):
+            return _Trained(trainer, used, telemetry, checkpoint, time.perf_counter() - started)
+        assert trainer.model is not None
+        smaller = halved(used, training=trainer.model.training)
+        sizes = [sizes_text(tried, setup.compute) for tried in (used, smaller)]
+        if ranks.world_size() > 1:
+            # The others wait for this process in the middle of a step, and cannot be asked to start it anew.
+            raise WorkError(
+                f"Out of memory in process {ranks.rank()} of {ranks.world_size()} with {sizes[0]}. With several "
+                f"processes the batch is not made smaller by itself: use {sizes[1]} in the recipe's {stage}, "
+                f"and per_device_eval_batch_size {smaller.per_device_eval_batch_size}."
+            )
+        logger.warning("%s: out of memory with %s; trying %s", stage, *sizes)
+        used = smaller
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+        checkpoint = newest_complete(checkpoints, run.identity) or run.resume_from
 
 
 def _train(
@@ -284,16 +266,6 @@ def _train(
     if interruption.received is not None:
         raise KeyboardInterrupt(f"{interruption.received.name} in step {trainer.state.global_step}")
     return True
-
-
-def device_facts(device: Device) -> dict[str, str]:
-    """Device, precision, attention and backend as text."""
-    return {
-        "device": device.name,
-        "dtype": str(device.dtype).removeprefix("torch."),
-        "attn_implementation": device.attn_implementation,
-        "backend": device.backend,
-    }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

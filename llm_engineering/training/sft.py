@@ -14,27 +14,26 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
 
-from llm_engineering.compute.device import Device, check_training, choose_backend, choose_device
-from llm_engineering.config import SFTConfig, TrainConfig, TrainingSetup
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
-from llm_engineering.training.flops import TrainingFlops
-from llm_engineering.training.job import Job
-from llm_engineering.training.packed_attention import attend_by_row, keeps_rows_apart, row_lengths
-from llm_engineering.training.policy import new_policy
-from llm_engineering.training.resumable import ResumableTrainer
-from llm_engineering.training.run import (
-    TrainingResult,
-    run_identity,
-    run_training,
-    training_arguments,
-    work_folder,
+from llm_engineering.models.device import Device, check_training, choose_backend, choose_device
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import SFTConfig, TrainConfig, TrainingSetup
+from llm_engineering.training.arguments import training_arguments
+from llm_engineering.training.job import Job, TrainingResult
+from llm_engineering.training.losses import (
+    attend_by_row,
+    keeps_rows_apart,
+    row_lengths,
+    take_loss_from_hidden_states,
+    why_not_from_hidden_states,
 )
-from llm_engineering.training.telemetry import TelemetryCallback
-from llm_engineering.training.token_log_probs import take_loss_from_hidden_states, why_not_from_hidden_states
+from llm_engineering.training.policy import new_policy
+from llm_engineering.training.run import TrainingRun, run_training
+from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
+from llm_engineering.training.trainer import ResumableTrainer
 from llm_engineering.training.unsloth_policy import Loading, check_packable, check_packed
 
 logger = logging.getLogger(__name__)
@@ -64,31 +63,19 @@ def train_sft(
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     check_training("sft", config.method, config.optim, device)
     check_labels(data, tokenizer, setup.train_on_prompt)
-    identity = run_identity("sft", config, setup, device, data)
-    folder = work_folder("sft", identity, settings)
+    first = data["train"].select(range(min(LABEL_ROWS, len(data["train"]))))
+    label_rows = [(row["input_ids"], row["labels"]) for row in first]
+    run = TrainingRun(
+        "sft", config, setup, settings, device, tokenizer, data, label_rows, parameters or {}, resume_from=resume_from
+    )
 
     def build(used: TrainConfig, telemetry: TelemetryCallback) -> FormattedSFTTrainer:
         assert isinstance(used, SFTConfig)
         loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
         policy = new_policy(setup.model, config.lora, settings, device, config.method, loading)
-        return sft_trainer(policy, tokenizer, data, used, setup, device, folder, telemetry)
+        return sft_trainer(policy, tokenizer, data, used, setup, device, run.folder, telemetry)
 
-    first = data["train"].select(range(min(LABEL_ROWS, len(data["train"]))))
-    return run_training(
-        "sft",
-        build,
-        folder=folder,
-        identity=identity,
-        config=config,
-        setup=setup,
-        device=device,
-        tokenizer=tokenizer,
-        settings=settings,
-        data=data,
-        parameters=parameters or {},
-        label_rows=[(row["input_ids"], row["labels"]) for row in first],
-        resume_from=resume_from,
-    )
+    return run_training(run, build)
 
 
 def train_sft_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:

@@ -1,7 +1,7 @@
 """Loads the model that is trained with unsloth, whose kernels replace those of adapters, norms and the loss.
 
 Nothing here imports unsloth: it patches transformers, PEFT and TRL, and so was imported before all of them
-(`llm_engineering.compute.device.import_backend`), or it is too late.
+(`llm_engineering.models.device.import_backend`), or it is too late.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
-from llm_engineering.compute.device import Device
-from llm_engineering.config import LoraConfig, Method, ModelConfig
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models import hub_revision, model_path
-from llm_engineering.settings import Settings
+from llm_engineering.models.device import Device
+from llm_engineering.models.loading import hub_revision, model_path
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 
 # Whose decoders unsloth tells where packed rows begin. It loads others with transformers' forward.
 FAST_MODELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")

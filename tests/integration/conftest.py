@@ -12,6 +12,9 @@ import pytest
 from tests.integration.preloaded import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
+# What differs between two runs of the same training.
+TIMED = {"tokens_per_second", "peak_memory_bytes", "train_runtime", "train_samples_per_second",
+         "train_steps_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # fmt: skip
 TIMEOUT_S = 600
 # The secrets of every project here, which nothing may show or keep.
 PLANTED = "planted-secret-value"

@@ -11,12 +11,12 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm_engineering.config import EMBEDDED_MODEL, ModelConfig
-from llm_engineering.models import model_path, pin_revision
-from llm_engineering.settings import Settings
+from llm_engineering.models.loading import model_path, pin_revision
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
+from tests.fakes.scripted_endpoint import ScriptedEndpoint, error, scripted
 from tests.integration.conftest import ROOT
 from tests.integration.preloaded import Forked
-from tests.scripted_endpoint import ScriptedEndpoint, error, scripted
 
 PASSAGES = 2000
 CONCURRENCY = 64
@@ -26,11 +26,13 @@ TIMEOUT_S, HANG_S = 3.0, 3.3
 GENERATE = """
 import json, sys
 from pathlib import Path
-from llm_engineering.config import ClientConfig, ComputeConfig, GenerationConfig, InstructionWriting, ModelConfig
 from llm_engineering.documents.passages import Passage
-from llm_engineering.generation.client import open_client
 from llm_engineering.generation.instructions import generate_instructions
-from llm_engineering.settings import Settings
+from llm_engineering.generation.open import open_client
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, GenerationConfig, InstructionWriting
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 generation, count, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 config = GenerationConfig.model_validate(generation)
 names = ["".join(chr(97 + int(digit)) for digit in f"{i:05d}") for i in range(count)]

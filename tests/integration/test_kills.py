@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_engineering.config import (
-    ComputeConfig,
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import (
     DPOConfig,
     LoraConfig,
     ModelConfig,
@@ -21,8 +22,7 @@ from llm_engineering.config import (
     TrackingConfig,
     TrainingSetup,
 )
-from llm_engineering.settings import Settings
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 
 STEPS = 24
@@ -31,8 +31,6 @@ CONFIG = SFTConfig(
     learning_rate=1e-2, num_train_epochs=4, per_device_train_batch_size=1, gradient_accumulation_steps=2,
     save_steps=2, eval_steps=5, logging_steps=3, packing=False, lora=LoraConfig(r=4, lora_dropout=0.1),
 )  # fmt: skip
-TIMED = {"tokens_per_second", "peak_memory_bytes", "train_runtime", "train_samples_per_second",
-         "train_steps_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # fmt: skip
 
 
 def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None) -> None:

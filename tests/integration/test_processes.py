@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -15,16 +16,16 @@ from datasets import DatasetDict, concatenate_datasets
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from llm_engineering.config import ComputeConfig, DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig
-from llm_engineering.config import TrainingSetup as Setup
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig
+from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
 from llm_engineering.training import ranks, telemetry
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
-from tests.integration.test_kills import TIMED
 from tests.tiny_models import formatted, write_model
 
 STEPS = {"learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
@@ -272,7 +273,9 @@ def test_command_line_ends_all_its_processes(command):
     errors = process.communicate(timeout=TIMEOUT_S)[1]
     assert process.returncode == 130, errors
     assert "effective batch 4 = 1 per device × 2 accumulated × 2 processes" in errors
-    assert errors.count("sft steps: 5 of 100000") == 1
+    shown = re.findall(r"sft steps: (\d+) of 100000", errors)
+    assert shown, errors
+    assert len(set(shown)) == len(shown)
     assert "Interrupted. A checkpoint is saved" in errors
     psutil.wait_procs(children, timeout=10)
     assert not any(child.is_running() for child in children)

@@ -1,6 +1,5 @@
 """Schedules over HTTP: made, listed, paused, changed and removed in a fake account."""
 
-import importlib.metadata
 import json
 import os
 import sys
@@ -11,58 +10,27 @@ from pathlib import Path
 import pytest
 
 import tools.schedule_job
-from llm_engineering.compute.runs import RunRecord
-from llm_engineering.compute.sagemaker.schedules import EXECUTION
+from llm_engineering.cloud.schedules.run_records import RunRecord
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.settings import Settings
+from llm_engineering.recipe.settings import Settings
 from tests.conftest import ROOT
-from tests.fake_aws import Request
-from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, REGION, ROLE, running_sagemaker
-from tests.iam import actions, assert_allowed, policy
+from tests.fakes.aws import Request
+from tests.fakes.iam import actions, assert_allowed, policy
+from tests.fakes.sagemaker import ACCOUNT, BUCKET, REGION, ROLE
+from tests.integration.schedules import (  # noqa: F401
+    FOLDER,
+    RECIPE,
+    SCHEDULER_ROLE,
+    TOPIC,
+    account,
+    allow,
+    fire,
+    list_names,
+    put_secret,
+    settings_of,
+)
 from tools import schedule
 from tools.schedule_job import Server
-
-TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:retraining"
-SCHEDULER_ROLE = f"arn:aws:iam::{ACCOUNT}:role/scheduler"
-FOLDER = "llm-engineering/schedules/weekly/"
-RECIPE = """
-extends: {local}
-name: weekly
-data:
-  instructions: s3://{bucket}/data/rows.jsonl
-  split: {{validation_fraction: 0.2, test_fraction: 0.2}}
-model: {{name_or_path: "s3://{bucket}/model/"}}
-formatting: {{max_length: 192}}
-generation: {{rejected_max_new_tokens: 4, max_preferences: 16}}
-sft: {{max_steps: 6, learning_rate: 1e-2, eval_steps: 100, save_steps: 100}}
-dpo: {{max_steps: 2, learning_rate: 1e-4, eval_steps: 100, save_steps: 100}}
-evaluation: {{max_new_tokens: 4, generated_rows: 2, sample_answers: 1, bootstrap_samples: 100}}
-promotion:
-  dpo:
-    better_than: {{base: {{heldout_loss: 0.0, preference_accuracy: null}}, sft: {{preference_accuracy: null}}}}
-    not_worse_than: {{sft: {{heldout_loss: 5.0}}}}
-tracking: {{comet: "off"}}
-compute:
-  target: sagemaker
-  device: cpu
-  dtype: float32
-  sagemaker: {{instance_type: ml.g5.xlarge, max_run_s: 600, volume_size_gb: 30, use_spot: {spot}}}
-"""
-
-
-@pytest.fixture(scope="module")
-def account(tmp_path_factory):
-    """An account with a bucket, a topic that EventBridge may publish to, and a secret."""
-    lock = tmp_path_factory.mktemp("image") / "image.lock"
-    lock.write_text(f"trl=={importlib.metadata.version('trl')}\n")
-    with running_sagemaker() as fake:
-        fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1"}
-        fake.client("sns").create_topic(Name="retraining")
-        statement = {"Effect": "Allow", "Principal": {"Service": "scheduler.amazonaws.com"}, "Action": "sts:AssumeRole"}
-        trust = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-        fake.client("iam").create_role(RoleName="scheduler", AssumeRolePolicyDocument=trust)
-        allow(fake, "events.amazonaws.com")
-        yield fake
 
 
 @pytest.fixture
@@ -85,37 +53,6 @@ def fake(account, tmp_path, monkeypatch):
         account.client("scheduler").delete_schedule_group(Name=name)
     for key in account.objects("llm-engineering/"):
         account.client("s3").delete_object(Bucket=BUCKET, Key=key)
-
-
-def settings_of(folder: Path) -> dict[str, str]:
-    return {
-        "SCHEDULER_ROLE": SCHEDULER_ROLE,
-        "SAGEMAKER_RETRAIN_IMAGE": IMAGE,
-        "NOTIFY_SNS_TOPIC": TOPIC,
-        "SAGEMAKER_SECRET": "job",
-        "LLM_OUTPUT_DIR": str(folder / "outputs"),
-        "COMET_API_KEY": "",
-        "NOTIFY_WEBHOOK": "",
-    }
-
-
-def allow(fake, service: str) -> None:
-    statement = {"Effect": "Allow", "Principal": {"Service": service}, "Action": "sns:Publish", "Resource": TOPIC}
-    policy = json.dumps({"Version": "2012-10-17", "Statement": [statement]})
-    fake.client("sns").set_topic_attributes(TopicArn=TOPIC, AttributeName="Policy", AttributeValue=policy)
-
-
-def put_secret(fake, values: dict[str, str]) -> None:
-    secrets = fake.client("secretsmanager")
-    try:
-        secrets.create_secret(Name="job", SecretString=json.dumps(values))
-    except secrets.exceptions.ResourceExistsException:
-        secrets.put_secret_value(SecretId="job", SecretString=json.dumps(values))
-
-
-def list_names(fake) -> list[str]:
-    groups = fake.client("scheduler").list_schedule_groups()["ScheduleGroups"]
-    return [group["Name"] for group in groups if group["Name"] != "default"]
 
 
 @pytest.fixture
@@ -142,16 +79,6 @@ def listed(capsys) -> list[dict]:
     capsys.readouterr()
     assert call("list", "--json") == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-
-def fire(fake, name: str = "weekly") -> str:
-    """What EventBridge Scheduler does when the time has come; returns the job's name."""
-    full = f"llm-engineering-{name}"
-    target = fake.client("scheduler").get_schedule(GroupName=full, Name=full)["Target"]
-    assert target["Arn"] == "arn:aws:scheduler:::aws-sdk:sagemaker:createTrainingJob"
-    request = json.loads(target["Input"].replace(EXECUTION, f"d32c5kddcf5bb8c{len(fake.jobs)}"))
-    fake.client("sagemaker", "scheduler").create_training_job(**request)
-    return request["TrainingJobName"]
 
 
 def test_schedule_is_made_listed_paused_changed_and_removed_with_nothing_left(fake, recipe, capsys):
@@ -346,7 +273,7 @@ def test_schedule_with_a_running_job_is_removed_only_when_the_job_is_stopped(fak
 
 def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
     """CreateTrainingJob itself was refused: there is no job. The alarm tells, and the list says so."""
-    from llm_engineering.compute.sagemaker.schedules import get, missed
+    from llm_engineering.cloud.schedules.eventbridge import get, missed
 
     create(recipe, "--timezone", "UTC", cron="0 * * * ? *")
     session = schedule._session(Settings())

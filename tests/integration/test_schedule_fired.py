@@ -14,12 +14,12 @@ import uuid
 import httpx
 import pytest
 
-from llm_engineering.compute.runs import Place
+from llm_engineering.cloud.schedules.run_records import Place
 from tests.conftest import ROOT
-from tests.fake_sagemaker import BUCKET, LOG_GROUP, why_no_jobs
-from tests.iam import assert_allowed, policy
+from tests.fakes.iam import assert_allowed, policy
+from tests.fakes.sagemaker import BUCKET, LOG_GROUP, why_no_jobs
 from tests.integration.preloaded import Forked
-from tests.integration.test_schedule import FOLDER, RECIPE, account, fire, list_names, put_secret, settings_of  # noqa: F401
+from tests.integration.schedules import FOLDER, RECIPE, account, fire, list_names, put_secret, settings_of  # noqa: F401
 
 
 class Webhook(http.server.ThreadingHTTPServer):
@@ -82,7 +82,7 @@ def zenml_server(tmp_path):
     made, log = tmp_path / "server.json", tmp_path / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zenml_server", str(port), str(made)],
+            [sys.executable, "-m", "tests.fakes.zenml_server", str(port), str(made)],
             cwd=ROOT,
             env=env,
             stdout=output,
@@ -134,7 +134,7 @@ def log_of(fake, job: str) -> str:
 
 
 @pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
-def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):  # noqa: F811
+def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
     """The schedule fires twice at once, then with nothing new, then with data that cannot be read."""
     key = zenml_server.key
     planted, hook = f"planted-{uuid.uuid4().hex}", f"hook-{uuid.uuid4().hex}"

@@ -1,0 +1,1 @@
+"""What leaves this machine: SageMaker jobs and schedules."""

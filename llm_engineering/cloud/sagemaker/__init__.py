@@ -1,0 +1,1 @@
+"""Training as SageMaker jobs, with boto3 alone."""

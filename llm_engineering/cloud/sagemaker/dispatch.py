@@ -1,0 +1,344 @@
+"""Runs a training stage as a SageMaker job: starts or resumes it, follows it, fetches its results, states its cost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import ClientError
+from datasets import DatasetDict
+
+from llm_engineering.cloud.sagemaker import jobs
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.failures import explain, is_capacity, translated
+from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
+from llm_engineering.cloud.sagemaker.request import INPUTS, RESULTS, training_job_request
+from llm_engineering.cloud.sagemaker.storage import fetch_results, folder_hash, is_there, upload_code, upload_folder
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.compute_blocks import SageMakerConfig
+from llm_engineering.recipe.loading import differences
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.training.job import Job, TrainingResult
+
+PRICED_IN = "us-east-1, 2025-06"
+# On-demand list prices of SageMaker training in US dollars an hour, for the region and month above. They change, and
+# differ by region: https://aws.amazon.com/sagemaker/ai/pricing/
+USD_PER_HOUR = {
+    "ml.m5.large": 0.115,
+    "ml.m5.xlarge": 0.23,
+    "ml.g4dn.xlarge": 0.7364,
+    "ml.g4dn.2xlarge": 0.94,
+    "ml.g4dn.12xlarge": 4.89,
+    "ml.g5.xlarge": 1.408,
+    "ml.g5.2xlarge": 1.515,
+    "ml.g5.4xlarge": 2.03,
+    "ml.g5.12xlarge": 7.09,
+    "ml.g5.48xlarge": 20.36,
+    "ml.g6.xlarge": 1.1267,
+    "ml.g6.2xlarge": 1.222,
+    "ml.p3.2xlarge": 3.825,
+}
+
+
+def cost_facts(description: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and cost of an ended job, from what DescribeTrainingJob says of it.
+
+    Spot needs no price of its own: SageMaker counts fewer billable seconds, and the saving is what is missing. Both
+    times are those of one machine.
+
+    Returns:
+        `training_seconds`, `billable_seconds`, `spot_saving` (a share, spot only), and `cost_usd_estimate`, which is
+        missing for a type without a known price.
+    """
+    resources = description["ResourceConfig"]
+    trained = int(description.get("TrainingTimeInSeconds", 0))
+    billed = int(description.get("BillableTimeInSeconds", 0))
+    facts: dict[str, Any] = {"training_seconds": trained, "billable_seconds": billed}
+    if description.get("EnableManagedSpotTraining") and trained:
+        facts["spot_saving"] = round(1 - billed / trained, 3)
+    price = USD_PER_HOUR.get(resources["InstanceType"])
+    if price is not None:
+        facts["cost_usd_estimate"] = round(price * billed * resources["InstanceCount"] / 3600, 4)
+    return facts
+
+
+def cost_line(description: dict[str, Any]) -> str:
+    """The same as a sentence."""
+    facts = cost_facts(description)
+    machines = description["ResourceConfig"]
+    line = (
+        f"{facts['training_seconds']} s on {machines['InstanceCount']} x {machines['InstanceType']}, "
+        f"{facts['billable_seconds']} s billed"
+    )
+    if "spot_saving" in facts:
+        line += f" (spot saved {facts['spot_saving']:.0%})"
+    if "cost_usd_estimate" in facts:
+        return f"{line}: about {facts['cost_usd_estimate']:.2f} USD at the list price of {PRICED_IN}"
+    return f"{line}; no estimate of the cost, for no price of this type is known here"
+
+
+logger = logging.getLogger(__name__)
+
+# The job that is to be taken up again, whatever its state; unset when a stage has done so.
+ATTACH = "LLM_ATTACH_JOB"
+
+
+def dispatch_training(
+    job: Job, data: DatasetDict, settings: Settings, recipe: str, record: Callable[[dict[str, Any]], None]
+) -> TrainingResult:
+    """Train a stage as a SageMaker job, as `launch_training` does here.
+
+    A job of the same work that still runs is followed instead, and one that completed without its results having been
+    brought back is taken up. After one that failed or was stopped, the new one goes on from its checkpoints.
+
+    Args:
+        job: without `data`, which is given apart; its machines stand in `setup.compute.sagemaker`.
+        recipe: the recipe's name, with which the job's begins.
+        record: is given what is known of the job, when it begins to be followed and when it has ended.
+
+    Raises:
+        RequestError: role, bucket or image are not known, or the job to attach to does other work.
+        WorkError: AWS refuses, or the job did not complete; with the reason, a remedy and the end of its log.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the job was stopped, or left running.
+    """
+    stage = _Stage(job, data, settings, recipe)
+    with translated("SageMaker's jobs cannot be looked up"):
+        current = stage.given() or stage.unfinished()
+    if current is None:
+        with translated(f"The inputs of {job.stage} cannot be uploaded"):
+            stage.upload()
+    with Signals() as signals:
+        if current is None:
+            with translated(f"A job for {job.stage} cannot be started"):
+                current = stage.start(jobs.instance_types(stage.config))
+        while True:
+            record(stage.facts(current))
+            log = JobLog(stage.account.client("logs"), current["TrainingJobName"])
+            with translated(f"Job {current['TrainingJobName']} goes on, but cannot be followed"):
+                current = follow(stage.client, log, current["TrainingJobName"], signals)
+            record(stage.facts(current))
+            if current["TrainingJobStatus"] == "Completed":
+                break
+            tried = current["ResourceConfig"]["InstanceType"]
+            left = jobs.types_after(stage.config, tried) if is_capacity(current) else []
+            if not left:
+                raise explain(current, list(log.last))
+            if signals.received is not None:
+                raise KeyboardInterrupt("no job was started in place of one without capacity")
+            logger.warning("No capacity of %s: trying %s", tried, left[0])
+            with translated(f"A job for {job.stage} cannot be started"):
+                stage.former = current
+                current = stage.start(left)
+    logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current))
+    with translated(f"The results of job {current['TrainingJobName']} cannot be brought back"):
+        return stage.fetch(current)
+
+
+class _Stage:
+    """A training stage and its jobs.
+
+    Attributes:
+        former: the newest job of the same work, as SageMaker describes it, if there is one.
+    """
+
+    def __init__(self, job: Job, data: DatasetDict, settings: Settings, recipe: str) -> None:
+        config = job.setup.compute.sagemaker
+        assert config is not None
+        self.config: SageMakerConfig = config
+        self.job, self.data, self.settings, self.recipe = job, data, settings, recipe
+        self.account = Account.resolve(self.config, settings)
+        self.client = self.account.client("sagemaker")
+        self.identity = jobs.job_identity(job, data)
+        self.names = jobs.JobNames.of(recipe, job.stage, self.identity)
+        self.former: dict[str, Any] | None = None
+        self._channels: dict[str, str] = {}
+
+    def given(self) -> dict[str, Any] | None:
+        """The job that a person named, if it is one of this stage.
+
+        Raises:
+            RequestError: it does other work, or has ended without a result.
+        """
+        name = os.environ.get(ATTACH)
+        if name is None:
+            return None
+        description = jobs.describe(self.client, name)
+        if jobs.tags_of(self.client, description).get(jobs.STAGE) != self.job.stage:
+            return None
+        del os.environ[ATTACH]
+        different = differences(self._identity_of(description), json.loads(json.dumps(self.identity)))
+        if different:
+            raise RequestError(
+                f"Job {name} does other work: {', '.join(different)} differ. Use the recipe and the data that it was "
+                "started with, or leave --attach out."
+            )
+        if description["TrainingJobStatus"] in ("Failed", "Stopped"):
+            raise RequestError(
+                f"Job {name} is {description['TrainingJobStatus'].lower()}: there is nothing to attach to. Without "
+                "--attach a new job goes on from its newest checkpoint."
+            )
+        return description
+
+    def _identity_of(self, description: dict[str, Any]) -> dict[str, Any]:
+        (uri,) = [
+            channel["DataSource"]["S3DataSource"]["S3Uri"]
+            for channel in description["InputDataConfig"]
+            if channel["ChannelName"] == "job"
+        ]
+        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        found = self.account.client("s3").get_object(Bucket=bucket, Key=f"{key.rstrip('/')}/identity.json")
+        identity: dict[str, Any] = json.loads(found["Body"].read())
+        return identity
+
+    def unfinished(self) -> dict[str, Any] | None:
+        """The newest job of this work, if it runs or its results are still to be brought back."""
+        self.former = self.names.newest(self.client)
+        if self.former is None:
+            return None
+        name, status = self.former["TrainingJobName"], self.former["TrainingJobStatus"]
+        if status == "InProgress":
+            logger.info("Job %s does this very work already: following it", name)
+            return self.former
+        if status == "Stopping":
+            logger.info("Job %s is being stopped: waiting for its last checkpoint", name)
+            with Signals() as signals:
+                self.former = follow(self.client, JobLog(self.account.client("logs"), name), name, signals)
+        if self.former["TrainingJobStatus"] != "Completed":
+            logger.info("Job %s was not completed: a new one goes on from its newest checkpoint", name)
+            return None
+        if jobs.FETCHED in jobs.tags_of(self.client, self.former):
+            return None
+        if not is_there(self.account, self.former["ModelArtifacts"]["S3ModelArtifacts"]):
+            logger.warning("Job %s has done this very work, but its results are no longer in S3: starting anew", name)
+            return None
+        when = self.former["CreationTime"].strftime("%Y-%m-%d %H:%M")
+        logger.info("Job %s of %s has done this very work: bringing its results back", name, when)
+        return self.former
+
+    def start(self, types: Sequence[str]) -> dict[str, Any]:
+        """Upload what is missing and create a job on the first of these types that the quota allows."""
+        number = 1 if self.former is None else self.names.number(self.former["TrainingJobName"]) + 1
+        name = self.names.name(number)
+        channels = {**self.upload(), "job": self._upload_job(name)}
+        tags = {jobs.STAGE: self.job.stage, jobs.IDENTITY: self.names.digest, jobs.RECIPE: self.recipe}
+        requests = {
+            kind: training_job_request(
+                name,
+                self._command(),
+                channels,
+                {},
+                self._checkpoints(name),
+                self.account.uri("results"),
+                self.config.model_copy(update={"instance_type": kind}),
+                self.account,
+                tags,
+            )
+            for kind in types
+        }
+        description, is_new = jobs.create_first(self.client, requests)
+        kind, spot = description["ResourceConfig"]["InstanceType"], " (spot)" if self.config.use_spot else ""
+        started = "started on" if is_new else "was started by another process meanwhile; following it, on"
+        logger.info("Job %s %s %d x %s%s", name, started, self.config.instance_count, kind, spot)
+        return description
+
+    def _command(self) -> list[str]:
+        """What a person would run with the same job file; torchrun where there are several processes."""
+        count = self.job.setup.compute.num_processes
+        here = ["torch.distributed.run", "--nproc-per-node", str(count // self.config.instance_count), "-m"]
+        training = ["llm_engineering.training", "--job", f"{INPUTS}/job/job.json", "--output", RESULTS]
+        return ["python", "-m", *(here if count > 1 else []), *training]
+
+    def _checkpoints(self, name: str) -> str:
+        """Where a job keeps its checkpoints: where the former one did, if that left work to be done."""
+        former = self.former
+        if former is not None and former["TrainingJobStatus"] != "Completed":
+            uri: str = former["CheckpointConfig"]["S3Uri"]
+            if uri.startswith(f"s3://{self.account.bucket}/"):
+                return uri
+            logger.warning("The checkpoints of the former job are in another bucket, %s: training starts anew", uri)
+        return self.account.uri("checkpoints", name)
+
+    def upload(self) -> dict[str, str]:
+        """Upload what does not depend on the job's number, once; returns the channels."""
+        if self._channels:
+            return self._channels
+        with tempfile.TemporaryDirectory() as folder:
+            self.data.save_to_disk(folder)
+            content = folder_hash(Path(folder))
+            channels = {
+                "code": upload_code(self.account),
+                "data": upload_folder(self.account, Path(folder), "data", content),
+            }
+        if self.job.start is not None:
+            channels["start"] = upload_folder(self.account, self.job.start, "models", folder_hash(self.job.start))
+        if self._model is not None:
+            channels["model"] = upload_folder(self.account, self._model, "models", folder_hash(self._model))
+        self._channels = channels
+        return channels
+
+    @cached_property
+    def _model(self) -> Path | None:
+        """The base model's folder, where the recipe names one: the job cannot see it."""
+        folder = Path(self.job.setup.model.name_or_path).expanduser()
+        return folder if folder.is_dir() else None
+
+    def _upload_job(self, name: str) -> str:
+        model = self.job.setup.model
+        if self._model is not None:
+            model = model.model_copy(update={"name_or_path": f"{INPUTS}/model"})
+        setup = self.job.setup.model_copy(update={"compute": self.job.setup.compute.in_job, "model": model})
+        places = {"data": Path(INPUTS, "data"), "start": Path(INPUTS, "start") if self.job.start else None}
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            job = self.job.model_copy(update={"setup": setup, **places})
+            (folder / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
+            (folder / "identity.json").write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
+            return upload_folder(self.account, folder, "jobs", name)
+
+    def facts(self, description: dict[str, Any]) -> dict[str, Any]:
+        """What is worth knowing of a job; seconds and cost when it has ended."""
+        resources = description["ResourceConfig"]
+        facts = {
+            "name": description["TrainingJobName"],
+            "arn": description["TrainingJobArn"],
+            "status": description["TrainingJobStatus"],
+            "instance_type": resources["InstanceType"],
+            "instance_count": resources["InstanceCount"],
+            "spot": bool(description.get("EnableManagedSpotTraining")),
+        }
+        if not jobs.is_running(description):
+            facts |= cost_facts(description)
+        return {f"sagemaker_{name}": value for name, value in facts.items()}
+
+    def fetch(self, description: dict[str, Any]) -> TrainingResult:
+        """The adapter and the report of a completed job, which is marked as fetched."""
+        name, uri = description["TrainingJobName"], description["ModelArtifacts"]["S3ModelArtifacts"]
+        folder = fetch_results(self.account, uri, name, self.settings.llm_output_dir)
+        adapter, report = folder / "adapter", folder / "report" / "report.json"
+        if self._model is not None:
+            _rename_base(adapter / "adapter_config.json", self.job.setup.model.name_or_path)
+        summary = json.loads(report.read_text(encoding="utf-8")) | {"sagemaker": self.facts(description)}
+        report.write_text(json.dumps(summary, indent=2), encoding="utf-8")
+        when = {"Key": jobs.FETCHED, "Value": datetime.now(UTC).isoformat(timespec="seconds")}
+        try:
+            self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
+        except ClientError as error:
+            # The results are here, and that is what counts.
+            logger.warning(
+                "Job %s cannot be marked as fetched (%s): the same work will find its results again", name, error
+            )
+        return TrainingResult(adapter, report.parent, summary)
+
+
+def _rename_base(config: Path, name_or_path: str) -> None:
+    """Let an adapter name its base model as the recipe does, not by its place in the job."""
+    if config.is_file():
+        found = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": name_or_path}
+        config.write_text(json.dumps(found, indent=2, sort_keys=True), encoding="utf-8")

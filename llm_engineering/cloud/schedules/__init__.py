@@ -1,0 +1,1 @@
+"""Retraining at fixed times: EventBridge Scheduler, systemd timers, crontab."""

@@ -1,0 +1,84 @@
+"""Lines of the user's crontab, each with a mark at its end; other lines stay as they are."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from llm_engineering.cloud.schedules.cron import Timing, crontab_fields
+from llm_engineering.errors import WorkError
+
+_PAUSED = "# paused: "
+
+
+def write(
+    name: str,
+    timing: Timing,
+    command: Sequence[str],
+    directory: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    paused: bool,
+) -> None:
+    """Make a line, or one anew that is there.
+
+    Raises:
+        RequestError: cron cannot say the time.
+        WorkError: crontab fails.
+    """
+    variables = [f"{key}={value}" for key, value in sorted(environment.items())]
+    start = f"cd {shlex.quote(str(directory))} && {shlex.join(['env', *variables, *command])}"
+    line = f"{start} >> {shlex.quote(str(log))} 2>&1 {_mark(name)}".replace("%", r"\%")  # cron's line break
+    others = [other for other in _read() if not _is_of(other, name)]
+    _install([*others, f"{_PAUSED if paused else ''}{crontab_fields(timing)} {line}"])
+
+
+def state(name: str) -> Literal["active", "paused", "lost"]:
+    """Whether the line fires; lost if it is not there."""
+    own = [line for line in _read() if _is_of(line, name)]
+    if not own:
+        return "lost"
+    return "paused" if own[0].startswith(_PAUSED) else "active"
+
+
+def set_paused(name: str, paused: bool) -> None:
+    """Let it fire no more, or again."""
+
+    def changed(line: str) -> str:
+        return (_PAUSED if paused else "") + line.removeprefix(_PAUSED)
+
+    _install([changed(line) if _is_of(line, name) else line for line in _read()])
+
+
+def remove(name: str) -> None:
+    """Remove the line."""
+    lines = _read()
+    others = [line for line in lines if not _is_of(line, name)]
+    if others != lines:
+        _install(others)
+
+
+def _read() -> list[str]:
+    done = subprocess.run(["crontab", "-l"], capture_output=True, text=True)  # noqa: S607
+    if done.returncode and "no crontab" not in done.stderr.lower():
+        raise WorkError(f"crontab -l failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    return [] if done.returncode else done.stdout.splitlines()
+
+
+def _install(lines: Sequence[str]) -> None:
+    # An empty crontab is none.
+    command = ["crontab", "-"] if lines else ["crontab", "-r"]
+    done = subprocess.run(command, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True)
+    if done.returncode:
+        raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")
+
+
+def _mark(name: str) -> str:
+    return f"# {name}"
+
+
+def _is_of(line: str, name: str) -> bool:
+    return line.endswith(f" 2>&1 {_mark(name)}")

@@ -1,0 +1,166 @@
+"""A recipe as a job reads it that starts by itself: what is on this machine is not there.
+
+Data is named in S3, and SageMaker puts it beside the job at every start, so that each run sees what is new. Files that
+belong to the recipe itself, such as the checks of the evaluation, go with the schedule as they are now.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from llm_engineering.cloud.sagemaker.request import INPUTS
+from llm_engineering.data.sources import dataset_files
+from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.requirements import files_hash
+from llm_engineering.models.tokenizer import pin_chat_template
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
+
+# The channel of the recipe itself and the files that go with it.
+RECIPE_CHANNEL = "recipe"
+RECIPE_FILE = "recipe.json"
+_S3 = "s3://"
+
+
+@dataclass(frozen=True)
+class JobRecipe:
+    """A recipe for the job.
+
+    Attributes:
+        recipe: with the paths of the job's machine, training there.
+        channels: what is in S3, by the name of its channel.
+        files: files of this machine that the recipe reads, by their path in the channel of the recipe.
+    """
+
+    recipe: Recipe
+    channels: dict[str, str]
+    files: dict[str, Path]
+
+
+def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
+    """The recipe for a job of a schedule.
+
+    Args:
+        bucket: of the account, for the remedies.
+        s3: a boto3 client.
+
+    Raises:
+        RequestError: it reads what a job cannot reach; all of that is named, each with its remedy.
+    """
+    channels: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    problems: list[str] = []
+
+    def placed(key: str, value: str) -> str:
+        """The value with what is in S3 named by its place beside the job."""
+        if not value.startswith(_S3):
+            return value
+        address, mark, split = value.partition("#")
+        channel = key.replace(".", "-").replace("_", "-")
+        try:
+            uri, name = _objects(address, s3)
+        except RequestError as error:
+            problems.append(f"{key}: {error}")
+            return value
+        channels[channel] = uri
+        return str(PurePosixPath(INPUTS, channel, name)) + mark + split
+
+    def dataset(key: str, value: str | None) -> str | None:
+        if value is None or value.startswith(_S3):
+            return value and placed(key, value)
+        try:
+            local = dataset_files(value)
+        except RequestError as error:
+            problems.append(f"{key}: {error}")
+            return value
+        if local is not None:
+            problems.append(_not_there(key, value, bucket))
+        return value
+
+    data, documents, model = recipe.data, recipe.documents, recipe.model
+    if data.instructions is None:
+        if documents.path.startswith(_S3):
+            documents = documents.model_copy(update={"path": placed("documents.path", documents.path)})
+        elif documents.path != EMBEDDED_DOCUMENTS:
+            problems.append(_not_there("documents.path", documents.path, bucket))
+    named = {
+        key: dataset(f"data.{key}", getattr(data, key))
+        for key in ("instructions", "preferences", "test_instructions", "test_preferences")
+    }
+    others = [dataset(f"data.decontaminate_against.{i}", value) for i, value in enumerate(data.decontaminate_against)]
+    data = data.model_copy(update={**named, "decontaminate_against": others})
+    if model.name_or_path.startswith(_S3):
+        model = model.model_copy(update={"name_or_path": placed("model.name_or_path", model.name_or_path)})
+    elif model.name_or_path != EMBEDDED_MODEL and Path(model.name_or_path).expanduser().exists():
+        problems.append(_not_there("model.name_or_path", model.name_or_path, bucket))
+    evaluation = recipe.evaluation
+    # A missing file or a bad line is told now.
+    files_hash(evaluation)
+    if evaluation.checks is not None:
+        file = Path(evaluation.checks).expanduser()
+        files[f"checks/{file.name}"] = file
+        evaluation = evaluation.model_copy(update={"checks": f"{INPUTS}/{RECIPE_CHANNEL}/checks/{file.name}"})
+    if evaluation.lm_eval is not None and evaluation.lm_eval.include_path is not None:
+        folder = Path(evaluation.lm_eval.include_path).expanduser()
+        found = {f"tasks/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*")) if file.is_file()}
+        files |= {name: file for name, file in found.items() if not any(p.startswith(".") for p in Path(name).parts)}
+        tasks = evaluation.lm_eval.model_copy(update={"include_path": f"{INPUTS}/{RECIPE_CHANNEL}/tasks"})
+        evaluation = evaluation.model_copy(update={"lm_eval": tasks})
+    for key, client in (("generation", recipe.generation), ("evaluation.judge", evaluation.judge)):
+        if client is not None and client.base_url is not None and is_loopback(client.base_url):
+            problems.append(
+                f"{key}.base_url {client.base_url} is this machine's own: name an address that a job reaches"
+            )
+    if problems:
+        listed = "\n".join(f"- {problem}" for problem in problems)
+        raise RequestError(f"A job of SageMaker cannot read all that this recipe names:\n{listed}")
+    update = {
+        "data": data,
+        "documents": documents,
+        "model": model,
+        "evaluation": evaluation,
+        "formatting": pin_chat_template(recipe.formatting),
+        "compute": recipe.compute.in_job,
+    }
+    return JobRecipe(recipe.model_copy(update=update), channels, files)
+
+
+def _objects(address: str, s3: Any) -> tuple[str, str]:
+    """The prefix of an object or a folder in S3, and the object's name; empty of a folder.
+
+    Raises:
+        RequestError: nothing is there.
+    """
+    bucket, _, key = address.removeprefix(_S3).partition("/")
+    if key and not key.endswith("/"):
+        found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+        if found and found[0]["Key"] == key:
+            return address, PurePosixPath(key).name
+        key += "/"
+    if not s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents"):
+        raise RequestError(f"{address} holds no object. Upload the files: aws s3 sync my_files/ {_S3}{bucket}/{key}")
+    return f"{_S3}{bucket}/{key}", ""
+
+
+def _not_there(key: str, value: str, bucket: str) -> str:
+    name = Path(value.partition("#")[0]).name
+    target = f"{_S3}{bucket}/{key.split('.')[0]}/{name}"
+    command = "sync" if Path(value).expanduser().is_dir() else "cp"
+    return (
+        f"{key} {value} is on this machine, and a job starts without it. Upload it and name it there: "
+        f"aws s3 {command} {value} {target}, then {'DOCUMENTS=' if key == 'documents.path' else f'--set {key}='}{target}"
+    )
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is the machine's own."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

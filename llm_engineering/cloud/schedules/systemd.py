@@ -1,0 +1,103 @@
+"""Timers of systemd's user instance (systemd.timer(5)): a `.service` that runs a command, a `.timer` that starts it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from llm_engineering.cloud.schedules.cron import Timing, on_calendar
+from llm_engineering.errors import WorkError
+
+
+def is_there() -> bool:
+    """Whether systemd answers for this user: it does not in containers, nor after su."""
+    if shutil.which("systemctl") is None:
+        return False
+    return subprocess.run(["systemctl", "--user", "show-environment"], capture_output=True).returncode == 0  # noqa: S607
+
+
+def write(
+    name: str,
+    timing: Timing,
+    command: Sequence[str],
+    directory: Path,
+    environment: Mapping[str, str],
+    log: Path,
+    paused: bool,
+) -> None:
+    """Make a timer, or one anew that is there.
+
+    Raises:
+        RequestError: systemd cannot say the time.
+        WorkError: systemctl fails.
+    """
+    variables = "".join(f"Environment={_quoted([f'{key}={value}'])}\n" for key, value in sorted(environment.items()))
+    output = str(log).replace("%", "%%")
+    service = (
+        f"[Unit]\nDescription={name}\n\n"
+        f"[Service]\nType=oneshot\nWorkingDirectory={str(directory).replace('%', '%%')}\n{variables}"
+        f"ExecStart={_quoted([word.replace('$', '$$') for word in command])}\n"
+        f"StandardOutput=append:{output}\nStandardError=append:{output}\n"
+        # A checkpoint of a large model takes longer than systemd's 90 seconds.
+        "TimeoutStopSec=600\n"
+    )
+    timer = (
+        f"[Unit]\nDescription={name}\n\n"
+        f"[Timer]\nOnCalendar={on_calendar(timing)}\nAccuracySec=1\n\n"
+        "[Install]\nWantedBy=timers.target\n"
+    )
+    _folder().mkdir(parents=True, exist_ok=True)
+    _unit(name, "service").write_text(service, encoding="utf-8")
+    _unit(name, "timer").write_text(timer, encoding="utf-8")
+    _systemctl("daemon-reload")
+    if not paused:
+        _systemctl("enable", f"{name}.timer")
+        # A timer that is active keeps its former time until it is started again.
+        _systemctl("restart", f"{name}.timer")
+
+
+def state(name: str) -> Literal["active", "paused", "lost"]:
+    """Whether the timer fires; lost if it is not there."""
+    if not _unit(name, "timer").is_file():
+        return "lost"
+    command = ["systemctl", "--user", "is-enabled", "--quiet", f"{name}.timer"]
+    return "active" if subprocess.run(command, capture_output=True).returncode == 0 else "paused"
+
+
+def set_paused(name: str, paused: bool) -> None:
+    """Let it fire no more, or again."""
+    _systemctl("disable" if paused else "enable", "--now", f"{name}.timer")
+
+
+def remove(name: str) -> None:
+    """Remove both units."""
+    if state(name) == "active":
+        set_paused(name, True)
+    for kind in ("timer", "service"):
+        _unit(name, kind).unlink(missing_ok=True)
+    _systemctl("daemon-reload")
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user"
+
+
+def _unit(name: str, kind: str) -> Path:
+    return _folder() / f"{name}.{kind}"
+
+
+def _quoted(words: Sequence[str]) -> str:
+    """Words as systemd reads them (systemd.service(5), "Command lines")."""
+    escaped = (word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") for word in words)
+    return " ".join(f'"{word}"' for word in escaped)
+
+
+def _systemctl(*arguments: str) -> None:
+    command = ["systemctl", "--user", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise WorkError(f"{' '.join(command)} failed: {done.stderr.strip() or f'exit code {done.returncode}'}")

@@ -1,1 +1,0 @@
-"""Where training runs: the device, its precision and attention."""

@@ -1,0 +1,70 @@
+"""Hashes of the files that a run reads, one by one, so that a changed one can be named later."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, Value
+
+from llm_engineering.data.rows import to_dataset
+from llm_engineering.data.sources import dataset_files, dataset_hash
+from llm_engineering.documents.read import document_files, documents_hash
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
+from llm_engineering.recipe.recipe import Recipe
+
+_FEATURES = Features({"file": Value("string"), "sha256": Value("string")})
+
+
+def document_fingerprints(config: DocumentsConfig) -> dict[str, str]:
+    """SHA-256 of every file of `documents.path`; of the embedded corpus, its hash as a whole."""
+    if config.path == EMBEDDED_DOCUMENTS:
+        return {config.path: documents_hash(config)}
+    return _fingerprints(document_files(config.path))
+
+
+def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
+    """SHA-256 of every file of the datasets that are named; of one of the hub, its commit.
+
+    Raises:
+        RequestError: a dataset is missing.
+    """
+    found: dict[str, str] = {}
+    for reference in filter(None, references):
+        files = dataset_files(reference)
+        found |= {reference: dataset_hash(reference)} if files is None else _fingerprints(files)
+    return found
+
+
+def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
+    """What the sources of an artifact (`documents`, `instruction_candidates`, `preference_candidates`) are now.
+
+    Raises:
+        RequestError: one is missing.
+    """
+    data = recipe.data
+    if artifact == "documents":
+        return document_fingerprints(recipe.documents)
+    if artifact == "instruction_candidates":
+        return dataset_fingerprints([data.instructions, data.test_instructions])
+    return dataset_fingerprints([data.preferences, data.test_preferences])
+
+
+def fingerprint_table(fingerprints: dict[str, str]) -> Dataset:
+    """Fingerprints as a dataset, to be stored beside what was read from the files."""
+    return to_dataset([{"file": file, "sha256": value} for file, value in fingerprints.items()], _FEATURES)
+
+
+def _fingerprints(files: Iterable[Path]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for file in files:
+        # A name may hold bytes that are no text, which Arrow cannot store.
+        name = str(file).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        try:
+            with file.open("rb") as stream:
+                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            # What cannot be read is in quarantine, too, and is a change once it can.
+            found[name] = f"unreadable: {error.strerror}"
+    return found

@@ -1,0 +1,159 @@
+"""The gate: whether a model's measures are good enough for a stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from llm_engineering.recipe.evaluation_blocks import Comparisons, PromotionConfig
+
+# What a report's intervals cover where it does not say.
+CONFIDENCE = 0.95
+
+
+class Rule(BaseModel):
+    """One rule of the gate, with its numbers and its verdict.
+
+    Attributes:
+        name: the rule in words.
+        value: how much better the candidate is than `than`, in the measure's unit: positive is better, whichever
+            direction is better for the measure. None where the report has no such comparison.
+        low, high: the ends of the interval of `value`; the rule is judged by `low`.
+        bound: what `low` must be above (`better`), or at least (`not_worse`).
+        reason: why a rule was skipped, or could not be judged.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    measure: str
+    sense: Literal["better", "not_worse"]
+    than: Literal["base", "sft", "incumbent"]
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bound: float
+    verdict: Literal["passed", "failed", "skipped"]
+    reason: str = ""
+
+
+class PromotionDecision(BaseModel):
+    """What the gate decided. `stage` is None unless the model was moved: then the incumbent stays.
+
+    Attributes:
+        candidate: the model that was judged, `sft` or `dpo`.
+        incumbent: the version that was in production when the run began, None if there was none.
+        confidence: what the intervals cover.
+        passed: whether every rule passed.
+        outcome: `stale` if all rules passed, but production has changed since the run began.
+        reason: the outcome in a sentence.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    candidate: Literal["sft", "dpo"]
+    incumbent: int | None
+    confidence: float
+    rules: list[Rule]
+    passed: bool
+    outcome: Literal["passed", "failed", "stale"]
+    stage: Literal["staging", "production"] | None
+    reason: str
+
+
+def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | None) -> PromotionDecision:
+    """Judge the newest model of an evaluation report, `dpo` where there is one, else `sft`, by the rules for its run.
+
+    Each rule is judged by the end of the interval of the paired difference that speaks against the candidate, so that
+    a gain that could be chance does not pass; a model equal to the one compared with has a gain of zero and fails.
+
+    Args:
+        report: `report.json` of the evaluation.
+        incumbent: the version that was in production when the run began. Rules about it are skipped if there is none,
+            and fail if the report does not measure it.
+    """
+    candidate: Literal["sft", "dpo"] = "dpo" if "dpo" in report["models"] else "sft"
+    asked = config.dpo if candidate == "dpo" else config.sft
+    rules = [
+        *_judge_all(report, candidate, "better", asked.better_than, incumbent),
+        *_judge_all(report, candidate, "not_worse", asked.not_worse_than, incumbent),
+    ]
+    confidence = float(report.get("confidence", CONFIDENCE))
+    failed = [rule for rule in rules if rule.verdict == "failed"]
+    stage: Literal["staging", "production"] = "production" if config.auto else "staging"
+    return PromotionDecision(
+        candidate=candidate,
+        incumbent=incumbent,
+        confidence=confidence,
+        rules=rules,
+        passed=not failed,
+        outcome="failed" if failed else "passed",
+        stage=None if failed else stage,
+        reason=_reason(failed, confidence, stage, incumbent),
+    )
+
+
+def _judge_all(
+    report: Mapping[str, Any],
+    candidate: str,
+    sense: Literal["better", "not_worse"],
+    comparisons: Comparisons,
+    incumbent: int | None,
+) -> list[Rule]:
+    return [
+        _judge(report, candidate, sense, than, measure, bound, incumbent)
+        for than in ("base", "sft", "incumbent")
+        for measure, bound in getattr(comparisons, than).items()
+        if bound is not None
+    ]
+
+
+def _judge(
+    report: Mapping[str, Any],
+    candidate: str,
+    sense: Literal["better", "not_worse"],
+    than: Literal["base", "sft", "incumbent"],
+    measure: str,
+    asked: float,
+    incumbent: int | None,
+) -> Rule:
+    words = f"better than {than} by more than" if sense == "better" else f"not worse than {than} by more than"
+    # Subtracted from zero, or a bound of 0 would read -0.
+    bound = asked if sense == "better" else 0.0 - asked
+    rule = Rule(
+        name=f"{measure} {words} {asked:g}", measure=measure, sense=sense, than=than, bound=bound, verdict="failed"
+    )
+    if than == "incumbent" and incumbent is None:
+        return rule.model_copy(update={"verdict": "skipped", "reason": "nothing is in production"})
+    found = report["measures"].get(measure, {})
+    difference = found.get("differences", {}).get(f"{candidate}-{than}")
+    if difference is None:
+        which = f"version {incumbent}, which is in production" if than == "incumbent" else than
+        return rule.model_copy(update={"reason": f"the report does not compare {candidate} with {which}"})
+    if found["better"] is None:
+        return rule.model_copy(update={"reason": f"neither more nor less {measure} is better"})
+    ends = [float("nan") if difference[key] is None else float(difference[key]) for key in ("value", "low", "high")]
+    if not all(map(math.isfinite, ends)):
+        return rule.model_copy(update={"reason": "the difference has no interval: too few rows, or no finite number"})
+    value, low, high = ends
+    if found["better"] == "lower":
+        value, low, high = 0.0 - value, 0.0 - high, 0.0 - low
+    passed = low > bound if sense == "better" else low >= bound
+    verdict = "passed" if passed else "failed"
+    return rule.model_copy(update={"value": value, "low": low, "high": high, "verdict": verdict})
+
+
+def _reason(failed: list[Rule], confidence: float, stage: str, incumbent: int | None) -> str:
+    if not failed:
+        return f"Every rule passed: to {stage}."
+    said = [
+        f"{rule.name}: {rule.reason}"
+        if rule.value is None
+        else f"{rule.name}: {rule.value:.4f}, {confidence:.0%} interval {rule.low:.4f} to {rule.high:.4f}"
+        for rule in failed
+    ]
+    stays = f"version {incumbent} stays in production" if incumbent is not None else "production stays empty"
+    return f"Not promoted, {stays}. Failed: {'; '.join(said)}."

@@ -1,1 +1,0 @@
-"""Handing a model over: merging and verifying it, GGUF, its card, publishing it."""

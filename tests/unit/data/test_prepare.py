@@ -1,0 +1,491 @@
+"""Checking, judging and splitting: every row ends up kept or set aside with its reason, in bounded memory."""
+
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.rows import write_rows
+from llm_engineering.data import duplicates, examine
+from llm_engineering.data.duplicates import (
+    Clusters,
+    EvaluationIndex,
+    ShingleFile,
+    band_count,
+    groups,
+    join_near_duplicates,
+    sketch,
+)
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.load import load_rows
+from llm_engineering.data.prepare import check_splits, prepare
+from llm_engineering.data.rows import (
+    InstructionRow,
+    Message,
+    PreferenceRow,
+    instruction_dataset,
+    instruction_row,
+    preference_dataset,
+    split_of,
+)
+from llm_engineering.data.storage import TableWriter, dataset_batches, stream_records
+from llm_engineering.data.verdicts import length_bounds, rare_languages
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.recipe.data_blocks import DataConfig
+
+CONFIG = DataConfig.model_validate({"split": {"validation_fraction": 0.2, "test_fraction": 0.2}})
+FOX = "The quick brown fox jumps over the lazy dog near the old river bank every single morning in May"
+
+
+def messages(role, text):
+    return [Message(role=role, content=text)]
+
+
+def row(prompt="Where is it?", answer="It is there.", source="s", document="", origin="human"):
+    return InstructionRow(
+        prompt=messages("user", prompt),
+        completion=messages("assistant", answer),
+        source=source,
+        origin=origin,
+        document=document,
+    )
+
+
+def pair(chosen, rejected, prompt="Where is it?", source="s"):
+    return PreferenceRow(
+        prompt=messages("user", prompt),
+        chosen=messages("assistant", chosen),
+        rejected=messages("assistant", rejected),
+        source=source,
+        origin="human",
+    )
+
+
+def document_on(side, number=0):
+    """The name of a document that falls on a side of the split."""
+    names = (f"document {i}" for i in itertools.count())
+    return next(itertools.islice((n for n in names if split_of(n, CONFIG.split) == side), number, None))
+
+
+class Run:
+    """A dataset after preparing."""
+
+    def __init__(self, tmp_path, rows, config=CONFIG, own_test=None, evaluation=None, inspected=False):
+        is_pair = isinstance(rows[0], PreferenceRow)
+        to_dataset = preference_dataset if is_pair else instruction_dataset
+        self.kind = "preference" if is_pair else "instruction"
+        self.ledger = Ledger()
+        self.ledger.record(self.kind, len(rows), len(rows))
+        test = to_dataset(own_test) if own_test is not None else None
+        self.prepared = prepare(to_dataset(rows), self.kind, config, self.ledger, tmp_path, test, evaluation, inspected)
+        self.quarantine = list(self.ledger.quarantine())
+
+    def sources(self, *splits):
+        return sorted(r["source"] for name in splits or self.prepared.splits for r in self.prepared.splits[name])
+
+    def set_aside(self):
+        return {q.source: q.reason for q in self.quarantine}
+
+    def reported(self):
+        return {(r["source"], r["rule"]) for r in self.prepared.findings}
+
+
+def with_rules(**rules):
+    return DataConfig.model_validate({**CONFIG.model_dump(), "rules": rules})
+
+
+def test_empty_and_repeated_rows_are_set_aside_and_the_kept_row_is_named(tmp_path):
+    answers = {"1": FOX, "2": FOX, "3": " ", "4": FOX + "!", "5": "Something else is said here."}
+    run = Run(tmp_path, [row(answer=answer, source=source) for source, answer in answers.items()])
+    assert run.sources() == ["1", "5"]
+    assert run.set_aside() == {"2": "exact_duplicate", "3": "empty_answer", "4": "near_duplicate"}
+    details = {q.source: q.detail for q in run.quarantine}
+    assert details["2"] == "first seen at 1"
+    assert details["4"] == "of the row at 1, with 2"
+    fates = [(r["source"], r["fate"]) for r in run.prepared.clusters]
+    assert fates == [("1", "kept"), ("2", "exact_duplicate"), ("4", "near_duplicate")]
+
+
+def test_large_clusters_name_a_few_of_their_rows(tmp_path):
+    run = Run(tmp_path, [row(answer=FOX + "!" * i, source=str(i)) for i in range(7)])
+    assert run.sources() == ["0"]
+    assert run.quarantine[0].detail == "of the row at 0, with 2, 3, 4 and 2 others"
+    assert len(run.prepared.clusters) == 7
+
+
+@pytest.mark.parametrize(
+    ("switch", "kept", "reported"),
+    [
+        ("drop", ["1"], False),
+        ("report", ["1", "2"], True),
+        ("off", ["1", "2"], False),
+        ("drop_generated", ["1", "2"], True),
+    ],
+)
+def test_every_duplicate_rule_has_a_switch(tmp_path, switch, kept, reported):
+    for rule, other in (("exact_duplicate", FOX), ("near_duplicate", FOX + "!")):
+        folder = tmp_path / rule
+        folder.mkdir()
+        run = Run(folder, [row(answer=FOX, source="1"), row(answer=other, source="2")], with_rules(**{rule: switch}))
+        assert run.sources() == kept
+        assert run.reported() == ({("2", rule)} if reported else set())
+
+
+def test_drop_generated_drops_what_a_model_wrote(tmp_path):
+    rows = [row(answer=FOX, source="1"), row(answer=FOX, source="2", origin="some-model")]
+    run = Run(tmp_path, rows, with_rules(exact_duplicate="drop_generated"))
+    assert run.set_aside() == {"2": "exact_duplicate"}
+
+
+def test_pairs(tmp_path):
+    rows = [pair("Yes.", "no", source="1"), pair("Yes.", " yes", source="2"), pair("", "no", source="3")]
+    run = Run(tmp_path, [*rows, pair("?", "!", "Other?", source="4")])
+    assert run.sources() == ["1", "4"]
+    assert run.set_aside() == {"2": "chosen_equals_rejected", "3": "empty_answer"}
+
+
+def test_training_rows_like_held_out_ones_leave(tmp_path):
+    train, test = document_on("train"), document_on("test")
+    rows = [
+        row("What does the fox do?", FOX, "near", train),
+        row("What does the fox do?", FOX + " again", "held out", test),
+        row("Who sleeps at noon?", "The lazy dog.", "same prompt", train),
+        row("who SLEEPS at noon", "A cat, if there is one in the house.", "held out too", test),
+        row("Unlike the others?", "Yes, it is nothing like them.", "fine", train),
+    ]
+    run = Run(tmp_path, rows)
+    assert run.set_aside() == {"near": "leaks_into_test", "same prompt": "leaks_into_test"}
+    assert run.sources("test") == ["held out", "held out too"]
+    assert run.prepared.leaked == 2
+    assert "held out" in run.quarantine[0].detail
+
+
+def test_validation_rows_leave_for_the_test_and_training_rows_for_validation(tmp_path):
+    sides = {name: document_on(name) for name in ("train", "validation", "test")}
+    run = Run(tmp_path, [row(answer=FOX, source=name, document=doc) for name, doc in sides.items()])
+    assert run.set_aside() == {"train": "leaks_into_test", "validation": "leaks_into_test"}
+    assert run.sources() == ["test"]
+
+
+def test_inspection_counts_leaks_and_keeps_the_rows(tmp_path):
+    rows = [row("A question?", FOX, "1"), row("Another one?", "Nothing like it at all.", "2")]
+    other = [
+        row("a question", "Answered otherwise.", "e1"),
+        row("Unseen?", "Never seen before.", "e2"),
+        row("A QUESTION", FOX, "e3"),
+    ]
+    run = Run(tmp_path, rows, own_test=other, inspected=True)
+    assert run.sources("train") == ["1", "2"]
+    assert run.prepared.leaked == 2
+    again = Run(tmp_path, rows, own_test=rows, inspected=True)
+    leaks = [r["source"] for r in again.prepared.findings if r["rule"] == "leaks_into_test"]
+    assert leaks == ["1", "2"]
+
+
+def test_own_test_split(tmp_path):
+    rows = [row(f"Question number {i}?", f"Answer {i} of many, unlike.", str(i)) for i in range(60)]
+    own = [row("Question number 7?", "Whatever.", "own 1"), row("Never asked?", "Fresh.", "own 2")]
+    run = Run(tmp_path, rows, own_test=own)
+    assert run.sources("test") == ["own 1", "own 2"]
+    side = split_of("question number 7", CONFIG.split, has_own_test=True)
+    assert run.set_aside() == {"7": "leaks_into_test"}, side
+    assert len(run.sources("train", "validation")) == 59
+    assert (run.ledger.kept["instruction"], run.ledger.kept["instruction_test"]) == (59, 2)
+    strict = CONFIG.model_copy(update={"strict": True})
+    with pytest.raises(RequestError, match=r"1 rows of the test split .* data.strict is on: 7 is like own 1"):
+        Run(tmp_path, rows, strict, own_test=own)
+
+
+def test_strict_accepts_a_test_split_without_leaks(tmp_path):
+    rows = [row(f"Question number {i}?", f"Answer {i}.", str(i)) for i in range(20)]
+    run = Run(tmp_path, rows, CONFIG.model_copy(update={"strict": True}), own_test=[row("Never?", "Fresh.", "own")])
+    assert run.sources("test") == ["own"]
+
+
+def test_decontamination_takes_training_rows_only(tmp_path):
+    index = EvaluationIndex(5)
+    index.add(row("Name the capital?", FOX, "evaluation"))
+    train, test = document_on("train"), document_on("test")
+    rows = [
+        row("Tell of a fox.", f"Once upon a time: {FOX}. So it was.", "in training", train),
+        row("Tell a tale.", f"Long, long ago, as they say: {FOX}, and more of that kind, on and on.", "held out", test),
+        row("Tell nothing.", "There is nothing to tell of any fox.", "clean", train),
+    ]
+    run = Run(tmp_path, rows, evaluation=index)
+    assert run.set_aside() == {"in training": "contaminated"}
+    assert "decontaminate_against" in run.quarantine[0].detail
+
+
+def test_conflicting_answers_are_reported_and_kept_by_default(tmp_path):
+    rows = [
+        row(answer="It is here.", source="1"),
+        row(answer="it is here", source="2"),
+        row(answer="Nowhere.", source="3"),
+    ]
+    run = Run(tmp_path, rows, with_rules(near_duplicate="off"))
+    assert run.sources() == ["1", "2", "3"]
+    assert run.reported() == {("3", "conflicting_answers")}
+    dropped = Run(tmp_path, rows, with_rules(near_duplicate="off", conflicting_answers="drop"))
+    assert dropped.set_aside() == {"3": "conflicting_answers"}
+
+
+def test_pairs_conflict_where_one_prefers_what_another_rejects(tmp_path):
+    rows = [
+        pair("A longer answer.", "Short.", source="1"),
+        pair("Other one.", "No.", source="2"),
+        pair("Short.", "Bad.", source="3"),
+    ]
+    assert Run(tmp_path, rows).reported() == {("3", "conflicting_answers")}
+
+
+def test_suspicious_rows_are_those_with_most_against_them(tmp_path):
+    many = "Write to jane@post-office.net."
+    rows = [row(f"Question {i}?", f"This answer has the number {i} in it.", f"{i}") for i in range(30)]
+    rows[7] = row("What does the passage above say?", many, "two rules")
+    rows[9] = row("Where to write?", many, "one rule")
+    run = Run(tmp_path, rows)
+    shown = list(run.prepared.suspicious)
+    assert [r["source"] for r in shown] == ["two rules", "one rule"]
+    assert "jane@" not in shown[0]["findings"]
+
+
+def test_no_row_left_says_why(tmp_path):
+    run = Run(tmp_path, [row(answer=" "), row(answer="")])
+    with pytest.raises(WorkError, match="No instruction row is left.*2 empty_answer"):
+        check_splits(run.prepared.splits, "instruction", run.ledger)
+    run = Run(tmp_path, [row(document=document_on("train"))])
+    with pytest.raises(WorkError, match="the validation and test split came out empty"):
+        check_splits(run.prepared.splits, "instruction", run.ledger)
+
+
+def test_rows_stay_on_their_side_when_data_is_added(tmp_path):
+    rows = [row(f"Question number {i}?", f"The answer to {i} is {i * 7}.", str(i), f"doc {i % 60}") for i in range(600)]
+    before = {r["id"]: name for name, part in Run(tmp_path, rows[:300]).prepared.splits.items() for r in part}
+    after = {r["id"]: name for name, part in Run(tmp_path, rows).prepared.splits.items() for r in part}
+    assert before.items() <= after.items()
+    sides = {}
+    for r in rows:
+        sides.setdefault(r.document, set()).add(after[r.id])
+    assert all(len(names) == 1 for names in sides.values())
+    assert set(after.values()) == {"train", "validation", "test"}
+
+
+def test_same_question_in_other_case_falls_on_the_same_side(tmp_path):
+    rows = [row(f"What is {i}?", f"This is {i}.", str(i)) for i in range(30)]
+    rows += [row(f"WHAT is {i}", "Another answer altogether.", f"{i} again") for i in range(30)]
+    sides = {r["source"]: name for name, part in Run(tmp_path, rows).prepared.splits.items() for r in part}
+    assert len(sides) == 60
+    assert all(sides[str(i)] == sides[f"{i} again"] for i in range(30))
+
+
+def test_rows_survive_the_dataset():
+    rows = [row(prompt="Ä 😀\n", answer="x")]
+    assert [instruction_row(record) for record in instruction_dataset(rows)] == rows
+
+
+def test_split_shares_are_those_of_the_recipe():
+    sides = [split_of(str(random.Random(i).random()), CONFIG.split) for i in range(4000)]
+    assert sides.count("test") / 4000 == pytest.approx(0.2, abs=0.02)
+    assert sides.count("validation") / 4000 == pytest.approx(0.2, abs=0.02)
+
+
+def test_processes_and_one_process_agree(tmp_path, monkeypatch):
+    rng = random.Random(1)
+    rows = [row(f"Question {rng.randrange(900)}?", f"{FOX} {rng.randrange(40)}", str(i)) for i in range(2500)]
+    rows += [row(answer=" ", source="empty"), row("Mail?", "Mail to a@post-office.net.", "mail")]
+    alone = Run(tmp_path, rows)
+    monkeypatch.setattr(examine, "_ROWS_FOR_PROCESSES", 0)
+    together = Run(tmp_path, rows)
+    assert together.sources() == alone.sources()
+    assert together.set_aside() == alone.set_aside()
+    assert list(together.prepared.clusters) == list(alone.prepared.clusters)
+
+
+def words(rng, count):
+    return [f"word{rng.randrange(400)}" for _ in range(count)]
+
+
+def test_near_duplicates_are_those_of_an_exact_search(tmp_path):
+    """Against the definition: every pair's Jaccard similarity, and the components they join."""
+    rng = random.Random(3)
+    texts = []
+    for _ in range(60):
+        base = words(rng, 60)
+        texts.append(" ".join(base))
+        for _ in range(rng.randrange(3)):
+            changed = [word if rng.random() > 0.04 else "changed" for word in base]
+            texts.append(" ".join(changed))
+    rng.shuffle(texts)
+    sets = [{tuple(t.split()[i : i + 3]) for i in range(len(t.split()) - 2)} for t in texts]
+    expected = Clusters(len(texts))
+    for i, j in itertools.combinations(range(len(texts)), 2):
+        if len(sets[i] & sets[j]) / len(sets[i] | sets[j]) >= 0.8:
+            expected.join(i, j)
+    assert sum(map(len, expected.members())) > 20
+    found = near_duplicates(tmp_path, texts)
+    assert list(found.members()) == list(expected.members())
+
+
+def near_duplicates(folder, texts):
+    sketches = sketch(texts, 0.8)
+    bands = [folder / f"band-{k}" for k in range(sketches.bands.shape[1])]
+    for k, path in enumerate(bands):
+        sketches.bands[:, k].tofile(path)
+    sketches.shingles.tofile(folder / "shingles")
+    found = Clusters(len(texts))
+    with ShingleFile(folder / "shingles", sketches.counts) as shingles:
+        join_near_duplicates(found, bands, shingles, 0.8)
+    return found
+
+
+def test_scripts_without_spaces_have_words_too(tmp_path):
+    text = "机器学习是人工智能的一个分支，它使计算机能够从数据中学习，而不需要明确编程。"
+    texts = [text, text.replace("明确", "清楚"), "今天天气很好，我们去公园散步吧，然后在湖边喝一杯茶。", "?!", "!!"]
+    assert list(near_duplicates(tmp_path, texts).members()) == []
+    assert list(near_duplicates(tmp_path, [text * 3, text * 3 + "是"]).members()) == [[0, 1]]
+
+
+def test_bands_find_a_pair_at_the_threshold():
+    # By hand: with 25 bands of 5 values, 1 - (1 - 0.8^5)^25 = 0.99995; with 21 of 6 it is 0.9983.
+    assert band_count(0.8) == 25
+    assert all(1 - (1 - t ** (128 // band_count(t))) ** band_count(t) >= 0.999 for t in (0.3, 0.5, 0.7, 0.9, 0.99))
+
+
+def test_groups_are_found_part_by_part(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint64)
+    values.tofile(tmp_path / "values")
+    whole = sorted(group.tolist() for group in groups(tmp_path / "values"))
+    monkeypatch.setattr(duplicates, "_PART_ROWS", 70)
+    assert sorted(group.tolist() for group in groups(tmp_path / "values")) == whole
+    assert whole == sorted(
+        np.flatnonzero(values == v).tolist() for v in set(values.tolist()) if (values == v).sum() > 1
+    )
+
+
+def test_length_outliers_are_far_out():
+    low, high = length_bounds(np.array([100, 120, 140, 160, 180, 200] * 20, np.uint32))
+    assert low < 50
+    assert 400 < high < 4000
+    assert length_bounds(np.array([5, 5000], np.uint32)) == (0.0, float("inf"))
+
+
+def test_rare_languages():
+    assert rare_languages(["en", "", "de", "fr"], np.array([980, 500, 5, 60])) == {"de"}
+    assert rare_languages(["en", "de"], np.array([50, 1])) == set()
+
+
+def test_batches_of_views_hold_what_the_view_shows(tmp_path):
+    table = TableWriter(tmp_path / "t.arrow", instruction_dataset([]).features)
+    for i in range(2500):
+        table.write(row(source=str(i)).record())
+    whole = table.dataset()
+    for view, expected in (
+        (whole, range(2500)),
+        (whole.select(range(10, 20)), range(10, 20)),
+        (whole.select([5, 3]), (5, 3)),
+        (Dataset.from_list(list(whole.select([1]))), [1]),
+    ):
+        assert [r["source"] for r in stream_records(view)] == [str(i) for i in expected]
+    assert max(batch.num_rows for batch in dataset_batches(whole)) <= 1000
+
+
+def test_ledger_refuses_rows_that_vanish():
+    ledger = Ledger()
+    ledger.record("instruction", 3, 3)
+    with pytest.raises(AssertionError, match="3 rows were there"):
+        ledger.record("instruction", 3, 2)
+
+
+def test_ledger_goes_on_from_what_was_stored(tmp_path):
+    run = Run(tmp_path, [row(), row(), row(answer="")])
+    stored = DatasetDict(run.ledger.datasets())
+    again = Ledger.load(stored)
+    assert (again.read, again.kept, again.reasons) == (run.ledger.read, run.ledger.kept, run.ledger.reasons)
+    again.record("instruction", 1, 1)
+    assert [json.dumps(q.model_dump()) for q in again.quarantine()] == [
+        json.dumps(q.model_dump()) for q in run.quarantine
+    ]
+
+
+def brought_in(folder, file):
+    """A file after reading and preparing; the ledger has checked that kept + quarantined = read."""
+    ledger = Ledger()
+    loaded = load_rows(str(file), "instruction", DataConfig(), folder / "rows.arrow", ledger)
+    prepared = prepare(loaded.rows, "instruction", CONFIG, ledger, folder)
+    return ledger, prepared
+
+
+def test_planted_faults_are_found_as_often_as_they_were_planted(tmp_path):
+    made = write_rows(tmp_path / "rows.jsonl", 6000, seed=5)
+    ledger, prepared = brought_in(tmp_path, tmp_path / "rows.jsonl")
+    found = Counter(ledger.by_reason("instruction"))
+    leaks = found["leaks_into_test"] + found["leaks_into_validation"]
+    assert (found["malformed"], found["empty_answer"]) == (made.broken, made.empty_answer)
+    assert found["exact_duplicate"] + found["near_duplicate"] + leaks == made.exact_duplicate + made.near_duplicate
+    rules = Counter(record["rule"] for record in prepared.findings)
+    assert (rules["refusal"], rules["personal_data"]) == (made.refusal, made.email)
+    assert ledger.read["instruction"] == 6000
+
+
+WORDS = st.one_of(
+    st.text(max_size=30), st.sampled_from(["", "Same?", "same", "I'm sorry, but I can't.", "a@b.org", FOX])
+)
+ANY_ROW = st.fixed_dictionaries(
+    {"instruction": WORDS, "output": st.one_of(WORDS, st.none(), st.integers())},
+    optional={"input": WORDS, "document": WORDS, "origin": WORDS},
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ANY_ROW, min_size=1, max_size=12))
+def test_any_rows_are_kept_or_quarantined(tmp_path, rows):
+    file = tmp_path / "any.jsonl"
+    file.write_text("\n".join(map(json.dumps, [{"instruction": "Q?", "output": "A."}, *rows])))
+    ledger, prepared = brought_in(tmp_path, file)
+    kept = sum(map(len, prepared.splits.values()))
+    assert kept + sum(ledger.by_reason("instruction").values()) == ledger.read["instruction"] == len(rows) + 1
+
+
+WORK = """
+import sys
+from pathlib import Path
+from llm_engineering.recipe.data_blocks import DataConfig
+from llm_engineering.data import examine
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.load import load_rows
+from llm_engineering.data.prepare import prepare
+
+if __name__ == "__main__":
+    examine._ROWS_FOR_PROCESSES = 0
+    folder, ledger = Path(sys.argv[1]), Ledger()
+    loaded = load_rows(str(folder / "rows.jsonl"), "instruction", DataConfig(), folder / "rows.arrow", ledger)
+    prepare(loaded.rows, "instruction", DataConfig(), ledger, folder)
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: no other processes are started")
+def test_processes_end_with_the_one_that_is_killed(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", 60_000)
+    (tmp_path / "work.py").write_text(WORK)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    work = psutil.Popen([sys.executable, str(tmp_path / "work.py"), str(tmp_path)], env=env)
+    deadline = time.monotonic() + 120
+    while not (workers := [child for child in work.children() if "spawn_main" in " ".join(child.cmdline())]):
+        assert work.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    work.kill()
+    work.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []

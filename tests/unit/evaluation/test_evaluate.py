@@ -1,0 +1,225 @@
+"""A whole evaluation of small models: the report, its page, and the model in production beside the new ones."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import Message, instruction_dataset, preference_dataset
+from llm_engineering.errors import WorkError
+from llm_engineering.evaluation.evaluate import evaluate
+from llm_engineering.evaluation.heldout import drawn, held_out, rendered_for_both
+from llm_engineering.evaluation.measures import Models, heldout_loss
+from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.formatting.render import render
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, TrackingConfig, TrainingSetup
+from llm_engineering.reports.evaluation_report import evaluation_page
+from llm_engineering.training.policy import new_policy, save_policy
+from tests.tiny_models import instruction, pair
+
+
+def with_long_words(row):
+    """The same with words that the small tokenizer spells letter by letter."""
+    answer = row.completion[0].content + "Mutable sequences."
+    return row.model_copy(update={"completion": [Message(role="assistant", content=answer)]})
+
+
+ROWS = [with_long_words(instruction(number)) for number in range(12)]
+PAIRS = [pair(number) for number in range(6)]
+CONFIG = EvaluationConfig(
+    batch_size=4, sample_answers=2, generated_rows=5, max_new_tokens=6, bootstrap_samples=200, confidence=0.9
+)
+
+
+@pytest.fixture
+def setup(small_llama, cpu):
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
+        max_length=256,
+        chat_template="chatml",
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=3,
+    )
+
+
+@pytest.fixture
+def rows(setup, settings, tmp_path):
+    return formatted_rows(setup, settings, tmp_path, FormattingConfig(max_length=256))
+
+
+def formatted_rows(setup, settings, folder, formatting):
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    made = []
+    for kind, dataset in (("instruction", instruction_dataset(ROWS)), ("preference", preference_dataset(PAIRS))):
+        ledger = Ledger()
+        ledger.record(kind, len(dataset), len(dataset))
+        (folder / kind).mkdir()
+        made.append(format_splits({"test": dataset}, kind, tokenizer, formatting, folder / kind, ledger)[0]["test"])
+    return held_out(made[0], ROWS, made[1], PAIRS)
+
+
+def adapter(folder, setup, settings, size, template="chatml", model=None):
+    """An adapter as training saves one, with its tokenizer; `size` is how much it changes."""
+    model = model or setup.model
+    torch.manual_seed(1)
+    policy = new_policy(model, LoraConfig(r=2), settings, choose_device(setup.compute))
+    for key, parameter in policy.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=size)
+    save_policy(policy, model, folder)
+    load_tokenizer(model, settings, template).save_pretrained(folder)
+    return folder
+
+
+def test_the_report_holds_every_measure_of_every_model(setup, settings, rows, tmp_path):
+    checks = tmp_path / "checks.jsonl"
+    checks.write_text('{"prompt": "Why?", "must_contain": "because"}\n{"prompt": "What?", "regex": ".*"}\n')
+    config = CONFIG.model_copy(update={"checks": str(checks)})
+    adapters = {name: adapter(tmp_path / name, setup, settings, size) for name, size in (("sft", 0.1), ("dpo", 0.3))}
+    adapters["incumbent"] = adapters["sft"]
+    history = [{"step": step, "loss": 3.0 - step, "rewards/margins": 0.1 * step} for step in (1, 2)]
+    training = {"stage": "dpo", "history": [*history, {"step": 2, "eval_loss": 1.5, "eval_rewards/margins": 0.1}]}
+    report = evaluate(adapters, rows, config, setup, settings)
+    # As the step writes it.
+    assert json.loads(json.dumps(report)) == report
+    assert report["models"] == ["base", "sft", "dpo", "incumbent"]
+    assert (report["heldout_rows"], report["heldout_pairs"], report["left_out"]) == (12, 6, 0)
+    expected = {
+        "heldout_loss",
+        "perplexity",
+        "question_gain",
+        "preference_accuracy",
+        "preference_margin",
+        "rouge_l",
+        "stopped",
+    }
+    assert report["measures"].keys() == expected | {"repetition", "length_ratio", "empty", "checks"}
+    for key, measure in report["measures"].items():
+        assert list(measure["models"]) == report["models"]
+        assert list(measure["differences"]) == ["dpo-base", "dpo-sft", "dpo-incumbent"]
+        for name, estimate in measure["models"].items():
+            assert report["metrics"][f"{key}_{name}"] == estimate["value"]
+            assert estimate["low"] <= estimate["value"] <= estimate["high"]
+        # The incumbent is the SFT model itself.
+        assert measure["models"]["incumbent"] == measure["models"]["sft"]
+        assert measure["differences"]["dpo-incumbent"] == measure["differences"]["dpo-sft"]
+        difference = measure["differences"]["dpo-base"]
+        assert difference["value"] == pytest.approx(
+            measure["models"]["dpo"]["value"] - measure["models"]["base"]["value"], abs=1e-9
+        )
+    losses = report["measures"]["heldout_loss"]
+    assert {estimate["n"] for estimate in losses["models"].values()} == {12}
+    assert len({round(estimate["value"], 6) for estimate in losses["models"].values()}) == 3
+    assert report["metrics"]["perplexity_dpo"] == pytest.approx(math.exp(report["metrics"]["heldout_loss_dpo"]))
+    assert report["measures"]["rouge_l"]["models"]["base"]["n"] == 5
+    # Random weights end no answer: six tokens each, beside references of known length.
+    assert report["metrics"]["stopped_base"] == 0
+    tokens = sum(sum(label != -100 for label in rows.rows[i].answers[0][1]) for i in drawn(rows.rows, 5, setup.seed))
+    assert report["metrics"]["length_ratio_base"] == pytest.approx(5 * 6 / tokens)
+    assert report["metrics"]["checks_base"] == 0.5
+    assert report["checks"]["passed"]["base"] == 1
+    assert len(report["samples"]) == 2
+    assert report["samples"][0]["answers"].keys() == set(report["models"])
+
+    page = evaluation_page(report, training)
+    for words in ("What changed since the last promoted run", "dpo against base", "Training of dpo", "Own check"):
+        assert words in page
+    # A chart for each measure, and the curves of loss and margin.
+    assert page.count("<svg") == len(report["measures"]) + 2
+    assert "<script" not in page
+    assert 'src="' not in page
+    assert page.count('<div class="answers">') == 2
+
+
+def test_a_model_of_the_same_tokens_is_equal_on_its_own_base_too(setup, settings, rows, tmp_path):
+    """The same weights from another folder are loaded apart, and measure the same."""
+    copy = setup.model.model_copy(update={"name_or_path": str(tmp_path / "copy"), "revision": "other"})
+    load_model(setup.model, settings, choose_device(setup.compute)).save_pretrained(copy.name_or_path)
+    load_tokenizer(setup.model, settings, "chatml").save_pretrained(copy.name_or_path)
+    adapters = {
+        "sft": adapter(tmp_path / "sft", setup, settings, 0.2),
+        "incumbent": adapter(tmp_path / "incumbent", setup, settings, 0.2, model=copy),
+    }
+    report = evaluate(adapters, rows, CONFIG, setup, settings)
+    assert report["left_out"] == 0
+    for measure in report["measures"].values():
+        difference = measure["differences"]["sft-incumbent"]
+        assert [difference[key] for key in ("value", "low", "high")] == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def test_an_incumbent_is_asked_with_its_own_template(setup, settings, rows, tmp_path):
+    adapters = {
+        "sft": adapter(tmp_path / "sft", setup, settings, 0.2),
+        "incumbent": adapter(tmp_path / "incumbent", setup, settings, 0.2, template="human_assistant"),
+    }
+    report = evaluate(adapters, rows, CONFIG, setup, settings)
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(adapters["incumbent"])), settings)
+    base = load_model(setup.model, settings, choose_device(setup.compute))
+    models = Models(base, {"it": adapters["incumbent"]}, tokenizer, batch_size=3)
+    own = heldout_loss(models.scores("it", [tuple(tokens) for tokens in render(ROWS, tokenizer)], "loss")).value
+    assert report["metrics"]["heldout_loss_incumbent"] == pytest.approx(own, abs=1e-5)
+    assert report["metrics"]["heldout_loss_sft"] != pytest.approx(own, abs=1e-4)
+
+
+def test_another_tokenizer_counts_in_this_recipes_tokens(setup, settings, rows, tiny_model, tmp_path):
+    adapters = {"sft": adapter(tmp_path / "sft", setup, settings, 0.2), "incumbent": tiny_model}
+    report = evaluate(adapters, rows, CONFIG, setup, settings)
+    config = ModelConfig(name_or_path=str(tiny_model))
+    tokenizer = load_tokenizer(config, settings)
+    models = Models(load_model(config, settings, choose_device(setup.compute)), {}, tokenizer, batch_size=3)
+    scores = models.scores("base", [tuple(tokens) for tokens in render(ROWS, tokenizer)], "loss")
+    ours = sum(label != -100 for row in rows.rows for label in row.answers[0][1])
+    assert sum(score.tokens for score in scores) < ours
+    expected = -sum(score.log_prob for score in scores) / ours
+    assert report["metrics"]["heldout_loss_incumbent"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_that_were_cut_are_compared_only_where_both_render_them_alike(setup, settings, tmp_path):
+    # The third, longer kind of answer is cut.
+    lengths = sorted(
+        {len(row.answers[0][0]) for row in formatted_rows(setup, settings, tmp_path, FormattingConfig()).rows}
+    )
+    (tmp_path / "cut").mkdir()
+    formatting = FormattingConfig(max_length=lengths[-1] - 3, over_long="truncate")
+    rows = formatted_rows(setup, settings, tmp_path / "cut", formatting)
+    cut = sum(row.cut for row in rows.rows) + sum(pair.cut for pair in rows.pairs)
+    assert 0 < sum(row.cut for row in rows.rows) < len(rows.rows)
+    same, _ = rendered_for_both(rows, load_tokenizer(setup.model, settings, "chatml"))
+    assert same == rows
+    ours, theirs = rendered_for_both(rows, load_tokenizer(setup.model, settings, "human_assistant"))
+    assert ours.left_out == theirs.left_out == cut
+    assert [row.row for row in ours.rows] == [row.row for row in theirs.rows]
+    assert not any(row.cut for row in ours.rows)
+    # The same answers, after other prompts.
+    answers = [
+        [[label for label in row.answers[0][1] if label != -100] for row in side.rows] for side in (ours, theirs)
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_an_incumbent_whose_base_is_gone_is_said_so(setup, settings, rows, tmp_path):
+    gone = ModelConfig(name_or_path=str(tmp_path / "gone"), revision="folder-1")
+    load_model(setup.model, settings, choose_device(setup.compute)).save_pretrained(gone.name_or_path)
+    load_tokenizer(setup.model, settings, "chatml").save_pretrained(gone.name_or_path)
+    adapters = {
+        "sft": adapter(tmp_path / "sft", setup, settings, 0.2),
+        "incumbent": adapter(tmp_path / "incumbent", setup, settings, 0.2, model=gone),
+    }
+    with pytest.raises(WorkError, match="the folder has changed since"):
+        evaluate(adapters, rows, CONFIG, setup, settings)
+    (tmp_path / "gone").rename(tmp_path / "away")
+    with pytest.raises(WorkError, match="cannot be loaded"):
+        evaluate(adapters, rows, CONFIG, setup, settings)
+
+
+def test_rows_are_drawn_with_the_seed(rows):
+    assert drawn(rows.rows, 5, 1) == drawn(rows.rows, 5, 1) != drawn(rows.rows, 5, 2)
+    assert drawn(rows.rows, 99, 1) == list(range(12))

@@ -1,0 +1,163 @@
+"""The gate, on reports written by hand."""
+
+import pytest
+
+from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.gate import PromotionDecision, decide
+from llm_engineering.recipe.evaluation_blocks import PromotionConfig
+from llm_engineering.recipe.loading import load_recipe
+
+GATE = PromotionConfig.model_validate(
+    {
+        "sft": {"better_than": {"base": {"heldout_loss": 0.1}, "incumbent": {"heldout_loss": 0.0}}},
+        "dpo": {
+            "better_than": {
+                "base": {"heldout_loss": 0.1},
+                "sft": {"preference_accuracy": 0.0},
+                "incumbent": {"preference_accuracy": 0.05},
+            },
+            "not_worse_than": {"sft": {"heldout_loss": 0.15}},
+        },
+    }
+)
+
+
+def difference(value, low, high):
+    return {"value": value, "low": low, "high": high, "n": 100}
+
+
+def sft_report(loss, incumbent=None):
+    differences = {"sft-base": difference(*loss)}
+    if incumbent is not None:
+        differences["sft-incumbent"] = difference(*incumbent)
+    return {
+        "models": ["base", "sft"] + (["incumbent"] if incumbent else []),
+        "measures": {"heldout_loss": {"better": "lower", "models": {}, "differences": differences}},
+    }
+
+
+def dpo_report(**changed):
+    """A DPO model that passes, with the differences of `changed`, e.g. `heldout_loss__base=(-0.5, -0.6, -0.4)`."""
+    differences = {
+        "heldout_loss__base": (-0.5, -0.6, -0.4),
+        "heldout_loss__sft": (0.05, 0.02, 0.08),
+        "preference_accuracy__sft": (0.3, 0.2, 0.4),
+        "preference_accuracy__incumbent": (0.2, 0.1, 0.3),
+        **changed,
+    }
+    measures = {
+        "heldout_loss": {"better": "lower", "models": {}, "differences": {}},
+        "preference_accuracy": {"better": "higher", "models": {}, "differences": {}},
+    }
+    for key, ends in differences.items():
+        measure, than = key.split("__")
+        measures[measure]["differences"][f"dpo-{than}"] = difference(*ends)
+    return {"models": ["base", "sft", "dpo", "incumbent"], "measures": measures}
+
+
+def verdicts(decision):
+    return {(rule.measure, rule.than): rule.verdict for rule in decision.rules}
+
+
+def test_a_lower_loss_is_judged_by_the_end_that_speaks_against_it():
+    """The loss fell by 0.15, at the least by 0.11: above 0.1. With a wider interval the same gain does not pass."""
+    passed = decide(sft_report((-0.15, -0.19, -0.11)), GATE, None)
+    (base, incumbent) = passed.rules
+    assert (base.value, base.low, base.high, base.bound, base.verdict) == (0.15, 0.11, 0.19, 0.1, "passed")
+    assert (incumbent.verdict, incumbent.reason) == ("skipped", "nothing is in production")
+    assert (passed.outcome, passed.stage, passed.candidate) == ("passed", "staging", "sft")
+    chance = decide(sft_report((-0.15, -0.25, -0.05)), GATE, None)
+    assert (chance.outcome, chance.stage, chance.passed) == ("failed", None, False)
+    assert "heldout_loss better than base by more than 0.1: 0.1500, 95% interval 0.0500 to 0.2500" in chance.reason
+
+
+def test_a_bound_that_is_only_reached_is_not_passed():
+    assert decide(sft_report((-0.2, -0.3, -0.1)), GATE, None).outcome == "failed"
+
+
+def test_an_equal_model_fails():
+    """Against the base where nothing is in production, against the incumbent where something is."""
+    equal = (0.0, 0.0, 0.0)
+    assert decide(sft_report(equal), GATE, None).outcome == "failed"
+    decision = decide(sft_report((-0.5, -0.6, -0.4), incumbent=equal), GATE, 3)
+    assert verdicts(decision) == {("heldout_loss", "base"): "passed", ("heldout_loss", "incumbent"): "failed"}
+    assert decision.stage is None
+    assert decision.incumbent == 3
+    assert decision.reason.startswith(
+        "Not promoted, version 3 stays in production. Failed: heldout_loss better than inc"
+    )
+    assert "-0.0000" not in decision.reason
+
+
+def test_dpo_is_judged_by_its_own_rules():
+    decision = decide(dpo_report(), GATE, 3)
+    assert decision.candidate == "dpo"
+    assert set(verdicts(decision).values()) == {"passed"}
+    assert len(decision.rules) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "failed"),
+    [
+        ({"heldout_loss__base": (-0.15, -0.25, -0.05)}, ("heldout_loss", "base")),
+        ({"preference_accuracy__sft": (0.1, 0.0, 0.2)}, ("preference_accuracy", "sft")),
+        ({"preference_accuracy__incumbent": (0.1, 0.05, 0.2)}, ("preference_accuracy", "incumbent")),
+        ({"preference_accuracy__incumbent": (-0.2, -0.3, -0.1)}, ("preference_accuracy", "incumbent")),
+        # The loss rose by 0.1 at a guess, but perhaps by 0.16.
+        ({"heldout_loss__sft": (0.1, 0.04, 0.16)}, ("heldout_loss", "sft")),
+        ({"heldout_loss__sft": (float("nan"), None, None)}, ("heldout_loss", "sft")),
+    ],
+)
+def test_each_rule_fails_by_itself(changed, failed):
+    decision = decide(dpo_report(**changed), GATE, 3)
+    assert [key for key, verdict in verdicts(decision).items() if verdict == "failed"] == [failed]
+    assert decision.stage is None
+    # What was decided is read again from JSON, numbers that are none included.
+    assert PromotionDecision.model_validate_json(decision.model_dump_json()) == decision
+
+
+def test_not_worse_allows_its_tolerance_and_no_more():
+    assert decide(dpo_report(heldout_loss__sft=(0.1, 0.05, 0.15)), GATE, 3).outcome == "passed"
+    assert decide(dpo_report(heldout_loss__sft=(0.1, 0.05, 0.1501)), GATE, 3).outcome == "failed"
+
+
+def test_a_model_in_production_that_was_not_measured_fails_the_rule():
+    decision = decide(sft_report((-0.5, -0.6, -0.4)), GATE, 7)
+    assert decision.outcome == "failed"
+    assert decision.rules[1].reason == "the report does not compare sft with version 7, which is in production"
+
+
+def test_the_confidence_is_that_of_the_report():
+    report = {**sft_report((0.0, 0.0, 0.0)), "confidence": 0.9}
+    assert "90% interval" in decide(report, GATE, None).reason
+
+
+def test_production_only_when_the_recipe_says_so():
+    report = sft_report((-0.5, -0.6, -0.4))
+    assert decide(report, GATE.model_copy(update={"auto": True}), None).stage == "production"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("promotion.dpo.better_than.base={heldout_los: 0.1}", "there is no measure heldout_los; did you mean heldout_loss?"),
+        ("promotion.sft.better_than.base={preference_accuracy: 0}", "ask for it in promotion.dpo"),
+        ("promotion.sft.not_worse_than={sft: {rouge_l: 0}}", "has no other SFT model to compare with"),
+        ("promotion.dpo.not_worse_than.sft={length_ratio: 0.1}", "neither more nor less length_ratio is better"),
+        ("promotion.dpo.not_worse_than.sft={checks: 0.1}", "names checks, which the evaluation of this recipe does not"),
+        ("promotion.dpo.not_worse_than.sft={lm_eval_x: 0.1}", "names lm_eval_x, which the evaluation of this recipe"),
+        ("promotion.sft.better_than.incumbent.heldout_loss=null", "better_than.incumbent has no measure"),
+        ("promotion.sft.better_than.base.heldout_loss=-0.1", "promotion.sft.better_than.base.heldout_loss"),
+    ],
+)  # fmt: skip
+def test_rules_that_cannot_be_kept_are_refused(override, words):
+    with pytest.raises(RequestError, match="promotion") as error:
+        load_recipe("configs/local.yaml", [override])
+    assert words in str(error.value)
+
+
+def test_a_rule_that_is_inherited_is_taken_away_with_null():
+    overrides = ["promotion.dpo.better_than.base={heldout_loss: null, rouge_l: 0.02}"]
+    recipe = load_recipe("configs/local.yaml", overrides)
+    named = [(path, measure) for path, measure in recipe.promotion.measures() if path == "dpo.better_than.base"]
+    assert named == [("dpo.better_than.base", "rouge_l")]

@@ -1,0 +1,103 @@
+"""The judge over a scripted endpoint: verdicts counted by hand, both orders, and nothing asked twice."""
+
+import json
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.judge import Question, judge
+from llm_engineering.evaluation.requirements import check_requirements
+from llm_engineering.evaluation.statistics import Bootstrap
+from llm_engineering.generation.open import open_client
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, JudgeConfig
+from llm_engineering.recipe.training_blocks import ModelConfig
+from tests.fakes.scripted_endpoint import ScriptedEndpoint, completion
+
+BOOTSTRAP = Bootstrap(500, 0.95, 3)
+QUESTIONS = [Question(f"Question {number}?", f"Reference {number}.") for number in range(5)]
+ANSWERS = {
+    "base": [f"bad {{{number}}}" for number in range(5)],
+    "sft": [f"good {{{number}}}" for number in range(5)],
+}
+
+
+def script(asked):
+    """Row 0: the good one; 1: always A; 2: a tie; 3: A, then what is no verdict; 4: A, then what is no JSON."""
+    text = asked.turns[0]
+    number = int(re.search(r"Question (\d)\?", text)[1])
+    good_is_first = text.index("good {") < text.index("bad {")
+    second = {3: '{"verdict": "Both are nice."}', 4: "A, I think"}
+    if not good_is_first and number in second:
+        return completion(second[number])
+    verdict = {0: "A" if good_is_first else " b.", 2: "TIE"}.get(number, "A")
+    return completion(json.dumps({"verdict": verdict}))
+
+
+def asked_to_judge(endpoint, settings, answers, **keys):
+    config = JudgeConfig(client="openai", model="m", base_url=f"{endpoint.url}/v1", **keys)
+    client = open_client(config, ModelConfig(), ComputeConfig(), settings)
+    return judge(QUESTIONS, answers, "sft", client, config.max_new_tokens, BOOTSTRAP)
+
+
+def test_every_verdict_counts(settings):
+    with ScriptedEndpoint(script) as endpoint:
+        found, measure = asked_to_judge(endpoint, settings, ANSWERS)
+        asked = len(endpoint.requests)
+        # What is stored is not asked for again.
+        assert asked_to_judge(endpoint, settings, ANSWERS) == (found, measure)
+        assert len(endpoint.requests) == asked
+    # Two orders for each of five rows, and one repair of what is no JSON.
+    assert asked == 11
+    assert all(request.body["temperature"] == 0 for request in endpoint.requests)
+    first = endpoint.requests[0].turns[0]
+    assert "Reference 0." in first
+    assert "good {0}" in first
+    duel = found["duels"]["sft-base"]
+    assert duel["outcomes"] == [
+        ("won", "won"),
+        ("won", "lost"),
+        ("tie", "tie"),
+        ("won", "unparsable"),
+        ("won", "unparsable"),
+    ]
+    assert duel["verdicts"] == {"won": 5, "tie": 2, "unparsable": 2, "lost": 1}
+    assert duel["unparsable"] == {"no_verdict": 1, "bad_json": 1}
+    assert duel["agreement"] == pytest.approx(2 / 5)
+    assert duel["win_rate"]["value"] == pytest.approx((1 + 0.5 + 0.5 + 0.75 + 0.75) / 5)
+    assert measure["models"]["sft"]["value"] == pytest.approx(0.7)
+    assert measure["models"]["base"]["value"] == pytest.approx(0.3)
+    net = measure["differences"]["sft-base"]
+    assert net["value"] == pytest.approx(0.4)
+    assert net["low"] < 0.4 < net["high"]
+    assert len(found["prompt_hash"]) == 12
+
+
+def test_a_judge_that_looks_at_the_place_alone_finds_no_winner(settings):
+    with ScriptedEndpoint(lambda asked: completion("A")) as endpoint:
+        found, measure = asked_to_judge(endpoint, settings, ANSWERS, response_format="text")
+    duel = found["duels"]["sft-base"]
+    assert duel["agreement"] == 0
+    assert measure["differences"]["sft-base"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 5}
+
+
+def test_the_newest_model_meets_every_other(settings):
+    answers = {**ANSWERS, "incumbent": [f"bad {{{number}}} too" for number in range(5)]}
+    with ScriptedEndpoint(lambda asked: completion("A" if asked.turns[0].index("good") < asked.turns[0].index("bad") else "B")) as endpoint:  # fmt: skip
+        found, measure = asked_to_judge(endpoint, settings, answers, response_format="text")
+    assert list(found["duels"]) == ["sft-base", "sft-incumbent"]
+    assert {name: estimate["value"] for name, estimate in measure["models"].items()} == {
+        "base": 0.0,
+        "incumbent": 0.0,
+        "sft": 1.0,
+    }
+
+
+def test_a_judge_is_checked_before_anything_runs(settings):
+    with pytest.raises(ValidationError, match="temperature has no effect"):
+        JudgeConfig(client="openai", model="m", temperature=0.5)
+    wrong = JudgeConfig(client="openai", model="m", base_url="http://127.0.0.1:9/v1", max_retries=0)
+    with pytest.raises(RequestError, match=r"evaluation.judge, whose keys are those of generation"):
+        check_requirements(EvaluationConfig(judge=wrong), settings)

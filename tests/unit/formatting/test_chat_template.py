@@ -1,0 +1,218 @@
+"""Chat templates of the recipe: what is trained is what is served, also for models that have no template."""
+
+import pytest
+from datasets import DatasetDict
+from transformers import AutoTokenizer
+
+from llm_engineering.errors import RequestError
+from llm_engineering.formatting.render import check_chat_template, render
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import (
+    TEMPLATES,
+    end_token_ids,
+    load_tokenizer,
+    pin_chat_template,
+    set_chat_template,
+    template_text,
+)
+from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.dpo import train_dpo
+from llm_engineering.training.sft import train_sft
+from tests.tiny_models import formatted, instruction
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+ASKED = [{"role": "user", "content": "What is it?"}]
+TURNS = [*SYSTEM, *ASKED, {"role": "assistant", "content": "This."}, {"role": "user", "content": "Really?"}]
+
+WRITTEN = {
+    "alpaca": "Be brief.\n\n### Instruction:\nWhat is it?\n\n### Response:\nThis.<|endoftext|>"
+    "\n\n### Instruction:\nReally?\n\n### Response:\n",
+    "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n"
+    "<|im_start|>assistant\nThis.<|endoftext|>\n<|im_start|>user\nReally?<|im_end|>\n<|im_start|>assistant\n",
+    "human_assistant": "Be brief.\n\n### Human:\nWhat is it?\n\n### Assistant:\nThis.<|endoftext|>"
+    "\n\n### Human:\nReally?\n\n### Assistant:\n",
+    "llama3": "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nWhat is it?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nThis.<|endoftext|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nReally?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+}
+
+STEPS = {
+    "learning_rate": 1e-2,
+    "num_train_epochs": 1,
+    "gradient_accumulation_steps": 1,
+    "per_device_train_batch_size": 2,
+    "save_steps": 2,
+    "eval_steps": 2,
+}
+
+
+@pytest.fixture
+def model(base_model):
+    return ModelConfig(name_or_path=str(base_model))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_each_template_writes_a_conversation(model, settings, name):
+    tokenizer = load_tokenizer(model, settings, name)
+    assert tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False) == WRITTEN[name]
+    check_chat_template(tokenizer)
+
+
+def test_alpaca_without_a_system_message_has_its_own_preamble(model, settings):
+    tokenizer = load_tokenizer(model, settings, "alpaca")
+    asked = tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, tokenize=False)
+    assert asked.startswith("Below is an instruction that describes a task.")
+    assert asked.endswith("\n\n### Instruction:\nWhat is it?\n\n### Response:\n")
+
+
+def test_a_token_that_texts_begin_with_is_written(model, settings):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(model, settings, "chatml")
+    assert tokenizer.apply_chat_template(ASKED, tokenize=False).startswith("<|im_start|>user")
+    begin = ("<|endoftext|>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[begin])
+    set_chat_template(tokenizer, "chatml")
+    assert tokenizer.apply_chat_template(ASKED, tokenize=False).startswith("<|endoftext|><|im_start|>user")
+    check_chat_template(tokenizer)
+
+
+def test_a_model_without_a_template_is_a_request_error_that_names_the_choices(model, settings):
+    with pytest.raises(RequestError, match="no chat template.*alpaca, chatml, human_assistant, llama3, or the path"):
+        load_tokenizer(model, settings)
+
+
+def test_templates_of_ones_own_and_wrong_ones(model, settings, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '>') }}{% endfor %}")
+    formatting = pin_chat_template(FormattingConfig(chat_template=str(own)))
+    assert formatting.chat_template == own.read_text()
+    # The text stands for itself from then on.
+    assert pin_chat_template(formatting) == formatting
+    check_chat_template(load_tokenizer(model, settings, formatting.chat_template))
+    with pytest.raises(RequestError, match=r"no chat template alpacca\. .*alpaca, chatml"):
+        template_text("alpacca")
+    own.write_text("no mark")
+    with pytest.raises(RequestError, match="is no template"):
+        template_text(str(own))
+    for text, words in (
+        ("{{ messages[0].content }", "cannot be used"),
+        ("{{ raise_exception('no') }}", "cannot be used"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}", "only appends"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "end-of-turn"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            check_chat_template(load_tokenizer(model, settings, text))
+
+
+def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path):
+    plain = load_tokenizer(ModelConfig(name_or_path=str(base_model)), settings, "alpaca")
+    assert plain.pad_token == plain.eos_token
+    assert len(plain) == len(AutoTokenizer.from_pretrained(base_model))
+    plain.add_tokens(["<|reserved_7|>"], special_tokens=True)
+    plain.pad_token = None
+    plain.save_pretrained(tmp_path)
+    loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)), settings)
+    assert loaded.pad_token == "<|reserved_7|>"
+    assert len(loaded) == len(plain)
+
+
+def test_preflight_tells_what_is_missing(base_model):
+    from llm_engineering.recipe.loading import load_recipe
+    from tests.conftest import ROOT
+    from tools.preflight import preflight
+
+    sets = [f"model.name_or_path={base_model}"]
+    with pytest.raises(RequestError, match="has no chat template.*alpaca"):
+        preflight(load_recipe(ROOT / "configs" / "local.yaml", sets))
+    recipe, _ = preflight(load_recipe(ROOT / "configs" / "local.yaml", [*sets, "formatting.chat_template=alpaca"]))
+    assert recipe.setup.chat_template == template_text("alpaca")
+    with pytest.raises(RequestError, match=r"sft\.method is qlora, which needs CUDA"):
+        preflight(load_recipe(ROOT / "configs" / "local.yaml", ["sft.method=qlora", "compute.device=cpu"]))
+
+
+def test_answers_end_with_the_model_s_tokens_and_with_the_trained_one(model, settings, cpu):
+    from llm_engineering.models.device import choose_device
+
+    loaded = load_model(model, settings, choose_device(cpu))
+    tokenizer = load_tokenizer(model, settings, "alpaca")
+    loaded.generation_config.eos_token_id = [5, 7]
+    assert end_token_ids(loaded, tokenizer) == sorted({5, 7, tokenizer.eos_token_id})
+    loaded.generation_config.eos_token_id = 5
+    assert end_token_ids(loaded, tokenizer) == sorted({5, tokenizer.eos_token_id})
+
+
+def test_a_model_with_no_template_and_no_pad_token_trains_and_is_served_as_it_was_trained(
+    model, settings, cpu, tmp_path
+):
+    tokenizer = load_tokenizer(model, settings, "human_assistant")
+    setup = TrainingSetup(
+        model=model,
+        max_length=256,
+        chat_template="human_assistant",
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+    data = formatted("instruction", 8, tokenizer, tmp_path)
+    result = train_sft(data, SFTConfig(**STEPS, packing=False), setup, settings)
+
+    served = AutoTokenizer.from_pretrained(result.adapter)
+    for row in map(instruction, range(8)):
+        (trained,) = render([row], tokenizer)
+        turns = [turn.model_dump() for turn in row.prompt]
+        asked = served.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        answered = served.apply_chat_template(
+            [*turns, *(turn.model_dump() for turn in row.completion)], return_dict=False
+        )
+        assert trained.input_ids[: len(asked)] == asked
+        assert trained.labels == [-100] * len(asked) + trained.input_ids[len(asked) :]
+        # What the template writes after the last end of turn is not trained.
+        assert answered[: len(trained.input_ids)] == trained.input_ids
+        assert served.decode(answered[len(trained.input_ids) :]).strip() == ""
+
+    pairs = formatted("preference", 8, tokenizer, tmp_path)
+    aligned = train_dpo(pairs, result.adapter, DPOConfig(**STEPS), setup, settings)
+    assert AutoTokenizer.from_pretrained(aligned.adapter).chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
+    apart, model, settings, cpu, tmp_path, monkeypatch
+):
+    """The batches that the trainers make: the end of each answer is trained, the padding after it is not. Batches of SFT
+    have none where the model keeps rows `apart`."""
+    from llm_engineering.models.device import choose_device
+    from llm_engineering.training import sft
+    from llm_engineering.training.dpo import dpo_trainer
+    from llm_engineering.training.policy import new_policy
+
+    monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: apart)
+    tokenizer = load_tokenizer(model, settings, "alpaca")
+    end = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id == end
+    device = choose_device(cpu)
+    setup = TrainingSetup(model=model, max_length=256, compute=cpu, tracking=TrackingConfig(comet="off"), seed=7)
+    data = formatted("instruction", 8, tokenizer, tmp_path)
+    config = SFTConfig(**STEPS, packing=False)
+    policy = new_policy(model, config.lora, settings, device)
+    trainer = sft.sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
+    first = list(data["train"].select([0, 1]))
+    assert all(row["labels"][-1] == end for row in first)
+    longest = max(len(row["labels"]) for row in first)
+    padding = [[] if apart else [-100] * (longest - len(row["labels"])) for row in first]
+    expected = [label for row, after in zip(first, padding, strict=True) for label in row["labels"] + after]
+    assert trainer.data_collator(first)["labels"].flatten().tolist() == expected
+
+    pairs = formatted("preference", 8, tokenizer, tmp_path)
+    trainer = dpo_trainer(policy, tokenizer, DatasetDict(pairs), DPOConfig(**STEPS), setup, device, tmp_path)
+    batch = trainer.data_collator(list(pairs["train"].select([0, 1])))
+    trained = [
+        [token for token, mask in zip(ids, masks, strict=True) if mask]
+        for ids, masks in zip(batch["input_ids"].tolist(), batch["completion_mask"].tolist(), strict=True)
+    ]
+    expected = [pairs["train"][i][name] for name in ("chosen_ids", "rejected_ids") for i in (0, 1)]
+    assert trained == expected
+    assert all(ids[-1] == end for ids in trained)

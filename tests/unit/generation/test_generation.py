@@ -1,0 +1,226 @@
+"""Generation: answers are stored, asked for once, and bad questions have a reason."""
+
+import pytest
+
+from llm_engineering.data.rows import InstructionRow, Message
+from llm_engineering.documents.passages import Passage
+from llm_engineering.generation.instructions import (
+    FROM_DOCUMENT,
+    draw_style,
+    generate_instructions,
+    instruction_problem,
+)
+from llm_engineering.generation.local import LocalModel
+from llm_engineering.generation.preferences import generate_preferences
+from llm_engineering.generation.store import AnswerStore
+from llm_engineering.generation.types import Answer, Failure, Sampling
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.generation_blocks import InstructionWriting, PreferenceWriting
+from llm_engineering.recipe.training_blocks import ModelConfig
+
+PASSAGE = "A generator function suspends its execution at each yield expression and goes on from there when asked."
+
+
+@pytest.mark.parametrize(
+    ("style", "text", "reason"),
+    [
+        ("question", "What does a generator function do at a yield expression?", ""),
+        ("question", "A generator function suspends its execution", "not_a_question"),
+        ("question", "Generators are nice, are they not?", "not_a_question"),
+        ("question", "What is x?", "question_length"),
+        ("question", "What does the passage say about a generator?", "mentions_passage"),
+        ("question", "What is the output of the following generator?", "mentions_passage"),
+        ("question", "What is the purpose of the debugger?", "not_grounded"),
+        ("question", "Which debugger commands list the breakpoints of a generator?", "not_grounded"),
+        ("how_to", "How does a generator function suspend its execution?", ""),
+        ("how_to", "What does a generator function suspend?", "not_a_how_to"),
+        ("task", "Explain how a generator function suspends its execution.", ""),
+        ("task", "How does a generator function suspend its execution?", "not_a_task"),
+        ("task", "Describe two debugger commands.", "not_grounded"),
+    ],
+)
+def test_instruction_problems(style, text, reason):
+    assert instruction_problem(text, PASSAGE, style) == reason
+
+
+@pytest.fixture
+def model(tiny_model, cpu, settings, tmp_path):
+    config = ModelConfig(name_or_path=str(tiny_model), revision="test")
+    loaded = load_model(config, settings, choose_device(cpu))
+    tokenizer = load_tokenizer(config, settings)
+
+    def make():
+        return LocalModel(loaded, tokenizer, "tiny", AnswerStore(tmp_path / "answers.jsonl"), batch_size=2)
+
+    return make
+
+
+REQUESTS = [[{"role": "user", "content": f"Question {i}"}] for i in range(5)]
+
+
+def test_stored_answers_are_not_asked_for_again(model, monkeypatch):
+    answers = model().answer(REQUESTS, Sampling(4), "answers")
+    asked = []
+    monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: asked.append(prompts))
+    assert model().answer(REQUESTS, Sampling(4), "answers") == answers
+    assert asked == []
+
+
+def test_drawn_answers_depend_on_the_seed_alone(model, tmp_path):
+    drawn = model().answer(REQUESTS, Sampling(4, 1.0, seed=1), "answers")
+    (tmp_path / "answers.jsonl").unlink()
+    assert model().answer(REQUESTS, Sampling(4, 1.0, seed=1), "answers") == drawn
+    assert model().answer(REQUESTS, Sampling(4, 1.0, seed=2), "answers") != drawn
+    assert model().answer(REQUESTS, Sampling(4), "answers") != drawn
+
+
+def test_killed_in_the_middle_ends_with_the_same_answers(model, monkeypatch, tmp_path):
+    expected = model().answer(REQUESTS, Sampling(4), "answers")
+    (tmp_path / "answers.jsonl").unlink()
+    real, calls = LocalModel._generate, []
+
+    def dies(self, *arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LocalModel, "_generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        model().answer(REQUESTS, Sampling(4), "answers")
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write('{"key": "half-writ')
+    monkeypatch.setattr(LocalModel, "_generate", real)
+    again = model()
+    assert len(again.store.answers) == 2
+    assert again.answer(REQUESTS, Sampling(4), "answers") == expected
+    assert len(model().store.answers) == 5
+
+
+def passage(text=PASSAGE, title="generators"):
+    return Passage(id="x", document="doc", title=title, start=0, end=len(text), text=text)
+
+
+def test_rows_and_rejects_add_up(model, monkeypatch):
+    questions = iter(
+        [["What does a generator function do?", "Nonsense"], ["Question: What does a generator function do?"]]
+    )
+    monkeypatch.setattr(LocalModel, "_generate", lambda *a: next(questions))
+    passages = [passage(), passage(PASSAGE + " It is lazy."), passage(PASSAGE + " It is lazy. Very.")]
+    rows, rejected = generate_instructions(passages, model(), InstructionWriting(question_max_new_tokens=8), seed=1)
+    assert [(r.prompt[0].content, r.completion[0].content) for r in rows] == [
+        ("What does a generator function do?", PASSAGE)
+    ]
+    assert sorted(q.reason for q in rejected) == ["not_a_question", "repeated_question"]
+    assert rows[0].document == "doc"
+    assert rows[0].source == f"doc:characters 0-{len(PASSAGE)}"
+
+
+def test_preferences_keep_what_is_not_drawn_in_the_books(model):
+    rows = [
+        InstructionRow(
+            prompt=[Message(role="user", content=f"Q{i}")],
+            completion=[Message(role="assistant", content=f"A{i}")],
+            source=f"s{i}",
+            origin="o",
+        )
+        for i in range(5)
+    ]
+    writing = PreferenceWriting(rejected_max_new_tokens=4, max_preferences=3)
+    made, rejected = generate_preferences(rows, {}, model(), writing, seed=1)
+    assert (len(made), [q.reason for q in rejected]) == (3, ["not_drawn", "not_drawn"])
+    assert all(row.chosen[0].content.startswith("A") for row in made)
+    assert len({row.source for row in made} | {q.source for q in rejected}) == 5
+
+
+def test_keys_of_the_local_model_stay_the_same(model, monkeypatch):
+    """Batches are ordered and seeded by them: other keys would be other rejected answers."""
+    monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: ["x"] * len(prompts))
+    client = model()
+    client.answer([[{"role": "user", "content": "Hi"}]], Sampling(32, 0.0, 42, ("?",)), "questions")
+    client.answer([[{"role": "user", "content": "Hi"}]], Sampling(64, 1.0, 42), "answers")
+    # sha256 of '[["tiny", 32, ["?"], 0.0, 0], [{"role": "user", "content": "Hi"}]]' and of
+    # '[["tiny", 64, [], 1.0, 42], [{"role": "user", "content": "Hi"}]]'.
+    assert list(client.store.answers) == ["169d43cb384dba3253aa213c", "fa359c5093d69d13374c516f"]
+
+
+class Scripted:
+    """A client that says what it is told to."""
+
+    identity = "scripted"
+    temperature = None
+
+    def __init__(self, answer, writes_json=True):
+        self.say, self.writes_json, self.asked = answer, writes_json, []
+
+    def answer(self, requests, sampling, what):
+        self.asked += [(request[-1]["content"], sampling) for request in requests]
+        return [self.say(request[-1]["content"], sampling) for request in requests]
+
+
+def test_styles_are_drawn_by_weight_and_seed():
+    passages = [Passage(id=str(i), document="d", title="t", start=0, end=1, text="x") for i in range(2000)]
+    writing = InstructionWriting(styles={"task": 1, "question": 3, "how_to": 0})
+    drawn = [draw_style(p, writing, 1) for p in passages]
+    # 1,500 expected, standard deviation 19.
+    assert 1400 < drawn.count("question") < 1600
+    assert drawn.count("how_to") == 0
+    assert [draw_style(p, writing, 1) for p in reversed(passages)] == drawn[::-1]
+    assert [draw_style(p, writing, 2) for p in passages] != drawn
+
+
+def test_every_style_has_its_prompt_and_its_rows():
+    passages = [passage(f"{PASSAGE} Number {i}.").model_copy(update={"id": str(i)}) for i in range(30)]
+
+    def say(prompt, sampling):
+        number = prompt.split("Number ")[1].split(".")[0]
+        if "one specific task" in prompt:
+            return Answer(f"Explain generator number {number} in words{'x' * int(number)}.")
+        return Answer(f"How does generator number {number} suspend{'x' * int(number)}?")
+
+    writing = InstructionWriting(styles={"task": 1, "question": 1, "how_to": 1})
+    rows, rejected = generate_instructions(passages, Scripted(say), writing, seed=1)
+    assert rejected == []
+    assert {row.origin.split(" ")[0] for row in rows} == {"task", "question", "how_to"}
+    # The rows stand in the passages' order, whichever style was asked for first.
+    assert [row.completion[0].content for row in rows] == [p.text for p in passages]
+    assert all(row.origin.endswith(f"by scripted, {FROM_DOCUMENT}") for row in rows)
+
+
+def test_answers_by_the_model_are_asked_for_only_where_the_question_is_kept():
+    def say(prompt, sampling):
+        if sampling.json_field == "answer":
+            return Answer("It suspends.") if "at each yield" in prompt else Failure("refused", "no", "raw")
+        return Answer("What does a generator do" + (" now" if "lazy" in prompt else "") + "?")
+
+    client = Scripted(say)
+    passages = [passage(), passage(PASSAGE + " It is lazy."), passage(PASSAGE)]
+    writing = InstructionWriting(answers="model", answer_max_new_tokens=100)
+    rows, rejected = generate_instructions(passages, client, writing, seed=1)
+    assert [row.completion[0].content for row in rows] == ["It suspends."] * 2
+    assert FROM_DOCUMENT not in rows[0].origin
+    assert "answer (prompt " in rows[0].origin
+    assert [q.reason for q in rejected] == ["repeated_question"]
+    assert [s.json_field for _, s in client.asked] == ["instruction"] * 3 + ["answer"] * 2
+
+
+def test_chosen_answers_must_stand_in_the_document():
+    def row(answer, origin):
+        return InstructionRow(
+            prompt=[Message(role="user", content=f"Q {answer}")],
+            completion=[Message(role="assistant", content=answer)],
+            source="s",
+            origin=origin,
+            document="doc",
+        )
+
+    document = f"question by m, {FROM_DOCUMENT}"
+    rows = [row("one two three", document), row("one two four", document), row("made up", "question and answer by m")]
+    client = Scripted(lambda prompt, sampling: Failure("refused", "no", "raw") if "made" in prompt else Answer("mine"))
+    made, rejected = generate_preferences(rows, {"doc": "one\n  two\tthree"}, client, PreferenceWriting(), seed=1)
+    assert [r.chosen[0].content for r in made] == ["one two three"]
+    assert [(q.reason, q.text) for q in rejected] == [("not_verbatim", "one two four"), ("refused", "raw")]
+    # Rows of one's own have no document to stand in.
+    assert len(generate_preferences(rows[:2], {}, client, PreferenceWriting(), seed=1)[0]) == 2

@@ -1,0 +1,110 @@
+"""GGUF written here and read by transformers: the same tokens, template, logits; what cannot be written is refused."""
+
+import json
+
+import pytest
+import torch
+from gguf import GGUFReader
+from tokenizers import normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_engineering.errors import RequestError
+from llm_engineering.publish.gguf import write_gguf
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+TEXT = "What is the sum of these 12 numbers?\n\tÄ “quoted” 'tis <|endoftext|> it's   done."
+
+
+def saved(source, folder, dtype, **changes):
+    """The model of `source` in a precision, with a chat template and changes to its configuration."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    if changes:
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_round_trip(small_llama, tmp_path, dtype):
+    folder = saved(small_llama, tmp_path / "model", dtype)
+    write_gguf(folder, tmp_path / "model.gguf", "my-model")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert kinds["blk.1.attn_q.weight"] == {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(dtype)[6:]]
+    assert kinds["blk.1.attn_norm.weight"] == "F32"
+    ids = torch.tensor([[5, 9, 11, 250, 2, 7]])
+    with torch.inference_mode():
+        torch.testing.assert_close(read(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+    assert {name: tensor.shape for name, tensor in read.state_dict().items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+
+
+def test_tokenizer_and_template_come_along(small_llama, tmp_path):
+    folder = saved(small_llama, tmp_path / "model", torch.float32)
+    write_gguf(folder, tmp_path / "model.gguf", "my-model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert read(TEXT, add_special_tokens=False)["input_ids"] == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert read.chat_template == TEMPLATE
+    fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "model.gguf").fields.items()}
+    assert fields["general.architecture"] == "llama"
+    assert fields["general.name"] == "my-model"
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    # The end token is a control token: llama.cpp would print any other.
+    assert fields["tokenizer.ggml.token_type"][tokenizer.eos_token_id] == 3
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert len(fields["tokenizer.ggml.tokens"]) == fields["llama.vocab_size"]
+
+
+def test_tied_embedding_is_written_once(tiny_model, tmp_path):
+    folder = saved(tiny_model, tmp_path / "model", torch.float32)
+    write_gguf(folder, tmp_path / "model.gguf", "tiny")
+    names = [tensor.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors]
+    assert "token_embd.weight" in names
+    assert "output.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rotary positions are scaled"),
+        ({"attention_bias": True}, "its layers have biases"),
+        ({"hidden_act": "gelu"}, "its activation is gelu"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_llamas_are_refused(small_llama, tmp_path, changes, words):
+    folder = saved(small_llama, tmp_path / "model", torch.float32, **changes)
+    with pytest.raises(RequestError, match=words):
+        write_gguf(folder, tmp_path / "model.gguf", "my-model")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_other_architectures_are_refused(base_model, tmp_path):
+    with pytest.raises(RequestError, match="it is a gpt2, and only plain Llama models are"):
+        write_gguf(saved(base_model, tmp_path / "model", torch.float32), tmp_path / "model.gguf", "my-model")
+
+
+def test_unknown_word_rules_are_refused(small_llama, tmp_path):
+    folder = saved(small_llama, tmp_path / "model", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(RequestError, match=r"how its tokenizer changes texts \(null\) and cuts words .*Whitespace"):
+        write_gguf(folder, tmp_path / "model.gguf", "my-model")
+
+
+def test_a_tokenizer_that_changes_texts_first_is_refused(small_llama, tmp_path):
+    folder = saved(small_llama, tmp_path / "model", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(RequestError, match="how its tokenizer changes texts .*Lowercase"):
+        write_gguf(folder, tmp_path / "model.gguf", "my-model")

@@ -1,0 +1,222 @@
+"""Merging: the saved files are the trained model, and what is not is refused by row and by how much."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraModel, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_engineering.errors import WorkError
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.publish import merge as merging
+from llm_engineering.publish.merge import Trained, merge, merged_device
+from llm_engineering.publish.verification import HeldoutRow, TokenScores, check_same, token_scores, verify
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
+from llm_engineering.training.policy import new_policy, save_policy
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+ROWS = [HeldoutRow(f"row-{n}", [5, 6 + n, 7, 8, 2], [-100, -100, 7, 8, 2]) for n in range(6)]
+
+
+@pytest.fixture
+def model(small_llama):
+    return ModelConfig(name_or_path=str(small_llama), revision="test")
+
+
+def adapter(model, folder, settings, compute, size=0.05, **lora):
+    """A trained adapter: its second matrices are drawn, and not zero as at the start."""
+    torch.manual_seed(1)
+    policy = new_policy(model, LoraConfig(r=2, **lora), settings, choose_device(compute))
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=size)
+    save_policy(policy, model, folder)
+    tokenizer = load_tokenizer(model, settings, TEMPLATE)
+    tokenizer.save_pretrained(folder)
+    return Trained(model, folder)
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["lora", "rslora", "dora"])
+def test_merged_model_is_the_trained_one(model, cpu, settings, tmp_path, lora):
+    trained = adapter(model, tmp_path / "adapter", settings, cpu, **lora)
+    verification = merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged")
+    assert (verification.rows, verification.tokens, verification.same_top) == (6, 18, 18)
+    assert verification.largest_difference < 1e-4 < 0.01 < verification.mean_training_effect
+    # By hand: the files alone against the base model with the adapter.
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    both = PeftModel.from_pretrained(load_model(model, settings, choose_device(cpu)), str(trained.folder))
+    ids = torch.tensor([[5, 9, 11, 2]])
+    with torch.inference_mode():
+        torch.testing.assert_close(saved(ids).logits, both(ids).logits, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(saved(ids).logits, both.unload()(ids).logits, atol=1e-2)
+
+
+def test_files_are_complete(model, cpu, settings, tmp_path):
+    """Plain transformers layout: weights, tokenizer, the template that was trained with, every end token, and how
+    it was asked when it was measured."""
+    trained = adapter(model, tmp_path / "adapter", settings, cpu)
+    merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged", repetition_penalty=1.1)
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["repetition_penalty"] == 1.1
+    files = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "verification.json",
+    } <= files
+    assert "adapter_config.json" not in files
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer.chat_template == TEMPLATE
+    end = tokenizer.eos_token_id
+    assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [end]
+    # Nothing of it names a place of this machine.
+    for file in (tmp_path / "merged").glob("*.json"):
+        assert str(tmp_path) not in file.read_text()
+        assert model.name_or_path not in file.read_text()
+
+
+BF16 = ComputeConfig(device="cpu", dtype="bfloat16", attn_implementation="sdpa")
+
+
+def test_nothing_is_lost_of_an_adapter_on_a_half_precision_base(model, settings, tmp_path):
+    """Saved in float32: an update below half the last bit of the base's weights is still there."""
+    trained = adapter(model, tmp_path / "adapter", settings, BF16, size=1e-3)
+    verification = merge(trained, ROWS, choose_device(BF16), torch.float32, settings, tmp_path / "merged")
+    assert verification.largest_difference < verification.mean_training_effect / 100
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
+
+
+def test_float32_unless_the_recipe_names_another():
+    assert merged_device(BF16).dtype == torch.bfloat16
+    assert merged_device(ComputeConfig(device="cpu")).dtype == torch.float32
+
+
+def test_rounded_once_where_the_recipe_asks_for_it(model, settings, tmp_path):
+    trained = adapter(model, tmp_path / "adapter", settings, BF16, size=0.5)
+    verification = merge(trained, ROWS, choose_device(BF16), torch.bfloat16, settings, tmp_path / "merged")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert saved.dtype == torch.bfloat16
+    # From the sum in float32.
+    both = PeftModel.from_pretrained(load_model(model, settings, choose_device(BF16)).float(), str(trained.folder))
+    merged = both.merge_and_unload().model.layers[0].mlp.up_proj.weight
+    assert torch.equal(saved.model.layers[0].mlp.up_proj.weight, merged.bfloat16())
+    assert 0 < verification.mean_difference < verification.mean_training_effect / 10
+    assert "this is what rounding costs" in verification.sentence
+
+
+def test_training_that_is_rounded_away_is_refused(model, settings, tmp_path):
+    """An update below half the last bit of bfloat16 weights."""
+    trained = adapter(model, tmp_path / "adapter", settings, BF16, size=1e-6)
+    with pytest.raises(WorkError, match=r"rounding to bfloat16 moves .* With --set compute.dtype=float32 nothing"):
+        merge(trained, ROWS, choose_device(BF16), torch.bfloat16, settings, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_mistake_is_refused_in_every_precision(model, settings, tmp_path, monkeypatch, dtype):
+    """The update of one matrix of fourteen is missing: less than rounding to bfloat16 may cost."""
+    trained = adapter(model, tmp_path / "adapter", settings, BF16, size=0.5)
+    merge_and_unload = LoraModel.merge_and_unload
+
+    def all_but_one(lora, **arguments):
+        torch.nn.init.zeros_(lora.model.model.layers[0].self_attn.k_proj.lora_B["default"].weight)
+        return merge_and_unload(lora, **arguments)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", all_but_one)
+    with pytest.raises(WorkError, match=r"on held-out row row-\d"):
+        merge(trained, ROWS, choose_device(BF16), dtype, settings, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_spoilt_files_are_refused(model, cpu, settings, tmp_path, monkeypatch):
+    trained = adapter(model, tmp_path / "adapter", settings, cpu, size=0.5)
+    write = merging._write
+
+    def spoilt(merged, *arguments):
+        weight = merged.model.layers[1].mlp.down_proj.weight
+        former = weight.detach().clone()
+        with torch.no_grad():
+            weight[0, 0] += 1e-3
+            write(merged, *arguments)
+            weight.copy_(former)
+
+    monkeypatch.setattr(merging, "_write", spoilt)
+    with pytest.raises(
+        WorkError, match=r"saved weights are not .* at model.layers.1.mlp.down_proj.weight and 0 others"
+    ):
+        merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_full_model_is_checked_alike(model, cpu, settings, tmp_path):
+    full = load_model(model, settings, choose_device(cpu))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        full.lm_head.weight += 0.1 * torch.randn_like(full.lm_head.weight)
+    full.save_pretrained(tmp_path / "full")
+    load_tokenizer(model, settings, TEMPLATE).save_pretrained(tmp_path / "full")
+    trained = Trained(model, tmp_path / "full")
+    exact = merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "exact")
+    assert exact.largest_difference < 1e-4 < 0.01 < exact.mean_training_effect
+    rounded = merge(trained, ROWS, choose_device(cpu), torch.bfloat16, settings, tmp_path / "rounded")
+    assert rounded.mean_training_effect == pytest.approx(exact.mean_training_effect)
+    assert exact.largest_difference < rounded.largest_difference < 0.1
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "rounded").dtype == torch.bfloat16
+
+
+def test_nothing_to_verify_on_is_refused(model, cpu, settings, tmp_path):
+    trained = adapter(model, tmp_path / "adapter", settings, cpu)
+    with pytest.raises(WorkError, match="no held-out row"):
+        merge(trained, [], choose_device(cpu), torch.float32, settings, tmp_path / "merged")
+
+
+def scores(log_probs, top, lead):
+    return TokenScores(torch.tensor(log_probs), torch.tensor(top), torch.tensor(lead))
+
+
+ROW = [HeldoutRow("r", [1, 2, 3], [-100, 2, 3])]
+
+
+def test_differences_by_hand():
+    trained = [scores([-1.0, -2.0], [7, 8], [1.0, 0.3])]
+    saved = [scores([-1.1, -2.3], [7, 9], [1.0, 0.1])]
+    untrained = [scores([-4.0, -5.0], [7, 8], [1.0, 0.3])]
+    found = verify(ROW, trained, saved, untrained, torch.bfloat16)
+    assert (found.tokens, found.same_top) == (2, 1)
+    assert found.mean_difference == pytest.approx(0.2)
+    assert found.largest_difference == pytest.approx(0.3)
+    assert found.mean_training_effect == pytest.approx(3.0)
+    # Of a training of 1.9 nats, 0.2 are more than a tenth.
+    with pytest.raises(WorkError, match="moves log-probabilities by 0.2 nats on average, .* moved them by 1.9"):
+        verify(ROW, trained, saved, [scores([-2.9, -3.9], [7, 8], [1.0, 0.3])], torch.bfloat16)
+    with pytest.raises(WorkError, match=r"row r the log-probability of answer token 2 is 0\.300 nats off"):
+        verify(ROW, trained, saved, untrained, torch.float32)
+    broken = [scores([-1.0, float("nan")], [7, 8], [1.0, 0.3])]
+    with pytest.raises(WorkError, match="by nan nats"):
+        verify(ROW, trained, broken, untrained, torch.float16)
+    with pytest.raises(WorkError, match="inf nats off"):
+        verify(ROW, trained, broken, untrained, torch.float32)
+
+
+def test_the_same_model_has_the_same_most_probable_tokens():
+    other = [scores([-1.0, -2.0], [7, 9], [1.0, 0.3])]
+    with pytest.raises(WorkError, match=r"most probable one at answer token 2, where that leads by 0\.300 nats"):
+        check_same(ROW, [scores([-1.0, -2.0], [7, 8], [1.0, 0.3])], other)
+    # Two that are equal but for the order of a sum.
+    check_same(ROW, [scores([-1.0, -2.0], [7, 8], [1.0, 0.0005])], other)
+
+
+def test_token_scores_by_hand(model, cpu, settings):
+    loaded = load_model(model, settings, choose_device(cpu)).eval()
+    (found,) = token_scores(loaded, [HeldoutRow("r", [5, 6, 7, 2], [-100, -100, 7, 2])])
+    with torch.inference_mode():
+        expected = torch.log_softmax(loaded(torch.tensor([[5, 6, 7, 2]])).logits[0], dim=-1)
+    torch.testing.assert_close(found.log_probs, torch.stack([expected[1, 7], expected[2, 2]]))
+    assert found.top.tolist() == expected[1:3].argmax(dim=-1).tolist()
+    best = expected[1:3].sort(dim=-1, descending=True).values
+    torch.testing.assert_close(found.lead, best[:, 0] - best[:, 1])

@@ -1,0 +1,105 @@
+"""Recipes: extends, --set, and errors that name file, key and the nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.loading import load_recipe, recipe_hash
+
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+
+
+@pytest.mark.parametrize("recipe", sorted(LOCAL.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(recipe):
+    load_recipe(recipe)
+
+
+def write(path: Path, **content) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_extends_merges_key_by_key(tmp_path):
+    write(tmp_path / "base.yaml", extends=str(LOCAL), sft={"lora": {"r": 4}})
+    recipe = load_recipe(write(tmp_path / "child.yaml", extends="base.yaml", dpo={"beta": 0.5}))
+    assert recipe.sft.lora.r == 4
+    assert recipe.dpo.beta == 0.5
+    assert recipe.sft.lora.lora_alpha == load_recipe(LOCAL).sft.lora.lora_alpha
+
+
+def test_set_overrides_last_and_reads_exponents_as_numbers():
+    recipe = load_recipe(LOCAL, ["sft.learning_rate=1e-4", "dpo.beta=0.3", "documents.max_passages=null"])
+    assert recipe.sft.learning_rate == 1e-4
+    assert recipe.dpo.beta == 0.3
+    assert recipe.documents.max_passages is None
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sft.learning_rat=1", ["`sft.learning_rat`", "`sft.learning_rate`", "--set"]),
+        ("learning_rate=1", ["unknown key `learning_rate`", "`sft.learning_rate`", "`dpo.learning_rate`"]),
+        ("sft.lora.rank=8", ["`sft.lora.rank`", "r, lora_alpha"]),
+        ("sft.lora.alpha=8", ["`sft.lora.alpha`", "`sft.lora.lora_alpha`"]),
+        ("sft.num_train_epochs=many", ["`sft.num_train_epochs` is 'many'", "number"]),
+        ("dpo.beta=0", ["`dpo.beta` is 0", "greater than 0"]),
+        ("sft.learning_rate=.nan", ["`sft.learning_rate`"]),
+        ("sft.max_steps=0", ["`sft`", "max_steps is 0"]),
+        ("documents.passage_min_chars=9999", ["passage_min_chars (9999) is larger than passage_max_chars"]),
+        ("data.split.test_fraction=0.95", ["leave no row to train on"]),
+        ("evaluation.generated_rows=5", ["sample_answers (20) is larger than generated_rows (5)"]),
+        ("evaluation.judge={modle: x}", ["`evaluation.judge.modle`", "`evaluation.judge.model`"]),
+        ("evaluation.judge={temperature: 0.7}", ["a judge answers at temperature 0"]),
+        ("evaluation.lm_eval={tasks: []}", ["`evaluation.lm_eval.tasks`"]),
+        ("compute.target=sagemakr", ["`compute.target` is 'sagemakr'", "'local'"]),
+        ("sft", ["not of the form key.path=value"]),
+    ],
+)
+def test_wrong_override_names_the_key_and_the_nearest(override, words):
+    with pytest.raises(RequestError) as error:
+        load_recipe(LOCAL, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_cross_check_of_two_blocks():
+    with pytest.raises(RequestError, match="float16 does not train on compute.device cpu"):
+        load_recipe(LOCAL, ["compute.device=cpu", "compute.dtype=float16"])
+
+
+def test_error_names_the_file_that_holds_the_key(tmp_path):
+    write(tmp_path / "parent.yaml", extends=str(LOCAL), sft={"betta": 1})
+    with pytest.raises(RequestError, match=r"parent\.yaml: unknown key `sft\.betta`"):
+        load_recipe(write(tmp_path / "child.yaml", extends="parent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nname: b\n", "the key 'name' stands twice"),
+        ("name: [1\n", "is not valid YAML: line"),
+        ("- a\n", "holds no recipe"),
+        ("", "holds no recipe"),
+        ("extends: nowhere.yaml\n", "There is no recipe file"),
+    ],
+)
+def test_broken_files(tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError, match=words):
+        load_recipe(path)
+
+
+def test_extends_in_a_circle(tmp_path):
+    write(tmp_path / "a.yaml", extends="b.yaml")
+    write(tmp_path / "b.yaml", extends="a.yaml")
+    with pytest.raises(RequestError, match="goes in a circle"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_hash_changes_with_any_value():
+    hashes = {recipe_hash(load_recipe(LOCAL, [o])) for o in ("seed=1", "seed=2", "sft.lora.r=3", "tracking.comet=off")}
+    assert len(hashes) == 4
+    assert recipe_hash(load_recipe(LOCAL)) == recipe_hash(load_recipe(LOCAL))

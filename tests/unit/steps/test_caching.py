@@ -1,0 +1,184 @@
+"""The cache sees the code that a step calls: a change of it, and of nothing else, changes the step's version."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project of its own: two steps in `steps`, their functions in `llm_engineering`."""
+    from steps import caching
+
+    (tmp_path / "llm_engineering").mkdir()
+    (tmp_path / "steps").mkdir()
+    files = {
+        "llm_engineering/sub.py": """
+            LIMIT = 3
+            def helper(x):
+                return x + LIMIT
+            def unrelated(x):
+                return x
+            class Rule:
+                def judge(self, x):
+                    return helper(x)
+            """,
+        "llm_engineering/work.py": """
+            from llm_engineering import sub
+            from llm_engineering.sub import Rule as Judge
+            def a(x):
+                '''What it does.'''
+                return sub.helper(x)
+            def b(x):
+                from llm_engineering.sub import unrelated
+                return unrelated(x)  # a remark
+            def c(x):
+                return Judge().judge(x)
+            def d(x: "Judge"):
+                return x
+            """,
+        "steps/s.py": """
+            from llm_engineering.work import a, b, c, d
+            def step_a(x):
+                return a(x)
+            def step_b(x):
+                return b(x)
+            def step_c(x):
+                return c(x)
+            def step_d(x):
+                return d(x)
+            """,
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    monkeypatch.setattr(caching, "__file__", str(tmp_path / "steps" / "caching.py"))
+
+    def versions():
+        for cached in (caching._source, caching._tree, caching._definitions, caching._is_module, caching._used):
+            cached.cache_clear()
+        return {name: caching.code_version("steps.s", f"step_{name}") for name in "abcd"}
+
+    def edit(name, old, new):
+        path = tmp_path / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    yield versions, edit
+    for cached in (caching._source, caching._tree, caching._definitions, caching._is_module, caching._used):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "changed"),
+    [
+        ("llm_engineering/sub.py", "x + LIMIT", "x - LIMIT", "acd"),
+        ("llm_engineering/sub.py", "LIMIT = 3", "LIMIT = 4", "acd"),
+        ("llm_engineering/sub.py", "return helper(x)", "return helper(x + 1)", "cd"),
+        ("llm_engineering/sub.py", "def unrelated(x):\n    return x", "def unrelated(x):\n    return -x", "b"),
+        ("llm_engineering/work.py", "return sub.helper(x)", "return -sub.helper(x)", "a"),
+        ("llm_engineering/work.py", "# a remark", "# another", ""),
+        ("llm_engineering/work.py", "What it does", "What it does now", ""),
+    ],
+)
+def test_a_change_reaches_the_steps_that_use_it_and_no_other(project, file, old, new, changed):
+    versions, edit = project
+    before = versions()
+    edit(file, old, new)
+    after = versions()
+    assert "".join(name for name in "abcd" if before[name] != after[name]) == changed
+
+
+def test_real_steps_reach_the_code_that_decides_their_result():
+    from steps.caching import reachable
+
+    training = reachable("steps.training", "train_sft")
+    assert "llm_engineering.training.arguments.training_arguments" in training
+    assert "llm_engineering.training.telemetry.TelemetryCallback" in training
+    assert "llm_engineering.recipe.training_blocks.DPOConfig" not in training
+    assert not any(".documents." in name or ".generation." in name for name in training)
+    assert "llm_engineering.generation.instructions.instruction_problem" in reachable(
+        "steps.data", "generate_instructions"
+    )
+
+
+def test_no_import_that_the_hash_cannot_follow():
+    """`import llm_engineering.x` without `as` would hide what is used of it."""
+    for folder in ("llm_engineering", "steps"):
+        for file in (ROOT / folder).rglob("*.py"):
+            lines = file.read_text().splitlines()
+            bad = [line for line in lines if line.strip().startswith(("import llm_engineering", "import steps"))]
+            assert not any(" as " not in line for line in bad), file
+
+
+SCRIPT = """
+from zenml import pipeline
+from zenml.client import Client
+from steps import of_test as steps
+
+@pipeline
+def cached():
+    steps.bare()
+    steps.ours()
+
+run = cached()
+states = {name: str(step.status) for name, step in Client().get_pipeline_run(run.id).steps.items()}
+print("STATES", states["bare"], states["ours"])
+"""
+
+STEPS = """
+from zenml import step
+from llm_engineering.helper_of_test import helper
+from steps.caching import project_step
+
+@step
+def bare() -> int:
+    return helper()
+
+@project_step()
+def ours() -> int:
+    return helper()
+"""
+
+
+def test_zenml_alone_serves_stale_results_and_project_steps_do_not(tmp_path):
+    """Through ZenML itself: a changed helper reruns a project step; a plain step is served from the cache, stale."""
+    import os
+    import shutil
+
+    project = tmp_path / "project"
+    for package in ("steps", "llm_engineering"):
+        (project / package).mkdir(parents=True)
+        (project / package / "__init__.py").write_text("")
+    shutil.copy(ROOT / "steps" / "caching.py", project / "steps" / "caching.py")
+    (project / "steps" / "of_test.py").write_text(STEPS)
+    (project / "run_of_test.py").write_text(SCRIPT)
+    helper = project / "llm_engineering" / "helper_of_test.py"
+    environment = {
+        **os.environ,
+        "ZENML_CONFIG_PATH": str(tmp_path / "zenml"),
+        "ZENML_LOCAL_STORES_PATH": str(tmp_path / "stores"),
+        "ZENML_ANALYTICS_OPT_IN": "false",
+    }
+
+    def states(value):
+        helper.write_text(f"def helper() -> int:\n    return {value}\n")
+        done = subprocess.run(
+            [sys.executable, "run_of_test.py"],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=project,
+            timeout=300,
+        )
+        line = [line for line in done.stdout.splitlines() if line.startswith("STATES")]
+        assert line, done.stdout + done.stderr
+        return line[0].split()[1:]
+
+    assert states(1) == ["completed", "completed"]
+    assert states(1) == ["cached", "cached"]
+    assert states(2) == ["cached", "completed"]

@@ -1,0 +1,195 @@
+"""A run that a schedule started: skipped, judged, failed, and who is told."""
+
+import http.server
+import json
+import threading
+
+import pytest
+
+from llm_engineering.cloud.schedules.notify import notify
+from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from pipelines.inputs import Inputs
+from tests.conftest import ROOT
+from tests.fakes.aws import ACCOUNT, REGION, FakeAWS, running_aws
+from tools.cli import prepare_zenml
+from tools.scheduled import Scheduled, fingerprint
+
+# Steps are read where pytest runs as a module of another process, too.
+prepare_zenml()
+
+PASSED = {"outcome": "passed", "stage": "staging", "reason": "every rule passed", "rules": []}
+INPUTS = Inputs(
+    documents="d",
+    instructions=None,
+    preferences=None,
+    evaluation=None,
+    checks=None,
+    sft_recipe="s",
+    dpo_recipe="p",
+    code="c",
+)
+
+
+class Webhook(http.server.HTTPServer):
+    """What is told over a webhook, which answers `status`."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), WebhookHandler)
+        self.told: list[str] = []
+        self.status = 200
+
+
+class WebhookHandler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.server.told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def webhook(settings, monkeypatch):
+    with Webhook() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        monkeypatch.setenv("NOTIFY_WEBHOOK", f"http://127.0.0.1:{server.server_port}/planted-hook-4711")
+        monkeypatch.setenv("OPENAI_API_KEY", "planted-openai-4711")
+        monkeypatch.delenv("NOTIFY_SNS_TOPIC", raising=False)
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(ROOT / "configs" / "local.yaml")
+
+
+def verdicts(place) -> list[str]:
+    return [record.verdict for record in Place(str(place)).records()]
+
+
+def run(place, monkeypatch, name: str, work):
+    monkeypatch.setenv(JOB_VARIABLE, name)
+    return Scheduled(str(place)).run(work)
+
+
+def judged(recipe, inputs=INPUTS, decision=PASSED, code=0):
+    def work(scheduled):
+        if not scheduled.is_new(recipe, inputs):
+            return scheduled.skip("no new data")
+        scheduled.judged("run-id", 4, decision)
+        return code
+
+    return work
+
+
+def test_run_with_nothing_new_is_skipped_and_one_with_something_new_is_not(tmp_path, monkeypatch, recipe, webhook):
+    place = tmp_path / "weekly"
+    for name, inputs in (("a", INPUTS), ("b", INPUTS), ("c", INPUTS.model_copy(update={"documents": "new"}))):
+        assert run(place, monkeypatch, name, judged(recipe, inputs)) == 0
+    assert verdicts(place) == ["staged: version 4", "skipped: no new data", "staged: version 4"]
+    assert webhook.told == []
+
+
+def test_only_a_run_that_was_judged_makes_its_data_old(tmp_path, monkeypatch, recipe, webhook):
+    place = tmp_path / "weekly"
+    failed = {**PASSED, "outcome": "failed", "stage": None, "rules": [{"name": "loss better", "verdict": "failed"}]}
+    stale = {**PASSED, "outcome": "stale", "stage": None, "reason": "production changed"}
+
+    def broken(scheduled):
+        assert scheduled.is_new(recipe, INPUTS)
+        raise OSError("no disk")
+
+    with pytest.raises(OSError, match="no disk"):
+        run(place, monkeypatch, "a", broken)
+    run(place, monkeypatch, "b", judged(recipe, decision=stale))
+    run(place, monkeypatch, "c", judged(recipe, decision=failed))
+    run(place, monkeypatch, "d", judged(recipe, decision=failed))
+    assert verdicts(place) == [
+        "skipped: no new data", "gate failed: loss better", "stale: production changed", "failed: no disk"
+    ]  # fmt: skip
+
+
+def test_second_run_is_skipped_while_the_first_runs(tmp_path, monkeypatch, webhook):
+    place = tmp_path / "weekly"
+
+    def first(scheduled):
+        assert run(place, monkeypatch, "b", lambda _: pytest.fail("the second one ran")) == 0
+        assert verdicts(place) == ["skipped: running", "running"]
+        return 0
+
+    assert run(place, monkeypatch, "a", first) == 0
+    assert run(place, monkeypatch, "c", lambda _: 0) == 0
+
+
+def test_failed_and_interrupted_runs_are_told_without_secrets(tmp_path, monkeypatch, webhook, capsys):
+    place = tmp_path / "weekly"
+
+    def leaking(scheduled):
+        raise ValueError("401 for key planted-openai-4711")
+
+    def interrupted(scheduled):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("NOTIFY_WEBHOOK", f"http://127.0.0.1:{webhook.server_port}/planted-hook-4711")
+    with pytest.raises(ValueError, match="401"):
+        run(place, monkeypatch, "a", leaking)
+    with pytest.raises(KeyboardInterrupt):
+        run(place, monkeypatch, "b", interrupted)
+    assert webhook.told[0].startswith("Retraining weekly failed\n401 for key ***\n")
+    assert webhook.told[1].startswith("Retraining weekly interrupted\n")
+    kept = "".join(file.read_text() for file in (place / "runs").iterdir())
+    assert "planted-openai-4711" not in kept + "".join(webhook.told)
+
+
+def test_what_counts_as_new(recipe):
+    same = fingerprint(recipe, INPUTS)
+
+    def changed(**blocks):
+        return recipe.model_copy(update=blocks)
+
+    assert fingerprint(changed(compute=recipe.compute.model_copy(update={"device": "cpu"})), INPUTS) == same
+    assert fingerprint(changed(tracking=recipe.tracking.model_copy(update={"comet": "off"})), INPUTS) == same
+    for field in ("code", "incumbent"):
+        assert fingerprint(recipe, INPUTS.model_copy(update={field: 5})) == same
+    for field in ("documents", "instructions", "preferences", "evaluation", "checks"):
+        assert fingerprint(recipe, INPUTS.model_copy(update={field: "new"})) != same
+    assert fingerprint(changed(seed=7), INPUTS) != same
+    assert fingerprint(changed(model=recipe.model.model_copy(update={"revision": "abc"})), INPUTS) != same
+
+
+def test_changed_code_of_a_step_counts_as_new(recipe, monkeypatch):
+    from pipelines import chain
+
+    same = fingerprint(recipe, INPUTS)
+    monkeypatch.setitem(chain.train_dpo.configuration.environment, "CODE_VERSION", "changed")
+    assert fingerprint(recipe, INPUTS) != same
+
+
+def test_notification_that_fails_is_logged_without_the_address(webhook, caplog):
+    # ZenML sets the root logger so that nothing but critical lines pass.
+    caplog.set_level("INFO", logger="llm_engineering")
+    webhook.status = 500
+    assert not notify("Retraining weekly failed", "why", Settings())
+    assert "NOTIFY_WEBHOOK failed: HTTPStatusError 500" in caplog.text
+    assert "planted" not in caplog.text
+
+
+def test_notification_over_a_topic(settings, monkeypatch):
+    topic = f"arn:aws:sns:{REGION}:{ACCOUNT}:retraining"
+    with running_aws(FakeAWS()) as fake:
+        key, secret = fake.credentials("job")
+        for name, value in (("ENDPOINT_URL", fake.url), ("ACCESS_KEY_ID", key), ("SECRET_ACCESS_KEY", secret)):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        told = settings.model_copy(update={"notify_sns_topic": topic})
+        assert not notify("Retraining weekly failed", "why", told)
+        fake.client("sns").create_topic(Name="retraining")
+        assert notify("Retraining größer\nfailed " + "x" * 100, f"the key is {secret}", told)
+        sent = fake.asked("sns", "Publish")[-1]
+        assert not fake.invalid
+    assert sent["Subject"].startswith("Retraining gr??er failed xx")
+    assert len(sent["Subject"]) == 100
+    assert sent["Message"] == "the key is ***"

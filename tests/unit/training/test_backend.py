@@ -1,0 +1,301 @@
+"""Which backend loads the model that is trained, what unsloth is asked for, and that it comes before transformers."""
+
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.models import device as devices
+from llm_engineering.models.device import Device, choose_backend, choose_device, needs_own_process
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import (
+    DPOConfig,
+    LoraConfig,
+    ModelConfig,
+    SFTConfig,
+    TrackingConfig,
+    TrainingSetup,
+)
+from llm_engineering.training import dpo, sft
+from llm_engineering.training.dpo import train_dpo
+from llm_engineering.training.sft import train_sft
+from llm_engineering.training.unsloth_policy import check_packable, check_packed
+from tests.conftest import ROOT
+from tests.fakes import unsloth as fake_unsloth
+from tests.tiny_models import formatted
+
+CARD = Device("cuda", torch.bfloat16, "sdpa", ["device cuda: a card"])
+STEPS = {
+    "learning_rate": 1e-2, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2,
+    "save_steps": 4, "eval_steps": 4,
+}  # fmt: skip
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A machine with a card, where unsloth and what it needs are installed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(devices, "_is_installed", lambda package: True)
+    monkeypatch.setattr(devices, "_conflict", lambda package: "")
+
+
+def test_auto_takes_unsloth_where_it_can_be_had(installed):
+    chosen = choose_backend(CARD, ComputeConfig(), "qlora")
+    assert chosen.backend == "unsloth"
+    assert chosen.reasons[-1].startswith("backend unsloth: it is installed")
+    assert choose_backend(CARD, ComputeConfig(backend="transformers"), "qlora") == CARD
+
+
+@pytest.mark.parametrize(
+    ("changes", "method", "use_dora", "words"),
+    [
+        ({}, "lora", True, "no DoRA"),
+        ({"dtype": "float32"}, "lora", False, "16 bits"),
+        ({"attn_implementation": "eager"}, "lora", False, "compute.attn_implementation is eager"),
+    ],
+)
+def test_what_unsloth_lacks_falls_to_transformers_or_is_refused(changes, method, use_dora, words, installed):
+    device = CARD._replace(dtype=getattr(torch, changes.get("dtype", "bfloat16")))
+    chosen = choose_backend(device, ComputeConfig(**changes), method, use_dora=use_dora)
+    assert chosen.backend == "transformers"
+    assert words in chosen.reasons[-1]
+    with pytest.raises(RequestError, match=f"{words}.*compute.backend=transformers"):
+        choose_backend(device, ComputeConfig(**changes, backend="unsloth"), method, use_dora=use_dora)
+
+
+def test_full_fine_tuning_is_unsloths_only_when_asked_for(installed):
+    assert choose_backend(CARD, ComputeConfig(), "full").backend == "transformers"
+    assert choose_backend(CARD, ComputeConfig(backend="unsloth"), "full").backend == "unsloth"
+
+
+def test_without_a_card_or_the_package_unsloth_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu = Device("cpu", torch.bfloat16, "sdpa", [])
+    with pytest.raises(RequestError, match="needs a CUDA card, and torch finds none"):
+        choose_backend(cpu, ComputeConfig(backend="unsloth"), "lora")
+    assert "not unsloth, for it needs a CUDA card" in choose_backend(cpu, ComputeConfig(), "lora").reasons[-1]
+    monkeypatch.setattr(devices, "_is_installed", lambda package: False)
+    with pytest.raises(RequestError, match=r"not installed \(pip install 'llm-engineering\[gpu\]'\)"):
+        choose_backend(CARD, ComputeConfig(backend="unsloth"), "lora")
+
+
+def test_version_that_unsloth_does_not_take_is_named(monkeypatch):
+    versions = {"trl": "1.16.0", "torch": "2.13.0"}
+
+    def version(name):
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    required = ["torch>=2.4", 'triton-windows; sys_platform == "win32"', 'x==1; extra == "studio"', "trl<=1.15.0"]
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda package: required)
+    assert devices._conflict("unsloth") == "trl<=1.15.0 (installed is 1.16.0)"
+    versions["trl"] = "1.14.2"
+    assert devices._conflict("unsloth") == ""
+    required.append("xformers")
+    assert devices._conflict("unsloth") == "xformers, which is not installed"
+
+
+def test_only_unsloth_needs_a_process_of_its_own(installed):
+    assert needs_own_process(ComputeConfig())
+    assert needs_own_process(ComputeConfig(backend="unsloth"))
+    assert not needs_own_process(ComputeConfig(backend="transformers"))
+    assert not needs_own_process(ComputeConfig(device="cpu"))
+
+
+def test_no_card_needs_no_process(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not needs_own_process(ComputeConfig())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["compute.device=cpu"], "needs CUDA, and compute.device is cpu"),
+        (["sft.lora.use_dora=true"], "no kernels for sft.lora.use_dora"),
+        (["sft.method=full"], "set sft.packing to false"),
+    ],
+)
+def test_recipe_that_unsloth_cannot_train_is_refused(overrides, words):
+    with pytest.raises(RequestError, match=words):
+        load_recipe(ROOT / "configs" / "local.yaml", ["compute.backend=unsloth", *overrides])
+
+
+def test_unsloth_is_imported_before_what_it_patches(tmp_path):
+    package = tmp_path / "unsloth"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import sys\nfor name in ('transformers', 'peft', 'trl'):\n    assert name not in sys.modules, name\nprint('first')\n"
+    )
+    code = (
+        "import torch\nfrom llm_engineering.models.device import Device, import_backend\n"
+        "import llm_engineering.recipe.loading\n"
+        "from llm_engineering.recipe.settings import Settings\n"
+        "import_backend(Device('cuda', torch.bfloat16, 'sdpa', [], 'unsloth'), Settings().llm_cache_dir)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "first\n"
+
+
+@pytest.fixture
+def setup(small_llama, cpu):
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
+        max_length=256,
+        chat_template="alpaca",
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Trains with a stand-in for unsloth, on this machine's CPU."""
+    monkeypatch.setitem(sys.modules, "unsloth", fake_unsloth.module())
+    for stage in (sft, dpo):
+        monkeypatch.setattr(stage, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+    return fake_unsloth.CALLS
+
+
+def test_both_backends_leave_the_same_adapter(fake, setup, settings, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    rows, pairs = (formatted(kind, 8, tokenizer, tmp_path) for kind in ("instruction", "preference"))
+    config = SFTConfig(**STEPS, packing=False, gradient_checkpointing=True, lora=LoraConfig(r=4, use_rslora=True))
+    trained = train_sft(rows, config, setup, settings)
+    after = train_dpo(pairs, trained.adapter, DPOConfig(**STEPS), setup, settings)
+
+    (_, loading), (_, adapter), (_, reloading), (_, readapter) = fake
+    assert {**loading} == {
+        "model_name": setup.model.name_or_path, "max_seq_length": 256, "dtype": torch.float32, "load_in_4bit": False,
+        "full_finetuning": False, "token": None, "fix_tokenizer": False, "trust_remote_code": False,
+        "use_gradient_checkpointing": "unsloth", "revision": None, "use_exact_model_name": True,
+        "float32_mixed_precision": None, "random_state": 7,
+    }  # fmt: skip
+    assert adapter == {
+        "r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "bias": "none",
+        "use_rslora": True, "use_gradient_checkpointing": "unsloth", "random_state": 7,
+    }  # fmt: skip
+    # DPO goes on with the adapter's own shape, and the recipe has no checkpointing for it.
+    targets = {name.rpartition(".")[2] for name in readapter["target_modules"]}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert (readapter["r"], readapter["use_rslora"]) == (4, True)
+    assert reloading["use_gradient_checkpointing"] is readapter["use_gradient_checkpointing"] is False
+    assert trained.summary["device"]["backend"] == "unsloth"
+    # The reference is the SFT adapter: it was filled, and not only made.
+    first = next(entry for entry in after.summary["history"] if "loss" in entry)
+    assert (first["loss"], first["rewards/margins"]) == (pytest.approx(math.log(2), abs=1e-5), 0)
+    start, end = (load_file(folder / "adapter_model.safetensors") for folder in (trained.adapter, after.adapter))
+    moved = max(float((start[name] - end[name]).abs().max()) for name in start)
+    assert 0 < moved < 0.1
+
+    monkeypatch.undo()
+    other = train_sft(rows, config, setup, settings)
+    assert other.summary["device"]["backend"] == "transformers"
+    saved = load_file(other.adapter / "adapter_model.safetensors")
+    assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in start.items()}
+    configs = [json.loads((r.adapter / "adapter_config.json").read_text()) for r in (trained, other)]
+    assert configs[0]["base_model_name_or_path"] == setup.model.name_or_path
+    assert {**configs[0], "target_modules": 0} == {**configs[1], "target_modules": 0}
+
+
+def test_adapter_that_does_not_fit_is_named(fake, setup, settings, tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    rows, pairs = (formatted(kind, 4, tokenizer, tmp_path) for kind in ("instruction", "preference"))
+    trained = train_sft(rows, SFTConfig(**STEPS, packing=False), setup, settings)
+    config = trained.adapter / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj"]}))
+    with pytest.raises(WorkError, match="does not fit the model that unsloth built"):
+        train_dpo(pairs, trained.adapter, DPOConfig(**STEPS), setup, settings)
+
+
+def test_full_fine_tuning_asks_for_float32_weights(fake, setup, settings, tmp_path):
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    rows = formatted("instruction", 4, tokenizer, tmp_path)
+    train_sft(rows, SFTConfig(**STEPS, packing=False, method="full"), setup, settings)
+    ((name, loading),) = fake
+    assert (name, loading["full_finetuning"], loading["float32_mixed_precision"]) == ("from_pretrained", True, True)
+
+
+def test_packing_that_unsloth_is_not_told_of_ends_before_training(fake, setup, settings, tmp_path):
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    rows = formatted("instruction", 8, tokenizer, tmp_path)
+    with pytest.raises(WorkError, match="not told where packed rows begin"):
+        train_sft(rows, SFTConfig(**STEPS, packing=True), setup, settings)
+
+
+def test_told_lengths_have_to_be_those_of_the_rows():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
+    check_packed({"position_ids": positions, "packed_seq_lengths": torch.tensor([3, 2, 1], dtype=torch.int32)})
+    for told in ({}, {"packed_seq_lengths": torch.tensor([6])}, {"packed_seq_lengths": torch.tensor([3, 3])}):
+        with pytest.raises(WorkError, match="would see each other"):
+            check_packed({"position_ids": positions, **told})
+    check_packable("llama")
+    with pytest.raises(RequestError, match="no packed forward for models of type gpt2"):
+        check_packable("gpt2")
+
+
+def test_training_without_the_import_says_so(setup, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+    monkeypatch.delitem(sys.modules, "unsloth", raising=False)
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    rows = formatted("instruction", 4, tokenizer, tmp_path)
+    with pytest.raises(WorkError, match="imported before transformers"):
+        train_sft(rows, SFTConfig(**STEPS, packing=False), setup, settings)
+
+
+def test_device_of_evaluation_is_transformers(cpu):
+    assert choose_device(cpu).backend == "transformers"
+
+
+# Without a card unsloth leaves TRL's trainers alone when it is imported, so they are replaced here by the function that
+# it replaces them with elsewhere.
+REAL = """
+import unsloth, inspect, json
+from unsloth.models.rl import _patch_trl_rl_trainers_impl
+for name in ("sft_trainer", "dpo_trainer"):
+    _patch_trl_rl_trainers_impl(name)
+import transformers
+from llm_engineering.training import dpo, resumable, sft
+stages = (sft.FormattedSFTTrainer, dpo._FormattedDPOTrainer)
+own = [n for n, f in vars(resumable.ResumableTrainer).items() if inspect.isfunction(f) and hasattr(transformers.Trainer, n)]
+print(json.dumps({
+    "bases": [[base.__name__ for base in stage.__mro__] for stage in stages],
+    "overridden": own,
+    "lost": [n for stage in stages for n in own if getattr(stage, n) is not getattr(resumable.ResumableTrainer, n)],
+    "prepared": dpo.DPOTrainer._prepare_dataset is not None,
+    "counted": ["_total_train_tokens" in inspect.getsource(stage.__mro__[4]) for stage in stages],
+    "from_pretrained": list(inspect.signature(unsloth.FastLanguageModel.from_pretrained).parameters),
+    "get_peft_model": list(inspect.signature(unsloth.FastLanguageModel.get_peft_model).parameters),
+}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="unsloth is not installed (extra `gpu`)")
+def test_the_real_unsloth_has_what_is_used_of_it(tmp_path):
+    environment = {**os.environ, "UNSLOTH_ALLOW_CPU": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", REAL], env=environment, capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [bases[3] for bases in found["bases"]] == ["UnslothSFTTrainer", "UnslothDPOTrainer"]
+    assert {"training_step", "_get_grad_norm", "_save_checkpoint", "_get_train_sampler"} <= set(found["overridden"])
+    assert found["lost"] == []
+    assert found["prepared"]
+    assert found["counted"] == [True, True]
+    for name in ("from_pretrained", "get_peft_model"):
+        used = inspect.signature(getattr(fake_unsloth.FastLanguageModel, name)).parameters
+        assert set(used) <= set(found[name])

@@ -1,0 +1,241 @@
+"""Memory and time before training: against hand-computed shapes, torch's counter of operations, and real processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from llm_engineering.models.device import Device
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
+from llm_engineering.training.estimate import (
+    NF4_BYTES,
+    OVERHEAD_BYTES,
+    Shapes,
+    flops_per_token,
+    matmul_rate,
+    peak_memory,
+    remedy,
+    shapes,
+)
+from tests.conftest import ROOT
+from tools import estimate
+from tools.estimate import estimate_lines, stages_of, tokens_of, warn_of_memory
+from tools.preflight import _check_machine
+
+CPU = Device("cpu", torch.float32, "sdpa", [])
+CARD = Device("cuda", torch.bfloat16, "sdpa", [])
+STEPS = {
+    "learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+    "save_steps": 4, "eval_steps": 4,
+}  # fmt: skip
+LORA = SFTConfig(**STEPS)
+DPO = DPOConfig(**STEPS)
+# Of tests/tiny_models: two layers of width 32, four heads of 8 with two for keys, an MLP of 64, 281 tokens.
+LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+HEAD = 281 * 32
+FOUND = Shapes(
+    weights=1000.0, trained=100, matmul=10**6, activations=8000, layers=4, hidden=16, hidden_bytes=2, vocabulary=50,
+    attention_width=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(small_llama):
+    return AutoConfig.from_pretrained(small_llama)
+
+
+def test_shapes_are_those_of_the_model(tiny):
+    found = shapes(tiny, LORA, CPU, 2, 16)
+    rank = LORA.lora.r
+    adapter = 2 * rank * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    norms = 5 * 32
+    assert found.trained == adapter
+    assert found.matmul == 2 * LAYER + HEAD
+    assert found.weights == 4 * (2 * LAYER + 2 * HEAD + norms)
+    assert (found.layers, found.hidden, found.vocabulary, found.attention_width) == (2, 32, 281, 2 * 4 * 8)
+    half = shapes(tiny, LORA, CARD, 2, 16)
+    assert half.weights == found.weights / 2
+    assert half.trained == adapter
+    assert half.activations < found.activations
+
+
+def test_four_bits_hold_the_linear_layers_alone(tiny):
+    found = shapes(tiny, LORA.model_copy(update={"method": "qlora"}), CARD, 2, 16)
+    assert found.weights == pytest.approx(2 * LAYER * NF4_BYTES + 4 * (2 * HEAD + 5 * 32))
+    assert pytest.approx(0.5159, abs=1e-4) == NF4_BYTES
+
+
+def test_full_fine_tuning_trains_every_weight(tiny):
+    found = shapes(tiny, LORA.model_copy(update={"method": "full"}), CARD, 2, 16)
+    assert found.weights == 4 * found.trained == 4 * (2 * LAYER + 2 * HEAD + 5 * 32)
+
+
+def test_activations_grow_with_tokens_and_eager_attention_with_their_square(tiny):
+    def kept(attention, rows, length):
+        return shapes(tiny, LORA, CPU._replace(attn_implementation=attention), rows, length).activations
+
+    assert kept("sdpa", 4, 16) == pytest.approx(2 * kept("sdpa", 2, 16), rel=0.05)
+    # What grows with the square are four heads' probabilities of two layers in float32.
+    square = {attention: kept(attention, 1, 512) - 2 * kept(attention, 1, 256) for attention in ("sdpa", "eager")}
+    assert square["eager"] >= 2 * 256 * 256 * (2 * 4 * 4)
+    # With sdpa it is the mask alone, a number for each pair of tokens in each layer.
+    assert square["sdpa"] <= 2 * 256 * 256 * (2 * 4)
+
+
+def test_big_model_needs_no_memory_to_be_estimated():
+    eight = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    config = LORA.model_copy(update={"gradient_checkpointing": True})
+    found = shapes(eight, config, CARD, 2, 2048)
+    # 8.03 billion weights in bfloat16; each layer's input is kept: 2 · 2,048 · 4,096 · 2 bytes · 32 layers.
+    assert found.weights == pytest.approx(8.03e9 * 2, rel=1e-3)
+    memory = peak_memory(found, config, CARD, "lora", 2, 2048)
+    assert memory.activations - found.activations / 32 == 2 * 2048 * 4096 * 2 * 32
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "device", "expected"),
+    [
+        # trained 100 · 4 bytes beside the base; AdamW 2 · 400; activations 8000 + 8000/4; logits 16 · 20 · 50
+        (LORA, "lora", CPU, (1400, 0, 0, 800, 10000, 16000)),
+        (LORA.model_copy(update={"optim": "adamw_8bit"}), "lora", CARD, (1400, 0, 0, 200, 10000, 16000)),
+        (LORA.model_copy(update={"gradient_accumulation_steps": 2}), "full", CPU, (1000, 0, 400, 800, 10000, 16000)),
+        # 20 tokens · 16 wide · 2 bytes · 4 layers, and one layer
+        (LORA.model_copy(update={"gradient_checkpointing": True}), "lora", CPU, (1400, 0, 0, 800, 4560, 16000)),
+        # the reference: a second adapter, or a second model
+        (DPO, "lora", CPU, (1400, 400, 0, 800, 10000, 16000)),
+        (DPO, "full", CARD, (1000, 1000, 0, 800, 10000, 16000)),
+    ],
+)
+def test_peak_is_the_sum_of_its_parts(config, method, device, expected):
+    memory = peak_memory(FOUND, config, device, method, 2, 10)
+    assert memory[:-1] == expected
+    assert memory.total == sum(expected) + OVERHEAD_BYTES[device.name]
+
+
+def test_gradients_count_where_activations_are_small():
+    found = FOUND._replace(trained=10_000, activations=8)
+    memory = peak_memory(found, LORA, CPU, "full", 1, 1)
+    assert memory.gradients + memory.activations + memory.logits == 40_000
+
+
+def test_operations_are_those_that_torch_counts(small_llama, tiny):
+    model = AutoModelForCausalLM.from_pretrained(small_llama, attn_implementation="eager")
+    ids = torch.arange(64).reshape(1, 64)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    full = LORA.model_copy(update={"method": "full"})
+    found = shapes(tiny, full, CPU, 1, 64)
+    # Eager attention also computes what the causal mask hides, which is half of it.
+    hidden = 3 * 4 * found.attention_width * 64 / 2
+    assert 64 * (flops_per_token(found, full, "full", 64) + hidden) == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
+
+
+def test_passes_through_the_model():
+    forward, attention = 2 * FOUND.matmul + 4 * 64 * 10 / 2, 4 * 64 * 10 / 2
+    checkpointed = LORA.model_copy(update={"gradient_checkpointing": True})
+    precomputed = DPO.model_copy(update={"precompute_ref_log_probs": True})
+    assert flops_per_token(FOUND, LORA, "full", 10) == 3 * forward
+    assert flops_per_token(FOUND, LORA, "lora", 10) == 2 * forward + attention
+    assert flops_per_token(FOUND, checkpointed, "full", 10) == 4 * forward
+    assert flops_per_token(FOUND, DPO, "lora", 10) == 3 * forward + attention
+    assert flops_per_token(FOUND, precomputed, "lora", 10) == 2 * forward + attention
+
+
+def test_real_peaks_are_within_a_quarter():
+    """Really trained, each in a process of its own, which gives freed memory back."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.estimate", "--small"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=True)
+    cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(cases) == 4
+    for case in cases:
+        assert case["parts_by_used"] == pytest.approx(1, abs=0.25), case
+
+
+def test_matmul_rate_is_a_rate():
+    assert matmul_rate(CPU, seconds=0.05) > 1e8
+
+
+def recipe(*overrides):
+    device = ["compute.device=cpu", "compute.dtype=float32"]
+    return load_recipe(ROOT / "configs" / "local.yaml", [*device, *overrides])
+
+
+def test_tokens_of_documents_and_of_files(tmp_path):
+    (tmp_path / "one.txt").write_text("A lamp stands on the table and gives light to the room.")
+    local = [f"documents.path={tmp_path}", "documents.passage_min_chars=20", "documents.passage_max_chars=1000"]
+    tokens, source = tokens_of(recipe(*local), "sft")
+    # One passage of 55 characters, a question of at most 32 tokens, 30 of the template; the splits leave seven tenths.
+    assert tokens == pytest.approx(0.7 * (55 / 4 + 32 + 30))
+    assert "each of 1 passages" in source
+    pairs, _ = tokens_of(recipe(*local), "dpo")
+    assert pairs == pytest.approx(0.7 * (55 / 4 + 2 * (32 + 30) + 64))
+    own = tmp_path / "rows.jsonl"
+    own.write_text("x" * 4000)
+    assert tokens_of(recipe(f"data.instructions={own}"), "sft") == (pytest.approx(700), "the size of rows.jsonl")
+    assert tokens_of(recipe("data.instructions=owner/name"), "sft") is None
+
+
+def test_dry_run_tells_memory_time_and_what_is_free(small_llama, monkeypatch, caplog):
+    own = recipe(f"model.name_or_path={small_llama}", "formatting.chat_template=alpaca")
+    text = "\n".join(estimate_lines(own, stages_of("retrain")))
+    for words in ("On this machine (cpu, float32, transformers)", "sft: about", "dpo: about", "GiB are free"):
+        assert words in text
+    assert "tokens (one row for each of" in text
+    assert "WARNING" not in text
+    assert estimate_lines(own, stages_of("datasets")) == []
+
+    monkeypatch.setattr(estimate, "free_memory", lambda device: 2**20)
+    text = "\n".join(estimate_lines(own, ["dpo"]))
+    assert "WARNING: dpo may need" in text
+    assert "lower dpo.per_device_train_batch_size and raise dpo.gradient_accumulation_steps" in text
+    with caplog.at_level("WARNING"):
+        warn_of_memory(own, ["sft", "dpo"])
+    assert [record.message.split()[0] for record in caplog.records if "may need" in record.message] == ["sft", "dpo"]
+
+
+def test_recipe_for_a_card_is_estimated_without_one(small_llama):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    card = load_recipe(ROOT / "configs" / "cuda_8b.yaml", [f"model.name_or_path={small_llama}"])
+    reason, where, memory, note = estimate_lines(card, ["sft"])
+    assert "cannot train this recipe: compute.device is cuda" in reason
+    assert where == "On a card (cuda, bfloat16, transformers):"
+    assert "at its peak" in memory
+    assert "free" not in memory
+    assert "unsloth" in note
+
+
+def test_machines_elsewhere_are_estimated_and_not_asked_of_this_one(small_llama, caplog):
+    cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [f"model.name_or_path={small_llama}"])
+    where, memory, note = estimate_lines(cloud, ["sft"])
+    assert where == "On ml.g5.2xlarge (cuda, bfloat16, transformers):"
+    assert "free" not in memory
+    assert "unsloth" in note
+    with caplog.at_level("WARNING"):
+        warn_of_memory(cloud, ["sft", "dpo"])
+    assert caplog.records == []
+    assert _check_machine(cloud)
+    assert not _check_machine(load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", ["compute.backend=auto"]))
+
+
+def test_model_that_cannot_be_looked_up_has_no_estimate():
+    (line,) = estimate_lines(recipe("model.name_or_path=nobody/no-such-model"), ["sft"])
+    assert line.startswith("No estimate: the configuration of nobody/no-such-model cannot be read (")
+
+
+def test_remedies_are_those_that_are_left():
+    least = LORA.model_copy(update={"per_device_train_batch_size": 1, "gradient_checkpointing": True})
+    assert remedy(least, "sft", "qlora") == "lower formatting.max_length"
+    assert remedy(LORA, "sft", "full").count(";") == 3

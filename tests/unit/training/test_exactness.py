@@ -1,0 +1,115 @@
+"""The arithmetic of training: batches and packing change nothing, and known runs keep their losses."""
+
+import json
+
+import pytest
+import torch
+from datasets import DatasetDict
+
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.policy import new_policy
+from llm_engineering.training.sft import sft_trainer, train_sft
+from tests.renew_references import FOLDER, STEPS, losses
+from tests.tiny_models import formatted
+
+
+@pytest.fixture
+def setup(small_llama, cpu):
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
+        max_length=256,
+        chat_template="alpaca",
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+
+
+@pytest.fixture
+def rows(setup, settings, tmp_path):
+    return formatted("instruction", 16, load_tokenizer(setup.model, settings, "alpaca"), tmp_path)
+
+
+def test_accumulated_batches_train_like_one(rows, setup, settings):
+    """Rows of different lengths: a mean of the means of small batches would weigh their tokens differently."""
+    histories = []
+    for batch, accumulated in ((1, 8), (8, 1)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        config = SFTConfig(**STEPS | sizes | {"num_train_epochs": 2}, packing=False)
+        result = train_sft(rows, config, setup, settings)
+        histories.append([entry["loss"] for entry in result.summary["history"] if "loss" in entry])
+    assert len(histories[0]) == 4
+    assert histories[0] == pytest.approx(histories[1], abs=1e-5)
+
+
+def token_losses(model, batch):
+    """Loss of each trained token, in the batch's order."""
+    labels = batch.pop("labels")
+    with torch.inference_mode():
+        logits = model(**batch, use_cache=False).logits
+    flat = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
+    )
+    return flat[labels[:, 1:].flatten() != -100]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["small_llama", "base_model"])
+def test_packed_rows_have_the_losses_that_they_have_alone(kind, attention, rows, setup, settings, tmp_path, request):
+    folder = request.getfixturevalue(kind)
+    setup = setup.model_copy(update={"model": ModelConfig(name_or_path=str(folder), revision="test")})
+    compute = ComputeConfig(device="cpu", dtype="float32", attn_implementation=attention)
+    device = choose_device(compute)
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    config = SFTConfig(**STEPS | {"per_device_train_batch_size": 1}, packing=True)
+    policy = new_policy(setup.model, config.lora, settings, device)
+    # Room for several rows in each pack.
+    packed_setup = setup.model_copy(update={"max_length": 1024})
+    trainer = sft_trainer(policy, tokenizer, DatasetDict(rows), config, packed_setup, device, tmp_path)
+    assert len(trainer.train_dataset) <= 5
+    model = load_model(setup.model, settings, device).eval()
+    alone = {}
+    for row in rows["train"]:
+        batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+        alone[tuple(row["input_ids"])] = token_losses(model, batch)
+    seen = 0
+    for pack in trainer.train_dataset:
+        starts = [sum(pack["seq_lengths"][:i]) for i in range(len(pack["seq_lengths"]))]
+        members = [
+            tuple(pack["input_ids"][start : start + length])
+            for start, length in zip(starts, pack["seq_lengths"], strict=True)
+        ]
+        batch = trainer.data_collator([pack])
+        assert "attention_mask" not in batch
+        together = token_losses(model, dict(batch))
+        assert torch.allclose(together, torch.cat([alone[member] for member in members]), atol=1e-4)
+        seen += len(members)
+    assert seen == 16
+
+
+@pytest.mark.parametrize(("batch", "packing"), [(1, False), (3, False), (3, True), (8, True)])
+def test_validation_loss_is_the_mean_over_trained_tokens(batch, packing, rows, setup, settings, tmp_path):
+    device = choose_device(setup.compute)
+    config = SFTConfig(**STEPS | {"per_device_eval_batch_size": batch}, packing=packing)
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    policy = new_policy(setup.model, config.lora, settings, device)
+    trainer = sft_trainer(policy, tokenizer, DatasetDict(rows), config, setup, device, tmp_path)
+    model = load_model(setup.model, settings, device).eval()
+    alone = [
+        token_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
+        for row in rows["validation"]
+    ]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(torch.cat(alone).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_losses_are_those_of_the_reference_run(stage, tmp_path, settings):
+    """`python -m tests.renew_references` writes the files anew, for a change that is meant to change losses."""
+    expected = json.loads((FOLDER / f"{stage}.json").read_text())
+    assert losses(stage, tmp_path, settings) == {
+        name: pytest.approx(values, abs=2e-4) for name, values in expected.items()
+    }

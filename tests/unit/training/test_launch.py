@@ -1,0 +1,283 @@
+"""Processes that belong together: their output, signals and ends; and what a job's processes leave behind."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+from datasets import Dataset, DatasetDict
+
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.models.device import Device, check_processes, choose_optimiser
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training import launch, ranks
+from llm_engineering.training.job import Job, read_job, write_failure
+from llm_engineering.training.launch import Ended, launch_training, run_processes
+from llm_engineering.training.sft import train_sft_job
+from llm_engineering.training.trainer import evaluation_batches
+from tests.conftest import ROOT
+from tests.renew_references import STEPS
+
+
+def run(*codes):
+    """Run a Python program for each text."""
+    environments = [{**os.environ, "CODE": code} for code in codes]
+    return run_processes([sys.executable, "-c", "import os; exec(os.environ['CODE'])"], environments)
+
+
+def test_output_is_logged_line_by_line(caplog):
+    with caplog.at_level(logging.INFO):
+        ended = run(
+            "import sys; print('one'); print('two', file=sys.stderr)", "print('a' * 100000); print('é', end='')"
+        )
+    assert ended == Ended([0, 0], [], None)
+    lines = {r.getMessage() for r in caplog.records}
+    assert lines - {"one", "two", "é"} == {"a" * 100000}, sorted(map(len, lines))
+
+
+def test_failure_of_one_ends_the_others(monkeypatch):
+    monkeypatch.setattr(launch, "GRACE_S", 0.2)
+    waits = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    assert run(waits, "raise SystemExit(2)") == Ended([-signal.SIGKILL, 2], [], None)
+    assert run(waits, "import signal; os.kill(os.getpid(), signal.SIGKILL)") == Ended([-9, -9], [1], None)
+
+
+def test_signal_is_passed_on_once_and_waited_for(tmp_path):
+    waits = f"""
+import pathlib, signal, sys, time
+got = []
+signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+folder = pathlib.Path({str(tmp_path)!r})
+(folder / str(os.getpid())).touch()
+while len(list(folder.iterdir())) < 2: time.sleep(0.01)
+"""
+    sends = waits + "os.kill(os.getppid(), signal.SIGINT)\n"
+    ends = "while not got: time.sleep(0.01)\ntime.sleep(0.3)\nsys.exit(130 if got == [1] else 1)"
+    assert run(waits + ends, sends + ends) == Ended([130, 130], [], signal.SIGINT)
+
+
+def test_second_signal_ends_at_once():
+    sends = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(0.5)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(600)
+"""
+    with pytest.raises(KeyboardInterrupt):
+        run(sends)
+
+
+def test_process_does_not_outlive_its_launcher():
+    launches = """
+import os, subprocess, sys, time
+from llm_engineering.training import ranks
+child = "from llm_engineering.training import ranks; ranks.end_with_launcher(); print('here', flush=True); import time; time.sleep(600)"
+env = os.environ | {ranks.LAUNCHER: str(os.getpid())}
+print(subprocess.Popen([sys.executable, "-c", child], env=env).pid, flush=True)
+time.sleep(600)
+"""
+    launcher = subprocess.Popen([sys.executable, "-c", launches], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(launcher.stdout.readline()))
+    assert launcher.stdout.readline() == "here\n"
+    launcher.kill()
+    launcher.wait()
+    psutil.wait_procs([child], timeout=30)
+    assert not child.is_running()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 13])
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_every_row_is_evaluated_once(rows, size, count):
+    dealt = [evaluation_batches(rows, size, rank, count) for rank in range(count)]
+    shared = dealt[0][1]
+    own = [batches[: len(batches) - shared] for batches, _ in dealt]
+    rest = [batches[len(batches) - shared :] for batches, _ in dealt]
+    assert all(batches == rest[0] for batches in rest)
+    once = sorted(row for batches in [*own, rest[0]] for batch in batches for row in batch)
+    assert once == list(range(rows))
+    # All processes take part in each round, with as many rows.
+    assert len({tuple(len(batch) for batch in batches) for batches, _ in dealt}) == 1
+    assert all(len(batch) <= size for batches, _ in dealt for batch in batches)
+
+
+@pytest.fixture
+def job(tiny_model):
+    compute = ComputeConfig(device="cpu", dtype="float32", num_processes=2)
+    model = ModelConfig(name_or_path=str(tiny_model), revision="test")
+    setup = TrainingSetup(model=model, max_length=64, compute=compute, tracking=TrackingConfig(comet="off"), seed=7)
+    return Job(stage="sft", config=SFTConfig(**STEPS).model_dump(), setup=setup, parameters={"run_id": "r"})
+
+
+@pytest.fixture
+def data():
+    rows = Dataset.from_list([{"id": "r", "input_ids": [1, 2], "labels": [-100, 2]}])
+    return DatasetDict(train=rows, validation=rows)
+
+
+def test_error_of_a_process_comes_back_as_it_was(job, data, settings, monkeypatch):
+    def ends(ended, *errors):
+        def run_processes(command, environments):
+            file = launch.Path(command[-1])
+            read = read_job(file)
+            assert read.model_copy(update={"data": None}) == job
+            assert DatasetDict.load_from_disk(str(read.data))["train"][0]["id"] == "r"
+            assert [e["RANK"] for e in environments] == ["0", "1"]
+            assert {e["WORLD_SIZE"] for e in environments} == {"2"}
+            for rank, error in errors:
+                write_failure(file.parent, rank, error)
+            return ended
+
+        monkeypatch.setattr(launch, "run_processes", run_processes)
+        launch_training(train_sft_job, job, data, settings)
+
+    with pytest.raises(RequestError, match="^The checkpoint is another's.$"):
+        ends(Ended([-9, 2], [], None), (1, RequestError("The checkpoint is another's.")))
+    with pytest.raises(WorkError, match="^The disk is full.$"):
+        ends(Ended([1, 1], [], None), (1, WorkError("The disk is full.")), (0, RuntimeError("Connection closed")))
+    with pytest.raises(WorkError, match="^Training process 0 of 2 failed with ValueError: odd\n(.|\n)*ValueError: odd"):
+        ends(Ended([1, -9], [], None), (0, ValueError("odd")))
+    with pytest.raises(WorkError, match="^Training process 1 of 2 was ended by SIGKILL"):
+        ends(Ended([1, -9], [1], None), (0, RuntimeError("Connection closed")))
+    with pytest.raises(WorkError, match="exit codes 3, -9 and left no reason"):
+        ends(Ended([3, -9], [], None))
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM in training"):
+        ends(Ended([130, -15], [1], signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        ends(Ended([130, 130], [], None))
+    # Nothing of the job stays, and no secret was in it.
+    (folder,) = settings.llm_output_dir.glob("training/sft-job-*")
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_processes_of_one_job_are_started_once(job, data, settings, monkeypatch):
+    def again(command, environments):
+        launch_training(train_sft_job, job, data, settings)
+
+    monkeypatch.setattr(launch, "run_processes", again)
+    with pytest.raises(RequestError, match="Another process trains this very run"):
+        launch_training(train_sft_job, job, data, settings)
+
+
+def test_secrets_are_in_no_job(job, monkeypatch):
+    monkeypatch.setenv("COMET_API_KEY", "comet-secret-1")
+    assert "comet-secret-1" not in job.model_dump_json()
+    assert launch._environments(2, launch.Settings())[0]["COMET_API_KEY"] == "comet-secret-1"
+
+
+def test_own_process_is_one_alone_and_gives_the_same_result(data, job, settings, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        launch, "run_processes", lambda command, environments: seen.extend(environments) or Ended([1], [], None)
+    )
+    monkeypatch.setattr(launch, "needs_own_process", lambda compute: True)
+    alone = job.setup.model_copy(update={"compute": job.setup.compute.one_process})
+    with pytest.raises(WorkError):
+        launch_training(train_sft_job, job.model_copy(update={"setup": alone}), data, settings)
+    (environment,) = seen
+    assert "WORLD_SIZE" not in environment
+    assert environment[ranks.LAUNCHER] == str(os.getpid())
+
+
+def test_number_of_processes_must_be_that_of_the_recipe(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RequestError, match=r"^3 process\(es\) were started, and compute.num_processes is 1. Use --set"):
+        ranks.join(ComputeConfig(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["num_processes=0"], "`compute.num_processes` is 0"),
+        (["distributed=fsdp2"], "distributed fsdp2 has no effect with num_processes 1"),
+        (
+            ["num_processes=2", "distributed=fsdp2", "device=cpu"],
+            "distributed fsdp2 needs CUDA: use ddp with device cpu",
+        ),
+        (["num_processes=2", "distributed=deepspeed"], "distributed deepspeed needs zero_stage: 1, 2 or 3"),
+        (["num_processes=2", "zero_stage=2"], "zero_stage has no effect with distributed ddp"),
+    ],
+)
+def test_processes_that_cannot_be_are_refused(keys, words):
+    with pytest.raises(RequestError, match=words):
+        load_recipe(ROOT / "configs" / "local.yaml", [f"compute.{key}" for key in keys])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["sft.method=qlora", "compute.distributed=fsdp2"], "sft.method qlora keeps its weights in 4 bits"),
+        (
+            ["sft.method=qlora", "compute.distributed=deepspeed", "compute.zero_stage=3"],
+            "or deepspeed with zero_stage 1 or 2",
+        ),
+        (["dpo.optim=adamw_8bit", "compute.distributed=fsdp2"], "dpo.optim adamw_8bit has a state that is not sharded"),
+        (["dpo.precompute_ref_log_probs=true"], "precompute_ref_log_probs is for compute.num_processes 1"),
+    ],
+)
+def test_methods_that_several_processes_do_not_bear_are_refused(keys, words):
+    with pytest.raises(RequestError, match=words):
+        load_recipe(ROOT / "configs" / "local.yaml", ["compute.num_processes=2", *keys])
+
+
+def test_sharded_run_takes_an_optimiser_that_can_be_sharded(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    cuda = Device("cuda", launch.ranks.torch.bfloat16, "sdpa", [])
+    chosen = [choose_optimiser("auto", cuda, distributed)[0] for distributed in ("ddp", "fsdp2", "deepspeed")]
+    assert chosen == ["adamw_8bit", "adamw_torch", "adamw_torch"]
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "device", "in_job"),
+    [("ml.g5.2xlarge", "auto", "cuda"), ("ml.p4d.24xlarge", "auto", "cuda"), ("ml.m5.large", "auto", "auto"),
+     ("ml.g5.2xlarge", "cpu", "cpu")],
+)  # fmt: skip
+def test_a_job_with_cards_does_not_train_beside_them(instance_type, device, in_job):
+    block = {"instance_type": instance_type}
+    compute = ComputeConfig.model_validate({"target": "sagemaker", "sagemaker": block, "device": device})
+    assert (compute.in_job.device, compute.in_job.target) == (in_job, "local")
+
+
+def test_work_in_one_process_does_not_see_how_many_train():
+    compute = ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=2, dtype="float32")
+    assert compute.one_process == ComputeConfig(dtype="float32")
+
+
+def test_machine_must_have_what_the_processes_need(monkeypatch):
+    cpu, cuda = (Device(name, launch.ranks.torch.float32, "sdpa", []) for name in ("cpu", "cuda"))
+    many = ComputeConfig(num_processes=4)
+    check_processes(many, cpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(RequestError, match=r"num_processes is 4, and this machine has 2 CUDA card\(s\)"):
+        check_processes(many, cuda)
+    # Four over two machines.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_processes(many, cuda)
+    with pytest.raises(RequestError, match="distributed is fsdp2, which needs CUDA"):
+        check_processes(ComputeConfig(num_processes=2, distributed="fsdp2"), cpu)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match="deepspeed is not installed. Install it"):
+        check_processes(ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=2), cuda)
+
+
+def test_nothing_imports_transformers_before_a_job_is_read():
+    """A backend that patches transformers must be imported before it."""
+    code = "import sys, llm_engineering.training.__main__; print('transformers' in sys.modules, 'trl' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_job_that_is_none_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="cannot be read"):
+        read_job(tmp_path / "none.json")
+    (tmp_path / "job.json").write_text(json.dumps({"stage": "sft", "key": "s"}))
+    with pytest.raises(RequestError, match="holds no training job"):
+        read_job(tmp_path / "job.json")

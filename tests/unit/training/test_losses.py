@@ -1,0 +1,138 @@
+"""Losses without logits, and attention without padding, against the plain ways of computing them."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.training import losses
+from llm_engineering.training.losses import (
+    CHUNK,
+    attend_by_row,
+    keeps_rows_apart,
+    row_lengths,
+    take_loss_from_hidden_states,
+    token_log_probs,
+    why_not_from_hidden_states,
+)
+
+CPU = ComputeConfig(device="cpu", dtype="float32")
+SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def model(config=None, attention="sdpa"):
+    torch.manual_seed(3)
+    config = config or LlamaConfig(**SHAPE)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).train()
+
+
+def batch():
+    """Three rows of different lengths; the first two tokens of each are a prompt."""
+    generator = torch.Generator().manual_seed(4)
+    rows = [torch.randint(2, 97, (length,), generator=generator) for length in (7, 3, 12)]
+    ids = torch.cat(rows).unsqueeze(0)
+    labels = torch.cat([torch.cat([torch.full((2,), -100), row[2:]]) for row in rows]).unsqueeze(0)
+    return rows, ids, labels, torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("count", [0, 5, CHUNK, 2 * CHUNK + 3])
+def test_log_probs_and_their_gradients_are_those_of_whole_logits(trained_head, count):
+    torch.manual_seed(5)
+    hidden, head = torch.randn(count, 16, requires_grad=True), torch.randn(50, 16, requires_grad=trained_head)
+    tokens, weights = torch.randint(50, (count,)), torch.randn(count)
+    found = token_log_probs(hidden, head, tokens)
+    expected = (hidden @ head.t()).log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    assert torch.allclose(found, expected, atol=1e-5)
+    wanted = [hidden, head] if trained_head and count else [hidden]
+    for ours, plain in zip(
+        torch.autograd.grad((found * weights).sum(), wanted),
+        torch.autograd.grad((expected * weights).sum(), wanted),
+        strict=True,
+    ):
+        assert torch.allclose(ours, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("in_step", [None, 40])
+def test_loss_and_gradients_are_the_models_own(in_step):
+    plain, ours = model(), model()
+    take_loss_from_hidden_states(ours)
+    _, ids, labels, _ = batch()
+    ways = {"num_items_in_batch": in_step} if in_step else {}
+    outputs = ours(input_ids=ids, labels=labels, **ways)
+    assert "logits" not in outputs
+    expected = plain(input_ids=ids, labels=labels, **ways).loss
+    assert outputs.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    outputs.loss.backward()
+    expected.backward()
+    for (name, found), (_, wanted) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.allclose(found.grad, wanted.grad, atol=1e-5), name
+    # Generation and scoring give no labels.
+    assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_rows_behind_one_another_have_the_losses_that_they_have_alone(attention):
+    policy = model(attention=attention)
+    assert attend_by_row(policy) == (attention == "sdpa")
+    take_loss_from_hidden_states(policy)
+    rows, ids, labels, positions = batch()
+    told = {"position_ids": positions, "use_cache": False}
+    if attention == "sdpa":
+        told["row_lengths"] = row_lengths(positions)
+    together = policy(input_ids=ids, labels=labels, **told)
+    plain = model(attention=attention)
+    alone = [cross_entropy(plain(input_ids=row.unsqueeze(0)).logits[0, 1:-1], row[2:], reduction="sum") for row in rows]
+    trained = sum(len(row) - 2 for row in rows)
+    assert together.loss.item() == pytest.approx(sum(alone).item() / trained, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 7, losses.SHORT])
+def test_short_rows_in_half_precision_have_torchs_attention(length):
+    torch.manual_seed(6)
+    parts = [torch.randn(1, heads, length, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2)]
+    found = losses._short_row(*parts, scaling=0.3)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    expected = scaled_dot_product_attention(*exact, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(found.double(), expected, atol=2e-2)
+    weights = torch.randn(expected.shape)
+    ours = torch.autograd.grad((found * weights).sum(), parts)
+    for gradient, wanted in zip(ours, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert torch.allclose(gradient.double(), wanted, atol=2e-2 * float(wanted.abs().max()))
+
+
+def test_row_lengths_are_between_the_positions_that_start_again():
+    assert row_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
+
+
+def test_models_that_change_their_logits_are_found():
+    capped = model(Gemma2Config(**SHAPE, final_logit_softcapping=0.01))
+    assert why_not_from_hidden_states(model(), CPU) is None
+    assert "changes them after the output layer" in why_not_from_hidden_states(capped, CPU)
+    assert capped.training
+    on_head = get_peft_model(model(), LoraConfig(target_modules=["lm_head"]))
+    assert "an adapter lies on the output weights" in why_not_from_hidden_states(on_head, CPU)
+    sharded = CPU.model_copy(update={"distributed": "fsdp2", "num_processes": 2})
+    assert "sharded" in why_not_from_hidden_states(model(), sharded)
+
+
+def test_windows_keep_their_masks():
+    assert not attend_by_row(model(MistralConfig(**SHAPE, sliding_window=4)))
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_rows_that_see_each_other_are_found(by_row, monkeypatch):
+    policy = model()
+    assert keeps_rows_apart(policy, by_row=False)
+    if by_row:
+        assert attend_by_row(policy)
+        assert keeps_rows_apart(policy, by_row=True)
+        monkeypatch.setattr(losses, "_split", lambda part, lengths: [part])
+    else:
+        # A decoder that is not told the positions takes all for one row.
+        whole = policy.model.forward
+        policy.model.forward = lambda position_ids, **inputs: whole(**inputs)
+    assert not keeps_rows_apart(policy, by_row)

@@ -1,0 +1,301 @@
+"""What ends or shrinks a training run: signals, bad losses, a full disk, a full card; and which checkpoints it takes."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections import namedtuple
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import Trainer
+
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.arguments import halved
+from llm_engineering.training.checkpoints import held, newest_complete, publish
+from llm_engineering.training.ranks import Interruption
+from llm_engineering.training.sft import train_sft
+from llm_engineering.training.trainer import EXPLOSION_FACTOR, LossWatch, rows_of
+from tests.unit.training.steps import during_step
+
+CONFIG = SFTConfig(
+    learning_rate=1e-2, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+    save_steps=2, eval_steps=2, logging_steps=1, packing=False,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices of this size are slower on two threads than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model, cpu):
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(tiny_model), revision="test"),
+        max_length=64,
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    rows = [
+        {"id": f"r{i}", "input_ids": [1, *range(20 + i, 28 + i), 2], "labels": [-100] * 4 + [*range(23 + i, 28 + i), 2]}
+        for i in range(28)
+    ]
+    return DatasetDict(train=Dataset.from_list(rows[:24]), validation=Dataset.from_list(rows[24:]))
+
+
+def losses(result):
+    return [entry["loss"] for entry in result.summary["history"] if "loss" in entry]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_the_step_and_the_run_goes_on(number, data, setup, settings, monkeypatch, caplog, capfd):
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch:
+        during_step(patch, 3, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(KeyboardInterrupt, match=f"{number.name} in step 3"):
+            train_sft(data, CONFIG, setup, settings)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert f"{number.name}: ending after this step" in capfd.readouterr().err
+    with caplog.at_level(logging.INFO):
+        result = train_sft(data, CONFIG, setup, settings)
+    assert result.summary["resumed_from"] == "checkpoint-3"
+    adapter = (result.adapter / "adapter_model.safetensors").read_bytes()
+    assert (train_sft(data, CONFIG, setup, settings).adapter / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_second_signal_ends_at_once():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interruption.received is signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_no_handler_outside_the_main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def enter():
+        with Interruption():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_checkpoint_of_something_else_is_refused_by_what_differs(data, setup, settings, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        during_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            train_sft(data, CONFIG, setup, settings)
+    (checkpoint,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
+    kept = tmp_path / "kept"
+    shutil.copytree(checkpoint, kept)
+
+    def resume(data=data, config=CONFIG, setup=setup):
+        return train_sft(data, config, setup, settings, resume_from=kept)
+
+    with pytest.raises(RequestError, match="made with another sft.learning_rate, sft.lora.r. Use"):
+        resume(
+            config=CONFIG.model_copy(update={"learning_rate": 1e-3, "lora": CONFIG.lora.model_copy(update={"r": 4})})
+        )
+    other = DatasetDict(train=data["train"].select(range(20)), validation=data["validation"])
+    with pytest.raises(RequestError, match="made with another dataset.train. Use"):
+        resume(data=other)
+    with pytest.raises(RequestError, match="made with another model.revision. Use"):
+        resume(setup=setup.model_copy(update={"model": setup.model.model_copy(update={"revision": "other"})}))
+    shutil.rmtree(checkpoint.parent)
+    assert resume().summary["resumed_from"] == "kept"
+
+    (kept / "scheduler.pt").unlink()
+    with pytest.raises(RequestError, match="no checkpoint to resume from: scheduler.pt is missing or half-written"):
+        resume()
+
+
+def test_what_is_no_whole_checkpoint_is_named_and_passed_over(data, setup, settings, monkeypatch, caplog):
+    during_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(data, CONFIG, setup, settings)
+    (whole,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
+    folder = whole.parent
+    identity = json.loads((whole / "identity.json").read_text())["identity"]
+    for number in (4, 5, 6, 7):
+        shutil.copytree(whole, folder / f"checkpoint-{number}")
+    (folder / "checkpoint-4" / "identity.json").unlink()
+    weights = folder / "checkpoint-5" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (folder / "checkpoint-6" / "identity.json").write_text("[]")
+    state = folder / "checkpoint-7" / "optimizer.pt"
+    state.write_bytes(bytes(state.stat().st_size))
+    (folder / "checkpoint-8").mkdir()
+    with caplog.at_level(logging.INFO):
+        assert newest_complete(folder, identity) == whole
+    for words in (
+        "checkpoint-4 is passed over: it has no identity.json, so that it was not made here",
+        "checkpoint-5 is passed over: adapter_model.safetensors is missing or half-written",
+        "checkpoint-6 is passed over: identity.json is not what is written here",
+        "checkpoint-7 is passed over: optimizer.pt is damaged",
+        "checkpoint-8 is passed over: it has no identity.json",
+    ):
+        assert words in caplog.text
+    # A folder that was used by another run is not gone on from.
+    with pytest.raises(RequestError, match="another seed"):
+        newest_complete(folder, {**identity, "seed": 8})
+
+
+def test_publishing_syncs_every_file_before_the_rename(tmp_path, monkeypatch):
+    partial = tmp_path / "partial"
+    (partial / "ref").mkdir(parents=True)
+    (partial / "a").write_text("a")
+    (partial / "ref" / "b").write_text("bb")
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    publish(partial, tmp_path / "checkpoint-1", {"seed": 1})
+    # Under the old name: before the rename; the folder that holds both names: after it.
+    assert set(synced[:-1]) == {str(partial), *(str(partial / p) for p in ("a", "ref/b", "identity.json", "ref"))}
+    assert synced[-1] == str(tmp_path)
+    described = json.loads((tmp_path / "checkpoint-1" / "identity.json").read_text())
+    assert described == {"identity": {"seed": 1}, "files": {"a": 1, "ref/b": 2}}
+
+
+def test_poisoned_row_stops_the_run_by_its_name(data, setup, settings, monkeypatch):
+    poisoned = data["train"][9]["input_ids"]
+    real = Trainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = real(self, model, inputs, *args, **kwargs)
+        ids = inputs["input_ids"][0].tolist()
+        if self.model.training and any(ids[i : i + len(poisoned)] == poisoned for i in range(len(ids))):
+            return loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+    config = CONFIG.model_copy(update={"per_device_train_batch_size": 2})
+    with pytest.raises(WorkError, match=r"Training stopped in step \d+: the loss is nan.*9 \(id r9\)") as stopped:
+        train_sft(data, config, setup, settings)
+    assert str(stopped.value).count("(id ") == 2
+
+
+def test_learning_rate_that_explodes_stops_the_run(data, setup, settings):
+    # Norms keep the logits of a model finite until its weights overflow; the first step of the warm-up trains nothing.
+    config = CONFIG.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(WorkError, match=r"Training stopped in step 3: the loss is nan.*\(id r\d+\)") as stopped:
+        train_sft(data, config, setup, settings)
+    assert "lower learning_rate" in str(stopped.value)
+
+
+def test_gradient_without_a_norm_stops_the_run(data, setup, settings, monkeypatch):
+    monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, model, grad_norm: torch.tensor(float("inf")))
+    with pytest.raises(WorkError, match=r"step 1: the norm of the gradient is inf.*\(id r\d+\)"):
+        train_sft(data, CONFIG, setup, settings)
+
+
+def test_loss_is_judged_by_the_highest_running_median():
+    watch = LossWatch()
+    assert [watch.problem(2.0) for _ in range(8)] == [""] * 8
+    # Forty steps later the median is 0.01: a loss of 3 is a hard row, and no explosion.
+    assert [watch.problem(0.01) for _ in range(40)] == [""] * 40
+    assert watch.problem(3.0) == ""
+    assert watch.problem(2.0 * EXPLOSION_FACTOR) == ""
+    assert watch.problem(2.0 * EXPLOSION_FACTOR + 0.1) == "the loss is 20.1, and was 2 before"
+    assert watch.problem(float("inf")) == "the loss is inf"
+    fresh = LossWatch()
+    assert [fresh.problem(loss) for loss in (0.1, 50.0, 0.1)] == ["", "", ""]
+
+
+def test_rows_are_found_again_in_packed_padded_and_paired_batches():
+    rows = Dataset.from_list([{"id": f"r{i}", "input_ids": [i, i + 1, i + 2]} for i in range(4)])
+    packed = {
+        "input_ids": torch.tensor([[3, 4, 5, 1, 2, 3]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
+    }
+    assert rows_of([packed], rows) == "1 (id r1), 3 (id r3)"
+    padded = {"input_ids": torch.tensor([[2, 3, 4, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    assert rows_of([packed, padded], rows) == "1 (id r1), 2 (id r2), 3 (id r3)"
+    pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3, 4]}])
+    batch = {
+        "input_ids": torch.tensor([[1, 2, 0], [1, 3, 4]]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+        "completion_mask": torch.tensor([[0, 1, 0], [0, 1, 1]]),
+    }
+    assert rows_of([batch], pairs) == "0"
+
+
+def test_full_disk_ends_the_run_before_a_checkpoint_is_begun(data, setup, settings, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    free = iter([2**40, 2**10])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**41, 2**40, next(free)))
+    with pytest.raises(WorkError, match=r"The next checkpoint needs \d+ MiB, and the disk of .* has 0 MiB free"):
+        train_sft(data, CONFIG, setup, settings)
+    (folder,) = settings.llm_output_dir.glob("training/*/checkpoints")
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"checkpoint-2"}
+    monkeypatch.undo()
+    monkeypatch.setitem(type(settings).model_config, "env_file", None)
+    assert train_sft(data, CONFIG, setup, settings).summary["resumed_from"] == "checkpoint-2"
+
+
+def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(data, setup, settings, monkeypatch, caplog):
+    real = Trainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        if int((inputs["position_ids"] == 0).sum()) > 2 and self.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, model, inputs, *args, **kwargs)
+
+    expected = train_sft(data, CONFIG, setup, settings)
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    with caplog.at_level(logging.INFO):
+        result = train_sft(data, CONFIG, setup, settings)
+    assert "out of memory with effective batch 4 = 4 per device × 1 accumulated; trying effective batch 4 = 2 per" in (
+        caplog.text
+    )
+    assert (result.summary["per_device_train_batch_size"], result.summary["effective_batch"]) == (2, 4)
+    assert result.summary["resumed_from"] == "checkpoint-2"
+    assert losses(result) == pytest.approx(losses(expected), abs=1e-4)
+
+
+def test_out_of_memory_with_one_row_is_an_error(data, setup, settings, monkeypatch):
+    def training_step(self, *args, **kwargs):
+        self.model.train()
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    with pytest.raises(WorkError, match="Out of memory in training, with one row at a time. Lower formatting.max_len"):
+        train_sft(data, CONFIG, setup, settings)
+
+
+def test_smaller_batches_keep_the_effective_batch():
+    nine = CONFIG.model_copy(update={"per_device_train_batch_size": 9, "gradient_accumulation_steps": 2})
+    smaller = halved(nine, training=True)
+    assert (smaller.per_device_train_batch_size, smaller.gradient_accumulation_steps) == (3, 6)
+    evaluated = halved(CONFIG.model_copy(update={"per_device_eval_batch_size": 8}), training=False)
+    assert (evaluated.per_device_eval_batch_size, evaluated.per_device_train_batch_size) == (4, 4)
+
+
+def test_one_process_trains_a_run(data, setup, settings):
+    folder = train_sft(data, CONFIG, setup, settings).adapter.parent
+    with held(folder), pytest.raises(RequestError, match="Another process trains this very run"):
+        train_sft(data, CONFIG, setup, settings)
+    train_sft(data, CONFIG, setup, settings)

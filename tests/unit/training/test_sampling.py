@@ -1,0 +1,102 @@
+"""Rows of about one length in a batch: less padding, the same rows, and the same order after an interruption."""
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+
+from llm_engineering.errors import RequestError
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training import sft
+from llm_engineering.training.policy import new_policy
+from llm_engineering.training.sft import sft_trainer, train_sft
+from tests.conftest import ROOT
+from tests.unit.training.steps import during_step
+
+CONFIG = SFTConfig(
+    learning_rate=1e-2, num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+    save_steps=2, eval_steps=100, packing=False, train_sampling_strategy="group_by_length",
+)  # fmt: skip
+
+
+@pytest.fixture
+def setup(small_llama, cpu):
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
+        max_length=64,
+        chat_template="alpaca",
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    """16 rows of 4 to 34 tokens, each told by its second one."""
+    rows = [{"id": f"r{i}", "input_ids": [1, 20 + i, *[5] * (1 + 2 * i), 0]} for i in range(16)]
+    for row in rows:
+        row["labels"] = [-100, *row["input_ids"][1:]]
+    return DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:2]))
+
+
+def batches(data, setup, settings, tmp_path, strategy):
+    device = choose_device(setup.compute)
+    config = CONFIG.model_copy(update={"train_sampling_strategy": strategy})
+    policy = new_policy(setup.model, config.lora, settings, device)
+    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    torch.manual_seed(1)
+    trainer = sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
+    return list(trainer.get_train_dataloader())
+
+
+def test_grouped_batches_hold_every_row_and_less_padding(data, setup, settings, tmp_path, monkeypatch):
+    """Of a model that cannot keep rows apart, so that they are padded."""
+    monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: False)
+    padded = {}
+    for strategy in ("random", "group_by_length"):
+        found = batches(data, setup, settings, tmp_path, strategy)
+        assert sorted(int(row[1]) for batch in found for row in batch["input_ids"]) == list(range(20, 36))
+        padded[strategy] = sum(batch["input_ids"].numel() for batch in found)
+    assert padded["group_by_length"] < padded["random"]
+
+
+def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings, monkeypatch, tmp_path):
+    """In the second of three epochs, where the first epoch's random numbers were never drawn."""
+    whole = train_sft(data, CONFIG, setup, settings)
+    expected = load_file(whole.adapter / "adapter_model.safetensors")
+    elsewhere = settings.model_copy(update={"llm_output_dir": tmp_path / "again"})
+
+    def stop():
+        raise RuntimeError("the power went out")
+
+    with monkeypatch.context() as patch:
+        during_step(patch, 13, stop)
+        with pytest.raises(RuntimeError, match="power"):
+            train_sft(data, CONFIG, setup, elsewhere)
+    resumed = train_sft(data, CONFIG, setup, elsewhere)
+    assert resumed.summary["resumed_from"] == "checkpoint-12"
+    found = load_file(resumed.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_epochs_have_orders_of_their_own(data, setup, settings):
+    from llm_engineering.training.trainer import LengthGroupedByEpoch
+
+    sampler = LengthGroupedByEpoch(2, [len(row) for row in data["train"]["input_ids"]], seed=7)
+    first = list(sampler)
+    assert list(sampler) == first
+    sampler.set_epoch(1)
+    assert sorted(sampler) == sorted(first)
+    assert list(sampler) != first
+
+
+def test_grouping_packed_rows_is_refused():
+    recipe = ROOT / "configs" / "local.yaml"
+    with pytest.raises(RequestError, match="group_by_length has no effect with packing"):
+        load_recipe(recipe, ["sft.train_sampling_strategy=group_by_length"])
+    recipe = load_recipe(recipe, ["sft.train_sampling_strategy=group_by_length", "sft.packing=false"])
+    assert recipe.sft.train_sampling_strategy == "group_by_length"

@@ -1,0 +1,174 @@
+"""TensorBoard and Weights & Biases beside Comet: what they receive, what they keep to themselves, and that none can fail a run."""
+
+import importlib.util
+import json
+import logging
+import math
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.sft import train_sft
+from llm_engineering.training.tracking import TensorBoardRun, Trackers, WandbRun, check_trackers
+from tests.conftest import ROOT
+
+CONFIG = SFTConfig(
+    learning_rate=1e-2, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1,
+    save_steps=2, eval_steps=2, packing=False,
+)  # fmt: skip
+
+
+def events(folder):
+    """`{name: [(step, value)]}` of all event files of a folder, as TensorBoard shows them."""
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    accumulated = loader.EventAccumulator(str(folder))
+    accumulated.Reload()
+    names = accumulated.Tags()["scalars"]
+    return {name: [(event.step, event.value) for event in accumulated.Scalars(name)] for name in names}
+
+
+@pytest.fixture(scope="module")
+def data():
+    rows = [{"id": f"r{i}", "input_ids": [1, *range(20 + i, 28 + i), 2]} for i in range(20)]
+    for row in rows:
+        row["labels"] = [-100] * 4 + row["input_ids"][4:]
+    return DatasetDict(train=Dataset.from_list(rows[:16]), validation=Dataset.from_list(rows[16:]))
+
+
+@pytest.fixture
+def setup(tiny_model, cpu):
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(tiny_model), revision="test"),
+        max_length=64,
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+
+
+def reporting_to(setup, *names, comet="off"):
+    return setup.model_copy(update={"tracking": TrackingConfig(comet=comet, report_to=list(names))})
+
+
+def test_tensorboard_holds_every_number_of_the_history(data, setup, settings):
+    result = train_sft(data, CONFIG, reporting_to(setup, "tensorboard"), settings, {"run_id": "run-1"})
+    folder = result.adapter.parent / "tensorboard"
+    assert result.summary["trackers"] == {"tensorboard": {"folder": str(folder)}}
+    shown = events(folder)
+    history = result.summary["history"]
+    expected = {name for entry in history for name, value in entry.items() if isinstance(value, int | float)}
+    assert {name.removeprefix("sft/") for name in shown} == expected
+    assert {"loss", "eval_loss", "tokens_per_second", "peak_memory_bytes", "grad_norm"} <= expected
+    losses = [(entry["step"], pytest.approx(entry["loss"])) for entry in history if "loss" in entry]
+    assert shown["sft/loss"] == losses
+    assert len(losses) == 4
+
+
+def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
+    def written(steps, value):
+        run = TensorBoardRun(tmp_path)
+        for step in steps:
+            run.log_metrics({"loss": value}, step)
+        run.end()
+
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    written([1, 2, 3, 4], 1.0)
+    written([3, 4, 5], 2.0)
+    assert events(tmp_path)["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_wandb_without_a_key_is_a_folder_without_secrets(data, setup, settings, monkeypatch):
+    pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-this-must-stay-here")
+    result = train_sft(data, CONFIG, reporting_to(setup, "wandb"), settings, {"run_id": "run-1"})
+    (folder,) = settings.llm_output_dir.resolve().glob("wandb/offline-run-*")
+    assert result.summary["trackers"] == {"wandb": {"folder": str(folder)}}
+    stored = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    for wanted in (b"sft/loss", b"sft/eval_loss", b"sft/tokens_per_second", b"run-1", b"learning_rate"):
+        assert wanted in stored
+    for secret in (b"sk-this-must-stay-here", b"def train_sft", b"OPENAI_API_KEY"):
+        assert secret not in stored
+
+
+def test_wandb_gets_the_key_of_the_settings_and_steps_that_repeat(settings, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="needs wandb")
+    calls = []
+
+    class Run:
+        url, dir = "https://wandb.example/run", "/tmp/run/files"
+
+        def define_metric(self, name, step_metric):
+            calls.append((name, step_metric))
+
+        def log(self, numbers):
+            calls.append(numbers)
+
+    def init(**arguments):
+        calls.append(arguments)
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    run = WandbRun(TrackingConfig(project_name="p"), Settings(), "sft-1", ["sft", "m" * 70])
+    for step in (3, 2):
+        run.log_metrics({"sft/loss": 1.0}, step)
+    arguments, *rest = calls
+    assert (arguments["mode"], arguments["project"], arguments["name"]) == ("online", "p", "sft-1")
+    assert arguments["settings"].api_key == "k" * 40
+    assert max(map(len, arguments["tags"])) == 64
+    assert rest == [("*", "step"), {"sft/loss": 1.0, "step": 3}, {"sft/loss": 1.0, "step": 2}]
+    assert "k" * 40 not in repr(Settings())
+
+
+def test_a_tracker_that_fails_ends_no_run(data, setup, settings, monkeypatch, caplog):
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    import wandb
+    from torch.utils.tensorboard import SummaryWriter
+
+    def broken(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", broken)
+    monkeypatch.setattr(wandb, "init", broken)
+    with caplog.at_level(logging.WARNING):
+        result = train_sft(data, CONFIG, reporting_to(setup, "tensorboard", "wandb"), settings)
+    assert math.isfinite(result.summary["train_loss"])
+    assert result.summary["trackers"]["wandb"] == {}
+    assert "TensorBoard: log_metrics failed (OSError: no space left); training goes on" in caplog.text
+    assert "wandb: start failed (OSError: no space left); training goes on" in caplog.text
+
+
+def test_all_trackers_get_the_same_finite_numbers():
+    class Recorder:
+        def __init__(self):
+            self.got = []
+
+        def log_metrics(self, metrics, step):
+            self.got.append((metrics, step))
+
+    one, other = Recorder(), Recorder()
+    Trackers({"one": one, "other": other}).log_metrics({"a": 1.5, "b": math.nan, "c": "text", "d": 2}, 7)
+    assert one.got == other.got == [({"a": 1.5, "d": 2}, 7)]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_what_is_not_installed_is_told_before_anything_runs(name, data, setup, settings, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else real(wanted))
+    with pytest.raises(RequestError, match=rf"report_to names {name}.*pip install 'llm-engineering\[{name}\]'"):
+        check_trackers(TrackingConfig(report_to=[name]))
+    with pytest.raises(RequestError, match="which is not installed"):
+        train_sft(data, CONFIG, reporting_to(setup, name), settings)
+    assert not list(settings.llm_output_dir.rglob("checkpoint-*"))
+
+
+def test_unknown_tracker_is_refused():
+    recipe = ROOT / "configs" / "local.yaml"
+    assert load_recipe(recipe, ["tracking.report_to=[wandb]"]).tracking.report_to == ["wandb"]
+    with pytest.raises(RequestError, match="report_to"):
+        load_recipe(recipe, ["tracking.report_to=[mlflow]"])
+    assert json.loads(load_recipe(recipe).tracking.model_dump_json())["report_to"] == []

@@ -1,0 +1,310 @@
+"""Training on a model of two small layers: the DPO reference, resuming, telemetry, and what Comet receives."""
+
+import json
+import logging
+import math
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import DatasetDict
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
+from llm_engineering.errors import RequestError
+from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.checkpoints import newest_complete
+from llm_engineering.training.dpo import dpo_trainer, train_dpo
+from llm_engineering.training.policy import new_policy, trained_policy
+from llm_engineering.training.sft import train_sft
+
+STEPS = {
+    "learning_rate": 1e-2,
+    "num_train_epochs": 1,
+    "gradient_accumulation_steps": 1,
+    "save_steps": 2,
+    "eval_steps": 2,
+}
+SFT = SFTConfig(**STEPS, per_device_train_batch_size=1, packing=True)
+DPO = DPOConfig(**STEPS, per_device_train_batch_size=2)
+
+
+def message(role, content):
+    return Message(role=role, content=content)
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_model, cpu):
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(tiny_model), revision="test"),
+        max_length=128,
+        compute=cpu,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+
+
+def formatted(splits, kind, to_dataset, tokenizer, folder):
+    ledger = Ledger()
+    ledger.record(kind, sum(map(len, splits.values())), sum(map(len, splits.values())))
+    datasets = {name: to_dataset(rows) for name, rows in splits.items()}
+    return format_splits(datasets, kind, tokenizer, FormattingConfig(max_length=128), folder, ledger)[0]
+
+
+@pytest.fixture(scope="module")
+def sft_data(tokenizer, tmp_path_factory):
+    rows = [
+        InstructionRow(
+            prompt=[message("user", f"What is {i} plus {i}?")],
+            completion=[message("assistant", f"It is {2 * i}, as everyone can count. " * (1 + i % 3))],
+            source="s",
+            origin="o",
+        )
+        for i in range(24)
+    ]
+    splits = {"train": rows[:16], "validation": rows[16:20], "test": rows[20:]}
+    return formatted(splits, "instruction", instruction_dataset, tokenizer, tmp_path_factory.mktemp("instruction"))
+
+
+@pytest.fixture(scope="module")
+def dpo_data(tokenizer, tmp_path_factory):
+    rows = [
+        PreferenceRow(
+            prompt=[message("user", f"What is {i} plus {i}?")],
+            chosen=[message("assistant", f"It is {2 * i}.")],
+            rejected=[message("assistant", "I would rather talk about the weather of today.")],
+            source="s",
+            origin="o",
+        )
+        for i in range(12)
+    ]
+    splits = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
+    return formatted(splits, "preference", preference_dataset, tokenizer, tmp_path_factory.mktemp("preference"))
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(sft_data, setup, tmp_path_factory) -> Path:
+    settings = Settings(llm_output_dir=tmp_path_factory.mktemp("sft"))
+    return train_sft(sft_data, SFT, setup, settings).adapter
+
+
+def test_sft_lowers_the_loss_and_leaves_no_pickle(sft_data, setup, settings):
+    result = train_sft(sft_data, SFT.model_copy(update={"num_train_epochs": 4}), setup, settings)
+    losses = [entry["loss"] for entry in result.summary["history"] if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    assert {file.suffix for file in result.adapter.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    assert not (result.adapter.parent / "checkpoints").exists()
+    assert json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        setup.model.name_or_path
+    )
+
+
+def test_of_trls_warnings_those_of_unpadded_rows_alone_are_left_out(sft_data, setup, settings, caplog):
+    name = "trl.trainer.sft_trainer"
+    with caplog.at_level(logging.WARNING, logger=name):
+        train_sft(sft_data, SFT.model_copy(update={"max_steps": 1}), setup, settings)
+        assert [record for record in caplog.records if record.name == name] == []
+        logging.getLogger(name).warning("The model may not learn to stop.")
+    assert [record.getMessage() for record in caplog.records if record.name == name] == [
+        "The model may not learn to stop."
+    ]
+
+
+def test_packed_rows_do_not_see_each_other(sft_data, setup, settings):
+    """The first packed step's loss is that of the same rows one by one."""
+    device = choose_device(setup.compute)
+    result = train_sft(sft_data, SFT, setup, settings)
+    first = next(entry for entry in result.summary["history"] if "loss" in entry)
+    model = load_model(setup.model, settings, device).eval()
+    total = tokens = 0.0
+    losses = {}
+    for index, row in enumerate(sft_data["train"]):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        count = int((labels[:, 1:] != -100).sum())
+        losses[index] = (float(model(input_ids=ids, labels=labels).loss) * count, count, len(row["input_ids"]))
+    # Which rows fill the first pack is TRL's choice: some set of rows of that many tokens has just that loss.
+    packed_tokens = int(first["num_tokens"])
+    means = []
+    for start in losses:
+        for other in losses:
+            chosen = {start, other}
+            if sum(losses[i][2] for i in chosen) == packed_tokens:
+                total = sum(losses[i][0] for i in chosen)
+                tokens = sum(losses[i][1] for i in chosen)
+                means.append(total / tokens)
+    assert any(math.isclose(mean, first["loss"], abs_tol=1e-4) for mean in means), (packed_tokens, first["loss"], means)
+
+
+def test_reference_of_dpo_is_the_sft_model(sft_adapter, dpo_data, setup, settings, tmp_path):
+    device = choose_device(setup.compute)
+    tokenizer = load_tokenizer(setup.model, settings)
+
+    def rewards_before_the_first_step(policy, reference=None):
+        trainer = dpo_trainer(policy, tokenizer, dpo_data, DPO, setup, device, tmp_path)
+        trainer.ref_model = reference
+        return trainer.evaluate()
+
+    sft_model = trained_policy(setup.model, sft_adapter, settings, device)
+    metrics = rewards_before_the_first_step(sft_model)
+    assert metrics["eval_rewards/chosen"] == metrics["eval_rewards/rejected"] == 0
+    assert metrics["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+    sft_model = trained_policy(setup.model, sft_adapter, settings, device)
+    with_base = rewards_before_the_first_step(sft_model, load_model(setup.model, settings, device))
+    assert abs(with_base["eval_rewards/chosen"]) > 1e-3
+
+
+def test_dpo_prefers_the_chosen_answer(sft_adapter, dpo_data, setup, settings):
+    before = load_file(sft_adapter / "adapter_model.safetensors")
+    result = train_dpo(dpo_data, sft_adapter, DPO.model_copy(update={"num_train_epochs": 4}), setup, settings)
+    margins = [entry["eval_rewards/margins"] for entry in result.summary["history"] if "eval_rewards/margins" in entry]
+    assert margins[-1] > 0.1
+    after = load_file(result.adapter / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert not (result.adapter / "ref").exists()
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def test_same_recipe_and_seed_give_the_same_bytes(sft_data, setup, settings):
+    first = train_sft(sft_data, SFT, setup, settings)
+    weights = (first.adapter / "adapter_model.safetensors").read_bytes()
+    torch.rand(3)  # The state of the generator before the run must not matter.
+    again = train_sft(sft_data, SFT, setup, settings)
+    assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
+    stage, sft_data, dpo_data, sft_adapter, setup, settings, monkeypatch, caplog
+):
+    from llm_engineering.training import telemetry
+
+    config = (SFT if stage == "sft" else DPO).model_copy(update={"num_train_epochs": 2})
+
+    def train():
+        if stage == "sft":
+            return train_sft(sft_data, config, setup, settings)
+        return train_dpo(dpo_data, sft_adapter, config, setup, settings)
+
+    whole = train()
+    expected = (whole.adapter / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(whole.adapter.parent)
+
+    real = telemetry.TelemetryCallback.on_step_end
+
+    def dies_after_step_5(self, args, state, control, **kwargs):
+        real(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise Killed
+
+    monkeypatch.setattr(telemetry.TelemetryCallback, "on_step_end", dies_after_step_5)
+    with pytest.raises(Killed):
+        train()
+    monkeypatch.setattr(telemetry.TelemetryCallback, "on_step_end", real)
+    # The newest checkpoint is half-written: it is named and passed over.
+    checkpoints = whole.adapter.parent / "checkpoints"
+    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")
+    optimizer = checkpoints / "checkpoint-5" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:1000])
+
+    with caplog.at_level(logging.INFO):
+        again = train()
+    assert again.summary["resumed_from"] == "checkpoint-4"
+    assert "checkpoint-5 is passed over: optimizer.pt is missing or half-written" in caplog.text
+    assert (again.adapter / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_another_learning_rate_is_another_run(sft_data, setup, settings):
+    one = train_sft(sft_data, SFT, setup, settings)
+    other = train_sft(sft_data, SFT.model_copy(update={"learning_rate": 1e-3}), setup, settings)
+    assert one.adapter.parent != other.adapter.parent
+
+
+def test_no_checkpoint_is_no_error(tmp_path):
+    assert newest_complete(tmp_path / "nowhere", {}) is None
+
+
+def test_comet_archive_holds_metrics_and_parameters(sft_data, setup, settings):
+    tracked = setup.model_copy(update={"tracking": TrackingConfig(comet="offline")})
+    result = train_sft(sft_data, SFT, tracked, settings, {"run_id": "run-1", "formatted_sft_version": "v-1"})
+    place = result.summary["comet"]
+    with zipfile.ZipFile(place["archive"]) as archive:
+        names = archive.namelist()
+        messages = [json.loads(line) for line in archive.read("messages.json").decode().splitlines()]
+    assert not any("git" in name or name.endswith(".py") for name in names)
+    metrics = {}
+    parameters = {}
+    for entry in messages:
+        payload = entry["payload"]
+        if entry["type"] == "metric_msg":
+            metrics.setdefault(payload["metric"]["metricName"], []).append(payload["metric"]["metricValue"])
+        elif entry["type"] == "parameter_msg":
+            parameters[payload["param"]["paramName"]] = payload["param"]["paramValue"]
+    logged = [entry["loss"] for entry in result.summary["history"] if "loss" in entry]
+    assert [float(value) for value in metrics["sft/loss"]] == pytest.approx(logged)
+    for name in ("eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"):
+        assert metrics[f"sft/{name}"], name
+    assert parameters["run_id"] == "run-1"
+    assert parameters["formatted_sft_version"] == "v-1"
+    assert float(parameters["learning_rate"]) == SFT.learning_rate
+    assert parameters["seed"] in (7, "7")
+
+
+def test_comet_cannot_fail_a_run(sft_data, setup, settings, monkeypatch, caplog):
+    import comet_ml
+
+    def broken(*args, **kwargs):
+        raise ConnectionError("no route to Comet")
+
+    monkeypatch.setattr(comet_ml, "start", broken)
+    tracked = setup.model_copy(update={"tracking": TrackingConfig(comet="auto")})
+    with caplog.at_level(logging.WARNING):
+        result = train_sft(sft_data, SFT, tracked, settings)
+    assert result.summary["comet"] == {}
+    assert "start failed (ConnectionError: no route to Comet); training goes on" in caplog.text
+
+
+def test_this_machine_lacks_what_the_recipe_asks_for():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(RequestError, match="torch finds no CUDA card"):
+        choose_device(ComputeConfig(device="cuda"))
+    with pytest.raises(RequestError, match="needs CUDA and the package flash_attn"):
+        choose_device(ComputeConfig(attn_implementation="flash_attention_2"))
+
+
+def test_every_automatic_choice_has_a_reason():
+    device = choose_device(ComputeConfig())
+    assert [reason.partition(":")[0].split()[0] for reason in device.reasons] == ["device", "dtype", "attention"]
+
+
+def test_adapters_load_back(sft_adapter, setup, settings):
+    device = choose_device(setup.compute)
+    fresh = new_policy(setup.model, SFT.lora, settings, device)
+    loaded = PeftModel.from_pretrained(load_model(setup.model, settings, device), str(sft_adapter))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert not torch.allclose(fresh(input_ids=ids).logits, loaded(input_ids=ids).logits)
+
+
+def test_data_without_a_split_is_no_training_data(tmp_path, sft_data):
+    from llm_engineering.training.__main__ import _formatted
+
+    DatasetDict(train=sft_data["train"]).save_to_disk(tmp_path / "data")
+    with pytest.raises(RequestError, match="splits train and validation"):
+        _formatted(tmp_path / "data")
