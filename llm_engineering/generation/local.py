@@ -1,4 +1,4 @@
-"""Answers from the local model, in batches; every batch is stored at once and never asked for twice."""
+"""Answers requests with the local model, in batches. Each finished batch is stored, and never generated again."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ logger = logging.getLogger(__name__)
 
 
 class LocalModel:
-    """Answers of a model in this process.
+    """A client whose model runs in this process.
 
     Args:
-        identity: what the answers depend on besides the request: the model, its revision and precision.
+        identity: everything besides the request that the answers depend on: the model, its revision and precision,
+            and the chat template if the recipe sets one.
     """
 
     writes_json = False
-    # Greedy: the same question each time.
+    # Greedy decoding: the same passage gives the same question in every run.
     temperature: float | None = 0.0
 
     def __init__(
@@ -58,41 +59,30 @@ class LocalModel:
         settings: Settings,
         chat_template: str | None = None,
     ) -> LocalModel:
-        """Load the base model on this machine, with the answers it has given before."""
+        """Load the base model on this machine, with the answers stored by earlier runs."""
         device = choose_device(compute)
-        precision = str(device.dtype).removeprefix("torch.")
         tokenizer = load_tokenizer(model, settings, chat_template)
-        text = str(tokenizer.chat_template).encode()
-        template = "" if chat_template is None else hashlib.sha256(text).hexdigest()[:12]
-        return cls(
-            load_model(model, settings, device),
-            tokenizer,
-            f"{model.name_or_path}@{model.revision} in {precision}{template and f', chat template {template}'}",
-            AnswerStore(settings.llm_output_dir / STORE_FILE),
-            batch_size,
-        )
+        identity = f"{model.name_or_path}@{model.revision} in {str(device.dtype).removeprefix('torch.')}"
+        if chat_template is not None:
+            identity += f", chat template {hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]}"
+        store = AnswerStore(settings.llm_output_dir / STORE_FILE)
+        return cls(load_model(model, settings, device), tokenizer, identity, store, batch_size)
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
-        """Answer every request, in order: this model has no failures. `what` is made, e.g. `questions`."""
-        drawn_with = sampling.seed if sampling.temperature else 0
-        settings = [
-            self.identity,
-            sampling.max_new_tokens,
-            list(sampling.stop),
-            sampling.temperature,
-            drawn_with,
-        ]
+        """Answer every request, in order. No request fails. Progress lines count `what`, e.g. `questions`."""
+        # Greedy answers do not depend on the seed.
+        seed = sampling.seed if sampling.temperature else 0
+        settings = [self.identity, sampling.max_new_tokens, list(sampling.stop), sampling.temperature, seed]
         keys = [hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24] for request in requests]
         prompts = {
             key: str(self.tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False))
             for key, request in zip(keys, requests, strict=True)
         }
-        # Prompts of like length share a batch, so that little is computed on padding. Batches are cut before the
-        # stored answers are left out: rounding depends on the batch, and a run that was killed and started again
-        # must end with the same answers.
+        # Prompts of similar length share a batch, which saves padding. Batches are formed from all prompts, stored ones
+        # included: rounding depends on the batch, and a run that is killed and restarted must give the same answers.
         order = sorted(prompts)
-        places = batches_by_length([len(prompts[key]) for key in order], self.batch_size)
-        batches = [[order[place] for place in batch] for batch in places]
+        indices = batches_by_length([len(prompts[key]) for key in order], self.batch_size)
+        batches = [[order[index] for index in batch] for batch in indices]
         missing = [batch for batch in batches if not all(key in self.store.answers for key in batch)]
         count = sum(map(len, missing))
         if count < len(order):
@@ -106,17 +96,17 @@ class LocalModel:
         return [Answer(self.store.answers[key].text) for key in keys]
 
     def _generate(self, prompts: list[str], sampling: Sampling, seed: int) -> list[str]:
-        # top_k 0 and top_p 1: the whole distribution, whatever the model's own generation defaults cut off.
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        # top_k 0 and top_p 1 sample from the whole distribution, whatever the model's generation config says.
+        sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode(), torch.random.fork_rng():
-            # A seed for each batch, from its first request: a batch draws the same whether or not others were stored.
+            # Each batch has its own seed, from its first request, so stored batches do not change the others' samples.
             torch.manual_seed(seed % 2**63)
             new = generate_ids(
                 self.model,
                 self.tokenizer,
                 self.tokenizer(prompts, add_special_tokens=False)["input_ids"],
                 sampling.max_new_tokens,
-                **(drawn if sampling.temperature else {"do_sample": False}),
+                **(sampled if sampling.temperature else {"do_sample": False}),
                 **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
             )
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]

@@ -18,10 +18,10 @@ def open_client(
     settings: Settings,
     chat_template: str | None = None,
 ) -> Client:
-    """The client that the recipe names, with the answers it has given before.
+    """Open the client that the recipe names, with the answers stored by earlier runs.
 
     Args:
-        chat_template: for the model in this process, as `formatting.chat_template`; endpoints have their own.
+        chat_template: the recipe's `formatting.chat_template`. Only the local model uses it; endpoints have their own.
     """
     # Each client's libraries are imported only where it is used.
     if config.client == "local":
@@ -32,21 +32,21 @@ def open_client(
 
 
 def check_access(config: ClientConfig, settings: Settings, max_new_tokens: int, json_field: str | None) -> None:
-    """Send an endpoint one small request like those of the run, so that what is wrong is known before any work.
+    """Send an endpoint one small request like those of the run, to find errors before any work. Skips the local model.
 
     Raises:
-        RequestError: no key or region, an endpoint that cannot be reached, refuses the key or the request, does not
-            know the model, does not keep to a JSON schema, or reports no usage where a cap needs it.
+        RequestError: the key or region is missing, the endpoint cannot be reached, it refuses the key or the request,
+            it does not know the model, it ignores the JSON schema, or it reports no usage although a cap needs it.
     """
     if config.client != "local":
         open_endpoint(config, settings).check_access(max_new_tokens, json_field)
 
 
 def open_endpoint(config: ClientConfig, settings: Settings) -> Endpoint:
-    """The endpoint that the recipe names, with the answers it has given before.
+    """Open the endpoint that the recipe names, with the answers stored by earlier runs.
 
     Raises:
-        RequestError: there is no key, or no AWS region.
+        RequestError: the API key, the AWS credentials or the AWS region are missing.
     """
     transport: Transport
     if config.client == "openai":

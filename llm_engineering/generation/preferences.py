@@ -1,4 +1,4 @@
-"""Preference rows from instruction rows: chosen is the document's answer, rejected the model's own."""
+"""Writes preference rows from instruction rows: the row's answer is chosen, an answer of the client is rejected."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ def generate_preferences(
     writing: PreferenceWriting,
     seed: int,
 ) -> tuple[list[PreferenceRow], list[Quarantined]]:
-    """Let the client answer each row's prompt. With `max_preferences`, that many rows are drawn with the seed.
+    """Have the client answer each row's prompt; the other rows are quarantined with the reason.
 
-    A row whose origin says that its answer is the document's must have it word for word, but for white space.
+    A row whose origin says that the document is its answer must repeat the document word for word, up to white space.
+    With `max_preferences`, the seed draws that many of the usable rows.
 
     Args:
-        documents: the text of each document by its name; empty if the rows were not generated.
+        documents: each document's text by its name; empty if the rows were not generated.
     """
-    # A rule may have masked personal data in the answer: it then stands in the masked document.
-    folded = {name: _folded(text) + "\n" + _folded(redacted(text)) for name, text in documents.items()}
+    # A rule may have masked personal data in the answer, so the document is also searched with the same masks.
+    searched = {name: _one_spaced(text) + "\n" + _one_spaced(redacted(text)) for name, text in documents.items()}
     quarantine: list[Quarantined] = []
     usable: list[InstructionRow] = []
     for row in rows:
-        is_verbatim = _folded(row.completion[0].content) in folded.get(row.document, "")
-        if folded and row.origin.endswith(FROM_DOCUMENT) and not is_verbatim:
-            detail = f"the chosen answer does not stand in {row.document}"
-            quarantine.append(_rejected(row, "not_verbatim", detail, row.completion[0].content))
+        is_verbatim = _one_spaced(row.completion[0].content) in searched.get(row.document, "")
+        if documents and row.origin.endswith(FROM_DOCUMENT) and not is_verbatim:
+            detail = f"the chosen answer is not in {row.document}"
+            quarantine.append(_quarantined(row, "not_verbatim", detail, row.completion[0].content))
         else:
             usable.append(row)
     drawn = usable
@@ -43,15 +44,15 @@ def generate_preferences(
         chosen = set(random.Random(seed).sample(range(len(usable)), writing.max_preferences))
         drawn = [row for index, row in enumerate(usable) if index in chosen]
         detail = f"generation.max_preferences is {writing.max_preferences}"
-        quarantine += [_rejected(row, "not_drawn", detail) for index, row in enumerate(usable) if index not in chosen]
+        quarantine += [_quarantined(row, "not_drawn", detail) for i, row in enumerate(usable) if i not in chosen]
     requests = [[message.model_dump() for message in row.prompt] for row in drawn]
     sampling = Sampling(writing.rejected_max_new_tokens, writing.rejected_temperature, seed)
-    made: list[PreferenceRow] = []
+    pairs: list[PreferenceRow] = []
     for row, outcome in zip(drawn, client.answer(requests, sampling, "rejected answers"), strict=True):
         if isinstance(outcome, Failure):
-            quarantine.append(_rejected(row, outcome.reason, outcome.detail, outcome.text))
+            quarantine.append(_quarantined(row, outcome.reason, outcome.detail, outcome.text))
             continue
-        made.append(
+        pairs.append(
             PreferenceRow(
                 prompt=row.prompt,
                 chosen=row.completion[:1],
@@ -61,14 +62,15 @@ def generate_preferences(
                 document=row.document,
             )
         )
-    return made, quarantine
+    return pairs, quarantine
 
 
-def _folded(text: str) -> str:
+def _one_spaced(text: str) -> str:
+    """The text with each run of white space as one space."""
     return " ".join(text.split())
 
 
-def _rejected(row: InstructionRow, reason: str, detail: str, text: str = "") -> Quarantined:
+def _quarantined(row: InstructionRow, reason: str, detail: str, text: str = "") -> Quarantined:
     return Quarantined(
         stage="preference", reason=reason, source=row.source, place=row.id, detail=detail, text=text[:RAW_CHARS]
     )

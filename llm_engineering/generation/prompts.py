@@ -1,4 +1,4 @@
-"""The prompts, each a file of its own, versioned by the hash of its text."""
+"""The prompt files. A prompt's version is the hash of its file."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PROMPT_FILES = tuple(sorted(FOLDER.glob("*.txt")))
 
 
 def read_prompt(name: str) -> str:
-    """The text of a prompt, with `{title}`, `{passage}` and the like in it."""
+    """The text of a prompt, with placeholders such as `{title}` and `{passage}`."""
     return (FOLDER / f"{name}.txt").read_text(encoding="utf-8").strip()
 
 
 def prompt_hash(name: str) -> str:
-    """Version of a prompt: the hash of its file."""
+    """The version of a prompt: 12 hex digits of the SHA-256 of its file."""
     return hashlib.sha256((FOLDER / f"{name}.txt").read_bytes()).hexdigest()[:12]

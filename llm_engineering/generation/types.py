@@ -1,4 +1,4 @@
-"""The types that clients and writers share: requests, answers, failures, and what a client has to provide."""
+"""Types that clients and writers share: requests, answers, failures, and the interface of a client."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How a model generates its answers.
 
     Attributes:
-        max_new_tokens: the longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time; 1 draws from the model's own distribution; None leaves it
-            to the endpoint.
-        seed: another seed is another answer, where the temperature allows one.
-        stop: strings that end an answer of the local model; they stay in it.
-        json_field: the answer is asked for as a JSON object with this one text field, whose value is the answer.
-            For clients that write JSON.
+        max_new_tokens: maximum length of an answer, in tokens.
+        temperature: 0 is greedy decoding, 1 samples from the model's own distribution, None takes the endpoint's
+            default.
+        seed: with a temperature above 0, each seed gives different answers.
+        stop: strings that end an answer of the local model. The answer includes the string.
+        json_field: ask for a JSON object with only this text field, and take its value as the answer. Used with
+            clients that write JSON.
     """
 
     max_new_tokens: int
@@ -33,14 +33,20 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was asked for."""
+    """The usable text of a reply."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no answer: a short `reason` that counts group by, what exactly was wrong, and the raw text."""
+    """Why a request has no answer.
+
+    Attributes:
+        reason: a short name, by which failures are counted.
+        detail: what exactly was wrong.
+        text: the raw text of the reply, if there was one.
+    """
 
     reason: str
     detail: str
@@ -51,9 +57,9 @@ class Client(Protocol):
     """Answers requests with one model.
 
     Attributes:
-        identity: the model, and what else its answers depend on besides the request.
-        writes_json: whether `Sampling.json_field` is understood.
-        temperature: of what is written for the dataset; rejected answers have one of their own.
+        identity: the model, and everything else besides the request that its answers depend on.
+        writes_json: whether the client supports `Sampling.json_field`.
+        temperature: for instructions and their answers. Rejected answers have their own temperature.
     """
 
     identity: str
@@ -61,18 +67,18 @@ class Client(Protocol):
     temperature: float | None
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> Sequence[Answer | Failure]:
-        """Answer every request, in order. `what` is made, for the progress line, e.g. `questions`."""
+        """Answer every request, in order. Progress lines count `what`, e.g. `questions`."""
         ...
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model sent back.
+    """A model's reply.
 
     Attributes:
         text: the raw text.
-        finish: `stop`, `length` (it reached the longest answer), or `refused`.
-        input_tokens, output_tokens: what it cost; 0 for the local model.
+        finish: `stop`, `length` (the reply was cut at its maximum length) or `refused`.
+        input_tokens, output_tokens: the token usage that an endpoint reports; 0 for the local model.
     """
 
     text: str
@@ -85,10 +91,10 @@ Send = Callable[[dict[str, Any]], Awaitable[Reply]]
 
 
 class Transport(Protocol):
-    """One kind of endpoint: how a request looks, and how it is sent.
+    """One kind of endpoint: builds its requests and sends them.
 
     Attributes:
-        identity: the model and where it is.
+        identity: the model and the endpoint's address.
     """
 
     identity: str
@@ -98,5 +104,5 @@ class Transport(Protocol):
         ...
 
     def session(self) -> AbstractAsyncContextManager[Send]:
-        """Connections for one run. What is sent raises TryAgainError, RowRefusedError or EndpointRefusedError, and nothing else."""
+        """Open connections for one run. Sending raises only TryAgainError, RowRefusedError or EndpointRefusedError."""
         ...
