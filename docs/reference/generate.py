@@ -1,0 +1,162 @@
+"""Writes the two reference pages from the code: python docs/reference/generate.py [--check]
+
+`--check` writes nothing and exits with 1 if a page is not current.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+import typer.main
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.recipe import Recipe
+
+FOLDER = Path(__file__).parent
+MARK = "<!-- Written by docs/reference/generate.py. Change the code, then run `make docs`. -->\n\n"
+_SYMBOLS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "at least", "max_length": "at most"}
+
+
+def recipe_page() -> str:
+    """Every key of the recipe with its type, default and limits, a section a block."""
+    parts = [
+        MARK,
+        "# Recipe reference\n\n",
+        "Every key that a recipe may have. Any other key is refused, with its full path and the nearest valid key.\n",
+        "`extends: other.yaml` merges another recipe below this one; `--set a.b=value` overrides one key.\n",
+        "A key without a default has to be given.\n\n",
+        *_block(Recipe, ""),
+    ]
+    return "".join(parts).rstrip() + "\n"
+
+
+def _block(block: type[BaseModel], prefix: str) -> list[str]:
+    heading = f"## `{prefix.rstrip('.')}`\n\n" if prefix else "## Top level\n\n"
+    rows, inner = [], []
+    for name, field in block.model_fields.items():
+        child = _child(field.annotation)
+        if child is not None:
+            optional = "" if not _is_optional(field.annotation) else ", may be left out"
+            anchor = f"#{re.sub(r'[^a-z0-9_]', '', (prefix + name).lower())}"
+            rows.append(f"| `{name}` | [block]({anchor}){optional} | | |\n")
+            inner += _block(child, f"{prefix}{name}.")
+            continue
+        limits = ", ".join(filter(None, map(_limit, field.metadata)))
+        rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {limits} |\n")
+    # A block of several parts is described by all of them.
+    described = [part for part in reversed(block.__mro__) if issubclass(part, Block) and part is not Block]
+    text = "\n\n".join(inspect.cleandoc(part.__doc__ or "") for part in described)
+    table = "| Key | Type | Default | Limits |\n| --- | --- | --- | --- |\n" + "".join(rows)
+    return [heading, text + "\n\n", table + "\n", *inner]
+
+
+def _child(annotation: Any) -> type[BaseModel] | None:
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            return part
+    return None
+
+
+def _is_optional(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
+
+
+def _type(annotation: Any) -> str:
+    """A type as a person writes it, e.g. `` `auto` or `off` `` and `list of text`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type(arguments[0])
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(part) for part in arguments)
+    if origin in (list, tuple):
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return f"{_type(arguments[0])} to {_type(arguments[1])}"
+    names = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", type(None): "null"}
+    return names.get(annotation, str(getattr(annotation, "__name__", annotation)))
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None or value is PydanticUndefined:
+        return "null"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _limit(constraint: Any) -> str:
+    for name, symbol in _SYMBOLS.items():
+        value = getattr(constraint, name, None)
+        if value is not None:
+            return f"{symbol} {value}"
+    pattern = getattr(constraint, "pattern", None)
+    return f"matches `{pattern}`".replace("|", "\\|") if pattern else ""
+
+
+def commands_page() -> str:
+    """Every command with its arguments and options, as `--help` describes them."""
+    from tools.cli import app
+
+    root = typer.main.get_command(app)
+    parts = [MARK, "# Command reference\n\n", f"{_text(root)}\n\n"]
+    for path, command in _commands(root, "llm-engineering"):
+        parts += [f"## `{path}`\n\n", f"{_text(command)}\n\n", *_parameters(command)]
+    return "".join(parts).rstrip() + "\n"
+
+
+def _commands(group: click.Command, path: str) -> list[tuple[str, click.Command]]:
+    found: list[tuple[str, click.Command]] = []
+    context = click.Context(group)
+    if isinstance(group, click.Group):
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            if command is not None and not command.hidden:
+                own = [] if isinstance(command, click.Group) else [(f"{path} {name}", command)]
+                found += own + _commands(command, f"{path} {name}")
+    return found
+
+
+def _text(command: click.Command) -> str:
+    return inspect.cleandoc(command.help or "").replace("\b\n", "")
+
+
+def _parameters(command: click.Command) -> list[str]:
+    rows = []
+    for parameter in command.params:
+        if parameter.name == "help" or getattr(parameter, "hidden", False):
+            continue
+        is_option = isinstance(parameter, click.Option)
+        names = ", ".join(f"`{name}`" for name in parameter.opts) if is_option else f"`{parameter.human_readable_name}`"
+        text = (getattr(parameter, "help", None) or "").replace("|", "\\|")
+        rows.append(f"| {names} | {text} |\n")
+    return ["| Argument or option | Meaning |\n| --- | --- |\n", *rows, "\n"] if rows else []
+
+
+def main() -> int:
+    """Write the pages, or check them."""
+    stale = []
+    for name, text in (("recipe.md", recipe_page()), ("commands.md", commands_page())):
+        file = FOLDER / name
+        if not file.is_file() or file.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in sys.argv[1:]:
+                file.write_text(text, encoding="utf-8")
+    if stale and "--check" in sys.argv[1:]:
+        print(f"Not current: {', '.join(stale)}. Run `make docs`.", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
