@@ -1,4 +1,4 @@
-"""The commands in README and tutorial are those of the Makefile, with its variables and the tools' options."""
+"""The commands in README and manual are those of the Makefile, with its variables and the tools' options."""
 
 import re
 
@@ -8,8 +8,11 @@ from tests.conftest import ROOT
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 PARTS = re.findall(r"^([A-Z]+) = (.*)$", MAKEFILE, re.M)
+TOOLS = "".join(file.read_text() for file in sorted((ROOT / "tools").rglob("*.py")))
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.M | re.S)
 COMMAND = re.compile(r"\bmake ([a-z][a-z-]*)((?:\s+[A-Z]+=(?:\"[^\"]*\"|'[^']*'|[^\s`]+))*)")
+LINK = re.compile(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"")
 
 
 def recipe_of(target: str) -> str:
@@ -28,18 +31,28 @@ def commands(page: str) -> list[tuple[str, str]]:
     return COMMAND.findall(code)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_commands_are_those_of_the_makefile(page):
-    found = commands(page)
-    assert len(found) > 10
-    for target, given in found:
+    for target, given in commands(page):
         recipe = recipe_of(target)
         used = set(re.findall(r"\$\(?(?:if \$\()?\$?([A-Z]+)", recipe))
         for variable in re.findall(r"([A-Z]+)=", re.sub(r"\"[^\"]*\"", "", given)):
             assert variable in used, f"make {target} has no {variable}"
-        tools = re.findall(r"-m tools\.(\w+)", recipe)
-        options = (ROOT / "tools" / "cli.py").read_text() + "".join(
-            (ROOT / "tools" / f"{tool}.py").read_text() for tool in tools
-        )
         for option in re.findall(r"--[a-z-]+", given):
-            assert f'"{option}"' in options, f"make {target} has no {option}"
+            assert f'"{option}"' in TOOLS, f"no command has {option}"
+
+
+def test_commands_are_found():
+    assert len(commands("README.md")) > 10
+    assert len(commands("docs/tutorial.md")) > 10
+
+
+def test_readme_is_two_screens_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for markdown, html in LINK.findall(text):
+        file, _, anchor = (markdown or html).partition("#")
+        assert (ROOT / file).is_file(), f"README.md links {file}, which is not there"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.M)
+            assert anchor in [re.sub(r"[^a-z0-9]+", "-", title.lower()) for title in titles], f"{file} has no #{anchor}"
