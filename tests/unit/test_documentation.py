@@ -1,6 +1,8 @@
 """The commands in README and manual are those of the Makefile, with its variables and the tools' options."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 
@@ -56,3 +58,25 @@ def test_readme_is_two_screens_and_its_links_lead_somewhere():
         if anchor:
             titles = re.findall(r"^#+ (.+)$", (ROOT / file).read_text(), re.M)
             assert anchor in [re.sub(r"[^a-z0-9]+", "-", title.lower()) for title in titles], f"{file} has no #{anchor}"
+
+
+def texts_of(module: Path) -> str:
+    """Every text that a module's code holds, one a line; of a text with values in it, the parts between them."""
+    tree = ast.parse(module.read_text())
+    return "\n".join(
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+def test_symptoms_are_messages_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    symptoms = re.findall(r"^\| `([^`|]+)` \|", page, re.M)
+    assert len(symptoms) > 30
+    sources = [
+        file for room in ("llm_engineering", "tools", "steps", "pipelines") for file in (ROOT / room).rglob("*.py")
+    ]
+    said = "\n".join([MAKEFILE, *map(texts_of, sources)])
+    for symptom in symptoms:
+        # An ellipsis stands for a value.
+        for part in symptom.split("…"):
+            assert part.strip(" .:,?") in said, f"no message says {part!r} ({symptom})"
