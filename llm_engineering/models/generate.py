@@ -1,4 +1,4 @@
-"""Batched generation: prompts of like length share a batch, padded on the left."""
+"""Generates answers in batches. Prompts of similar length share a batch, padded on the left."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llm_engineering.models.tokenizer import end_token_ids
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of the prompts in batches of at most `size`, the shortest prompts first, so that little is padded.
+    """Batches of at most `size` indices, ordered by length, so that a batch has little padding.
 
     Prompts of equal length keep their order.
     """
-    order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -26,17 +26,17 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
+    /,
     **options: Any,
 ) -> list[list[int]]:
-    """The new token ids of each prompt of one batch, up to and with its end token.
+    """Generate one batch: the new token ids of each prompt, up to and including its end token.
 
     Args:
-        prompts: token ids.
-        options: what else transformers' `generate` takes, e.g. `do_sample`.
+        prompts: token ids of each prompt.
+        options: further arguments of transformers' `generate`, e.g. `do_sample`.
     """
     ends = end_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    longest = max(map(len, prompts))
+    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
     inputs = [[pad] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     generate: Any = model.generate
@@ -50,7 +50,7 @@ def generate_ids(
     )
     answers = []
     for new in output[:, longest:].tolist():
-        # By place, not by id: what follows the end is padding, which may be the end token itself.
-        length = next((place + 1 for place, token in enumerate(new) if token in ends), len(new))
+        # Cut at the first end token. The padding after it may be the end token as well.
+        length = next((index + 1 for index, token in enumerate(new) if token in ends), len(new))
         answers.append(new[:length])
     return answers

@@ -76,6 +76,16 @@ def test_drawn_answers_depend_on_the_seed_alone(model, tmp_path):
     assert model().answer(REQUESTS, Sampling(4), "answers") != drawn
 
 
+def test_answers_end_at_a_stop_string(model):
+    def answers(**stop):
+        found = model().answer(REQUESTS, Sampling(24, temperature=1.0, **stop), "answers")
+        return [answer.text for answer in found]
+
+    letters = tuple("abcdefghijklmnopqrstuvwxyz")
+    # A token may hold several letters, and none follows it.
+    assert sum(map(len, answers(stop=letters))) < sum(map(len, answers())) / 2
+
+
 def test_killed_in_the_middle_ends_with_the_same_answers(model, monkeypatch, tmp_path):
     expected = model().answer(REQUESTS, Sampling(4), "answers")
     (tmp_path / "answers.jsonl").unlink()
