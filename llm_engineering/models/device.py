@@ -1,4 +1,4 @@
-"""Chooses device, precision, attention and backend for this machine, and says why."""
+"""Chooses the device, precision, attention and backend for this machine, each with its reason."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ Backend = Literal["transformers", "unsloth"]
 
 
 class Device(NamedTuple):
-    """Where and how a model runs; `reasons` are sentences for the log.
+    """Where and how a model runs.
 
     Attributes:
-        backend: what loads the model that is trained; evaluation and generation are always transformers'.
+        name: the torch device, `cpu` or `cuda`.
+        reasons: one line for each choice, for the log and the training report.
+        backend: the library that loads the model for training. Evaluation and generation always use transformers.
     """
 
     name: str
@@ -34,10 +36,10 @@ class Device(NamedTuple):
 
 
 def choose_device(compute: ComputeConfig) -> Device:
-    """Resolve `auto` for this machine.
+    """Resolve each `auto` of the recipe for this machine.
 
     Raises:
-        RequestError: the recipe asks for something that this machine does not have.
+        RequestError: this machine lacks a device, precision or attention that the recipe asks for.
     """
     reasons = []
     name: str = compute.device
@@ -55,13 +57,13 @@ def choose_device(compute: ComputeConfig) -> Device:
     elif dtype == "float16" and name == "cpu":
         raise RequestError("compute.dtype float16 does not train on a CPU. Use bfloat16, float32 or auto.")
     elif dtype == "bfloat16" and name == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise RequestError("compute.dtype is bfloat16, but this CUDA card has no bf16 arithmetic. Use float16 or auto.")
+        raise RequestError("compute.dtype is bfloat16, but this CUDA card cannot compute in bf16. Use float16 or auto.")
 
     attention: str = compute.attn_implementation
-    has_flash = name == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    has_flash = name == "cuda" and _is_installed("flash_attn")
     if attention == "auto":
         attention = "flash_attention_2" if has_flash and dtype != "float32" else "sdpa"
-        why = "flash_attn is installed" if attention != "sdpa" else "torch's own, no extra package needed"
+        why = "flash_attn is installed" if attention != "sdpa" else "part of torch, needs no other package"
         reasons.append(f"attention {attention}: {why}")
     elif attention == "flash_attention_2" and not has_flash:
         raise RequestError(
@@ -73,7 +75,11 @@ def choose_device(compute: ComputeConfig) -> Device:
 
 
 def check_training(stage: str, method: str, optim: str, device: Device) -> None:
-    """Raise a RequestError if this machine cannot train the stage (`sft` or `dpo`) with this method and optimiser."""
+    """Check the method and the optimiser of a stage, `sft` or `dpo`.
+
+    Raises:
+        RequestError: this machine lacks CUDA or bitsandbytes, and one of the two needs them.
+    """
     for key, value in (("sft.method", method), (f"{stage}.optim", optim)):
         if value in ("qlora", "adamw_8bit") and (device.name != "cuda" or not _has_bitsandbytes()):
             instead = "sft.method lora" if value == "qlora" else f"{stage}.optim auto"
@@ -84,31 +90,35 @@ def check_training(stage: str, method: str, optim: str, device: Device) -> None:
 
 
 def check_processes(compute: ComputeConfig, device: Device) -> None:
-    """Raise a RequestError if this machine cannot run the recipe's processes."""
+    """Check that this machine can run the training processes of the recipe.
+
+    Raises:
+        RequestError: CUDA or the package deepspeed is missing, or there are fewer cards than processes.
+    """
     if compute.distributed != "ddp" and device.name != "cuda":
         raise RequestError(
             f"compute.distributed is {compute.distributed}, which needs CUDA, and torch finds no CUDA card here. "
             "Use --set compute.distributed=ddp."
         )
-    if compute.distributed == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+    if compute.distributed == "deepspeed" and not _is_installed("deepspeed"):
         raise RequestError(
             "compute.distributed is deepspeed, and the package deepspeed is not installed. Install it "
             "(pip install deepspeed), or use --set compute.distributed=fsdp2, which comes with torch."
         )
-    # Over several machines each starts its share, and says how many that are.
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", compute.num_processes))
-    if device.name == "cuda" and here > torch.cuda.device_count():
+    # With several machines, torchrun sets how many of the processes run on this one.
+    processes, cards = int(os.environ.get("LOCAL_WORLD_SIZE", compute.num_processes)), torch.cuda.device_count()
+    if device.name == "cuda" and processes > cards:
         raise RequestError(
-            f"compute.num_processes is {here}, and this machine has {torch.cuda.device_count()} CUDA card(s): each "
-            f"process needs its own. Use --set compute.num_processes={torch.cuda.device_count()}."
+            f"compute.num_processes is {processes}, and this machine has {cards} CUDA card(s): each process needs its "
+            f"own card. Use --set compute.num_processes={cards}."
         )
 
 
 def choose_backend(device: Device, compute: ComputeConfig, method: Method, *, use_dora: bool = False) -> Device:
-    """The device with the backend that loads the model, and why. Imports nothing.
+    """Add the backend and its reason to the device. Does not import unsloth.
 
     Raises:
-        RequestError: the recipe asks for unsloth, and this machine or the rest of the recipe cannot have it.
+        RequestError: the recipe asks for unsloth, and this machine or another key of the recipe rules it out.
     """
     if compute.backend == "transformers":
         return device
@@ -118,35 +128,37 @@ def choose_backend(device: Device, compute: ComputeConfig, method: Method, *, us
             f"compute.backend is unsloth, but {problem}. Change that, or use --set compute.backend=transformers."
         )
     if problem:
-        return device._replace(reasons=[*device.reasons, f"backend transformers: not unsloth, for {problem}"])
+        return device._replace(
+            reasons=[*device.reasons, f"backend transformers: unsloth is not used, because {problem}"]
+        )
     why = "backend unsloth: it is installed, and its kernels train adapters faster and in less memory"
     return device._replace(backend="unsloth", reasons=[*device.reasons, why])
 
 
 def uses_dora(trained: Path) -> bool:
-    """Whether a folder holds an adapter with DoRA; a full model is none."""
+    """Whether a trained folder holds an adapter with DoRA; False for a full model."""
     config = trained / "adapter_config.json"
     return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8"))["use_dora"])
 
 
 def import_backend(device: Device, cache_dir: Path) -> None:
-    """Import unsloth if it is the backend: it replaces parts of transformers, PEFT and TRL, so it has to come first.
+    """Import unsloth if it is the backend. It patches transformers, PEFT and TRL, so it must be imported before them.
 
     Args:
-        cache_dir: where the trainers go that unsloth writes; on its own, it takes the working directory.
+        cache_dir: where unsloth writes its generated trainers. Its default is the working directory.
     """
     if device.backend != "unsloth":
         return
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir / "unsloth"))
-    # It would download a file, so that downloads can be counted.
+    # Otherwise unsloth downloads a file whose downloads its authors count.
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     importlib.import_module("unsloth")
 
 
 def needs_own_process(compute: ComputeConfig) -> bool:
-    """Whether training may use unsloth, which has to be imported before transformers: so in a process of its own.
+    """Whether training may use unsloth, and so needs a new process in which transformers is not imported yet.
 
-    The recipe's other keys may still speak for transformers: `choose_backend` says, in that process.
+    Other keys of the recipe may still rule unsloth out: `choose_backend` decides in that process.
     """
     if compute.backend == "auto":
         return torch.cuda.is_available() and compute.device != "cpu" and _is_installed("unsloth")
@@ -154,7 +166,7 @@ def needs_own_process(compute: ComputeConfig) -> bool:
 
 
 def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, use_dora: bool) -> str:
-    """Why unsloth cannot train this here, as the rest of a sentence; empty if it can."""
+    """Why unsloth cannot train this here, as the end of a sentence; empty if it can."""
     if device.name != "cuda":
         return "it needs a CUDA card" + ("" if torch.cuda.is_available() else ", and torch finds none")
     if not _is_installed("unsloth"):
@@ -163,13 +175,13 @@ def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, use
         return "it trains in one process"
     conflict = _conflict("unsloth")
     if conflict:
-        return f"the installed one needs {conflict}"
+        return f"the installed version needs {conflict}"
     if use_dora:
-        return "its kernels know no DoRA (sft.lora.use_dora)"
+        return "its kernels have no DoRA (sft.lora.use_dora)"
     if method == "full" and compute.backend == "auto":
-        return "with sft.method full its kernels for adapters have nothing to do"
+        return "its kernels speed up adapters, and sft.method is full"
     if device.dtype == torch.float32:
-        return "its kernels are for 16 bits, and compute.dtype is float32"
+        return "its kernels compute in 16 bits, and compute.dtype is float32"
     if compute.attn_implementation != "auto":
         return f"it chooses the attention itself, and compute.attn_implementation is {compute.attn_implementation}"
     return ""
@@ -180,10 +192,10 @@ def _is_installed(package: str) -> bool:
 
 
 def _conflict(package: str) -> str:
-    """The first requirement of an installed package that is installed in another version, e.g. `trl<=1.15 (is 1.16)`."""
+    """The first unmet requirement of an installed package, e.g. `trl<=1.15 (installed is 1.16)`; empty if all are met."""
     for text in importlib.metadata.requires(package) or ():
         needed = Requirement(text)
-        # Extras that nobody asked for, and packages for other systems, are no requirement.
+        # The marker is false for requirements of extras and of other systems.
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -196,17 +208,18 @@ def _conflict(package: str) -> str:
 
 
 def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tuple[str, str]:
-    """The optimiser's name as transformers knows it, and why it is the one.
+    """The optimiser's name in transformers, and the reason for it.
 
-    8-bit AdamW (Dettmers et al. 2021, arXiv:2110.02861) keeps its state in a quarter of the memory; it is not sharded.
+    8-bit AdamW (Dettmers et al. 2021, arXiv:2110.02861) keeps its state in a quarter of the memory. The state is not
+    sharded, so `auto` chooses torch's AdamW where `distributed` is not ddp.
     """
     if optim == "auto" and distributed != "ddp":
-        return "adamw_torch", "torch's own, whose state can be sharded"
+        return "adamw_torch", "torch's AdamW, whose state can be sharded"
     if optim == "adamw_8bit" or (optim == "auto" and device.name == "cuda" and _has_bitsandbytes()):
         return "adamw_8bit", "bitsandbytes is installed, and its state takes a quarter of the memory"
     if device.name == "cuda":
-        return "adamw_torch_fused", "torch's own, as one kernel"
-    return "adamw_torch", "torch's own"
+        return "adamw_torch_fused", "torch's AdamW, as one fused kernel"
+    return "adamw_torch", "torch's AdamW"
 
 
 def _has_bitsandbytes() -> bool:
@@ -216,8 +229,8 @@ def _has_bitsandbytes() -> bool:
 def _best_dtype(device: str) -> tuple[str, str]:
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "the card has bf16 arithmetic, and bf16 needs no loss scaling"
-        return "float16", "the card has no bf16 arithmetic"
+            return "bfloat16", "the card computes in bf16, which needs no loss scaling"
+        return "float16", "the card cannot compute in bf16"
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return "bfloat16", "this CPU has bf16 instructions"
-    return "float32", "this CPU has no bf16 instructions, emulating them is two to three times slower"
+    return "float32", "this CPU has no bf16 instructions, and emulating them is two to three times slower"

