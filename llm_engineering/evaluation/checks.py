@@ -1,4 +1,4 @@
-"""The user's own check: prompts, and what their answers must be like."""
+"""The user's own checks: prompts, and conditions that their answers must meet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
 
-# One text may stand for a list of one.
+# A single text counts as a list of one.
 _Texts = Annotated[
     list[Annotated[str, Field(min_length=1)]],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -20,13 +20,15 @@ _Texts = Annotated[
 
 
 class Check(BaseModel):
-    """One line of the file. An answer passes if all that the line asks for is so.
+    """One line of the file: a prompt and its conditions. An answer passes if it meets all of them.
 
     Attributes:
-        prompt: the question; `system` may stand before it.
-        must_contain, must_not_contain: texts, all or none of which stand in the answer, in this case of letters.
-        regex: is found somewhere in the answer.
-        exact: is the answer, white space around it aside.
+        prompt: the question.
+        system: a system message before the question.
+        must_contain: texts that the answer must contain, all of them; case matters.
+        must_not_contain: texts that the answer must not contain, none of them; case matters.
+        regex: a pattern that must match somewhere in the answer.
+        exact: the whole answer, without the white space around it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -44,37 +46,37 @@ class Check(BaseModel):
         try:
             re.compile(pattern or "")
         except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
         return pattern
 
     @model_validator(mode="after")
-    def _asks(self) -> Self:
+    def _has_condition(self) -> Self:
         if not (self.must_contain or self.must_not_contain or self.regex is not None or self.exact is not None):
-            raise ValueError("it asks for nothing: give must_contain, must_not_contain, regex or exact")
+            raise ValueError("it has no condition: add must_contain, must_not_contain, regex or exact")
         return self
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation that is asked."""
+        """The conversation that the model answers: `system`, if there is one, and `prompt`."""
         system = [Message(role="system", content=self.system)] if self.system is not None else []
         return [*system, Message(role="user", content=self.prompt)]
 
     def failures(self, answer: str) -> list[str]:
-        """What an answer lacks, in words; empty if it passes."""
-        found = [f"lacks {text!r}" for text in self.must_contain if text not in answer]
-        found += [f"has {text!r}" for text in self.must_not_contain if text in answer]
+        """The conditions that an answer does not meet, in words; empty if it passes."""
+        unmet = [f"lacks {text!r}" for text in self.must_contain if text not in answer]
+        unmet += [f"has {text!r}" for text in self.must_not_contain if text in answer]
         if self.regex is not None and not re.search(self.regex, answer):
-            found.append(f"does not match {self.regex!r}")
+            unmet.append(f"does not match {self.regex!r}")
         if self.exact is not None and answer.strip() != self.exact.strip():
-            found.append(f"is not {self.exact!r}")
-        return found
+            unmet.append(f"is not {self.exact!r}")
+        return unmet
 
 
 def read_checks(path: str) -> list[Check]:
-    """The checks of a JSONL file; empty lines are passed over.
+    """Read the checks of a JSONL file, without its empty lines.
 
     Raises:
-        RequestError: the file is missing or empty, or a line is no check; it names the line.
+        RequestError: the file is missing, unreadable or empty, or some of its lines are wrong. The message names them.
     """
     file = Path(path).expanduser()
     try:
@@ -94,21 +96,28 @@ def read_checks(path: str) -> list[Check]:
         more = f"\n{len(wrong) - 5} more problems." if len(wrong) > 5 else ""
         raise RequestError("\n".join(wrong[:5]) + more)
     if not checks:
-        raise RequestError(f"evaluation.checks {path} holds no check: one JSON object a line, with `prompt`.")
+        raise RequestError(
+            f"evaluation.checks {path} holds no check. Write one JSON object per line, with `prompt` and a condition."
+        )
     return checks
 
 
 def _explain(problem: Any) -> str:
+    """One problem that pydantic found, as a sentence without its end."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key `{key}`, known are {', '.join(Check.model_fields)}"
+        return f"unknown key `{key}`; the known keys are {', '.join(Check.model_fields)}"
     message = problem["msg"].removeprefix("Value error, ")
     return f"{f'`{key}`: ' if key else ''}{message[0].lower()}{message[1:]}"
 
 
 def check_report(checks: Sequence[Check], answers: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """How many answers of each model pass, and for each prompt what was answered and what it lacks."""
-    found: list[dict[str, Any]] = [
+    """The report's `checks`: how many answers of each model pass, and every answer with its unmet conditions.
+
+    Args:
+        answers: the answers of each model by its name, in the order of `checks`.
+    """
+    rows: list[dict[str, Any]] = [
         {
             "prompt": check.prompt,
             "answers": {
@@ -118,5 +127,5 @@ def check_report(checks: Sequence[Check], answers: Mapping[str, Sequence[str]]) 
         }
         for index, check in enumerate(checks)
     ]
-    passed = {name: sum(not row["answers"][name]["failures"] for row in found) for name in answers}
-    return {"prompts": len(checks), "passed": passed, "rows": found}
+    passed = {name: sum(not row["answers"][name]["failures"] for row in rows) for name in answers}
+    return {"prompts": len(checks), "passed": passed, "rows": rows}

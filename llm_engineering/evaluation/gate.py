@@ -1,4 +1,4 @@
-"""The gate: whether a model's measures are good enough for a stage."""
+"""The gate: decides by the evaluation report whether a model is promoted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.recipe.evaluation_blocks import Comparisons, PromotionConfig
 
-# What a report's intervals cover where it does not say.
+# The confidence of the intervals in reports that do not state it.
 CONFIDENCE = 0.95
 
 
@@ -19,11 +19,11 @@ class Rule(BaseModel):
 
     Attributes:
         name: the rule in words.
-        value: how much better the candidate is than `than`, in the measure's unit: positive is better, whichever
-            direction is better for the measure. None where the report has no such comparison.
-        low, high: the ends of the interval of `value`; the rule is judged by `low`.
-        bound: what `low` must be above (`better`), or at least (`not_worse`).
-        reason: why a rule was skipped, or could not be judged.
+        value: how much better the candidate is than the model `than`, in the measure's unit. Positive is better for
+            every measure, also where lower values are better. None if the report has no such comparison.
+        low, high: the ends of the interval of `value`. The verdict depends on `low`.
+        bound: `low` must be above it (`better`), or at least it (`not_worse`).
+        reason: why the rule was skipped, or could not be judged.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -41,14 +41,15 @@ class Rule(BaseModel):
 
 
 class PromotionDecision(BaseModel):
-    """What the gate decided. `stage` is None unless the model was moved: then the incumbent stays.
+    """The decision of the gate.
 
     Attributes:
         candidate: the model that was judged, `sft` or `dpo`.
-        incumbent: the version that was in production when the run began, None if there was none.
-        confidence: what the intervals cover.
-        passed: whether every rule passed.
-        outcome: `stale` if all rules passed, but production has changed since the run began.
+        incumbent: the version in production when the run began; None if there was none.
+        confidence: the confidence level of the intervals.
+        passed: whether no rule failed.
+        outcome: `stale` if no rule failed, but production has changed since the run began.
+        stage: the stage that the model is promoted to; None if it is not promoted.
         reason: the outcome in a sentence.
     """
 
@@ -65,21 +66,21 @@ class PromotionDecision(BaseModel):
 
 
 def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | None) -> PromotionDecision:
-    """Judge the newest model of an evaluation report, `dpo` where there is one, else `sft`, by the rules for its run.
+    """Judge the newest model of an evaluation report, `dpo` if there is one, else `sft`, by the rules for its run.
 
-    Each rule is judged by the end of the interval of the paired difference that speaks against the candidate, so that
-    a gain that could be chance does not pass; a model equal to the one compared with has a gain of zero and fails.
+    Each rule is judged by the lower end of the interval of the paired gain, so a gain that could be chance does not
+    pass. A model equal to the one it is compared with has a gain of zero and fails.
 
     Args:
         report: `report.json` of the evaluation.
-        incumbent: the version that was in production when the run began. Rules about it are skipped if there is none,
-            and fail if the report does not measure it.
+        incumbent: the version that was in production when the run began. If there was none, rules about it are
+            skipped; if the report does not measure it, they fail.
     """
     candidate: Literal["sft", "dpo"] = "dpo" if "dpo" in report["models"] else "sft"
-    asked = config.dpo if candidate == "dpo" else config.sft
+    gate = config.dpo if candidate == "dpo" else config.sft
     rules = [
-        *_judge_all(report, candidate, "better", asked.better_than, incumbent),
-        *_judge_all(report, candidate, "not_worse", asked.not_worse_than, incumbent),
+        *_judge_all(report, candidate, "better", gate.better_than, incumbent),
+        *_judge_all(report, candidate, "not_worse", gate.not_worse_than, incumbent),
     ]
     confidence = float(report.get("confidence", CONFIDENCE))
     failed = [rule for rule in rules if rule.verdict == "failed"]
@@ -117,29 +118,31 @@ def _judge(
     sense: Literal["better", "not_worse"],
     than: Literal["base", "sft", "incumbent"],
     measure: str,
-    asked: float,
+    amount: float,
     incumbent: int | None,
 ) -> Rule:
     words = f"better than {than} by more than" if sense == "better" else f"not worse than {than} by more than"
-    # Subtracted from zero, or a bound of 0 would read -0.
-    bound = asked if sense == "better" else 0.0 - asked
+    # 0.0 - x instead of -x: a bound of 0 must not become -0.
+    bound = amount if sense == "better" else 0.0 - amount
     rule = Rule(
-        name=f"{measure} {words} {asked:g}", measure=measure, sense=sense, than=than, bound=bound, verdict="failed"
+        name=f"{measure} {words} {amount:g}", measure=measure, sense=sense, than=than, bound=bound, verdict="failed"
     )
     if than == "incumbent" and incumbent is None:
         return rule.model_copy(update={"verdict": "skipped", "reason": "nothing is in production"})
-    found = report["measures"].get(measure, {})
-    difference = found.get("differences", {}).get(f"{candidate}-{than}")
+    measured = report["measures"].get(measure, {})
+    difference = measured.get("differences", {}).get(f"{candidate}-{than}")
     if difference is None:
-        which = f"version {incumbent}, which is in production" if than == "incumbent" else than
-        return rule.model_copy(update={"reason": f"the report does not compare {candidate} with {which}"})
-    if found["better"] is None:
-        return rule.model_copy(update={"reason": f"neither more nor less {measure} is better"})
+        other = f"version {incumbent}, which is in production" if than == "incumbent" else than
+        return rule.model_copy(update={"reason": f"the report does not compare {candidate} with {other}"})
+    if measured["better"] is None:
+        return rule.model_copy(update={"reason": f"neither a higher nor a lower {measure} is better"})
     ends = [float("nan") if difference[key] is None else float(difference[key]) for key in ("value", "low", "high")]
     if not all(map(math.isfinite, ends)):
-        return rule.model_copy(update={"reason": "the difference has no interval: too few rows, or no finite number"})
+        return rule.model_copy(
+            update={"reason": "the difference has no interval: too few rows, or values that are not finite"}
+        )
     value, low, high = ends
-    if found["better"] == "lower":
+    if measured["better"] == "lower":
         value, low, high = 0.0 - value, 0.0 - high, 0.0 - low
     passed = low > bound if sense == "better" else low >= bound
     verdict = "passed" if passed else "failed"
@@ -148,12 +151,12 @@ def _judge(
 
 def _reason(failed: list[Rule], confidence: float, stage: str, incumbent: int | None) -> str:
     if not failed:
-        return f"Every rule passed: to {stage}."
-    said = [
+        return f"Every rule passed, so the model is promoted to {stage}."
+    results = [
         f"{rule.name}: {rule.reason}"
         if rule.value is None
         else f"{rule.name}: {rule.value:.4f}, {confidence:.0%} interval {rule.low:.4f} to {rule.high:.4f}"
         for rule in failed
     ]
     stays = f"version {incumbent} stays in production" if incumbent is not None else "production stays empty"
-    return f"Not promoted, {stays}. Failed: {'; '.join(said)}."
+    return f"Not promoted, {stays}. Failed: {'; '.join(results)}."

@@ -1,4 +1,4 @@
-"""The held-out rows that every model is measured on, as this recipe renders them, or as another model's tokenizer does."""
+"""The held-out rows that every model is measured on, rendered by this recipe or by another model's tokenizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
 
 
 class HeldOutRow(NamedTuple, Generic[RowT]):
-    """A row and what is scored of it.
+    """A held-out row with its rendered answers.
 
     Attributes:
-        answers: ids and labels of its answer; of a pair, those of the chosen and of the rejected one.
-        cut: whether formatting has cut off its end.
+        answers: ids and labels of the answer; for a pair, those of the chosen and of the rejected answer.
+        cut: whether formatting truncated the row.
     """
 
     row: RowT
@@ -31,10 +31,10 @@ class HeldOutRow(NamedTuple, Generic[RowT]):
 
 
 class HeldOut(NamedTuple):
-    """Held-out instruction rows, and pairs where there are any.
+    """The held-out instruction rows, and the pairs, if there are any.
 
     Attributes:
-        left_out: how many more could not be given to every model.
+        left_out: number of rows and pairs left out because not every model's tokenizer can render them.
     """
 
     rows: list[HeldOutRow[InstructionRow]]
@@ -48,21 +48,21 @@ def held_out(
     formatted_dpo: Dataset | None = None,
     pairs: Sequence[PreferenceRow] = (),
 ) -> HeldOut:
-    """The rows of the formatted test splits; those that formatting has set aside are in none.
+    """Join the formatted test splits with their rows. Rows that formatting set aside are not included.
 
     Args:
-        rows, pairs: of the datasets that were formatted.
+        rows, pairs: the test splits before formatting.
     """
     rows_by_id, pairs_by_id = {row.id: row for row in rows}, {pair.id: pair for pair in pairs}
-    asked = [
+    instructions = [
         HeldOutRow(rows_by_id[name], [labelled], cut)
         for name, labelled, cut in zip(
             formatted_sft["id"], labelled_rows(formatted_sft), formatted_sft["truncated"], strict=True
         )
     ]
     if formatted_dpo is None:
-        return HeldOut(asked, [])
-    compared = [
+        return HeldOut(instructions, [])
+    preferences = [
         HeldOutRow(pairs_by_id[name], list(answers), cut)
         for name, cut, *answers in zip(
             formatted_dpo["id"],
@@ -72,49 +72,50 @@ def held_out(
             strict=True,
         )
     ]
-    return HeldOut(asked, compared)
+    return HeldOut(instructions, preferences)
 
 
-def drawn(rows: Sequence[HeldOutRow[InstructionRow]], count: int, seed: int) -> list[int]:
-    """Places of the rows that are answered by every model: drawn, because rows of one document stand together."""
+def draw_indices(rows: Sequence[HeldOutRow[InstructionRow]], count: int, seed: int) -> list[int]:
+    """Draw the indices of the rows that every model answers. The first rows would all be of one document."""
     return sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
 
 
-def rendered_for_both(ours: HeldOut, tokenizer: PreTrainedTokenizerBase) -> tuple[HeldOut, HeldOut]:
-    """The rows as this recipe renders them and as another model's tokenizer does, without those that only one can.
+def render_for_both(ours: HeldOut, tokenizer: PreTrainedTokenizerBase) -> tuple[HeldOut, HeldOut]:
+    """Render the rows for another model too. Returns the rows of this recipe and those of the other tokenizer.
 
-    A row that was cut is nothing to another tokenizer, unless it renders the same, and a row may have no border between
-    prompt and answer for it.
+    Both leave out rows that the other tokenizer cannot render: rows where one of its tokens spans the border of prompt
+    and answer, and truncated rows, unless it renders them to the same tokens.
 
     Raises:
-        WorkError: no row is left, or no pair of some.
+        WorkError: no row is left, or there are pairs and none of them is left.
     """
-    rows, their_rows = _both(ours.rows, tokenizer)
-    pairs, their_pairs = _both(ours.pairs, tokenizer)
+    rows, their_rows = _render_for_both(ours.rows, tokenizer)
+    pairs, their_pairs = _render_for_both(ours.pairs, tokenizer)
     if not rows or (ours.pairs and not pairs):
         raise WorkError(
-            f"Of the held-out rows none can be given to the tokenizer of {tokenizer.name_or_path} as well, so the model "
-            "in production cannot be compared. With formatting.over_long: drop no row is cut."
+            f"The tokenizer of {tokenizer.name_or_path} can render none of the held-out rows or none of the pairs, so the "
+            "model in production cannot be compared. Set formatting.over_long to drop: then no row is truncated."
         )
     left_out = len(ours.rows) - len(rows) + len(ours.pairs) - len(pairs)
     return HeldOut(rows, pairs, left_out), HeldOut(their_rows, their_pairs, left_out)
 
 
-def _both(
+def _render_for_both(
     ours: Sequence[HeldOutRow[RowT]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[HeldOutRow[RowT]], list[HeldOutRow[RowT]]]:
-    kept, theirs = [], []
+    shared, theirs = [], []
     for row, rendered in zip(ours, render([row.row for row in ours], tokenizer), strict=True):
         if isinstance(rendered, CrossingTokensError):
             continue
         answers = _answers(rendered)
-        is_alike = all(
-            own[0][: len(of_ours[0])] == of_ours[0] for own, of_ours in zip(answers, row.answers, strict=True)
+        # A truncated row of this recipe is compared with as many of the other tokenizer's ids.
+        is_same = all(
+            their_ids[: len(ids)] == ids for (their_ids, _), (ids, _) in zip(answers, row.answers, strict=True)
         )
-        if is_alike or not row.cut:
-            kept.append(row)
-            theirs.append(row if is_alike else HeldOutRow(row.row, answers, cut=False))
-    return kept, theirs
+        if is_same or not row.cut:
+            shared.append(row)
+            theirs.append(row if is_same else HeldOutRow(row.row, answers, cut=False))
+    return shared, theirs
 
 
 def _answers(rendered: Tokens | Pair) -> list[Labelled]:

@@ -1,4 +1,4 @@
-"""The model now in production: how it is loaded beside the new ones, or after them where it differs too much."""
+"""Loads the model in production (the incumbent): as an adapter beside the new ones, or alone if it does not fit them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ INCUMBENT = "incumbent"
 
 
 def incumbent_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase:
-    """Its own tokenizer, saved with it: it is asked with the template that it was trained with."""
+    """Load the tokenizer that was saved with the incumbent, which has the chat template of its training."""
     return load_tokenizer(ModelConfig(name_or_path=str(folder)), settings)
 
 
-def is_like_ours(
+def is_compatible(
     folder: Path, own: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, setup: TrainingSetup
 ) -> bool:
-    """Whether it can be used as one more adapter: of the same base model, and prompted the same."""
+    """Whether the incumbent has this recipe's base model, vocabulary and chat template, so that both share one base.
+
+    Args:
+        own, ours: the tokenizers of the incumbent and of this recipe.
+    """
     base = _base(folder, setup)
     return (
         (base is None or (base.name_or_path, base.revision) == (setup.model.name_or_path, setup.model.revision))
@@ -43,10 +47,10 @@ def load_incumbent(
     setup: TrainingSetup,
     settings: Settings,
 ) -> tuple[Models, str]:
-    """The model on a base of its own, and the name that it has there.
+    """Load the incumbent on its own base model. Returns the models and the incumbent's name among them.
 
     Raises:
-        WorkError: its base model is gone, or is another one by now.
+        WorkError: its base model cannot be loaded, or has changed since the incumbent was trained.
     """
     base = _base(folder, setup)
     device = choose_device(setup.compute)
@@ -56,25 +60,25 @@ def load_incumbent(
         return Models(alone, {}, tokenizer, config.batch_size, config.repetition_penalty), BASE
     is_folder = (base.revision or "").startswith("folder-")
     try:
-        there = pin_revision(base.model_copy(update={"revision": None})) if is_folder else base
-        if there.revision != base.revision:
+        current = pin_revision(base.model_copy(update={"revision": None})) if is_folder else base
+        if current.revision != base.revision:
             raise WorkError(
-                f"The model in production was trained on {base.name_or_path} as it was then ({base.revision}), and the "
-                f"folder has changed since ({there.revision}): it cannot be measured. Put the former files back, or "
-                "take the model out of production."
+                f"The model in production cannot be measured: it was trained on {base.name_or_path} with the content "
+                f"{base.revision}, and the folder has changed since (now {current.revision}). Restore the former files, "
+                "or take the model out of production."
             )
         loaded = load_model(base, settings, device)
     except (RequestError, OSError) as error:
         raise WorkError(
             f"The model in production cannot be measured, because its base model {base.name_or_path} cannot be loaded: "
-            f"{error} Put it back, or take the model out of production."
+            f"{error} Restore it, or take the model out of production."
         ) from error
     models = Models(loaded, {INCUMBENT: folder}, tokenizer, config.batch_size, config.repetition_penalty)
     return models, INCUMBENT
 
 
 def _base(folder: Path, setup: TrainingSetup) -> ModelConfig | None:
-    """What the adapter was trained on; None for a full model."""
+    """The base model of the incumbent's adapter; None if the incumbent is a full model."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""A model judges the newest model's answers against each other model's, in both orders."""
+"""Has a judge model compare the newest model's answers with those of each other model, in both orders."""
 
 from __future__ import annotations
 
@@ -19,32 +19,37 @@ from llm_engineering.recipe.evaluation_blocks import MEASURES
 PROMPT_FILE = Path(__file__).parent / "prompts" / "judge.txt"
 JSON_FIELD = "verdict"
 Outcome = Literal["won", "lost", "tie", "unparsable"]
-# A verdict that cannot be read speaks for neither, and still counts.
+# An unparsable verdict counts as a tie.
 _SCORES: dict[Outcome, float] = {"won": 1.0, "tie": 0.5, "unparsable": 0.5, "lost": 0.0}
 _VERDICT = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
 
 
 class Question(NamedTuple):
-    """What was asked, and the reference answer."""
+    """A question as the judge reads it, and the reference answer."""
 
     question: str
     reference: str
 
 
 class Duel(NamedTuple):
-    """The newest model against another, row by row: its outcome as answer A, and as answer B."""
+    """The newest model against one other model.
+
+    Attributes:
+        outcomes: of each row, the newest model's outcome as answer A and as answer B.
+        unparsable: number of unparsable verdicts by reason.
+    """
 
     outcomes: list[tuple[Outcome, Outcome]]
     unparsable: Counter[str]
 
     @property
     def scores(self) -> Rows:
-        """A row's mean over both orders: 1 for two verdicts won, 0 for two lost."""
+        """Each row's mean score over both orders: 1 for two wins, 0 for two losses."""
         return Rows.of([(_SCORES[first] + _SCORES[second]) / 2 for first, second in self.outcomes])
 
     @property
     def agreement(self) -> float:
-        """Share of rows whose two orders came to the same verdict; one that cannot be read agrees with none."""
+        """Share of rows with the same outcome in both orders. An unparsable verdict never agrees."""
         same = [first == second != "unparsable" for first, second in self.outcomes]
         return sum(same) / len(same)
 
@@ -57,28 +62,28 @@ def judge(
     max_new_tokens: int,
     bootstrap: Bootstrap,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Let the client judge every row twice against each other model, at temperature 0.
+    """Have the client judge every row in both orders, for each model that the newest is compared with.
 
-    Judges favour a place, often the first (Zheng et al. 2023, arXiv:2306.05685): hence both orders.
+    Both orders are needed because judges prefer a position, often the first (Zheng et al. 2023, arXiv:2306.05685).
+    The temperature is 0.
 
     Args:
-        answers: texts by model, in the questions' order.
+        answers: each model's answers by its name, in the order of the questions.
 
     Returns:
-        What the report says of the judge, and the measure `judge_win_rate`: a model's share won (a tie is half a win),
-        and as difference the share won minus the share lost.
+        The report's `judge`, and the measure `judge_win_rate`: each model's share of wins (a tie is half a win), and
+        as differences the share of wins minus the share of losses.
 
     Raises:
-        WorkError: the endpoint refuses, or a cap is reached; what was answered is stored.
+        WorkError: the endpoint refuses the requests, or a cap is reached. Verdicts received so far are stored.
     """
     duels = _duels(questions, answers, newest, client, Sampling(max_new_tokens, 0.0, bootstrap.seed))
     names = list(duels)
-    won = {name: duels[name].scores for name in names}
-    shares = {name: 1 - won[name].totals for name in names}
-    shares[newest] = np.mean([won[name].totals for name in names], axis=0)
+    wins = {name: duels[name].scores.totals for name in names}
+    shares = {name: 1 - wins[name] for name in names} | {newest: np.mean([wins[name] for name in names], axis=0)}
     scores = {name: bootstrap.estimate(Rows.of(shares[name])) for name in answers}
-    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of(2 * won[name].totals - 1)) for name in names}
-    found = {
+    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of(2 * wins[name] - 1)) for name in names}
+    report = {
         "model": client.identity,
         "prompt_hash": hashlib.sha256(PROMPT_FILE.read_bytes()).hexdigest()[:12],
         "seed": bootstrap.seed,
@@ -86,7 +91,7 @@ def judge(
         "duels": {
             f"{newest}-{name}": {
                 "rows": len(duel.outcomes),
-                "verdicts": _counts(duel),
+                "verdicts": {name: sum(pair.count(name) for pair in duel.outcomes) for name in _SCORES},
                 "unparsable": dict(duel.unparsable),
                 "agreement": duel.agreement,
                 "win_rate": bootstrap.estimate(duel.scores)._asdict(),
@@ -95,7 +100,7 @@ def judge(
             for name, duel in duels.items()
         },
     }
-    return found, entry(MEASURES["judge_win_rate"], scores, net)
+    return report, entry(MEASURES["judge_win_rate"], scores, net)
 
 
 def _duels(
@@ -119,19 +124,19 @@ def _duels(
     try:
         verdicts = iter(client.answer(requests, sampling, "verdicts"))
     except WorkError as error:
-        raise WorkError(f"evaluation.judge, whose keys are those of generation: {error}") from error
+        raise WorkError(f"evaluation.judge (read generation.* as evaluation.judge.*): {error}") from error
     duels = {}
     for name in others:
         duel = Duel([], Counter())
         for _ in rows:
-            first, second = (_outcome(next(verdicts), place, duel.unparsable) for place in ("a", "b"))
+            first, second = (_outcome(next(verdicts), position, duel.unparsable) for position in ("a", "b"))
             duel.outcomes.append((first, second))
         duels[name] = duel
     return duels
 
 
-def _outcome(verdict: Answer | Failure, place: str, unparsable: Counter[str]) -> Outcome:
-    """The outcome for the newest model, whose answer stood at `place`, `a` or `b`."""
+def _outcome(verdict: Answer | Failure, position: str, unparsable: Counter[str]) -> Outcome:
+    """The outcome for the newest model, whose answer was at `position` `a` or `b`. Counts unparsable verdicts."""
     if isinstance(verdict, Failure):
         unparsable[verdict.reason] += 1
         return "unparsable"
@@ -139,10 +144,5 @@ def _outcome(verdict: Answer | Failure, place: str, unparsable: Counter[str]) ->
     if match is None:
         unparsable["no_verdict"] += 1
         return "unparsable"
-    said = match[1].lower()
-    return "tie" if said == "tie" else "won" if said == place else "lost"
-
-
-def _counts(duel: Duel) -> dict[Outcome, int]:
-    counts = Counter(outcome for both in duel.outcomes for outcome in both)
-    return {name: counts[name] for name in _SCORES}
+    better = match[1].lower()
+    return "tie" if better == "tie" else "won" if better == position else "lost"

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, the library that published benchmarks are measured with."""
+"""Runs tasks of lm-eval, EleutherAI's evaluation harness, with which published benchmarks are measured."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _BETTER: dict[bool | None, Literal["higher", "lower"]] = {True: "higher", False:
 
 
 def check_tasks(config: LmEvalConfig) -> None:
-    """Make sure that every task can be found, before anything runs.
+    """Check before anything runs that lm-eval finds every task.
 
     Raises:
-        RequestError: lm-eval is not installed, `include_path` is no folder, or there is no such task.
+        RequestError: lm-eval is not installed, `include_path` is not a folder, or lm-eval does not know a task.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise RequestError(
             "evaluation.lm_eval needs the package lm-eval, which is not installed: "
-            "pip install 'llm-engineering[eval]'. Or leave the block out."
+            "pip install 'llm-engineering[eval]'. Or remove the block from the recipe."
         )
     if config.include_path is not None and not Path(config.include_path).expanduser().is_dir():
         raise RequestError(f"evaluation.lm_eval.include_path {config.include_path}: there is no such folder.")
     manager = _task_manager(config)
-    # By their whole names: what runs them knows no patterns.
+    # Compared by whole names, because simple_evaluate does not expand patterns such as `mmlu_*`.
     unknown = [task for task in config.tasks if task not in manager.all_tasks]
     if unknown:
         where = f" or in {config.include_path}" if config.include_path else ""
         raise RequestError(
             f"evaluation.lm_eval.tasks: lm-eval knows no task {', '.join(unknown)}{where}. "
-            "`lm-eval ls tasks` lists its own; one of yours is a YAML file in include_path."
+            "`lm-eval ls tasks` lists its own tasks; each YAML file in include_path adds a task of yours."
         )
 
 
 def tasks_hash(config: LmEvalConfig) -> str | None:
-    """Hash of the files in `include_path`; None without one."""
+    """The hash of all files in `include_path`; None if it is not set."""
     if config.include_path is None:
         return None
     folder = Path(config.include_path).expanduser()
@@ -55,12 +55,13 @@ def tasks_hash(config: LmEvalConfig) -> str | None:
 
 
 class TaskResults:
-    """What lm-eval found for one model.
+    """One model's results on lm-eval's tasks.
 
     Attributes:
-        scores: each task's metrics as lm-eval reports them, with its standard errors.
-        rows: of each task, the value of its first metric on each row, where the metric is their mean.
-        metrics, better: that metric's name, and whether more or less of it is better; None where the task does not say.
+        scores: each task's metrics and standard errors, as lm-eval reports them.
+        rows: each task's first metric on each row. Only for tasks whose score is the mean of these values.
+        metrics: the name of that metric, by task.
+        better: whether `higher` or `lower` is better, by task; None if the task does not define it.
     """
 
     def __init__(self, results: dict[str, Any]) -> None:
@@ -73,12 +74,12 @@ class TaskResults:
         self.better: dict[str, Literal["higher", "lower"] | None] = {}
         for task, samples in results["samples"].items():
             metric = str(results["configs"][task]["metric_list"][0]["metric"])
-            # With several filters every row stands there once for each: the first one's count.
-            kept = samples[0].get("filter") if samples else None
-            samples = [sample for sample in samples if sample.get("filter") == kept]
+            # With several filters there is a sample of each row for each filter. Only the first filter's are used.
+            first_filter = samples[0].get("filter") if samples else None
+            samples = [sample for sample in samples if sample.get("filter") == first_filter]
             values = [sample[metric] for sample in samples if _is_number(sample.get(metric))]
-            reported = self.scores[task].get(f"{metric},{kept}")
-            # Some metrics are no mean over rows, e.g. a corpus BLEU: only lm-eval's own number stands for them.
+            reported = self.scores[task].get(f"{metric},{first_filter}")
+            # Some metrics are not a mean over rows, e.g. corpus BLEU. These have only lm-eval's own score.
             if (
                 len(values) == len(samples) > 0
                 and _is_number(reported)
@@ -96,7 +97,7 @@ def run_tasks(
     batch_size: int,
     seed: int,
 ) -> TaskResults:
-    """Let lm-eval measure a model.
+    """Run the tasks on one model.
 
     Raises:
         WorkError: a task's data cannot be loaded.
@@ -117,18 +118,13 @@ def run_tasks(
             numpy_random_seed=seed,
             torch_random_seed=seed,
             fewshot_random_seed=seed,
-            # The intervals are the report's own.
+            # The report computes its own intervals.
             bootstrap_iters=0,
         )
     except (OSError, ValueError) as error:
         raise WorkError(f"lm-eval could not run {', '.join(config.tasks)}: {error}") from error
     assert results is not None
     return TaskResults(results)
-
-
-def lm_eval_version() -> str:
-    """The version that measures."""
-    return importlib.metadata.version("lm-eval")
 
 
 def _task_manager(config: LmEvalConfig) -> Any:

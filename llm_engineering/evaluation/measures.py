@@ -1,4 +1,4 @@
-"""What several models that share one base do with held-out rows: scores of given answers, and answers of their own."""
+"""Scores held-out answers under several models that share one base, and generates the models' own answers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from llm_engineering.progress import Progress
 
 BASE = "base"
 
-# Token ids, and labels of the same length: -100 where nothing is scored.
+# Token ids, and labels of the same length: -100 where a token is not scored.
 Labelled = tuple[list[int], list[int]]
 
 
 class AnswerScore(NamedTuple):
-    """Sum of the log-probabilities of an answer's tokens, in nats, and how many tokens it has."""
+    """The sum of the log-probabilities of an answer's tokens, in nats, and the number of tokens."""
 
     log_prob: float
     tokens: int
 
     @property
     def mean(self) -> float:
-        """Mean log-probability a token."""
+        """The mean log-probability per token, in nats."""
         return self.log_prob / self.tokens
 
 
 class Sample(NamedTuple):
-    """An answer, whether the model ended it by itself, and its token ids, with the end token where there is one."""
+    """A generated answer: its text, whether it ends with an end token, and its token ids, including the end token."""
 
     text: str
     stopped: bool
@@ -46,9 +46,13 @@ class Sample(NamedTuple):
 
 
 class Models:
-    """The base model and what was trained from it by name, e.g. `sft` and `dpo`: adapters, or full models.
+    """The base model, and the models trained from it: adapters or full models.
 
-    `base` is the model as it was. Answers are greedy, with `repetition_penalty` (1 is none).
+    Answers are generated greedily.
+
+    Args:
+        adapters: folders of the trained models by name, e.g. `sft` and `dpo`. The base model's name is `base`.
+        repetition_penalty: as transformers' `generate` takes it; 1 is no penalty.
     """
 
     def __init__(
@@ -76,22 +80,17 @@ class Models:
 
     @contextmanager
     def use(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model under this name, for the time of the `with` block."""
-        if name in self.full:
-            with torch.inference_mode():
-                yield self.full[name]
-            return
-        plain: AbstractContextManager[Any] = nullcontext()
-        if isinstance(self.model, PeftModel):
-            if name == BASE:
-                plain = self.model.disable_adapter()
-            else:
-                self.model.set_adapter(name)
-        with plain, torch.inference_mode():
-            yield self.model
+        """The model of this name, in inference mode until the `with` block ends."""
+        adapters_off: AbstractContextManager[Any] = nullcontext()
+        if isinstance(self.model, PeftModel) and name == BASE:
+            adapters_off = self.model.disable_adapter()
+        elif isinstance(self.model, PeftModel) and name not in self.full:
+            self.model.set_adapter(name)
+        with adapters_off, torch.inference_mode():
+            yield self.full.get(name, self.model)
 
     def scores(self, name: str, rows: Sequence[Labelled], what: str) -> list[AnswerScore]:
-        """Score the labelled tokens of each `(input_ids, labels)` row, in the rows' order. `what` is shown as progress."""
+        """Score the labelled tokens of each row, in the rows' order. Progress lines count `what`."""
         scores: dict[int, AnswerScore] = {}
         progress = Progress(what, len(rows))
         with self.use(name) as model:
@@ -101,6 +100,7 @@ class Models:
         return [scores[index] for index in range(len(rows))]
 
     def _score(self, model: PreTrainedModel | PeftModel, rows: Sequence[Labelled]) -> list[AnswerScore]:
+        """Score one batch, padded on the right to shape (rows, longest)."""
         longest = max(len(input_ids) for input_ids, _ in rows)
         pad = self.tokenizer.pad_token_id
         ids = torch.tensor([[*input_ids, *[pad] * (longest - len(input_ids))] for input_ids, _ in rows])
@@ -118,15 +118,15 @@ class Models:
         ]
 
     def answer(self, name: str, messages: Sequence[Message], max_new_tokens: int) -> Sample:
-        """The greedy answer to a conversation, prompted as in training."""
+        """Answer one conversation; see `answers`."""
         return self.answers(name, [messages], max_new_tokens)[0]
 
     def answers(
         self, name: str, prompts: Sequence[Sequence[Message]], max_new_tokens: int, what: str = ""
     ) -> list[Sample]:
-        """The greedy answers to conversations, in their order, in batches of like length padded on the left.
+        """Answer conversations greedily, in their order, with the chat template of training.
 
-        `what` is shown with the progress; empty for none.
+        Progress lines count `what`; an empty `what` shows no progress.
         """
         ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
         samples: dict[int, Sample] = {}
@@ -142,18 +142,16 @@ class Models:
                     do_sample=False,
                     repetition_penalty=self.repetition_penalty,
                 )
-                samples |= {i: self._sample(answer, ends) for i, answer in zip(batch, new, strict=True)}
+                for index, answer in zip(batch, new, strict=True):
+                    text = str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
+                    samples[index] = Sample(text, bool(answer) and answer[-1] in ends, answer)
                 if what:
                     progress.advance(len(batch))
         return [samples[index] for index in range(len(ids))]
 
-    def _sample(self, ids: list[int], ends: Sequence[int]) -> Sample:
-        text = str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        return Sample(text, bool(ids) and ids[-1] in ends, ids)
-
 
 def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
-    """A full model in the precision, with the attention and on the device of the base model."""
+    """Load a full model with the precision, attention and device of the base model."""
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation
     )
@@ -163,19 +161,19 @@ def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
 
 
 def heldout_loss(scores: Sequence[AnswerScore]) -> Rows:
-    """Negative log-probability of the answers' tokens, in nats a token; each token weighs the same."""
+    """The negative log-probability of the answers, in nats per token. Each token has the same weight."""
     return Rows.of([-score.log_prob for score in scores], [score.tokens for score in scores])
 
 
 def question_gain(own: Sequence[AnswerScore], others: Sequence[Sequence[AnswerScore]]) -> Rows:
-    """How much likelier an answer is after its own question than after those of other rows, in nats a token.
+    """How much likelier an answer is after its own question than after other rows' questions, in nats per token.
 
-    A model that learns how answers sound, and not which answer belongs to which question, loses it: pointwise mutual
-    information (Church and Hanks 1990) with the other rows' questions in place of all questions.
+    This is pointwise mutual information (Church and Hanks 1990), estimated with other rows' questions in place of all
+    questions. It falls if a model learns the style of the answers, but not which answer belongs to which question.
 
     Args:
-        own: after the row's own question.
-        others: for each of several ways to give every row another row's question.
+        own: scores of the answers after their own questions.
+        others: scores after other questions, for each list of rows that `with_other_questions` returns.
     """
     gains = [
         score.log_prob - sum(other[index].log_prob for other in others) / len(others) for index, score in enumerate(own)
@@ -184,43 +182,44 @@ def question_gain(own: Sequence[AnswerScore], others: Sequence[Sequence[AnswerSc
 
 
 def with_other_questions(rows: Sequence[Labelled]) -> list[list[Labelled]]:
-    """The rows with what stands before the first answer taken from other rows, in up to three ways.
+    """The rows with other rows' questions: up to three lists, each with all rows.
 
-    Rows of one document stand together, so the others are a quarter, a half and three quarters of all rows away.
+    The questions come from rows at a distance of a quarter, a half and three quarters of all rows, because neighbouring
+    rows are often of the same document.
     """
-    borders = [next(place for place, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in rows]
-    ways = []
+    borders = [next(index for index, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in rows]
+    shifted = []
     for shift in sorted({len(rows) * quarter // 4 for quarter in (1, 2, 3)} - {0}):
-        moved = []
+        combined = []
         for index, ((ids, labels), border) in enumerate(zip(rows, borders, strict=True)):
             other = (index + shift) % len(rows)
             question = rows[other][0][: borders[other]]
-            moved.append(([*question, *ids[border:]], [IGNORE_INDEX] * len(question) + labels[border:]))
-        ways.append(moved)
-    return ways
+            combined.append(([*question, *ids[border:]], [IGNORE_INDEX] * len(question) + labels[border:]))
+        shifted.append(combined)
+    return shifted
 
 
 def preference_accuracy(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> Rows:
-    """Whether a pair's chosen answer has the higher mean log-probability a token, under one model alone."""
+    """1 for each pair whose chosen answer has the higher mean log-probability per token, else 0. Needs no reference model."""
     return Rows.of([c.mean > r.mean for c, r in zip(chosen, rejected, strict=True)])
 
 
 def preference_margin(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerScore]) -> Rows:
-    """A pair's chosen minus its rejected mean log-probability a token, in nats."""
+    """Each pair's mean log-probability per token of the chosen answer minus that of the rejected one, in nats."""
     return Rows.of([c.mean - r.mean for c, r in zip(chosen, rejected, strict=True)])
 
 
 def labelled_rows(formatted_sft: Dataset) -> list[Labelled]:
-    """What is scored of each formatted instruction row."""
+    """Token ids and labels of each formatted instruction row."""
     return [(row["input_ids"], row["labels"]) for row in formatted_sft]
 
 
 def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[Labelled]:
-    """What is scored of each pair's `chosen` or `rejected` answer."""
+    """Token ids and labels of each formatted pair's `chosen` or `rejected` answer."""
     rows: list[dict[str, Any]] = list(formatted_dpo)
     return [labelled_answer(row["prompt_ids"], row[f"{answer}_ids"]) for row in rows]
 
 
 def labelled_answer(prompt: list[int], answer: list[int]) -> Labelled:
-    """An answer to a prompt, of which the answer is scored."""
+    """Token ids of a prompt and its answer, with labels on the answer only."""
     return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer

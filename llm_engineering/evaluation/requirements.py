@@ -1,4 +1,4 @@
-"""What an evaluation needs from outside, checked before any work: files, lm-eval, the judge."""
+"""Checks before any work that an evaluation has its files, its lm-eval tasks and its judge."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llm_engineering.recipe.settings import Settings
 
 
 def check_requirements(config: EvaluationConfig, settings: Settings) -> str | None:
-    """Check it all; returns `files_hash`.
+    """Check everything that the evaluation needs, and return `files_hash`.
 
     Raises:
-        RequestError: the file of checks is missing or has a bad line, lm-eval or one of its tasks is not there, or the
+        RequestError: the file of checks is missing or has a bad line, lm-eval or one of the tasks is missing, or the
             judge cannot be reached.
     """
     if config.lm_eval is not None:
@@ -28,12 +28,12 @@ def check_requirements(config: EvaluationConfig, settings: Settings) -> str | No
         try:
             check_access(config.judge, settings, config.judge.max_new_tokens, JSON_FIELD)
         except RequestError as error:
-            raise RequestError(f"evaluation.judge, whose keys are those of generation: {error}") from error
+            raise RequestError(f"evaluation.judge (read generation.* as evaluation.judge.*): {error}") from error
     return files
 
 
 def files_hash(config: EvaluationConfig) -> str | None:
-    """Hash of the files that the evaluation reads; None where it reads none.
+    """The hash of the files that the evaluation reads; None if it reads none.
 
     Raises:
         RequestError: the file of checks is missing or has a bad line.

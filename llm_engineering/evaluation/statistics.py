@@ -1,10 +1,11 @@
-"""Bootstrap confidence intervals over rows, paired differences between models, and tables of both."""
+"""Bootstrap confidence intervals over rows, and paired differences between models, as the report holds them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,17 +14,17 @@ from scipy import stats
 
 from llm_engineering.recipe.evaluation_blocks import Measure
 
-# Numbers drawn at once: bounds the memory, whatever the number of rows.
-_DRAWN_AT_ONCE = 2_000_000
+# Row indices that are resampled at once: 2 million of 8 bytes bound the memory, whatever the number of rows.
+_RESAMPLED_AT_ONCE = 2_000_000
 
 Floats = NDArray[np.float64]
 Transform = Callable[[Any], Any]
 
 
 class Rows(NamedTuple):
-    """What one model did on each row; the measure is the sum of `totals` over the sum of `weights`.
+    """One model's values on each row. The measure is the sum of `totals` divided by the sum of `weights`.
 
-    A mean over rows has weights of 1; a loss a token has a row's tokens as its weight.
+    For a mean over rows every weight is 1; for a loss per token a row's weight is its number of tokens.
     """
 
     totals: Floats
@@ -31,18 +32,18 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, totals: Sequence[float] | Floats, weights: Sequence[float] | Floats | None = None) -> Rows:
-        """From plain numbers; without weights, each row weighs the same."""
-        sums = np.asarray(totals, dtype=np.float64)
-        return cls(sums, np.ones_like(sums) if weights is None else np.asarray(weights, dtype=np.float64))
+        """Make rows from numbers. Without weights, every row has weight 1."""
+        values = np.asarray(totals, dtype=np.float64)
+        return cls(values, np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64))
 
     @property
     def value(self) -> float:
-        """The measure on these rows."""
+        """The measure over all rows."""
         return float(self.totals.sum() / self.weights.sum())
 
 
 class Estimate(NamedTuple):
-    """A measure on `n` rows with its interval, which is None where one row says nothing about others."""
+    """A measure over `n` rows, with the ends of its interval; they are None if there is only one row."""
 
     value: float
     low: float | None
@@ -52,11 +53,11 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Percentile intervals over `resamples` draws of the rows (Efron and Tibshirani 1993, chapter 13).
+    """Percentile intervals over `resamples` resamples of the rows (Efron and Tibshirani 1993, chapter 13).
 
-    Percentiles alone are too narrow on few rows: the normal quantile that they stand for is replaced by the t quantile
-    on n - 1 degrees of freedom, times sqrt(n / (n - 1)) (the expanded interval of Hesterberg 2015,
-    arXiv:1411.5279). The seed alone decides which rows are drawn: the same ones for every model.
+    Plain percentile intervals are too narrow for few rows. They correspond to normal quantiles, which are replaced here
+    by t quantiles with n - 1 degrees of freedom, times sqrt(n / (n - 1)) (the expanded interval of Hesterberg 2015,
+    arXiv:1411.5279). Only the seed decides which rows a resample has, so it has the same rows for every model.
     """
 
     resamples: int
@@ -64,18 +65,14 @@ class Bootstrap:
     seed: int
 
     def estimate(self, rows: Rows, transform: Transform | None = None) -> Estimate:
-        """A model's measure. `transform` is applied to the ratio, e.g. `np.exp` for perplexity."""
-
-        def statistic(totals: Floats, weights: Floats, axis: int = -1) -> Floats:
-            return _ratio(totals, weights, transform, axis)
-
-        return self._interval(rows, statistic)
+        """Estimate a model's measure. `transform` is applied to the ratio, e.g. `np.exp` for perplexity."""
+        return self._interval(rows, partial(_ratio, transform=transform))
 
     def difference(self, first: Rows, second: Rows, transform: Transform | None = None) -> Estimate:
-        """The first model's measure minus the second's; both on the same rows, in the same order."""
+        """Estimate the first model's measure minus the second's. Both have the same rows in the same order."""
 
         def statistic(*parts: Floats, axis: int = -1) -> Floats:
-            return _ratio(parts[0], parts[1], transform, axis) - _ratio(parts[2], parts[3], transform, axis)
+            return _ratio(parts[0], parts[1], axis, transform) - _ratio(parts[2], parts[3], axis, transform)
 
         return self._interval((*first, *second), statistic)
 
@@ -85,42 +82,42 @@ class Bootstrap:
         if n == 1:
             return Estimate(value, None, None, n)
         expanded = stats.t.ppf((1 - self.confidence) / 2, n - 1) * math.sqrt(n / (n - 1))
-        found = stats.bootstrap(
+        interval = stats.bootstrap(
             parts,
             statistic,
             n_resamples=self.resamples,
-            batch=max(1, _DRAWN_AT_ONCE // n),
+            batch=max(1, _RESAMPLED_AT_ONCE // n),
             vectorized=True,
             paired=True,
             confidence_level=float(1 - 2 * stats.norm.cdf(expanded)),
             method="percentile",
             rng=np.random.default_rng(self.seed),
         ).confidence_interval
-        return Estimate(value, float(found.low), float(found.high), n)
+        return Estimate(value, float(interval.low), float(interval.high), n)
 
 
-def _ratio(totals: Floats, weights: Floats, transform: Transform | None, axis: int) -> Floats:
+def _ratio(totals: Floats, weights: Floats, axis: int = -1, transform: Transform | None = None) -> Floats:
     ratio: Floats = totals.sum(axis=axis) / weights.sum(axis=axis)
     if transform is None:
         return ratio
-    # The exponential of a loss that has exploded is infinite, and that is what it says.
+    # The perplexity of a diverged model is infinite, and is reported so, without a warning.
     with np.errstate(over="ignore"):
         transformed: Floats = transform(ratio)
         return transformed
 
 
-# What is made of the ratio of sums that a measure otherwise is.
+# The measures that are a function of the ratio; all others are the ratio itself.
 TRANSFORMS: dict[str, Transform] = {"perplexity": np.exp}
 
 
 def compare(
     what: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap, transform: Transform | None = None
 ) -> dict[str, Any]:
-    """A measure as the evaluation report holds it.
+    """Estimate a measure of every model, and its differences, as an entry of the evaluation report.
 
     Args:
-        rows: by model; they are the same for every model.
-        newest: the model whose differences to all others are given, as `dpo-base` for `dpo` minus `base`.
+        rows: each model's values, on the same rows.
+        newest: the model that all others are compared with. The entry `dpo-base` is `dpo` minus `base`.
     """
     models = {name: bootstrap.estimate(values, transform) for name, values in rows.items()}
     differences = {
@@ -132,7 +129,7 @@ def compare(
 
 
 def entry(what: Measure, models: Mapping[str, Estimate], differences: Mapping[str, Estimate]) -> dict[str, Any]:
-    """One measure as the evaluation report holds it."""
+    """A measure's entry in the evaluation report."""
     return {
         "title": what.title,
         "unit": what.unit,
@@ -143,19 +140,24 @@ def entry(what: Measure, models: Mapping[str, Estimate], differences: Mapping[st
 
 
 def flat(measures: Mapping[str, Any]) -> dict[str, float]:
-    """The values alone, as `measure_model`."""
+    """The values of the report's entries, by `measure_model`, e.g. `heldout_loss_base`."""
     return {
         f"{key}_{name}": estimate["value"]
-        for key, found in measures.items()
-        for name, estimate in found["models"].items()
+        for key, measure in measures.items()
+        for name, estimate in measure["models"].items()
     }
 
 
 def verdict(difference: Mapping[str, Any], better: str | None) -> str:
-    """What a difference amounts to, in words: only an interval without 0 tells models apart."""
+    """A difference in words. It is not significant if its interval includes 0, or if it has no interval.
+
+    Args:
+        difference: an `Estimate` as the report holds it.
+        better: `lower` or `higher`; None if neither direction is better.
+    """
     low, high = difference["low"], difference["high"]
     if low is None or not (low > 0 or high < 0):
-        return "not told apart"
+        return "not significant"
     if better is None:
         return "higher" if low > 0 else "lower"
     return "better" if (low > 0) == (better == "higher") else "worse"

@@ -44,7 +44,7 @@ def evaluation_page(data: Report, training: Report | None) -> str:
     if data["judge"] is not None:
         sections.append(("Judge", _judge(data["judge"])))
     if data["checks"] is not None:
-        sections.append(("Own check", _checks(data["checks"], data["models"])))
+        sections.append(("Own checks", _checks(data["checks"], data["models"])))
     if data["lm_eval"] is not None:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
     sections.append(("Answers", _answers(data)))

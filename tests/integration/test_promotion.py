@@ -36,7 +36,7 @@ def own(tiny_model, unused, tmp_path_factory) -> Project:
 
 
 def test_a_pass_goes_to_staging_and_an_equal_model_fails(own):
-    assert "Every rule passed: to staging." in own.first.stderr
+    assert "Every rule passed, so the model is promoted to staging." in own.first.stderr
     assert "In production is version 1" in own.second.stderr
     assert "Not promoted, version 1 stays in production." in own.second.stderr
     assert "heldout_loss better than incumbent by more than 0: 0.0000" in " ".join(own.second.stderr.split())

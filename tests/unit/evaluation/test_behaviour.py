@@ -21,7 +21,7 @@ def test_rouge_l_by_hand():
         ("x = 3\ny = x + 4", "The value of y is 7, as x is 3."),
     ],
 )
-def test_english_scores_as_with_the_library_alone(answer, reference):
+def test_english_scores_equal_those_of_the_library_tokenizer(answer, reference):
     plain = RougeScorer(["rougeL"]).score(reference, answer)["rougeL"].fmeasure
     assert rouge_l(answer, reference) == pytest.approx(plain)
 
@@ -34,7 +34,7 @@ def test_english_scores_as_with_the_library_alone(answer, reference):
         ("Die größte Zahl", "die größte", 4 / 5),
     ],
 )
-def test_other_scripts_have_words_too(answer, reference, expected):
+def test_other_scripts_are_split_into_words(answer, reference, expected):
     assert rouge_l(answer, reference) == pytest.approx(expected)
 
 
@@ -44,8 +44,8 @@ def test_other_scripts_have_words_too(answer, reference, expected):
         ([], 0),
         ([1, 1, 1], 0),
         ([1, 2, 3, 4, 5, 6], 0),
-        ([7] * 10, 6 / 7),  # seven 4-grams, all the same
-        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # five 4-grams, the first comes again at the end
+        ([7] * 10, 6 / 7),  # seven equal 4-grams
+        ([1, 2, 3, 4, 1, 2, 3, 4], 1 / 5),  # five 4-grams, the last repeats the first
     ],
 )
 def test_repetition_by_hand(ids, share):

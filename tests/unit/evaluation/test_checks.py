@@ -1,4 +1,4 @@
-"""The user's own check: what passes, and files that are refused."""
+"""The user's own checks: which answers pass, and which files are refused."""
 
 import json
 
@@ -9,7 +9,7 @@ from llm_engineering.evaluation.checks import Check, check_report, read_checks
 
 
 @pytest.mark.parametrize(
-    ("asked", "answer", "failures"),
+    ("conditions", "answer", "failures"),
     [
         ({"must_contain": ["a", "list"]}, "a list", 0),
         ({"must_contain": ["a", "tuple", "set"]}, "a list", 2),
@@ -25,12 +25,12 @@ from llm_engineering.evaluation.checks import Check, check_report, read_checks
         ({"exact": ""}, "", 0),
     ],
 )
-def test_what_passes(asked, answer, failures):
-    check = Check.model_validate({"prompt": "What is it?", **asked})
+def test_an_answer_passes_if_it_meets_every_condition(conditions, answer, failures):
+    check = Check.model_validate({"prompt": "What is it?", **conditions})
     assert len(check.failures(answer)) == failures
 
 
-def test_a_system_prompt_stands_first():
+def test_the_system_message_comes_first():
     check = Check(prompt="Why?", system="Be short.", exact="So.")
     assert [(m.role, m.content) for m in check.messages] == [("system", "Be short."), ("user", "Why?")]
 
@@ -42,18 +42,18 @@ GOOD = json.dumps({"prompt": "Why?", "must_contain": "because"})
     ("line", "words"),
     [
         ('{"prompt": "Why?"', ["JSON"]),
-        ('{"prompt": "Why?"}', ["asks for nothing"]),
+        ('{"prompt": "Why?"}', ["it has no condition"]),
         ('{"must_contain": "x"}', ["`prompt`"]),
         ('{"prompt": "", "exact": "x"}', ["`prompt`"]),
         ('{"prompt": "Why?", "must_contian": "x", "exact": "y"}', ["unknown key `must_contian`", "must_contain"]),
         ('{"prompt": "Why?", "must_contain": [""]}', ["must_contain.0"]),
         ('{"prompt": "Why?", "must_contain": 3}', ["must_contain"]),
-        ('{"prompt": "Why?", "regex": "("}', ["`regex`", "'(' is no regular expression"]),
+        ('{"prompt": "Why?", "regex": "("}', ["`regex`", "'(' is not a regular expression"]),
         ("[]", ["line 3"]),
         ("null", ["line 3"]),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, words):
+def test_the_error_names_the_bad_line(tmp_path, line, words):
     file = tmp_path / "checks.jsonl"
     file.write_text(f"{GOOD}\n\n{line}\n")
     with pytest.raises(RequestError) as error:
@@ -73,14 +73,14 @@ def test_files_without_checks_are_refused(tmp_path):
         read_checks(str(tmp_path / "latin.jsonl"))
 
 
-def test_texts_of_any_kind_are_read(tmp_path):
+def test_unicode_line_separators_do_not_end_a_line(tmp_path):
     file = tmp_path / "checks.jsonl"
-    # A line separator within a string ends no line of JSONL.
+    # U+2028 within a string does not end a line of JSONL.
     file.write_text(json.dumps({"prompt": "a\u2028b", "exact": "c"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
     assert [check.prompt for check in read_checks(str(file))] == ["a\u2028b"]
 
 
-def test_the_report_says_what_each_answer_lacks():
+def test_the_report_lists_the_unmet_conditions_of_each_answer():
     checks = [Check(prompt="One?", exact="1"), Check(prompt="Two?", must_contain=["2"])]
     found = check_report(checks, {"base": ["1", "3"], "sft": ["1", "2"]})
     assert found["passed"] == {"base": 1, "sft": 2}

@@ -1,4 +1,4 @@
-"""A whole evaluation of small models: the report, its page, and the model in production beside the new ones."""
+"""A whole evaluation of small models: the report, its page, and the model in production."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import Message, instruction_dataset, preference_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.evaluate import evaluate
-from llm_engineering.evaluation.heldout import drawn, held_out, rendered_for_both
+from llm_engineering.evaluation.heldout import draw_indices, held_out, render_for_both
 from llm_engineering.evaluation.measures import Models, heldout_loss
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import render
@@ -26,7 +26,7 @@ from tests.tiny_models import instruction, pair
 
 
 def with_long_words(row):
-    """The same with words that the small tokenizer spells letter by letter."""
+    """The row with words in its answer that the small tokenizer splits into letters."""
     answer = row.completion[0].content + "Mutable sequences."
     return row.model_copy(update={"completion": [Message(role="assistant", content=answer)]})
 
@@ -67,7 +67,7 @@ def formatted_rows(setup, settings, folder, formatting):
 
 
 def adapter(folder, setup, settings, size, template="chatml", model=None):
-    """An adapter as training saves one, with its tokenizer; `size` is how much it changes."""
+    """Save an adapter with its tokenizer, as training does. `size` is the standard deviation of its weights."""
     model = model or setup.model
     torch.manual_seed(1)
     policy = new_policy(model, LoraConfig(r=2), settings, choose_device(setup.compute))
@@ -79,7 +79,7 @@ def adapter(folder, setup, settings, size, template="chatml", model=None):
     return folder
 
 
-def test_the_report_holds_every_measure_of_every_model(setup, settings, rows, tmp_path):
+def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_path):
     checks = tmp_path / "checks.jsonl"
     checks.write_text('{"prompt": "Why?", "must_contain": "because"}\n{"prompt": "What?", "regex": ".*"}\n')
     config = CONFIG.model_copy(update={"checks": str(checks)})
@@ -88,7 +88,7 @@ def test_the_report_holds_every_measure_of_every_model(setup, settings, rows, tm
     history = [{"step": step, "loss": 3.0 - step, "rewards/margins": 0.1 * step} for step in (1, 2)]
     training = {"stage": "dpo", "history": [*history, {"step": 2, "eval_loss": 1.5, "eval_rewards/margins": 0.1}]}
     report = evaluate(adapters, rows, config, setup, settings)
-    # As the step writes it.
+    # The step writes the report as JSON.
     assert json.loads(json.dumps(report)) == report
     assert report["models"] == ["base", "sft", "dpo", "incumbent"]
     assert (report["heldout_rows"], report["heldout_pairs"], report["left_out"]) == (12, 6, 0)
@@ -108,7 +108,7 @@ def test_the_report_holds_every_measure_of_every_model(setup, settings, rows, tm
         for name, estimate in measure["models"].items():
             assert report["metrics"][f"{key}_{name}"] == estimate["value"]
             assert estimate["low"] <= estimate["value"] <= estimate["high"]
-        # The incumbent is the SFT model itself.
+        # The incumbent is the same adapter as the SFT model.
         assert measure["models"]["incumbent"] == measure["models"]["sft"]
         assert measure["differences"]["dpo-incumbent"] == measure["differences"]["dpo-sft"]
         difference = measure["differences"]["dpo-base"]
@@ -120,9 +120,11 @@ def test_the_report_holds_every_measure_of_every_model(setup, settings, rows, tm
     assert len({round(estimate["value"], 6) for estimate in losses["models"].values()}) == 3
     assert report["metrics"]["perplexity_dpo"] == pytest.approx(math.exp(report["metrics"]["heldout_loss_dpo"]))
     assert report["measures"]["rouge_l"]["models"]["base"]["n"] == 5
-    # Random weights end no answer: six tokens each, beside references of known length.
+    # With random weights no answer ends: each has six tokens, and the references have known lengths.
     assert report["metrics"]["stopped_base"] == 0
-    tokens = sum(sum(label != -100 for label in rows.rows[i].answers[0][1]) for i in drawn(rows.rows, 5, setup.seed))
+    tokens = sum(
+        sum(label != -100 for label in rows.rows[i].answers[0][1]) for i in draw_indices(rows.rows, 5, setup.seed)
+    )
     assert report["metrics"]["length_ratio_base"] == pytest.approx(5 * 6 / tokens)
     assert report["metrics"]["checks_base"] == 0.5
     assert report["checks"]["passed"]["base"] == 1
@@ -130,17 +132,17 @@ def test_the_report_holds_every_measure_of_every_model(setup, settings, rows, tm
     assert report["samples"][0]["answers"].keys() == set(report["models"])
 
     page = evaluation_page(report, training)
-    for words in ("What changed since the last promoted run", "dpo against base", "Training of dpo", "Own check"):
+    for words in ("What changed since the last promoted run", "dpo against base", "Training of dpo", "Own checks"):
         assert words in page
-    # A chart for each measure, and the curves of loss and margin.
+    # One chart for each measure, one of the loss and one of the margin.
     assert page.count("<svg") == len(report["measures"]) + 2
     assert "<script" not in page
     assert 'src="' not in page
     assert page.count('<div class="answers">') == 2
 
 
-def test_a_model_of_the_same_tokens_is_equal_on_its_own_base_too(setup, settings, rows, tmp_path):
-    """The same weights from another folder are loaded apart, and measure the same."""
+def test_an_equal_incumbent_on_its_own_base_measures_the_same(setup, settings, rows, tmp_path):
+    """The incumbent's base model has the same weights in another folder, so it is loaded separately."""
     copy = setup.model.model_copy(update={"name_or_path": str(tmp_path / "copy"), "revision": "other"})
     load_model(setup.model, settings, choose_device(setup.compute)).save_pretrained(copy.name_or_path)
     load_tokenizer(setup.model, settings, "chatml").save_pretrained(copy.name_or_path)
@@ -155,7 +157,7 @@ def test_a_model_of_the_same_tokens_is_equal_on_its_own_base_too(setup, settings
         assert [difference[key] for key in ("value", "low", "high")] == pytest.approx([0, 0, 0], abs=1e-5)
 
 
-def test_an_incumbent_is_asked_with_its_own_template(setup, settings, rows, tmp_path):
+def test_the_incumbent_answers_with_its_own_template(setup, settings, rows, tmp_path):
     adapters = {
         "sft": adapter(tmp_path / "sft", setup, settings, 0.2),
         "incumbent": adapter(tmp_path / "incumbent", setup, settings, 0.2, template="human_assistant"),
@@ -169,7 +171,9 @@ def test_an_incumbent_is_asked_with_its_own_template(setup, settings, rows, tmp_
     assert report["metrics"]["heldout_loss_sft"] != pytest.approx(own, abs=1e-4)
 
 
-def test_another_tokenizer_counts_in_this_recipes_tokens(setup, settings, rows, tiny_model, tmp_path):
+def test_an_incumbent_with_another_tokenizer_is_measured_per_token_of_this_recipe(
+    setup, settings, rows, tiny_model, tmp_path
+):
     adapters = {"sft": adapter(tmp_path / "sft", setup, settings, 0.2), "incumbent": tiny_model}
     report = evaluate(adapters, rows, CONFIG, setup, settings)
     config = ModelConfig(name_or_path=str(tiny_model))
@@ -182,8 +186,8 @@ def test_another_tokenizer_counts_in_this_recipes_tokens(setup, settings, rows, 
     assert report["metrics"]["heldout_loss_incumbent"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_rows_that_were_cut_are_compared_only_where_both_render_them_alike(setup, settings, tmp_path):
-    # The third, longer kind of answer is cut.
+def test_truncated_rows_are_compared_only_if_both_tokenizers_render_them_alike(setup, settings, tmp_path):
+    # The third kind of answer is the longest, and is truncated.
     lengths = sorted(
         {len(row.answers[0][0]) for row in formatted_rows(setup, settings, tmp_path, FormattingConfig()).rows}
     )
@@ -192,20 +196,20 @@ def test_rows_that_were_cut_are_compared_only_where_both_render_them_alike(setup
     rows = formatted_rows(setup, settings, tmp_path / "cut", formatting)
     cut = sum(row.cut for row in rows.rows) + sum(pair.cut for pair in rows.pairs)
     assert 0 < sum(row.cut for row in rows.rows) < len(rows.rows)
-    same, _ = rendered_for_both(rows, load_tokenizer(setup.model, settings, "chatml"))
+    same, _ = render_for_both(rows, load_tokenizer(setup.model, settings, "chatml"))
     assert same == rows
-    ours, theirs = rendered_for_both(rows, load_tokenizer(setup.model, settings, "human_assistant"))
+    ours, theirs = render_for_both(rows, load_tokenizer(setup.model, settings, "human_assistant"))
     assert ours.left_out == theirs.left_out == cut
     assert [row.row for row in ours.rows] == [row.row for row in theirs.rows]
     assert not any(row.cut for row in ours.rows)
-    # The same answers, after other prompts.
+    # Both have the same answers, after different prompts.
     answers = [
         [[label for label in row.answers[0][1] if label != -100] for row in side.rows] for side in (ours, theirs)
     ]
     assert answers[0] == answers[1]
 
 
-def test_an_incumbent_whose_base_is_gone_is_said_so(setup, settings, rows, tmp_path):
+def test_an_incumbent_without_its_base_model_is_an_error(setup, settings, rows, tmp_path):
     gone = ModelConfig(name_or_path=str(tmp_path / "gone"), revision="folder-1")
     load_model(setup.model, settings, choose_device(setup.compute)).save_pretrained(gone.name_or_path)
     load_tokenizer(setup.model, settings, "chatml").save_pretrained(gone.name_or_path)
@@ -221,5 +225,5 @@ def test_an_incumbent_whose_base_is_gone_is_said_so(setup, settings, rows, tmp_p
 
 
 def test_rows_are_drawn_with_the_seed(rows):
-    assert drawn(rows.rows, 5, 1) == drawn(rows.rows, 5, 1) != drawn(rows.rows, 5, 2)
-    assert drawn(rows.rows, 99, 1) == list(range(12))
+    assert draw_indices(rows.rows, 5, 1) == draw_indices(rows.rows, 5, 1) != draw_indices(rows.rows, 5, 2)
+    assert draw_indices(rows.rows, 99, 1) == list(range(12))

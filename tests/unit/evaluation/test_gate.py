@@ -1,4 +1,4 @@
-"""The gate, on reports written by hand."""
+"""The gate on hand-written reports."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def sft_report(loss, incumbent=None):
 
 
 def dpo_report(**changed):
-    """A DPO model that passes, with the differences of `changed`, e.g. `heldout_loss__base=(-0.5, -0.6, -0.4)`."""
+    """A report whose DPO model passes, except for `changed` differences, e.g. `heldout_loss__base=(-0.5, -0.6, -0.4)`."""
     differences = {
         "heldout_loss__base": (-0.5, -0.6, -0.4),
         "heldout_loss__sft": (0.05, 0.02, 0.08),
@@ -59,8 +59,8 @@ def verdicts(decision):
     return {(rule.measure, rule.than): rule.verdict for rule in decision.rules}
 
 
-def test_a_lower_loss_is_judged_by_the_end_that_speaks_against_it():
-    """The loss fell by 0.15, at the least by 0.11: above 0.1. With a wider interval the same gain does not pass."""
+def test_a_lower_loss_is_judged_by_the_smallest_gain_of_its_interval():
+    """The loss fell by 0.15, and by at least 0.11, more than 0.1. The same gain with a wider interval fails."""
     passed = decide(sft_report((-0.15, -0.19, -0.11)), GATE, None)
     (base, incumbent) = passed.rules
     assert (base.value, base.low, base.high, base.bound, base.verdict) == (0.15, 0.11, 0.19, 0.1, "passed")
@@ -71,12 +71,12 @@ def test_a_lower_loss_is_judged_by_the_end_that_speaks_against_it():
     assert "heldout_loss better than base by more than 0.1: 0.1500, 95% interval 0.0500 to 0.2500" in chance.reason
 
 
-def test_a_bound_that_is_only_reached_is_not_passed():
+def test_a_gain_equal_to_the_bound_fails():
     assert decide(sft_report((-0.2, -0.3, -0.1)), GATE, None).outcome == "failed"
 
 
 def test_an_equal_model_fails():
-    """Against the base where nothing is in production, against the incumbent where something is."""
+    """Without a model in production it fails against the base model, else against the incumbent."""
     equal = (0.0, 0.0, 0.0)
     assert decide(sft_report(equal), GATE, None).outcome == "failed"
     decision = decide(sft_report((-0.5, -0.6, -0.4), incumbent=equal), GATE, 3)
@@ -103,36 +103,36 @@ def test_dpo_is_judged_by_its_own_rules():
         ({"preference_accuracy__sft": (0.1, 0.0, 0.2)}, ("preference_accuracy", "sft")),
         ({"preference_accuracy__incumbent": (0.1, 0.05, 0.2)}, ("preference_accuracy", "incumbent")),
         ({"preference_accuracy__incumbent": (-0.2, -0.3, -0.1)}, ("preference_accuracy", "incumbent")),
-        # The loss rose by 0.1 at a guess, but perhaps by 0.16.
+        # The estimate is a rise by 0.1, but the interval reaches 0.16.
         ({"heldout_loss__sft": (0.1, 0.04, 0.16)}, ("heldout_loss", "sft")),
         ({"heldout_loss__sft": (float("nan"), None, None)}, ("heldout_loss", "sft")),
     ],
 )
-def test_each_rule_fails_by_itself(changed, failed):
+def test_each_rule_fails_alone(changed, failed):
     decision = decide(dpo_report(**changed), GATE, 3)
     assert [key for key, verdict in verdicts(decision).items() if verdict == "failed"] == [failed]
     assert decision.stage is None
-    # What was decided is read again from JSON, numbers that are none included.
+    # The decision survives JSON, including values that are not numbers.
     assert PromotionDecision.model_validate_json(decision.model_dump_json()) == decision
 
 
-def test_not_worse_allows_its_tolerance_and_no_more():
+def test_not_worse_allows_a_loss_up_to_its_bound():
     assert decide(dpo_report(heldout_loss__sft=(0.1, 0.05, 0.15)), GATE, 3).outcome == "passed"
     assert decide(dpo_report(heldout_loss__sft=(0.1, 0.05, 0.1501)), GATE, 3).outcome == "failed"
 
 
-def test_a_model_in_production_that_was_not_measured_fails_the_rule():
+def test_a_rule_fails_if_the_model_in_production_was_not_measured():
     decision = decide(sft_report((-0.5, -0.6, -0.4)), GATE, 7)
     assert decision.outcome == "failed"
     assert decision.rules[1].reason == "the report does not compare sft with version 7, which is in production"
 
 
-def test_the_confidence_is_that_of_the_report():
+def test_the_reason_states_the_confidence_of_the_report():
     report = {**sft_report((0.0, 0.0, 0.0)), "confidence": 0.9}
     assert "90% interval" in decide(report, GATE, None).reason
 
 
-def test_production_only_when_the_recipe_says_so():
+def test_only_auto_promotes_to_production():
     report = sft_report((-0.5, -0.6, -0.4))
     assert decide(report, GATE.model_copy(update={"auto": True}), None).stage == "production"
 
@@ -150,13 +150,13 @@ def test_production_only_when_the_recipe_says_so():
         ("promotion.sft.better_than.base.heldout_loss=-0.1", "promotion.sft.better_than.base.heldout_loss"),
     ],
 )  # fmt: skip
-def test_rules_that_cannot_be_kept_are_refused(override, words):
+def test_rules_that_no_evaluation_can_check_are_refused(override, words):
     with pytest.raises(RequestError, match="promotion") as error:
         load_recipe("configs/local.yaml", [override])
     assert words in str(error.value)
 
 
-def test_a_rule_that_is_inherited_is_taken_away_with_null():
+def test_null_removes_an_inherited_rule():
     overrides = ["promotion.dpo.better_than.base={heldout_loss: null, rouge_l: 0.02}"]
     recipe = load_recipe("configs/local.yaml", overrides)
     named = [(path, measure) for path, measure in recipe.promotion.measures() if path == "dpo.better_than.base"]

@@ -1,4 +1,4 @@
-"""The judge over a scripted endpoint: verdicts counted by hand, both orders, and nothing asked twice."""
+"""The judge on a scripted endpoint: hand-counted verdicts, both orders, and no request sent twice."""
 
 import json
 import re
@@ -25,7 +25,7 @@ ANSWERS = {
 
 
 def script(asked):
-    """Row 0: the good one; 1: always A; 2: a tie; 3: A, then what is no verdict; 4: A, then what is no JSON."""
+    """Verdicts by row. 0: the good answer. 1: always A. 2: a tie. 3: A, then no verdict. 4: A, then no JSON."""
     text = asked.turns[0]
     number = int(re.search(r"Question (\d)\?", text)[1])
     good_is_first = text.index("good {") < text.index("bad {")
@@ -36,7 +36,7 @@ def script(asked):
     return completion(json.dumps({"verdict": verdict}))
 
 
-def asked_to_judge(endpoint, settings, answers, **keys):
+def run_judge(endpoint, settings, answers, **keys):
     config = JudgeConfig(client="openai", model="m", base_url=f"{endpoint.url}/v1", **keys)
     client = open_client(config, ModelConfig(), ComputeConfig(), settings)
     return judge(QUESTIONS, answers, "sft", client, config.max_new_tokens, BOOTSTRAP)
@@ -44,12 +44,12 @@ def asked_to_judge(endpoint, settings, answers, **keys):
 
 def test_every_verdict_counts(settings):
     with ScriptedEndpoint(script) as endpoint:
-        found, measure = asked_to_judge(endpoint, settings, ANSWERS)
+        found, measure = run_judge(endpoint, settings, ANSWERS)
         asked = len(endpoint.requests)
-        # What is stored is not asked for again.
-        assert asked_to_judge(endpoint, settings, ANSWERS) == (found, measure)
+        # The second run takes every verdict from the store.
+        assert run_judge(endpoint, settings, ANSWERS) == (found, measure)
         assert len(endpoint.requests) == asked
-    # Two orders for each of five rows, and one repair of what is no JSON.
+    # Two orders for each of five rows, and one repair of a reply that is not JSON.
     assert asked == 11
     assert all(request.body["temperature"] == 0 for request in endpoint.requests)
     first = endpoint.requests[0].turns[0]
@@ -75,18 +75,18 @@ def test_every_verdict_counts(settings):
     assert len(found["prompt_hash"]) == 12
 
 
-def test_a_judge_that_looks_at_the_place_alone_finds_no_winner(settings):
+def test_a_judge_that_always_prefers_a_finds_no_winner(settings):
     with ScriptedEndpoint(lambda asked: completion("A")) as endpoint:
-        found, measure = asked_to_judge(endpoint, settings, ANSWERS, response_format="text")
+        found, measure = run_judge(endpoint, settings, ANSWERS, response_format="text")
     duel = found["duels"]["sft-base"]
     assert duel["agreement"] == 0
     assert measure["differences"]["sft-base"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 5}
 
 
-def test_the_newest_model_meets_every_other(settings):
+def test_the_newest_model_is_compared_with_every_other(settings):
     answers = {**ANSWERS, "incumbent": [f"bad {{{number}}} too" for number in range(5)]}
     with ScriptedEndpoint(lambda asked: completion("A" if asked.turns[0].index("good") < asked.turns[0].index("bad") else "B")) as endpoint:  # fmt: skip
-        found, measure = asked_to_judge(endpoint, settings, answers, response_format="text")
+        found, measure = run_judge(endpoint, settings, answers, response_format="text")
     assert list(found["duels"]) == ["sft-base", "sft-incumbent"]
     assert {name: estimate["value"] for name, estimate in measure["models"].items()} == {
         "base": 0.0,
@@ -95,9 +95,9 @@ def test_the_newest_model_meets_every_other(settings):
     }
 
 
-def test_a_judge_is_checked_before_anything_runs(settings):
+def test_the_judge_is_checked_before_anything_runs(settings):
     with pytest.raises(ValidationError, match="temperature has no effect"):
         JudgeConfig(client="openai", model="m", temperature=0.5)
     wrong = JudgeConfig(client="openai", model="m", base_url="http://127.0.0.1:9/v1", max_retries=0)
-    with pytest.raises(RequestError, match=r"evaluation.judge, whose keys are those of generation"):
+    with pytest.raises(RequestError, match=r"evaluation\.judge \(read generation\.\* as evaluation\.judge\.\*\)"):
         check_requirements(EvaluationConfig(judge=wrong), settings)

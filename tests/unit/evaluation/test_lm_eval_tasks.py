@@ -1,4 +1,4 @@
-"""lm-eval on a task file of one's own, without a network."""
+"""lm-eval on a local task file, without a network."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def test_a_local_task_is_measured_row_by_row(tasks, small_llama, cpu, settings):
     rows = found.rows["lamps"]
     assert len(rows.totals) == 6
     assert set(rows.totals) <= {0.0, 1.0}
-    # Its answer hardly depends on the question: the first five have the one label, the sixth has the other.
+    # The model gives every row the same answer. Five of the six rows have one label, the sixth has the other.
     assert rows.value in (pytest.approx(5 / 6), pytest.approx(1 / 6))
     assert rows.value == pytest.approx(found.scores["lamps"]["acc,none"])
     assert found.metrics == {"lamps": "acc"}
@@ -54,7 +54,7 @@ def test_a_local_task_is_measured_row_by_row(tasks, small_llama, cpu, settings):
 
 
 def results(metric, samples, reported, direction):
-    """What lm-eval returns for one task: `samples` by filter."""
+    """The results of lm-eval for one task, with `samples` and `reported` scores by filter."""
     return {
         "results": {"t": {"alias": "t", **{f"{metric},{name}": value for name, value in reported.items()}}},
         "samples": {"t": [{"filter": name, metric: value} for name, values in samples.items() for value in values]},
@@ -63,7 +63,7 @@ def results(metric, samples, reported, direction):
     }
 
 
-def test_of_several_filters_the_first_ones_rows_count():
+def test_only_the_first_filter_gives_rows():
     found = TaskResults(
         results("m", {"strict": [1, 0, 0], "loose": [1, 1, 0]}, {"strict": 1 / 3, "loose": 2 / 3}, True)
     )
@@ -72,15 +72,15 @@ def test_of_several_filters_the_first_ones_rows_count():
 
 
 @pytest.mark.parametrize(("direction", "better"), [(True, "higher"), (False, "lower"), (None, None)])
-def test_a_metric_that_names_no_direction_has_none(direction, better):
+def test_the_direction_is_that_of_the_metric(direction, better):
     assert TaskResults(results("m", {"none": [1.0]}, {"none": 1.0}, direction)).better == {"t": better}
 
 
-def test_a_metric_that_is_no_mean_over_rows_has_no_rows():
+def test_a_metric_that_is_not_a_mean_over_rows_has_no_rows():
     assert TaskResults(results("m", {"none": [1.0, 0.0]}, {"none": 0.7}, True)).rows == {}
 
 
-def test_a_changed_task_file_is_another_input(tasks):
+def test_a_changed_task_file_changes_the_hash(tasks):
     config = LmEvalConfig(tasks=["lamps"], include_path=str(tasks))
     before = tasks_hash(config)
     (tasks / "lamps.jsonl").write_text("")
@@ -88,7 +88,7 @@ def test_a_changed_task_file_is_another_input(tasks):
     assert tasks_hash(config.model_copy(update={"include_path": None})) is None
 
 
-def test_what_is_not_there_is_refused(tasks, settings, monkeypatch):
+def test_missing_folders_tasks_and_packages_are_refused(tasks, settings, monkeypatch):
     def refused(words, **keys):
         config = EvaluationConfig(lm_eval=LmEvalConfig(**{"tasks": ["lamps"], **keys}))
         with pytest.raises(RequestError, match=words):

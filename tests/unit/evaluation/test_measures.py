@@ -28,7 +28,7 @@ def model(tiny_model):
     return ModelConfig(name_or_path=str(tiny_model), revision="test")
 
 
-def test_scores_are_those_of_the_rows_one_by_one(model, cpu, settings):
+def test_batched_scores_equal_scores_row_by_row(model, cpu, settings):
     device = choose_device(cpu)
     base = load_model(model, settings, device)
     models = Models(base, {}, load_tokenizer(model, settings), batch_size=2)
@@ -44,7 +44,7 @@ def test_scores_are_those_of_the_rows_one_by_one(model, cpu, settings):
         assert score.log_prob == pytest.approx(sum(expected), abs=1e-4)
 
 
-def test_question_gain_is_that_of_the_rows_one_by_one(model, cpu, settings):
+def test_question_gain_equals_its_formula_row_by_row(model, cpu, settings):
     base = load_model(model, settings, choose_device(cpu))
     models = Models(base, {}, load_tokenizer(model, settings), batch_size=2)
     rows = [
@@ -70,7 +70,7 @@ def test_question_gain_is_that_of_the_rows_one_by_one(model, cpu, settings):
     assert with_other_questions(rows[:1]) == []
 
 
-def test_each_adapter_is_measured_as_itself(model, cpu, settings, tmp_path):
+def test_each_adapter_has_its_own_scores(model, cpu, settings, tmp_path):
     device = choose_device(cpu)
     for name, size in (("sft", 0.5), ("dpo", 1.0)):
         policy = new_policy(model, LoraConfig(r=2), settings, device)
@@ -87,8 +87,8 @@ def test_each_adapter_is_measured_as_itself(model, cpu, settings, tmp_path):
     assert len({round(score, 4) for score in scores.values()}) == 3
 
 
-def test_repetition_penalty_is_that_of_its_formula(model, cpu, settings):
-    """Logits of tokens that are there already: divided by the penalty above zero, multiplied below."""
+def test_repetition_penalty_follows_its_formula(model, cpu, settings):
+    """Positive logits of tokens that occurred before are divided by the penalty, negative ones are multiplied by it."""
     tokenizer = load_tokenizer(model, settings)
     base = load_model(model, settings, choose_device(cpu))
     prompt = [Message(role="user", content="Is it this?")]
@@ -105,15 +105,15 @@ def test_repetition_penalty_is_that_of_its_formula(model, cpu, settings):
     assert Models(base, {}, tokenizer, 1).answer("base", prompt, 8).ids != expected
 
 
-def test_answers_in_batches_are_those_asked_one_by_one(base_model, cpu, settings):
+def test_batched_answers_equal_answers_one_by_one(base_model, cpu, settings):
     config = ModelConfig(name_or_path=str(base_model), revision="test")
-    # Its pad token is its end token: what is padding and what is an end is told by the place alone.
+    # The pad token is also the end token, so only the position distinguishes padding from an end.
     tokenizer = load_tokenizer(config, settings, "chatml")
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     model = load_model(config, settings, choose_device(cpu))
     torch.manual_seed(0)
     for parameter in model.parameters():
-        # Large enough that what it says depends on what it is asked.
+        # Weights so large that the answers depend on the questions.
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5)
     models = Models(model, {}, tokenizer, batch_size=3)
@@ -122,7 +122,7 @@ def test_answers_in_batches_are_those_asked_one_by_one(base_model, cpu, settings
     free = [models.answer("base", prompt, 16) for prompt in prompts]
     assert not any(sample.stopped for sample in free)
     assert all(len(sample.ids) == 16 for sample in free)
-    # One more end token, which some of the answers have in the middle and others nowhere.
+    # A further end token that occurs in some answers and not in others.
     end, place = next(
         (token, place)
         for place, sample in enumerate(free)
@@ -141,12 +141,12 @@ def test_measures_by_hand():
     chosen = [AnswerScore(-2.0, 2), AnswerScore(-9.0, 3), AnswerScore(-4.0, 4)]
     rejected = [AnswerScore(-1.0, 1), AnswerScore(-8.0, 2), AnswerScore(-8.0, 4)]
     assert heldout_loss(chosen).value == pytest.approx(15 / 9)
-    # Means: -1 and -1 (a tie is no win), -3 and -4, -1 and -2.
+    # Mean log-probabilities: -1 and -1 (a tie is no win), -3 and -4, -1 and -2.
     assert preference_accuracy(chosen, rejected).value == pytest.approx(2 / 3)
     assert preference_margin(chosen, rejected).value == pytest.approx(2 / 3)
 
 
-def test_answers_of_pairs_are_labelled_alone():
+def test_only_the_answers_of_pairs_are_labelled():
     pairs = Dataset.from_list([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}])
     assert labelled_answers(pairs, "chosen") == [([1, 2, 3, 4], [-100, -100, 3, 4])]
     assert labelled_answers(pairs, "rejected") == [([1, 2, 5], [-100, -100, 5])]

@@ -1,4 +1,4 @@
-"""Intervals that cover the truth as often as they say."""
+"""Intervals cover the true value at the stated rate."""
 
 import math
 
@@ -11,12 +11,12 @@ from llm_engineering.reports.page import interval
 
 EXPERIMENTS = 400
 CONFIDENCE = 0.9
-# What 400 experiments show if the rate is 0.9, all but once in a thousand times.
+# Range of counts in 400 experiments with rate 0.9 that chance leaves once in a thousand times.
 BOUNDS = stats.binom.ppf((0.0005, 0.9995), EXPERIMENTS, CONFIDENCE)
 
 
 def made_up(generator, n, gain):
-    """Losses a row of two models that find the same rows hard, and tokens a row; the second is better by `gain`."""
+    """Token counts of rows, and the losses of two models with the same hard rows. The second is better by `gain`."""
     tokens = generator.integers(5, 60, n).astype(float)
     hardness = generator.gamma(9.0, 1 / 3, n)
     first = hardness + generator.normal(0, 0.2, n)
@@ -45,8 +45,8 @@ def test_intervals_cover_a_known_difference_at_the_stated_rate(n):
         assert BOUNDS[0] <= count <= BOUNDS[1], f"{name}: {count} of {EXPERIMENTS}, not within {BOUNDS}"
 
 
-def test_long_rows_weigh_more_and_are_drawn_with_their_weight():
-    # Rows of 1 and 99 tokens: the mean over tokens is near the long rows', and so is every resample that has one.
+def test_long_rows_weigh_more_in_every_resample():
+    # Rows of 1 and 99 tokens: the mean over tokens is near that of the long rows, in every resample too.
     rows = Rows.of([5.0 * 1, 1.0 * 99] * 20, [1.0, 99.0] * 20)
     found = Bootstrap(1000, 0.95, 0).estimate(rows)
     assert found.value == pytest.approx((5 + 99) / 100)
@@ -62,11 +62,11 @@ def test_paired_differences_are_narrower_than_unpaired_ones():
     unpaired = np.hypot(one.high - one.low, other.high - other.low)
     assert paired.high - paired.low < unpaired / 4
     assert paired.high < 0
-    # By themselves the intervals overlap: only the pairs show which model is better.
+    # The intervals of the two models overlap: only the paired difference shows which model is better.
     assert other.high > one.low
 
 
-def test_perplexity_has_the_interval_of_the_loss_exponentiated():
+def test_the_interval_of_perplexity_is_that_of_the_loss_exponentiated():
     rows = Rows.of(np.random.default_rng(3).gamma(4.0, 1.0, 50))
     bootstrap = Bootstrap(1000, 0.95, 0)
     loss, perplexity = bootstrap.estimate(rows), bootstrap.estimate(rows, np.exp)
@@ -76,7 +76,7 @@ def test_perplexity_has_the_interval_of_the_loss_exponentiated():
     )
 
 
-def test_of_two_rows_the_interval_is_all_that_was_seen():
+def test_the_interval_of_two_rows_spans_both_values():
     assert Bootstrap(500, 0.95, 7).estimate(Rows.of([1.0, 3.0])) == (2.0, 1.0, 3.0, 2)
 
 
@@ -102,5 +102,5 @@ def test_the_seed_decides_and_one_row_has_no_interval():
         ((math.nan, math.nan, math.nan), False, "nan [nan, nan]"),
     ],
 )
-def test_intervals_are_shown_to_two_digits_of_their_width(estimate, sign, text):
+def test_intervals_are_shown_with_two_digits_of_their_width(estimate, sign, text):
     assert interval(*estimate, sign=sign) == text
