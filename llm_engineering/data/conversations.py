@@ -1,12 +1,12 @@
-"""Reads the turns of a conversation and checks them; every fault has a name, which the quarantine counts by.
+"""Reads the turns of a conversation and checks them. Every fault has a short name, the reason in the quarantine.
 
-A text that holds a whole conversation is first cut into turns by the template that it was written with.
+A text that holds a whole conversation is cut into turns by the template that wrote it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llm_engineering.data.rows import Message
@@ -27,7 +27,7 @@ _TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "observation", 
 
 
 class BadRowError(ValueError):
-    """A row that cannot be read; `reason` is the short name that quarantine counts by."""
+    """A row cannot be read; `reason` is the short name that the quarantine counts."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -36,7 +36,7 @@ class BadRowError(ValueError):
 
 
 def read_text(value: Any, name: str) -> str:
-    """The text of a column or key. A number or a truth value is not turned into text: it may mean anything.
+    """The text of a column or key. Numbers and booleans are refused: how to write them as text is ambiguous.
 
     Raises:
         BadRowError: `null_value` or `not_text`.
@@ -49,7 +49,7 @@ def read_text(value: Any, name: str) -> str:
 
 
 def read_messages(value: Any, name: str) -> list[Message]:
-    """The turns of ShareGPT (`from`, `value`) or OpenAI (`role`, `content`); one turn need not stand in a list.
+    """The turns of ShareGPT (`from`, `value`) or OpenAI (`role`, `content`): a list, or a single turn.
 
     Raises:
         BadRowError: `null_value`, `malformed`, `tool_call`, `unknown_role`, `not_text` or `content_parts`.
@@ -66,35 +66,32 @@ def read_messages(value: Any, name: str) -> list[Message]:
 
 
 def read_turns(value: Any, name: str, role: str) -> list[Message]:
-    """Messages, or one text that is the message of a role."""
+    """Read messages, or one text as the message of `role`."""
     if isinstance(value, (list, dict)):
         return read_messages(value, name)
-    return [Message(role=role, content=read_text(value, name))]
+    return [_turn(role, read_text(value, name))]
 
 
 def read_pairs(value: Any, name: str) -> list[Message]:
-    """The turns of LLaMA-Factory's `history`: a list of [question, answer], or nothing."""
+    """The turns of LLaMA-Factory's `history`, a list of [question, answer]; empty without a history."""
     if not value:
         return []
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise BadRowError("malformed", f"`{name}` is no list of [question, answer]")
-    turns = []
-    for question, answer in value:
-        turns.append(Message(role="user", content=read_text(question, name)))
-        turns.append(Message(role="assistant", content=read_text(answer, name)))
-    return turns
+    roles = ("user", "assistant")
+    return [_turn(role, read_text(text, name)) for pair in value for role, text in zip(roles, pair, strict=True)]
 
 
 def with_system(value: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages after the row's own `system` text, where it has one that is not among them already."""
+    """Put the row's `system` text before the messages, unless they already begin with it."""
     if not value.get("system"):
         return messages
-    system = Message(role="system", content=read_text(value["system"], "system"))
+    system = _turn("system", read_text(value["system"], "system"))
     return messages if messages[:1] == [system] else [system, *messages]
 
 
 def until_last_answer(messages: list[Message]) -> list[Message]:
-    """Without what follows the last assistant turn: it has no answer of its own, so there is nothing to learn.
+    """Cut off the turns after the last assistant turn: they have no answer, so training learns nothing from them.
 
     Raises:
         BadRowError: `no_answer`: there is no assistant turn.
@@ -106,22 +103,18 @@ def until_last_answer(messages: list[Message]) -> list[Message]:
 
 
 def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> None:
-    """User and assistant in turn after an optional system message, the assistant last, and no turn without words.
+    """Check that user and assistant alternate after an optional system message, and that no turn is empty.
 
-    A lone answer may be empty: the rules of the data decide what happens to it.
+    The last turn must be the assistant's. An empty answer of a single turn passes: the rule `empty_answer` handles it.
 
     Raises:
         BadRowError: `wrong_role_order`, `empty_prompt` or `empty_turn`.
     """
     messages = [*prompt, *answer]
     start = 1 if messages[0].role == "system" else 0
-    expected = "user"
-    for message in messages[start:]:
-        if message.role != expected:
-            raise BadRowError("wrong_role_order", _roles(messages))
-        expected = "assistant" if expected == "user" else "user"
-    if expected == "assistant":
-        raise BadRowError("wrong_role_order", _roles(messages))
+    roles = [message.role for message in messages]
+    if roles[start:] != ["user", "assistant"] * (len(roles[start:]) // 2):
+        raise BadRowError("wrong_role_order", " → ".join(roles))
     last = len(messages) - 1
     for index in range(start, len(messages)):
         if messages[index].content.strip():
@@ -129,11 +122,7 @@ def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> 
         if index == start:
             raise BadRowError("empty_prompt", "the first user turn is empty")
         if index < last or len(answer) > 1:
-            raise BadRowError("empty_turn", f"turn {index + 1} of {len(messages)} ({messages[index].role}) is empty")
-
-
-def _roles(messages: Iterable[Message]) -> str:
-    return " → ".join(message.role for message in messages)
+            raise BadRowError("empty_turn", f"turn {index + 1} of {len(messages)} ({roles[index]}) is empty")
 
 
 def _turns_of_columns(value: dict[str, Any]) -> list[dict[str, Any]]:
@@ -150,18 +139,19 @@ def _message(turn: Any, name: str) -> Message:
     role_key, content_key = ("from", "value") if turn.get("from") is not None else ("role", "content")
     if role_key not in turn:
         raise BadRowError("malformed", f"`{name}` holds a turn with neither `from` nor `role`")
-    said = read_text(turn[role_key], f"{name}.{role_key}")
-    role = _ROLES.get(said) or _ROLES.get(said.strip().lower())
-    if turn.get("tool_calls") or turn.get("function_call") or (role is None and said.strip().lower() in _TOOL_ROLES):
-        raise BadRowError("tool_call", f"`{name}` holds a {said} turn that calls or answers a tool")
+    speaker = read_text(turn[role_key], f"{name}.{role_key}")
+    folded = speaker.strip().lower()
+    role = _ROLES.get(folded)
+    if turn.get("tool_calls") or turn.get("function_call") or folded in _TOOL_ROLES:
+        raise BadRowError("tool_call", f"`{name}` holds a {speaker} turn that calls or answers a tool")
     if role is None:
-        raise BadRowError("unknown_role", f"`{name}` holds a turn of {said!r}")
+        raise BadRowError("unknown_role", f"`{name}` holds a turn of the unknown role {speaker!r}")
     if content_key not in turn:
         raise BadRowError("malformed", f"`{name}` holds a turn without `{content_key}`")
     content = turn[content_key]
     if isinstance(content, list):
         content = _joined(content, name)
-    return Message(role=role, content=read_text(content, f"{name}.{content_key}"))
+    return _turn(role, read_text(content, f"{name}.{content_key}"))
 
 
 def _joined(parts: list[Any], name: str) -> str:
@@ -179,19 +169,19 @@ _ALPACA = re.compile(r"^### (Instruction|Input|Response):", re.MULTILINE)
 _HUMAN_ASSISTANT = re.compile(r"### (Human|Assistant):")
 _INST = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=\[INST\]|\Z)", re.DOTALL)
 _SYSTEM = re.compile(r"\A\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
-# Written by tokenizers that rendered the text; as part of an answer they would be learned as words.
+# A tokenizer wrote these when it rendered the text. As a part of an answer they would be learned as words.
 _BORDERS = ("<s>", "</s>", "<|endoftext|>")
-# The sentence before the first heading belongs to Alpaca's template; any other one is a system message.
+# This sentence before the first heading belongs to Alpaca's template. Any other text there is a system message.
 _ALPACA_PREAMBLE = "Below is an instruction that describes a task"
 
 
 def text_templates(text: str) -> tuple[str, ...]:
-    """The names of the templates whose first mark the text has."""
+    """The names of the templates whose first mark occurs in the text."""
     return tuple(name for name, mark in _MARKS.items() if mark in text)
 
 
 def read_template(text: str, name: str) -> list[Message]:
-    """The turns of a text, without the template's marks and the space around them.
+    """Cut a text into turns, without the template's marks and the white space around them.
 
     Raises:
         BadRowError: `malformed` or `wrong_role_order`: the text does not follow the template.
@@ -207,9 +197,9 @@ def _alpaca(text: str) -> list[Message]:
     *prompt, answer = map(_stripped, parts[1::2])
     preamble = _stripped(preamble)
     return [
-        *([] if not preamble or preamble.startswith(_ALPACA_PREAMBLE) else [_said("system", preamble)]),
-        _said("user", "\n\n".join(part for part in prompt if part)),
-        _said("assistant", answer),
+        *([] if not preamble or preamble.startswith(_ALPACA_PREAMBLE) else [_turn("system", preamble)]),
+        _turn("user", "\n\n".join(part for part in prompt if part)),
+        _turn("assistant", answer),
     ]
 
 
@@ -217,29 +207,29 @@ def _human_assistant(text: str) -> list[Message]:
     preamble, *parts = _HUMAN_ASSISTANT.split(text)
     roles = ["user" if name == "Human" else "assistant" for name in parts[0::2]]
     system = _stripped(preamble)
-    turns = [_said(role, _stripped(content)) for role, content in zip(roles, parts[1::2], strict=True)]
+    turns = [_turn(role, _stripped(content)) for role, content in zip(roles, parts[1::2], strict=True)]
     if not turns:
         raise BadRowError("malformed", "it has no mark of text-human-assistant")
-    return [_said("system", system), *turns] if system else turns
+    return [_turn("system", system), *turns] if system else turns
 
 
 def _inst(text: str) -> list[Message]:
     turns: list[Message] = []
-    for number, found in enumerate(_INST.finditer(text)):
-        user = found[1]
+    for number, match in enumerate(_INST.finditer(text)):
+        user = match[1]
         system = _SYSTEM.match(user) if number == 0 else None
         if system:
-            turns.append(_said("system", _stripped(system[1])))
+            turns.append(_turn("system", _stripped(system[1])))
             user = user[system.end() :]
-        turns += [_said("user", _stripped(user)), _said("assistant", _stripped(found[2]))]
+        turns += [_turn("user", _stripped(user)), _turn("assistant", _stripped(match[2]))]
     before = text.partition("[INST]")[0]
     pairs = sum(turn.role == "user" for turn in turns)
     if not pairs or text.count("[INST]") != pairs or text.count("[/INST]") != pairs or _stripped(before):
-        raise BadRowError("malformed", "its [INST] and [/INST] do not come in pairs, or text stands before the first")
+        raise BadRowError("malformed", "its [INST] and [/INST] do not come in pairs, or text precedes the first pair")
     return turns
 
 
-def _said(role: str, content: str) -> Message:
+def _turn(role: str, content: str) -> Message:
     return Message(role=role, content=content)
 
 

@@ -1,17 +1,18 @@
-"""Finds texts that occur twice: near duplicates within a dataset, and rows that stand in an evaluation file.
+"""Finds texts that occur twice: near duplicates within a dataset, and training rows that occur in evaluation files.
 
-Near duplicates: texts are compared as sets of three-word shingles by MinHash and locality-sensitive hashing
-(Broder 1997), computed by the library rensa. Each text's MinHash is cut into bands; texts that share a band are
-candidates, and every candidate is checked by its exact Jaccard similarity. Band hashes and shingle hashes are kept in
-files, so that memory does not grow with the number of texts.
+Near duplicates: MinHash and locality-sensitive hashing (Broder 1997), computed by the library rensa, compare texts as
+sets of three-word shingles. Each text's MinHash is cut into bands. Texts that share a band are candidates, and every
+candidate pair is checked by its exact Jaccard similarity. Band hashes and shingle hashes are in files, so that memory
+does not grow with the number of texts.
 
-Contamination: rows that share a run of words with an evaluation file (Brown et al. 2020, appendix C).
+Contamination: a row shares consecutive words with an evaluation file (Brown et al. 2020, appendix C).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -21,27 +22,27 @@ import xxhash
 from numpy.typing import NDArray
 from rensa import RMinHash
 
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, normalised, words
+from llm_engineering.data.rows import Message, Row, normalised, words
 
 SHINGLE_WORDS = 3
 PERMUTATIONS = 128
 _SEED = 1
-# Share of the pairs right at the threshold that must become candidates.
+# Share of the pairs exactly at the threshold that must become candidates.
 _RECALL = 0.999
-# Rows that are sorted at a time: 32 MB of hashes and row numbers.
+# Rows to sort at a time: 32 MB of hashes and row numbers.
 _PART_ROWS = 2**21
-# A text of a group is compared with so many texts of it that are unlike each other. Without a bound, a thousand rows
-# from one template would take a million comparisons.
+# In a group of candidates, a text is compared with at most this many texts that differ from each other. Without a
+# bound, a thousand rows of one template would take a million comparisons.
 _MAX_LEADERS = 8
 
 
 class Sketches(NamedTuple):
-    """What near duplicates of n texts are found by.
+    """Hashes of n texts by which near duplicates are found.
 
     Attributes:
-        bands: hashes of the MinHash's bands, shape (n, bands).
-        shingles: hashes of the distinct shingles of all texts, one after the other.
-        counts: shingles of each text, shape (n,).
+        bands: hashes of the bands of each MinHash, shape (n, bands).
+        shingles: hashes of the distinct shingles of the first text, then of the second, and so on.
+        counts: distinct shingles of each text, shape (n,).
     """
 
     bands: NDArray[np.uint64]
@@ -50,7 +51,7 @@ class Sketches(NamedTuple):
 
 
 def band_count(threshold: float) -> int:
-    """Bands of a MinHash: as few as find a pair at the threshold with a probability of 0.999.
+    """The smallest number of bands that find a pair at the threshold with a probability of 0.999.
 
     A pair of similarity s shares one of b bands of r values with probability 1 - (1 - s^r)^b
     (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, 3.4).
@@ -63,7 +64,7 @@ def band_count(threshold: float) -> int:
 
 
 def sketch(texts: Sequence[str], threshold: float) -> Sketches:
-    """Sketch texts so that those of at least this Jaccard similarity are found."""
+    """Compute the hashes by which texts with at least this Jaccard similarity are found."""
     # rensa's type stubs call the result a list of lists of Python integers.
     hashed = [np.unique(np.array(h, np.uint64)) for h in RMinHash.hash_token_sets([_shingles(t) for t in texts])]
     counts = np.array([len(one) for one in hashed], np.uint32)
@@ -77,9 +78,9 @@ def sketch(texts: Sequence[str], threshold: float) -> Sketches:
 
 
 def groups(path: Path) -> Iterator[NDArray[np.int64]]:
-    """Positions of equal values in a file of uint64, ascending, for each value that stands there more than once.
+    """Find the values that occur more than once in a file of uint64. Yields the positions of each, ascending.
 
-    Values are sorted in parts that fit into memory, each part holding all places of its values.
+    Values are sorted in parts that fit into memory. All positions of a value are in one part.
     """
     parts = max(1, -(-path.stat().st_size // (8 * _PART_ROWS)))
     for part in range(parts):
@@ -92,23 +93,23 @@ def groups(path: Path) -> Iterator[NDArray[np.int64]]:
                 start += len(chunk)
         if not values:
             return
-        found = np.concatenate(values)
-        order = np.argsort(found, kind="stable")
-        found, places = found[order], np.concatenate(positions)[order]
-        starts = np.flatnonzero(np.concatenate([[True], found[1:] != found[:-1]]))
-        ends = np.append(starts[1:], len(found))
+        hashes = np.concatenate(values)
+        order = np.argsort(hashes, kind="stable")
+        hashes, places = hashes[order], np.concatenate(positions)[order]
+        starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]]))
+        ends = np.append(starts[1:], len(hashes))
         for first, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
             yield places[first:end]
 
 
 class Clusters:
-    """Rows joined into clusters (union-find); a cluster's number is its first row."""
+    """Joins rows into clusters (union-find). A cluster is identified by its first row."""
 
     def __init__(self, rows: int) -> None:
         self.first = np.arange(rows, dtype=np.int64)
 
     def find(self, row: int) -> int:
-        """The first row of a row's cluster."""
+        """The first row of the cluster that holds `row`."""
         while self.first[row] != row:
             self.first[row] = self.first[self.first[row]]
             row = int(self.first[row])
@@ -120,19 +121,19 @@ class Clusters:
         self.first[high] = low
 
     def members(self) -> Iterator[list[int]]:
-        """The rows of each cluster of two or more, ascending."""
-        found: dict[int, list[int]] = {}
+        """The rows of each cluster with at least two rows, ascending."""
+        others: dict[int, list[int]] = {}
         for row in np.flatnonzero(self.first != np.arange(len(self.first))).tolist():
-            found.setdefault(self.find(row), []).append(row)
-        for first in sorted(found):
-            yield [first, *found[first]]
+            others.setdefault(self.find(row), []).append(row)
+        for first in sorted(others):
+            yield [first, *others[first]]
 
 
 def join_near_duplicates(clusters: Clusters, bands: Sequence[Path], shingles: ShingleFile, threshold: float) -> None:
     """Join rows whose shingle sets have at least this Jaccard similarity.
 
     Args:
-        bands: a file of uint64 for each band, a value for each row.
+        bands: one file for each band, with the band's uint64 hash of each row.
     """
     for path in bands:
         for group in groups(path):
@@ -150,11 +151,11 @@ def join_near_duplicates(clusters: Clusters, bands: Sequence[Path], shingles: Sh
 
 
 class ShingleFile:
-    """The shingle hashes of each row, in a file.
+    """Reads the shingle hashes of single rows from a file.
 
     Args:
-        path: uint64, of all rows one after the other.
-        counts: how many each row has.
+        path: a file of uint64, the hashes of one row after the other.
+        counts: hashes of each row.
     """
 
     def __init__(self, path: Path, counts: NDArray[np.uint32]) -> None:
@@ -178,16 +179,16 @@ class ShingleFile:
 
 
 def _shingles(text: str) -> list[str]:
-    found = words(text)
-    if not found:
-        # Nothing but punctuation: only the same text is like it.
+    tokens = words(text)
+    if not tokens:
+        # A text of punctuation is similar to the same text only.
         return [text]
-    count = max(1, len(found) - SHINGLE_WORDS + 1)
-    return [" ".join(found[i : i + SHINGLE_WORDS]) for i in range(count)]
+    count = max(1, len(tokens) - SHINGLE_WORDS + 1)
+    return [" ".join(tokens[i : i + SHINGLE_WORDS]) for i in range(count)]
 
 
 def _combine(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Hash the last axis to one value (FNV-1a over whole words)."""
+    """Hash the last axis to one value, by FNV-1a over 64-bit words."""
     combined = np.full(values.shape[:-1], 14695981039346656037, np.uint64)
     for k in range(values.shape[-1]):
         combined = (combined ^ values[..., k]) * np.uint64(1099511628211)
@@ -199,16 +200,16 @@ def _jaccard(one: frozenset[int], other: frozenset[int]) -> float:
 
 
 _COMPARED_WORD = re.compile(rb"[^ ]+")
-# Longest quotation of what is shared, in characters.
+# Characters of the shared text that a match quotes at most.
 QUOTE_CHARS = 100
 
 
 class EvaluationIndex:
-    """The n-grams of evaluation rows, as 64-bit hashes: about 90 bytes for each word of the evaluation files.
+    """The n-grams of evaluation rows, as 64-bit hashes. Takes about 90 bytes for each word of the evaluation files.
 
-    Two rows share an n-gram if n words in a row are the same in both, but for case and punctuation. Prompts and answers
-    count, each message by itself; system messages do not, as all rows of a dataset share them. An evaluation prompt of
-    fewer than n words counts as a whole, and only against whole prompts. A short answer is no evidence.
+    Two rows share an n-gram if n consecutive words are equal, without case and punctuation. Each message of a prompt or
+    an answer counts alone. System messages do not count, because all rows of a dataset share them. An evaluation prompt
+    of fewer than n words is compared as a whole, with whole prompts only. A short answer proves nothing.
 
     Args:
         n: words in an n-gram. GPT-3's evaluation used 13.
@@ -219,7 +220,7 @@ class EvaluationIndex:
         self.grams: set[int] = set()
         self.short_prompts: set[int] = set()
 
-    def add(self, row: InstructionRow | PreferenceRow) -> None:
+    def add(self, row: Row) -> None:
         """Add an evaluation row."""
         for message in _messages(row):
             self._add_grams(message.content)
@@ -237,8 +238,8 @@ class EvaluationIndex:
         if prompt and prompt.count(b" ") + 1 < self.n:
             self.short_prompts.add(xxhash.xxh3_64_intdigest(prompt))
 
-    def match(self, row: InstructionRow | PreferenceRow) -> str:
-        """The words that a training row shares with an evaluation row, at most QUOTE_CHARS characters; or empty."""
+    def match(self, row: Row) -> str:
+        """The first words that a training row shares with an evaluation row, at most QUOTE_CHARS characters; or empty."""
         if self.grams:
             for message in _messages(row):
                 for gram in self._grams(message.content):
@@ -252,15 +253,15 @@ class EvaluationIndex:
 
     def _grams(self, text: str) -> Iterator[bytes]:
         folded = normalised(text).encode()
-        words = [match.span() for match in _COMPARED_WORD.finditer(folded)]
-        for first, last in zip(words, words[self.n - 1 :], strict=False):
+        spans = [match.span() for match in _COMPARED_WORD.finditer(folded)]
+        for first, last in zip(spans, spans[self.n - 1 :], strict=False):
             yield folded[first[0] : last[1]]
 
 
-def _messages(row: InstructionRow | PreferenceRow) -> Iterator[Message]:
-    answers = row.completion if isinstance(row, InstructionRow) else [*row.chosen, *row.rejected]
-    return (message for message in (*row.prompt, *answers) if message.role != "system")
+def _messages(row: Row) -> Iterator[Message]:
+    messages = chain(row.prompt, *row.answers)
+    return (message for message in messages if message.role != "system")
 
 
-def _prompt(row: InstructionRow | PreferenceRow) -> bytes:
+def _prompt(row: Row) -> bytes:
     return normalised(" ".join(message.content for message in row.prompt if message.role != "system")).encode()

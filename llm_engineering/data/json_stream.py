@@ -1,8 +1,8 @@
 """Reads the rows of a JSON file one at a time, so that a file may be larger than memory.
 
-The standard library's decoder reads value after value from a window of the text. The streaming library ijson was
-measured against it: it is as fast, but turns a lone surrogate into `?` without a word, and refuses the whole file for
-one NaN, one number over 64 bits or one byte that is not UTF-8.
+The standard library's decoder reads one value after the other from a window of the text. The streaming library ijson
+is as fast (measured), but it silently turns a lone surrogate into `?`, and it refuses a whole file for one NaN, one
+number over 64 bits or one byte that is not UTF-8.
 """
 
 from __future__ import annotations
@@ -12,20 +12,25 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-# Characters read at a time; a value longer than this doubles the window until it fits.
+# Characters to read at a time. For a longer value the window doubles until the value fits.
 WINDOW = 1 << 20
-# A value cut off by the window's end is reported at most this far before it: the longest literal is `-Infinity`.
+# The decoder reports a value that the window cuts off at most this many characters before the window's end: the
+# longest literal is `-Infinity`.
 _CUT_OFF = 16
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class JsonError(ValueError):
-    """The text is not valid JSON, or not a list of rows; the message is half a sentence."""
+    """The text is not valid JSON, or not a list of rows. The message is a part of a sentence, without a capital."""
 
 
 class JsonStream:
-    """A JSON text, read from the front."""
+    """A JSON text that is read from the front.
+
+    Args:
+        window: characters to read at a time.
+    """
 
     def __init__(self, stream: TextIO, window: int = WINDOW) -> None:
         self.stream = stream
@@ -35,7 +40,7 @@ class JsonStream:
         self.lines = 1
 
     def peek(self) -> str:
-        """The next character that is no space, or nothing at the end."""
+        """The next character that is not white space; empty at the end of the text."""
         while True:
             space = _SPACE.match(self.text, self.at)
             self.at = space.end() if space else self.at
@@ -45,16 +50,16 @@ class JsonStream:
                 return ""
 
     def take(self, expected: str) -> str:
-        """Step over the next character, which must be one of the expected ones."""
+        """Consume the next character, which must be one of the expected characters."""
         found = self.peek()
         if not found or found not in expected:
-            what = " or ".join(f"`{character}`" for character in expected)
-            raise self._error(f"expected {what}, found {f'`{found}`' if found else 'the end of the file'}")
+            choices = " or ".join(f"`{character}`" for character in expected)
+            raise self._error(f"expected {choices}, found {f'`{found}`' if found else 'the end of the file'}")
         self.at += 1
         return found
 
     def value(self) -> tuple[Any, str]:
-        """The next value, and its text."""
+        """Consume the next value. Returns the value and its text."""
         self.peek()
         while True:
             try:
@@ -67,7 +72,7 @@ class JsonStream:
                 raise self._error(problem) from None
             except (ValueError, RecursionError) as error:
                 raise self._error(str(error)) from None
-            # A number at the window's end may have more digits behind it.
+            # A number at the end of the window may continue in the next one.
             if end == len(self.text) and self._more():
                 continue
             raw = self.text[self.at : end]
@@ -75,7 +80,7 @@ class JsonStream:
             return value, raw
 
     def items(self) -> Iterator[tuple[Any, str]]:
-        """The values of the list that comes next, each with its text."""
+        """Consume the list that comes next. Yields each value with its text."""
         self.take("[")
         if self.peek() == "]":
             self.at += 1
@@ -86,7 +91,7 @@ class JsonStream:
                 return
 
     def entries(self) -> Iterator[str]:
-        """The keys of the object that comes next; the caller reads each key's value before it asks for the next."""
+        """Consume the object that comes next. Yields each key; the caller must then consume the key's value."""
         self.take("{")
         if self.peek() == "}":
             self.at += 1
@@ -101,9 +106,9 @@ class JsonStream:
                 return
 
     def end(self) -> None:
-        """Nothing but space may be left."""
+        """Check that only white space is left."""
         if self.peek():
-            raise self._error("extra data behind the first value")
+            raise self._error("extra data after the first value")
 
     def _more(self) -> bool:
         self.lines += self.text.count("\n", 0, self.at)
@@ -118,7 +123,10 @@ class JsonStream:
 
 
 def rows_of_list(stream: TextIO, key: str | None, window: int = WINDOW) -> Iterator[tuple[str, Any, str]]:
-    """The place, value and text of every item of a list: the file's own one, or the one under a key of its object.
+    """The place, value and text of every item of a list.
+
+    Args:
+        key: the key of the file's object that holds the list; None if the file itself is the list.
 
     Raises:
         JsonError: the text is not valid JSON.
@@ -131,8 +139,8 @@ def rows_of_list(stream: TextIO, key: str | None, window: int = WINDOW) -> Itera
                 yield f"[{number}]", value, raw
             json_text.end()
             return
-        for found in json_text.entries():
-            if found != key or json_text.peek() != "[":
+        for name in json_text.entries():
+            if name != key or json_text.peek() != "[":
                 json_text.value()
                 continue
             for number, (value, raw) in enumerate(json_text.items()):
@@ -143,12 +151,12 @@ def rows_of_list(stream: TextIO, key: str | None, window: int = WINDOW) -> Itera
 
 
 def list_key(stream: TextIO, window: int = WINDOW) -> str | None:
-    """The key under which the rows stand, or None where the file is a list itself.
+    """The key whose value is the list of rows, or None if the file itself is the list.
 
-    An object is read to its end: only there it is known that it holds one list and no more.
+    An object is read to its end, because a second list may follow the first.
 
     Raises:
-        JsonError: it is neither a list nor an object with exactly one list in it, or not valid JSON.
+        JsonError: the text is neither a list nor an object with exactly one list in it, or it is not valid JSON.
     """
     json_text = JsonStream(stream, window)
     first = json_text.peek()

@@ -1,6 +1,6 @@
 """Accounts for every row: what each stage read, kept and quarantined. Kept + quarantined = read, always.
 
-The account is stored with the dataset that it is about.
+The ledger is stored with its dataset.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ from collections.abc import Iterable, Iterator
 from datasets import DatasetDict, Features, Value
 from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.data.rows import to_dataset
+from llm_engineering.data.private import redacted
+from llm_engineering.data.rows import Row, to_dataset
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
+
+# Characters of a row that its quarantine record quotes.
+QUOTED_CHARS = 200
+EXAMPLES_PER_REASON = 3
 
 
 class Quarantined(BaseModel):
-    """One thing that was read and not kept.
+    """A document, passage or row that was read and not kept.
 
     Attributes:
-        stage: `document`, `passage`, `instruction` or `preference`.
-        reason: a short name that counts group by, e.g. `empty_answer`.
+        stage: `document`, `passage`, `instruction` or `preference`; `instruction_test` or `preference_test` for the
+            user's own test split.
+        reason: the short name that is counted, e.g. `empty_answer`.
         source: the file or document it comes from.
-        place: where in the source, e.g. `line 7` or `characters 120-560`.
-        detail: what exactly was wrong.
-        text: the start of what was read.
+        place: the place in the source, e.g. `line 7` or `characters 120-560`.
+        detail: what exactly is wrong.
+        text: the start of the text that was read.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -36,26 +42,27 @@ class Quarantined(BaseModel):
     detail: str = ""
     text: str = ""
 
-    def named(self) -> str:
-        """`source, place: reason`, for messages."""
+    @classmethod
+    def of_row(cls, row: Row, stage: str, reason: str, detail: str) -> Quarantined:
+        """The quarantine record of a row. It quotes the last turn of the prompt without secrets and personal data."""
+        # Redacted before it is cut: a key that is cut in two is not recognised.
+        text = redacted(row.prompt[-1].content)[:QUOTED_CHARS] if row.prompt else ""
+        return cls(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
+
+    def describe(self) -> str:
+        """`source, place: reason (detail)`, for messages."""
         return f"{self.source}, {self.place}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
 
 
-def by_reason(rows: Iterable[Quarantined]) -> dict[str, int]:
-    """Counts by reason, most frequent first."""
-    return dict(Counter(row.reason for row in rows).most_common())
-
-
-EXAMPLES_PER_REASON = 3
 _TEXT = Value("string")
 _QUARANTINE_FEATURES = Features(dict.fromkeys(Quarantined.model_fields, _TEXT))
 _COUNT_FEATURES = Features({"stage": _TEXT, "read": Value("int64"), "kept": Value("int64")})
 
 
 class Ledger:
-    """Counts by stage (`document`, `passage`, `instruction`, `preference`) and everything that was not kept.
+    """Counts by stage, and everything that was quarantined.
 
-    What was set aside stands on disk; in memory are its counts and a few examples of each reason.
+    The quarantined rows are written to disk. Memory holds their counts and a few examples of each reason.
     """
 
     def __init__(self) -> None:
@@ -63,11 +70,12 @@ class Ledger:
         self.kept: dict[str, int] = {}
         self.reasons: dict[str, Counter[str]] = {}
         self.examples: dict[str, list[Quarantined]] = {}
-        self._entered: Counter[str] = Counter()
+        # Quarantined rows of each stage that earlier calls of `record` have counted.
+        self._recorded: Counter[str] = Counter()
         self._table = TableWriter(work_folder() / "quarantine.arrow", _QUARANTINE_FEATURES)
 
     def set_aside(self, rows: Iterable[Quarantined]) -> None:
-        """Write rows that are not kept; `record` then closes the books of their pass."""
+        """Write quarantined rows. The next call of `record` counts them."""
         for row in rows:
             self._table.write(row.model_dump())
             self.reasons.setdefault(row.stage, Counter())[row.reason] += 1
@@ -76,47 +84,47 @@ class Ledger:
                 examples.append(row)
 
     def record(self, stage: str, read: int, kept: int, rejected: Iterable[Quarantined] = ()) -> None:
-        """Enter what one pass over a stage's rows did; a later pass continues from what the former kept.
+        """Record one pass over a stage's rows. The next pass must read what this pass kept.
 
         Args:
-            rejected: what is set aside now, besides what `set_aside` was told since the last pass.
+            rejected: rows to set aside now, in addition to those that `set_aside` wrote since the last pass.
 
         Raises:
-            AssertionError: rows went missing: kept + quarantined is not what was read.
+            AssertionError: rows went missing: kept + quarantined differs from read.
         """
         self.set_aside(rejected)
         total = self.reasons.setdefault(stage, Counter()).total()
-        quarantined = total - self._entered[stage]
+        quarantined = total - self._recorded[stage]
         expected = self.kept.get(stage, read)
         if read != expected or read != kept + quarantined:
             raise AssertionError(
-                f"{stage}: {expected} rows were there, {read} read, {kept} kept, {quarantined} quarantined"
+                f"{stage}: expected {expected} rows, read {read}, kept {kept}, quarantined {quarantined}"
             )
-        self._entered[stage] = total
+        self._recorded[stage] = total
         self.read.setdefault(stage, read)
         self.kept[stage] = kept
 
     def by_reason(self, stage: str) -> dict[str, int]:
-        """Counts of what a stage set aside, most frequent first."""
+        """Quarantined rows of a stage by reason, most frequent first."""
         return dict(self.reasons.get(stage, Counter()).most_common())
 
     def quarantine(self) -> Iterator[Quarantined]:
-        """Everything that was set aside, in order. Nothing can be set aside after this."""
+        """Everything that was quarantined, in order. It closes the file, so `set_aside` must not follow."""
         for record in stream_records(self._table.dataset()):
             yield Quarantined.model_validate(record)
 
     def datasets(self) -> DatasetDict:
-        """`quarantine` and `counts`, to be stored beside the rows. Nothing can be set aside after this."""
+        """The datasets `quarantine` and `counts`, to store beside the rows. `set_aside` must not follow."""
         counts = [{"stage": stage, "read": self.read[stage], "kept": self.kept[stage]} for stage in self.read]
         return DatasetDict(quarantine=self._table.dataset(), counts=to_dataset(counts, _COUNT_FEATURES))
 
     @classmethod
     def load(cls, stored: DatasetDict) -> Ledger:
-        """The ledger that was stored beside rows."""
+        """Read a ledger that `datasets` made."""
         ledger = cls()
         for count in stored["counts"]:
             ledger.read[count["stage"]] = count["read"]
             ledger.kept[count["stage"]] = count["kept"]
         ledger.set_aside(Quarantined.model_validate(row) for row in stream_records(stored["quarantine"]))
-        ledger._entered = Counter({stage: reasons.total() for stage, reasons in ledger.reasons.items()})
+        ledger._recorded = Counter({stage: reasons.total() for stage, reasons in ledger.reasons.items()})
         return ledger

@@ -1,4 +1,4 @@
-"""Brings the rows of a dataset to disk, whatever format they are in."""
+"""Reads a dataset of any known format into an Arrow file, and indexes evaluation files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from datasets import Dataset
 
 from llm_engineering.data.duplicates import EvaluationIndex
 from llm_engineering.data.files import Record
-from llm_engineering.data.formats import UnknownFormatError, open_dataset
+from llm_engineering.data.formats import OpenedDataset, UnknownFormatError, open_dataset
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES
+from llm_engineering.data.rows import FEATURES
 from llm_engineering.data.sources import open_records
 from llm_engineering.data.storage import TableWriter
 from llm_engineering.recipe.data_blocks import DataConfig
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A dataset that was read: `instruction` or `preference`, the name of its format, and its rows."""
+    """A dataset after reading: its kind (`instruction` or `preference`), the name of its format, and its rows."""
 
     kind: str
     format: str
@@ -32,21 +32,20 @@ class Loaded(NamedTuple):
 def load_rows(
     reference: str, kind: str | None, config: DataConfig, path: Path, ledger: Ledger, suffix: str = ""
 ) -> Loaded:
-    """Read all rows of a dataset into an Arrow file; what cannot be read is set aside.
+    """Read all rows of a dataset into an Arrow file. Rows that cannot be read are quarantined.
 
     Args:
-        kind: `instruction` or `preference`; None recognises it.
+        kind: `instruction` or `preference`; None detects it.
         path: the file to write.
-        suffix: goes behind the kind in the ledger's stage, e.g. `_test`.
+        suffix: is appended to the kind to name the ledger's stage, e.g. `_test`.
 
     Raises:
-        RequestError: the dataset is missing, empty or in no known format, or several readings are possible.
+        RequestError: the dataset is missing, empty or in no known format, or it fits several formats.
     """
     opened = open_dataset(reference, kind, config)
     stage = opened.kind + suffix
     read = 0
-    features = INSTRUCTION_FEATURES if opened.kind == "instruction" else PREFERENCE_FEATURES
-    with TableWriter(path, features) as table:
+    with TableWriter(path, FEATURES[opened.kind]) as table:
         for row in opened.rows:
             read += 1
             if isinstance(row, Quarantined):
@@ -58,9 +57,9 @@ def load_rows(
 
 
 def load_evaluation(references: list[str], n: int) -> EvaluationIndex | None:
-    """Index evaluation files that training rows must not share n-grams with; None where there is no file.
+    """Index the evaluation files that training rows must not share n-grams with; None without files.
 
-    Of a file in no known format (benchmarks have columns of their own) each text counts by itself.
+    A benchmark often has columns of its own. Of a file in no known format, every text is indexed alone.
 
     Raises:
         RequestError: a file is missing, empty or cannot be read.
@@ -69,35 +68,40 @@ def load_evaluation(references: list[str], n: int) -> EvaluationIndex | None:
         return None
     index = EvaluationIndex(n)
     for reference in references:
-        try:
-            # The names of the recipe's own columns say nothing about another's file.
-            rows = open_dataset(reference, None, DataConfig()).rows
-        except UnknownFormatError:
-            logger.info("%s is in no known format: each of its texts counts by itself", reference)
+        opened = _open_evaluation(reference)
+        if opened is None:
             for record in open_records(reference):
                 for text in _texts(record.value) if isinstance(record, Record) else ():
                     index.add_text(text)
-            continue
-        for row in rows:
-            if not isinstance(row, Quarantined):
-                index.add(row)
+        else:
+            for row in opened.rows:
+                if not isinstance(row, Quarantined):
+                    index.add(row)
     return index
 
 
 def check_evaluation(references: list[str]) -> None:
-    """Open evaluation files once, so that a wrong one is told now.
+    """Open each evaluation file once, so that a wrong one is refused before the run.
 
     Raises:
-        RequestError: as `load_evaluation`.
+        RequestError: a file is missing, empty or cannot be read.
     """
     for reference in references:
-        try:
-            open_dataset(reference, None, DataConfig())
-        except UnknownFormatError:
-            logger.info("%s is in no known format: each of its texts counts by itself", reference)
+        _open_evaluation(reference)
+
+
+def _open_evaluation(reference: str) -> OpenedDataset | None:
+    """The rows of an evaluation file, or None if its format is unknown."""
+    try:
+        # Not the recipe's DataConfig: its `columns` map the names of another dataset.
+        return open_dataset(reference, None, DataConfig())
+    except UnknownFormatError:
+        logger.info("%s is in no known format: each of its texts is compared alone", reference)
+        return None
 
 
 def _texts(value: Any) -> Iterator[str]:
+    """All strings inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):

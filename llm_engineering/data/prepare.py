@@ -1,7 +1,7 @@
-"""From candidate rows to a dataset that can be trained on: checked one by one, judged together, and split.
+"""Makes a dataset that can be trained on from candidate rows: checks, judges and splits them.
 
-Rows go through in three passes over files: rules look at each row (`examine`), what they have in common is judged by
-their hashes (`verdicts`), and the rows that stay are written to their split. No pass holds the rows in memory.
+Three passes over files do this: `examine` checks each row, `verdicts` compares the rows by their hashes, and `_Writer`
+writes each row to its split or to the quarantine. No pass holds the rows in memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llm_engineering.data.duplicates import EvaluationIndex
 from llm_engineering.data.examine import Examiner, examine
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import INSTRUCTION_FEATURES, PREFERENCE_FEATURES, SPLITS, to_dataset
+from llm_engineering.data.rows import FEATURES, SPLITS, Message, Row, instruction_row, preference_row, to_dataset
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
 from llm_engineering.data.verdicts import RowIndex, Verdict, Verdicts, judge
 from llm_engineering.errors import RequestError, WorkError
@@ -32,9 +32,9 @@ from llm_engineering.recipe.data_blocks import DataConfig
 logger = logging.getLogger(__name__)
 
 SUSPICIOUS_ROWS = 10
-# From so many rows on, what takes seconds says what it does.
+# With at least this many rows, judging takes seconds and is logged.
 BIG_ROWS = 100_000
-# Rows of a cluster that are named in a sentence; the table of clusters has them all.
+# Rows of a cluster that a message names. The table of clusters has all of them.
 _NAMED = 3
 _SHOWN_CHARS = 300
 _TEXT = Value("string")
@@ -45,15 +45,15 @@ _RAW_FINDINGS = Features({"row": Value("int64"), "rule": _TEXT, "detail": _TEXT}
 
 
 class Prepared(NamedTuple):
-    """What preparing made.
+    """The result of `prepare`.
 
     Attributes:
-        splits: `train`, `validation` and `test` rows.
-        findings: what rules report of rows that were kept.
-        clusters: every row of every cluster of duplicates, and what became of it.
-        suspicious: the rows with the most findings, worst first.
-        leaked: held-out rows that stood on a less held-out side too.
-        seconds: what checking, judging and writing took.
+        splits: the kept rows of `train`, `validation` and `test`.
+        findings: what rules report about kept rows.
+        clusters: every row of every cluster of duplicates, and whether it was kept.
+        suspicious: the rows that most rules match, worst first.
+        leaked: the number of held-out rows that also occurred in a less held-out split.
+        seconds: the duration of `check`, `judge` and `write`.
     """
 
     splits: DatasetDict
@@ -64,7 +64,7 @@ class Prepared(NamedTuple):
     seconds: dict[str, float]
 
     def tables(self) -> dict[str, Dataset]:
-        """What the data report shows of them."""
+        """The tables that the data report shows."""
         return {"findings": self.findings, "clusters": self.clusters, "suspicious": self.suspicious}
 
 
@@ -81,21 +81,20 @@ def prepare(
     """Check, judge and split rows.
 
     Args:
-        kind: `instruction` or `preference`: the stage that the ledger counts by; a test split of the user's own
-            counts as `instruction_test` or `preference_test`.
-        folder: for the files of this work.
+        kind: `instruction` or `preference`. It is also the stage in the ledger; the stage of a test split of the user's
+            own is `instruction_test` or `preference_test`.
+        folder: the folder for the files of all passes.
         own_test: the user's own test split; `candidates` are then split into training and validation.
-        evaluation: what training rows must not share n-grams with (`data.decontaminate_against`).
-        inspected: only look: nothing is split, and what leaks into `own_test` is counted and stays.
+        evaluation: rows that training rows must not share n-grams with (`data.decontaminate_against`).
+        inspected: report only: all candidates are training rows, and rows that leak into `own_test` are kept.
 
     Raises:
         RequestError: rows leak into the user's own test split, and `data.strict` is on.
     """
-    features = INSTRUCTION_FEATURES if kind == "instruction" else PREFERENCE_FEATURES
     parts = [(kind, candidates, "train" if inspected else None)]
     if own_test is not None:
         parts.append((f"{kind}_test", own_test, "test"))
-    valid = TableWriter(folder / "valid.arrow", features)
+    valid = TableWriter(folder / "valid.arrow", FEATURES[kind])
     raw_findings = TableWriter(folder / "raw-findings.arrow", _RAW_FINDINGS)
     progress = Progress("rows checked", sum(len(dataset) for _, dataset, _ in parts))
     ends: dict[str, int] = {}
@@ -128,7 +127,7 @@ def prepare(
 
 
 def check_splits(splits: DatasetDict, kind: str, ledger: Ledger) -> None:
-    """Check that there is something to train on and to measure with.
+    """Check that every split has rows.
 
     Raises:
         WorkError: a split is empty.
@@ -137,20 +136,20 @@ def check_splits(splits: DatasetDict, kind: str, ledger: Ledger) -> None:
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in ledger.by_reason(kind).items())
         raise WorkError(
-            f"No {kind} row is left: all that was read was set aside ({reasons or 'nothing was read'}). "
+            f"No {kind} row is left: all rows were set aside ({reasons or 'nothing was read'}). "
             "`make inspect DATA=file` shows each row of a file with its reason."
         )
     empty = [name for name, part in splits.items() if not len(part)]
     if empty:
         raise WorkError(
             f"The {kind} dataset has {rows} rows, and the {' and '.join(empty)} split came out empty. Rows of one "
-            "document or prompt stay together: add data, or raise data.split.test_fraction and "
+            "document or prompt go to the same split: add data, or raise data.split.test_fraction and "
             "data.split.validation_fraction."
         )
 
 
 class _Writer:
-    """The third pass: every row goes to its split or to the quarantine, with what is reported of it."""
+    """The third pass: writes every row to its split or to the quarantine, and the findings about it."""
 
     def __init__(
         self,
@@ -172,13 +171,14 @@ class _Writer:
         self.cluster_of = {row: rows for rows in verdicts.clusters for row in rows}
         self.ends = ends
         self.kept: Counter[str] = Counter()
-        self.worst: list[tuple[int, int, dict[str, Any]]] = []
+        # A heap of (rules that match, -row number, record), of at most SUSPICIOUS_ROWS entries.
+        self.worst: list[tuple[int, int, dict[str, str]]] = []
         self.splits = {name: TableWriter(folder / f"{name}.arrow", valid.features) for name in SPLITS}
         self.findings = TableWriter(folder / "findings.arrow", _FINDINGS)
         self.clusters = TableWriter(folder / "clusters.arrow", _CLUSTERS)
 
     def write(self, ledger: Ledger) -> None:
-        """Write every row where it belongs."""
+        """Write all rows and clusters."""
         self.valid.close()
         start = 0
         for batch in stream_batches(self.valid.path):
@@ -189,15 +189,17 @@ class _Writer:
                 chosen = [position for position, one in enumerate(sides) if one == side]
                 if chosen:
                     self.splits[name].write_batch(batch.take(pa.array(chosen)))
-            ledger.set_aside(
-                self._quarantined(row, verdict, _record(batch, row - start)) for row, verdict in dropped.items()
-            )
             for row in rows:
-                found = self._found(row)
-                if row not in dropped:
+                findings = self._findings_of(row)
+                if row in dropped:
+                    verdict = dropped[row]
+                    detail = self._detail(row, verdict)
+                    content = _row(batch, row - start)
+                    ledger.set_aside([Quarantined.of_row(content, self._stage(row), verdict.rule, detail)])
+                else:
                     self.kept[self._stage(row)] += 1
-                    if found:
-                        self._report(row, found, batch, row - start)
+                    if findings:
+                        self._report(row, findings, _row(batch, row - start))
             start += batch.num_rows
         for number, members in enumerate(self.verdicts.clusters):
             for row in members:
@@ -207,69 +209,55 @@ class _Writer:
                 self.clusters.write({"cluster": number, **self.index.names(row), "split": split, "fate": fate})
 
     def prepared(self, seconds: dict[str, float]) -> Prepared:
-        """What was written."""
+        """Open everything that was written."""
+        worst = sorted(self.worst, key=lambda entry: entry[:2], reverse=True)
         return Prepared(
             splits=DatasetDict({name: table.dataset() for name, table in self.splits.items()}),
             findings=self.findings.dataset(),
             clusters=self.clusters.dataset(),
-            suspicious=to_dataset(
-                [row for *_, row in sorted(self.worst, key=lambda one: one[:2], reverse=True)], _SUSPICIOUS
-            ),
+            suspicious=to_dataset([record for *_, record in worst], _SUSPICIOUS),
             leaked=len(self.verdicts.leaked),
             seconds=seconds,
         )
 
     def refusal(self) -> str:
-        """Why a test split that leaks is refused."""
+        """The message that refuses a test split with leaks."""
         leaks = [
             f"{self._source(row)} is like {self._source(verdict.other)}"
-            for row, found in self.verdicts.by_row.items()
-            for verdict in found
+            for row, verdicts in self.verdicts.by_row.items()
+            for verdict in verdicts
             if verdict.rule == "leaks_into_test"
         ]
         return (
-            f"{len(self.verdicts.leaked)} rows of the test split stand in the training data too, and data.strict is on: "
+            f"{len(self.verdicts.leaked)} rows of the test split are also in the training data, and data.strict is on: "
             f"{'; '.join(leaks[:_NAMED])}{' …' if len(leaks) > _NAMED else ''}. Remove them from one of the two files, "
-            "or set data.strict to false: they then leave the training side."
+            "or set data.strict to false, which removes them from the training data."
         )
 
-    def _found(self, row: int) -> list[tuple[str, str]]:
-        """What is reported of a row: by the rules that look at it alone, then by those that compare."""
-        found = []
+    def _findings_of(self, row: int) -> list[tuple[str, str]]:
+        """Rule and detail of every report on a row: first of the rules for single rows, then of the comparisons."""
+        findings = []
         while self.next_raw is not None and self.next_raw["row"] == row:
-            found.append((self.next_raw["rule"], self.next_raw["detail"]))
+            findings.append((self.next_raw["rule"], self.next_raw["detail"]))
             self.next_raw = next(self.raw, None)
         reported = (verdict for verdict in self.verdicts.by_row.get(row, ()) if not verdict.drops)
-        return found + [(verdict.rule, self._detail(row, verdict)) for verdict in reported]
+        return findings + [(verdict.rule, self._detail(row, verdict)) for verdict in reported]
 
-    def _report(self, row: int, found: Sequence[tuple[str, str]], batch: pa.RecordBatch, position: int) -> None:
+    def _report(self, row: int, findings: Sequence[tuple[str, str]], content: Row) -> None:
         names = self.index.names(row)
-        for rule, detail in found:
+        for rule, detail in findings:
             self.findings.write({**names, "rule": rule, "detail": detail})
-        # Of two rows with as many rules against them, the earlier is shown.
-        entry = (len({rule for rule, _ in found}), -row)
+        # If two rows match equally many rules, the earlier row is shown.
+        entry = (len({rule for rule, _ in findings}), -row)
         if len(self.worst) < SUSPICIOUS_ROWS or entry > self.worst[0][:2]:
-            record = _record(batch, position)
-            answer = record["completion"] if "completion" in record else record["chosen"]
             shown = {
                 **names,
-                "findings": "; ".join(f"{rule}: {detail}" if detail else rule for rule, detail in found),
-                "prompt": redacted("\n".join(message["content"] for message in record["prompt"]))[:_SHOWN_CHARS],
-                "answer": redacted("\n".join(message["content"] for message in answer))[:_SHOWN_CHARS],
+                "findings": "; ".join(f"{rule}: {detail}" if detail else rule for rule, detail in findings),
+                "prompt": _shown(content.prompt),
+                "answer": _shown(content.answers[0]),
             }
             push = heapq.heappush if len(self.worst) < SUSPICIOUS_ROWS else heapq.heapreplace
             push(self.worst, (*entry, shown))
-
-    def _quarantined(self, row: int, verdict: Verdict, record: dict[str, Any]) -> Quarantined:
-        text = redacted(record["prompt"][-1]["content"])[:200] if record["prompt"] else ""
-        return Quarantined(
-            stage=self._stage(row),
-            reason=verdict.rule,
-            source=record["source"],
-            place=record["id"],
-            detail=self._detail(row, verdict),
-            text=text,
-        )
 
     def _detail(self, row: int, verdict: Verdict) -> str:
         if verdict.rule == "length_outlier":
@@ -280,7 +268,7 @@ class _Writer:
         if verdict.rule == "exact_duplicate":
             return f"first seen at {other}"
         if verdict.rule == "conflicting_answers":
-            return f"the row at {other} answers the same prompt otherwise"
+            return f"the row at {other} has another answer to the same prompt"
         cluster = self.cluster_of.get(row, [])
         rest = list(islice((one for one in cluster if one not in (row, verdict.other)), _NAMED))
         more = f", with {', '.join(map(self._source, rest))}" if rest else ""
@@ -294,6 +282,10 @@ class _Writer:
         return self.index.names(row)["source"]
 
 
-def _record(batch: pa.RecordBatch, position: int) -> dict[str, Any]:
+def _row(batch: pa.RecordBatch, position: int) -> Row:
     record: dict[str, Any] = batch.slice(position, 1).to_pylist()[0]
-    return record
+    return instruction_row(record) if "completion" in record else preference_row(record)
+
+
+def _shown(messages: Sequence[Message]) -> str:
+    return redacted("\n".join(message.content for message in messages))[:_SHOWN_CHARS]

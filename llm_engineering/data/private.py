@@ -1,8 +1,8 @@
-"""Finds personal data and secrets in a text: where they stand and of what kind, never what they say.
+"""Finds personal data and secrets in a text: their positions and kinds, never their values.
 
-E-mail addresses by a pattern after RFC 5322's dot-atoms, telephone numbers by phonenumbers (Google's libphonenumber),
-credentials by the patterns of detect-secrets. All of them run over every message of a dataset, so each begins with a
-cheap test for something that every match holds.
+E-mail addresses are found by a pattern after RFC 5322's dot-atoms, telephone numbers by phonenumbers (Google's
+libphonenumber), credentials by the patterns of detect-secrets. All patterns run over every message of a dataset, so each
+search begins with a cheap test for a string that every match contains.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from detect_secrets.plugins.twilio import TwilioKeyDetector
 
 
 class Private(NamedTuple):
-    """A private part of a text: its kind for people, what masks it, and its characters [start, end)."""
+    """A private part of a text: a readable kind, the mask that replaces it, and its characters [start, end)."""
 
     kind: str
     mask: str
@@ -41,17 +41,18 @@ class Private(NamedTuple):
     end: int
 
 
-# Latin letters beyond ASCII are taken, others not: in "写信给bob@firma.de吧" the address ends where the script changes.
+# Latin letters beyond ASCII belong to an address, other scripts do not: in "写信给bob@firma.de吧" it ends before "吧".
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9À-ɏ._%+-])[A-Za-z0-9À-ɏ_%+-][A-Za-z0-9À-ɏ._%+-]{0,63}"
     r"@((?:[A-Za-z0-9À-ɏ-]{1,63}\.){1,8}[A-Za-z]{2,24})(?![A-Za-z0-9À-ɏ-])"
 )
-# Reserved for documentation by RFC 2606; SSH's `git@` is nobody's, and `icon@2x.png` is a file.
+# RFC 2606 reserves the example domains for documentation. SSH's `git@` is no person, and `icon@2x.png` is a file.
 _NO_EMAIL = re.compile(r"git@|.*@(?:.*\.)?(?:example(?:\.\w+)?|test|invalid)$|.*@\dx\.", re.IGNORECASE)
 _IN_URL = re.compile(r"://[^/?#\s]*$")
 
-# A number with a plus sign has at least five digits (country code and all), and between them only what libphonenumber
-# allows: at most four characters, no letter but x, no operator. What this does not find, it cannot find either.
+# A number with a plus sign has at least five digits with its country code, and between two digits only what
+# libphonenumber allows: at most four characters, no letter except x, no operator. A text that this pattern does not
+# match contains no number that libphonenumber finds.
 _INTERNATIONAL = re.compile(r"[+＋][^\d=*\nA-WYZa-wyz]{0,9}\d(?:[^\d=*+\nA-WYZa-wyz]{0,4}\d){4}")
 _NATIONAL_END = re.compile(r"[0-9]{3}[-.][0-9]{4}")
 _NORTH_AMERICAN = re.compile(
@@ -62,15 +63,15 @@ _NORTH_AMERICAN = re.compile(
 def personal_data(text: str) -> list[Private]:
     """E-mail addresses and telephone numbers, in the order of the text.
 
-    Numbers count in the international form, with a plus sign, as libphonenumber validates them. Without it the same
-    digits mean different things from country to country, and order numbers, dates and sums look no different; a recipe
-    names no country. The one national form that is unmistakable as written is North America's, `(212) 555-0123` or
-    `212-555-0123`: it counts if the area code and the exchange exist.
+    Telephone numbers count in the international form, with a plus sign, if libphonenumber validates them. Without the
+    plus sign, the same digits mean different things in each country and look like order numbers, dates and sums, and a
+    recipe names no country. The only national form that is unmistakable is North America's, `(212) 555-0123` or
+    `212-555-0123`. It counts if the area code and the exchange exist.
     """
     found: list[Private] = []
     if "@" in text:
         found += (
-            Private("e-mail address", "[EMAIL]", *match.span()) for match in _EMAIL.finditer(text) if _mail(match)
+            Private("e-mail address", "[EMAIL]", *match.span()) for match in _EMAIL.finditer(text) if _is_email(match)
         )
     if ("+" in text or "＋" in text) and _INTERNATIONAL.search(text):
         found += (Private("telephone number", "[PHONE]", *span) for span in _international(text))
@@ -83,19 +84,19 @@ def personal_data(text: str) -> list[Private]:
     return _disjoint(found)
 
 
-def _mail(match: re.Match[str]) -> bool:
-    # In `postgres://ann:word@host.org` the part before the @ is a password, no mailbox.
+def _is_email(match: re.Match[str]) -> bool:
+    # In `postgres://ann:word@host.org` the text before the @ is a password and no mailbox.
     before = match.string[max(0, match.start() - 200) : match.start()]
     return not _NO_EMAIL.match(match.group()) and not _IN_URL.search(before)
 
 
 def _international(text: str) -> Iterator[tuple[int, int]]:
     start = 0
-    # Numbers do not run over the end of a line, and most lines hold none.
+    # A number never continues in the next line, and most lines contain none.
     for line in text.split("\n"):
         if _INTERNATIONAL.search(line):
             for match in phonenumbers.PhoneNumberMatcher(line, None):
-                # In `0.5 + 14285714` and `x+4420836611` it is a sum.
+                # `0.5 + 14285714` and `x+4420836611` are sums.
                 if not match.raw_string[1:2].isspace() and not _is_alphanumeric(line[match.start - 1 : match.start]):
                     yield start + match.start, start + match.end
         start += len(line) + 1
@@ -104,16 +105,16 @@ def _international(text: str) -> Iterator[tuple[int, int]]:
 class _Credential(NamedTuple):
     kind: str
     pattern: re.Pattern[str]
-    group: int  # which group is the secret; 0: the whole match
-    marks: tuple[str, ...]  # every match holds one of these
-    exact: bool  # a letter or digit right behind it makes it something else
+    group: int  # the group that is the secret; 0 is the whole match
+    marks: tuple[str, ...]  # every match contains one of these
+    exact: bool  # the length is fixed: a match that a letter or digit follows is no secret
 
 
-# detect-secrets' plugins that are on, with the marks of each of their patterns in order. Off are those whose matches
-# are mostly none: both entropy plugins (digests, UUIDs, base64 of anything), keyword (`password = "password"` in every
-# lesson about code), public IP addresses, Artifactory (any word in capitals that begins with APA), IBM IAM, IBM COS,
-# Cloudant and SoftLayer (any digest behind `key`), and npm (slow; the form of its token stands below). The private key
-# plugin knows no end of the key; see _PRIVATE_KEY.
+# The enabled plugins of detect-secrets, with the marks of each of their patterns, in the order of the patterns. Plugins
+# whose matches are mostly no secrets are left out: both entropy plugins (digests, UUIDs, any base64), keyword
+# (`password = "password"` in every lesson about code), public IP addresses, Artifactory (any word in capitals that begins
+# with APA), IBM IAM, IBM COS, Cloudant and SoftLayer (any digest after `key`). The npm plugin is slow; its tokens have a
+# pattern below. The private key plugin does not find the end of the key; _PRIVATE_KEY does.
 _PLUGINS: list[tuple[RegexBasedDetector, tuple[tuple[str, ...], ...]]] = [
     (AWSKeyDetector(), (("A3T", "ABIA", "ACCA", "AKIA", "ASIA"), ("aws",))),
     (AzureStorageKeyDetector(), (("AccountKey=",),)),
@@ -150,8 +151,8 @@ _FIXED_LENGTH = (AWSKeyDetector, MailchimpDetector, TelegramBotTokenDetector, Tw
 _CREDENTIALS = [
     _Credential(
         plugin.secret_type,
-        # These two run on without a bound; if they began within a word too, eyJeyJeyJ… would take time in the square
-        # of its length.
+        # These two patterns have no length limit. If they could begin inside a word, searching eyJeyJeyJ… would take
+        # quadratic time.
         re.compile(r"(?<![A-Za-z0-9_-])" + pattern.pattern) if isinstance(plugin, _UNBOUNDED) else pattern,
         group=0 if isinstance(plugin, _PREFIX_GROUP) else min(1, pattern.groups),
         marks=marks,
@@ -160,7 +161,7 @@ _CREDENTIALS = [
     for plugin, all_marks in _PLUGINS
     for pattern, marks in zip(plugin.denylist, all_marks, strict=True)
 ] + [
-    # Newer than detect-secrets' last release; the prefixes are those of their issuers' documentation.
+    # These are newer than detect-secrets' last release. The prefixes are from the issuers' documentation.
     _Credential(kind, re.compile(pattern), 0, marks, False)
     for kind, pattern, marks in (
         ("GitHub Token", r"github_pat_[A-Za-z0-9_]{40,}", ("github_pat_",)),
@@ -171,20 +172,22 @@ _CREDENTIALS = [
         ("Anthropic Token", r"sk-ant-[A-Za-z0-9_-]{40,}", ("sk-ant-",)),
     )
 ]
-_MARKS = [
-    (mark, place)
-    for place, credential in enumerate(_CREDENTIALS)
-    if not credential.pattern.flags & re.IGNORECASE
-    for mark in credential.marks
-]
-# Looked for in the casefolded text, not the lowered one: IGNORECASE also takes the long ſ for an s.
-_FOLDED_MARKS = [
-    (mark, place)
-    for place, credential in enumerate(_CREDENTIALS)
-    if credential.pattern.flags & re.IGNORECASE
-    for mark in credential.marks
-]
-# Only with key material behind it: the first line alone is what lessons about keys show.
+
+
+def _marks(ignore_case: bool) -> list[tuple[str, int]]:
+    """The marks of the patterns with or without IGNORECASE, each with the pattern's position in _CREDENTIALS."""
+    return [
+        (mark, place)
+        for place, credential in enumerate(_CREDENTIALS)
+        if bool(credential.pattern.flags & re.IGNORECASE) == ignore_case
+        for mark in credential.marks
+    ]
+
+
+_MARKS = _marks(ignore_case=False)
+# Searched in the casefolded text, not in the lowered one: IGNORECASE also matches the long ſ with an s.
+_FOLDED_MARKS = _marks(ignore_case=True)
+# A key block counts only if key material follows: lessons about keys show the first line alone.
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PRIVATE_KEY_END = re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
 _KEY_MATERIAL = re.compile(r"[A-Za-z0-9+/]{40}")
@@ -194,16 +197,16 @@ _PLACEHOLDER_PASSWORD = re.compile(
     r"(?:pass(?:word|wd)?|pwd?|secret|token|key|changeme|example|credentials?)\d{0,3}|x+|\.+|\W*)[^A-Za-z0-9]*",
     re.IGNORECASE,
 )
-# A random token of 20 characters has about 14 different ones; `ghp_xxxxxxxx…` and other stand-ins have few.
+# A random token of 20 characters has about 14 different characters; placeholders such as `ghp_xxxxxxxx…` have few.
 _MIN_DIFFERENT = 10
-# jwt.io's specimen (subject 1234567890), and AWS's, which say EXAMPLE, stand in many lessons.
+# Many lessons quote the example token of jwt.io (subject 1234567890) and the example keys of AWS (they say EXAMPLE).
 _SPECIMENS = ("EXAMPLE", ".eyJzdWIiOiIxMjM0NTY3ODkwIi")
 
 
 def secrets(text: str) -> list[Private]:
     """Keys, tokens, private key blocks, and passwords in URLs, in the order of the text.
 
-    Stand-ins such as `ghp_xxxxxxxx`, `user:password@` or `${TOKEN}` are none.
+    Placeholders such as `ghp_xxxxxxxx`, `user:password@` or `${TOKEN}` are no secrets.
     """
     folded = text.casefold()
     candidates = {place for mark, place in _MARKS if mark in text}
@@ -224,7 +227,7 @@ def _credentials(text: str, credential: _Credential) -> Iterator[Private]:
             if credential.exact:
                 is_whole = is_whole and not _is_alphanumeric(text[end : end + 1])
             else:
-                # Some patterns stop before the token does, e.g. before a JWT's signature.
+                # Some patterns end before the token ends, e.g. before the signature of a JWT.
                 rest = _REST.match(text, end) if is_whole else None
                 end = rest.end() if rest else end
         if is_whole and _is_secret(credential, match, text[start:end]):
@@ -258,7 +261,7 @@ def _private_keys(text: str) -> Iterator[Private]:
     limits = [begin.start() for begin in begins[1:]] + [len(text)]
     for begin, limit in zip(begins, limits, strict=True):
         closing = _PRIVATE_KEY_END.search(text, begin.end(), limit)
-        # Without its last line the key may run to the end, or to the next key.
+        # A key without its last line extends to the next key or to the end of the text.
         end = closing.end() if closing else limit
         if _KEY_MATERIAL.search(text, begin.end(), end):
             yield Private("Private Key", "[SECRET]", begin.start(), end)
@@ -285,6 +288,6 @@ def masked(text: str, found: Iterable[Private]) -> str:
 
 
 def redacted(text: str) -> str:
-    """The text without anything private, for reports."""
+    """The text with all secrets and personal data masked, for reports."""
     text = masked(text, secrets(text))
     return masked(text, personal_data(text))

@@ -1,4 +1,4 @@
-"""Canonical rows: conversations in TRL's columns, with an id, a source, and the split that they fall into."""
+"""Canonical rows: conversations in TRL's columns, with an id, a source, and the rule that assigns each to a split."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from llm_engineering.recipe.data_blocks import SplitConfig
 
 ROLES = ("system", "user", "assistant")
+# From the split that is trained on to the split that is held out longest.
+SPLITS = ("train", "validation", "test")
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _ORIGIN = {"id": Value("string"), "source": Value("string"), "origin": Value("string"), "document": Value("string")}
-INSTRUCTION_FEATURES = Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES})
-PREFERENCE_FEATURES = Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES})
-# In scripts without spaces a run of letters is a sentence, not a word: each sign counts as one.
-_SIGN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_SIGN}]|[^\W{_SIGN}]+")
+# The columns of a dataset, by the kind of its rows.
+FEATURES = {
+    "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
+    "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
+}
+# Chinese, Japanese and Korean write no spaces between words, so each of their characters counts as one word.
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 
 
 class Message(BaseModel):
@@ -40,15 +45,16 @@ class Message(BaseModel):
 
 
 class _Row(BaseModel):
-    """What both kinds of rows have.
+    """The fields that both kinds of rows share.
 
     Attributes:
-        source: file and place, or document and characters, that the row was made from.
-        origin: who wrote the answer: `human`, `document`, or a model's name; `unknown` where the file does not say.
-        document: what rows must share a split with: the source document; empty where there is none.
+        source: the file and the place in it, or the document and its characters, that the row was made from.
+        origin: who wrote the answer: `human`, `document`, or the name of a model; `unknown` if the file does not say.
+        document: the source document; rows of one document go to the same split. Empty if there is none.
     """
 
-    model_config = ConfigDict(frozen=True)
+    # A record of a dataset also has the column `id`, which is computed anew.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     prompt: list[Message]
     source: str
@@ -57,19 +63,24 @@ class _Row(BaseModel):
 
     @property
     def id(self) -> str:
-        """Hash of the content alone: the same text has the same id wherever it comes from."""
+        """Hash of the messages alone: the same text has the same id wherever it comes from."""
         content = self.model_dump(exclude={"source", "origin", "document"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self) -> dict[str, Any]:
-        """The row as a dataset holds it."""
+        """The row as a record of a dataset."""
         return {"id": self.id, **self.model_dump()}
 
 
 class InstructionRow(_Row):
-    """`completion` starts with an assistant turn; every assistant turn in it is trained on."""
+    """`completion` starts with an assistant turn; training learns every assistant turn in it."""
 
     completion: list[Message]
+
+    @property
+    def answers(self) -> list[list[Message]]:
+        """The completion, as a list of one answer."""
+        return [self.completion]
 
 
 class PreferenceRow(_Row):
@@ -78,71 +89,67 @@ class PreferenceRow(_Row):
     chosen: list[Message]
     rejected: list[Message]
 
+    @property
+    def answers(self) -> list[list[Message]]:
+        """The chosen answer, then the rejected one."""
+        return [self.chosen, self.rejected]
+
+
+Row = InstructionRow | PreferenceRow
+# Each reads a record of a dataset.
+instruction_row = InstructionRow.model_validate
+preference_row = PreferenceRow.model_validate
+
 
 def to_dataset(records: Sequence[dict[str, Any]], features: Features) -> Dataset:
-    """Records as a dataset, with the same columns also when there are none."""
+    """Make a dataset of records. Without records it has no rows, but the same columns."""
     # Dataset.from_list loses the columns of an empty list.
     return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
 
 
 def instruction_dataset(rows: Sequence[InstructionRow]) -> Dataset:
-    """Instruction rows as a dataset."""
-    return to_dataset([row.record() for row in rows], INSTRUCTION_FEATURES)
+    """Make a dataset of instruction rows."""
+    return to_dataset([row.record() for row in rows], FEATURES["instruction"])
 
 
 def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
-    """Preference rows as a dataset."""
-    return to_dataset([row.record() for row in rows], PREFERENCE_FEATURES)
-
-
-def instruction_row(record: dict[str, Any]) -> InstructionRow:
-    """A dataset's record as a row."""
-    return InstructionRow.model_validate({k: v for k, v in record.items() if k != "id"})
-
-
-def preference_row(record: dict[str, Any]) -> PreferenceRow:
-    """A dataset's record as a row."""
-    return PreferenceRow.model_validate({k: v for k, v in record.items() if k != "id"})
-
-
-# From what is trained on to what is held out most.
-SPLITS = ("train", "validation", "test")
+    """Make a dataset of preference rows."""
+    return to_dataset([row.record() for row in rows], FEATURES["preference"])
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation; in scripts without spaces, its signs."""
+    """The words of a text in lower case and without punctuation; in scripts without spaces, its characters."""
     return _WORD.findall(text.lower())
 
 
 def normalised(text: str) -> str:
-    """A text for comparing: its words, without case, punctuation and space."""
+    """A text's words, joined by single spaces, to compare texts without case, punctuation and white space."""
     return " ".join(words(text))
 
 
-def split_key(row: InstructionRow | PreferenceRow) -> str:
-    """What decides a row's split: its document, or its prompt with case, punctuation and space folded."""
-    return row.document or prompt_text(row)
+def folded(messages: Sequence[Message]) -> str:
+    """The normalised text of messages; the text itself if it consists of punctuation."""
+    text = "\n".join(message.content for message in messages)
+    return normalised(text) or text
+
+
+def row_text(row: Row) -> str:
+    """The text in which near duplicates are searched: the prompt and the answer that training makes likelier."""
+    return "\n".join(message.content for message in (*row.prompt, *row.answers[0]))
+
+
+def split_key(row: Row) -> str:
+    """The text that decides a row's split: the name of its document, or its normalised prompt."""
+    return row.document or folded(row.prompt)
 
 
 def split_of(key: str, config: SplitConfig, has_own_test: bool = False) -> str:
-    """The split of a key: its SHA-256 as a number in [0, 1), the test share first, then validation.
+    """The split of a key: its SHA-256 as a number in [0, 1); the test share comes first, then validation.
 
-    It depends on the key alone, so a row never changes sides when other rows come or go. With a test split of the
-    user's own, the test share is trained on.
+    The split depends on the key alone, so a row keeps its split when other rows are added or removed. With a test split
+    of the user's own, the test share goes to training.
     """
     position = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8]) / 2**64
     if position < config.test_fraction:
         return "train" if has_own_test else "test"
     return "validation" if position < config.test_fraction + config.validation_fraction else "train"
-
-
-def prompt_text(row: InstructionRow | PreferenceRow) -> str:
-    """The prompt with case, punctuation and space folded; as it is where it is nothing but punctuation."""
-    text = "\n".join(message.content for message in row.prompt)
-    return normalised(text) or text
-
-
-def row_text(row: InstructionRow | PreferenceRow) -> str:
-    """What near duplicates are judged by: the prompt and the answer that is learned."""
-    answer = row.completion if isinstance(row, InstructionRow) else row.chosen
-    return "\n".join(message.content for message in (*row.prompt, *answer))

@@ -1,6 +1,6 @@
-"""The checks that one row answers by itself: is there an answer, is it whole, does it refuse, is anything in it private.
+"""Checks of a single row: an empty, cut off or refusing answer, equal answers, a missing passage, private data.
 
-Each rule's switch stands in the recipe (`data.rules`). What needs other rows, such as duplicates, is judged elsewhere.
+`data.rules` in the recipe has a switch for each rule. Checks that compare rows, such as duplicates, are in `verdicts`.
 """
 
 from __future__ import annotations
@@ -12,39 +12,38 @@ from itertools import zip_longest
 from typing import Generic, NamedTuple, TypeVar, cast
 
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
 from llm_engineering.recipe.data_blocks import RulesConfig
 
 RowT = TypeVar("RowT", bound=InstructionRow | PreferenceRow)
-Row = InstructionRow | PreferenceRow
 
-# Longest quotation of a row in a detail, in characters.
+# Characters of a row that a detail quotes at most.
 QUOTE_CHARS = 80
-# Origins of rows that no model wrote, or of which it is not known.
+# Origins of rows that no model wrote, and of rows whose author is unknown.
 NOT_GENERATED = frozenset({"human", "unknown", "document", ""})
-# A prompt from this many characters on carries the text that it speaks of.
+# A prompt of at least this many characters is assumed to contain the text that it mentions.
 LONG_PROMPT_CHARS = 400
-# Blank although Unicode counts them as letters, symbols or marks: Hangul's fillers, the empty braille pattern, the
+# Invisible, although Unicode counts them as letters, symbols or marks: Hangul's fillers, the empty braille pattern, the
 # grapheme joiner and the variation selectors.
 _BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f" + "".join(map(chr, range(0xFE00, 0xFE10))))
 
 
 class Finding(NamedTuple):
-    """A rule, by its name in RulesConfig, that matched a row which stays."""
+    """A match of a rule in a row that is kept. `rule` is its name in RulesConfig."""
 
     rule: str
     detail: str
 
 
 class Checked(NamedTuple, Generic[RowT]):
-    """What the rules say of a row.
+    """The result of all rules for one row.
 
     Attributes:
-        row: the row, or a copy without its private parts where a switch is `mask`.
-        reason: the rule that drops the row; empty for one that stays.
-        detail: what that rule found. No detail repeats anything private.
-        findings: what other rules found, and what was masked.
+        row: the row, or a copy whose private parts are masked if a switch is `mask`.
+        reason: the rule that drops the row; empty if the row is kept.
+        detail: what that rule found. No detail quotes private data.
+        findings: what the other rules found, and what was masked.
     """
 
     row: RowT
@@ -54,25 +53,21 @@ class Checked(NamedTuple, Generic[RowT]):
 
 
 def is_generated(row: Row) -> bool:
-    """Whether a model wrote the row, or part of it."""
+    """Whether a model wrote the row or a part of it."""
     return row.origin.strip().casefold() not in NOT_GENERATED
 
 
 class RowRules:
-    """Checks rows one by one; nothing is carried from one to the next.
-
-    Args:
-        config: each rule's switch.
-    """
+    """Checks rows one by one, with the switches of `config`."""
 
     def __init__(self, config: RulesConfig) -> None:
         self.config = config
 
     def check(self, row: RowT) -> Checked[RowT]:
-        """Judge a row. The first rule that drops it is its reason, and no rule is asked after it.
+        """Apply all rules to a row, until one of them drops it.
 
-        Secrets and personal data go first, so that a row which a later rule drops is masked all the same. Secrets go
-        before personal data: what stands before the @ of a URL is a password, not a mailbox.
+        Private data comes first, so that a row that a later rule drops is masked too. Secrets come before personal
+        data: the text before the @ of a URL is a password and no mailbox.
         """
         findings: list[Finding] = []
         for rule, find in _PRIVATE_RULES:
@@ -108,13 +103,8 @@ def _answers(messages: Sequence[Message]) -> list[str]:
     return [message.content for message in messages if message.role == "assistant"]
 
 
-def _learned(row: Row) -> list[str]:
-    """The answers that the model is to give."""
-    return _answers(row.completion if isinstance(row, InstructionRow) else row.chosen)
-
-
 def _private(row: Row, find: Callable[[str], list[Private]]) -> list[tuple[str, str]]:
-    """Field and kind of everything private."""
+    """Field and kind of everything private in a row."""
     return [
         (field, private.kind)
         for field, messages in _fields(row).items()
@@ -151,7 +141,7 @@ def _empty_answer(row: Row) -> str:
 
 
 def _is_blank(text: str) -> bool:
-    # Whitespace and separators are Z, control and formatting characters such as the zero-width space Cc and Cf.
+    # Z is white space. Cc and Cf are control and formatting characters, such as the zero-width space.
     return all(
         character in _BLANK or unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs") for character in text
     )
@@ -165,8 +155,8 @@ def _chosen_equals_rejected(row: Row) -> str:
     if chosen == rejected:
         return "the answers are equal"
     pairs = zip_longest(_essence(chosen), _essence(rejected))
-    # Both streams are read only up to the first difference, mostly the first word. Answers of punctuation alone have
-    # nothing in them to compare, so they stay as different as their texts.
+    # Both streams are read up to the first difference, which mostly is in the first word. Answers of punctuation alone
+    # have nothing to compare here; their texts differ.
     first = next(pairs, None)
     if first is not None and first[0] == first[1] and all(one == other for one, other in pairs):
         return "the answers differ only in case, space or punctuation"
@@ -174,10 +164,10 @@ def _chosen_equals_rejected(row: Row) -> str:
 
 
 def _essence(text: str) -> Iterator[str]:
-    """A text's characters without case, space and punctuation.
+    """A text's characters without case, white space and punctuation.
 
-    What stands before a digit stays, as it can be a sign, a decimal point or a ratio: 3.5 is not 35, nor -1 the same as 1.
-    So does the space between two digits. Symbols (S) are no punctuation: `a = b` is not `a < b`.
+    Punctuation before a digit is kept, because it can be a sign, a decimal point or a ratio: 3.5 is not 35, and -1 is
+    not 1. White space between two digits is kept too. Symbols (S) are no punctuation: `a = b` is not `a < b`.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     last_digit = False
@@ -195,16 +185,16 @@ def _essence(text: str) -> Iterator[str]:
 
 
 def _refusal(row: Row) -> str:
-    opening = next(filter(None, map(refusal, _learned(row))), "")
+    opening = next(filter(None, map(refusal, _answers(row.answers[0]))), "")
     return f"begins with “{opening[:QUOTE_CHARS]}”" if opening else ""
 
 
 def _truncated_answer(row: Row) -> str:
-    for answer in _learned(row):
-        why = unfinished(answer)
-        if why:
-            # Taken from the redacted text: the cut could leave half of something private that no pattern knows.
-            return f"{why}: “…{redacted(answer).rstrip()[-QUOTE_CHARS:]}”"
+    for answer in _answers(row.answers[0]):
+        problem = unfinished(answer)
+        if problem:
+            # Redacted before it is cut: half of a key or address matches no pattern.
+            return f"{problem}: “…{redacted(answer).rstrip()[-QUOTE_CHARS:]}”"
     return ""
 
 
@@ -213,7 +203,7 @@ def _mentions_passage(row: Row) -> str:
     if len(turns) != 1 or sum(len(message.content) for message in row.prompt) >= LONG_PROMPT_CHARS:
         return ""
     mention = mention_of_passage(turns[0])
-    return f"speaks of “{mention[:QUOTE_CHARS]}”, which is not there" if mention else ""
+    return f"mentions “{mention[:QUOTE_CHARS]}”, but contains no such text" if mention else ""
 
 
 _PRIVATE_RULES = (("secret", secrets), ("personal_data", personal_data))

@@ -1,4 +1,4 @@
-"""Finds the records that a dataset's name stands for: a file, a folder, or a dataset of the hub."""
+"""Finds the records of a dataset by its name: a file, a folder, or a dataset of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# What `datasets` itself writes beside the rows.
+# Files that the library datasets writes beside the rows.
 _BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
 
 
 class Reference(NamedTuple):
-    """A dataset's name, and the split behind its `#`; `path` is None for a dataset of the hub."""
+    """A dataset's name, the split after its `#`, and its path; `path` is None for a dataset of the hub."""
 
     name: str
     split: str | None
@@ -30,12 +31,12 @@ class Reference(NamedTuple):
 
 
 def open_records(reference: str) -> Iterator[Record | BrokenRecord]:
-    """The records of a dataset, one after the other.
+    """The records of a dataset, read one after the other.
 
     Raises:
-        RequestError: it is missing, damaged or in no known format, or has several splits and none is named. What is
-            wrong inside a file shows when its place is reached.
-        WorkError: the connection to the hub broke on the way.
+        RequestError: the dataset is missing, damaged or in no known format, or it has several splits and the reference
+            names none. Damage inside a file is raised when the iterator reaches it.
+        WorkError: the connection to the hub breaks while rows are read.
     """
     found = _resolve(reference)
     if found.path is None:
@@ -44,46 +45,49 @@ def open_records(reference: str) -> Iterator[Record | BrokenRecord]:
         if found.split is not None:
             raise RequestError(f"{found.path} is a file and has no splits: write it without #{found.split}.")
         return read_records(found.path)
-    return (record for file in _folder_files(found) for record in read_records(file))
+    return (record for file in _folder_files(found, found.path) for record in read_records(file))
 
 
 def dataset_hash(reference: str) -> str:
-    """What changes when the dataset does: a hash of its files' content, or the hub's commit.
+    """A hash that changes when the dataset changes: of the content of its files, or the commit of the hub.
 
     Raises:
-        RequestError: it is missing, or cannot be read.
+        RequestError: the dataset is missing or cannot be read.
     """
     found = _resolve(reference)
-    files = dataset_files(reference)
-    if found.path is None or files is None:
+    if found.path is None:
         return _commit(found.name)
     digest = hashlib.sha256()
-    root = found.path
     try:
-        for file in files:
-            # One file is the same dataset under any name; a folder's names say what its splits are.
-            digest.update(str(file.relative_to(root)).encode("utf-8", "surrogateescape") + b"\0")
+        for file in _files(found.path):
+            # A single file has the same hash under any name. In a folder, names decide which split a file belongs to.
+            digest.update(str(file.relative_to(found.path)).encode("utf-8", "surrogateescape") + b"\0")
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     except OSError as error:
-        raise RequestError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        raise RequestError(f"{error.filename} cannot be read: {error.strerror}. Check its permissions.") from error
     return digest.hexdigest()[:16]
 
 
 def dataset_files(reference: str) -> list[Path] | None:
-    """The files of a dataset, hidden ones left out, in a fixed order; None for one of the hub.
+    """The files of a dataset without hidden ones, in a fixed order; None for a dataset of the hub.
 
     Raises:
-        RequestError: it is missing.
+        RequestError: the dataset is missing.
     """
     root = _resolve(reference).path
-    if root is None or not root.is_dir():
-        return None if root is None else [root]
-    return sorted(file for file in root.rglob("*") if _is_visible(file, root))
+    return None if root is None else _files(root)
+
+
+def _files(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return [root]
+    files = (file for file in root.rglob("*") if file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
 
 
 def _resolve(reference: str) -> Reference:
-    # A file's name may have a `#` in it.
+    # The name of a file may contain a `#`.
     if (path := Path(reference).expanduser()).exists():
         return Reference(reference, None, path)
     name, mark, split = reference.rpartition("#")
@@ -94,18 +98,16 @@ def _resolve(reference: str) -> Reference:
     if _HUB_ID.fullmatch(name) and not has_known_ending(path) and not name.startswith("."):
         return Reference(name, named_split, None)
     raise RequestError(
-        f"There is no file {name}. Check the path; it is relative to the folder you run in. A dataset of the hub is "
+        f"There is no file {name}. Check the path; it is relative to the current folder. A dataset of the hub is "
         "written owner/name."
     )
 
 
-def _folder_files(found: Reference) -> Sequence[Path]:
-    folder = found.path
-    assert folder is not None
+def _folder_files(found: Reference, folder: Path) -> Sequence[Path]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_files(found, folder)
     try:
-        # The rules by which `datasets` tells splits from names of files, or from the folder's README.
+        # `datasets` derives the splits from the names of the files, or from the folder's README.
         data_files = load_dataset_builder(str(folder.resolve())).config.data_files
     except (OSError, ValueError) as error:
         raise RequestError(
@@ -114,19 +116,12 @@ def _folder_files(found: Reference) -> Sequence[Path]:
         ) from error
     splits = {str(split): [Path(file) for file in files] for split, files in (data_files or {}).items()}
     used = {file.resolve() for files in splits.values() for file in files}
-    left = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if _is_visible(file, folder)
-        and has_known_ending(file)
-        and file.name not in _BOOKKEEPING
-        and file.resolve() not in used
-    ]
-    if left:
-        raise RequestError(
-            f"{folder} also holds {left[0].relative_to(folder)}, which `datasets` leaves out when it reads the folder: "
-            "move it elsewhere, or name one file instead of the folder."
-        )
+    for file in _files(folder):
+        if has_known_ending(file) and file.name not in _BOOKKEEPING and file.resolve() not in used:
+            raise RequestError(
+                f"{folder} also holds {file.relative_to(folder)}, which `datasets` leaves out when it reads the folder: "
+                "move it elsewhere, or name one file instead of the folder."
+            )
     return splits[_one_split(found, list(splits))]
 
 
@@ -135,8 +130,8 @@ def _saved_files(found: Reference, folder: Path) -> Sequence[Path]:
         saved = load_from_disk(str(folder), keep_in_memory=False)
     except (OSError, ValueError, KeyError) as error:
         raise RequestError(
-            f"{folder} looks like a dataset that `datasets` saved, and cannot be read ({str(error).splitlines()[0]}): "
-            "save it again."
+            f"{folder} looks like a dataset that `datasets` saved, but it cannot be read "
+            f"({str(error).splitlines()[0]}): save it again."
         ) from error
     splits = saved.cache_files if isinstance(saved.cache_files, dict) else {"": saved.cache_files}
     if "" in splits and found.split is not None:
@@ -154,10 +149,6 @@ def _one_split(found: Reference, splits: Sequence[str]) -> str:
     return found.split or splits[0]
 
 
-def _is_visible(file: Path, root: Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
 def _token() -> str | None:
     token = Settings().hf_token
     return token.get_secret_value() if token else None
@@ -165,23 +156,22 @@ def _token() -> str | None:
 
 def _commit(name: str) -> str:
     try:
-        commit = HfApi(token=_token()).dataset_info(name).sha
-    except (OSError, ValueError, httpx.HTTPError) as error:
+        return str(HfApi(token=_token()).dataset_info(name).sha)
+    except _HUB_ERRORS as error:
         raise _unreachable(name, error) from error
-    return str(commit)
 
 
 def _hub_records(found: Reference) -> Iterator[Record | BrokenRecord]:
     try:
         splits = load_dataset(found.name, streaming=True, revision=_commit(found.name), token=_token())
         rows = splits[_one_split(found, list(splits))]
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except _HUB_ERRORS as error:
         raise _unreachable(found.name, error) from error
     place = 0
     try:
         for place, row in enumerate(rows, start=1):
             yield Record(dict(row), found.name, f"row {place}")
-    except (OSError, ValueError, httpx.HTTPError) as error:
+    except _HUB_ERRORS as error:
         raise WorkError(
             f"Reading {found.name} from the hub broke off after row {place} ({str(error).splitlines()[0]}). Run the "
             "command again, or download the files and name their folder."
@@ -190,7 +180,7 @@ def _hub_records(found: Reference) -> Iterator[Record | BrokenRecord]:
 
 def _unreachable(name: str, error: Exception) -> RequestError:
     return RequestError(
-        f"{name} is no file or folder here, and it could not be read from the hub: "
+        f"{name} is no file or folder here, and it cannot be read from the hub: "
         f"{(str(error) or type(error).__name__).splitlines()[0]} Check the name and, for a private dataset, HF_TOKEN; "
-        "with no network, download the files elsewhere and name their folder."
+        "without a network, download the files elsewhere and name their folder."
     )

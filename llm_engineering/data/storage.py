@@ -1,4 +1,4 @@
-"""Rows on disk as Arrow streams: written and read a batch at a time, so that memory does not grow with the rows."""
+"""Reads and writes rows as Arrow stream files, a batch at a time, so that memory does not grow with the rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BATCH_ROWS = 1000
 
 
 def work_folder() -> Path:
-    """A new folder for what a step makes, removed when the process ends. `TMPDIR` chooses where."""
+    """Make a temporary folder that is removed when the process ends. `TMPDIR` chooses its place."""
     folder = Path(tempfile.mkdtemp(prefix="llm-engineering-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -27,8 +27,8 @@ class TableWriter:
     """Writes records to one Arrow stream file.
 
     Args:
-        path: the file; it is overwritten.
-        features: its columns; a record must have them all.
+        path: the file; an existing file is overwritten.
+        features: the columns; a record must have all of them.
     """
 
     def __init__(self, path: Path, features: Features) -> None:
@@ -36,7 +36,7 @@ class TableWriter:
         self.features = features
         self.rows = 0
         self._schema = features.arrow_schema
-        self._waiting: list[dict[str, Any]] = []
+        self._buffer: list[dict[str, Any]] = []
         self._file = pa.OSFile(str(path), "wb")
         self._stream = pa.ipc.new_stream(self._file, self._schema)
 
@@ -50,40 +50,40 @@ class TableWriter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add one record."""
-        self._waiting.append(record)
+        self._buffer.append(record)
         self.rows += 1
-        if len(self._waiting) >= BATCH_ROWS:
+        if len(self._buffer) >= BATCH_ROWS:
             self._flush()
 
     def write_batch(self, batch: pa.RecordBatch) -> None:
-        """Add a batch of records that is in Arrow already."""
+        """Add a batch of records in Arrow format."""
         self._flush()
         self._stream.write_batch(batch)
         self.rows += batch.num_rows
 
     def close(self) -> None:
-        """Write what waits and close the file. A second call does nothing."""
+        """Write the buffered records and close the file. A second call does nothing."""
         if not self._file.closed:
             self._flush()
             self._stream.close()
             self._file.close()
 
     def dataset(self) -> Dataset:
-        """The closed file as a dataset, memory-mapped."""
+        """Close the file and open it as a memory-mapped dataset."""
         self.close()
         if self.rows == 0:
-            # datasets cannot map a file without a batch.
+            # The library datasets cannot map a file without a batch.
             return Dataset.from_dict({name: [] for name in self.features}, features=self.features)
         return Dataset.from_file(str(self.path))
 
     def _flush(self) -> None:
-        if self._waiting:
-            self._stream.write_batch(pa.RecordBatch.from_pylist(self._waiting, schema=self._schema))
-            self._waiting = []
+        if self._buffer:
+            self._stream.write_batch(pa.RecordBatch.from_pylist(self._buffer, schema=self._schema))
+            self._buffer = []
 
 
 def stream_batches(path: Path) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow stream file, read one after the other and not memory-mapped."""
+    """Read the record batches of an Arrow stream file one after the other, without memory-mapping it."""
     with pa.OSFile(str(path), "rb") as file, pa.ipc.open_stream(file) as stream:
         yield from stream
 
@@ -91,8 +91,8 @@ def stream_batches(path: Path) -> Iterator[pa.RecordBatch]:
 def dataset_batches(dataset: Dataset) -> Iterator[pa.RecordBatch]:
     """The rows of a dataset in record batches of at most `BATCH_ROWS`.
 
-    Read from its files where it is a plain view of them: what is memory-mapped stays resident and looks like growing
-    memory.
+    A dataset that shows all rows of its files is read from the files: memory-mapped pages stay resident and count as
+    memory of the process.
     """
     files = [Path(file["filename"]) for file in dataset.cache_files]
     rows = sum(batch.num_rows for file in files for batch in stream_batches(file)) if dataset._indices is None else -1
@@ -106,6 +106,6 @@ def dataset_batches(dataset: Dataset) -> Iterator[pa.RecordBatch]:
 
 
 def stream_records(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset as dictionaries, in order, in memory a batch at a time."""
+    """The rows of a dataset as dictionaries, in order; memory holds one batch at a time."""
     for batch in dataset_batches(dataset):
         yield from batch.to_pylist()

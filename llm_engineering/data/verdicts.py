@@ -1,6 +1,6 @@
-"""Decides about rows by comparing them with the other rows: duplicates, leaks across splits, conflicts, outliers.
+"""Judges rows by comparing them with the other rows: duplicates, leaks across splits, conflicts, outliers.
 
-What is needed of each row is kept in files; memory holds about 30 bytes a row.
+The hashes of the rows are in files; memory holds about 30 bytes a row.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from llm_engineering.data.examine import Examined
 from llm_engineering.data.rows import SPLITS
 from llm_engineering.recipe.data_blocks import DataConfig
 
-# Tukey's outer fences (Exploratory Data Analysis, 1977): beyond three interquartile ranges a value is far out.
+# Tukey's outer fences (Exploratory Data Analysis, 1977): a value beyond three interquartile ranges is "far out".
 _FENCE = 3.0
-# In smaller datasets nothing is usual yet.
+# A smaller dataset is too small to say what is usual in it.
 _MIN_ROWS = 100
-# A language with a smaller share of the rows is there by accident.
+# A language with a smaller share of the rows is there by accident, not on purpose.
 _MIN_LANGUAGE_SHARE = 0.02
 
 
 def length_bounds(lengths: NDArray[np.uint32]) -> tuple[float, float]:
-    """The shortest and longest usual length: Tukey's outer fences of the logarithms, as lengths are skewed."""
+    """The shortest and longest usual length: Tukey's outer fences of the logarithms, because lengths are skewed."""
     if len(lengths) < _MIN_ROWS:
         return 0.0, float("inf")
     low, high = np.quantile(np.log1p(lengths.astype(np.float64)), [0.25, 0.75])
-    # Rows of nearly one length have no spread to judge by: a factor of two is never far out.
+    # If nearly all rows have the same length, the spread is near 0. A factor of two is always accepted.
     spread = max(high - low, np.log(2) / _FENCE)
     return float(np.expm1(low - _FENCE * spread)), float(np.expm1(high + _FENCE * spread))
 
 
 def rare_languages(languages: Sequence[str], counts: NDArray[np.int64]) -> set[str]:
-    """The languages that so few rows are in that they stand out.
+    """The languages of fewer than 2 % of the rows.
 
     Args:
-        languages: codes, the empty one for rows whose language is not known.
-        counts: rows in each.
+        languages: language codes; the empty code is for rows of unknown language.
+        counts: rows in each language.
     """
     known = Counter({name: int(count) for name, count in zip(languages, counts, strict=True) if name})
     if known.total() < _MIN_ROWS:
@@ -57,12 +57,12 @@ _HASHES = ("ids", "prompts", "answers", "others")
 
 
 class Verdict(NamedTuple):
-    """What one rule says of a row.
+    """The verdict of one rule on a row.
 
     Attributes:
-        rule: its name; for leaks `leaks_into_validation` or `leaks_into_test`.
-        other: the row it is judged by, or -1.
-        drops: whether the row is set aside; else it is reported.
+        rule: the name of the rule; for leaks `leaks_into_validation` or `leaks_into_test`.
+        other: the row that it is compared with, or -1.
+        drops: whether the row is quarantined; otherwise it is reported.
     """
 
     rule: str
@@ -71,9 +71,9 @@ class Verdict(NamedTuple):
 
 
 class RowIndex:
-    """What is known of every row that passed the first look, by its number. A context manager.
+    """Hashes, lengths, languages and sources of every row that `examine` kept, by row number. A context manager.
 
-    Its files are read at the place that is asked for. Mapped into memory they would count as memory, and grow.
+    Single values are read from the files by position. Memory-mapped files would count as growing memory.
     """
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
@@ -81,8 +81,8 @@ class RowIndex:
         self.bands = [folder / f"band-{k}" for k in range(band_count(config.near_duplicate_threshold))]
         self.rows = 0
         self.languages: dict[str, int] = {}
-        self._parts: dict[str, list[NDArray[Any]]] = {"sides": [], "lengths": [], "codes": [], "counts": []}
-        self._parts |= {"generated": [], "source_bytes": []}
+        columns = ("sides", "lengths", "codes", "counts", "generated", "source_bytes")
+        self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
         names = [*(folder / name for name in (*_HASHES, "shingles", "sources")), *self.bands]
         self._stack = ExitStack()
         self._files = {path.name: self._stack.enter_context(path.open("w+b")) for path in names}
@@ -115,13 +115,13 @@ class RowIndex:
         self.rows += len(batch.sides)
 
     def column(self, name: str) -> NDArray[Any]:
-        """`sides`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`, a value for each row."""
+        """One value for each row: `sides`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`."""
         if len(self._parts[name]) > 1:
             self._parts[name] = [np.concatenate(self._parts[name])]
         return self._parts[name][0] if self._parts[name] else np.empty(0, np.uint32)
 
     def hash(self, name: str, row: int) -> int:
-        """A row's `ids`, `prompts`, `answers` or `others`."""
+        """A row's hash of the kind `ids`, `prompts`, `answers` or `others`."""
         return int.from_bytes(self._read(name, 8 * row, 8), sys.byteorder)
 
     def names(self, row: int) -> dict[str, str]:
@@ -136,18 +136,18 @@ class RowIndex:
         return os.pread(self._files[name].fileno(), count, start)
 
     def flush(self) -> None:
-        """Bring everything to the files, so that it can be read."""
+        """Write all buffers to the files, so that the values can be read."""
         for file in self._files.values():
             file.flush()
 
 
 class Verdicts:
-    """What the rules say of the rows.
+    """The verdicts of all rules on all rows.
 
     Attributes:
-        by_row: verdicts of each row that has any.
+        by_row: the verdicts on each row that has any.
         clusters: the rows of each cluster of duplicates.
-        leaked: held-out rows that stand on a less held-out side too.
+        leaked: held-out rows that also occur in a less held-out split.
     """
 
     def __init__(self) -> None:
@@ -156,101 +156,102 @@ class Verdicts:
         self.leaked: set[int] = set()
 
     def drop_of(self, row: int) -> Verdict | None:
-        """The verdict that sets a row aside, or None."""
+        """The verdict that quarantines a row, or None."""
         return next((verdict for verdict in self.by_row.get(row, ()) if verdict.drops), None)
 
 
 class _Judge:
-    def __init__(self, index: RowIndex, config: DataConfig) -> None:
+    def __init__(self, index: RowIndex, config: DataConfig, remove_leaks: bool) -> None:
         self.index = index
         self.rules = config.rules
+        self.remove_leaks = remove_leaks
         self.sides = index.column("sides")
         self.generated = index.column("generated")
         self.verdicts = Verdicts()
         self.exact: set[int] = set()
 
-    def say(self, rule: str, row: int, other: int = -1) -> None:
-        """A rule of the recipe matches a row: do what its switch says."""
+    def match(self, rule: str, row: int, other: int = -1) -> None:
+        """Add a verdict on a row that a rule of the recipe matches, according to the rule's switch."""
         action = getattr(self.rules, rule)
         if action != "off":
             drops = action == "drop" or (action == "drop_generated" and bool(self.generated[row]))
             self._add(row, Verdict(rule, other, drops))
 
-    def leaks(self, rows: Iterable[int], remove: bool) -> None:
-        """Of rows that are alike, those on the less held-out sides leak."""
+    def leaks(self, rows: Iterable[int]) -> None:
+        """Of similar rows, those in the less held-out splits leak."""
         kept = [row for row in rows if self.verdicts.drop_of(row) is None]
-        top = max((row for row in kept), key=lambda row: (self.sides[row], -row), default=-1)
+        top = max(kept, key=lambda row: (self.sides[row], -row), default=-1)
         lower = [row for row in kept if self.sides[row] < self.sides[top]]
         if lower:
             side = self.sides[top]
             self.verdicts.leaked |= {row for row in rows if self.sides[row] == side}
             for row in lower:
-                leak = Verdict(f"leaks_into_{SPLITS[int(side)]}", top, remove)
-                # Rows that are alike mostly have the same prompt too: that is one leak.
+                leak = Verdict(f"leaks_into_{SPLITS[int(side)]}", top, self.remove_leaks)
+                # Similar rows mostly have the same prompt too, and count as one leak.
                 if all(verdict.rule != leak.rule for verdict in self.verdicts.by_row.get(row, ())):
                     self._add(row, leak)
 
     def duplicates(self, rows: Iterable[int], rule: str) -> None:
-        """Of rows that are alike, all but the first of each side repeat it. What repeats exactly is not near as well."""
+        """Of similar rows, all but the first of each split are duplicates. An exact duplicate is no near duplicate."""
         first: dict[int, int] = {}
         for row in rows:
             earlier = first.setdefault(int(self.sides[row]), row)
             if earlier != row and row not in self.exact:
-                self.say(rule, row, earlier)
+                self.match(rule, row, earlier)
+                if rule == "exact_duplicate":
+                    self.exact.add(row)
 
     def conflicts(self, rows: list[int]) -> None:
-        """Rows of one prompt whose answers differ; of pairs, those whose chosen answer another one rejects."""
+        """Rows with one prompt conflict if their answers differ; pairs, if one chooses what another rejects."""
         answers = {row: self.index.hash("answers", row) for row in rows}
         rejected = {self.index.hash("others", row): row for row in rows}
         if 0 in rejected:
-            found = [(row, rows[0]) for row in rows if answers[row] != answers[rows[0]]]
+            conflicting = [(row, rows[0]) for row in rows if answers[row] != answers[rows[0]]]
         else:
-            found = [(row, rejected[answers[row]]) for row in rows if answers[row] in rejected]
-        for row, other in found:
-            self.say("conflicting_answers", row, other)
+            conflicting = [(row, rejected[answers[row]]) for row in rows if answers[row] in rejected]
+        for row, other in conflicting:
+            self.match("conflicting_answers", row, other)
 
     def _add(self, row: int, verdict: Verdict) -> None:
         self.verdicts.by_row.setdefault(row, []).append(verdict)
 
 
 def judge(index: RowIndex, config: DataConfig, remove_leaks: bool) -> Verdicts:
-    """Judge every row by the others.
+    """Compare every row with the others.
 
     Args:
-        remove_leaks: set aside training rows that stand on a held-out side too; else they are reported.
+        remove_leaks: quarantine training rows that also occur in a held-out split; otherwise they are reported.
     """
     index.flush()
-    say = _Judge(index, config)
+    judging = _Judge(index, config, remove_leaks)
     clusters = Clusters(index.rows)
     for group in groups(index.folder / "ids"):
         rows = group.tolist()
-        say.duplicates(rows, "exact_duplicate")
-        first = {int(say.sides[row]): row for row in reversed(rows)}
-        say.exact |= set(rows) - set(first.values())
+        judging.duplicates(rows, "exact_duplicate")
         for row in rows[1:]:
             clusters.join(rows[0], row)
     with ShingleFile(index.folder / "shingles", index.column("counts")) as shingles:
         join_near_duplicates(clusters, index.bands, shingles, config.near_duplicate_threshold)
     for rows in clusters.members():
-        say.duplicates(rows, "near_duplicate")
-        say.leaks(rows, remove_leaks)
-        say.verdicts.clusters.append(rows)
+        judging.duplicates(rows, "near_duplicate")
+        judging.leaks(rows)
+        judging.verdicts.clusters.append(rows)
     for group in groups(index.folder / "prompts"):
-        rows = [row for row in group.tolist() if say.verdicts.drop_of(row) is None]
+        rows = [row for row in group.tolist() if judging.verdicts.drop_of(row) is None]
         if len(rows) > 1:
-            say.leaks(group.tolist(), remove_leaks)
-            say.conflicts(rows)
-    _outliers(index, say)
-    return say.verdicts
+            judging.leaks(group.tolist())
+            judging.conflicts(rows)
+    _outliers(index, judging)
+    return judging.verdicts
 
 
-def _outliers(index: RowIndex, say: _Judge) -> None:
+def _outliers(index: RowIndex, judging: _Judge) -> None:
     lengths = index.column("lengths")
     short, long = length_bounds(lengths)
     for row in np.flatnonzero((lengths < short) | (lengths > long)).tolist():
-        say.say("length_outlier", row)
+        judging.match("length_outlier", row)
     codes = index.column("codes")
     names = list(index.languages)
     rare = rare_languages(names, np.bincount(codes, minlength=len(names)))
     for row in np.flatnonzero(np.isin(codes, [index.languages[name] for name in rare])).tolist():
-        say.say("language_outlier", row)
+        judging.match("language_outlier", row)

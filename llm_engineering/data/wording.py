@@ -1,14 +1,14 @@
-"""What the words of an answer or an instruction give away: a refusal, an unfinished answer, a text that is not there.
+"""Recognises by their words: a refusal, an unfinished answer, and a question about a text that the prompt lacks.
 
-The phrases are those of the usual assistants, in English, German, French, Spanish, Portuguese, Italian, Russian, Chinese
-and Japanese. They are meant to be right where they match; an answer in other words or another language passes.
+The phrases are those of common assistants, in English, German, French, Spanish, Portuguese, Italian, Russian, Chinese
+and Japanese. They favour precision: an answer in other words or in another language passes.
 """
 
 from __future__ import annotations
 
 import re
 
-# What an assistant says it cannot do. Without the verb, "I cannot believe it" would be a refusal.
+# The verbs of what an assistant cannot do. Without a verb, "I cannot believe it" would be a refusal.
 _DO = (
     r"(?:help\b(?! (?:but|feel|falling|my|wonder|think|notice|laugh|smil))|assist|provide|fulfil|comply|answer (?:that|this|the question|your|any)"
     r"|do (?:that|this|so)\b|generate|create|write|give (?:you|any|advice|medical|legal|financial|specific|an? )|offer"
@@ -73,14 +73,14 @@ _OTHER_LANGUAGES = (
     r"(?:私は)?(?:ai|人工知能|言語モデル|ai言語モデル)(?:アシスタント)?(?:として|なので|ですので)",
 )
 _REFUSAL = re.compile(rf"[\W_]*(?:{'|'.join((*_ENGLISH, *_OTHER_LANGUAGES))})", re.IGNORECASE)
-# Refusals say so at once; this also bounds the search.
+# A refusal comes at the beginning of an answer. This also bounds the search.
 _OPENING_CHARS = 300
 
 
 def refusal(answer: str) -> str:
-    """The words with which an answer refuses, or speaks as a machine that is not able to; empty where it does not.
+    """The words with which an answer refuses, or with which a machine says that it is unable; empty for other answers.
 
-    Only the beginning counts: an answer that quotes a refusal, or explains one, is an answer.
+    Only the beginning counts: an answer that quotes or explains a refusal is no refusal.
     """
     match = _REFUSAL.match(answer[:_OPENING_CHARS])
     return match.group().strip() if match else ""
@@ -88,21 +88,21 @@ def refusal(answer: str) -> str:
 
 _FENCE = re.compile(r"^[ \t>]*(`{3,}|~{3,})([^`\n]*)$", re.MULTILINE)
 _LIST_ITEM = re.compile(r"\s*(?:[-*•‣·+–—]|\(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})[.):])\s+")
-# What running prose does not hold, but code, tables, formulas, tags and addresses do.
+# Characters of code, tables, formulas, tags and addresses that prose does not contain.
 _NOT_PROSE = re.compile(r"[{}<>=|\\;_`#@~]|://|\w\(|\w\.\w|\t")
 _NOT_PROSE_LINE = re.compile(r" {4}|\t|[#>|$]")
-# A full stop behind fewer than three small letters can be an abbreviation's: Mr. Smith, e.g. this.
+# A full stop after fewer than three small letters can end an abbreviation: Mr. Smith, e.g. this.
 _STOP = re.compile(r"(?:(?<=[^\W\d_A-Z]{3})\.|[!?…])[\"'”’»)\]*]*\s+|[。！？؟।۔]\s*")
 _ENDS_WITH_STOP = re.compile(r"[.!?…:。！？؟।۔：][\"'”’»)\]*_」』]*\s*$")
-# After a letter's last sentence, a quotation or a label comes a name, which needs no full stop.
+# After the last sentence of a letter, a quotation or a label, a name follows. It needs no full stop.
 _NO_SENTENCE = re.compile(
     r"[-–—]|(?:\S+\s+){0,3}\S+:(?:\s|$)|(?:best|kind|warm|yours|sincerely|regards|respectfully|thanks|thank you|love|cheers"
     r"|mit freundlichen|viele grüße|liebe grüße|cordialement|bien à vous|atentamente|saludos|atenciosamente|cordiali)\b",
     re.IGNORECASE,
 )
-# Words after which a sentence goes on. As written: a letter A or I is an answer.
+# Words that never end a sentence. The search respects case, because the letter A or I can be an answer.
 # fmt: off
-_GOES_ON = frozenset({
+_NEVER_LAST = frozenset({
     "the", "a", "an", "and", "or", "of", "because", "than", "their", "its", "our", "your", "my", "including", "into", "whose",
     "der", "die", "den", "dem", "ein", "eine", "einen", "und", "oder", "weil", "sowie", "durch", "für",
     "le", "la", "les", "un", "une", "des", "du", "de", "et", "ou", "avec", "qui", "que", "pour",
@@ -110,23 +110,23 @@ _GOES_ON = frozenset({
     "il", "lo", "gli", "di", "che", "dei", "della", "um", "uma", "do", "das", "dos", "com", "em",
 })
 # fmt: on
-# Sentences shorter than this may well be names, titles or labels.
+# A shorter sentence is often a name, a title or a label.
 MIN_WORDS = 6
-# A line of verse is rarely longer, and follows a stop without being cut.
+# A line of verse is rarely longer. It is not cut off, although it follows a full stop.
 MIN_WORDS_OF_A_NEW_PARAGRAPH = 10
 
 
 def unfinished(answer: str) -> str:
-    """Why an answer looks cut off: an open code fence, or prose that ends within a sentence; empty where it does not.
+    """Why an answer looks cut off: an open code fence, or prose that ends within a sentence; empty if it looks whole.
 
-    Lists, headings, verse, code, names, numbers and addresses need no full stop. What counts as prose is a last line of
-    some length whose earlier sentences have their stops, or that follows a line which has one, or that breaks off at a
-    comma or at a word such as `the`.
+    Lists, headings, verse, code, names, numbers and addresses need no full stop. The last line counts as prose if it has
+    at least MIN_WORDS words and ends with a comma or a word such as `the`, or has an earlier sentence with a full stop.
+    It also counts if it has at least MIN_WORDS_OF_A_NEW_PARAGRAPH words and follows a line that ends with a full stop.
     """
     text = answer.rstrip()
     if ("```" in text or "~~~" in text) and _open_fence(text):
         return "a code block is not closed"
-    # Anything but a letter closes: the stops of every script, quotation marks, brackets, emoji, digits.
+    # Every character except a letter and a comma can end an answer: full stops, quotation marks, brackets, emoji, digits.
     comma = text[-1:] in (",", "，", "、", "،")
     if not (comma or text[-1:].isalpha()):
         return ""
@@ -141,7 +141,7 @@ def unfinished(answer: str) -> str:
     if _NOT_PROSE.search(fragment) or _NO_SENTENCE.match(fragment):
         return ""
     count = len(line.split())
-    if count >= MIN_WORDS and (comma or words[-1] in _GOES_ON):
+    if count >= MIN_WORDS and (comma or words[-1] in _NEVER_LAST):
         return "ends within a sentence"
     if stops and stops[-1].group()[0] in "。！？":
         return "ends within a sentence" if len(fragment) > 1 and not item else ""
@@ -155,7 +155,7 @@ def unfinished(answer: str) -> str:
 
 
 def _open_fence(text: str) -> bool:
-    # After CommonMark: a fence is closed by one of the same kind, at least as long, with nothing behind it.
+    # By CommonMark, a fence of the same kind that is at least as long, with no text after it, closes a fence.
     opening = ""
     for fence, info in _FENCE.findall(text):
         if not opening:
@@ -167,7 +167,7 @@ def _open_fence(text: str) -> bool:
 
 _STRONG = r"(?:passage|excerpt|extract)"
 _WEAK = r"(?:text|context|paragraph|article|document|snippet|section|story|poem|abstract|transcript|chapter)"
-# Behind the noun: the end of the clause, or a word that points at the page. `the text field` speaks of something else.
+# What follows the noun: the end of the clause, or a word that points at the page. `the text field` is no passage.
 _CLAUSE_END = r"(?=\s*(?:[?.!,;]|$|(?:above|below|provided|given|mentioned|discussed|described|you|that (?:is|was) (?:given|provided))\b))"
 _SAYS = (
     r"(?:say|state|mention|describe|discuss|explain|suggest|imply|refer|mean|tell|argue|claim|conclude|present|emphasi[sz]e|provide"
@@ -199,7 +199,7 @@ _MENTIONS = (
     r"(?:上記|次|以下|この)の?(?:文章|文|テキスト|段落|本文|記事)(?:に|で|は|から|を|の)|本文(?:中|に|で|によ)",
 )
 _MENTION = re.compile("|".join(_MENTIONS), re.IGNORECASE)
-# One of these stands in every mention, and a search for them is far quicker. Folded as IGNORECASE folds.
+# Every mention contains one of these casefolded strings. Searching them first is far quicker.
 # fmt: off
 _HINTS = (
     "passag", "excerpt", "extract", "text", "context", "paragraph", "article", "document", "snippet", "section", "story", "poem", "abstract", "transcript",
@@ -207,16 +207,17 @@ _HINTS = (
     "trecho", "parágrafo", "artigo", "excerto", "testo", "brano", "paragrafo", "articolo", "contesto", "estratto", "文", "段落", "材料", "内容", "テキスト", "記事",
 )
 # fmt: on
-# The text itself: behind a colon, or quoted, some words long (or some characters, in scripts without spaces).
-_CARRIED = re.compile(
+# The prompt contains the text: after a colon or in quotation marks, at least some words (or characters, in scripts
+# without spaces).
+_CONTAINS_TEXT = re.compile(
     r"[:：]\s*(?:\S+\s+){2}\S|[:：]\s*[^\s\x00-\u2fff]{6}|[\"“«„「‘](?:[^\"”»“」’\s]+\s+){2}|[“«「『][^”»」』]{8}|\n\s*\S|```"
 )
 
 
 def mention_of_passage(prompt: str) -> str:
-    """The words with which a prompt speaks of a text that it does not hold; empty where it holds one or needs none."""
+    """The words with which a prompt mentions a text that it does not contain; empty for all other prompts."""
     folded = prompt.casefold()
     if not any(hint in folded for hint in _HINTS):
         return ""
     match = _MENTION.search(prompt)
-    return "" if match is None or _CARRIED.search(prompt.strip()) else match.group().strip()
+    return "" if match is None or _CONTAINS_TEXT.search(prompt.strip()) else match.group().strip()

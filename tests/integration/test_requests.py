@@ -89,7 +89,7 @@ def test_a_test_split_of_ones_own_that_leaks(fresh_project):
     shutil.rmtree(fresh_project.folder / "outputs" / "training")
     strict = fresh_project.run("sft", *arguments, "--set", "data.strict=true")
     assert strict.code == 2
-    assert "3 rows of the test split stand in the training data too, and data.strict is on" in strict.stderr
+    assert "3 rows of the test split are also in the training data, and data.strict is on" in strict.stderr
     assert "Traceback" not in strict.stderr
     assert not (fresh_project.folder / "outputs" / "training").exists()
 

@@ -156,7 +156,7 @@ def test_evaluation_files_of_any_columns(tmp_path, caplog):
     known.write_text(json.dumps({"instruction": "Add up", "input": "1 2", "output": "3"}))
     with caplog.at_level("INFO"):
         found = load_evaluation([str(benchmark), str(known)], 5)
-    assert f"{benchmark} is in no known format: each of its texts counts by itself" in caplog.text
+    assert f"{benchmark} is in no known format: each of its texts is compared alone" in caplog.text
     assert found.match(row("Tell me.", f"Well. {LONG}"))
     assert found.match(row("who"))
     assert found.match(row("Add up 1 2"))

@@ -262,7 +262,7 @@ def test_a_file_name_may_hold_the_mark(tmp_path):
 @pytest.mark.parametrize("reference", ["owner/name", "owner/name#train"])
 def test_the_hub_cannot_be_reached(reference, settings, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RequestError, match="owner/name is no file or folder here.*with no network, download"):
+    with pytest.raises(RequestError, match="owner/name is no file or folder here.*without a network, download"):
         list(open_records(reference))
     with pytest.raises(RequestError, match="Check the name and, for a private dataset, HF_TOKEN"):
         dataset_hash(reference)

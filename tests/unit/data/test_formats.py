@@ -217,7 +217,7 @@ def test_csv_rows(tmp_path):
         ({"messages": [{"role": "user"}]}, "malformed", "without `content`"),
         ({"instruction": "Add", "output": "3", "history": [["Hi"]]}, "malformed", "`history`"),
         ({"text": "### Instruction:\nAdd\n### Input:\n1"}, "wrong_role_order", "Instruction → Input"),
-        ({"text": "before [INST] Hi [/INST] Yo"}, "malformed", "text stands before"),
+        ({"text": "before [INST] Hi [/INST] Yo"}, "malformed", "text precedes the first pair"),
         ({"text": "[INST] Hi [INST] Yo [/INST]"}, "malformed", "do not come in pairs"),
         ({"text": "### Human: Hi"}, "no_answer", ""),
         ({"text": "no template"}, "malformed", "no known template"),
@@ -350,7 +350,7 @@ def test_a_named_format_settles_it(tmp_path):
     record = {"instruction": "A", "output": "b", "response": "c"}
     name, rows = opened(tmp_path, [record, {"instruction": "A", "output": "b"}], format="alpaca-response")
     assert (name, said(rows[0].completion)) == ("alpaca-response", ["a:c"])
-    assert (rows[1].reason, rows[1].detail) == ("malformed", "`response` is not there, and alpaca-response needs it")
+    assert (rows[1].reason, rows[1].detail) == ("malformed", "`response` is missing, and alpaca-response needs it")
     pair = {"prompt": "Hi", "chosen": turns("Hi", "a"), "rejected": turns("Hi", "b"), "messages": turns("Hi", "a")}
     assert opened(tmp_path, [pair], None, format="messages")[0] == "messages"
     assert opened(tmp_path, [pair], None, format="chosen-rejected")[0] == "chosen-rejected"
@@ -389,9 +389,14 @@ def test_columns_that_are_not_there(tmp_path, columns, words):
         ("", None, {}, "is empty: there is no row in it"),
         ("\n \n", None, {}, "is empty"),
         ("nonsense", None, {}, "holds no row that can be read; the first problem: .*line 1: malformed"),
-        ('{"a": 1}', "instruction", {}, "in no known instruction format: its first row has the columns a. Known are"),
+        (
+            '{"a": 1}',
+            "instruction",
+            {},
+            "in no known instruction format: its first row has the columns a. Known formats are",
+        ),
         ('{"a": 1}', None, {}, "in no known format: .*chosen-rejected: chosen, rejected"),
-        ('{"text": "x"}', "instruction", {}, "a text must be written with the named template"),
+        ('{"text": "x"}', "instruction", {}, "A `text` must follow the template of its format"),
         (
             '{"conversations": [], "chosen": {}, "rejected": {}}',
             "instruction",

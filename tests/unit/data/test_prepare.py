@@ -403,7 +403,7 @@ def test_batches_of_views_hold_what_the_view_shows(tmp_path):
 def test_ledger_refuses_rows_that_vanish():
     ledger = Ledger()
     ledger.record("instruction", 3, 3)
-    with pytest.raises(AssertionError, match="3 rows were there"):
+    with pytest.raises(AssertionError, match="expected 3 rows, read 3, kept 2, quarantined 0"):
         ledger.record("instruction", 3, 2)
 
 
