@@ -59,7 +59,7 @@ def dataset_hash(reference: str) -> str:
         return _commit(found.name)
     digest = hashlib.sha256()
     try:
-        for file in _files(found.path):
+        for file in visible_files(found.path):
             # A single file has the same hash under any name. In a folder, names decide which split a file belongs to.
             digest.update(str(file.relative_to(found.path)).encode("utf-8", "surrogateescape") + b"\0")
             with file.open("rb") as stream:
@@ -76,10 +76,11 @@ def dataset_files(reference: str) -> list[Path] | None:
         RequestError: the dataset is missing.
     """
     root = _resolve(reference).path
-    return None if root is None else _files(root)
+    return None if root is None else visible_files(root)
 
 
-def _files(root: Path) -> list[Path]:
+def visible_files(root: Path) -> list[Path]:
+    """The file itself, or the files in and below a folder, without hidden files and folders, sorted."""
     if not root.is_dir():
         return [root]
     files = (file for file in root.rglob("*") if file.is_file())
@@ -116,7 +117,7 @@ def _folder_files(found: Reference, folder: Path) -> Sequence[Path]:
         ) from error
     splits = {str(split): [Path(file) for file in files] for split, files in (data_files or {}).items()}
     used = {file.resolve() for files in splits.values() for file in files}
-    for file in _files(folder):
+    for file in visible_files(folder):
         if has_known_ending(file) and file.name not in _BOOKKEEPING and file.resolve() not in used:
             raise RequestError(
                 f"{folder} also holds {file.relative_to(folder)}, which `datasets` leaves out when it reads the folder: "

@@ -1,1 +1,1 @@
-"""Where text comes from: files of the user, or the embedded corpus."""
+"""Documents: reading the user's files or the embedded corpus, and cutting them into passages."""

@@ -1,4 +1,4 @@
-"""Hashes of the files that a run reads, one by one, so that a changed one can be named later."""
+"""Hashes of the single files that a run reads, so that `make verify` can name a changed file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _FEATURES = Features({"file": Value("string"), "sha256": Value("string")})
 
 
 def document_fingerprints(config: DocumentsConfig) -> dict[str, str]:
-    """SHA-256 of every file of `documents.path`; of the embedded corpus, its hash as a whole."""
+    """SHA-256 of every file of `documents.path`; one hash of the whole for the embedded corpus."""
     if config.path == EMBEDDED_DOCUMENTS:
         return {config.path: documents_hash(config)}
     return _fingerprints(document_files(config.path))
 
 
 def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
-    """SHA-256 of every file of the datasets that are named; of one of the hub, its commit.
+    """SHA-256 of every file of the datasets; the commit for a dataset of the hub. None entries are skipped.
 
     Raises:
         RequestError: a dataset is missing.
@@ -38,10 +38,10 @@ def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
 
 
 def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
-    """What the sources of an artifact (`documents`, `instruction_candidates`, `preference_candidates`) are now.
+    """Present hashes of the sources of `documents`, `instruction_candidates` or `preference_candidates`.
 
     Raises:
-        RequestError: one is missing.
+        RequestError: a source is missing.
     """
     data = recipe.data
     if artifact == "documents":
@@ -52,19 +52,19 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
 
 
 def fingerprint_table(fingerprints: dict[str, str]) -> Dataset:
-    """Fingerprints as a dataset, to be stored beside what was read from the files."""
+    """Make a dataset of fingerprints, to store beside the rows that were read from the files."""
     return to_dataset([{"file": file, "sha256": value} for file, value in fingerprints.items()], _FEATURES)
 
 
 def _fingerprints(files: Iterable[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in files:
-        # A name may hold bytes that are no text, which Arrow cannot store.
+        # A file name may contain bytes that are not UTF-8, which Arrow cannot store.
         name = str(file).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         try:
             with file.open("rb") as stream:
                 found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            # What cannot be read is in quarantine, too, and is a change once it can.
+            # The file is in the quarantine too. If it becomes readable later, that is a change.
             found[name] = f"unreadable: {error.strerror}"
     return found

@@ -1,4 +1,4 @@
-"""Cuts documents into passages at paragraph and sentence borders, and keeps those that read as prose."""
+"""Cuts documents into passages at paragraph and sentence borders, and keeps the passages that are prose."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llm_engineering.data.ledger import Quarantined
 from llm_engineering.documents.read import Document
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 
-# Share of letters and spaces under which a passage is a table, code or grammar. Chosen on the Python
-# reference: at 0.85 prose with inline code stays, operator tables and listings go.
+# A passage with a smaller share of letters and spaces is a table, code or grammar. Chosen on the Python reference: 0.85
+# keeps prose with inline code, and removes operator tables and listings.
 MIN_PROSE_SHARE = 0.85
 
 
 class Passage(BaseModel):
-    """A piece of a document, with white space folded; `start` and `end` are characters in the document's text."""
+    """A piece of a document, its white space folded. `start` and `end` are positions in the document's text."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -33,16 +33,16 @@ class Passage(BaseModel):
 
     @property
     def place(self) -> str:
-        """Where in its document."""
+        """The passage's characters in its document."""
         return f"characters {self.start}-{self.end}"
 
 
 def cut_passages(
     documents: Sequence[Document], config: DocumentsConfig, seed: int
 ) -> tuple[list[Passage], list[Quarantined]]:
-    """Cut all documents; passages that are no prose, too short, or repeated are quarantined with the reason.
+    """Cut all documents. Passages that are no prose, too short or repeated are quarantined.
 
-    With `max_passages`, that many are drawn with the seed; those not drawn are quarantined as `not_drawn`.
+    With `max_passages`, that many passages are drawn with the seed, and the others are quarantined as `not_drawn`.
     """
     splitter = TextSplitter((config.passage_min_chars, config.passage_max_chars))
     kept: list[Passage] = []

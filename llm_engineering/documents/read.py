@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.data.files import BrokenRecord, read_records
 from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.sources import visible_files
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
 
@@ -23,9 +24,9 @@ class Document(BaseModel):
     """One document.
 
     Attributes:
-        id: hash of its text.
-        source: the file it comes from, with its place in the file where there are several.
-        title: what it is about, as the source says; the file's name otherwise.
+        id: hash of the text.
+        source: the file, with the place in it if the file holds several documents.
+        title: the title in the source; without one, the name of the file.
         text: plain text.
     """
 
@@ -38,10 +39,10 @@ class Document(BaseModel):
 
 
 def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quarantined]]:
-    """Read every document, sorted by source, and what could not be read.
+    """Read all documents, sorted by source. Files and records that cannot be read are quarantined.
 
     Raises:
-        RequestError: the path is missing, a file in no known format, or holds no text at all.
+        RequestError: the path is missing, is a file in no known format, or holds no text at all.
     """
     if config.path == EMBEDDED_DOCUMENTS:
         return _python_reference()
@@ -54,27 +55,27 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
             quarantine.append(_rejected("unknown_format", file, "whole file", detail))
             continue
         try:
-            found, rejected = reader(file, config.text_field)
+            read, rejected = reader(file, config.text_field)
         except UnicodeDecodeError as error:
             quarantine.append(_rejected("not_utf8", file, f"byte {error.start}", "convert it, e.g. with iconv"))
             continue
         except OSError as error:
             quarantine.append(_rejected("unreadable", file, "whole file", str(error)))
             continue
-        documents += [document for document in found if document.text.strip()]
+        documents += [document for document in read if document.text.strip()]
         quarantine += rejected
-        quarantine += [_rejected("empty", file, d.source, "no text") for d in found if not d.text.strip()]
+        quarantine += [_rejected("empty", file, d.source, "no text") for d in read if not d.text.strip()]
     if not documents:
-        why = "; ".join(row.named() for row in quarantine[:3]) or "the folder holds no file"
-        raise RequestError(f"documents.path {config.path} holds no document that can be read: {why}.")
+        problems = "; ".join(row.describe() for row in quarantine[:3]) or "the folder holds no file"
+        raise RequestError(f"documents.path {config.path} holds no document that can be read: {problems}.")
     return documents, quarantine
 
 
 def documents_hash(config: DocumentsConfig) -> str:
-    """Hash of everything that `read_documents` would read, so that changed files are noticed.
+    """Hash of everything that `read_documents` reads, to notice changed files.
 
     Raises:
-        RequestError: the path is missing or a file in no known format.
+        RequestError: the path is missing or is a file in no known format.
     """
     digest = hashlib.sha256()
     if config.path == EMBEDDED_DOCUMENTS:
@@ -91,42 +92,39 @@ def documents_hash(config: DocumentsConfig) -> str:
 
 
 def document_files(path: str) -> list[Path]:
-    """The files that a `documents.path` names, hidden ones left out, in a fixed order."""
+    """The file, or the visible files in and below the folder, that a `documents.path` names.
+
+    Raises:
+        RequestError: the path is missing or is a file in no known format.
+    """
     root = Path(path).expanduser()
-    if root.is_dir():
-        files = (file for file in root.rglob("*") if file.is_file())
-        return sorted(f for f in files if not any(part.startswith(".") for part in f.relative_to(root).parts))
     if not root.exists():
         raise RequestError(
             f"documents.path {path} does not exist. Name a file or a folder, or {EMBEDDED_DOCUMENTS} for the "
-            "corpus that comes with the project."
+            "corpus of the project."
         )
-    if root.suffix.lower() not in _READERS:
+    if not root.is_dir() and root.suffix.lower() not in _READERS:
         raise RequestError(
             f"documents.path {path} is in no known format: documents are {', '.join(sorted(_READERS))} files."
         )
-    return [root]
+    return visible_files(root)
 
 
 def _python_reference() -> tuple[list[Document], list[Quarantined]]:
-    # typeshed does not know the data module of pydoc, hence no plain import.
+    # typeshed has no types for pydoc's data module, so a plain import fails the type check.
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     source = "pydoc_data.topics:{}".format
     bare = {name: " ".join(text.partition("\n\n")[2].split()) for name, text in topics.items()}
     documents: list[Document] = []
     quarantine: list[Quarantined] = []
     for name, text in sorted(topics.items()):
-        # Many topics are cut-outs of longer ones. Both would leak the same text into training and test.
+        # Many topics are excerpts of longer ones. With both, the same text would be in training and test.
         whole = next((n for n in sorted(bare) if len(bare[n]) > len(bare[name]) and bare[name] in bare[n]), None)
         if whole is None:
             documents.append(_document(source(name), name, text))
         else:
-            detail = f"its text stands in {source(whole)} too"
-            quarantine.append(
-                Quarantined(
-                    stage="document", reason="contained", source=source(name), place="whole topic", detail=detail
-                )
-            )
+            detail = f"its text is also in {source(whole)}"
+            quarantine.append(_rejected("contained", source(name), "whole topic", detail))
     return documents, quarantine
 
 
@@ -134,8 +132,8 @@ def _document(source: str, title: str, text: str) -> Document:
     return Document(id=hashlib.sha256(text.encode()).hexdigest()[:16], source=source, title=title, text=text)
 
 
-def _rejected(reason: str, file: Path, place: str, detail: str) -> Quarantined:
-    return Quarantined(stage="document", reason=reason, source=str(file), place=place, detail=detail)
+def _rejected(reason: str, source: Path | str, place: str, detail: str) -> Quarantined:
+    return Quarantined(stage="document", reason=reason, source=str(source), place=place, detail=detail)
 
 
 def _plain(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:

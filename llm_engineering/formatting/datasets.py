@@ -1,10 +1,10 @@
-"""Formats whole datasets: rows that do not fit or spell special tokens are set aside, or cut, and counted by name."""
+"""Formats datasets as token ids. Over-long rows are cut or quarantined; rows that spell special tokens are quarantined."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +12,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, instruction_row, preference_row
+from llm_engineering.data.rows import Row, instruction_row, preference_row
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX, CrossingTokensError, Pair, Tokens, prompt_length, render
@@ -27,16 +26,15 @@ _DPO_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "chosen_ids": _IDS, "rejec
 _FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), Value("string")))
 SAMPLE_ROWS = 5
 _BATCH_ROWS = 256
-Row = InstructionRow | PreferenceRow
 
 
 class FormattedRow(NamedTuple):
     """A row as token ids.
 
     Attributes:
-        record: what the trainer reads; empty for a row that is set aside.
-        length: tokens before any were cut; of a pair, those of its longer half; 0 where it could not be tokenised.
-        rejected: why the row is set aside, or None.
+        record: the columns that the trainer reads; empty for a quarantined row.
+        length: tokens before the row is cut; of a pair, prompt and longer answer; 0 if the row cannot be tokenised.
+        rejected: the quarantine record, or None.
         truncated: what was cut off, or empty.
     """
 
@@ -48,9 +46,16 @@ class FormattedRow(NamedTuple):
 
 
 class Lengths:
-    """Lengths of rows in tokens and in turns, counted by value: a few hundred numbers for any number of rows.
+    """Counts the lengths of rows in tokens and in turns, and lists the rows that were cut.
 
-    Rows that were cut are written to a table of findings.
+    Memory holds one number for each distinct length.
+
+    Attributes:
+        kept: rows of each split by their length after cutting.
+        all: rows by their length before cutting, quarantined rows included.
+        turns: kept rows by their turns.
+        samples: the first SAMPLE_ROWS kept rows of each split.
+        truncated: a table of findings with the rows that were cut.
     """
 
     def __init__(self) -> None:
@@ -71,7 +76,7 @@ class Lengths:
             if formatted.truncated:
                 names = {"id": row.id, "source": row.source}
                 self.truncated.write({**names, "rule": "truncated", "detail": formatted.truncated})
-            self.turns[len(row.prompt) + len(row.completion if isinstance(row, InstructionRow) else row.chosen)] += 1
+            self.turns[len(row.prompt) + len(row.answers[0])] += 1
             if kept.total() <= SAMPLE_ROWS:
                 self.samples.append((split, row))
 
@@ -86,15 +91,15 @@ def _trained_length(formatted: FormattedRow) -> int:
 def format_rows(
     rows: Iterable[Row], stage: str, tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
 ) -> Iterator[FormattedRow]:
-    """Token ids of each row, or the reason why it is set aside.
+    """Token ids of each row, or its quarantine record.
 
     Raises:
         WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
     """
     special_tokens = tuple(tokenizer.all_special_tokens)
-    waiting = iter(rows)
-    # Tokenised in batches, which tokenizers spreads over the cores.
-    while batch := list(islice(waiting, _BATCH_ROWS)):
+    remaining = iter(rows)
+    # The library tokenizers spreads a batch over the cores.
+    while batch := list(islice(remaining, _BATCH_ROWS)):
         special = [_spelt_special_token(row, special_tokens) for row in batch]
         rendered = iter(render([row for row, token in zip(batch, special, strict=True) if not token], tokenizer))
         for row, token in zip(batch, special, strict=True):
@@ -102,10 +107,10 @@ def format_rows(
                 detail = f"its text spells {token}, which the tokenizer would read as the token itself"
                 yield _set_aside(row, stage, "special_token_in_text", detail)
             else:
-                yield _judged(row, stage, next(rendered), config)
+                yield _fitted(row, stage, next(rendered), config)
 
 
-def _judged(
+def _fitted(
     row: Row, stage: str, tokens: Tokens | Pair | CrossingTokensError, config: FormattingConfig
 ) -> FormattedRow:
     if isinstance(tokens, CrossingTokensError):
@@ -128,7 +133,7 @@ def _judged(
     if config.over_long == "truncate" and fits_prompt:
         cut = _cut(tokens, config.max_length)
         if isinstance(cut, Pair) and cut.chosen_ids == cut.rejected_ids:
-            detail += ", and up to there both answers are the same"
+            detail += ", and both answers are the same up to that length"
             return _set_aside(row, stage, "over_long", detail, length)
         detail += "; the rest is cut off, and the end of its answer is not trained"
         return FormattedRow(row, _record(row, cut, config, truncated=True), length, None, detail)
@@ -136,7 +141,7 @@ def _judged(
 
 
 def _cut(tokens: Tokens | Pair, max_length: int) -> Tokens | Pair:
-    """The first tokens. The prompt stays whole; of a conversation, nothing is kept after the last trained token."""
+    """Cut a row to `max_length`. The prompt stays whole, and a conversation ends with its last trained token."""
     if isinstance(tokens, Pair):
         room = max_length - len(tokens.prompt_ids)
         return Pair(tokens.prompt_ids, tokens.chosen_ids[:room], tokens.rejected_ids[:room])
@@ -156,9 +161,7 @@ def _record(row: Row, tokens: Tokens | Pair, config: FormattingConfig, truncated
 
 
 def _set_aside(row: Row, stage: str, reason: str, detail: str, length: int = 0) -> FormattedRow:
-    text = redacted(row.prompt[-1].content)[:200]
-    rejected = Quarantined(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
-    return FormattedRow(row, {}, length, rejected)
+    return FormattedRow(row, {}, length, Quarantined.of_row(row, stage, reason, detail))
 
 
 def format_splits(
@@ -169,19 +172,20 @@ def format_splits(
     folder: Path,
     ledger: Ledger,
 ) -> tuple[DatasetDict, Lengths]:
-    """Formatted datasets by split, written to a folder, and the rows' lengths.
+    """Format the splits of a dataset, and count the lengths of their rows.
 
-    Instruction rows become `input_ids`, `labels` (-100 where nothing is trained) and `prompt_tokens` (how many stand
-    before the first answer), preference rows `prompt_ids`, `chosen_ids` and `rejected_ids`. `truncated` says that the
-    row was cut. What is set aside is entered in the ledger. In the split `test` only answers are labelled, whatever is
-    trained on, so that losses can be compared.
+    Instruction rows get the columns `input_ids`, `labels` (-100 for tokens that are not trained) and `prompt_tokens` (the
+    tokens before the first answer); preference rows get `prompt_ids`, `chosen_ids` and `rejected_ids`. `truncated` marks
+    a row that was cut. In the split `test` only answers have labels, even with `train_on_prompt`, so that losses are
+    comparable.
 
     Args:
         kind: `instruction` or `preference`.
-        ledger: a test split of the user's own is a stage of its own there, e.g. `instruction_test`.
+        folder: the folder for the formatted splits.
+        ledger: records the quarantined rows. A test split of the user's own has its own stage, e.g. `instruction_test`.
 
     Raises:
-        WorkError: as `format_rows`, or no row of a split is left.
+        WorkError: a row cannot be rendered, is over-long under `over_long: raise`, or no row of a split is left.
     """
     own_test = f"{kind}_test"
     stages = {name: own_test if name == "test" and own_test in ledger.kept else kind for name in splits}
@@ -216,6 +220,5 @@ def format_splits(
 
 
 def _spelt_special_token(row: Row, special_tokens: Sequence[str]) -> str:
-    completions = [row.completion] if isinstance(row, InstructionRow) else [row.chosen, row.rejected]
-    texts = [m.content for messages in (row.prompt, *completions) for m in messages]
+    texts = [message.content for message in chain(row.prompt, *row.answers)]
     return next((token for token in special_tokens if any(token in text for text in texts)), "")

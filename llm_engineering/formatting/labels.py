@@ -1,4 +1,4 @@
-"""Checks what of each row is trained, before anything is: also of data that another program has formatted."""
+"""Checks the labels of each row before training, also of data that another program formatted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.errors import WorkError
@@ -16,37 +16,34 @@ TRAINED_SPLITS = ("train", "validation")
 
 
 def check_labels(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, train_on_prompt: bool = False) -> None:
-    """Check every row that is trained on or validated with.
+    """Check every row of the training and validation splits.
 
-    Each has a trained token; labels are the row's own ids; nothing of its prompt is trained, unless all of it is meant
-    to be; every trained answer ends with the end-of-turn token, but for the last one of a row that says it is
-    `truncated`. Without a column `prompt_tokens` the prompt is what stands before the first trained token, and has to
-    be there.
+    - Each row has a trained token, and each label is the token id at its position or -100.
+    - No token of the prompt is trained, or, with `train_on_prompt`, every token of the row is. Without a column
+      `prompt_tokens`, the tokens before the first trained one are the prompt, and there must be at least one.
+    - Every trained answer ends with the end-of-turn token, except the last answer of a `truncated` row.
+    - A pair has a prompt and two different, non-empty answers.
 
     Args:
         data: splits of instruction rows (`input_ids`, `labels`) or of pairs (`prompt_ids`, `chosen_ids`,
             `rejected_ids`).
 
     Raises:
-        WorkError: names the first row that is wrong, and what is wrong with it.
+        WorkError: names the first wrong row and its problem.
     """
+    end = int(tokenizer.eos_token_id)
     for split in TRAINED_SPLITS:
-        end = int(tokenizer.eos_token_id)
-        for number, row in enumerate(_rows(data[split])):
-            wrong = _wrong_pair(row, end) if "chosen_ids" in row else _wrong_row(row, end, train_on_prompt)
-            if wrong:
+        for number, row in enumerate(data[split].with_format("numpy")):
+            problem = _pair_problem(row, end) if "chosen_ids" in row else _row_problem(row, end, train_on_prompt)
+            if problem:
                 name = f" ({row['id']})" if "id" in row else ""
                 raise WorkError(
-                    f"Row {number}{name} of the {split} split cannot be trained on: {wrong}. "
+                    f"Row {number}{name} of the {split} split cannot be trained on: {problem}. "
                     "Format the data again with this model's tokenizer and recipe."
                 )
 
 
-def _rows(split: Dataset) -> Any:
-    return split.with_format("numpy")
-
-
-def _wrong_row(row: dict[str, Any], end: int, train_on_prompt: bool) -> str:
+def _row_problem(row: dict[str, Any], end: int, train_on_prompt: bool) -> str:
     ids, labels = row["input_ids"], row["labels"]
     if len(ids) != len(labels):
         return f"it has {len(ids)} tokens and {len(labels)} labels"
@@ -54,7 +51,7 @@ def _wrong_row(row: dict[str, Any], end: int, train_on_prompt: bool) -> str:
     if not trained.any():
         return "none of its tokens is trained"
     if (labels[trained] != ids[trained]).any():
-        return "a label is another token than the one at its place"
+        return "a label differs from the token at its position"
     if train_on_prompt:
         if not trained.all():
             return "formatting.train_on_prompt is true, but not all of its tokens are trained"
@@ -68,7 +65,7 @@ def _wrong_row(row: dict[str, Any], end: int, train_on_prompt: bool) -> str:
     return ""
 
 
-def _wrong_pair(row: dict[str, Any], end: int) -> str:
+def _pair_problem(row: dict[str, Any], end: int) -> str:
     chosen, rejected = row["chosen_ids"], row["rejected_ids"]
     if not len(row["prompt_ids"]):
         return "it has no prompt"
@@ -83,7 +80,7 @@ def _wrong_pair(row: dict[str, Any], end: int) -> str:
 def label_views(
     rows: Sequence[tuple[list[int], list[int]]], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[tuple[str, bool]]]:
-    """Rows of `(input_ids, labels)` as their tokens' texts, each with whether it is trained."""
+    """Decode rows of `(input_ids, labels)`. Returns the text of each token, and whether it is trained."""
     return [
         [
             (str(tokenizer.decode([token])), label != IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""Renders rows with the model's chat template, and marks the tokens that are trained."""
+"""Renders rows with the model's chat template, and labels the tokens that are trained."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.rows import InstructionRow, Message, Row
 from llm_engineering.errors import RequestError, WorkError
 
 IGNORE_INDEX = -100
 
 
 class Tokens(NamedTuple):
-    """Token ids of a conversation, and labels of the same length: the id where it is trained, -100 elsewhere."""
+    """Token ids of a conversation, and labels of the same length: the id of a trained token, else -100."""
 
     input_ids: list[int]
     labels: list[int]
@@ -30,47 +30,42 @@ class Pair(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered conversation: an answer with its end of turn (trained), or what stands between answers."""
+    """A piece of a rendered conversation: an answer with its end of turn (trained), or the text between answers."""
 
     text: str
     trained: bool
 
 
 class CrossingTokensError(ValueError):
-    """A token would stretch from the prompt into the answer, so that neither could be trained by itself."""
+    """A token contains the end of the prompt and the start of the answer, so the two cannot get different labels."""
 
 
-def render(
-    rows: Sequence[InstructionRow | PreferenceRow], tokenizer: PreTrainedTokenizerBase
-) -> list[Tokens | Pair | CrossingTokensError]:
-    """Token ids of rows, tokenised together.
+def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Tokens | Pair | CrossingTokensError]:
+    """Token ids of rows, tokenised as one batch.
 
-    A prompt and its answer are tokenised apart from each other: asked later, the model is given the prompt's tokens
-    and has to say the answer's.
+    A prompt and its answer are tokenised separately, because at inference the model gets the tokens of the prompt and
+    generates those of the answer.
 
     Raises:
-        WorkError: the template renders a prompt differently once it is answered, or does not end an answer with the
+        WorkError: the template renders a prompt differently once it is answered, or it does not end an answer with the
             end-of-turn token.
     """
-    conversations = []
-    for row in rows:
-        answers = [row.completion] if isinstance(row, InstructionRow) else [row.chosen, row.rejected]
-        conversations += [_segments(row, answer, tokenizer) for answer in answers]
+    conversations = [_segments(row, answer, tokenizer) for row in rows for answer in row.answers]
     tokenised = iter(_tokenise(conversations, tokenizer))
-    found: list[Tokens | Pair | CrossingTokensError] = []
+    rendered: list[Tokens | Pair | CrossingTokensError] = []
     for row in rows:
         if isinstance(row, InstructionRow):
-            found.append(next(tokenised))
+            rendered.append(next(tokenised))
             continue
         chosen, rejected = next(tokenised), next(tokenised)
         if isinstance(chosen, Tokens) and isinstance(rejected, Tokens):
             start = prompt_length(chosen)
-            found.append(
+            rendered.append(
                 Pair(chosen.input_ids[:start], chosen.input_ids[start:], rejected.input_ids[prompt_length(rejected) :])
             )
         else:
-            found.append(chosen if isinstance(chosen, CrossingTokensError) else rejected)
-    return found
+            rendered.append(chosen if isinstance(chosen, CrossingTokensError) else rejected)
+    return rendered
 
 
 def prompt_length(tokens: Tokens) -> int:
@@ -79,17 +74,15 @@ def prompt_length(tokens: Tokens) -> int:
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids that ask for an answer to `messages`: what training, evaluation and serving all prompt with."""
+    """Token ids of the prompt that ends with `messages`. Training, evaluation and serving use the same."""
     return _encode([_apply(tokenizer, messages, add_generation_prompt=True)], tokenizer)[0]
 
 
-def _segments(
-    row: InstructionRow | PreferenceRow, completion: Sequence[Message], tokenizer: PreTrainedTokenizerBase
-) -> list[Segment]:
-    """The rendered conversation, cut where answers begin and end.
+def _segments(row: Row, completion: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+    """Render a conversation, and cut it where answers begin and end.
 
-    The template is applied to the conversation up to each answer and again with it; the difference is the answer. What
-    a template puts after the last end of turn (a line break, often) is left out: generation has stopped there.
+    For each answer, the template is applied to the conversation without it and with it; the difference is the answer.
+    The text after the last end of turn (often a line break) is left out, because generation stops before it.
     """
     messages = list(row.prompt)
     segments: list[Segment] = []
@@ -100,8 +93,8 @@ def _segments(
             answered = _apply(tokenizer, [*messages, message], add_generation_prompt=False)
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise WorkError(
-                    f"{_where(row)}: the chat template of {_name(tokenizer)} renders a prompt differently once it is "
-                    "answered, so the model would be trained on other prompts than it is asked later. "
+                    f"{_where(row)}: the chat template of {tokenizer.name_or_path} renders a prompt differently once it "
+                    "is answered, so the model would be trained on other prompts than it gets at inference. "
                     "Use a template that only appends."
                 )
             end = answered.rfind(str(tokenizer.eos_token), len(asked))
@@ -126,10 +119,10 @@ def _tokenise(
         )
     else:
         pieces = (_tokenise_whole(segments, tokenizer) for segments in conversations)
-    found: list[Tokens | CrossingTokensError] = []
+    tokenised: list[Tokens | CrossingTokensError] = []
     for segments, parts in zip(conversations, pieces, strict=True):
         if isinstance(parts, CrossingTokensError):
-            found.append(parts)
+            tokenised.append(parts)
             continue
         tokens = Tokens([], [])
         for segment, part in zip(segments, parts, strict=True):
@@ -137,14 +130,14 @@ def _tokenise(
                 raise _no_end_of_turn(tokenizer, "every row")
             tokens.input_ids.extend(part)
             tokens.labels.extend(part if segment.trained else [IGNORE_INDEX] * len(part))
-        found.append(tokens)
-    return found
+        tokenised.append(tokens)
+    return tokenised
 
 
 def _tokenise_whole(
     segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]] | CrossingTokensError:
-    """Token ids of each segment, tokenised as one text: where a tokenizer puts a space before every text it is given."""
+    """Token ids of each segment, cut from those of the whole text: for tokenizers that put a space before each text."""
     texts = ["".join(segment.text for segment in segments[:count]) for count in range(1, len(segments) + 1)]
     parts: list[list[int]] = []
     done: list[int] = []
@@ -157,13 +150,13 @@ def _tokenise_whole(
 
 
 def _is_joinable(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether texts tokenised apart are the same text again when their tokens stand together."""
+    """Whether the tokens of two texts, joined, decode to the joined texts."""
     first, second = _encode(["a", "b"], tokenizer)
     return str(tokenizer.decode(first + second)) == "ab"
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    # The template has written the special tokens.
+    # The template already writes the special tokens.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     return list(encoded["input_ids"])
 
@@ -171,7 +164,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise WorkError(
-            f"The tokenizer of {_name(tokenizer)} has no chat template, so there is no one way to render a "
+            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so it is undefined how to render a "
             "conversation. Use a chat (instruct) model, or add a template to the tokenizer."
         )
     turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -180,24 +173,21 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
 
 def _no_end_of_turn(tokenizer: PreTrainedTokenizerBase, where: str) -> WorkError:
     return WorkError(
-        f"{where}: with the chat template of {_name(tokenizer)} its answer does not end with the end-of-turn token "
+        f"{where}: with the chat template of {tokenizer.name_or_path} its answer does not end with the end-of-turn token "
         f"{tokenizer.eos_token!r}, so the model would never learn to stop. Check the tokenizer's eos_token and template."
     )
 
 
-def _where(row: InstructionRow | PreferenceRow) -> str:
+def _where(row: Row) -> str:
     return f"row {row.id} ({row.source})"
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.name_or_path)
-
-
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Render two turns, so that a template that cannot be trained with is told before any work.
+    """Render a short conversation, so that an unusable template is refused before any work.
 
     Raises:
-        RequestError: it is no Jinja, changes what it has written, or does not end answers with the end token.
+        RequestError: the template is no Jinja, changes what it wrote before, or does not end answers with the
+            end-of-turn token.
     """
     turns = [Message(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     probe = InstructionRow(

@@ -131,7 +131,7 @@ def splits_of(good, bad):
     [
         ({"labels": [-100] * 4}, "none of its tokens is trained"),
         ({"labels": [-100, -100, 7]}, "4 tokens and 3 labels"),
-        ({"labels": [-100, -100, 8, END]}, "another token"),
+        ({"labels": [-100, -100, 8, END]}, "a label differs from the token at its position"),
         ({"labels": [-100, 6, 7, END]}, "a token of its prompt is trained"),
         ({"labels": [5, 6, 7, END], "prompt_tokens": 0}, "a token of its prompt is trained"),
         ({"labels": [-100, -100, 7, -100]}, "does not end with the end-of-turn token"),
