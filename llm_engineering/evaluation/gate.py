@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.recipe.evaluation_blocks import Comparisons, PromotionConfig
 
+Sense = Literal["better", "not_worse"]
+Other = Literal["base", "sft", "incumbent"]
+
 # The confidence of the intervals in reports that do not state it.
 CONFIDENCE = 0.95
 
@@ -30,8 +33,8 @@ class Rule(BaseModel):
 
     name: str
     measure: str
-    sense: Literal["better", "not_worse"]
-    than: Literal["base", "sft", "incumbent"]
+    sense: Sense
+    than: Other
     value: float | None = None
     low: float | None = None
     high: float | None = None
@@ -78,9 +81,14 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
     """
     candidate: Literal["sft", "dpo"] = "dpo" if "dpo" in report["models"] else "sft"
     gate = config.dpo if candidate == "dpo" else config.sft
+    comparisons: dict[Sense, Comparisons] = {"better": gate.better_than, "not_worse": gate.not_worse_than}
+    others: tuple[Other, ...] = ("base", "sft", "incumbent")
     rules = [
-        *_judge_all(report, candidate, "better", gate.better_than, incumbent),
-        *_judge_all(report, candidate, "not_worse", gate.not_worse_than, incumbent),
+        _judge(report, candidate, sense, than, measure, amount, incumbent)
+        for sense, compared in comparisons.items()
+        for than in others
+        for measure, amount in getattr(compared, than).items()
+        if amount is not None
     ]
     confidence = float(report.get("confidence", CONFIDENCE))
     failed = [rule for rule in rules if rule.verdict == "failed"]
@@ -97,26 +105,11 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
     )
 
 
-def _judge_all(
-    report: Mapping[str, Any],
-    candidate: str,
-    sense: Literal["better", "not_worse"],
-    comparisons: Comparisons,
-    incumbent: int | None,
-) -> list[Rule]:
-    return [
-        _judge(report, candidate, sense, than, measure, bound, incumbent)
-        for than in ("base", "sft", "incumbent")
-        for measure, bound in getattr(comparisons, than).items()
-        if bound is not None
-    ]
-
-
 def _judge(
     report: Mapping[str, Any],
     candidate: str,
-    sense: Literal["better", "not_worse"],
-    than: Literal["base", "sft", "incumbent"],
+    sense: Sense,
+    than: Other,
     measure: str,
     amount: float,
     incumbent: int | None,

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import InstructionRow, PreferenceRow
 from llm_engineering.errors import WorkError
-from llm_engineering.evaluation.measures import Labelled, labelled_answer, labelled_answers, labelled_rows
+from llm_engineering.evaluation.measures import Labelled, labelled_answer
 from llm_engineering.formatting.render import CrossingTokensError, Pair, Tokens, render
 
 RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
@@ -55,22 +55,16 @@ def held_out(
     """
     rows_by_id, pairs_by_id = {row.id: row for row in rows}, {pair.id: pair for pair in pairs}
     instructions = [
-        HeldOutRow(rows_by_id[name], [labelled], cut)
-        for name, labelled, cut in zip(
-            formatted_sft["id"], labelled_rows(formatted_sft), formatted_sft["truncated"], strict=True
-        )
+        HeldOutRow(rows_by_id[row["id"]], [(row["input_ids"], row["labels"])], row["truncated"])
+        for row in formatted_sft
     ]
-    if formatted_dpo is None:
-        return HeldOut(instructions, [])
     preferences = [
-        HeldOutRow(pairs_by_id[name], list(answers), cut)
-        for name, cut, *answers in zip(
-            formatted_dpo["id"],
-            formatted_dpo["truncated"],
-            labelled_answers(formatted_dpo, "chosen"),
-            labelled_answers(formatted_dpo, "rejected"),
-            strict=True,
+        HeldOutRow(
+            pairs_by_id[pair["id"]],
+            [labelled_answer(pair["prompt_ids"], pair[key]) for key in ("chosen_ids", "rejected_ids")],
+            pair["truncated"],
         )
+        for pair in formatted_dpo or ()
     ]
     return HeldOut(instructions, preferences)
 

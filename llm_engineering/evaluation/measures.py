@@ -214,12 +214,6 @@ def labelled_rows(formatted_sft: Dataset) -> list[Labelled]:
     return [(row["input_ids"], row["labels"]) for row in formatted_sft]
 
 
-def labelled_answers(formatted_dpo: Dataset, answer: str) -> list[Labelled]:
-    """Token ids and labels of each formatted pair's `chosen` or `rejected` answer."""
-    rows: list[dict[str, Any]] = list(formatted_dpo)
-    return [labelled_answer(row["prompt_ids"], row[f"{answer}_ids"]) for row in rows]
-
-
 def labelled_answer(prompt: list[int], answer: list[int]) -> Labelled:
     """Token ids of a prompt and its answer, with labels on the answer only."""
     return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer

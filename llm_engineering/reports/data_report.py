@@ -1,4 +1,4 @@
-"""The data report: rows read, kept and set aside, their lengths, what is suspicious, and whether to train on them."""
+"""The data report: rows read, kept and set aside, their lengths, suspicious rows, and whether the data is fit to train on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, DatasetDict
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
@@ -22,46 +23,45 @@ from llm_engineering.formatting.datasets import Lengths, format_rows
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.reports.page import histogram, page, paragraph, table, write_report
 
-# Under this, a dataset is too small to hold rows out of and still learn from.
+# A smaller dataset has too few rows to train on and to hold some out.
 MIN_ROWS = 20
 # A file that loses more than this share of its rows is damaged, or is not what its owner thinks it is.
 MAX_SHARE_SET_ASIDE = 0.5
-# LIMA (arXiv:2305.11206) tunes on 1,000 chosen rows; with fewer, a model learns a manner rather than a subject.
+# LIMA (arXiv:2305.11206) tunes on 1,000 selected rows. From fewer rows a model learns a style rather than a subject.
 FEW_ROWS = 1000
-# Over this share a limit on length decides what the model learns.
+# Above this share, the length limit decides what the model learns.
 MAX_SHARE_OVER_LENGTH = 0.1
-_SHOWN = 12
-# Reasons that say nothing against a file: the row is there in another place, or was not asked for.
+_CLUSTERS_SHOWN = 12
+# Reasons that do not count against a file: the row is elsewhere in it, or was not needed.
 _HARMLESS = ("exact_duplicate", "near_duplicate", "not_drawn")
 
 
 def token_counts(lengths: Counter[int]) -> dict[str, float]:
-    """Total, mean, median and largest of the rows' lengths in tokens."""
+    """The total, mean, median and maximum of the rows' lengths in tokens, given as `{length: rows}`."""
     rows = lengths.total()
     if not rows:
         return {"total": 0}
     total = sum(length * count for length, count in lengths.items())
-    ordered, seen = sorted(lengths), 0
-    middles = []
-    for length in ordered:
-        seen += lengths[length]
-        # The median is the mean of the two middle values; for an odd number they are the same.
-        middles += [length for rank in ((rows - 1) // 2, rows // 2) if seen - lengths[length] <= rank < seen]
-    return {"total": total, "mean": round(total / rows, 1), "median": sum(middles) / 2, "max": ordered[-1]}
+    ordered = sorted(lengths)
+    # The median is the mean of the two middle rows, which are the same row if their number is odd.
+    ranks = np.cumsum([lengths[length] for length in ordered])
+    middles = np.searchsorted(ranks, [(rows - 1) // 2, rows // 2], side="right")
+    median = (ordered[middles[0]] + ordered[middles[1]]) / 2
+    return {"total": total, "mean": round(total / rows, 1), "median": median, "max": ordered[-1]}
 
 
 def write_data_report(
     folder: Path, kind: str, ledger: Ledger, tables: DatasetDict, lengths: Lengths, max_length: int, leaked: int = 0
 ) -> dict[str, Any]:
-    """Write `report.json`, `report.html` and what they rest on, and return the JSON report.
+    """Write the report to a folder, and return it as JSON.
 
-    Beside them stand `quarantine.jsonl` (every row set aside), `findings.jsonl` (what is kept with a remark) and
-    `clusters.jsonl` (every duplicate with the rows it repeats).
+    The files are `report.json`, `report.html`, `quarantine.jsonl` (every row that was set aside), `findings.jsonl`
+    (rows that were kept with a finding) and `clusters.jsonl` (every duplicate with the rows that it repeats).
 
     Args:
         kind: `instruction` or `preference`.
-        tables: `findings`, `clusters` and `suspicious`, as preparing made them.
-        leaked: rows of an evaluation file that stand in the dataset too.
+        tables: `findings`, `clusters` and `suspicious`, from `prepare`.
+        leaked: number of rows of an evaluation file that are also in the dataset.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = sum(lengths.kept.values(), Counter())
@@ -70,7 +70,7 @@ def write_data_report(
     findings = _counts(tables["findings"], "rule") | ({"truncated": len(truncated)} if len(truncated) else {})
     over = sum(count for length, count in lengths.all.items() if length > max_length)
     share_over = round(over / max(1, lengths.all.total()), 4)
-    why = _unfit(kind, ledger, kept.total(), leaked)
+    why = _unfit_reasons(kind, ledger, kept.total(), leaked)
     data: dict[str, Any] = {
         "kind": kind,
         "stages": {
@@ -100,13 +100,9 @@ def write_data_report(
     return data
 
 
-def verdict(data: dict[str, Any]) -> str:
-    """The report's last line."""
-    return "Fit to train on." if data["fit_to_train"] else f"Not fit to train on: {data['why']}."
-
-
 def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Lengths) -> str:
-    flow = [
+    verdict = "Fit to train on." if data["fit_to_train"] else f"Not fit to train on: {data['why']}."
+    stages = [
         (stage, counts["read"], counts["kept"], ", ".join(f"{r} {n}" for r, n in counts["quarantined"].items()))
         for stage, counts in data["stages"].items()
     ]
@@ -119,37 +115,40 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
     samples = [(name, row.source, _text(row.prompt), *_answers(row)) for name, row in lengths.samples]
     leaks = [row for row in examples if row[1].startswith("leaks_into") or row[1] == "contaminated"]
     used = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
-    over = f"{data['share_over_max_length']:.1%} of the rows are over max_length ({data['max_length']} tokens)."
+    over = f"{data['share_over_max_length']:.1%} of the rows are longer than max_length ({data['max_length']} tokens)."
     if data["truncated"]:
-        over += f" {data['truncated']:,} of the rows that are used were cut there ({data['share_truncated']:.1%})."
+        over += f" {data['truncated']:,} of the kept rows were truncated to it ({data['share_truncated']:.1%})."
     sections = [
-        ("Read, kept, set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], flow)),
-        ("Size", Markup("").join(paragraph(line) for line in data["guidance"])),
-        ("Length in tokens", histogram(lengths.all, "tokens a row", data["max_length"]) + paragraph(over)),
+        ("Rows read, kept and set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], stages)),
+        ("Advice", Markup("").join(paragraph(line) for line in data["guidance"])),
+        ("Length in tokens", histogram(lengths.all, "tokens per row", data["max_length"]) + paragraph(over)),
         ("Turns", table(["Messages", "Rows"], [(int(turns), count) for turns, count in data["turns"].items()])),
-        ("Reported and kept", _or_none(["Rule", "Rows"], list(data["findings"].items()))),
+        ("Findings in kept rows", _table_or_none(["Rule", "Rows"], list(data["findings"].items()))),
         (
             "Most suspicious rows",
-            _or_none(
+            _table_or_none(
                 ["Source", "Findings", "Prompt", "Answer"],
                 [(r["source"], r["findings"], r["prompt"], r["answer"]) for r in tables["suspicious"]],
             ),
         ),
         ("Duplicates", _clusters(tables["clusters"])),
-        ("Leaks", _or_none(["Stage", "Reason", "Source", "Row", "Detail", "Text"], leaks)),
+        ("Leaks and contamination", _table_or_none(["Stage", "Reason", "Source", "Place", "Detail", "Text"], leaks)),
         ("Sample rows", table(["Split", "Source", "Prompt", *answers], samples)),
-        ("Set aside: examples", _or_none(["Stage", "Reason", "Source", "Place", "Detail", "Text"], examples)),
-        ("Verdict", paragraph(verdict(data), "" if data["fit_to_train"] else "warn")),
+        (
+            "Examples of rows set aside",
+            _table_or_none(["Stage", "Reason", "Source", "Place", "Detail", "Text"], examples),
+        ),
+        ("Verdict", paragraph(verdict, "" if data["fit_to_train"] else "warn")),
     ]
-    lead = f"{verdict(data)} {sum(data['rows'].values()):,} rows to use: {used or 'none'}"
+    lead = f"{verdict} {sum(data['rows'].values()):,} rows are left to use: {used or 'none'}."
     return page(f"Data report: {data['kind']} rows", lead, sections)
 
 
 def _clusters(clusters: Dataset) -> Markup:
-    """The first clusters, a line for each row."""
-    shown = [r for r in clusters.select(range(min(len(clusters), 200))) if r["cluster"] < _SHOWN]
+    """A table of the rows of the first clusters."""
+    shown = [r for r in clusters.select(range(min(len(clusters), 200))) if r["cluster"] < _CLUSTERS_SHOWN]
     rows = [(r["cluster"] + 1, r["source"], r["split"], r["fate"]) for r in shown]
-    return _or_none(["Cluster", "Source", "Split", "What became of it"], rows)
+    return _table_or_none(["Cluster", "Source", "Split", "Result"], rows)
 
 
 def _guidance(lengths: Lengths, share_over: float, max_length: int, findings: dict[str, int]) -> list[str]:
@@ -157,43 +156,47 @@ def _guidance(lengths: Lengths, share_over: float, max_length: int, findings: di
     train = lengths.kept.get("train", sum(lengths.kept.values(), Counter())).total()
     if train < FEW_ROWS:
         lines.append(
-            f"{train:,} rows to train on: enough to learn a manner of answering; for a subject, aim at {FEW_ROWS:,} "
-            "or more good ones."
+            f"{train:,} rows are left to train on. They are enough to learn a style of answering; to learn a subject, "
+            f"use {FEW_ROWS:,} or more good rows."
         )
     test = lengths.kept.get("test", Counter()).total()
     if test:
         # The 95 % interval of a share of n rows is widest at one half: 1.96 sqrt(0.25 / n).
-        lines.append(f"{test:,} test rows: a share measured on them is known to ±{98 / test**0.5:.0f} points (95 %).")
+        lines.append(
+            f"{test:,} test rows are left: a percentage measured on them has a 95 % interval of up to "
+            f"±{98 / test**0.5:.0f} points."
+        )
     if share_over > MAX_SHARE_OVER_LENGTH:
         lines.append(
-            f"{share_over:.0%} of the rows are over formatting.max_length ({max_length}): raise it if memory allows."
+            f"{share_over:.0%} of the rows are longer than formatting.max_length ({max_length} tokens): raise it if "
+            "memory allows."
         )
     if "truncated" in findings:
         lines.append(
-            f"{findings['truncated']:,} rows were cut at formatting.max_length ({max_length}): of them the end of the "
-            "answer is not trained. Raise max_length, or set formatting.over_long to drop."
+            f"{findings['truncated']:,} rows were cut at formatting.max_length ({max_length} tokens), so the end of their "
+            "answers is not trained. Raise max_length, or set formatting.over_long to drop."
         )
     for rule, what in (("secret", "keys or passwords"), ("personal_data", "e-mail addresses or phone numbers")):
         if rule in findings:
             lines.append(f"{findings[rule]:,} findings of {what}: set data.rules.{rule} to mask or drop.")
-    return lines or ["Nothing to remark."]
+    return lines or ["There is nothing to change."]
 
 
-def _unfit(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
+def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
     rows, reasons = ledger.read[kind], ledger.by_reason(kind)
     problems = []
     if kept < MIN_ROWS:
-        problems.append(f"only {kept} rows are left, at least {MIN_ROWS} are needed to hold some out")
+        problems.append(f"only {kept} rows are left, and at least {MIN_ROWS} are needed to train and to hold some out")
     lost = {reason: count for reason, count in reasons.items() if reason not in _HARMLESS}
     if sum(lost.values()) > MAX_SHARE_SET_ASIDE * rows:
         named = ", ".join(f"{reason} {count}" for reason, count in lost.items())
         problems.append(f"more than half of the {rows} rows were set aside ({named})")
     if leaked:
-        problems.append(f"{leaked} rows of the evaluation file stand in it too")
+        problems.append(f"{leaked} row(s) of the evaluation file are also in it")
     return "; ".join(problems)
 
 
-def _or_none(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
+def _table_or_none(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
     return table(head, rows) if rows else paragraph("None.")
 
 
@@ -207,6 +210,7 @@ def _write_lines(path: Path, records: Any) -> None:
 
 
 def _text(messages: Sequence[Message]) -> str:
+    """Messages as one text, with their roles if there are several."""
     return "\n".join(
         message.content if len(messages) == 1 else f"{message.role}: {message.content}" for message in messages
     )
@@ -226,17 +230,16 @@ def inspect_file(
     formatting: FormattingConfig,
     folder: Path,
 ) -> dict[str, Any]:
-    """Read, check and tokenise a dataset, write the data report to a folder, and return the figures.
+    """Read, check and tokenise a dataset, write its data report to a folder, and return the numbers.
 
     Args:
-        against: an evaluation file; its rows are looked for in `file`.
+        against: an evaluation file, whose rows are searched for in `file`.
 
     Returns:
-        `format, rows, kept, quarantined, exact_duplicates, near_duplicates, leaked_into_test, tokens, fit_to_train`,
-        `findings` by rule, and `why`, which is empty for a file that is fit.
+        The object that `make inspect ARGS=--json` prints. `why` is empty if the file is fit to train on.
 
     Raises:
-        RequestError: a file is missing, empty or in no known format.
+        RequestError: a file is missing or empty, or its format is not known.
     """
     work = work_folder()
     ledger = Ledger()
@@ -250,7 +253,7 @@ def inspect_file(
 
     to_row = instruction_row if loaded.kind == "instruction" else preference_row
     lengths = Lengths()
-    # What is over-long is counted here, where a run would stop at it.
+    # With over_long `raise` a run stops at the first over-long row. Here all of them are counted.
     counting = formatting.model_copy(update={"over_long": "drop"}) if formatting.over_long == "raise" else formatting
     for formatted in format_rows(
         (to_row(record) for record in stream_records(prepared.splits["train"])), loaded.kind, tokenizer, counting

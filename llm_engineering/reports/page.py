@@ -1,4 +1,4 @@
-"""Static HTML reports: no script, because the dashboard shows them in a sandboxed frame; charts are inline SVG."""
+"""Parts of static HTML reports. They have no scripts, because the dashboard sandboxes them; charts are inline SVG."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import matplotlib.pyplot as plt
 from jinja2 import Environment
 from markupsafe import Markup
 
-# Fixed ids and no date: the same data gives the same bytes.
+# With fixed ids and no date, the same data gives the same bytes.
 matplotlib.rcParams.update({"svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif"})
 BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#9ca3af"
-# Base model, then what was trained, then the one in production.
+# For the base model, the trained models and the model in production.
 _COLOURS = (GREY, "#93c5fd", BLUE, ORANGE)
 
-# Fits a phone's screen at its own size.
+# Fits the screen of a phone without scaling.
 NARROW_INCHES = 4.2
 
 _PAGE = Environment(autoescape=True).from_string("""<!doctype html>
@@ -47,12 +47,12 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, Markup]]) -> str:
-    """A whole HTML page: title, one leading sentence, and headed sections."""
+    """A whole HTML page: a title, a lead sentence, and sections with headings."""
     return _PAGE.render(title=title, lead=lead, sections=sections)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
-    """A table; numbers are set right, floats with four significant digits."""
+    """A table with numbers aligned right, and floats rounded to four significant digits."""
     first = rows[0] if rows else [""] * len(head)
     right = [' class="n"' if isinstance(value, int | float) else "" for value in first]
     cells = "".join(f"<th{css}>{html.escape(name)}</th>" for name, css in zip(head, right, strict=True))
@@ -68,7 +68,7 @@ def paragraph(text: str, css: str = "") -> Markup:
 def line_chart(
     series: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str, width: float = 7
 ) -> Markup:
-    """Lines by name, each a sequence of (x, y); `width` is in inches."""
+    """A chart with one line for each name, from (x, y) points; `width` is in inches."""
     figure, axes = plt.subplots(figsize=(width, 3))
     for (name, points), colour in zip(series.items(), (BLUE, ORANGE, GREY), strict=False):
         if points:
@@ -80,17 +80,17 @@ def line_chart(
 
 
 def interval_bars(values: Mapping[str, tuple[float, float | None, float | None]], x_label: str) -> Markup:
-    """A bar by name, from 0, with a whisker over its interval where there is one: `(value, low, high)`.
+    """A chart with one bar for each name, from `(value, low, high)`, with a whisker over the interval if there is one.
 
-    What is not finite has no bar, only its text.
+    A value that is not finite has no bar, only its text.
     """
     figure, axes = plt.subplots(figsize=(NARROW_INCHES, 0.75 + 0.3 * len(values)))
-    for place, (value, low, high) in enumerate(values.values()):
-        axes.barh(place, value if math.isfinite(value) else 0, height=0.6, color=_COLOURS[place % len(_COLOURS)])
+    for row, (value, low, high) in enumerate(values.values()):
+        axes.barh(row, value if math.isfinite(value) else 0, height=0.6, color=_COLOURS[row % len(_COLOURS)])
         if low is not None and high is not None and math.isfinite(high - low):
-            axes.plot([low, high], [place, place], color="#111827", linewidth=1.5, marker="|", markersize=8)
-        shown = interval(value, low, high)
-        axes.annotate(shown, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+            axes.plot([low, high], [row, row], color="#111827", linewidth=1.5, marker="|", markersize=8)
+        text = interval(value, low, high)
+        axes.annotate(text, (1.02, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     axes.set_xlabel(x_label)
@@ -101,9 +101,9 @@ def interval_bars(values: Mapping[str, tuple[float, float | None, float | None]]
 
 
 def interval(value: float, low: float | None, high: float | None, sign: bool = False) -> str:
-    """A value with its interval, to two digits of the interval's width: `2.82 [2.74, 2.89]`.
+    """A value with its interval, rounded to two digits of the interval's width: `2.82 [2.74, 2.89]`.
 
-    With `sign`, a plus stands before what is above 0.
+    With `sign`, positive numbers have a plus sign.
     """
     if low is None or high is None:
         return f"{value:{'+' if sign else ''}.3g}"
@@ -117,13 +117,13 @@ def interval(value: float, low: float | None, high: float | None, sign: bool = F
 
 
 def cards(items: Sequence[tuple[str, Markup]], css: str = "cards") -> Markup:
-    """Headed boxes side by side, one below the other where there is no room. `css` is `cards` or `answers`."""
+    """Boxes with headings, in as many columns as fit. `css` is `cards` or the narrower `answers`."""
     boxes = Markup("").join(Markup('<div class="card"><h3>{}</h3>{}</div>').format(head, body) for head, body in items)
     return Markup('<div class="{}">{}</div>').format(css, boxes)
 
 
 def histogram(counts: Mapping[int, int], x_label: str, limit: float | None = None) -> Markup:
-    """A histogram of values counted by value, with a line at `limit`."""
+    """A histogram of values, given as `{value: count}`, with a line at `limit`."""
     figure, axes = plt.subplots(figsize=(7, 2.5))
     bins = min(40, max(5, len(counts)))
     axes.hist(list(counts), bins=bins, weights=list(counts.values()), color=BLUE)
@@ -134,16 +134,6 @@ def histogram(counts: Mapping[int, int], x_label: str, limit: float | None = Non
     return _svg(figure)
 
 
-def label_view(tokens: Sequence[tuple[str, bool]], end_of_turn: str) -> Markup:
-    """Each token of a row: trained (green), the trained end of turn (dark green), or masked (grey)."""
-    spans = []
-    for text, trained in tokens:
-        css = ("e" if text == end_of_turn else "t") if trained else "m"
-        shown = html.escape(text).replace("\n", "⏎<br>")
-        spans.append(f'<span class="{css}">{shown}</span>')
-    return Markup(f'<p class="tokens">{"".join(spans)}</p>')  # noqa: S704
-
-
 def write_report(folder: Path, data: Mapping[str, Any], html_page: str) -> None:
     """Write `report.json` for machines and `report.html` for people."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -152,7 +142,7 @@ def write_report(folder: Path, data: Mapping[str, Any], html_page: str) -> None:
 
 
 def write_page(folder: Path, html_page: str) -> None:
-    """Write `report.html` beside a `report.json` that is there already."""
+    """Write `report.html`."""
     (folder / "report.html").write_text(html_page, encoding="utf-8")
 
 

@@ -1,40 +1,60 @@
-"""The training report: curves, settings, and the labels token by token."""
+"""The training report: curves, settings, and a few rows token by token with their labels."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from llm_engineering.reports.page import label_view, line_chart, page, paragraph, table
+from llm_engineering.reports.page import line_chart, page, paragraph, table
 
 
 def training_page(summary: Mapping[str, Any]) -> str:
-    """The page of a run, from the summary that training leaves as JSON."""
+    """The page of one stage, from the JSON summary that training writes."""
     history = summary["history"]
-
-    def curve(name: str) -> list[tuple[float, float]]:
-        return [(entry["step"], entry[name]) for entry in history if name in entry]
-
-    sections = [("Loss", line_chart({"training": curve("loss"), "validation": curve("eval_loss")}, "step", "loss"))]
-    if curve("rewards/margins"):
-        margins = {"training": curve("rewards/margins"), "validation": curve("eval_rewards/margins")}
-        sections.append(("Reward margin, chosen minus rejected", line_chart(margins, "step", "margin")))
-    sections.append(("Learning rate", line_chart({"learning rate": curve("learning_rate")}, "step", "learning rate")))
-    sections.append(("Speed", line_chart({"training": curve("tokens_per_second")}, "step", "real tokens a second")))
-    sections.append(("Labels", label_section(summary["labels"], summary["end_token"])))
-    sizes = {name: summary[name] for name in ("effective_batch", "num_processes")}
-    facts = {**summary["device"], **summary["config"], **sizes}
-    sections.append(("Settings", table(["Key", "Value"], [(k, str(v)) for k, v in facts.items()])))
-    sections.append(("Why", table(["Choice"], [(reason,) for reason in summary["device_reasons"]])))
-    title = f"Training report: {summary['stage'].upper()}"
+    rate = {"learning rate": _curve(history, "learning_rate")}
+    speed = {"training": _curve(history, "tokens_per_second")}
+    facts = {**summary["device"], **summary["config"], **{k: summary[k] for k in ("effective_batch", "num_processes")}}
+    sections = [
+        *training_charts(history),
+        ("Learning rate", line_chart(rate, "step", "learning rate")),
+        ("Speed", line_chart(speed, "step", "tokens per second, without padding")),
+        ("Which tokens are trained", _labels(summary["labels"], summary["end_token"])),
+        ("Settings", table(["Key", "Value"], [(key, str(value)) for key, value in facts.items()])),
+        ("Choices made for this machine", table(["Choice: reason"], [(line,) for line in summary["device_reasons"]])),
+    ]
     lead = f"{summary['steps']} steps, last training loss {summary['train_loss']:.3f}"
-    return page(title, lead, sections)
+    return page(f"Training report: {summary['stage'].upper()}", lead, sections)
 
 
-def label_section(rows: Sequence[Sequence[tuple[str, bool]]], end_token: str) -> Markup:
-    """What of each row is trained, token by token, with a legend. Rows are as `label_views` makes them."""
-    views = Markup("").join(label_view(row, end_token) for row in rows)
-    legend = f"Green is trained, dark green is the trained end of turn ({end_token}), grey is not trained."
-    return paragraph(legend) + views
+def training_charts(history: Sequence[Mapping[str, float]], width: float = 7) -> list[tuple[str, Markup]]:
+    """Charts of the loss, and for DPO of the reward margin, with their headings; `width` is in inches."""
+    measures = [("loss", "Loss", "loss")]
+    if _curve(history, "rewards/margins"):
+        measures.append(("rewards/margins", "Reward margin (chosen minus rejected)", "margin"))
+    charts = []
+    for key, title, label in measures:
+        curves = {"training": _curve(history, key), "validation": _curve(history, f"eval_{key}")}
+        charts.append((title, line_chart(curves, "step", label, width)))
+    return charts
+
+
+def _curve(history: Sequence[Mapping[str, float]], name: str) -> list[tuple[float, float]]:
+    return [(entry["step"], entry[name]) for entry in history if name in entry]
+
+
+def _labels(rows: Sequence[Sequence[tuple[str, bool]]], end_token: str) -> Markup:
+    """Rows as `label_views` makes them, each token coloured by its label, with a legend."""
+    legend = f"Green tokens are trained, dark green is the trained end of turn ({end_token}), grey tokens are masked."
+    return paragraph(legend) + Markup("").join(_label_view(row, end_token) for row in rows)
+
+
+def _label_view(tokens: Sequence[tuple[str, bool]], end_token: str) -> Markup:
+    spans = []
+    for text, is_trained in tokens:
+        css = ("e" if text == end_token else "t") if is_trained else "m"
+        shown = html.escape(text).replace("\n", "⏎<br>")
+        spans.append(f'<span class="{css}">{shown}</span>')
+    return Markup(f'<p class="tokens">{"".join(spans)}</p>')  # noqa: S704

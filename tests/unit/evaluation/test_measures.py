@@ -5,11 +5,11 @@ import torch
 from datasets import Dataset
 
 from llm_engineering.data.rows import Message
+from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.measures import (
     AnswerScore,
     Models,
     heldout_loss,
-    labelled_answers,
     preference_accuracy,
     preference_margin,
     question_gain,
@@ -21,6 +21,7 @@ from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.policy import new_policy, save_policy
+from tests.tiny_models import pair
 
 
 @pytest.fixture
@@ -147,6 +148,7 @@ def test_measures_by_hand():
 
 
 def test_only_the_answers_of_pairs_are_labelled():
-    pairs = Dataset.from_list([{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}])
-    assert labelled_answers(pairs, "chosen") == [([1, 2, 3, 4], [-100, -100, 3, 4])]
-    assert labelled_answers(pairs, "rejected") == [([1, 2, 5], [-100, -100, 5])]
+    formatted = {"id": pair(0).id, "truncated": False, "prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
+    none = Dataset.from_dict({"id": [], "input_ids": [], "labels": [], "truncated": []})
+    rows = held_out(none, [], Dataset.from_list([formatted]), [pair(0)])
+    assert rows.pairs[0].answers == [([1, 2, 3, 4], [-100, -100, 3, 4]), ([1, 2, 5], [-100, -100, 5])]
