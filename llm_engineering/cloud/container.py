@@ -1,9 +1,9 @@
 """The entry of a training container: python -m llm_engineering.cloud.container COMMAND …
 
-Compares the installed versions with the lock of the image, reads the job's secret, says to torchrun which of several
-machines this is, runs COMMAND, passes SIGTERM on to it, and leaves the reason of a failure where SageMaker looks for it.
+Compares the installed versions with the lock of the image, reads the job's secret, sets torchrun's variables if the job
+has several machines, runs COMMAND, forwards SIGTERM to it, and writes the reason of a failure into SageMaker's file.
 
-| environment | is |
+| environment variable | meaning |
 |---|---|
 | `LLM_IMAGE_LOCK` | the lock that the image was built from, as a path in the project; the image sets it |
 | `LLM_SECRET` | the name of a secret in Secrets Manager: a JSON object of environment variables for COMMAND |
@@ -33,17 +33,17 @@ LOCK = "LLM_IMAGE_LOCK"
 SECRET = "LLM_SECRET"
 
 ML = Path("/opt/ml")
-# SageMaker shows this much of the file in FailureReason.
+# FailureReason shows at most this much of the file.
 _REASON_CHARACTERS = 1024
 _REASON_LINES = 20
-# A shorter value, such as a yes, stands in many lines and is no secret.
+# Shorter values are not hidden: a value such as "yes" is not secret, and occurs in many lines.
 _SHORTEST_SECRET = 8
-# Any port that nothing else listens on: jobs have their machines to themselves.
+# Any free port: a job shares its machines with nobody.
 _MASTER_PORT = "29500"
 
 
 def main() -> int:
-    """Run the command line's command; returns its exit code."""
+    """Run the command of the command line; returns its exit code."""
     command = sys.argv[1:]
     try:
         if not command:
@@ -55,20 +55,20 @@ def main() -> int:
         write_reason(ML, f"Error: {error}")
         return error.exit_code
     environment = {**os.environ, **secrets, **torchrun_variables(ML)}
-    code, received, last = _run(command, environment, secrets.values())
+    code, received, last_lines = _run(command, environment, secrets.values())
     if code not in (0, INTERRUPTED) and received is None:
-        write_reason(ML, reason(last, code))
+        write_reason(ML, reason(last_lines, code))
     return code if code >= 0 else 128 - code
 
 
 def check_versions(lock: str | None) -> None:
-    """Compare what is installed with the lock of the image.
+    """Compare the installed packages with the lock of the image.
 
     Args:
-        lock: its path, relative to the project; lines `name==version`, perhaps with a marker.
+        lock: path of the lock in the project; its lines are `name==version`, perhaps with a marker.
 
     Raises:
-        RequestError: there is no lock, or a package is missing or installed in another version; all are named.
+        RequestError: there is no lock, or packages are missing or have another version; the first ten are listed.
     """
     if lock is None:
         raise RequestError(f"The image does not say which lock it was built from ({LOCK}). Build it with `make image`.")
@@ -76,31 +76,33 @@ def check_versions(lock: str | None) -> None:
         lines = Path(lock).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise RequestError(f"The image's lock {lock} is not in the project ({error.strerror}).") from error
-    different = [found for line in lines if (found := _difference(line, lock))]
+    different = [difference for line in lines if (difference := _difference(line, lock))]
     if different:
         more = f" and {len(different) - 10} more" if len(different) > 10 else ""
         raise RequestError(
             f"The image was built from another {lock} than this code has: {', '.join(different[:10])}{more}. "
-            "Build it anew with `make image`, or go back to the code that it was built from."
+            "Build a new image with `make image`, or check out the code that this image was built from."
         )
 
 
 def _difference(line: str, lock: str) -> str:
-    """How a line of the lock differs from what is installed; empty if it does not."""
+    """How the installed package differs from a line of the lock; empty if it does not."""
     text = line.partition(" #")[0].partition("--hash")[0].strip(" \\")
     if not text or text.startswith(("#", "-")):
         return ""
     try:
         wanted = Requirement(text)
     except InvalidRequirement as error:
-        raise RequestError(f"{lock} has a line that is no requirement: {line}") from error
+        raise RequestError(
+            f"{lock} has a line that is not a requirement: {line}. Write it anew with `make lock`."
+        ) from error
     if wanted.marker is not None and not wanted.marker.evaluate():
         return ""
     try:
         installed = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{wanted} (not installed)"
-    # A local part such as +cu128 is no other version.
+    # A local part such as +cu128 does not count.
     return "" if wanted.specifier.contains(installed, prereleases=True) else f"{wanted} (installed is {installed})"
 
 
@@ -108,7 +110,7 @@ def secret_variables(name: str | None) -> dict[str, str]:
     """The environment variables that a secret holds.
 
     Raises:
-        RequestError: it cannot be read, or is no JSON object of texts. Its content is never named.
+        RequestError: it cannot be read, or is not a JSON object of strings. The message never shows its content.
     """
     if not name:
         return {}
@@ -116,33 +118,33 @@ def secret_variables(name: str | None) -> dict[str, str]:
         text = boto3.client("secretsmanager").get_secret_value(SecretId=name).get("SecretString", "")
     except (BotoCoreError, ClientError) as error:
         raise RequestError(
-            f"The secret {name} cannot be read: {error}. Let the job's role do secretsmanager:GetSecretValue on it, or "
+            f"The secret {name} cannot be read: {error}. Allow the job's role secretsmanager:GetSecretValue on it, or "
             "correct SAGEMAKER_SECRET."
         ) from error
     values = secret_object(text)
     if values is None:
         raise RequestError(
-            f"The secret {name} is no JSON object of texts. It has the form "
+            f"The secret {name} is not a JSON object of strings. Give it the form "
             '{"COMET_API_KEY": "...", "HF_TOKEN": "..."}.'
         )
     return values
 
 
 def secret_object(text: str) -> dict[str, str] | None:
-    """A secret's variables; None if it is no JSON object of texts."""
+    """The variables in the text of a secret; None if it is not a JSON object of strings."""
     try:
-        held = json.loads(text)
+        secret = json.loads(text)
     except ValueError:
         return None
-    is_object = isinstance(held, dict) and all(isinstance(value, str) for value in held.values())
-    return held if is_object else None
+    is_object = isinstance(secret, dict) and all(isinstance(value, str) for value in secret.values())
+    return secret if is_object else None
 
 
 def torchrun_variables(ml: Path) -> dict[str, str]:
-    """What torchrun reads where its options are not given, of the machines that SageMaker names; empty for one.
+    """The environment variables that tell torchrun about the other machines; empty for a single machine.
 
-    SageMaker writes `input/config/resourceconfig.json`: `{"current_host", "hosts", "network_interface_name"}`. Hosts
-    are numbered in the order of their names, which is the same on all of them.
+    SageMaker lists the machines in `input/config/resourceconfig.json`: `{"current_host", "hosts",
+    "network_interface_name"}`. The rank of a machine is its place in the sorted names, which all machines compute alike.
     """
     file = ml / "input" / "config" / "resourceconfig.json"
     if not file.is_file():
@@ -165,23 +167,24 @@ def torchrun_variables(ml: Path) -> dict[str, str]:
 def _run(
     command: Sequence[str], environment: Mapping[str, str], secrets: Iterable[str]
 ) -> tuple[int, signal.Signals | None, Iterable[str]]:
-    """Run a command and show what it writes, without the secrets: the log is kept and read by others.
+    """Run a command and print its output without the secrets, because others can read the job's log.
 
-    Returns its exit code, the signal that was passed on, and its last lines.
+    Returns:
+        Its exit code, the signal that was forwarded to it, and its last lines.
     """
     hidden = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
     received: signal.Signals | None = None
     process: subprocess.Popen[str] | None = None
 
-    def pass_on(number: int, _: FrameType | None) -> None:
+    def forward(number: int, _: FrameType | None) -> None:
         nonlocal received
         received = signal.Signals(number)
         if process is not None:
             process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    last: deque[str] = deque(maxlen=_REASON_LINES)
+        signal.signal(number, forward)
+    last_lines: deque[str] = deque(maxlen=_REASON_LINES)
     try:
         process = subprocess.Popen(
             command,
@@ -201,13 +204,13 @@ def _run(
         for secret in hidden:
             line = line.replace(secret, "***")
         print(line, end="", flush=True)
-        last.append(line)
-    return process.wait(), received, last
+        last_lines.append(line)
+    return process.wait(), received, last_lines
 
 
-def reason(last: Iterable[str], code: int) -> str:
-    """Why a command failed: its last line that begins with `Error:`, else the end of what it wrote."""
-    lines = list(last)
+def reason(last_lines: Iterable[str], code: int) -> str:
+    """Why a command failed: its last line that begins with `Error:`, or the end of its output if there is none."""
+    lines = list(last_lines)
     errors = [line for line in lines if line.startswith("Error: ")]
     if errors:
         return errors[-1].strip()
@@ -216,7 +219,7 @@ def reason(last: Iterable[str], code: int) -> str:
 
 
 def write_reason(ml: Path, text: str) -> None:
-    """Leave the reason where SageMaker takes it from: its beginning and its end, if it is too long."""
+    """Write the reason into the file that SageMaker reads; of a long reason, the beginning and the end."""
     if len(text) > _REASON_CHARACTERS:
         half = _REASON_CHARACTERS // 2 - 3
         text = f"{text[:half]} … {text[-half:]}"

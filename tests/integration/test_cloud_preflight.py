@@ -1,4 +1,4 @@
-"""Every problem that a SageMaker job can meet, looked for before it starts, over HTTP on a fake account."""
+"""The checks before a SageMaker job, over HTTP on a fake account: each problem is found and has its remedy."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def the_one(recipe: Recipe, what: str, remedy: str, is_warning: bool = False) ->
     assert problem.is_warning == is_warning
 
 
-def test_a_good_set_up_is_silent(fake, recipe, caplog):
+def test_an_account_without_problems_logs_nothing(fake, recipe, caplog):
     assert found(recipe) == []
     settings = Settings()
     assert check(recipe, Account.resolve(recipe.compute.sagemaker, settings), settings) is None
@@ -94,7 +94,7 @@ def no_repository(fake: FakeSageMaker) -> None:
         (no_image, "has no image", "make image"),
         (no_repository, "There is no repository llm-engineering", "make image"),
         (lambda f: f.quotas.update({"ml.g5.2xlarge for spot training job usage": 0.0}),
-         "is 0, and 1 are asked for", "request-service-quota-increase --service-code sagemaker --quota-code L-00000003"
+         "is 0, but the recipe asks for 1", "request-service-quota-increase --service-code sagemaker --quota-code L-00000003"
          " --desired-value 1 --region eu-west-1"),
         (lambda f: f.quotas.pop("ml.g5.2xlarge for spot training job usage"), "There is no quota", "another region"),
     ],
@@ -109,7 +109,7 @@ def test_each_problem_of_the_account(fake, recipe, break_it, what, remedy):
     [
         ("AWS_REGION", "eu-wst-1", "no region eu-wst-1", "eu-west-1"),
         ("SAGEMAKER_ROLE", ROLE.replace(ACCOUNT, "111122223333"), "is in account 111122223333", "same account"),
-        ("SAGEMAKER_IMAGE", "docker.io/me/image:1", "no address in Amazon ECR", "make image"),
+        ("SAGEMAKER_IMAGE", "docker.io/me/image:1", "is not in Amazon ECR", "make image"),
         ("SAGEMAKER_IMAGE", IMAGE.replace("eu-west-1", "us-east-1"), "is in us-east-1", "AWS_REGION=eu-west-1"),
         ("SAGEMAKER_SECRET", "nothing", "no secret nothing", "create-secret --name nothing"),
     ],
@@ -133,7 +133,7 @@ def test_without_credentials_nothing_else_is_asked(fake, recipe, monkeypatch):
     assert fake.requests == []
 
 
-def test_instance_types_that_are_not_there(fake, small_llama):
+def test_unknown_instance_types(fake, small_llama):
     typo = make_recipe(small_llama, "compute.sagemaker.instance_type=ml.g5.2xlarg")
     unknown, no_quota = found(typo)
     assert "trains on no ml.g5.2xlarg" in unknown.what
@@ -152,11 +152,11 @@ def test_on_demand_asks_another_quota_and_a_fallback_only_warns(fake, small_llam
     the_one(make_recipe(small_llama, "compute.sagemaker.use_spot=false"), "`ml.g5.2xlarge for training", "L-00000002")
 
 
-def test_a_quota_of_which_only_the_default_is_listed(fake, recipe):
+def test_a_quota_that_is_listed_among_the_defaults_only(fake, recipe):
     name = "ml.g5.2xlarge for spot training job usage"
     del fake.quotas[name]
     fake.default_quotas |= {name: 0.0, "ml.g5.xlarge for spot training job usage": 0.0}
-    # That of the fallback was raised, which counts.
+    # The quota of the fallback type was raised, and the raised value counts.
     the_one(recipe, f"The quota `{name}` is 0", "L-00000000")
     fake.default_quotas[name] = 1.0
     assert found(recipe) == []
@@ -165,7 +165,7 @@ def test_a_quota_of_which_only_the_default_is_listed(fake, recipe):
 def test_a_volume_that_is_too_small(fake, small_llama, monkeypatch):
     small = make_recipe(small_llama, "compute.sagemaker.volume_size_gb=10")
     the_one(small, "volume_size_gb 10 is too small", "Set it to 13 or more")
-    # A float32 Llama: 4 bytes of each weight as published, 12 · 3 and 4 for each that is trained.
+    # A float32 Llama: 4 bytes for each published weight; 12 · 3 and 4 for each trained weight.
     full = make_recipe(small_llama, "sft.method=full")
     from transformers import AutoModelForCausalLM
 
@@ -173,10 +173,9 @@ def test_a_volume_that_is_too_small(fake, small_llama, monkeypatch):
     assert preflight.volume_bytes(full, Settings()) == weights * (4 + 36 + 4) + 10 * 2**30
 
 
-def test_a_wait_that_is_less_than_the_run(fake, recipe):
-    block = recipe.compute.sagemaker.model_copy(update={"max_wait_s": 60})
-    recipe = recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"sagemaker": block})})
-    the_one(recipe, "max_wait_s 60 is less than max_run_s 86400", "Raise max_wait_s")
+def test_a_wait_that_is_less_than_the_run_is_refused_with_the_recipe(small_llama):
+    with pytest.raises(RequestError, match="max_wait_s 60 is less than max_run_s 86400"):
+        make_recipe(small_llama, "compute.sagemaker.max_wait_s=60")
 
 
 def secret(fake: FakeSageMaker, monkeypatch, text: str) -> None:
@@ -191,13 +190,13 @@ def test_a_gated_model_needs_a_token_in_the_secret(fake, recipe, monkeypatch):
     monkeypatch.setattr(HfApi, "auth_check", lambda *a, **k: None)
     monkeypatch.setattr(preflight, "volume_bytes", lambda *a: 0)
     monkeypatch.setenv("HF_TOKEN", "hf_planted_token")
-    the_one(recipe, "needs HF_TOKEN, and no secret is named", "aws secretsmanager create-secret")
+    the_one(recipe, "needs HF_TOKEN, but SAGEMAKER_SECRET is not set", "aws secretsmanager create-secret")
     secret(fake, monkeypatch, '{"COMET_API_KEY": "planted"}')
     the_one(recipe, "The secret llm lacks HF_TOKEN", "put-secret-value --secret-id llm")
     fake.client("secretsmanager").put_secret_value(SecretId="llm", SecretString='{"HF_TOKEN": "hf_planted_token"}')
     assert found(recipe) == []
     monkeypatch.delenv("HF_TOKEN")
-    the_one(recipe, "owner/gated is gated, and there is no HF_TOKEN here", "Accept its licence")
+    the_one(recipe, "owner/gated is gated or private, and HF_TOKEN is not set", "Accept its licence")
     response = httpx.Response(403, request=httpx.Request("GET", "https://hf.co"))
     monkeypatch.setenv("HF_TOKEN", "hf_planted_token")
     monkeypatch.setattr(
@@ -207,9 +206,9 @@ def test_a_gated_model_needs_a_token_in_the_secret(fake, recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["planted-value", '["planted-value"]', '{"A": 1}'])
-def test_a_secret_of_another_form_is_told_without_its_content(fake, recipe, monkeypatch, text):
+def test_a_secret_of_another_form_is_reported_without_its_content(fake, recipe, monkeypatch, text):
     secret(fake, monkeypatch, text)
-    the_one(recipe, "The secret llm is no JSON object of texts", '{"HF_TOKEN": "..."}')
+    the_one(recipe, "The secret llm is not a JSON object of strings", '{"HF_TOKEN": "..."}')
     assert "planted" not in str(found(recipe))
 
 
@@ -235,7 +234,7 @@ def test_several_problems_come_in_one_list(fake, small_llama, monkeypatch):
         ("iam", "SimulatePrincipalPolicy", "The right to pass the role"),
         ("s3", "HeadBucket", f"The bucket {BUCKET}"),
         ("ecr", "DescribeImages", f"The image {IMAGE}"),
-        ("ec2", "DescribeInstanceTypeOfferings", "Whether eu-west-1 has the machines"),
+        ("ec2", "DescribeInstanceTypeOfferings", "The instance types in eu-west-1"),
         ("servicequotas", "ListServiceQuotas", "The service quota"),
         ("secretsmanager", "GetSecretValue", "The secret"),
     ],
@@ -267,7 +266,7 @@ def test_the_command(fake, small_llama, fresh_project):
     bad = fresh_project.command("tools.cloud_preflight", "--config", str(recipe))
     assert bad.code == 2
     assert "- The role training does not let sagemaker.amazonaws.com assume it." in bad.stderr
-    # The same is told before a run, which then does nothing.
+    # A run makes the same checks first, and then does nothing.
     run = fresh_project.command("tools.run", "sft", "--config", str(recipe))
     assert (run.code, "does not let sagemaker.amazonaws.com" in run.stderr) == (2, True)
     local = fresh_project.command("tools.cloud_preflight", "--config", str(fresh_project.recipe))

@@ -1,4 +1,4 @@
-"""Training stages as SageMaker jobs, over HTTP, on a fake account whose jobs really run their command."""
+"""Training stages as SageMaker jobs, over HTTP, on a fake account whose jobs run their command."""
 
 import importlib.metadata
 import io
@@ -34,16 +34,16 @@ from tests.tiny_models import formatted, write_model
 
 pytestmark = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
 
-# Another one each time: a job gets the files of this project, and this is one.
+# Random, because this file is among the uploaded files of the project.
 PLANTED = f"planted-{secrets.token_hex(12)}"
 MACHINES = {"instance_type": "ml.g5.xlarge", "max_run_s": 600, "volume_size_gb": 30}
-# A job that never gets its machines: what it is asked meanwhile is all that matters.
+# The job never gets its machines in the time of the test.
 NEVER_S = 600.0
 
 
 @pytest.fixture
 def fake(tmp_path):
-    """An account whose image has a lock of what is installed here."""
+    """An account whose image has the versions that are installed here."""
     lock = tmp_path / "image.lock"
     lock.write_text("\n".join(f"{name}=={importlib.metadata.version(name)}" for name in ("boto3", "torch", "trl")))
     with running_sagemaker() as fake:
@@ -57,7 +57,7 @@ def model(tmp_path_factory):
 
 
 class Stage:
-    """An SFT stage of a tiny model, as the step has it, and what is recorded of its jobs."""
+    """An SFT stage of a tiny model as the step runs it, and the facts that it records about its jobs."""
 
     def __init__(self, model: Path, output: Path, **compute):
         recipe = load_recipe(ROOT / "configs" / "local.yaml", ["sft.num_train_epochs=4", "tracking.comet=offline"])
@@ -87,7 +87,7 @@ def stage(fake, model, tmp_path, monkeypatch):
 
 
 def when(condition, action):
-    """Do something in another thread as soon as a condition holds."""
+    """Run an action in another thread as soon as a condition holds."""
 
     def wait():
         deadline = time.monotonic() + 120
@@ -111,8 +111,10 @@ class Terminal(io.StringIO):
 
 
 def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, caplog):
-    """One job: left alone while it starts, taken up again, its spot machine taken away, and the result is that of an
-    uninterrupted run on this machine; then the next run of the same work, and one whose results were never fetched."""
+    """A job is detached, attached again and interrupted, and its result equals that of an uninterrupted local run.
+
+    Afterwards the same work downloads results that were not fetched, or starts a new job.
+    """
     fake.starting_s = 4.0
     when(lambda: fake.jobs and fake.asked("logs", "DescribeLogStreams"), interrupt_here)
     with monkeypatch.context() as terminal:
@@ -125,7 +127,7 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
     assert f"--attach {job.name}" in caplog.text
 
     monkeypatch.setenv(ATTACH, job.name)
-    with pytest.raises(RequestError, match=r"does other work: sft.learning_rate differ"):
+    with pytest.raises(RequestError, match=r"does other work: it differs in sft.learning_rate"):
         stage.dispatch(config={**stage.job.config, "learning_rate": 0.5})
     monkeypatch.setenv(ATTACH, job.name)
     fake.starting_s = 0.0
@@ -133,11 +135,11 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
     result = stage.dispatch()
     assert [state["Status"] for state in job.transitions].count("Training") == 2
     assert result.summary["resumed_from"] is not None
-    assert "going on from /opt/ml/checkpoints" in caplog.text
+    assert "resuming from /opt/ml/checkpoints" in caplog.text
 
     local = stage.job.setup.model_copy(update={"compute": stage.job.setup.compute.in_job})
     here = launch_training(train_sft_job, stage.job.model_copy(update={"setup": local}), stage.data, stage.settings)
-    # Threads, of which a job has one, add numbers in another order.
+    # The job has one thread. More threads add numbers in another order.
     assert_close(
         load_file(result.adapter / "adapter_model.safetensors"),
         load_file(here.adapter / "adapter_model.safetensors"),
@@ -161,7 +163,7 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
     job.request["Tags"] = [tag for tag in job.request["Tags"] if tag["Key"] != FETCHED]
     again = stage.dispatch()
     assert again.summary["sagemaker"]["sagemaker_name"] == job.name
-    assert "bringing its results back" in caplog.text
+    assert "downloading its results" in caplog.text
 
     fake.starting_s = NEVER_S
     when(lambda: len(fake.jobs) == 2, interrupt_here)
@@ -173,7 +175,7 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
 
 
 def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):
-    """Types are tried in order; a failed job tells its reason and the end of its log, and the next uses its checkpoints."""
+    """Instance types are tried in order; a failed job's reason and log are shown, and the next job uses its checkpoints."""
     stage.job.setup.compute.sagemaker.fallback_instance_types.extend(["ml.g5.2xlarge", "ml.p4d.24xlarge"])
     fake.fails_to_start["ml.g5.xlarge"] = "CapacityError: Unable to provision requested ML compute capacity."
     fake.quotas["ml.g5.2xlarge for spot training job usage"] = 0.0
@@ -191,7 +193,7 @@ def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):
         ("0002", "ml.p4d.24xlarge"),
     ]
     assert "No capacity of ml.g5.xlarge: trying ml.g5.2xlarge" in caplog.text
-    assert "ml.g5.2xlarge: the quota does not suffice" in caplog.text
+    assert "The quota for ml.g5.2xlarge is too small" in caplog.text
     with pytest.raises(WorkError):
         stage.dispatch()
     assert len({a["CheckpointConfig"]["S3Uri"] for a in fake.asked("sagemaker", "CreateTrainingJob")}) == 1
@@ -203,7 +205,7 @@ def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):
 
 
 def test_two_clients_and_ctrl_c(fake, stage, monkeypatch, caplog):
-    """A job that another process made under the same name is followed; Ctrl-C where nobody can be asked stops it."""
+    """A job that another process created under the same name is followed; Ctrl-C without a terminal stops it."""
     fake.starting_s = NEVER_S
     refused = []
 
@@ -215,30 +217,30 @@ def test_two_clients_and_ctrl_c(fake, stage, monkeypatch, caplog):
     first = threading.Thread(target=dispatch_first, daemon=True)
     first.start()
     when(lambda: fake.jobs, lambda: None).join()
-    # As a list that does not show the new job yet.
+    # Simulates a list that does not show the new job yet.
     monkeypatch.setattr(JobNames, "newest", lambda self, client: None)
     when(lambda: "was started by another process" in caplog.text, interrupt_here)
     with pytest.raises(KeyboardInterrupt, match="was stopped"):
         stage.dispatch()
     first.join(60)
-    assert "was stopped, and not from here" in refused[0]
+    assert "was stopped, but not by this command" in refused[0]
     (job,) = fake.jobs.values()
     assert job.status == "Stopped"
     assert len(fake.asked("sagemaker", "StopTrainingJob")) == 1
 
 
-def test_stopped_by_someone_else(fake, stage):
+def test_a_job_that_someone_else_stops(fake, stage):
     fake.starting_s = NEVER_S
     when(
         lambda: fake.jobs,
         lambda: fake.client("sagemaker").stop_training_job(TrainingJobName=next(iter(fake.jobs))),
     )
-    with pytest.raises(WorkError, match="was stopped, and not from here"):
+    with pytest.raises(WorkError, match="was stopped, but not by this command"):
         stage.dispatch()
 
 
 def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
-    """torchrun on both, one process each; a checkpoint has the state of both, and the result is that of two here."""
+    """torchrun runs one process on each machine, and a checkpoint has the state of both."""
     for name, value in fake.env().items():
         monkeypatch.setenv(name, value)
     stage = Stage(model, tmp_path, num_processes=2, sagemaker={**MACHINES, "instance_count": 2})
@@ -251,7 +253,7 @@ def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
     assert {stream["logStreamName"].rpartition("/")[2][:6] for stream in streams} == {"algo-1", "algo-2"}
 
 
-# What the policies allow and the whole chain does not ask for, and why.
+# Actions that the policies allow and the whole chain does not use, with the reason.
 LAUNCHER_UNTESTED = {
     "ecr:GetAuthorizationToken": "docker's login, for make image",
     "ecr:BatchCheckLayerAvailability": "docker push",
@@ -309,8 +311,10 @@ def everything_in(bucket_client):
 
 
 def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
-    """SFT, then DPO on its adapter, as jobs; all else here. What comes back is what a run here has, and no secret is
-    anywhere but in the job's process."""
+    """SFT, then DPO on its adapter, run as jobs, and everything else runs locally, with the same artifacts as a local run.
+
+    Only the job's process sees the secrets.
+    """
     fake.client("secretsmanager").create_secret(
         Name="llm", SecretString=json.dumps({"COMET_API_KEY": PLANTED, "HF_TOKEN": PLANTED})
     )
@@ -362,7 +366,7 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
     assert PLANTED not in run.stderr + run.stdout
 
 
-def test_killed_client_finds_its_job_and_ctrl_c_stops_it(fake, cloud_project):
+def test_after_a_kill_the_same_command_follows_its_job_and_ctrl_c_stops_it(fake, cloud_project):
     fake.starting_s = NEVER_S
     command = ["tools.run", "sft", "--config", str(cloud_project.recipe)]
     process = cloud_project.start(*command)
@@ -376,7 +380,7 @@ def test_killed_client_finds_its_job_and_ctrl_c_stops_it(fake, cloud_project):
     when(lambda: following() or process.poll() is not None, lambda: process.send_signal(signal.SIGINT)).join()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert f"Job {job.name} does this very work already: following it" in stderr
+    assert f"Job {job.name} already does this work: following it" in stderr
     assert "the same command goes on" in stderr
     assert list(fake.jobs) == [job.name]
     assert job.status == "Stopped"

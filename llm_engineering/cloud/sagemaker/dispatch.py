@@ -1,4 +1,4 @@
-"""Runs a training stage as a SageMaker job: starts or resumes it, follows it, fetches its results, states its cost."""
+"""Runs a training stage as a SageMaker job: starts or resumes it, follows it, downloads its results, logs its cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.failures import explain, is_capacity, translated
 from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
-from llm_engineering.cloud.sagemaker.request import INPUTS, RESULTS, training_job_request
+from llm_engineering.cloud.sagemaker.request import INPUTS, RESULTS, instance_types, training_job_request, types_after
 from llm_engineering.cloud.sagemaker.storage import fetch_results, folder_hash, is_there, upload_code, upload_folder
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
@@ -27,9 +27,14 @@ from llm_engineering.recipe.loading import differences
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.training.job import Job, TrainingResult
 
+logger = logging.getLogger(__name__)
+
+# Environment variable with the job that --attach names. The stage that this job belongs to unsets it.
+ATTACH = "LLM_ATTACH_JOB"
+
 PRICED_IN = "us-east-1, 2025-06"
-# On-demand list prices of SageMaker training in US dollars an hour, for the region and month above. They change, and
-# differ by region: https://aws.amazon.com/sagemaker/ai/pricing/
+# On-demand list prices of SageMaker training in US dollars an hour, in the region and month above. They differ by
+# region and change: https://aws.amazon.com/sagemaker/ai/pricing/
 USD_PER_HOUR = {
     "ml.m5.large": 0.115,
     "ml.m5.xlarge": 0.23,
@@ -47,97 +52,57 @@ USD_PER_HOUR = {
 }
 
 
-def cost_facts(description: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and cost of an ended job, from what DescribeTrainingJob says of it.
-
-    Spot needs no price of its own: SageMaker counts fewer billable seconds, and the saving is what is missing. Both
-    times are those of one machine.
-
-    Returns:
-        `training_seconds`, `billable_seconds`, `spot_saving` (a share, spot only), and `cost_usd_estimate`, which is
-        missing for a type without a known price.
-    """
-    resources = description["ResourceConfig"]
-    trained = int(description.get("TrainingTimeInSeconds", 0))
-    billed = int(description.get("BillableTimeInSeconds", 0))
-    facts: dict[str, Any] = {"training_seconds": trained, "billable_seconds": billed}
-    if description.get("EnableManagedSpotTraining") and trained:
-        facts["spot_saving"] = round(1 - billed / trained, 3)
-    price = USD_PER_HOUR.get(resources["InstanceType"])
-    if price is not None:
-        facts["cost_usd_estimate"] = round(price * billed * resources["InstanceCount"] / 3600, 4)
-    return facts
-
-
-def cost_line(description: dict[str, Any]) -> str:
-    """The same as a sentence."""
-    facts = cost_facts(description)
-    machines = description["ResourceConfig"]
-    line = (
-        f"{facts['training_seconds']} s on {machines['InstanceCount']} x {machines['InstanceType']}, "
-        f"{facts['billable_seconds']} s billed"
-    )
-    if "spot_saving" in facts:
-        line += f" (spot saved {facts['spot_saving']:.0%})"
-    if "cost_usd_estimate" in facts:
-        return f"{line}: about {facts['cost_usd_estimate']:.2f} USD at the list price of {PRICED_IN}"
-    return f"{line}; no estimate of the cost, for no price of this type is known here"
-
-
-logger = logging.getLogger(__name__)
-
-# The job that is to be taken up again, whatever its state; unset when a stage has done so.
-ATTACH = "LLM_ATTACH_JOB"
-
-
 def dispatch_training(
     job: Job, data: DatasetDict, settings: Settings, recipe: str, record: Callable[[dict[str, Any]], None]
 ) -> TrainingResult:
-    """Train a stage as a SageMaker job, as `launch_training` does here.
+    """Train a stage as a SageMaker job; `launch_training` does the same on this machine.
 
-    A job of the same work that still runs is followed instead, and one that completed without its results having been
-    brought back is taken up. After one that failed or was stopped, the new one goes on from its checkpoints.
+    An earlier job with the same identity is used if possible:
+    - it still runs: it is followed;
+    - it completed, and its results were not downloaded yet: they are downloaded;
+    - it failed or was stopped: a new job resumes from its checkpoints.
 
     Args:
-        job: without `data`, which is given apart; its machines stand in `setup.compute.sagemaker`.
-        recipe: the recipe's name, with which the job's begins.
-        record: is given what is known of the job, when it begins to be followed and when it has ended.
+        job: without `data`, which is passed separately; the machines are in `setup.compute.sagemaker`.
+        recipe: the recipe's name, with which the job's name begins.
+        record: called with the facts of the job, see `_Stage.facts`, when following begins and when the job has ended.
 
     Raises:
-        RequestError: role, bucket or image are not known, or the job to attach to does other work.
-        WorkError: AWS refuses, or the job did not complete; with the reason, a remedy and the end of its log.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the job was stopped, or left running.
+        RequestError: role, bucket or image are not set, or the job to attach to does other work.
+        WorkError: AWS refuses a request, or the job did not complete. The message has the reason, a remedy and the
+            end of the log.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the job was stopped, or keeps running.
     """
     stage = _Stage(job, data, settings, recipe)
     with translated("SageMaker's jobs cannot be looked up"):
-        current = stage.given() or stage.unfinished()
+        current = stage.attached() or stage.unfinished()
     if current is None:
         with translated(f"The inputs of {job.stage} cannot be uploaded"):
             stage.upload()
     with Signals() as signals:
         if current is None:
             with translated(f"A job for {job.stage} cannot be started"):
-                current = stage.start(jobs.instance_types(stage.config))
+                current = stage.start(instance_types(stage.config))
         while True:
             record(stage.facts(current))
             log = JobLog(stage.account.client("logs"), current["TrainingJobName"])
-            with translated(f"Job {current['TrainingJobName']} goes on, but cannot be followed"):
+            with translated(f"Job {current['TrainingJobName']} keeps running, but cannot be followed"):
                 current = follow(stage.client, log, current["TrainingJobName"], signals)
             record(stage.facts(current))
             if current["TrainingJobStatus"] == "Completed":
                 break
             tried = current["ResourceConfig"]["InstanceType"]
-            left = jobs.types_after(stage.config, tried) if is_capacity(current) else []
-            if not left:
+            remaining = types_after(stage.config, tried) if is_capacity(current) else []
+            if not remaining:
                 raise explain(current, list(log.last))
             if signals.received is not None:
-                raise KeyboardInterrupt("no job was started in place of one without capacity")
-            logger.warning("No capacity of %s: trying %s", tried, left[0])
+                raise KeyboardInterrupt("no job was started on the next instance type")
+            logger.warning("No capacity of %s: trying %s", tried, remaining[0])
             with translated(f"A job for {job.stage} cannot be started"):
                 stage.former = current
-                current = stage.start(left)
+                current = stage.start(remaining)
     logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current))
-    with translated(f"The results of job {current['TrainingJobName']} cannot be brought back"):
+    with translated(f"The results of job {current['TrainingJobName']} cannot be downloaded"):
         return stage.fetch(current)
 
 
@@ -145,7 +110,7 @@ class _Stage:
     """A training stage and its jobs.
 
     Attributes:
-        former: the newest job of the same work, as SageMaker describes it, if there is one.
+        former: DescribeTrainingJob's answer for the newest job of the same identity; None if there is no such job.
     """
 
     def __init__(self, job: Job, data: DatasetDict, settings: Settings, recipe: str) -> None:
@@ -160,11 +125,11 @@ class _Stage:
         self.former: dict[str, Any] | None = None
         self._channels: dict[str, str] = {}
 
-    def given(self) -> dict[str, Any] | None:
-        """The job that a person named, if it is one of this stage.
+    def attached(self) -> dict[str, Any] | None:
+        """The job that --attach names, if it belongs to this stage.
 
         Raises:
-            RequestError: it does other work, or has ended without a result.
+            RequestError: the job has another identity, or ended without a result.
         """
         name = os.environ.get(ATTACH)
         if name is None:
@@ -176,13 +141,13 @@ class _Stage:
         different = differences(self._identity_of(description), json.loads(json.dumps(self.identity)))
         if different:
             raise RequestError(
-                f"Job {name} does other work: {', '.join(different)} differ. Use the recipe and the data that it was "
-                "started with, or leave --attach out."
+                f"Job {name} does other work: it differs in {', '.join(different)}. Use the recipe and the data that it "
+                "was started with, or leave --attach out."
             )
         if description["TrainingJobStatus"] in ("Failed", "Stopped"):
             raise RequestError(
-                f"Job {name} is {description['TrainingJobStatus'].lower()}: there is nothing to attach to. Without "
-                "--attach a new job goes on from its newest checkpoint."
+                f"Job {name} is {description['TrainingJobStatus'].lower()}: there is nothing to attach to. Leave --attach "
+                "out: a new job then resumes from its newest checkpoint."
             )
         return description
 
@@ -193,37 +158,37 @@ class _Stage:
             if channel["ChannelName"] == "job"
         ]
         bucket, _, key = uri.removeprefix("s3://").partition("/")
-        found = self.account.client("s3").get_object(Bucket=bucket, Key=f"{key.rstrip('/')}/identity.json")
-        identity: dict[str, Any] = json.loads(found["Body"].read())
+        answer = self.account.client("s3").get_object(Bucket=bucket, Key=f"{key.rstrip('/')}/identity.json")
+        identity: dict[str, Any] = json.loads(answer["Body"].read())
         return identity
 
     def unfinished(self) -> dict[str, Any] | None:
-        """The newest job of this work, if it runs or its results are still to be brought back."""
+        """The newest job of this identity, if it runs or its results were not downloaded yet."""
         self.former = self.names.newest(self.client)
         if self.former is None:
             return None
         name, status = self.former["TrainingJobName"], self.former["TrainingJobStatus"]
         if status == "InProgress":
-            logger.info("Job %s does this very work already: following it", name)
+            logger.info("Job %s already does this work: following it", name)
             return self.former
         if status == "Stopping":
             logger.info("Job %s is being stopped: waiting for its last checkpoint", name)
             with Signals() as signals:
                 self.former = follow(self.client, JobLog(self.account.client("logs"), name), name, signals)
         if self.former["TrainingJobStatus"] != "Completed":
-            logger.info("Job %s was not completed: a new one goes on from its newest checkpoint", name)
+            logger.info("Job %s did not complete: a new job resumes from its newest checkpoint", name)
             return None
         if jobs.FETCHED in jobs.tags_of(self.client, self.former):
             return None
         if not is_there(self.account, self.former["ModelArtifacts"]["S3ModelArtifacts"]):
-            logger.warning("Job %s has done this very work, but its results are no longer in S3: starting anew", name)
+            logger.warning("Job %s did this work, but its results are no longer in S3: starting a new job", name)
             return None
         when = self.former["CreationTime"].strftime("%Y-%m-%d %H:%M")
-        logger.info("Job %s of %s has done this very work: bringing its results back", name, when)
+        logger.info("Job %s of %s did this work: downloading its results", name, when)
         return self.former
 
     def start(self, types: Sequence[str]) -> dict[str, Any]:
-        """Upload what is missing and create a job on the first of these types that the quota allows."""
+        """Upload the inputs and create a job on the first of these instance types that the quota allows."""
         number = 1 if self.former is None else self.names.number(self.former["TrainingJobName"]) + 1
         name = self.names.name(number)
         channels = {**self.upload(), "job": self._upload_job(name)}
@@ -244,29 +209,31 @@ class _Stage:
         }
         description, is_new = jobs.create_first(self.client, requests)
         kind, spot = description["ResourceConfig"]["InstanceType"], " (spot)" if self.config.use_spot else ""
-        started = "started on" if is_new else "was started by another process meanwhile; following it, on"
+        started = "started on" if is_new else "was started by another process; following it, on"
         logger.info("Job %s %s %d x %s%s", name, started, self.config.instance_count, kind, spot)
         return description
 
     def _command(self) -> list[str]:
-        """What a person would run with the same job file; torchrun where there are several processes."""
+        """The command of local training with the job's file; several processes are started by torchrun."""
         count = self.job.setup.compute.num_processes
-        here = ["torch.distributed.run", "--nproc-per-node", str(count // self.config.instance_count), "-m"]
+        torchrun = ["torch.distributed.run", "--nproc-per-node", str(count // self.config.instance_count), "-m"]
         training = ["llm_engineering.training", "--job", f"{INPUTS}/job/job.json", "--output", RESULTS]
-        return ["python", "-m", *(here if count > 1 else []), *training]
+        return ["python", "-m", *(torchrun if count > 1 else []), *training]
 
     def _checkpoints(self, name: str) -> str:
-        """Where a job keeps its checkpoints: where the former one did, if that left work to be done."""
+        """The address of the job's checkpoints: those of the former job, unless that job completed."""
         former = self.former
         if former is not None and former["TrainingJobStatus"] != "Completed":
             uri: str = former["CheckpointConfig"]["S3Uri"]
             if uri.startswith(f"s3://{self.account.bucket}/"):
                 return uri
-            logger.warning("The checkpoints of the former job are in another bucket, %s: training starts anew", uri)
+            logger.warning(
+                "The checkpoints of the former job are in another bucket, %s: training starts from the beginning", uri
+            )
         return self.account.uri("checkpoints", name)
 
     def upload(self) -> dict[str, str]:
-        """Upload what does not depend on the job's number, once; returns the channels."""
+        """Upload code, data and models once for all jobs of the stage; returns the addresses by channel."""
         if self._channels:
             return self._channels
         with tempfile.TemporaryDirectory() as folder:
@@ -285,7 +252,7 @@ class _Stage:
 
     @cached_property
     def _model(self) -> Path | None:
-        """The base model's folder, where the recipe names one: the job cannot see it."""
+        """The folder of the base model, if it is on this machine: the job cannot see it."""
         folder = Path(self.job.setup.model.name_or_path).expanduser()
         return folder if folder.is_dir() else None
 
@@ -303,7 +270,7 @@ class _Stage:
             return upload_folder(self.account, folder, "jobs", name)
 
     def facts(self, description: dict[str, Any]) -> dict[str, Any]:
-        """What is worth knowing of a job; seconds and cost when it has ended."""
+        """Name, status and machines of a job, and its seconds and cost when it has ended; keys begin with `sagemaker_`."""
         resources = description["ResourceConfig"]
         facts = {
             "name": description["TrainingJobName"],
@@ -318,7 +285,7 @@ class _Stage:
         return {f"sagemaker_{name}": value for name, value in facts.items()}
 
     def fetch(self, description: dict[str, Any]) -> TrainingResult:
-        """The adapter and the report of a completed job, which is marked as fetched."""
+        """Download adapter and report of a completed job, and mark the job as fetched."""
         name, uri = description["TrainingJobName"], description["ModelArtifacts"]["S3ModelArtifacts"]
         folder = fetch_results(self.account, uri, name, self.settings.llm_output_dir)
         adapter, report = folder / "adapter", folder / "report" / "report.json"
@@ -330,15 +297,50 @@ class _Stage:
         try:
             self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
         except ClientError as error:
-            # The results are here, and that is what counts.
-            logger.warning(
-                "Job %s cannot be marked as fetched (%s): the same work will find its results again", name, error
-            )
+            # Without the mark, the same work downloads these results once more instead of starting a new job.
+            logger.warning("Job %s cannot be marked as fetched: %s", name, error)
         return TrainingResult(adapter, report.parent, summary)
 
 
 def _rename_base(config: Path, name_or_path: str) -> None:
-    """Let an adapter name its base model as the recipe does, not by its place in the job."""
+    """Write the recipe's name of the base model into an adapter, in place of the path in the container."""
     if config.is_file():
-        found = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": name_or_path}
-        config.write_text(json.dumps(found, indent=2, sort_keys=True), encoding="utf-8")
+        values = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": name_or_path}
+        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def cost_facts(description: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and cost of an ended job, from DescribeTrainingJob's answer.
+
+    Spot machines have no price of their own: SageMaker counts fewer billable seconds than training seconds. Both times
+    are those of one machine.
+
+    Returns:
+        `training_seconds`, `billable_seconds`, `spot_saving` (a share, only for spot), and `cost_usd_estimate` (only for
+        an instance type with a known price).
+    """
+    resources = description["ResourceConfig"]
+    trained = int(description.get("TrainingTimeInSeconds", 0))
+    billed = int(description.get("BillableTimeInSeconds", 0))
+    facts: dict[str, Any] = {"training_seconds": trained, "billable_seconds": billed}
+    if description.get("EnableManagedSpotTraining") and trained:
+        facts["spot_saving"] = round(1 - billed / trained, 3)
+    price = USD_PER_HOUR.get(resources["InstanceType"])
+    if price is not None:
+        facts["cost_usd_estimate"] = round(price * billed * resources["InstanceCount"] / 3600, 4)
+    return facts
+
+
+def cost_line(description: dict[str, Any]) -> str:
+    """The facts of `cost_facts` as a sentence."""
+    facts = cost_facts(description)
+    machines = description["ResourceConfig"]
+    line = (
+        f"{facts['training_seconds']} s on {machines['InstanceCount']} x {machines['InstanceType']}, "
+        f"{facts['billable_seconds']} s billed"
+    )
+    if "spot_saving" in facts:
+        line += f" (spot saved {facts['spot_saving']:.0%})"
+    if "cost_usd_estimate" in facts:
+        return f"{line}: about {facts['cost_usd_estimate']:.2f} USD at the list price of {PRICED_IN}"
+    return f"{line}; no estimate of the cost, because the price of this instance type is not known"

@@ -1,4 +1,4 @@
-"""The SageMaker jobs of a training stage: their identity and names, following one to its end, and its log."""
+"""The SageMaker jobs of a training stage: their identity and names, starting one, and following it to its end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Self
@@ -20,91 +20,33 @@ from botocore.exceptions import ClientError, HTTPClientError
 from datasets import DatasetDict
 
 from llm_engineering.cloud.sagemaker.storage import folder_hash
-from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.training.job import Job
 from llm_engineering.training.run import dataset_digests
 
-GROUP = "/aws/sagemaker/TrainingJobs"
-# So many go with a failure.
-LAST_LINES = 50
-
-
-class JobLog:
-    """Reads on where it stopped, in every stream of the job: one for each machine, and new ones after a restart.
-
-    Attributes:
-        last: the last lines that were read.
-    """
-
-    def __init__(self, client: Any, job: str) -> None:
-        self.client = client
-        self.job = job
-        self.last: deque[str] = deque(maxlen=LAST_LINES)
-        self._tokens: dict[str, str | None] = {}
-
-    def read(self) -> list[str]:
-        """The lines that came since the last time, stream by stream; with several machines, behind their names."""
-        for stream in self._streams():
-            self._tokens.setdefault(stream, None)
-        machines = {_machine(stream) for stream in self._tokens}
-        lines = [
-            f"{_machine(stream)}: {line}" if len(machines) > 1 else line
-            for stream in sorted(self._tokens)
-            for line in self._new(stream)
-        ]
-        self.last.extend(lines)
-        return lines
-
-    def _streams(self) -> list[str]:
-        pages = self.client.get_paginator("describe_log_streams").paginate(
-            logGroupName=GROUP, logStreamNamePrefix=f"{self.job}/"
-        )
-        try:
-            return [stream["logStreamName"] for page in pages for stream in page["logStreams"]]
-        except ClientError as error:
-            # The group comes with the first job of an account that writes anything.
-            if error.response["Error"]["Code"] == "ResourceNotFoundException":
-                return []
-            raise
-
-    def _new(self, stream: str) -> list[str]:
-        lines: list[str] = []
-        while True:
-            token = self._tokens[stream]
-            page = self.client.get_log_events(
-                logGroupName=GROUP,
-                logStreamName=stream,
-                startFromHead=True,
-                **({"nextToken": token} if token else {}),
-            )
-            lines += [event["message"].rstrip() for event in page["events"]]
-            self._tokens[stream] = page["nextForwardToken"]
-            # At the end of a stream the token is the one that was given.
-            if page["nextForwardToken"] == token:
-                return lines
-
-
-def _machine(stream: str) -> str:
-    """`algo-1` of `job/algo-1-1700000000`."""
-    return "-".join(stream.rpartition("/")[2].split("-")[:2])
-
-
 logger = logging.getLogger(__name__)
 
-# Tags of a job; the last says that its results were brought back, and when.
+# Tags of a job. FETCHED holds the time at which its results were downloaded.
 STAGE = "llm-engineering:stage"
 IDENTITY = "llm-engineering:identity"
 RECIPE = "llm-engineering:recipe"
 FETCHED = "llm-engineering:fetched"
 
-ENDED = ("Completed", "Failed", "Stopped")
+GROUP = "/aws/sagemaker/TrainingJobs"
+# Number of log lines that the message of a failed job shows.
+LAST_LINES = 50
 _NAME_CHARACTERS = 63
+# Time between two requests: short after news, then longer and longer.
+_FIRST_WAIT_S = 1.0
+_LONGEST_WAIT_S = 15.0
+_FACTOR = 1.4
+# CloudWatch shows a line some seconds after it was written.
+_LAST_LINES_S = 1.0
 
 
 def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
-    """All that decides what a job computes: recipe, model, data, and the model that it starts from.
+    """Everything that decides what a job computes: recipe, model, data, and the adapter or model it starts from.
 
-    On which machines it runs, and where its metrics go, does not.
+    The machines and the trackers are left out, because they do not change the result.
     """
     setup = job.setup.model_copy(update={"compute": job.setup.compute.in_job})
     return {
@@ -125,41 +67,41 @@ class JobNames:
 
     @classmethod
     def of(cls, recipe: str, stage: str, identity: Mapping[str, Any]) -> JobNames:
-        """The names for an identity."""
+        """Hash the identity, see `job_identity`, into 12 hex digits."""
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return cls(recipe, stage, digest)
 
     @property
     def part(self) -> str:
-        """What the names of all jobs of this identity have in common, whatever the recipe is called."""
+        """The part that all jobs of this identity have in their names, whatever the recipe's name is."""
         return f"-{self.stage}-{self.digest}-"
 
     def name(self, number: int) -> str:
-        """A name that SageMaker takes: 63 characters at most, letters, digits and single hyphens in between."""
+        """A name that SageMaker accepts: at most 63 letters, digits and single hyphens."""
         ending = f"{self.part}{number:04d}"
         recipe = re.sub(r"[^A-Za-z0-9]+", "-", self.recipe).strip("-")[: _NAME_CHARACTERS - len(ending)]
         return f"{recipe.rstrip('-')}{ending}"
 
     def number(self, name: str) -> int:
-        """The number of one of these jobs."""
+        """The number at the end of a job's name."""
         return int(name.rpartition("-")[2])
 
     def newest(self, client: Any) -> dict[str, Any] | None:
-        """What DescribeTrainingJob says of the job with the highest number; None if there is none."""
+        """DescribeTrainingJob's answer for the job with the highest number; None if there is no job."""
         pages = client.get_paginator("list_training_jobs").paginate(NameContains=self.part)
-        names = [found["TrainingJobName"] for page in pages for found in page["TrainingJobSummaries"]]
+        names = [summary["TrainingJobName"] for page in pages for summary in page["TrainingJobSummaries"]]
         ours = [name for name in names if re.search(rf"{re.escape(self.part)}\d+$", name)]
         return describe(client, max(ours, key=self.number)) if ours else None
 
 
 def describe(client: Any, name: str) -> dict[str, Any]:
-    """What SageMaker says of a job."""
+    """DescribeTrainingJob's answer."""
     description: dict[str, Any] = client.describe_training_job(TrainingJobName=name)
     return description
 
 
 def exists(client: Any, name: str) -> bool:
-    """Whether there is a job of this name."""
+    """Whether the account has a job of this name."""
     try:
         describe(client, name)
     except ClientError as error:
@@ -170,47 +112,36 @@ def exists(client: Any, name: str) -> bool:
 
 
 def tags_of(client: Any, description: Mapping[str, Any]) -> dict[str, str]:
-    """A job's tags."""
+    """The tags of a described job."""
     pages = client.get_paginator("list_tags").paginate(ResourceArn=description["TrainingJobArn"])
     return {tag["Key"]: tag["Value"] for page in pages for tag in page["Tags"]}
 
 
 def is_running(description: Mapping[str, Any]) -> bool:
     """Whether a job has not ended yet."""
-    return description["TrainingJobStatus"] not in ENDED
-
-
-def instance_types(config: SageMakerConfig) -> list[str]:
-    """The types of machine that a recipe names, in the order in which they are tried."""
-    return list(dict.fromkeys([config.instance_type, *config.fallback_instance_types]))
-
-
-def types_after(config: SageMakerConfig, tried: str) -> list[str]:
-    """The types that are left when one had no capacity."""
-    types = instance_types(config)
-    return types[types.index(tried) + 1 :] if tried in types else []
+    return description["TrainingJobStatus"] not in ("Completed", "Failed", "Stopped")
 
 
 def create_first(client: Any, requests: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Create a job with the first request whose type of machine the account's quota allows.
+    """Create a job with the first request whose instance type the account's quota allows.
 
     Args:
-        requests: by type of machine, at least one, in the order in which they are tried.
+        requests: at least one request, by instance type, in the order in which they are tried.
 
     Returns:
-        the job, and whether it is new: another process may have made it under this name meanwhile.
+        The job, and whether it is new: another process may have created a job of this name in the meantime.
 
     Raises:
-        ClientError: AWS refuses; of several quotas that do not suffice, the last.
+        ClientError: AWS refuses. If every quota is too small, the error for the last type.
     """
-    kinds = list(requests)
-    for kind, request in requests.items():
+    last = list(requests)[-1]
+    for instance_type, request in requests.items():
         try:
             client.create_training_job(**request)
         except client.exceptions.ResourceLimitExceeded as error:
-            if kind == kinds[-1]:
+            if instance_type == last:
                 raise
-            logger.warning("%s: the quota does not suffice. %s", kind, error.response["Error"]["Message"])
+            logger.warning("The quota for %s is too small. %s", instance_type, error.response["Error"]["Message"])
         except client.exceptions.ResourceInUse:
             return describe(client, request["TrainingJobName"]), False
         else:
@@ -218,19 +149,71 @@ def create_first(client: Any, requests: Mapping[str, dict[str, Any]]) -> tuple[d
     raise AssertionError("there is at least one request")
 
 
-# Between two looks: short after news, then longer and longer.
-_FIRST_WAIT_S = 1.0
-_LONGEST_WAIT_S = 15.0
-_FACTOR = 1.4
-# CloudWatch shows a line some seconds after it was written.
-_LAST_LINES_S = 1.0
+class JobLog:
+    """The log of a job in CloudWatch. It has one stream for each machine, and new streams after a restart.
+
+    Attributes:
+        last: the last `LAST_LINES` lines that were read.
+    """
+
+    def __init__(self, client: Any, job: str) -> None:
+        self.client = client
+        self.job = job
+        self.last: deque[str] = deque(maxlen=LAST_LINES)
+        self._tokens: dict[str, str | None] = {}
+
+    def read(self) -> list[str]:
+        """The lines since the last call, stream by stream; with several machines, each line has its machine's name."""
+        for stream in self._streams():
+            self._tokens.setdefault(stream, None)
+        machines = {_machine(stream) for stream in self._tokens}
+        lines = [
+            f"{_machine(stream)}: {line}" if len(machines) > 1 else line
+            for stream in sorted(self._tokens)
+            for line in self._new(stream)
+        ]
+        self.last.extend(lines)
+        return lines
+
+    def _streams(self) -> list[str]:
+        pages = self.client.get_paginator("describe_log_streams").paginate(
+            logGroupName=GROUP, logStreamNamePrefix=f"{self.job}/"
+        )
+        try:
+            return [stream["logStreamName"] for page in pages for stream in page["logStreams"]]
+        except ClientError as error:
+            # The first job of an account that writes a line creates the group.
+            if error.response["Error"]["Code"] == "ResourceNotFoundException":
+                return []
+            raise
+
+    def _new(self, stream: str) -> list[str]:
+        lines: list[str] = []
+        while True:
+            token = self._tokens[stream]
+            page = self.client.get_log_events(
+                logGroupName=GROUP,
+                logStreamName=stream,
+                startFromHead=True,
+                **({"nextToken": token} if token else {}),
+            )
+            lines += [event["message"].rstrip() for event in page["events"]]
+            self._tokens[stream] = page["nextForwardToken"]
+            # At the end of a stream, CloudWatch returns the token of the request.
+            if page["nextForwardToken"] == token:
+                return lines
+
+
+def _machine(stream: str) -> str:
+    """`algo-1` for `job/algo-1-1700000000`."""
+    return "-".join(stream.rpartition("/")[2].split("-")[:2])
 
 
 class Signals:
-    """Takes SIGINT and SIGTERM while it is entered, so that they end neither an upload nor a wait in the middle.
+    """Context manager that records SIGINT and SIGTERM, so that they cannot interrupt an upload or a wait.
 
     Attributes:
-        received: the last one that nobody has answered yet.
+        received: the last signal that has not been handled yet.
     """
 
     def __init__(self) -> None:
@@ -240,35 +223,36 @@ class Signals:
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        # Python hands signals to the main thread alone.
+        # Python allows signal handlers only in the main thread.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._take)
+                self._former[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
-    def _take(self, number: int, _: FrameType | None) -> None:
+    def _receive(self, number: int, _: FrameType | None) -> None:
         if self._asking:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
         self._event.set()
 
     def wait(self, seconds: float) -> None:
-        """Wait, but not longer than to the next signal."""
+        """Wait until the time is over or a signal arrives."""
         self._event.wait(seconds)
 
     def answered(self) -> None:
-        """Forget the signal that was received."""
+        """Forget the received signal."""
         self.received = None
         self._event.clear()
 
     def stop_is_meant(self, job: str) -> bool:
-        """Whether the signal that was received means to stop the job; else it is left running.
+        """Whether the received signal stops the job; otherwise the job keeps running without this process.
 
-        Ctrl-C on a terminal asks; again, or the end of the input, stops. Elsewhere nobody could answer: it stops.
+        After Ctrl-C on a terminal, the user is asked; a second Ctrl-C or the end of the input means stop. SIGTERM, and
+        Ctrl-C without a terminal, stop the job without a question.
         """
         if self.received == signal.SIGTERM or not (sys.stdin.isatty() and sys.stderr.isatty()):
             return True
@@ -285,11 +269,13 @@ class Signals:
 
 
 def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, Any]:
-    """Show a job's states and log until it has ended; returns what SageMaker says of it then.
+    """Log the states and the log lines of a job until it ends; returns DescribeTrainingJob's last answer.
+
+    While the connection is lost, requests are repeated.
 
     Raises:
-        KeyboardInterrupt: it was stopped, or left running, by a signal.
-        ClientError, BotoCoreError: AWS refuses to tell. A lost connection is waited for.
+        KeyboardInterrupt: a signal stopped the job, or detached this process from it.
+        ClientError, BotoCoreError: AWS refuses a request.
     """
     shown, wait, stopping, lost = 0, _FIRST_WAIT_S, False, False
     while True:
@@ -299,15 +285,18 @@ def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, A
                 signals.wait(_LAST_LINES_S)
             lines = log.read()
         except (exceptions.ConnectionError, HTTPClientError, ClientError) as error:
-            if not _passes(error):
+            if not _is_temporary(error):
                 raise
             if not lost:
-                logger.warning("AWS cannot be reached (%s). Job %s goes on; looking again", error, name)
+                logger.warning("AWS cannot be reached (%s). Job %s keeps running; trying again", error, name)
             lost = True
         else:
             lost = False
             transitions = description.get("SecondaryStatusTransitions", [])
-            _show(name, transitions[shown:], lines)
+            for state in transitions[shown:]:
+                logger.info("%s: %s. %s", name, state["Status"], state.get("StatusMessage", "").rstrip("."))
+            for line in lines:
+                logger.info("%s", line)
             if lines or len(transitions) > shown:
                 shown, wait = len(transitions), _FIRST_WAIT_S
             if not is_running(description):
@@ -319,34 +308,29 @@ def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, A
                 logger.warning("Job %s is being stopped; its checkpoint is kept", name)
                 raise KeyboardInterrupt(f"job {name} is being stopped")
             if not signals.stop_is_meant(name):
-                logger.info("Job %s goes on. The same command takes it up again, also with --attach %s", name, name)
+                logger.info(
+                    "Job %s keeps running. To follow it again, run the same command, or add --attach %s", name, name
+                )
                 raise KeyboardInterrupt(f"detached from job {name}")
             stopping = True
             signals.answered()
-            stop(client, name)
+            _stop(client, name)
         signals.wait(wait)
         wait = min(wait * _FACTOR, _LONGEST_WAIT_S)
 
 
-def _show(name: str, states: Sequence[dict[str, Any]], lines: Sequence[str]) -> None:
-    for state in states:
-        logger.info("%s: %s. %s", name, state["Status"], state.get("StatusMessage", "").rstrip("."))
-    for line in lines:
-        logger.info("%s", line)
-
-
-def stop(client: Any, name: str) -> None:
-    """Stop a job; one that has ended by now stays as it is."""
-    logger.warning("Stopping job %s: it saves a checkpoint, within two minutes. Again leaves at once", name)
+def _stop(client: Any, name: str) -> None:
+    logger.warning("Stopping job %s: it saves a checkpoint within two minutes. Ctrl-C again leaves at once", name)
     try:
         client.stop_training_job(TrainingJobName=name)
     except ClientError as error:
+        # SageMaker refuses to stop a job that has ended in the meantime.
         if error.response["Error"]["Code"] != "ValidationException":
             raise
 
 
-def _passes(error: Exception) -> bool:
-    """Whether the same request may succeed later, by itself."""
+def _is_temporary(error: Exception) -> bool:
+    """Whether the same request may succeed later."""
     if not isinstance(error, ClientError):
         return True
     status = error.response["ResponseMetadata"]["HTTPStatusCode"]

@@ -1,4 +1,4 @@
-"""What SageMaker is asked for: one training job as the parameters of CreateTrainingJob. Nothing is sent here."""
+"""Builds the parameters of CreateTrainingJob for one training job. Nothing is sent here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from llm_engineering.cloud.container import SECRET
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 
-# Where SageMaker puts channels and takes checkpoints and results, in the container.
+# Folders in the container: SageMaker fills the first, and uploads the other two.
 INPUTS = "/opt/ml/input/data"
 CHECKPOINTS = "/opt/ml/checkpoints"
 RESULTS = "/opt/ml/model"
 
-# Unpacks the channel `code` and starts the arguments behind it there. Each argument may have 256 characters.
+# Unpacks the channel `code` and runs the arguments in its folder. An argument has at most 256 characters.
 _START = (
     "mkdir -p /opt/ml/project && cd /opt/ml/project && tar -xzf /opt/ml/input/data/code/*.tar.gz && "
     'exec python -m llm_engineering.cloud.container "$@"'
@@ -36,27 +36,27 @@ def training_job_request(
 
     Args:
         name: at most 63 letters, digits and hyphens, unique in account and region.
-        command: what a person would run in the project's folder; runs there in the container.
-        channels: what is put below `/opt/ml/input/data`, by name: a prefix or an object in S3. `code` is among them.
-        environment: no secrets: everyone who can describe the job reads it.
-        checkpoint_uri: where `/opt/ml/checkpoints` is kept, and restored from when the job starts.
-        output_uri: where `<name>/output/model.tar.gz` goes.
-        tags: beside those of the recipe.
+        command: runs in the container, in the project's folder.
+        channels: prefixes or objects in S3 by channel, which is a folder below `/opt/ml/input/data`; with `code`.
+        environment: without secrets, because everyone who may describe the job can read it.
+        checkpoint_uri: SageMaker copies `/opt/ml/checkpoints` there, and back when the job starts again.
+        output_uri: SageMaker writes `<name>/output/model.tar.gz` below it.
+        tags: added to the recipe's tags.
     """
     request: dict[str, Any] = {
         "TrainingJobName": name,
         "AlgorithmSpecification": {
             "TrainingImage": account.image,
             "TrainingInputMode": "File",
-            # `sh` behind the script is its $0.
+            # The second `sh` is the $0 of the script.
             "ContainerEntrypoint": ["sh", "-c", _START, "sh"],
             "ContainerArguments": list(command),
         },
         "RoleArn": account.role,
         "InputDataConfig": [_channel(channel, uri) for channel, uri in sorted(channels.items())],
         "OutputDataConfig": {"S3OutputPath": output_uri} | ({"KmsKeyId": account.kms_key} if account.kms_key else {}),
-        # No VolumeKmsKeyId: SageMaker refuses it for types with disks of their own, which most GPU types are; those
-        # disks are encrypted by the hardware.
+        # No VolumeKmsKeyId: SageMaker refuses it for types with local disks, which most GPU types have. The hardware
+        # encrypts those disks.
         "ResourceConfig": {
             "InstanceType": config.instance_type,
             "InstanceCount": config.instance_count,
@@ -68,7 +68,7 @@ def training_job_request(
         "Environment": {
             "AWS_DEFAULT_REGION": account.region,
             "LLM_OUTPUT_DIR": CHECKPOINTS,
-            # On the job's volume; the image's own disk has no room for a large model.
+            # The job's volume: the image's own disk is too small for a large model.
             "LLM_CACHE_DIR": "/tmp/llm-engineering",  # noqa: S108
             "HF_HOME": "/tmp/huggingface",  # noqa: S108
             "PYTHONUNBUFFERED": "1",
@@ -82,6 +82,17 @@ def training_job_request(
     if config.vpc is not None:
         request["VpcConfig"] = {"Subnets": config.vpc.subnets, "SecurityGroupIds": config.vpc.security_group_ids}
     return request
+
+
+def instance_types(config: SageMakerConfig) -> list[str]:
+    """The recipe's instance types, in the order in which they are tried."""
+    return list(dict.fromkeys([config.instance_type, *config.fallback_instance_types]))
+
+
+def types_after(config: SageMakerConfig, tried: str) -> list[str]:
+    """The instance types that remain after one had no capacity."""
+    types = instance_types(config)
+    return types[types.index(tried) + 1 :] if tried in types else []
 
 
 def _channel(name: str, uri: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Copies folders and the project's code to S3, named by their content, and a job's results back."""
+"""Uploads folders and the project's code to S3, named by their content, and downloads a job's results."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from llm_engineering.errors import RequestError, WorkError
 
 logger = logging.getLogger(__name__)
 
+PROJECT_ROOT = Path(__file__).resolve().parents[3]
+
 
 def folder_hash(folder: Path) -> str:
-    """Sixteen hex digits for the names and contents of all files of a folder."""
+    """Hash the names and contents of all files of a folder into 16 hex digits."""
     digest = hashlib.sha256()
     for path in _files(folder):
         with path.open("rb") as file:
@@ -33,28 +35,29 @@ def folder_hash(folder: Path) -> str:
 
 
 def upload_folder(account: Account, folder: Path, *place: str) -> str:
-    """Put a folder's files below a place of their own, such as one named by their content; returns its address.
+    """Upload a folder's files below the key `<prefix>/<place>/`; returns that address.
 
-    What is there already with the same length is not sent again: an upload that was cut off goes on.
+    Files that S3 already has with the same length are skipped, so an interrupted upload can be resumed. `place` should
+    therefore contain a hash of the folder.
     """
     s3 = account.client("s3")
     prefix = account.key(*place)
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=account.bucket, Prefix=f"{prefix}/")
-    there = {found["Key"]: found["Size"] for page in pages for found in page.get("Contents", ())}
+    sizes = {item["Key"]: item["Size"] for page in pages for item in page.get("Contents", ())}
     sent = 0
     for path in _files(folder):
         key = f"{prefix}/{path.relative_to(folder).as_posix()}"
         size = path.stat().st_size
-        if there.get(key) != size:
+        if sizes.get(key) != size:
             s3.upload_file(str(path), account.bucket, key, ExtraArgs=account.encryption)
             sent += size
     logger.info("Uploaded %.1f MiB to s3://%s/%s", sent / 2**20, account.bucket, prefix)
-    # With the slash, so that no other place begins with it.
+    # The slash excludes other folders whose names begin with this one.
     return f"s3://{account.bucket}/{prefix}/"
 
 
 def is_there(account: Account, uri: str) -> bool:
-    """Whether there is an object at this address."""
+    """Whether S3 has an object at this address."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     try:
         account.client("s3").head_object(Bucket=bucket, Key=key)
@@ -68,10 +71,10 @@ def is_there(account: Account, uri: str) -> bool:
 def fetch_results(account: Account, uri: str, name: str, output_dir: Path) -> Path:
     """Unpack a job's `model.tar.gz` into `output_dir/training/<name>`; returns that folder.
 
-    Archives of trackers in it go where a run on this machine would have left them, and the report names them there.
+    The trackers' archives are moved to where a local run writes them, and the report gets their new paths.
 
     Raises:
-        WorkError: it is no archive, or has no trained model in it.
+        WorkError: the file is not an archive, or contains no trained model.
     """
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     training = output_dir.resolve() / "training"
@@ -87,7 +90,9 @@ def fetch_results(account: Account, uri: str, name: str, output_dir: Path) -> Pa
         packed.unlink()
         report = unpacked / "report" / "report.json"
         if not report.is_file() or not (unpacked / "adapter").is_dir():
-            raise WorkError(f"The results of job {name}, {uri}, have no trained model in them. Its log says why.")
+            raise WorkError(
+                f"The results of job {name}, {uri}, contain no trained model. The log of the job shows why."
+            )
         trackers = unpacked / "trackers"
         if trackers.is_dir():
             shutil.copytree(trackers, output_dir.resolve(), dirs_exist_ok=True)
@@ -95,12 +100,12 @@ def fetch_results(account: Account, uri: str, name: str, output_dir: Path) -> Pa
         final = training / name
         shutil.rmtree(final, ignore_errors=True)
         unpacked.rename(final)
-    _rename_places(final / "report" / "report.json", output_dir.resolve())
+    _replace_container_paths(final / "report" / "report.json", output_dir.resolve())
     return final
 
 
-def _rename_places(report: Path, output_dir: Path) -> None:
-    """Let the report name trackers' archives where they are now."""
+def _replace_container_paths(report: Path, output_dir: Path) -> None:
+    """Replace the paths of the trackers' archives in a report by their paths on this machine."""
     summary = json.loads(report.read_text(encoding="utf-8"))
     for places in (summary["comet"], *summary["trackers"].values()):
         for kind, place in places.items():
@@ -113,16 +118,13 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-PROJECT_ROOT = Path(__file__).resolve().parents[3]
-
-
 def upload_code(account: Account) -> str:
-    """Put what git tracks, as it is on disk, in the bucket; the same code is there once. Returns its address.
+    """Upload the files that git tracks, as they are on disk, unless S3 has the same code; returns the address.
 
-    What git does not track, such as `.env`, stays here.
+    Untracked files, such as `.env`, are not uploaded.
 
     Raises:
-        RequestError: the project is no git checkout.
+        RequestError: the project is not a git checkout.
     """
     archive = code_archive(PROJECT_ROOT)
     key = account.key("code", f"{hashlib.sha256(archive).hexdigest()}.tar.gz")
@@ -133,18 +135,18 @@ def upload_code(account: Account) -> str:
 
 
 def code_archive(root: Path) -> bytes:
-    """The files that git tracks below `root` as a tar.gz; equal files give equal bytes.
+    """Pack the files that git tracks below `root` as tar.gz; equal files give equal bytes.
 
     Raises:
-        RequestError: it is no git checkout.
+        RequestError: `root` is not a git checkout.
     """
     command = ["git", "-C", str(root), "ls-files", "-z"]
     try:
         listed = subprocess.run(command, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise RequestError(
-            f"A job gets the files that git tracks, and {root} is no git checkout that git can read. "
-            "Clone the project, or run `git init` and `git add` there."
+            f"{root} is not a git checkout, but a job gets the files that git tracks. Clone the project, or run `git init` "
+            "and `git add` there."
         ) from error
     buffer = io.BytesIO()
     with (
@@ -153,7 +155,7 @@ def code_archive(root: Path) -> bytes:
     ):
         for name in sorted(filter(None, listed.stdout.decode().split("\0"))):
             path = root / name
-            # A file that is tracked and was deleted; the folder of a submodule.
+            # Tracked files that were deleted, and folders of submodules, are left out.
             if not path.is_symlink() and not path.is_file():
                 continue
             member = archive.gettarinfo(path, name)

@@ -1,4 +1,4 @@
-"""The entry of a training container: versions, secret, torchrun's variables, and the reason of a failure."""
+"""The entry of a training container: lock, secret, torchrun's variables, output, and the reason of a failure."""
 
 import importlib.metadata
 import json
@@ -21,7 +21,7 @@ def lock(tmp_path, *lines):
     return str(path)
 
 
-def test_equal_versions_pass(tmp_path):
+def test_a_lock_of_the_installed_versions_passes(tmp_path):
     container.check_versions(
         lock(
             tmp_path,
@@ -35,7 +35,7 @@ def test_equal_versions_pass(tmp_path):
     )
 
 
-def test_local_part_of_a_version_is_no_difference(tmp_path, monkeypatch):
+def test_the_local_part_of_a_version_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.13.0+cu128")
     container.check_versions(lock(tmp_path, "torch==2.13.0"))
     with pytest.raises(RequestError, match=r"torch==2.12.0 \(installed is 2.13.0\+cu128\)"):
@@ -66,16 +66,16 @@ class Secrets:
         return {"SecretString": self.text}
 
 
-def test_secret_is_read_by_its_name(monkeypatch):
+def test_the_secret_is_read_by_its_name(monkeypatch):
     monkeypatch.setattr(container.boto3, "client", lambda service: Secrets('{"COMET_API_KEY": "k"}'))
     assert container.secret_variables("the-name") == {"COMET_API_KEY": "k"}
     assert container.secret_variables(None) == {}
 
 
 @pytest.mark.parametrize("text", ["planted-value", '["planted-value"]', '{"A": {"B": "planted-value"}}', ""])
-def test_secret_of_another_form_is_refused_and_not_shown(text, monkeypatch):
+def test_a_secret_of_another_form_is_refused_and_not_shown(text, monkeypatch):
     monkeypatch.setattr(container.boto3, "client", lambda service: Secrets(text))
-    with pytest.raises(RequestError, match="no JSON object") as error:
+    with pytest.raises(RequestError, match="not a JSON object") as error:
         container.secret_variables("the-name")
     assert "planted-value" not in str(error.value)
 
@@ -87,7 +87,7 @@ def resources(tmp_path, current, hosts):
     (folder / "resourceconfig.json").write_text(json.dumps(content))
 
 
-def test_torchrun_learns_of_the_other_machines(tmp_path):
+def test_torchrun_gets_the_other_machines(tmp_path):
     hosts = [f"algo-{i}" for i in (10, 2, 1, 3, 4, 5, 6, 7, 8, 9)]
     resources(tmp_path, "algo-10", hosts)
     assert container.torchrun_variables(tmp_path) == {
@@ -100,20 +100,20 @@ def test_torchrun_learns_of_the_other_machines(tmp_path):
     }
 
 
-def test_one_machine_needs_none_of_it(tmp_path):
+def test_a_single_machine_needs_no_variables(tmp_path):
     assert container.torchrun_variables(tmp_path) == {}
     resources(tmp_path, "algo-1", ["algo-1"])
     assert container.torchrun_variables(tmp_path) == {}
 
 
-def test_reason_is_the_last_error_that_was_said():
+def test_the_reason_is_the_last_error_line():
     lines = ["Error: the first\n", "Error: the second\n", "noise of torchrun\n"]
     assert container.reason(lines, 1) == "Error: the second"
     assert container.reason(["one\n", "two\n"], 3) == "exit code 3; its last lines:\none\ntwo\n"
     assert container.reason([], -9).startswith("ended by SIGKILL")
 
 
-def test_long_reason_keeps_both_ends(tmp_path):
+def test_a_long_reason_keeps_both_ends(tmp_path):
     container.write_reason(tmp_path, "a" * 600 + "b" * 600 + "c" * 600)
     text = (tmp_path / "output" / "failure").read_text()
     assert len(text) <= 1024
@@ -121,7 +121,7 @@ def test_long_reason_keeps_both_ends(tmp_path):
     assert text.endswith("c" * 500)
 
 
-# The container's main, with another place for /opt/ml and a secret that is not asked for over the network.
+# The container's main with another folder instead of /opt/ml, and a secret without a network request.
 MAIN = """
 import sys
 from pathlib import Path
@@ -143,7 +143,7 @@ def start(tmp_path, *command, **environment):
     )
 
 
-def test_command_gets_the_secret_and_shows_nothing_of_it(tmp_path):
+def test_the_command_gets_the_secret_and_its_output_hides_it(tmp_path):
     program = "import os; print(len(os.environ['KEY']), os.environ['KEY'], flush=True); print('done')"
     process = start(tmp_path, sys.executable, "-c", program)
     output, _ = process.communicate(timeout=60)
@@ -152,7 +152,7 @@ def test_command_gets_the_secret_and_shows_nothing_of_it(tmp_path):
     assert not (tmp_path / "output").exists()
 
 
-def test_failure_is_left_where_sagemaker_looks(tmp_path):
+def test_a_failure_is_written_where_sagemaker_looks(tmp_path):
     program = "import os, sys; print('Error: with planted-value. Do this.', file=sys.stderr); sys.exit(2)"
     process = start(tmp_path, sys.executable, "-c", program)
     process.communicate(timeout=60)
@@ -160,7 +160,7 @@ def test_failure_is_left_where_sagemaker_looks(tmp_path):
     assert (tmp_path / "output" / "failure").read_text() == "Error: with ***. Do this."
 
 
-def test_wrong_versions_end_it_before_the_command(tmp_path):
+def test_wrong_versions_end_the_container_before_the_command(tmp_path):
     other = tmp_path / "other.lock"
     other.write_text("boto3==0.1")
     process = start(tmp_path, "touch", str(tmp_path / "ran"), **{container.LOCK: str(other)})
@@ -170,7 +170,7 @@ def test_wrong_versions_end_it_before_the_command(tmp_path):
     assert "boto3==0.1" in (tmp_path / "output" / "failure").read_text()
 
 
-def test_sigterm_reaches_the_command_and_is_no_failure(tmp_path):
+def test_sigterm_reaches_the_command_and_is_not_a_failure(tmp_path):
     program = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(130)))\n"

@@ -1,4 +1,4 @@
-"""Following a job: its log read on where it stopped, lost connections, and what Ctrl-C means."""
+"""Following a job: new lines of its log, lost connections, and the meaning of Ctrl-C."""
 
 import io
 import os
@@ -7,7 +7,7 @@ import signal
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-from llm_engineering.cloud.sagemaker import jobs as following
+from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
 
 
@@ -17,7 +17,7 @@ def refused(code, status=400):
 
 
 class Logs:
-    """Streams as CloudWatch shows them: at most two events a page, and a token that stays the same at the end."""
+    """CloudWatch's answers: a page has at most two events, and at the end of a stream the token stays the same."""
 
     def __init__(self):
         self.streams = None
@@ -39,7 +39,7 @@ class Logs:
         return {"events": [{"message": line} for line in lines], "nextForwardToken": str(start + len(lines))}
 
 
-def test_log_goes_on_where_it_stopped():
+def test_each_read_returns_the_new_lines():
     logs = Logs()
     log = JobLog(logs, "a-job")
     assert log.read() == []
@@ -48,12 +48,12 @@ def test_log_goes_on_where_it_stopped():
     assert log.read() == []
     logs.streams["a-job/algo-1-17"].append("6")
     assert log.read() == ["6"]
-    # A restart after an interruption has a stream of its own.
+    # After an interruption the job writes to a new stream.
     logs.streams["a-job/algo-1-99"] = ["7"]
     assert log.read() == ["7"]
 
 
-def test_lines_of_several_machines_are_told_apart_and_the_last_are_kept():
+def test_lines_of_several_machines_have_names_and_the_last_lines_are_kept():
     logs = Logs()
     logs.streams = {"j/algo-1-17": [str(number) for number in range(60)], "j/algo-2-17": ["x"]}
     log = JobLog(logs, "j")
@@ -63,7 +63,7 @@ def test_lines_of_several_machines_are_told_apart_and_the_last_are_kept():
 
 
 class Job:
-    """SageMaker's answers about one job, one after another; an exception is raised."""
+    """Answers DescribeTrainingJob with the given statuses, one after another; an exception is raised."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -87,9 +87,9 @@ class Job:
 
 
 @pytest.fixture(autouse=True)
-def hurry(monkeypatch):
-    monkeypatch.setattr(following, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(following, "_LAST_LINES_S", 0.01)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(jobs, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(jobs, "_LAST_LINES_S", 0.01)
 
 
 def followed(job):
@@ -97,14 +97,14 @@ def followed(job):
         return follow(job, JobLog(Logs(), "a-job"), "a-job", signals)
 
 
-def test_lost_connection_is_waited_for(caplog):
+def test_following_waits_while_the_connection_is_lost(caplog):
     lost = EndpointConnectionError(endpoint_url="https://sagemaker")
     job = Job("InProgress", lost, lost, refused("ServiceUnavailable", 503), refused("ThrottlingException"), "Completed")
     assert followed(job)["TrainingJobStatus"] == "Completed"
     assert caplog.text.count("AWS cannot be reached") == 1
 
 
-def test_refusal_is_not_waited_for():
+def test_following_ends_when_aws_refuses():
     with pytest.raises(ClientError):
         followed(Job("InProgress", refused("ExpiredToken")))
 
@@ -132,7 +132,7 @@ def terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_stops_where_nobody_can_be_asked(number, monkeypatch):
+def test_a_signal_without_a_terminal_stops_the_job(number, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("d\n"))
     job = Job(interrupted(number=number))
     with pytest.raises(KeyboardInterrupt, match="was stopped"):
@@ -157,7 +157,7 @@ def test_ctrl_c_can_detach(terminal):
     assert job.stopped == 0
 
 
-def test_sigterm_is_not_asked_about(terminal):
+def test_sigterm_stops_without_a_question(terminal):
     terminal("d\n")
     job = Job(interrupted(number=signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match="was stopped"):
@@ -165,11 +165,11 @@ def test_sigterm_is_not_asked_about(terminal):
     assert job.stopped == 1
 
 
-def test_second_ctrl_c_at_the_question_stops(terminal, monkeypatch):
+def test_a_second_ctrl_c_at_the_question_stops(terminal, monkeypatch):
     class Impatient(Terminal):
         def readline(self, *arguments):
             os.kill(os.getpid(), signal.SIGINT)
-            raise AssertionError("the question goes on")
+            raise AssertionError("the question was not interrupted")
 
     terminal("")
     monkeypatch.setattr("sys.stdin", Impatient())
@@ -187,7 +187,7 @@ def test_ctrl_c_while_the_job_is_stopping_leaves_at_once(monkeypatch):
         followed(job)
 
 
-def test_job_that_completes_while_it_is_stopped_has_its_result(monkeypatch):
+def test_a_job_that_completes_while_it_is_stopped_is_completed(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     job = Job(interrupted(), "Completed")
 
@@ -198,7 +198,7 @@ def test_job_that_completes_while_it_is_stopped_has_its_result(monkeypatch):
     assert followed(job)["TrainingJobStatus"] == "Completed"
 
 
-def test_handlers_are_given_back():
+def test_signal_handlers_are_restored():
     former = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Signals():
         assert signal.getsignal(signal.SIGINT) != former[0]

@@ -1,4 +1,4 @@
-"""Where SageMaker jobs run, what they are asked for, what code they get, and which of them is gone on with."""
+"""SageMaker jobs: account, request, code archive, names and identity, failures and costs."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, storage
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.request import training_job_request
+from llm_engineering.cloud.sagemaker.request import instance_types, training_job_request, types_after
 from llm_engineering.cloud.sagemaker.storage import code_archive
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
@@ -44,20 +44,20 @@ def account(**values):
     return Account("eu-west-1", ROLE, "bucket", "prefix", "image", **values)
 
 
-def test_everything_that_is_missing_is_named_at_once(monkeypatch):
+def test_all_missing_values_are_named_at_once(monkeypatch):
     with pytest.raises(RequestError) as error:
         Account.resolve(config(), settings(monkeypatch))
     assert [name for name in ("AWS_REGION", "SAGEMAKER_ROLE", "SAGEMAKER_BUCKET", "make image") if name not in str(error.value)] == []  # fmt: skip
 
 
-def test_malformed_values_are_told(monkeypatch):
+def test_malformed_values_are_named(monkeypatch):
     with pytest.raises(RequestError) as error:
         Account.resolve(config(role="training", bucket="s3://b/c", image="i"), settings(monkeypatch, aws_region="r"))
-    assert "the role training is no ARN" in str(error.value)
-    assert "s3://b/c is no name" in str(error.value)
+    assert "the role training is not an ARN" in str(error.value)
+    assert "s3://b/c is not a bucket name" in str(error.value)
 
 
-def test_the_recipe_goes_before_the_settings(monkeypatch):
+def test_the_recipe_overrides_the_settings(monkeypatch):
     known = settings(
         monkeypatch, aws_region="eu-west-1", sagemaker_role=ROLE, sagemaker_bucket="b", sagemaker_image="i"
     )
@@ -88,7 +88,7 @@ def request(machines, owner=None):
         config(vpc={"subnets": ["subnet-1"], "security_group_ids": ["sg-1"]}, tags={"team": "x"}, instance_count=2),
     ],
 )
-def test_requests_are_what_botocore_takes(machines):
+def test_botocore_accepts_the_requests(machines):
     made = request(machines, account(kms_key="arn:aws:kms:eu-west-1:123456789012:key/k", secret="the-name"))
     model = botocore.session.get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob")
     assert ParamValidator().validate(made, model.input_shape).generate_report() == ""
@@ -96,7 +96,7 @@ def test_requests_are_what_botocore_takes(machines):
     assert max(map(len, algorithm["ContainerEntrypoint"] + algorithm["ContainerArguments"])) <= 256
 
 
-def test_spot_waits_and_on_demand_does_not():
+def test_only_spot_jobs_have_a_waiting_time():
     spot = request(config(max_run_s=600))
     assert spot["StoppingCondition"] == {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 1200}
     assert spot["CheckpointConfig"] == {"S3Uri": "s3://b/checkpoints/a-job", "LocalPath": "/opt/ml/checkpoints"}
@@ -106,7 +106,7 @@ def test_spot_waits_and_on_demand_does_not():
 
 
 def test_the_start_unpacks_the_code_and_runs_the_command(tmp_path):
-    """The script of the entry point, with another root in place of /opt/ml and a `python` that shows its arguments."""
+    """The script of the entry point, with another folder instead of /opt/ml and a `python` that prints its arguments."""
     (script,) = [part for part in request(config())["AlgorithmSpecification"]["ContainerEntrypoint"] if " " in part]
     channel = tmp_path / "ml" / "input" / "data" / "code"
     channel.mkdir(parents=True)
@@ -148,7 +148,7 @@ def checkout(tmp_path):
     return folder
 
 
-def test_archive_has_what_git_tracks_as_it_is_on_disk(checkout):
+def test_the_archive_has_the_tracked_files_as_they_are_on_disk(checkout):
     (checkout / "kept.py").write_text("changed")
     with tarfile.open(fileobj=io.BytesIO(code_archive(checkout))) as archive:
         assert archive.getnames() == [".gitignore", "kept.py", "run"]
@@ -165,12 +165,12 @@ def test_equal_files_give_equal_archives(checkout):
     assert code_archive(checkout) != former
 
 
-def test_folder_that_is_no_checkout_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="no git checkout"):
+def test_a_folder_without_git_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="not a git checkout"):
         code_archive(tmp_path)
 
 
-def test_names_are_what_sagemaker_takes():
+def test_sagemaker_accepts_the_names():
     names = jobs.JobNames.of("llama-3.1_8b, für alle--" + "x" * 60, "sft", {"a": 1})
     name = names.name(7)
     pattern = botocore.session.get_session().get_service_model("sagemaker").shape_for("TrainingJobName").metadata
@@ -182,7 +182,7 @@ def test_names_are_what_sagemaker_takes():
 
 
 class Client:
-    """Jobs by name, as list and describe show them, two on a page."""
+    """Lists and describes jobs by name; a page has two jobs."""
 
     def __init__(self, *names):
         self.names = names
@@ -199,7 +199,7 @@ class Client:
         return asked
 
 
-def test_newest_job_is_the_one_with_the_highest_number():
+def test_the_newest_job_has_the_highest_number():
     names = jobs.JobNames("tiny", "sft", "0123456789ab")
     own = [names.name(number) for number in (9, 10, 2)]
     others = ["tiny-dpo-0123456789ab-0099", "tiny-sft-0123456789ab-0099-hyperparameter-tuning"]
@@ -217,7 +217,7 @@ ROWS = DatasetDict({"train": Dataset.from_list([{"input_ids": [1, 2], "labels": 
 ELSEWHERE = {"target": "sagemaker", "sagemaker": {"instance_type": "ml.g5.2xlarge"}}
 
 
-def test_identity_is_of_the_work_and_not_of_the_machine(tmp_path):
+def test_the_identity_depends_on_the_work_and_not_on_the_machine(tmp_path):
     identity = jobs.job_identity(job(**ELSEWHERE), ROWS)
     other = {"target": "sagemaker", "sagemaker": {"instance_type": "ml.p3.2xlarge", "use_spot": False}}
     assert jobs.job_identity(job(**other), ROWS) == identity
@@ -231,12 +231,12 @@ def test_identity_is_of_the_work_and_not_of_the_machine(tmp_path):
     assert jobs.job_identity(started, ROWS) != from_one
 
 
-def test_types_are_tried_in_order_and_once():
+def test_instance_types_are_tried_in_order_and_once():
     machines = config(fallback_instance_types=["ml.g6.2xlarge", "ml.g5.2xlarge", "ml.g5.4xlarge"])
-    assert jobs.instance_types(machines) == ["ml.g5.2xlarge", "ml.g6.2xlarge", "ml.g5.4xlarge"]
-    assert jobs.types_after(machines, "ml.g6.2xlarge") == ["ml.g5.4xlarge"]
-    assert jobs.types_after(machines, "ml.g5.4xlarge") == []
-    assert jobs.types_after(machines, "ml.other.large") == []
+    assert instance_types(machines) == ["ml.g5.2xlarge", "ml.g6.2xlarge", "ml.g5.4xlarge"]
+    assert types_after(machines, "ml.g6.2xlarge") == ["ml.g5.4xlarge"]
+    assert types_after(machines, "ml.g5.4xlarge") == []
+    assert types_after(machines, "ml.other.large") == []
 
 
 def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
@@ -266,16 +266,16 @@ def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
         (
             ended(reason="CapacityError: no", spot=False),
             "no free machine of the type ml.g5.2xlarge.",
-            "in another region.",
+            "use another region.",
         ),
         (
             ended(reason="AlgorithmError: Error: OutOfMemoryError: CUDA out of memory. Tried, exit code: 1"),
-            "The card's memory did not suffice.",
+            "The GPU ran out of memory.",
             "per_device_train_batch_size",
         ),
         (
             ended(reason="AlgorithmError: , exit code: 137"),
-            "machine's memory did not suffice",
+            "The machine ran out of memory",
             "more memory than ml.g5.2xlarge",
         ),
         (
@@ -292,18 +292,18 @@ def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
         (
             ended(reason="AlgorithmError: Error: The loss is nan. Lower sft.learning_rate., exit code: 1"),
             "The loss is nan. Lower sft.learning_rate.",
-            "goes on from the newest checkpoint",
+            "resumes from the newest checkpoint",
         ),
         (ended(reason="ClientError: Data download failed: No space left on device"), "volume of", "volume_size_gb"),
         (
             ended(reason="ClientError: Please use an instance type with more memory"),
-            "memory did not suffice",
+            "The machine ran out of memory",
             "more memory",
         ),
         (ended(reason="InternalServerError"), "ended with an error", "SageMaker says: InternalServerError"),
-        (ended("Stopped", "MaxRuntimeExceeded"), "max_run_s, 600 s", "max_run_s if"),
+        (ended("Stopped", "MaxRuntimeExceeded"), "max_run_s, 600 s", "max_run_s to finish"),
         (ended("Stopped", "MaxWaitTimeExceeded"), "more than 1200 s", "max_wait_s"),
-        (ended("Stopped", "Stopped"), "stopped, and not from here", "newest checkpoint"),
+        (ended("Stopped", "Stopped"), "stopped, but not by this command", "newest checkpoint"),
     ],
 )
 def test_failures_are_a_sentence_and_a_remedy(description, said, remedy):
@@ -314,15 +314,15 @@ def test_failures_are_a_sentence_and_a_remedy(description, said, remedy):
     assert str(error).endswith("The last 2 lines of its log:\n  line one\n  line two")
 
 
-def test_what_the_job_said_itself_is_not_repeated():
-    """Nor taken for something else: the image is no cause here."""
+def test_the_jobs_own_error_is_shown_once():
+    """The word "image" in it does not make the message blame the pull of the image."""
     own = "The image was built from another lock. Build it anew."
     text = str(failures.explain(ended(reason=f"AlgorithmError: Error: {own}, exit code: 2")))
     assert text.count(own) == 1
     assert "could not be pulled" not in text
 
 
-def test_only_a_missing_machine_is_tried_again_elsewhere():
+def test_only_a_job_without_a_free_machine_is_tried_with_another_type():
     assert failures.is_capacity(ended(reason="CapacityError: Unable to provision requested ML compute capacity."))
     assert not failures.is_capacity(ended(reason="AlgorithmError: CUDA out of memory"))
     assert failures.is_capacity(ended("Stopped", "MaxWaitTimeExceeded"))
@@ -341,7 +341,7 @@ def test_errors_of_aws_are_translated():
         raise NoCredentialsError
 
 
-def test_cost_counts_every_machine_and_the_saving():
+def test_the_cost_counts_every_machine_and_the_spot_saving():
     description = ended("Completed", "Completed", TrainingTimeInSeconds=7200, BillableTimeInSeconds=1800)
     # 1.515 USD an hour, half an hour billed, two machines.
     assert dispatch.cost_facts(description) == {
@@ -353,14 +353,14 @@ def test_cost_counts_every_machine_and_the_saving():
     assert "spot saved 75%): about 1.51 USD at the list price of us-east-1" in dispatch.cost_line(description)
 
 
-def test_unknown_type_has_no_price_and_says_so():
+def test_an_unknown_type_has_no_price():
     description = ended("Completed", spot=False, TrainingTimeInSeconds=60, BillableTimeInSeconds=60)
     description["ResourceConfig"]["InstanceType"] = "ml.new.large"
     assert dispatch.cost_facts(description) == {"training_seconds": 60, "billable_seconds": 60}
     assert "no estimate of the cost" in dispatch.cost_line(description)
 
 
-def test_folder_hash_is_of_names_and_contents(tmp_path):
+def test_the_folder_hash_covers_names_and_contents(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         (folder / "sub").mkdir(parents=True)
@@ -370,7 +370,7 @@ def test_folder_hash_is_of_names_and_contents(tmp_path):
     assert storage.folder_hash(one) != storage.folder_hash(two)
 
 
-def test_recipe_for_sagemaker_differs_in_compute_alone():
+def test_the_recipe_for_sagemaker_differs_only_in_compute():
     cuda = load_recipe(ROOT / "configs" / "cuda_8b.yaml", []).model_dump()
     cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", []).model_dump()
     assert {key for key in cuda if cuda[key] != cloud[key]} == {"compute"}
@@ -378,8 +378,8 @@ def test_recipe_for_sagemaker_differs_in_compute_alone():
     assert changed == {"target", "sagemaker"}
 
 
-def test_setups_of_local_recipes_are_as_before():
-    """What is not training is one process here; for a recipe with one process that is the same, and so is its cache."""
+def test_the_setup_of_a_local_recipe_is_its_evaluation_setup():
+    """Evaluation runs in one local process. For a recipe with one process the setups are equal, so the cache stays valid."""
     local = load_recipe(ROOT / "configs" / "local.yaml", [])
     assert local.evaluation_setup == local.setup
     assert local.compute.here == local.compute
@@ -389,7 +389,7 @@ def test_setups_of_local_recipes_are_as_before():
     assert cloud.compute.here == ComputeConfig(dtype="bfloat16")
 
 
-def test_several_machines_share_no_disk():
+def test_several_machines_need_a_setup_without_a_shared_disk():
     machines = {"instance_type": "ml.g5.12xlarge", "instance_count": 2}
     with pytest.raises(ValidationError, match="disk that all processes see"):
         ComputeConfig(target="sagemaker", sagemaker=machines, num_processes=2, distributed="fsdp2")
