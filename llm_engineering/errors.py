@@ -1,21 +1,21 @@
-"""The ways a command ends without success, and the exit code of each."""
+"""The errors with which commands end, and their exit codes."""
 
 from __future__ import annotations
 
-# Ctrl-C, SIGTERM: what was finished is kept.
+# The exit code after Ctrl-C or SIGTERM. Finished work is kept.
 INTERRUPTED = 130
 
 
 class RequestError(Exception):
-    """The request was wrong: nothing ran, exit code 2.
+    """The request is wrong, and nothing ran. Exit code 2.
 
-    The message is one sentence that says what is wrong and where, and a second that says what to do.
+    The first sentence of the message says what is wrong and where, the second says what to do.
     """
 
     exit_code = 2
 
 
 class WorkError(Exception):
-    """The work failed after it began: exit code 1. What was finished before is kept."""
+    """The work failed after it began. Exit code 1. Finished work is kept."""
 
     exit_code = 1

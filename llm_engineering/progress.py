@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, elsewhere a plain line every few seconds."""
+"""Shows the progress of long work: a bar on a terminal, elsewhere one log line every few seconds."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ LINE_EVERY_S = 5.0
 
 
 class Progress:
-    """Counts `total` things.
+    """Counts items up to `total`, and shows the count, the rate and the remaining time.
 
     Args:
-        what: what is counted, e.g. `questions`.
-        total: how many there will be; 0 shows nothing.
+        label: the name of the items, e.g. `questions`.
+        total: the number of items; 0 shows nothing.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what = what
+    def __init__(self, label: str, total: int) -> None:
+        self.label = label
         self.total = total
         self.done = 0
         self.note = ""
         self.shown = 0
         self.started = self.last_line = time.monotonic()
-        self.bar = tqdm(total=total, desc=what, file=sys.stderr) if total and sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, desc=label, file=sys.stderr) if total and sys.stderr.isatty() else None
 
     def advance(self, count: int = 1, note: str = "", *, show: bool = True) -> None:
-        """Count `count` more, with a note, e.g. the cost.
+        """Count `count` more items, with a note, e.g. the cost.
 
         Args:
-            show: False where a note about the new count follows, so that no line is printed without it.
+            show: False if `say` follows with a note about these items, so that no line is printed without the note.
         """
         self.done += count
         if note:
@@ -48,7 +48,7 @@ class Progress:
             self._line()
 
     def say(self, note: str) -> None:
-        """Show a note, e.g. the loss, beside the count."""
+        """Show a note, e.g. the loss, next to the count."""
         self.note = note
         if self.bar is None:
             self._line()
@@ -56,7 +56,7 @@ class Progress:
             self.bar.set_postfix_str(note)
 
     def end(self) -> None:
-        """Show the last state, unless a line shows it already."""
+        """Close the bar, or print the last count unless it is printed already."""
         if self.bar is not None:
             self.bar.close()
         else:
@@ -70,4 +70,4 @@ class Progress:
         rate = self.done / max(now - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         count = f"{self.done} of {self.total}, {rate:.1f} a second, {left:.0f} s left"
-        logger.info("%s: %s%s", self.what, count, f" — {self.note}" if self.note else "")
+        logger.info("%s: %s%s", self.label, count, f" — {self.note}" if self.note else "")

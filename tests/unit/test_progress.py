@@ -1,3 +1,5 @@
+"""Progress lines: how often they are printed, and what they show."""
+
 import logging
 
 import pytest
@@ -8,7 +10,7 @@ from llm_engineering.progress import LINE_EVERY_S, Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that the test turns; stderr is no terminal."""
+    """A clock that the test moves forward. Standard error is not a terminal."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False, raising=False)
@@ -23,12 +25,12 @@ def lines(caplog):
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_line_every_few_seconds_and_none_twice(clock, caplog):
+def test_lines_are_printed_every_few_seconds_and_never_twice(clock, caplog):
     with caplog.at_level(logging.INFO):
         shown = Progress("sft steps", 100)
         for step in range(1, 101):
             clock(LINE_EVERY_S / 4)
-            # As the telemetry does it where the step is logged.
+            # Telemetry advances and then adds the note in the same way.
             shown.advance(show=False)
             shown.say(f"loss {step}")
         shown.end()
@@ -40,7 +42,7 @@ def test_a_line_every_few_seconds_and_none_twice(clock, caplog):
     assert found[-1].startswith("sft steps: 100 of 100,")
 
 
-def test_the_last_state_is_shown_however_short_the_work(clock, caplog):
+def test_the_last_count_of_short_work_is_shown(clock, caplog):
     with caplog.at_level(logging.INFO):
         shown = Progress("sft steps", 2)
         clock(1.0)
@@ -51,7 +53,7 @@ def test_the_last_state_is_shown_however_short_the_work(clock, caplog):
     assert lines(caplog) == ["sft steps: 1 of 2, 1.0 a second, 1 s left — loss 3"]
 
 
-def test_work_of_nothing_shows_nothing(clock, caplog):
+def test_a_total_of_zero_shows_nothing(clock, caplog):
     with caplog.at_level(logging.INFO):
         Progress("answers", 0).end()
     assert lines(caplog) == []

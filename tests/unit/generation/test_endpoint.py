@@ -1,4 +1,4 @@
-"""Endpoints: retries, caps, repair, secrets, refused settings, and that no answer raises."""
+"""Endpoints: retries, caps, repair, secrets and refused settings. No reply raises an exception."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def test_retry_after(value, seconds):
 
 
 @given(st.text())
-def test_no_retry_after_raises(value):
+def test_any_retry_after_header_is_accepted(value):
     wait = retries.retry_after_s(value, NOW)
     assert wait is None or wait >= 0
 
@@ -87,7 +87,7 @@ def test_backoff_is_exponential_with_full_jitter(attempt, most, monkeypatch):
     assert most * 3 / 4 < max(drawn) <= most
 
 
-def test_retry_after_is_never_undercut_and_has_an_end():
+def test_waits_are_at_least_retry_after_up_to_a_maximum():
     drawn = waits(1, retries.TryAgainError("x", 10.0))
     assert 10.0 <= min(drawn) < max(drawn) <= 11.0
     assert set(waits(1, retries.TryAgainError("x", 0.0))) == {0.0}
@@ -114,18 +114,18 @@ def test_retry_after_is_never_undercut_and_has_an_end():
         (Reply("I cannot", "refused"), "refused"),
     ],
 )
-def test_what_a_reply_amounts_to(reply, outcome):
+def test_outcomes_of_replies(reply, outcome):
     judged = judge(reply, "instruction")
     assert (judged.text if isinstance(judged, Answer) else judged.reason) == outcome
 
 
 @given(st.text() | st.text(alphabet='{}[]":,instructo\\ud8\n` '), st.sampled_from(["instruction", None]))
-def test_any_text_has_an_outcome(text, field):
+def test_every_text_has_an_outcome(text, field):
     judged = judge(Reply(text), field)
     assert isinstance(judged, Answer) or judged.reason in ("bad_json", "wrong_schema", "empty_answer")
 
 
-def test_any_body_of_an_endpoint_is_survived(settings):
+def test_every_response_body_has_an_outcome(settings):
     bodies = [b"", b"\xff", b"null", b"[]", b'{"choices": []}', b'{"choices": [{}]}', b'{"choices": [{"message": 1}]}',
               b'{"choices": [{"message": {"content": "\\ud800"}}]}', b"<html>"]  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_any_body_of_an_endpoint_is_survived(settings):
     assert [getattr(outcome, "reason", "kept") for outcome in outcomes] == ["request_failed"] * len(bodies) + ["kept"]
 
 
-def test_one_repair_is_asked_for_with_the_error(settings):
+def test_one_repair_request_quotes_the_error(settings):
     def script(asked):
         if len(asked.turns) == 1:
             return completion(
@@ -153,12 +153,12 @@ def test_one_repair_is_asked_for_with_the_error(settings):
         repairs = [asked.turns for asked in endpoint.requests if len(asked.turns) > 1]
         assert sorted(turns[1] for turns in repairs) == ["Why not?", '{"wrong": 1}']
         assert {turns[1]: turns[2].split(")")[0] for turns in repairs}['{"wrong": 1}'].endswith("Field required")
-        # The bad answers are stored too: nothing is paid for a second time.
+        # Bad replies are stored too, so nothing is paid for twice.
         assert ask(endpoint, settings, 3) == outcomes
         assert len(endpoint.requests) == 5
 
 
-def test_refusals_and_cut_answers_cost_their_row_alone(settings):
+def test_refused_and_truncated_answers_fail_only_their_row(settings):
     replies = [
         completion("half an ans", "length"),
         completion(None, refusal="I will not."),
@@ -175,7 +175,7 @@ def test_refusals_and_cut_answers_cost_their_row_alone(settings):
 
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
-def test_transient_errors_are_tried_again_up_to_max_retries(status, settings):
+def test_transient_errors_are_retried_up_to_max_retries(status, settings):
     with ScriptedEndpoint(lambda asked: error(status, "later") if asked.attempt < 2 else completion(GOOD)) as endpoint:
         assert ask(endpoint, settings, max_retries=2) == [Answer("Why?")]
         assert len(endpoint.requests) == 3
@@ -187,7 +187,7 @@ def test_transient_errors_are_tried_again_up_to_max_retries(status, settings):
         failed, kept = ask(endpoint, settings, 2, max_retries=2)
         assert (failed.reason, kept) == ("request_failed", Answer("Why?"))
         assert failed.detail == f"status {status}: later, after 2 retries"
-        # A request that was given up is asked again by the next run.
+        # The next run sends a failed request again.
         endpoint.script = lambda asked: completion(GOOD)
         assert ask(endpoint, settings, 2) == [Answer("Why?")] * 2
         assert len(endpoint.requests) == 5
@@ -198,7 +198,7 @@ def test_transient_errors_are_tried_again_up_to_max_retries(status, settings):
     [(400, None, "does not accept"), (401, None, "OPENAI_API_KEY"), (403, None, "no access"),
      (404, None, "generation.model"), (429, "insufficient_quota", "no credit")],
 )  # fmt: skip
-def test_errors_that_stay_end_the_run_at_once(status, code, words, settings):
+def test_permanent_errors_end_the_run_at_once(status, code, words, settings):
     def script(asked):
         return completion(GOOD) if len(endpoint.requests) <= 3 else error(status, "so it is", code)
 
@@ -212,7 +212,7 @@ def test_errors_that_stay_end_the_run_at_once(status, code, words, settings):
         assert len(endpoint.requests) == 4 + 17
 
 
-def test_nothing_but_failures_is_no_result(settings):
+def test_a_run_without_any_answer_is_an_error(settings):
     with ScriptedEndpoint(lambda asked: error(500, "broken")) as endpoint:
         with pytest.raises(WorkError, match="answered none of 3 requests: status 500: broken"):
             ask(endpoint, settings, 3, max_retries=0)
@@ -222,30 +222,30 @@ def test_nothing_but_failures_is_no_result(settings):
 
 
 @pytest.mark.parametrize(
-    ("cap", "higher", "answered", "said"),
+    ("cap", "higher", "answered", "words"),
     [
-        # 70 tokens an answer: the cap is reached with the fourth.
+        # With 70 tokens per answer, the fourth answer reaches the cap.
         ({"max_total_tokens": 280}, {"max_total_tokens": 10_000}, 4, "max_total_tokens 280 is reached"),
-        # 50 tokens in and 20 out are 0.0002 dollars: the cap is reached with the fifth.
+        # 50 input and 20 output tokens cost 0.0002 dollars, so the fifth answer reaches the cap.
         ({"max_cost_usd": 0.001}, {"max_cost_usd": 1.0}, 5, "350 tokens, $0.0010"),
     ],
 )
-def test_caps_stop_the_run_and_raising_them_goes_on(cap, higher, answered, said, settings):
+def test_caps_stop_the_run_and_a_higher_cap_continues_it(cap, higher, answered, words, settings):
     prices = {"prices": {"input_per_million": 2.0, "output_per_million": 5.0}} if "max_cost_usd" in cap else {}
     with ScriptedEndpoint(lambda asked: completion(GOOD)) as endpoint:
         for _ in range(2):
-            # What is stored counts too: the same command again spends nothing.
+            # Stored answers count too: the same command spends nothing more.
             with pytest.raises(WorkError, match="raise it to go on") as raised:
                 ask(endpoint, settings, 10, concurrency=1, **cap, **prices)
-            assert said.replace("$", "$") in str(raised.value)
+            assert words in str(raised.value)
             assert len(endpoint.requests) == answered
         assert ask(endpoint, settings, 10, **higher, **prices) == [Answer("Why?")] * 10
         assert len(endpoint.requests) == 10
-        # Nothing is missing: the cap that was reached is in nobody's way.
+        # All answers are stored, so the former cap does not stop the run.
         assert len(ask(endpoint, settings, 10, **cap, **prices)) == 10
 
 
-def test_results_stand_in_the_order_of_the_requests(settings):
+def test_results_are_in_the_order_of_the_requests(settings):
     def script(asked):
         number = int(asked.turns[0].removeprefix("Number "))
         response = completion(json.dumps({"instruction": str(number)}))
@@ -258,14 +258,14 @@ def test_results_stand_in_the_order_of_the_requests(settings):
     assert outcomes == [Answer(str(number)) for number in range(10)]
 
 
-def test_equal_requests_are_asked_once(settings):
+def test_equal_requests_are_sent_once(settings):
     with ScriptedEndpoint(lambda asked: completion(GOOD)) as endpoint:
         same = [[{"role": "user", "content": "Same"}]] * 5
         assert client(endpoint, settings).answer(same, JSON, "answers") == [Answer("Why?")] * 5
         assert len(endpoint.requests) == 1
 
 
-def test_settings_that_change_the_text_are_other_requests(settings):
+def test_settings_that_change_the_answer_change_the_request(settings):
     with ScriptedEndpoint(lambda asked: completion(GOOD)) as endpoint:
         ask(endpoint, settings)
         for keys in ({"model": "other"}, {"response_format": "prompt"}):
@@ -274,7 +274,7 @@ def test_settings_that_change_the_text_are_other_requests(settings):
         ask(endpoint, settings, sampling=Sampling(100, None, seed=1, json_field="instruction"))
         ask(endpoint, settings, sampling=Sampling(101, None, json_field="instruction"))
         assert len(endpoint.requests) == 6
-        # The same, fetched in another way.
+        # These settings do not change the answers, so nothing is sent.
         ask(endpoint, settings, concurrency=3, timeout_s=9, max_retries=1, max_total_tokens=10**6)
         assert len(endpoint.requests) == 6
         assert "JSON schema" in endpoint.requests[2].turns[0]
@@ -287,7 +287,7 @@ def check(endpoint, settings, **keys):
     check_access(ClientConfig.model_validate(config), settings, 100, "instruction")
 
 
-def test_access_is_checked_with_a_sentence(settings):
+def test_failed_access_is_explained(settings):
     with ScriptedEndpoint(lambda asked: completion("Why is the sea salty?")) as endpoint:
         with pytest.raises(RequestError, match="generation.response_format: prompt"):
             check(endpoint, settings)
@@ -334,7 +334,7 @@ def test_bedrock_needs_credentials_and_a_region(settings, monkeypatch, tmp_path)
             check_access(config, settings, 100, "instruction")
 
 
-def test_keys_are_sent_and_kept_nowhere(settings, caplog):
+def test_keys_are_sent_but_never_stored_or_logged(settings, caplog):
     secret = "sk-planted-secret"
     settings = settings.model_copy(update={"openai_api_key": SecretStr(secret)})
 
@@ -383,12 +383,12 @@ def test_keys_are_sent_and_kept_nowhere(settings, caplog):
         ({"answer_max_new_tokens": 100}, "no effect with answers document"),
     ],
 )
-def test_contradictions_are_refused(keys, words):
+def test_contradictory_settings_are_refused(keys, words):
     with pytest.raises(ValidationError, match=words):
         GenerationConfig.model_validate(keys)
 
 
-def test_store_survives_any_line(tmp_path):
+def test_the_store_skips_unreadable_lines(tmp_path):
     path = tmp_path / "answers.jsonl"
     with AnswerStore(path) as store:
         store.add({"a": Reply("one"), "b": Reply("zwei\n\u2028", "length", 3, 4)})
@@ -401,7 +401,7 @@ def test_store_survives_any_line(tmp_path):
     assert path.read_bytes().startswith(b'{"key": "a", "answer": "one"}\n')
 
 
-def test_two_processes_write_the_same_store(tmp_path):
+def test_two_processes_can_write_one_store(tmp_path):
     path = tmp_path / "answers.jsonl"
     script = (
         "import sys; from pathlib import Path; from llm_engineering.generation.store import AnswerStore, Reply\n"

@@ -1,4 +1,4 @@
-"""Generation: answers are stored, asked for once, and bad questions have a reason."""
+"""Dataset writers: answers are generated once and stored, and unusable questions have a reason."""
 
 import pytest
 
@@ -60,7 +60,7 @@ def model(tiny_model, cpu, settings, tmp_path):
 REQUESTS = [[{"role": "user", "content": f"Question {i}"}] for i in range(5)]
 
 
-def test_stored_answers_are_not_asked_for_again(model, monkeypatch):
+def test_stored_answers_are_not_generated_again(model, monkeypatch):
     answers = model().answer(REQUESTS, Sampling(4), "answers")
     asked = []
     monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: asked.append(prompts))
@@ -68,7 +68,7 @@ def test_stored_answers_are_not_asked_for_again(model, monkeypatch):
     assert asked == []
 
 
-def test_drawn_answers_depend_on_the_seed_alone(model, tmp_path):
+def test_sampled_answers_depend_only_on_the_seed(model, tmp_path):
     drawn = model().answer(REQUESTS, Sampling(4, 1.0, seed=1), "answers")
     (tmp_path / "answers.jsonl").unlink()
     assert model().answer(REQUESTS, Sampling(4, 1.0, seed=1), "answers") == drawn
@@ -86,7 +86,7 @@ def test_answers_end_at_a_stop_string(model):
     assert sum(map(len, answers(stop=letters))) < sum(map(len, answers())) / 2
 
 
-def test_killed_in_the_middle_ends_with_the_same_answers(model, monkeypatch, tmp_path):
+def test_a_killed_and_restarted_run_has_the_same_answers(model, monkeypatch, tmp_path):
     expected = model().answer(REQUESTS, Sampling(4), "answers")
     (tmp_path / "answers.jsonl").unlink()
     real, calls = LocalModel._generate, []
@@ -113,7 +113,7 @@ def passage(text=PASSAGE, title="generators"):
     return Passage(id="x", document="doc", title=title, start=0, end=len(text), text=text)
 
 
-def test_rows_and_rejects_add_up(model, monkeypatch):
+def test_rows_and_quarantine_add_up(model, monkeypatch):
     questions = iter(
         [["What does a generator function do?", "Nonsense"], ["Question: What does a generator function do?"]]
     )
@@ -128,7 +128,7 @@ def test_rows_and_rejects_add_up(model, monkeypatch):
     assert rows[0].source == f"doc:characters 0-{len(PASSAGE)}"
 
 
-def test_preferences_keep_what_is_not_drawn_in_the_books(model):
+def test_rows_that_are_not_drawn_are_quarantined(model):
     rows = [
         InstructionRow(
             prompt=[Message(role="user", content=f"Q{i}")],
@@ -145,8 +145,8 @@ def test_preferences_keep_what_is_not_drawn_in_the_books(model):
     assert len({row.source for row in made} | {q.source for q in rejected}) == 5
 
 
-def test_keys_of_the_local_model_stay_the_same(model, monkeypatch):
-    """Batches are ordered and seeded by them: other keys would be other rejected answers."""
+def test_keys_of_the_local_model_do_not_change(model, monkeypatch):
+    """Keys order and seed the batches, so other keys would give other rejected answers."""
     monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: ["x"] * len(prompts))
     client = model()
     client.answer([[{"role": "user", "content": "Hi"}]], Sampling(32, 0.0, 42, ("?",)), "questions")
@@ -157,7 +157,7 @@ def test_keys_of_the_local_model_stay_the_same(model, monkeypatch):
 
 
 class Scripted:
-    """A client that says what it is told to."""
+    """A client whose answers a function gives."""
 
     identity = "scripted"
     temperature = None
@@ -194,12 +194,12 @@ def test_every_style_has_its_prompt_and_its_rows():
     rows, rejected = generate_instructions(passages, Scripted(say), writing, seed=1)
     assert rejected == []
     assert {row.origin.split(" ")[0] for row in rows} == {"task", "question", "how_to"}
-    # The rows stand in the passages' order, whichever style was asked for first.
+    # The rows are in the order of the passages, although each style is asked separately.
     assert [row.completion[0].content for row in rows] == [p.text for p in passages]
     assert all(row.origin.endswith(f"by scripted, {FROM_DOCUMENT}") for row in rows)
 
 
-def test_answers_by_the_model_are_asked_for_only_where_the_question_is_kept():
+def test_the_model_answers_only_the_questions_that_are_kept():
     def say(prompt, sampling):
         if sampling.json_field == "answer":
             return Answer("It suspends.") if "at each yield" in prompt else Failure("refused", "no", "raw")
@@ -216,7 +216,7 @@ def test_answers_by_the_model_are_asked_for_only_where_the_question_is_kept():
     assert [s.json_field for _, s in client.asked] == ["instruction"] * 3 + ["answer"] * 2
 
 
-def test_chosen_answers_must_stand_in_the_document():
+def test_chosen_answers_must_be_in_the_document():
     def row(answer, origin):
         return InstructionRow(
             prompt=[Message(role="user", content=f"Q {answer}")],
@@ -232,5 +232,5 @@ def test_chosen_answers_must_stand_in_the_document():
     made, rejected = generate_preferences(rows, {"doc": "one\n  two\tthree"}, client, PreferenceWriting(), seed=1)
     assert [r.chosen[0].content for r in made] == ["one two three"]
     assert [(q.reason, q.text) for q in rejected] == [("not_verbatim", "one two four"), ("refused", "raw")]
-    # Rows of one's own have no document to stand in.
+    # The user's own rows have no documents to be found in.
     assert len(generate_preferences(rows[:2], {}, client, PreferenceWriting(), seed=1)[0]) == 2
