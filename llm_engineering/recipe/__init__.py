@@ -1,1 +1,1 @@
-"""The recipe: its blocks, how it is read, and the settings of this machine."""
+"""The recipe: its blocks, its loader, and the settings of this machine."""

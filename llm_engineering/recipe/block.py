@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Block(BaseModel):
-    """A part of the recipe. Frozen, so that a step cannot change what a later step sees."""
+    """A block of the recipe. It is frozen, so that no step can change what a later step reads."""
 
-    # YAML has infinities and NaN, no number of a recipe may be one: NaN passes every comparison check.
+    # YAML can write infinity and NaN, but NaN is neither above nor below a bound and would pass the checks.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

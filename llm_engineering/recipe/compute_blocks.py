@@ -11,19 +11,19 @@ from llm_engineering.recipe.block import Block
 
 
 class VpcConfig(Block):
-    """The network that the job's machines are in; both lists are ids."""
+    """The network of the job's machines. Both lists hold ids."""
 
     subnets: list[str] = Field(min_length=1)
     security_group_ids: list[str] = Field(min_length=1)
 
 
 class SageMakerConfig(Block):
-    """The machines of a SageMaker training job, and where it reads and writes.
+    """The machines and the storage of a SageMaker training job. Times are in seconds.
 
-    `role`, `bucket` and `image` belong to an account rather than to a recipe: where they are None, the settings say
-    (`SAGEMAKER_ROLE`, `SAGEMAKER_BUCKET`, `SAGEMAKER_IMAGE`). `fallback_instance_types` are tried in order when the
-    one before has no capacity. Times are in seconds; `max_wait_s` counts the wait for spot capacity and the run, and
-    None is twice `max_run_s`.
+    `role`, `bucket` and `image` belong to an account rather than to a recipe. If they are None, the settings
+    `SAGEMAKER_ROLE`, `SAGEMAKER_BUCKET` and `SAGEMAKER_IMAGE` apply. `fallback_instance_types` are tried in order if the
+    type before has no capacity. `max_wait_s` limits the wait for spot capacity and the run together; None means twice
+    `max_run_s`.
     """
 
     instance_type: str = Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")
@@ -47,32 +47,31 @@ class SageMakerConfig(Block):
             raise ValueError("max_wait_s is the wait for spot capacity, and use_spot is false: remove it")
         if self.max_wait_s is not None and self.max_wait_s < self.max_run_s:
             raise ValueError(
-                f"max_wait_s {self.max_wait_s} is less than max_run_s {self.max_run_s}, and counts the run too: "
-                "SageMaker refuses that"
+                f"max_wait_s {self.max_wait_s} is less than max_run_s {self.max_run_s}, but it includes the run: raise "
+                "max_wait_s, or SageMaker refuses the job"
             )
         return self
 
     @property
     def wait_s(self) -> int | None:
-        """Seconds to wait for spot capacity and the run together; None on demand."""
+        """Limit in seconds of the wait for spot capacity and the run together; None without spot."""
         if not self.use_spot:
             return None
         return self.max_wait_s or min(2 * self.max_run_s, 2_419_200)
 
 
 class ComputeConfig(Block):
-    """Where training runs, in which precision, in how many processes, and what loads the model that is trained.
+    """Where training runs, in which precision, in how many processes, and which library loads the trained model.
 
-    On CUDA each of the `num_processes` has a card of its own. `distributed` is what they share: with `ddp` each holds
-    the whole model and they average gradients; `fsdp2` shards weights, gradients and optimiser state over them;
-    `deepspeed` shards what `zero_stage` says (1 the optimiser state, 2 gradients too, 3 weights too).
+    On CUDA each of the `num_processes` has its own card. With `distributed: ddp` each process holds the whole model, and
+    the gradients are averaged. `fsdp2` shards weights, gradients and optimiser state over the processes. `deepspeed`
+    shards by `zero_stage`: 1 the optimiser state, 2 also the gradients, 3 also the weights.
 
-    With `target: sagemaker` each training stage is a job of its own there, on the machines in the block `sagemaker`; the
-    other keys speak of those machines, and what is not training runs here, on what is here. `num_processes` counts
-    those of all machines.
+    With `target: sagemaker` each training stage is a SageMaker job on the machines of the block `sagemaker`. The other
+    keys then describe those machines, and `num_processes` counts the processes of all of them. Everything except
+    training runs on this machine.
 
-    `backend: auto` is unsloth where CUDA and the package are there and the recipe asks for nothing that it lacks, else
-    transformers.
+    `backend: auto` is unsloth if CUDA and the package are available and unsloth supports the recipe, else transformers.
     """
 
     target: Literal["local", "sagemaker"] = "local"
@@ -88,18 +87,18 @@ class ComputeConfig(Block):
     @model_validator(mode="after")
     def _processes(self) -> Self:
         if self.target == "sagemaker" and self.sagemaker is None:
-            raise ValueError("target sagemaker needs the block sagemaker, at least its instance_type")
+            raise ValueError("target sagemaker needs the block sagemaker: add it with at least instance_type")
         if self.target == "local" and self.sagemaker is not None:
             raise ValueError("the block sagemaker has no effect with target local: remove it, or set target sagemaker")
         if self.sagemaker is not None and self.num_processes % self.sagemaker.instance_count:
             raise ValueError(
-                f"num_processes {self.num_processes} counts those of all machines, and cannot be shared by "
+                f"num_processes {self.num_processes} counts the processes of all machines: make it a multiple of "
                 f"sagemaker.instance_count {self.sagemaker.instance_count}"
             )
         if self.sagemaker is not None and self.sagemaker.instance_count > 1 and self.distributed != "ddp":
             raise ValueError(
-                f"distributed {self.distributed} writes its shards to a disk that all processes see, which several "
-                "machines have not: use ddp, or sagemaker.instance_count 1"
+                f"distributed {self.distributed} writes its shards to a disk that all processes see, but several "
+                "machines share no disk: use ddp, or sagemaker.instance_count 1"
             )
         if self.distributed != "ddp" and self.num_processes == 1:
             raise ValueError(
@@ -108,16 +107,17 @@ class ComputeConfig(Block):
         if self.distributed != "ddp" and self.device == "cpu":
             raise ValueError(f"distributed {self.distributed} needs CUDA: use ddp with device cpu")
         if self.distributed == "deepspeed" and self.zero_stage is None:
-            raise ValueError("distributed deepspeed needs zero_stage: 1, 2 or 3, which shards the weights too")
+            raise ValueError("distributed deepspeed needs zero_stage: 1, 2 or 3; only 3 shards the weights")
         if self.distributed != "deepspeed" and self.zero_stage is not None:
             raise ValueError(f"zero_stage has no effect with distributed {self.distributed}: remove it")
         return self
 
     @property
     def in_job(self) -> ComputeConfig:
-        """What the training job itself gets: for it, its machine is here.
+        """The block for the process inside the training job, whose target is its own machine.
 
-        A machine with cards is paid for them: `auto` is `cuda` there, so that a job that sees none ends at once.
+        On a machine with cards `device: auto` becomes `cuda`, so that a job that finds no card ends at once instead of
+        training slowly on a paid machine.
         """
         has_cards = self.sagemaker is not None and re.match(r"ml\.[gp]\d", self.sagemaker.instance_type)
         device = "cuda" if self.device == "auto" and has_cards else self.device
@@ -125,13 +125,15 @@ class ComputeConfig(Block):
 
     @property
     def here(self) -> ComputeConfig:
-        """What a model of this recipe is used with here, once it is trained: of another machine, its precision alone."""
+        """The block for using a trained model on this machine. If it was trained elsewhere, only `dtype` applies."""
         return self if self.target == "local" else ComputeConfig(dtype=self.dtype)
 
     @property
     def one_process(self) -> ComputeConfig:
-        """What work in a single process here depends on, so that it is not repeated when training gets more of them,
-        or goes elsewhere."""
+        """The keys that work in one process on this machine depends on.
+
+        That work comes from the cache even if training moves to more processes or to SageMaker.
+        """
         if self.target == "sagemaker":
             return ComputeConfig()
         return self.model_copy(update={"num_processes": 1, "distributed": "ddp", "zero_stage": None})

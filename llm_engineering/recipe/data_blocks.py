@@ -1,4 +1,4 @@
-"""The recipe's blocks about data: documents, the user's own datasets, checks, splits, formatting and the hub."""
+"""The recipe's blocks about data: documents, the user's own datasets, rules, splits, formatting and the hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EMBEDDED_DOCUMENTS = "embedded:python-reference"
 
 
 class DocumentsConfig(Block):
-    """Where text comes from, and how it is cut into passages."""
+    """The documents to read, and how they are cut into passages."""
 
     path: str = EMBEDDED_DOCUMENTS
     text_field: str | None = None
@@ -31,7 +31,7 @@ class DocumentsConfig(Block):
 
 
 class SplitConfig(Block):
-    """Shares of the held-out splits; the rest is trained on."""
+    """Shares of the held-out splits. The rest is the training split."""
 
     validation_fraction: float = Field(0.1, gt=0, lt=1)
     test_fraction: float = Field(0.15, gt=0, lt=1)
@@ -46,14 +46,14 @@ class SplitConfig(Block):
         return self
 
 
-# What happens to rows that a rule matches. `report` keeps them and lists them; `drop_generated` drops those that a
-# model wrote and reports the others.
+# What happens to a row that a rule matches. `report` keeps the row and lists it. `drop_generated` drops the row if a model
+# wrote it, and reports it otherwise.
 Action = Literal["off", "report", "drop", "drop_generated"]
 PrivateAction = Literal["off", "report", "mask", "drop"]
 
 
 class RulesConfig(Block):
-    """The checks of the data, each with what happens to the rows it matches."""
+    """The rules that check rows, each with the action for the rows that it matches."""
 
     empty_answer: Action = "drop"
     chosen_equals_rejected: Action = "drop"
@@ -91,8 +91,8 @@ FormatName = Literal[
 class HubConfig(Block):
     """How `make push-dataset` publishes the datasets on the Hugging Face Hub.
 
-    `license` is the hub's short name of the data's licence (e.g. `cc-by-4.0`; `other` if it has none): nobody but the
-    owner of the data can know it, so it has no default.
+    `license` is the hub's short name of the data's licence (e.g. `cc-by-4.0`; `other` if it has none). Only the owner of
+    the data knows it, so it has no default.
     """
 
     license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
@@ -104,15 +104,17 @@ class HubConfig(Block):
     @model_validator(mode="after")
     def _one_repo_each(self) -> Self:
         if self.instruction_repo_id is not None and self.instruction_repo_id == self.preference_repo_id:
-            raise ValueError("instruction_repo_id and preference_repo_id are the same: one would overwrite the other")
+            raise ValueError(
+                "instruction_repo_id and preference_repo_id are the same, so one would overwrite the other: name two repositories"
+            )
         return self
 
 
 class ModelHubConfig(Block):
     """How `make push-model` publishes the model on the Hugging Face Hub.
 
-    `license` is the hub's short name of the licence that the model gets, `base_license` that of its base model: it
-    is known of the embedded one only.
+    `license` is the hub's short name of the model's licence, `base_license` that of its base model. The licence of the
+    embedded base model is known; every other base model needs `base_license`.
     """
 
     license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
@@ -123,9 +125,9 @@ class ModelHubConfig(Block):
 
 
 class DataConfig(Block):
-    """The user's own datasets instead of generated ones, and how rows are checked and split.
+    """The user's own datasets, which replace the generated ones, and how rows are checked and split.
 
-    A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` behind it names one of several splits.
+    A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
     """
 
     instructions: str | None = None
@@ -144,7 +146,7 @@ class DataConfig(Block):
 
     @property
     def checks(self) -> DataConfig:
-        """The part that decides what becomes of rows, wherever they are read from."""
+        """The keys that decide how rows are checked and split, without the keys that say where rows come from."""
         sources = ("instructions", "preferences", "test_instructions", "test_preferences", "format", "columns", "hub")
         return DataConfig.model_validate(self.model_dump(exclude=set(sources)))
 
@@ -152,18 +154,17 @@ class DataConfig(Block):
     def _own_test_split(self) -> Self:
         for kind in ("instructions", "preferences"):
             if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
-                raise ValueError(
-                    f"test_{kind} is set, but {kind} is not: a test split goes with a dataset of one's own"
-                )
+                raise ValueError(f"test_{kind} is set, but {kind} is not: set {kind} too, or remove test_{kind}")
         return self
 
 
 class FormattingConfig(Block):
     """How rows become token ids.
 
-    `chat_template` is null for the model's own, a name (`alpaca`, `chatml`, `human_assistant`, `llama3`), or the path of
-    a Jinja file. What is too long is dropped, cut (`truncate`: the end of turn is then not trained), or an error.
-    `train_on_prompt` trains every token of a row; the held-out loss stays that of the answers.
+    `chat_template` is null for the model's own template, a name (`alpaca`, `chatml`, `human_assistant`, `llama3`), or the
+    path of a Jinja file. A row of more than `max_length` tokens is dropped, cut (`truncate`: its end of turn is then not
+    trained), or an error (`raise`). With `train_on_prompt` every token of a row is trained; the held-out loss is still
+    that of the answers.
     """
 
     max_length: int = Field(512, ge=8)

@@ -1,4 +1,4 @@
-"""The blocks of the recipe that say what is measured of a model, and what it must reach to be promoted."""
+"""The recipe's blocks about evaluation: what is measured, and what a model must reach to be promoted."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llm_engineering.recipe.generation_blocks import ClientConfig
 
 
 class Measure(NamedTuple):
-    """What a measure is called, in which unit, and which way is better; None where neither is."""
+    """The title and the unit of a measure, and which direction is better; None if neither is."""
 
     title: str
     unit: str
     better: Literal["lower", "higher"] | None
 
 
-# What the evaluation report measures, in its order.
+# The measures of the evaluation report, in its order.
 MEASURES = {
     "heldout_loss": Measure("Held-out loss", "nats a token", "lower"),
     "perplexity": Measure("Perplexity", "per token", "lower"),
@@ -35,28 +35,28 @@ MEASURES = {
     "checks": Measure("Own check", "share passed", "higher"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
 }
-# Of a task of lm-eval; its direction stands in the report.
+# The prefix of the measures of lm-eval's tasks. The evaluation report holds their directions.
 TASK_MEASURE = "lm_eval_"
-# Measures over pairs, which a run that ends with SFT has none of.
+# Measures over preference pairs. A run that ends with SFT has no pairs.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
 
 
 class JudgeConfig(ClientConfig):
-    """The model that judges pairs of answers, reached as `generation` reaches its writer; always at temperature 0."""
+    """The model that judges pairs of answers, always at temperature 0. The keys are those of `generation`."""
 
     max_new_tokens: int = Field(64, ge=16)
 
     @model_validator(mode="before")
     @classmethod
     def _greedy(cls, keys: Any) -> Any:
-        # First, or the client's own check would say that another client takes a temperature.
+        # Runs first. Otherwise the check of ClientConfig would advise another client.
         if isinstance(keys, dict) and keys.get("temperature") is not None:
             raise ValueError("temperature has no effect: a judge answers at temperature 0. Remove it")
         return keys
 
 
 class LmEvalConfig(Block):
-    """Tasks of lm-eval by name, from the library or from the YAML files in the folder `include_path`.
+    """Tasks of lm-eval, from the library or from the YAML files in the folder `include_path`.
 
     Names and meanings are those of lm_eval.simple_evaluate.
     """
@@ -71,10 +71,10 @@ class LmEvalConfig(Block):
 class EvaluationConfig(Block):
     """Held-out measures, each with a bootstrap interval over rows.
 
-    `generated_rows` held-out rows, drawn with the seed, are answered by every model, and the first `sample_answers` of
-    them are shown. `checks` is a JSONL file of prompts with what their answers must be like. `repetition_penalty`
-    (Keskar et al. 2019, arXiv:1909.05858, section 4.1; 1 is none) holds for these answers, base model's included, and
-    is handed over with the merged model, so that what is served answers as what was measured.
+    Every model answers `generated_rows` held-out rows, which are drawn with the seed; the first `sample_answers` of the
+    answers are shown. `checks` is a JSONL file of prompts with conditions for their answers. `repetition_penalty`
+    (Keskar et al. 2019, arXiv:1909.05858, section 4.1; 1 is none) applies to the answers of all models, also of the base
+    model. The merged model gets it too, so that it is served as it was measured.
     """
 
     batch_size: int = Field(8, ge=1)
@@ -92,8 +92,8 @@ class EvaluationConfig(Block):
     def _shown(self) -> Self:
         if self.sample_answers > self.generated_rows:
             raise ValueError(
-                f"sample_answers ({self.sample_answers}) is larger than generated_rows ({self.generated_rows}): only "
-                "answers that are generated can be shown"
+                f"sample_answers ({self.sample_answers}) is larger than generated_rows ({self.generated_rows}): lower it, "
+                "because only generated answers can be shown"
             )
         return self
 
@@ -109,9 +109,9 @@ Bounds = dict[str, Annotated[float, Field(ge=0)] | None]
 
 
 class Comparisons(Block):
-    """Bounds by the model compared with, then by measure: `{base: {heldout_loss: 0.1}}`.
+    """Bounds by the other model of the comparison, then by measure: `{base: {heldout_loss: 0.1}}`.
 
-    `incumbent` is the model in production. A bound of null takes an inherited rule away.
+    `incumbent` is the model in production. A bound of null removes an inherited rule.
     """
 
     base: Bounds = Field(default_factory=dict)
@@ -120,10 +120,10 @@ class Comparisons(Block):
 
 
 class GateRules(Block):
-    """What a model must reach before it is moved to a stage, in the measures' own units.
+    """The bounds that a model must pass to be promoted, in the units of the measures.
 
-    It must be better by more than each bound of `better_than`, and not worse by more than each bound of
-    `not_worse_than`; both are judged by the end of the interval of the paired difference that speaks against it.
+    The model must be better by more than each bound of `better_than`, and not worse by more than each bound of
+    `not_worse_than`. Both are judged by the unfavourable end of the interval of the paired difference.
     """
 
     better_than: Comparisons
@@ -131,18 +131,21 @@ class GateRules(Block):
 
     @model_validator(mode="after")
     def _base_and_incumbent(self) -> Self:
-        # Without these an equal model would pass.
+        # Without such a rule a model that equals the other one would pass.
         for model in ("base", "incumbent"):
             if all(bound is None for bound in getattr(self.better_than, model).values()):
                 raise ValueError(
-                    f"better_than.{model} has no measure: a model must be better than {model} in at least one, "
+                    f"better_than.{model} has no measure: a model must be better than {model} in at least one, so add "
                     f"e.g. {model}: {{heldout_loss: 0.0}}"
                 )
         return self
 
 
 class PromotionConfig(Block):
-    """What the gate asks of a run that ends with SFT, and of one that ends with DPO; `auto` promotes to production."""
+    """The gate's rules for a run that ends with SFT and for a run that ends with DPO.
+
+    With `auto` a model that passes is promoted to production at once.
+    """
 
     sft: GateRules
     dpo: GateRules
@@ -152,22 +155,26 @@ class PromotionConfig(Block):
     def _known_measures(self) -> Self:
         for path, measure in self.measures():
             if measure in MEASURES and MEASURES[measure].better is None:
-                raise ValueError(f"{path}: neither more nor less {measure} is better, so no rule can be made of it")
+                raise ValueError(f"{path}: no direction of {measure} is better, so a rule cannot use it: remove it")
             if measure not in MEASURES and not measure.startswith(TASK_MEASURE):
                 near = get_close_matches(measure, MEASURES, n=1, cutoff=0.5)
-                known = f"did you mean {near[0]}?" if near else f"there are {', '.join(MEASURES)} and lm_eval_<task>"
+                known = (
+                    f"did you mean {near[0]}?" if near else f"the measures are {', '.join(MEASURES)} and lm_eval_<task>"
+                )
                 raise ValueError(f"{path}: there is no measure {measure}; {known}")
             if path.startswith("sft.") and measure in PAIR_MEASURES:
                 raise ValueError(
-                    f"{path}: a run that ends with SFT has no held-out pairs to measure {measure} on; "
-                    f"ask for it in promotion.dpo"
+                    f"{path}: a run that ends with SFT has no held-out pairs to measure {measure} on: "
+                    "move the rule to promotion.dpo"
                 )
         if self.sft.better_than.sft or self.sft.not_worse_than.sft:
-            raise ValueError("sft: a run that ends with SFT has no other SFT model to compare with: remove its key sft")
+            raise ValueError(
+                "sft: a run that ends with SFT has no second SFT model to compare with: remove the key sft"
+            )
         return self
 
     def measures(self) -> Iterator[tuple[str, str]]:
-        """Every measure that a rule names, with the path of the rule."""
+        """The path of every rule, and the measure that it names."""
         for run in ("sft", "dpo"):
             for sense in ("better_than", "not_worse_than"):
                 comparisons: Comparisons = getattr(getattr(self, run), sense)

@@ -1,4 +1,4 @@
-"""The recipe's `generation` block: which model writes the datasets, what it writes, and what that may cost."""
+"""The recipe's `generation` block: which model writes the datasets, what it writes, and what it may cost."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pydantic import Field, model_validator
 
 from llm_engineering.recipe.block import Block
 
-# An instruction as JSON, with its braces and its key, does not fit into fewer tokens.
+# Fewer tokens do not hold an instruction in JSON, with its braces and its key.
 MIN_JSON_TOKENS = 64
 
 PartT = TypeVar("PartT", bound="Block")
 
 
 class Prices(Block):
-    """What an endpoint charges, in US dollars for a million tokens."""
+    """The prices of an endpoint, in US dollars for a million tokens."""
 
     input_per_million: float = Field(ge=0)
     output_per_million: float = Field(ge=0)
 
 
 class ClientConfig(Block):
-    """Which model writes, and how it is reached: in this process, over an OpenAI-compatible endpoint, or Bedrock.
+    """Which model writes, and where it runs: in this process, behind an OpenAI-compatible endpoint, or on Bedrock.
 
-    The keys after `batch_size` are for endpoints. `response_format` says how an answer is made to be one text and
-    nothing else: by a JSON schema that the endpoint keeps to, by one that the prompt shows, or not at all, for small
-    models that cannot write JSON. `max_total_tokens` and `max_cost_usd` hold for each dataset that is
-    generated; answers that it takes from the store count too.
+    The keys after `batch_size` are for endpoints. `response_format` makes the model return one text and nothing else:
+    `json_schema` by a schema that the endpoint enforces, `prompt` by a schema in the prompt; `text` asks for no JSON, for
+    small models that cannot write it. `max_total_tokens` and `max_cost_usd` limit each generated dataset; answers from
+    the store of earlier answers count too.
     """
 
     client: Literal["local", "openai", "bedrock"] = "local"
@@ -52,17 +52,19 @@ class ClientConfig(Block):
                     raise ValueError(f"{name} has no effect with client local: remove it, or choose another client")
             return self
         if not self.model:
-            raise ValueError(f"client {self.client} needs `model`, the name that the endpoint knows the model by")
+            raise ValueError(f"client {self.client} needs `model`, the endpoint's name of the model")
         if self.client == "bedrock" and self.base_url is not None:
-            raise ValueError("base_url belongs to client openai: boto3 knows Bedrock's address by the AWS region")
+            raise ValueError(
+                "base_url belongs to client openai: remove it, boto3 derives Bedrock's address from the AWS region"
+            )
         if self.base_url is not None:
             url = urlsplit(self.base_url)
             if url.scheme not in ("http", "https") or not url.hostname:
                 raise ValueError(f"base_url {self.base_url} is no address such as http://127.0.0.1:8000/v1")
             if url.username or url.password or url.query:
-                raise ValueError("base_url may hold no password and no query: a key belongs in OPENAI_API_KEY")
+                raise ValueError("base_url may hold no password and no query: set the key as OPENAI_API_KEY")
         if self.max_cost_usd is not None and self.prices is None:
-            raise ValueError("max_cost_usd needs `prices`: nothing else says what a token costs")
+            raise ValueError("max_cost_usd needs `prices`, the cost of a token: set both, or remove max_cost_usd")
         return self
 
 
@@ -70,10 +72,10 @@ Style = Literal["question", "task", "how_to"]
 
 
 class InstructionWriting(Block):
-    """How passages become instruction rows: what is written for each, and who writes the answer.
+    """How passages become instruction rows: the style of each question, and who writes the answer.
 
-    `styles` are weights; a style is drawn for each passage, with the seed. With `answers: document` the passage is the
-    answer, word for word; with `model` the client writes one from the passage.
+    `styles` are weights; a style is drawn for each passage with the seed. With `answers: document` the answer is the
+    passage, word for word; with `model` the client writes the answer from the passage.
     """
 
     question_max_new_tokens: int = Field(32, ge=1)
@@ -84,7 +86,7 @@ class InstructionWriting(Block):
     @model_validator(mode="after")
     def _writing(self) -> Self:
         if not sum(self.styles.values()):
-            raise ValueError("styles has no weight above 0: nothing would be asked for, e.g. {question: 1}")
+            raise ValueError("styles has no weight above 0, so nothing would be generated: set one, e.g. {question: 1}")
         if self.answers == "document" and self.answer_max_new_tokens is not None:
             raise ValueError("answer_max_new_tokens has no effect with answers document: remove it")
         if self.answers == "model" and self.answer_max_new_tokens is None:
@@ -93,7 +95,7 @@ class InstructionWriting(Block):
 
 
 class PreferenceWriting(Block):
-    """How instruction rows become pairs: who writes the rejected answer, the base model or the client."""
+    """How instruction rows become preference pairs: the base model or the client writes the rejected answer."""
 
     rejected_by: Literal["base", "client"] = "base"
     rejected_max_new_tokens: int = Field(64, ge=1)
@@ -102,12 +104,12 @@ class PreferenceWriting(Block):
 
 
 class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
-    """How datasets are written from documents. The three parts are separate, so that a step gets what it uses."""
+    """How datasets are written from documents. Each step gets only the parts that it uses, for the cache."""
 
     @model_validator(mode="after")
     def _rejected_by(self) -> Self:
         if self.rejected_by == "client" and self.client == "local":
-            raise ValueError("rejected_by client is for endpoints: client local is the base model already, say base")
+            raise ValueError("rejected_by client is for endpoints: client local is the base model already, so set base")
         return self
 
     @property
@@ -116,5 +118,5 @@ class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
         return ClientConfig(batch_size=self.batch_size) if self.rejected_by == "base" else self.part(ClientConfig)
 
     def part(self, block: type[PartT]) -> PartT:
-        """One of the three parts alone."""
+        """One of the three parts, e.g. ClientConfig."""
         return block.model_validate(self.model_dump(include=set(block.model_fields)))

@@ -16,9 +16,9 @@ def _cache_home() -> Path:
 
 
 class Settings(BaseSettings):
-    """What belongs to this machine and this person. Secrets print as asterisks."""
+    """The settings of this machine and its user. Secrets print as asterisks."""
 
-    # Other tools read the same .env, so keys that are not ours are theirs.
+    # Other tools read the same .env, so unknown keys are ignored.
     model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", env_ignore_empty=True)
 
     comet_api_key: SecretStr | None = None
@@ -31,9 +31,9 @@ class Settings(BaseSettings):
     sagemaker_image: str | None = None
     # The name of a secret in Secrets Manager: a JSON object of environment variables for the job.
     sagemaker_secret: str | None = None
-    # The image with the whole project, for scheduled runs; sagemaker_image has what training needs.
+    # The image with the whole project, for scheduled runs. sagemaker_image contains only what training needs.
     sagemaker_retrain_image: str | None = None
-    # The role that EventBridge Scheduler takes on to start jobs.
+    # The role that EventBridge Scheduler assumes to start jobs.
     scheduler_role: str | None = None
     notify_sns_topic: str | None = None
     notify_webhook: SecretStr | None = None
@@ -41,10 +41,10 @@ class Settings(BaseSettings):
     llm_output_dir: Path = Path("outputs")
 
     def check_writable(self) -> None:
-        """Make both folders and write to them now, not after an hour of training.
+        """Create both folders and write to them, so that a wrong path fails before training.
 
         Raises:
-            RequestError: a folder cannot be made or written to.
+            RequestError: a folder cannot be created or written to.
         """
         for variable, folder in (("LLM_CACHE_DIR", self.llm_cache_dir), ("LLM_OUTPUT_DIR", self.llm_output_dir)):
             probe = folder / f".writable-{os.getpid()}"
@@ -55,5 +55,5 @@ class Settings(BaseSettings):
             except OSError as error:
                 raise RequestError(
                     f"The folder {folder} cannot be written to ({error.strerror}). "
-                    f"Set {variable} to a folder of your own, in the environment or in .env."
+                    f"Set {variable} to a folder that you can write to, in the environment or in .env."
                 ) from error

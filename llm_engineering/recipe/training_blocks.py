@@ -24,10 +24,11 @@ class ModelConfig(Block):
 
 
 class TrainConfig(Block):
-    """What SFT and DPO have in common. Names and meanings are those of transformers.TrainingArguments.
+    """The keys that SFT and DPO share. Names and meanings are those of transformers.TrainingArguments.
 
-    `optim: auto` is 8-bit AdamW on CUDA where bitsandbytes is installed, else torch's. `load_best` ends with the
-    checkpoint of the lowest validation loss, `early_stopping_patience` stops that many evaluations after it.
+    `optim: auto` is 8-bit AdamW on CUDA if bitsandbytes is installed, else torch's AdamW. With `load_best` the result is
+    the checkpoint with the lowest validation loss. `early_stopping_patience` is the number of evaluations without a lower
+    loss after which training stops.
     """
 
     learning_rate: float = Field(gt=0)
@@ -51,16 +52,16 @@ class TrainConfig(Block):
     @model_validator(mode="after")
     def _steps(self) -> Self:
         if self.max_steps == 0:
-            raise ValueError("max_steps is 0: nothing would be trained. -1 trains num_train_epochs")
+            raise ValueError("max_steps is 0, so nothing would be trained: set -1 to train num_train_epochs")
         if self.load_best and self.save_steps % self.eval_steps:
             raise ValueError(
-                f"load_best keeps the checkpoint with the lowest validation loss, so save_steps ({self.save_steps}) has "
-                f"to be a multiple of eval_steps ({self.eval_steps})"
+                f"load_best keeps the checkpoint with the lowest validation loss: save_steps ({self.save_steps}) must be a "
+                f"multiple of eval_steps ({self.eval_steps})"
             )
         if self.early_stopping_patience is not None and not self.load_best:
             raise ValueError(
-                "early_stopping_patience ends training some evaluations after the best one: set load_best to true, or "
-                "the worse model of the end is kept"
+                "early_stopping_patience stops training some evaluations after the best checkpoint: set load_best to true "
+                "to keep that checkpoint and not the worse one at the end"
             )
         return self
 
@@ -69,10 +70,10 @@ Method = Literal["full", "lora", "qlora"]
 
 
 class LoraConfig(Block):
-    """The adapter. Names and meanings are those of peft.LoraConfig.
+    """The LoRA adapter. Names and meanings are those of peft.LoraConfig.
 
-    `use_rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732), which keeps large r useful;
-    `use_dora` learns magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353), slower and a little better.
+    `use_rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732), so that a large r helps. `use_dora`
+    learns magnitude and direction separately (Liu et al. 2024, arXiv:2402.09353): slower, and a little better.
     """
 
     r: int = Field(16, ge=1)
@@ -86,9 +87,9 @@ class LoraConfig(Block):
 class SFTConfig(TrainConfig):
     """Supervised fine-tuning with TRL's SFTTrainer.
 
-    `method` is also what DPO goes on with: `full` trains all weights, `lora` an adapter (the block `lora`), `qlora` an
-    adapter on a base model in 4 bits (nf4), which needs CUDA. `train_sampling_strategy: group_by_length` puts rows of
-    about one length into a batch, so that less is padded, where rows are not packed.
+    `method` also applies to DPO: `full` trains all weights, `lora` an adapter (the block `lora`), `qlora` an adapter on a
+    base model in 4 bits (nf4), which needs CUDA. `train_sampling_strategy: group_by_length` puts rows of similar length
+    into one batch, which saves padding if rows are not packed.
     """
 
     method: Method = "lora"
@@ -106,7 +107,7 @@ class SFTConfig(TrainConfig):
         return self
 
 
-# TRL 1.14's losses of a pair. Its `sft` is none: it leaves the rejected answer out.
+# The pair losses of TRL 1.14. TRL's `sft` is left out: it ignores the rejected answer.
 DPOLoss = Literal[
     "sigmoid",
     "sigmoid_norm",
@@ -128,7 +129,7 @@ DPOLoss = Literal[
 class DPOConfig(TrainConfig):
     """Direct preference optimisation with TRL's DPOTrainer; the reference is the SFT model.
 
-    `precompute_ref_log_probs` asks the reference once, before training, and saves its part of every step.
+    With `precompute_ref_log_probs` the reference runs once before training, instead of in every step.
     """
 
     beta: float = Field(0.1, gt=0)
@@ -138,23 +139,23 @@ class DPOConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _loss(self) -> Self:
-        smoothed, named = ("robust", "exo_pair", "aot", "aot_unpaired"), self.loss_type
-        if self.label_smoothing > 0 and named not in smoothed:
+        smoothed, loss = ("robust", "exo_pair", "aot", "aot_unpaired"), self.loss_type
+        if self.label_smoothing > 0 and loss not in smoothed:
             raise ValueError(
-                f"label_smoothing has no effect with loss_type {named}: it belongs to {', '.join(smoothed)}"
+                f"label_smoothing has no effect with loss_type {loss}: remove it, or choose {' or '.join(smoothed)}"
             )
-        if self.label_smoothing == 0 and named in ("robust", "exo_pair"):
-            usual = "0.1, the share of wrong labels" if named == "robust" else "1e-3"
-            raise ValueError(f"loss_type {named} needs label_smoothing above 0, e.g. {usual}")
-        if named in ("aot", "aot_unpaired") and self.per_device_train_batch_size == 1:
+        if self.label_smoothing == 0 and loss in ("robust", "exo_pair"):
+            usual = "0.1, the share of wrong labels" if loss == "robust" else "1e-3"
+            raise ValueError(f"loss_type {loss} needs label_smoothing above 0, e.g. {usual}")
+        if loss in ("aot", "aot_unpaired") and self.per_device_train_batch_size == 1:
             raise ValueError(
-                f"loss_type {named} compares the sorted pairs of a batch: per_device_train_batch_size must be above 1"
+                f"loss_type {loss} compares the sorted pairs of a batch: per_device_train_batch_size must be above 1"
             )
         return self
 
 
 class TrackingConfig(Block):
-    """Where metrics go: to Comet, and to what `report_to` names besides (names as transformers has them)."""
+    """Where metrics go: to Comet, and to the trackers in `report_to` (transformers' names)."""
 
     comet: Literal["auto", "offline", "off"] = "auto"
     report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
@@ -163,7 +164,7 @@ class TrackingConfig(Block):
 
 
 class TrainingSetup(Block):
-    """What a training or evaluation run needs to know besides its own block."""
+    """The keys of other blocks that a training or evaluation run needs."""
 
     model: ModelConfig
     method: Method = "lora"
