@@ -1,7 +1,6 @@
 """Chat templates of the recipe: what is trained is what is served, also for models that have no template."""
 
 import pytest
-from datasets import DatasetDict
 from transformers import AutoTokenizer
 
 from llm_engineering.errors import RequestError
@@ -188,6 +187,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     from llm_engineering.training import sft
     from llm_engineering.training.dpo import dpo_trainer
     from llm_engineering.training.policy import new_policy
+    from llm_engineering.training.run import TrainingRun
 
     monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: apart)
     tokenizer = load_tokenizer(model, settings, "alpaca")
@@ -198,7 +198,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     data = formatted("instruction", 8, tokenizer, tmp_path)
     config = SFTConfig(**STEPS, packing=False)
     policy = new_policy(model, config.lora, settings, device)
-    trainer = sft.sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
+    trainer = sft.sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
     first = list(data["train"].select([0, 1]))
     assert all(row["labels"][-1] == end for row in first)
     longest = max(len(row["labels"]) for row in first)
@@ -207,7 +207,8 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     assert trainer.data_collator(first)["labels"].flatten().tolist() == expected
 
     pairs = formatted("preference", 8, tokenizer, tmp_path)
-    trainer = dpo_trainer(policy, tokenizer, DatasetDict(pairs), DPOConfig(**STEPS), setup, device, tmp_path)
+    config = DPOConfig(**STEPS)
+    trainer = dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer), policy, config)
     batch = trainer.data_collator(list(pairs["train"].select([0, 1])))
     trained = [
         [token for token, mask in zip(ids, masks, strict=True) if mask]
