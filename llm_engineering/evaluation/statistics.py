@@ -139,15 +139,6 @@ def entry(what: Measure, models: Mapping[str, Estimate], differences: Mapping[st
     }
 
 
-def flat(measures: Mapping[str, Any]) -> dict[str, float]:
-    """The values of the report's entries, by `measure_model`, e.g. `heldout_loss_base`."""
-    return {
-        f"{key}_{name}": estimate["value"]
-        for key, measure in measures.items()
-        for name, estimate in measure["models"].items()
-    }
-
-
 def verdict(difference: Mapping[str, Any], better: str | None) -> str:
     """A difference in words. It is not significant if its interval includes 0, or if it has no interval.
 
