@@ -128,7 +128,7 @@ def _judge(
         other = f"version {incumbent}, which is in production" if than == "incumbent" else than
         return rule.model_copy(update={"reason": f"the report does not compare {candidate} with {other}"})
     if measured["better"] is None:
-        return rule.model_copy(update={"reason": f"no direction of {measure} is better"})
+        return rule.model_copy(update={"reason": f"neither a higher nor a lower {measure} is better"})
     ends = [float("nan") if difference[key] is None else float(difference[key]) for key in ("value", "low", "high")]
     if not all(map(math.isfinite, ends)):
         return rule.model_copy(
