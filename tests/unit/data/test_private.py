@@ -1,4 +1,4 @@
-"""Personal data and secrets: what is found, what is not, how it is masked, and that nothing repeats it."""
+"""Personal data and secrets: what is found, what is not, and that masks and details hide it."""
 
 import random
 
@@ -18,7 +18,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def token(length: int, alphabet: str = LETTERS) -> str:
-    # Made up here, so that no scanner of this repository takes an example for a leak.
+    # Generated here, so that a secret scanner finds no example in this repository.
     return "".join(RANDOM.choice(alphabet) for _ in range(length))
 
 
@@ -51,7 +51,7 @@ AROUND = {"AWS key": ("aws_secret_key = '", "'"), "password in a URL": ("postgre
 
 
 @pytest.mark.parametrize("kind", SECRETS)
-def test_secrets_are_masked_whole_and_what_is_around_them_stays(kind):
+def test_secrets_are_masked_whole_and_the_text_around_them_is_kept(kind):
     before, after = AROUND.get(kind, ("Use this: ", "" if kind == "key block without an end" else " from now on."))
     found = secrets(before + SECRETS[kind] + after)
     assert len(found) == (2 if kind == "two key blocks" else 1)
@@ -80,7 +80,7 @@ def test_secrets_are_masked_whole_and_what_is_around_them_stays(kind):
         "Sk8er und Ähnliches：https://例え.jp/路径",
     ],
 )
-def test_stand_ins_and_digests_are_no_secrets(text):
+def test_placeholders_and_digests_are_no_secrets(text):
     assert secrets(text) == []
 
 
@@ -130,7 +130,7 @@ def test_addresses_and_numbers_are_masked(text, expected):
         "价格上涨了+12%，共1234567元",
     ],
 )
-def test_what_is_nobodys_is_left(text):
+def test_text_that_identifies_nobody_is_kept(text):
     assert personal_data(text) == []
 
 
@@ -155,7 +155,7 @@ def test_what_is_nobodys_is_left(text):
         max_size=24,
     ).map("".join)
 )
-def test_the_quick_test_for_numbers_loses_none(text):
+def test_the_quick_search_misses_no_telephone_number(text):
     every = [match.raw_string for match in phonenumbers.PhoneNumberMatcher(text, None)]
     assert all(private._INTERNATIONAL.search(raw) for raw in every)
     by_line = [m.raw_string for line in text.split("\n") for m in phonenumbers.PhoneNumberMatcher(line, None)]
@@ -244,7 +244,7 @@ def test_a_row_is_masked_in_every_message_and_keeps_the_rest():
 
 
 @pytest.mark.parametrize(("rule", "value"), [("secret", SECRETS["GitHub"]), ("personal_data", "ann@firma.de")])
-def test_the_switch_says_what_happens(rule, value):
+def test_the_switch_decides_what_happens(rule, value):
     row = InstructionRow(
         prompt=[Message(role="user", content="Hi")],
         completion=[Message(role="assistant", content=f"It is {value}.")],
@@ -262,7 +262,7 @@ def test_the_switch_says_what_happens(rule, value):
     assert [results[action].row is row for action in results] == [True, True, False, True]
 
 
-def test_a_row_that_another_rule_drops_is_masked_all_the_same():
+def test_a_row_that_another_rule_drops_is_masked_too():
     row = InstructionRow(
         prompt=[Message(role="user", content="I am ann@firma.de")],
         completion=[Message(role="assistant", content=" ")],

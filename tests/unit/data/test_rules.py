@@ -1,4 +1,4 @@
-"""Each row-level rule on real-life examples for and against it, and what its switch does."""
+"""Each rule for single rows, on realistic matches and near misses, and its switch."""
 
 from typing import get_args
 
@@ -53,7 +53,7 @@ def matches(rule: str, row: InstructionRow | PreferenceRow) -> bool:
     "answer",
     ["", "  ", "\n\t\n", "\u200b", "\ufeff \u200d", "\u00a0\u3000", "\u2060\u00ad", "\u3164", "\u2800\ufe0f"],
 )
-def test_an_answer_that_nobody_can_see_is_empty(answer):
+def test_an_invisible_answer_is_empty(answer):
     assert matches("empty_answer", instruction("Hi", answer))
     assert matches("empty_answer", preference(answer, "Hello."))
     assert matches("empty_answer", preference("Hello.", answer))
@@ -64,7 +64,7 @@ def test_an_answer_with_one_visible_character_is_not_empty(answer):
     assert not matches("empty_answer", instruction("", answer))
 
 
-def test_an_empty_turn_among_others_and_no_answer_at_all_are_empty():
+def test_an_empty_turn_and_a_missing_answer_are_empty():
     row = instruction("Hi", "Hello.")
     silent = row.model_copy(
         update={
@@ -272,7 +272,7 @@ def test_finished_answers(answer):
         "文中提到的城市是哪个？",
     ],
 )
-def test_instructions_about_a_text_that_is_not_there(prompt):
+def test_instructions_about_a_missing_text(prompt):
     assert matches("mentions_passage", instruction(prompt, "Yes."))
 
 
@@ -299,11 +299,11 @@ def test_instructions_about_a_text_that_is_not_there(prompt):
         "请用中文回答。",
     ],
 )
-def test_instructions_that_lack_no_text(prompt):
+def test_instructions_that_need_no_other_text(prompt):
     assert not matches("mentions_passage", instruction(prompt, "Yes."))
 
 
-def test_an_earlier_turn_or_a_long_system_message_can_hold_the_text():
+def test_an_earlier_turn_or_a_long_system_message_can_contain_the_text():
     question = Message(role="user", content="What is the main idea of the passage?")
     row = instruction("", "Yes.")
     turns = [Message(role="user", content="The bird flew."), Message(role="assistant", content="I see."), question]
@@ -325,7 +325,7 @@ MATCHING = {
 @pytest.mark.parametrize("rule", MATCHING)
 @pytest.mark.parametrize("action", get_args(Action))
 @pytest.mark.parametrize("origin", ["human", "gpt-4o"])
-def test_the_switch_says_what_happens_to_a_row(rule, action, origin):
+def test_the_switch_decides_what_happens_to_a_row(rule, action, origin):
     row = instruction(*MATCHING[rule], origin=origin)
 
     checked = only(rule, action).check(row)
@@ -337,7 +337,7 @@ def test_the_switch_says_what_happens_to_a_row(rule, action, origin):
     assert checked.row is row
 
 
-def test_a_row_with_several_faults_has_one_reason_and_keeps_what_was_found_before():
+def test_a_row_with_several_faults_has_one_reason_and_the_findings_before_it():
     row = preference("I'm sorry, but I can't help with that", "i'm sorry but i can't help with that!", origin="gpt-4o")
     rules = RowRules(
         RulesConfig(**{**OFF, "chosen_equals_rejected": "report", "refusal": "drop", "truncated_answer": "drop"})
@@ -368,11 +368,11 @@ def test_a_good_row_passes_all_rules_untouched():
         ("humanoid-7b", True),
     ],
 )
-def test_whatever_is_not_of_a_person_or_a_document_was_generated(origin, generated):
+def test_every_origin_except_people_and_documents_counts_as_generated(origin, generated):
     assert is_generated(instruction("Hi", "Hello.", origin=origin)) is generated
 
 
-def test_a_detail_quotes_no_more_than_the_end_and_nothing_private():
+def test_a_detail_quotes_only_the_end_and_nothing_private():
     answer = PROSE * 5 + "Write to ann.lee@firma.de today. You will get one of the"
     finding = only("truncated_answer").check(instruction("Hi", answer)).findings[0]
     assert "[EMAIL] today. You will get one of the" in finding.detail
