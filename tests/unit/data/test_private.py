@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm_engineering.data import private
 from llm_engineering.data.private import masked, personal_data, redacted, secrets
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.rules import RowRules
+from llm_engineering.data.rules import check_row
 from llm_engineering.recipe.data_blocks import RulesConfig
 
 RANDOM = random.Random(7)
@@ -205,7 +205,7 @@ def test_no_detail_holds_anything_private(values, frame, action):
         origin="unknown",
     )
     rules = dict.fromkeys(("refusal", "truncated_answer", "mentions_passage", "chosen_equals_rejected"), "report")
-    checked = RowRules(RulesConfig(**rules, empty_answer="report", personal_data=action, secret=action)).check(row)
+    checked = check_row(row, RulesConfig(**rules, empty_answer="report", personal_data=action, secret=action))
 
     details = " ".join([checked.detail, *(finding.detail for finding in checked.findings)])
     assert details.strip()
@@ -227,7 +227,7 @@ def test_a_row_is_masked_in_every_message_and_keeps_the_rest():
         document="d",
     )
 
-    checked = RowRules(RulesConfig(personal_data="mask", secret="mask")).check(row)
+    checked = check_row(row, RulesConfig(personal_data="mask", secret="mask"))
 
     assert [message.content for message in checked.row.prompt] == ["Key: [SECRET]", "I am [EMAIL]"]
     assert [message.content for message in checked.row.completion] == ["Hello [EMAIL], [EMAIL] and [PHONE]!"]
@@ -253,8 +253,7 @@ def test_the_switch_decides_what_happens(rule, value):
     )
     off = {"personal_data": "off", "secret": "off"}
     results = {
-        action: RowRules(RulesConfig(**{**off, rule: action})).check(row)
-        for action in ("off", "report", "mask", "drop")
+        action: check_row(row, RulesConfig(**{**off, rule: action})) for action in ("off", "report", "mask", "drop")
     }
 
     assert [results[action].reason for action in results] == ["", "", "", rule]
@@ -269,7 +268,7 @@ def test_a_row_that_another_rule_drops_is_masked_too():
         source="rows.jsonl:1",
         origin="human",
     )
-    checked = RowRules(RulesConfig(personal_data="mask")).check(row)
+    checked = check_row(row, RulesConfig(personal_data="mask"))
     assert (checked.reason, checked.row.prompt[0].content) == ("empty_answer", "I am [EMAIL]")
 
 

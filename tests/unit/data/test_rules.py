@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.rules import Checked, Finding, RowRules, is_generated
+from llm_engineering.data.rules import Checked, Finding, check_row, is_generated
 from llm_engineering.recipe.data_blocks import Action, RulesConfig
 
 RULES = (
@@ -22,8 +22,8 @@ RULES = (
 OFF = dict.fromkeys(RULES, "off")
 
 
-def only(rule: str, action: str = "report") -> RowRules:
-    return RowRules(RulesConfig(**{**OFF, rule: action}))
+def only(rule: str, action: str = "report") -> RulesConfig:
+    return RulesConfig(**{**OFF, rule: action})
 
 
 def instruction(prompt: str, answer: str, origin: str = "unknown") -> InstructionRow:
@@ -46,7 +46,7 @@ def preference(chosen: str, rejected: str, prompt: str = "Say something.", origi
 
 
 def matches(rule: str, row: InstructionRow | PreferenceRow) -> bool:
-    return [finding.rule for finding in only(rule).check(row).findings] == [rule]
+    return [finding.rule for finding in check_row(row, only(rule)).findings] == [rule]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ MATCHING = {
 def test_the_switch_decides_what_happens_to_a_row(rule, action, origin):
     row = instruction(*MATCHING[rule], origin=origin)
 
-    checked = only(rule, action).check(row)
+    checked = check_row(row, only(rule, action))
 
     dropped = action == "drop" or (action == "drop_generated" and origin == "gpt-4o")
     assert checked.reason == (rule if dropped else "")
@@ -339,11 +339,9 @@ def test_the_switch_decides_what_happens_to_a_row(rule, action, origin):
 
 def test_a_row_with_several_faults_has_one_reason_and_the_findings_before_it():
     row = preference("I'm sorry, but I can't help with that", "i'm sorry but i can't help with that!", origin="gpt-4o")
-    rules = RowRules(
-        RulesConfig(**{**OFF, "chosen_equals_rejected": "report", "refusal": "drop", "truncated_answer": "drop"})
-    )
+    rules = RulesConfig(**{**OFF, "chosen_equals_rejected": "report", "refusal": "drop", "truncated_answer": "drop"})
 
-    checked = rules.check(row)
+    checked = check_row(row, rules)
 
     assert checked.reason == "refusal"
     assert [finding.rule for finding in checked.findings] == ["chosen_equals_rejected"]
@@ -351,8 +349,8 @@ def test_a_row_with_several_faults_has_one_reason_and_the_findings_before_it():
 
 def test_a_good_row_passes_all_rules_untouched():
     row = instruction("What is a list?", "A list holds items in order. It can be changed.", origin="gpt-4o")
-    rules = RowRules(RulesConfig(**{**dict.fromkeys(RULES, "drop"), "secret": "mask"}))
-    assert rules.check(row) == Checked(row, "", "", [])
+    rules = RulesConfig(**{**dict.fromkeys(RULES, "drop"), "secret": "mask"})
+    assert check_row(row, rules) == Checked(row, "", "", [])
 
 
 @pytest.mark.parametrize(
@@ -374,7 +372,7 @@ def test_every_origin_except_people_and_documents_counts_as_generated(origin, ge
 
 def test_a_detail_quotes_only_the_end_and_nothing_private():
     answer = PROSE * 5 + "Write to ann.lee@firma.de today. You will get one of the"
-    finding = only("truncated_answer").check(instruction("Hi", answer)).findings[0]
+    finding = check_row(instruction("Hi", answer), only("truncated_answer")).findings[0]
     assert "[EMAIL] today. You will get one of the" in finding.detail
     assert "firma" not in finding.detail
     assert len(finding.detail) < 130
@@ -419,9 +417,9 @@ ACTIONS = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None)
 @given(prompt=TEXTS, chosen=TEXTS, rejected=TEXTS, origin=st.sampled_from(["human", "gpt-4o"]), actions=ACTIONS)
 def test_any_text_is_judged_and_accounted_for(prompt, chosen, rejected, origin, actions):
-    rules = RowRules(RulesConfig(**actions))
+    rules = RulesConfig(**actions)
     for row in (instruction(prompt, chosen, origin), preference(chosen, rejected, prompt, origin)):
-        checked = rules.check(row)
+        checked = check_row(row, rules)
 
         found = [finding.rule for finding in checked.findings]
         assert bool(checked.reason) == bool(checked.detail)
@@ -431,5 +429,5 @@ def test_any_text_is_judged_and_accounted_for(prompt, chosen, rejected, origin, 
         masked = [finding for finding in checked.findings if finding.detail.startswith("masked: ")]
         assert (checked.row != row) == bool(masked)
         assert all(actions[finding.rule] == "mask" for finding in masked)
-        assert rules.check(checked.row)[1:3] == (checked.reason, checked.detail)
+        assert check_row(checked.row, rules)[1:3] == (checked.reason, checked.detail)
         assert all(isinstance(finding, Finding) for finding in checked.findings)

@@ -1,4 +1,4 @@
-"""Chat templates of the recipe: what is trained is what is served, also for models that have no template."""
+"""Chat templates of the recipe: a model is served with the tokens it was trained on, also without its own template."""
 
 import pytest
 from transformers import AutoTokenizer
@@ -66,7 +66,7 @@ def test_alpaca_without_a_system_message_has_its_own_preamble(model, settings):
     assert asked.endswith("\n\n### Instruction:\nWhat is it?\n\n### Response:\n")
 
 
-def test_a_token_that_texts_begin_with_is_written(model, settings):
+def test_a_template_writes_the_token_that_every_text_begins_with(model, settings):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(model, settings, "chatml")
@@ -83,12 +83,12 @@ def test_a_model_without_a_template_is_a_request_error_that_names_the_choices(mo
         load_tokenizer(model, settings)
 
 
-def test_templates_of_ones_own_and_wrong_ones(model, settings, tmp_path):
+def test_own_templates_are_used_and_wrong_ones_refused(model, settings, tmp_path):
     own = tmp_path / "own.jinja"
     own.write_text("{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '>') }}{% endfor %}")
     formatting = pin_chat_template(FormattingConfig(chat_template=str(own)))
     assert formatting.chat_template == own.read_text()
-    # The text stands for itself from then on.
+    # A pinned template is its own text, so pinning it again changes nothing.
     assert pin_chat_template(formatting) == formatting
     check_chat_template(load_tokenizer(model, settings, formatting.chat_template))
     with pytest.raises(RequestError, match=r"no chat template alpacca\. .*alpaca, chatml"):
@@ -118,7 +118,7 @@ def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path)
     assert len(loaded) == len(plain)
 
 
-def test_preflight_tells_what_is_missing(base_model):
+def test_preflight_names_what_is_missing(base_model):
     from llm_engineering.recipe.loading import load_recipe
     from tests.conftest import ROOT
     from tools.preflight import preflight
