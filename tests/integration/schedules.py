@@ -1,4 +1,4 @@
-"""An account in which schedules run, and how a test fires one."""
+"""An account in which schedules run, and a function that fires a schedule."""
 
 import importlib.metadata
 import json
@@ -10,14 +10,8 @@ from llm_engineering.cloud.schedules.eventbridge import EXECUTION
 from tests.fakes.sagemaker import ACCOUNT, IMAGE, REGION, running_sagemaker
 
 TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT}:retraining"
-
-
 SCHEDULER_ROLE = f"arn:aws:iam::{ACCOUNT}:role/scheduler"
-
-
 FOLDER = "llm-engineering/schedules/weekly/"
-
-
 RECIPE = """
 extends: {local}
 name: weekly
@@ -90,7 +84,7 @@ def list_names(fake) -> list[str]:
 
 
 def fire(fake, name: str = "weekly") -> str:
-    """What EventBridge Scheduler does when the time has come; returns the job's name."""
+    """Send the request that EventBridge Scheduler sends at the time of a schedule; returns the job's name."""
     full = f"llm-engineering-{name}"
     target = fake.client("scheduler").get_schedule(GroupName=full, Name=full)["Target"]
     assert target["Arn"] == "arn:aws:scheduler:::aws-sdk:sagemaker:createTrainingJob"

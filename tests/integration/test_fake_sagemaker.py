@@ -1,4 +1,4 @@
-"""The fake SageMaker keeps to what SageMaker does: the other tests of the cloud stack rest on it."""
+"""The fake SageMaker behaves like SageMaker in the respects that the other cloud tests rely on."""
 
 import io
 import tarfile
@@ -80,14 +80,14 @@ def test_a_job_reads_its_channels_writes_a_model_and_logs(fake):
     events = logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=stream["logStreamName"], startFromHead=True)
     lines = [e["message"] for e in events["events"]]
     assert lines[0] == "hello you"
-    assert int(lines[1]) < 6  # a process namespace of its own
+    assert int(lines[1]) < 6  # the job has its own process namespace
     by = {(r.principal, r.service, r.operation) for r in fake.requests}
     assert ("launcher", "sagemaker", "CreateTrainingJob") in by
     assert {("job", "s3", "ListObjectsV2"), ("job", "s3", "PutObject"), ("job", "logs", "PutLogEvents")} <= by
 
 
 @needs_jobs
-def test_failure_has_the_written_reason_and_the_exit_code(fake):
+def test_a_failure_has_the_written_reason_and_the_exit_code(fake):
     sagemaker = fake.client("sagemaker", "launcher")
     sagemaker.create_training_job(**request("a", "echo no rows > /opt/ml/output/failure; exit 3"))
     job = finished(sagemaker, "a")
@@ -95,7 +95,7 @@ def test_failure_has_the_written_reason_and_the_exit_code(fake):
 
 
 @needs_jobs
-def test_stop_is_sigterm_and_keeps_the_model(fake):
+def test_a_stop_sends_sigterm_and_keeps_the_model(fake):
     sagemaker, s3 = fake.client("sagemaker", "launcher"), fake.client("s3")
     script = (
         "trap 'echo half > /opt/ml/model/m; exit 1' TERM; touch /opt/ml/checkpoints/up; while :; do sleep 0.1; done"
@@ -145,7 +145,7 @@ def test_machines_find_each_other_by_name_and_fail_together(fake):
 
 
 @needs_jobs
-def test_the_end_of_the_fake_ends_its_jobs():
+def test_leaving_the_fake_ends_its_jobs():
     with running_sagemaker() as fake:
         sagemaker = fake.client("sagemaker", "launcher")
         sagemaker.create_training_job(**request("a", "trap '' TERM; while :; do sleep 0.1; done"))
@@ -154,7 +154,7 @@ def test_the_end_of_the_fake_ends_its_jobs():
     assert fake.jobs["a"].status == "Stopped"
 
 
-def test_no_capacity_fails_after_the_job_was_created(fake):
+def test_a_job_without_capacity_fails_after_it_was_created(fake):
     fake.fails_to_start["ml.g5.2xlarge"] = "CapacityError: Unable to provision requested ML compute capacity."
     sagemaker = fake.client("sagemaker", "launcher")
     sagemaker.create_training_job(**request("a", "true"))
@@ -191,8 +191,8 @@ def test_jobs_that_are_refused(fake, changes, code):
         ({"ResourceConfig": {"InstanceType": "ml.g5.2xlarge", "VolumeSizeInGB": "30"}}, "VolumeSizeInGB is str"),
     ],
 )
-def test_a_request_that_the_model_excludes_is_refused_and_remembered(fake, changes, said):
-    # As EventBridge Scheduler sends what it stored: no client has looked at it.
+def test_a_request_that_does_not_fit_botocores_model_is_refused_and_recorded(fake, changes, said):
+    # EventBridge Scheduler also sends the stored request without a check by a client.
     with pytest.raises(Error, match=said):
         fake.send("sagemaker", "CreateTrainingJob", request("a", "true") | changes, "scheduler")
     assert len(fake.invalid) == 1
@@ -200,7 +200,7 @@ def test_a_request_that_the_model_excludes_is_refused_and_remembered(fake, chang
     fake.invalid.clear()
 
 
-def test_failures_on_demand_of_every_protocol(fake):
+def test_failures_on_demand_in_every_protocol(fake):
     fake.forbid("sts", "GetCallerIdentity")
     fake.forbid("sagemaker", "ListTrainingJobs")
     fake.fail("s3", "HeadBucket", "404", status=404)

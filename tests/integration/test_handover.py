@@ -1,4 +1,4 @@
-"""Handing the model of a run over: export, a server with a real client, chat, comparison, publishing."""
+"""Using the model of a run: export, a server with OpenAI's client, chat, comparison, publishing."""
 
 import json
 import os
@@ -25,7 +25,7 @@ QUESTION = "Where does the number 7 stand?"
 
 @dataclass
 class Handed:
-    """What the commands ended with, and the folder that was exported to."""
+    """The results of the commands, and the folder of the export."""
 
     output: Path
     export: Run
@@ -76,7 +76,7 @@ def listens(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_export_says_how_near_it_is_and_registers(project, handed):
+def test_export_prints_the_verification_and_registers_the_model(project, handed):
     run, output = handed.export, handed.output
     assert run.code == 0, run.stderr
     assert run.stdout.strip() == str(output)
@@ -94,7 +94,7 @@ def test_export_says_how_near_it_is_and_registers(project, handed):
 
 
 def test_wrong_requests(handed):
-    """Nothing of the user's is replaced, no other version is taken, nothing is published without a licence."""
+    """Files of the user are not replaced, a missing version is not substituted, and publishing needs a licence."""
     for run, words in (
         (handed.again, "exists and is no empty folder"),
         (handed.missing, "There is no version 99 of tiny. There are"),
@@ -104,10 +104,10 @@ def test_wrong_requests(handed):
         assert words in run.stderr
 
 
-def test_served_answer_is_the_one_of_chat(project, handed):
-    """The real client over HTTP against `make chat`: the same greedy tokens, streamed too; then it is gone."""
+def test_the_served_answer_equals_the_answer_of_chat(project, handed):
+    """OpenAI's client gets the same greedy tokens as `make chat`, also streamed. After SIGTERM the port is free."""
     assert handed.chat.code == 0, handed.chat.stderr
-    # Made once: what is registered is taken.
+    # The registered model is used, and not merged again.
     assert "Verified" not in handed.chat.stderr
     port = free_port()
     with served(project, port, "--version", "1") as process:
@@ -119,7 +119,7 @@ def test_served_answer_is_the_one_of_chat(project, handed):
         }  # fmt: skip
         answer = client.chat.completions.create(**asked)
         assert answer.choices[0].message.content.strip() == handed.chat.stdout.strip()
-        # Neither the server nor the template adds a token to what was trained with.
+        # Neither the server nor the template adds a token to the prompt of training.
         tokenizer = AutoTokenizer.from_pretrained(handed.output)
         turn = [{"role": "user", "content": QUESTION}]
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -140,7 +140,7 @@ def test_served_answer_is_the_one_of_chat(project, handed):
         assert not listens(port)
 
 
-def test_conversation_on_a_terminal(project, handed):
+def test_a_conversation_on_a_terminal(project, handed):
     """Two turns on a pseudo-terminal; Ctrl-D ends it."""
     controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "tools.chat", "--config", str(project.recipe), "--version", "1"]
@@ -164,14 +164,14 @@ def test_conversation_on_a_terminal(project, handed):
     assert stderr.count("[not ended: the answer was cut at 3 tokens") == 2
 
 
-def test_no_question_and_no_terminal(project):
+def test_chat_without_question_and_terminal_is_refused(project):
     run = project.command("tools.chat", "--config", str(project.recipe))
     assert run.code == 2
     assert "There is no question and no terminal" in run.stderr
 
 
 @pytest.mark.parametrize("tool", ["chat", "compare"])
-def test_a_question_that_the_model_cannot_read(project, handed, tool):
+def test_a_question_that_is_too_long_is_refused(project, handed, tool):
     arguments = ("--version", "1", "--prompt", "Why? " * 10, "--max-new-tokens", "100000")
     run = project.command(f"tools.{tool}", "--config", str(project.recipe), *arguments)
     assert run.code == 2, run.stderr
@@ -199,8 +199,8 @@ print(json.dumps(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_sp
 """
 
 
-def test_what_is_published_answers_like_what_was_trained(project, handed, tiny_model, tmp_path):
-    """A private repository by default, in one commit with its card; anyone's transformers loads it from there."""
+def test_the_published_model_answers_like_the_trained_model(project, handed, tiny_model, tmp_path):
+    """One commit with the card to a repository that is private by default; plain transformers loads the model from it."""
     token = "hf_planted_token_value"
     push = ("tools.push_model", "--config", str(project.recipe), "--version", "1", "--repo", "someone/tiny")
     with running_hub(token) as hub:

@@ -1,4 +1,4 @@
-"""What the policies of docs/aws allow and do not. Whether it suffices is looked at where jobs and schedules run."""
+"""The limits of the policies in docs/aws. The tests of jobs and schedules check that they allow enough."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.fakes.sagemaker import BUCKET, ROLE
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "aws").glob("*.json")), ids=lambda path: path.stem)
-def test_policies_name_each_action_of_a_service_that_is_there(path):
+def test_policies_name_existing_actions_without_wildcards(path):
     known = {name: get_session().get_service_model(name) for name in ("sagemaker", "logs", "ecr", "scheduler")}
     for statement in json.loads(path.read_text())["Statement"]:
         listed = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
@@ -41,15 +41,15 @@ def test_other_requests_are_not_allowed(service, operation, asked):
         assert_allowed([Request("launcher", service, operation, asked, REGION)], "launcher", policy("launcher"))
 
 
-def test_policies_are_as_long_as_iam_takes_them():
-    """Characters without white space: 6,144 of a policy of its own, 10,240 of all that stand in one role."""
+def test_policies_are_short_enough_for_iam():
+    """IAM counts characters without white space: at most 6,144 in a policy, and 10,240 in all inline policies of a role."""
     sizes = {path.stem: len("".join(path.read_text().split())) for path in (ROOT / "docs" / "aws").glob("*.json")}
-    # Places that are filled in are longer than their names.
+    # The values that replace the placeholders are longer than the placeholders.
     assert all(size < 5000 for size in sizes.values())
     assert sum(size for name, size in sizes.items() if name in ("job", "job-schedules", "job-vpc", "kms")) < 8000
 
 
-def test_the_launcher_may_pass_the_role_to_sagemaker_alone():
+def test_the_launcher_may_pass_the_role_only_to_sagemaker():
     (statement,) = [s for s in policy("launcher") if s["Action"] == "iam:PassRole"]
     assert statement["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}
     assert statement["Resource"] == f"arn:aws:iam::{ACCOUNT}:role/training"

@@ -1,4 +1,4 @@
-"""Publishing through the command line, on a hub on loopback, and loading what was published like any user."""
+"""Publishing datasets from the command line to a hub on loopback, and loading them as any user does."""
 
 import io
 import json
@@ -35,7 +35,7 @@ print(json.dumps({name: dataset[name].to_list() for name in ("train", "validatio
 
 @pytest.fixture(scope="module")
 def made(tiny_model, unused, tmp_path_factory):
-    """A project with both datasets made, whose recipe names a licence and two repositories."""
+    """A project with both datasets, whose recipe names a licence and two repositories."""
     project = make_project(tmp_path_factory.mktemp("push"), tiny_model, unused)
     hub = "{license: cc-by-4.0, instruction_repo_id: someone/rows, preference_repo_id: someone/pairs}"
     text = project.recipe.read_text().replace("data:\n", f"data:\n  hub: {hub}\n")
@@ -53,7 +53,7 @@ def hub():
 
 @pytest.fixture
 def online(made, hub, tmp_path):
-    """The same project, which reaches the hub."""
+    """The project with an environment in which it reaches the hub."""
     env = {
         "HF_ENDPOINT": hub.url,
         "HF_TOKEN": TOKEN,
@@ -68,7 +68,7 @@ def push(project, kind, *arguments):
     return project.command("tools.push", kind, "--config", str(project.recipe), *arguments)
 
 
-def test_what_is_published_is_what_was_made(made, online, hub, tiny_model):
+def test_published_rows_are_the_stored_rows(made, online, hub, tiny_model):
     run = push(online, "preference")
     assert run.code == 0, run.stderr
     assert run.stdout.strip() == f"{hub.url}/datasets/someone/pairs"
@@ -86,7 +86,7 @@ def test_what_is_published_is_what_was_made(made, online, hub, tiny_model):
     script = made.folder / "stored.py"
     script.write_text(STORED)
     stored = made.command(str(script), "preference_dataset").json
-    # The model was a folder of this machine: its name is published, the way there is not.
+    # The model was a folder of this machine. Its name is published, its path is not.
     hidden = json.loads(json.dumps(stored).replace(str(tiny_model), tiny_model.name))
     assert loaded["rows"] == hidden
     assert hidden != stored
@@ -99,8 +99,8 @@ def test_what_is_published_is_what_was_made(made, online, hub, tiny_model):
     assert not any(str(place) in card + json.dumps(loaded["rows"]) for place in (made.folder, tiny_model))
 
 
-def test_own_rows_in_public_with_nothing_else(made, online, hub):
-    """Broken lines are counted and not shown; the token is sent in its header and kept nowhere."""
+def test_own_rows_are_published_without_anything_else(made, online, hub):
+    """Malformed lines are counted but not shown. The token is sent in its header only, and stored nowhere."""
     run = push(online, "instruction", "--repo", "other/name", "--public")
     assert run.code == 0, run.stderr
     assert "other/name, PUBLIC" in run.stderr
@@ -145,7 +145,7 @@ def test_wrong_request(online, hub, arguments, words):
     assert hub.requests == []
 
 
-def test_credentials_are_not_published_unless_insisted(made, online, hub, tmp_path):
+def test_credentials_are_published_only_with_allow_secrets(made, online, hub, tmp_path):
     secret = "ghp_" + "a1B2c3D4e5F6" * 3
     rows = tmp_path / "rows.jsonl"
     planted = json.dumps({"instruction": "How do I sign in?", "output": f"Give {secret} as the password, and go on."})

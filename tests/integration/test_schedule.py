@@ -1,4 +1,4 @@
-"""Schedules over HTTP: made, listed, paused, changed and removed in a fake account."""
+"""Schedules in a fake account, over HTTP: created, listed, paused, changed and removed."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from tools.schedule_job import Server
 
 @pytest.fixture
 def fake(account, tmp_path, monkeypatch):
-    """The same, as the launcher's commands in this process find it, with nothing asked yet."""
+    """The account as the launcher's commands in this process find it, without requests so far."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "ZENML_"))]:
         monkeypatch.delenv(name)
     for name, value in {**account.env(), **settings_of(tmp_path)}.items():
@@ -81,7 +81,7 @@ def listed(capsys) -> list[dict]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_schedule_is_made_listed_paused_changed_and_removed_with_nothing_left(fake, recipe, capsys):
+def test_a_schedule_is_created_listed_paused_changed_and_removed_with_nothing_left(fake, recipe, capsys):
     assert create(recipe, "--timezone", "Europe/Berlin") == 0
     (made,) = fake.asked("scheduler", "CreateSchedule")
     assert (made["ScheduleExpression"], made["ScheduleExpressionTimezone"]) == ("cron(0 3 ? * SUN *)", "Europe/Berlin")
@@ -128,8 +128,8 @@ def test_schedule_is_made_listed_paused_changed_and_removed_with_nothing_left(fa
     assert "planted" not in json.dumps([str(asked) for asked in fake.requests])
 
 
-def test_rate_fires_first_after_its_time_and_counts_from_there(fake, recipe, capsys):
-    """Without a start EventBridge fires a rate at once, and after each update again."""
+def test_a_rate_fires_first_after_its_time_and_counts_from_there(fake, recipe, capsys):
+    """Without a StartDate, EventBridge fires a rate at once, and again after each update."""
     full, week = "llm-engineering-weekly", timedelta(days=7)
 
     def start() -> datetime:
@@ -146,7 +146,7 @@ def test_rate_fires_first_after_its_time_and_counts_from_there(fake, recipe, cap
     assert timedelta(0) <= datetime.now(UTC) + timedelta(days=1) - start() < timedelta(minutes=1)
 
 
-def test_recipe_in_the_job_has_its_places_there(fake, recipe, tmp_path):
+def test_the_recipe_in_the_job_has_the_paths_of_the_container(fake, recipe, tmp_path):
     checks = tmp_path / "my_checks.jsonl"
     checks.write_text('{"prompt": "Say yes.", "must_contain": ["yes"]}\n')
     create(recipe, "--set", f"evaluation.checks={checks}")
@@ -169,7 +169,7 @@ def test_recipe_in_the_job_has_its_places_there(fake, recipe, tmp_path):
     assert sorted(channels) == ["code", "data-instructions", "model-name-or-path", "recipe"]
 
 
-def test_what_a_job_cannot_read_is_refused_with_the_remedy(fake, recipe, tmp_path):
+def test_data_that_a_job_cannot_read_is_refused_with_the_remedy(fake, recipe, tmp_path):
     (tmp_path / "docs").mkdir()
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("{}")
@@ -189,7 +189,7 @@ def test_what_a_job_cannot_read_is_refused_with_the_remedy(fake, recipe, tmp_pat
     assert fake.objects("llm-engineering/schedules/") == []
 
 
-def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monkeypatch):
+def test_everything_missing_in_the_account_is_named_at_once(fake, recipe, monkeypatch):
     monkeypatch.delenv("SCHEDULER_ROLE")
     monkeypatch.delenv("SAGEMAKER_RETRAIN_IMAGE")
     monkeypatch.setenv("COMET_API_KEY", "planted-comet-4711")
@@ -210,13 +210,13 @@ def test_all_that_is_missing_in_the_account_is_named_at_once(fake, recipe, monke
 
 
 @pytest.mark.parametrize("cron", ["0 3 * * SUN *", "61 3 * * ? *", "0 3 1 * 0", "rate(7 day)"])
-def test_wrong_time_is_refused_before_anything_is_asked(fake, recipe, cron):
+def test_a_wrong_time_is_refused_before_any_request(fake, recipe, cron):
     with pytest.raises(RequestError):
         create(recipe, cron=cron)
     assert fake.requests == []
 
 
-def test_nothing_is_left_of_a_schedule_that_cannot_be_made(fake, recipe):
+def test_nothing_is_left_of_a_schedule_that_cannot_be_created(fake, recipe):
     fake.fail(
         "scheduler", "CreateSchedule", "ValidationException", "The execution role must allow EventBridge Scheduler"
     )
@@ -228,14 +228,14 @@ def test_nothing_is_left_of_a_schedule_that_cannot_be_made(fake, recipe):
     assert fake.objects("llm-engineering/schedules/") == []
 
 
-def test_names_of_jobs_tell_schedules_apart(fake, recipe):
+def test_names_that_could_confuse_the_jobs_of_two_schedules_are_refused(fake, recipe):
     for name in ("weekly--extra", "a" * 26, "-weekly", "wöchentlich"):
         with pytest.raises(RequestError, match="no name for a schedule"):
             create(recipe, f"--name={name}")
 
 
-def test_run_that_never_began_is_told_with_its_reason_and_is_listed(fake, recipe, capsys):
-    """No capacity: no code of this project ran. Nothing but AWS can say so: the rule does."""
+def test_a_run_that_never_began_is_listed_with_its_reason_and_matches_the_rule(fake, recipe, capsys):
+    """No capacity: no code of this project runs, so only AWS can report the failure, through the rule."""
     create(recipe, "--name", "late")
     fake.fails_to_start["ml.g5.xlarge"] = "CapacityError: Unable to provision requested ML compute capacity."
     try:
@@ -254,12 +254,12 @@ def test_run_that_never_began_is_told_with_its_reason_and_is_listed(fake, recipe
     assert job.status in detail["TrainingJobStatus"]
 
 
-def test_schedule_with_a_running_job_is_removed_only_when_the_job_is_stopped(fake, recipe, capsys):
+def test_a_schedule_with_a_running_job_is_removed_only_with_stop(fake, recipe, capsys):
     create(recipe, "--name", "busy")
     fake.starting_s = 60.0
     try:
         job = fire(fake, "busy")
-        with pytest.raises(RequestError, match=f"busy is paused, and its job {job} still runs"):
+        with pytest.raises(RequestError, match=f"busy is paused, but its job {job} still runs"):
             call("remove")
         assert listed(capsys)[0]["state"] == "paused"
         assert listed(capsys)[0]["runs"][0]["verdict"] == "running"
@@ -271,8 +271,8 @@ def test_schedule_with_a_running_job_is_removed_only_when_the_job_is_stopped(fak
     assert fake.objects("llm-engineering/schedules/") == []
 
 
-def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
-    """CreateTrainingJob itself was refused: there is no job. The alarm tells, and the list says so."""
+def test_a_refused_start_is_listed_as_missed(fake, recipe, capsys):
+    """If CreateTrainingJob is refused, there is no job. The alarm reports it, and the list shows the missed time."""
     from llm_engineering.cloud.schedules.eventbridge import get, missed
 
     create(recipe, "--timezone", "UTC", cron="0 * * * ? *")
@@ -285,11 +285,11 @@ def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
     assert missed(made, None, late) == due
     assert missed(made, RunRecord(run="weekly--1", began=due), late.replace(minute=59)) != due
     assert missed(made.model_copy(update={"paused": True}), None, late) is None
-    # Resumed a while ago: what fell into the pause was not missed.
+    # After a pause: times in the pause were not missed.
     assert missed(made.model_copy(update={"modified": late}), None, late) is None
 
 
-def test_policies_allow_what_is_asked_and_no_more(fake, recipe, capsys):
+def test_the_policies_allow_exactly_the_requests(fake, recipe, capsys):
     create(recipe)
     fake.starting_s = 60.0
     try:
@@ -301,7 +301,7 @@ def test_policies_allow_what_is_asked_and_no_more(fake, recipe, capsys):
         fake.starting_s = 0.0
     own = policy("launcher-schedules")
     used = assert_allowed(fake.requests, "launcher", [*own, *policy("launcher", SECRET="job")])
-    # A failed run of a schedule of this machine tells the topic itself.
+    # A failed run of a local schedule publishes to the topic itself.
     assert actions(own) - used == {"sns:Publish"}
     scheduler = policy("scheduler")
     assert assert_allowed(fake.requests, "scheduler", scheduler) == actions(scheduler)
@@ -317,7 +317,7 @@ def test_policies_allow_what_is_asked_and_no_more(fake, recipe, capsys):
     assert fake.job(job).status == "Stopped"
 
 
-def test_topic_with_the_policy_of_the_documentation_is_taken(fake, recipe):
+def test_the_topic_policy_of_the_documentation_is_accepted(fake, recipe):
     statements = policy("topic")
     conditional = [{**statement, "Condition": statements[1]["Condition"]} for statement in statements]
     for taken, given in ((False, conditional), (True, statements)):

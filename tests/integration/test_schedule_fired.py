@@ -1,4 +1,4 @@
-"""A schedule fired as EventBridge does it: jobs really run the chain, and report to a real ZenML server with logins."""
+"""A schedule fires as EventBridge fires it: its jobs run the chain, and report to a ZenML server with logins."""
 
 import http.server
 import json
@@ -23,17 +23,17 @@ from tests.integration.schedules import FOLDER, RECIPE, account, fire, list_name
 
 
 class Webhook(http.server.ThreadingHTTPServer):
-    """What is told over a webhook."""
+    """A webhook that records the messages it gets."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), WebhookHandler)
-        self.told: list[tuple[str, str]] = []
+        self.messages: list[tuple[str, str]] = []
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.server.told.append((self.path, json.loads(body)["text"]))
+        self.server.messages.append((self.path, json.loads(body)["text"]))
         self.send_response(200)
         self.end_headers()
 
@@ -72,7 +72,7 @@ class ZenMLServer:
 
 @pytest.fixture
 def zenml_server(tmp_path):
-    """A server that asks for logins: its address, the key of a service account, and a stack with artifacts in S3."""
+    """A server that requires logins, with a service account and a stack whose artifacts are in S3."""
     pytest.importorskip("s3fs", reason="ZenML's artifact store in S3 needs s3fs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -134,8 +134,8 @@ def log_of(fake, job: str) -> str:
 
 
 @pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
-def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
-    """The schedule fires twice at once, then with nothing new, then with data that cannot be read."""
+def test_runs_of_a_fired_schedule_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
+    """The schedule fires twice at the same time, then without new data, then with data that cannot be read."""
     key = zenml_server.key
     planted, hook = f"planted-{uuid.uuid4().hex}", f"hook-{uuid.uuid4().hex}"
     address = f"http://127.0.0.1:{webhook.server_port}/{hook}"
@@ -174,32 +174,32 @@ def test_fired_runs_retrain_skip_and_fail(account, tiny_model, zenml_server, web
     uris = [artifact["body"]["uri"] for artifact in artifacts]
     assert len(uris) > 10
     assert all(uri.startswith(f"s3://{BUCKET}/zenml/") for uri in uris)
-    # Answers that were paid for are there for the next run.
+    # The next run finds the answers that were paid for.
     assert f"{FOLDER}answers.jsonl" in account.objects(FOLDER)
 
     third = fire(account)
     account.job(third).thread.join(300)
     assert account.job(third).status == "Completed", log_of(account, third)
-    assert webhook.told == []
+    assert webhook.messages == []
     s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=f'{{"{planted}": 1}}\n'.encode())
     fourth = fire(account)
     account.job(fourth).thread.join(300)
     assert account.job(fourth).status == "Failed"
-    ((path, told),) = webhook.told
+    ((path, message),) = webhook.messages
     assert path == f"/{hook}"
-    assert told.startswith("Retraining weekly failed\n")
+    assert message.startswith("Retraining weekly failed\n")
     found = json.loads(command(env, "list", "--json", "--limit", "9").splitlines()[0])
     verdicts = {run["run"]: run["verdict"] for run in found[0]["runs"]}
     assert verdicts[third] == "skipped: no new data"
     assert verdicts[fourth].startswith("failed: ")
-    assert verdicts[fourth].removeprefix("failed: ") in told
+    assert verdicts[fourth].removeprefix("failed: ") in message
     assert verdicts[fourth][:100].removeprefix("failed: ") in account.job(fourth).reason
 
-    # The secrets are in Secrets Manager, and nowhere else.
+    # The secrets are in Secrets Manager only.
     s3.delete_object(Bucket=BUCKET, Key="data/rows.jsonl")
     own = [*policy("job", SECRET="job"), *policy("job-schedules")]
     assert "sagemaker:ListTrainingJobs" in assert_allowed(account.requests, "job", own)
-    seen = {"requests": str(account.requests), "notification": told, "verdicts": json.dumps(found)}
+    seen = {"requests": str(account.requests), "notification": message, "verdicts": json.dumps(found)}
     seen |= {f"log of {job}": log_of(account, job) for job in (first, second, third, fourth)}
     seen |= {key: s3.get_object(Bucket=BUCKET, Key=key)["Body"].read().decode("latin-1") for key in account.objects("")}
     seen |= {str(file): file.read_bytes().decode("latin-1") for file in (tmp_path / "server").rglob("*.db")}

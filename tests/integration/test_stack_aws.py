@@ -1,4 +1,4 @@
-"""Local runs that keep their artifacts in S3: a real run of the command line, over HTTP on loopback."""
+"""A run of the command line with ZenML's artifacts in S3, over HTTP on loopback."""
 
 import pytest
 
@@ -30,7 +30,7 @@ print(json.dumps(found))
 def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_path):
     with running_sagemaker() as fake:
         fresh_project.env |= fake.env() | {"AWS_DEFAULT_REGION": "eu-west-1"}
-        for _ in range(2):  # the second time it is there already
+        for _ in range(2):  # the second time the stack exists already
             made = fresh_project.command("tools.stack_aws")
             assert made.code == 0, made.stderr
         assert f"s3://{BUCKET}/llm-engineering/artifacts" in made.stdout
@@ -38,7 +38,7 @@ def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_
         assert run.code == 0, run.stderr
         again = fresh_project.run("sft")
         made = [name for name in run.json["artifacts"] if again.json["artifacts"][name] != run.json["artifacts"][name]]
-        assert made == ["promotion_decision"]  # the gate judges every run; all else comes from the cache
+        assert made == ["promotion_decision"]  # the gate judges every run; everything else comes from the cache
         for artifact in run.json["artifacts"].values():
             assert artifact["uri"].startswith(f"s3://{BUCKET}/llm-engineering/artifacts/")
         script = tmp_path / "load_artifacts.py"
@@ -50,7 +50,7 @@ def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_
         assert "report.json" in found["data_report"]
         assert found["instruction_dataset rows"]["train"] > 0
         key, secret = fake.credentials("launcher")
-    # No credentials in ZenML's rows or configuration.
+    # ZenML's database and configuration hold no credentials.
     files = [path for path in fresh_project.folder.rglob("*") if path.is_file()]
     assert any(path.name == "zenml.db" for path in files)
     for path in files:
@@ -61,7 +61,7 @@ def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_
     assert off.code == 0, off.stderr
 
 
-def test_what_is_missing_is_told(fresh_project):
+def test_a_missing_bucket_is_named(fresh_project):
     fresh_project.env["SAGEMAKER_BUCKET"] = ""
     run = fresh_project.command("tools.stack_aws")
     assert (run.code, "set SAGEMAKER_BUCKET in .env" in run.stderr) == (2, True)

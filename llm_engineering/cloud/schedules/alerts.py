@@ -1,4 +1,4 @@
-"""Tells an SNS topic of runs of a schedule that failed, whether or not any code of this project ran."""
+"""Notifies an SNS topic about failed runs of a schedule, even if no code of this project ran in them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from llm_engineering.errors import WorkError
 
 logger = logging.getLogger("llm_engineering.schedules")
 
-# Everything that a schedule has in the account begins with it.
+# The names of everything that a schedule has in the account begin with it.
 PREFIX = "llm-engineering-"
 _EVENTS = "events.amazonaws.com"
 
 
 def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
-    """Tell the topic of jobs that fail or are stopped, and of starts that were given up.
+    """Create a rule for jobs that fail or are stopped, and an alarm for starts that were given up.
 
-    `name` is that of the schedule. A job may fail before any code of this project runs: no capacity, no image. A start
-    may be refused: no job is there.
+    Both are needed: a job may fail before code of this project runs (no capacity, no image), and a start may be refused,
+    so that there is no job.
+
+    Args:
+        name: the name of the schedule.
+        topic: the ARN of the topic.
+
+    Raises:
+        WorkError: EventBridge does not accept the topic.
     """
     full = PREFIX + name
     pattern = {
@@ -32,15 +39,15 @@ def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
         "detail": {"TrainingJobName": [{"prefix": job_prefix(name)}], "TrainingJobStatus": ["Failed", "Stopped"]},
     }
     message = {
-        # Without the reason: EventBridge puts it in as it is, and one with a quotation mark or a new line is never sent.
+        # Without the reason: EventBridge inserts it unescaped, and never sends a message with a quotation mark or line break.
         "InputPathsMap": {"job": "$.detail.TrainingJobName", "status": "$.detail.TrainingJobStatus"},
-        "InputTemplate": f'"Retraining {name}: job <job> is <status>. `make schedules` says why."',
+        "InputTemplate": f'"Retraining {name}: job <job> is <status>. `make schedules` shows why."',
     }
     events = session.client("events")
     events.put_rule(Name=full, EventPattern=json.dumps(pattern), Description=f"Failed runs of the schedule {name}")
     failed = events.put_targets(Rule=full, Targets=[{"Id": "topic", "Arn": topic, "InputTransformer": message}])
     if failed["FailedEntryCount"]:
-        raise WorkError(f"EventBridge does not take the topic {topic}: {failed['FailedEntries'][0]['ErrorMessage']}")
+        raise WorkError(f"EventBridge does not accept the topic {topic}: {failed['FailedEntries'][0]['ErrorMessage']}")
     session.client("cloudwatch").put_metric_alarm(
         AlarmName=full,
         AlarmDescription=f"EventBridge Scheduler gave up starting the retraining {name}: see CloudTrail, CreateTrainingJob",
@@ -58,7 +65,7 @@ def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
 
 
 def remove_alerts(session: boto3.Session, name: str) -> None:
-    """Remove what `add_alerts` made, if anything."""
+    """Remove the rule and the alarm of `add_alerts`, if they exist."""
     full, events, cloudwatch = PREFIX + name, session.client("events"), session.client("cloudwatch")
     try:
         events.remove_targets(Rule=full, Ids=["topic"])
@@ -70,13 +77,13 @@ def remove_alerts(session: boto3.Session, name: str) -> None:
 
 
 def topic_problems(session: boto3.Session, topic: str) -> Iterator[Problem]:
-    """Whether a topic is there, and lets EventBridge publish to it: without a condition, for it meets none."""
+    """Check that a topic exists and lets EventBridge publish to it, without a condition: EventBridge meets no condition."""
     sns = session.client("sns")
     try:
         policy = json.loads(sns.get_topic_attributes(TopicArn=topic)["Attributes"].get("Policy", "{}"))
     except (sns.exceptions.NotFoundException, sns.exceptions.InvalidParameterException):
         yield Problem(
-            f"There is no topic {topic}", "Make it (`aws sns create-topic`), or correct NOTIFY_SNS_TOPIC in .env"
+            f"There is no topic {topic}", "Create it (`aws sns create-topic`), or correct NOTIFY_SNS_TOPIC in .env"
         )
         return
     for statement in policy.get("Statement", []):

@@ -1,8 +1,8 @@
-"""When a schedule fires: expressions of EventBridge Scheduler, checked here and translated for cron and systemd.
+"""Checks the expressions of EventBridge Scheduler, and translates them for cron and systemd.
 
-EventBridge's cron has six fields, minute hour day-of-month month day-of-week year, of which one of the two days is `?`
-(https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html). It counts Sunday as 1 and cron as 0, so that
-a field taken over as it is could mean another day.
+EventBridge's cron has six fields: minute, hour, day of month, month, day of week, year. One of the two days must be `?`
+(https://docs.aws.amazon.com/scheduler/latest/UserGuide/schedule-types.html). Sunday is 1 there and 0 in cron, so a
+day of week must be translated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NICKNAMES = {
     "@annually": "0 0 1 1 *",
 }
 _RATE = re.compile(r"rate\(\s*([0-9]+)\s+(minute|hour|day)(s?)\s*\)")
-# First and last value of cron's fields, and the names of the values from the first one on.
+# Cron's fields: first value, last value, and the names of the values, beginning with the first.
 _CRON: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "minute": (0, 59, ()),
     "hour": (0, 23, ()),
@@ -48,8 +48,8 @@ class Timing(BaseModel):
     """When a schedule fires.
 
     Attributes:
-        expression: `cron(…)` or `rate(…)`, as EventBridge Scheduler takes it.
-        timezone: an IANA name; a rate has none, and keeps UTC.
+        expression: `cron(…)` or `rate(…)`, in the form of EventBridge Scheduler.
+        timezone: an IANA name; UTC for a rate, which does not depend on a timezone.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,19 +59,19 @@ class Timing(BaseModel):
 
     @property
     def fields(self) -> str | None:
-        """The six fields of a cron expression; None of a rate."""
+        """The six fields of a cron expression; None for a rate."""
         return self.expression[5:-1] if self.expression.startswith("cron(") else None
 
     @property
     def step(self) -> timedelta | None:
-        """The time between two starts of a rate; None of a cron expression."""
+        """The time between two starts of a rate; None for a cron expression."""
         return _rate(self.expression) if self.fields is None else None
 
     def next_times(self, after: datetime, count: int, created: datetime | None = None) -> list[datetime]:
         """The next times after `after`, in the schedule's timezone, at most `count`.
 
-        A wall-clock time that the change to summer time leaves out does not fire, one that the change back repeats
-        fires once, as EventBridge Scheduler does it. A rate counts from `created`, `after` if that is None.
+        As in EventBridge Scheduler, a local time that the change to summer time skips does not fire, and a local time
+        that the change back repeats fires once. A rate counts from `created`, or from `after` if `created` is None.
         """
         zone = ZoneInfo(self.timezone)
         if (step := self.step) is not None:
@@ -79,7 +79,7 @@ class Timing(BaseModel):
             passed = max(0, (after - start) // step)
             return [(start + (passed + i) * step).astimezone(zone) for i in range(1, count + 1)]
         cron, found = AwsCroniter(self.fields), list[datetime]()
-        # The library counts in UTC, which here stands for the wall clock of the schedule's zone.
+        # The library computes in UTC. It gets local times labelled as UTC.
         wall = after.astimezone(zone).replace(tzinfo=UTC)
         while len(found) < count:
             (following,) = cron.get_next(wall, 1)
@@ -94,10 +94,11 @@ class Timing(BaseModel):
 
 
 def parse_timing(text: str, timezone: str, now: datetime) -> Timing:
-    """Read an expression: six fields, five where their meaning is the same, `@weekly` and the like, or a rate.
+    """Parse an expression: six fields, cron's five fields if they can be translated, `@weekly` and the like, or a rate.
 
     Raises:
-        RequestError: it is not valid, never fires after `now`, or the timezone is unknown; says the right form.
+        RequestError: the expression is not valid or never fires after `now`, or the timezone is unknown. The message
+            shows the right form.
     """
     try:
         ZoneInfo(timezone)
@@ -110,10 +111,10 @@ def parse_timing(text: str, timezone: str, now: datetime) -> Timing:
         _rate(text)
         return Timing(expression=text, timezone="UTC")
     if text.startswith("at("):
-        raise RequestError(f'"{text}" fires once, which is no schedule: run `make retrain` instead; {RIGHT_FORM}.')
+        raise RequestError(f'"{text}" fires only once: run `make retrain` instead; {RIGHT_FORM}.')
     fields = text.removeprefix("cron(").removesuffix(")") if text.startswith("cron(") else text
     if fields.startswith("@") and fields not in _NICKNAMES:
-        raise RequestError(f'"{fields}" is no time that can be scheduled: {RIGHT_FORM}.')
+        raise RequestError(f'"{fields}" is not a time: {RIGHT_FORM}.')
     fields = _NICKNAMES.get(fields, fields)
     if len(fields.split()) == 5:
         fields = _six_fields(fields)
@@ -124,10 +125,10 @@ def parse_timing(text: str, timezone: str, now: datetime) -> Timing:
 
 
 def crontab_fields(timing: Timing) -> str:
-    """The five fields of cron.
+    """Cron's five fields.
 
     Raises:
-        RequestError: cron cannot say it.
+        RequestError: cron has no such expression.
     """
     minutes, hours, days, months, weekdays, _ = _values(timing, "A crontab line")
     return " ".join(
@@ -136,17 +137,17 @@ def crontab_fields(timing: Timing) -> str:
             _listed(hours, 24),
             _listed(days, 31),
             _listed(months, 12),
-            # AWS counts from 1, cron from 0; both begin with Sunday.
+            # Sunday is 1 for AWS and 0 for cron.
             _listed([day - 1 for day in weekdays], 7),
         )
     )
 
 
 def on_calendar(timing: Timing) -> str:
-    """The same as systemd's OnCalendar (systemd.time(7)), with its timezone.
+    """The value of systemd's OnCalendar (systemd.time(7)), with the timezone.
 
     Raises:
-        RequestError: systemd cannot say it.
+        RequestError: systemd has no such expression.
     """
     minutes, hours, days, months, weekdays, years = _values(timing, "A systemd timer")
     names = ",".join(DAYS[day - 1].title() for day in weekdays)
@@ -156,54 +157,49 @@ def on_calendar(timing: Timing) -> str:
 
 
 def _rate(expression: str) -> timedelta:
-    found = _RATE.fullmatch(expression)
-    if found is None or int(found[1]) == 0 or (int(found[1]) == 1) == bool(found[3]):
+    match = _RATE.fullmatch(expression)
+    if match is None or int(match[1]) == 0 or (int(match[1]) == 1) == bool(match[3]):
         raise RequestError(
-            f'"{expression}" is no rate: write rate(1 day), rate(7 days), rate(12 hours); the unit is minute, hour or day, '
+            f'"{expression}" is not a rate: write rate(1 day), rate(7 days), rate(12 hours); the unit is minute, hour or day, '
             "with an s unless the number is 1."
         )
-    return timedelta(**{f"{found[2]}s": int(found[1])})
+    return timedelta(**{f"{match[2]}s": int(match[1])})
 
 
 def _checked(fields: str) -> str:
-    """The six fields, upper case.
-
-    Raises:
-        RequestError: they are not valid.
-    """
+    """Check six fields, and return them in upper case."""
     parts = fields.upper().split()
     if len(parts) != 6:
         raise RequestError(f'"{fields}" has {len(parts)} fields instead of 6: {RIGHT_FORM}.')
     if (parts[2] == "?") == (parts[4] == "?"):
-        # Which of the two is meant is plain where the other one is any day.
+        # If one of the two is *, it is the one to replace.
         spare = 4 if parts[4] == "*" else 2
-        mended = [*parts[:spare], "?", *parts[spare + 1 :]]
-        hint = f'"{" ".join(mended)}"' if parts[spare] == "*" else RIGHT_FORM
+        corrected = [*parts[:spare], "?", *parts[spare + 1 :]]
+        hint = f'write "{" ".join(corrected)}"' if parts[spare] == "*" else RIGHT_FORM
         raise RequestError(
-            f'"{fields}" has day-of-month {parts[2]} and day-of-week {parts[4]}, and exactly one of them has to be ?: '
-            f"{hint}."
+            f'"{fields}" has day-of-month {parts[2]} and day-of-week {parts[4]}, but exactly one of them must be ?: {hint}.'
         )
     try:
         AwsCroniter(" ".join(parts))
     except (AwsCroniterExpressionError, ValueError) as error:
-        # A ValueError is what passes the library's patterns and then cannot be read as a number.
+        # The library raises ValueError for a field that matches its pattern but is not a number.
         detail = str(error).rstrip(".") if isinstance(error, AwsCroniterExpressionError) else "a field cannot be read"
         raise RequestError(f'"{fields}" is not valid ({detail}): {RIGHT_FORM}.') from error
     return " ".join(parts)
 
 
 def _six_fields(fields: str) -> str:
-    """Cron's five fields in EventBridge's form.
+    """Translate cron's five fields into EventBridge's six.
 
     Raises:
-        RequestError: their meaning has no single expression there.
+        RequestError: no single expression of EventBridge has this meaning.
     """
     if "?" in fields:
-        raise RequestError(f'"{fields}" has no year, add * for every year: "{fields} *"; {RIGHT_FORM}.')
+        raise RequestError(f'"{fields}" has no year. Add * for every year: "{fields} *"; {RIGHT_FORM}.')
     minute, hour, day, month, weekday = fields.upper().split()
     if day != "*" and weekday != "*":
         raise RequestError(
-            f'"{fields}" fires on days of the month and on days of the week, which needs two schedules: '
+            f'"{fields}" fires on days of the month and on days of the week. Make two schedules of it: '
             f'"{minute} {hour} {day} {month} *" and "{minute} {hour} * {month} {weekday}".'
         )
     return " ".join(
@@ -219,20 +215,20 @@ def _six_fields(fields: str) -> str:
 
 
 def _translated(field: str, name: str, fields: str) -> str:
-    """A field of cron; steps become lists, for AWS steps over a range are not documented."""
+    """Translate a field of cron. Steps become lists, because AWS does not document steps over a range."""
     if "/" not in field:
         return field
     return ",".join(str(value) for value in _expanded(field, name, fields))
 
 
 def _weekdays(field: str, fields: str) -> str:
-    """Days by name: both Sundays of cron, 0 and 7, have none of AWS's numbers."""
+    """Translate cron's days of the week into names: cron's Sunday, 0 or 7, has another number in AWS."""
     chosen = {value % 7 for value in _expanded(field, "day of week", fields)}
     return ",".join(DAYS[day] for day in sorted(chosen))
 
 
 def _expanded(field: str, name: str, fields: str) -> list[int]:
-    """The values of a field of cron: `*/15`, `1-5`, `MON,WED`, `0-30/10`."""
+    """The values of a field of cron, such as `*/15`, `1-5`, `MON,WED` or `0-30/10`."""
     first, last, names = _CRON[name]
     values: set[int] = set()
     for part in field.split(","):
@@ -240,7 +236,7 @@ def _expanded(field: str, name: str, fields: str) -> list[int]:
         ends = span.split("-")
         try:
             if span == "*":
-                # A step through the week ends with Saturday: 7 would be Sunday again.
+                # * ends with Saturday, because 7 is Sunday again.
                 low, high = first, 6 if names is DAYS else last
             else:
                 low, high = (names.index(end) + first if end in names else int(end) for end in (ends[0], ends[-1]))
@@ -249,21 +245,30 @@ def _expanded(field: str, name: str, fields: str) -> list[int]:
                 raise ValueError(part)
             values.update(range(low, high + 1, int(step) if slash else 1))
         except ValueError as error:
-            raise RequestError(f'"{fields}": {field} is no {name} of a five-field expression; {RIGHT_FORM}.') from error
+            raise RequestError(
+                f'"{fields}": {field} is not a {name} of a five-field expression; {RIGHT_FORM}.'
+            ) from error
     return sorted(values)
 
 
 def _values(timing: Timing, place: str) -> Iterator[list[int]]:
-    """The values of the six fields; every value of a `?`."""
+    """The values of the six fields; a `?` gives every value.
+
+    Args:
+        place: the subject of the error messages.
+
+    Raises:
+        RequestError: it is a rate, has L, W or #, or has years that a crontab line cannot express.
+    """
     if timing.fields is None:
-        raise RequestError(f"{place} cannot keep {timing.expression}: name the times instead; {RIGHT_FORM}.")
+        raise RequestError(f"{place} cannot express {timing.expression}: write the times instead; {RIGHT_FORM}.")
     cron = AwsCroniter(timing.fields)
     fields = (cron.minutes, cron.hours, cron.days_of_month, cron.months, cron.days_of_week, cron.years)
     lasts = (None, None, 31, None, 7, None)
     if any(isinstance(value, str) for field in fields for value in field):
-        raise RequestError(f'{place} has no L, W or # as "{timing.fields}" has: name the days.')
+        raise RequestError(f'{place} cannot express L, W or #, as in "{timing.fields}": write the days instead.')
     if place == "A crontab line" and timing.fields.split()[5] != "*":
-        raise RequestError(f'{place} has no year as "{timing.fields}" has: use * for it.')
+        raise RequestError(f'{place} cannot express a year, as in "{timing.fields}": write * for it.')
     return (sorted(set(field)) or list(range(1, (last or 0) + 1)) for field, last in zip(fields, lasts, strict=True))
 
 

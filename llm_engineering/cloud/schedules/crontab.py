@@ -1,4 +1,4 @@
-"""Lines of the user's crontab, each with a mark at its end; other lines stay as they are."""
+"""Writes schedules into the user's crontab: one line each, with a mark at its end. Other lines stay unchanged."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ def write(
     log: Path,
     paused: bool,
 ) -> None:
-    """Make a line, or one anew that is there.
+    """Add or replace the line of a schedule.
 
     Raises:
-        RequestError: cron cannot say the time.
+        RequestError: cron cannot express the time.
         WorkError: crontab fails.
     """
     variables = [f"{key}={value}" for key, value in sorted(environment.items())]
     start = f"cd {shlex.quote(str(directory))} && {shlex.join(['env', *variables, *command])}"
-    line = f"{start} >> {shlex.quote(str(log))} 2>&1 {_mark(name)}".replace("%", r"\%")  # cron's line break
+    line = f"{start} >> {shlex.quote(str(log))} 2>&1 {_mark(name)}".replace("%", r"\%")  # cron reads % as a line break
     others = [other for other in _read() if not _is_of(other, name)]
     _install([*others, f"{_PAUSED if paused else ''}{crontab_fields(timing)} {line}"])
 
 
 def state(name: str) -> Literal["active", "paused", "lost"]:
-    """Whether the line fires; lost if it is not there."""
+    """Whether the line is active; `lost` if the crontab does not have it."""
     own = [line for line in _read() if _is_of(line, name)]
     if not own:
         return "lost"
@@ -45,7 +45,7 @@ def state(name: str) -> Literal["active", "paused", "lost"]:
 
 
 def set_paused(name: str, paused: bool) -> None:
-    """Let it fire no more, or again."""
+    """Comment the line out, or in again."""
 
     def changed(line: str) -> str:
         return (_PAUSED if paused else "") + line.removeprefix(_PAUSED)
@@ -54,7 +54,7 @@ def set_paused(name: str, paused: bool) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove the line."""
+    """Remove the line; a missing line is no error."""
     lines = _read()
     others = [line for line in lines if not _is_of(line, name)]
     if others != lines:
@@ -69,7 +69,7 @@ def _read() -> list[str]:
 
 
 def _install(lines: Sequence[str]) -> None:
-    # An empty crontab is none.
+    # An empty crontab is removed.
     command = ["crontab", "-"] if lines else ["crontab", "-r"]
     done = subprocess.run(command, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True)
     if done.returncode:

@@ -1,8 +1,8 @@
-"""Schedules of EventBridge Scheduler, each of which starts one training job that retrains.
+"""Schedules of EventBridge Scheduler. Each starts one training job that runs the whole retraining.
 
-A schedule has a group of its own, for CloudWatch counts the starts that failed by group, and with a topic for
-notifications a rule and an alarm, all of one name. What belongs to it in S3 is in one folder. The target is the API call
-itself (`aws-sdk:sagemaker:createTrainingJob`): nothing else runs between schedule and job.
+A schedule has its own group, because CloudWatch counts failed starts by group. With a topic for notifications it also has
+a rule and an alarm. All of these have the same name. Its files in S3 are in one folder. Its target is the API call
+`aws-sdk:sagemaker:createTrainingJob`, so nothing else runs between schedule and job.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from llm_engineering.errors import RequestError, WorkError
 logger = logging.getLogger("llm_engineering.schedules")
 
 TARGET = "arn:aws:scheduler:::aws-sdk:sagemaker:createTrainingJob"
-# EventBridge Scheduler puts the id of the start in its place.
+# EventBridge Scheduler replaces this by the id of the start.
 EXECUTION = "<aws.scheduler.execution-id>"
-# A name of 63 characters holds two hyphens and an id that may be as long as a UUID.
+# A job's name has 63 characters: the schedule's name, two hyphens, and an id that may be as long as a UUID.
 MAX_NAME = 63 - 2 - 36
-# A start that is refused, e.g. because another job has the quota, is tried again for an hour.
+# A refused start, for example because another job uses the quota, is repeated for an hour.
 _RETRY = {"MaximumEventAgeInSeconds": 3600, "MaximumRetryAttempts": 10}
 _REMOVAL_S = 300.0
 _STOP_S = 600.0
@@ -40,12 +40,12 @@ _RUNNING = ("InProgress", "Stopping")
 
 
 class CloudSchedule(BaseModel):
-    """A schedule as it is in the account.
+    """A schedule of the account.
 
     Attributes:
-        created: when it was made; of a rate, what it counts from.
-        modified: when it was last made, changed, paused or resumed.
-        request: what it starts: the parameters of CreateTrainingJob, with EXECUTION in the job's name.
+        created: when it was created; for a rate, the time from which its starts are counted.
+        modified: when it was last created, changed, paused or resumed.
+        request: the parameters of CreateTrainingJob, with EXECUTION in the job's name.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -59,15 +59,15 @@ class CloudSchedule(BaseModel):
 
     @property
     def place(self) -> Place:
-        """Where its runs are kept, in S3."""
+        """The folder in S3 with the records of its runs."""
         return _place(self.request)
 
 
 def check_free(session: boto3.Session, name: str) -> None:
-    """See that no schedule has this name.
+    """Check that no schedule has this name.
 
     Raises:
-        RequestError: one has.
+        RequestError: a schedule has it.
     """
     scheduler = session.client("scheduler")
     try:
@@ -76,17 +76,22 @@ def check_free(session: boto3.Session, name: str) -> None:
         return
     raise RequestError(
         f"There is a schedule {name} already. `make schedule-change NAME={name}` changes it, `make unschedule NAME={name}` "
-        "removes it; right after its removal the name is free again in a minute."
+        "removes it. If you have just removed it, wait a minute until AWS frees the name."
     )
 
 
 def create(
     session: boto3.Session, name: str, timing: Timing, request: Mapping[str, Any], role: str, topic: str | None
 ) -> None:
-    """Make a schedule, and with a topic what tells of runs that fail; all of it or nothing.
+    """Create a schedule, and with a topic its notifications. If a part fails, the other parts are removed.
+
+    Args:
+        request: the parameters of CreateTrainingJob, with EXECUTION in the job's name.
+        role: the ARN of the role that EventBridge Scheduler assumes.
+        topic: the ARN of an SNS topic; None for no notifications.
 
     Raises:
-        WorkError: AWS refuses.
+        WorkError: AWS refuses a request.
     """
     scheduler = session.client("scheduler")
     scheduler.create_schedule_group(Name=PREFIX + name)
@@ -97,14 +102,14 @@ def create(
         scheduler.create_schedule(**_parameters(name, timing, request, role, paused=False, origin=now))
     except (ClientError, BotoCoreError) as error:
         _remove(session, name, _place(request))
-        raise WorkError(f"The schedule {name} could not be made, and nothing of it is left: {error}") from error
+        raise WorkError(f"The schedule {name} could not be created, and nothing of it is left: {error}") from error
 
 
 def get(session: boto3.Session, name: str) -> CloudSchedule:
     """A schedule by its name.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no schedule of this name.
     """
     return _read(_described(session, name), name)
 
@@ -114,17 +119,19 @@ def list_all(session: boto3.Session) -> list[CloudSchedule]:
     scheduler = session.client("scheduler")
     groups = scheduler.get_paginator("list_schedule_groups").paginate(NamePrefix=PREFIX)
     names = [group["Name"] for page in groups for group in page["ScheduleGroups"] if group["State"] == "ACTIVE"]
-    found = []
+    schedules = []
     for name in sorted(names):
         try:
-            found.append(_read(scheduler.get_schedule(GroupName=name, Name=name), name.removeprefix(PREFIX)))
+            schedules.append(_read(scheduler.get_schedule(GroupName=name, Name=name), name.removeprefix(PREFIX)))
         except scheduler.exceptions.ResourceNotFoundException:
-            logger.info("%s has lost its schedule: make unschedule NAME=%s removes the rest", name, name[len(PREFIX) :])
-    return found
+            logger.info(
+                "%s has no schedule: `make unschedule NAME=%s` removes the rest", name, name.removeprefix(PREFIX)
+            )
+    return schedules
 
 
 def change(session: boto3.Session, name: str, timing: Timing, request: Mapping[str, Any], topic: str | None) -> None:
-    """Give a schedule another time, another job, and the notifications that are set now. A pause stays."""
+    """Replace time, job and notifications of a schedule. A paused schedule stays paused."""
     former = _described(session, name)
     if topic is None:
         remove_alerts(session, name)
@@ -138,33 +145,36 @@ def change(session: boto3.Session, name: str, timing: Timing, request: Mapping[s
 
 
 def set_paused(session: boto3.Session, name: str, paused: bool) -> None:
-    """Let it fire no more, or again."""
+    """Disable or enable a schedule."""
     former = _described(session, name)
     known = _read(former, name)
-    # An update replaces all of it.
+    # An update replaces all parameters.
     session.client("scheduler").update_schedule(
         **_parameters(name, known.timing, known.request, former["Target"]["RoleArn"], paused, known.created)
     )
 
 
 def run_now(session: boto3.Session, name: str) -> str:
-    """Start what the schedule starts, now. Returns the job's name."""
+    """Start the job of a schedule now; returns the job's name."""
     text = json.dumps(get(session, name).request).replace(EXECUTION, uuid.uuid4().hex[:16])
     request = json.loads(text)
     try:
         session.client("sagemaker").create_training_job(**request)
     except ClientError as error:
-        raise WorkError(f"SageMaker does not start the job: {error}") from error
+        raise WorkError(f"SageMaker refuses to start the job: {error}") from error
     return str(request["TrainingJobName"])
 
 
 def remove(session: boto3.Session, name: str, stop: bool) -> None:
-    """Remove a schedule with its group, rule, alarm and folder in S3; `stop` ends a job of it that runs.
+    """Remove a schedule with its rule, alarm, folder in S3 and group.
 
-    The schedule itself goes last but its group, so that after an error the same command removes what is left.
+    The schedule and its group are removed last, so that after an error the same command removes the rest.
+
+    Args:
+        stop: whether to stop a running job of the schedule.
 
     Raises:
-        RequestError: there is none of that name, or its job runs and is not to be stopped: it is paused then.
+        RequestError: there is no schedule of this name, or its job runs and `stop` is false; it is then paused.
         WorkError: AWS takes longer than usual.
     """
     try:
@@ -173,14 +183,14 @@ def remove(session: boto3.Session, name: str, stop: bool) -> None:
         groups = session.client("scheduler").list_schedule_groups(NamePrefix=PREFIX + name)["ScheduleGroups"]
         if not any(group["Name"] == PREFIX + name and group["State"] == "ACTIVE" for group in groups):
             raise
-        # Its schedule went, and its group did not.
+        # An earlier removal ended between the schedule and its group.
         _remove(session, name, None)
         return
     set_paused(session, name, True)
     running = [job["TrainingJobName"] for job in _jobs(session, name, 100) if job["TrainingJobStatus"] in _RUNNING]
     if running and not stop:
         raise RequestError(
-            f"{name} is paused, and its job {', '.join(running)} still runs: wait for its end, or stop it and remove "
+            f"{name} is paused, but its job {', '.join(running)} still runs: wait until it ends, or stop it and remove "
             f"everything with `make unschedule NAME={name} ARGS=--stop`."
         )
     if running:
@@ -189,36 +199,32 @@ def remove(session: boto3.Session, name: str, stop: bool) -> None:
 
 
 def runs(session: boto3.Session, schedule: CloudSchedule, limit: int) -> list[RunRecord]:
-    """The last runs, the newest first, at most `limit`: their own records, and for jobs that left none what AWS says."""
+    """The last runs, the newest first, at most `limit`: their own records, corrected by the status of their jobs."""
     records = {record.run: record for record in schedule.place.records(session.client("s3"))}
-    found = []
+    latest = []
     for job in _jobs(session, schedule.name, limit):
         name, status = job["TrainingJobName"], job["TrainingJobStatus"]
         record = records.get(name) or RunRecord(run=name, began=job["CreationTime"])
         if status in _RUNNING:
             record = record.model_copy(update={"outcome": "running", "reason": "", "ended": None})
         elif record.ended is None or (status == "Failed" and record.outcome != "failed"):
-            said = session.client("sagemaker").describe_training_job(TrainingJobName=name)
-            reason = (
-                said.get("FailureReason") or f"the job is {said.get('SecondaryStatus', status)} and left no verdict"
-            )
-            outcome = "interrupted" if status == "Stopped" else "failed"
-            record = record.model_copy(
-                update={
-                    "outcome": outcome,
-                    "reason": reason,
-                    "ended": said.get("TrainingEndTime", job["LastModifiedTime"]),
-                }
-            )
-        found.append(record)
-    return found
+            answer = session.client("sagemaker").describe_training_job(TrainingJobName=name)
+            secondary = answer.get("SecondaryStatus", status)
+            update = {
+                "outcome": "interrupted" if status == "Stopped" else "failed",
+                "reason": answer.get("FailureReason") or f"the job is {secondary} and left no verdict",
+                "ended": answer.get("TrainingEndTime", job["LastModifiedTime"]),
+            }
+            record = record.model_copy(update=update)
+        latest.append(record)
+    return latest
 
 
 def missed(schedule: CloudSchedule, last: RunRecord | None, now: datetime) -> datetime | None:
-    """The last time at which it should have fired and no job was created; None if there is none.
+    """The last time at which the schedule should have fired but no job was created; None if there is no such time.
 
-    EventBridge may take up to an hour, by the retries it is given. Of times before its last change, when it was paused
-    or had others, nothing is known.
+    A time counts as missed after an hour, because EventBridge repeats a start that long. Times before the last change
+    of the schedule do not count: it may have been paused, or had another expression.
     """
     since = max(last.began, schedule.modified) if last is not None else schedule.modified
     due = schedule.timing.next_times(since, 1, schedule.created)
@@ -229,7 +235,7 @@ def missed(schedule: CloudSchedule, last: RunRecord | None, now: datetime) -> da
 def _parameters(
     name: str, timing: Timing, request: Mapping[str, Any], role: str, paused: bool, origin: datetime
 ) -> dict[str, Any]:
-    # Without it a rate fires at once; one in the past is refused.
+    # Without a StartDate, a rate fires at once. A StartDate in the past is refused.
     start = timing.next_times(datetime.now(UTC), 1, origin)[0] if timing.step is not None else None
     return {
         **({"StartDate": start} if start else {}),
@@ -246,10 +252,10 @@ def _parameters(
 def _described(session: boto3.Session, name: str) -> dict[str, Any]:
     scheduler = session.client("scheduler")
     try:
-        found: dict[str, Any] = scheduler.get_schedule(GroupName=PREFIX + name, Name=PREFIX + name)
+        answer: dict[str, Any] = scheduler.get_schedule(GroupName=PREFIX + name, Name=PREFIX + name)
     except scheduler.exceptions.ResourceNotFoundException as error:
-        raise RequestError(f"There is no schedule {name}. `make schedules` lists them.") from error
-    return found
+        raise RequestError(f"There is no schedule {name}. `make schedules` lists all schedules.") from error
+    return answer
 
 
 def _read(described: Mapping[str, Any], name: str) -> CloudSchedule:
@@ -273,7 +279,7 @@ def _place(request: Mapping[str, Any]) -> Place:
 
 
 def _jobs(session: boto3.Session, name: str, limit: int) -> list[dict[str, Any]]:
-    """The last jobs of a schedule, the newest first."""
+    """The last jobs of a schedule, the newest first, at most `limit`."""
     prefix, found = job_prefix(name), list[dict[str, Any]]()
     pages = session.client("sagemaker").get_paginator("list_training_jobs")
     for page in pages.paginate(NameContains=prefix, SortBy="CreationTime", SortOrder="Descending"):
@@ -289,13 +295,13 @@ def _stop(session: boto3.Session, names: list[str]) -> None:
         try:
             sagemaker.stop_training_job(TrainingJobName=name)
         except ClientError as error:
-            # It ended by itself, or is stopping already.
+            # The job has ended, or is stopping already.
             if error.response["Error"]["Code"] != "ValidationException":
                 raise
     for name in names:
         while sagemaker.describe_training_job(TrainingJobName=name)["TrainingJobStatus"] in _RUNNING:
             if time.monotonic() > deadline:
-                raise WorkError(f"The job {name} is still stopping. Say the same command again in a few minutes.")
+                raise WorkError(f"The job {name} is still stopping. Run the same command again in a few minutes.")
             time.sleep(_POLL_S)
 
 
@@ -312,10 +318,10 @@ def _remove(session: boto3.Session, name: str, place: Place | None) -> None:
     deadline = time.monotonic() + _REMOVAL_S
     try:
         scheduler.delete_schedule_group(Name=full)
-        # It is removed in the background, and its name is taken until then.
+        # AWS removes a group in the background, and its name is taken until then.
         while time.monotonic() < deadline:
             scheduler.get_schedule_group(Name=full)
             time.sleep(_POLL_S)
     except scheduler.exceptions.ResourceNotFoundException:
         return
-    raise WorkError(f"AWS is still removing the group {full}. It goes by itself within minutes.")
+    raise WorkError(f"AWS is still removing the group {full}. Wait some minutes before you use the name again.")

@@ -1,7 +1,7 @@
-"""A recipe as a job reads it that starts by itself: what is on this machine is not there.
+"""Rewrites a recipe for a scheduled job, which cannot see this machine's files.
 
-Data is named in S3, and SageMaker puts it beside the job at every start, so that each run sees what is new. Files that
-belong to the recipe itself, such as the checks of the evaluation, go with the schedule as they are now.
+Data must be in S3. SageMaker copies it to the job's machine at every start, so that each run gets the newest data. Files of
+the recipe itself, such as the checks of the evaluation, are uploaded once, when the schedule is created or changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
-# The channel of the recipe itself and the files that go with it.
+# The channel with the recipe and its files, and the name of the recipe in it.
 RECIPE_CHANNEL = "recipe"
 RECIPE_FILE = "recipe.json"
 _S3 = "s3://"
@@ -29,12 +29,12 @@ _S3 = "s3://"
 
 @dataclass(frozen=True)
 class JobRecipe:
-    """A recipe for the job.
+    """A recipe for a scheduled job.
 
     Attributes:
-        recipe: with the paths of the job's machine, training there.
-        channels: what is in S3, by the name of its channel.
-        files: files of this machine that the recipe reads, by their path in the channel of the recipe.
+        recipe: with the paths of the job's machine, and that machine as its compute target.
+        channels: addresses in S3, by channel.
+        files: files of this machine that the recipe reads, by their path in the recipe's channel.
     """
 
     recipe: Recipe
@@ -43,21 +43,21 @@ class JobRecipe:
 
 
 def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
-    """The recipe for a job of a schedule.
+    """Rewrite a recipe for the jobs of a schedule.
 
     Args:
-        bucket: of the account, for the remedies.
+        bucket: the account's bucket, for the remedies.
         s3: a boto3 client.
 
     Raises:
-        RequestError: it reads what a job cannot reach; all of that is named, each with its remedy.
+        RequestError: the recipe reads something that a job cannot reach; the message lists each with its remedy.
     """
     channels: dict[str, str] = {}
     files: dict[str, Path] = {}
     problems: list[str] = []
 
     def placed(key: str, value: str) -> str:
-        """The value with what is in S3 named by its place beside the job."""
+        """Replace an address in S3 by its path on the job's machine; other values stay unchanged."""
         if not value.startswith(_S3):
             return value
         address, mark, split = value.partition("#")
@@ -79,7 +79,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
             problems.append(f"{key}: {error}")
             return value
         if local is not None:
-            problems.append(_not_there(key, value, bucket))
+            problems.append(_local_problem(key, value, bucket))
         return value
 
     data, documents, model = recipe.data, recipe.documents, recipe.model
@@ -87,7 +87,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         if documents.path.startswith(_S3):
             documents = documents.model_copy(update={"path": placed("documents.path", documents.path)})
         elif documents.path != EMBEDDED_DOCUMENTS:
-            problems.append(_not_there("documents.path", documents.path, bucket))
+            problems.append(_local_problem("documents.path", documents.path, bucket))
     named = {
         key: dataset(f"data.{key}", getattr(data, key))
         for key in ("instructions", "preferences", "test_instructions", "test_preferences")
@@ -97,9 +97,9 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
     if model.name_or_path.startswith(_S3):
         model = model.model_copy(update={"name_or_path": placed("model.name_or_path", model.name_or_path)})
     elif model.name_or_path != EMBEDDED_MODEL and Path(model.name_or_path).expanduser().exists():
-        problems.append(_not_there("model.name_or_path", model.name_or_path, bucket))
+        problems.append(_local_problem("model.name_or_path", model.name_or_path, bucket))
     evaluation = recipe.evaluation
-    # A missing file or a bad line is told now.
+    # Raises for a missing file or an invalid line.
     files_hash(evaluation)
     if evaluation.checks is not None:
         file = Path(evaluation.checks).expanduser()
@@ -107,18 +107,18 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         evaluation = evaluation.model_copy(update={"checks": f"{INPUTS}/{RECIPE_CHANNEL}/checks/{file.name}"})
     if evaluation.lm_eval is not None and evaluation.lm_eval.include_path is not None:
         folder = Path(evaluation.lm_eval.include_path).expanduser()
-        found = {f"tasks/{file.relative_to(folder)}": file for file in sorted(folder.rglob("*")) if file.is_file()}
-        files |= {name: file for name, file in found.items() if not any(p.startswith(".") for p in Path(name).parts)}
+        inside = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        files |= {f"tasks/{p}": file for p, file in inside.items() if not any(part.startswith(".") for part in p.parts)}
         tasks = evaluation.lm_eval.model_copy(update={"include_path": f"{INPUTS}/{RECIPE_CHANNEL}/tasks"})
         evaluation = evaluation.model_copy(update={"lm_eval": tasks})
     for key, client in (("generation", recipe.generation), ("evaluation.judge", evaluation.judge)):
         if client is not None and client.base_url is not None and is_loopback(client.base_url):
             problems.append(
-                f"{key}.base_url {client.base_url} is this machine's own: name an address that a job reaches"
+                f"{key}.base_url {client.base_url} is on this machine: set it to an address that a job can reach"
             )
     if problems:
-        listed = "\n".join(f"- {problem}" for problem in problems)
-        raise RequestError(f"A job of SageMaker cannot read all that this recipe names:\n{listed}")
+        lines = "\n".join(f"- {problem}" for problem in problems)
+        raise RequestError(f"A job of SageMaker cannot read everything that this recipe names:\n{lines}")
     update = {
         "data": data,
         "documents": documents,
@@ -131,15 +131,15 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
 
 
 def _objects(address: str, s3: Any) -> tuple[str, str]:
-    """The prefix of an object or a folder in S3, and the object's name; empty of a folder.
+    """Look an address up; returns the address for a channel, and the object's name, which is empty for a folder.
 
     Raises:
-        RequestError: nothing is there.
+        RequestError: S3 has nothing at this address.
     """
     bucket, _, key = address.removeprefix(_S3).partition("/")
     if key and not key.endswith("/"):
-        found = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
-        if found and found[0]["Key"] == key:
+        first = s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+        if first and first[0]["Key"] == key:
             return address, PurePosixPath(key).name
         key += "/"
     if not s3.list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents"):
@@ -147,18 +147,18 @@ def _objects(address: str, s3: Any) -> tuple[str, str]:
     return f"{_S3}{bucket}/{key}", ""
 
 
-def _not_there(key: str, value: str, bucket: str) -> str:
+def _local_problem(key: str, value: str, bucket: str) -> str:
     name = Path(value.partition("#")[0]).name
     target = f"{_S3}{bucket}/{key.split('.')[0]}/{name}"
     command = "sync" if Path(value).expanduser().is_dir() else "cp"
     return (
-        f"{key} {value} is on this machine, and a job starts without it. Upload it and name it there: "
+        f"{key} {value} is on this machine, which a job cannot see. Upload it and use its address: "
         f"aws s3 {command} {value} {target}, then {'DOCUMENTS=' if key == 'documents.path' else f'--set {key}='}{target}"
     )
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is the machine's own."""
+    """Whether the host of a URL is this machine."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

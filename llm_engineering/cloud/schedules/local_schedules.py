@@ -1,6 +1,6 @@
-"""Schedules of this machine, kept by a systemd user timer, or where there is none by a line in the user's crontab.
+"""Schedules of this machine: a systemd user timer, or a line in the user's crontab if systemd does not answer.
 
-A schedule's folder holds its recipe, its log and what became of its runs.
+A schedule's folder holds its recipe, its log and the records of its runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llm_engineering.errors import RequestError, WorkError
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "log.txt"
 _STATE_FILE = "schedule.json"
-# A run saves a checkpoint before it ends.
+# Time for a run to save a checkpoint after SIGTERM.
 _STOP_S = 600.0
 _KEEPERS: dict[str, Any] = {"systemd": systemd, "cron": crontab}
 
@@ -35,10 +35,10 @@ class LocalSchedule(BaseModel):
     """A schedule of this machine.
 
     Attributes:
-        keeper: what starts it.
-        folder: what belongs to it.
-        directory: where the run is started.
-        environment: of the run, besides what the keeper gives.
+        keeper: the program that starts the runs.
+        folder: holds everything that belongs to the schedule.
+        directory: the working directory of the runs.
+        environment: variables of the runs, added to those that the keeper sets.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,26 +53,26 @@ class LocalSchedule(BaseModel):
 
     @property
     def place(self) -> Place:
-        """Where its runs are kept."""
+        """The folder, as the place of the run records."""
         return Place(str(self.folder))
 
     @property
     def command(self) -> list[str]:
-        """What is started."""
+        """The command of a run."""
         recipe, place = str(self.folder / RECIPE_FILE), str(self.folder)
         return [sys.executable, "-m", "tools.run", "retrain", "--config", recipe, "--scheduled", place]
 
     @property
     def kept_as(self) -> str:
-        """Its name with the keeper."""
+        """The name of its timer, or the mark of its crontab line."""
         return f"llm-engineering-{self.name}"
 
 
 def keeper() -> Literal["systemd", "cron"]:
-    """What can start schedules here.
+    """The program that can start schedules on this machine.
 
     Raises:
-        RequestError: nothing can.
+        RequestError: there is neither systemd nor a crontab.
     """
     if systemd.is_there():
         return "systemd"
@@ -88,7 +88,7 @@ def timezone() -> str:
     """The IANA name of this machine's timezone.
 
     Raises:
-        RequestError: it does not say.
+        RequestError: the timezone has no name.
     """
     named = os.environ.get("TZ", "").lstrip(":")
     place = Path(named or "/etc/localtime")
@@ -98,15 +98,17 @@ def timezone() -> str:
         return "UTC"
     _, _, name = str(place.resolve()).partition("/zoneinfo/")
     if not name:
-        raise RequestError(f"{place} does not say which timezone it is: name it with TIMEZONE=Europe/Berlin.")
+        raise RequestError(
+            f"{place} does not tell the name of the timezone: set it, for example TIMEZONE=Europe/Berlin."
+        )
     return name
 
 
 def check(timing: Timing, keeper: Literal["systemd", "cron"], now: datetime) -> None:
-    """See that the keeper can keep the time, before anything is written.
+    """Check that the keeper can run this schedule, before anything is written.
 
     Raises:
-        RequestError: it cannot say the expression, or has no timezones.
+        RequestError: the keeper cannot express the time, or is a crontab and the timezone differs from the machine's.
     """
     if keeper == "systemd":
         on_calendar(timing)
@@ -116,16 +118,20 @@ def check(timing: Timing, keeper: Literal["systemd", "cron"], now: datetime) -> 
     zone = ZoneInfo(timing.timezone)
     if any(day.astimezone().utcoffset() != day.astimezone(zone).utcoffset() for day in days):
         raise RequestError(
-            f"A crontab keeps the time of this machine, {timezone()}, and not that of {timing.timezone}: leave TIMEZONE out, "
-            "and say the time of this machine."
+            f"A crontab uses the timezone of this machine, {timezone()}, not {timing.timezone}: leave TIMEZONE out, and give "
+            "the time of this machine."
         )
 
 
 def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
-    """Make a schedule, or one anew that is there, with its recipe as JSON; None leaves the one that is there.
+    """Create or replace a schedule.
+
+    Args:
+        recipe: as JSON; None keeps the recipe of the existing schedule.
+        paused: whether the schedule is created paused.
 
     Raises:
-        WorkError: systemd or cron refuses.
+        WorkError: systemd or cron fails.
     """
     schedule.folder.mkdir(parents=True, exist_ok=True)
     if recipe is not None:
@@ -139,12 +145,12 @@ def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
         schedule.folder / LOG_FILE,
         paused,
     )
-    # Last: what is listed is there.
+    # Written last, so a listed schedule is always complete.
     (schedule.folder / _STATE_FILE).write_text(schedule.model_dump_json(indent=1), encoding="utf-8")
 
 
 def list_all(folder: Path) -> list[LocalSchedule]:
-    """All schedules below a folder."""
+    """All schedules below a folder, by name."""
     files = sorted(folder.glob(f"*/{_STATE_FILE}"))
     return [LocalSchedule.model_validate_json(file.read_bytes()) for file in files]
 
@@ -162,18 +168,18 @@ def get(folder: Path, name: str) -> LocalSchedule:
 
 
 def state(schedule: LocalSchedule) -> Literal["active", "paused", "lost"]:
-    """Whether its keeper starts it; lost if somebody else removed the timer or the line."""
+    """Whether its keeper starts it; `lost` if the timer or the line was removed by somebody else."""
     found: Literal["active", "paused", "lost"] = _KEEPERS[schedule.keeper].state(schedule.kept_as)
     return found
 
 
 def set_paused(schedule: LocalSchedule, paused: bool) -> None:
-    """Let it fire no more, or again."""
+    """Stop the keeper from starting runs, or let it start them again."""
     _KEEPERS[schedule.keeper].set_paused(schedule.kept_as, paused)
 
 
 def run_now(schedule: LocalSchedule) -> int:
-    """Start what it starts, now, apart from this process. Returns the process's number."""
+    """Start a run now, in a session of its own; returns its process id."""
     with (schedule.folder / LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
             schedule.command,
@@ -188,9 +194,9 @@ def run_now(schedule: LocalSchedule) -> int:
 
 
 def runs(schedule: LocalSchedule, limit: int) -> list[RunRecord]:
-    """The last runs, the newest first; one whose process was killed before it could say so is told as that."""
+    """The records of the last runs, the newest first. A run whose process was killed is listed as failed."""
     process = schedule.place.running_process()
-    killed = {"outcome": "failed", "reason": "killed: its process ended without a word"}
+    killed = {"outcome": "failed", "reason": "killed: its process ended without a verdict"}
     return [
         record.model_copy(update=killed)
         if record.outcome == "running" and not record.run.endswith(f"-{process}")
@@ -200,10 +206,13 @@ def runs(schedule: LocalSchedule, limit: int) -> list[RunRecord]:
 
 
 def remove(schedule: LocalSchedule, stop: bool) -> None:
-    """Remove timer or line, and the folder; `stop` ends a run that is under way, which saves a checkpoint first.
+    """Remove the timer or the line, and the folder.
+
+    Args:
+        stop: whether to end a run in progress, which saves a checkpoint first.
 
     Raises:
-        RequestError: a run is under way and is not to be stopped: the schedule is paused then.
+        RequestError: a run is in progress, and `stop` is false; the schedule is then paused.
         WorkError: the run does not end.
     """
     if state(schedule) == "active":
@@ -211,7 +220,7 @@ def remove(schedule: LocalSchedule, stop: bool) -> None:
     process = schedule.place.running_process()
     if process is not None and not stop:
         raise RequestError(
-            f"{schedule.name} is paused, and its run, process {process}, is under way: wait for its end, or stop it and "
+            f"{schedule.name} is paused, but its run, process {process}, is in progress: wait until it ends, or stop it and "
             f"remove everything with `make unschedule TARGET=local NAME={schedule.name} ARGS=--stop`."
         )
     if process is not None:
@@ -219,7 +228,9 @@ def remove(schedule: LocalSchedule, stop: bool) -> None:
         deadline = time.monotonic() + _STOP_S
         while schedule.place.running_process() is not None:
             if time.monotonic() > deadline:
-                raise WorkError(f"The run, process {process}, does not end. Say the same command again when it has.")
+                raise WorkError(
+                    f"The run, process {process}, does not end. Run the same command again when it has ended."
+                )
             time.sleep(0.2)
     _KEEPERS[schedule.keeper].remove(schedule.kept_as)
     shutil.rmtree(schedule.folder)

@@ -1,4 +1,4 @@
-"""Tells people of a failed run: over an SNS topic, a webhook, or both, as the settings say."""
+"""Sends a message about a failed run to an SNS topic, a webhook, or both, as the settings say."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from llm_engineering.recipe.settings import Settings
 
 logger = logging.getLogger("llm_engineering.cloud.schedules.notify")
 
-# SNS takes 100 characters of ASCII without line breaks.
+# SNS accepts at most 100 ASCII characters without line breaks.
 _SUBJECT_CHARACTERS = 100
 _TIMEOUT_S = 20.0
-# A shorter value, such as a yes, stands in many texts and is no secret.
+# Shorter values are not hidden: a value such as "yes" is not secret, and occurs in many texts.
 _SHORTEST_SECRET = 8
-# Secrets of other libraries, which read them from the environment themselves.
+# Secrets that other libraries read from the environment.
 _OTHER_SECRETS = ("ZENML_STORE_API_KEY", "ZENML_STORE_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 def notify(subject: str, text: str, settings: Settings) -> bool:
-    """Send a message, without secrets. Returns whether it went over every way that is set; a way that fails is logged.
+    """Send a message without secrets to every target that is set; failures are logged.
 
-    The webhook gets `{"text": …}`, which Slack, Mattermost and Teams take.
+    The webhook gets `{"text": …}`, which Slack, Mattermost and Teams accept.
+
+    Returns:
+        Whether no target failed.
     """
     subject, text = without_secrets(subject, settings), without_secrets(text, settings)
     sent = True
@@ -39,22 +42,22 @@ def notify(subject: str, text: str, settings: Settings) -> bool:
                 TopicArn=settings.notify_sns_topic, Subject=line, Message=text
             )
         except (BotoCoreError, ClientError) as error:
-            logger.warning("The notification over %s failed: %s", settings.notify_sns_topic, error)
+            logger.warning("The notification to %s failed: %s", settings.notify_sns_topic, error)
             sent = False
     if settings.notify_webhook is not None:
         url = settings.notify_webhook.get_secret_value()
         try:
             httpx.post(url, json={"text": f"{subject}\n{text}"}, timeout=_TIMEOUT_S).raise_for_status()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            # The error's own words hold the address, which is a secret.
+            # The error's text contains the address, which is a secret.
             answer = f" {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else ""
-            logger.warning("The notification over NOTIFY_WEBHOOK failed: %s%s", type(error).__name__, answer)
+            logger.warning("The notification to NOTIFY_WEBHOOK failed: %s%s", type(error).__name__, answer)
             sent = False
     return sent
 
 
 def without_secrets(text: str, settings: Settings) -> str:
-    """The text with every known secret's value replaced by asterisks."""
+    """Replace the values of all known secrets in a text by asterisks."""
     values = [value.get_secret_value() for value in dict(settings).values() if isinstance(value, SecretStr)]
     values += [os.environ.get(name, "") for name in _OTHER_SECRETS]
     for value in sorted(values, key=len, reverse=True):

@@ -1,4 +1,4 @@
-"""What became of each run that a schedule started: one JSON file each, in a folder or in S3."""
+"""Records of the runs that a schedule started: one JSON file for each run, in a folder or in S3."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import boto3
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-# The environment of a scheduled training job holds its name here.
+# Environment variable of a scheduled training job with the job's name.
 JOB_VARIABLE = "LLM_SCHEDULED_JOB"
 
 _LOCK_FILE = "lock"
-# These judged a model by the gate: the same data again would end the same way.
+# Outcomes of runs that judged a model. Another run with the same data would end the same way.
 _COMPLETED = ("promoted", "staged", "gate failed")
 
 
 def job_prefix(schedule: str) -> str:
-    """What the names of a schedule's jobs begin with, and no other's: a schedule's name has no two hyphens in a row."""
+    """The beginning of the names of a schedule's jobs. It is unique, because a schedule's name has no double hyphen."""
     return f"{schedule}--"
 
 
@@ -31,12 +31,12 @@ class RunRecord(BaseModel):
     """A run of a schedule.
 
     Attributes:
-        run: the training job's name; for a run on this machine its time and process.
-        ended: None while it runs, or if nobody was left to say how it ended.
-        reason: which rule failed, what was raised, why nothing ran.
-        run_id: of the ZenML run; None if it never began.
-        version: of the model.
-        fingerprint: of what the run would read and do; None if it ended before that was known.
+        run: the training job's name; for a run on this machine, its time and process id.
+        ended: None while it runs, and if its process was killed.
+        reason: the rule that failed, the error, or why nothing ran.
+        run_id: the id of the ZenML run; None if it never began.
+        version: the version of the model.
+        fingerprint: hash of the run's inputs, recipe and code; None if the run ended before it was computed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,17 +54,17 @@ class RunRecord(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """The outcome in words: `promoted: version 4`, `skipped: no new data`, `failed: …`."""
+        """Outcome and reason, such as `promoted: version 4`, `skipped: no new data` or `failed: …`."""
         return f"{self.outcome}: {self.reason}" if self.reason else self.outcome
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run went through the whole chain to a judgement."""
+        """Whether the run went through the whole chain and judged a model."""
         return self.outcome in _COMPLETED
 
 
 class Place:
-    """Where a schedule keeps what belongs to it: a folder, or `s3://bucket/prefix`. Its last part is the schedule's name."""
+    """The place of a schedule's files: a folder, or `s3://bucket/prefix`. Its last part is the schedule's name."""
 
     def __init__(self, place: str) -> None:
         self.place = place.rstrip("/")
@@ -76,7 +76,7 @@ class Place:
         return self.place.rpartition("/")[2]
 
     def write(self, record: RunRecord) -> None:
-        """Keep a record, in place of a former one of the same run."""
+        """Write a record; it replaces an earlier record of the same run."""
         text = record.model_dump_json(indent=1)
         if self.in_s3:
             bucket, prefix = self.bucket_and_prefix
@@ -89,7 +89,7 @@ class Place:
         partial.replace(folder / f"{record.run}.json")
 
     def records(self, s3: Any = None) -> list[RunRecord]:
-        """All records, the newest first. `s3` is a boto3 client, where the default one is not meant."""
+        """All records, the newest first. `s3` is a boto3 client; the default is one of the default session."""
         if self.in_s3:
             s3 = s3 or boto3.client("s3")
             bucket, prefix = self.bucket_and_prefix
@@ -98,14 +98,15 @@ class Place:
             texts = [s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys]
         else:
             texts = [file.read_bytes() for file in (Path(self.place) / "runs").glob("*.json")]
-        found = [RunRecord.model_validate_json(text) for text in texts]
-        return sorted(found, key=lambda record: record.began, reverse=True)
+        records = [RunRecord.model_validate_json(text) for text in texts]
+        return sorted(records, key=lambda record: record.began, reverse=True)
 
     @contextmanager
     def kept(self, file: Path) -> Iterator[None]:
-        """Let a file outlive the machine of a job: it is there before the work, and in S3 after it, however that ends.
+        """Keep a file in S3 beyond the life of a job's machine: download it before the block, and upload it after it.
 
-        What is on the machine already is newer, for it comes from the job's checkpoints. In a folder nothing is done.
+        A file that is on the machine already is not replaced: it comes from the job's checkpoints, so it is newer. If
+        the place is a folder, nothing is done.
         """
         if not self.in_s3:
             yield
@@ -123,12 +124,12 @@ class Place:
 
     @contextmanager
     def lock(self) -> Iterator[bool]:
-        """Whether this process is the only run of the schedule; of a folder."""
+        """Lock the folder until the block ends; yields whether this process is the only run of the schedule."""
         folder = Path(self.place)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / _LOCK_FILE).open("a+") as file:
             try:
-                # The kernel lets go of it when the process ends, however that comes about.
+                # The kernel releases the lock when the process ends, even if it is killed.
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
@@ -140,12 +141,14 @@ class Place:
             file.truncate(0)
 
     def running_process(self) -> int | None:
-        """The process that holds the lock of a folder; None if none does. It is not asked by locking, which would make a
-        run that begins just then believe that it is the second."""
+        """The id of the process that holds the lock of the folder; None if no process holds it.
+
+        This does not try to lock: a run that begins at that moment would believe that it is the second.
+        """
         file = Path(self.place) / _LOCK_FILE
         try:
             process = psutil.Process(int(file.read_text() or 0))
-            # A number alone is given again to other processes.
+            # The id alone is not enough: the system reuses the ids of ended processes.
             holds = process.create_time() <= file.stat().st_mtime + 1 and process.status() != psutil.STATUS_ZOMBIE
         except (FileNotFoundError, psutil.NoSuchProcess):
             return None
@@ -153,6 +156,6 @@ class Place:
 
     @property
     def bucket_and_prefix(self) -> tuple[str, str]:
-        """Of a place in S3."""
+        """Bucket and key prefix of a place in S3."""
         bucket, _, prefix = self.place.removeprefix("s3://").partition("/")
         return bucket, prefix

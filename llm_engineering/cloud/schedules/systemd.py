@@ -1,4 +1,4 @@
-"""Timers of systemd's user instance (systemd.timer(5)): a `.service` that runs a command, a `.timer` that starts it."""
+"""Writes schedules as timers of systemd's user instance (systemd.timer(5)): a `.service` with the command, and a `.timer`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_engineering.errors import WorkError
 
 
 def is_there() -> bool:
-    """Whether systemd answers for this user: it does not in containers, nor after su."""
+    """Whether systemd answers for this user. It does not answer in containers and after su."""
     if shutil.which("systemctl") is None:
         return False
     return subprocess.run(["systemctl", "--user", "show-environment"], capture_output=True).returncode == 0  # noqa: S607
@@ -29,10 +29,10 @@ def write(
     log: Path,
     paused: bool,
 ) -> None:
-    """Make a timer, or one anew that is there.
+    """Add or replace the units of a schedule.
 
     Raises:
-        RequestError: systemd cannot say the time.
+        RequestError: systemd cannot express the time.
         WorkError: systemctl fails.
     """
     variables = "".join(f"Environment={_quoted([f'{key}={value}'])}\n" for key, value in sorted(environment.items()))
@@ -42,7 +42,7 @@ def write(
         f"[Service]\nType=oneshot\nWorkingDirectory={str(directory).replace('%', '%%')}\n{variables}"
         f"ExecStart={_quoted([word.replace('$', '$$') for word in command])}\n"
         f"StandardOutput=append:{output}\nStandardError=append:{output}\n"
-        # A checkpoint of a large model takes longer than systemd's 90 seconds.
+        # Saving a checkpoint of a large model takes longer than systemd's default of 90 seconds.
         "TimeoutStopSec=600\n"
     )
     timer = (
@@ -56,12 +56,12 @@ def write(
     _systemctl("daemon-reload")
     if not paused:
         _systemctl("enable", f"{name}.timer")
-        # A timer that is active keeps its former time until it is started again.
+        # An active timer keeps its old time until it is restarted.
         _systemctl("restart", f"{name}.timer")
 
 
 def state(name: str) -> Literal["active", "paused", "lost"]:
-    """Whether the timer fires; lost if it is not there."""
+    """Whether the timer is enabled; `lost` if its unit does not exist."""
     if not _unit(name, "timer").is_file():
         return "lost"
     command = ["systemctl", "--user", "is-enabled", "--quiet", f"{name}.timer"]
@@ -69,7 +69,7 @@ def state(name: str) -> Literal["active", "paused", "lost"]:
 
 
 def set_paused(name: str, paused: bool) -> None:
-    """Let it fire no more, or again."""
+    """Disable or enable the timer."""
     _systemctl("disable" if paused else "enable", "--now", f"{name}.timer")
 
 
@@ -91,7 +91,7 @@ def _unit(name: str, kind: str) -> Path:
 
 
 def _quoted(words: Sequence[str]) -> str:
-    """Words as systemd reads them (systemd.service(5), "Command lines")."""
+    """Quote words for a unit file (systemd.service(5), "Command lines")."""
     escaped = (word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") for word in words)
     return " ".join(f'"{word}"' for word in escaped)
 

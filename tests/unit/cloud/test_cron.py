@@ -1,4 +1,4 @@
-"""When schedules fire: what is accepted, translated and refused, against dates looked up in a calendar."""
+"""Times of schedules: accepted, translated and refused expressions, and next times against a calendar."""
 
 import shutil
 import subprocess
@@ -51,8 +51,8 @@ def test_expressions_in_eventbridge_form(text, expected):
     [
         ("0 3 * * SUN *", '"0 3 ? * SUN *"'),
         ("0 3 * * * *", '"0 3 * * ? *"'),
-        ("0 3 1 * SUN *", "exactly one of them has to be ?"),
-        ("0 3 ? * ? *", "exactly one of them has to be ?"),
+        ("0 3 1 * SUN *", "exactly one of them must be ?"),
+        ("0 3 ? * ? *", "exactly one of them must be ?"),
         ("0 3 ? * SUN", '"0 3 ? * SUN *"'),
         ("0 3 1 * 0", '"0 3 1 * *" and "0 3 * * 0"'),
         ("60 3 * * ? *", "minute"),
@@ -62,20 +62,20 @@ def test_expressions_in_eventbridge_form(text, expected):
         ("0 3 ? * LOTS *", "day-of-week"),
         ("0/0 3 * * ? *", "cannot be read"),
         ("0 3 LW * ? *", "cannot be read"),
-        ("0 3 * * 8", "no day of week"),
-        ("5/10 3 * * *", "no minute"),
-        ("MON-FRI/2 3 * * *", "no minute"),
-        ("*/0 3 * * *", "no minute"),
+        ("0 3 * * 8", "not a day of week"),
+        ("5/10 3 * * *", "not a minute"),
+        ("MON-FRI/2 3 * * *", "not a minute"),
+        ("*/0 3 * * *", "not a minute"),
         ("0 3 30 2 ? *", "never fires"),
         ("0 3 1 1 ? 2020", "never fires"),
         ("0 3 *", "3 fields instead of 6"),
         ("", "0 fields instead of 6"),
-        ("@reboot", "no time that can be scheduled"),
-        ("at(2027-01-01T00:00:00)", "fires once"),
-        ("rate(1 days)", "no rate"),
-        ("rate(7 day)", "no rate"),
-        ("rate(0 days)", "no rate"),
-        ("rate(2 weeks)", "no rate"),
+        ("@reboot", "is not a time"),
+        ("at(2027-01-01T00:00:00)", "fires only once"),
+        ("rate(1 days)", "not a rate"),
+        ("rate(7 day)", "not a rate"),
+        ("rate(0 days)", "not a rate"),
+        ("rate(2 weeks)", "not a rate"),
     ],
 )
 def test_wrong_expressions_are_refused_with_the_right_form(text, said):
@@ -102,13 +102,13 @@ def test_next_times():
     assert fires("0 3 1 1 ? 2027", 3) == ["Fri 2027-01-01 03:00+0000"]
 
 
-def test_times_are_those_of_the_timezone():
+def test_times_are_in_the_timezone_of_the_schedule():
     # 15:40 in UTC is past 3 o'clock in Tokyo, where it is the 24th already.
     assert fires("0 3 * * ? *", 1, "Asia/Tokyo") == ["Tue 2026-11-24 03:00+0900"]
     assert fires("45 15 * * ? *", 1, "UTC") == ["Mon 2026-11-23 15:45+0000"]
 
 
-def test_time_left_out_by_summer_time_does_not_fire_and_a_repeated_one_fires_once():
+def test_a_time_that_summer_time_skips_does_not_fire_and_a_repeated_time_fires_once():
     # Berlin goes from 02:00 to 03:00 on 28 March 2027, and back from 03:00 to 02:00 on 31 October 2027.
     spring = datetime(2027, 3, 27, 12, 0, tzinfo=UTC)
     assert fires("30 2 * * ? *", 2, "Europe/Berlin", spring) == [
@@ -122,7 +122,7 @@ def test_time_left_out_by_summer_time_does_not_fire_and_a_repeated_one_fires_onc
     ]
 
 
-def test_rate_counts_from_the_creation():
+def test_a_rate_counts_from_the_creation():
     timing, created = parse("rate(7 days)"), NOW - timedelta(days=8)
     assert timing.next_times(NOW, 2, created) == [created + timedelta(days=14), created + timedelta(days=21)]
 
@@ -135,12 +135,12 @@ def test_rate_counts_from_the_creation():
         ("0/15 * 1,15 MAR ? *", "0,15,30,45 * 1,15 3 *", "*-3-1,15 *:0,15,30,45:00 UTC"),
     ],
 )
-def test_for_this_machine(text, line, calendar):
+def test_expressions_for_cron_and_systemd(text, line, calendar):
     assert crontab_fields(parse(text)) == line
     assert on_calendar(parse(text)) == calendar
 
 
-def test_what_this_machine_cannot_keep_is_refused():
+def test_times_that_cron_or_systemd_cannot_express_are_refused():
     for text in ("0 3 L * ? *", "0 3 ? * 2#1 *", "rate(7 days)", "0 3 1 1 ? 2027-2030"):
         with pytest.raises(RequestError):
             crontab_fields(parse(text))

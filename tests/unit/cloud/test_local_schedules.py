@@ -1,4 +1,4 @@
-"""Schedules of this machine, with a crontab and a systemctl that write down what they are told."""
+"""Schedules of this machine, with a fake crontab and a fake systemctl that record their input."""
 
 import json
 import subprocess
@@ -71,7 +71,7 @@ def schedule(folder: Path, keeper="cron", text="0 3 ? * SUN *", timezone="UTC", 
     )
 
 
-def test_keeper_is_systemd_where_it_answers(machine, with_systemd):
+def test_the_keeper_is_systemd_if_it_answers(machine, with_systemd):
     assert local_schedules.keeper() == "systemd"
     (machine / "bin" / "systemctl").write_text("#!/bin/sh\nexit 1\n")
     assert local_schedules.keeper() == "cron"
@@ -80,7 +80,7 @@ def test_keeper_is_systemd_where_it_answers(machine, with_systemd):
         local_schedules.keeper()
 
 
-def test_crontab_line_is_made_paused_changed_and_removed_and_others_stay(machine):
+def test_a_crontab_line_is_created_paused_changed_and_removed_and_other_lines_stay(machine):
     lines = machine / "crontab"
     lines.write_text(OTHERS)
     weekly, other = schedule(machine), schedule(machine, name="weekly-2")
@@ -111,14 +111,14 @@ def test_crontab_line_is_made_paused_changed_and_removed_and_others_stay(machine
     assert list((machine / "out puts" / "schedules").iterdir()) == []
 
 
-def test_crontab_that_was_not_there_is_not_there_again(machine):
+def test_a_crontab_that_did_not_exist_is_removed_again(machine):
     local_schedules.write(schedule(machine), "{}", paused=False)
     local_schedules.remove(schedule(machine), stop=False)
     assert not (machine / "crontab").exists()
 
 
-def test_line_runs_its_command_under_a_shell(machine):
-    """As cron reads it: `%` ends a command unless a backslash stands before it, and the rest is for sh."""
+def test_a_crontab_line_runs_its_command_in_a_shell(machine):
+    """Cron ends a command at `%` unless it has a backslash, and passes the rest to sh."""
     log = machine / "a log's 5%.txt"
     code = "import os, sys; print(os.getcwd(), os.environ['WHAT'], sys.argv[1])"
     crontab.write(
@@ -136,7 +136,7 @@ def test_line_runs_its_command_under_a_shell(machine):
     assert log.read_text() == f'{machine} 5% $HOME it\'s "%d"\n'
 
 
-def test_systemd_timer_is_made_paused_changed_and_removed(with_systemd):
+def test_a_systemd_timer_is_created_paused_changed_and_removed(with_systemd):
     weekly = schedule(with_systemd, "systemd", timezone="Europe/Berlin")
     local_schedules.write(weekly, "{}", paused=False)
     units = with_systemd / "config" / "systemd" / "user"
@@ -184,21 +184,21 @@ def test_systemd_accepts_the_units(with_systemd):
     assert "odd." not in checked.stderr, checked.stderr
 
 
-def test_crontab_keeps_no_other_timezone(machine):
+def test_a_crontab_refuses_another_timezone(machine):
     with pytest.raises(RequestError, match="leave TIMEZONE out"):
         local_schedules.check(parse_timing("0 3 * * ? *", "Asia/Tokyo", NOW), "cron", NOW)
     local_schedules.check(parse_timing("0 3 * * ? *", "Etc/UTC", NOW), "cron", NOW)
     local_schedules.check(parse_timing("0 3 * * ? *", "Asia/Tokyo", NOW), "systemd", NOW)
 
 
-def test_run_that_was_killed_is_told_as_that(machine):
+def test_a_killed_run_is_listed_as_failed(machine):
     place = Place(str(machine / "place"))
     place.write(RunRecord(run="20261123T030000-999999", began=NOW))
     found = schedule(machine).model_copy(update={"folder": machine / "place"})
-    assert local_schedules.runs(found, 3)[0].verdict == "failed: killed: its process ended without a word"
+    assert local_schedules.runs(found, 3)[0].verdict == "failed: killed: its process ended without a verdict"
 
 
-def test_run_under_way_is_stopped_only_when_asked(machine):
+def test_a_run_in_progress_is_stopped_only_with_stop(machine):
     weekly = schedule(machine)
     local_schedules.write(weekly, "{}", paused=False)
     holds = "import sys, time; from llm_engineering.cloud.schedules.run_records import Place\nwith Place(sys.argv[1]).lock() as first:\n print(first, flush=True); time.sleep(60)"  # fmt: skip
@@ -208,7 +208,7 @@ def test_run_under_way_is_stopped_only_when_asked(machine):
         with Place(str(weekly.folder)).lock() as is_first:
             assert not is_first
         assert weekly.place.running_process() == process.pid
-        with pytest.raises(RequestError, match=f"process {process.pid}, is under way"):
+        with pytest.raises(RequestError, match=f"process {process.pid}, is in progress"):
             local_schedules.remove(weekly, stop=False)
         assert local_schedules.state(weekly) == "paused"
         local_schedules.remove(weekly, stop=True)
@@ -270,8 +270,8 @@ def test_commands_for_this_machine(machine, commands, capsys):
         commands("remove")
 
 
-def test_what_cron_starts_keeps_its_verdict(machine, commands, monkeypatch):
-    """Under cron's own environment, which has next to nothing in it."""
+def test_a_run_that_cron_starts_records_its_verdict(machine, commands, monkeypatch):
+    """In cron's environment, which has almost no variables."""
     monkeypatch.chdir(ROOT)
     recipe = machine / "mine.yaml"
     recipe.write_text(f"extends: {ROOT}/configs/local.yaml\nname: mine\ndocuments: {{path: my_docs}}\n")
@@ -284,7 +284,7 @@ def test_what_cron_starts_keeps_its_verdict(machine, commands, monkeypatch):
     assert place.records()[0].verdict.startswith("failed: documents.path my_docs does not exist.")
 
 
-def test_secret_of_this_shell_alone_is_refused(machine, commands, monkeypatch):
+def test_a_secret_that_only_this_shell_has_is_refused(machine, commands, monkeypatch):
     monkeypatch.setenv("COMET_API_KEY", "planted-comet-4711")
     recipe = str(ROOT / "configs" / "local.yaml")
     with pytest.raises(RequestError, match="COMET_API_KEY stands in the environment of this shell") as refused:
@@ -299,7 +299,7 @@ def test_secret_of_this_shell_alone_is_refused(machine, commands, monkeypatch):
     assert "planted" not in written
 
 
-def test_time_that_cron_cannot_keep_is_refused_before_anything_is_written(machine, commands):
+def test_a_time_that_cron_cannot_express_is_refused_before_anything_is_written(machine, commands):
     recipe = str(ROOT / "configs" / "local.yaml")
     for text in ("0 3 L * ? *", "rate(7 days)", "0 3 * * SUN *"):
         with pytest.raises(RequestError):
