@@ -1,6 +1,6 @@
-"""Small runs whose losses stand in tests/unit/training/references: python -m tests.renew_references writes them anew.
+"""Rewrites the losses in tests/unit/training/references with those of small runs: python -m tests.renew_references
 
-Run it only after a change that is meant to change what is trained, and say in the commit why the losses moved.
+Run it only after an intended change of the losses, and explain the change in the commit.
 """
 
 import json
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, write_model
+from tests.tiny_models import formatted, logged, training_setup, write_model
 
 FOLDER = Path(__file__).parent / "unit" / "training" / "references"
 STEPS: dict[str, Any] = {
@@ -28,15 +27,8 @@ STEPS: dict[str, Any] = {
 
 
 def losses(stage: str, folder: Path, settings: Settings) -> dict[str, list[float]]:
-    """Training losses of every step and validation losses of a run of `sft` or `dpo`; `dpo` with its margins."""
-    setup = TrainingSetup(
-        model=ModelConfig(name_or_path=str(write_model(folder / "model", "llama")), revision="test"),
-        max_length=256,
-        chat_template="alpaca",
-        compute=ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa"),
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+    """Training losses of each step, and validation losses, of an `sft` or `dpo` run; for `dpo` also the margins."""
+    setup = training_setup(write_model(folder / "model", "llama"))
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     rows = formatted("instruction", 16, tokenizer, folder)
     result = train_sft(rows, SFTConfig(**STEPS, packing=True), setup, settings)
@@ -44,11 +36,11 @@ def losses(stage: str, folder: Path, settings: Settings) -> dict[str, list[float
         pairs = formatted("preference", 16, tokenizer, folder)
         result = train_dpo(pairs, result.adapter, DPOConfig(**STEPS), setup, settings)
     names = ("loss", "eval_loss", "rewards/margins") if stage == "dpo" else ("loss", "eval_loss")
-    return {name: [entry[name] for entry in result.summary["history"] if name in entry] for name in names}
+    return {name: logged(result, name) for name in names}
 
 
 def main() -> None:
-    """Write both files."""
+    """Write the files of both stages."""
     FOLDER.mkdir(exist_ok=True)
     for stage in ("sft", "dpo"):
         with tempfile.TemporaryDirectory() as scratch:

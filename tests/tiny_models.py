@@ -1,4 +1,4 @@
-"""Models of two small layers with a byte-level tokenizer of 300 tokens, and rows for them."""
+"""Models of two small layers with a byte-level tokenizer of 300 tokens, and rows and settings to train them."""
 
 from pathlib import Path
 
@@ -18,13 +18,17 @@ from transformers import (
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.training_blocks import ModelConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.job import TrainingResult
 
 END = "<|endoftext|>"
+CPU = ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")
 
 
 def write_model(folder: Path, kind: str) -> Path:
-    """Save a `gpt2` or `llama` with random weights, the same each time, and its tokenizer."""
+    """Save a `gpt2` or `llama` and its tokenizer. Its random weights are the same in each call."""
     tokenizer = _tokenizer()
     torch.manual_seed(0)
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -67,7 +71,7 @@ def _tokenizer() -> PreTrainedTokenizerBase:
 
 
 def instruction(number: int) -> InstructionRow:
-    """A question with an answer of one of three lengths."""
+    """A question and an answer of one of three lengths."""
     return InstructionRow(
         prompt=[Message(role="user", content=f"What is {number}?")],
         completion=[Message(role="assistant", content="It is this. " * (1 + number % 3))],
@@ -77,7 +81,7 @@ def instruction(number: int) -> InstructionRow:
 
 
 def pair(number: int) -> PreferenceRow:
-    """A question with an answer and a worse one, of one of three lengths."""
+    """A question, a chosen answer, and a rejected answer of one of three lengths."""
     return PreferenceRow(
         prompt=[Message(role="user", content=f"What is {number}?")],
         chosen=[Message(role="assistant", content="It is this.")],
@@ -88,7 +92,7 @@ def pair(number: int) -> PreferenceRow:
 
 
 def formatted(kind: str, count: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DatasetDict:
-    """That many rows to train on, and four to validate with."""
+    """`count` formatted rows for training, and four for validation."""
     make, to_dataset = (instruction, instruction_dataset) if kind == "instruction" else (pair, preference_dataset)
     rows = [make(number) for number in range(count + 4)]
     ledger = Ledger()
@@ -97,3 +101,22 @@ def formatted(kind: str, count: int, tokenizer: PreTrainedTokenizerBase, folder:
     own = folder / kind
     own.mkdir()
     return format_splits(splits, kind, tokenizer, FormattingConfig(max_length=256), own, ledger)[0]
+
+
+def training_setup(
+    folder: Path, compute: ComputeConfig = CPU, max_length: int = 256, chat_template: str | None = "alpaca"
+) -> TrainingSetup:
+    """Settings for training the model of a folder, without trackers."""
+    return TrainingSetup(
+        model=ModelConfig(name_or_path=str(folder), revision="test"),
+        max_length=max_length,
+        chat_template=chat_template,
+        compute=compute,
+        tracking=TrackingConfig(comet="off"),
+        seed=7,
+    )
+
+
+def logged(result: TrainingResult, name: str = "loss") -> list[float]:
+    """The values of a name in the history of a training run."""
+    return [entry[name] for entry in result.summary["history"] if name in entry]

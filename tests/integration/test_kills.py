@@ -12,18 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import (
     DPOConfig,
     LoraConfig,
-    ModelConfig,
     SFTConfig,
-    TrackingConfig,
-    TrainingSetup,
 )
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
+from tests.tiny_models import training_setup
 
 STEPS = 24
 # With dropout, accumulation, and a log entry every third step, which is not the step of a save.
@@ -83,13 +80,7 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
             for i in range(16)
         ]
     data = DatasetDict(train=Dataset.from_list(rows[:12]), validation=Dataset.from_list(rows[12:]))
-    setup = TrainingSetup(
-        model=ModelConfig(name_or_path=str(model), revision="test"),
-        max_length=64,
-        compute=ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa"),
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+    setup = training_setup(model, max_length=64, chat_template=None)
     settings = Settings(llm_output_dir=outputs)
     if sft is None:
         result = train_sft(data, CONFIG, setup, settings)

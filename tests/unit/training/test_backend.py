@@ -22,10 +22,7 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import (
     DPOConfig,
     LoraConfig,
-    ModelConfig,
     SFTConfig,
-    TrackingConfig,
-    TrainingSetup,
 )
 from llm_engineering.training import run
 from llm_engineering.training.dpo import train_dpo
@@ -33,13 +30,10 @@ from llm_engineering.training.sft import train_sft
 from llm_engineering.training.unsloth_policy import check_packable, check_packed
 from tests.conftest import ROOT
 from tests.fakes import unsloth as fake_unsloth
-from tests.tiny_models import formatted
+from tests.renew_references import STEPS
+from tests.tiny_models import formatted, training_setup
 
 CARD = Device("cuda", torch.bfloat16, "sdpa", ["device cuda: a card"])
-STEPS = {
-    "learning_rate": 1e-2, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 2,
-    "save_steps": 4, "eval_steps": 4,
-}  # fmt: skip
 
 
 @pytest.fixture
@@ -153,15 +147,8 @@ def test_unsloth_is_imported_before_the_libraries_that_it_patches(tmp_path):
 
 
 @pytest.fixture
-def setup(small_llama, cpu):
-    return TrainingSetup(
-        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
-        max_length=256,
-        chat_template="alpaca",
-        compute=cpu,
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+def setup(small_llama):
+    return training_setup(small_llama)
 
 
 @pytest.fixture

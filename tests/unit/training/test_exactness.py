@@ -9,24 +9,17 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer, train_sft
 from tests.renew_references import FOLDER, STEPS, losses
-from tests.tiny_models import formatted
+from tests.tiny_models import formatted, logged, training_setup
 
 
 @pytest.fixture
-def setup(small_llama, cpu):
-    return TrainingSetup(
-        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
-        max_length=256,
-        chat_template="alpaca",
-        compute=cpu,
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+def setup(small_llama):
+    return training_setup(small_llama)
 
 
 @pytest.fixture
@@ -41,7 +34,7 @@ def test_accumulated_batches_train_like_one(rows, setup, settings):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
         config = SFTConfig(**STEPS | sizes | {"num_train_epochs": 2}, packing=False)
         result = train_sft(rows, config, setup, settings)
-        histories.append([entry["loss"] for entry in result.summary["history"] if "loss" in entry])
+        histories.append(logged(result))
     assert len(histories[0]) == 4
     assert histories[0] == pytest.approx(histories[1], abs=1e-5)
 

@@ -15,38 +15,22 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import (
     DPOConfig,
     LoraConfig,
-    ModelConfig,
     SFTConfig,
-    TrackingConfig,
-    TrainingSetup,
 )
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
-from tests.tiny_models import formatted
+from tests.renew_references import STEPS as REFERENCE_STEPS
+from tests.tiny_models import formatted, logged, training_setup
 
-STEPS = {
-    "learning_rate": 1e-2,
-    "num_train_epochs": 1,
-    "gradient_accumulation_steps": 1,
-    "per_device_train_batch_size": 2,
-    "save_steps": 2,
-    "eval_steps": 2,
-}
+STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2}
 
 
 @pytest.fixture
-def setup(small_llama, cpu):
-    return TrainingSetup(
-        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
-        max_length=256,
-        chat_template="alpaca",
-        compute=cpu,
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+def setup(small_llama):
+    return training_setup(small_llama)
 
 
 @pytest.fixture
@@ -81,7 +65,7 @@ def test_dpo_starts_from_the_sft_model_of_its_method(method, rows, pairs, tokeni
     changes = {"method": "full"} if method == "full" else {"lora": LoraConfig(use_dora=True)}
     setup = setup.model_copy(update={"method": changes.get("method", "lora")})
     sft = trained_sft(rows, setup, settings, **changes)
-    losses = [entry["loss"] for entry in sft.summary["history"] if "loss" in entry]
+    losses = logged(sft)
     assert losses[-1] < losses[0]
     assert (sft.adapter / "config.json").is_file() == (method == "full")
 
@@ -147,7 +131,7 @@ def test_precomputed_references_train_the_same(rows, pairs, tokenizer, setup, se
     for precomputed in (False, True):
         config = DPOConfig(**STEPS, precompute_ref_log_probs=precomputed)
         result = train_dpo(pairs, adapter, config, setup, settings)
-        histories.append([entry["loss"] for entry in result.summary["history"] if "loss" in entry])
+        histories.append(logged(result))
     assert histories[1] == pytest.approx(histories[0], abs=1e-5)
     assert len(set(histories[0])) > 1
 
@@ -157,7 +141,7 @@ def test_a_run_ends_with_its_best_checkpoint(rows, tokenizer, setup, settings):
     spoilt = {"learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.9, "num_train_epochs": 5}
     spoilt |= {"packing": False, "save_steps": 1, "eval_steps": 1}
     result = trained_sft(rows, setup, settings, **spoilt, load_best=True, early_stopping_patience=3)
-    losses = [entry["eval_loss"] for entry in result.summary["history"] if "eval_loss" in entry]
+    losses = logged(result, "eval_loss")
     best = losses.index(min(losses))
     assert best < len(losses) - 1
     assert result.summary["steps"] == len(losses) == best + 1 + 3 < 20

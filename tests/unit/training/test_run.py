@@ -14,12 +14,13 @@ from datasets import Dataset, DatasetDict
 from transformers import Trainer
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import SFTConfig
 from llm_engineering.training.arguments import halved
 from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
 from llm_engineering.training.ranks import Interruption
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer import EXPLOSION_FACTOR, LossWatch, rows_of
+from tests.tiny_models import logged, training_setup
 from tests.unit.training.steps import during_step
 
 CONFIG = SFTConfig(
@@ -38,14 +39,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_model, cpu):
-    return TrainingSetup(
-        model=ModelConfig(name_or_path=str(tiny_model), revision="test"),
-        max_length=64,
-        compute=cpu,
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+def setup(tiny_model):
+    return training_setup(tiny_model, max_length=64, chat_template=None)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +50,6 @@ def data():
         for i in range(28)
     ]
     return DatasetDict(train=Dataset.from_list(rows[:24]), validation=Dataset.from_list(rows[24:]))
-
-
-def losses(result):
-    return [entry["loss"] for entry in result.summary["history"] if "loss" in entry]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -273,7 +264,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(data, setup,
     )
     assert (result.summary["per_device_train_batch_size"], result.summary["effective_batch"]) == (2, 4)
     assert result.summary["resumed_from"] == "checkpoint-2"
-    assert losses(result) == pytest.approx(losses(expected), abs=1e-4)
+    assert logged(result) == pytest.approx(logged(expected), abs=1e-4)
 
 
 def test_out_of_memory_with_one_row_is_an_error(data, setup, settings, monkeypatch):

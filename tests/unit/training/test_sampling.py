@@ -9,13 +9,14 @@ from llm_engineering.errors import RequestError
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import SFTConfig
 from llm_engineering.training import sft
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer, train_sft
 from llm_engineering.training.trainer import LengthGroupedByEpoch
 from tests.conftest import ROOT
+from tests.tiny_models import training_setup
 from tests.unit.training.steps import during_step
 
 CONFIG = SFTConfig(
@@ -25,15 +26,8 @@ CONFIG = SFTConfig(
 
 
 @pytest.fixture
-def setup(small_llama, cpu):
-    return TrainingSetup(
-        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
-        max_length=64,
-        chat_template="alpaca",
-        compute=cpu,
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+def setup(small_llama):
+    return training_setup(small_llama, max_length=64)
 
 
 @pytest.fixture(scope="module")

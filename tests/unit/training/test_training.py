@@ -23,12 +23,13 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig, TrackingConfig
 from llm_engineering.training.checkpoints import newest_complete
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import train_sft
+from tests.tiny_models import logged, training_setup
 
 STEPS = {
     "learning_rate": 1e-2,
@@ -42,14 +43,8 @@ DPO = DPOConfig(**STEPS, per_device_train_batch_size=2)
 
 
 @pytest.fixture(scope="module")
-def setup(tiny_model, cpu):
-    return TrainingSetup(
-        model=ModelConfig(name_or_path=str(tiny_model), revision="test"),
-        max_length=128,
-        compute=cpu,
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
+def setup(tiny_model):
+    return training_setup(tiny_model, max_length=128, chat_template=None)
 
 
 def formatted(splits, kind, to_dataset, tokenizer, folder):
@@ -98,7 +93,7 @@ def sft_adapter(sft_data, setup, tmp_path_factory) -> Path:
 
 def test_sft_lowers_the_loss_and_leaves_no_pickle(sft_data, setup, settings):
     result = train_sft(sft_data, SFT.model_copy(update={"num_train_epochs": 4}), setup, settings)
-    losses = [entry["loss"] for entry in result.summary["history"] if "loss" in entry]
+    losses = logged(result)
     assert losses[-1] < losses[0] - 0.3
     assert {file.suffix for file in result.adapter.iterdir()} <= {".safetensors", ".json", ".jinja"}
     assert not (result.adapter.parent / "checkpoints").exists()
@@ -253,8 +248,7 @@ def test_comet_archive_has_metrics_and_parameters(sft_data, setup, settings):
             metrics.setdefault(payload["metric"]["metricName"], []).append(payload["metric"]["metricValue"])
         elif entry["type"] == "parameter_msg":
             parameters[payload["param"]["paramName"]] = payload["param"]["paramValue"]
-    logged = [entry["loss"] for entry in result.summary["history"] if "loss" in entry]
-    assert [float(value) for value in metrics["sft/loss"]] == pytest.approx(logged)
+    assert [float(value) for value in metrics["sft/loss"]] == pytest.approx(logged(result))
     for name in ("eval_loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes"):
         assert metrics[f"sft/{name}"], name
     assert parameters["run_id"] == "run-1"
