@@ -9,7 +9,6 @@ import re
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -65,11 +64,13 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
     Raises:
         RequestError: the file is missing, unreadable, damaged or in no known format.
     """
-    reader = _READERS.get(ending(path).removesuffix(".gz"))
+    # Parquet and Arrow files compress their columns themselves, so only text comes as .gz.
+    readers = _TEXT_READERS if _is_packed(path) else _READERS
+    reader = readers.get(ending(path).removesuffix(".gz"))
     if reader is None:
         raise RequestError(
-            f"{path} is in no known format ({path.suffix or 'no ending'}): datasets are {', '.join(_READERS)} files, "
-            "each also as .gz."
+            f"{path} is in no known format ({ending(path) or 'no ending'}): datasets are {', '.join(_READERS)} files, "
+            f"{', '.join(_TEXT_READERS)} also as .gz."
         )
     file = str(path)
     try:
@@ -136,17 +137,16 @@ def shown(value: Any) -> str:
         return f"a deeply nested {type(value).__name__}"
 
 
-def open_binary(path: Path) -> BufferedIOBase:
-    """A file's bytes, unpacked where it is a .gz."""
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _open_text(path: Path, newline: str) -> TextIO:
-    with open_binary(path) as file:
+    with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
         is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
     # Bytes that are no text come through as lone surrogates, which the readers look for.
     encoding, errors = ("utf-16", "surrogatepass") if is_utf16 else ("utf-8-sig", "surrogateescape")
-    if path.suffix.lower() == ".gz":
+    if _is_packed(path):
         return gzip.open(path, "rt", encoding=encoding, errors=errors, newline=newline)
     return path.open(encoding=encoding, errors=errors, newline=newline)
 
@@ -222,20 +222,5 @@ def _csv(path: Path) -> Iterator[Item]:
                 yield place, dict(zip(header, cells, strict=True)), "", ""
 
 
-def _parquet(path: Path) -> Iterator[Item]:
-    with open_binary(path) as file:
-        yield from parquet_rows(file)
-
-
-def _arrow(path: Path) -> Iterator[Item]:
-    with open_binary(path) as file:
-        yield from arrow_rows(file)
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}
+_READERS = {**_TEXT_READERS, ".parquet": parquet_rows, ".arrow": arrow_rows}

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
-import shutil
-import tempfile
 from collections.abc import Iterator
-from io import BufferedIOBase
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,45 +13,35 @@ BATCH_ROWS = 1000
 _ARROW_FILE_MAGIC = b"ARROW1"
 
 
-def parquet_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
+def parquet_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
     """The place, value, and the reason and detail of the problem (empty where there is none) of every row.
 
     Raises:
         pyarrow.ArrowException, OSError: the file is damaged, or is no Parquet file.
     """
-    with tempfile.TemporaryFile() as unpacked:
-        # A Parquet file is read from its end. What is compressed as a whole has to be unpacked for that.
-        source = pq.ParquetFile(_seekable(file, unpacked), pre_buffer=False)
+    with path.open("rb") as file:
+        source = pq.ParquetFile(file, pre_buffer=False)
         _check_names(source.schema_arrow)
         yield from _rows(source.iter_batches(BATCH_ROWS))
 
 
-def arrow_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
+def arrow_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
     """The same for an Arrow file, in either of its two forms; `datasets` writes the streaming one.
 
     Raises:
         pyarrow.ArrowException, OSError: the file is damaged, or is no Arrow file.
     """
-    with tempfile.TemporaryFile() as unpacked:
-        seekable = _seekable(file, unpacked)
-        start = seekable.read(len(_ARROW_FILE_MAGIC))
-        seekable.seek(0)
+    with path.open("rb") as file:
+        start = file.read(len(_ARROW_FILE_MAGIC))
+        file.seek(0)
         if start == _ARROW_FILE_MAGIC:
-            table = pa.ipc.open_file(seekable)
+            table = pa.ipc.open_file(file)
             batches = (table.get_batch(number) for number in range(table.num_record_batches))
         else:
-            table = pa.ipc.open_stream(seekable)
+            table = pa.ipc.open_stream(file)
             batches = iter(table)
         _check_names(table.schema)
         yield from _rows(batches)
-
-
-def _seekable(file: BufferedIOBase, unpacked: Any) -> Any:
-    if not isinstance(file, gzip.GzipFile):
-        return file
-    shutil.copyfileobj(file, unpacked)
-    unpacked.seek(0)
-    return unpacked
 
 
 def _check_names(schema: pa.Schema) -> None:
