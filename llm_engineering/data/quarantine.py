@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-
 from pydantic import BaseModel, ConfigDict
 
 
@@ -32,8 +29,3 @@ class Quarantined(BaseModel):
     def named(self) -> str:
         """`source, place: reason`, for messages."""
         return f"{self.source}, {self.place}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
-
-
-def by_reason(rows: Iterable[Quarantined]) -> dict[str, int]:
-    """Counts by reason, most frequent first."""
-    return dict(Counter(row.reason for row in rows).most_common())
