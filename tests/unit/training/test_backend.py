@@ -84,7 +84,9 @@ def test_without_a_card_or_the_package_unsloth_is_refused(monkeypatch):
     cpu = Device("cpu", torch.bfloat16, "sdpa", [])
     with pytest.raises(RequestError, match="needs a CUDA card, and torch finds none"):
         choose_backend(cpu, ComputeConfig(backend="unsloth"), "lora")
-    assert "unsloth is not used, because it needs a CUDA card" in choose_backend(cpu, ComputeConfig(), "lora").reasons[-1]
+    assert (
+        "unsloth is not used, because it needs a CUDA card" in choose_backend(cpu, ComputeConfig(), "lora").reasons[-1]
+    )
     monkeypatch.setattr(devices, "_is_installed", lambda package: False)
     with pytest.raises(RequestError, match=r"not installed \(pip install 'llm-engineering\[gpu\]'\)"):
         choose_backend(CARD, ComputeConfig(backend="unsloth"), "lora")
