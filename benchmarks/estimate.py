@@ -9,7 +9,6 @@ its floating-point operations and a matrix product on the same machine say.
 from __future__ import annotations
 
 import argparse
-import copy
 import ctypes
 import json
 import multiprocessing
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from benchmarks.machine import machine
@@ -36,6 +35,7 @@ from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTCo
 from llm_engineering.training import estimate
 from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.policy import lora_config
+from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer
 
 # glibc, malloc.h
@@ -177,13 +177,12 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
         policy = get_peft_model(policy, lora_config(sft.lora))
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(llm_output_dir=Path(folder))
+        trainer: Any
         if isinstance(config, DPOConfig):
-            reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
-            trainer: Any = dpo_trainer(
-                policy, tokenizer, data, config, setup, device, Path(folder), reference=reference
-            )
+            trainer = dpo_trainer(TrainingRun("dpo", data, config, setup, settings, device, tokenizer), policy, config)
         else:
-            trainer = sft_trainer(policy, tokenizer, data, config, setup, device, Path(folder))
+            trainer = sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
         trainer.args.save_strategy = "no"

@@ -17,18 +17,18 @@ class Progress:
     """Counts items up to `total`, and shows the count, the rate and the remaining time.
 
     Args:
-        label: the name of the items, e.g. `questions`.
+        title: the name of the items, e.g. `questions`.
         total: the number of items; 0 shows nothing.
     """
 
-    def __init__(self, label: str, total: int) -> None:
-        self.label = label
+    def __init__(self, title: str, total: int) -> None:
+        self.title = title
         self.total = total
         self.done = 0
         self.note = ""
         self.shown = 0
         self.started = self.last_line = time.monotonic()
-        self.bar = tqdm(total=total, desc=label, file=sys.stderr) if total and sys.stderr.isatty() else None
+        self.bar = tqdm(total=total, desc=title, file=sys.stderr) if total and sys.stderr.isatty() else None
 
     def advance(self, count: int = 1, note: str = "", *, show: bool = True) -> None:
         """Count `count` more items, with a note, e.g. the cost.
@@ -70,4 +70,4 @@ class Progress:
         rate = self.done / max(now - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate else 0.0
         count = f"{self.done} of {self.total}, {rate:.1f} a second, {left:.0f} s left"
-        logger.info("%s: %s%s", self.label, count, f" — {self.note}" if self.note else "")
+        logger.info("%s: %s%s", self.title, count, f" — {self.note}" if self.note else "")

@@ -25,14 +25,14 @@ from steps.training import train_dpo, train_sft
 
 @pipeline
 def generate_datasets(recipe: Recipe, inputs: Inputs) -> None:
-    """Both datasets, without training."""
+    """Generate both datasets, without training."""
     documents = _documents(recipe, inputs)
     _preferences(recipe, inputs, documents, _instructions(recipe, inputs, documents))
 
 
 @pipeline
 def sft(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
-    """Documents to an evaluated SFT adapter. `incumbent` is the adapter in production, None if there is none."""
+    """Documents to an evaluated SFT adapter. `incumbent` is the adapter in production; None if there is none."""
     instructions = _instructions(recipe, inputs, _documents(recipe, inputs))
     formatted, adapter, training = _train_sft(recipe, inputs, instructions)
     report = evaluate_sft(
@@ -60,7 +60,7 @@ def retrain(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
 
 
 def _documents(recipe: Recipe, inputs: Inputs) -> Any:
-    """The documents that instructions are generated from; None where a dataset of one's own takes their place."""
+    """Read the documents to generate instructions from; None if the recipe names the user's own dataset."""
     if recipe.data.instructions is not None:
         return None
     return read_documents(recipe.documents, inputs.documents)

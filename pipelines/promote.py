@@ -1,6 +1,6 @@
-"""The step that judges a run's model and moves its version to a stage.
+"""The step that applies the gate to a run's model and moves the model version to a stage.
 
-It stands here and not in steps/, because it changes the registry.
+It is here and not in steps/, because it changes the registry.
 """
 
 import json
@@ -18,7 +18,7 @@ from steps.logging import log_artifact
 from steps.materializers import Directory, HashedPydanticMaterializer
 
 
-# Never cached: it acts on the model version of this run, which ties together what the steps made or took from the cache.
+# Never cached: each run has a new model version, which this step moves, even if all other steps come from the cache.
 @project_step(output_materializers=HashedPydanticMaterializer, enable_cache=False)
 def promote(
     evaluation_report: Directory,
@@ -27,10 +27,12 @@ def promote(
     incumbent: int | None,
     sft_adapter: Directory | None = None,
 ) -> Annotated[PromotionDecision, "promotion_decision"]:
-    """Judge this run's model by its measures; a pass moves its model version to a stage.
+    """Apply the gate to this run's measures. If it passes, move the run's model version to a stage.
 
-    `incumbent` is the version that was in production when the run began; if another one is by now, nothing is moved.
-    `sft_adapter` is what DPO started from, perhaps in an earlier run: it belongs to this run's model version too.
+    Args:
+        incumbent: the version in production when the run began. If production has changed since, nothing is moved.
+        sft_adapter: the adapter that DPO started from, perhaps from an earlier run. It is linked to this run's model
+            version too.
     """
     report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
     decision = decide(report, recipe.promotion, incumbent)
@@ -50,7 +52,7 @@ def promote(
         try:
             move(own, decision.stage, incumbent, f"gate of run {context.pipeline_run.name}", decision.reason)
         except StaleError as error:
-            reason = f"Every rule passed, but {error}: run again to be judged against it."
+            reason = f"Every rule passed, but {error}. Run the same command again to compare with that."
             decision = decision.model_copy(update={"outcome": "stale", "stage": None, "reason": reason})
     log_artifact("promotion_decision", outcome=decision.outcome, stage=str(decision.stage), reason=decision.reason)
     return decision

@@ -1,8 +1,8 @@
-"""The stages of a model's versions: which is in production, which waits in staging, and how that came about.
+"""The stages of a model's versions: which one is in production, which one is in staging, and the history of changes.
 
-Each change is a new version of one artifact, numbered from 1, that holds the whole state. ZenML's store accepts a number
-once: of two processes that change the same state, on one machine or on a server, one is refused, reads the new state and
-decides anew. ZenML's own stages follow from it, and are set again by the next change if a process ended in between.
+Each change stores the whole state as a new version of one artifact, numbered from 1. ZenML accepts each number only once.
+So if two processes change the same state, on one machine or on a server, one of them is refused; it reads the new state
+and decides again. ZenML's own stages are set from this state. If a process ends before it sets them, the next change does.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Action = Literal["stage", "promote", "rollback"]
 
 
 class StaleError(Exception):
-    """Production is no longer what a decision was taken against."""
+    """Production has changed since the model was judged."""
 
 
-class Held(BaseModel):
-    """A model version that holds a stage."""
+class StagedVersion(BaseModel):
+    """A model version in a stage."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,7 +44,7 @@ class Held(BaseModel):
 
 
 class Change(BaseModel):
-    """Who moved which version, when and why."""
+    """A change of stages: which version moved, who moved it, when and why."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -56,25 +56,29 @@ class Change(BaseModel):
 
 
 class Stages(BaseModel):
-    """Who holds which stage after a change.
+    """The versions in each stage after a change.
 
     Attributes:
-        number: of the change; 0 before the first.
-        production: versions in the order in which they came to production, the last one is there now. A rollback takes
-            the last one off.
-        change: what led here; None before the first change.
+        number: number of the change; 0 before the first change.
+        production: versions in the order of their promotion. The last one is in production; a rollback removes it.
+        change: the change that led to this state; None before the first change.
     """
 
     model_config = ConfigDict(frozen=True)
 
     number: int
-    production: list[Held]
-    staging: Held | None
+    production: list[StagedVersion]
+    staging: StagedVersion | None
     change: Change | None
 
 
 class Adapter(NamedTuple):
-    """What a model version ended with: `name` is `dpo` or `sft`, `base` the model it was trained on."""
+    """The last adapter of a model version.
+
+    Attributes:
+        name: the stage that trained it, `dpo` or `sft`.
+        base: the model that it was trained on.
+    """
 
     name: str
     artifact: ArtifactVersionResponse
@@ -82,7 +86,7 @@ class Adapter(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """The files, in place in a local store, else in a temporary copy."""
+        """The folder of the adapter: in the artifact store if it is local, else a temporary copy."""
         path: Path = self.artifact.load().path
         return path
 
@@ -98,7 +102,7 @@ def incumbent(model: str) -> Incumbent | None:
     """The version in production, or None.
 
     Raises:
-        RequestError: its run ended before there was a model: its stage was set by hand.
+        RequestError: the version has no adapter, because a person set its stage in ZenML.
     """
     production = stages(model).production
     if not production:
@@ -107,14 +111,14 @@ def incumbent(model: str) -> Incumbent | None:
     adapter = adapter_of(version)
     if adapter is None:
         raise RequestError(
-            f"{model} version {version.number} is in production and has no adapter. `make promote VERSION=…` puts another "
-            "one there."
+            f"{model} version {version.number} is in production and has no adapter. Promote another version: "
+            "make promote VERSION=…"
         )
     return Incumbent(version.number, adapter)
 
 
 def adapter_of(version: ModelVersionResponse) -> Adapter | None:
-    """The adapter that a run ended with, or None if it ended before."""
+    """The last adapter that the version's run trained, or None if it trained none."""
     for name in ("dpo", "sft"):
         artifact = version.get_artifact(f"{name}_adapter")
         if artifact is not None:
@@ -125,7 +129,7 @@ def adapter_of(version: ModelVersionResponse) -> Adapter | None:
 
 
 def stages(model: str) -> Stages:
-    """The state after the last change. Versions that were deleted since are left out."""
+    """The state after the last change, without versions that were deleted since then."""
     try:
         Client().get_model(model)
     except KeyError:
@@ -136,18 +140,18 @@ def stages(model: str) -> Stages:
         production, staging = state.production, state.staging
     else:
         state = Stages(number=0, production=[], staging=None, change=None)
-        production = [_held(version) for version in _holders(model, ModelStages.PRODUCTION)[:1]]
-        staging = next((_held(version) for version in _holders(model, ModelStages.STAGING)), None)
+        production = [_staged(version) for version in _in_zenml_stage(model, ModelStages.PRODUCTION)[:1]]
+        staging = next((_staged(version) for version in _in_zenml_stage(model, ModelStages.STAGING)), None)
     return state.model_copy(
         update={
-            "production": [held for held in production if _exists(held)],
+            "production": [version for version in production if _exists(version)],
             "staging": staging if staging is not None and _exists(staging) else None,
         }
     )
 
 
 def history(model: str) -> list[Change]:
-    """All changes, the oldest first."""
+    """All changes, oldest first."""
     return [version.load().change for version in reversed(_changes(model, size=10_000))]
 
 
@@ -155,21 +159,21 @@ def move(version: ModelVersionResponse, stage: str, incumbent: int | None, by: s
     """Move a version to `staging` or `production`.
 
     Args:
-        incumbent: the version that was in production when this one was judged, None if there was none.
+        incumbent: the version that was in production when this one was judged; None if there was none.
 
     Raises:
-        StaleError: another version, or none, is in production by now.
+        StaleError: another version, or none, is in production now.
     """
-    held = _held(version)
+    staged = _staged(version)
 
-    def moved(state: Stages) -> tuple[list[Held], Held | None]:
+    def moved(state: Stages) -> tuple[list[StagedVersion], StagedVersion | None]:
         now = state.production[-1].number if state.production else None
         if now != incumbent:
-            raise StaleError(f"it was judged with {_named(incumbent)} in production, and by now {_named(now)} is there")
+            raise StaleError(f"it was judged with {_named(incumbent)} in production, and now {_named(now)} is there")
         if stage == ModelStages.STAGING.value:
-            return state.production, held
-        staging = None if state.staging == held else state.staging
-        return [*state.production, held], staging
+            return state.production, staged
+        staging = None if state.staging == staged else state.staging
+        return [*state.production, staged], staging
 
     action: Action = "stage" if stage == ModelStages.STAGING.value else "promote"
     return _change(version.model.name, action, moved, by, note)
@@ -179,10 +183,10 @@ def roll_back(model: str, by: str, note: str) -> Stages:
     """Put the former production version back.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no former production version.
     """
 
-    def former(state: Stages) -> tuple[list[Held], Held | None]:
+    def rolled_back(state: Stages) -> tuple[list[StagedVersion], StagedVersion | None]:
         if len(state.production) < 2:
             raise RequestError(
                 f"There is no former production version of {model} to go back to"
@@ -191,22 +195,27 @@ def roll_back(model: str, by: str, note: str) -> Stages:
             )
         return state.production[:-1], state.staging
 
-    return _change(model, "rollback", former, by, note)
+    return _change(model, "rollback", rolled_back, by, note)
 
 
 def person() -> str:
-    """The person at this machine."""
+    """The user and the machine, as `user@host`."""
     try:
         name = getpass.getuser()
     except (KeyError, OSError):
-        # A container may run under a number that has no name.
+        # A container may run under a user id without a name.
         name = f"user {os.getuid()}"
     return f"{name}@{socket.gethostname()}"
 
 
 def _change(
-    model: str, action: Action, update: Callable[[Stages], tuple[list[Held], Held | None]], by: str, note: str
+    model: str,
+    action: Action,
+    update: Callable[[Stages], tuple[list[StagedVersion], StagedVersion | None]],
+    by: str,
+    note: str,
 ) -> Stages:
+    """Store the state that `update` makes of the present one; repeat if another process was faster."""
     while True:
         state = stages(model)
         production, staging = update(state)
@@ -221,7 +230,7 @@ def _change(
                 _ledger(model),
                 version=new.number,
                 materializer=HashedPydanticMaterializer,
-                # Else it would be an output of the step that runs, and belong to its model version.
+                # Otherwise ZenML would make it an output of the running step and link it to that step's model version.
                 save_type=ArtifactSaveType.EXTERNAL,
             )
         except EntityExistsError:
@@ -233,51 +242,51 @@ def _change(
 
 
 def _settle(model: str) -> None:
-    """Give ZenML's stages to the versions that hold them; until no other process changed them meanwhile."""
+    """Set ZenML's own stages from the state; repeat if another process has changed the state meanwhile."""
     while True:
         state = stages(model)
-        holders = {
+        wanted = {
             ModelStages.PRODUCTION: state.production[-1].id if state.production else None,
             ModelStages.STAGING: state.staging.id if state.staging else None,
         }
-        for stage, holder in holders.items():
-            for version in _holders(model, stage):
-                if version.id not in holders.values():
+        for stage, version_id in wanted.items():
+            for version in _in_zenml_stage(model, stage):
+                if version.id not in wanted.values():
                     version.set_stage(ModelStages.ARCHIVED, force=True)
-            if holder is not None:
-                Client().get_model_version(model, holder).set_stage(stage, force=True)
+            if version_id is not None:
+                Client().get_model_version(model, version_id).set_stage(stage, force=True)
         if stages(model).number == state.number:
             return
 
 
 def _named(number: int | None) -> str:
-    return "nothing" if number is None else f"version {number}"
+    return "no version" if number is None else f"version {number}"
 
 
-def _held(version: ModelVersionResponse) -> Held:
-    return Held(number=version.number, id=version.id)
+def _staged(version: ModelVersionResponse) -> StagedVersion:
+    return StagedVersion(number=version.number, id=version.id)
 
 
-def _exists(held: Held) -> bool:
+def _exists(version: StagedVersion) -> bool:
     try:
-        Client().get_model_version(None, held.id, hydrate=False)
+        Client().get_model_version(None, version.id, hydrate=False)
     except KeyError:
         return False
     return True
 
 
 def _ledger(model: str) -> str:
-    # A model that is deleted and made anew is another one.
+    # With the model's id: a model that was deleted and created again has a new history.
     return f"{model}_stages_{Client().get_model(model).id.hex[:8]}"
 
 
 def _changes(model: str, size: int) -> list[ArtifactVersionResponse]:
-    found = Client().list_artifact_versions(
+    page = Client().list_artifact_versions(
         artifact=_ledger(model), sort_by="desc:version_number", size=size, hydrate=True
     )
-    return list(found.items)
+    return list(page.items)
 
 
-def _holders(model: str, stage: ModelStages) -> list[ModelVersionResponse]:
-    """The versions that ZenML has in a stage: more than one if two processes set it at once."""
+def _in_zenml_stage(model: str, stage: ModelStages) -> list[ModelVersionResponse]:
+    """The versions that ZenML lists in a stage; more than one if two processes have set it at the same time."""
     return list(Client().list_model_versions(model_name_or_id=model, stage=stage.value, size=100).items)

@@ -1,1 +1,1 @@
-"""ZenML steps: unpack, call the library, log metadata, return artifacts."""
+"""ZenML steps. Each one unpacks its inputs, calls the library, logs metadata and returns artifacts."""

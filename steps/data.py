@@ -1,4 +1,7 @@
-"""Steps from documents to formatted datasets."""
+"""Steps from documents to formatted datasets.
+
+`content_hash` and `evaluation_hash` are hashes of files that a step reads, so that a changed file runs the step again.
+"""
 
 from typing import Annotated, Any
 
@@ -33,12 +36,12 @@ from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMater
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def read_documents(documents: DocumentsConfig, content_hash: str) -> Annotated[DatasetDict, "documents"]:
-    """Read the documents. `content_hash` stands for the files' content, so that a change of a file is a change here."""
-    found, rejected = read_all_documents(documents)
+    """Read the documents."""
+    kept, rejected = read_all_documents(documents)
     ledger = Ledger()
-    ledger.record("document", len(found) + len(rejected), len(found), rejected)
+    ledger.record("document", len(kept) + len(rejected), len(kept), rejected)
     log_rows("documents", ledger, "document", path=documents.path, content_hash=content_hash)
-    rows = Dataset.from_list([document.model_dump() for document in found])
+    rows = Dataset.from_list([document.model_dump() for document in kept])
     sources = fingerprint_table(document_fingerprints(documents))
     return DatasetDict(documents=rows, sources=sources, **ledger.datasets())
 
@@ -54,7 +57,7 @@ def generate_instructions(
     writing: InstructionWriting,
     seed: int,
 ) -> Annotated[DatasetDict, "instruction_candidates"]:
-    """Cut the documents into passages and let the client write an instruction for each."""
+    """Cut the documents into passages, and write an instruction for each one with the client."""
     ledger = Ledger.load(documents)
     passages, rejected = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
     ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
@@ -70,7 +73,7 @@ def generate_instructions(
 def load_instructions(
     path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
 ) -> Annotated[DatasetDict, "instruction_candidates"]:
-    """Read the user's own instruction dataset, and the test split that goes with it."""
+    """Read the user's own instruction dataset and its test split."""
     return _load("instruction", path, test_path, format_name, columns, content_hash)
 
 
@@ -78,7 +81,7 @@ def load_instructions(
 def prepare_instructions(
     candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
 ) -> Annotated[DatasetDict, "instruction_dataset"]:
-    """Check, judge and split. `evaluation_hash` stands for the content of `data.decontaminate_against`."""
+    """Check, judge and split the rows. `evaluation_hash` is of `data.decontaminate_against`."""
     return _prepare("instruction", candidates, checks, evaluation_hash)
 
 
@@ -86,7 +89,7 @@ def prepare_instructions(
 def format_instructions(
     dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
 ) -> tuple[Annotated[DatasetDict, "formatted_sft"], Annotated[Directory, "data_report"]]:
-    """Render and label every row, and report on the data."""
+    """Render and label each row, and write the data report."""
     formatted, report = _format("instruction", "formatted_sft", dataset, model, formatting)
     return formatted, report
 
@@ -102,9 +105,9 @@ def generate_preferences(
     writing: PreferenceWriting,
     seed: int,
 ) -> Annotated[DatasetDict, "preference_candidates"]:
-    """Let the base model or the client answer the prompts of the instruction dataset.
+    """Answer the prompts of the instruction dataset with the base model or the client.
 
-    `documents` are those that the dataset was generated from, None for a dataset of one's own.
+    `documents` are the source of the dataset; None for the user's own dataset.
     """
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
@@ -120,7 +123,7 @@ def generate_preferences(
 def load_preferences(
     path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
 ) -> Annotated[DatasetDict, "preference_candidates"]:
-    """Read the user's own preference dataset, and the test split that goes with it."""
+    """Read the user's own preference dataset and its test split."""
     return _load("preference", path, test_path, format_name, columns, content_hash)
 
 
@@ -128,7 +131,7 @@ def load_preferences(
 def prepare_preferences(
     candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
 ) -> Annotated[DatasetDict, "preference_dataset"]:
-    """Check, judge and split. `evaluation_hash` stands for the content of `data.decontaminate_against`."""
+    """Check, judge and split the rows. `evaluation_hash` is of `data.decontaminate_against`."""
     return _prepare("preference", candidates, checks, evaluation_hash)
 
 
@@ -136,7 +139,7 @@ def prepare_preferences(
 def format_preferences(
     dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
 ) -> tuple[Annotated[DatasetDict, "formatted_dpo"], Annotated[Directory, "data_report"]]:
-    """Render and label every pair, and report on the data."""
+    """Render and label each pair, and write the data report."""
     formatted, report = _format("preference", "formatted_dpo", dataset, model, formatting)
     return formatted, report
 

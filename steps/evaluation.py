@@ -1,4 +1,4 @@
-"""Steps that measure."""
+"""Steps that evaluate models on held-out rows."""
 
 import json
 import tempfile
@@ -33,9 +33,9 @@ def evaluate_sft(
     files_hash: str | None,
     incumbent: Directory | None = None,
 ) -> Annotated[Directory, "evaluation_report"]:
-    """Measure the base model, the SFT model and the one in production on held-out rows.
+    """Measure the base model, the SFT model and the model in production on held-out rows.
 
-    `files_hash` stands for the content of the files that the evaluation reads.
+    `files_hash` is the hash of the files that the evaluation reads, so that a changed file runs this step again.
     """
     rows = held_out(formatted_sft["test"], [instruction_row(record) for record in instruction_dataset["test"]])
     return _evaluate({"sft": sft_adapter}, rows, config, setup, training_report, files_hash, incumbent)
@@ -55,7 +55,10 @@ def evaluate_dpo(
     files_hash: str | None,
     incumbent: Directory | None = None,
 ) -> Annotated[Directory, "evaluation_report"]:
-    """Measure the base, SFT and DPO model and the one in production on held-out rows and pairs."""
+    """Measure the base, SFT and DPO models and the model in production on held-out rows and pairs.
+
+    `files_hash` as in `evaluate_sft`.
+    """
     rows = held_out(
         formatted_sft["test"],
         [instruction_row(record) for record in instruction_dataset["test"]],

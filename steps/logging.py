@@ -1,4 +1,4 @@
-"""Metadata that the dashboard and the model registry show."""
+"""Logs metadata that the dashboard and the model registry show."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from llm_engineering.data.ledger import Ledger
 
 
 def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
-    """Log how many rows of a stage were read, kept and set aside, and further facts, on an output artifact."""
+    """Log the numbers of read, kept and quarantined rows of a stage, and further facts, on an output artifact."""
     log_artifact(
         artifact,
         read=ledger.read[stage],

@@ -1,4 +1,4 @@
-"""How artifacts are stored: datasets as Arrow, adapters and reports as plain directories. Never a pickle."""
+"""Store artifacts: datasets as Arrow, adapters and reports as plain folders, everything else as JSON. Never a pickle."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from zenml.artifact_stores import BaseArtifactStore
 from zenml.enums import ArtifactType, VisualizationType
 
-# The integration calls itself unavailable, but its import registers the materializer; without it a dataset
-# would be pickled.
+# The integration reports that it is unavailable, but importing it registers the materializer. Without it ZenML would
+# pickle a dataset.
 from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import (
     DEFAULT_DATASET_DIR,
 )
@@ -28,13 +28,13 @@ from zenml.utils import io_utils
 
 __all__ = ["Directory", "DirectoryMaterializer", "HFDatasetMaterializer", "HashedPydanticMaterializer"]
 
-# In the format of sha256sum, so that `sha256sum -c` checks it too.
+# In the format of sha256sum, so that `sha256sum -c` can check it.
 MANIFEST = "SHA256SUMS"
 _READ_BYTES = 1 << 20
 
 
 class Directory(BaseModel):
-    """A folder of files as an artifact: an adapter, or a report whose HTML the dashboard shows."""
+    """An artifact that is a folder of files: an adapter, or a report. The dashboard shows a report's HTML."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -42,22 +42,22 @@ class Directory(BaseModel):
 
 
 class HashedMaterializer(BaseMaterializer):
-    """Writes the hashes of an artifact's files beside them, in `SHA256SUMS`.
+    """Base class that writes the hashes of an artifact's files to `SHA256SUMS` beside them.
 
-    ZenML keeps the hash of that file, and takes it for the artifact's content where it looks for a cached result.
+    ZenML stores the hash of that file as the artifact's content hash, and uses it to find cached results.
     """
 
     SKIP_REGISTRATION: ClassVar[bool] = True
 
     def local_copy(self, files: str) -> str:
-        """A folder of a remote store in a temporary one, which goes with the step, or else with this process."""
+        """Copy a folder of a remote store to a temporary folder, which is deleted with the step or with this process."""
         with self.get_temporary_directory(delete_at_exit=False) as folder:
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             io_utils.copy_dir(files, folder)
         return folder
 
     def compute_content_hash(self, data: Any) -> str:
-        """Hash what was stored: ZenML asks for it after all files are written."""
+        """Hash the stored files. ZenML calls this after it has written all files."""
         hashes = file_hashes(self.uri, self.artifact_store)
         manifest = "".join(f"{value}  {name}\n" for name, value in hashes.items())
         with self.artifact_store.open(os.path.join(self.uri, MANIFEST), "w") as file:
@@ -66,7 +66,7 @@ class HashedMaterializer(BaseMaterializer):
 
 
 def file_hashes(uri: str, store: BaseArtifactStore) -> dict[str, str]:
-    """SHA-256 of every file of an artifact by its path below `uri`, but for the manifest."""
+    """SHA-256 of each file of an artifact by its path below `uri`, without the manifest."""
     hashes: dict[str, str] = {}
     for folder, _, names in store.walk(uri):
         for name in names:
@@ -83,20 +83,20 @@ def file_hashes(uri: str, store: BaseArtifactStore) -> dict[str, str]:
 
 
 class HashedPydanticMaterializer(HashedMaterializer, PydanticMaterializer):
-    """ZenML's, with hashes."""
+    """ZenML's materializer for pydantic models, with hashes."""
 
 
 class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
-    """ZenML's, without what grows with the rows or fails on none.
+    """ZenML's materializer for datasets, with hashes, in constant memory, and for empty datasets too.
 
-    By itself it copies a dataset to a temporary folder each time it is read and computes statistics of all its values
-    in memory; and datasets 4.8 writes no file for an empty dataset, which it then cannot read.
+    ZenML's own copies a dataset to a temporary folder at each read, and computes statistics of all values in memory.
+    datasets 4.8 writes no file for an empty dataset, and then cannot read it.
     """
 
     ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Dataset, DatasetDict)
 
     def save(self, ds: Dataset | DatasetDict) -> None:
-        """Write the dataset, with one file for what is empty."""
+        """Write the dataset; an empty split gets one file."""
         shards: Any = (
             {name: None if len(part) else 1 for name, part in ds.items()} if isinstance(ds, DatasetDict) else 1
         )
@@ -105,15 +105,15 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
             io_utils.copy_dir(folder, self._files)
 
     def load(self, data_type: type[Any]) -> Dataset | DatasetDict:
-        """The dataset, memory-mapped: in place from a local store, from a temporary copy otherwise."""
-        # `datasets` keeps what it makes of a dataset beside it, which here would be inside the artifact.
+        """Memory-map the dataset: in the store if it is local, otherwise in a temporary copy."""
+        # `datasets` would write its cache files beside the dataset, which is inside the artifact.
         disable_caching()
         if os.path.isdir(self._files):
             return load_from_disk(self._files)
         return load_from_disk(self.local_copy(self._files))
 
     def extract_metadata(self, ds: Dataset | DatasetDict) -> dict[str, Any]:
-        """Rows of each split, and bytes."""
+        """Number of rows of each split, and size in bytes."""
         parts = ds if isinstance(ds, DatasetDict) else {"rows": ds}
         return {
             "splits": {name: len(part) for name, part in parts.items()},
@@ -126,13 +126,13 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
 
 
 class DirectoryMaterializer(HashedMaterializer):
-    """Copies a folder into the artifact store as it is; from a local store it is used in place."""
+    """Copies a folder to the artifact store. A local store's copy is used in place."""
 
     ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Directory,)
     ASSOCIATED_ARTIFACT_TYPE: ClassVar[ArtifactType] = ArtifactType.DATA
 
     def load(self, data_type: type[Any]) -> Directory:
-        """The stored folder, copied to a temporary one if the store is remote."""
+        """The stored folder, or a temporary copy of it if the store is remote."""
         if os.path.isdir(self._files):
             return Directory(path=Path(self._files))
         return Directory(path=Path(self.local_copy(self._files)))

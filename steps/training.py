@@ -1,4 +1,4 @@
-"""Steps that train."""
+"""Steps that train a stage."""
 
 from collections.abc import Callable
 from typing import Annotated
@@ -24,7 +24,7 @@ from steps.materializers import Directory, DirectoryMaterializer
 def train_sft(
     formatted_sft: DatasetDict, config: SFTConfig, setup: TrainingSetup, recipe_hash: str
 ) -> tuple[Annotated[Directory, "sft_adapter"], Annotated[Directory, "training_report"]]:
-    """Train the SFT adapter. `recipe_hash` is of all that decides this stage; DPO finds its start by it."""
+    """Train the SFT adapter. `recipe_hash` covers everything that decides its result; DPO finds the adapter by it."""
     job = Job(stage="sft", config=config.model_dump(), setup=setup, parameters=_lineage(recipe_hash, "formatted_sft"))
     result = _train(train_sft_job, job, formatted_sft)
     _log(result, "sft_adapter", setup, recipe_hash)
@@ -46,7 +46,7 @@ def train_dpo(
 def _train(
     train: Callable[[Job, DatasetDict, Settings], TrainingResult], job: Job, data: DatasetDict
 ) -> TrainingResult:
-    """Train where the recipe says, and make a page of the summary."""
+    """Train on the machine that the recipe names, and write a page about the summary."""
     if job.setup.compute.target == "local":
         result = launch_training(train, job, data, Settings())
     else:
@@ -57,7 +57,7 @@ def _train(
 
 
 def _lineage(recipe_hash: str, *inputs: str) -> dict[str, str]:
-    """What Comet needs to lead back here: the run, the recipe, and the versions of the inputs."""
+    """The run, the recipe and the versions of the inputs. Trackers log them, so that a tracked run leads back here."""
     context = get_step_context()
     versions = {f"{name}_version": str(v.id) for name in inputs for v in context.step_run.inputs[name]}
     return {"run_id": str(context.pipeline_run.id), "recipe_hash": recipe_hash, **versions}

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from llm_engineering.data.rows import (
     split_key,
     split_of,
 )
-from llm_engineering.data.rules import RowRules, is_generated
+from llm_engineering.data.rules import check_row, is_generated
 from llm_engineering.recipe.data_blocks import DataConfig
 
 # More characters change nothing for ordinary text and cost about 1 µs each.
@@ -89,6 +90,7 @@ class Examined(NamedTuple):
     sketches: Sketches
 
 
+@dataclass(frozen=True)
 class Examiner:
     """Checks single rows of one kind, and computes the hashes that `verdicts` compares.
 
@@ -99,22 +101,12 @@ class Examiner:
         evaluation: rows that training rows must not share n-grams with.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        kind: str,
-        config: DataConfig,
-        side: str | None,
-        has_own_test: bool,
-        evaluation: EvaluationIndex | None,
-    ) -> None:
-        self.stage = stage
-        self.kind = kind
-        self.config = config
-        self.side = side
-        self.has_own_test = has_own_test
-        self.evaluation = evaluation
-        self.rules = RowRules(config.rules)
+    stage: str
+    kind: str
+    config: DataConfig
+    side: str | None
+    has_own_test: bool
+    evaluation: EvaluationIndex | None
 
     def __call__(self, batch: pa.RecordBatch) -> Examined:
         """Examine a batch of records that have the columns of the canonical rows."""
@@ -126,7 +118,7 @@ class Examiner:
         for record in batch.to_pylist():
             row = to_row(record)
             side = self.side or split_of(split_key(row), self.config.split, self.has_own_test)
-            checked = self.rules.check(row)
+            checked = check_row(row, self.config.rules)
             reason, detail = checked.reason, checked.detail
             if not reason and self.evaluation is not None and side == "train":
                 shared = self.evaluation.match(checked.row)

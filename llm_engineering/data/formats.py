@@ -117,18 +117,6 @@ def _prompt_chosen_rejected(value: dict[str, Any]) -> dict[str, list[Message]]:
     return _pair(value, prompt, chosen, rejected)
 
 
-def _chosen_rejected(value: dict[str, Any]) -> dict[str, list[Message]]:
-    return _pair(value, *_split_conversations(*_answers(value)))
-
-
-def _sharegpt_pair(value: dict[str, Any]) -> dict[str, list[Message]]:
-    return _pair(value, read_messages(value["conversations"], "conversations"), *_answers(value))
-
-
-def _alpaca_pair(value: dict[str, Any]) -> dict[str, list[Message]]:
-    return _pair(value, [_alpaca_question(value)], *_answers(value))
-
-
 def _answers(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
     chosen = until_last_answer(read_turns(value["chosen"], "chosen", "assistant"))
     rejected = until_last_answer(read_turns(value["rejected"], "rejected", "assistant"))
@@ -168,9 +156,17 @@ def _without_prompt(prompt: list[Message], answer: list[Message]) -> list[Messag
 
 PREFERENCE_FORMATS = {
     "prompt-chosen-rejected": Format(frozenset({"prompt", "chosen", "rejected"}), _prompt_chosen_rejected),
-    "chosen-rejected": Format(frozenset({"chosen", "rejected"}), _chosen_rejected),
-    "sharegpt-preference": Format(frozenset({"conversations", "chosen", "rejected"}), _sharegpt_pair),
-    "alpaca-preference": Format(frozenset({"instruction", "chosen", "rejected"}), _alpaca_pair),
+    "chosen-rejected": Format(
+        frozenset({"chosen", "rejected"}), lambda value: _pair(value, *_split_conversations(*_answers(value)))
+    ),
+    "sharegpt-preference": Format(
+        frozenset({"conversations", "chosen", "rejected"}),
+        lambda value: _pair(value, read_messages(value["conversations"], "conversations"), *_answers(value)),
+    ),
+    "alpaca-preference": Format(
+        frozenset({"instruction", "chosen", "rejected"}),
+        lambda value: _pair(value, [_alpaca_question(value)], *_answers(value)),
+    ),
 }
 
 # Rows from which the format is detected.

@@ -57,40 +57,34 @@ def is_generated(row: Row) -> bool:
     return row.origin.strip().casefold() not in NOT_GENERATED
 
 
-class RowRules:
-    """Checks rows one by one, with the switches of `config`."""
+def check_row(row: RowT, rules: RulesConfig) -> Checked[RowT]:
+    """Apply the rules to a row, until one of them drops it.
 
-    def __init__(self, config: RulesConfig) -> None:
-        self.config = config
-
-    def check(self, row: RowT) -> Checked[RowT]:
-        """Apply all rules to a row, until one of them drops it.
-
-        Private data comes first, so that a row that a later rule drops is masked too. Secrets come before personal
-        data: the text before the @ of a URL is a password and no mailbox.
-        """
-        findings: list[Finding] = []
-        for rule, find in _PRIVATE_RULES:
-            action = getattr(self.config, rule)
-            found = [] if action == "off" else _private(row, find)
-            if not found:
-                continue
-            detail = _private_detail(found)
-            if action == "drop":
-                return Checked(row, rule, detail, findings)
-            if action == "mask":
-                row = _masked(row, find)
-                detail = f"masked: {detail}"
-            findings.append(Finding(rule, detail))
-        for rule, judge in _CONTENT_RULES:
-            action = getattr(self.config, rule)
-            detail = "" if action == "off" else judge(row)
-            if not detail:
-                continue
-            if action == "drop" or (action == "drop_generated" and is_generated(row)):
-                return Checked(row, rule, detail, findings)
-            findings.append(Finding(rule, detail))
-        return Checked(row, "", "", findings)
+    Private data comes first, so that a row that a later rule drops is masked too. Secrets come before personal data: the
+    text before the @ of a URL is a password and no mailbox.
+    """
+    findings: list[Finding] = []
+    for rule, find in _PRIVATE_RULES:
+        action = getattr(rules, rule)
+        found = [] if action == "off" else _private(row, find)
+        if not found:
+            continue
+        detail = _private_detail(found)
+        if action == "drop":
+            return Checked(row, rule, detail, findings)
+        if action == "mask":
+            row = _masked(row, find)
+            detail = f"masked: {detail}"
+        findings.append(Finding(rule, detail))
+    for rule, judge in _CONTENT_RULES:
+        action = getattr(rules, rule)
+        detail = "" if action == "off" else judge(row)
+        if not detail:
+            continue
+        if action == "drop" or (action == "drop_generated" and is_generated(row)):
+            return Checked(row, rule, detail, findings)
+        findings.append(Finding(rule, detail))
+    return Checked(row, "", "", findings)
 
 
 def _fields(row: Row) -> dict[str, list[Message]]:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -91,9 +90,7 @@ class RowIndex:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def add(self, batch: Examined) -> None:
@@ -150,70 +147,73 @@ class Verdicts:
         leaked: held-out rows that also occur in a less held-out split.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, index: RowIndex, config: DataConfig, remove_leaks: bool) -> None:
         self.by_row: dict[int, list[Verdict]] = {}
         self.clusters: list[list[int]] = []
         self.leaked: set[int] = set()
+        self._index = index
+        self._rules = config.rules
+        self._remove_leaks = remove_leaks
+        self._sides = index.column("sides")
+        self._generated = index.column("generated")
+        self._exact: set[int] = set()
 
     def drop_of(self, row: int) -> Verdict | None:
         """The verdict that quarantines a row, or None."""
         return next((verdict for verdict in self.by_row.get(row, ()) if verdict.drops), None)
 
-
-class _Judge:
-    def __init__(self, index: RowIndex, config: DataConfig, remove_leaks: bool) -> None:
-        self.index = index
-        self.rules = config.rules
-        self.remove_leaks = remove_leaks
-        self.sides = index.column("sides")
-        self.generated = index.column("generated")
-        self.verdicts = Verdicts()
-        self.exact: set[int] = set()
-
     def match(self, rule: str, row: int, other: int = -1) -> None:
         """Add a verdict on a row that a rule of the recipe matches, according to the rule's switch."""
-        action = getattr(self.rules, rule)
+        action = getattr(self._rules, rule)
         if action != "off":
-            drops = action == "drop" or (action == "drop_generated" and bool(self.generated[row]))
-            self._add(row, Verdict(rule, other, drops))
+            drops = action == "drop" or (action == "drop_generated" and bool(self._generated[row]))
+            self.by_row.setdefault(row, []).append(Verdict(rule, other, drops))
 
     def leaks(self, rows: Iterable[int]) -> None:
         """Of similar rows, those in the less held-out splits leak."""
-        kept = [row for row in rows if self.verdicts.drop_of(row) is None]
-        top = max(kept, key=lambda row: (self.sides[row], -row), default=-1)
-        lower = [row for row in kept if self.sides[row] < self.sides[top]]
+        kept = [row for row in rows if self.drop_of(row) is None]
+        top = max(kept, key=lambda row: (self._sides[row], -row), default=-1)
+        lower = [row for row in kept if self._sides[row] < self._sides[top]]
         if lower:
-            side = self.sides[top]
-            self.verdicts.leaked |= {row for row in rows if self.sides[row] == side}
+            side = self._sides[top]
+            self.leaked |= {row for row in rows if self._sides[row] == side}
             for row in lower:
-                leak = Verdict(f"leaks_into_{SPLITS[int(side)]}", top, self.remove_leaks)
+                leak = Verdict(f"leaks_into_{SPLITS[int(side)]}", top, self._remove_leaks)
                 # Similar rows mostly have the same prompt too, and count as one leak.
-                if all(verdict.rule != leak.rule for verdict in self.verdicts.by_row.get(row, ())):
-                    self._add(row, leak)
+                if all(verdict.rule != leak.rule for verdict in self.by_row.get(row, ())):
+                    self.by_row.setdefault(row, []).append(leak)
 
     def duplicates(self, rows: Iterable[int], rule: str) -> None:
         """Of similar rows, all but the first of each split are duplicates. An exact duplicate is no near duplicate."""
         first: dict[int, int] = {}
         for row in rows:
-            earlier = first.setdefault(int(self.sides[row]), row)
-            if earlier != row and row not in self.exact:
+            earlier = first.setdefault(int(self._sides[row]), row)
+            if earlier != row and row not in self._exact:
                 self.match(rule, row, earlier)
                 if rule == "exact_duplicate":
-                    self.exact.add(row)
+                    self._exact.add(row)
 
     def conflicts(self, rows: list[int]) -> None:
         """Rows with one prompt conflict if their answers differ; pairs, if one chooses what another rejects."""
-        answers = {row: self.index.hash("answers", row) for row in rows}
-        rejected = {self.index.hash("others", row): row for row in rows}
-        if 0 in rejected:
-            conflicting = [(row, rows[0]) for row in rows if answers[row] != answers[rows[0]]]
-        else:
-            conflicting = [(row, rejected[answers[row]]) for row in rows if answers[row] in rejected]
-        for row, other in conflicting:
-            self.match("conflicting_answers", row, other)
+        answers = {row: self._index.hash("answers", row) for row in rows}
+        rejected = {self._index.hash("others", row): row for row in rows}
+        for row in rows:
+            # Instruction rows have no rejected answer: its hash is 0.
+            if 0 in rejected and answers[row] != answers[rows[0]]:
+                self.match("conflicting_answers", row, rows[0])
+            elif 0 not in rejected and answers[row] in rejected:
+                self.match("conflicting_answers", row, rejected[answers[row]])
 
-    def _add(self, row: int, verdict: Verdict) -> None:
-        self.verdicts.by_row.setdefault(row, []).append(verdict)
+    def outliers(self) -> None:
+        """Rows of unusual length, and rows in a rare language."""
+        lengths = self._index.column("lengths")
+        short, long = length_bounds(lengths)
+        for row in np.flatnonzero((lengths < short) | (lengths > long)).tolist():
+            self.match("length_outlier", row)
+        codes, languages = self._index.column("codes"), self._index.languages
+        rare = rare_languages(list(languages), np.bincount(codes, minlength=len(languages)))
+        for row in np.flatnonzero(np.isin(codes, [languages[name] for name in rare])).tolist():
+            self.match("language_outlier", row)
 
 
 def judge(index: RowIndex, config: DataConfig, remove_leaks: bool) -> Verdicts:
@@ -223,35 +223,23 @@ def judge(index: RowIndex, config: DataConfig, remove_leaks: bool) -> Verdicts:
         remove_leaks: quarantine training rows that also occur in a held-out split; otherwise they are reported.
     """
     index.flush()
-    judging = _Judge(index, config, remove_leaks)
+    verdicts = Verdicts(index, config, remove_leaks)
     clusters = Clusters(index.rows)
     for group in groups(index.folder / "ids"):
         rows = group.tolist()
-        judging.duplicates(rows, "exact_duplicate")
+        verdicts.duplicates(rows, "exact_duplicate")
         for row in rows[1:]:
             clusters.join(rows[0], row)
     with ShingleFile(index.folder / "shingles", index.column("counts")) as shingles:
         join_near_duplicates(clusters, index.bands, shingles, config.near_duplicate_threshold)
     for rows in clusters.members():
-        judging.duplicates(rows, "near_duplicate")
-        judging.leaks(rows)
-        judging.verdicts.clusters.append(rows)
+        verdicts.duplicates(rows, "near_duplicate")
+        verdicts.leaks(rows)
+        verdicts.clusters.append(rows)
     for group in groups(index.folder / "prompts"):
-        rows = [row for row in group.tolist() if judging.verdicts.drop_of(row) is None]
+        rows = [row for row in group.tolist() if verdicts.drop_of(row) is None]
         if len(rows) > 1:
-            judging.leaks(group.tolist())
-            judging.conflicts(rows)
-    _outliers(index, judging)
-    return judging.verdicts
-
-
-def _outliers(index: RowIndex, judging: _Judge) -> None:
-    lengths = index.column("lengths")
-    short, long = length_bounds(lengths)
-    for row in np.flatnonzero((lengths < short) | (lengths > long)).tolist():
-        judging.match("length_outlier", row)
-    codes = index.column("codes")
-    names = list(index.languages)
-    rare = rare_languages(names, np.bincount(codes, minlength=len(names)))
-    for row in np.flatnonzero(np.isin(codes, [index.languages[name] for name in rare])).tolist():
-        judging.match("language_outlier", row)
+            verdicts.leaks(group.tolist())
+            verdicts.conflicts(rows)
+    verdicts.outliers()
+    return verdicts

@@ -13,7 +13,7 @@ from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer,
 from llm_engineering.evaluation.judge import Question, judge
 from llm_engineering.evaluation.measures import Models
 from llm_engineering.evaluation.observation import Observation, Work, observe
-from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare, flat
+from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.generation.open import open_client
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.loading import load_model
@@ -63,7 +63,7 @@ def evaluate(
         "confidence": config.confidence,
         "bootstrap_samples": config.bootstrap_samples,
         "seed": setup.seed,
-        "metrics": flat(measures),
+        "metrics": {f"{key}_{name}": e["value"] for key, m in measures.items() for name, e in m["models"].items()},
         "measures": measures,
         "samples": _samples(observations, work)[: config.sample_answers],
         "judge": judged,

@@ -89,10 +89,10 @@ class Models:
         with adapters_off, torch.inference_mode():
             yield self.full.get(name, self.model)
 
-    def scores(self, name: str, rows: Sequence[Labelled], what: str) -> list[AnswerScore]:
-        """Score the labelled tokens of each row, in the rows' order. Progress lines count `what`."""
+    def scores(self, name: str, rows: Sequence[Labelled], title: str) -> list[AnswerScore]:
+        """Score the labelled tokens of each row, in the rows' order. `title` names the rows in progress lines."""
         scores: dict[int, AnswerScore] = {}
-        progress = Progress(what, len(rows))
+        progress = Progress(title, len(rows))
         with self.use(name) as model:
             for batch in batches_by_length([len(input_ids) for input_ids, _ in rows], self.batch_size):
                 scores |= dict(zip(batch, self._score(model, [rows[i] for i in batch]), strict=True))
@@ -122,15 +122,15 @@ class Models:
         return self.answers(name, [messages], max_new_tokens)[0]
 
     def answers(
-        self, name: str, prompts: Sequence[Sequence[Message]], max_new_tokens: int, what: str = ""
+        self, name: str, prompts: Sequence[Sequence[Message]], max_new_tokens: int, title: str = ""
     ) -> list[Sample]:
         """Answer conversations greedily, in their order, with the chat template of training.
 
-        Progress lines count `what`; an empty `what` shows no progress.
+        `title` names the answers in progress lines; if it is empty, no progress is shown.
         """
         ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
         samples: dict[int, Sample] = {}
-        progress = Progress(what, len(ids) if what else 0)
+        progress = Progress(title, len(ids) if title else 0)
         with self.use(name) as model:
             ends = end_token_ids(model, self.tokenizer)
             for batch in batches_by_length([len(prompt) for prompt in ids], self.batch_size):
@@ -145,7 +145,7 @@ class Models:
                 for index, answer in zip(batch, new, strict=True):
                     text = str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
                     samples[index] = Sample(text, bool(answer) and answer[-1] in ends, answer)
-                if what:
+                if title:
                     progress.advance(len(batch))
         return [samples[index] for index in range(len(ids))]
 

@@ -111,8 +111,8 @@ def observe(
     others = with_other_questions([row.answers[0] for row in given.rows])
     # With a single row there is no other question.
     if others:
-        what = f"held-out answers after other questions, {shown_as}"
-        rows["question_gain"] = question_gain(scores, [models.scores(name, combined, what) for combined in others])
+        title = f"held-out answers after other questions, {shown_as}"
+        rows["question_gain"] = question_gain(scores, [models.scores(name, combined, title) for combined in others])
     if given.pairs:
         chosen, rejected = (
             _scores(models, name, given.pairs, work.ours.pairs, index, f"{answer} answers, {shown_as}")
@@ -159,7 +159,7 @@ def _scores(
     given: Sequence[HeldOutRow[RowT]],
     ours: Sequence[HeldOutRow[RowT]],
     answer: int,
-    what: str,
+    title: str,
 ) -> list[AnswerScore]:
     """Score one answer of each row, with token counts of this recipe's tokenizer for every model.
 
@@ -168,7 +168,7 @@ def _scores(
     Args:
         answer: index of the answer within a row: 0, or for the rejected answer of a pair 1.
     """
-    scores = models.scores(name, [row.answers[answer] for row in given], what)
+    scores = models.scores(name, [row.answers[answer] for row in given], title)
     return [
         AnswerScore(score.log_prob, _scored_tokens(row.answers[answer]))
         for score, row in zip(scores, ours, strict=True)

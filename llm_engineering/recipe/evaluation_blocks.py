@@ -155,7 +155,7 @@ class PromotionConfig(Block):
     def _known_measures(self) -> Self:
         for path, measure in self.measures():
             if measure in MEASURES and MEASURES[measure].better is None:
-                raise ValueError(f"{path}: no direction of {measure} is better, so a rule cannot use it: remove it")
+                raise ValueError(f"{path}: neither a higher nor a lower {measure} is better: remove the rule")
             if measure not in MEASURES and not measure.startswith(TASK_MEASURE):
                 near = get_close_matches(measure, MEASURES, n=1, cutoff=0.5)
                 known = (

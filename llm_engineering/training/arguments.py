@@ -1,23 +1,23 @@
-"""What transformers' TrainingArguments are made of: the recipe, the device, and the number of processes."""
+"""Makes transformers' TrainingArguments from the recipe, the device and the number of processes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import (
-    Trainer,
-)
+from transformers import Trainer
 
 from llm_engineering.errors import WorkError
 from llm_engineering.models.device import Device, choose_optimiser
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.training_blocks import TrainConfig, TrainingSetup
 
+Config = TypeVar("Config", bound=TrainConfig)
+
 
 def distributed_arguments(compute: ComputeConfig) -> dict[str, Any]:
-    """What transformers.TrainingArguments takes for several processes; nothing for one."""
+    """The part of transformers.TrainingArguments for several processes; empty for one."""
     if compute.num_processes == 1:
         return {}
     if compute.distributed == "fsdp2":
@@ -28,14 +28,14 @@ def distributed_arguments(compute: ComputeConfig) -> dict[str, Any]:
             zero["stage3_gather_16bit_weights_on_model_save"] = True
         sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         precision = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
-        same = dict.fromkeys((*sizes, "gradient_clipping"), "auto")
-        return {"deepspeed": {"zero_optimization": zero, **same, **precision}}
-    # Every trained weight is part of every step; looking for others costs a walk over the graph.
+        automatic = dict.fromkeys((*sizes, "gradient_clipping"), "auto")
+        return {"deepspeed": {"zero_optimization": zero, **automatic, **precision}}
+    # Every step uses every trained weight. Searching for unused ones would cost a walk over the graph.
     return {"ddp_find_unused_parameters": False}
 
 
 def whole_weights(trainer: Trainer, compute: ComputeConfig) -> dict[str, torch.Tensor] | None:
-    """The weights to save where each process holds a shard of them, else None; all processes must call it."""
+    """Gather the weights to save if each process holds a shard of them, else None. All processes must call it."""
     if compute.distributed == "ddp":
         return None
     weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -43,30 +43,30 @@ def whole_weights(trainer: Trainer, compute: ComputeConfig) -> dict[str, torch.T
 
 
 def effective_batch(config: TrainConfig, compute: ComputeConfig) -> int:
-    """Rows, or packs of rows, of one step."""
+    """Number of rows, or of packed rows, in one step of all processes."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * compute.num_processes
 
 
 def sizes_text(config: TrainConfig, compute: ComputeConfig) -> str:
-    """The effective batch and what it is made of."""
+    """The effective batch and its factors, e.g. `effective batch 8 = 2 per device × 4 accumulated`."""
     factors = f"{config.per_device_train_batch_size} per device × {config.gradient_accumulation_steps} accumulated"
     shared = f" × {compute.num_processes} processes" if compute.num_processes > 1 else ""
     return f"effective batch {effective_batch(config, compute)} = {factors}{shared}"
 
 
-def halved(config: TrainConfig, *, training: bool) -> TrainConfig:
-    """Smaller batches, of training with as much more accumulation, so that the effective batch stays.
+def halved(config: Config, *, training: bool) -> Config:
+    """Halve the batch size of training or of evaluation. More accumulation keeps the effective batch of training.
 
     Raises:
-        WorkError: there is no smaller batch than one row.
+        WorkError: the batch is already one row.
     """
     size = config.per_device_train_batch_size if training else config.per_device_eval_batch_size
     if size == 1:
         raise WorkError(
             f"Out of memory in {'training' if training else 'evaluation'}, with one row at a time. Lower "
-            "formatting.max_length, set gradient_checkpointing, or take a smaller model."
+            "formatting.max_length, set gradient_checkpointing, or use a smaller model."
         )
-    # Half, or of an odd size the next one that divides it.
+    # Half the size. If the size is odd: its largest divisor below half.
     smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
     if not training:
         return config.model_copy(update={"per_device_eval_batch_size": smaller})
@@ -77,7 +77,7 @@ def halved(config: TrainConfig, *, training: bool) -> TrainConfig:
 
 
 def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup, folder: Path) -> dict[str, Any]:
-    """The arguments that transformers.TrainingArguments takes for both stages."""
+    """The arguments of transformers.TrainingArguments that all stages share."""
     return {
         **distributed_arguments(setup.compute),
         "output_dir": str(folder / "checkpoints"),
@@ -88,11 +88,11 @@ def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup
         "per_device_eval_batch_size": config.per_device_eval_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "lr_scheduler_type": config.lr_scheduler_type,
-        # transformers takes a share of the steps under this name, when it is below 1.
+        # transformers reads a value below 1 as a share of all steps.
         "warmup_steps": config.warmup_ratio,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        # unsloth turned its own on when it loaded the model.
+        # unsloth has its own, turned on when the model was loaded.
         "gradient_checkpointing": config.gradient_checkpointing and device.backend == "transformers",
         "optim": choose_optimiser(config.optim, device, setup.compute.distributed)[0],
         "load_best_model_at_end": config.load_best,
@@ -103,7 +103,7 @@ def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup
         "eval_steps": config.eval_steps,
         "save_steps": config.save_steps,
         "save_total_limit": 2,
-        # TRL turns bf16 on by itself, also where it is slower.
+        # TRL's default is bf16, even on CPUs where it is slower.
         "bf16": device.dtype == torch.bfloat16,
         "fp16": device.dtype == torch.float16,
         "use_cpu": device.name == "cpu",

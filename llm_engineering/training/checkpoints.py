@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: published at once, found again by what they were made from."""
+"""Writes checkpoints so that each one is complete or does not exist, and finds the one to resume from."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from llm_engineering.recipe.loading import differences
 logger = logging.getLogger(__name__)
 
 IDENTITY_FILE = "identity.json"
-# A checkpoint is written under this name and renamed when it is complete.
+# A checkpoint is written under this name, and renamed when it is complete.
 PARTIAL = ".partial"
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep a run's folder to this process; the system lets it go when the process ends, however it ends.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Lock a run's folder for this process. The system releases the lock when the process ends for any reason.
 
     Raises:
-        RequestError: another process holds it.
+        RequestError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
@@ -38,15 +38,15 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RequestError(
-                f"Another process trains this very run in {folder}. Wait for it to end, or end it first."
+                f"Another process trains the same run in {folder}. Wait until it ends, or stop it first."
             ) from error
         yield
 
 
 def publish(partial: Path, final: Path, identity: Mapping[str, Any]) -> None:
-    """Give a complete checkpoint its name, after all of it is on the disk and not in the system's buffers alone.
+    """Write a checkpoint's files to the disk, not only to the system's buffers, and then give it its final name.
 
-    Beside its files stands what it was made from, and how long each file is.
+    `identity.json` in the checkpoint lists the run's identity and the size of each file.
     """
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
     sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
@@ -54,17 +54,17 @@ def publish(partial: Path, final: Path, identity: Mapping[str, Any]) -> None:
     described.write_text(json.dumps({"identity": identity, "files": sizes}, indent=1), encoding="utf-8")
     for path in (*files, described, *(p for p in partial.rglob("*") if p.is_dir()), partial):
         _sync(path)
-    # One of this number is there only where it was passed over as damaged, or the run began at an earlier one.
+    # A checkpoint with this step number exists only if resume skipped it as damaged, or started at an earlier one.
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(final.parent)
 
 
 def newest_complete(folder: Path, identity: Mapping[str, Any]) -> Path | None:
-    """The `checkpoint-N` with the largest N that is whole, or None; those that are not are named and passed over.
+    """Find the complete `checkpoint-N` with the largest N, or None. Logs a warning for each incomplete one.
 
     Raises:
-        RequestError: it was made from something else than `identity` says.
+        RequestError: the checkpoint has another identity.
     """
     numbered = [(int(p.name.partition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
     for _, checkpoint in sorted(numbered, reverse=True):
@@ -72,31 +72,30 @@ def newest_complete(folder: Path, identity: Mapping[str, Any]) -> Path | None:
         if not problem:
             _check_identity(checkpoint, identity)
             return checkpoint
-        logger.warning("%s is passed over: %s", checkpoint, problem)
+        logger.warning("Skipping %s: %s", checkpoint, problem)
     return None
 
 
-def given_checkpoint(checkpoint: Path, identity: Mapping[str, Any]) -> Path:
-    """The checkpoint that a person named, checked.
+def check_resumable(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Check a checkpoint that the user named.
 
     Raises:
-        RequestError: it is not whole, or was made from another recipe, dataset or model.
+        RequestError: it is incomplete, or belongs to another recipe, dataset or model.
     """
     problem = _problem(checkpoint)
     if problem:
-        raise RequestError(f"{checkpoint} is no checkpoint to resume from: {problem}. Name another checkpoint folder.")
+        raise RequestError(f"{checkpoint} is not a complete checkpoint: {problem}. Name another checkpoint folder.")
     _check_identity(checkpoint, identity)
-    return checkpoint
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise a WorkError where the disk of `folder` has fewer than `needed` bytes free."""
+    """Raise a WorkError if the disk of `folder` has fewer than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise WorkError(
             f"The next checkpoint needs {needed / 2**20:.0f} MiB, and the disk of {folder} has {free / 2**20:.0f} MiB "
-            "free. Nothing of it was written, and the checkpoints before it are whole: free some space, and the same "
-            "command goes on from the newest."
+            "free. It was not written, and the earlier checkpoints are complete. Free some space, and run the same "
+            "command again: it resumes from the newest checkpoint."
         )
 
 
@@ -106,29 +105,30 @@ def size(checkpoint: Path) -> int:
 
 
 def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
-    then = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
-    # Through JSON, as what was stored: a tuple there is a list here.
-    different = differences(then, json.loads(json.dumps(identity)))
+    stored = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
+    # JSON turns tuples into lists, as it did for the stored identity.
+    different = differences(stored, json.loads(json.dumps(identity)))
     if different:
         raise RequestError(
-            f"{checkpoint} cannot be resumed: it was made with another {', '.join(different)}. Use the recipe, "
-            "dataset and model that it was made with, or start anew without it."
+            f"{checkpoint} cannot be resumed: it was made with another {', '.join(different)}. Use the same recipe, "
+            "dataset and model as for the checkpoint, or start without this checkpoint."
         )
 
 
 def _problem(checkpoint: Path) -> str:
+    """Why a folder is not a complete checkpoint; empty if it is one."""
     try:
         described = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
         sizes, identity = described["files"], described["identity"]
         needed = _torch_files(identity)
     except OSError:
-        return f"it has no {IDENTITY_FILE}, so that it was not made here"
+        return f"it has no {IDENTITY_FILE}, so another program made it"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{IDENTITY_FILE} is not what is written here"
+        return f"its {IDENTITY_FILE} has another format"
     for name in (*sizes, *needed):
         path = checkpoint / name
         if name not in sizes or not path.is_file() or path.stat().st_size != sizes[name]:
-            return f"{name} is missing or half-written"
+            return f"{name} is missing or incomplete"
     if not any(name.endswith(".safetensors") for name in sizes):
         return "it has no weights"
     try:
@@ -148,7 +148,7 @@ def _problem(checkpoint: Path) -> str:
 
 
 def _torch_files(identity: Mapping[str, Any]) -> list[str]:
-    """What a checkpoint holds besides weights: the state of each process's generators; shards have names of their own."""
+    """Names of the required torch files: scheduler, each process's random state, and the optimiser if not sharded."""
     compute = identity.get("compute", {})
     processes = compute.get("num_processes", 1)
     states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]

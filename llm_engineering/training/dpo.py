@@ -14,16 +14,13 @@ import trl
 from datasets import Dataset, DatasetDict, disable_caching, enable_caching, is_caching_enabled
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models.utils import _ForwardRedirection
 
-from llm_engineering.formatting.labels import check_labels
-from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models.device import Device, check_training, choose_backend, choose_device, uses_dora
-from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.models.device import uses_dora
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, TrainConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import DPOConfig, TrainingSetup
 from llm_engineering.training.arguments import training_arguments
 from llm_engineering.training.job import Job, TrainingResult
 from llm_engineering.training.losses import (
@@ -35,14 +32,12 @@ from llm_engineering.training.losses import (
     why_not_from_hidden_states,
 )
 from llm_engineering.training.policy import trained_policy
-from llm_engineering.training.run import TrainingRun, run_training
+from llm_engineering.training.run import TrainingRun, prepare_run, run_training
 from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
 from llm_engineering.training.trainer import ResumableTrainer
 from llm_engineering.training.unsloth_policy import Loading
 
 logger = logging.getLogger(__name__)
-
-LABEL_PAIRS = 2
 
 
 def train_dpo(
@@ -54,44 +49,37 @@ def train_dpo(
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
 ) -> TrainingResult:
-    """Train the SFT adapter, or the full SFT model, further on `data["train"]`; the reference is that model as it was.
+    """Train the SFT adapter, or the full SFT model, on `data["train"]`. The reference is the SFT model before DPO.
 
     Args:
-        data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; the answers end with their end-of-turn token.
-        sft_adapter: the folder of the SFT adapter, or of the full SFT model.
-        resume_from: a checkpoint folder to go on from; without it, the newest complete one of the same run.
+        data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; each answer ends with its end-of-turn token.
+        sft_adapter: folder of the SFT adapter, or of the full SFT model.
+        parameters: logged by the trackers beside the hyperparameters.
+        resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
 
     Raises:
+        RequestError: this machine cannot train with this method or optimiser.
         WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
-    device = choose_backend(choose_device(setup.compute), setup.compute, setup.method, use_dora=uses_dora(sft_adapter))
-    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    check_training("dpo", setup.method, config.optim, device)
-    check_labels(data, tokenizer)
-    pairs = data["train"].select(range(min(LABEL_PAIRS, len(data["train"]))))
-    label_rows = [
-        (pair["prompt_ids"] + pair[name], [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[name])
-        for pair in pairs
-        for name in ("chosen_ids", "rejected_ids")
-    ]
+    # Choose the device, load the tokenizer, check the labels
     start = "-".join(_file_hash(file) for file in sorted(sft_adapter.glob("*.safetensors")))
-    run = TrainingRun(
-        "dpo", config, setup, settings, device, tokenizer, data, label_rows, parameters or {}, start, resume_from
-    )
+    run = prepare_run(
+        "dpo", data, config, setup, settings, method=setup.method, use_dora=uses_dora(sft_adapter),
+        start=start, parameters=parameters, resume_from=resume_from,
+    )  # fmt: skip
 
-    def build(used: TrainConfig, telemetry: TelemetryCallback) -> _FormattedDPOTrainer:
-        assert isinstance(used, DPOConfig)
-        loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
-        policy = trained_policy(setup.model, sft_adapter, settings, device, setup.method, loading)
-        # A policy with an adapter holds its reference as a second one.
-        reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
-        return dpo_trainer(policy, tokenizer, data, used, setup, device, run.folder, telemetry, reference)
+    # Load the SFT model, and make its trainer
+    def make_trainer(config: DPOConfig, telemetry: TelemetryCallback) -> FormattedDPOTrainer:
+        loading = Loading(setup.max_length, config.gradient_checkpointing, setup.seed)
+        policy = trained_policy(setup.model, sft_adapter, settings, run.device, setup.method, loading)
+        return dpo_trainer(run, policy, config, telemetry)
 
-    return run_training(run, build)
+    # Train, save the model, write the report
+    return run_training(run, make_trainer)
 
 
 def train_dpo_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """`train_dpo` for a job, in this process, which may be one of several."""
+    """Run `train_dpo` for a job in this process, which may be one of several."""
     assert job.start is not None
     config = DPOConfig.model_validate(job.config)
     return train_dpo(data, job.start, config, job.setup, settings, job.parameters, job.resume_from)
@@ -102,8 +90,75 @@ def _file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
-    """TRL's trainer for rows that are tokenised already, which DPOTrainer has no option for; and one that resumes."""
+def dpo_trainer(
+    run: TrainingRun[DPOConfig],
+    policy: PreTrainedModel | PeftModel,
+    config: DPOConfig,
+    telemetry: TelemetryCallback | None = None,
+) -> FormattedDPOTrainer:
+    """Make TRL's trainer for tokenised pairs. The reference is `policy` as it is now.
+
+    Args:
+        policy: the SFT model; its adapter is trainable.
+        config: the run's config, perhaps with smaller batches.
+    """
+    # TRL keeps the reference of an adapter as a second adapter. A full model needs a second model.
+    reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
+
+    # Find out which computations can be saved with this model
+    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
+    if run.device.backend == "transformers":
+        by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
+        reason = why_not_from_hidden_states(policy, run.setup.compute)
+        if reason is None and not keeps_rows_apart(policy, by_row):
+            reason = "concatenated rows would see each other"
+        unpadded = reason is None
+        logger.info("logits: %s", f"of whole batches, because {reason}" if reason else "of answers only, in chunks")
+
+    # Set the training arguments
+    arguments = trl.DPOConfig(
+        **training_arguments(config, run.device, run.setup, run.folder),
+        beta=config.beta,
+        loss_type=[config.loss_type],
+        label_smoothing=config.label_smoothing,
+        precompute_ref_log_probs=config.precompute_ref_log_probs,
+        # Formatting has already cut or set aside the pairs that are too long, and counted them. TRL cuts nothing.
+        max_length=None,
+    )
+
+    # Make the trainer. With caching, TRL would store precomputed log-probabilities beside the dataset, which is an
+    # artifact of another step.
+    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+    caching = is_caching_enabled()
+    disable_caching()
+    try:
+        trainer = FormattedDPOTrainer(
+            model=policy,
+            ref_model=reference,
+            args=arguments,
+            train_dataset=run.data["train"].select_columns(columns),
+            eval_dataset=run.data["validation"].select_columns(columns),
+            processing_class=run.tokenizer,
+            callbacks=[telemetry] if telemetry else [],
+        )
+    finally:
+        if caching:
+            enable_caching()
+
+    # Take the branch of TRL's code that never makes logits. TRL names it after Liger, whose CUDA kernels are not used.
+    trainer.use_liger_kernel = unpadded
+    trainer._forward_redirection = _ForwardRedirection()
+    trainer.by_row, trainer.flops = by_row, flops
+    trainer.asks_reference = not config.precompute_ref_log_probs
+    return trainer
+
+
+class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
+    """TRL's DPOTrainer with exact resume, for pairs that are already tokenised, which TRL has no option for.
+
+    Attributes:
+        by_row: whether the attention of policy and reference takes `row_lengths`.
+    """
 
     by_row = False
 
@@ -113,25 +168,25 @@ class _FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model: torch.nn.Module, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor
     ) -> tuple[Tensor, Tensor, Any]:
-        """What TRL asks for where it works without logits: `(rows, length - 1)` each, 0 where nothing is answered.
+        """Log-probabilities for TRL's branch without logits, `(rows, length - 1)`; 0 outside the answers.
 
-        The rows are computed one behind another, without their padding. Entropy is not computed.
+        Concatenates the rows without their padding. The entropies are zeros, because they are not computed.
         """
         inner = causal_model(self.accelerator.unwrap_model(model))
-        kept = model_kwargs["attention_mask"].bool()
-        position_ids = (kept.cumsum(dim=1) - 1)[kept].unsqueeze(0)
+        real = model_kwargs["attention_mask"].bool()
+        position_ids = (real.cumsum(dim=1) - 1)[real].unsqueeze(0)
         lengths = {"row_lengths": row_lengths(position_ids)} if self.by_row else {}
         with self.accelerator.autocast():
             outputs = inner.base_model(
-                input_ids=input_ids[kept].unsqueeze(0), position_ids=position_ids, use_cache=False, **lengths
+                input_ids=input_ids[real].unsqueeze(0), position_ids=position_ids, use_cache=False, **lengths
             )
             answered = completion_mask.bool()
             answered[:, 0] = False
-            # A token is predicted by the position before it, which is never that of another row: prompts come first.
-            places = (kept.flatten().cumsum(dim=0) - 1).view_as(kept)[answered]
+            # The position before a token predicts it. It is in the same row, because each row starts with its prompt.
+            places = (real.flatten().cumsum(dim=0) - 1).view_as(real)[answered]
             head = inner.get_output_embeddings().weight
-            found = token_log_probs(outputs.last_hidden_state[0, places - 1], head, input_ids[answered])
-        log_probs = found.new_zeros(answered.shape).masked_scatter(answered, found)[:, 1:]
+            answer_log_probs = token_log_probs(outputs.last_hidden_state[0, places - 1], head, input_ids[answered])
+        log_probs = answer_log_probs.new_zeros(answered.shape).masked_scatter(answered, answer_log_probs)[:, 1:]
         return log_probs, torch.zeros_like(log_probs), outputs
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -147,63 +202,9 @@ class _FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # Of a checkpoint with adapters in subfolders, transformers loads those alone: the reference, and not the
-        # policy, which would start over without a word.
+        # From a checkpoint with adapters in subfolders, transformers loads only those: the reference but not the
+        # policy, which would silently start over.
         if not isinstance(self.model, PeftModel):
             return
         self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
         self.model.set_adapter("default")
-
-
-def dpo_trainer(
-    policy: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
-    config: DPOConfig,
-    setup: TrainingSetup,
-    device: Device,
-    folder: Path,
-    telemetry: TelemetryCallback | None = None,
-    reference: PreTrainedModel | None = None,
-) -> _FormattedDPOTrainer:
-    """TRL's trainer. Of a policy with a trained adapter and no `reference`, TRL takes a copy as the reference."""
-    arguments = trl.DPOConfig(
-        **training_arguments(config, device, setup, folder),
-        beta=config.beta,
-        loss_type=[config.loss_type],
-        label_smoothing=config.label_smoothing,
-        precompute_ref_log_probs=config.precompute_ref_log_probs,
-        # Over-long pairs were set aside or cut, and counted, when the data was formatted; nothing is cut here.
-        max_length=None,
-    )
-    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
-    if device.backend == "transformers":
-        by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
-        reason = why_not_from_hidden_states(policy, setup.compute)
-        if reason is None and not keeps_rows_apart(policy, by_row):
-            reason = "rows that lie one behind another would see each other"
-        unpadded = reason is None
-        logger.info("logits: %s", f"of whole batches, for {reason}" if reason else "of answers alone, in chunks")
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    # What TRL precomputes it would keep beside the dataset, which is an artifact of another step.
-    cached = is_caching_enabled()
-    disable_caching()
-    try:
-        trainer = _FormattedDPOTrainer(
-            model=policy,
-            ref_model=reference,
-            args=arguments,
-            train_dataset=data["train"].select_columns(columns),
-            eval_dataset=data["validation"].select_columns(columns),
-            processing_class=tokenizer,
-            callbacks=[telemetry] if telemetry else [],
-        )
-    finally:
-        if cached:
-            enable_caching()
-    # TRL's name for its branch that never sees logits; Liger's own kernels are for CUDA alone, and are not used.
-    trainer.use_liger_kernel = unpadded
-    trainer._forward_redirection = _ForwardRedirection()
-    trainer.by_row, trainer.flops = by_row, flops
-    trainer.asks_reference = not config.precompute_ref_log_probs
-    return trainer

@@ -1,6 +1,6 @@
-"""Peak memory and time of training, before it starts: from the model's shapes, the recipe, and a matmul on this machine.
+"""Estimates peak memory and time of training from the model's shapes, the recipe, and a matmul on this machine.
 
-Nothing is loaded: the model is built of fake tensors, which have shapes and no content.
+No weights are loaded: the model consists of fake tensors, which have a shape and no content.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from llm_engineering.recipe.training_blocks import DPOConfig, Method, SFTConfig,
 from llm_engineering.training.losses import CHUNK
 from llm_engineering.training.policy import lora_config
 
-# A weight in 4 bits, and its share of the doubly quantised block constants: 8/64 + 32/(64·256) bits (QLoRA,
+# Bytes of a weight: 4 bits, and its share of the doubly quantised block constants, 8/64 + 32/(64·256) bits (QLoRA,
 # arXiv:2305.14314, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-# What is there besides: on a CPU Python with torch, transformers and TRL (515 MiB), and what the C library keeps of freed
-# memory (200 MiB; both measured by benchmarks/estimate), on a card the context and workspaces of CUDA and cuBLAS.
+# Memory beside the model. CPU: Python with torch, transformers and TRL (515 MiB), and freed memory that the C library
+# keeps (200 MiB); both measured by benchmarks/estimate. CUDA: context and workspaces of CUDA and cuBLAS.
 OVERHEAD_BYTES = {"cpu": 715 * 2**20, "cuda": 1024 * 2**20}
-# The share of the matmul rate that training reaches. CPU: measured by benchmarks/estimate. CUDA: the 38 to 43 % that
-# Llama 3 reports of the card's peak (arXiv:2407.21783, table 4); not measured here.
+# Share of the matmul rate that training reaches. CPU: measured by benchmarks/estimate. CUDA: Llama 3 reports 38 to 43 %
+# of the GPU's peak (arXiv:2407.21783, table 4); not measured here.
 UTILISATION = {"cpu": 0.6, "cuda": 0.4}
 GIB = 2**30
 
@@ -46,7 +46,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all parts."""
         return sum(self)
 
     def __str__(self) -> str:
@@ -55,18 +55,18 @@ class Memory(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What the model's shapes say.
+    """Sizes that the estimate needs, taken from the model's shapes.
 
     Attributes:
         weights: bytes of all weights without the adapter.
         trained: number of trained weights.
-        matmul: weights that every token is multiplied with: of the linear layers, and of the output embedding.
-        activations: bytes that one forward keeps for its backward, without logits.
+        matmul: number of weights that each token is multiplied with: linear layers and output embedding.
+        activations: bytes that one forward pass keeps for its backward pass, without logits.
         layers: number of decoder layers.
-        hidden: width of what goes from layer to layer.
-        hidden_bytes: bytes of one of its numbers.
-        vocabulary: number of logits of a token.
-        attention_width: heads times their width, summed over the layers.
+        hidden: width of the hidden states between layers.
+        hidden_bytes: bytes of one number of the hidden states.
+        vocabulary: number of logits per token.
+        attention_width: heads × head size, summed over the layers.
     """
 
     weights: float
@@ -83,14 +83,14 @@ class Shapes(NamedTuple):
 def shapes(
     model: PreTrainedConfig, sft: SFTConfig, device: Device, rows: int, length: int, trust_remote_code: bool = False
 ) -> Shapes:
-    """Build the model of fake tensors, with its adapter, and run one forward of `rows × length` tokens through it."""
+    """Build the model and its adapter from fake tensors, and run one forward pass of `rows × length` tokens."""
     full, four_bits = sft.method == "full", sft.method == "qlora"
     attention = device.attn_implementation
     with torch.device("meta"):
         base: PreTrainedModel = AutoModelForCausalLM.from_config(
             model,
             dtype=torch.float32 if full else device.dtype,
-            # It keeps as much, and needs no card to be asked.
+            # sdpa keeps as many activations as FlashAttention, and does not need a GPU.
             attn_implementation="sdpa" if attention == "flash_attention_2" else attention,
             trust_remote_code=trust_remote_code,
         )
@@ -98,10 +98,10 @@ def shapes(
         linear = [m for m in base.modules() if m is not head and isinstance(m, nn.Linear | Conv1D)]
         in_linear = sum(m.weight.numel() for m in linear)
         if four_bits:
-            # As prepare_model_for_kbit_training does: what is not in 4 bits is in float32.
-            held = {id(m.weight) for m in linear}
+            # As in prepare_model_for_kbit_training, all weights outside the linear layers are float32.
+            quantised = {id(m.weight) for m in linear}
             for parameter in base.parameters():
-                if id(parameter) not in held:
+                if id(parameter) not in quantised:
                     parameter.data = parameter.data.float()
             outside = sum(p.numel() for p in base.parameters()) - in_linear
             weights = in_linear * NF4_BYTES + outside * 4.0
@@ -110,14 +110,14 @@ def shapes(
         policy: nn.Module = base if full else peft.get_peft_model(base, lora_config(sft.lora))
     policy.train()
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    kept, hidden = _forward(base, policy, device, rows, length)
+    activations, hidden = _forward(base, policy, device, rows, length)
     text = model.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shapes(
         weights=weights,
         trained=trained,
         matmul=in_linear + (head.weight.numel() if head is not None else 0),
-        activations=kept,
+        activations=activations,
         layers=text.num_hidden_layers,
         hidden=hidden.shape[-1],
         hidden_bytes=4 if four_bits or full else hidden.element_size(),
@@ -129,28 +129,35 @@ def shapes(
 def _forward(
     base: PreTrainedModel, policy: nn.Module, device: Device, rows: int, length: int
 ) -> tuple[int, torch.Tensor]:
-    """Bytes that autograd keeps of the decoder's forward besides the weights, each memory once; and its output."""
-    kept: dict[int, torch.UntypedStorage] = {}
-    with FakeTensorMode():
-        own = _materialise(policy)
+    """Run the decoder's forward pass.
 
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
+    Returns:
+        Bytes that autograd saves besides the weights, where shared memory counts once; and the last hidden states.
+    """
+    saved: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode():
+        weights = _materialise(policy)
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
+            if storage._cdata not in weights:
+                saved[storage._cdata] = storage
             return tensor
 
         half = device.dtype != torch.float32
-        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with saved_tensors_hooks(save, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
             ids = torch.zeros(rows, length, dtype=torch.long)
             hidden: torch.Tensor = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return sum(storage.nbytes() for storage in kept.values()), hidden
+    return sum(storage.nbytes() for storage in saved.values()), hidden
 
 
 def _materialise(model: nn.Module) -> set[int]:
-    """Put fake tensors of the CPU in the place of the model's meta tensors, once for what is tied; their storages.
+    """Replace the model's meta tensors by fake CPU tensors, because autocast ignores meta tensors.
 
-    Operations of meta tensors know no autocast.
+    Tied weights share one fake tensor.
+
+    Returns:
+        The ids of the storages of the fake tensors.
     """
     fakes: dict[int, torch.Tensor] = {}
 
@@ -161,72 +168,72 @@ def _materialise(model: nn.Module) -> set[int]:
         return fakes[id(tensor)]
 
     for module in model.modules():
-        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in held:
+        groups: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in groups:
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
     return {tensor.untyped_storage()._cdata for tensor in fakes.values()}
 
 
-def peak_memory(found: Shapes, config: TrainConfig, device: Device, method: Method, rows: int, length: int) -> Memory:
-    """Bytes at the peak of a training step with batches of `rows × length` tokens.
+def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Method, rows: int, length: int) -> Memory:
+    """Estimate the bytes at the peak of a training step with batches of `rows × length` tokens.
 
-    weights + reference + optimiser + max(activations + logits, gradients), the parts of ZeRO's account
-    (arXiv:1910.02054, section 3) with activations counted on the model's own graph:
+    The sum is weights + reference + optimiser + max(activations + logits, gradients). These are the parts that ZeRO
+    counts (arXiv:1910.02054, section 3); the activations come from the model's own graph:
 
-    - weights: float32 for `full` (copies in half precision, which autocast keeps, are among the activations); the
-      device's precision for `lora`; 4 bits for `qlora`, and float32 for what is not in linear layers. Adapters are float32.
-    - optimiser: two float32 moments for each trained weight (AdamW), or two bytes in 8 bits (arXiv:2110.02861).
-    - gradients: float32 for each trained weight. With accumulation they are there during the next backward too;
-      without it, they come as activations go.
-    - activations: what autograd keeps of a forward, and as much as one layer keeps for the gradients on their way
-      back. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and once what one layer keeps.
-    - logits: vocabulary × 128 tokens, four times over in float32. A model whose logits have to be made of whole batches
-      (`why_not_from_hidden_states`) takes more than this.
+    - weights: float32 for `full`; autocast's half-precision copies count as activations. The device's precision for
+      `lora`. For `qlora` 4 bits in linear layers and float32 elsewhere. Adapters are float32.
+    - reference (DPO): a copy of the full model, or of the adapter.
+    - optimiser: AdamW's two moments for each trained weight, in float32 or in 8 bits (arXiv:2110.02861).
+    - gradients: float32 for each trained weight. With accumulation they exist during the whole backward pass; without
+      it, they grow while the activations are freed.
+    - activations: tensors that autograd saves in a forward pass, and those of one layer again for the gradients in the
+      backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
+    - logits: four float32 copies for 128 tokens. A model that needs the logits of whole batches
+      (`why_not_from_hidden_states`) takes more.
 
-    The real peak varies with the allocator; benchmarks/estimate compares.
+    The real peak depends on the allocator; benchmarks/estimate compares it with this estimate.
     """
     tokens = rows * length
-    is_dpo = isinstance(config, DPOConfig)
-    trained = 4.0 * found.trained
-    weights = found.weights + (0.0 if method == "full" else trained)
+    trained = 4.0 * sizes.trained
+    weights = sizes.weights + (0.0 if method == "full" else trained)
     reference = 0.0
-    if is_dpo:
-        reference = found.weights if method == "full" else trained
+    if isinstance(config, DPOConfig):
+        reference = sizes.weights if method == "full" else trained
     eight_bits = choose_optimiser(config.optim, device)[0] == "adamw_8bit"
-    one_layer = found.activations / found.layers
-    activations = found.activations + one_layer
+    one_layer = sizes.activations / sizes.layers
+    activations = sizes.activations + one_layer
     if config.gradient_checkpointing:
-        activations = tokens * found.hidden * found.hidden_bytes * found.layers + one_layer
-    logits = 16.0 * min(tokens, CHUNK) * found.vocabulary
+        activations = tokens * sizes.hidden * sizes.hidden_bytes * sizes.layers + one_layer
+    logits = 16.0 * min(tokens, CHUNK) * sizes.vocabulary
     accumulates = config.gradient_accumulation_steps > 1
-    beyond = activations + logits
-    gradients = trained if accumulates else max(0.0, trained - beyond)
+    gradients = trained if accumulates else max(0.0, trained - activations - logits)
     return Memory(
         weights, reference, gradients, (0.5 if eight_bits else 2.0) * trained, activations, logits,
         float(OVERHEAD_BYTES[device.name]),
     )  # fmt: skip
 
 
-def flops_per_token(found: Shapes, config: TrainConfig, method: Method, length: int) -> float:
-    """Floating-point operations for one trained token, in rows of `length`.
+def flops_per_token(sizes: Shapes, config: TrainConfig, method: Method, length: int) -> float:
+    """Floating-point operations for one trained token, in rows of `length` tokens.
 
-    A forward is 2 for each weight that a token meets (Kaplan et al. 2020, arXiv:2001.08361, section 2.1), and 2 · 2 for
-    each pair of tokens and number of an attention head, over half of the row on average. A backward is as much again
-    for the gradients of activations, and once more for those of weights, which adapters do without. Gradient
-    checkpointing adds a forward; DPO's reference another, unless it is precomputed.
+    A forward pass takes 2 operations for each weight that a token is multiplied with (Kaplan et al. 2020,
+    arXiv:2001.08361, section 2.1). Attention takes 4 operations for each earlier token and each unit of attention width;
+    on average half of the row is earlier. A backward pass takes the same again for the gradients of activations, and,
+    without an adapter, once more for the gradients of weights. Gradient checkpointing adds a forward pass. DPO's
+    reference adds another, unless it is precomputed.
     """
-    attention = 4 * found.attention_width * length / 2
+    attention = 4 * sizes.attention_width * length / 2
     passes = 3.0 if method == "full" else 2.0
     passes += 1.0 if config.gradient_checkpointing else 0.0
     reference = isinstance(config, DPOConfig) and not config.precompute_ref_log_probs
     passes += 1.0 if reference else 0.0
-    # Attention has no weights: both of its operands are activations.
+    # Attention has no weights: both of its operands are activations, and each needs a gradient.
     extra = attention if method != "full" else 0.0
-    return passes * (2 * found.matmul + attention) + extra
+    return passes * (2 * sizes.matmul + attention) + extra
 
 
 def matmul_rate(device: Device, seconds: float = 0.5) -> float:
-    """Floating-point operations a second of square matrix products in the device's precision, over `seconds`."""
+    """Measure the FLOP/s of square matrix products in the device's precision, for about `seconds`."""
     size = 8192 if device.name == "cuda" else 1024
     one = torch.ones(size, size, dtype=device.dtype, device=device.name)
     other = torch.ones(size, size, dtype=device.dtype, device=device.name)
@@ -246,7 +253,7 @@ def matmul_rate(device: Device, seconds: float = 0.5) -> float:
 
 
 def free_memory(device: Device) -> int:
-    """Bytes that are free: on the card, or of the machine's memory."""
+    """Free memory of the GPU, or of the machine, in bytes."""
     if device.name == "cuda":
         return torch.cuda.mem_get_info()[0]
     import psutil
@@ -256,20 +263,20 @@ def free_memory(device: Device) -> int:
 
 
 def batch_shape(config: TrainConfig, max_length: int) -> tuple[int, int]:
-    """Rows and length of the largest batch; of pairs, chosen and rejected answers are rows of their own."""
+    """Rows and length of the largest batch. A pair is two rows, one for each answer."""
     rows = config.per_device_train_batch_size
     return (2 * rows if isinstance(config, DPOConfig) else rows), max_length
 
 
 def remedy(config: TrainConfig, stage: str, method: Method) -> str:
-    """What to change where the memory does not suffice."""
+    """What to change if the memory is too small."""
     options = []
     if config.per_device_train_batch_size > 1:
         options.append(
-            f"lower {stage}.per_device_train_batch_size and raise {stage}.gradient_accumulation_steps as much"
+            f"lower {stage}.per_device_train_batch_size and raise {stage}.gradient_accumulation_steps by the same factor"
         )
     if not config.gradient_checkpointing:
-        options.append(f"set {stage}.gradient_checkpointing to true (slower by a forward)")
+        options.append(f"set {stage}.gradient_checkpointing to true (one more forward pass in each step)")
     if method != "qlora":
         options.append("choose sft.method " + ("lora or qlora" if method == "full" else "qlora, with CUDA"))
     return "; ".join([*options, "lower formatting.max_length"])

@@ -1,6 +1,6 @@
-"""A training run as a file that other processes and machines read, and the files with their results.
+"""Describes a training run as a file for other processes and machines, and reads the files with their results.
 
-No file holds a secret. This module imports neither torch nor transformers: unsloth has to be imported before them.
+No file contains a secret. This module imports neither torch nor transformers, because unsloth must be imported first.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ SUMMARY_FILE = "report.json"
 
 
 class TrainingResult(NamedTuple):
-    """Two folders, `adapter` and `report`, and the summary that `report` holds as JSON."""
+    """The folders of the trained model and of its report, and the summary that the report folder has as JSON."""
 
     adapter: Path
     report: Path
     summary: dict[str, Any]
 
 
-# Both stand beside the job.
+# Both are written beside the job's file.
 RESULT_FILE = "result.json"
 _FAILURE = "failure-"
 
@@ -36,14 +36,15 @@ Stage = Literal["sft", "dpo"]
 
 
 class Job(Block):
-    """One stage with all that it needs.
+    """Everything that the training of one stage needs.
 
     Attributes:
-        config: the stage's block of the recipe, which the stage reads; one of another stage is none of its business,
-            so that a change of DPO's code does not train SFT anew.
-        data: a DatasetDict on disk, formatted, with the splits `train` and `validation`; None before it is written.
+        config: the stage's block of the recipe. It is a plain dict, so that this class does not depend on the config
+            classes of all stages: a change of DPO's code must not train SFT again.
+        data: folder of a formatted DatasetDict with the splits `train` and `validation`; None until it is written.
         start: for `dpo`, the folder of the SFT adapter or of the full SFT model.
-        parameters: what Comet gets besides the hyperparameters.
+        parameters: logged by the trackers beside the hyperparameters.
+        resume_from: checkpoint folder to resume from instead of the newest one.
     """
 
     stage: Stage
@@ -56,14 +57,14 @@ class Job(Block):
 
 
 class Result(Block):
-    """Where the trained model and its report are."""
+    """The folders of the trained model and of its report."""
 
     adapter: Path
     report: Path
 
 
 class Failure(Block):
-    """How a process failed: the error's class and sentence; of an unexpected one, the traceback too."""
+    """The error that ended a process: its class, message and traceback."""
 
     rank: int
     time: float
@@ -73,21 +74,22 @@ class Failure(Block):
 
 
 def read_job(path: Path) -> Job:
-    """The job of a file.
+    """Read a job from its file.
 
     Raises:
-        RequestError: it cannot be read, or holds no job.
+        RequestError: the file cannot be read, or is not a job.
     """
     try:
         return Job.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RequestError(f"The job {path} cannot be read ({error.strerror}).") from error
+        raise RequestError(f"The job {path} cannot be read ({error.strerror}). Check --job.") from error
     except ValidationError as error:
-        raise RequestError(f"{path} holds no training job: {error.errors()[0]['msg']}.") from error
+        message = error.errors()[0]["msg"]
+        raise RequestError(f"{path} is not a training job: {message}. Check --job.") from error
 
 
 def write_failure(folder: Path, rank: int, error: Exception) -> None:
-    """Leave word of an error for the process that started this one."""
+    """Write an error to the job's folder, for the process that started this one."""
     failure = Failure(
         rank=rank,
         time=time.time(),
@@ -99,6 +101,7 @@ def write_failure(folder: Path, rank: int, error: Exception) -> None:
 
 
 def read_failures(folder: Path) -> list[Failure]:
-    """Failures of the worker processes, in the order of their time."""
-    found = [Failure.model_validate_json(file.read_text(encoding="utf-8")) for file in folder.glob(f"{_FAILURE}*.json")]
-    return sorted(found, key=lambda failure: failure.time)
+    """Failures of the worker processes, earliest first."""
+    files = folder.glob(f"{_FAILURE}*.json")
+    failures = [Failure.model_validate_json(file.read_text(encoding="utf-8")) for file in files]
+    return sorted(failures, key=lambda failure: failure.time)

@@ -1,6 +1,6 @@
-"""Starts training on this machine: in this process, or in several processes that this one watches.
+"""Starts training on this machine: in this process, or in worker processes that this process watches.
 
-The processes of one run end together: signals are passed on to them, and when one fails, the others are ended.
+The worker processes of a run end together. This process forwards signals to them, and when one fails, it stops the rest.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.models.device import check_processes, choose_device, needs_own_process
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.training import ranks
-from llm_engineering.training.checkpoints import held
-from llm_engineering.training.job import RESULT_FILE, Job, Result, TrainingResult, read_failures
+from llm_engineering.training.checkpoints import run_lock
+from llm_engineering.training.job import RESULT_FILE, SUMMARY_FILE, Job, Result, TrainingResult, read_failures
 from llm_engineering.training.ranks import Interruption
 
 logger = logging.getLogger(__name__)
 
-# When one process has failed, the others are given this long to end: most wait for it in vain.
+# After one process has failed, the others have this long to end. Most of them wait for the failed one in vain.
 GRACE_S = 5.0
-_LOOK_EVERY_S = 0.1
+_POLL_S = 0.1
 
 
 class Ended(NamedTuple):
-    """How processes ended.
+    """How the worker processes ended.
 
     Attributes:
-        codes: their exit codes in order; that of a signal is its number below zero, as in subprocess.
-        killed: those that a signal ended which did not come from here.
-        received: the signal that this process was sent meanwhile, and passed on.
+        codes: exit codes in rank order; minus the signal's number after a signal, as in subprocess.
+        killed: ranks of the processes that a signal from elsewhere ended.
+        received: the signal that this process received and forwarded.
     """
 
     codes: list[int]
@@ -53,29 +53,29 @@ class Ended(NamedTuple):
 
 
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
-    """Run a command once for each environment, to the end of all.
+    """Run a command once in each environment, and wait until all of these processes have ended.
 
-    What they write is logged line by line. SIGINT and SIGTERM reach them as one SIGTERM. When one fails, the others
-    have `GRACE_S` to end. Whatever happens here, none of them is left.
+    Logs their output line by line. Forwards SIGINT and SIGTERM to them as one SIGTERM. When one fails, the others have
+    `GRACE_S` seconds to end. No process is left running, even after an exception.
 
     Raises:
-        KeyboardInterrupt: a second signal.
+        KeyboardInterrupt: this process received a second signal.
     """
     with Interruption() as interruption, _started(command, environments) as processes:
         lines = _Lines(processes)
         killed: set[int] = set()
-        passed_on, ends_at = False, float("inf")
+        forwarded, kill_at = False, float("inf")
         while any(process.poll() is None for process in processes):
-            lines.show(_LOOK_EVERY_S)
-            if interruption.received is not None and not passed_on:
-                passed_on = True
+            lines.show(_POLL_S)
+            if interruption.received is not None and not forwarded:
+                forwarded = True
                 for process in processes:
                     process.terminate()
             codes = [process.poll() for process in processes]
-            if ends_at == float("inf") and any(code not in (None, 0, INTERRUPTED) for code in codes):
-                ends_at = time.monotonic() + GRACE_S
-            if time.monotonic() < ends_at:
-                killed |= {number for number, code in enumerate(codes) if code is not None and code < 0}
+            if kill_at == float("inf") and any(code not in (None, 0, INTERRUPTED) for code in codes):
+                kill_at = time.monotonic() + GRACE_S
+            if time.monotonic() < kill_at:
+                killed |= {rank for rank, code in enumerate(codes) if code is not None and code < 0}
             else:
                 for process in processes:
                     process.kill()
@@ -97,7 +97,7 @@ def _started(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                # Not the terminal's: what it sends comes from here, once.
+                # A session of its own: otherwise the terminal would send Ctrl-C to it too.
                 start_new_session=True,
             )
             processes.append(process)
@@ -111,28 +111,28 @@ def _started(
 
 
 class _Lines:
-    """Reads whole lines of several processes and logs them, in the calling thread: ZenML keeps the log of that one."""
+    """Logs the output of several processes line by line, in the calling thread, because ZenML stores that thread's log."""
 
     def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self.selector = selectors.DefaultSelector()
-        self.rests: dict[int, bytes] = {}
+        self.unfinished: dict[int, bytes] = {}
         for process in processes:
             assert process.stdout is not None
             self.selector.register(process.stdout, selectors.EVENT_READ)
-            self.rests[process.stdout.fileno()] = b""
+            self.unfinished[process.stdout.fileno()] = b""
 
     def show(self, wait_s: float) -> bool:
-        """Log what is there, after waiting at most so long for it; False if nothing was."""
-        if not self.rests:
+        """Wait at most `wait_s` seconds for output, and log it; False if there was none."""
+        if not self.unfinished:
             time.sleep(wait_s)
             return False
         ready = self.selector.select(wait_s)
         for key, _ in ready:
             read = os.read(key.fd, 2**16)
-            *lines, self.rests[key.fd] = (self.rests[key.fd] + read).split(b"\n")
+            *lines, self.unfinished[key.fd] = (self.unfinished[key.fd] + read).split(b"\n")
             if not read:
                 self.selector.unregister(key.fileobj)
-                last = self.rests.pop(key.fd)
+                last = self.unfinished.pop(key.fd)
                 lines += [last] if last else []
             for line in lines:
                 logger.info("%s", line.decode(errors="replace").rstrip())
@@ -145,50 +145,54 @@ def launch_training(
     data: DatasetDict,
     settings: Settings,
 ) -> TrainingResult:
-    """Train in as many processes as the recipe says; one alone is this one, unless its backend needs its own.
+    """Train in this process, or in as many worker processes as the recipe says.
 
     Args:
-        train: what trains the job's stage in one process, `train_sft_job` or `train_dpo_job`; others find it by the
-            stage's name.
-        job: without `data`, which is given apart.
-        data: as `train_sft` and `train_dpo` take it.
+        train: trains the job's stage in this process: `train_sft_job` or `train_dpo_job`. Worker processes find the
+            function by the stage's name.
+        job: its `data` is ignored; `data` takes its place.
+        data: formatted splits, as `train_sft` and `train_dpo` take them.
 
     Raises:
-        RequestError: this machine cannot run the recipe's processes, or they refused the request.
-        WorkError: training failed, or one of the processes was killed; the others were ended.
+        RequestError: this machine cannot run the recipe's processes, or a worker process refused the request.
+        WorkError: training failed, or one of the processes was killed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     compute = job.setup.compute
     check_processes(compute, choose_device(compute))
+
+    # Train in this process
     if compute.num_processes == 1 and not needs_own_process(compute):
         return train(job, data, settings)
+
+    # Train in worker processes
     digest = hashlib.sha256(job.model_dump_json(exclude={"data"}).encode()).hexdigest()[:12]
     folder = settings.llm_output_dir.resolve() / "training" / f"{job.stage}-job-{digest}"
-    with held(folder):
+    with run_lock(folder):
         _clear(folder)
         try:
             data.save_to_disk(str(folder / "data"))
             file = folder / "job.json"
-            file.write_text(
-                job.model_copy(update={"data": folder / "data"}).model_dump_json(indent=1), encoding="utf-8"
-            )
-            _run(file, compute.num_processes, settings)
+            written = job.model_copy(update={"data": folder / "data"})
+            file.write_text(written.model_dump_json(indent=1), encoding="utf-8")
+            _run_job(file, compute.num_processes, settings)
             result = Result.model_validate_json((folder / RESULT_FILE).read_text(encoding="utf-8"))
         finally:
             _clear(folder)
-    summary = json.loads((result.report / "report.json").read_text(encoding="utf-8"))
+
+    # Read the summary
+    summary = json.loads((result.report / SUMMARY_FILE).read_text(encoding="utf-8"))
     return TrainingResult(result.adapter, result.report, summary)
 
 
-def _run(file: Path, count: int, settings: Settings) -> None:
-    """Run a job's processes.
+def _run_job(file: Path, count: int, settings: Settings) -> None:
+    """Run a job's worker processes. They learn their rank from the environment variables that torchrun would set.
 
-    They are told apart by the environment that torchrun sets. torchrun itself would leave the others up to 30 s when
-    one has failed, and `accelerate launch` starts several on a CPU through MPI alone.
+    torchrun is not used, because it lets the other processes run for up to 30 s after one has failed. `accelerate
+    launch` is not used, because on a CPU it needs MPI to start several processes.
     """
-    ended = run_processes(
-        [sys.executable, "-m", "llm_engineering.training", "--job", str(file)], _environments(count, settings)
-    )
+    command = [sys.executable, "-m", "llm_engineering.training", "--job", str(file)]
+    ended = run_processes(command, _environments(count, settings))
     if not any(ended.codes):
         return
     if ended.received is not None or (INTERRUPTED in ended.codes and not ended.killed):
@@ -197,7 +201,7 @@ def _run(file: Path, count: int, settings: Settings) -> None:
 
 
 def _environments(count: int, settings: Settings) -> list[dict[str, str]]:
-    """The environment of each process: this one's, in which secrets reach them, and who they are."""
+    """The environment of each worker: this process's environment, which passes on secrets, and the worker's rank."""
     common = os.environ | {
         ranks.LAUNCHER: str(os.getpid()),
         "LLM_OUTPUT_DIR": str(settings.llm_output_dir.resolve()),
@@ -209,7 +213,7 @@ def _environments(count: int, settings: Settings) -> list[dict[str, str]]:
         return [common]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    # Each would start a thread for every core.
+    # The default is one thread for each core in every process.
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
@@ -217,20 +221,20 @@ def _environments(count: int, settings: Settings) -> list[dict[str, str]]:
 
 
 def _failure(ended: Ended, folder: Path) -> RequestError | WorkError:
-    """The error that ended the processes: of several, the first."""
+    """The error that ended the processes; the first one if several failed."""
     count = len(ended.codes)
     if ended.killed:
-        number = ended.killed[0]
-        name = signal.Signals(-ended.codes[number]).name
+        rank = ended.killed[0]
+        name = signal.Signals(-ended.codes[rank]).name
         return WorkError(
-            f"Training process {number} of {count} was ended by {name}, and the others with it. If nobody did it, the "
-            "memory of this machine may have been full. The same command goes on from the newest checkpoint."
+            f"Training process {rank} of {count} was ended by {name}, and the other processes were stopped. If nobody "
+            "killed it, the memory of this machine was probably full. The same command resumes from the newest checkpoint."
         )
     failures = read_failures(folder)
     if not failures:
         return WorkError(
-            f"The training processes ended with the exit codes {', '.join(map(str, ended.codes))} and left no reason. "
-            "What they wrote stands in the log."
+            f"The training processes ended with the exit codes {', '.join(map(str, ended.codes))} and reported no "
+            "error. Look for the reason in the log above."
         )
     first = failures[0]
     if first.kind == RequestError.__name__:
@@ -243,7 +247,7 @@ def _failure(ended: Ended, folder: Path) -> RequestError | WorkError:
 
 
 def _clear(folder: Path) -> None:
-    """Empty a job's folder of all but its lock."""
+    """Delete everything in a job's folder except its lock."""
     shutil.rmtree(folder / "data", ignore_errors=True)
     for file in folder.glob("*.json"):
         file.unlink()

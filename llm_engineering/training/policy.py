@@ -1,4 +1,4 @@
-"""Loads the model that is trained: with transformers and PEFT here, with unsloth in a module of its own."""
+"""Loads the model to train with transformers and PEFT, or passes the work to `unsloth_policy`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def new_policy(
     method: Method = "lora",
     loading: Loading | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), which starts as no change.
+    """Load the base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), which changes nothing yet.
 
-    With method `full`, the base model itself. `loading` is for unsloth, which needs it.
+    With method `full`, load only the base model. Only unsloth needs `loading`.
     """
     if device.backend == "unsloth":
         assert loading is not None
@@ -40,7 +40,7 @@ def new_policy(
 
 
 def lora_config(lora: LoraConfig) -> peft.LoraConfig:
-    """The recipe's adapter as PEFT describes it."""
+    """Translate the recipe's adapter block to PEFT's config."""
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -60,9 +60,11 @@ def trained_policy(
     method: Method = "lora",
     loading: Loading | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """What was trained before, to be trained on: the base model with the adapter, or the full model of that folder.
+    """Load a trained model to train it further: the base model with its adapter, or the full model.
 
-    `loading` is for unsloth, which needs it.
+    Args:
+        trained: folder of the adapter, or of the full model.
+        loading: only unsloth needs it.
     """
     if device.backend == "unsloth":
         assert loading is not None
@@ -81,10 +83,10 @@ def save_policy(
 ) -> None:
     """Write an adapter or a full model as safetensors.
 
-    An adapter names its base model as the recipe does, not by a path of this machine.
+    The adapter's config names the base model as the recipe does, not by a path of this machine.
 
     Args:
-        weights: the whole ones, where `policy` holds a shard of them.
+        weights: the gathered weights, if `policy` has only a shard of them.
     """
     if not isinstance(policy, PeftModel):
         policy.save_pretrained(str(folder), state_dict=weights)
@@ -92,7 +94,7 @@ def save_policy(
     policy.peft_config["default"].base_model_name_or_path = model.name_or_path
     policy.peft_config["default"].revision = model.revision
     policy.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
-    # PEFT's template of a model card says nothing about this model.
+    # PEFT writes a model card that is only an empty template.
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -103,5 +105,5 @@ def _base(model: ModelConfig, settings: Settings, device: Device, method: Method
 
 
 def _full_model(model: ModelConfig, settings: Settings, device: Device) -> PreTrainedModel:
-    # Weights in half precision lose updates smaller than their last bit: the trainer casts while it computes.
+    # Half-precision weights would lose updates smaller than their last bit. Autocast computes in half precision.
     return load_model(model, settings, device._replace(dtype=torch.float32))

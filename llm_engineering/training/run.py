@@ -1,4 +1,4 @@
-"""The part of a training run that SFT and DPO share: resume, train, save the adapter, report."""
+"""The steps of a training run that all stages share: prepare, resume, train, save the model, report."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import transformers
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import (
     EarlyStoppingCallback,
@@ -30,14 +30,16 @@ from transformers import (
 )
 
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.labels import label_views
-from llm_engineering.models.device import Device, choose_optimiser
+from llm_engineering.formatting.labels import check_labels, label_views
+from llm_engineering.formatting.render import IGNORE_INDEX
+from llm_engineering.models.device import Device, check_training, choose_backend, choose_device, choose_optimiser
+from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import TrainConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import Method, TrainConfig, TrainingSetup
 from llm_engineering.training import ranks
 from llm_engineering.training.arguments import device_facts, effective_batch, halved, sizes_text, whole_weights
-from llm_engineering.training.checkpoints import given_checkpoint, held, newest_complete
+from llm_engineering.training.checkpoints import check_resumable, newest_complete, run_lock
 from llm_engineering.training.job import SUMMARY_FILE, Stage, TrainingResult
 from llm_engineering.training.policy import save_policy
 from llm_engineering.training.ranks import Interruption
@@ -47,37 +49,41 @@ from llm_engineering.training.trainer import RestoreWindow, ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
+# Rows, or pairs with two answers each, that the report shows token by token.
+_LABEL_ROWS = 3
+_LABEL_PAIRS = 2
+
+Config = TypeVar("Config", bound=TrainConfig)
+
 
 @dataclass(frozen=True)
-class TrainingRun:
-    """One run of a stage: everything that decides what it computes, and where it works.
+class TrainingRun(Generic[Config]):
+    """The inputs of one run of a stage. Its identity and its folder follow from them.
 
     Attributes:
         stage: `sft` or `dpo`.
+        data: formatted splits; `train` and `validation` are required.
         config: the stage's block of the recipe.
-        data: formatted splits, `train` and `validation` among them.
-        tokenizer: with the chat template of the recipe; it is saved beside the adapter.
-        label_rows: `(input_ids, labels)` of a few rows, for the label view of the report.
-        parameters: what trackers get besides the hyperparameters: dataset versions, run id.
+        tokenizer: has the recipe's chat template; it is saved beside the adapter.
+        parameters: logged by the trackers beside the hyperparameters: dataset versions, run id.
         start: hash of the trained weights that the stage starts from; empty for the base model.
-        resume_from: a checkpoint to go on from, in place of the newest of this run's folder.
+        resume_from: checkpoint to resume from instead of the newest one in the run's folder.
     """
 
     stage: Stage
-    config: TrainConfig
+    data: DatasetDict
+    config: Config
     setup: TrainingSetup
     settings: Settings
     device: Device
     tokenizer: PreTrainedTokenizerBase
-    data: DatasetDict
-    label_rows: Sequence[tuple[list[int], list[int]]]
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
     resume_from: Path | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What checkpoints of this run are made from: recipe, model revision, device, data, and the start."""
+        """Everything that decides what the run computes: recipe, model revision, device, data, and starting weights."""
         return {
             **self.setup.model_dump(mode="json", exclude={"tracking"}),
             self.stage: self.config.model_dump(mode="json"),
@@ -88,13 +94,13 @@ class TrainingRun:
 
     @cached_property
     def folder(self) -> Path:
-        """Where this run keeps its checkpoints. Another identity has another folder: no run resumes another's."""
+        """The folder with the run's checkpoints. Each identity has its own, so no run resumes another run's."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         return self.settings.llm_output_dir.resolve() / "training" / f"{self.stage}-{digest[:12]}"
 
 
 def dataset_digests(data: DatasetDict) -> dict[str, str]:
-    """A hash of the rows of each split."""
+    """SHA-256 of the rows of each split."""
     splits = {}
     for name in sorted(data):
         digest = hashlib.sha256()
@@ -104,26 +110,64 @@ def dataset_digests(data: DatasetDict) -> dict[str, str]:
     return splits
 
 
-def run_training(
-    run: TrainingRun, build: Callable[[TrainConfig, TelemetryCallback], ResumableTrainer]
-) -> TrainingResult:
-    """Train to the end, from the newest complete checkpoint if there is one.
+def prepare_run(
+    stage: Stage,
+    data: DatasetDict,
+    config: Config,
+    setup: TrainingSetup,
+    settings: Settings,
+    *,
+    method: Method,
+    use_dora: bool,
+    start: str = "",
+    parameters: Mapping[str, Any] | None = None,
+    resume_from: Path | None = None,
+) -> TrainingRun[Config]:
+    """Choose the device, load the tokenizer and check the labels, before any model is loaded.
 
     Args:
-        build: makes the trainer with the given batch sizes and callback.
+        use_dora: whether the adapter that is trained has DoRA, which unsloth does not support.
 
     Raises:
-        RequestError: a checkpoint was made from something else, or another process trains this very run.
-        WorkError: the loss is not a number or has exploded, the disk or the card's memory is full.
+        RequestError: this machine cannot train with this method, optimiser or backend.
+        WorkError: the labels of a row are wrong.
+    """
+    # Choose the device and the backend
+    device = choose_backend(choose_device(setup.compute), setup.compute, method, use_dora=use_dora)
+
+    # Load the tokenizer
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+
+    # Check the optimiser and the labels
+    check_training(stage, method, config.optim, device)
+    check_labels(data, tokenizer, setup.train_on_prompt)
+    return TrainingRun(stage, data, config, setup, settings, device, tokenizer, parameters or {}, start, resume_from)
+
+
+def run_training(
+    run: TrainingRun[Config], make_trainer: Callable[[Config, TelemetryCallback], ResumableTrainer]
+) -> TrainingResult:
+    """Train to the end. Resumes from the newest complete checkpoint if there is one.
+
+    Args:
+        make_trainer: loads the model and makes its trainer; its config has the batch sizes to use.
+
+    Raises:
+        RequestError: a checkpoint has another identity, or another process trains the same run.
+        WorkError: the loss is not finite or has exploded, or the disk or the GPU memory is full.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
     """
     stage, config, setup, folder = run.stage, run.config, run.setup, run.folder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    # Log the automatic choices
     optimiser, why = choose_optimiser(config.optim, run.device, setup.compute.distributed)
     for reason in (*run.device.reasons, f"optimiser {optimiser}: {why}"):
         logger.info("%s", reason)
+
+    # Check the checkpoint that the user named
     if run.resume_from is not None:
-        given_checkpoint(run.resume_from, run.identity)
+        check_resumable(run.resume_from, run.identity)
 
     # Start the trackers
     tags = [stage, setup.model.name_or_path]
@@ -132,10 +176,12 @@ def run_training(
         logged = {**config.model_dump(), **setup.model_dump(), **device_facts(run.device), **run.parameters}
         trackers.log_parameters(_flat(logged))
         transformers.logging.set_verbosity_error()
-        with held(folder) if ranks.is_main() else nullcontext():
+        with run_lock(folder) if ranks.is_main() else nullcontext():
             # Train
-            trained = _train_until_it_fits(run, build, trackers)
+            trained = _train_until_it_fits(run, make_trainer, trackers)
             trainer, telemetry = trained.trainer, trained.telemetry
+
+            # Check the last loss
             history = trainer.state.log_history
             losses = [entry["loss"] for entry in history if "loss" in entry]
             if not losses or not math.isfinite(losses[-1]):
@@ -173,20 +219,20 @@ def run_training(
         "trackers": places,
         "config": config.model_dump(),
         "history": history,
-        "labels": label_views(run.label_rows, run.tokenizer),
+        "labels": label_views(_first_labels(run.data["train"]), run.tokenizer),
         "end_token": str(run.tokenizer.eos_token),
     }
     report = folder / "report"
     if ranks.is_main():
         report.mkdir(parents=True, exist_ok=True)
         (report / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        # The adapter is complete: what was kept to resume from has done its work.
+        # The model is saved, so nothing will resume from the checkpoints.
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return TrainingResult(adapter, report, summary)
 
 
 class _Trained(NamedTuple):
-    """A training that came to its end: with which batch sizes, from which checkpoint, and in how many seconds."""
+    """A finished training: the batch sizes that it used, the checkpoint that it resumed from, and its seconds."""
 
     trainer: ResumableTrainer
     config: TrainConfig
@@ -196,36 +242,43 @@ class _Trained(NamedTuple):
 
 
 def _train_until_it_fits(
-    run: TrainingRun, build: Callable[[TrainConfig, TelemetryCallback], ResumableTrainer], trackers: Trackers
+    run: TrainingRun[Config],
+    make_trainer: Callable[[Config, TelemetryCallback], ResumableTrainer],
+    trackers: Trackers,
 ) -> _Trained:
-    """Train with the recipe's batch; where the card's memory does not suffice, with half of it, and so on."""
+    """Train with the recipe's batch size, and halve it each time that the memory is full."""
     stage, setup = run.stage, run.setup
     checkpoints = run.folder / "checkpoints"
-    used = run.config
+    config = run.config
     newest = newest_complete(checkpoints, run.identity) if ranks.is_main() and not run.resume_from else None
     checkpoint = run.resume_from or ranks.from_main(newest)
     while True:
+        # Make the trainer
         telemetry = TelemetryCallback(stage, trackers)
-        # Before the adapter is made: its first weights are random, and the trainer sets its seed only later.
+        # Before the adapter exists: its first weights are random, and the trainer sets its seed only later.
         transformers.set_seed(setup.seed)
-        trainer = build(used, telemetry)
+        trainer = make_trainer(config, telemetry)
         trainer.identity, trainer.rows = run.identity, run.data["train"]
         telemetry.work, telemetry.peak_flops = trainer.work, peak_flops(trainer.args.device, run.device.dtype)
+
+        # Train
         started = time.perf_counter()
-        if _train(trainer, used, setup.compute, telemetry, checkpoint):
-            return _Trained(trainer, used, telemetry, checkpoint, time.perf_counter() - started)
+        if _train(trainer, config, setup.compute, telemetry, checkpoint):
+            return _Trained(trainer, config, telemetry, checkpoint, time.perf_counter() - started)
+
+        # Out of memory: halve the batch
         assert trainer.model is not None
-        smaller = halved(used, training=trainer.model.training)
-        sizes = [sizes_text(tried, setup.compute) for tried in (used, smaller)]
+        smaller = halved(config, training=trainer.model.training)
+        sizes = [sizes_text(tried, setup.compute) for tried in (config, smaller)]
         if ranks.world_size() > 1:
-            # The others wait for this process in the middle of a step, and cannot be asked to start it anew.
+            # The other processes wait for this one in the middle of a step: none of them can start again.
             raise WorkError(
-                f"Out of memory in process {ranks.rank()} of {ranks.world_size()} with {sizes[0]}. With several "
-                f"processes the batch is not made smaller by itself: use {sizes[1]} in the recipe's {stage}, "
+                f"Out of memory in process {ranks.rank()} of {ranks.world_size()} with {sizes[0]}. Training in several "
+                f"processes does not halve the batch automatically: use {sizes[1]} in the recipe's {stage}, "
                 f"and per_device_eval_batch_size {smaller.per_device_eval_batch_size}."
             )
         logger.warning("%s: out of memory with %s; trying %s", stage, *sizes)
-        used = smaller
+        config = smaller
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
@@ -239,7 +292,7 @@ def _train(
     telemetry: TelemetryCallback,
     checkpoint: Path | None,
 ) -> bool:
-    """Train to the end; False if the memory did not suffice."""
+    """Train to the end; False if the memory was full."""
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     if config.early_stopping_patience is not None:
@@ -249,12 +302,12 @@ def _train(
     repeated = -rows % (config.per_device_train_batch_size * compute.num_processes)
     if compute.num_processes > 1 and repeated:
         logger.info(
-            "%s: the last step of each epoch repeats %d of them, so that every process has a batch",
+            "%s: the last step of each epoch repeats %d rows, so that every process has a full batch",
             telemetry.stage,
             repeated,
         )
     if checkpoint is not None:
-        logger.info("%s: going on from %s", telemetry.stage, checkpoint)
+        logger.info("%s: resuming from %s", telemetry.stage, checkpoint)
         trainer.add_callback(RestoreWindow(trainer, checkpoint))
     with Interruption() as interruption:
         trainer.add_callback(interruption)
@@ -268,8 +321,19 @@ def _train(
     return True
 
 
+def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:
+    """`(input_ids, labels)` of the first rows; a pair gives one for each of its two answers."""
+    if "chosen_ids" not in split.column_names:
+        return [(row["input_ids"], row["labels"]) for row in split.take(min(_LABEL_ROWS, len(split)))]
+    return [
+        (pair["prompt_ids"] + pair[name], [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[name])
+        for pair in split.take(min(_LABEL_PAIRS, len(split)))
+        for name in ("chosen_ids", "rejected_ids")
+    ]
+
+
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level of names and values; a list is one value, as text, which Comet would take apart."""
+    """Nested values under dotted names. A list becomes one text, because Comet would log each item by itself."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL's SFTTrainer on rows whose labels were made and checked before."""
+"""Supervised fine-tuning with TRL's SFTTrainer, on rows that are already tokenised and labelled."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import torch
 import trl
 from datasets import DatasetDict
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 from trl import SFTTrainer
 
 from llm_engineering.errors import RequestError
-from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models.device import Device, check_training, choose_backend, choose_device
-from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import SFTConfig, TrainConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import SFTConfig, TrainingSetup
 from llm_engineering.training.arguments import training_arguments
 from llm_engineering.training.job import Job, TrainingResult
 from llm_engineering.training.losses import (
@@ -31,14 +28,12 @@ from llm_engineering.training.losses import (
     why_not_from_hidden_states,
 )
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.run import TrainingRun, run_training
+from llm_engineering.training.run import TrainingRun, prepare_run, run_training
 from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
 from llm_engineering.training.trainer import ResumableTrainer
 from llm_engineering.training.unsloth_policy import Loading, check_packable, check_packed
 
 logger = logging.getLogger(__name__)
-
-LABEL_ROWS = 3
 
 
 def train_sft(
@@ -49,53 +44,114 @@ def train_sft(
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
 ) -> TrainingResult:
-    """Train an adapter or the full model on `data["train"]`, with the loss on `data["validation"]` along the way.
+    """Train an adapter or the full model on `data["train"]`, and measure the loss on `data["validation"]` meanwhile.
 
     Args:
-        data: splits with `input_ids` and `labels`, lists of a row's length; -100 where nothing is trained.
-        resume_from: a checkpoint folder to go on from; without it, the newest complete one of the same run.
+        data: splits with `input_ids` and `labels`, two lists of equal length for each row; -100 marks untrained tokens.
+        parameters: logged by the trackers beside the hyperparameters.
+        resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
 
     Raises:
-        RequestError: this machine lacks what the method or the optimiser needs.
-        WorkError: a row's labels are wrong (`check_labels`), or training fails.
+        RequestError: this machine cannot train with this method or optimiser.
+        WorkError: the labels of a row are wrong (`check_labels`), or training fails.
     """
-    device = choose_backend(choose_device(setup.compute), setup.compute, config.method, use_dora=config.lora.use_dora)
-    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    check_training("sft", config.method, config.optim, device)
-    check_labels(data, tokenizer, setup.train_on_prompt)
-    first = data["train"].select(range(min(LABEL_ROWS, len(data["train"]))))
-    label_rows = [(row["input_ids"], row["labels"]) for row in first]
-    run = TrainingRun(
-        "sft", config, setup, settings, device, tokenizer, data, label_rows, parameters or {}, resume_from=resume_from
-    )
+    # Choose the device, load the tokenizer, check the labels
+    run = prepare_run(
+        "sft", data, config, setup, settings,
+        method=config.method, use_dora=config.lora.use_dora, parameters=parameters, resume_from=resume_from,
+    )  # fmt: skip
 
-    def build(used: TrainConfig, telemetry: TelemetryCallback) -> FormattedSFTTrainer:
-        assert isinstance(used, SFTConfig)
-        loading = Loading(setup.max_length, used.gradient_checkpointing, setup.seed)
-        policy = new_policy(setup.model, config.lora, settings, device, config.method, loading)
-        return sft_trainer(policy, tokenizer, data, used, setup, device, run.folder, telemetry)
+    # Load the base model with a fresh adapter, and make its trainer
+    def make_trainer(config: SFTConfig, telemetry: TelemetryCallback) -> FormattedSFTTrainer:
+        loading = Loading(setup.max_length, config.gradient_checkpointing, setup.seed)
+        policy = new_policy(setup.model, config.lora, settings, run.device, config.method, loading)
+        return sft_trainer(run, policy, config, telemetry)
 
-    return run_training(run, build)
+    # Train, save the model, write the report
+    return run_training(run, make_trainer)
 
 
 def train_sft_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """`train_sft` for a job, in this process, which may be one of several."""
+    """Run `train_sft` for a job in this process, which may be one of several."""
     config = SFTConfig.model_validate(job.config)
     return train_sft(data, config, job.setup, settings, job.parameters, job.resume_from)
 
 
-def _is_not_about_unpadded_rows(record: logging.LogRecord) -> bool:
-    """TRL warns of every attention but FlashAttention where rows lie one behind another, and of one row a batch;
-    whether the model keeps them apart was tried before."""
-    return not ("Flash Attention" in str(record.msg) or "padding-free training" in str(record.msg))
+def sft_trainer(
+    run: TrainingRun[SFTConfig],
+    policy: PreTrainedModel | PeftModel,
+    config: SFTConfig,
+    telemetry: TelemetryCallback | None = None,
+) -> FormattedSFTTrainer:
+    """Make TRL's trainer for tokenised and labelled rows. TRL packs the rows and changes nothing else.
+
+    Args:
+        config: the run's config, perhaps with smaller batches.
+
+    Raises:
+        RequestError: `packing` is set, and the model's attention would mix packed rows.
+    """
+    setup, device = run.setup, run.device
+
+    # Find out which computations can be saved with this model
+    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
+    if device.backend == "transformers":
+        by_row = attend_by_row(policy)
+        unpadded = keeps_rows_apart(policy, by_row)
+        reason = why_not_from_hidden_states(policy, setup.compute)
+        if reason is None:
+            take_loss_from_hidden_states(policy)
+        logger.info(
+            "logits: %s", f"of whole batches, because {reason}" if reason else "of trained tokens only, in chunks"
+        )
+        if config.packing and not unpadded:
+            raise RequestError(
+                f"Packed rows of {setup.model.name_or_path} would see each other: its attention does not separate them "
+                "by their position ids. Use --set sft.packing=false."
+            )
+    elif config.packing:
+        check_packable(policy.config.model_type)
+
+    # Set the training arguments
+    arguments = trl.SFTConfig(
+        **training_arguments(config, device, setup, run.folder),
+        # Without packing, formatting has already cut or set aside the rows that are too long, and TRL cuts nothing.
+        max_length=setup.max_length if config.packing else None,
+        # Best-fit decreasing keeps every row whole. A packed batch has no attention mask: the position ids start again
+        # at each row.
+        packing=config.packing,
+        packing_strategy="bfd",
+        eval_packing=False,
+        # Unpacked rows are concatenated too where the model allows it, so nothing is computed for padding.
+        padding_free=unpadded,
+        # TRL's default, chunked_nll, would replace the forward pass that returns only the loss.
+        loss_type="nll" if device.backend == "transformers" else None,
+        train_sampling_strategy=config.train_sampling_strategy,
+    )
+
+    # Make the trainer
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(_is_not_about_unpadded_rows)
+    columns = ["input_ids", "labels"]
+    trainer = FormattedSFTTrainer(
+        model=policy,
+        args=arguments,
+        train_dataset=run.data["train"].select_columns(columns),
+        eval_dataset=run.data["validation"].select_columns(columns),
+        processing_class=run.tokenizer,
+        callbacks=[telemetry] if telemetry else [],
+    )
+    trainer.by_row, trainer.flops, trainer.own_loss = by_row, flops, device.backend == "transformers"
+    if device.backend == "unsloth" and config.packing:
+        check_packed(next(iter(trainer.get_train_dataloader())))
+    return trainer
 
 
 class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
-    """TRL's trainer for rows that are labelled already; one that resumes, and computes no more than it needs.
+    """TRL's SFTTrainer for labelled rows, with exact resume. It computes the loss without unused metrics.
 
     Attributes:
-        by_row: whether the attention takes `row_lengths`.
-        own_loss: whether the loss is computed here, and not by what unsloth put into TRL's trainer.
+        by_row: whether the model's attention takes `row_lengths`.
+        own_loss: whether this class computes the loss; otherwise unsloth's version of TRL's trainer does.
     """
 
     by_row: bool
@@ -108,8 +164,8 @@ class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The loss alone. TRL's also measures entropy and accuracy over the logits of all positions, which takes
-        longer than the loss itself."""
+        """Compute only the loss. TRL also computes entropy and accuracy from the logits of all positions, which takes
+        longer than the loss."""
         mask = inputs.get("attention_mask")
         lengths = row_lengths(inputs["position_ids"]) if mask is None else mask.sum(dim=1).tolist()
         if model.training:
@@ -127,62 +183,9 @@ class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
 
-def sft_trainer(
-    policy: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: DatasetDict,
-    config: SFTConfig,
-    setup: TrainingSetup,
-    device: Device,
-    folder: Path,
-    telemetry: TelemetryCallback | None = None,
-) -> FormattedSFTTrainer:
-    """TRL's trainer for rows that are tokenised and labelled already; TRL packs them and changes nothing else.
+def _is_not_about_unpadded_rows(record: logging.LogRecord) -> bool:
+    """Drop TRL's warnings about concatenated rows without FlashAttention, and about batches of one row.
 
-    Raises:
-        RequestError: packed rows of this model would see each other.
+    `keeps_rows_apart` has already tested that this model does not mix the rows.
     """
-    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
-    if device.backend == "transformers":
-        by_row = attend_by_row(policy)
-        unpadded = keeps_rows_apart(policy, by_row)
-        reason = why_not_from_hidden_states(policy, setup.compute)
-        if reason is None:
-            take_loss_from_hidden_states(policy)
-        logger.info("logits: %s", f"of whole batches, for {reason}" if reason else "of trained tokens alone, in chunks")
-        if config.packing and not unpadded:
-            raise RequestError(
-                f"Packed rows of {setup.model.name_or_path} would see each other: its attention does not tell them apart "
-                "by their position ids. Use --set sft.packing=false."
-            )
-    elif config.packing:
-        check_packable(policy.config.model_type)
-    arguments = trl.SFTConfig(
-        **training_arguments(config, device, setup, folder),
-        # Without packing, over-long rows were set aside or cut before, and TRL cuts nothing.
-        max_length=setup.max_length if config.packing else None,
-        # Best-fit-decreasing keeps every row whole. Packed rows are told apart by their position ids, which restart:
-        # there is no attention mask.
-        packing=config.packing,
-        packing_strategy="bfd",
-        eval_packing=False,
-        # The rows of a batch lie one behind another too, where that can be: nothing is computed for padding.
-        padding_free=unpadded,
-        # TRL's own default, chunked_nll, would take the place of the forward pass that returns the loss alone.
-        loss_type="nll" if device.backend == "transformers" else None,
-        train_sampling_strategy=config.train_sampling_strategy,
-    )
-    logging.getLogger("trl.trainer.sft_trainer").addFilter(_is_not_about_unpadded_rows)
-    columns = ["input_ids", "labels"]
-    trainer = FormattedSFTTrainer(
-        model=policy,
-        args=arguments,
-        train_dataset=data["train"].select_columns(columns),
-        eval_dataset=data["validation"].select_columns(columns),
-        processing_class=tokenizer,
-        callbacks=[telemetry] if telemetry else [],
-    )
-    trainer.by_row, trainer.flops, trainer.own_loss = by_row, flops, device.backend == "transformers"
-    if device.backend == "unsloth" and config.packing:
-        check_packed(next(iter(trainer.get_train_dataloader())))
-    return trainer
+    return not ("Flash Attention" in str(record.msg) or "padding-free training" in str(record.msg))

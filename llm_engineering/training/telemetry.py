@@ -20,8 +20,8 @@ from llm_engineering.progress import Progress
 from llm_engineering.training.losses import causal_model
 from llm_engineering.training.tracking import Trackers
 
-# Dense half-precision peaks of the tensor cores, in FLOP/s, from NVIDIA's data sheets. Of names that share a
-# beginning, the longer one stands first.
+# Dense half-precision peaks of the tensor cores in FLOP/s, from NVIDIA's data sheets. The first key found in the GPU's
+# name counts, so `H100 PCIe` comes before `H100`.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -38,7 +38,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of a known card in half precision; None for anything else, of which no data sheet speaks."""
+    """Half-precision peak of a known GPU in FLOP/s; None for other devices and precisions."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
@@ -47,17 +47,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Floating-point operations that training needs, after PaLM (arXiv:2204.02311, appendix B).
+    """Floating-point operations that training needs, as PaLM counts them (arXiv:2204.02311, appendix B).
 
-    A matrix of n weights takes 2n a token forward, 2n backward for its input and, if it is trained, 2n for itself: 6n in
-    all, or 4n under an adapter. Causal attention over a row of T tokens takes 2 T d a token forward and twice that
-    backward, d being heads × head size, in each layer. What gradient checkpointing computes again does not count.
+    A matrix of n weights needs 2n operations per token in the forward pass, 2n for the gradient of its input, and 2n
+    for its own gradient if it is trained: 6n in total, or 4n if it is frozen. Causal attention over a row of T tokens
+    needs 2·T·d per token and layer in the forward pass, where d is heads × head size, and twice that in the backward
+    pass. The recomputation of gradient checkpointing does not count.
 
     Attributes:
-        body: a token, in all matrices but the output one.
-        head: a trained token, in the output matrix.
-        attention: to be multiplied with the sum of squared row lengths.
-        forward: share of all this that a forward pass alone takes, for DPO's reference.
+        body: operations per token in all matrices except the output matrix.
+        head: operations per trained token in the output matrix.
+        attention: operations per squared row length.
+        forward: share of a forward pass in the total, for DPO's reference.
     """
 
     body: float
@@ -67,7 +68,7 @@ class TrainingFlops:
 
     @classmethod
     def of(cls, policy: PreTrainedModel | PeftModel) -> TrainingFlops:
-        """Count the matrices of a model, before a reference is added to it."""
+        """Count the operations of a model. Call it before TRL adds a reference adapter to the model."""
         model = causal_model(policy)
         output = model.get_output_embeddings()
         sizes = {
@@ -85,13 +86,13 @@ class TrainingFlops:
         return cls(body, head, attention, forward)
 
     def step(self, lengths: Sequence[int], trained_tokens: int, reference: bool = False) -> float:
-        """FLOPs of forward and backward over rows of these lengths; with `reference`, a forward pass besides."""
+        """FLOPs of forward and backward over rows of these lengths; `reference` adds a forward pass."""
         flops = self.body * sum(lengths) + self.head * trained_tokens + self.attention * sum(n * n for n in lengths)
         return flops * (1 + self.forward if reference else 1)
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the card with CUDA, resident otherwise."""
+    """Peak memory of this process in bytes: allocated GPU memory with CUDA, resident memory otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -99,13 +100,13 @@ def peak_memory_bytes() -> int:
 
 @dataclass
 class Work:
-    """What a process has computed, and the seconds it took by part.
+    """The work of a process so far.
 
     Attributes:
-        tokens: real ones, that a row has.
-        computed_tokens: those, and padding.
-        flops: of the model alone (`TrainingFlops`).
-        seconds: `data` (waiting for batches), `forward_backward`, `optimizer`, `eval`, `save`.
+        tokens: tokens without padding.
+        computed_tokens: tokens with padding.
+        flops: operations of the model (`TrainingFlops`).
+        seconds: time by part: `data` (waiting for batches), `forward_backward`, `optimizer`, `eval`, `save`.
     """
 
     tokens: int = 0
@@ -115,7 +116,7 @@ class Work:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the time of the `with` block to a part."""
+        """Add the time of the `with` block to a part, also if the block fails."""
         started = time.perf_counter()
         try:
             yield
@@ -124,13 +125,18 @@ class Work:
 
     @property
     def step_seconds(self) -> float:
-        """Of training steps alone, without evaluation and saving."""
+        """Seconds of training steps, without evaluation and saving."""
         return sum(self.seconds[part] for part in ("data", "forward_backward", "optimizer"))
 
     def rates(self, since: Work, peak: float | None) -> dict[str, float]:
-        """Between a former state and this one: real tokens a second, share of padding, and MFU where the peak is known.
+        """Rates between an earlier state and this one; empty if no training step lies between them.
 
-        MFU is the model's FLOPs a second over the peak of the card (`peak`, FLOP/s).
+        Args:
+            peak: peak of the GPU in FLOP/s; None if unknown.
+
+        Returns:
+            `tokens_per_second` without padding, `padding_share`, and with a known peak `mfu`: the model's FLOP/s
+            divided by the peak.
         """
         seconds, computed = self.step_seconds - since.step_seconds, self.computed_tokens - since.computed_tokens
         if seconds <= 0 or computed <= 0:
@@ -142,17 +148,17 @@ class Work:
         return rates
 
     def copy(self) -> Work:
-        """A state to compare with later."""
+        """Copy this state, to compute rates since then later."""
         return replace(self, seconds=self.seconds.copy())
 
 
 class TelemetryCallback(TrainerCallback):
-    """Adds speed, share of padding, MFU and peak memory to every training log entry and passes all on."""
+    """Adds speed, padding share, MFU and peak memory to each log entry, and sends it to the trackers and the log."""
 
     def __init__(self, stage: str, trackers: Trackers) -> None:
         self.stage = stage
         self.trackers = trackers
-        # The trainer's own, as soon as there is one.
+        # Before training it is replaced by the trainer's `work`.
         self.work = Work()
         self.logged = Work()
         self.peak_flops: float | None = None
@@ -163,11 +169,11 @@ class TelemetryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the progress of what is left to do."""
+        """Show the progress of the remaining steps."""
         self.progress = Progress(f"{self.stage} steps", state.max_steps - state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the step; where it is logged too, `on_log` shows it with its losses."""
+        """Count the step. If it is also logged, `on_log` shows it with its losses."""
         if self.progress is not None:
             self.progress.advance(show=not control.should_log)
 
@@ -181,13 +187,13 @@ class TelemetryCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock of the optimiser."""
+        """Start timing the optimiser."""
         self.optimizer_started = time.perf_counter()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop it."""
+        """Add the time of the optimiser's step."""
         self.work.seconds["optimizer"] += time.perf_counter() - self.optimizer_started
 
     def on_log(
@@ -198,14 +204,14 @@ class TelemetryCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Complete the entry, keep it in the trainer's history, and log it."""
+        """Add the rates to the newest entry of the trainer's history, and send it to the trackers and the log."""
         entry = state.log_history[-1]
         if "loss" in entry:
             entry |= self.work.rates(self.logged, self.peak_flops)
             self.logged = self.work.copy()
             entry["peak_memory_bytes"] = peak_memory_bytes()
         names = ("loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
-        # An evaluation is an entry of its own: the line shows the newest value of each.
+        # Training and evaluation have separate entries. The progress line shows the newest value of each name.
         self.newest |= {name: entry[name] for name in (*names, "tokens_per_second", "mfu") if name in entry}
         if self.newest and self.progress is not None:
             self.progress.say(", ".join(f"{name} {value:.4g}" for name, value in self.newest.items()))

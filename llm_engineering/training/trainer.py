@@ -1,8 +1,8 @@
-"""What this project adds to TRL's trainers: whole checkpoints, exact resume, and a stop before a broken step.
+"""Adds three things to TRL's trainers: complete checkpoints, exact resume, and a stop before a broken step.
 
-- `LossWatch` recognises a loss that has exploded, and `rows_of` names the rows of a batch.
-- `HeldOutTrainer` computes a validation loss that does not depend on batch size or number of processes.
-- `ResumableTrainer` writes each checkpoint completely or not at all, and resumes byte by byte.
+- `LossWatch` detects a loss that has exploded, and `rows_of` finds the rows of a batch.
+- `HeldOutTrainer` computes a validation loss that depends neither on the batch size nor on the number of processes.
+- `ResumableTrainer` writes each checkpoint completely or not at all. A resumed run ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import PARTIAL, check_space, publish, size
 from llm_engineering.training.telemetry import TrainingFlops, Work
 
-# A batch of nothing but mislabelled pairs reaches several times the usual DPO loss in a run that is sound, and loses
-# nothing by going on; ten times the usual loss was never seen of one.
+# In a healthy run, a batch of mislabelled pairs reaches several times the usual DPO loss, and training recovers from it.
+# No healthy run has been seen to reach ten times the usual loss.
 EXPLOSION_FACTOR = 10.0
-# Steps that the running median is taken over; with fewer than the second number there is none.
+# The running median covers the last 32 steps. It starts after 8 steps.
 MEDIAN_STEPS = 32
 FIRST_MEDIAN_STEPS = 8
 _NAMED_ROWS = 16
 
 
 class LossWatch:
-    """Knows the losses of the last steps, and the highest median that they ever had.
+    """Compares the loss of each step with the highest running median so far.
 
-    The highest and not the present one: the loss of DPO can fall by orders of magnitude, and a single hard pair is
-    then far above its median without anything being wrong.
+    The current median would be too strict: the DPO loss can fall by orders of magnitude, and then a single hard pair
+    is far above it although nothing is wrong.
     """
 
     def __init__(self) -> None:
@@ -49,11 +49,11 @@ class LossWatch:
         self.highest_median = 0.0
 
     def problem(self, loss: float) -> str:
-        """What is wrong with the loss of the next step; empty if nothing is, and then it is remembered."""
+        """Describe what is wrong with the loss of the next step. If nothing is, record the loss and return ""."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         if self.highest_median and loss > EXPLOSION_FACTOR * self.highest_median:
-            return f"the loss is {loss:.4g}, and was {self.highest_median:.4g} before"
+            return f"the loss is {loss:.4g}, and its median was {self.highest_median:.4g} before"
         self.recent = [*self.recent, loss][-MEDIAN_STEPS:]
         if len(self.recent) >= FIRST_MEDIAN_STEPS:
             self.highest_median = max(self.highest_median, statistics.median(self.recent))
@@ -61,25 +61,25 @@ class LossWatch:
 
 
 def rows_of(batches: list[Mapping[str, Any]], rows: Dataset) -> str:
-    """Names the rows that batches were made of: their place in the training split, and their id.
+    """List the rows in some batches: index in the training split, and id.
 
-    Collating drops ids, and packing mixes rows, so they are found again by their tokens.
+    Finds the rows by their tokens, because collating drops ids and packing mixes rows.
     """
     wanted = {sequence for batch in batches for sequence in _sequences(batch)}
     named = []
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]
         if tuple(tokens) in wanted:
-            named.append(f"{place} (id {row['id']})" if "id" in row else str(place))
+            named.append(f"{index} (id {row['id']})" if "id" in row else str(index))
     more = f" and {len(named) - _NAMED_ROWS} more" if len(named) > _NAMED_ROWS else ""
     return ", ".join(named[:_NAMED_ROWS]) + more
 
 
 def _sequences(batch: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
-    """Token ids of each row of a batch; of pairs, prompt and chosen answer."""
+    """Token ids of each row of a batch; for a pair, its prompt and chosen answer."""
     ids = batch["input_ids"]
     if "attention_mask" not in batch:
-        # Rows in a row, `(1, tokens)`: position ids start again at each.
+        # Concatenated rows, `(1, tokens)`: the position ids start again at each row.
         starts = torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist()
         return [tuple(ids[0, start:end].tolist()) for start, end in zip(starts, [*starts[1:], None], strict=True)]
     # `(rows, tokens)` with padding; TRL stacks the rejected answers below the chosen ones.
@@ -88,24 +88,27 @@ def _sequences(batch: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
 
 
 def evaluation_batches(rows: int, size: int, rank: int, processes: int) -> tuple[list[list[int]], int]:
-    """The rows that a process evaluates, as batches of at most `size` indices, and how many of the batches are shared.
+    """Choose the rows that a process evaluates.
 
-    Every row is in one process's batches, and in each round all batches are of one size, as gathering wants it. The
-    fewer than `processes` rows that cannot be dealt out stand at the end, in shared batches that every process has.
+    Gathering needs batches of equal size in all processes. So each process gets the same number of rows, and the
+    remainder, fewer than `processes` rows, goes to all processes in shared batches at the end.
+
+    Returns:
+        Batches of at most `size` row indices, and the number of shared batches among them.
     """
-    dealt = rows - rows % processes
-    own, rest = range(rank, dealt, processes), range(dealt, rows)
+    divisible = rows - rows % processes
+    own, rest = range(rank, divisible, processes), range(divisible, rows)
     batches = [[list(part[i : i + size]) for i in range(0, len(part), size)] for part in (own, rest)]
     return batches[0] + batches[1], len(batches[1])
 
 
 class HeldOutTrainer(Trainer):
-    """Weighs every batch by what it holds, trained tokens or pairs; transformers takes the mean of the batches' means.
+    """Weights the loss of each evaluation batch by its trained tokens or pairs. transformers weights all batches alike.
 
-    Over several processes it also counts every row once; accelerate fills the last batches up with rows from the front.
+    In several processes it counts each row once. accelerate repeats the first rows to fill the last batches.
     """
 
-    # TRL's: numbers of the batches since the last log entry, by `train` and `eval`.
+    # TRL's: metrics of each batch since the last log entry, under `train` and `eval`.
     _metrics: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -115,7 +118,7 @@ class HeldOutTrainer(Trainer):
         super().__init__(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
-        """The batches of this process."""
+        """The batches that this process evaluates."""
         if ranks.world_size() == 1:
             return super().get_eval_dataloader(eval_dataset)
         rows = self._remove_unused_columns(self.eval_dataset, description="Evaluation")
@@ -127,12 +130,12 @@ class HeldOutTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
-            # Its own: a loader draws a seed, and the one of dropout is to be the same with and without an evaluation.
+            # A loader draws a seed when it starts. From the global generator, an evaluation would change dropout.
             generator=torch.Generator(),
         )
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The loss of a batch, remembered with the batch's weight."""
+        """Compute the loss of a batch, and record it with the batch's weight."""
         # TRL stacks rejected answers below the chosen ones.
         weight = int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else len(inputs["input_ids"]) // 2
         predicted = super().prediction_step(model, inputs, *args, **kwargs)
@@ -142,9 +145,9 @@ class HeldOutTrainer(Trainer):
         return predicted
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate; the loss, and what TRL measures beside it, are means over tokens (SFT) or pairs (DPO)."""
+        """Evaluate. The loss and TRL's other metrics become means over tokens (SFT) or pairs (DPO)."""
         self._losses, self._weights = [], []
-        # accelerate drops what it takes for filling where the training batch of the moment is the last of its epoch.
+        # accelerate would drop rows as filling if the current training batch is the last of its epoch.
         state = self.accelerator.gradient_state
         loaders = state.dataloader_references
         state.dataloader_references = [*loaders, None]
@@ -152,8 +155,8 @@ class HeldOutTrainer(Trainer):
             output = super().evaluation_loop(*args, **kwargs)
         finally:
             state.dataloader_references = loaders
-        # Of a round, the mean of the processes' losses is that of its tokens or pairs: transformers scales by the
-        # tokens of all processes, and the pairs are as many in each.
+        # The mean over processes is the mean over tokens or pairs: transformers scales each loss by the tokens of all
+        # processes, and each process has the same number of pairs.
         losses = ranks.total(torch.stack(self._losses)) / ranks.world_size()
         weights = ranks.total(torch.tensor(self._weights))
         if self._shared_batches:
@@ -168,28 +171,28 @@ class HeldOutTrainer(Trainer):
 
 
 _WINDOW_FILE = "log_window.json"
-# Weights, two moments of AdamW, and DPO's reference.
+# Weights, AdamW's two moments, and DPO's reference.
 _COPIES = 4
-# Tokenizer, states of schedule and generators: Gemma's tokenizer alone has 33 MB.
+# Tokenizer, scheduler and random states. Gemma's tokenizer alone has 33 MB.
 _SMALL_FILES_BYTES = 64 * 2**20
 
 
 class ResumableTrainer(HeldOutTrainer):
-    """To be named before TRL's trainer among the bases.
+    """Base class for a stage's trainer. It must come before TRL's trainer in the list of bases.
 
     Attributes:
-        identity: what checkpoints are made from.
-        rows: the training split with its ids, to name rows of a batch.
-        flops: what training this model takes.
-        asks_reference: whether every step asks a reference model too.
-        work: what this process has done so far.
+        identity: stored in each checkpoint (`TrainingRun.identity`).
+        rows: the training split with its ids, to name the rows of a broken batch.
+        flops: floating-point operations that training this model takes.
+        asks_reference: whether each step also runs a reference model.
+        work: tokens, operations and seconds of this process so far.
     """
 
     identity: Mapping[str, Any]
     rows: Dataset
     flops: TrainingFlops
     asks_reference = False
-    # TRL's: tokens of all steps.
+    # TRL's: tokens of all steps so far.
     _total_train_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -202,7 +205,7 @@ class ResumableTrainer(HeldOutTrainer):
         self.work = Work()
         super().__init__(*args, **kwargs)
         if self.args.bf16 or self.args.fp16:
-            # PEFT makes every input float32, for its weights' sake, and autocast makes it half precision again.
+            # PEFT would cast every input to its weights' float32, only for autocast to cast it back to half precision.
             assert self.model is not None
             for layer in self.model.modules():
                 if isinstance(layer, LoraLayer) and not any(layer.use_dora.values()):
@@ -218,7 +221,7 @@ class ResumableTrainer(HeldOutTrainer):
         return str(self._writing or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write the checkpoint under another name, and rename it when it is complete and on the disk."""
+        """Write the checkpoint under a temporary name, and rename it when it is complete and on the disk."""
         with self.work.timed("save"):
             self._write_checkpoint(model, trial)
 
@@ -241,11 +244,11 @@ class ResumableTrainer(HeldOutTrainer):
         is_best = self.state.best_model_checkpoint == str(written)
         if is_best:
             self.state.best_model_checkpoint = str(final)
-        # Gathered from all processes, which have written their files when this is there.
+        # Gathering waits for all processes, so all of them have written their files after it.
         window = self._window()
-        elsewhere = ranks.gathered(_own_state(written)) if ranks.several_machines() else []
+        random_states = ranks.gathered(_own_state(written)) if ranks.several_machines() else []
         if ranks.is_main():
-            for name, content in elsewhere:
+            for name, content in random_states:
                 (written / name).write_bytes(content)
             if is_best:
                 self.state.save_to_json(str(written / "trainer_state.json"))
@@ -259,20 +262,20 @@ class ResumableTrainer(HeldOutTrainer):
                 use_mtime=True,
             )
         ranks.wait()
-        # Only now: if the machines share the folder after all, it was the one that is published.
-        if elsewhere and ranks.is_first_here():
+        # Not earlier: if the machines share a disk, this is the folder that the main process has just published.
+        if random_states and ranks.is_first_here():
             shutil.rmtree(partial, ignore_errors=True)
 
     def _needed_bytes(self, folder: Path) -> int:
-        former = sort_checkpoints(str(folder), use_mtime=True)
-        if former:
-            return size(Path(former[-1]))
+        earlier = sort_checkpoints(str(folder), use_mtime=True)
+        if earlier:
+            return size(Path(earlier[-1]))
         assert self.model is not None
         trained = sum(int(p.nbytes) for p in self.model.parameters() if p.requires_grad)
         return _COPIES * trained + _SMALL_FILES_BYTES
 
     def _window(self) -> dict[str, Any]:
-        """What the trainers add up until the next log entry, which transformers forgets between two runs."""
+        """The sums since the last log entry. transformers does not store them in a checkpoint."""
         return {
             "losses": ranks.gathered(self._tr_loss.item()),
             "total_loss": self._total_loss_scalar,
@@ -284,7 +287,7 @@ class ResumableTrainer(HeldOutTrainer):
         }
 
     def restore_window(self, checkpoint: Path) -> None:
-        """Go on adding up where the checkpoint was saved, so that the log is that of an uninterrupted run."""
+        """Restore the sums since the last log entry, so that the log equals that of an uninterrupted run."""
         window = json.loads((checkpoint / _WINDOW_FILE).read_text(encoding="utf-8"))
         self._tr_loss.fill_(window["losses"][ranks.rank()])
         self._total_loss_scalar = window["total_loss"]
@@ -295,45 +298,51 @@ class ResumableTrainer(HeldOutTrainer):
         self._watch.highest_median = window["highest_median"]
 
     def count(self, lengths: Sequence[int], trained_tokens: int, computed_tokens: int) -> int:
-        """Count a batch of rows of these lengths, for which so many positions are computed.
+        """Add a batch to `work`.
 
-        Returns the real tokens of the batch, of all processes.
+        Args:
+            lengths: of the batch's rows, in tokens without padding.
+            trained_tokens: tokens with a label.
+            computed_tokens: positions that the model computes, with padding.
+
+        Returns:
+            Tokens of the batch without padding, summed over all processes.
         """
         tokens, computed = ranks.total(torch.tensor([sum(lengths), computed_tokens])).tolist()
         self.work.tokens += int(tokens)
         self.work.computed_tokens += int(computed)
-        # Of this process alone, as its card's peak is.
+        # Not summed: MFU compares it with the peak of this process's own GPU.
         self.work.flops += self.flops.step(lengths, trained_tokens, self.asks_reference)
         return int(tokens)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of a step; the time is that of waiting for data."""
+        """The batches of a step. The time spent here is waiting for data."""
         with self.work.timed("data"):
             return super().get_batch_samples(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        """Losses of the validation split, timed."""
+        """Evaluate the validation split, and add the time to `work`."""
         with self.work.timed("eval"):
             return super().evaluate(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Forward and backward of one batch; a loss that is not finite or has exploded ends the run before it trains.
+        """Run forward and backward of one batch, and check the loss before the optimiser's step.
 
         Raises:
-            WorkError: with the rows of the batch, or of all batches of the step; in all processes.
+            WorkError: the loss is not finite or has exploded; names the rows. All processes raise it.
         """
         if self._step_ended:
             self._batches, self._broken, self._step_loss = [], [], 0.0
         self._batches.append(dict(inputs))
         with self.work.timed("forward_backward"):
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
-            # Waits for the card, where there is one.
+            # On a GPU, item() waits until the result is computed.
             self._step_loss += loss.item()
         if not math.isfinite(self._step_loss) and not self._broken:
             self._broken = self._batches[-1:]
         self._step_ended = self.accelerator.sync_gradients
         if self._step_ended:
-            # The loss of a step is the mean of its processes' shares, and not finite if one of them is not.
+            # The mean over processes is not finite if the loss of one process is not.
             step_loss = ranks.total(torch.tensor(self._step_loss, dtype=torch.float64)).item() / ranks.world_size()
             problem = self._watch.problem(step_loss)
             if problem:
@@ -342,33 +351,33 @@ class ResumableTrainer(HeldOutTrainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        # The scaler of fp16 looks for its scale by trying too large ones, and leaves those steps out itself.
+        # The fp16 scaler searches its scale with values that overflow, and skips those steps by itself.
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
             self._stop(f"the norm of the gradient is {float(norm)}", self._batches)
         return norm
 
     def _stop(self, problem: str, batches: list[Mapping[str, Any]]) -> None:
         named = ", ".join(filter(None, ranks.gathered(rows_of(batches, self.rows))))
-        # DeepSpeed takes its step within the backward pass; no checkpoint has it.
+        # DeepSpeed updates the weights in the backward pass. No checkpoint has these weights.
         unchanged = "" if self.is_deepspeed_enabled else " The weights were not changed by this step."
         raise WorkError(
-            f"Training stopped in step {self.state.global_step + 1}: {problem}. The batch was made of these rows of the "
+            f"Training stopped in step {self.state.global_step + 1}: {problem}. The batch has these rows of the "
             f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate."
             f"{unchanged}"
         )
 
 
 def _own_state(checkpoint: Path) -> tuple[str, bytes]:
-    """The one file that each process writes itself, which machines without a common disk have to bring together."""
+    """Name and content of this process's random state, the only file that each process writes for itself."""
     name = f"rng_state_{ranks.rank()}.pth"
     return name, (checkpoint / name).read_bytes()
 
 
 class LengthGroupedByEpoch(LengthGroupedSampler):
-    """transformers' sampler, whose order depends on the seed and the epoch alone.
+    """transformers' length-grouped sampler with an order that depends only on the seed and the epoch.
 
-    Its own order comes from torch's global generator, which stands elsewhere when a run is resumed: rows would be
-    trained twice, and others not at all.
+    transformers draws the order from torch's global generator, whose state differs in a resumed run: some rows would
+    be trained twice, and others never.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -377,7 +386,7 @@ class LengthGroupedByEpoch(LengthGroupedSampler):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
+        """Set the epoch. accelerate calls it before each epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -386,7 +395,7 @@ class LengthGroupedByEpoch(LengthGroupedSampler):
 
 
 class RestoreWindow(TrainerCallback):
-    """Restores the window when training begins: transformers empties it just before."""
+    """Restores the sums since the last log entry when training begins, because transformers has just reset them."""
 
     def __init__(self, trainer: ResumableTrainer, checkpoint: Path) -> None:
         self.trainer = trainer
@@ -395,5 +404,5 @@ class RestoreWindow(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore."""
+        """Restore the sums from the checkpoint."""
         self.trainer.restore_window(self.checkpoint)

@@ -1,7 +1,7 @@
-"""Loads the model that is trained with unsloth, whose kernels replace those of adapters, norms and the loss.
+"""Loads the model to train with unsloth, which has its own kernels for adapters, norms and the loss.
 
-Nothing here imports unsloth: it patches transformers, PEFT and TRL, and so was imported before all of them
-(`llm_engineering.models.device.import_backend`), or it is too late.
+This module does not import unsloth. unsloth patches transformers, PEFT and TRL, so
+`llm_engineering.models.device.import_backend` must have imported it before them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from llm_engineering.models.loading import hub_revision, model_path
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 
-# Whose decoders unsloth tells where packed rows begin. It loads others with transformers' forward.
+# unsloth passes the starts of packed rows to the decoders of these types. Other types run transformers' forward.
 FAST_MODELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
 _ADAPTER_ARGUMENTS = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 
 
 class Loading(NamedTuple):
-    """What unsloth has to know when it loads a model; transformers' trainer gets it later."""
+    """Settings that unsloth needs when it loads a model. With transformers, the trainer gets them later."""
 
     max_length: int
     gradient_checkpointing: bool
@@ -38,7 +38,7 @@ class Loading(NamedTuple):
 def new_policy(
     model: ModelConfig, lora: LoraConfig, settings: Settings, device: Device, method: Method, loading: Loading
 ) -> PreTrainedModel | peft.PeftModel:
-    """The base model with a fresh adapter; with method `full`, the base model itself."""
+    """Load the base model with a fresh adapter; with method `full`, only the base model."""
     base = _base(model, settings, device, method, loading)
     if method == "full":
         return base
@@ -48,13 +48,16 @@ def new_policy(
 def trained_policy(
     model: ModelConfig, trained: Path, settings: Settings, device: Device, method: Method, loading: Loading
 ) -> PreTrainedModel | peft.PeftModel:
-    """What was trained before, by either backend: the base model with the adapter, or the full model of that folder.
+    """Load a model that either backend trained: the base model with its adapter, or the full model.
 
-    The adapter is made anew in its own shape and filled: unsloth's own way of loading it would look for the base model
-    under the name that the recipe has for it.
+    Makes a fresh adapter of the same shape and copies the trained weights into it. unsloth's own loader would search
+    for the base model by the name in the adapter's config, which is the recipe's name and not always a path.
+
+    Args:
+        trained: folder of the adapter, or of the full model.
 
     Raises:
-        WorkError: weights of the adapter have no place in the model, or places no weights.
+        WorkError: the adapter and the model have different weights.
     """
     if method == "full":
         folder = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
@@ -66,14 +69,14 @@ def trained_policy(
     wrong = [key for key in outcome.missing_keys if "lora_" in key] + list(outcome.unexpected_keys)
     if wrong:
         raise WorkError(
-            f"The adapter {trained} does not fit the model that unsloth built: {len(wrong)} weights, {wrong[0]} among "
-            "them, are in one of the two alone. Use --set compute.backend=transformers."
+            f"The adapter {trained} does not fit the model that unsloth built: {len(wrong)} weights are in only one of "
+            f"them, for example {wrong[0]}. Use --set compute.backend=transformers."
         )
     return policy
 
 
 def check_packable(model_type: str) -> None:
-    """Raise a RequestError for a kind of model whose packed rows unsloth would let see each other."""
+    """Raise a RequestError if unsloth would let packed rows of this model type attend to each other."""
     if model_type not in FAST_MODELS:
         raise RequestError(
             f"compute.backend is unsloth and sft.packing is true, but unsloth has no packed forward for models of type "
@@ -82,24 +85,24 @@ def check_packable(model_type: str) -> None:
 
 
 def check_packed(batch: Mapping[str, Any]) -> None:
-    """Raise a WorkError unless a packed batch tells unsloth where its rows begin.
+    """Raise a WorkError if a packed batch does not have the lengths of its rows.
 
-    Its attention reads `packed_seq_lengths` alone: without it, or with others than the position ids say, packed rows
-    would see each other without a word.
+    unsloth's attention reads only `packed_seq_lengths`. If it is missing or differs from the position ids, packed rows
+    attend to each other, and no error shows it.
 
     Args:
-        batch: `position_ids` has the shape `(1, tokens)`, and starts again at each row.
+        batch: `position_ids` has the shape `(1, tokens)`, and starts again at 0 for each row.
     """
     lengths: list[int] = []
     if "position_ids" in batch:
         positions = batch["position_ids"].flatten().cpu()
         starts = torch.nonzero(positions == 0).flatten()
         lengths = torch.diff(starts, append=torch.tensor([len(positions)])).tolist()
-    told = batch.get("packed_seq_lengths")
-    if told is None or told.tolist() != lengths:
+    packed_lengths = batch.get("packed_seq_lengths")
+    if packed_lengths is None or packed_lengths.tolist() != lengths:
         raise WorkError(
-            "unsloth is not told where packed rows begin, so that they would see each other. Use --set "
-            "sft.packing=false, or compute.backend=transformers."
+            "unsloth's batches do not have the lengths of the packed rows, so the rows would see each other. Use --set "
+            "sft.packing=false, or --set compute.backend=transformers."
         )
 
 
@@ -108,7 +111,7 @@ def _base(model: ModelConfig, settings: Settings, device: Device, method: Method
     loaded, _ = _fast_language_model().from_pretrained(
         model_name=model_path(model, settings),
         revision=hub_revision(model),
-        # Its own copy, quantised before, has other revisions than the recipe's model.
+        # unsloth would replace the model by its own quantised copy, which has other revisions than the recipe's.
         use_exact_model_name=True,
         trust_remote_code=model.trust_remote_code,
         token=token.get_secret_value() if token else None,
@@ -116,11 +119,11 @@ def _base(model: ModelConfig, settings: Settings, device: Device, method: Method
         dtype=device.dtype,
         load_in_4bit=method == "qlora",
         full_finetuning=method == "full",
-        # As with transformers: weights in half precision lose updates smaller than their last bit.
+        # Half-precision weights would lose updates smaller than their last bit.
         float32_mixed_precision=True if method == "full" else None,
         use_gradient_checkpointing="unsloth" if loading.gradient_checkpointing else False,
         random_state=loading.seed,
-        # The tokenizer is loaded elsewhere; a pad token of unsloth's choice would make the embedding larger.
+        # The tokenizer is loaded elsewhere. A pad token that unsloth adds would enlarge the embedding.
         fix_tokenizer=False,
     )
     assert isinstance(loaded, PreTrainedModel)
@@ -132,7 +135,7 @@ def _with_adapter(base: PreTrainedModel, arguments: Mapping[str, Any], loading: 
         base,
         **arguments,
         bias="none",
-        # Activations between the layers wait in the machine's memory.
+        # unsloth moves the activations between layers to the machine's memory.
         use_gradient_checkpointing="unsloth" if loading.gradient_checkpointing else False,
         random_state=loading.seed,
     )
@@ -143,7 +146,7 @@ def _with_adapter(base: PreTrainedModel, arguments: Mapping[str, Any], loading: 
 def _fast_language_model() -> Any:
     if "unsloth" not in sys.modules:
         raise WorkError(
-            "unsloth has to be imported before transformers, and this process did not: training with it takes a process "
-            "of its own, such as `python -m llm_engineering.training` is."
+            "unsloth must be imported before transformers, and this process imported transformers first. Train in a "
+            "separate process: python -m llm_engineering.training."
         )
     return sys.modules["unsloth"].FastLanguageModel

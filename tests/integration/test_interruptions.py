@@ -1,4 +1,4 @@
-"""Runs that are interrupted, killed, and gone on with."""
+"""Runs that are interrupted or killed, and resumed."""
 
 import signal
 import time
@@ -7,7 +7,7 @@ import pytest
 
 
 def wait_for_checkpoint(project, process):
-    """Wait until a run that was started has saved its eighth step."""
+    """Wait until a running process has saved the checkpoint of step 8."""
     deadline = time.monotonic() + 300
     while not list(project.folder.glob("outputs/training/*/checkpoints/checkpoint-8")):
         assert time.monotonic() < deadline
@@ -15,8 +15,8 @@ def wait_for_checkpoint(project, process):
         time.sleep(0.1)
 
 
-def test_interrupted_training_goes_on(fresh_project):
-    """SIGINT in the middle of training; the same command goes on from the checkpoint, and so does --resume."""
+def test_interrupted_training_resumes(fresh_project):
+    """After SIGINT in the middle of training, `--resume` continues from the checkpoint."""
     many = ["--set", "sft.num_train_epochs=12", "--set", "sft.eval_steps=1000"]
     process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
     wait_for_checkpoint(fresh_project, process)
@@ -31,18 +31,18 @@ def test_interrupted_training_goes_on(fresh_project):
     assert "sft.learning_rate differ" in other.stderr
     resumed = fresh_project.run("sft", *many, "--resume", "last")
     assert resumed.code == 0, resumed.stderr
-    assert "going on from" in resumed.stderr
-    nothing = fresh_project.run("sft", *many, "--resume", "last")
-    assert nothing.code == 2
-    assert "is complete: there is nothing to resume" in nothing.stderr
+    assert "resuming from" in resumed.stderr
+    complete = fresh_project.run("sft", *many, "--resume", "last")
+    assert complete.code == 2
+    assert "is complete: there is nothing to resume" in complete.stderr
 
 
-def test_killed_run_is_found_and_goes_on(fresh_project):
-    """kill -9 in the middle of training: nobody tells ZenML, and `make runs` finds it out."""
+def test_killed_run_is_detected_and_resumes(fresh_project):
+    """After kill -9 in the middle of training, ZenML still lists the run as running. `make runs` detects it."""
     many = ["--set", "sft.num_train_epochs=6", "--set", "sft.eval_steps=1000"]
     process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
     wait_for_checkpoint(fresh_project, process)
-    # Alive, and not at its end before the next commands have looked at it.
+    # Stop the process, so that it stays alive but cannot finish before the next commands look at it.
     process.send_signal(signal.SIGSTOP)
     running = fresh_project.run("sft", *many, "--resume", "last")
     assert running.code == 2
@@ -62,7 +62,7 @@ def test_killed_run_is_found_and_goes_on(fresh_project):
     ]
     resumed = fresh_project.run("sft", *many, "--resume", name)
     assert resumed.code == 0, resumed.stderr
-    assert "going on from" in resumed.stderr
+    assert "resuming from" in resumed.stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -73,7 +73,7 @@ def test_signal_in_a_step_saves_a_checkpoint(fresh_project, number):
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert f"{number.name}: ending after this step" in stderr
+    assert f"{number.name}: stopping after this step" in stderr
     saved = int(stderr.partition("saving step ")[2].split()[0])
     assert "the same command goes on" in stderr
     assert "Traceback" not in stderr

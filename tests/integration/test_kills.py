@@ -1,4 +1,4 @@
-"""SFT and DPO killed with SIGKILL, at steps and inside a save: resumed, it ends like a run that nobody touched."""
+"""SFT and DPO killed with SIGKILL, between steps and while saving: the resumed run ends like an uninterrupted one."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 
 STEPS = 24
-# Dropout, accumulation, and a log entry every third step: none of them falls together with the saves.
+# With dropout, accumulation, and a log entry every third step, which is not the step of a save.
 CONFIG = SFTConfig(
     learning_rate=1e-2, num_train_epochs=4, per_device_train_batch_size=1, gradient_accumulation_steps=2,
     save_steps=2, eval_steps=5, logging_steps=3, packing=False, lora=LoraConfig(r=4, lora_dropout=0.1),
@@ -34,7 +34,10 @@ CONFIG = SFTConfig(
 
 
 def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None) -> None:
-    """In a process of its own: train SFT, or DPO on an SFT adapter; kill oneself where told, and keep the last checkpoint of a run that ends."""
+    """Train SFT, or DPO on the adapter `sft`, in this process, and copy the last checkpoint of a finished run.
+
+    Kills this process after the step `kill_at`, or with `in_save` while it saves that step.
+    """
     from datasets import Dataset, DatasetDict
 
     from llm_engineering.training import telemetry
@@ -49,19 +52,19 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
         step_end(self, args, state, control, **kwargs)
         if state.global_step == kill_at and not in_save:
             os.kill(os.getpid(), signal.SIGKILL)
-        here["step"] = state.global_step
+        last["step"] = state.global_step
 
     def on_train_end(self, args, state, control, **kwargs):
         newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        shutil.copytree(newest, outputs / "kept", dirs_exist_ok=True)
+        shutil.copytree(newest, outputs / "last", dirs_exist_ok=True)
 
     def save(value, file, *args, **kwargs):
         saved(value, file, *args, **kwargs)
-        if in_save and here["step"] == kill_at and Path(file).name == "optimizer.pt":
+        if in_save and last["step"] == kill_at and Path(file).name == "optimizer.pt":
             Path(file).write_bytes(Path(file).read_bytes()[:1000])
             os.kill(os.getpid(), signal.SIGKILL)
 
-    here = {"step": 0}
+    last = {"step": 0}
     telemetry.TelemetryCallback.on_step_end = on_step_end
     telemetry.TelemetryCallback.on_train_end = on_train_end
     torch.save = save
@@ -101,7 +104,10 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
 
 @pytest.fixture(scope="module")
 def run(tiny_model):
-    """Starts `train` in a forked process of a server that has all imported and computed nothing; its exit code."""
+    """A function that runs `train` in a forked process and returns its exit code.
+
+    The fork server has imported everything and computed nothing.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["llm_engineering.training.sft", "llm_engineering.training.dpo", "tests.integration.test_kills"]
@@ -128,10 +134,10 @@ def history(outputs: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in entry.items() if name not in TIMED} for entry in entries]
 
 
-def assert_alike(outputs: Path, whole: Path) -> None:
+def assert_equal(outputs: Path, whole: Path) -> None:
     name = "adapter/adapter_model.safetensors"
     assert (outputs / name).read_bytes() == (whole / name).read_bytes()
-    mine, other = (torch.load(o / "kept" / "optimizer.pt") for o in (outputs, whole))
+    mine, other = (torch.load(o / "last" / "optimizer.pt") for o in (outputs, whole))
     assert mine["param_groups"] == other["param_groups"]
     for key, moments in other["state"].items():
         for moment, value in moments.items():
@@ -146,10 +152,10 @@ def test_five_kills_change_nothing(run, whole, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["resumed_from"] is not None
     assert summary["steps"] == STEPS
-    assert_alike(tmp_path, whole)
+    assert_equal(tmp_path, whole)
 
 
-def test_killed_dpo_ends_like_a_whole_one(run, whole, tmp_path):
+def test_killed_dpo_ends_like_an_uninterrupted_one(run, whole, tmp_path):
     start, untouched, killed = whole / "adapter", tmp_path / "untouched", tmp_path / "killed"
     untouched.mkdir()
     assert run(untouched, sft=start) == 0
@@ -157,20 +163,20 @@ def test_killed_dpo_ends_like_a_whole_one(run, whole, tmp_path):
         assert run(killed, kill_at=step, sft=start) == -signal.SIGKILL
     assert run(killed, sft=start) == 0
     assert json.loads((killed / "summary.json").read_text())["resumed_from"] == "checkpoint-14"
-    assert_alike(killed, untouched)
+    assert_equal(killed, untouched)
 
 
-def test_kill_inside_a_save_leaves_no_checkpoint(run, whole, tmp_path):
+def test_kill_while_saving_leaves_no_incomplete_checkpoint(run, whole, tmp_path):
     assert run(tmp_path, kill_at=8, in_save=True) == -signal.SIGKILL
     (folder,) = (tmp_path / "training").glob("*/checkpoints")
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-6"}
     assert (folder / ".partial" / "checkpoint-8" / "optimizer.pt").stat().st_size == 1000
     assert run(tmp_path) == 0
     assert json.loads((tmp_path / "summary.json").read_text())["resumed_from"] == "checkpoint-6"
-    assert_alike(tmp_path, whole)
+    assert_equal(tmp_path, whole)
 
 
-def test_sigterm_of_the_command_line_is_resumable(tiny_model, tmp_path):
+def test_command_line_resumes_after_sigterm(tiny_model, tmp_path):
     from datasets import Dataset, DatasetDict
 
     row = {"id": "r", "input_ids": [1, 20, 21, 2], "labels": [-100, 20, 21, 2]}
@@ -203,6 +209,6 @@ def test_sigterm_of_the_command_line_is_resumable(tiny_model, tmp_path):
     assert "made with another seed. Use" in other.communicate(timeout=60)[1]
     assert other.returncode == 2
     same = start("--resume-from", str(newest))
-    assert f"going on from {newest}" in same.communicate(timeout=60)[1]
+    assert f"resuming from {newest}" in same.communicate(timeout=60)[1]
     assert same.returncode == 0
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()

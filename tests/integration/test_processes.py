@@ -1,4 +1,4 @@
-"""Training in two processes: the arithmetic of one, the same care for what could be lost, and ends that reach both."""
+"""Training in two processes: the same result as in one, no lost checkpoint, and failures that stop both processes."""
 
 import json
 import multiprocessing
@@ -37,20 +37,20 @@ TIMEOUT_S = 120
 
 
 def poison(step, row):
-    """A loss that is not a number, in the process that has a certain row; from a step on."""
+    """From `step` on, make the loss NaN in the process whose batch has `row`."""
     real = Trainer.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = real(self, model, inputs, *args, **kwargs)
         ids = inputs["input_ids"][0].tolist()
-        holds = any(ids[i : i + len(row)] == row for i in range(len(ids)))
-        return loss * float("nan") if self.model.training and self.state.global_step >= step and holds else loss
+        has_row = any(ids[i : i + len(row)] == row for i in range(len(ids)))
+        return loss * float("nan") if self.model.training and self.state.global_step >= step and has_row else loss
 
     Trainer.compute_loss = compute_loss
 
 
 def signal_at(step):
-    """SIGTERM to this process at the end of a step."""
+    """Send SIGTERM to this process at the end of a step."""
     real = telemetry.TelemetryCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -70,7 +70,7 @@ def no_memory():
 
 
 def one_rank(place, port, folder, stage, config, data, start, sabotage):
-    """One process of a run; what comes of it stands in `folder` by its number."""
+    """Train as one process of a run, and write the outcome to `outcome-RANK.json` in `folder`."""
     rank, count = place
     torch.set_num_threads(1)
     if count > 1:
@@ -89,7 +89,7 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage):
     rows = DatasetDict.load_from_disk(str(data / stage))
     settings = Settings(llm_output_dir=folder)
     ranks.join(compute, "cpu")
-    told = {"end": "done"}
+    outcome = {"end": "done"}
     try:
         if rank in sabotage:
             function, arguments = sabotage[rank]
@@ -99,16 +99,16 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage):
             if stage == "sft"
             else train_dpo(rows, start, config, setup, settings)
         )
-        told |= {"summary": result.summary, "adapter": str(result.adapter)}
+        outcome |= {"summary": result.summary, "adapter": str(result.adapter)}
         ranks.leave()
     except BaseException as error:
-        told["end"] = f"{type(error).__name__}: {error}"
-    (folder / f"told-{rank}.json").write_text(json.dumps(told))
+        outcome["end"] = f"{type(error).__name__}: {error}"
+    (folder / f"outcome-{rank}.json").write_text(json.dumps(outcome))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, and 16 rows or pairs to train on; five to validate with, so that two processes have one left over."""
+    """A model, and 16 rows or pairs for training and five for validation, which two processes cannot share evenly."""
     folder = tmp_path_factory.mktemp("data")
     write_model(folder / "model", "llama")
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")), Settings(), "alpaca")
@@ -121,7 +121,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(data):
-    """Runs a stage in processes that are forked from one that has all imported; what each of them told."""
+    """A function that trains a stage in forked processes and returns their outcomes.
+
+    The fork server has imported everything.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llm_engineering.training.launch", "tests.integration.test_processes"])
 
@@ -137,24 +140,24 @@ def run(data):
         for process in processes:
             process.join(TIMEOUT_S)
             assert process.exitcode == 0
-        return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(count)]
+        return [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(count)]
 
     return start
 
 
 @pytest.fixture(scope="module")
 def sft_adapter(run, tmp_path_factory):
-    (told,) = run(tmp_path_factory.mktemp("adapter"), SFT, count=1)
-    assert told["end"] == "done", told
-    return Path(told["adapter"])
+    (outcome,) = run(tmp_path_factory.mktemp("adapter"), SFT, count=1)
+    assert outcome["end"] == "done", outcome
+    return Path(outcome["adapter"])
 
 
-def history(told, *names):
-    return [entry[name] for name in names for entry in told["summary"]["history"] if name in entry]
+def history(outcome, *names):
+    return [entry[name] for name in names for entry in outcome["summary"]["history"] if name in entry]
 
 
 def smaller(config):
-    """The same step in two processes: half the accumulation, or half the batch."""
+    """Halve the accumulation or the batch, so that two processes have the same effective batch."""
     if config.gradient_accumulation_steps > 1:
         return config.model_copy(update={"gradient_accumulation_steps": config.gradient_accumulation_steps // 2})
     return config.model_copy(update={"per_device_train_batch_size": config.per_device_train_batch_size // 2})
@@ -166,54 +169,56 @@ def test_two_processes_train_like_one(config, run, sft_adapter, tmp_path):
     config = config.model_copy(update={"per_device_eval_batch_size": 2})
     (one,) = run(tmp_path / "one", config, count=1, start=start)
     two = run(tmp_path / "two", smaller(config), start=start)
-    assert [told["end"] for told in two] == ["done", "done"]
+    assert [outcome["end"] for outcome in two] == ["done", "done"]
     for names in (("loss",), ("grad_norm",), ("learning_rate",), ("eval_loss",), ("num_tokens",)):
         assert history(two[0], *names) == pytest.approx(history(one, *names), abs=1e-5), names
     if config.__class__ is DPOConfig:
         margins = history(one, "rewards/margins", "eval_rewards/margins")
         assert history(two[0], "rewards/margins", "eval_rewards/margins") == pytest.approx(margins, abs=1e-5)
     assert len(history(one, "loss")) >= 4
-    weights = [load_file(Path(told["adapter"]) / "adapter_model.safetensors") for told in (one, two[0])]
+    weights = [load_file(Path(outcome["adapter"]) / "adapter_model.safetensors") for outcome in (one, two[0])]
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
-    sizes = {told["summary"]["effective_batch"] for told in (one, *two)}
+    sizes = {outcome["summary"]["effective_batch"] for outcome in (one, *two)}
     assert len(sizes) == 1
     assert two[0]["summary"]["num_processes"] == 2
 
 
-def test_signal_to_one_process_stops_both_and_the_run_goes_on_as_if_untouched(run, tmp_path):
+def test_signal_to_one_process_stops_both_and_the_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path):
     whole = run(tmp_path / "whole", DROPOUT)
     stopped = run(tmp_path / "cut", DROPOUT, sabotage={1: (signal_at, (3,))})
-    assert [told["end"] for told in stopped] == ["KeyboardInterrupt: SIGTERM in step 3"] * 2
+    assert [outcome["end"] for outcome in stopped] == ["KeyboardInterrupt: SIGTERM in step 3"] * 2
     (folder,) = (tmp_path / "cut" / "training").glob("sft-*/checkpoints")
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"checkpoint-2", "checkpoint-3"}
     states = [folder / "checkpoint-3" / f"rng_state_{rank}.pth" for rank in (0, 1)]
     assert all(state.is_file() for state in states)
     resumed = run(tmp_path / "cut", DROPOUT)
-    assert [told["summary"]["resumed_from"] for told in resumed] == ["checkpoint-3"] * 2
-    adapters = [(Path(told["adapter"]) / "adapter_model.safetensors").read_bytes() for told in (whole[0], resumed[0])]
+    assert [outcome["summary"]["resumed_from"] for outcome in resumed] == ["checkpoint-3"] * 2
+    adapters = [
+        (Path(outcome["adapter"]) / "adapter_model.safetensors").read_bytes() for outcome in (whole[0], resumed[0])
+    ]
     assert adapters[0] == adapters[1]
     untimed = [
-        [{k: v for k, v in e.items() if k not in TIMED} for e in told["summary"]["history"]]
-        for told in (whole[0], resumed[0])
+        [{k: v for k, v in e.items() if k not in TIMED} for e in outcome["summary"]["history"]]
+        for outcome in (whole[0], resumed[0])
     ]
     assert untimed[0] == untimed[1]
 
 
-def test_loss_of_one_process_that_is_no_number_ends_both_with_its_row(run, data, tmp_path):
+def test_nan_loss_in_one_process_stops_both_and_names_the_row(run, data, tmp_path):
     rows = DatasetDict.load_from_disk(str(data / "sft"))["train"]
     row = rows[5]["input_ids"]
     sabotage = dict.fromkeys((0, 1), (poison, (1, row)))
-    ends = [told["end"] for told in run(tmp_path / "nan", SFT, sabotage=sabotage)]
+    ends = [outcome["end"] for outcome in run(tmp_path / "nan", SFT, sabotage=sabotage)]
     assert ends[0] == ends[1]
     assert ends[0].startswith("WorkError: Training stopped in step ")
     assert "the loss is nan" in ends[0]
-    # The rows of one batch of one process.
+    # Only the rows of one process's batch are named.
     assert f"5 (id {rows[5]['id']})" in ends[0]
     assert ends[0].count("(id ") == 2
 
 
-def test_full_memory_of_one_process_is_told_with_what_to_set(run, tmp_path):
-    ends = [told["end"] for told in run(tmp_path / "oom", SFT, sabotage={1: (no_memory, ())})]
+def test_full_memory_in_one_process_names_the_sizes_to_set(run, tmp_path):
+    ends = [outcome["end"] for outcome in run(tmp_path / "oom", SFT, sabotage={1: (no_memory, ())})]
     assert ends[1].startswith("WorkError: Out of memory in process 1 of 2 with effective batch 8 = 2 per device × 2 ")
     assert "use effective batch 8 = 1 per device × 4 accumulated × 2 processes in the recipe's sft" in ends[1]
     assert ends[0] != "done"
@@ -221,7 +226,7 @@ def test_full_memory_of_one_process_is_told_with_what_to_set(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def command(data, tmp_path_factory):
-    """The command line of a run that is too long to end by itself, and its environment."""
+    """A function that starts a run on the command line. The run is too long to finish during the test."""
     folder = tmp_path_factory.mktemp("command")
     recipe = folder / "recipe.yaml"
     recipe.write_text(
@@ -254,7 +259,7 @@ def wait_until(condition):
 
 
 def trained(process, folder):
-    """Wait until a run has saved anew; its processes, by their number."""
+    """Wait until a run has saved another checkpoint, and return its processes in rank order."""
     before = numbers(folder)
     wait_until(lambda: process.poll() is not None or numbers(folder) - before)
     assert process.poll() is None, process.stderr.read()
@@ -264,11 +269,11 @@ def trained(process, folder):
     return [found["0"], found["1"]]
 
 
-def test_command_line_ends_all_its_processes(command):
+def test_command_line_stops_all_its_processes(command):
     folder = command.folder
     process = command()
     children = trained(process, folder)
-    # What a terminal does with Ctrl-C.
+    # A terminal does the same after Ctrl-C.
     os.killpg(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=TIMEOUT_S)[1]
     assert process.returncode == 130, errors
@@ -286,9 +291,9 @@ def test_command_line_ends_all_its_processes(command):
     children[1].kill()
     errors = process.communicate(timeout=TIMEOUT_S)[1]
     assert process.returncode == 1, errors
-    assert f"going on from {folder}/outputs/training/sft-" in errors
+    assert f"resuming from {folder}/outputs/training/sft-" in errors
     assert f"checkpoint-{last}" in errors
-    assert "Error: Training process 1 of 2 was ended by SIGKILL, and the others with it." in errors
+    assert "Error: Training process 1 of 2 was ended by SIGKILL, and the other processes were stopped." in errors
     assert not any(child.is_running() for child in children)
 
 

@@ -1,4 +1,4 @@
-"""Promotion, rollback, lineage and verification on the runs of a small model, and processes that race for production."""
+"""Promotion, rollback, lineage and verification with a small model, and processes that promote at the same time."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from tests.integration.conftest import Project, Run, make_project
 
 
 def call(project, *commands: list[str]) -> list[Run]:
-    """Run commands of the tools one after the other."""
+    """Run tools one after another."""
     return [
         project.command(f"tools.{tool}", *arguments, "--config", str(project.recipe)) for tool, *arguments in commands
     ]
@@ -23,11 +23,11 @@ def stages(models: Run) -> dict[int, str | None]:
 
 @pytest.fixture(scope="module")
 def own(tiny_model, unused, tmp_path_factory) -> Project:
-    """A project with three versions of one run: the first in production, the second judged against it, the third stale."""
+    """A project with three versions of a model: 1 is in production, 2 was judged against it, and 3 is stale."""
     project = make_project(tmp_path_factory.mktemp("promotion"), tiny_model, unused)
     project.first = project.run("sft")
     assert project.first.code == 0, project.first.stderr
-    (project.promoted,) = call(project, ["promote", "1", "--note", "the first that there is"])
+    (project.promoted,) = call(project, ["promote", "1", "--note", "the first version"])
     project.second = project.run("sft")
     assert project.second.code == 0, project.second.stderr
     project.third = project.command("tests.integration.stale", str(project.recipe))
@@ -35,46 +35,46 @@ def own(tiny_model, unused, tmp_path_factory) -> Project:
     return project
 
 
-def test_a_pass_goes_to_staging_and_an_equal_model_fails(own):
+def test_a_model_that_passes_goes_to_staging_and_an_equal_one_fails(own):
     assert "Every rule passed, so the model is promoted to staging." in own.first.stderr
     assert "In production is version 1" in own.second.stderr
     assert "Not promoted, version 1 stays in production." in own.second.stderr
     assert "heldout_loss better than incumbent by more than 0: 0.0000" in " ".join(own.second.stderr.split())
-    # The evaluation saw another incumbent, everything before it came from the cache.
+    # The incumbent changed, so the evaluation ran again. Everything before it came from the cache.
     ran = [line for line in own.second.stderr.splitlines() if "│ sft: " in line and "completed" in line]
     assert [line.split()[2] for line in ran] == ["evaluate_sft", "promote"]
     metrics = own.second.json["metrics"]
     assert metrics["heldout_loss_incumbent"] == pytest.approx(metrics["heldout_loss_sft"])
 
 
-def test_a_run_that_production_changed_under_ends_as_stale(own):
-    said = " ".join(own.third.stdout.split())
-    assert "Every rule passed, but it was judged with nothing in production, and by now version 1 is there" in said
+def test_a_run_is_stale_if_production_changed_meanwhile(own):
+    output = " ".join(own.third.stdout.split())
+    assert "Every rule passed, but it was judged with no version in production, and now version 1 is there" in output
 
 
-def test_models_lists_what_happened(own):
+def test_models_lists_versions_with_gate_and_stage(own):
     assert own.promoted.code == 0, own.promoted.stderr
-    machine, people = call(own, ["models", "--json"], ["models"])
-    listed = machine.json["versions"]
+    as_json, as_table = call(own, ["models", "--json"], ["models"])
+    listed = as_json.json["versions"]
     assert [(v["version"], v["gate"], v["stage"]) for v in listed] == [
         (3, "stale", None),
         (2, "failed", None),
         (1, "passed", "production"),
     ]
-    assert listed[2]["changed"]["note"] == "the first that there is"
+    assert listed[2]["changed"]["note"] == "the first version"
     assert "@" in listed[2]["changed"]["changed_by"]
     assert listed[2]["measures"]["heldout_loss"] == pytest.approx(own.first.json["metrics"]["heldout_loss_sft"])
-    assert "heldout_loss" in people.stdout
-    assert "instruction v1" in people.stdout
+    assert "heldout_loss" in as_table.stdout
+    assert "instruction v1" in as_table.stdout
 
 
-def test_what_is_refused(own):
+def test_wrong_requests_are_refused(own):
     refused = {
         ("promote", "9"): "There is no version 9 of tiny. There are 3, 2, 1.",
         ("promote", ""): "No version is named",
         ("promote", "1"): "version 1 is in production already",
         ("promote", "2"): "has not passed its gate. Not promoted, version 1 stays in production.",
-        ("promote", "3"): "it was judged with nothing in production, and by now version 1 is there",
+        ("promote", "3"): "it was judged with no version in production, and now version 1 is there",
         ("promote", "2", "--force"): "--force needs a NOTE",
         ("rollback",): "no former production version of tiny to go back to: version 1 is the first",
         ("verify", "9"): "There is no version 9 of tiny",
@@ -105,7 +105,7 @@ def test_force_and_rollback(own):
     assert stages(after) == {1: "production", 2: "archived", 3: None}
     assert again.code == 2
     assert [(change["action"], change["note"]) for change in lineage.json["changes"][1:]] == [
-        ("promote", "the first that there is"),
+        ("promote", "the first version"),
         ("rollback", "a mistake"),
     ]
 
@@ -120,13 +120,13 @@ def test_lineage_leads_back_to_the_documents(own):
     assert list(found["sources"]["instruction_candidates v1"]) == [str(own.folder / "instructions.jsonl")]
     assert found["base_revision"].startswith("folder-")
     assert found["recipe_hash"]
-    # What `sha256sum -c` would say.
+    # The manifest is in the format of `sha256sum -c`.
     uri = Path(names["sft_adapter"]["uri"])
     check = subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=uri, capture_output=True, check=False)
     assert check.returncode == 0, check.stderr
 
 
-def test_verify_names_what_was_changed_lost_or_added(own):
+def test_verify_names_changed_lost_and_added_files(own):
     untouched, lineage = call(own, ["verify", "1"], ["lineage", "1", "--json"])
     assert untouched.code == 0, untouched.stdout + untouched.stderr
     assert "are as they were recorded" in untouched.stdout
@@ -144,23 +144,23 @@ def test_verify_names_what_was_changed_lost_or_added(own):
         manifest = places["formatted_sft"] / "SHA256SUMS"
         former[manifest] = manifest.read_bytes()
         manifest.unlink()
-        machine, people = call(own, ["verify", "1", "--json"], ["verify", "1"])
-        assert machine.code == people.code == 1
-        assert {(f["where"], Path(f["file"]).name, f["what"]) for f in machine.json["found"]} == {
+        as_json, as_table = call(own, ["verify", "1", "--json"], ["verify", "1"])
+        assert as_json.code == as_table.code == 1
+        assert {(f["where"], Path(f["file"]).name, f["what"]) for f in as_json.json["found"]} == {
             ("sft_adapter v1", "adapter_model.safetensors", "changed"),
             ("evaluation_report v1", "report.html", "lost"),
             ("training_report v1", "added.txt", "added"),
             ("formatted_sft v1", "SHA256SUMS", "lost"),
             ("sources of instruction_candidates v1", "instructions.jsonl", "changed"),
         }
-        assert "adapter_model.safetensors" in people.stdout
+        assert "adapter_model.safetensors" in as_table.stdout
     finally:
         for file, content in former.items():
             file.write_bytes(content)
         added.unlink()
 
 
-def test_of_processes_that_promote_at_once_one_does(fresh_project):
+def test_only_one_of_several_processes_promotes_at_the_same_time(fresh_project):
     done = fresh_project.command("tests.integration.race")
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -173,11 +173,12 @@ def test_of_processes_that_promote_at_once_one_does(fresh_project):
     winners = [version for _, version, outcome in found["results"] if outcome == "moved"]
     assert found["changes"] == found["history"] == winners
     assert found["in_production"] == winners[-1:]
-    # One that was overtaken between its look at production and its own change.
+    # A process that is overtaken after it has read production and before it writes its own change.
     outcome, in_production, faster = found["overtaken"]
-    assert f"by now version {faster} is there" in outcome
+    assert f"now version {faster} is there" in outcome
     assert in_production == [faster]
-    # One that was killed after its change: it counts, the next change gives it its stage, and a rollback goes behind it.
+    # A process that is killed after its change: the change counts, the next change sets its stage in ZenML, and a
+    # rollback undoes it.
     moved, between, repaired, rolled_back = found["killed"]
     assert between == [moved, faster]
     assert repaired == [moved]

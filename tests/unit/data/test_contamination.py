@@ -1,4 +1,4 @@
-"""Evaluation rows that stand in training data, and the language of a text."""
+"""Contamination: evaluation rows in training data. Language: the detected language of a text."""
 
 import json
 import pickle
@@ -41,7 +41,7 @@ LONG = "A train leaves the station at noon and arrives at three."
         "When? at noon and arrives at",
     ],
 )
-def test_five_words_in_a_row_are_enough_whatever_their_case_and_punctuation(prompt):
+def test_five_consecutive_words_match_in_any_case_and_punctuation(prompt):
     assert index(row(LONG)).match(row(prompt))
 
 
@@ -57,11 +57,11 @@ def test_five_words_in_a_row_are_enough_whatever_their_case_and_punctuation(prom
         "一列火车中午离站，三点到达。",
     ],
 )
-def test_fewer_words_in_a_row_are_not(prompt):
+def test_fewer_consecutive_words_are_not_enough(prompt):
     assert index(row(LONG)).match(row(prompt)) == ""
 
 
-def test_the_shared_words_are_told_and_bounded():
+def test_a_match_quotes_the_shared_words_up_to_a_limit():
     assert index(row(LONG)).match(row("Why: leaves the station at noon?")) == "leaves the station at noon"
     wide = " ".join("x" * 40 + str(i) for i in range(5))
     assert len(index(row(wide)).match(row(wide))) == 100
@@ -109,7 +109,7 @@ def test_system_messages_are_ignored():
     assert found.match(row("what is this", system="You are kind."))
 
 
-def test_words_do_not_join_across_messages():
+def test_an_ngram_never_spans_two_messages():
     assert index(row("one two three four five")).match(row("one two three", "four five")) == ""
 
 
@@ -120,7 +120,7 @@ def test_exactly_n_words_make_one_gram_and_n_can_be_one():
     assert index(row("trains"), n=1).match(row("I like trains."))
 
 
-def test_the_index_holds_numbers_only_and_survives_the_way_to_a_worker():
+def test_the_index_holds_only_numbers_and_can_be_pickled_for_a_worker():
     found = pickle.loads(pickle.dumps(index(row(LONG), row("Short one"))))
     assert all(isinstance(value, int) for value in found.grams | found.short_prompts)
     assert found.match(row(LONG))
@@ -144,11 +144,11 @@ def test_the_index_holds_numbers_only_and_survives_the_way_to_a_worker():
         ('{"id": 1, "tags": ["a", "b"]}', None),
     ],
 )
-def test_the_language_of_a_text_or_none_where_it_is_uncertain(text, language):
+def test_the_language_of_a_text_is_none_if_it_is_uncertain(text, language):
     assert language_of(text) == language
 
 
-def test_evaluation_files_of_any_columns(tmp_path, caplog):
+def test_evaluation_files_may_have_any_columns(tmp_path, caplog):
     benchmark = tmp_path / "benchmark.jsonl"
     record = {"question": "Who?", "choices": {"text": [LONG, "Nobody"]}, "answer": 3}
     benchmark.write_text(json.dumps(record))

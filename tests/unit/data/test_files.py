@@ -1,4 +1,4 @@
-"""Containers: every record comes through with its place, what is broken by name, and a damaged file as a sentence."""
+"""Files: each record has its place, each broken record a reason, and a damaged file is an error with the remedy."""
 
 import io
 import json
@@ -190,7 +190,7 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64])
-def test_the_window_cuts_anywhere(window):
+def test_values_are_read_whole_wherever_the_window_cuts_them(window):
     rows = [{"a": 'x\\"\u00e9\\', "b": [1.5e10, -12, True, None, {"c": "😀"}]}, [], 123456, -0.5, "s", float("-inf")]
     text = json.dumps({"first": {"x": [1, 2]}, "rows": rows, "n": 12}, indent=1)
     assert list_key(io.StringIO(text), window) == "rows"
@@ -199,7 +199,7 @@ def test_the_window_cuts_anywhere(window):
     assert [json.loads(raw) for _, _, raw in found] == rows
 
 
-def test_a_fault_is_found_without_reading_on():
+def test_a_fault_is_found_without_reading_the_rest():
     stream = io.StringIO('[{"a" 1},' + '{"a": 1},' * 10_000)
     with pytest.raises(JsonError, match="line 1"):
         list(rows_of_list(stream, None, window=100))
@@ -255,12 +255,12 @@ def test_a_folder_without_a_dataset(tmp_path):
         open_records(str(tmp_path))
 
 
-def test_a_file_name_may_hold_the_mark(tmp_path):
+def test_a_file_name_may_contain_a_number_sign(tmp_path):
     assert read(write(tmp_path / "rows#1.jsonl")) == [row["instruction"] for row in ROWS]
 
 
 @pytest.mark.parametrize("reference", ["owner/name", "owner/name#train"])
-def test_the_hub_cannot_be_reached(reference, settings, monkeypatch):
+def test_an_unreachable_hub_is_refused_with_the_remedy(reference, settings, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RequestError, match="owner/name is no file or folder here.*without a network, download"):
         list(open_records(reference))
@@ -269,12 +269,12 @@ def test_the_hub_cannot_be_reached(reference, settings, monkeypatch):
 
 
 def test_a_dataset_of_the_hub(tmp_path, settings, monkeypatch):
-    """The two calls to the hub answer as it does; everything else is real."""
+    """Only the two calls to the hub are replaced."""
     write(tmp_path / "train.jsonl")
-    asked = []
+    calls = []
 
     def load(name, **options):
-        asked.append((name, options))
+        calls.append((name, options))
         import datasets
 
         return datasets.load_dataset("json", data_files={"train": str(tmp_path / "train.jsonl")}, streaming=True)
@@ -287,7 +287,7 @@ def test_a_dataset_of_the_hub(tmp_path, settings, monkeypatch):
     monkeypatch.setattr("llm_engineering.data.sources.HfApi.dataset_info", lambda api, name: Info)
     assert dataset_hash("owner/name") == "0123abcd"
     assert list(open_records("owner/name#train"))[1] == Record(ROWS[1], "owner/name", "row 2")
-    assert asked == [("owner/name", {"streaming": True, "revision": "0123abcd", "token": "secret"})]
+    assert calls == [("owner/name", {"streaming": True, "revision": "0123abcd", "token": "secret"})]
     with pytest.raises(RequestError, match="owner/name has no split test: write owner/name#train"):
         list(open_records("owner/name#test"))
 

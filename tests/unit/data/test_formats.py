@@ -1,4 +1,4 @@
-"""Formats: each one from a real file, each reason for quarantine, each refusal; kept + quarantined = read."""
+"""Formats: each format, each reason for quarantine and each refusal, read from files; kept + quarantined = read."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def opened(tmp_path, records, kind="instruction", name="rows.jsonl", **config):
     return dataset.format, list(dataset.rows)
 
 
-def said(messages):
+def texts_of(messages):
     return [f"{message.role[0]}:{message.content}" for message in messages]
 
 
@@ -109,8 +109,8 @@ INSTRUCTIONS = [
 def test_instruction_formats(tmp_path, name, record, prompt, completion, ending, kind):
     found, rows = opened(tmp_path, [record], kind, f"rows.{ending}")
     assert found == name
-    assert said(rows[0].prompt) == prompt.split("|")
-    assert said(rows[0].completion) == completion.split("|")
+    assert texts_of(rows[0].prompt) == prompt.split("|")
+    assert texts_of(rows[0].completion) == completion.split("|")
 
 
 PREFERENCES = [
@@ -168,7 +168,7 @@ PREFERENCES = [
 def test_preference_formats(tmp_path, name, record, prompt, ending, kind):
     found, rows = opened(tmp_path, [record], kind, f"rows.{ending}")
     assert found == name
-    parts = [said(part) for part in (rows[0].prompt, rows[0].chosen, rows[0].rejected)]
+    parts = [texts_of(part) for part in (rows[0].prompt, rows[0].chosen, rows[0].rejected)]
     assert parts == [prompt.split("|"), ["a:Hello"], ["a:Go away"]]
 
 
@@ -179,7 +179,7 @@ def test_every_format_has_a_test_and_a_name_in_the_recipe():
 
 def test_csv_rows(tmp_path):
     name, rows = opened(tmp_path, [{"instruction": "Add", "input": "", "output": "3"}], name="rows.csv")
-    assert (name, said(rows[0].completion), rows[0].source) == ("alpaca", ["a:3"], "rows.csv:line 2")
+    assert (name, texts_of(rows[0].completion), rows[0].source) == ("alpaca", ["a:3"], "rows.csv:line 2")
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_preference_rows_that_are_set_aside(tmp_path, record, reason):
         ("preference", {"chosen": turns("Hi", "Yo", "Bye", "x"), "rejected": turns("Hi", "Yo", "Bye", "x")}),
     ],
 )
-def test_empty_and_equal_answers_are_for_the_rules_to_judge(tmp_path, kind, record):
+def test_empty_and_equal_answers_are_left_to_the_rules(tmp_path, kind, record):
     _, rows = opened(tmp_path, [record], kind)
     assert not isinstance(rows[0], Quarantined)
 
@@ -291,17 +291,17 @@ def test_several_formats_in_one_file(tmp_path):
     alpaca = {"instruction": "Add", "output": "3"}
     name, rows = opened(tmp_path, [{"messages": turns("Hi", "Yo")}, alpaca, alpaca])
     assert name == "alpaca and messages"
-    assert [said(row.completion) for row in rows] == [["a:Yo"], ["a:3"], ["a:3"]]
+    assert [texts_of(row.completion) for row in rows] == [["a:Yo"], ["a:3"], ["a:3"]]
     assert [row.source for row in rows] == ["rows.jsonl:line 1", "rows.jsonl:line 2", "rows.jsonl:line 3"]
 
 
-def test_rows_behind_the_first_hundred(tmp_path):
+def test_the_format_of_each_row_after_the_first_hundred_is_detected(tmp_path):
     alpaca = {"instruction": "Add", "output": "3"}
     late = [{"messages": turns("Hi", "Yo")}, {**alpaca, "response": "4"}, {"other": 1}]
     late.append({"prompt": "Hi", "chosen": "a", "rejected": "b"})
     name, rows = opened(tmp_path, [alpaca] * 100 + late)
     assert name == "alpaca"
-    assert said(rows[100].completion) == ["a:Yo"]
+    assert texts_of(rows[100].completion) == ["a:Yo"]
     assert [row.reason for row in rows[101:]] == ["malformed"] * 3
     assert "can be read as alpaca or as alpaca-response: name one in data.format" in rows[101].detail
 
@@ -335,7 +335,7 @@ def test_origin_and_document(tmp_path):
         ("instruction", {"text": "### Human: [INST] Hi [/INST] x"}, "text-human-assistant or as text-inst"),
     ],
 )
-def test_two_readings_are_refused(tmp_path, kind, record, words):
+def test_a_record_that_fits_two_formats_is_refused(tmp_path, kind, record, words):
     with pytest.raises(RequestError, match=rf"rows.jsonl \(line 1\) can be read as .*{words}.*data.format="):
         opened(tmp_path, [record], kind)
 
@@ -346,10 +346,10 @@ def test_both_kinds_in_one_file_are_refused(tmp_path):
         opened(tmp_path, records, None)
 
 
-def test_a_named_format_settles_it(tmp_path):
+def test_data_format_decides_between_two_formats(tmp_path):
     record = {"instruction": "A", "output": "b", "response": "c"}
     name, rows = opened(tmp_path, [record, {"instruction": "A", "output": "b"}], format="alpaca-response")
-    assert (name, said(rows[0].completion)) == ("alpaca-response", ["a:c"])
+    assert (name, texts_of(rows[0].completion)) == ("alpaca-response", ["a:c"])
     assert (rows[1].reason, rows[1].detail) == ("malformed", "`response` is missing, and alpaca-response needs it")
     pair = {"prompt": "Hi", "chosen": turns("Hi", "a"), "rejected": turns("Hi", "b"), "messages": turns("Hi", "a")}
     assert opened(tmp_path, [pair], None, format="messages")[0] == "messages"
@@ -367,7 +367,7 @@ def test_columns_are_mapped(tmp_path):
     name, rows = opened(
         tmp_path, [record], columns={**columns, "answer": "reply", "chosen": "x"} | {"output": "reply"}, format="alpaca"
     )
-    assert (name, said(rows[0].prompt), said(rows[0].completion)) == ("alpaca", ["u:Add"], ["a:3"])
+    assert (name, texts_of(rows[0].prompt), texts_of(rows[0].completion)) == ("alpaca", ["u:Add"], ["a:3"])
     assert (rows[0].origin, rows[0].document) == ("Ada", "p")
 
 
@@ -378,7 +378,7 @@ def test_columns_are_mapped(tmp_path):
         ({"instuction": "question"}, "maps instuction, which is no standard column.*conversations, document"),
     ],
 )
-def test_columns_that_are_not_there(tmp_path, columns, words):
+def test_an_absent_column_or_an_unknown_name_is_refused(tmp_path, columns, words):
     with pytest.raises(RequestError, match=words):
         opened(tmp_path, [{"instruction": "A", "output": "b"}], columns=columns)
 
@@ -429,8 +429,8 @@ def test_an_unknown_format_is_refused_with_the_list():
         DataConfig(format="alpacca")
 
 
-def test_rows_are_read_as_they_are_asked_for(tmp_path):
-    """Damage behind what was read does not show: the rest of the file was not looked at."""
+def test_rows_are_read_on_demand(tmp_path):
+    """Damage at the end of a file is raised when the iterator reaches it, not earlier."""
     rows = json.dumps([{"instruction": "Add", "output": "x" * 2000}] * 3000)
     (tmp_path / "rows.json").write_text(rows[:-1] + "nonsense")
     dataset = open_dataset(str(tmp_path / "rows.json"), None, DataConfig())
@@ -454,7 +454,7 @@ def test_real_files(name, kind, format_name, count):
     assert not any(isinstance(row, Quarantined) for row in rows)
 
 
-# Any text that JSON can hold, halves of surrogate pairs among it.
+# Any text that JSON can hold, lone surrogates included.
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(-(10**400), 10**400) | st.floats() | TEXT,
@@ -485,7 +485,7 @@ quick = settings(max_examples=50, deadline=None, suppress_health_check=list(Heal
 
 
 def check_all_accounted_for(file, kind, read):
-    """Every row is kept or set aside by name, and both can be stored."""
+    """Every row is kept or quarantined, and both can be stored."""
     try:
         rows = list(open_dataset(str(file), kind, DataConfig()).rows)
     except RequestError as error:
@@ -557,7 +557,7 @@ def test_any_parquet_rows(tmp_path, instructions, numbers, floats):
     check_all_accounted_for(tmp_path / "rows.parquet", "instruction", count)
 
 
-def test_numbers_of_metadata_do_no_harm(tmp_path):
+def test_odd_numbers_in_unread_columns_are_harmless(tmp_path):
     extra = {"score": math.nan, "big": 10**400, "nested": {"a": [1, {"b": None}]}}
     _, rows = opened(tmp_path, [{**ALPACA, **extra}], name="rows.json")
-    assert said(rows[0].completion) == ["a:3"]
+    assert texts_of(rows[0].completion) == ["a:3"]

@@ -1,4 +1,4 @@
-"""Checking, judging and splitting: every row ends up kept or set aside with its reason, in bounded memory."""
+"""Checking, judging and splitting: every row is kept or quarantined with its reason, in bounded memory."""
 
 import itertools
 import json
@@ -73,13 +73,13 @@ def pair(chosen, rejected, prompt="Where is it?", source="s"):
 
 
 def document_on(side, number=0):
-    """The name of a document that falls on a side of the split."""
+    """The name of a document whose rows go to the split `side`."""
     names = (f"document {i}" for i in itertools.count())
     return next(itertools.islice((n for n in names if split_of(n, CONFIG.split) == side), number, None))
 
 
 class Run:
-    """A dataset after preparing."""
+    """Runs `prepare` on rows, and holds its result."""
 
     def __init__(self, tmp_path, rows, config=CONFIG, own_test=None, evaluation=None, inspected=False):
         is_pair = isinstance(rows[0], PreferenceRow)
@@ -148,14 +148,14 @@ def test_drop_generated_drops_what_a_model_wrote(tmp_path):
     assert run.set_aside() == {"2": "exact_duplicate"}
 
 
-def test_pairs(tmp_path):
+def test_pairs_with_equal_or_empty_answers_are_set_aside(tmp_path):
     rows = [pair("Yes.", "no", source="1"), pair("Yes.", " yes", source="2"), pair("", "no", source="3")]
     run = Run(tmp_path, [*rows, pair("?", "!", "Other?", source="4")])
     assert run.sources() == ["1", "4"]
     assert run.set_aside() == {"2": "chosen_equals_rejected", "3": "empty_answer"}
 
 
-def test_training_rows_like_held_out_ones_leave(tmp_path):
+def test_training_rows_that_resemble_held_out_rows_are_removed(tmp_path):
     train, test = document_on("train"), document_on("test")
     rows = [
         row("What does the fox do?", FOX, "near", train),
@@ -171,7 +171,7 @@ def test_training_rows_like_held_out_ones_leave(tmp_path):
     assert "held out" in run.quarantine[0].detail
 
 
-def test_validation_rows_leave_for_the_test_and_training_rows_for_validation(tmp_path):
+def test_a_row_in_several_splits_stays_in_the_test_split(tmp_path):
     sides = {name: document_on(name) for name in ("train", "validation", "test")}
     run = Run(tmp_path, [row(answer=FOX, source=name, document=doc) for name, doc in sides.items()])
     assert run.set_aside() == {"train": "leaks_into_test", "validation": "leaks_into_test"}
@@ -213,7 +213,7 @@ def test_strict_accepts_a_test_split_without_leaks(tmp_path):
     assert run.sources("test") == ["own"]
 
 
-def test_decontamination_takes_training_rows_only(tmp_path):
+def test_decontamination_removes_only_training_rows(tmp_path):
     index = EvaluationIndex(5)
     index.add(row("Name the capital?", FOX, "evaluation"))
     train, test = document_on("train"), document_on("test")
@@ -249,7 +249,7 @@ def test_pairs_conflict_where_one_prefers_what_another_rejects(tmp_path):
     assert Run(tmp_path, rows).reported() == {("3", "conflicting_answers")}
 
 
-def test_suspicious_rows_are_those_with_most_against_them(tmp_path):
+def test_suspicious_rows_are_those_that_match_most_rules(tmp_path):
     many = "Write to jane@post-office.net."
     rows = [row(f"Question {i}?", f"This answer has the number {i} in it.", f"{i}") for i in range(30)]
     rows[7] = row("What does the passage above say?", many, "two rules")
@@ -269,7 +269,7 @@ def test_no_row_left_says_why(tmp_path):
         check_splits(run.prepared.splits, "instruction", run.ledger)
 
 
-def test_rows_stay_on_their_side_when_data_is_added(tmp_path):
+def test_rows_stay_in_their_split_when_data_is_added(tmp_path):
     rows = [row(f"Question number {i}?", f"The answer to {i} is {i * 7}.", str(i), f"doc {i % 60}") for i in range(600)]
     before = {r["id"]: name for name, part in Run(tmp_path, rows[:300]).prepared.splits.items() for r in part}
     after = {r["id"]: name for name, part in Run(tmp_path, rows).prepared.splits.items() for r in part}
@@ -281,7 +281,7 @@ def test_rows_stay_on_their_side_when_data_is_added(tmp_path):
     assert set(after.values()) == {"train", "validation", "test"}
 
 
-def test_same_question_in_other_case_falls_on_the_same_side(tmp_path):
+def test_the_same_question_in_another_case_goes_to_the_same_split(tmp_path):
     rows = [row(f"What is {i}?", f"This is {i}.", str(i)) for i in range(30)]
     rows += [row(f"WHAT is {i}", "Another answer altogether.", f"{i} again") for i in range(30)]
     sides = {r["source"]: name for name, part in Run(tmp_path, rows).prepared.splits.items() for r in part}
@@ -289,7 +289,7 @@ def test_same_question_in_other_case_falls_on_the_same_side(tmp_path):
     assert all(sides[str(i)] == sides[f"{i} again"] for i in range(30))
 
 
-def test_rows_survive_the_dataset():
+def test_rows_are_unchanged_by_a_dataset():
     rows = [row(prompt="Ä 😀\n", answer="x")]
     assert [instruction_row(record) for record in instruction_dataset(rows)] == rows
 
@@ -300,7 +300,7 @@ def test_split_shares_are_those_of_the_recipe():
     assert sides.count("validation") / 4000 == pytest.approx(0.2, abs=0.02)
 
 
-def test_processes_and_one_process_agree(tmp_path, monkeypatch):
+def test_several_processes_and_one_process_agree(tmp_path, monkeypatch):
     rng = random.Random(1)
     rows = [row(f"Question {rng.randrange(900)}?", f"{FOX} {rng.randrange(40)}", str(i)) for i in range(2500)]
     rows += [row(answer=" ", source="empty"), row("Mail?", "Mail to a@post-office.net.", "mail")]
@@ -316,8 +316,8 @@ def words(rng, count):
     return [f"word{rng.randrange(400)}" for _ in range(count)]
 
 
-def test_near_duplicates_are_those_of_an_exact_search(tmp_path):
-    """Against the definition: every pair's Jaccard similarity, and the components they join."""
+def test_near_duplicates_equal_those_of_an_exact_search(tmp_path):
+    """Compares with the definition: the connected components of all pairs with a high Jaccard similarity."""
     rng = random.Random(3)
     texts = []
     for _ in range(60):
@@ -362,7 +362,7 @@ def test_bands_find_a_pair_at_the_threshold():
     assert all(1 - (1 - t ** (128 // band_count(t))) ** band_count(t) >= 0.999 for t in (0.3, 0.5, 0.7, 0.9, 0.99))
 
 
-def test_groups_are_found_part_by_part(tmp_path, monkeypatch):
+def test_groups_are_the_same_when_sorted_in_parts(tmp_path, monkeypatch):
     values = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint64)
     values.tofile(tmp_path / "values")
     whole = sorted(group.tolist() for group in groups(tmp_path / "values"))
@@ -373,7 +373,7 @@ def test_groups_are_found_part_by_part(tmp_path, monkeypatch):
     )
 
 
-def test_length_outliers_are_far_out():
+def test_length_bounds_are_far_from_the_usual_lengths():
     low, high = length_bounds(np.array([100, 120, 140, 160, 180, 200] * 20, np.uint32))
     assert low < 50
     assert 400 < high < 4000
@@ -385,7 +385,7 @@ def test_rare_languages():
     assert rare_languages(["en", "de"], np.array([50, 1])) == set()
 
 
-def test_batches_of_views_hold_what_the_view_shows(tmp_path):
+def test_batches_of_a_view_hold_the_rows_of_the_view(tmp_path):
     table = TableWriter(tmp_path / "t.arrow", instruction_dataset([]).features)
     for i in range(2500):
         table.write(row(source=str(i)).record())
@@ -400,14 +400,14 @@ def test_batches_of_views_hold_what_the_view_shows(tmp_path):
     assert max(batch.num_rows for batch in dataset_batches(whole)) <= 1000
 
 
-def test_ledger_refuses_rows_that_vanish():
+def test_the_ledger_refuses_missing_rows():
     ledger = Ledger()
     ledger.record("instruction", 3, 3)
     with pytest.raises(AssertionError, match="expected 3 rows, read 3, kept 2, quarantined 0"):
         ledger.record("instruction", 3, 2)
 
 
-def test_ledger_goes_on_from_what_was_stored(tmp_path):
+def test_a_stored_ledger_can_be_loaded_and_continued(tmp_path):
     run = Run(tmp_path, [row(), row(), row(answer="")])
     stored = DatasetDict(run.ledger.datasets())
     again = Ledger.load(stored)
@@ -418,17 +418,17 @@ def test_ledger_goes_on_from_what_was_stored(tmp_path):
     ]
 
 
-def brought_in(folder, file):
-    """A file after reading and preparing; the ledger has checked that kept + quarantined = read."""
+def read_and_prepare(folder, file):
+    """Read and prepare a file; the ledger checks that kept + quarantined = read."""
     ledger = Ledger()
     loaded = load_rows(str(file), "instruction", DataConfig(), folder / "rows.arrow", ledger)
     prepared = prepare(loaded.rows, "instruction", CONFIG, ledger, folder)
     return ledger, prepared
 
 
-def test_planted_faults_are_found_as_often_as_they_were_planted(tmp_path):
+def test_every_planted_fault_is_found(tmp_path):
     made = write_rows(tmp_path / "rows.jsonl", 6000, seed=5)
-    ledger, prepared = brought_in(tmp_path, tmp_path / "rows.jsonl")
+    ledger, prepared = read_and_prepare(tmp_path, tmp_path / "rows.jsonl")
     found = Counter(ledger.by_reason("instruction"))
     leaks = found["leaks_into_test"] + found["leaks_into_validation"]
     assert (found["malformed"], found["empty_answer"]) == (made.broken, made.empty_answer)
@@ -452,7 +452,7 @@ ANY_ROW = st.fixed_dictionaries(
 def test_any_rows_are_kept_or_quarantined(tmp_path, rows):
     file = tmp_path / "any.jsonl"
     file.write_text("\n".join(map(json.dumps, [{"instruction": "Q?", "output": "A."}, *rows])))
-    ledger, prepared = brought_in(tmp_path, file)
+    ledger, prepared = read_and_prepare(tmp_path, file)
     kept = sum(map(len, prepared.splits.values()))
     assert kept + sum(ledger.by_reason("instruction").values()) == ledger.read["instruction"] == len(rows) + 1
 
@@ -474,8 +474,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core: no other processes are started")
-def test_processes_end_with_the_one_that_is_killed(tmp_path):
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="with one core no worker processes are started")
+def test_worker_processes_end_when_their_parent_is_killed(tmp_path):
     write_rows(tmp_path / "rows.jsonl", 60_000)
     (tmp_path / "work.py").write_text(WORK)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])}

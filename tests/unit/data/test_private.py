@@ -1,4 +1,4 @@
-"""Personal data and secrets: what is found, what is not, how it is masked, and that nothing repeats it."""
+"""Personal data and secrets: what is found, what is not, and that masks and details hide it."""
 
 import random
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llm_engineering.data import private
 from llm_engineering.data.private import masked, personal_data, redacted, secrets
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.rules import RowRules
+from llm_engineering.data.rules import check_row
 from llm_engineering.recipe.data_blocks import RulesConfig
 
 RANDOM = random.Random(7)
@@ -18,7 +18,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 
 
 def token(length: int, alphabet: str = LETTERS) -> str:
-    # Made up here, so that no scanner of this repository takes an example for a leak.
+    # Generated here, so that a secret scanner finds no example in this repository.
     return "".join(RANDOM.choice(alphabet) for _ in range(length))
 
 
@@ -51,7 +51,7 @@ AROUND = {"AWS key": ("aws_secret_key = '", "'"), "password in a URL": ("postgre
 
 
 @pytest.mark.parametrize("kind", SECRETS)
-def test_secrets_are_masked_whole_and_what_is_around_them_stays(kind):
+def test_secrets_are_masked_whole_and_the_text_around_them_is_kept(kind):
     before, after = AROUND.get(kind, ("Use this: ", "" if kind == "key block without an end" else " from now on."))
     found = secrets(before + SECRETS[kind] + after)
     assert len(found) == (2 if kind == "two key blocks" else 1)
@@ -80,7 +80,7 @@ def test_secrets_are_masked_whole_and_what_is_around_them_stays(kind):
         "Sk8er und Ähnliches：https://例え.jp/路径",
     ],
 )
-def test_stand_ins_and_digests_are_no_secrets(text):
+def test_placeholders_and_digests_are_no_secrets(text):
     assert secrets(text) == []
 
 
@@ -130,7 +130,7 @@ def test_addresses_and_numbers_are_masked(text, expected):
         "价格上涨了+12%，共1234567元",
     ],
 )
-def test_what_is_nobodys_is_left(text):
+def test_text_that_identifies_nobody_is_kept(text):
     assert personal_data(text) == []
 
 
@@ -155,7 +155,7 @@ def test_what_is_nobodys_is_left(text):
         max_size=24,
     ).map("".join)
 )
-def test_the_quick_test_for_numbers_loses_none(text):
+def test_the_quick_search_misses_no_telephone_number(text):
     every = [match.raw_string for match in phonenumbers.PhoneNumberMatcher(text, None)]
     assert all(private._INTERNATIONAL.search(raw) for raw in every)
     by_line = [m.raw_string for line in text.split("\n") for m in phonenumbers.PhoneNumberMatcher(line, None)]
@@ -205,7 +205,7 @@ def test_no_detail_holds_anything_private(values, frame, action):
         origin="unknown",
     )
     rules = dict.fromkeys(("refusal", "truncated_answer", "mentions_passage", "chosen_equals_rejected"), "report")
-    checked = RowRules(RulesConfig(**rules, empty_answer="report", personal_data=action, secret=action)).check(row)
+    checked = check_row(row, RulesConfig(**rules, empty_answer="report", personal_data=action, secret=action))
 
     details = " ".join([checked.detail, *(finding.detail for finding in checked.findings)])
     assert details.strip()
@@ -227,7 +227,7 @@ def test_a_row_is_masked_in_every_message_and_keeps_the_rest():
         document="d",
     )
 
-    checked = RowRules(RulesConfig(personal_data="mask", secret="mask")).check(row)
+    checked = check_row(row, RulesConfig(personal_data="mask", secret="mask"))
 
     assert [message.content for message in checked.row.prompt] == ["Key: [SECRET]", "I am [EMAIL]"]
     assert [message.content for message in checked.row.completion] == ["Hello [EMAIL], [EMAIL] and [PHONE]!"]
@@ -244,7 +244,7 @@ def test_a_row_is_masked_in_every_message_and_keeps_the_rest():
 
 
 @pytest.mark.parametrize(("rule", "value"), [("secret", SECRETS["GitHub"]), ("personal_data", "ann@firma.de")])
-def test_the_switch_says_what_happens(rule, value):
+def test_the_switch_decides_what_happens(rule, value):
     row = InstructionRow(
         prompt=[Message(role="user", content="Hi")],
         completion=[Message(role="assistant", content=f"It is {value}.")],
@@ -253,8 +253,7 @@ def test_the_switch_says_what_happens(rule, value):
     )
     off = {"personal_data": "off", "secret": "off"}
     results = {
-        action: RowRules(RulesConfig(**{**off, rule: action})).check(row)
-        for action in ("off", "report", "mask", "drop")
+        action: check_row(row, RulesConfig(**{**off, rule: action})) for action in ("off", "report", "mask", "drop")
     }
 
     assert [results[action].reason for action in results] == ["", "", "", rule]
@@ -262,14 +261,14 @@ def test_the_switch_says_what_happens(rule, value):
     assert [results[action].row is row for action in results] == [True, True, False, True]
 
 
-def test_a_row_that_another_rule_drops_is_masked_all_the_same():
+def test_a_row_that_another_rule_drops_is_masked_too():
     row = InstructionRow(
         prompt=[Message(role="user", content="I am ann@firma.de")],
         completion=[Message(role="assistant", content=" ")],
         source="rows.jsonl:1",
         origin="human",
     )
-    checked = RowRules(RulesConfig(personal_data="mask")).check(row)
+    checked = check_row(row, RulesConfig(personal_data="mask"))
     assert (checked.reason, checked.row.prompt[0].content) == ("empty_answer", "I am [EMAIL]")
 
 

@@ -1,4 +1,4 @@
-"""Each row-level rule on real-life examples for and against it, and what its switch does."""
+"""Each rule for single rows, on realistic matches and near misses, and its switch."""
 
 from typing import get_args
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.rules import Checked, Finding, RowRules, is_generated
+from llm_engineering.data.rules import Checked, Finding, check_row, is_generated
 from llm_engineering.recipe.data_blocks import Action, RulesConfig
 
 RULES = (
@@ -22,8 +22,8 @@ RULES = (
 OFF = dict.fromkeys(RULES, "off")
 
 
-def only(rule: str, action: str = "report") -> RowRules:
-    return RowRules(RulesConfig(**{**OFF, rule: action}))
+def only(rule: str, action: str = "report") -> RulesConfig:
+    return RulesConfig(**{**OFF, rule: action})
 
 
 def instruction(prompt: str, answer: str, origin: str = "unknown") -> InstructionRow:
@@ -46,14 +46,14 @@ def preference(chosen: str, rejected: str, prompt: str = "Say something.", origi
 
 
 def matches(rule: str, row: InstructionRow | PreferenceRow) -> bool:
-    return [finding.rule for finding in only(rule).check(row).findings] == [rule]
+    return [finding.rule for finding in check_row(row, only(rule)).findings] == [rule]
 
 
 @pytest.mark.parametrize(
     "answer",
     ["", "  ", "\n\t\n", "\u200b", "\ufeff \u200d", "\u00a0\u3000", "\u2060\u00ad", "\u3164", "\u2800\ufe0f"],
 )
-def test_an_answer_that_nobody_can_see_is_empty(answer):
+def test_an_invisible_answer_is_empty(answer):
     assert matches("empty_answer", instruction("Hi", answer))
     assert matches("empty_answer", preference(answer, "Hello."))
     assert matches("empty_answer", preference("Hello.", answer))
@@ -64,7 +64,7 @@ def test_an_answer_with_one_visible_character_is_not_empty(answer):
     assert not matches("empty_answer", instruction("", answer))
 
 
-def test_an_empty_turn_among_others_and_no_answer_at_all_are_empty():
+def test_an_empty_turn_and_a_missing_answer_are_empty():
     row = instruction("Hi", "Hello.")
     silent = row.model_copy(
         update={
@@ -272,7 +272,7 @@ def test_finished_answers(answer):
         "文中提到的城市是哪个？",
     ],
 )
-def test_instructions_about_a_text_that_is_not_there(prompt):
+def test_instructions_about_a_missing_text(prompt):
     assert matches("mentions_passage", instruction(prompt, "Yes."))
 
 
@@ -299,11 +299,11 @@ def test_instructions_about_a_text_that_is_not_there(prompt):
         "请用中文回答。",
     ],
 )
-def test_instructions_that_lack_no_text(prompt):
+def test_instructions_that_need_no_other_text(prompt):
     assert not matches("mentions_passage", instruction(prompt, "Yes."))
 
 
-def test_an_earlier_turn_or_a_long_system_message_can_hold_the_text():
+def test_an_earlier_turn_or_a_long_system_message_can_contain_the_text():
     question = Message(role="user", content="What is the main idea of the passage?")
     row = instruction("", "Yes.")
     turns = [Message(role="user", content="The bird flew."), Message(role="assistant", content="I see."), question]
@@ -325,10 +325,10 @@ MATCHING = {
 @pytest.mark.parametrize("rule", MATCHING)
 @pytest.mark.parametrize("action", get_args(Action))
 @pytest.mark.parametrize("origin", ["human", "gpt-4o"])
-def test_the_switch_says_what_happens_to_a_row(rule, action, origin):
+def test_the_switch_decides_what_happens_to_a_row(rule, action, origin):
     row = instruction(*MATCHING[rule], origin=origin)
 
-    checked = only(rule, action).check(row)
+    checked = check_row(row, only(rule, action))
 
     dropped = action == "drop" or (action == "drop_generated" and origin == "gpt-4o")
     assert checked.reason == (rule if dropped else "")
@@ -337,13 +337,11 @@ def test_the_switch_says_what_happens_to_a_row(rule, action, origin):
     assert checked.row is row
 
 
-def test_a_row_with_several_faults_has_one_reason_and_keeps_what_was_found_before():
+def test_a_row_with_several_faults_has_one_reason_and_the_findings_before_it():
     row = preference("I'm sorry, but I can't help with that", "i'm sorry but i can't help with that!", origin="gpt-4o")
-    rules = RowRules(
-        RulesConfig(**{**OFF, "chosen_equals_rejected": "report", "refusal": "drop", "truncated_answer": "drop"})
-    )
+    rules = RulesConfig(**{**OFF, "chosen_equals_rejected": "report", "refusal": "drop", "truncated_answer": "drop"})
 
-    checked = rules.check(row)
+    checked = check_row(row, rules)
 
     assert checked.reason == "refusal"
     assert [finding.rule for finding in checked.findings] == ["chosen_equals_rejected"]
@@ -351,8 +349,8 @@ def test_a_row_with_several_faults_has_one_reason_and_keeps_what_was_found_befor
 
 def test_a_good_row_passes_all_rules_untouched():
     row = instruction("What is a list?", "A list holds items in order. It can be changed.", origin="gpt-4o")
-    rules = RowRules(RulesConfig(**{**dict.fromkeys(RULES, "drop"), "secret": "mask"}))
-    assert rules.check(row) == Checked(row, "", "", [])
+    rules = RulesConfig(**{**dict.fromkeys(RULES, "drop"), "secret": "mask"})
+    assert check_row(row, rules) == Checked(row, "", "", [])
 
 
 @pytest.mark.parametrize(
@@ -368,13 +366,13 @@ def test_a_good_row_passes_all_rules_untouched():
         ("humanoid-7b", True),
     ],
 )
-def test_whatever_is_not_of_a_person_or_a_document_was_generated(origin, generated):
+def test_every_origin_except_people_and_documents_counts_as_generated(origin, generated):
     assert is_generated(instruction("Hi", "Hello.", origin=origin)) is generated
 
 
-def test_a_detail_quotes_no_more_than_the_end_and_nothing_private():
+def test_a_detail_quotes_only_the_end_and_nothing_private():
     answer = PROSE * 5 + "Write to ann.lee@firma.de today. You will get one of the"
-    finding = only("truncated_answer").check(instruction("Hi", answer)).findings[0]
+    finding = check_row(instruction("Hi", answer), only("truncated_answer")).findings[0]
     assert "[EMAIL] today. You will get one of the" in finding.detail
     assert "firma" not in finding.detail
     assert len(finding.detail) < 130
@@ -419,9 +417,9 @@ ACTIONS = st.fixed_dictionaries(
 @settings(max_examples=300, deadline=None)
 @given(prompt=TEXTS, chosen=TEXTS, rejected=TEXTS, origin=st.sampled_from(["human", "gpt-4o"]), actions=ACTIONS)
 def test_any_text_is_judged_and_accounted_for(prompt, chosen, rejected, origin, actions):
-    rules = RowRules(RulesConfig(**actions))
+    rules = RulesConfig(**actions)
     for row in (instruction(prompt, chosen, origin), preference(chosen, rejected, prompt, origin)):
-        checked = rules.check(row)
+        checked = check_row(row, rules)
 
         found = [finding.rule for finding in checked.findings]
         assert bool(checked.reason) == bool(checked.detail)
@@ -431,5 +429,5 @@ def test_any_text_is_judged_and_accounted_for(prompt, chosen, rejected, origin, 
         masked = [finding for finding in checked.findings if finding.detail.startswith("masked: ")]
         assert (checked.row != row) == bool(masked)
         assert all(actions[finding.rule] == "mask" for finding in masked)
-        assert rules.check(checked.row)[1:3] == (checked.reason, checked.detail)
+        assert check_row(checked.row, rules)[1:3] == (checked.reason, checked.detail)
         assert all(isinstance(finding, Finding) for finding in checked.findings)

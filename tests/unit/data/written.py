@@ -1,4 +1,4 @@
-"""Rows written to files of every container that can be read."""
+"""Writes rows to files of every format that can be read."""
 
 import csv
 import gzip
@@ -13,7 +13,7 @@ ROWS = [{"instruction": "Add\u2028 1 and 2", "output": '3, "three"\n😀'}, {"in
 
 
 def write(path: Path, rows=ROWS) -> Path:
-    """Rows in the container that the file's ending names."""
+    """Write rows in the format of the file's ending."""
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
     if suffix in ("parquet", "arrow"):
         table, sink = pa.Table.from_pylist(rows), io.BytesIO()

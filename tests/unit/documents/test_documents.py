@@ -1,4 +1,4 @@
-"""Documents of every kind, and passages with their place."""
+"""Documents of every format, and passages with their positions."""
 
 import json
 
@@ -12,7 +12,7 @@ from llm_engineering.recipe.data_blocks import DocumentsConfig
 SENTENCE = "The river carries water from the mountains to the sea, and the people who live along it drink from it."
 
 
-def test_folder_of_every_kind(tmp_path):
+def test_a_folder_with_every_format(tmp_path):
     (tmp_path / "a.txt").write_text("Plain")
     (tmp_path / "b.md").write_text("# Marked")
     (tmp_path / "c.html").write_text("<title>T</title><script>no</script><p>Hyper &amp; text</p>")
@@ -32,7 +32,7 @@ def test_folder_of_every_kind(tmp_path):
     }
 
 
-def test_two_text_fields_are_not_guessed_between(tmp_path):
+def test_two_text_fields_need_a_choice(tmp_path):
     file = tmp_path / "d.json"
     file.write_text(json.dumps([{"text": "a", "content": "b"}]))
     with pytest.raises(RequestError, match=r"several text fields \(text, content\).*documents\.text_field"):
@@ -85,7 +85,7 @@ def test_passages_have_a_place_and_every_chunk_is_accounted_for(tmp_path):
     assert "exact_duplicate" in {q.reason for q in quarantine}
 
 
-def test_drawing_is_seeded_and_recorded():
+def test_passages_are_drawn_with_the_seed_and_the_others_recorded():
     config = DocumentsConfig(max_passages=5)
     documents, _ = read_documents(config)
     one, rejected = cut_passages(documents, config, seed=1)

@@ -1,4 +1,4 @@
-"""Hashes of the files that a run reads, and what differs between two sets of them."""
+"""Hashes of the files that a run reads, and the differences between two sets of hashes."""
 
 import hashlib
 
@@ -27,14 +27,14 @@ def test_the_embedded_corpus_has_one_hash():
     assert list(document_fingerprints(DocumentsConfig(path=EMBEDDED_DOCUMENTS))) == [EMBEDDED_DOCUMENTS]
 
 
-def test_a_name_that_is_no_text_is_stored(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_stored(tmp_path):
     name = b"bad-\xff.txt".decode("utf-8", "surrogateescape")
     (tmp_path / name).write_text("a")
     found = document_fingerprints(DocumentsConfig(path=str(tmp_path)))
     assert [row["file"] for row in fingerprint_table(found)] == [str(tmp_path / "bad-\\xff.txt")]
 
 
-def test_what_was_changed_lost_or_added_is_named():
+def test_changed_lost_and_added_files_are_named():
     then = {"same": "1", "changed": "1", "lost": "1"}
     now = {"same": "1", "changed": "2", "added": "1"}
     found = [(finding.file, finding.what) for finding in differing("here", then, now)]

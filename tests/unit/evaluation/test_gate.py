@@ -141,9 +141,9 @@ def test_only_auto_promotes_to_production():
     ("override", "words"),
     [
         ("promotion.dpo.better_than.base={heldout_los: 0.1}", "there is no measure heldout_los; did you mean heldout_loss?"),
-        ("promotion.sft.better_than.base={preference_accuracy: 0}", "ask for it in promotion.dpo"),
-        ("promotion.sft.not_worse_than={sft: {rouge_l: 0}}", "has no other SFT model to compare with"),
-        ("promotion.dpo.not_worse_than.sft={length_ratio: 0.1}", "neither more nor less length_ratio is better"),
+        ("promotion.sft.better_than.base={preference_accuracy: 0}", "move the rule to promotion.dpo"),
+        ("promotion.sft.not_worse_than={sft: {rouge_l: 0}}", "has no second SFT model to compare with"),
+        ("promotion.dpo.not_worse_than.sft={length_ratio: 0.1}", "neither a higher nor a lower length_ratio is better: remove the rule"),
         ("promotion.dpo.not_worse_than.sft={checks: 0.1}", "names checks, which the evaluation of this recipe does not"),
         ("promotion.dpo.not_worse_than.sft={lm_eval_x: 0.1}", "names lm_eval_x, which the evaluation of this recipe"),
         ("promotion.sft.better_than.incumbent.heldout_loss=null", "better_than.incumbent has no measure"),

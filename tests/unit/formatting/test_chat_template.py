@@ -1,7 +1,6 @@
-"""Chat templates of the recipe: what is trained is what is served, also for models that have no template."""
+"""Chat templates of the recipe: a model is served with the tokens it was trained on, also without its own template."""
 
 import pytest
-from datasets import DatasetDict
 from transformers import AutoTokenizer
 
 from llm_engineering.errors import RequestError
@@ -67,7 +66,7 @@ def test_alpaca_without_a_system_message_has_its_own_preamble(model, settings):
     assert asked.endswith("\n\n### Instruction:\nWhat is it?\n\n### Response:\n")
 
 
-def test_a_token_that_texts_begin_with_is_written(model, settings):
+def test_a_template_writes_the_token_that_every_text_begins_with(model, settings):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = load_tokenizer(model, settings, "chatml")
@@ -84,12 +83,12 @@ def test_a_model_without_a_template_is_a_request_error_that_names_the_choices(mo
         load_tokenizer(model, settings)
 
 
-def test_templates_of_ones_own_and_wrong_ones(model, settings, tmp_path):
+def test_own_templates_are_used_and_wrong_ones_refused(model, settings, tmp_path):
     own = tmp_path / "own.jinja"
     own.write_text("{% for m in messages %}{{ m.content + (eos_token if m.role == 'assistant' else '>') }}{% endfor %}")
     formatting = pin_chat_template(FormattingConfig(chat_template=str(own)))
     assert formatting.chat_template == own.read_text()
-    # The text stands for itself from then on.
+    # A pinned template is its own text, so pinning it again changes nothing.
     assert pin_chat_template(formatting) == formatting
     check_chat_template(load_tokenizer(model, settings, formatting.chat_template))
     with pytest.raises(RequestError, match=r"no chat template alpacca\. .*alpaca, chatml"):
@@ -119,7 +118,7 @@ def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path)
     assert len(loaded) == len(plain)
 
 
-def test_preflight_tells_what_is_missing(base_model):
+def test_preflight_names_what_is_missing(base_model):
     from llm_engineering.recipe.loading import load_recipe
     from tests.conftest import ROOT
     from tools.preflight import preflight
@@ -188,6 +187,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     from llm_engineering.training import sft
     from llm_engineering.training.dpo import dpo_trainer
     from llm_engineering.training.policy import new_policy
+    from llm_engineering.training.run import TrainingRun
 
     monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: apart)
     tokenizer = load_tokenizer(model, settings, "alpaca")
@@ -198,7 +198,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     data = formatted("instruction", 8, tokenizer, tmp_path)
     config = SFTConfig(**STEPS, packing=False)
     policy = new_policy(model, config.lora, settings, device)
-    trainer = sft.sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
+    trainer = sft.sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
     first = list(data["train"].select([0, 1]))
     assert all(row["labels"][-1] == end for row in first)
     longest = max(len(row["labels"]) for row in first)
@@ -207,7 +207,8 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     assert trainer.data_collator(first)["labels"].flatten().tolist() == expected
 
     pairs = formatted("preference", 8, tokenizer, tmp_path)
-    trainer = dpo_trainer(policy, tokenizer, DatasetDict(pairs), DPOConfig(**STEPS), setup, device, tmp_path)
+    config = DPOConfig(**STEPS)
+    trainer = dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer), policy, config)
     batch = trainer.data_collator(list(pairs["train"].select([0, 1])))
     trained = [
         [token for token, mask in zip(ids, masks, strict=True) if mask]

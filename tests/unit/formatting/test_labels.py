@@ -1,4 +1,4 @@
-"""Over-long rows that are cut, training on prompts, and the check of every row's labels before training."""
+"""Cutting over-long rows, training on prompts, and checking the labels of every row before training."""
 
 import json
 from collections import Counter
@@ -103,7 +103,7 @@ def test_truncated_rows_are_counted_in_the_report(tokenizer, tmp_path):
     assert {line["id"] for line in lines} == {rows[0].id, rows[1].id}
 
 
-def test_training_on_prompts_trains_every_token_but_the_held_out_loss_is_that_of_answers(tokenizer, tmp_path):
+def test_training_on_prompts_trains_every_token_but_the_test_split_labels_only_answers(tokenizer, tmp_path):
     rows = instruction_dataset([row("Hello", "Hi")])
     ledger = Ledger()
     ledger.record("instruction", 3, 3)
@@ -191,7 +191,7 @@ def test_training_refuses_a_dataset_with_wrong_labels(base_model, cpu, settings)
         train_sft(splits_of(GOOD, GOOD), config, setup, settings)
 
 
-def test_pairs_are_formatted_with_their_flag(tokenizer, tmp_path):
+def test_a_pair_that_was_cut_is_marked_as_truncated(tokenizer, tmp_path):
     pairs = preference_dataset([pair("Hello", "Yes " * 90, "No"), pair("Hello", "Yes", "No")])
     ledger = Ledger()
     ledger.record("preference", 4, 4)

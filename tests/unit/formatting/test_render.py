@@ -1,4 +1,4 @@
-"""Label masks against token ids written out by hand: the completion and its end-of-turn token, and nothing else."""
+"""Labels against token ids written out by hand: only the completion and its end-of-turn token are trained."""
 
 import copy
 
@@ -12,8 +12,8 @@ from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.render import CrossingTokensError, render
 from llm_engineering.recipe.data_blocks import FormattingConfig
 
-# In SmolLM2's vocabulary: 1 <|im_start|>, 2 <|im_end|>, 9690 "system", 4093 "user", 520+9531 "ass"+"istant", 198 "\n";
-# the default system prompt is what the template adds by itself.
+# SmolLM2's vocabulary: 1 <|im_start|>, 2 <|im_end|>, 9690 "system", 4093 "user", 520+9531 "ass"+"istant", 198 "\n".
+# The template adds the default system prompt to a conversation without a system message.
 DEFAULT_SYSTEM = [
     1,
     9690,
@@ -110,7 +110,7 @@ def with_template(tokenizer, template):
     ],
     ids=["answer not rendered", "no end of turn", "prompt changes", "none"],
 )
-def test_template_with_a_wrong_mask_is_an_error_that_names_row_and_template(tokenizer, template, words):
+def test_a_template_with_wrong_labels_is_an_error_that_names_row_and_template(tokenizer, template, words):
     bad = with_template(tokenizer, template)
     with pytest.raises(WorkError, match=words) as error:
         render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), bad)
@@ -120,7 +120,7 @@ def test_template_with_a_wrong_mask_is_an_error_that_names_row_and_template(toke
 
 
 @pytest.mark.parametrize("start", ["\n\n", "   ", "\n", " "])
-def test_white_space_at_the_start_of_an_answer_is_trained_as_it_will_be_said(tokenizer, start):
+def test_white_space_at_the_start_of_an_answer_is_trained_as_it_is_generated(tokenizer, start):
     rendered = render_one(row([message("user", "Hello")], [message("assistant", start + "Hi")]), tokenizer)
     prompt = DEFAULT_SYSTEM + USER + HELLO + END + NEWLINE + ASSISTANT
     assert rendered.input_ids[: len(prompt)] == prompt
@@ -129,7 +129,7 @@ def test_white_space_at_the_start_of_an_answer_is_trained_as_it_will_be_said(tok
 
 
 def test_tokenising_whole_texts_gives_the_same_tokens(tokenizer, monkeypatch):
-    """The other way, for tokenizers that put a space before each text: same tokens where no token crosses."""
+    """Tokenizers that put a space before each text need whole texts. The tokens are the same if none crosses."""
     completion = [message("assistant", "Hi"), message("user", "No"), message("assistant", "Bye")]
     rows = [row([message("user", "Hello")], completion), row([message("user", "No")], [message("assistant", "\n\nHi")])]
     apart = render(rows, tokenizer)
@@ -188,5 +188,5 @@ def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, t
     assert list(formatted["test"]["input_ids"][0]) == render_one(rows[5], tokenizer).input_ids
     assert (ledger.kept["instruction"], ledger.by_reason("instruction")) == (6, {"over_long": 1})
     assert lengths.kept["train"].total() == 3
-    # The long row is in the histogram, though it is not kept.
+    # The over-long row is counted, although it is not kept.
     assert (lengths.all.total(), max(lengths.all) > 64, lengths.turns) == (7, True, {2: 6})

@@ -157,7 +157,7 @@ def test_keys_of_the_local_model_do_not_change(model, monkeypatch):
 
 
 class Scripted:
-    """A client whose answers a function gives."""
+    """A client that gets its answers from a function."""
 
     identity = "scripted"
     temperature = None

@@ -1,4 +1,4 @@
-"""Recipes: extends, --set, and errors that name file, key and the nearest valid key."""
+"""Recipes: `extends`, `--set`, and errors that name the file, the key and the nearest valid key."""
 
 from pathlib import Path
 

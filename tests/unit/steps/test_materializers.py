@@ -1,4 +1,4 @@
-"""Datasets that may be empty: a clean document folder has nothing in quarantine."""
+"""Materializers: empty datasets, reading in place, and the hashes of the stored files."""
 
 import hashlib
 from datetime import datetime
@@ -24,7 +24,7 @@ def local_store(path) -> LocalArtifactStore:
     return LocalArtifactStore("", uuid4(), config, "local", kind, user=uuid4(), created=now, updated=now)
 
 
-def test_empty_datasets_are_read_again(tmp_path):
+def test_empty_datasets_can_be_read_again(tmp_path):
     features = Features({"x": Value("string")})
     stored = DatasetDict(
         rows=Dataset.from_dict({"x": ["a", "b"]}, features=features),
@@ -38,7 +38,7 @@ def test_empty_datasets_are_read_again(tmp_path):
     assert read["quarantine"].features == features
 
 
-def test_a_local_dataset_is_read_in_place_and_described_without_reading_it_whole(tmp_path):
+def test_a_local_dataset_is_read_in_place(tmp_path):
     stored = DatasetDict(rows=Dataset.from_dict({"x": list(range(2000))}))
     materializer = HFDatasetMaterializer(uri=str(tmp_path))
     materializer.save(stored)
@@ -48,8 +48,8 @@ def test_a_local_dataset_is_read_in_place_and_described_without_reading_it_whole
 
 
 @pytest.mark.parametrize("kind", ["directory", "dataset", "model"])
-def test_hashes_of_what_was_stored_stand_beside_it(tmp_path, kind):
-    """In the format that sha256sum reads; what is stored is found by its content wherever it lies."""
+def test_hashes_of_the_stored_files_are_beside_them(tmp_path, kind):
+    """The manifest has the format of sha256sum, and its hash is the artifact's content hash."""
     source = tmp_path / "source"
     (source / "deep").mkdir(parents=True)
     (source / "a.txt").write_text("a")
@@ -72,7 +72,7 @@ def test_hashes_of_what_was_stored_stand_beside_it(tmp_path, kind):
     assert listed == file_hashes(str(uri), materializer.artifact_store)
 
 
-def test_reading_a_dataset_leaves_nothing_in_the_artifact(tmp_path):
+def test_reading_a_dataset_writes_nothing_to_the_artifact(tmp_path):
     materializer = HFDatasetMaterializer(uri=str(tmp_path), artifact_store=local_store(tmp_path))
     materializer.save(DatasetDict(rows=Dataset.from_dict({"x": [1, 2]})))
     before = file_hashes(str(tmp_path), materializer.artifact_store)

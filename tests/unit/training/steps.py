@@ -1,10 +1,10 @@
-"""Does something in the middle of a training run."""
+"""Interrupts a training run at a chosen step."""
 
 from llm_engineering.training import telemetry
 
 
 def during_step(monkeypatch, step, action):
-    """Do something at the end of a step, before what the project does there."""
+    """Call `action` at the end of a step, before the project's own callback."""
     real = telemetry.TelemetryCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,4 +1,4 @@
-"""Which backend loads the model that is trained, what unsloth is asked for, and that it comes before transformers."""
+"""The choice of the backend that loads the model, the arguments of unsloth, and its import before transformers."""
 
 import importlib.metadata
 import importlib.util
@@ -27,7 +27,7 @@ from llm_engineering.recipe.training_blocks import (
     TrackingConfig,
     TrainingSetup,
 )
-from llm_engineering.training import dpo, sft
+from llm_engineering.training import run
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.unsloth_policy import check_packable, check_packed
@@ -44,13 +44,13 @@ STEPS = {
 
 @pytest.fixture
 def installed(monkeypatch):
-    """A machine with a card, where unsloth and what it needs are installed."""
+    """A machine with a GPU, with unsloth and its requirements."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "_is_installed", lambda package: True)
     monkeypatch.setattr(devices, "_conflict", lambda package: "")
 
 
-def test_auto_takes_unsloth_where_it_can_be_had(installed):
+def test_auto_chooses_unsloth_if_it_is_installed(installed):
     chosen = choose_backend(CARD, ComputeConfig(), "qlora")
     assert chosen.backend == "unsloth"
     assert chosen.reasons[-1].startswith("backend unsloth: it is installed")
@@ -65,7 +65,7 @@ def test_auto_takes_unsloth_where_it_can_be_had(installed):
         ({"attn_implementation": "eager"}, "lora", False, "compute.attn_implementation is eager"),
     ],
 )
-def test_what_unsloth_lacks_falls_to_transformers_or_is_refused(changes, method, use_dora, words, installed):
+def test_recipe_that_unsloth_cannot_train_uses_transformers_or_is_refused(changes, method, use_dora, words, installed):
     device = CARD._replace(dtype=getattr(torch, changes.get("dtype", "bfloat16")))
     chosen = choose_backend(device, ComputeConfig(**changes), method, use_dora=use_dora)
     assert chosen.backend == "transformers"
@@ -74,12 +74,12 @@ def test_what_unsloth_lacks_falls_to_transformers_or_is_refused(changes, method,
         choose_backend(device, ComputeConfig(**changes, backend="unsloth"), method, use_dora=use_dora)
 
 
-def test_full_fine_tuning_is_unsloths_only_when_asked_for(installed):
+def test_full_fine_tuning_uses_unsloth_only_if_the_recipe_names_it(installed):
     assert choose_backend(CARD, ComputeConfig(), "full").backend == "transformers"
     assert choose_backend(CARD, ComputeConfig(backend="unsloth"), "full").backend == "unsloth"
 
 
-def test_without_a_card_or_the_package_unsloth_is_refused(monkeypatch):
+def test_unsloth_is_refused_without_a_gpu_or_the_package(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cpu = Device("cpu", torch.bfloat16, "sdpa", [])
     with pytest.raises(RequestError, match="needs a CUDA card, and torch finds none"):
@@ -92,7 +92,7 @@ def test_without_a_card_or_the_package_unsloth_is_refused(monkeypatch):
         choose_backend(CARD, ComputeConfig(backend="unsloth"), "lora")
 
 
-def test_version_that_unsloth_does_not_take_is_named(monkeypatch):
+def test_version_that_unsloth_does_not_support_is_named(monkeypatch):
     versions = {"trl": "1.16.0", "torch": "2.13.0"}
 
     def version(name):
@@ -110,14 +110,14 @@ def test_version_that_unsloth_does_not_take_is_named(monkeypatch):
     assert devices._conflict("unsloth") == "xformers, which is not installed"
 
 
-def test_only_unsloth_needs_a_process_of_its_own(installed):
+def test_only_unsloth_needs_its_own_process(installed):
     assert needs_own_process(ComputeConfig())
     assert needs_own_process(ComputeConfig(backend="unsloth"))
     assert not needs_own_process(ComputeConfig(backend="transformers"))
     assert not needs_own_process(ComputeConfig(device="cpu"))
 
 
-def test_no_card_needs_no_process(monkeypatch):
+def test_without_a_gpu_no_process_is_needed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not needs_own_process(ComputeConfig())
 
@@ -130,12 +130,12 @@ def test_no_card_needs_no_process(monkeypatch):
         (["sft.method=full"], "set sft.packing to false"),
     ],
 )
-def test_recipe_that_unsloth_cannot_train_is_refused(overrides, words):
+def test_recipe_that_names_unsloth_and_does_not_fit_is_refused(overrides, words):
     with pytest.raises(RequestError, match=words):
         load_recipe(ROOT / "configs" / "local.yaml", ["compute.backend=unsloth", *overrides])
 
 
-def test_unsloth_is_imported_before_what_it_patches(tmp_path):
+def test_unsloth_is_imported_before_the_libraries_that_it_patches(tmp_path):
     package = tmp_path / "unsloth"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -166,14 +166,13 @@ def setup(small_llama, cpu):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Trains with a stand-in for unsloth, on this machine's CPU."""
+    """Train with a fake unsloth on the CPU."""
     monkeypatch.setitem(sys.modules, "unsloth", fake_unsloth.module())
-    for stage in (sft, dpo):
-        monkeypatch.setattr(stage, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+    monkeypatch.setattr(run, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
     return fake_unsloth.CALLS
 
 
-def test_both_backends_leave_the_same_adapter(fake, setup, settings, tmp_path, monkeypatch):
+def test_both_backends_save_the_same_adapter(fake, setup, settings, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows, pairs = (formatted(kind, 8, tokenizer, tmp_path) for kind in ("instruction", "preference"))
     config = SFTConfig(**STEPS, packing=False, gradient_checkpointing=True, lora=LoraConfig(r=4, use_rslora=True))
@@ -191,13 +190,13 @@ def test_both_backends_leave_the_same_adapter(fake, setup, settings, tmp_path, m
         "r": 4, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear", "bias": "none",
         "use_rslora": True, "use_gradient_checkpointing": "unsloth", "random_state": 7,
     }  # fmt: skip
-    # DPO goes on with the adapter's own shape, and the recipe has no checkpointing for it.
+    # DPO keeps the shape of the adapter, and its config has no checkpointing.
     targets = {name.rpartition(".")[2] for name in readapter["target_modules"]}
     assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert (readapter["r"], readapter["use_rslora"]) == (4, True)
     assert reloading["use_gradient_checkpointing"] is readapter["use_gradient_checkpointing"] is False
     assert trained.summary["device"]["backend"] == "unsloth"
-    # The reference is the SFT adapter: it was filled, and not only made.
+    # The reference is the trained SFT adapter, not a fresh one.
     first = next(entry for entry in after.summary["history"] if "loss" in entry)
     assert (first["loss"], first["rewards/margins"]) == (pytest.approx(math.log(2), abs=1e-5), 0)
     start, end = (load_file(folder / "adapter_model.safetensors") for folder in (trained.adapter, after.adapter))
@@ -232,26 +231,26 @@ def test_full_fine_tuning_asks_for_float32_weights(fake, setup, settings, tmp_pa
     assert (name, loading["full_finetuning"], loading["float32_mixed_precision"]) == ("from_pretrained", True, True)
 
 
-def test_packing_that_unsloth_is_not_told_of_ends_before_training(fake, setup, settings, tmp_path):
+def test_packed_batches_without_lengths_end_before_training(fake, setup, settings, tmp_path):
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows = formatted("instruction", 8, tokenizer, tmp_path)
-    with pytest.raises(WorkError, match="not told where packed rows begin"):
+    with pytest.raises(WorkError, match="do not have the lengths of the packed rows"):
         train_sft(rows, SFTConfig(**STEPS, packing=True), setup, settings)
 
 
-def test_told_lengths_have_to_be_those_of_the_rows():
+def test_packed_lengths_must_be_those_of_the_rows():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0]])
     check_packed({"position_ids": positions, "packed_seq_lengths": torch.tensor([3, 2, 1], dtype=torch.int32)})
-    for told in ({}, {"packed_seq_lengths": torch.tensor([6])}, {"packed_seq_lengths": torch.tensor([3, 3])}):
+    for lengths in ({}, {"packed_seq_lengths": torch.tensor([6])}, {"packed_seq_lengths": torch.tensor([3, 3])}):
         with pytest.raises(WorkError, match="would see each other"):
-            check_packed({"position_ids": positions, **told})
+            check_packed({"position_ids": positions, **lengths})
     check_packable("llama")
     with pytest.raises(RequestError, match="no packed forward for models of type gpt2"):
         check_packable("gpt2")
 
 
-def test_training_without_the_import_says_so(setup, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+def test_training_without_the_early_import_is_refused(setup, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows = formatted("instruction", 4, tokenizer, tmp_path)
@@ -263,21 +262,20 @@ def test_device_of_evaluation_is_transformers(cpu):
     assert choose_device(cpu).backend == "transformers"
 
 
-# Without a card unsloth leaves TRL's trainers alone when it is imported, so they are replaced here by the function that
-# it replaces them with elsewhere.
+# Without a GPU, importing unsloth does not replace TRL's trainers. This script calls the function that replaces them.
 REAL = """
 import unsloth, inspect, json
 from unsloth.models.rl import _patch_trl_rl_trainers_impl
 for name in ("sft_trainer", "dpo_trainer"):
     _patch_trl_rl_trainers_impl(name)
 import transformers
-from llm_engineering.training import dpo, resumable, sft
-stages = (sft.FormattedSFTTrainer, dpo._FormattedDPOTrainer)
-own = [n for n, f in vars(resumable.ResumableTrainer).items() if inspect.isfunction(f) and hasattr(transformers.Trainer, n)]
+from llm_engineering.training import dpo, sft, trainer
+stages = (sft.FormattedSFTTrainer, dpo.FormattedDPOTrainer)
+own = [n for n, f in vars(trainer.ResumableTrainer).items() if inspect.isfunction(f) and hasattr(transformers.Trainer, n)]
 print(json.dumps({
     "bases": [[base.__name__ for base in stage.__mro__] for stage in stages],
     "overridden": own,
-    "lost": [n for stage in stages for n in own if getattr(stage, n) is not getattr(resumable.ResumableTrainer, n)],
+    "lost": [n for stage in stages for n in own if getattr(stage, n) is not getattr(trainer.ResumableTrainer, n)],
     "prepared": dpo.DPOTrainer._prepare_dataset is not None,
     "counted": ["_total_train_tokens" in inspect.getsource(stage.__mro__[4]) for stage in stages],
     "from_pretrained": list(inspect.signature(unsloth.FastLanguageModel.from_pretrained).parameters),
@@ -287,7 +285,7 @@ print(json.dumps({
 
 
 @pytest.mark.skipif(importlib.util.find_spec("unsloth") is None, reason="unsloth is not installed (extra `gpu`)")
-def test_the_real_unsloth_has_what_is_used_of_it(tmp_path):
+def test_the_installed_unsloth_has_the_functions_that_are_used(tmp_path):
     environment = {**os.environ, "UNSLOTH_ALLOW_CPU": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", REAL], env=environment, capture_output=True, text=True, cwd=tmp_path, check=True

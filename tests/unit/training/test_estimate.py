@@ -1,4 +1,4 @@
-"""Memory and time before training: against hand-computed shapes, torch's counter of operations, and real processes."""
+"""The estimate of memory and time against hand-computed shapes, torch's operation counter and real processes."""
 
 import json
 import os
@@ -36,10 +36,11 @@ STEPS = {
 }  # fmt: skip
 LORA = SFTConfig(**STEPS)
 DPO = DPOConfig(**STEPS)
-# Of tests/tiny_models: two layers of width 32, four heads of 8 with two for keys, an MLP of 64, 281 tokens.
+# Sizes of the Llama in tests/tiny_models: two layers of width 32, four heads of size 8, two key heads, an MLP of width
+# 64, 281 tokens.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
 HEAD = 281 * 32
-FOUND = Shapes(
+SHAPES = Shapes(
     weights=1000.0, trained=100, matmul=10**6, activations=8000, layers=4, hidden=16, hidden_bytes=2, vocabulary=50,
     attention_width=64,
 )  # fmt: skip
@@ -65,7 +66,7 @@ def test_shapes_are_those_of_the_model(tiny):
     assert half.activations < found.activations
 
 
-def test_four_bits_hold_the_linear_layers_alone(tiny):
+def test_only_linear_layers_are_in_four_bits(tiny):
     found = shapes(tiny, LORA.model_copy(update={"method": "qlora"}), CARD, 2, 16)
     assert found.weights == pytest.approx(2 * LAYER * NF4_BYTES + 4 * (2 * HEAD + 5 * 32))
     assert pytest.approx(0.5159, abs=1e-4) == NF4_BYTES
@@ -77,14 +78,14 @@ def test_full_fine_tuning_trains_every_weight(tiny):
 
 
 def test_activations_grow_with_tokens_and_eager_attention_with_their_square(tiny):
-    def kept(attention, rows, length):
+    def activations(attention, rows, length):
         return shapes(tiny, LORA, CPU._replace(attn_implementation=attention), rows, length).activations
 
-    assert kept("sdpa", 4, 16) == pytest.approx(2 * kept("sdpa", 2, 16), rel=0.05)
-    # What grows with the square are four heads' probabilities of two layers in float32.
-    square = {attention: kept(attention, 1, 512) - 2 * kept(attention, 1, 256) for attention in ("sdpa", "eager")}
+    assert activations("sdpa", 4, 16) == pytest.approx(2 * activations("sdpa", 2, 16), rel=0.05)
+    # With eager attention, the float32 probabilities of four heads in two layers grow with the square.
+    square = {name: activations(name, 1, 512) - 2 * activations(name, 1, 256) for name in ("sdpa", "eager")}
     assert square["eager"] >= 2 * 256 * 256 * (2 * 4 * 4)
-    # With sdpa it is the mask alone, a number for each pair of tokens in each layer.
+    # With sdpa, only the mask does: one number for each pair of tokens in each layer.
     assert square["sdpa"] <= 2 * 256 * 256 * (2 * 4)
 
 
@@ -95,7 +96,7 @@ def test_big_model_needs_no_memory_to_be_estimated():
     )  # fmt: skip
     config = LORA.model_copy(update={"gradient_checkpointing": True})
     found = shapes(eight, config, CARD, 2, 2048)
-    # 8.03 billion weights in bfloat16; each layer's input is kept: 2 · 2,048 · 4,096 · 2 bytes · 32 layers.
+    # 8.03 billion weights in bfloat16. The input of each layer is kept: 2 · 2,048 · 4,096 · 2 bytes · 32 layers.
     assert found.weights == pytest.approx(8.03e9 * 2, rel=1e-3)
     memory = peak_memory(found, config, CARD, "lora", 2, 2048)
     assert memory.activations - found.activations / 32 == 2 * 2048 * 4096 * 2 * 32
@@ -104,7 +105,7 @@ def test_big_model_needs_no_memory_to_be_estimated():
 @pytest.mark.parametrize(
     ("config", "method", "device", "expected"),
     [
-        # trained 100 · 4 bytes beside the base; AdamW 2 · 400; activations 8000 + 8000/4; logits 16 · 20 · 50
+        # base 1000 + trained 100 · 4 bytes; AdamW 2 · 400; activations 8000 + 8000/4; logits 16 · 20 · 50
         (LORA, "lora", CPU, (1400, 0, 0, 800, 10000, 16000)),
         (LORA.model_copy(update={"optim": "adamw_8bit"}), "lora", CARD, (1400, 0, 0, 200, 10000, 16000)),
         (LORA.model_copy(update={"gradient_accumulation_steps": 2}), "full", CPU, (1000, 0, 400, 800, 10000, 16000)),
@@ -116,13 +117,13 @@ def test_big_model_needs_no_memory_to_be_estimated():
     ],
 )
 def test_peak_is_the_sum_of_its_parts(config, method, device, expected):
-    memory = peak_memory(FOUND, config, device, method, 2, 10)
+    memory = peak_memory(SHAPES, config, device, method, 2, 10)
     assert memory[:-1] == expected
     assert memory.total == sum(expected) + OVERHEAD_BYTES[device.name]
 
 
-def test_gradients_count_where_activations_are_small():
-    found = FOUND._replace(trained=10_000, activations=8)
+def test_gradients_count_if_activations_are_small():
+    found = SHAPES._replace(trained=10_000, activations=8)
     memory = peak_memory(found, LORA, CPU, "full", 1, 1)
     assert memory.gradients + memory.activations + memory.logits == 40_000
 
@@ -134,26 +135,26 @@ def test_operations_are_those_that_torch_counts(small_llama, tiny):
         model(input_ids=ids, use_cache=False).logits.sum().backward()
     full = LORA.model_copy(update={"method": "full"})
     found = shapes(tiny, full, CPU, 1, 64)
-    # Eager attention also computes what the causal mask hides, which is half of it.
+    # Eager attention also computes the half that the causal mask hides.
     hidden = 3 * 4 * found.attention_width * 64 / 2
     assert 64 * (flops_per_token(found, full, "full", 64) + hidden) == pytest.approx(
         counter.get_total_flops(), rel=0.02
     )
 
 
-def test_passes_through_the_model():
-    forward, attention = 2 * FOUND.matmul + 4 * 64 * 10 / 2, 4 * 64 * 10 / 2
+def test_operations_depend_on_the_passes_through_the_model():
+    forward, attention = 2 * SHAPES.matmul + 4 * 64 * 10 / 2, 4 * 64 * 10 / 2
     checkpointed = LORA.model_copy(update={"gradient_checkpointing": True})
     precomputed = DPO.model_copy(update={"precompute_ref_log_probs": True})
-    assert flops_per_token(FOUND, LORA, "full", 10) == 3 * forward
-    assert flops_per_token(FOUND, LORA, "lora", 10) == 2 * forward + attention
-    assert flops_per_token(FOUND, checkpointed, "full", 10) == 4 * forward
-    assert flops_per_token(FOUND, DPO, "lora", 10) == 3 * forward + attention
-    assert flops_per_token(FOUND, precomputed, "lora", 10) == 2 * forward + attention
+    assert flops_per_token(SHAPES, LORA, "full", 10) == 3 * forward
+    assert flops_per_token(SHAPES, LORA, "lora", 10) == 2 * forward + attention
+    assert flops_per_token(SHAPES, checkpointed, "full", 10) == 4 * forward
+    assert flops_per_token(SHAPES, DPO, "lora", 10) == 3 * forward + attention
+    assert flops_per_token(SHAPES, precomputed, "lora", 10) == 2 * forward + attention
 
 
 def test_real_peaks_are_within_a_quarter():
-    """Really trained, each in a process of its own, which gives freed memory back."""
+    """Train small models in separate processes that return freed memory to the system."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.estimate", "--small"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=True)
@@ -176,7 +177,7 @@ def test_tokens_of_documents_and_of_files(tmp_path):
     (tmp_path / "one.txt").write_text("A lamp stands on the table and gives light to the room.")
     local = [f"documents.path={tmp_path}", "documents.passage_min_chars=20", "documents.passage_max_chars=1000"]
     tokens, source = tokens_of(recipe(*local), "sft")
-    # One passage of 55 characters, a question of at most 32 tokens, 30 of the template; the splits leave seven tenths.
+    # One passage of 55 characters, a question of at most 32 tokens, and 30 tokens of the template. 70 % are for training.
     assert tokens == pytest.approx(0.7 * (55 / 4 + 32 + 30))
     assert "each of 1 passages" in source
     pairs, _ = tokens_of(recipe(*local), "dpo")
@@ -187,7 +188,7 @@ def test_tokens_of_documents_and_of_files(tmp_path):
     assert tokens_of(recipe("data.instructions=owner/name"), "sft") is None
 
 
-def test_dry_run_tells_memory_time_and_what_is_free(small_llama, monkeypatch, caplog):
+def test_dry_run_shows_needed_memory_time_and_free_memory(small_llama, monkeypatch, caplog):
     own = recipe(f"model.name_or_path={small_llama}", "formatting.chat_template=alpaca")
     text = "\n".join(estimate_lines(own, stages_of("retrain")))
     for words in ("On this machine (cpu, float32, transformers)", "sft: about", "dpo: about", "GiB are free"):
@@ -199,13 +200,13 @@ def test_dry_run_tells_memory_time_and_what_is_free(small_llama, monkeypatch, ca
     monkeypatch.setattr(estimate, "free_memory", lambda device: 2**20)
     text = "\n".join(estimate_lines(own, ["dpo"]))
     assert "WARNING: dpo may need" in text
-    assert "lower dpo.per_device_train_batch_size and raise dpo.gradient_accumulation_steps" in text
+    assert "lower dpo.per_device_train_batch_size and raise dpo.gradient_accumulation_steps by the same factor" in text
     with caplog.at_level("WARNING"):
         warn_of_memory(own, ["sft", "dpo"])
     assert [record.message.split()[0] for record in caplog.records if "may need" in record.message] == ["sft", "dpo"]
 
 
-def test_recipe_for_a_card_is_estimated_without_one(small_llama):
+def test_recipe_for_a_gpu_is_estimated_without_one(small_llama):
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     card = load_recipe(ROOT / "configs" / "cuda_8b.yaml", [f"model.name_or_path={small_llama}"])
@@ -217,7 +218,7 @@ def test_recipe_for_a_card_is_estimated_without_one(small_llama):
     assert "unsloth" in note
 
 
-def test_machines_elsewhere_are_estimated_and_not_asked_of_this_one(small_llama, caplog):
+def test_recipe_for_another_machine_does_not_depend_on_this_one(small_llama, caplog):
     cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [f"model.name_or_path={small_llama}"])
     where, memory, note = estimate_lines(cloud, ["sft"])
     assert where == "On ml.g5.2xlarge (cuda, bfloat16, transformers):"
@@ -230,12 +231,12 @@ def test_machines_elsewhere_are_estimated_and_not_asked_of_this_one(small_llama,
     assert not _check_machine(load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", ["compute.backend=auto"]))
 
 
-def test_model_that_cannot_be_looked_up_has_no_estimate():
+def test_model_whose_configuration_is_missing_has_no_estimate():
     (line,) = estimate_lines(recipe("model.name_or_path=nobody/no-such-model"), ["sft"])
     assert line.startswith("No estimate: the configuration of nobody/no-such-model cannot be read (")
 
 
-def test_remedies_are_those_that_are_left():
+def test_remedies_do_not_include_settings_already_used():
     least = LORA.model_copy(update={"per_device_train_batch_size": 1, "gradient_checkpointing": True})
     assert remedy(least, "sft", "qlora") == "lower formatting.max_length"
     assert remedy(LORA, "sft", "full").count(";") == 3

@@ -1,10 +1,9 @@
-"""The arithmetic of training: batches and packing change nothing, and known runs keep their losses."""
+"""Batch sizes and packing do not change what training computes, and the reference runs keep their losses."""
 
 import json
 
 import pytest
 import torch
-from datasets import DatasetDict
 
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.loading import load_model
@@ -12,6 +11,7 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.training.policy import new_policy
+from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer, train_sft
 from tests.renew_references import FOLDER, STEPS, losses
 from tests.tiny_models import formatted
@@ -35,7 +35,7 @@ def rows(setup, settings, tmp_path):
 
 
 def test_accumulated_batches_train_like_one(rows, setup, settings):
-    """Rows of different lengths: a mean of the means of small batches would weigh their tokens differently."""
+    """The rows differ in length, so the mean of the small batches' mean losses would weight their tokens differently."""
     histories = []
     for batch, accumulated in ((1, 8), (8, 1)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
@@ -47,7 +47,7 @@ def test_accumulated_batches_train_like_one(rows, setup, settings):
 
 
 def token_losses(model, batch):
-    """Loss of each trained token, in the batch's order."""
+    """Loss of each trained token, in the order of the batch."""
     labels = batch.pop("labels")
     with torch.inference_mode():
         logits = model(**batch, use_cache=False).logits
@@ -59,7 +59,7 @@ def token_losses(model, batch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["small_llama", "base_model"])
-def test_packed_rows_have_the_losses_that_they_have_alone(kind, attention, rows, setup, settings, tmp_path, request):
+def test_packed_rows_have_the_same_losses_as_separate_rows(kind, attention, rows, setup, settings, request):
     folder = request.getfixturevalue(kind)
     setup = setup.model_copy(update={"model": ModelConfig(name_or_path=str(folder), revision="test")})
     compute = ComputeConfig(device="cpu", dtype="float32", attn_implementation=attention)
@@ -67,9 +67,10 @@ def test_packed_rows_have_the_losses_that_they_have_alone(kind, attention, rows,
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     config = SFTConfig(**STEPS | {"per_device_train_batch_size": 1}, packing=True)
     policy = new_policy(setup.model, config.lora, settings, device)
-    # Room for several rows in each pack.
+    # Long enough for several rows in each packed row.
     packed_setup = setup.model_copy(update={"max_length": 1024})
-    trainer = sft_trainer(policy, tokenizer, DatasetDict(rows), config, packed_setup, device, tmp_path)
+    run = TrainingRun("sft", rows, config, packed_setup, settings, device, tokenizer)
+    trainer = sft_trainer(run, policy, config)
     assert len(trainer.train_dataset) <= 5
     model = load_model(setup.model, settings, device).eval()
     alone = {}
@@ -92,12 +93,12 @@ def test_packed_rows_have_the_losses_that_they_have_alone(kind, attention, rows,
 
 
 @pytest.mark.parametrize(("batch", "packing"), [(1, False), (3, False), (3, True), (8, True)])
-def test_validation_loss_is_the_mean_over_trained_tokens(batch, packing, rows, setup, settings, tmp_path):
+def test_validation_loss_is_the_mean_over_trained_tokens(batch, packing, rows, setup, settings):
     device = choose_device(setup.compute)
     config = SFTConfig(**STEPS | {"per_device_eval_batch_size": batch}, packing=packing)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     policy = new_policy(setup.model, config.lora, settings, device)
-    trainer = sft_trainer(policy, tokenizer, DatasetDict(rows), config, setup, device, tmp_path)
+    trainer = sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, tokenizer), policy, config)
     model = load_model(setup.model, settings, device).eval()
     alone = [
         token_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
@@ -108,7 +109,7 @@ def test_validation_loss_is_the_mean_over_trained_tokens(batch, packing, rows, s
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_losses_are_those_of_the_reference_run(stage, tmp_path, settings):
-    """`python -m tests.renew_references` writes the files anew, for a change that is meant to change losses."""
+    """After an intended change of the losses, `python -m tests.renew_references` rewrites the reference files."""
     expected = json.loads((FOLDER / f"{stage}.json").read_text())
     assert losses(stage, tmp_path, settings) == {
         name: pytest.approx(values, abs=2e-4) for name, values in expected.items()

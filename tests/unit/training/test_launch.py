@@ -1,4 +1,4 @@
-"""Processes that belong together: their output, signals and ends; and what a job's processes leave behind."""
+"""Worker processes of a run: their output, signals, ends and errors; and the settings for several processes."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ from tests.renew_references import STEPS
 
 
 def run(*codes):
-    """Run a Python program for each text."""
+    """Run each text as a Python program in its own process."""
     environments = [{**os.environ, "CODE": code} for code in codes]
     return run_processes([sys.executable, "-c", "import os; exec(os.environ['CODE'])"], environments)
 
@@ -41,28 +41,28 @@ def test_output_is_logged_line_by_line(caplog):
     assert lines - {"one", "two", "é"} == {"a" * 100000}, sorted(map(len, lines))
 
 
-def test_failure_of_one_ends_the_others(monkeypatch):
+def test_failure_of_one_process_stops_the_others(monkeypatch):
     monkeypatch.setattr(launch, "GRACE_S", 0.2)
     waits = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     assert run(waits, "raise SystemExit(2)") == Ended([-signal.SIGKILL, 2], [], None)
     assert run(waits, "import signal; os.kill(os.getpid(), signal.SIGKILL)") == Ended([-9, -9], [1], None)
 
 
-def test_signal_is_passed_on_once_and_waited_for(tmp_path):
+def test_signal_is_forwarded_once_and_the_processes_can_finish(tmp_path):
     waits = f"""
 import pathlib, signal, sys, time
-got = []
-signal.signal(signal.SIGTERM, lambda *_: got.append(1))
+received = []
+signal.signal(signal.SIGTERM, lambda *_: received.append(1))
 folder = pathlib.Path({str(tmp_path)!r})
 (folder / str(os.getpid())).touch()
 while len(list(folder.iterdir())) < 2: time.sleep(0.01)
 """
     sends = waits + "os.kill(os.getppid(), signal.SIGINT)\n"
-    ends = "while not got: time.sleep(0.01)\ntime.sleep(0.3)\nsys.exit(130 if got == [1] else 1)"
+    ends = "while not received: time.sleep(0.01)\ntime.sleep(0.3)\nsys.exit(130 if received == [1] else 1)"
     assert run(waits + ends, sends + ends) == Ended([130, 130], [], signal.SIGINT)
 
 
-def test_second_signal_ends_at_once():
+def test_second_signal_stops_at_once():
     sends = """
 import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -97,16 +97,16 @@ time.sleep(600)
 @pytest.mark.parametrize("size", [1, 2, 5])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_every_row_is_evaluated_once(rows, size, count):
-    dealt = [evaluation_batches(rows, size, rank, count) for rank in range(count)]
-    shared = dealt[0][1]
-    own = [batches[: len(batches) - shared] for batches, _ in dealt]
-    rest = [batches[len(batches) - shared :] for batches, _ in dealt]
+    parts = [evaluation_batches(rows, size, rank, count) for rank in range(count)]
+    shared = parts[0][1]
+    own = [batches[: len(batches) - shared] for batches, _ in parts]
+    rest = [batches[len(batches) - shared :] for batches, _ in parts]
     assert all(batches == rest[0] for batches in rest)
     once = sorted(row for batches in [*own, rest[0]] for batch in batches for row in batch)
     assert once == list(range(rows))
-    # All processes take part in each round, with as many rows.
-    assert len({tuple(len(batch) for batch in batches) for batches, _ in dealt}) == 1
-    assert all(len(batch) <= size for batches, _ in dealt for batch in batches)
+    # In each round, all processes evaluate the same number of rows.
+    assert len({tuple(len(batch) for batch in batches) for batches, _ in parts}) == 1
+    assert all(len(batch) <= size for batches, _ in parts for batch in batches)
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def data():
     return DatasetDict(train=rows, validation=rows)
 
 
-def test_error_of_a_process_comes_back_as_it_was(job, data, settings, monkeypatch):
+def test_error_of_a_process_is_raised_again(job, data, settings, monkeypatch):
     def ends(ended, *errors):
         def run_processes(command, environments):
             file = launch.Path(command[-1])
@@ -147,42 +147,42 @@ def test_error_of_a_process_comes_back_as_it_was(job, data, settings, monkeypatc
         ends(Ended([1, -9], [], None), (0, ValueError("odd")))
     with pytest.raises(WorkError, match="^Training process 1 of 2 was ended by SIGKILL"):
         ends(Ended([1, -9], [1], None), (0, RuntimeError("Connection closed")))
-    with pytest.raises(WorkError, match="exit codes 3, -9 and left no reason"):
+    with pytest.raises(WorkError, match="exit codes 3, -9 and reported no error"):
         ends(Ended([3, -9], [], None))
     with pytest.raises(KeyboardInterrupt, match="SIGTERM in training"):
         ends(Ended([130, -15], [1], signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         ends(Ended([130, 130], [], None))
-    # Nothing of the job stays, and no secret was in it.
+    # The job's files are deleted.
     (folder,) = settings.llm_output_dir.glob("training/sft-job-*")
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
-def test_processes_of_one_job_are_started_once(job, data, settings, monkeypatch):
+def test_a_job_runs_once_at_a_time(job, data, settings, monkeypatch):
     def again(command, environments):
         launch_training(train_sft_job, job, data, settings)
 
     monkeypatch.setattr(launch, "run_processes", again)
-    with pytest.raises(RequestError, match="Another process trains this very run"):
+    with pytest.raises(RequestError, match="Another process trains the same run"):
         launch_training(train_sft_job, job, data, settings)
 
 
-def test_secrets_are_in_no_job(job, monkeypatch):
+def test_a_job_has_no_secrets(job, monkeypatch):
     monkeypatch.setenv("COMET_API_KEY", "comet-secret-1")
     assert "comet-secret-1" not in job.model_dump_json()
     assert launch._environments(2, launch.Settings())[0]["COMET_API_KEY"] == "comet-secret-1"
 
 
-def test_own_process_is_one_alone_and_gives_the_same_result(data, job, settings, monkeypatch):
-    seen = []
+def test_a_separate_process_for_the_backend_is_the_only_one(data, job, settings, monkeypatch):
+    started = []
     monkeypatch.setattr(
-        launch, "run_processes", lambda command, environments: seen.extend(environments) or Ended([1], [], None)
+        launch, "run_processes", lambda command, environments: started.extend(environments) or Ended([1], [], None)
     )
     monkeypatch.setattr(launch, "needs_own_process", lambda compute: True)
     alone = job.setup.model_copy(update={"compute": job.setup.compute.one_process})
     with pytest.raises(WorkError):
         launch_training(train_sft_job, job.model_copy(update={"setup": alone}), data, settings)
-    (environment,) = seen
+    (environment,) = started
     assert "WORLD_SIZE" not in environment
     assert environment[ranks.LAUNCHER] == str(os.getpid())
 
@@ -206,7 +206,7 @@ def test_number_of_processes_must_be_that_of_the_recipe(monkeypatch):
         (["num_processes=2", "zero_stage=2"], "zero_stage has no effect with distributed ddp"),
     ],
 )
-def test_processes_that_cannot_be_are_refused(keys, words):
+def test_impossible_settings_for_processes_are_refused(keys, words):
     with pytest.raises(RequestError, match=words):
         load_recipe(ROOT / "configs" / "local.yaml", [f"compute.{key}" for key in keys])
 
@@ -223,12 +223,12 @@ def test_processes_that_cannot_be_are_refused(keys, words):
         (["dpo.precompute_ref_log_probs=true"], "precompute_ref_log_probs is for compute.num_processes 1"),
     ],
 )
-def test_methods_that_several_processes_do_not_bear_are_refused(keys, words):
+def test_methods_that_need_one_process_are_refused_with_several(keys, words):
     with pytest.raises(RequestError, match=words):
         load_recipe(ROOT / "configs" / "local.yaml", ["compute.num_processes=2", *keys])
 
 
-def test_sharded_run_takes_an_optimiser_that_can_be_sharded(monkeypatch):
+def test_sharded_run_chooses_an_optimiser_that_can_be_sharded(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     cuda = Device("cuda", launch.ranks.torch.bfloat16, "sdpa", [])
     chosen = [choose_optimiser("auto", cuda, distributed)[0] for distributed in ("ddp", "fsdp2", "deepspeed")]
@@ -240,25 +240,25 @@ def test_sharded_run_takes_an_optimiser_that_can_be_sharded(monkeypatch):
     [("ml.g5.2xlarge", "auto", "cuda"), ("ml.p4d.24xlarge", "auto", "cuda"), ("ml.m5.large", "auto", "auto"),
      ("ml.g5.2xlarge", "cpu", "cpu")],
 )  # fmt: skip
-def test_a_job_with_cards_does_not_train_beside_them(instance_type, device, in_job):
+def test_a_job_on_a_machine_with_gpus_trains_on_cuda(instance_type, device, in_job):
     block = {"instance_type": instance_type}
     compute = ComputeConfig.model_validate({"target": "sagemaker", "sagemaker": block, "device": device})
     assert (compute.in_job.device, compute.in_job.target) == (in_job, "local")
 
 
-def test_work_in_one_process_does_not_see_how_many_train():
+def test_settings_for_one_process_do_not_depend_on_the_number_of_training_processes():
     compute = ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=2, dtype="float32")
     assert compute.one_process == ComputeConfig(dtype="float32")
 
 
-def test_machine_must_have_what_the_processes_need(monkeypatch):
+def test_machine_must_have_the_gpus_and_packages_of_the_processes(monkeypatch):
     cpu, cuda = (Device(name, launch.ranks.torch.float32, "sdpa", []) for name in ("cpu", "cuda"))
     many = ComputeConfig(num_processes=4)
     check_processes(many, cpu)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(RequestError, match=r"num_processes is 4, and this machine has 2 CUDA card\(s\)"):
         check_processes(many, cuda)
-    # Four over two machines.
+    # Four processes on two machines.
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     check_processes(many, cuda)
     with pytest.raises(RequestError, match="distributed is fsdp2, which needs CUDA"):
@@ -268,16 +268,16 @@ def test_machine_must_have_what_the_processes_need(monkeypatch):
         check_processes(ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=2), cuda)
 
 
-def test_nothing_imports_transformers_before_a_job_is_read():
-    """A backend that patches transformers must be imported before it."""
+def test_transformers_is_not_imported_before_a_job_is_read():
+    """unsloth patches transformers, so it must be imported first."""
     code = "import sys, llm_engineering.training.__main__; print('transformers' in sys.modules, 'trl' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 
 
-def test_job_that_is_none_is_refused(tmp_path):
+def test_a_file_that_is_not_a_job_is_refused(tmp_path):
     with pytest.raises(RequestError, match="cannot be read"):
         read_job(tmp_path / "none.json")
     (tmp_path / "job.json").write_text(json.dumps({"stage": "sft", "key": "s"}))
-    with pytest.raises(RequestError, match="holds no training job"):
+    with pytest.raises(RequestError, match="is not a training job"):
         read_job(tmp_path / "job.json")

@@ -1,4 +1,4 @@
-"""Full fine-tuning, LoRA's variants, DPO's losses, optimisers and the best checkpoint, on tiny models."""
+"""Full fine-tuning, LoRA variants, DPO losses, optimisers and the best checkpoint, on tiny models."""
 
 import math
 
@@ -22,6 +22,7 @@ from llm_engineering.recipe.training_blocks import (
 )
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
+from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
 from tests.tiny_models import formatted
@@ -76,7 +77,7 @@ def test_rslora_scales_by_the_root_of_r(setup, settings):
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])
-def test_dpo_goes_on_from_the_sft_model_of_its_method(method, rows, pairs, tokenizer, setup, settings, tmp_path):
+def test_dpo_starts_from_the_sft_model_of_its_method(method, rows, pairs, tokenizer, setup, settings):
     changes = {"method": "full"} if method == "full" else {"lora": LoraConfig(use_dora=True)}
     setup = setup.model_copy(update={"method": changes.get("method", "lora")})
     sft = trained_sft(rows, setup, settings, **changes)
@@ -86,7 +87,7 @@ def test_dpo_goes_on_from_the_sft_model_of_its_method(method, rows, pairs, token
 
     dpo = train_dpo(pairs, sft.adapter, DPOConfig(**STEPS), setup, settings)
     first = next(entry for entry in dpo.summary["history"] if "loss" in entry)
-    # The reference is the SFT model as it was: nothing is preferred yet.
+    # Policy and reference are both the SFT model, so neither answer is preferred yet.
     assert (first["loss"], first["rewards/margins"]) == (pytest.approx(math.log(2), abs=1e-5), 0)
 
     device = choose_device(setup.compute)
@@ -96,7 +97,7 @@ def test_dpo_goes_on_from_the_sft_model_of_its_method(method, rows, pairs, token
     measured = {name: heldout_loss(models.scores(name, heldout, "loss")).value for name in models.names}
     assert measured["base"] > measured["sft"] + 0.1
     assert len({round(loss, 6) for loss in measured.values()}) == 3
-    # Each is measured as what was saved.
+    # Evaluation measures the weights that were saved.
     again = trained_policy(setup.model, sft.adapter, settings, device, setup.method)
     alone = Models(again, {}, tokenizer, batch_size=2)
     alone.names, alone.model = ["sft"], again.eval()
@@ -106,7 +107,7 @@ def test_dpo_goes_on_from_the_sft_model_of_its_method(method, rows, pairs, token
 
 
 EPSILON = 0.1
-# With the policy equal to the reference all log-ratios are 0, and beta is 0.1.
+# Losses at the start, where policy and reference are equal: all log-ratios are 0. beta is 0.1.
 AT_THE_START = {
     "sigmoid": math.log(2),
     "sigmoid_norm": math.log(2),
@@ -125,19 +126,19 @@ AT_THE_START = {
 }
 
 
-def test_every_loss_is_what_its_formula_says(rows, pairs, tokenizer, setup, settings, tmp_path):
+def test_every_loss_starts_at_the_value_of_its_formula(rows, pairs, tokenizer, setup, settings):
     adapter = trained_sft(rows, setup, settings).adapter
     device = choose_device(setup.compute)
     named = DPOConfig.model_fields["loss_type"].annotation.__args__
     assert set(named) == set(AT_THE_START)
-    found = {}
+    starts = {}
     for name in named:
         smoothing = EPSILON if name in ("robust", "exo_pair", "aot", "aot_unpaired") else 0.0
         config = DPOConfig(**STEPS, loss_type=name, label_smoothing=smoothing)
         policy = trained_policy(setup.model, adapter, settings, device)
-        trainer = dpo_trainer(policy, tokenizer, pairs, config, setup, device, tmp_path)
-        found[name] = trainer.evaluate()["eval_loss"]
-    assert found == pytest.approx(AT_THE_START, abs=1e-4)
+        run = TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer)
+        starts[name] = dpo_trainer(run, policy, config).evaluate()["eval_loss"]
+    assert starts == pytest.approx(AT_THE_START, abs=1e-4)
 
 
 def test_precomputed_references_train_the_same(rows, pairs, tokenizer, setup, settings):
@@ -151,8 +152,8 @@ def test_precomputed_references_train_the_same(rows, pairs, tokenizer, setup, se
     assert len(set(histories[0])) > 1
 
 
-def test_the_best_checkpoint_is_what_a_run_ends_with(rows, tokenizer, setup, settings):
-    """With a learning rate that grows until it spoils the model, the last checkpoint is not the best."""
+def test_a_run_ends_with_its_best_checkpoint(rows, tokenizer, setup, settings):
+    """The learning rate grows until it ruins the model, so the last checkpoint is not the best."""
     spoilt = {"learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.9, "num_train_epochs": 5}
     spoilt |= {"packing": False, "save_steps": 1, "eval_steps": 1}
     result = trained_sft(rows, setup, settings, **spoilt, load_best=True, early_stopping_patience=3)
@@ -180,12 +181,12 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(rows, tokenizer, setup, set
         (["compute.attn_implementation=paged_attention"], "'sdpa', 'eager' or 'flash_attention_2'"),
     ],
 )
-def test_combinations_without_effect_are_refused(sets, words):
+def test_settings_without_effect_are_refused(sets, words):
     with pytest.raises(RequestError, match=words):
         load_recipe(ROOT / "configs" / "local.yaml", sets)
 
 
-def test_methods_and_optimisers_need_what_they_need(setup, monkeypatch):
+def test_methods_and_optimisers_are_refused_without_their_requirements(setup, monkeypatch):
     cpu = choose_device(setup.compute)
     cuda = cpu._replace(name="cuda")
     with pytest.raises(RequestError, match=r"sft\.method is qlora, which needs CUDA and the package bitsandbytes"):

@@ -1,4 +1,4 @@
-"""Rows of about one length in a batch: less padding, the same rows, and the same order after an interruption."""
+"""Grouping rows by length: less padding, every row once, and the same order after an interruption."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.training import sft
 from llm_engineering.training.policy import new_policy
+from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer, train_sft
+from llm_engineering.training.trainer import LengthGroupedByEpoch
 from tests.conftest import ROOT
 from tests.unit.training.steps import during_step
 
@@ -36,36 +38,36 @@ def setup(small_llama, cpu):
 
 @pytest.fixture(scope="module")
 def data():
-    """16 rows of 4 to 34 tokens, each told by its second one."""
+    """16 rows of 4 to 34 tokens; the second token of each row identifies it."""
     rows = [{"id": f"r{i}", "input_ids": [1, 20 + i, *[5] * (1 + 2 * i), 0]} for i in range(16)]
     for row in rows:
         row["labels"] = [-100, *row["input_ids"][1:]]
     return DatasetDict(train=Dataset.from_list(rows), validation=Dataset.from_list(rows[:2]))
 
 
-def batches(data, setup, settings, tmp_path, strategy):
+def batches(data, setup, settings, strategy):
     device = choose_device(setup.compute)
     config = CONFIG.model_copy(update={"train_sampling_strategy": strategy})
     policy = new_policy(setup.model, config.lora, settings, device)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     torch.manual_seed(1)
-    trainer = sft_trainer(policy, tokenizer, data, config, setup, device, tmp_path)
+    trainer = sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
     return list(trainer.get_train_dataloader())
 
 
-def test_grouped_batches_hold_every_row_and_less_padding(data, setup, settings, tmp_path, monkeypatch):
-    """Of a model that cannot keep rows apart, so that they are padded."""
+def test_grouped_batches_have_every_row_and_less_padding(data, setup, settings, monkeypatch):
+    """The model is treated as one that mixes concatenated rows, so that batches are padded."""
     monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: False)
     padded = {}
     for strategy in ("random", "group_by_length"):
-        found = batches(data, setup, settings, tmp_path, strategy)
-        assert sorted(int(row[1]) for batch in found for row in batch["input_ids"]) == list(range(20, 36))
-        padded[strategy] = sum(batch["input_ids"].numel() for batch in found)
+        made = batches(data, setup, settings, strategy)
+        assert sorted(int(row[1]) for batch in made for row in batch["input_ids"]) == list(range(20, 36))
+        padded[strategy] = sum(batch["input_ids"].numel() for batch in made)
     assert padded["group_by_length"] < padded["random"]
 
 
 def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings, monkeypatch, tmp_path):
-    """In the second of three epochs, where the first epoch's random numbers were never drawn."""
+    """The run stops in the second of three epochs. The resumed process never draws the first epoch's random numbers."""
     whole = train_sft(data, CONFIG, setup, settings)
     expected = load_file(whole.adapter / "adapter_model.safetensors")
     elsewhere = settings.model_copy(update={"llm_output_dir": tmp_path / "again"})
@@ -79,13 +81,11 @@ def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings
             train_sft(data, CONFIG, setup, elsewhere)
     resumed = train_sft(data, CONFIG, setup, elsewhere)
     assert resumed.summary["resumed_from"] == "checkpoint-12"
-    found = load_file(resumed.adapter / "adapter_model.safetensors")
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    actual = load_file(resumed.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-def test_epochs_have_orders_of_their_own(data, setup, settings):
-    from llm_engineering.training.trainer import LengthGroupedByEpoch
-
+def test_each_epoch_has_its_own_order(data):
     sampler = LengthGroupedByEpoch(2, [len(row) for row in data["train"]["input_ids"]], seed=7)
     first = list(sampler)
     assert list(sampler) == first

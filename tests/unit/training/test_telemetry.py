@@ -1,4 +1,4 @@
-"""Counting the work of training: operations, tokens, seconds."""
+"""Training counts its operations, tokens and seconds correctly."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ GPT2 = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128
 
 
 def counted(model, length):
-    """What torch counts in a forward and backward pass over one row, with eager attention."""
+    """Operations that torch counts in a forward and backward pass over one row, with eager attention."""
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False).logits.sum().backward()
     return counter.get_total_flops()
@@ -33,12 +33,12 @@ def test_operations_are_those_that_torch_counts(config):
     config._attn_implementation = "eager"
     model = kind(config)
     flops = TrainingFlops.of(model)
-    # Eager attention also computes the half that the causal mask hides; and torch's first layer needs no gradient of
-    # its input, which is nothing here: the embedding is trained.
+    # Eager attention also computes the half that the causal mask hides. The first layer computes the gradient of its
+    # input, because the embedding is trained.
     assert flops.step([32], 32) + flops.attention * 32 * 32 == pytest.approx(counted(model, 32), rel=0.01)
 
 
-def test_frozen_weights_take_two_thirds():
+def test_frozen_weights_take_two_thirds_of_the_operations():
     whole = TrainingFlops.of(LlamaForCausalLM(LLAMA))
     adapted = TrainingFlops.of(get_peft_model(LlamaForCausalLM(LLAMA), LoraConfig(r=1, target_modules=["q_proj"])))
     added = 6 * 2 * (32 + 32)
@@ -46,12 +46,12 @@ def test_frozen_weights_take_two_thirds():
     assert adapted.head == whole.head * 4 / 6
 
 
-def test_reference_takes_a_forward_pass_more():
+def test_reference_adds_a_forward_pass():
     flops = TrainingFlops(body=6, head=0, attention=0, forward=1 / 3)
     assert flops.step([10, 5], 0, reference=True) == 6 * 15 + 2 * 15
 
 
-def test_rates_are_between_two_states():
+def test_rates_cover_the_work_between_two_states():
     work = Work(tokens=100, computed_tokens=100, flops=5.0)
     work.seconds.update(forward_backward=1.0, eval=9.0)
     before = work.copy()
@@ -64,7 +64,7 @@ def test_rates_are_between_two_states():
     assert work.rates(work.copy(), peak=None) == {}
 
 
-def test_time_of_a_part_is_added_also_where_it_fails():
+def test_time_of_a_part_counts_even_if_it_fails():
     work = Work()
     with pytest.raises(ValueError, match="full"), work.timed("save"):
         raise ValueError("full")

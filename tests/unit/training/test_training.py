@@ -1,4 +1,4 @@
-"""Training on a model of two small layers: the DPO reference, resuming, telemetry, and what Comet receives."""
+"""Training a model of two small layers: the DPO reference, resuming, telemetry, and the data that Comet receives."""
 
 import json
 import logging
@@ -27,6 +27,7 @@ from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTCo
 from llm_engineering.training.checkpoints import newest_complete
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
+from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import train_sft
 
 STEPS = {
@@ -38,10 +39,6 @@ STEPS = {
 }
 SFT = SFTConfig(**STEPS, per_device_train_batch_size=1, packing=True)
 DPO = DPOConfig(**STEPS, per_device_train_batch_size=2)
-
-
-def message(role, content):
-    return Message(role=role, content=content)
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +63,8 @@ def formatted(splits, kind, to_dataset, tokenizer, folder):
 def sft_data(tokenizer, tmp_path_factory):
     rows = [
         InstructionRow(
-            prompt=[message("user", f"What is {i} plus {i}?")],
-            completion=[message("assistant", f"It is {2 * i}, as everyone can count. " * (1 + i % 3))],
+            prompt=[Message(role="user", content=f"What is {i} plus {i}?")],
+            completion=[Message(role="assistant", content=f"It is {2 * i}, as everyone can count. " * (1 + i % 3))],
             source="s",
             origin="o",
         )
@@ -81,9 +78,9 @@ def sft_data(tokenizer, tmp_path_factory):
 def dpo_data(tokenizer, tmp_path_factory):
     rows = [
         PreferenceRow(
-            prompt=[message("user", f"What is {i} plus {i}?")],
-            chosen=[message("assistant", f"It is {2 * i}.")],
-            rejected=[message("assistant", "I would rather talk about the weather of today.")],
+            prompt=[Message(role="user", content=f"What is {i} plus {i}?")],
+            chosen=[Message(role="assistant", content=f"It is {2 * i}.")],
+            rejected=[Message(role="assistant", content="I would rather talk about the weather of today.")],
             source="s",
             origin="o",
         )
@@ -110,7 +107,7 @@ def test_sft_lowers_the_loss_and_leaves_no_pickle(sft_data, setup, settings):
     )
 
 
-def test_of_trls_warnings_those_of_unpadded_rows_alone_are_left_out(sft_data, setup, settings, caplog):
+def test_only_trls_warnings_about_unpadded_rows_are_hidden(sft_data, setup, settings, caplog):
     name = "trl.trainer.sft_trainer"
     with caplog.at_level(logging.WARNING, logger=name):
         train_sft(sft_data, SFT.model_copy(update={"max_steps": 1}), setup, settings)
@@ -122,7 +119,7 @@ def test_of_trls_warnings_those_of_unpadded_rows_alone_are_left_out(sft_data, se
 
 
 def test_packed_rows_do_not_see_each_other(sft_data, setup, settings):
-    """The first packed step's loss is that of the same rows one by one."""
+    """The loss of the first packed step equals the loss of the same rows one by one."""
     device = choose_device(setup.compute)
     result = train_sft(sft_data, SFT, setup, settings)
     first = next(entry for entry in result.summary["history"] if "loss" in entry)
@@ -133,7 +130,7 @@ def test_packed_rows_do_not_see_each_other(sft_data, setup, settings):
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
         count = int((labels[:, 1:] != -100).sum())
         losses[index] = (float(model(input_ids=ids, labels=labels).loss) * count, count, len(row["input_ids"]))
-    # Which rows fill the first pack is TRL's choice: some set of rows of that many tokens has just that loss.
+    # TRL chooses the rows of the first packed row. So one or two rows with as many tokens must have the same loss.
     packed_tokens = int(first["num_tokens"])
     means = []
     for start in losses:
@@ -146,12 +143,13 @@ def test_packed_rows_do_not_see_each_other(sft_data, setup, settings):
     assert any(math.isclose(mean, first["loss"], abs_tol=1e-4) for mean in means), (packed_tokens, first["loss"], means)
 
 
-def test_reference_of_dpo_is_the_sft_model(sft_adapter, dpo_data, setup, settings, tmp_path):
+def test_reference_of_dpo_is_the_sft_model(sft_adapter, dpo_data, setup, settings):
     device = choose_device(setup.compute)
     tokenizer = load_tokenizer(setup.model, settings)
 
     def rewards_before_the_first_step(policy, reference=None):
-        trainer = dpo_trainer(policy, tokenizer, dpo_data, DPO, setup, device, tmp_path)
+        run = TrainingRun("dpo", dpo_data, DPO, setup, settings, device, tokenizer)
+        trainer = dpo_trainer(run, policy, DPO)
         trainer.ref_model = reference
         return trainer.evaluate()
 
@@ -177,19 +175,19 @@ def test_dpo_prefers_the_chosen_answer(sft_adapter, dpo_data, setup, settings):
 
 
 class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
+    """Simulates a kill, because no code catches this class."""
 
 
 def test_same_recipe_and_seed_give_the_same_bytes(sft_data, setup, settings):
     first = train_sft(sft_data, SFT, setup, settings)
     weights = (first.adapter / "adapter_model.safetensors").read_bytes()
-    torch.rand(3)  # The state of the generator before the run must not matter.
+    torch.rand(3)  # The random state before the run must not matter.
     again = train_sft(sft_data, SFT, setup, settings)
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
+def test_interrupted_run_resumes_and_ends_like_an_uninterrupted_one(
     stage, sft_data, dpo_data, sft_adapter, setup, settings, monkeypatch, caplog
 ):
     from llm_engineering.training import telemetry
@@ -207,16 +205,16 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
 
     real = telemetry.TelemetryCallback.on_step_end
 
-    def dies_after_step_5(self, args, state, control, **kwargs):
+    def die_after_step_5(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
         if state.global_step == 5:
             raise Killed
 
-    monkeypatch.setattr(telemetry.TelemetryCallback, "on_step_end", dies_after_step_5)
+    monkeypatch.setattr(telemetry.TelemetryCallback, "on_step_end", die_after_step_5)
     with pytest.raises(Killed):
         train()
     monkeypatch.setattr(telemetry.TelemetryCallback, "on_step_end", real)
-    # The newest checkpoint is half-written: it is named and passed over.
+    # The newest checkpoint is incomplete: resume skips it with a warning.
     checkpoints = whole.adapter.parent / "checkpoints"
     shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")
     optimizer = checkpoints / "checkpoint-5" / "optimizer.pt"
@@ -225,7 +223,7 @@ def test_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
     with caplog.at_level(logging.INFO):
         again = train()
     assert again.summary["resumed_from"] == "checkpoint-4"
-    assert "checkpoint-5 is passed over: optimizer.pt is missing or half-written" in caplog.text
+    assert "checkpoint-5: optimizer.pt is missing or incomplete" in caplog.text
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == expected
 
 
@@ -235,11 +233,11 @@ def test_another_learning_rate_is_another_run(sft_data, setup, settings):
     assert one.adapter.parent != other.adapter.parent
 
 
-def test_no_checkpoint_is_no_error(tmp_path):
+def test_a_folder_without_checkpoints_is_no_error(tmp_path):
     assert newest_complete(tmp_path / "nowhere", {}) is None
 
 
-def test_comet_archive_holds_metrics_and_parameters(sft_data, setup, settings):
+def test_comet_archive_has_metrics_and_parameters(sft_data, setup, settings):
     tracked = setup.model_copy(update={"tracking": TrackingConfig(comet="offline")})
     result = train_sft(sft_data, SFT, tracked, settings, {"run_id": "run-1", "formatted_sft_version": "v-1"})
     place = result.summary["comet"]
@@ -279,7 +277,7 @@ def test_comet_cannot_fail_a_run(sft_data, setup, settings, monkeypatch, caplog)
     assert "start failed (ConnectionError: no route to Comet); training goes on" in caplog.text
 
 
-def test_this_machine_lacks_what_the_recipe_asks_for():
+def test_a_device_or_package_that_is_missing_is_refused():
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     with pytest.raises(RequestError, match="torch finds no CUDA card"):
@@ -302,9 +300,9 @@ def test_adapters_load_back(sft_adapter, setup, settings):
         assert not torch.allclose(fresh(input_ids=ids).logits, loaded(input_ids=ids).logits)
 
 
-def test_data_without_a_split_is_no_training_data(tmp_path, sft_data):
-    from llm_engineering.training.__main__ import _formatted
+def test_data_without_a_split_is_refused(tmp_path, sft_data):
+    from llm_engineering.training.__main__ import _load_data
 
     DatasetDict(train=sft_data["train"]).save_to_disk(tmp_path / "data")
     with pytest.raises(RequestError, match="splits train and validation"):
-        _formatted(tmp_path / "data")
+        _load_data(tmp_path / "data")

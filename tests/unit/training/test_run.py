@@ -1,4 +1,4 @@
-"""What ends or shrinks a training run: signals, bad losses, a full disk, a full card; and which checkpoints it takes."""
+"""Training runs under signals, bad losses, a full disk and full memory; and the checkpoints that they resume from."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from transformers import Trainer
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.training.arguments import halved
-from llm_engineering.training.checkpoints import held, newest_complete, publish
+from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
 from llm_engineering.training.ranks import Interruption
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer import EXPLOSION_FACTOR, LossWatch, rows_of
@@ -30,7 +30,7 @@ CONFIG = SFTConfig(
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Matrices of this size are slower on two threads than on one."""
+    """Use one thread: these small matrices are slower on two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,14 +62,14 @@ def losses(result):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_the_step_and_the_run_goes_on(number, data, setup, settings, monkeypatch, caplog, capfd):
+def test_signal_saves_a_checkpoint_and_the_run_resumes(number, data, setup, settings, monkeypatch, caplog, capfd):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with monkeypatch.context() as patch:
         during_step(patch, 3, lambda: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt, match=f"{number.name} in step 3"):
             train_sft(data, CONFIG, setup, settings)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert f"{number.name}: ending after this step" in capfd.readouterr().err
+    assert f"{number.name}: stopping after this step" in capfd.readouterr().err
     with caplog.at_level(logging.INFO):
         result = train_sft(data, CONFIG, setup, settings)
     assert result.summary["resumed_from"] == "checkpoint-3"
@@ -77,7 +77,7 @@ def test_signal_saves_the_step_and_the_run_goes_on(number, data, setup, settings
     assert (train_sft(data, CONFIG, setup, settings).adapter / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_second_signal_ends_at_once():
+def test_second_signal_stops_at_once():
     with Interruption() as interruption:
         os.kill(os.getpid(), signal.SIGTERM)
         assert interruption.received is signal.SIGTERM
@@ -99,17 +99,17 @@ def test_no_handler_outside_the_main_thread():
     assert seen == [before]
 
 
-def test_checkpoint_of_something_else_is_refused_by_what_differs(data, setup, settings, tmp_path, monkeypatch):
+def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, settings, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         during_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             train_sft(data, CONFIG, setup, settings)
     (checkpoint,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
-    kept = tmp_path / "kept"
-    shutil.copytree(checkpoint, kept)
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint, copy)
 
     def resume(data=data, config=CONFIG, setup=setup):
-        return train_sft(data, config, setup, settings, resume_from=kept)
+        return train_sft(data, config, setup, settings, resume_from=copy)
 
     with pytest.raises(RequestError, match="made with another sft.learning_rate, sft.lora.r. Use"):
         resume(
@@ -121,22 +121,22 @@ def test_checkpoint_of_something_else_is_refused_by_what_differs(data, setup, se
     with pytest.raises(RequestError, match="made with another model.revision. Use"):
         resume(setup=setup.model_copy(update={"model": setup.model.model_copy(update={"revision": "other"})}))
     shutil.rmtree(checkpoint.parent)
-    assert resume().summary["resumed_from"] == "kept"
+    assert resume().summary["resumed_from"] == "copy"
 
-    (kept / "scheduler.pt").unlink()
-    with pytest.raises(RequestError, match="no checkpoint to resume from: scheduler.pt is missing or half-written"):
+    (copy / "scheduler.pt").unlink()
+    with pytest.raises(RequestError, match="copy is not a complete checkpoint: scheduler.pt is missing or incomplete"):
         resume()
 
 
-def test_what_is_no_whole_checkpoint_is_named_and_passed_over(data, setup, settings, monkeypatch, caplog):
+def test_incomplete_checkpoints_are_skipped_with_the_reason(data, setup, settings, monkeypatch, caplog):
     during_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
         train_sft(data, CONFIG, setup, settings)
-    (whole,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
-    folder = whole.parent
-    identity = json.loads((whole / "identity.json").read_text())["identity"]
+    (complete,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
+    folder = complete.parent
+    identity = json.loads((complete / "identity.json").read_text())["identity"]
     for number in (4, 5, 6, 7):
-        shutil.copytree(whole, folder / f"checkpoint-{number}")
+        shutil.copytree(complete, folder / f"checkpoint-{number}")
     (folder / "checkpoint-4" / "identity.json").unlink()
     weights = folder / "checkpoint-5" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -145,16 +145,16 @@ def test_what_is_no_whole_checkpoint_is_named_and_passed_over(data, setup, setti
     state.write_bytes(bytes(state.stat().st_size))
     (folder / "checkpoint-8").mkdir()
     with caplog.at_level(logging.INFO):
-        assert newest_complete(folder, identity) == whole
+        assert newest_complete(folder, identity) == complete
     for words in (
-        "checkpoint-4 is passed over: it has no identity.json, so that it was not made here",
-        "checkpoint-5 is passed over: adapter_model.safetensors is missing or half-written",
-        "checkpoint-6 is passed over: identity.json is not what is written here",
-        "checkpoint-7 is passed over: optimizer.pt is damaged",
-        "checkpoint-8 is passed over: it has no identity.json",
+        "checkpoint-4: it has no identity.json, so another program made it",
+        "checkpoint-5: adapter_model.safetensors is missing or incomplete",
+        "checkpoint-6: its identity.json has another format",
+        "checkpoint-7: optimizer.pt is damaged",
+        "checkpoint-8: it has no identity.json",
     ):
-        assert words in caplog.text
-    # A folder that was used by another run is not gone on from.
+        assert f"Skipping {folder}/{words}" in caplog.text
+    # A run does not resume from another run's folder.
     with pytest.raises(RequestError, match="another seed"):
         newest_complete(folder, {**identity, "seed": 8})
 
@@ -173,21 +173,21 @@ def test_publishing_syncs_every_file_before_the_rename(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     publish(partial, tmp_path / "checkpoint-1", {"seed": 1})
-    # Under the old name: before the rename; the folder that holds both names: after it.
+    # The files and their folders are synced under the temporary name, before the rename; the parent folder after it.
     assert set(synced[:-1]) == {str(partial), *(str(partial / p) for p in ("a", "ref/b", "identity.json", "ref"))}
     assert synced[-1] == str(tmp_path)
     described = json.loads((tmp_path / "checkpoint-1" / "identity.json").read_text())
     assert described == {"identity": {"seed": 1}, "files": {"a": 1, "ref/b": 2}}
 
 
-def test_poisoned_row_stops_the_run_by_its_name(data, setup, settings, monkeypatch):
-    poisoned = data["train"][9]["input_ids"]
+def test_row_with_a_nan_loss_stops_the_run_and_is_named(data, setup, settings, monkeypatch):
+    broken = data["train"][9]["input_ids"]
     real = Trainer.compute_loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = real(self, model, inputs, *args, **kwargs)
         ids = inputs["input_ids"][0].tolist()
-        if self.model.training and any(ids[i : i + len(poisoned)] == poisoned for i in range(len(ids))):
+        if self.model.training and any(ids[i : i + len(broken)] == broken for i in range(len(ids))):
             return loss * float("nan")
         return loss
 
@@ -199,33 +199,33 @@ def test_poisoned_row_stops_the_run_by_its_name(data, setup, settings, monkeypat
 
 
 def test_learning_rate_that_explodes_stops_the_run(data, setup, settings):
-    # Norms keep the logits of a model finite until its weights overflow; the first step of the warm-up trains nothing.
+    # Layer norms keep the logits finite until the weights overflow. In the warm-up's first step the rate is 0.
     config = CONFIG.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(WorkError, match=r"Training stopped in step 3: the loss is nan.*\(id r\d+\)") as stopped:
         train_sft(data, config, setup, settings)
     assert "lower learning_rate" in str(stopped.value)
 
 
-def test_gradient_without_a_norm_stops_the_run(data, setup, settings, monkeypatch):
+def test_infinite_gradient_norm_stops_the_run(data, setup, settings, monkeypatch):
     monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, model, grad_norm: torch.tensor(float("inf")))
     with pytest.raises(WorkError, match=r"step 1: the norm of the gradient is inf.*\(id r\d+\)"):
         train_sft(data, CONFIG, setup, settings)
 
 
-def test_loss_is_judged_by_the_highest_running_median():
+def test_loss_is_compared_with_the_highest_running_median():
     watch = LossWatch()
     assert [watch.problem(2.0) for _ in range(8)] == [""] * 8
-    # Forty steps later the median is 0.01: a loss of 3 is a hard row, and no explosion.
+    # Forty steps later the median is 0.01. A loss of 3 is a hard row and not an explosion.
     assert [watch.problem(0.01) for _ in range(40)] == [""] * 40
     assert watch.problem(3.0) == ""
     assert watch.problem(2.0 * EXPLOSION_FACTOR) == ""
-    assert watch.problem(2.0 * EXPLOSION_FACTOR + 0.1) == "the loss is 20.1, and was 2 before"
+    assert watch.problem(2.0 * EXPLOSION_FACTOR + 0.1) == "the loss is 20.1, and its median was 2 before"
     assert watch.problem(float("inf")) == "the loss is inf"
     fresh = LossWatch()
     assert [fresh.problem(loss) for loss in (0.1, 50.0, 0.1)] == ["", "", ""]
 
 
-def test_rows_are_found_again_in_packed_padded_and_paired_batches():
+def test_rows_of_packed_padded_and_paired_batches_are_named():
     rows = Dataset.from_list([{"id": f"r{i}", "input_ids": [i, i + 1, i + 2]} for i in range(4)])
     packed = {
         "input_ids": torch.tensor([[3, 4, 5, 1, 2, 3]]),
@@ -243,7 +243,7 @@ def test_rows_are_found_again_in_packed_padded_and_paired_batches():
     assert rows_of([batch], pairs) == "0"
 
 
-def test_full_disk_ends_the_run_before_a_checkpoint_is_begun(data, setup, settings, monkeypatch):
+def test_full_disk_ends_the_run_before_a_checkpoint_is_written(data, setup, settings, monkeypatch):
     usage = namedtuple("usage", "total used free")
     free = iter([2**40, 2**10])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**41, 2**40, next(free)))
@@ -294,8 +294,8 @@ def test_smaller_batches_keep_the_effective_batch():
     assert (evaluated.per_device_eval_batch_size, evaluated.per_device_train_batch_size) == (4, 4)
 
 
-def test_one_process_trains_a_run(data, setup, settings):
+def test_a_run_is_trained_by_one_process_at_a_time(data, setup, settings):
     folder = train_sft(data, CONFIG, setup, settings).adapter.parent
-    with held(folder), pytest.raises(RequestError, match="Another process trains this very run"):
+    with run_lock(folder), pytest.raises(RequestError, match="Another process trains the same run"):
         train_sft(data, CONFIG, setup, settings)
     train_sft(data, CONFIG, setup, settings)
