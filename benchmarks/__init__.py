@@ -1,1 +1,1 @@
-"""Benchmarks: each prints one JSON object, and runs by itself with `python -m benchmarks.NAME`."""
+"""Benchmarks. Run one with `python -m benchmarks.NAME`; it prints its figures as JSON."""

@@ -1,9 +1,9 @@
-"""The work of `make run-sft` as scripts without this project, one process for each: transformers, PEFT and torch alone.
+"""Does the work of `make run-sft` with only transformers, PEFT and torch, without this project:
 
     python -m benchmarks.bare_chain generate|train|evaluate WORK.json
 
-`generate` asks for all questions in batches; `train` takes an adapter through packed rows, with its evaluations on the
-way; `evaluate` scores held-out rows and answers some of them, with the base model and with the adapter.
+`generate` generates all questions in batches. `train` trains an adapter on packed rows, with evaluations in between.
+`evaluate` scores held-out rows and answers some of them, with the base model and with the adapter.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Run one of them."""
+    """Run one of the three."""
     stage, path = sys.argv[1:]
     work = json.loads(Path(path).read_text(encoding="utf-8"))
     {"generate": _generate, "train": _train, "evaluate": _evaluate}[stage](work)
@@ -50,7 +50,7 @@ def _generate(work: dict[str, Any]) -> None:
 
 
 def _losses(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch: int) -> None:
-    """Losses of rows, padded to the longest of their batch."""
+    """Compute the losses of rows, padded to the longest row of their batch."""
     import torch
 
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))

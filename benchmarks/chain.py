@@ -1,8 +1,8 @@
-"""The whole `make run-sft` against the same work in scripts without this project: python -m benchmarks.chain [--write]
+"""Compares `make run-sft` with the same work in bare scripts: python -m benchmarks.chain [--write]
 
-First the pipeline runs as anyone runs it, with a ZenML store of its own that was set up before. Then
-benchmarks/bare_chain.py takes the requests, rows and settings of that run through transformers, PEFT and torch, in one
-process for each of generation, training and evaluation; reading, rules, duplicates, splits and reports it leaves out.
+First the pipeline runs as a user runs it, with a new ZenML store that is set up before the timing. Then
+benchmarks/bare_chain.py does the generation, training and evaluation of that run with transformers, PEFT and torch, in
+one process each. It omits reading, rules, duplicates, splits and reports.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "chain.json"
 
 
 def main() -> None:
-    """Measure, print, and with `--write` keep the figures."""
+    """Measure and print the figures; `--write` also writes them to a file."""
     parser = argparse.ArgumentParser(description="make run-sft as a multiple of bare scripts.")
     parser.add_argument("--config", default="configs/local.yaml")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def measure(folder: Path, config: str) -> dict[str, Any]:
-    """Seconds of the run and of each script."""
+    """Time the run and each script."""
     env = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -69,7 +69,7 @@ def _timed(command: Sequence[str], env: dict[str, str]) -> tuple[float, str]:
 
 
 def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the scripts need of the run: prompts as text, rows as token ids, settings."""
+    """The inputs of the scripts, taken from the run: prompts as text, rows as token ids, and settings."""
     from datasets import load_from_disk
 
     from llm_engineering.documents.passages import cut_passages
@@ -86,8 +86,8 @@ def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
     model = pin_revision(recipe.model)
     tokenizer = load_tokenizer(model, settings)
     passages = cut_passages(read_documents(recipe.documents)[0], recipe.documents, recipe.seed)[0]
-    asked = _Recorder()
-    generate_instructions(passages, asked, recipe.generation.part(InstructionWriting), recipe.seed)  # type: ignore[arg-type]
+    recorder = _Recorder()
+    generate_instructions(passages, recorder, recipe.generation.part(InstructionWriting), recipe.seed)  # type: ignore[arg-type]
     formatted: Any = load_from_disk(str(Path(run["artifacts"]["formatted_sft"]["uri"]) / "hf_datasets"))
     rows = {name: [dict(row) for row in formatted[name].select_columns(["input_ids", "labels"])] for name in formatted}
     answered = [
@@ -106,7 +106,7 @@ def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
                 "stop": list(sampling.stop),
                 "max_new_tokens": sampling.max_new_tokens,
             }
-            for requests, sampling in asked.seen
+            for requests, sampling in recorder.calls
         ],
         "generation_batch": recipe.generation.batch_size,
         **rows,
@@ -125,19 +125,19 @@ def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 class _Recorder:
-    """A client that answers nothing and keeps what it was asked."""
+    """A client that records its requests and answers none."""
 
     writes_json = False
     temperature = 0.0
     identity = "none"
 
     def __init__(self) -> None:
-        self.seen: list[tuple[Sequence[Any], Any]] = []
+        self.calls: list[tuple[Sequence[Any], Any]] = []
 
     def answer(self, requests: Sequence[Any], sampling: Any, what: str) -> list[Any]:
         from llm_engineering.generation.types import Failure
 
-        self.seen.append((requests, sampling))
+        self.calls.append((requests, sampling))
         return [Failure("not_asked", "", "") for _ in requests]
 
 

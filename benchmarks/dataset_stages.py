@@ -1,9 +1,9 @@
 """Times reading, checking, judging and writing of made-up rows, and their memory: python -m benchmarks.dataset_stages
 
-Each number of rows is worked on in a fresh process with its own children; the memory is that of all of them together,
-read from the operating system twice a second. With `--peer`, LLaMA-Factory's preprocessing runs on the same
-rows in the same run (see `benchmarks.peer_preprocessing`), against the same work here: read, check, judge, split,
-write, tokenise.
+Each number of rows gets a fresh process, which may start child processes. The memory is the sum over these processes,
+measured twice a second. With `--peer`, LLaMA-Factory's preprocessing runs on the same rows in the same run
+(`benchmarks.peer_preprocessing`), and is compared with all stages of this project: read, check, judge, split, write,
+tokenise.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ RESULTS = Path(__file__).with_suffix(".json")
 
 
 class PeakMemory:
-    """The largest memory of this process and its children while the context is open, in bytes.
+    """Context manager that measures the peak memory of this process and its children, in bytes.
 
     Attributes:
-        resident: all of it that is in memory, shared pages counted once for each process.
-        unique: what would be freed if the processes ended: without files mapped and libraries shared.
+        resident: resident memory; pages that processes share count once for each process.
+        unique: memory that would be freed if the processes ended, without mapped files and shared libraries.
     """
 
     def __init__(self) -> None:
@@ -75,10 +75,10 @@ class PeakMemory:
 
 
 def work(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
-    """Bring a file of rows through every stage; what was found, and the seconds of each stage.
+    """Run every stage on a file of rows, and return counts, peak memory, and the seconds of each stage.
 
     Args:
-        tokenised: format the splits for training too.
+        tokenised: whether to format the splits for training too.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     folder = work_folder()
@@ -101,7 +101,7 @@ def work(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
 
 
 def _tokenise(splits: DatasetDict, folder: Path, ledger: Ledger, max_length: int) -> float:
-    # torch comes with these: it has no place in the memory of the other stages.
+    # These import torch, whose memory must not count for the other stages.
     from llm_engineering.formatting.datasets import format_splits
     from llm_engineering.models.loading import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def _tokenise(splits: DatasetDict, folder: Path, ledger: Ledger, max_length: int
 
 
 def measure(lines: int, tokenised: bool, seed: int, max_length: int) -> dict[str, Any]:
-    """Make rows and work on them in a fresh process."""
+    """Write rows, and run the stages on them in a fresh process."""
     with tempfile.TemporaryDirectory(prefix="bench-datasets-") as scratch:
         rows = Path(scratch) / "rows.jsonl"
         made = write_rows(rows, lines, seed)
@@ -121,11 +121,11 @@ def measure(lines: int, tokenised: bool, seed: int, max_length: int) -> dict[str
             "rows": lines,
             "made": asdict(made),
             "bytes": rows.stat().st_size,
-            **_apart(rows, tokenised, max_length),
+            **_work_in_process(rows, tokenised, max_length),
         }
 
 
-def _apart(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
+def _work_in_process(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
     command = [
         sys.executable,
         "-m",
@@ -137,12 +137,11 @@ def _apart(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
     ]
     command += ["--tokenise"] if tokenised else []
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    total = sum(found["seconds"].values())
-    read = found["kept"] + sum(found["set_aside"].values())
-    stages = {**found["seconds"], "all": total}
-    found["rows_per_s"] = {stage: round(read / seconds) for stage, seconds in stages.items()}
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    read = result["kept"] + sum(result["set_aside"].values())
+    stages = {**result["seconds"], "all": sum(result["seconds"].values())}
+    result["rows_per_s"] = {stage: round(read / seconds) for stage, seconds in stages.items()}
+    return result
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -154,14 +153,14 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Print rows a second by stage and the peak memory, and a ratio to the peer."""
+    """Print the rows per second of each stage, the peak memory, and the ratio to the peer."""
     parser: argparse.ArgumentParser = options(__doc__.splitlines()[0] if __doc__ else None)
     parser.set_defaults(rows=20_000)
     parser.add_argument(
         "--sizes", type=int, nargs="*", default=[250_000, 500_000, 1_000_000], help="(default: %(default)s)"
     )
     parser.add_argument("--peer", action="store_true", help="compare with LLaMA-Factory on --rows rows")
-    parser.add_argument("--write", action="store_true", help=f"keep the figures in {RESULTS.name}")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     parser.add_argument("--work-on", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tokenise", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -182,25 +181,26 @@ def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     ours: dict[str, Any] = {}
 
     def timed(rows: Path) -> float:
-        ours.update(_apart(rows, True, arguments.max_length))
+        ours.update(_work_in_process(rows, True, arguments.max_length))
         return float(sum(ours["seconds"].values()))
 
-    found = compare(
+    result = compare(
         arguments.rows, arguments.seed, arguments.workers, arguments.max_length, arguments.environment, timed
     )
-    best = max(worker["rows_per_s"] for worker in found["workers"].values())
-    found["stages"] = ours
-    found["ratio_all_stages"] = round(found["ours"]["rows_per_s"] / best, 2)
+    best = max(worker["rows_per_s"] for worker in result["workers"].values())
+    result["stages"] = ours
+    result["ratio_all_stages"] = round(result["ours"]["rows_per_s"] / best, 2)
     same_work = arguments.rows / (ours["seconds"]["read"] + ours["seconds"]["tokenise"])
-    found["ratio_same_work"] = round(same_work / best, 2)
-    for number, worker in found["workers"].items():
-        print(f"{found['peer']} with {number} workers: {worker['rows_per_s']:,.0f} rows/s")
+    result["ratio_same_work"] = round(same_work / best, 2)
+    for number, worker in result["workers"].items():
+        print(f"{result['peer']} with {number} workers: {worker['rows_per_s']:,.0f} rows/s")
     print(
-        f"here: {found['ours']['rows_per_s']:,.0f} rows/s, {found['ratio_all_stages']} of the peer's best, with checks, "
-        f"duplicates, leaks and splits, which it has not; reading and tokenising alone, which is what it does: "
-        f"{same_work:,.0f} rows/s, {found['ratio_same_work']} of it"
+        f"this project, all stages: {result['ours']['rows_per_s']:,.0f} rows/s, {result['ratio_all_stages']} of the peer's "
+        "best rate, although the peer has no checks, duplicates, leaks and splits\n"
+        f"this project, only reading and tokenising, as the peer: {same_work:,.0f} rows/s, {result['ratio_same_work']} of "
+        "the peer's best rate"
     )
-    return found
+    return result
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""How busy a client keeps an endpoint: python -m benchmarks.endpoint [--write]
+"""Measures how busy the client keeps an endpoint: python -m benchmarks.endpoint [--write]
 
-A scripted endpoint in a process of its own answers after 0.3 to 0.7 s. With 32 requests in flight it could answer
-32 / (mean latency) a second; measured is which share of that is reached, from the first request to the last answer
-stored. Both figures come from the same run, so that a busy machine is no excuse and no advantage.
+A scripted endpoint in another process answers each request after 0.3 to 0.7 s. With 32 requests in flight the ideal rate
+is 32 / (mean latency) per second. The ratio is the measured rate, from the first request to the last stored answer, over
+the ideal rate.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from benchmarks.machine import machine, show
 from llm_engineering.generation.open import open_client
 from llm_engineering.generation.types import Answer, Messages, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -32,7 +31,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 
 
 def measure() -> dict[str, object]:
-    """Ask `REQUESTS` questions once; rates are in requests a second."""
+    """Send `REQUESTS` requests once; rates are in requests per second."""
     latency = [str(bound) for bound in LATENCY_S]
     command = [sys.executable, "-m", "tests.fakes.scripted_endpoint", "--faults", "0", "--latency", *latency]
     with (
@@ -54,7 +53,7 @@ def measure() -> dict[str, object]:
         finally:
             server.terminate()
     assert all(isinstance(answer, Answer) for answer in answers)
-    # Drawn evenly, so the mean is the middle; over 1,600 requests the drawn mean is within 0.01 s of it.
+    # The latencies are uniform, so their mean is the middle. Over 1,600 requests the sample mean is within 0.01 s of it.
     ideal = CONCURRENCY / (sum(LATENCY_S) / 2)
     rate = REQUESTS / seconds
     return {
@@ -65,26 +64,16 @@ def measure() -> dict[str, object]:
         "requests_per_s": round(rate, 1),
         "ideal_requests_per_s": round(ideal, 1),
         "ratio": round(rate / ideal, 3),
-        "machine": _machine(),
+        "machine": machine(),
     }
 
 
-def _machine() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}"
-
-
 def main() -> None:
-    """Print the result, and with --write keep it beside this file."""
-    parser = argparse.ArgumentParser(description="Achieved rate of requests over the ideal one.")
+    """Print the figures; `--write` also writes them beside this file."""
+    parser = argparse.ArgumentParser(description="Measured rate of requests over the ideal rate.")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
-    text = json.dumps(measure(), indent=2)
-    print(text)
-    if arguments.write:
-        RESULTS.write_text(text + "\n")
+    show(measure(), RESULTS if arguments.write else None)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How near the estimate of memory and time comes: python -m benchmarks.estimate [--write]
+"""Compares the estimate of memory and time with real training: python -m benchmarks.estimate [--write]
 
-Each case is a model with random weights that is really trained for three steps, in processes of its own. One gives freed
-memory back at once: its peak, less what was resident before the model, is compared with the parts of the estimate.
-Another is as any run is: its whole peak is compared with the whole estimate, and the time of its fastest step with what
-its floating-point operations and a matrix product on the same machine say.
+Each case trains a model with random weights for three steps, in two separate processes. The first returns freed memory
+to the system at once. Its peak minus the memory before the model was built is compared with the parts of the estimate.
+The second is an ordinary process. Its whole peak is compared with the whole estimate, and the time of its fastest step
+with the time that follows from its operations and the measured matmul rate.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ STEPS = 3
 
 
 class Case(NamedTuple):
-    """A model of `layers` Llama layers, and how it is trained: `rows` of `length` tokens a batch."""
+    """A Llama of `layers` layers, and its training with batches of `rows × length` tokens."""
 
     name: str
     stage: str = "sft"
@@ -75,7 +75,7 @@ CASES = (
     Case("pairs, full", stage="dpo", method="full", rows=1),
 )
 
-# Seconds each: for the tests.
+# For the tests: each case takes seconds.
 SMALL = (
     Case("small adapter", layers=4, vocabulary=8192, rows=2),
     Case("small adapter, checkpointed", layers=4, vocabulary=8192, rows=2, gradient_checkpointing=True),
@@ -85,10 +85,10 @@ SMALL = (
 
 
 def measure(cases: Sequence[Case], *, whole: bool = True) -> list[dict[str, Any]]:
-    """Train each case in processes that are forked from this one, and compare.
+    """Train each case in forked processes, and compare.
 
     Args:
-        whole: also in a process that keeps freed memory as any does; without it there is no time either.
+        whole: also train in an ordinary process, and compare the whole peak and the time.
     """
     results = []
     for case in cases:
@@ -121,7 +121,7 @@ def _measured(case: Case, *, gives_back: bool) -> dict[str, Any]:
 
 
 def model_config(case: Case) -> LlamaConfig:
-    """The case's model."""
+    """The config of the case's model."""
     heads = case.hidden // 64
     return LlamaConfig(
         vocab_size=case.vocabulary,
@@ -135,7 +135,7 @@ def model_config(case: Case) -> LlamaConfig:
 
 
 def train_config(case: Case) -> SFTConfig | DPOConfig:
-    """The case's part of a recipe."""
+    """The case's block of a recipe."""
     common: dict[str, Any] = {
         "learning_rate": 1e-5, "num_train_epochs": 1, "max_steps": STEPS, "per_device_train_batch_size": case.rows,
         "gradient_accumulation_steps": case.accumulation, "gradient_checkpointing": case.gradient_checkpointing,
@@ -148,17 +148,17 @@ def train_config(case: Case) -> SFTConfig | DPOConfig:
 
 def _train(case: Case, gives_back: bool, sender: Any) -> None:
     if gives_back:
-        # What glibc takes from the system for larger blocks goes back when they are freed.
+        # glibc returns a block above this size to the system when it is freed.
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 128 * 1024)
     compute = ComputeConfig(device="cpu", dtype=case.dtype, attn_implementation=case.attention)
     device = choose_device(compute)
     config = train_config(case)
-    own = model_config(case)
+    model_shape = model_config(case)
     sft = config if isinstance(config, SFTConfig) else SFTConfig.model_validate(
         config.model_dump(include=set(SFTConfig.model_fields)) | {"method": case.method}
     )  # fmt: skip
     batch = estimate.batch_shape(config, case.length)
-    shapes = estimate.shapes(own, sft, device, *batch)
+    shapes = estimate.shapes(model_shape, sft, device, *batch)
     memory = estimate.peak_memory(shapes, config, device, sft.method, *batch)
     rate = estimate.matmul_rate(device)
 
@@ -171,7 +171,7 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
     data = _data(case)
     before = psutil.Process().memory_info().rss
     policy = AutoModelForCausalLM.from_config(
-        own, dtype=torch.float32 if case.method == "full" else device.dtype, attn_implementation=case.attention
+        model_shape, dtype=torch.float32 if case.method == "full" else device.dtype, attn_implementation=case.attention
     )
     if case.method != "full":
         policy = get_peft_model(policy, lora_config(sft.lora))
@@ -205,7 +205,7 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
 
 
 class _Clock(TrainerCallback):
-    """Seconds of each step."""
+    """Records the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -219,7 +219,7 @@ class _Clock(TrainerCallback):
 
 
 def _data(case: Case) -> DatasetDict:
-    """Rows that fill the batch; of pairs, the prompt is a quarter of each row."""
+    """Rows that fill each batch. The prompt is a quarter of each row."""
     ids = [2 + i % 250 for i in range(case.length)]
     cut = case.length // 4
     row = (
@@ -232,10 +232,10 @@ def _data(case: Case) -> DatasetDict:
 
 
 def main() -> None:
-    """Measure, print, and with `--write` keep the figures."""
+    """Measure and print the figures; `--write` also writes them to a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.estimate")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
-    parser.add_argument("--small", action="store_true", help="the cases of the tests")
+    parser.add_argument("--small", action="store_true", help="only the cases of the tests")
     arguments = parser.parse_args()
     disable_progress_bars()
     results = measure(SMALL, whole=False) if arguments.small else measure(CASES)

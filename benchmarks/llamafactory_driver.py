@@ -1,4 +1,4 @@
-"""Times LLaMA-Factory's preprocessing: run by benchmarks.peer_preprocessing with the peer's own Python.
+"""Times LLaMA-Factory's preprocessing. benchmarks.peer_preprocessing runs it with LLaMA-Factory's own Python.
 
 Arguments: a folder with `rows.jsonl`, the tokenizer's folder, the number of workers, the longest row in tokens.
 The last line of stdout is one JSON object.
@@ -16,7 +16,7 @@ from llamafactory.model import load_tokenizer
 
 
 def main() -> None:
-    """Load, convert and tokenise the rows once. Imports and the tokenizer's loading are not in the time."""
+    """Load, convert and tokenise the rows once. The time does not include imports and loading the tokenizer."""
     folder, tokenizer_folder, workers, max_length = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl"}}), encoding="utf-8")
     model, data, training, _, _ = get_train_args(
@@ -39,7 +39,7 @@ def main() -> None:
     before, started = os.times(), time.perf_counter()
     made = get_dataset(template, model, data, training, stage="sft", **loaded)["train_dataset"]
     seconds = time.perf_counter() - started
-    # Of this process and its workers: wall time alone says little on a machine that does other work.
+    # CPU time of this process and its workers. Wall time depends on other work of the machine.
     cpu_seconds = sum(os.times()[:4]) - sum(before[:4])
     tokens = sum(map(len, made["input_ids"]))
     print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "rows_out": len(made), "tokens": tokens}))

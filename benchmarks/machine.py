@@ -1,4 +1,4 @@
-"""What every benchmark's figures have in common: the machine that they were taken on, and where they go."""
+"""Describes the machine of a benchmark, and prints or writes its figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores that may be used, memory in GB and Python's version."""
+    """Processor, usable cores, memory in GB and Python version."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -22,10 +22,10 @@ def machine() -> dict[str, object]:
     }
 
 
-def show(figures: Mapping[str, object], kept: Path | None) -> None:
-    """Print the figures as JSON, and keep them in a file if one is given."""
+def show(figures: Mapping[str, object], file: Path | None) -> None:
+    """Print the figures as JSON, and write them to `file` if it is given."""
     text = json.dumps(figures, indent=2)
     print(text)
-    if kept is not None:
-        kept.parent.mkdir(exist_ok=True)
-        kept.write_text(text + "\n", encoding="utf-8")
+    if file is not None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")

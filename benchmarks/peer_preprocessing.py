@@ -1,10 +1,10 @@
 """Times the preprocessing of LLaMA-Factory on made-up rows: python -m benchmarks.peer_preprocessing [--rows N]
 
-LLaMA-Factory reads the file, converts the rows and tokenises them with labels. It keeps duplicates and rows with an
-empty answer, truncates long rows without a word and fails at a broken line; so the rows here hold no broken line, and
-none is longer than the default `--max-length`. Caches are fresh in every run.
+LLaMA-Factory reads the file, converts the rows and tokenises them with labels. It keeps duplicates and rows with an empty
+answer, truncates long rows without a warning, and fails at a broken line. So the rows of this benchmark have no broken
+line, and none is longer than the default `--max-length`. Each run starts with empty caches.
 
-Its environment is built once, below the cache folder: it asks for older versions of the libraries used here.
+LLaMA-Factory needs older versions of some libraries, so it gets its own environment below the cache folder, built once.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 PEER = "llamafactory==0.9.5"
 DRIVER = Path(__file__).with_name("llamafactory_driver.py")
 
-# What is compared with the peer: gets the file of rows, returns the seconds that it took.
+# The other side of the comparison: takes the file of rows, and returns its seconds.
 Ours = Callable[[Path], float]
 
 
 def compare(
     lines: int, seed: int, workers: Sequence[int], max_length: int, environment: Path, ours: Ours | None = None
 ) -> dict[str, Any]:
-    """Rows a second of the peer for each number of workers, and of `ours` on the same file in the same run.
+    """Rows per second of the peer for each number of workers, and of `ours` on the same file.
 
     Raises:
-        RuntimeError: the peer could not be installed or failed; with the end of its output.
+        RuntimeError: the peer could not be installed or failed. The message has the end of its output.
     """
-    # torch comes with it, which has no place in the memory of what is compared.
+    # It imports torch, whose memory must not count for the side that is compared.
     from llm_engineering.models.loading import model_path
 
     python = _peer_python(environment)
@@ -65,7 +65,7 @@ def _time_peer(python: Path, folder: Path, tokenizer: str, workers: int, max_len
             "HF_HOME": cache,
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            # Its upper bounds on libraries would refuse the torch that is installed.
+            # The upper bounds of its requirements exclude the installed torch.
             "DISABLE_VERSION_CHECK": "1",
         }
         done = _run([python, DRIVER, folder, tokenizer, workers, max_length], env)
@@ -74,7 +74,7 @@ def _time_peer(python: Path, folder: Path, tokenizer: str, workers: int, max_len
 
 
 def _peer_python(environment: Path) -> Path:
-    """The interpreter of the peer's environment, which is built if it is not there."""
+    """The interpreter of the peer's environment. Builds the environment if it does not exist."""
     python = environment / "bin" / "python"
     ready = environment / "ready"
     if ready.is_file() and ready.read_text(encoding="utf-8") == PEER:
@@ -84,8 +84,8 @@ def _peer_python(environment: Path) -> Path:
     pip = [python, "-m", "pip", "--disable-pip-version-check"]
     _run([*pip, "install", "--quiet", "--upgrade", "pip"])
     _run([*pip, "install", "--quiet", "torch==2.13.0", PEER])
-    # Both are imported and not needed for text, and their wheels may be built for another torch. transformers takes
-    # torchvision's absence, and asks torchaudio for its version.
+    # LLaMA-Factory imports both, does not need them for text, and their wheels may be built for another torch.
+    # transformers works without torchvision, and only reads torchaudio's version.
     _run([*pip, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
     packages = _run([python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]).strip()
     stand_in = Path(packages, "torchaudio")
@@ -105,17 +105,19 @@ def _run(command: Sequence[object], env: dict[str, str] | None = None) -> str:
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
-    """The command line, for this benchmark and for those that compare with it."""
+    """The command line of this benchmark and of the benchmarks that compare with it."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rows", type=int, default=20_000, help="how many rows (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=20_000, help="number of rows (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of the peer (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="numbers of the peer's workers (default: %(default)s)"
+    )
     parser.add_argument("--max-length", type=int, default=1024, help="longest row in tokens (default: %(default)s)")
     parser.add_argument(
         "--environment",
         type=Path,
         default=Settings().llm_cache_dir / "bench" / "llamafactory",
-        help="the peer's environment, built if it is not there (default: %(default)s)",
+        help="folder of the peer's environment, built if missing (default: %(default)s)",
     )
     return parser
 

@@ -1,10 +1,10 @@
-"""Training as people write it, with TRL's default settings and padded batches:
+"""Trains as a typical TRL script does, with default settings and padded batches:
 
     python -m benchmarks.plain_trl sft --model DIR --rows train.jsonl --output DIR
     python -m benchmarks.plain_trl dpo --model DIR --rows train.jsonl --output DIR --adapter SFT_ADAPTER
 
-Rows are conversational, in TRL's columns. The last line printed is JSON: seconds of training and of its last epoch, its
-steps, its loss, peak memory.
+Rows are conversational, in TRL's columns. The last line of the output is JSON: the seconds of training and of its last
+epoch, the number of steps, the loss, and the peak memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
         "learning_rate": LEARNING_RATE[stage],
         "num_train_epochs": arguments.epochs,
         "max_length": arguments.max_length,
-        # TRL turns it on everywhere; on a CPU without such instructions it only slows down.
+        # TRL's default is bf16 on every device. On a CPU without bf16 instructions it is only slower.
         "bf16": dtype == torch.bfloat16,
         "use_cpu": not torch.cuda.is_available(),
         "logging_steps": 1,

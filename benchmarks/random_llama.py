@@ -1,4 +1,4 @@
-"""A Llama with random weights and rows for it: what the sides of the CUDA benchmark train, and on what."""
+"""Makes a Llama with random weights, and rows to train it on, for the CUDA benchmark."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ FACTS = "facts.json"
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama, and the rows that it is trained on.
+    """Sizes of a Llama and of the rows that it is trained on.
 
     Attributes:
-        max_length: tokens of a packed row, and the most that a row has.
-        rows: how many rows.
-        words: the median of an answer's words; lengths are log-normal, as those of written answers are.
+        max_length: tokens in a packed row, and in the longest row.
+        rows: number of rows.
+        words: median number of words in an answer. Lengths are log-normal, as in written answers.
     """
 
     hidden: int
@@ -55,7 +55,7 @@ class Shape:
     words: int
 
     def config(self, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
-        """Everything else is as in Llama-3.1."""
+        """Make the model's config. Everything else is as in Llama-3.1."""
         return LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
@@ -81,29 +81,29 @@ class Shape:
 
 
 SHAPES = {
-    # A unit test trains it on CPU: no larger than takes seconds.
+    # A unit test trains it on a CPU within seconds.
     "tiny": Shape(64, 128, 2, 4, 2, 49152, max_length=128, rows=16, words=15),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256, max_length=2048, rows=256, words=200),
 }
 
 
 def prepare(name: str, folder: Path) -> dict[str, Any]:
-    """Write model and rows, unless they are there, and say what they are.
+    """Write the model and the rows, unless they exist already, and return facts about them.
 
     Returns:
-        `model`, its folder; `parameters`; `rows`, `tokens` and `trained_tokens`; `longest_row`; `max_length`;
-        `packed_rows`, how many packed rows hold as many tokens as a padded batch has; `flops` that training an adapter
-        on every row once takes.
+        `model`: its folder; `parameters`; `rows`, `tokens` and `trained_tokens`; `longest_row`; `max_length`;
+        `packed_rows`: number of packed rows with as many tokens as a padded batch; `flops`: operations for training an
+        adapter on each row once.
 
     Raises:
-        RequestError: the disk has no room for the weights.
+        RequestError: the disk has no space for the weights.
     """
     shape, facts = SHAPES[name], folder / FACTS
     made_from = {**asdict(shape), "lora": LORA, "batch": BATCH["sft"], "seed": SEED}
     if facts.is_file():
-        found: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
-        if found["made_from"] == made_from:
-            return found
+        existing: dict[str, Any] = json.loads(facts.read_text(encoding="utf-8"))
+        if existing["made_from"] == made_from:
+            return existing
         facts.unlink()
     disable_progress_bars()
     settings = Settings()
@@ -139,28 +139,33 @@ def _write_model(config: LlamaConfig, parameters: int, tokenizer: PreTrainedToke
     needed, free = 2 * parameters * 1.1, shutil.disk_usage(folder).free
     if free < needed:
         raise RequestError(
-            f"{folder} has {free / 1e9:.1f} GB free, and the weights take {needed / 1e9:.1f} GB. Name another with --folder."
+            f"{folder} has {free / 1e9:.1f} GB free, and the weights need {needed / 1e9:.1f} GB. Name a folder on another "
+            "disk with --folder."
         )
     set_seed(SEED)
-    # A processor takes minutes to draw eight billion numbers.
+    # A CPU takes minutes to draw eight billion random numbers.
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder / "model")
     del model
-    # The sides need the card for themselves.
+    # Leave the whole memory of the GPU to the sides.
     torch.cuda.empty_cache()
     tokenizer.save_pretrained(folder / "model")
 
 
 def _write_rows(shape: Shape, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[list[int], int]:
-    """Rows as JSON lines for the scripts and formatted for ours; returns their lengths and the tokens trained."""
+    """Write the rows as JSON lines for the scripts, and formatted for our side.
+
+    Returns:
+        The length of each row in tokens, and the number of trained tokens.
+    """
     words = " ".join(document.text for document in read_documents(DocumentsConfig())[0]).split()
-    drawn = random.Random(SEED)
+    rng = random.Random(SEED)
     rows = []
-    # Some are too long, and are left out.
+    # Twice as many as needed, because formatting drops those that are too long.
     for _ in range(2 * shape.rows):
-        count = max(8, round(drawn.lognormvariate(math.log(shape.words), 0.8)))
-        start = drawn.randrange(8, len(words) - count)
+        count = max(8, round(rng.lognormvariate(math.log(shape.words), 0.8)))
+        start = rng.randrange(8, len(words) - count)
         question = f"How does the Python reference go on after: {' '.join(words[start - 8 : start])}?"
         rows.append(
             InstructionRow(

@@ -1,9 +1,9 @@
-"""Training as people write it with unsloth, with the settings of its notebooks, packed:
+"""Trains as a typical unsloth script does, with the settings of unsloth's notebooks and packed rows:
 
     python -m benchmarks.raw_unsloth --model DIR --rows train.jsonl --output DIR --batch 2 --max-length 2048
 
-Rows are conversational, in TRL's columns. The last line printed is JSON: seconds of training and of its last epoch, its
-steps, its loss, peak memory. It runs on CUDA alone, as unsloth does.
+Rows are conversational, in TRL's columns. The last line of the output is JSON: the seconds of training and of its last
+epoch, the number of steps, the loss, and the peak memory. unsloth needs CUDA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 
 from benchmarks.training_settings import LEARNING_RATE, LORA, SEED
 
-# Of Llama; its notebooks name them.
+# The linear layers of Llama, as in unsloth's notebooks.
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -23,13 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     for name in ("model", "rows", "output"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--batch", type=int, required=True, help="packed rows a step")
-    parser.add_argument("--max-length", type=int, required=True, help="tokens of a packed row")
+    parser.add_argument("--batch", type=int, required=True, help="packed rows in a step")
+    parser.add_argument("--max-length", type=int, required=True, help="tokens in a packed row")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--four-bits", action="store_true", help="QLoRA")
     arguments = parser.parse_args(argv)
 
-    # It replaces parts of the others, and comes before them.
+    # unsloth patches the other libraries, so it is imported first.
     from unsloth import FastLanguageModel  # isort: skip
 
     import torch

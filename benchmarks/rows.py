@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 CHUNK_ROWS = 4096
-# Rows to repeat are drawn from so many, replaced at random: duplicates lie far apart, and memory stays the same.
+# Duplicates repeat a row of this pool. New rows replace random rows of it, so that duplicates are far from their
+# originals and memory stays constant.
 POOL_ROWS = 4096
 PROMPT_WORDS = (8, 20)
 ANSWER_WORDS = (30, 120)
 ROWS_PER_DOCUMENT = 20
 VOCABULARY = 20_000
-# A word is drawn by a 16-bit number from a table in which frequent words stand often.
+# A 16-bit random number selects a word from this table, where frequent words occur several times.
 TABLE = 1 << 16
 
 PLAIN, EXACT, NEAR, EMPTY, REFUSAL, EMAIL, BROKEN = range(7)
@@ -25,7 +26,7 @@ PLAIN, EXACT, NEAR, EMPTY, REFUSAL, EMAIL, BROKEN = range(7)
 
 @dataclass(frozen=True)
 class Shares:
-    """Share of each kind among all lines; the rest is plain."""
+    """Share of each kind of fault among all lines. The other rows are plain."""
 
     exact_duplicate: float = 0.05
     near_duplicate: float = 0.05
@@ -37,17 +38,17 @@ class Shares:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many lines of each kind were written; they add up to `lines`.
+    """Number of written lines of each kind. They add up to `lines`.
 
     Attributes:
-        plain: rows without a fault, each unlike every other.
-        exact_duplicate: repeat a plain row above them, word by word, under any document.
-        near_duplicate: a plain row above them with another last word, so that the sets of three-word shingles have a
-            Jaccard similarity of at least 0.94, and below 1.
-        empty_answer: `output` is empty.
-        refusal: the answer says that it cannot help.
-        email: the answer holds an e-mail address.
-        broken: lines cut off in the middle, no JSON.
+        plain: rows without a fault, all different.
+        exact_duplicate: rows with the text of an earlier plain row, and any document.
+        near_duplicate: rows with the text of an earlier plain row but another last word. The Jaccard similarity of
+            their sets of three-word shingles is at least 0.94 and below 1.
+        empty_answer: rows with an empty `output`.
+        refusal: rows whose answer says that it cannot help.
+        email: rows whose answer has an e-mail address.
+        broken: lines that are cut off in the middle, which is not JSON.
     """
 
     lines: int
@@ -63,8 +64,8 @@ class Counts:
 def write_rows(path: Path, lines: int, seed: int = 0, shares: Shares | None = None) -> Counts:
     """Write `lines` lines of Alpaca JSONL (`instruction`, `input`, `output`, `document`).
 
-    The same seed writes the same file. Words follow Zipf's law, so that unrelated rows share words like real ones do,
-    but hardly any three in a row.
+    The same seed writes the same file. Words follow Zipf's law: unrelated rows share words, as real rows do, but hardly
+    any sequence of three words.
 
     Raises:
         ValueError: the shares leave no plain row to repeat.
@@ -76,7 +77,7 @@ def write_rows(path: Path, lines: int, seed: int = 0, shares: Shares | None = No
     if plain < 1:
         raise ValueError(f"the shares {shares} leave no plain row among {lines} lines")
     kinds = rng.permutation(np.repeat(np.arange(7, dtype=np.uint8), [plain, *wanted]))
-    # The first row is a plain one, or there would be nothing yet to repeat.
+    # The first row must be plain, because duplicates need a row to repeat.
     first = int(np.argmax(kinds == PLAIN))
     kinds[0], kinds[first] = kinds[first], kinds[0]
 
@@ -120,7 +121,7 @@ def _chunk(
         elif kind in (EXACT, NEAR):
             prompt, answer = pool[int(chosen[i] * len(pool))]
             if kind == NEAR:
-                # The line number makes the word a new one: two near duplicates of a row are no exact ones.
+                # The line number makes the word unique, so that two near duplicates of a row are not exact duplicates.
                 answer = f"{answer.rpartition(' ')[0]} {words[at]}{start + i}"
         elif kind == EMPTY:
             answer = ""
@@ -135,7 +136,7 @@ def _chunk(
 
 
 def _word_table(rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Pronounceable words; the word of rank r takes a share of the table proportional to 1/r (Zipf 1949)."""
+    """Make a table of pronounceable words. The word of rank r has a share proportional to 1/r (Zipf 1949)."""
     syllables = [consonant + vowel for consonant in "bdfghjklmnprstvz" for vowel in "aeiou"]
     made: dict[str, None] = {}
     while len(made) < VOCABULARY:
@@ -153,7 +154,7 @@ def main() -> None:
     """Write a file and print the counts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description="Write made-up Alpaca rows.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--rows", type=int, default=20_000, help="how many lines (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=20_000, help="number of lines (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     print(json.dumps(asdict(write_rows(arguments.file, arguments.rows, arguments.seed))))

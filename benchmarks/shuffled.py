@@ -1,9 +1,9 @@
-"""Whether the gate tells a model trained on shuffled answers from one trained on the right ones:
+"""Tests whether the gate rejects a model that was trained on shuffled answers:
 
     python -m benchmarks.shuffled [--write]
 
-Runs `make run-sft`, and once more on its own rows after the answers of training and validation have changed places; the
-test rows stay. What is cached is not computed again.
+Runs `make run-sft`, and runs it again on the same rows with the answers of training and validation shuffled. The test
+rows stay the same. Cached steps do not run again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from benchmarks.machine import machine, show
 from llm_engineering.recipe.settings import Settings
 
 RESULTS = Path(__file__).parent / "results" / "shuffled.json"
-# Both runs under one name of their own, so that no model in production is in their way.
+# Both runs have their own model name, so that the gate does not compare them with a model in production.
 NAME = "shuffled"
 
 
 def main() -> None:
-    """Run both, print their decisions, and with `--write` keep them."""
+    """Run both and print the gate's decisions; `--write` also writes them to a file."""
     parser = argparse.ArgumentParser(description="The gate's decision on right and on shuffled answers.")
     parser.add_argument("--config", default="configs/local.yaml")
     parser.add_argument("--folder", type=Path, default=Settings().llm_output_dir / "shuffled", help="for the rows")
@@ -50,7 +50,7 @@ def _run(config: str, *overrides: str) -> dict[str, Any]:
 
 
 def _shuffle(dataset: Path, folder: Path) -> tuple[Path, Path]:
-    """Write the rows with each other's answers, and the test rows as they are."""
+    """Write the training and validation rows with shuffled answers, and the unchanged test rows."""
     splits = load_from_disk(str(dataset / "hf_datasets"))
     rows = [
         {"prompt": row["prompt"], "completion": row["completion"]} for n in ("train", "validation") for row in splits[n]
@@ -67,13 +67,13 @@ def _shuffle(dataset: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def _decision(run: dict[str, Any]) -> dict[str, Any]:
-    """What the gate decided, rule by rule, with the intervals."""
+    """The gate's decision with each rule and its interval."""
     (file,) = Path(run["artifacts"]["promotion_decision"]["uri"]).glob("*.json")
     decision = json.loads(file.read_text(encoding="utf-8"))
-    kept = ("name", "value", "low", "high", "verdict")
+    keys = ("name", "value", "low", "high", "verdict")
     return {
         "outcome": decision["outcome"],
-        "rules": [{key: rule[key] for key in kept} for rule in decision["rules"] if rule["verdict"] != "skipped"],
+        "rules": [{key: rule[key] for key in keys} for rule in decision["rules"] if rule["verdict"] != "skipped"],
     }
 
 

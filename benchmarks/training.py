@@ -1,15 +1,15 @@
-"""Training here against a plain TRL script and the bare model: python -m benchmarks.training [--data FILE] [--write]
+"""Compares training with a plain TRL script and the bare model: python -m benchmarks.training [--data FILE] [--write]
 
-Every side runs in a process of its own, one after the other, on the same rows and seed:
+Each side runs in its own process, one after another, on the same rows and with the same seed:
 
-- `bare`: forward and backward of full rows of 512 tokens, all of them trained, with nothing around it; in the faster of
-  its two usual precisions (weights in bf16, or bf16 by autocast as the trainers do);
+- `bare`: only forward and backward, on full rows of 512 trained tokens, in the faster of two precisions: weights in bf16,
+  or bf16 by autocast as in the trainers;
 - `plain`: benchmarks/plain_trl.py;
 - `ours`: `train_sft` and `train_dpo` as the steps call them, with packing.
 
-Tokens are real ones. Training is timed from its first step to its last, saving included and loading not. The held-out
-loss of all adapters is measured by the same code. Rows are passages of the Python reference of natural lengths, or
-those of `--data`; the rejected answer of a pair is another row's.
+Tokens do not include padding. The time of training includes saving, but not loading. The same code measures the
+held-out loss of all adapters. The rows are passages of the Python reference in their natural lengths, or those of
+`--data`. The rejected answer of a pair is the answer of another row.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from benchmarks.training_settings import BATCH, BETA, LEARNING_RATE, LORA, MAX_L
 
 ROWS = {"sft": 128, "dpo": 32}
 HELDOUT = 32
-# Micro-batches of bare passes: the first is not counted.
+# Batches of the bare side that are timed. One more before them is not.
 PASSES = 4
 RESULTS = Path(__file__).parent / "results" / "training.json"
 
 
 def main() -> None:
-    """Run one side, or all of them and print the ratios."""
-    parser = argparse.ArgumentParser(description="Tokens a second, peak memory and held-out loss, as ratios.")
+    """Run one side, or run all sides and print the ratios."""
+    parser = argparse.ArgumentParser(description="Tokens per second, peak memory and held-out loss as ratios.")
     parser.add_argument("--side", choices=("rows", "bare", "sft", "dpo", "losses"), help="run one side (internal)")
-    parser.add_argument("--folder", type=Path, help="where the sides leave what they make (internal)")
-    parser.add_argument("--data", help="instruction rows of your own")
+    parser.add_argument("--folder", type=Path, help="folder for the files of all sides (internal)")
+    parser.add_argument("--data", help="your own instruction rows")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
     if arguments.side is not None:
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure(folder: Path, data: str | None) -> dict[str, Any]:
-    """All sides, one after the other."""
+    """Run all sides, one after another."""
     own = ["-m", "benchmarks.training", "--folder", str(folder), *(["--data", data] if data else []), "--side"]
     made = _run(*own, "rows")
     model = made.pop("model")
@@ -105,7 +105,7 @@ def _run(*command: str) -> dict[str, Any]:
 
 
 def _rows(folder: Path, data: str | None) -> dict[str, Any]:
-    """Write the rows as JSON lines for the plain side, and formatted for ours."""
+    """Write the rows as JSON lines for the plain side, and formatted for our side."""
     import random
 
     from datasets import Dataset
@@ -153,7 +153,7 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     formatting = FormattingConfig(max_length=MAX_LENGTH)
 
     def formatted(kind: str, split: Dataset, name: str) -> tuple[Dataset, list[int]]:
-        """The rows that fit, and their indices."""
+        """The formatted rows that are not too long, and their indices."""
         work = folder / name
         work.mkdir()
         splits, _ = format_splits({"train": split}, kind, tokenizer, formatting, work, Ledger())
@@ -193,7 +193,7 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
 
 
 def _bare() -> dict[str, Any]:
-    """Tokens a second of forward and backward alone, the best of two precisions."""
+    """Tokens per second of forward and backward only, in the faster of two precisions."""
     import peft
     import torch
 
@@ -216,7 +216,7 @@ def _bare() -> dict[str, Any]:
             with torch.autocast(device.name, device.dtype, enabled=precision == "autocast"):
                 loss = policy(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
-            # Waits for the card, where there is one.
+            # On a GPU, item() waits until the result is computed.
             loss.item()
             policy.zero_grad()
         rates[precision] = PASSES * ids.numel() / (time.perf_counter() - started)
@@ -245,7 +245,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
     setup = TrainingSetup(
         model=pin_revision(ModelConfig()),
         max_length=MAX_LENGTH,
-        # unsloth, where it is installed, takes a process of its own, and is measured in benchmarks/training_cuda.py.
+        # benchmarks/training_cuda.py measures unsloth.
         compute=ComputeConfig(backend="transformers"),
         tracking=TrackingConfig(comet="off"),
         seed=SEED,
@@ -256,7 +256,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
     common: dict[str, Any] = {
         "learning_rate": LEARNING_RATE[stage],
         "num_train_epochs": 1,
-        # As transformers' default, which the plain side has.
+        # The defaults of transformers, as on the plain side.
         "lr_scheduler_type": "linear",
         "warmup_ratio": 0.0,
         "gradient_accumulation_steps": 1,
@@ -265,7 +265,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
     }
     if stage == "sft":
         tokens = sum(map(len, rows["input_ids"]))
-        # As many optimiser steps as the plain side, of whole packed rows.
+        # The number of packed rows that gives as many optimiser steps as on the plain side.
         batch = round(tokens / (len(rows) / BATCH["sft"]) / MAX_LENGTH) or 1
         config = SFTConfig(**common, per_device_train_batch_size=batch, lora=LoraConfig(**LORA))
         result = train_sft(splits, config, setup, settings)

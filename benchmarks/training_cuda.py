@@ -1,16 +1,16 @@
-"""Training on a CUDA card, against the scripts that people write: python -m benchmarks.training_cuda [--write]
+"""Compares training on a GPU with typical scripts: python -m benchmarks.training_cuda [--write]
 
-Sides, each in a process of its own, one after the other, on the same rows, seed and random weights:
+Each side runs in its own process, one after another, on the same rows, with the same seed and random weights:
 
 - `plain`: benchmarks/plain_trl.py, with padded batches and TRL's other defaults;
-- `ours_transformers`: `train_sft` with `compute.backend: transformers`, packed, activations kept;
-- `ours_transformers_checkpointed`: the same with gradient checkpointing, which the scripts have;
+- `ours_transformers`: `train_sft` with `compute.backend: transformers`, packed, without gradient checkpointing;
+- `ours_transformers_checkpointed`: the same with gradient checkpointing, as in the scripts;
 - `raw_unsloth`: benchmarks/raw_unsloth.py, packed;
 - `ours_unsloth`: `train_sft` with `compute.backend: unsloth`, packed.
 
-Every side trains all rows twice, and the second time is measured: tokens a second are real ones, without padding. MFU is
-the model's floating-point operations for these rows, counted once for all sides, over seconds and the card's peak. Peak
-memory is what was allocated on the card at most. A side that cannot run is named with its reason.
+Each side trains for two epochs, and the second epoch is timed. Tokens do not include padding. MFU is the model's
+operations for these rows, counted once for all sides, divided by the seconds and the peak of the GPU. Peak memory is the
+largest allocation on the GPU. A side that cannot run is listed with the reason.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Nothing here imports transformers: in a side's process unsloth comes first.
+# This module must not import transformers, because some sides import unsloth first.
 from benchmarks.machine import machine, show
 from benchmarks.training_settings import LEARNING_RATE, LORA, SEED
 from llm_engineering.errors import RequestError, WorkError
 
-# Whom a side of ours is compared with.
+# Our sides, and the script that each one is compared with.
 PEERS = {
     "ours_transformers": "plain",
     "ours_transformers_checkpointed": "plain",
@@ -49,13 +49,15 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "dat
 
 
 def main() -> int:
-    """Run one side, or all of them and print the ratios; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_cuda", description="Sides and their ratios.")
+    """Run one side, or run all sides and print the ratios; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training_cuda", description="Training on a GPU as ratios to typical scripts."
+    )
     parser.add_argument("--shape", choices=("tiny", "llama-3.1-8b"), default="llama-3.1-8b")
     parser.add_argument("--methods", nargs="+", choices=METHODS)
     parser.add_argument("--sides", nargs="+", choices=SIDES)
-    parser.add_argument("--cpu", action="store_true", help="try it out without a card, with --shape tiny")
-    parser.add_argument("--folder", type=Path, help="where model and rows are kept for another time")
+    parser.add_argument("--cpu", action="store_true", help="test the benchmark without a GPU, with --shape tiny")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the model and the rows for later runs")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}/training_cuda_METHOD.json")
     parser.add_argument("--side", choices=tuple(PEERS), help="run one side (internal)")
     arguments = parser.parse_args()
@@ -82,28 +84,30 @@ def main() -> int:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.cpu and arguments.shape != "tiny":
         raise RequestError(
-            "--cpu tries the benchmark out and takes minutes a step with a real model. Use --shape tiny."
+            "--cpu only tests the benchmark. A real model would take minutes for each step. Use --shape tiny."
         )
     if arguments.write and arguments.shape == "tiny":
-        raise RequestError("The figures of --shape tiny say nothing about speed. Leave --write out, or --shape.")
+        raise RequestError(
+            "The figures of --shape tiny say nothing about speed, so they are not written. Leave out --write or --shape."
+        )
     if arguments.cpu:
         return
     import torch
 
     if not torch.cuda.is_available():
         raise RequestError(
-            "This benchmark is for a CUDA card, and torch finds none here. Use --shape tiny --cpu to try it out."
+            "This benchmark needs a CUDA card, and torch finds none here. To test it without one, use --shape tiny --cpu."
         )
 
 
 def measure(folder: Path, shape: str, method: str, sides: Sequence[str], *, cpu: bool = False) -> dict[str, Any]:
-    """Run these sides with one method, `lora` or `qlora`, and compare.
+    """Run some sides with one method, `lora` or `qlora`, and compare them.
 
     Args:
-        folder: model and rows are found there, or made.
+        folder: has the model and the rows; they are made if they do not exist.
 
     Raises:
-        RequestError: the folder's disk has no room for the model.
+        RequestError: the folder's disk has no space for the model.
     """
     from benchmarks.random_llama import prepare
 
@@ -113,7 +117,7 @@ def measure(folder: Path, shape: str, method: str, sides: Sequence[str], *, cpu:
     results = {}
     for side in sides:
         output = folder / f"{method}-{side}"
-        # A run that was killed before would be gone on with.
+        # Otherwise a run that was killed before would be resumed.
         shutil.rmtree(output, ignore_errors=True)
         script = [
             "--model", made["model"], "--rows", str(folder / "rows.jsonl"), "--output", str(output),
@@ -145,14 +149,14 @@ def measure(folder: Path, shape: str, method: str, sides: Sequence[str], *, cpu:
 
 
 def ratios(sides: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-    """Speed and memory of each of our sides over its peer's, and its MFU; None where one of the two did not run."""
-    found: dict[str, float | None] = {}
+    """Speed and memory of each of our sides over its peer, and its MFU; None if one of the two did not run."""
+    result: dict[str, float | None] = {}
     for side, peer in PEERS.items():
         for figure in ("tokens_per_second", "peak_memory_bytes"):
             own, other = (sides.get(name, {}).get(figure) for name in (side, peer))
-            found[f"{side}_{figure}_over_{peer}"] = own / other if own and other else None
-        found[f"{side}_mfu"] = sides.get(side, {}).get("mfu")
-    return found
+            result[f"{side}_{figure}_over_{peer}"] = own / other if own and other else None
+        result[f"{side}_mfu"] = sides.get(side, {}).get("mfu")
+    return result
 
 
 def _environment(folder: Path, cpu: bool) -> dict[str, str]:
@@ -161,13 +165,17 @@ def _environment(folder: Path, cpu: bool) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "UNSLOTH_COMPILE_LOCATION": str(folder / "unsloth"),
         "UNSLOTH_DISABLE_STATISTICS": "1",
-        # With several cards, the trainers would take all of them.
+        # The trainers would use all GPUs.
         "CUDA_VISIBLE_DEVICES": "" if cpu else os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],
     }
 
 
 def _run(command: list[str], log: Path, environment: dict[str, str]) -> tuple[dict[str, Any], str | None]:
-    """A side's figures, or why there are none. What it says goes to the log."""
+    """Run a side with its errors in the log.
+
+    Returns:
+        Its figures, and None; or no figures, and the reason why it failed.
+    """
     print("running", *command[1:], file=sys.stderr, flush=True)
     with log.open("w", encoding="utf-8") as errors:
         done = subprocess.run(
@@ -176,7 +184,7 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> tuple[di
     figures: dict[str, Any] = {}
     reason = None
     if done.returncode == 0:
-        # Libraries may say goodbye after it.
+        # Libraries may print more lines after the figures.
         figures = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
     else:
         reason = _reason(done.returncode, log.read_text(encoding="utf-8", errors="replace"))
@@ -185,12 +193,12 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> tuple[di
 
 
 def _reason(code: int, log: str) -> str:
-    """The last error that a process named, or how it ended."""
+    """The last error in a process's log, or how the process ended."""
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}; where nobody did it, the machine's memory was full"
+        return f"ended by {signal.Signals(-code).name}; if nobody killed it, the machine's memory was probably full"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return (named or lines or [f"exit code {code}, and not a word"])[-1]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or [f"exit code {code} and no output"])[-1]
 
 
 def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
@@ -220,14 +228,14 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
         tracking=TrackingConfig(comet="off"),
         seed=SEED,
     )
-    # As many tokens a step as the plain script. Where activations are kept, one packed row at a time.
+    # As many tokens in a step as the plain script. Without checkpointing, one packed row at a time.
     batch = made["packed_rows"] if checkpointing else 1
     config = SFTConfig(
         method=method,
         lora=LoraConfig(**LORA),
         learning_rate=LEARNING_RATE["sft"],
         num_train_epochs=EPOCHS,
-        # As transformers' default, which the scripts have.
+        # The defaults of transformers, as in the scripts.
         lr_scheduler_type="linear",
         warmup_ratio=0.0,
         per_device_train_batch_size=batch,
@@ -239,18 +247,18 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
     rows = Dataset.load_from_disk(folder / "formatted")
     splits = DatasetDict(train=rows, validation=rows.select(range(1)))
     clock = LastEpoch()
-    # train_sft makes its trainer itself.
+    # train_sft makes its own trainer, which takes no callbacks from outside.
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     callbacks.append(clock)
     summary = train_sft(splits, config, setup, Settings(llm_output_dir=folder / f"{method}-{side}")).summary
     names = ("steps", "per_device_train_batch_size", "peak_memory_bytes", "device", "device_reasons")
-    told = {name: summary[name] for name in ("tokens_per_second", "mfu", "padding_share") if name in summary}
+    telemetry = {name: summary[name] for name in ("tokens_per_second", "mfu", "padding_share") if name in summary}
     return {
         "seconds": summary["seconds"]["total"],
         **clock.figures(),
         **{name: summary[name] for name in names},
-        # Of both epochs, as every run reports it.
-        "telemetry": told,
+        # Over both epochs, as in the report of each run.
+        "telemetry": telemetry,
     }
 
 
@@ -272,8 +280,8 @@ def _card(cpu: bool) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str | None]:
-    """Of packages that are not installed, None."""
-    installed = {str(found.name).lower(): found.version for found in importlib.metadata.distributions()}
+    """Versions of the packages; None for those that are not installed."""
+    installed = {str(package.name).lower(): package.version for package in importlib.metadata.distributions()}
     return {name: installed.get(name) for name in PACKAGES}
 
 

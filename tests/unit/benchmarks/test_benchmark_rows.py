@@ -1,4 +1,4 @@
-"""The made-up rows of the benchmarks hold exactly the faults that are promised."""
+"""The made-up rows of the benchmarks have exactly the promised faults."""
 
 import json
 import re
@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.rows import Shares, write_rows
 
-LINES = 10_000  # more than two chunks
+LINES = 10_000  # more than two chunks of rows
 
 
 def shingles(text):
@@ -33,7 +33,7 @@ def test_counts_are_the_shares_of_the_lines(written):
     assert (counts.refusal, counts.email, counts.broken, counts.plain) == (50, 100, 10, 8740)
 
 
-def test_each_fault_stands_in_the_file_as_often_as_counted(written):
+def test_the_file_has_each_fault_as_often_as_counted(written):
     counts, lines = written
     rows, broken = [], 0
     for line in lines:
@@ -50,7 +50,7 @@ def test_each_fault_stands_in_the_file_as_often_as_counted(written):
     assert len(contents) - len(set(contents)) == counts.exact_duplicate
     assert len({row["document"] for row in rows}) == pytest.approx(LINES / 20, rel=0.01)
 
-    # A near duplicate shares its prompt and all but the last word of its answer; what else shares a prompt is exact.
+    # A near duplicate has another last word in its answer. All other rows with the same prompt are exact duplicates.
     first: dict[str, str] = {}
     near = []
     for prompt, answer in dict.fromkeys(contents):
@@ -62,7 +62,7 @@ def test_each_fault_stands_in_the_file_as_often_as_counted(written):
     assert all(0.94 < jaccard(shingles(one), shingles(other)) < 1 for one, other in near)
 
 
-def test_unrelated_rows_are_no_near_duplicates(written):
+def test_unrelated_rows_are_not_near_duplicates(written):
     _, lines = written
     rows = [json.loads(line) for line in lines[:400] if line.endswith("}")]
     sets = list({row["instruction"]: shingles(f"{row['instruction']} {row['output']}") for row in rows}.values())
@@ -70,14 +70,14 @@ def test_unrelated_rows_are_no_near_duplicates(written):
     assert most < 0.2
 
 
-def test_answers_have_as_many_words_as_said(written):
+def test_answers_have_the_stated_number_of_words(written):
     _, lines = written
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     words = [len(row["output"].split()) for row in rows if row["output"] and "sorry" not in row["output"]]
-    assert (min(words), max(words)) == (30, 121)  # with an e-mail address
+    assert (min(words), max(words)) == (30, 121)  # 120 words and an e-mail address
 
 
-def test_a_seed_writes_the_same_file(tmp_path):
+def test_the_same_seed_writes_the_same_file(tmp_path):
     write_rows(tmp_path / "a.jsonl", 500, seed=1)
     write_rows(tmp_path / "b.jsonl", 500, seed=1)
     write_rows(tmp_path / "c.jsonl", 500, seed=2)
@@ -85,6 +85,6 @@ def test_a_seed_writes_the_same_file(tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() != (tmp_path / "c.jsonl").read_bytes()
 
 
-def test_shares_that_leave_nothing_to_repeat_are_refused(tmp_path):
+def test_shares_without_plain_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no plain row"):
         write_rows(tmp_path / "a.jsonl", 10, shares=Shares(exact_duplicate=1.0))

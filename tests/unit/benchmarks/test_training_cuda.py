@@ -1,4 +1,4 @@
-"""The benchmark for CUDA cards, as far as it runs without one: in seconds, with a model of two layers."""
+"""The benchmark for GPUs, run on a CPU with a model of two layers."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.fakes import unsloth as fake_unsloth
 
 VOCABULARY = 49152
-# Says whether it was imported in time.
+# Reports whether it was imported before transformers.
 STUB = 'import sys\nraise ImportError("too late" if "transformers" in sys.modules else "unsloth came first")\n'
 
 
@@ -35,17 +35,17 @@ def made(folder):
 
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
-    """Other processes find an unsloth."""
+    """Make a fake unsloth importable in other processes."""
     (tmp_path / "unsloth.py").write_text(STUB)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), str(ROOT))))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def test_rows_have_the_tokens_that_the_scripts_make_of_them(made, folder, tokenizer):
+def test_rows_have_the_same_tokens_as_in_the_scripts(made, folder, tokenizer):
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     whole = [len(_ids(tokenizer, row["prompt"] + row["completion"], False)) for row in rows]
     prompts = [len(_ids(tokenizer, row["prompt"], True)) for row in rows]
-    # The template writes a newline behind the token that ends a turn; our rows end with that token.
+    # The template writes a newline after the token that ends a turn. Our rows end with that token.
     whole = [count - 1 for count in whole]
     assert (made["rows"], made["tokens"], made["longest_row"]) == (16, sum(whole), max(whole))
     assert made["trained_tokens"] == sum(whole) - sum(prompts)
@@ -63,13 +63,13 @@ def _ids(tokenizer, messages, generation):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=generation, return_dict=False)
 
 
-def test_what_was_made_before_is_found_again(made, folder):
+def test_existing_model_and_rows_are_used_again(made, folder):
     before = (folder / "model" / "model.safetensors").stat().st_mtime_ns
     assert random_llama.prepare("tiny", folder) == made
     assert (folder / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_sides_train_the_same_and_one_that_cannot_is_named(made, folder, stub, settings):
+def test_sides_train_the_same_and_a_failing_side_is_named(made, folder, stub, settings):
     sides = ("plain", "ours_transformers", "raw_unsloth")
     result = training_cuda.measure(folder, "tiny", "lora", sides, cpu=True)
     plain, ours, raw = (result["sides"][side] for side in sides)
@@ -85,13 +85,13 @@ def test_sides_train_the_same_and_one_that_cannot_is_named(made, folder, stub, s
     ratio = plain["last_epoch_seconds"] / ours["last_epoch_seconds"]
     assert result["ours_transformers_tokens_per_second_over_plain"] == pytest.approx(ratio)
     assert result["ours_unsloth_tokens_per_second_over_raw_unsloth"] is None
-    # The model's folder is nobody else's business.
+    # The path of the model's folder is not published.
     assert {**result["rows"], "model": made["model"]} == made
     assert made["model"] not in json.dumps(result)
     assert result["card"]["name"] is None
 
 
-def test_our_unsloth_comes_first_too(made, folder, stub):
+def test_our_side_imports_unsloth_first(made, folder, stub):
     code = (
         "from llm_engineering.models import device as devices\n"
         "devices.choose_backend = lambda device, *_, **__: device._replace(backend='unsloth')\n"
@@ -103,7 +103,7 @@ def test_our_unsloth_comes_first_too(made, folder, stub):
     assert training_cuda._reason(done.returncode, done.stderr) == "ImportError: unsloth came first"
 
 
-def test_the_raw_script_packs_and_trains(made, folder, monkeypatch, tmp_path, capsys):
+def test_the_unsloth_script_packs_and_trains(made, folder, monkeypatch, tmp_path, capsys):
     settings = {}
 
     def config(**given):
@@ -121,29 +121,22 @@ def test_the_raw_script_packs_and_trains(made, folder, monkeypatch, tmp_path, ca
     )
     monkeypatch.setitem(sys.modules, "unsloth", unsloth)
     monkeypatch.setattr(trl, "SFTConfig", config)
-    script = [
-        "--model",
-        made["model"],
-        "--rows",
-        str(folder / "rows.jsonl"),
-        "--output",
-        str(tmp_path),
-        "--epochs",
-        "2",
-    ]
+    rows = str(folder / "rows.jsonl")
+    script = ["--model", made["model"], "--rows", rows, "--output", str(tmp_path), "--epochs", "2"]
     raw_unsloth.main([*script, "--batch", "2", "--max-length", "128"])
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     (_, loading), (_, adapter) = fake_unsloth.CALLS
     assert (loading["load_in_4bit"], loading["max_seq_length"]) == (False, 128)
     assert (adapter["r"], adapter["lora_alpha"], adapter["use_gradient_checkpointing"]) == (16, 32, "unsloth")
     assert (settings["packing"], settings["max_length"], settings["per_device_train_batch_size"]) == (True, 128, 2)
-    # Two rows of 128 tokens a step, twice: at least as many steps as the tokens fill, and fewer than one for each row.
+    # Two epochs with two packed rows of 128 tokens in a step: at least as many steps as the tokens fill, and fewer than
+    # one for each row.
     assert math.ceil(made["tokens"] / 256) * 2 <= figures["steps"] < 16
     assert figures["last_epoch_seconds"] < figures["seconds"]
     assert figures["train_loss"] == pytest.approx(math.log(VOCABULARY), abs=0.1)
 
 
-def test_only_the_last_epoch_counts(monkeypatch):
+def test_only_the_last_epoch_is_timed(monkeypatch):
     clock, times = LastEpoch(), iter([0.0, 7.0, 10.0, 11.0, 13.0])
     monkeypatch.setattr("benchmarks.last_epoch._now", lambda: next(times))
     for event, loss in (
@@ -160,7 +153,7 @@ def test_only_the_last_epoch_counts(monkeypatch):
     assert clock.figures() == {"last_epoch_seconds": 3.0, "train_loss": 2.0}
 
 
-def test_ratios_are_ours_over_theirs():
+def test_ratios_compare_our_sides_with_their_peers():
     sides = {
         "plain": {"tokens_per_second": 2.0, "peak_memory_bytes": 8},
         "ours_transformers": {"tokens_per_second": 5.0, "peak_memory_bytes": 6, "mfu": 0.5},
@@ -175,7 +168,7 @@ def test_ratios_are_ours_over_theirs():
     assert found["ours_transformers_checkpointed_mfu"] is None
 
 
-def test_reason_is_the_last_error_that_was_named():
+def test_reason_is_the_last_error_in_the_log():
     log = "loading: slowly\nTraceback (most recent call last):\n  File\ntorch.OutOfMemoryError: CUDA out of memory.\nbye\n"
     assert training_cuda._reason(1, log) == "torch.OutOfMemoryError: CUDA out of memory."
     assert training_cuda._reason(3, "nothing else\n\n") == "nothing else"
@@ -185,19 +178,19 @@ def test_reason_is_the_last_error_that_was_named():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], "for a CUDA card, and torch finds none here. Use --shape tiny --cpu"),
+        ([], "needs a CUDA card, and torch finds none here. To test it without one, use --shape tiny --cpu"),
         (["--cpu"], "Use --shape tiny"),
         (["--shape", "tiny", "--cpu", "--write"], "say nothing about speed"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, words, monkeypatch, capsys):
+def test_useless_options_are_refused(options, words, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["training_cuda", *options])
     assert training_cuda.main() == 2
     assert words in capsys.readouterr().err
 
 
-def test_a_full_disk_is_named_before_anything_is_written(monkeypatch, tmp_path):
+def test_a_full_disk_is_refused_before_anything_is_written(monkeypatch, tmp_path):
     monkeypatch.setattr(random_llama.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**7))
     with pytest.raises(RequestError, match=r"0\.0 GB free.*--folder"):
         random_llama.prepare("tiny", tmp_path)
