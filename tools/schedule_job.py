@@ -1,4 +1,4 @@
-"""The job that a schedule of SageMaker starts: checked as far as can be, its code and recipe uploaded."""
+"""What a schedule starts: for SageMaker a checked request with its code and recipe uploaded, here the environment."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import boto3
+from dotenv import dotenv_values
 from pydantic import SecretStr
 
+from llm_engineering.compute import local_schedules
+from llm_engineering.compute.cron import Timing
+from llm_engineering.compute.local_schedules import LocalSchedule
 from llm_engineering.compute.runs import JOB_VARIABLE, job_prefix
 from llm_engineering.compute.sagemaker.access import trust_problems
 from llm_engineering.compute.sagemaker.account import Account
@@ -34,7 +40,7 @@ from llm_engineering.config import ModelConfig, Recipe, SageMakerConfig
 from llm_engineering.errors import RequestError
 from llm_engineering.recipes import recipe_hash
 from llm_engineering.settings import Settings
-from tools.preflight import CODE_VARIABLE, code_version
+from tools.plan import CODE_VARIABLE, code_version
 
 logger = logging.getLogger("llm_engineering.schedule")
 
@@ -43,6 +49,26 @@ STORE_API_KEY = "ZENML_STORE_API_KEY"
 _SCHEDULER = "scheduler.amazonaws.com"
 # EventBridge Scheduler's limit of a target's input.
 _MAX_INPUT_BYTES = 262_144
+# Of other libraries: where they find and put things.
+_OTHERS = (
+    "PATH",
+    "TZ",
+    "AWS_PROFILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_ENDPOINT_URL",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "XDG_CACHE_HOME",
+    "ZENML_ACTIVE_STACK_ID",
+    "ZENML_CONFIG_PATH",
+    "ZENML_LOCAL_STORES_PATH",
+)
 
 
 class Server(NamedTuple):
@@ -93,6 +119,53 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
     return _request(name, config, account, job, server)
 
 
+def write_local(name: str, timing: Timing, recipe: Recipe | None, folder: Path, former: LocalSchedule | None) -> None:
+    """Write a schedule of this machine; without a recipe the former one stays."""
+    now = datetime.now(UTC)
+    if former is None and (folder / name).exists():
+        raise RequestError(
+            f"There is a schedule {name} on this machine already. `make schedule-change NAME={name}` changes it, "
+            f"`make unschedule NAME={name}` removes it."
+        )
+    keeper = former.keeper if former is not None else local_schedules.keeper()
+    local_schedules.check(timing, keeper, now)
+    if recipe is not None and recipe.compute.target != "local":
+        logger.info("compute.target is %s: on a schedule of this machine, training runs on it", recipe.compute.target)
+        recipe = recipe.model_copy(
+            update={"compute": recipe.compute.model_copy(update={"target": "local", "sagemaker": None})}
+        )
+    schedule = LocalSchedule(
+        name=name,
+        timing=timing,
+        keeper=keeper,
+        created=former.created if former is not None else now,
+        folder=folder / name,
+        directory=Path.cwd(),
+        environment=environment(),
+    )
+    paused = former is not None and local_schedules.state(former) == "paused"
+    kept = recipe.model_dump_json(indent=1) if recipe is not None else None
+    local_schedules.write(schedule, kept, paused)
+
+
+def environment() -> dict[str, str]:
+    """The variables of this shell that decide where things are, for a timer of this machine; secrets are not among them, for the entry is plain text.
+
+    Raises:
+        RequestError: a secret stands in this shell's environment alone.
+    """
+    in_file = {name.upper() for name, value in dotenv_values(".env").items() if value}
+    secret = {name.upper() for name, field in Settings.model_fields.items() if _is_secret(field.annotation)}
+    lost = sorted(name for name in secret if os.environ.get(name) and name not in in_file)
+    if lost:
+        raise RequestError(
+            f"{', '.join(lost)} stands in the environment of this shell, which a timer does not have. Put it into .env "
+            "(only you may read it: chmod 600 .env), or unset it."
+        )
+    names = {name.upper() for name in Settings.model_fields} - secret
+    return {name: os.environ[name] for name in sorted(names | set(_OTHERS)) if os.environ.get(name)}
+
+
 def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecipe, server: Server) -> dict[str, Any]:
     recipe_file = f"{INPUTS}/{RECIPE_CHANNEL}/{RECIPE_FILE}"
     request = training_job_request(
@@ -100,7 +173,8 @@ def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecip
         [
             "python",
             "-m",
-            "tools.run",
+            "tools.cli",
+            "run",
             "retrain",
             "--config",
             recipe_file,
@@ -231,3 +305,7 @@ def _server(session: boto3.Session) -> Server:
             "the job's machine: `make stack-aws` registers one that keeps them in S3, and makes it the active one."
         )
     return Server(url, str(stack.id), str(project.id), str(info.auth_scheme) != "NO_AUTH")
+
+
+def _is_secret(annotation: object) -> bool:
+    return SecretStr in (annotation, *get_args(annotation))

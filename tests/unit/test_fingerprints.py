@@ -4,7 +4,7 @@ import hashlib
 
 from llm_engineering.config import EMBEDDED_DOCUMENTS, DocumentsConfig
 from llm_engineering.data.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
-from tools.verify import differing
+from tools.provenance import differing
 
 
 def test_each_file_has_its_hash(tmp_path):

@@ -14,7 +14,7 @@ from llm_engineering.data.rows import InstructionRow, Message, instruction_datas
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.hub import publish
 from tests.fake_hub import Repo, running_hub
-from tools.push_model import _is_ours
+from tools.handover import _is_ours
 
 TOKEN = SecretStr("hf_planted")
 
