@@ -71,15 +71,16 @@ def _timed(command: Sequence[str], env: dict[str, str]) -> tuple[float, str]:
 def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What the scripts need of the run: prompts as text, rows as token ids, settings."""
     from datasets import load_from_disk
+    from llm_engineering.models.device import choose_device
+    from llm_engineering.models.loading import model_path, pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.recipe.generation_blocks import InstructionWriting
+    from llm_engineering.recipe.loading import load_recipe
+    from llm_engineering.recipe.settings import Settings
 
-    from llm_engineering.compute.device import choose_device
-    from llm_engineering.config import InstructionWriting
     from llm_engineering.documents.passages import cut_passages
     from llm_engineering.documents.read import read_documents
     from llm_engineering.generation.instructions import generate_instructions
-    from llm_engineering.models import load_tokenizer, model_path, pin_revision
-    from llm_engineering.recipes import load_recipe
-    from llm_engineering.settings import Settings
 
     recipe, settings = load_recipe(config, []), Settings()
     model = pin_revision(recipe.model)
@@ -134,7 +135,7 @@ class _Recorder:
         self.seen: list[tuple[Sequence[Any], Any]] = []
 
     def answer(self, requests: Sequence[Any], sampling: Any, what: str) -> list[Any]:
-        from llm_engineering.generation.client import Failure
+        from llm_engineering.generation.types import Failure
 
         self.seen.append((requests, sampling))
         return [Failure("not_asked", "", "") for _ in requests]

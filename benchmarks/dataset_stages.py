@@ -22,16 +22,17 @@ from typing import Any
 
 import psutil
 from datasets import DatasetDict
+from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 
 from benchmarks.machine import machine
 from benchmarks.peer_preprocessing import compare, options
 from benchmarks.rows import write_rows
-from llm_engineering.config import DataConfig, FormattingConfig, ModelConfig
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.storage import work_folder
-from llm_engineering.settings import Settings
 
 RESULTS = Path(__file__).with_suffix(".json")
 
@@ -101,8 +102,10 @@ def work(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
 
 def _tokenise(splits: DatasetDict, folder: Path, ledger: Ledger, max_length: int) -> float:
     # torch comes with these: it has no place in the memory of the other stages.
+    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer
+
     from llm_engineering.formatting.datasets import format_splits
-    from llm_engineering.models import load_tokenizer, pin_revision
 
     tokenizer = load_tokenizer(pin_revision(ModelConfig()), Settings())
     start = time.monotonic()

@@ -18,9 +18,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-from llm_engineering.config import ClientConfig, ComputeConfig, ModelConfig
-from llm_engineering.generation.client import Answer, Messages, Sampling, open_client
-from llm_engineering.settings import Settings
+from llm_engineering.generation.open import open_client
+from llm_engineering.generation.types import Answer, Messages, Sampling
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 
 CONCURRENCY = 32
 LATENCY_S = (0.3, 0.7)
@@ -31,7 +34,7 @@ RESULTS = Path(__file__).with_suffix(".json")
 def measure() -> dict[str, object]:
     """Ask `REQUESTS` questions once; rates are in requests a second."""
     latency = [str(bound) for bound in LATENCY_S]
-    command = [sys.executable, "-m", "tests.scripted_endpoint", "--faults", "0", "--latency", *latency]
+    command = [sys.executable, "-m", "tests.fakes.scripted_endpoint", "--faults", "0", "--latency", *latency]
     with (
         tempfile.TemporaryDirectory() as folder,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server,

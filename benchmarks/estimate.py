@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from datasets import Dataset, DatasetDict, disable_progress_bars
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import pin_revision
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from benchmarks.machine import machine
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ComputeConfig, DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-from llm_engineering.models import load_tokenizer, pin_revision
-from llm_engineering.settings import Settings
 from llm_engineering.training import estimate
 from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.policy import lora_config

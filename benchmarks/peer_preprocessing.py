@@ -21,9 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
+
 from benchmarks.rows import Shares, write_rows
-from llm_engineering.config import EMBEDDED_MODEL, ModelConfig
-from llm_engineering.settings import Settings
 
 PEER = "llamafactory==0.9.5"
 DRIVER = Path(__file__).with_name("llamafactory_driver.py")
@@ -41,7 +42,7 @@ def compare(
         RuntimeError: the peer could not be installed or failed; with the end of its output.
     """
     # torch comes with it, which has no place in the memory of what is compared.
-    from llm_engineering.models import model_path
+    from llm_engineering.models.loading import model_path
 
     python = _peer_python(environment)
     tokenizer = model_path(ModelConfig(name_or_path=EMBEDDED_MODEL), Settings())

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
+from llm_engineering.models.loading import pin_revision
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.data_blocks import DocumentsConfig, FormattingConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from benchmarks.training_settings import BATCH, LORA, SEED
-from llm_engineering.config import DocumentsConfig, FormattingConfig, LoraConfig, ModelConfig
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
 from llm_engineering.data.storage import stream_records
@@ -24,10 +28,8 @@ from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models import load_tokenizer, pin_revision
-from llm_engineering.settings import Settings
-from llm_engineering.training.flops import TrainingFlops
 from llm_engineering.training.policy import lora_config
+from llm_engineering.training.telemetry import TrainingFlops
 
 FACTS = "facts.json"
 

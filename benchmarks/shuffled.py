@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_from_disk
+from llm_engineering.recipe.settings import Settings
 
 from benchmarks.machine import machine, show
-from llm_engineering.settings import Settings
 
 RESULTS = Path(__file__).parent / "results" / "shuffled.json"
 # Both runs under one name of their own, so that no model in production is in their way.

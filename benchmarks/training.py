@@ -109,8 +109,12 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     import random
 
     from datasets import Dataset
+    from llm_engineering.models.loading import model_path, pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import ModelConfig
 
-    from llm_engineering.config import DataConfig, DocumentsConfig, FormattingConfig, ModelConfig
     from llm_engineering.data.ledger import Ledger
     from llm_engineering.data.load import load_rows
     from llm_engineering.data.rows import (
@@ -125,8 +129,6 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     from llm_engineering.documents.passages import cut_passages
     from llm_engineering.documents.read import read_documents
     from llm_engineering.formatting.datasets import format_splits
-    from llm_engineering.models import load_tokenizer, model_path, pin_revision
-    from llm_engineering.settings import Settings
 
     if data:
         path = folder / "loaded.arrow"
@@ -194,11 +196,11 @@ def _bare() -> dict[str, Any]:
     """Tokens a second of forward and backward alone, the best of two precisions."""
     import peft
     import torch
-
-    from llm_engineering.compute.device import choose_device
-    from llm_engineering.config import ComputeConfig, ModelConfig
-    from llm_engineering.models import load_model, pin_revision
-    from llm_engineering.settings import Settings
+    from llm_engineering.models.device import choose_device
+    from llm_engineering.models.loading import load_model, pin_revision
+    from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import ModelConfig
 
     device = choose_device(ComputeConfig())
     model = load_model(pin_revision(ModelConfig()), Settings(), device)
@@ -224,9 +226,10 @@ def _bare() -> dict[str, Any]:
 
 def _ours(stage: str, folder: Path) -> dict[str, Any]:
     from datasets import Dataset, DatasetDict
-
-    from llm_engineering.config import (
-        ComputeConfig,
+    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import (
         DPOConfig,
         LoraConfig,
         ModelConfig,
@@ -234,8 +237,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
         TrackingConfig,
         TrainingSetup,
     )
-    from llm_engineering.models import pin_revision
-    from llm_engineering.settings import Settings
+
     from llm_engineering.training.dpo import train_dpo
     from llm_engineering.training.sft import train_sft
 
@@ -281,12 +283,14 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
 
 def _losses(folder: Path) -> dict[str, float]:
     from datasets import Dataset
+    from llm_engineering.models.device import choose_device
+    from llm_engineering.models.loading import load_model, pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import ModelConfig
 
-    from llm_engineering.compute.device import choose_device
-    from llm_engineering.config import ComputeConfig, ModelConfig
     from llm_engineering.evaluation.measures import Models, heldout_loss, labelled_rows
-    from llm_engineering.models import load_model, load_tokenizer, pin_revision
-    from llm_engineering.settings import Settings
 
     model, settings = pin_revision(ModelConfig()), Settings()
     names = ("plain_sft", "ours_sft", "plain_dpo", "ours_dpo")

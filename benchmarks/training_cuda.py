@@ -194,20 +194,21 @@ def _reason(code: int, log: str) -> str:
 
 
 def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
-    from llm_engineering.compute.device import choose_backend, choose_device, import_backend
-    from llm_engineering.config import ComputeConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-    from llm_engineering.settings import Settings
+    from llm_engineering.models.device import choose_backend, choose_device, import_backend
+    from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 
     compute = ComputeConfig.model_validate({"backend": side.split("_")[1]})
     checkpointing = side != "ours_transformers"
     import_backend(choose_backend(choose_device(compute), compute, method), folder)  # type: ignore[arg-type]
 
     from datasets import Dataset, DatasetDict
+    from llm_engineering.models.loading import pin_revision
     from transformers import trainer
 
     from benchmarks.last_epoch import LastEpoch
     from benchmarks.random_llama import FACTS
-    from llm_engineering.models import pin_revision
     from llm_engineering.training.sft import train_sft
 
     made = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -256,7 +257,7 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
 def _card(cpu: bool) -> dict[str, Any]:
     import torch
 
-    from llm_engineering.training.flops import peak_flops
+    from llm_engineering.training.telemetry import peak_flops
 
     if cpu:
         return {"name": None, "peak_flops": None}

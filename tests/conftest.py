@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from llm_engineering.models.loading import pin_revision
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 
 # Before ZenML and transformers are imported.
 import tools.cli  # noqa: F401
-from llm_engineering.config import EMBEDDED_MODEL, ComputeConfig, ModelConfig
-from llm_engineering.models import load_tokenizer, pin_revision
-from llm_engineering.settings import Settings
 from tests.tiny_models import write_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.fake_aws import ACCOUNT, REGION
-from tests.fake_machine import Machine, split_uri
+from tests.fakes.aws import ACCOUNT, REGION
+from tests.fakes.machine import Machine, split_uri
 
 if TYPE_CHECKING:
-    from tests.fake_sagemaker import FakeSageMaker
+    from tests.fakes.sagemaker import FakeSageMaker
 
 
 class Job:

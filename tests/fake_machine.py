@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
-from tests.fake_aws import REGION
+from tests.fakes.aws import REGION
 
 if TYPE_CHECKING:
-    from tests.fake_job import Job
+    from tests.fakes.job import Job
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 _ML = Path("/opt/ml")

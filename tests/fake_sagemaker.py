@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tests.fake_aws import ACCOUNT, REGION, Error, FakeAWS, running_aws
-from tests.fake_job import Job
-from tests.fake_machine import LOG_GROUP, why_no_jobs
+from tests.fakes.aws import ACCOUNT, REGION, Error, FakeAWS, running_aws
+from tests.fakes.job import Job
+from tests.fakes.machine import LOG_GROUP, why_no_jobs
 
 __all__ = [
     "ACCOUNT",

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from tests.conftest import ROOT
-from tests.fake_aws import ACCOUNT, REGION, Request
-from tests.fake_sagemaker import BUCKET, ROLE
+from tests.fakes.aws import ACCOUNT, REGION, Request
+from tests.fakes.sagemaker import BUCKET, ROLE
 
 PLACES = {
     "ACCOUNT": ACCOUNT, "REGION": REGION, "BUCKET": BUCKET, "JOB_ROLE_ARN": ROLE, "SECRET": "llm",

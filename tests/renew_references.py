@@ -8,9 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from llm_engineering.config import ComputeConfig, DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, write_model

@@ -1,6 +1,6 @@
 """An endpoint on loopback that answers by a script: chat completions and Bedrock's Converse, over real HTTP.
 
-Run alone, `python -m tests.scripted_endpoint --seed 1`, it prints its port, serves until it is ended, and tells at
+Run alone, `python -m tests.fakes.scripted_endpoint --seed 1`, it prints its port, serves until it is ended, and tells at
 GET /counts what it was asked. The script decides by the text of a request and the seed, so that two runs that ask the
 same are told the same, whatever comes first.
 """

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from datasets import DatasetDict
+from llm_engineering.recipe.data_blocks import FormattingConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -15,7 +16,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llm_engineering.config import FormattingConfig
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.formatting.datasets import format_splits

@@ -1,4 +1,4 @@
-"""A ZenML server on loopback that asks for logins: python -m tests.zenml_server PORT FILE
+"""A ZenML server on loopback that asks for logins: python -m tests.fakes.zenml_server PORT FILE
 
 Its store is that of ZENML_CONFIG_PATH. FILE gets the API key of a service account; then it serves until it is ended.
 """

@@ -14,10 +14,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
 from tools.cli import DEFAULT_RECIPE, PROJECT_ROOT, Config, Json, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def preflight(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_j
 
     Example: `llm-engineering cloud preflight --config configs/sagemaker_8b.yaml`
     """
-    from llm_engineering.compute.sagemaker.account import Account
-    from llm_engineering.compute.sagemaker.preflight import check, problems
+    from llm_engineering.cloud.sagemaker.account import Account
+    from llm_engineering.cloud.sagemaker.preflight import check, problems
 
     recipe, settings = load_recipe(config, overrides or ()), Settings()
     if recipe.compute.sagemaker is None:

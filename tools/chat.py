@@ -7,14 +7,15 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from llm_engineering.recipe.loading import load_recipe
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
 
 if TYPE_CHECKING:
+    from llm_engineering.publish.conversation import Conversation, Sampling
+
     from llm_engineering.data.rows import Message
-    from llm_engineering.export.conversation import Conversation, Sampling
 
 logger = logging.getLogger("llm_engineering.chat")
 
@@ -66,10 +67,11 @@ def chat(
     _check_length(max_new_tokens)
     recipe = load_recipe(config, overrides or ())
 
+    from llm_engineering.publish.conversation import Conversation, Sampling, check_system
+    from llm_engineering.publish.merge import merged_device
+    from llm_engineering.recipe.settings import Settings
+
     from llm_engineering.data.rows import Message
-    from llm_engineering.export.conversation import Conversation, Sampling, check_system
-    from llm_engineering.export.merge import merged_device
-    from llm_engineering.settings import Settings
 
     sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()
@@ -117,16 +119,17 @@ def compare(
     _check_length(max_new_tokens)
     recipe = load_recipe(config, overrides or ())
 
+    from llm_engineering.models.device import choose_device
+    from llm_engineering.models.loading import load_model
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import ModelConfig
     from rich.console import Console
     from rich.table import Table
 
-    from llm_engineering.compute.device import choose_device
-    from llm_engineering.config import ModelConfig
     from llm_engineering.data.rows import Message
     from llm_engineering.evaluation.measures import Models
-    from llm_engineering.export.conversation import Sampling, answer, check_system, has_room
-    from llm_engineering.models import load_model, load_tokenizer
-    from llm_engineering.settings import Settings
 
     sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()

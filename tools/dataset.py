@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from llm_engineering.recipe.data_blocks import HubConfig
+from llm_engineering.recipe.loading import differences, load_recipe, recipe_hash
+from llm_engineering.recipe.recipe import Recipe
 from pydantic import ValidationError
 
-from llm_engineering.config import HubConfig, Recipe
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import differences, load_recipe, recipe_hash
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
+    from llm_engineering.publish.dataset_card import CardFacts, Kind
     from zenml.models import ArtifactVersionResponse, ModelVersionResponse
-
-    from llm_engineering.data.card import CardFacts, Kind
 
 logger = logging.getLogger("llm_engineering.dataset")
 
@@ -51,9 +51,10 @@ def inspect(
         raise RequestError("There is no file to inspect. Name one: make inspect DATA=rows.jsonl")
     recipe = load_recipe(config, overrides or ())
 
-    from llm_engineering.data.inspection import inspect_file
-    from llm_engineering.models import load_tokenizer, pin_revision
-    from llm_engineering.settings import Settings
+    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.reports.data_report import inspect_file
 
     settings = Settings()
     settings.check_writable()
@@ -102,11 +103,10 @@ def push_dataset(
         )
     private = hub.private and not public
 
-    from llm_engineering.data.card import render_card
-    from llm_engineering.data.hub import check_secrets, public_rows
-    from llm_engineering.data.hub import push_dataset as publish
-    from llm_engineering.hub import check_repo_id
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.dataset_card import render_card
+    from llm_engineering.publish.hub import check_repo_id, check_secrets, public_rows
+    from llm_engineering.publish.hub import push_dataset as publish
+    from llm_engineering.recipe.settings import Settings
 
     check_repo_id(repo_id)
     prepare_zenml()
@@ -210,7 +210,7 @@ def _facts(
     rows: DatasetDict,
 ) -> CardFacts:
     """What the runs recorded about the dataset."""
-    from llm_engineering.data import card
+    from llm_engineering.publish import dataset_card
 
     own = made_with.data.instructions if kind == "instruction" else made_with.data.preferences
     candidates = version.get_artifact(f"{kind}_candidates")
@@ -220,19 +220,19 @@ def _facts(
     instructions = version.get_artifact("instruction_candidates")
     asked: Any = instructions.run_metadata if instructions and not own else {}
     base = f"{made_with.model.name_or_path}@{made_with.model.revision}"
-    return card.CardFacts(
+    return dataset_card.CardFacts(
         name=made_with.name,
         kind=kind,
         hub=hub,
-        documents=card.public_name(own or made_with.data.instructions or made_with.documents.path),
-        model=card.OWN_DATASET if own else card.public_name(str(recorded.get("generated_by", base))),
+        documents=dataset_card.public_name(own or made_with.data.instructions or made_with.documents.path),
+        model=dataset_card.OWN_DATASET if own else dataset_card.public_name(str(recorded.get("generated_by", base))),
         prompts={str(name): str(version) for name, version in dict(asked.get("prompts", {})).items()},
         recipe_hash=recipe_hash(made_with),
         code_version=str(_parameters(dataset_version)["inputs"]["code"]),
-        stages=card.stage_counts(dataset),
+        stages=dataset_card.stage_counts(dataset),
         rows={split: len(part) for split, part in rows.items()},
         tokens=int(str(formatted.run_metadata["tokens"])) if formatted else None,
         columns=rows["train"].column_names,
-        origins=card.origins(rows),
-        limits=card.limits(kind, own is not None, made_with.data.rules),
+        origins=dataset_card.origins(rows),
+        limits=dataset_card.limits(kind, own is not None, made_with.data.rules),
     )

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.recipe import Recipe
 from pydantic import ValidationError
 
-from llm_engineering.config import Recipe
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
 
 if TYPE_CHECKING:
+    from llm_engineering.publish.model_card import DatasetFacts, ModelCardFacts
     from zenml.models import ArtifactVersionResponse
 
-    from llm_engineering.export.card import DatasetFacts, ModelCardFacts
     from tools.versions import Found
 
 logger = logging.getLogger("llm_engineering.export")
@@ -48,8 +48,8 @@ def export(
         raise RequestError("GGUF is one file: say where, e.g. OUTPUT=model.gguf.")
     if output is not None:
         _check_output(output, is_gguf)
-    from llm_engineering.export.card import render_model_card
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.model_card import render_model_card
+    from llm_engineering.recipe.settings import Settings
 
     settings = Settings()
     settings.check_writable()
@@ -63,7 +63,7 @@ def export(
         print(folder)
         return 0
     if is_gguf:
-        from llm_engineering.export.gguf import write_gguf
+        from llm_engineering.publish.gguf import write_gguf
 
         write_gguf(folder, output, recipe.name)
     else:
@@ -101,9 +101,9 @@ def push(
         raise RequestError("No repository is named: add --repo owner/name, or hub.repo_id to the recipe.")
     private = hub.private and not public
 
-    from llm_engineering.export.card import base_licence, render_model_card
-    from llm_engineering.hub import check_repo_id, find_token, publish
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.hub import check_repo_id, find_token, publish
+    from llm_engineering.publish.model_card import base_licence, render_model_card
+    from llm_engineering.recipe.settings import Settings
 
     settings = Settings()
     check_repo_id(repo_id)
@@ -135,10 +135,11 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     Raises:
         RequestError: the version was made with another version of the recipe's schema, or was not evaluated.
     """
-    from llm_engineering.data import card as data_card
-    from llm_engineering.export.card import ModelCardFacts
-    from llm_engineering.export.merge import VERIFICATION
-    from llm_engineering.export.verify import Verification
+    from llm_engineering.publish import dataset_card as data_card
+    from llm_engineering.publish.merge import VERIFICATION
+    from llm_engineering.publish.model_card import ModelCardFacts
+    from llm_engineering.publish.verification import Verification
+
     from tools.versions import newest_artifacts
 
     number = found.version.number
@@ -183,8 +184,8 @@ def _own_dataset(recipe: Recipe, kind: str) -> str | None:
 
 
 def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
-    from llm_engineering.data.card import public_name
-    from llm_engineering.export.card import DatasetFacts
+    from llm_engineering.publish.dataset_card import public_name
+    from llm_engineering.publish.model_card import DatasetFacts
 
     dataset = own[f"{kind}_dataset"]
     facts: Any = dataset.run_metadata

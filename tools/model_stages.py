@@ -7,11 +7,11 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from llm_engineering.recipe.loading import load_recipe
 from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Json, Note, Overrides, VersionNumber, prepare_zenml
 
 # As the report of the evaluation calls them.
@@ -79,7 +79,8 @@ def promote(
         )
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
-    from steps.registry import StaleError, adapter_of, move, person, stages
+    from pipelines.registry import StaleError, adapter_of, move, person, stages
+
     from tools.versions import find_version
 
     found = find_version(recipe.name, version)
@@ -124,7 +125,7 @@ def rollback(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, note:
     """
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
-    from steps.registry import person, roll_back
+    from pipelines.registry import person, roll_back
 
     state = roll_back(recipe.name, person(), note.strip())
     print(f"{recipe.name} version {state.production[-1].number} is in production again.")
@@ -133,7 +134,8 @@ def rollback(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, note:
 
 def _described(version: Any) -> dict[str, Any]:
     """What the table shows of a model version; `measures` are those of the model that its run ended with."""
-    from steps.registry import adapter_of
+    from pipelines.registry import adapter_of
+
     from tools.versions import newest_artifacts
 
     adapter = adapter_of(version)

@@ -15,31 +15,27 @@ from pathlib import Path
 
 import torch
 import yaml
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.preflight import check
+from llm_engineering.generation.open import check_access
+from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
+from llm_engineering.models.loading import load_config, pin_revision
+from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+from llm_engineering.recipe.data_blocks import DataConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
+from llm_engineering.recipe.loading import recipe_hash
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, DPOConfig, TrainConfig
+from llm_engineering.training.tracking import check_trackers
 
-from llm_engineering.compute.device import Device, check_processes, check_training, choose_backend, choose_device
-from llm_engineering.compute.sagemaker.account import Account
-from llm_engineering.compute.sagemaker.preflight import check
-from llm_engineering.config import (
-    EMBEDDED_MODEL,
-    ClientConfig,
-    DataConfig,
-    DPOConfig,
-    InstructionWriting,
-    Recipe,
-    TrainConfig,
-)
 from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import documents_hash, read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_requirements
-from llm_engineering.formatting.chat_template import check_chat_template, pin_chat_template
-from llm_engineering.generation.client import check_access
-from llm_engineering.models import load_config, load_tokenizer, pin_revision
-from llm_engineering.recipes import recipe_hash
-from llm_engineering.settings import Settings
-from llm_engineering.tracking import check_trackers
+from llm_engineering.formatting.render import check_chat_template
 from llm_engineering.training.estimate import (
     UTILISATION,
     Memory,

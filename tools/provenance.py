@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from llm_engineering.config import EMBEDDED_MODEL, ModelConfig, Recipe
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
 
 # Which of a version's artifacts the others are the origin of.
@@ -120,7 +121,8 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
     Raises:
         RequestError: its run ended before there was a model.
     """
-    from steps.registry import adapter_of, history
+    from pipelines.registry import adapter_of, history
+
     from tools.versions import newest_artifacts, producer, sources_of, with_origins
 
     adapter = adapter_of(version)
@@ -210,7 +212,8 @@ def _artifact(artifact: Any) -> Iterator[Finding]:
 
 def _sources(artifact: Any) -> Iterator[Finding]:
     """The user's files that an artifact was read from, or measured with."""
-    from llm_engineering.data.fingerprints import recipe_fingerprints
+    from llm_engineering.documents.fingerprints import recipe_fingerprints
+
     from llm_engineering.data.sources import dataset_hash
     from llm_engineering.evaluation.requirements import files_hash
     from tools.versions import sources_of
@@ -243,8 +246,8 @@ def _sources(artifact: Any) -> Iterator[Finding]:
 
 def _base_model(version: Any) -> Iterator[Finding]:
     """The base model's folder or package; a commit of the hub names its content."""
-    from llm_engineering.models import pin_revision
-    from steps.registry import adapter_of
+    from llm_engineering.models.loading import pin_revision
+    from pipelines.registry import adapter_of
 
     adapter = adapter_of(version)
     if adapter is None:

@@ -213,8 +213,9 @@ def print_table(result: RunResult, file: TextIO) -> None:
 
 def _measures(evaluation: dict[str, Any]) -> Table:
     """Every measure of every model, and how sure its difference between the newest model and the base model is."""
-    from llm_engineering.evaluation.comparison import verdict
-    from llm_engineering.reports import interval
+    from llm_engineering.reports.page import interval
+
+    from llm_engineering.evaluation.statistics import verdict
 
     models, newest = evaluation["models"], evaluation["newest"]
     measures = _table("Held-out measures", "Measure", *models, f"{newest} minus base", "That is")

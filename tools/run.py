@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from llm_engineering.recipe.loading import differences, load_recipe
+from llm_engineering.recipe.recipe import Recipe
 from pydantic import ValidationError
 
-from llm_engineering.config import Recipe
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import differences, load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
@@ -194,11 +194,11 @@ def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
         RequestError: the recipe trains here, or the job is none of these stages.
         WorkError: SageMaker does not know the job, or refuses to say.
     """
-    from llm_engineering.compute.sagemaker import jobs
-    from llm_engineering.compute.sagemaker.account import Account
-    from llm_engineering.compute.sagemaker.dispatch import ATTACH
-    from llm_engineering.compute.sagemaker.failures import translated
-    from llm_engineering.settings import Settings
+    from llm_engineering.cloud.sagemaker import jobs
+    from llm_engineering.cloud.sagemaker.account import Account
+    from llm_engineering.cloud.sagemaker.dispatch import ATTACH
+    from llm_engineering.cloud.sagemaker.failures import translated
+    from llm_engineering.recipe.settings import Settings
 
     if recipe.compute.sagemaker is None:
         raise RequestError(
@@ -220,7 +220,7 @@ def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
 
 def warn_if_unused(job: str) -> None:
     """Warn if no step has followed the job: the training step was served from the cache."""
-    from llm_engineering.compute.sagemaker.dispatch import ATTACH
+    from llm_engineering.cloud.sagemaker.dispatch import ATTACH
 
     if os.environ.pop(ATTACH, None) is not None:
         logger.warning("Job %s was not followed: its training step was served from the cache", job)
@@ -238,7 +238,7 @@ def _registered_adapter(sft_recipe: str) -> Any:
 
 def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:
     """Start a pipeline that ends with the gate, and hand it the model in production to be measured beside its own."""
-    from steps.registry import incumbent
+    from pipelines.registry import incumbent
 
     found = incumbent(recipe.name)
     if found is None:

@@ -14,20 +14,19 @@ from typing import Annotated, Any, Literal, NamedTuple
 import boto3
 import typer
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+from llm_engineering.cloud.sagemaker.failures import translated
+from llm_engineering.cloud.schedules import eventbridge, local_schedules
+from llm_engineering.cloud.schedules.cron import Timing, parse_timing
+from llm_engineering.cloud.schedules.eventbridge import CloudSchedule
+from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
+from llm_engineering.cloud.schedules.run_records import RunRecord
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
 from rich.console import Console
 from rich.table import Table
 
-from llm_engineering.compute import local_schedules
-from llm_engineering.compute.cron import Timing, parse_timing
-from llm_engineering.compute.local_schedules import LocalSchedule
-from llm_engineering.compute.runs import RunRecord
-from llm_engineering.compute.sagemaker import schedules
-from llm_engineering.compute.sagemaker.failures import translated
-from llm_engineering.compute.sagemaker.schedules import CloudSchedule
-from llm_engineering.config import Recipe
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides
 
 logger = logging.getLogger("llm_engineering.schedule")
@@ -104,10 +103,10 @@ def create(
             from tools.schedule_job import job_request
 
             session = _session(settings)
-            schedules.check_free(session, name)
+            eventbridge.check_free(session, name)
             request = job_request(name, recipe, settings, session)
             assert settings.scheduler_role is not None
-            schedules.create(session, name, timing, request, settings.scheduler_role, settings.notify_sns_topic)
+            eventbridge.create(session, name, timing, request, settings.scheduler_role, settings.notify_sns_topic)
         print(f"Schedule {name} is made. {_next(timing, datetime.now(UTC))}")
         if local:
             print(_hint(local_schedules.get(_folder(settings), name)))
@@ -138,8 +137,8 @@ def list_schedules(
             ]
         for cloud in _in_the_cloud(target, settings):
             session = _session(settings)
-            found = schedules.runs(session, cloud, limit)
-            missed = schedules.missed(cloud, found[0] if found else None, now)
+            found = eventbridge.runs(session, cloud, limit)
+            missed = eventbridge.missed(cloud, found[0] if found else None, now)
             rows.append(Row(cloud, "paused" if cloud.paused else "active", found, missed))
     if as_json:
         print(json.dumps([_as_json(row, now) for row in rows]))
@@ -182,7 +181,7 @@ def change(
 
             session = _session(settings)
             request = found.request if recipe is None else job_request(found.name, recipe, settings, session)
-            schedules.change(session, found.name, timing, request, settings.notify_sns_topic)
+            eventbridge.change(session, found.name, timing, request, settings.notify_sns_topic)
         print(f"Schedule {found.name} is changed. {_next(timing, found.created)}")
     return 0
 
@@ -221,7 +220,7 @@ def run_now(name: Name = None, target: Target = None) -> int:
             process = local_schedules.run_now(found)
             print(f"Started as process {process}; its log: {found.folder / local_schedules.LOG_FILE}")
         else:
-            job = schedules.run_now(_session(settings), found.name)
+            job = eventbridge.run_now(_session(settings), found.name)
             print(f"Started job {job}. `make schedules` shows its verdict.")
     return 0
 
@@ -240,7 +239,7 @@ def remove(name: Name = None, target: Target = None, stop: Stop = False) -> int:
             local_schedules.remove(found, stop)
             print(f"Removed {found.name}: its {found.keeper} entry and {found.folder}.")
         else:
-            schedules.remove(_session(settings), found.name, stop)
+            eventbridge.remove(_session(settings), found.name, stop)
             print(f"Removed {found.name}: schedule, group, rule and alarm, and {found.place.place}.")
     return 0
 
@@ -251,7 +250,7 @@ def _set_paused(name: str | None, target: Place | None, paused: bool) -> Schedul
     if isinstance(found, LocalSchedule):
         local_schedules.set_paused(found, paused)
     else:
-        schedules.set_paused(_session(settings), found.name, paused)
+        eventbridge.set_paused(_session(settings), found.name, paused)
     return found
 
 
@@ -282,7 +281,7 @@ def _in_the_cloud(target: Place | None, settings: Settings) -> list[CloudSchedul
         logger.info("Schedules of SageMaker are not looked up: no region is known (AWS_REGION).")
         return []
     try:
-        return schedules.list_all(_session(settings))
+        return eventbridge.list_all(_session(settings))
     except (NoCredentialsError, PartialCredentialsError):
         if target is not None:
             raise
@@ -296,9 +295,9 @@ def _recipe(config: str, overrides: Sequence[str] | None, documents: str | None)
 
 
 def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name) or len(name) > schedules.MAX_NAME:
+    if not _NAME.fullmatch(name) or len(name) > eventbridge.MAX_NAME:
         raise RequestError(
-            f'"{name}" is no name for a schedule: letters, digits and single hyphens, at most {schedules.MAX_NAME}. '
+            f'"{name}" is no name for a schedule: letters, digits and single hyphens, at most {eventbridge.MAX_NAME}. '
             "Choose one: NAME=weekly."
         )
 

@@ -15,31 +15,25 @@ from urllib.parse import urlsplit
 
 import boto3
 from dotenv import dotenv_values
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.preflight import Problem, problems, tried, trust_problems
+from llm_engineering.cloud.sagemaker.request import INPUTS, training_job_request
+from llm_engineering.cloud.sagemaker.storage import upload_code
+from llm_engineering.cloud.schedules import local_schedules
+from llm_engineering.cloud.schedules.alerts import topic_problems
+from llm_engineering.cloud.schedules.cron import Timing
+from llm_engineering.cloud.schedules.eventbridge import EXECUTION
+from llm_engineering.cloud.schedules.job_recipe import RECIPE_CHANNEL, RECIPE_FILE, JobRecipe, is_loopback, job_recipe
+from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
+from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, job_prefix
+from llm_engineering.recipe.compute_blocks import SageMakerConfig
+from llm_engineering.recipe.loading import recipe_hash
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 from pydantic import SecretStr
 
-from llm_engineering.compute import local_schedules
-from llm_engineering.compute.cron import Timing
-from llm_engineering.compute.local_schedules import LocalSchedule
-from llm_engineering.compute.runs import JOB_VARIABLE, job_prefix
-from llm_engineering.compute.sagemaker.access import trust_problems
-from llm_engineering.compute.sagemaker.account import Account
-from llm_engineering.compute.sagemaker.alerts import topic_problems
-from llm_engineering.compute.sagemaker.code import upload_code
-from llm_engineering.compute.sagemaker.preflight import problems
-from llm_engineering.compute.sagemaker.problems import Problem, tried
-from llm_engineering.compute.sagemaker.request import INPUTS, training_job_request
-from llm_engineering.compute.sagemaker.scheduled_recipe import (
-    RECIPE_CHANNEL,
-    RECIPE_FILE,
-    JobRecipe,
-    is_loopback,
-    job_recipe,
-)
-from llm_engineering.compute.sagemaker.schedules import EXECUTION
-from llm_engineering.config import ModelConfig, Recipe, SageMakerConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import recipe_hash
-from llm_engineering.settings import Settings
 from tools.plan import CODE_VARIABLE, code_version
 
 logger = logging.getLogger("llm_engineering.schedule")

@@ -14,13 +14,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import boto3
+from llm_engineering.cloud.schedules.notify import notify, without_secrets
+from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place, RunRecord, job_prefix
+from llm_engineering.recipe.loading import recipe_hash
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
 
-from llm_engineering.compute.runs import JOB_VARIABLE, Place, RunRecord, job_prefix
-from llm_engineering.config import Recipe
 from llm_engineering.generation.store import STORE_FILE
-from llm_engineering.notify import notify, without_secrets
-from llm_engineering.recipes import recipe_hash
-from llm_engineering.settings import Settings
 from pipelines.inputs import Inputs
 
 logger = logging.getLogger("llm_engineering.run")

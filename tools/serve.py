@@ -18,9 +18,9 @@ from typing import Annotated
 
 import httpx
 import typer
+from llm_engineering.recipe.loading import load_recipe
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
 
 logger = logging.getLogger("llm_engineering.serve")
@@ -53,9 +53,9 @@ def serve(
     recipe = load_recipe(config, overrides or ())
     check_port(port)
 
-    from llm_engineering.export.merge import merged_device
-    from llm_engineering.export.verify import precision
-    from llm_engineering.settings import Settings
+    from llm_engineering.publish.merge import merged_device
+    from llm_engineering.publish.verification import precision
+    from llm_engineering.recipe.settings import Settings
 
     settings = Settings()
     settings.check_writable()

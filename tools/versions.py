@@ -13,21 +13,22 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_engineering.models.device import choose_device
+from llm_engineering.publish.merge import MAX_ROWS, Trained, merge, merged_device
+from llm_engineering.publish.verification import HeldoutRow, Verification, precision
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
+from pipelines.registry import adapter_of, stages
 from zenml import save_artifact
 from zenml.client import Client
 from zenml.model.utils import link_artifact_version_to_model_version
 from zenml.models import ArtifactVersionResponse, ModelVersionResponse, StepRunResponse
 from zenml.utils.pagination_utils import depaginate
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ModelConfig, Recipe
 from llm_engineering.data.storage import stream_records
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.export.merge import MAX_ROWS, Trained, merge, merged_device
-from llm_engineering.export.verify import HeldoutRow, Verification, precision
-from llm_engineering.settings import Settings
 from steps.materializers import Directory, DirectoryMaterializer
-from steps.registry import adapter_of, stages
 
 logger = logging.getLogger("llm_engineering.versions")
 

@@ -15,9 +15,8 @@ ROUNDS, PROCESSES = 3, 3
 
 def race(index: int, environment: dict[str, str], barrier: Any, results: Any) -> None:
     os.environ.update(environment)
+    from pipelines.registry import StaleError, move, stages
     from zenml.client import Client
-
-    from steps.registry import StaleError, move, stages
 
     for turn in range(ROUNDS):
         version = Client().get_model_version("raced", turn * PROCESSES + index + 1)
@@ -34,7 +33,7 @@ def race(index: int, environment: dict[str, str], barrier: Any, results: Any) ->
 
 def overtaken(first: Any, second: Any) -> str:
     """Move `first`, and `second` just before what `first` comes to is written."""
-    from steps import registry
+    from pipelines import registry
 
     real = registry.save_artifact
     seen = registry.stages("raced").production[-1].number
@@ -54,7 +53,7 @@ def overtaken(first: Any, second: Any) -> str:
 
 def killed(version: Any) -> None:
     """Move a version, and end before ZenML's own stages follow."""
-    from steps import registry
+    from pipelines import registry
 
     real, seen = registry._settle, registry.stages("raced").production[-1].number
 
@@ -69,10 +68,10 @@ def killed(version: Any) -> None:
 
 
 def main() -> None:
+    from pipelines.registry import history, roll_back, stages
     from zenml.client import Client
 
-    from steps import registry
-    from steps.registry import history, roll_back, stages
+    from pipelines import registry
 
     def in_production() -> list[int]:
         found = Client().list_model_versions(model_name_or_id="raced", stage="production").items

@@ -11,7 +11,8 @@ import tools.cli
 def main() -> None:
     # Before any step is imported: it says where the sources are.
     tools.cli.prepare_zenml()
-    from llm_engineering.recipes import load_recipe
+    from llm_engineering.recipe.loading import load_recipe
+
     from pipelines import chain
     from tools import results, run
     from tools.plan import preflight

@@ -8,17 +8,16 @@ import httpx
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
+from llm_engineering.cloud.sagemaker import preflight
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.preflight import check, problems, trusts
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
 
-from llm_engineering.compute.sagemaker import capacity
-from llm_engineering.compute.sagemaker.access import trusts
-from llm_engineering.compute.sagemaker.account import Account
-from llm_engineering.compute.sagemaker.preflight import check, problems
-from llm_engineering.config import Recipe
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
 from tests.conftest import ROOT
-from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, ROLE, FakeSageMaker, running_sagemaker
+from tests.fakes.sagemaker import ACCOUNT, BUCKET, IMAGE, ROLE, FakeSageMaker, running_sagemaker
 
 BLOCK = (
     "compute={target: sagemaker, sagemaker: {instance_type: ml.g5.2xlarge, "
@@ -171,7 +170,7 @@ def test_a_volume_that_is_too_small(fake, small_llama, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(small_llama).parameters())
-    assert capacity.volume_bytes(full, Settings()) == weights * (4 + 36 + 4) + 10 * 2**30
+    assert preflight.volume_bytes(full, Settings()) == weights * (4 + 36 + 4) + 10 * 2**30
 
 
 def test_a_wait_that_is_less_than_the_run(fake, recipe):

@@ -11,12 +11,13 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm_engineering.config import EMBEDDED_MODEL, ModelConfig
-from llm_engineering.models import model_path, pin_revision
-from llm_engineering.settings import Settings
+from llm_engineering.models.loading import model_path, pin_revision
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
+
+from tests.fakes.scripted_endpoint import ScriptedEndpoint, error, scripted
 from tests.integration.conftest import ROOT
 from tests.integration.preloaded import Forked
-from tests.scripted_endpoint import ScriptedEndpoint, error, scripted
 
 PASSAGES = 2000
 CONCURRENCY = 64

@@ -7,8 +7,8 @@ import time
 import pytest
 from botocore.exceptions import ClientError
 
-from tests.fake_aws import Error
-from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, ROLE, running_sagemaker, why_no_jobs
+from tests.fakes.aws import Error
+from tests.fakes.sagemaker import ACCOUNT, BUCKET, IMAGE, LOG_GROUP, ROLE, running_sagemaker, why_no_jobs
 
 needs_jobs = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
 

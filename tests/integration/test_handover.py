@@ -17,7 +17,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
-from tests.fake_hub import running_hub
+from tests.fakes.hub import running_hub
 from tests.integration.conftest import ROOT, Run
 
 QUESTION = "Where does the number 7 stand?"

@@ -6,9 +6,9 @@ import pytest
 from botocore.session import get_session
 
 from tests.conftest import ROOT
-from tests.fake_aws import ACCOUNT, REGION, Request
-from tests.fake_sagemaker import BUCKET, ROLE
-from tests.iam import assert_allowed, policy
+from tests.fakes.aws import ACCOUNT, REGION, Request
+from tests.fakes.iam import assert_allowed, policy
+from tests.fakes.sagemaker import BUCKET, ROLE
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs" / "aws").glob("*.json")), ids=lambda path: path.stem)

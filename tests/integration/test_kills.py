@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from llm_engineering.config import (
-    ComputeConfig,
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import (
     DPOConfig,
     LoraConfig,
     ModelConfig,
@@ -21,7 +21,7 @@ from llm_engineering.config import (
     TrackingConfig,
     TrainingSetup,
 )
-from llm_engineering.settings import Settings
+
 from tests.integration.conftest import ROOT
 from tests.integration.preloaded import Forked
 

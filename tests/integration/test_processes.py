@@ -12,13 +12,14 @@ import psutil
 import pytest
 import torch
 from datasets import DatasetDict, concatenate_datasets
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig
+from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from llm_engineering.config import ComputeConfig, DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig
-from llm_engineering.config import TrainingSetup as Setup
-from llm_engineering.models import load_tokenizer
-from llm_engineering.settings import Settings
 from llm_engineering.training import ranks, telemetry
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft

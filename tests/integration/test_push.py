@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
-from tests.fake_hub import running_hub
+from tests.fakes.hub import running_hub
 from tests.integration.conftest import make_project
 
 TOKEN = "hf_planted_token_value"

@@ -12,22 +12,24 @@ import time
 from pathlib import Path
 
 import pytest
+from llm_engineering.cloud.sagemaker.dispatch import ATTACH, dispatch_training
+from llm_engineering.cloud.sagemaker.jobs import FETCHED, JobNames
+from llm_engineering.models.loading import pin_revision
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from llm_engineering.compute.sagemaker.dispatch import ATTACH, dispatch_training
-from llm_engineering.compute.sagemaker.jobs import FETCHED, JobNames
-from llm_engineering.config import ComputeConfig, ModelConfig
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models import load_tokenizer, pin_revision
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
 from llm_engineering.training.job import Job
 from llm_engineering.training.launch import launch_training
 from llm_engineering.training.sft import train_sft_job
 from tests.conftest import ROOT
-from tests.fake_sagemaker import BUCKET, LOG_GROUP, running_sagemaker, why_no_jobs
-from tests.iam import actions, assert_allowed, policy
+from tests.fakes.iam import actions, assert_allowed, policy
+from tests.fakes.sagemaker import BUCKET, LOG_GROUP, running_sagemaker, why_no_jobs
 from tests.tiny_models import formatted, write_model
 
 pytestmark = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))

@@ -8,17 +8,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from llm_engineering.cloud.schedules.eventbridge import EXECUTION
+from llm_engineering.cloud.schedules.run_records import RunRecord
+from llm_engineering.recipe.settings import Settings
 
 import tools.cli
 import tools.schedule_job
-from llm_engineering.compute.runs import RunRecord
-from llm_engineering.compute.sagemaker.schedules import EXECUTION
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.settings import Settings
 from tests.conftest import ROOT
-from tests.fake_aws import Request
-from tests.fake_sagemaker import ACCOUNT, BUCKET, IMAGE, REGION, ROLE, running_sagemaker
-from tests.iam import actions, assert_allowed, policy
+from tests.fakes.aws import Request
+from tests.fakes.iam import actions, assert_allowed, policy
+from tests.fakes.sagemaker import ACCOUNT, BUCKET, IMAGE, REGION, ROLE, running_sagemaker
 from tools import schedule
 from tools.schedule_job import Server
 
@@ -345,7 +345,7 @@ def test_schedule_with_a_running_job_is_removed_only_when_the_job_is_stopped(fak
 
 def test_refused_start_is_listed_as_missed(fake, recipe, capsys):
     """CreateTrainingJob itself was refused: there is no job. The alarm tells, and the list says so."""
-    from llm_engineering.compute.sagemaker.schedules import get, missed
+    from llm_engineering.cloud.schedules.eventbridge import get, missed
 
     create(recipe, "--timezone", "UTC", cron="0 * * * ? *")
     session = schedule._session(Settings())

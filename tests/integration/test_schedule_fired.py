@@ -13,11 +13,11 @@ import uuid
 
 import httpx
 import pytest
+from llm_engineering.cloud.schedules.run_records import Place
 
-from llm_engineering.compute.runs import Place
 from tests.conftest import ROOT
-from tests.fake_sagemaker import BUCKET, LOG_GROUP, why_no_jobs
-from tests.iam import assert_allowed, policy
+from tests.fakes.iam import assert_allowed, policy
+from tests.fakes.sagemaker import BUCKET, LOG_GROUP, why_no_jobs
 from tests.integration.preloaded import Forked
 from tests.integration.test_schedule import FOLDER, RECIPE, account, fire, list_names, put_secret, settings_of  # noqa: F401
 
@@ -82,7 +82,7 @@ def zenml_server(tmp_path):
     made, log = tmp_path / "server.json", tmp_path / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.zenml_server", str(port), str(made)],
+            [sys.executable, "-m", "tests.fakes.zenml_server", str(port), str(made)],
             cwd=ROOT,
             env=env,
             stdout=output,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fake_sagemaker import BUCKET, running_sagemaker
+from tests.fakes.sagemaker import BUCKET, running_sagemaker
 
 pytest.importorskip("s3fs", reason="ZenML's artifact store in S3 needs the extra aws")
 

@@ -11,12 +11,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-from llm_engineering.compute import device as devices
-from llm_engineering.compute.device import Device, choose_backend, choose_device, needs_own_process
-from llm_engineering.config import (
-    ComputeConfig,
+from llm_engineering.models.device import Device, choose_backend, choose_device, needs_own_process
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import (
     DPOConfig,
     LoraConfig,
     ModelConfig,
@@ -24,9 +23,10 @@ from llm_engineering.config import (
     TrackingConfig,
     TrainingSetup,
 )
+from safetensors.torch import load_file
+
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models import load_tokenizer
-from llm_engineering.recipes import load_recipe
+from llm_engineering.models import device as devices
 from llm_engineering.training import dpo, sft
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
@@ -140,9 +140,9 @@ def test_unsloth_is_imported_before_what_it_patches(tmp_path):
         "import sys\nfor name in ('transformers', 'peft', 'trl'):\n    assert name not in sys.modules, name\nprint('first')\n"
     )
     code = (
-        "import torch\nfrom llm_engineering.compute.device import Device, import_backend\n"
-        "import llm_engineering.recipes\n"
-        "from llm_engineering.settings import Settings\n"
+        "import torch\nfrom llm_engineering.models.device import Device, import_backend\n"
+        "import llm_engineering.recipe.loading\n"
+        "from llm_engineering.recipe.settings import Settings\n"
         "import_backend(Device('cuda', torch.bfloat16, 'sdpa', [], 'unsloth'), Settings().llm_cache_dir)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}

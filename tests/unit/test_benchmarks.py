@@ -4,13 +4,15 @@ import importlib.util
 import json
 
 import pytest
+from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks, tasks_hash
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, LmEvalConfig
+from llm_engineering.recipe.training_blocks import ModelConfig
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import EvaluationConfig, LmEvalConfig, ModelConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.benchmarks import TaskResults, run_tasks, tasks_hash
 from llm_engineering.evaluation.requirements import check_requirements
-from llm_engineering.models import load_model, load_tokenizer
 
 TASK = """
 task: lamps

@@ -97,9 +97,9 @@ def test_real_steps_reach_the_code_that_decides_their_result():
     from steps.caching import reachable
 
     training = reachable("steps.training", "train_sft")
-    assert "llm_engineering.training.run.training_arguments" in training
+    assert "llm_engineering.training.arguments.training_arguments" in training
     assert "llm_engineering.training.telemetry.TelemetryCallback" in training
-    assert "llm_engineering.config.DPOConfig" not in training
+    assert "llm_engineering.recipe.training_blocks.DPOConfig" not in training
     assert not any(".documents." in name or ".generation." in name for name in training)
     assert "llm_engineering.generation.instructions.instruction_problem" in reachable(
         "steps.data", "generate_instructions"

@@ -4,10 +4,7 @@ import pytest
 import yaml
 from datasets import DatasetDict
 from huggingface_hub import DatasetCard
-from pydantic import ValidationError
-
-from llm_engineering.config import HubConfig, RulesConfig
-from llm_engineering.data.card import (
+from llm_engineering.publish.dataset_card import (
     OWN_DATASET,
     CardFacts,
     StageCount,
@@ -18,8 +15,10 @@ from llm_engineering.data.card import (
     render_card,
     stage_counts,
 )
-from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.recipe.data_blocks import HubConfig, RulesConfig
+from pydantic import ValidationError
+
+from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
 
 

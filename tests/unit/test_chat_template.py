@@ -2,26 +2,21 @@
 
 import pytest
 from datasets import DatasetDict
-from transformers import AutoTokenizer
-
-from llm_engineering.config import (
-    DPOConfig,
-    FormattingConfig,
-    ModelConfig,
-    SFTConfig,
-    TrackingConfig,
-    TrainingSetup,
-)
-from llm_engineering.errors import RequestError
-from llm_engineering.formatting.chat_template import (
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import (
     TEMPLATES,
-    check_chat_template,
+    end_token_ids,
+    load_tokenizer,
     pin_chat_template,
     set_chat_template,
     template_text,
 )
-from llm_engineering.formatting.render import render
-from llm_engineering.models import end_token_ids, load_model, load_tokenizer
+from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from transformers import AutoTokenizer
+
+from llm_engineering.errors import RequestError
+from llm_engineering.formatting.render import check_chat_template, render
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, instruction
@@ -125,7 +120,8 @@ def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path)
 
 
 def test_preflight_tells_what_is_missing(base_model):
-    from llm_engineering.recipes import load_recipe
+    from llm_engineering.recipe.loading import load_recipe
+
     from tests.conftest import ROOT
     from tools.plan import preflight
 
@@ -139,7 +135,7 @@ def test_preflight_tells_what_is_missing(base_model):
 
 
 def test_answers_end_with_the_model_s_tokens_and_with_the_trained_one(model, settings, cpu):
-    from llm_engineering.compute.device import choose_device
+    from llm_engineering.models.device import choose_device
 
     loaded = load_model(model, settings, choose_device(cpu))
     tokenizer = load_tokenizer(model, settings, "alpaca")
@@ -189,7 +185,8 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
 ):
     """The batches that the trainers make: the end of each answer is trained, the padding after it is not. Batches of SFT
     have none where the model keeps rows `apart`."""
-    from llm_engineering.compute.device import choose_device
+    from llm_engineering.models.device import choose_device
+
     from llm_engineering.training import sft
     from llm_engineering.training.dpo import dpo_trainer
     from llm_engineering.training.policy import new_policy

@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
+from llm_engineering.cloud import container
 
-from llm_engineering.compute import container
 from llm_engineering.errors import RequestError
 
 BOTO3 = importlib.metadata.version("boto3")

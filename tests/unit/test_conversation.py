@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from llm_engineering.models.device import choose_device
+from llm_engineering.publish.conversation import Conversation, Sampling, check_system
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_engineering.compute.device import choose_device
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
-from llm_engineering.export.conversation import Conversation, Sampling, check_system
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 

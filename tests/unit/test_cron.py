@@ -5,8 +5,8 @@ import subprocess
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from llm_engineering.cloud.schedules.cron import Timing, crontab_fields, on_calendar, parse_timing
 
-from llm_engineering.compute.cron import Timing, crontab_fields, on_calendar, parse_timing
 from llm_engineering.errors import RequestError
 
 # A Monday.

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from llm_engineering.recipe.data_blocks import DocumentsConfig
 
-from llm_engineering.config import DocumentsConfig
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import documents_hash, read_documents
 from llm_engineering.errors import RequestError

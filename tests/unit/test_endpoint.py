@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from llm_engineering.generation.open import check_access, open_client
+from llm_engineering.generation.types import Answer, Reply, Sampling
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, GenerationConfig
+from llm_engineering.recipe.training_blocks import ModelConfig
 from pydantic import SecretStr, ValidationError
 from tenacity import Future, RetryCallState
 
-from llm_engineering.config import ClientConfig, ComputeConfig, GenerationConfig, ModelConfig
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation import retries
-from llm_engineering.generation.client import Answer, Sampling, check_access, open_client
-from llm_engineering.generation.store import AnswerStore, Reply
-from llm_engineering.generation.structured import judge
-from tests.scripted_endpoint import Response, ScriptedEndpoint, completion, error
+from llm_engineering.generation.endpoint import judge
+from llm_engineering.generation.store import AnswerStore
+from tests.fakes.scripted_endpoint import Response, ScriptedEndpoint, completion, error
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 JSON = Sampling(100, None, json_field="instruction")

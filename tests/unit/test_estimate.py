@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
+from llm_engineering.models.device import Device
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from llm_engineering.compute.device import Device
-from llm_engineering.config import DPOConfig, SFTConfig
-from llm_engineering.recipes import load_recipe
 from llm_engineering.training.estimate import (
     NF4_BYTES,
     OVERHEAD_BYTES,

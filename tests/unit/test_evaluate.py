@@ -5,16 +5,13 @@ import math
 
 import pytest
 import torch
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, TrackingConfig, TrainingSetup
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import (
-    EvaluationConfig,
-    FormattingConfig,
-    LoraConfig,
-    ModelConfig,
-    TrackingConfig,
-    TrainingSetup,
-)
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import Message, instruction_dataset, preference_dataset
 from llm_engineering.errors import WorkError
@@ -23,7 +20,6 @@ from llm_engineering.evaluation.heldout import drawn, held_out, rendered_for_bot
 from llm_engineering.evaluation.measures import Models, heldout_loss
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import render
-from llm_engineering.models import load_model, load_tokenizer
 from llm_engineering.training.policy import new_policy, save_policy
 from tests.tiny_models import instruction, pair
 

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from datasets import Dataset
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import LoraConfig, ModelConfig
 from llm_engineering.data.rows import Message
 from llm_engineering.evaluation.measures import (
     AnswerScore,
@@ -18,7 +20,6 @@ from llm_engineering.evaluation.measures import (
     with_other_questions,
 )
 from llm_engineering.formatting.render import prompt_ids
-from llm_engineering.models import load_model, load_tokenizer
 from llm_engineering.training.policy import new_policy, save_policy
 
 

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from datasets import DatasetDict
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ComputeConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-from llm_engineering.models import load_model, load_tokenizer
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
 from tests.renew_references import FOLDER, STEPS, losses

@@ -2,8 +2,9 @@
 
 import hashlib
 
-from llm_engineering.config import EMBEDDED_DOCUMENTS, DocumentsConfig
-from llm_engineering.data.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
+from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
+
 from tools.provenance import differing
 
 

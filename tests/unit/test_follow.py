@@ -6,10 +6,8 @@ import signal
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
-
-from llm_engineering.compute.sagemaker import follow as following
-from llm_engineering.compute.sagemaker.follow import Signals, follow
-from llm_engineering.compute.sagemaker.logs import JobLog
+from llm_engineering.cloud.sagemaker import jobs as following
+from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
 
 
 def refused(code, status=400):

@@ -10,12 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llm_engineering.recipe.data_blocks import DataConfig, FormatName
 
-from llm_engineering.config import DataConfig, FormatName
-from llm_engineering.data.formats import open_dataset
-from llm_engineering.data.instruction_formats import INSTRUCTION_FORMATS
-from llm_engineering.data.preference_formats import PREFERENCE_FORMATS
-from llm_engineering.data.quarantine import Quarantined
+from llm_engineering.data.formats import INSTRUCTION_FORMATS, PREFERENCE_FORMATS, open_dataset
+from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import InstructionRow, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
 from tests.unit.test_files import write

@@ -1,12 +1,15 @@
 """Generation: answers are stored, asked for once, and bad questions have a reason."""
 
 import pytest
+from llm_engineering.generation.types import Answer, Failure, Sampling
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.generation_blocks import InstructionWriting, PreferenceWriting
+from llm_engineering.recipe.training_blocks import ModelConfig
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import InstructionWriting, ModelConfig, PreferenceWriting
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
-from llm_engineering.generation.client import Answer, Failure, Sampling
 from llm_engineering.generation.instructions import (
     FROM_DOCUMENT,
     draw_style,
@@ -16,7 +19,6 @@ from llm_engineering.generation.instructions import (
 from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.preferences import generate_preferences
 from llm_engineering.generation.store import AnswerStore
-from llm_engineering.models import load_model, load_tokenizer
 
 PASSAGE = "A generator function suspends its execution at each yield expression and goes on from there when asked."
 

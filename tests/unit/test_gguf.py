@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from gguf import GGUFReader
+from llm_engineering.publish.gguf import write_gguf
 from tokenizers import normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.errors import RequestError
-from llm_engineering.export.gguf import write_gguf
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 TEXT = "What is the sum of these 12 numbers?\n\tÄ “quoted” 'tis <|endoftext|> it's   done."

@@ -7,13 +7,12 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
+from llm_engineering.publish.hub import check_secrets, public_rows, publish, push_dataset
 from pydantic import SecretStr
 
-from llm_engineering.data.hub import check_secrets, public_rows, push_dataset
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.hub import publish
-from tests.fake_hub import Repo, running_hub
+from tests.fakes.hub import Repo, running_hub
 from tools.handover import _is_ours
 
 TOKEN = SecretStr("hf_planted")

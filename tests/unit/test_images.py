@@ -7,14 +7,14 @@ import stat
 import tomllib
 
 import pytest
+from llm_engineering.cloud.container import LOCK, check_versions
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llm_engineering.compute.container import LOCK, check_versions
 from llm_engineering.errors import RequestError
 from tests.conftest import ROOT
-from tests.fake_aws import ACCOUNT, REGION
-from tests.fake_sagemaker import running_sagemaker
+from tests.fakes.aws import ACCOUNT, REGION
+from tests.fakes.sagemaker import running_sagemaker
 from tools import aws, cli
 
 FOLDER = ROOT / "docker"

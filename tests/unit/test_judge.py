@@ -4,15 +4,17 @@ import json
 import re
 
 import pytest
+from llm_engineering.generation.open import open_client
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, JudgeConfig
+from llm_engineering.recipe.training_blocks import ModelConfig
 from pydantic import ValidationError
 
-from llm_engineering.config import ComputeConfig, EvaluationConfig, JudgeConfig, ModelConfig
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.judge import Question, judge
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.evaluation.statistics import Bootstrap
-from llm_engineering.generation.client import open_client
-from tests.scripted_endpoint import ScriptedEndpoint, completion
+from tests.fakes.scripted_endpoint import ScriptedEndpoint, completion
 
 BOOTSTRAP = Bootstrap(500, 0.95, 3)
 QUESTIONS = [Question(f"Question {number}?", f"Reference {number}.") for number in range(5)]

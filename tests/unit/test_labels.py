@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset, DatasetDict
+from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.reports.data_report import write_data_report
 
-from llm_engineering.config import FormattingConfig
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.report import write_data_report
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.datasets import format_rows, format_splits
@@ -168,7 +168,8 @@ def test_a_wrong_pair_is_named(tokenizer, change, words):
 
 
 def test_training_refuses_a_dataset_with_wrong_labels(base_model, cpu, settings):
-    from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+    from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+
     from llm_engineering.training.sft import train_sft
 
     setup = TrainingSetup(

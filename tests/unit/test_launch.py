@@ -10,16 +10,16 @@ import sys
 import psutil
 import pytest
 from datasets import Dataset, DatasetDict
+from llm_engineering.models.device import Device, check_processes, choose_optimiser
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.trainer import evaluation_batches
 
-from llm_engineering.compute.device import Device, check_processes, choose_optimiser
-from llm_engineering.config import ComputeConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.training import launch, processes, ranks
-from llm_engineering.training.heldout import evaluation_batches
+from llm_engineering.training import launch, ranks
 from llm_engineering.training.job import Job, read_job, write_failure
-from llm_engineering.training.launch import launch_training
-from llm_engineering.training.processes import Ended, run_processes
+from llm_engineering.training.launch import Ended, launch_training, run_processes
 from llm_engineering.training.sft import train_sft_job
 from tests.conftest import ROOT
 from tests.renew_references import STEPS

@@ -7,14 +7,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from llm_engineering.cloud.schedules import crontab, local_schedules, systemd
+from llm_engineering.cloud.schedules.cron import parse_timing
+from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
+from llm_engineering.cloud.schedules.run_records import Place, RunRecord
+from llm_engineering.recipe.loading import load_recipe
 
 import tools.cli
-from llm_engineering.compute import crontab, local_schedules, systemd
-from llm_engineering.compute.cron import parse_timing
-from llm_engineering.compute.local_schedules import LocalSchedule
-from llm_engineering.compute.runs import Place, RunRecord
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
 from tests.conftest import ROOT
 
 NOW = datetime(2026, 11, 23, 15, 40, tzinfo=UTC)
@@ -201,7 +201,7 @@ def test_run_that_was_killed_is_told_as_that(machine):
 def test_run_under_way_is_stopped_only_when_asked(machine):
     weekly = schedule(machine)
     local_schedules.write(weekly, "{}", paused=False)
-    holds = "import sys, time; from llm_engineering.compute.runs import Place\nwith Place(sys.argv[1]).lock() as first:\n print(first, flush=True); time.sleep(60)"  # fmt: skip
+    holds = "import sys, time; from llm_engineering.cloud.schedules.run_records import Place\nwith Place(sys.argv[1]).lock() as first:\n print(first, flush=True); time.sleep(60)"  # fmt: skip
     process = subprocess.Popen([sys.executable, "-c", holds, str(weekly.folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "True\n"

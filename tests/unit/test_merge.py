@@ -4,16 +4,18 @@ import json
 
 import pytest
 import torch
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.publish import merge as merging
+from llm_engineering.publish.merge import Trained, merge, merged_device
+from llm_engineering.publish.verification import HeldoutRow, TokenScores, check_same, token_scores, verify
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
 from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ComputeConfig, LoraConfig, ModelConfig
 from llm_engineering.errors import WorkError
-from llm_engineering.export import merge as merging
-from llm_engineering.export.merge import Trained, merge, merged_device
-from llm_engineering.export.verify import HeldoutRow, TokenScores, check_same, token_scores, verify
-from llm_engineering.models import load_model, load_tokenizer
 from llm_engineering.training.policy import new_policy, save_policy
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"

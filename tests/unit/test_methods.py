@@ -4,14 +4,22 @@ import math
 
 import pytest
 import torch
+from llm_engineering.models.device import check_training, choose_device, choose_optimiser
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import (
+    DPOConfig,
+    LoraConfig,
+    ModelConfig,
+    SFTConfig,
+    TrackingConfig,
+    TrainingSetup,
+)
 
-from llm_engineering.compute import device as devices
-from llm_engineering.compute.device import check_training, choose_device, choose_optimiser
-from llm_engineering.config import DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures import Models, heldout_loss, labelled_rows
-from llm_engineering.models import load_model, load_tokenizer
-from llm_engineering.recipes import load_recipe
+from llm_engineering.models import device as devices
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.sft import train_sft

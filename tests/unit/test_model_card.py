@@ -2,11 +2,17 @@
 
 import pytest
 from huggingface_hub import ModelCard
-
-from llm_engineering.config import EMBEDDED_MODEL, ModelConfig, ModelHubConfig
-from llm_engineering.export.card import DatasetFacts, ModelCardFacts, base_licence, data_licence, render_model_card
-from llm_engineering.export.verify import Verification
-from llm_engineering.recipes import load_recipe
+from llm_engineering.publish.model_card import (
+    DatasetFacts,
+    ModelCardFacts,
+    base_licence,
+    data_licence,
+    render_model_card,
+)
+from llm_engineering.publish.verification import Verification
+from llm_engineering.recipe.data_blocks import ModelHubConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 
 LOSS = {
     "title": "Held-out loss",

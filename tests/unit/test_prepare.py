@@ -15,15 +15,21 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llm_engineering.recipe.data_blocks import DataConfig
 
 from benchmarks.rows import write_rows
-from llm_engineering.config import DataConfig
 from llm_engineering.data import duplicates, examine
-from llm_engineering.data.contamination import EvaluationIndex
-from llm_engineering.data.duplicates import Clusters, ShingleFile, band_count, groups, join_near_duplicates, sketch
+from llm_engineering.data.duplicates import (
+    Clusters,
+    EvaluationIndex,
+    ShingleFile,
+    band_count,
+    groups,
+    join_near_duplicates,
+    sketch,
+)
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
-from llm_engineering.data.outliers import length_bounds, rare_languages
 from llm_engineering.data.prepare import check_splits, prepare
 from llm_engineering.data.rows import (
     InstructionRow,
@@ -32,9 +38,10 @@ from llm_engineering.data.rows import (
     instruction_dataset,
     instruction_row,
     preference_dataset,
+    split_of,
 )
-from llm_engineering.data.split import split_of
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_records
+from llm_engineering.data.verdicts import length_bounds, rare_languages
 from llm_engineering.errors import RequestError, WorkError
 
 CONFIG = DataConfig.model_validate({"split": {"validation_fraction": 0.2, "test_fraction": 0.2}})

@@ -6,8 +6,8 @@ import phonenumbers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llm_engineering.recipe.data_blocks import RulesConfig
 
-from llm_engineering.config import RulesConfig
 from llm_engineering.data import private
 from llm_engineering.data.private import masked, personal_data, redacted, secrets
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow

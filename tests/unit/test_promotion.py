@@ -1,11 +1,11 @@
 """The gate, on reports written by hand."""
 
 import pytest
+from llm_engineering.evaluation.gate import PromotionDecision, decide
+from llm_engineering.recipe.evaluation_blocks import PromotionConfig
+from llm_engineering.recipe.loading import load_recipe
 
-from llm_engineering.config import PromotionConfig
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.promotion import PromotionDecision, decide
-from llm_engineering.recipes import load_recipe
 
 GATE = PromotionConfig.model_validate(
     {

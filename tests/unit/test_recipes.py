@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from llm_engineering.recipe.loading import load_recipe, recipe_hash
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe, recipe_hash
 
 LOCAL = Path(__file__).resolve().parents[2] / "configs" / "local.yaml"
 

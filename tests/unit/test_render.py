@@ -3,8 +3,8 @@
 import copy
 
 import pytest
+from llm_engineering.recipe.data_blocks import FormattingConfig
 
-from llm_engineering.config import FormattingConfig
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset
 from llm_engineering.errors import WorkError

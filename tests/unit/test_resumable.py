@@ -11,15 +11,15 @@ from collections import namedtuple
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.arguments import halved
+from llm_engineering.training.trainer import EXPLOSION_FACTOR, LossWatch, rows_of
 from transformers import Trainer
 
-from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.training import telemetry
 from llm_engineering.training.checkpoints import held, newest_complete, publish
-from llm_engineering.training.distributed import halved
-from llm_engineering.training.divergence import EXPLOSION_FACTOR, LossWatch, rows_of
-from llm_engineering.training.interruption import Interruption
+from llm_engineering.training.ranks import Interruption
 from llm_engineering.training.sft import train_sft
 
 CONFIG = SFTConfig(

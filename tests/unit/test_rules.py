@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llm_engineering.recipe.data_blocks import Action, RulesConfig
 
-from llm_engineering.config import Action, RulesConfig
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
 from llm_engineering.data.rules import Checked, Finding, RowRules, is_generated
 

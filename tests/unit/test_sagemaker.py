@@ -12,16 +12,17 @@ import regex
 from botocore.exceptions import ClientError, NoCredentialsError
 from botocore.validate import ParamValidator
 from datasets import Dataset, DatasetDict
+from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, storage
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.request import training_job_request
+from llm_engineering.cloud.sagemaker.storage import code_archive
+from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import TrainingSetup
 from pydantic import ValidationError
 
-from llm_engineering.compute.sagemaker import failures, jobs, prices, storage
-from llm_engineering.compute.sagemaker.account import Account
-from llm_engineering.compute.sagemaker.code import code_archive
-from llm_engineering.compute.sagemaker.request import training_job_request
-from llm_engineering.config import ComputeConfig, SageMakerConfig, TrainingSetup
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
 from llm_engineering.training.job import Job
 from tests.conftest import ROOT
 
@@ -122,7 +123,7 @@ def test_the_start_unpacks_the_code_and_runs_the_command(tmp_path):
         check=True,
     )
     place = str(tmp_path / "ml" / "project")
-    started = ["<-m>", "<llm_engineering.compute.container>", "<python>", "<two words>"]
+    started = ["<-m>", "<llm_engineering.cloud.container>", "<python>", "<two words>"]
     assert shown.stdout.split("\n")[:-1] == [place, "pyproject.toml", *started]
 
 
@@ -343,20 +344,20 @@ def test_errors_of_aws_are_translated():
 def test_cost_counts_every_machine_and_the_saving():
     description = ended("Completed", "Completed", TrainingTimeInSeconds=7200, BillableTimeInSeconds=1800)
     # 1.515 USD an hour, half an hour billed, two machines.
-    assert prices.cost_facts(description) == {
+    assert dispatch.cost_facts(description) == {
         "training_seconds": 7200,
         "billable_seconds": 1800,
         "spot_saving": 0.75,
         "cost_usd_estimate": 1.515,
     }
-    assert "spot saved 75%): about 1.51 USD at the list price of us-east-1" in prices.cost_line(description)
+    assert "spot saved 75%): about 1.51 USD at the list price of us-east-1" in dispatch.cost_line(description)
 
 
 def test_unknown_type_has_no_price_and_says_so():
     description = ended("Completed", spot=False, TrainingTimeInSeconds=60, BillableTimeInSeconds=60)
     description["ResourceConfig"]["InstanceType"] = "ml.new.large"
-    assert prices.cost_facts(description) == {"training_seconds": 60, "billable_seconds": 60}
-    assert "no estimate of the cost" in prices.cost_line(description)
+    assert dispatch.cost_facts(description) == {"training_seconds": 60, "billable_seconds": 60}
+    assert "no estimate of the cost" in dispatch.cost_line(description)
 
 
 def test_folder_hash_is_of_names_and_contents(tmp_path):

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from safetensors.torch import load_file
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.errors import RequestError
-from llm_engineering.models import load_tokenizer
-from llm_engineering.recipes import load_recipe
 from llm_engineering.training import sft
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
@@ -84,7 +84,7 @@ def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings
 
 
 def test_epochs_have_orders_of_their_own(data, setup, settings):
-    from llm_engineering.training.resumable import LengthGroupedByEpoch
+    from llm_engineering.training.trainer import LengthGroupedByEpoch
 
     sampler = LengthGroupedByEpoch(2, [len(row) for row in data["train"]["input_ids"]], seed=7)
     first = list(sampler)

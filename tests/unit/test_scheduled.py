@@ -5,14 +5,14 @@ import json
 import threading
 
 import pytest
+from llm_engineering.cloud.schedules.notify import notify
+from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
 
-from llm_engineering.compute.runs import JOB_VARIABLE, Place
-from llm_engineering.notify import notify
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
 from pipelines.inputs import Inputs
 from tests.conftest import ROOT
-from tests.fake_aws import ACCOUNT, REGION, FakeAWS, running_aws
+from tests.fakes.aws import ACCOUNT, REGION, FakeAWS, running_aws
 from tools.cli import prepare_zenml
 from tools.scheduled import Scheduled, fingerprint
 

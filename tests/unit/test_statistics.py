@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from llm_engineering.reports.page import interval
 from scipy import stats
 
 from llm_engineering.evaluation.statistics import Bootstrap, Rows
-from llm_engineering.reports import interval
 
 EXPERIMENTS = 400
 CONFIDENCE = 0.9

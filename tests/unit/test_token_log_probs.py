@@ -2,19 +2,21 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
-
-from llm_engineering.config import ComputeConfig
-from llm_engineering.training import packed_attention
-from llm_engineering.training.packed_attention import attend_by_row, keeps_rows_apart, row_lengths
-from llm_engineering.training.token_log_probs import (
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.training.losses import (
     CHUNK,
+    attend_by_row,
+    keeps_rows_apart,
+    row_lengths,
     take_loss_from_hidden_states,
     token_log_probs,
     why_not_from_hidden_states,
 )
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+
+from llm_engineering.training import losses
 
 CPU = ComputeConfig(device="cpu", dtype="float32")
 SHAPE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -88,11 +90,11 @@ def test_rows_behind_one_another_have_the_losses_that_they_have_alone(attention)
     assert together.loss.item() == pytest.approx(sum(alone).item() / trained, abs=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 7, packed_attention.SHORT])
+@pytest.mark.parametrize("length", [1, 7, losses.SHORT])
 def test_short_rows_in_half_precision_have_torchs_attention(length):
     torch.manual_seed(6)
     parts = [torch.randn(1, heads, length, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2)]
-    found = packed_attention._short_row(*parts, scaling=0.3)
+    found = losses._short_row(*parts, scaling=0.3)
     exact = [part.detach().double().requires_grad_() for part in parts]
     expected = scaled_dot_product_attention(*exact, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
     assert torch.allclose(found.double(), expected, atol=2e-2)

@@ -7,12 +7,12 @@ import math
 
 import pytest
 from datasets import Dataset, DatasetDict
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training.tracking import TensorBoardRun, Trackers, WandbRun, check_trackers
 
-from llm_engineering.config import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from llm_engineering.errors import RequestError
-from llm_engineering.recipes import load_recipe
-from llm_engineering.settings import Settings
-from llm_engineering.tracking import TensorBoardRun, Trackers, WandbRun, check_trackers
 from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
 

@@ -10,31 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import DatasetDict
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from llm_engineering.compute.device import choose_device
-from llm_engineering.config import (
-    ComputeConfig,
-    DPOConfig,
-    FormattingConfig,
-    ModelConfig,
-    SFTConfig,
-    TrackingConfig,
-    TrainingSetup,
-)
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import (
-    InstructionRow,
-    Message,
-    PreferenceRow,
-    instruction_dataset,
-    preference_dataset,
-)
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.models import load_model, load_tokenizer
-from llm_engineering.settings import Settings
 from llm_engineering.training.checkpoints import newest_complete
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy

@@ -6,8 +6,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llm_engineering.training.flops import TrainingFlops, peak_flops
-from llm_engineering.training.telemetry import Work
+from llm_engineering.training.telemetry import TrainingFlops, Work, peak_flops
 
 LLAMA = LlamaConfig(
     vocab_size=64,
