@@ -43,8 +43,8 @@ def measure(folder: Path, config: str) -> dict[str, Any]:
         "ZENML_LOCAL_STORES_PATH": str(folder / "stores"),
         "LLM_OUTPUT_DIR": str(folder / "outputs"),
     }
-    _timed(["-m", "tools.runs"], env)
-    seconds, output = _timed(["-m", "tools.run", "sft", "--config", config, "--json"], env)
+    _timed(["-m", "tools.cli", "runs"], env)
+    seconds, output = _timed(["-m", "tools.cli", "run", "sft", "--config", config, "--json"], env)
     run = json.loads(output.splitlines()[-1])
     work = folder / "work.json"
     work.write_text(json.dumps(_work(config, run, folder)), encoding="utf-8")

@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _run(config: str, *overrides: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tools.run", "sft", "--config", config, "--json", "--set", f"name={NAME}"]
+    command = [sys.executable, "-m", "tools.cli", "run", "sft", "--config", config, "--json", "--set", f"name={NAME}"]
     for override in overrides:
         command += ["--set", override]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

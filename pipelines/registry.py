@@ -8,7 +8,6 @@ and decides again. ZenML's own stages are set from this state. If a process ends
 from __future__ import annotations
 
 import getpass
-import logging
 import os
 import socket
 from collections.abc import Callable
@@ -27,8 +26,6 @@ from zenml.models import ArtifactVersionResponse, ModelVersionResponse
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.training_blocks import ModelConfig
 from steps.materializers import HashedPydanticMaterializer
-
-logger = logging.getLogger("llm_engineering.registry")
 
 Action = Literal["stage", "promote", "rollback"]
 

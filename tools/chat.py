@@ -1,78 +1,189 @@
-"""Talks to the promoted model: python -m tools.chat [--prompt "What is a list?"]"""
+"""The commands that ask a model: chat talks to the promoted one, compare asks every model of a version the same."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
-from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
+from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
+
+if TYPE_CHECKING:
+    from llm_engineering.data.rows import Message
+    from llm_engineering.publish.conversation import Conversation, Sampling
 
 logger = logging.getLogger("llm_engineering.chat")
 
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", help="An answer is cut when it has so many tokens.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="T", help="0 always takes the most probable token; 0.7 to 1 varies.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top-p", metavar="P", help="Draw from the most probable tokens that together reach this probability."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", help="The same seed gives the same answer. Default: another each time."),
+]
+System = Annotated[
+    str | None, typer.Option("--system", metavar="TEXT", help="A system message in front of the conversation.")
+]
 
-def main() -> int:
-    """Print the answer while it is written; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.chat", description="Talk to the promoted model.")
-    parser.add_argument("--prompt", help="without it, on a terminal, a conversation")
-    parser.add_argument("--version", metavar="N", help="default: the version in production, else staging")
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    add_recipe_arguments(parser)
-    arguments = parser.parse_args()
-    start_logging(arguments.debug)
-    return exit_code(lambda: _chat(arguments), arguments.debug)
 
+def chat(
+    config: Config = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="One question. Without it, a conversation begins.")
+    ] = None,
+    version: Version = None,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    system: System = None,
+) -> int:
+    """Talk to the promoted model.
 
-def _chat(arguments: argparse.Namespace) -> int:
-    prompt: str | None = arguments.prompt
+    The answer is printed while it is written. On a terminal and without --prompt, a conversation begins; an empty line,
+    Ctrl-D or Ctrl-C ends it.
+
+    Example: `llm-engineering chat --prompt "What is a list?" --temperature 0.7 --seed 1`
+    """
     if prompt is None and not sys.stdin.isatty():
         raise RequestError('There is no question and no terminal. Ask one: make chat PROMPT="What is a list?"')
     if prompt is not None and not prompt.strip():
         raise RequestError('There is no question. Ask one: make chat PROMPT="What is a list?"')
-    if arguments.max_new_tokens < 1:
-        raise RequestError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}.")
-    recipe = load_recipe(arguments.config, arguments.set)
+    _check_length(max_new_tokens)
+    recipe = load_recipe(config, overrides or ())
 
     from llm_engineering.data.rows import Message
-    from llm_engineering.publish.conversation import Conversation
+    from llm_engineering.publish.conversation import Conversation, Sampling, check_system
     from llm_engineering.publish.merge import merged_device
     from llm_engineering.recipe.settings import Settings
 
+    sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()
     prepare_zenml()
-    from tools.merged import merged_model
-    from tools.promoted import find_model
+    from tools.versions import find_model, merged_model
 
-    found = find_model(recipe, arguments.version)
+    found = find_model(recipe, version)
     logger.info("%s", found.described)
     folder = merged_model(found, recipe, settings)
-    conversation = Conversation(
-        folder, merged_device(recipe.compute.here), settings, arguments.max_new_tokens, recipe.model.trust_remote_code
-    )
-    too_long = f"The question is longer than the model can read beside an answer of {arguments.max_new_tokens} tokens"
-    if prompt is not None:
-        question = Message(role="user", content=prompt)
-        if not conversation.has_room([question]):
-            raise RequestError(f"{too_long}. Shorten it, or lower --max-new-tokens.")
-        _say_end(conversation.answer([question]).stopped, arguments.max_new_tokens)
-        return 0
+    device = merged_device(recipe.compute.here)
+    trust = recipe.model.trust_remote_code
+    conversation = Conversation(folder, device, settings, max_new_tokens, trust, sampling)
+    _say_seed(sampling, seed)
+    beginning = [] if system is None else [Message(role="system", content=system)]
+    if beginning:
+        check_system([*beginning, Message(role="user", content=prompt or "Hi")], conversation.tokenizer)
+    if prompt is None:
+        return _converse(conversation, beginning)
+    messages = [*beginning, Message(role="user", content=prompt)]
+    if not conversation.has_room(messages):
+        raise RequestError(f"{_too_long(max_new_tokens)}. Shorten it, or lower --max-new-tokens.")
+    _say_end(conversation.answer(messages).stopped, max_new_tokens)
+    return 0
+
+
+def compare(
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The question.")],
+    config: Config = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    version: Version = None,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    system: System = None,
+) -> int:
+    """Ask the base model and the trained models the same question.
+
+    The answers of base, SFT and DPO model are shown side by side. Every model draws with the same seed.
+
+    Example: `llm-engineering compare --prompt "What is a list?"`
+    """
+    if not prompt.strip():
+        raise RequestError('There is no question. Ask one: make compare PROMPT="What is a list?"')
+    _check_length(max_new_tokens)
+    recipe = load_recipe(config, overrides or ())
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from llm_engineering.data.rows import Message
+    from llm_engineering.evaluation.measures import Models
+    from llm_engineering.models.device import choose_device
+    from llm_engineering.models.loading import load_model
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.recipe.training_blocks import ModelConfig
+
+    sampling = Sampling.checked(temperature, top_p, seed)
+    settings = Settings()
+    prepare_zenml()
+    from tools.versions import find_model
+
+    found = find_model(recipe, version)
+    logger.info("%s", found.described)
+    # Saved with what was trained: every model is asked with the template of training, as evaluation does.
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(found.folders[found.name])), settings)
+    base = load_model(found.base, settings, choose_device(recipe.compute.here))
+    messages = [Message(role="user", content=prompt)]
+    if system is not None:
+        messages.insert(0, Message(role="system", content=system))
+        check_system(messages, tokenizer)
+    if not has_room(messages, base, tokenizer, max_new_tokens):
+        raise RequestError(f"{_too_long(max_new_tokens)}. Shorten it, or lower --max-new-tokens.")
+    models = Models(base, found.folders, tokenizer, 1, recipe.evaluation.repetition_penalty)
+    _say_seed(sampling, seed)
+    shown = Table(title=prompt, title_justify="left", title_style="bold")
+    answers = []
+    for name in models.names:
+        logger.info("Asking %s", name)
+        with models.use(name) as model:
+            reply = answer(
+                model, tokenizer, messages, max_new_tokens, sampling, repetition_penalty=models.repetition_penalty
+            )
+        end = "ended by itself" if reply.stopped else f"cut at {max_new_tokens} tokens"
+        shown.add_column(name if name == "base" else name.upper(), overflow="fold", ratio=1)
+        answers.append((reply.text, end))
+    shown.add_row(*(text for text, _ in answers), end_section=True)
+    shown.add_row(*(f"[{end}]" for _, end in answers))
+    # A fixed width off a terminal: logs and pipes are not cut to 80 columns.
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False).print(shown)
+    return 0
+
+
+def _converse(conversation: Conversation, beginning: list[Message]) -> int:
+    """Ask and answer on the terminal, until an empty line, Ctrl-D or Ctrl-C."""
+    from llm_engineering.data.rows import Message
+
     logger.info("Ask; an empty line, Ctrl-D or Ctrl-C ends it.")
-    messages: list[Message] = []
+    messages = list(beginning)
     try:
         while asked := _ask():
             question = Message(role="user", content=asked)
-            if not conversation.has_room([question]):
-                logger.info("[%s: ask a shorter one]", too_long)
+            if not conversation.has_room([*beginning, question]):
+                logger.info("[%s: ask a shorter one]", _too_long(conversation.max_new_tokens))
                 continue
             if not conversation.has_room([*messages, question]):
                 logger.info("[the conversation is longer than the model can read: it begins anew]")
-                messages = []
+                messages = list(beginning)
             messages.append(question)
-            answer = conversation.answer(messages)
-            _say_end(answer.stopped, arguments.max_new_tokens)
-            messages.append(Message(role="assistant", content=answer.text))
+            reply = conversation.answer(messages)
+            _say_end(reply.stopped, conversation.max_new_tokens)
+            messages.append(Message(role="assistant", content=reply.text))
     except KeyboardInterrupt:
         print()
     return 0
@@ -88,10 +199,21 @@ def _ask() -> str:
     return line.strip()
 
 
+def _check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise RequestError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
+
+
+def _too_long(max_new_tokens: int) -> str:
+    return f"The question is longer than the model can read beside an answer of {max_new_tokens} tokens"
+
+
+def _say_seed(sampling: Sampling, given: int | None) -> None:
+    """Name a seed that was drawn, so that an answer can be had again."""
+    if sampling.temperature > 0 and given is None:
+        logger.info("Drawing with --seed %d", sampling.seed)
+
+
 def _say_end(stopped: bool, max_new_tokens: int) -> None:
     if not stopped:
         logger.info("[not ended: the answer was cut at %d tokens, --max-new-tokens]", max_new_tokens)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

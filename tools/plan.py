@@ -1,11 +1,75 @@
-"""What a run would do, without doing it: the resolved recipe, the steps, and what training would take."""
+"""What is known before a run starts: its steps, the memory and time it will take, and what it reads from outside.
+
+`preflight` checks everything that can be checked before costly work, and pins the model's revision and the inputs.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
+import math
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
 import yaml
 
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.preflight import check
+from llm_engineering.data.formats import dataset_hash, open_dataset
+from llm_engineering.data.load import check_evaluation
+from llm_engineering.documents.passages import cut_passages
+from llm_engineering.documents.read import documents_hash, read_documents
+from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.requirements import check_requirements
+from llm_engineering.formatting.render import check_chat_template
+from llm_engineering.generation.open import check_access
+from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
+from llm_engineering.models.loading import load_config, pin_revision
+from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+from llm_engineering.recipe.data_blocks import DataConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
+from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
-from tools.estimate import estimate_lines, stages_of
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, DPOConfig, TrainConfig
+from llm_engineering.training.estimate import (
+    UTILISATION,
+    Memory,
+    Shapes,
+    batch_shape,
+    flops_per_token,
+    free_memory,
+    matmul_rate,
+    peak_memory,
+    remedy,
+    shapes,
+)
+from llm_engineering.training.tracking import check_trackers
+from llm_engineering.training.unsloth_policy import check_packable
+from pipelines.inputs import Inputs
+from tools.cli import PROJECT_ROOT
+
+logger = logging.getLogger("llm_engineering.run")
+
+# A scheduled job runs the files of a checkout without its history: whoever sent them says which they were.
+CODE_VARIABLE = "LLM_CODE_VERSION"
+# Keys of the client that say how answers are fetched, and not which.
+_HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
+# English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
+CHARACTERS_PER_TOKEN = 4
+# A chat template's own tokens around a question and an answer.
+TEMPLATE_TOKENS = 30
+# Files whose bytes are about their characters.
+_PLAIN = (".json", ".jsonl", ".csv")
+GIB = 2**30
+
+
+def stages_of(pipeline: str) -> list[str]:
+    """The training stages of a pipeline."""
+    return {"datasets": [], "sft": ["sft"], "dpo": ["dpo"], "retrain": ["sft", "dpo"]}[pipeline]
 
 
 def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
@@ -31,3 +95,257 @@ def print_plan(pipeline: str, recipe: Recipe) -> None:
     if pipeline == "dpo":
         print("If no SFT model of this recipe is registered, sft runs first.")
     print("\n" + "\n".join(estimate_lines(recipe, stages_of(pipeline))))
+
+
+def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
+    """The recipe with its model's exact revision, and hashes of what it reads.
+
+    Raises:
+        RequestError: a file or model is missing, a dataset is in no known format, a folder cannot be written to,
+            or this machine lacks what the recipe asks for.
+    """
+    Settings().check_writable()
+    uses_unsloth = _check_machine(recipe)
+    check_trackers(recipe.tracking)
+    if recipe.compute.sagemaker is not None:
+        check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
+    data = recipe.data
+    documents = documents_hash(recipe.documents) if data.instructions is None else None
+    instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
+    preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    check_evaluation(data.decontaminate_against)
+    evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
+    _check_client(recipe)
+    checks = check_requirements(recipe.evaluation, Settings())
+    recipe = recipe.model_copy(
+        update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+    )
+    _check_tokenizer(recipe)
+    if uses_unsloth and recipe.sft.packing:
+        check_packable(load_config(recipe.model, Settings()).model_type)
+    sft_stage = {
+        "inputs": [documents, instructions, evaluation],
+        "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),
+        "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
+        **recipe.model_dump(mode="json", include={"model", "seed", "formatting", "sft"}),
+        "documents": recipe.documents.model_dump() if instructions is None else None,
+        "data": recipe.data.checks.model_dump(),
+    }
+    return recipe, Inputs(
+        documents=documents,
+        instructions=instructions,
+        preferences=preferences,
+        evaluation=evaluation,
+        checks=checks,
+        sft_recipe=recipe_hash(sft_stage),
+        dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
+        code=code_version(),
+    )
+
+
+def _check_machine(recipe: Recipe) -> bool:
+    """Check that training can run where the recipe says; whether unsloth will be its backend.
+
+    A machine of SageMaker's is not here to be asked: with `backend: auto` only the job knows.
+    """
+    compute = recipe.compute
+    if compute.target == "sagemaker":
+        choose_device(compute.one_process)
+        return compute.backend == "unsloth"
+    device = choose_device(compute)
+    check_processes(compute, device)
+    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
+    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
+    return choose_backend(device, compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora).backend == "unsloth"
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    """Render two turns. The embedded model's own template is known to be right; the model is unpacked when needed."""
+    if recipe.model.name_or_path != EMBEDDED_MODEL or recipe.formatting.chat_template is not None:
+        check_chat_template(load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template))
+
+
+def _check_client(recipe: Recipe) -> None:
+    """Ask the endpoint for one word, if the recipe lets one write anything."""
+    writing = recipe.generation
+    if recipe.data.instructions is None:
+        check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
+    elif recipe.data.preferences is None and writing.rejected_by == "client":
+        check_access(writing.part(ClientConfig), Settings(), writing.rejected_max_new_tokens, None)
+
+
+def code_version() -> str:
+    """The commit of this project, with `+changes` if files differ from it; where there is no git, what CODE_VARIABLE says."""
+    if os.environ.get(CODE_VARIABLE):
+        return os.environ[CODE_VARIABLE]
+    git = ["git", "-C", str(PROJECT_ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {importlib.metadata.version('llm-engineering')}, not a git checkout"
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -> str | None:
+    """Open datasets once, so that a wrong one is told now, and hash them; None where none is named."""
+    named = [reference for reference in references if reference is not None]
+    for reference in named:
+        open_dataset(reference, kind, config)
+    return "-".join(map(dataset_hash, named)) or None
+
+
+def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+    """What training takes here, as lines for people. Nothing is downloaded but the model's configuration."""
+    if not stages:
+        return []
+    lines: list[str] = []
+    try:
+        device = _a_card(recipe) if recipe.compute.sagemaker else _device(recipe)
+    except RequestError as error:
+        lines.append(f"This machine cannot train this recipe: {error}")
+        device = _a_card(recipe)
+    try:
+        found = {stage: _shapes(recipe, stage, device) for stage in stages}
+    except (OSError, ValueError) as error:
+        reason = f"the configuration of {recipe.model.name_or_path} cannot be read ({_first(error)})"
+        return [*lines, f"No estimate: {reason}."]
+    here = not lines and recipe.compute.sagemaker is None
+    where = "On this machine" if here else "On a card"
+    if recipe.compute.sagemaker is not None:
+        where = f"On {recipe.compute.sagemaker.instance_type}"
+    lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
+    rate = matmul_rate(device) if here else 0.0
+    for stage in stages:
+        config = _config(recipe, stage)
+        memory = _memory(recipe, config, found[stage], device)
+        free = f"; {free_memory(device) / GIB:.1f} GiB are free" if here else ""
+        lines.append(f"{stage}: about {memory} at its peak, with rows of max_length{free}")
+        if here:
+            warning = _warning(recipe, stage, config, memory, device)
+            lines += [f"WARNING: {warning}"] if warning else []
+            lines.append(f"{stage}: {_time(recipe, stage, config, found[stage], rate, device)}")
+    if recipe.compute.backend == "unsloth" or device.backend == "unsloth":
+        lines.append("These figures are those of transformers: unsloth is to take less memory and time.")
+    return lines
+
+
+def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Log a warning for each stage that will need more memory than is free. Of a machine elsewhere nothing is known.
+
+    Raises:
+        RequestError: this machine cannot train the recipe.
+    """
+    if recipe.compute.target == "sagemaker":
+        return
+    device = _device(recipe)
+    for stage in stages:
+        config = _config(recipe, stage)
+        try:
+            found = _shapes(recipe, stage, device)
+        except (OSError, ValueError) as error:
+            logger.warning("The memory of %s cannot be estimated: %s", stage, _first(error))
+            continue
+        warning = _warning(recipe, stage, config, _memory(recipe, config, found, device), device)
+        if warning:
+            logger.warning("%s", warning)
+
+
+def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
+    """How many tokens an epoch has, at most, and how that is known; None where only the data itself can tell."""
+    own = recipe.data.instructions if stage == "sft" else recipe.data.preferences
+    split = recipe.data.split
+    share = 1 - split.validation_fraction - split.test_fraction
+    if own is not None:
+        return _own_tokens(own, share)
+    if recipe.data.instructions is not None:
+        return None
+    writing = recipe.generation
+    documents, _ = read_documents(recipe.documents)
+    passages, _ = cut_passages(documents, recipe.documents, recipe.seed)
+    answers = [len(passage.text) / CHARACTERS_PER_TOKEN for passage in passages]
+    if writing.answers == "model" and writing.answer_max_new_tokens is not None:
+        answers = [float(writing.answer_max_new_tokens)] * len(passages)
+    prompt = writing.question_max_new_tokens + TEMPLATE_TOKENS
+    if stage == "dpo":
+        answers = [
+            2 * prompt + answer + writing.rejected_max_new_tokens for answer in answers[: writing.max_preferences]
+        ]
+    else:
+        answers = [min(prompt + answer, recipe.formatting.max_length) for answer in answers]
+    return share * sum(answers), f"one row for each of {len(answers)} passages, before the rules of the data"
+
+
+def _own_tokens(reference: str, share: float) -> tuple[float, str] | None:
+    path = Path(reference).expanduser()
+    if not path.is_file() or path.suffix not in _PLAIN:
+        return None
+    return share * path.stat().st_size / CHARACTERS_PER_TOKEN, f"the size of {path.name}"
+
+
+def _device(recipe: Recipe) -> Device:
+    device = choose_device(recipe.compute)
+    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
+    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
+    return choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+
+
+def _a_card(recipe: Recipe) -> Device:
+    """A card that is not here, for what the recipe would need on one; a CPU elsewhere, if it asks for that."""
+    dtype = torch.bfloat16 if recipe.compute.dtype == "auto" else getattr(torch, recipe.compute.dtype)
+    return Device("cpu" if recipe.compute.device == "cpu" else "cuda", dtype, "sdpa", [])
+
+
+def _config(recipe: Recipe, stage: str) -> TrainConfig:
+    return recipe.sft if stage == "sft" else recipe.dpo
+
+
+def _shapes(recipe: Recipe, stage: str, device: Device) -> Shapes:
+    rows, length = batch_shape(_config(recipe, stage), recipe.formatting.max_length)
+    model = load_config(recipe.model, Settings())
+    return shapes(model, recipe.sft, device, rows, length, recipe.model.trust_remote_code)
+
+
+def _memory(recipe: Recipe, config: TrainConfig, found: Shapes, device: Device) -> Memory:
+    rows, length = batch_shape(config, recipe.formatting.max_length)
+    return peak_memory(found, config, device, recipe.sft.method, rows, length)
+
+
+def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, device: Device) -> str:
+    free = free_memory(device)
+    if memory.total <= free:
+        return ""
+    where = "the card" if device.name == "cuda" else "this machine"
+    return (
+        f"{stage} may need {memory.total / GIB:.1f} GiB of memory, and {where} has {free / GIB:.1f} GiB free. "
+        f"If it does not suffice: {remedy(config, stage, recipe.sft.method)}."
+    )
+
+
+def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: float, device: Device) -> str:
+    known = tokens_of(recipe, stage)
+    length = recipe.formatting.max_length
+    flops = flops_per_token(found, config, recipe.sft.method, length)
+    speed = rate * UTILISATION[device.name] / flops
+    how = (
+        f"{speed:,.0f} tokens a second, from {flops / 1e9:.2f} GFLOP a token and {UTILISATION[device.name]:.0%} of the "
+        f"{rate / 1e9:,.0f} GFLOP a second that matrix products reach here"
+    )
+    if known is None:
+        return f"about {how}; how many tokens there are is known when the data is formatted"
+    epoch, source = known
+    tokens = epoch * config.num_train_epochs
+    if config.max_steps > 0:
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        tokens = min(tokens, config.max_steps * batch * length * (2 if isinstance(config, DPOConfig) else 1))
+    return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens ({source}): {how}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, math.ceil(seconds))} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _first(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,4 @@
-"""The job that a schedule of SageMaker starts: checked as far as can be, its code and recipe uploaded."""
+"""What a schedule starts: for SageMaker a checked request with its code and recipe uploaded, here the environment."""
 
 from __future__ import annotations
 
@@ -7,20 +7,26 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import boto3
+from dotenv import dotenv_values
 from pydantic import SecretStr
 
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import Problem, problems, tried, trust_problems
 from llm_engineering.cloud.sagemaker.request import INPUTS, training_job_request
 from llm_engineering.cloud.sagemaker.storage import upload_code
+from llm_engineering.cloud.schedules import local_schedules
 from llm_engineering.cloud.schedules.alerts import topic_problems
+from llm_engineering.cloud.schedules.cron import Timing
 from llm_engineering.cloud.schedules.eventbridge import EXECUTION
 from llm_engineering.cloud.schedules.job_recipe import RECIPE_CHANNEL, RECIPE_FILE, JobRecipe, is_loopback, job_recipe
+from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
 from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, job_prefix
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
@@ -28,7 +34,7 @@ from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
-from tools.preflight import CODE_VARIABLE, code_version
+from tools.plan import CODE_VARIABLE, code_version
 
 logger = logging.getLogger("llm_engineering.schedule")
 
@@ -37,6 +43,26 @@ STORE_API_KEY = "ZENML_STORE_API_KEY"
 _SCHEDULER = "scheduler.amazonaws.com"
 # EventBridge Scheduler's limit of a target's input.
 _MAX_INPUT_BYTES = 262_144
+# Of other libraries: where they find and put things.
+_OTHERS = (
+    "PATH",
+    "TZ",
+    "AWS_PROFILE",
+    "AWS_CONFIG_FILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_ENDPOINT_URL",
+    "CUDA_VISIBLE_DEVICES",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "XDG_CACHE_HOME",
+    "ZENML_ACTIVE_STACK_ID",
+    "ZENML_CONFIG_PATH",
+    "ZENML_LOCAL_STORES_PATH",
+)
 
 
 class Server(NamedTuple):
@@ -87,6 +113,53 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
     return _request(name, config, account, job, server)
 
 
+def write_local(name: str, timing: Timing, recipe: Recipe | None, folder: Path, former: LocalSchedule | None) -> None:
+    """Write a schedule of this machine; without a recipe the former one stays."""
+    now = datetime.now(UTC)
+    if former is None and (folder / name).exists():
+        raise RequestError(
+            f"There is a schedule {name} on this machine already. `make schedule-change NAME={name}` changes it, "
+            f"`make unschedule NAME={name}` removes it."
+        )
+    keeper = former.keeper if former is not None else local_schedules.keeper()
+    local_schedules.check(timing, keeper, now)
+    if recipe is not None and recipe.compute.target != "local":
+        logger.info("compute.target is %s: on a schedule of this machine, training runs on it", recipe.compute.target)
+        recipe = recipe.model_copy(
+            update={"compute": recipe.compute.model_copy(update={"target": "local", "sagemaker": None})}
+        )
+    schedule = LocalSchedule(
+        name=name,
+        timing=timing,
+        keeper=keeper,
+        created=former.created if former is not None else now,
+        folder=folder / name,
+        directory=Path.cwd(),
+        environment=environment(),
+    )
+    paused = former is not None and local_schedules.state(former) == "paused"
+    kept = recipe.model_dump_json(indent=1) if recipe is not None else None
+    local_schedules.write(schedule, kept, paused)
+
+
+def environment() -> dict[str, str]:
+    """The variables of this shell that decide where things are, for a timer of this machine; secrets are not among them, for the entry is plain text.
+
+    Raises:
+        RequestError: a secret stands in this shell's environment alone.
+    """
+    in_file = {name.upper() for name, value in dotenv_values(".env").items() if value}
+    secret = {name.upper() for name, field in Settings.model_fields.items() if _is_secret(field.annotation)}
+    lost = sorted(name for name in secret if os.environ.get(name) and name not in in_file)
+    if lost:
+        raise RequestError(
+            f"{', '.join(lost)} stands in the environment of this shell, which a timer does not have. Put it into .env "
+            "(only you may read it: chmod 600 .env), or unset it."
+        )
+    names = {name.upper() for name in Settings.model_fields} - secret
+    return {name: os.environ[name] for name in sorted(names | set(_OTHERS)) if os.environ.get(name)}
+
+
 def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecipe, server: Server) -> dict[str, Any]:
     recipe_file = f"{INPUTS}/{RECIPE_CHANNEL}/{RECIPE_FILE}"
     request = training_job_request(
@@ -94,7 +167,8 @@ def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecip
         [
             "python",
             "-m",
-            "tools.run",
+            "tools.cli",
+            "run",
             "retrain",
             "--config",
             recipe_file,
@@ -225,3 +299,7 @@ def _server(session: boto3.Session) -> Server:
             "the job's machine: `make stack-aws` registers one that keeps them in S3, and makes it the active one."
         )
     return Server(url, str(stack.id), str(project.id), str(info.auth_scheme) != "NO_AUTH")
+
+
+def _is_secret(annotation: object) -> bool:
+    return SecretStr in (annotation, *get_args(annotation))

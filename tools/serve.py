@@ -1,8 +1,7 @@
-"""Serves a model OpenAI-compatibly on loopback until Ctrl-C: python -m tools.serve [--version N] [--port 8000]"""
+"""Two servers on loopback that run until Ctrl-C: serve answers as a model, dashboard shows ZenML's runs."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -15,17 +14,18 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import httpx
+import typer
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.loading import load_recipe
-from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
+from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
 
 logger = logging.getLogger("llm_engineering.serve")
 
 HOST = "127.0.0.1"
-DEFAULT_PORT = 8000
 LOG_LINES_SHOWN = 15
 # A server that still answers somebody when it is asked to end gets this long.
 GRACE_S = 10.0
@@ -35,27 +35,23 @@ _END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.e
 _UNDER_THIS = [sys.executable, "-c", _END_WITH_PARENT] if sys.platform == "linux" else []
 
 
-def main() -> int:
-    """Parse the command line and serve; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.serve", description="Serve a model OpenAI-compatibly on loopback until Ctrl-C."
-    )
-    parser.add_argument("--version", metavar="N", help="default: the version in production, else staging")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="default: %(default)s")
-    add_recipe_arguments(parser)
-    arguments = parser.parse_args()
-    if not 0 < arguments.port < 65536:
-        parser.error(f"--port must be from 1 to 65535, not {arguments.port}")
-    start_logging(arguments.debug)
-    return exit_code(lambda: _serve(arguments), arguments.debug)
+def serve(
+    config: Config = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    version: Version = None,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port on this machine.")] = 8000,
+) -> int:
+    """Serve a model OpenAI-compatibly on this machine until Ctrl-C.
 
+    vLLM is used if it is installed and there is a CUDA card, else `transformers serve`.
 
-def _serve(arguments: argparse.Namespace) -> int:
+    Example: `llm-engineering serve --port 8123`
+    """
     # Both end it the same way; a shell's background job starts with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    recipe = load_recipe(arguments.config, arguments.set)
-    check_port(arguments.port)
+    recipe = load_recipe(config, overrides or ())
+    check_port(port)
 
     from llm_engineering.publish.merge import merged_device
     from llm_engineering.publish.verification import precision
@@ -65,27 +61,74 @@ def _serve(arguments: argparse.Namespace) -> int:
     settings.check_writable()
     device = merged_device(recipe.compute.here)
     prepare_zenml()
-    from tools.merged import merged_model
-    from tools.promoted import find_model
+    from tools.versions import find_model, merged_model
 
-    found = find_model(recipe, arguments.version)
+    found = find_model(recipe, version)
     logger.info("%s", found.described)
     folder = merged_model(found, recipe, settings)
     vllm = installed_vllm() if device.name == "cuda" else None
-    log = settings.llm_output_dir.resolve() / f"serve-{arguments.port}.log"
+    log = settings.llm_output_dir.resolve() / f"serve-{port}.log"
     with tempfile.TemporaryDirectory(prefix="serve-") as cache:
         if vllm is not None:
-            command = vllm_command(vllm, folder, recipe.name, arguments.port, precision(device.dtype))
+            command = vllm_command(vllm, folder, recipe.name, port, precision(device.dtype))
         else:
             link_as_cached(folder, recipe.name, Path(cache))
-            command = transformers_command(recipe.name, arguments.port, device.name)
+            command = transformers_command(recipe.name, port, device.name)
         if recipe.model.trust_remote_code:
             command.append("--trust-remote-code")
         logger.info("Starting %s, which logs to %s", Path(command[0]).name, log)
         try:
-            run_server(command, f"http://{HOST}:{arguments.port}", recipe.name, Path(cache), log)
+            run_server(command, f"http://{HOST}:{port}", recipe.name, Path(cache), log)
         except KeyboardInterrupt:
             logger.info("Ended.")
+    return 0
+
+
+def dashboard(
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port on this machine.")] = 8237,
+) -> int:
+    """Serve ZenML's dashboard on this machine until Ctrl-C.
+
+    It shows the runs of the local store. If ZenML is connected to a server, the address of that server is printed.
+
+    Example: `llm-engineering dashboard --port 8300`
+    """
+    # `zenml login --local` is not used: it points the client configuration at a daemon, and every later run fails once
+    # that daemon has died. This runs the same server in the foreground and leaves the configuration as it is.
+    url = f"http://{HOST}:{port}"
+
+    # Both end it the same way; a shell's background job starts with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    # Before the first import of zenml, which reads them once.
+    os.environ.update(server_environment(url))
+    try:
+        from zenml.config.global_config import GlobalConfiguration
+        from zenml.enums import StoreType
+
+        configuration = GlobalConfiguration()
+        store = configuration.store_configuration
+        if store.type == StoreType.REST:
+            print(f"Dashboard: {store.url} (the runs are on this ZenML server)")
+            return 0
+
+        with socket.socket() as listener:
+            _bind(listener, port, "dashboard")
+            log = Path(configuration.config_directory) / "dashboard.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            logging.basicConfig(filename=log, filemode="w", level=logging.WARNING, force=True)
+            try:
+                _skip_onboarding_survey()
+                _serve_dashboard(listener, url)
+            except (Exception, SystemExit) as error:
+                # Before a SystemExit uvicorn has logged the cause; its own trace would push that out.
+                if not isinstance(error, SystemExit):
+                    logging.exception("The dashboard's server failed.")
+                tail = log.read_text().splitlines()[-LOG_LINES_SHOWN:]
+                print(f"The dashboard's server failed; the end of {log}:", *tail, sep="\n", file=sys.stderr)
+                return 1
+    except KeyboardInterrupt:
+        pass
     return 0
 
 
@@ -94,14 +137,18 @@ def check_port(port: int) -> None:
     RequestError: the port cannot be listened on.
     """
     with socket.socket() as probe:
-        # Connections of a former server that wait for their end do not hinder the next one.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise RequestError(
-                f"Port {port} cannot be used: {error.strerror}. Choose another one: make serve ARGS='--port N'."
-            ) from error
+        _bind(probe, port, "serve")
+
+
+def _bind(listener: socket.socket, port: int, command: str) -> None:
+    # Connections of a former server that wait for their end do not hinder the next one.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        raise RequestError(
+            f"Port {port} cannot be used: {error.strerror}. Choose another one: make {command} ARGS='--port N'."
+        ) from error
 
 
 def link_as_cached(folder: Path, name: str, cache: Path) -> None:
@@ -193,5 +240,54 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         os.killpg(server.pid, signal.SIGKILL)
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def server_environment(url: str) -> dict[str, str]:
+    """Return the variables that make ZenML a local server without logins."""
+    return {
+        # Also what keeps ZenML from writing its configuration file.
+        "ZENML_SERVER": "true",
+        "ZENML_SERVER_AUTH_SCHEME": "NO_AUTH",
+        "ZENML_SERVER_AUTO_ACTIVATE": "true",
+        "ZENML_SERVER_DEPLOYMENT_TYPE": "local",
+        "ZENML_SERVER_ALLOW_LOCAL_FILE_ACCESS": "true",
+        # ZenML's default is every origin: without logins, any web site open
+        # in the user's browser could read the runs.
+        "ZENML_SERVER_CORS_ALLOW_ORIGINS": url,
+        "ZENML_SERVER_DISPLAY_ANNOUNCEMENTS": "false",
+        "ZENML_SERVER_DISPLAY_UPDATES": "false",
+        "ZENML_ANALYTICS_OPT_IN": "false",
+        "ZENML_LOGGING_VERBOSITY": "WARNING",
+    }
+
+
+def _skip_onboarding_survey() -> None:
+    """Mark the survey as done, which otherwise covers every dashboard page."""
+    from zenml.config.global_config import GlobalConfiguration
+    from zenml.constants import DEFAULT_USERNAME, FINISHED_ONBOARDING_SURVEY_KEY
+    from zenml.models import UserUpdate
+
+    store = GlobalConfiguration().zen_store
+    user = store.get_user(DEFAULT_USERNAME)
+    if user.email_opted_in is None or not user.user_metadata.get(FINISHED_ONBOARDING_SURVEY_KEY):
+        metadata = {**user.user_metadata, FINISHED_ONBOARDING_SURVEY_KEY: True}
+        update = UserUpdate(email_opted_in=bool(user.email_opted_in), user_metadata=metadata)
+        store.update_user(user.id, update)
+
+
+def _serve_dashboard(listener: socket.socket, url: str) -> None:
+    """Run the server on a bound socket until a signal ends it.
+
+    Raises:
+        KeyboardInterrupt: When SIGINT or SIGTERM ended it.
+        SystemExit: When its startup failed; its log says why.
+    """
+    import uvicorn
+    from zenml.zen_server.zen_server_api import app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"Dashboard: {url}/projects/default/runs (Ctrl-C ends it)", flush=True)
+
+    # log_config: uvicorn would otherwise put its own console handlers back.
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
+    Server(config).run(sockets=[listener])

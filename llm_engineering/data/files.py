@@ -9,12 +9,9 @@ import csv
 import gzip
 import json
 import re
-import shutil
-import tempfile
 import zlib
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
-from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -60,6 +57,8 @@ class BrokenRecord(NamedTuple):
 
 # The place of a record, its value, and the reason and detail of a problem, both empty where there is none.
 Item = tuple[str, Any, str, str]
+BATCH_ROWS = 1000
+_ARROW_FILE_MAGIC = b"ARROW1"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NOT_UTF8 = ("not_utf8", "it holds bytes that are no UTF-8 text: convert them, e.g. with iconv")
 
@@ -70,11 +69,13 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
     Raises:
         RequestError: the file is missing, unreadable, damaged or in no known format.
     """
-    reader = _READERS.get(ending(path).removesuffix(".gz"))
+    # Parquet and Arrow files compress their columns themselves, so only text comes as .gz.
+    readers = _TEXT_READERS if _is_packed(path) else _READERS
+    reader = readers.get(ending(path).removesuffix(".gz"))
     if reader is None:
         raise RequestError(
-            f"{path} is in no known format ({path.suffix or 'no ending'}): datasets are {', '.join(_READERS)} files, "
-            "each also as .gz."
+            f"{path} is in no known format ({ending(path) or 'no ending'}): datasets are {', '.join(_READERS)} files, "
+            f"{', '.join(_TEXT_READERS)} also as .gz."
         )
     file = str(path)
     try:
@@ -141,17 +142,16 @@ def shown(value: Any) -> str:
         return f"a deeply nested {type(value).__name__}"
 
 
-def open_binary(path: Path) -> BufferedIOBase:
-    """A file's bytes, unpacked where it is a .gz."""
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def _open_text(path: Path, newline: str) -> TextIO:
-    with open_binary(path) as file:
+    with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
         is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
     # Bytes that are no text come through as lone surrogates, which the readers look for.
     encoding, errors = ("utf-16", "surrogatepass") if is_utf16 else ("utf-8-sig", "surrogateescape")
-    if path.suffix.lower() == ".gz":
+    if _is_packed(path):
         return gzip.open(path, "rt", encoding=encoding, errors=errors, newline=newline)
     return path.open(encoding=encoding, errors=errors, newline=newline)
 
@@ -227,68 +227,35 @@ def _csv(path: Path) -> Iterator[Item]:
                 yield place, dict(zip(header, cells, strict=True)), "", ""
 
 
-def _parquet(path: Path) -> Iterator[Item]:
-    with open_binary(path) as file:
-        yield from parquet_rows(file)
-
-
-def _arrow(path: Path) -> Iterator[Item]:
-    with open_binary(path) as file:
-        yield from arrow_rows(file)
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
-    ".json": _json,
-    ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
-
-
-BATCH_ROWS = 1000
-_ARROW_FILE_MAGIC = b"ARROW1"
-
-
-def parquet_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
+def parquet_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
     """The place, value, and the reason and detail of the problem (empty where there is none) of every row.
 
     Raises:
         pyarrow.ArrowException, OSError: the file is damaged, or is no Parquet file.
     """
-    with tempfile.TemporaryFile() as unpacked:
-        # A Parquet file is read from its end. What is compressed as a whole has to be unpacked for that.
-        source = pq.ParquetFile(_seekable(file, unpacked), pre_buffer=False)
+    with path.open("rb") as file:
+        source = pq.ParquetFile(file, pre_buffer=False)
         _check_names(source.schema_arrow)
         yield from _rows(source.iter_batches(BATCH_ROWS))
 
 
-def arrow_rows(file: BufferedIOBase) -> Iterator[tuple[str, Any, str, str]]:
+def arrow_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
     """The same for an Arrow file, in either of its two forms; `datasets` writes the streaming one.
 
     Raises:
         pyarrow.ArrowException, OSError: the file is damaged, or is no Arrow file.
     """
-    with tempfile.TemporaryFile() as unpacked:
-        seekable = _seekable(file, unpacked)
-        start = seekable.read(len(_ARROW_FILE_MAGIC))
-        seekable.seek(0)
+    with path.open("rb") as file:
+        start = file.read(len(_ARROW_FILE_MAGIC))
+        file.seek(0)
         if start == _ARROW_FILE_MAGIC:
-            table = pa.ipc.open_file(seekable)
+            table = pa.ipc.open_file(file)
             batches = (table.get_batch(number) for number in range(table.num_record_batches))
         else:
-            table = pa.ipc.open_stream(seekable)
+            table = pa.ipc.open_stream(file)
             batches = iter(table)
         _check_names(table.schema)
         yield from _rows(batches)
-
-
-def _seekable(file: BufferedIOBase, unpacked: Any) -> Any:
-    if not isinstance(file, gzip.GzipFile):
-        return file
-    shutil.copyfileobj(file, unpacked)
-    unpacked.seek(0)
-    return unpacked
 
 
 def _check_names(schema: pa.Schema) -> None:
@@ -323,3 +290,7 @@ def _one(row: pa.RecordBatch) -> dict[str, Any] | ValueError | OverflowError:
     except (ValueError, OverflowError) as error:
         return error
     return values[0]
+
+
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}
+_READERS = {**_TEXT_READERS, ".parquet": parquet_rows, ".arrow": arrow_rows}

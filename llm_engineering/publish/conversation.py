@@ -1,15 +1,18 @@
-"""Greedy answers of a merged model, printed while they are written."""
+"""Answers of a model, greedy or sampled, printed while they are written."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llm_engineering.data.rows import Message
+from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.device import Device
 from llm_engineering.models.loading import load_model
@@ -17,12 +20,58 @@ from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
 
+# Seeds that a person can type again.
+_MAX_SEED = 2**32 - 1
+
 
 class Reply(NamedTuple):
     """An answer, and whether the model ended it by itself."""
 
     text: str
     stopped: bool
+
+
+class Sampling(NamedTuple):
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most probable token (greedy).
+        top_p: only the most probable tokens that together reach this probability are drawn from; 1 is all.
+        seed: with the same seed, the same conversation gets the same answer.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @classmethod
+    def checked(cls, temperature: float, top_p: float, seed: int | None) -> Sampling:
+        """Without a seed, one is drawn.
+
+        Raises:
+            RequestError: a value is out of its range, or would have no effect.
+        """
+        # Written so that nan, which compares as false, is refused.
+        if not 0 <= temperature < float("inf"):
+            raise RequestError(f"--temperature must be 0 (greedy) or more, not {temperature:g}.")
+        if not 0 < top_p <= 1:
+            raise RequestError(f"--top-p must be more than 0 and at most 1, not {top_p:g}.")
+        if temperature == 0 and top_p != 1:
+            raise RequestError("--top-p has no effect at temperature 0 (greedy): add --temperature, e.g. 0.7.")
+        if seed is not None and not 0 <= seed <= _MAX_SEED:
+            raise RequestError(f"--seed must be from 0 to {_MAX_SEED}, not {seed}.")
+        return cls(temperature, top_p, secrets.randbelow(_MAX_SEED + 1) if seed is None else seed)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `generate` is told."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        # A model's own generation_config often has a top_k, which nobody asked for here.
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+GREEDY = Sampling()
 
 
 def has_room(
@@ -33,16 +82,65 @@ def has_room(
     return limit is None or len(prompt_ids(messages, tokenizer)) + max_new_tokens <= limit
 
 
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    **options: Any,
+) -> Reply:
+    """The answer to the last message, prompted as in training; `options` are those of `generate`."""
+    ids = prompt_ids(messages, tokenizer)
+    ends = end_token_ids(model, tokenizer)
+    inputs = torch.tensor([ids], device=model.device)
+    # Before each answer: it then depends on the seed and the conversation alone, and not on answers before.
+    torch.manual_seed(sampling.seed)
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends,
+            **sampling.options,
+            **options,
+        )
+    new = output[0, len(ids) :].tolist()
+    return Reply(str(tokenizer.decode(new, skip_special_tokens=True)).strip(), bool(new) and new[-1] in ends)
+
+
+def check_system(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the chat template shows the model the system message that `messages` begin with.
+
+    Raises:
+        RequestError: it refuses system messages, or leaves them out.
+    """
+    try:
+        shown = prompt_ids(messages, tokenizer) != prompt_ids(messages[1:], tokenizer)
+    except TemplateError:
+        shown = False
+    if not shown:
+        raise RequestError("The model's chat template has no place for a system message: leave --system out.")
+
+
 class Conversation:
     """A model that answers on stdout, prompted as in training."""
 
     def __init__(
-        self, folder: Path, device: Device, settings: Settings, max_new_tokens: int, trust_remote_code: bool
+        self,
+        folder: Path,
+        device: Device,
+        settings: Settings,
+        max_new_tokens: int,
+        trust_remote_code: bool,
+        sampling: Sampling = GREEDY,
     ) -> None:
         merged = ModelConfig(name_or_path=str(folder), trust_remote_code=trust_remote_code)
         self.model = load_model(merged, settings, device).eval()
         self.tokenizer = load_tokenizer(merged, settings)
         self.max_new_tokens = max_new_tokens
+        self.sampling = sampling
 
     def has_room(self, messages: Sequence[Message]) -> bool:
         """Whether the conversation and an answer fit into what the model can read."""
@@ -50,20 +148,5 @@ class Conversation:
 
     def answer(self, messages: Sequence[Message]) -> Reply:
         """Print the answer to the last message word by word, and return it."""
-        ids = prompt_ids(messages, self.tokenizer)
-        ends = end_token_ids(self.model, self.tokenizer)
-        inputs = torch.tensor([ids], device=self.model.device)
-        generate: Any = self.model.generate
-        with torch.inference_mode():
-            output = generate(
-                input_ids=inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=self.max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=ends,
-                streamer=TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            )
-        new = output[0, len(ids) :].tolist()
-        text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()
-        return Reply(text, bool(new) and new[-1] in ends)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return answer(self.model, self.tokenizer, messages, self.max_new_tokens, self.sampling, streamer=streamer)

@@ -5,44 +5,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.recipe import Recipe
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: `1e-4` is a number, `off` is text, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML follows YAML 1.1, where `off` and `no` are booleans, and a float needs a dot: it reads `1e-4` as text.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -64,8 +36,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
                 f"--set {override!r} is not of the form key.path=value, e.g. --set sft.learning_rate=1e-4"
             )
         try:
-            value = yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
-        except yaml.YAMLError as error:
+            value = _from_yaml(text)
+        except YAMLError as error:
             raise RequestError(f"--set {override!r}: the value is not valid YAML ({_first_line(error)}).") from error
         layer: Any = value
         for part in reversed(key.strip().split(".")):
@@ -102,8 +74,8 @@ def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[st
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"The recipe {path} cannot be read: {error}.") from error
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 — a SafeLoader
-    except yaml.YAMLError as error:
+        data = _from_yaml(text)
+    except YAMLError as error:
         raise RequestError(f"{path} is not valid YAML: {_first_line(error)}.") from error
     if not isinstance(data, dict):
         raise RequestError(f"{path} holds no recipe: expected keys such as `name:` and `model:` at the top level.")
@@ -130,10 +102,17 @@ def _merge(into: dict[str, Any], layer: dict[str, Any], origin: dict[str, str], 
                 _merge(into[key], value, origin, source, f"{full}.")
 
 
-def _first_line(error: yaml.YAMLError) -> str:
+def _from_yaml(text: str) -> Any:
+    # YAML 1.2: `1e-4` is a number, `off` and `no` are text, and a key given twice is an error.
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _first_line(error: YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return where + str(getattr(error, "problem", None) or error).splitlines()[0]
+    problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+    # The values of a duplicate key are not read yet when they are reported: a block shows as `{}`.
+    return where + problem.partition(" with value ")[0]
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -72,9 +72,9 @@ class Job:
     def _output(self) -> str:
         return f"{self.request['OutputDataConfig']['S3OutputPath'].rstrip('/')}/{self.name}/output"
 
-    def _end(self, status: str, secondary: str = "", reason: str = "") -> None:
+    def _end(self, status: str, reason: str = "") -> None:
         self.reason = reason[:1024]
-        self.go(secondary or status, reason)
+        self.go(status, reason)
         self.status = status
 
     def _run_guarded(self) -> None:
@@ -113,7 +113,7 @@ class Job:
                     return self._end("Failed", reason=failed.failure())
                 if order is None:
                     return self._end("Completed")
-        self._end("Stopped", "MaxRuntimeExceeded" if order == "expire" else "Stopped")
+        self._end("Stopped")
         return None
 
     def _order(self, seconds: float) -> str | None:
@@ -140,7 +140,7 @@ class Job:
                 break
         # The others are ended now, which is no failure of theirs.
         failed = next((m for m in machines if m.process.poll()), None)
-        grace = self.fake.grace_s if order in ("stop", "expire", "interrupt") else 0.0
+        grace = self.fake.grace_s if order in ("stop", "interrupt") else 0.0
         for machine in machines:
             machine.end(grace)
             if order not in ("kill", "end"):
@@ -167,6 +167,5 @@ _MESSAGES = {
     "Completed": "Training job completed",
     "Stopping": "Stopping the training job",
     "Stopped": "Training job stopped",
-    "MaxRuntimeExceeded": "Training job runtime exceeded MaxRuntimeInSeconds provided",
     "Failed": "Training job failed",
 }

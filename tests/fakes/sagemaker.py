@@ -85,10 +85,6 @@ class FakeSageMaker(FakeAWS):
         """
         self.job(name).orders.put("interrupt" if graceful else "kill")
 
-    def expire(self, name: str) -> None:
-        """End a job as its maximum run time does."""
-        self.job(name).orders.put("expire")
-
     def _create(self, asked: dict[str, Any]) -> dict[str, Any]:
         name, resources = asked["TrainingJobName"], asked["ResourceConfig"]
         if name in self.jobs:

@@ -63,16 +63,23 @@ class Project:
     env: dict[str, str] = field(repr=False)
 
     def start(self, *arguments: str) -> Forked:
-        """Start `python -m` these arguments; where the first ends in `.py`, that file."""
-        return Forked(arguments[0], arguments[1:], self.env, ROOT)
+        """Start `llm-engineering` with these arguments."""
+        return Forked("tools.cli", arguments, self.env, ROOT)
 
     def command(self, *arguments: str) -> Run:
-        process = self.start(*arguments)
-        stdout, stderr = process.communicate(timeout=TIMEOUT_S)
-        return Run(process.wait(), stdout, stderr)
+        return _ended(self.start(*arguments))
+
+    def script(self, name: str, *arguments: str) -> Run:
+        """Run a module of the tests, or where the name ends in `.py`, that file."""
+        return _ended(Forked(name, arguments, self.env, ROOT))
 
     def run(self, pipeline: str, *arguments: str) -> Run:
-        return self.command("tools.run", pipeline, "--config", str(self.recipe), "--json", *arguments)
+        return self.command("run", pipeline, "--config", str(self.recipe), "--json", *arguments)
+
+
+def _ended(process: Forked) -> Run:
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    return Run(process.wait(), stdout, stderr)
 
 
 def make_project(folder: Path, model: Path, made: "Project | None" = None) -> Project:
@@ -107,7 +114,7 @@ def make_project(folder: Path, model: Path, made: "Project | None" = None) -> Pr
 def unused(tiny_model, tmp_path_factory) -> Project:
     """A project without a run. ZenML makes its store in seconds, and a copy is there at once."""
     project = make_project(tmp_path_factory.mktemp("unused"), tiny_model)
-    listed = project.command("tools.runs")
+    listed = project.command("runs")
     assert listed.code == 0, listed.stderr
     return project
 

@@ -13,12 +13,12 @@ def main() -> None:
     tools.cli.prepare_zenml()
     from llm_engineering.recipe.loading import load_recipe
     from pipelines import chain
-    from tools import launch, summary
-    from tools.preflight import preflight
+    from tools import results, run
+    from tools.plan import preflight
 
     recipe, inputs = preflight(load_recipe(sys.argv[1]))
-    run = launch._start(chain.sft, recipe, inputs, True)
-    summary.print_table(summary.collect([run], 0.0), sys.stdout)
+    ended = run._start(chain.sft, recipe, inputs, True)
+    results.print_table(results.collect([ended], 0.0), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -63,12 +63,12 @@ def test_dpo_starts_from_the_registered_sft_model(finished_run, dpo_run):
 
 
 def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
-    process = project.command("tools.runs", "--limit", "5")
+    process = project.command("runs", "--limit", "5")
     assert process.code == 0
     assert "dpo" in process.stdout
     script = project.folder / "read_back.py"
     script.write_text(READ_BACK)
-    done = project.command(str(script))
+    done = project.script(str(script))
     assert done.code == 0, done.stderr
     found = done.json
     artifacts = found["artifacts"]
@@ -134,7 +134,7 @@ def test_the_evaluation_says_how_sure_it_is(project, dpo_run):
 
 
 def test_chat_asks_the_promoted_model(project, dpo_run):
-    answer = project.command("tools.chat", "--config", str(project.recipe), "--prompt", "Hi", "--max-new-tokens", "4")
+    answer = project.command("chat", "--config", str(project.recipe), "--prompt", "Hi", "--max-new-tokens", "4")
     assert answer.code == 0, answer.stderr
     assert "tiny version" in answer.stderr
 
@@ -161,7 +161,7 @@ def test_retrain_is_one_run(fresh_project):
 def test_documents_to_datasets_with_the_real_model(fresh_project):
     """Generation on the embedded corpus with the embedded model: real questions for real passages."""
     run = fresh_project.command(
-        "tools.run", "datasets", "--json", "--set", "documents.max_passages=24", "--set",
+        "run", "datasets", "--json", "--set", "documents.max_passages=24", "--set",
         "data.split.test_fraction=0.4", "--set", "data.split.validation_fraction=0.3", "--set",
         "generation.rejected_max_new_tokens=12",
     )  # fmt: skip

@@ -260,14 +260,14 @@ def test_the_command(fake, small_llama, fresh_project):
     recipe = fresh_project.folder / "cloud.yaml"
     recipe.write_text(f"extends: {fresh_project.recipe}\n{BLOCK.replace('=', ': ', 1)}\n")
     fresh_project.env |= fake.env()
-    good = fresh_project.command("tools.cloud_preflight", "--config", str(recipe))
+    good = fresh_project.command("cloud", "preflight", "--config", str(recipe))
     assert (good.code, good.stdout) == (0, ""), good.stderr
     no_trust(fake)
-    bad = fresh_project.command("tools.cloud_preflight", "--config", str(recipe))
+    bad = fresh_project.command("cloud", "preflight", "--config", str(recipe))
     assert bad.code == 2
     assert "- The role training does not let sagemaker.amazonaws.com assume it." in bad.stderr
     # A run makes the same checks first, and then does nothing.
-    run = fresh_project.command("tools.run", "sft", "--config", str(recipe))
+    run = fresh_project.command("run", "sft", "--config", str(recipe))
     assert (run.code, "does not let sagemaker.amazonaws.com" in run.stderr) == (2, True)
-    local = fresh_project.command("tools.cloud_preflight", "--config", str(fresh_project.recipe))
+    local = fresh_project.command("cloud", "preflight", "--config", str(fresh_project.recipe))
     assert (local.code, "trains here, not on SageMaker" in local.stderr) == (2, True)

@@ -65,7 +65,7 @@ def free_port() -> int:
 def dashboard(finished_run: Any, free_port: int) -> Iterator[subprocess.Popen[str]]:
     """Start the dashboard over the store of the finished run."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.dashboard", "--port", str(free_port)],
+        [sys.executable, "-m", "tools.cli", "dashboard", "--port", str(free_port)],
         cwd=ROOT,
         env=finished_run.env,
         text=True,
@@ -154,7 +154,7 @@ def test_taken_port_is_a_usage_error(finished_run: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        process = Forked("tools.dashboard", ["--port", str(taken.getsockname()[1])], finished_run.env, ROOT)
+        process = Forked("tools.cli", ["dashboard", "--port", str(taken.getsockname()[1])], finished_run.env, ROOT)
         stdout, stderr = process.communicate(SECONDS_TO_START)
     assert process.wait() == 2
     assert "--port" in stderr

@@ -182,7 +182,7 @@ def test_datasets_from_transformers_serve(fresh_project, tmp_path):
         "found = Client().get_artifact_version('preference_candidates').load()\n"
         "print(json.dumps({name: part.to_list() for name, part in found.items()}))\n"
     )
-    found = fresh_project.command(str(candidates)).json
+    found = fresh_project.script(str(candidates)).json
     counts = {count["stage"]: count for count in found["counts"]}
     for stage in ("instruction", "preference"):
         rejected = [row for row in found["quarantine"] if row["stage"] == stage]

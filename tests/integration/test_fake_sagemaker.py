@@ -46,7 +46,7 @@ def spot(**changes):
 def finished(sagemaker, name: str, *until: str):
     for _ in range(600):
         job = sagemaker.describe_training_job(TrainingJobName=name)
-        if job["SecondaryStatus"] in (until or ("Completed", "Failed", "Stopped", "MaxRuntimeExceeded")):
+        if job["SecondaryStatus"] in (until or ("Completed", "Failed", "Stopped")):
             return job
         time.sleep(0.05)
     raise AssertionError(job)

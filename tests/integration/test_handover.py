@@ -43,12 +43,12 @@ def handed(project, finished_run):
     one = (*recipe, "--version", "1")
     return Handed(
         output,
-        export=project.command("tools.export", *one, "--output", str(output)),
-        again=project.command("tools.export", *one, "--output", str(output)),
-        missing=project.command("tools.export", *recipe, "--version", "99"),
-        chat=project.command("tools.chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"),
-        compare=project.command("tools.compare", *one, "--prompt", "Hi", "--max-new-tokens", "3"),
-        unlicensed=project.command("tools.push_model", *one, "--repo", "someone/tiny"),
+        export=project.command("models", "export", *one, "--output", str(output)),
+        again=project.command("models", "export", *one, "--output", str(output)),
+        missing=project.command("models", "export", *recipe, "--version", "99"),
+        chat=project.command("chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"),
+        compare=project.command("compare", *one, "--prompt", "Hi", "--max-new-tokens", "3"),
+        unlicensed=project.command("models", "push", *one, "--repo", "someone/tiny"),
     )
 
 
@@ -60,7 +60,7 @@ def free_port():
 
 @contextmanager
 def served(project, port, *arguments):
-    process = project.start("tools.serve", "--config", str(project.recipe), "--port", str(port), *arguments)
+    process = project.start("serve", "--config", str(project.recipe), "--port", str(port), *arguments)
     try:
         line = process.stdout.readline()
         assert line == f"Serving: http://127.0.0.1:{port}/v1, model tiny (Ctrl-C ends it)\n", process.stderr.read()
@@ -129,7 +129,7 @@ def test_the_served_answer_equals_the_answer_of_chat(project, handed):
         )
         assert streamed == answer.choices[0].message.content
 
-        taken = project.command("tools.serve", "--config", str(project.recipe), "--port", str(port))
+        taken = project.command("serve", "--config", str(project.recipe), "--port", str(port))
         assert taken.code == 2
         assert f"Port {port} cannot be used: Address already in use." in taken.stderr
 
@@ -143,7 +143,7 @@ def test_the_served_answer_equals_the_answer_of_chat(project, handed):
 def test_a_conversation_on_a_terminal(project, handed):
     """Two turns on a pseudo-terminal; Ctrl-D ends it."""
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "tools.chat", "--config", str(project.recipe), "--version", "1"]
+    command = [sys.executable, "-m", "tools.cli", "chat", "--config", str(project.recipe), "--version", "1"]
     process = subprocess.Popen(
         [*command, "--max-new-tokens", "3"],
         cwd=ROOT, env=project.env, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True,
@@ -165,7 +165,7 @@ def test_a_conversation_on_a_terminal(project, handed):
 
 
 def test_chat_without_question_and_terminal_is_refused(project):
-    run = project.command("tools.chat", "--config", str(project.recipe))
+    run = project.command("chat", "--config", str(project.recipe))
     assert run.code == 2
     assert "There is no question and no terminal" in run.stderr
 
@@ -173,9 +173,32 @@ def test_chat_without_question_and_terminal_is_refused(project):
 @pytest.mark.parametrize("tool", ["chat", "compare"])
 def test_a_question_that_is_too_long_is_refused(project, handed, tool):
     arguments = ("--version", "1", "--prompt", "Why? " * 10, "--max-new-tokens", "100000")
-    run = project.command(f"tools.{tool}", "--config", str(project.recipe), *arguments)
+    run = project.command(tool, "--config", str(project.recipe), *arguments)
     assert run.code == 2, run.stderr
     assert "The question is longer than the model can read beside an answer of 100000 tokens." in run.stderr
+
+
+def test_sampling_with_a_seed_can_be_had_again(project, handed):
+    """chat and compare draw at a temperature, and the same seed gives the same answer; a system message is read."""
+    recipe = ("--config", str(project.recipe), "--version", "1", "--prompt", QUESTION, "--max-new-tokens", "12")
+    drawn = ("--temperature", "1.5", "--top-p", "0.9", "--seed", "7")
+    once, again = (project.command("chat", *recipe, *drawn) for _ in range(2))
+    assert once.code == 0, once.stderr
+    assert once.stdout == again.stdout != handed.chat.stdout
+    unseeded = project.command("chat", *recipe, "--temperature", "1.5")
+    (seed,) = re.findall(r"Drawing with --seed (\d+)", unseeded.stderr)
+    assert project.command("chat", *recipe, "--temperature", "1.5", "--seed", seed).stdout == unseeded.stdout
+    side_by_side = [project.command("compare", *recipe, *drawn, "--system", "Be brief.") for _ in range(2)]
+    assert side_by_side[0].code == 0, side_by_side[0].stderr
+    assert side_by_side[0].stdout == side_by_side[1].stdout
+    # More words than the model can read.
+    for command in ("chat", "compare"):
+        told = project.command(command, *recipe, "--system", "Be brief. " * 2000)
+        assert told.code == 2
+        assert "The question is longer than the model can read" in told.stderr
+    refused = project.command("compare", *recipe, "--top-p", "0.5")
+    assert refused.code == 2
+    assert "--top-p has no effect at temperature 0" in refused.stderr
 
 
 def test_compare_shows_every_model_and_how_it_ended(handed):
@@ -202,7 +225,7 @@ print(json.dumps(tokenizer.decode(output[0, ids["input_ids"].shape[1]:], skip_sp
 def test_the_published_model_answers_like_the_trained_model(project, handed, tiny_model, tmp_path):
     """One commit with the card to a repository that is private by default; plain transformers loads the model from it."""
     token = "hf_planted_token_value"
-    push = ("tools.push_model", "--config", str(project.recipe), "--version", "1", "--repo", "someone/tiny")
+    push = ("models", "push", "--config", str(project.recipe), "--version", "1", "--repo", "someone/tiny")
     with running_hub(token) as hub:
         online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
                   "HF_HUB_DISABLE_XET": "1"}  # fmt: skip

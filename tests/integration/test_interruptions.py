@@ -18,7 +18,7 @@ def wait_for_checkpoint(project, process):
 def test_interrupted_training_resumes(fresh_project):
     """After SIGINT in the middle of training, `--resume` continues from the checkpoint."""
     many = ["--set", "sft.num_train_epochs=12", "--set", "sft.eval_steps=1000"]
-    process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
+    process = fresh_project.start("run", "sft", "--config", str(fresh_project.recipe), *many)
     wait_for_checkpoint(fresh_project, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
@@ -40,21 +40,21 @@ def test_interrupted_training_resumes(fresh_project):
 def test_killed_run_is_detected_and_resumes(fresh_project):
     """After kill -9 in the middle of training, ZenML still lists the run as running. `make runs` detects it."""
     many = ["--set", "sft.num_train_epochs=6", "--set", "sft.eval_steps=1000"]
-    process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
+    process = fresh_project.start("run", "sft", "--config", str(fresh_project.recipe), *many)
     wait_for_checkpoint(fresh_project, process)
     # Stop the process, so that it stays alive but cannot finish before the next commands look at it.
     process.send_signal(signal.SIGSTOP)
     running = fresh_project.run("sft", *many, "--resume", "last")
     assert running.code == 2
     assert "is still running" in running.stderr
-    assert "killed" not in fresh_project.command("tools.runs").stdout
+    assert "killed" not in fresh_project.command("runs").stdout
     process.kill()
     process.communicate(timeout=60)
 
-    listed = fresh_project.command("tools.runs")
+    listed = fresh_project.command("runs")
     assert "failed (killed)" in listed.stdout
     assert "--resume" in listed.stderr
-    again = fresh_project.command("tools.runs")
+    again = fresh_project.command("runs")
     assert "failed (killed)" in again.stdout
     assert "was killed" not in again.stderr
     (name,) = [
@@ -68,7 +68,7 @@ def test_killed_run_is_detected_and_resumes(fresh_project):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_a_step_saves_a_checkpoint(fresh_project, number):
     many = ["--set", "sft.num_train_epochs=200", "--set", "sft.save_steps=8", "--set", "sft.eval_steps=1000"]
-    process = fresh_project.start("tools.run", "sft", "--config", str(fresh_project.recipe), *many)
+    process = fresh_project.start("run", "sft", "--config", str(fresh_project.recipe), *many)
     wait_for_checkpoint(fresh_project, process)
     process.send_signal(number)
     _, stderr = process.communicate(timeout=120)
@@ -78,4 +78,4 @@ def test_signal_in_a_step_saves_a_checkpoint(fresh_project, number):
     assert "the same command goes on" in stderr
     assert "Traceback" not in stderr
     assert list(fresh_project.folder.glob(f"outputs/training/*/checkpoints/checkpoint-{saved}/identity.json"))
-    assert "failed" in fresh_project.command("tools.runs").stdout
+    assert "failed" in fresh_project.command("runs").stdout

@@ -10,9 +10,10 @@ from tests.integration.conftest import Project, Run, make_project
 
 
 def call(project, *commands: list[str]) -> list[Run]:
-    """Run tools one after another."""
+    """Run commands of the group `models` one after another."""
     return [
-        project.command(f"tools.{tool}", *arguments, "--config", str(project.recipe)) for tool, *arguments in commands
+        project.command("models", command, *arguments, "--config", str(project.recipe))
+        for command, *arguments in commands
     ]
 
 
@@ -30,7 +31,7 @@ def own(tiny_model, unused, tmp_path_factory) -> Project:
     (project.promoted,) = call(project, ["promote", "1", "--note", "the first version"])
     project.second = project.run("sft")
     assert project.second.code == 0, project.second.stderr
-    project.third = project.command("tests.integration.stale", str(project.recipe))
+    project.third = project.script("tests.integration.stale", str(project.recipe))
     assert project.third.code == 0, project.third.stderr
     return project
 
@@ -54,7 +55,7 @@ def test_a_run_is_stale_if_production_changed_meanwhile(own):
 
 def test_models_lists_versions_with_gate_and_stage(own):
     assert own.promoted.code == 0, own.promoted.stderr
-    as_json, as_table = call(own, ["models", "--json"], ["models"])
+    as_json, as_table = call(own, ["list", "--json"], ["list"])
     listed = as_json.json["versions"]
     assert [(v["version"], v["gate"], v["stage"]) for v in listed] == [
         (3, "stale", None),
@@ -80,7 +81,7 @@ def test_wrong_requests_are_refused(own):
         ("verify", "9"): "There is no version 9 of tiny",
         ("lineage", "x"): "There is no version x of tiny",
     }
-    ended = call(own, *map(list, refused), ["models", "--json"])
+    ended = call(own, *map(list, refused), ["list", "--json"])
     for words, run in zip(refused.values(), ended, strict=False):
         assert run.code == 2, run.stderr
         assert words in run.stderr
@@ -92,9 +93,9 @@ def test_force_and_rollback(own):
     forced, between, back, after, again, lineage = call(
         own,
         ["promote", "2", "--force", "--note", "asked for by the owner"],
-        ["models", "--json"],
+        ["list", "--json"],
         ["rollback", "--note", "a mistake"],
-        ["models", "--json"],
+        ["list", "--json"],
         ["rollback"],
         ["lineage", "1", "--json"],
     )
@@ -161,7 +162,7 @@ def test_verify_names_changed_lost_and_added_files(own):
 
 
 def test_only_one_of_several_processes_promotes_at_the_same_time(fresh_project):
-    done = fresh_project.command("tests.integration.race")
+    done = fresh_project.script("tests.integration.race")
     assert done.code == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     turns: dict[int, list[str]] = {}

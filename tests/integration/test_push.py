@@ -65,7 +65,7 @@ def online(made, hub, tmp_path):
 
 
 def push(project, kind, *arguments):
-    return project.command("tools.push", kind, "--config", str(project.recipe), *arguments)
+    return project.command("push-dataset", kind, "--config", str(project.recipe), *arguments)
 
 
 def test_published_rows_are_the_stored_rows(made, online, hub, tiny_model):
@@ -85,7 +85,7 @@ def test_published_rows_are_the_stored_rows(made, online, hub, tiny_model):
     assert loaded["license"] == "cc-by-4.0"
     script = made.folder / "stored.py"
     script.write_text(STORED)
-    stored = made.command(str(script), "preference_dataset").json
+    stored = made.script(str(script), "preference_dataset").json
     # The model was a folder of this machine. Its name is published, its path is not.
     hidden = json.loads(json.dumps(stored).replace(str(tiny_model), tiny_model.name))
     assert loaded["rows"] == hidden

@@ -107,7 +107,7 @@ def test_folder_that_cannot_be_written(fresh_project, variable):
 
 def test_dry_run_starts_nothing(tiny_model, tmp_path):
     project = make_project(tmp_path, tiny_model)
-    run = project.command("tools.run", "retrain", "--config", str(project.recipe), "--dry-run")
+    run = project.command("run", "retrain", "--config", str(project.recipe), "--dry-run")
     assert run.code == 0
     assert "train_sft → generate_preferences" in run.stdout
     assert "max_length: 192" in run.stdout
@@ -128,7 +128,7 @@ def test_inspect_reports_on_a_file(fresh_project):
         {"instruction": "Who painted it?", "output": "Nobody knows."},
     ]
     evaluation.write_text("\n".join(map(json.dumps, rows)))
-    run = fresh_project.command("tools.inspect", str(file), "--against", str(evaluation), "--json")
+    run = fresh_project.command("inspect", str(file), "--against", str(evaluation), "--json")
     assert run.code == 0, run.stderr
     report = run.json
     assert (report["format"], report["rows"], report["quarantined"]["malformed"]) == ("alpaca", 63, 3)
@@ -144,7 +144,7 @@ def test_inspect_reports_on_a_file(fresh_project):
     [("alpaca_en_demo.json", "alpaca", 999), ("dpo_en_demo.json", "sharegpt-preference", 299)],
 )
 def test_inspect_real_data(fresh_project, name, format_name, rows):
-    report = fresh_project.command("tools.inspect", str(SHARED / name), "--json").json
+    report = fresh_project.command("inspect", str(SHARED / name), "--json").json
     assert (report["format"], report["rows"]) == (format_name, rows)
     assert report["rows"] == report["kept"] + sum(report["quarantined"].values())
 

@@ -368,7 +368,7 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
 
 def test_after_a_kill_the_same_command_follows_its_job_and_ctrl_c_stops_it(fake, cloud_project):
     fake.starting_s = NEVER_S
-    command = ["tools.run", "sft", "--config", str(cloud_project.recipe)]
+    command = ["run", "sft", "--config", str(cloud_project.recipe)]
     process = cloud_project.start(*command)
     when(lambda: fake.jobs or process.poll() is not None, process.kill).join()
     process.communicate(timeout=60)

@@ -2,13 +2,13 @@
 
 import json
 import os
-import sys
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
 
+import tools.cli
 import tools.schedule_job
 from llm_engineering.cloud.schedules.run_records import RunRecord
 from llm_engineering.errors import RequestError, WorkError
@@ -63,12 +63,11 @@ def recipe(tmp_path) -> Path:
 
 
 def call(*arguments: str) -> int:
-    """`python -m tools.schedule` in this process; errors are raised."""
+    """`llm-engineering schedule` in this process; errors are raised."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["schedule", *arguments])
-        patch.setattr(schedule, "exit_code", lambda work, debug: work())
-        patch.setattr(schedule, "start_logging", lambda debug: None)
-        return schedule.main()
+        patch.setattr(tools.cli, "exit_code", lambda work, debug: work())
+        patch.setattr(tools.cli, "start_logging", lambda debug: None)
+        return tools.cli.main(["schedule", *arguments])
 
 
 def create(recipe: Path, *arguments: str, cron: str = "0 3 ? * SUN *") -> int:

@@ -109,8 +109,8 @@ def zenml_server(tmp_path):
 
 
 def command(env: dict[str, str], *arguments: str, code: int = 0) -> str:
-    """`python -m tools.schedule` in a process of its own; returns what it wrote."""
-    process = Forked("tools.schedule", arguments, env, ROOT)
+    """`llm-engineering schedule` in a process of its own; returns what it wrote."""
+    process = Forked("tools.cli", ["schedule", *arguments], env, ROOT)
     said = "".join(process.communicate(300))
     assert process.wait() == code, said
     return said

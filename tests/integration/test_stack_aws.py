@@ -31,7 +31,7 @@ def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_
     with running_sagemaker() as fake:
         fresh_project.env |= fake.env() | {"AWS_DEFAULT_REGION": "eu-west-1"}
         for _ in range(2):  # the second time the stack exists already
-            made = fresh_project.command("tools.stack_aws")
+            made = fresh_project.command("cloud", "stack")
             assert made.code == 0, made.stderr
         assert f"s3://{BUCKET}/llm-engineering/artifacts" in made.stdout
         run = fresh_project.run("sft")
@@ -43,7 +43,7 @@ def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_
             assert artifact["uri"].startswith(f"s3://{BUCKET}/llm-engineering/artifacts/")
         script = tmp_path / "load_artifacts.py"
         script.write_text(LOAD)
-        loaded = fresh_project.command(str(script))
+        loaded = fresh_project.script(str(script))
         assert loaded.code == 0, loaded.stderr
         found = loaded.json
         assert "adapter_model.safetensors" in found["sft_adapter"]
@@ -57,11 +57,11 @@ def test_a_run_keeps_its_artifacts_in_s3_and_loads_them_back(fresh_project, tmp_
         content = path.read_bytes()
         assert secret.encode() not in content, path
         assert key.encode() not in content, path
-    off = fresh_project.command("tools.stack_aws", "--off")
+    off = fresh_project.command("cloud", "stack", "--off")
     assert off.code == 0, off.stderr
 
 
 def test_a_missing_bucket_is_named(fresh_project):
     fresh_project.env["SAGEMAKER_BUCKET"] = ""
-    run = fresh_project.command("tools.stack_aws")
+    run = fresh_project.command("cloud", "stack")
     assert (run.code, "set SAGEMAKER_BUCKET in .env" in run.stderr) == (2, True)

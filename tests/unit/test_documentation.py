@@ -1,30 +1,32 @@
-"""The commands in README and manual are those of the Makefile, with its variables and the tools' options."""
+"""The commands in README and manual are those of the Makefile and of the command line, with their options."""
 
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
+from tools.cli import command_line
+from tools.make import TARGETS
 
 MAKEFILE = (ROOT / "Makefile").read_text()
-PARTS = re.findall(r"^([A-Z]+) = (.*)$", MAKEFILE, re.M)
-TOOLS = "".join(file.read_text() for file in sorted((ROOT / "tools").rglob("*.py")))
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```\w*\n(.*?)^```|`([^`]+)`", re.M | re.S)
 COMMAND = re.compile(r"\bmake ([a-z][a-z-]*)((?:\s+[A-Z]+=(?:\"[^\"]*\"|'[^']*'|[^\s`]+))*)")
 LINK = re.compile(r"\]\(([^)\s]+)\)|\bsrc=\"([^\"]+)\"")
+# Read by AWS's tools, and passed on by make like every variable.
+ELSEWHERE = {"ARGS", "AWS_REGION"}
 
 
-def recipe_of(target: str) -> str:
-    found = re.search(rf"^{target}:.*\n((?:\t.*\n)*)", MAKEFILE, re.M)
-    assert found, f"there is no make {target}"
-    recipe = found[1]
-    # The last first: a part may name those above it.
-    for name, text in reversed(PARTS):
-        recipe = recipe.replace(f"$({name})", text)
-    return recipe
+def loaded(words: str) -> Any:
+    """A command of the command line, its options among it."""
+    found: Any = command_line()
+    for word in words.split():
+        if hasattr(found, "commands"):
+            found = found.commands[word]
+    return found.load()
 
 
 def commands(page: str) -> list[tuple[str, str]]:
@@ -35,13 +37,37 @@ def commands(page: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_those_of_the_makefile(page):
-    for target, given in commands(page):
-        recipe = recipe_of(target)
-        used = set(re.findall(r"\$\(?(?:if \$\()?\$?([A-Z]+)", recipe))
+    found = commands(page)
+    for target, given in found:
+        assert re.search(rf"^{target}:", MAKEFILE, re.M), f"there is no make {target}"
+        if target not in TARGETS:
+            assert re.sub(r"ARGS=.*|PYTHON=.*", "", given).strip() == "", f"make {target} has no variables"
+            continue
+        called = TARGETS[target]
         for variable in re.findall(r"([A-Z]+)=", re.sub(r"\"[^\"]*\"", "", given)):
-            assert variable in used, f"make {target} has no {variable}"
+            assert variable in {*called.options, called.argument, *ELSEWHERE}, f"make {target} has no {variable}"
+        options = {option for parameter in loaded(called.command).params for option in parameter.opts}
         for option in re.findall(r"--[a-z-]+", given):
-            assert f'"{option}"' in TOOLS, f"no command has {option}"
+            assert option in options, f"make {target} has no {option}"
+
+
+def test_each_target_has_its_line_in_the_makefile():
+    named = re.search(r"^COMMANDS := (.*?)\n\n", MAKEFILE, re.M | re.S)[1].replace("\\\n", " ").split()
+    assert set(named) | {"stack-aws"} == set(TARGETS)
+    for target in TARGETS:
+        assert re.search(rf"^{target}:.*## .+", MAKEFILE, re.M), f"make does not list {target}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_target_calls_a_command_that_takes_its_variables(target):
+    called = TARGETS[target]
+    command = loaded(called.command)
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {f"--{name.lower()}" for name in called.options} <= options
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    # Those that the target's own words fill are required as well: `run sft`.
+    filled = len(called.command.split()) - len(re.sub(r" (sft|dpo|retrain|datasets)$", "", called.command).split())
+    assert bool(called.argument) == bool([one for one in arguments if one.required][filled:])
 
 
 def test_commands_are_found():

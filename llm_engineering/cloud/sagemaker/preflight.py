@@ -18,24 +18,19 @@ from typing import Any, NamedTuple
 
 import boto3
 import httpx
-import peft
-import torch
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from botocore.session import get_session
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM
 
 from llm_engineering.cloud.container import secret_object
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.request import instance_types
 from llm_engineering.errors import RequestError
-from llm_engineering.models.loading import load_config
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
-from llm_engineering.training.policy import lora_config
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +196,14 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
     Raises:
         OSError, ValueError: the model's config cannot be loaded.
     """
+    # Only here: schedules import this module, and their `--help` must not wait for torch.
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llm_engineering.models.loading import load_config
+    from llm_engineering.training.policy import lora_config
+
     config = load_config(recipe.model, settings)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)

@@ -60,7 +60,7 @@ class LocalSchedule(BaseModel):
     def command(self) -> list[str]:
         """The command of a run."""
         recipe, place = str(self.folder / RECIPE_FILE), str(self.folder)
-        return [sys.executable, "-m", "tools.run", "retrain", "--config", recipe, "--scheduled", place]
+        return [sys.executable, "-m", "tools.cli", "run", "retrain", "--config", recipe, "--scheduled", place]
 
     @property
     def kept_as(self) -> str:

@@ -15,7 +15,7 @@ from llm_engineering.errors import RequestError
 from tests.conftest import ROOT
 from tests.fakes.aws import ACCOUNT, REGION
 from tests.fakes.sagemaker import running_sagemaker
-from tools import image
+from tools import aws, cli
 
 FOLDER = ROOT / "docker"
 
@@ -51,7 +51,7 @@ def pins(lock: str) -> dict[str, str]:
 def test_each_target_installs_its_lock_and_says_which():
     stages = instructions()
     assert list(stages) == ["base", "training", "retrain"]
-    for target in image.TARGETS:
+    for target in aws.TARGETS:
         copied = [line.split()[1] for line in stages[target] if line.startswith("COPY")]
         assert copied == [f"{target}.lock"]
         assert (FOLDER / copied[0]).is_file()
@@ -60,7 +60,7 @@ def test_each_target_installs_its_lock_and_says_which():
         assert stages[target][0].startswith("FROM base")
 
 
-@pytest.mark.parametrize("target", image.TARGETS)
+@pytest.mark.parametrize("target", aws.TARGETS)
 def test_a_lock_has_the_versions_of_the_project_and_all_that_its_target_needs(target):
     project, locked = pins("requirements.lock"), pins(f"docker/{target}.lock")
     assert {name: version for name, version in locked.items() if project.get(name) != version} == {}
@@ -108,12 +108,12 @@ def test_make_image_logs_in_builds_and_pushes(docker, settings, monkeypatch, cap
         for name, value in fake.env().items():
             monkeypatch.setenv(name, value)
         fake.client("ecr").delete_repository(repositoryName="llm-engineering", force=True)
-        assert run(monkeypatch, "training") == 0
+        assert run("training") == 0
         made = fake.client("ecr").describe_repositories()["repositories"]
         assert [repository["repositoryName"] for repository in made] == ["llm-engineering"]
         token = fake.client("ecr").get_authorization_token()["authorizationData"][0]["authorizationToken"]
     registry = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
-    name = f"{registry}/llm-engineering:{image.tag('training')}"
+    name = f"{registry}/llm-engineering:{aws.tag('training')}"
     assert (docker / "asked").read_text().splitlines() == [
         f"login --username AWS --password-stdin {registry}",
         f"build --platform linux/amd64 --target training --tag {name} {FOLDER}",
@@ -130,23 +130,22 @@ def test_docker_that_fails_and_docker_that_is_missing(docker, settings, monkeypa
         for name, value in fake.env().items():
             monkeypatch.setenv(name, value)
         (docker / "code").write_text("1")
-        assert run(monkeypatch) == 1
+        assert run() == 1
         assert "`docker login` failed (exit code 1)" in capfd.readouterr().err
     monkeypatch.setenv("PATH", str(docker))
-    assert run(monkeypatch) == 2
+    assert run() == 2
     assert "docker, which is not installed here" in capfd.readouterr().err
 
 
-def run(monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["image", *arguments])
-    return image.main()
+def run(*arguments: str) -> int:
+    return cli.main(["cloud", "image", *arguments])
 
 
 def test_the_tag_changes_with_the_lock(tmp_path, monkeypatch):
     (tmp_path / "docker").mkdir()
-    monkeypatch.setattr(image, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(aws, "PROJECT_ROOT", tmp_path)
     (tmp_path / "docker" / "training.lock").write_text("torch==1\n")
-    before = image.tag("training")
+    before = aws.tag("training")
     (tmp_path / "docker" / "training.lock").write_text("torch==2\n")
     assert re.fullmatch(r"training-[0-9a-f]{12}", before)
-    assert image.tag("training") != before
+    assert aws.tag("training") != before

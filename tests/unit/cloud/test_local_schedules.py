@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import tools.cli
 import tools.schedule
 from llm_engineering.cloud.schedules import crontab, local_schedules, systemd
 from llm_engineering.cloud.schedules.cron import parse_timing
@@ -221,16 +222,15 @@ def test_a_run_in_progress_is_stopped_only_with_stop(machine):
 
 @pytest.fixture
 def commands(machine, monkeypatch, settings):
-    """`python -m tools.schedule … --target local` in this process, with settings and outputs of its own."""
+    """`llm-engineering schedule … --target local` in this process, with settings and outputs of its own."""
     monkeypatch.chdir(machine)
     for name in ("NOTIFY_WEBHOOK", "NOTIFY_SNS_TOPIC", "AWS_REGION", "AWS_DEFAULT_REGION"):
         monkeypatch.delenv(name, raising=False)
 
     def call(action: str, *arguments: str) -> int:
-        monkeypatch.setattr("sys.argv", ["schedule", action, "--target", "local", *arguments])
-        monkeypatch.setattr(tools.schedule, "exit_code", lambda work, debug: work())
-        monkeypatch.setattr(tools.schedule, "start_logging", lambda debug: None)
-        return tools.schedule.main()
+        monkeypatch.setattr(tools.cli, "exit_code", lambda work, debug: work())
+        monkeypatch.setattr(tools.cli, "start_logging", lambda debug: None)
+        return tools.cli.main(["schedule", action, "--target", "local", *arguments])
 
     return call
 

@@ -163,7 +163,7 @@ PREFERENCES = [
 
 
 @pytest.mark.parametrize(("name", "record", "prompt"), PREFERENCES)
-@pytest.mark.parametrize("ending", ["json", "parquet", "arrow.gz"])
+@pytest.mark.parametrize("ending", ["json", "parquet", "arrow"])
 @pytest.mark.parametrize("kind", ["preference", None])
 def test_preference_formats(tmp_path, name, record, prompt, ending, kind):
     found, rows = opened(tmp_path, [record], kind, f"rows.{ending}")

@@ -121,7 +121,7 @@ def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path)
 def test_preflight_names_what_is_missing(base_model):
     from llm_engineering.recipe.loading import load_recipe
     from tests.conftest import ROOT
-    from tools.preflight import preflight
+    from tools.plan import preflight
 
     sets = [f"model.name_or_path={base_model}"]
     with pytest.raises(RequestError, match="has no chat template.*alpaca"):

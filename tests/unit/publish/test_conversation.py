@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.data.rows import Message
+from llm_engineering.errors import RequestError
 from llm_engineering.models.device import choose_device
-from llm_engineering.publish.conversation import Conversation
+from llm_engineering.publish.conversation import Conversation, Sampling, check_system
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
 
@@ -60,3 +61,61 @@ def test_room_is_counted_with_the_answer(folder, cpu, settings):
     assert conversation.has_room([user("Hi")])
     conversation.model.config.max_position_embeddings = length + 7
     assert not conversation.has_room([user("Hi")])
+
+
+def sampled(folder, cpu, settings, **sampling):
+    checked = Sampling.checked(sampling.get("temperature", 0.0), sampling.get("top_p", 1.0), sampling.get("seed"))
+    conversation = Conversation(folder, choose_device(cpu), settings, 8, trust_remote_code=False, sampling=checked)
+    return [conversation.answer([user("Hi")]).text for _ in range(2)]
+
+
+def test_the_same_seed_gives_the_same_answer(folder, cpu, settings):
+    first, again = sampled(folder, cpu, settings, temperature=1.0, seed=1)
+    assert first == again == sampled(folder, cpu, settings, temperature=1.0, seed=1)[0]
+    assert len({sampled(folder, cpu, settings, temperature=1.0, seed=seed)[0] for seed in range(4)}) > 1
+    # Without one, another is drawn for each conversation.
+    assert len({Sampling.checked(1.0, 1.0, None).seed for _ in range(4)}) > 1
+
+
+def test_greedy_is_the_default_and_what_little_temperature_or_mass_comes_to(folder, cpu, settings):
+    (greedy, again) = sampled(folder, cpu, settings)
+    assert greedy == again
+    assert sampled(folder, cpu, settings, temperature=1e-8, seed=3) == [greedy, greedy]
+    assert sampled(folder, cpu, settings, temperature=1.0, top_p=1e-6, seed=3) == [greedy, greedy]
+
+
+def test_a_top_k_of_the_model_does_not_count(folder, cpu, settings):
+    conversation = Conversation(
+        folder, choose_device(cpu), settings, 8, trust_remote_code=False, sampling=Sampling(1.0, 1.0, 5)
+    )
+    free = conversation.answer([user("Hi")]).text
+    conversation.model.generation_config.top_k = 1
+    assert conversation.answer([user("Hi")]).text == free
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((-0.1, 1.0, None), "--temperature must be 0"),
+        ((float("nan"), 1.0, None), "--temperature must be 0"),
+        ((0.7, 0.0, None), "--top-p must be more than 0"),
+        ((0.7, 1.1, None), "--top-p must be more than 0"),
+        ((0.0, 0.9, None), "--top-p has no effect at temperature 0"),
+        ((0.7, 1.0, -1), "--seed must be from 0"),
+    ],
+)
+def test_a_sampling_that_makes_no_sense_is_refused(given, words):
+    with pytest.raises(RequestError, match=words):
+        Sampling.checked(*given)
+
+
+def test_a_template_without_a_place_for_a_system_message_is_refused(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [Message(role="system", content="Be brief."), user("Hi")]
+    check_system(messages, tokenizer)
+    tokenizer.chat_template = TEMPLATE.replace("for m in messages", "for m in messages if m.role != 'system'")
+    with pytest.raises(RequestError, match="no place for a system message"):
+        check_system(messages, tokenizer)
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}"
+    with pytest.raises(RequestError, match="no place for a system message"):
+        check_system(messages, tokenizer)

@@ -78,7 +78,9 @@ def test_error_names_the_file_that_holds_the_key(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("name: a\nname: b\n", "the key 'name' stands twice"),
+        ("name: a\nname: b\n", 'line 2, column 1: found duplicate key "name"\\.$'),
+        ("sft: {seed: 1}\nsft:\n  seed: 2\n", 'line 2, column 1: found duplicate key "sft"\\.$'),
+        ("? [1]\n: 2\n", "keys should be strings"),
         ("name: [1\n", "is not valid YAML: line"),
         ("- a\n", "holds no recipe"),
         ("", "holds no recipe"),
@@ -90,6 +92,12 @@ def test_broken_files(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(RequestError, match=words):
         load_recipe(path)
+
+
+def test_blocks_may_share_keys_by_an_anchor(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"extends: {LOCAL}\nsft: &shared\n  weight_decay: 0.25\ndpo:\n  <<: *shared\n")
+    assert load_recipe(path).dpo.weight_decay == 0.25
 
 
 def test_extends_in_a_circle(tmp_path):

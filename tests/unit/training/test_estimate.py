@@ -24,9 +24,8 @@ from llm_engineering.training.estimate import (
     shapes,
 )
 from tests.conftest import ROOT
-from tools import estimate
-from tools.estimate import estimate_lines, stages_of, tokens_of, warn_of_memory
-from tools.preflight import _check_machine
+from tools import plan
+from tools.plan import _check_machine, estimate_lines, stages_of, tokens_of, warn_of_memory
 
 CPU = Device("cpu", torch.float32, "sdpa", [])
 CARD = Device("cuda", torch.bfloat16, "sdpa", [])
@@ -197,7 +196,7 @@ def test_dry_run_shows_needed_memory_time_and_free_memory(small_llama, monkeypat
     assert "WARNING" not in text
     assert estimate_lines(own, stages_of("datasets")) == []
 
-    monkeypatch.setattr(estimate, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(plan, "free_memory", lambda device: 2**20)
     text = "\n".join(estimate_lines(own, ["dpo"]))
     assert "WARNING: dpo may need" in text
     assert "lower dpo.per_device_train_batch_size and raise dpo.gradient_accumulation_steps by the same factor" in text

@@ -1,8 +1,7 @@
-"""Compares a model version's files with what was recorded: python -m tools.verify VERSION [--json]"""
+"""Where a model version comes from, and whether its files are as they were recorded: models lineage, models verify."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -18,7 +17,10 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
-from tools.cli import add_recipe_arguments, exit_code, prepare_zenml, start_logging
+from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
+
+# Which of a version's artifacts the others are the origin of.
+ENDS = ("promotion_decision", "evaluation_report", "dpo_adapter", "sft_adapter")
 
 
 class Finding(BaseModel):
@@ -30,43 +32,143 @@ class Finding(BaseModel):
     detail: str = ""
 
 
-def main() -> int:
-    """Verify; returns the exit code, 1 if anything differs or cannot be told."""
-    parser = argparse.ArgumentParser(prog="python -m tools.verify", description="Verify the files of a model version.")
-    parser.add_argument("version", help="its number, as `make models` shows it")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on stdout")
-    add_recipe_arguments(parser)
-    arguments = parser.parse_args()
-    start_logging(arguments.debug)
-    return exit_code(lambda: _verify(arguments), arguments.debug)
+def lineage(
+    version: VersionNumber, config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_json: Json = False
+) -> int:
+    """Show where a model version comes from, with hashes.
+
+    It leads back over adapters and datasets to the files that were read.
+
+    Example: `llm-engineering models lineage 3`
+    """
+    recipe = load_recipe(config, overrides or ())
+    prepare_zenml()
+    from tools.versions import find_version
+
+    found = _lineage(recipe.name, find_version(recipe.name, version))
+    if as_json:
+        print(json.dumps(found))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False)
+    facts = _table(f"{recipe.name} version {found['version']}", "What", "Value")
+    for name in ("stage", "run", "recipe_hash", "code_version", "base_model", "base_revision"):
+        facts.add_row(name.replace("_", " "), str(found[name] or "none"))
+    console.print(facts)
+    artifacts = _table("Artifacts", "Artifact", "Made by", "Code", "From", "Id", "SHA-256 of SHA256SUMS")
+    for artifact in found["artifacts"]:
+        artifacts.add_row(
+            f"{artifact['name']} v{artifact['version']}",
+            artifact["step"],
+            artifact["code"],
+            "\n".join(artifact["from"]),
+            artifact["id"],
+            artifact["sha256"] or "not recorded",
+        )
+    console.print(artifacts)
+    sources = _table("Sources", "Read by", "File", "SHA-256")
+    for artifact, files in found["sources"].items():
+        for file, value in files.items():
+            sources.add_row(artifact, file, value)
+    console.print(sources)
+    if found["changes"]:
+        changes = _table("Changes of stage", "When (UTC)", "What", "By", "Note")
+        for change in found["changes"]:
+            changes.add_row(change["at"][:16].replace("T", " "), change["action"], change["by"], change["note"])
+        console.print(changes)
+    return 0
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    recipe = load_recipe(arguments.config, arguments.set)
+def verify(
+    version: VersionNumber, config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_json: Json = False
+) -> int:
+    """Compare the files of a model version with what was recorded.
+
+    What was changed, lost or added since is listed, for its artifacts, the files they were read from, and the base
+    model. The exit code is 1 if anything differs or cannot be told.
+
+    Example: `llm-engineering models verify 3`
+    """
+    recipe = load_recipe(config, overrides or ())
     prepare_zenml()
     from tools.versions import find_version, linked_artifacts, with_origins
 
-    version = find_version(recipe.name, arguments.version)
-    artifacts = list(with_origins(linked_artifacts(version)))
+    found = find_version(recipe.name, version)
+    artifacts = list(with_origins(linked_artifacts(found)))
     findings = [finding for artifact in artifacts for finding in _artifact(artifact)]
     damaged = {finding.where for finding in findings}
     for artifact in artifacts:
         if _name(artifact) not in damaged:
             findings += _sources(artifact)
-    findings += _base_model(version)
-    if arguments.json:
-        found = [finding.model_dump() for finding in findings]
-        print(json.dumps({"model": recipe.name, "version": version.number, "checked": len(artifacts), "found": found}))
+    findings += _base_model(found)
+    if as_json:
+        listed = [finding.model_dump() for finding in findings]
+        print(json.dumps({"model": recipe.name, "version": found.number, "checked": len(artifacts), "found": listed}))
         return 1 if findings else 0
     if not findings:
-        print(f"{recipe.name} version {version.number}: {len(artifacts)} artifacts, their sources and the base model "
+        print(f"{recipe.name} version {found.number}: {len(artifacts)} artifacts, their sources and the base model "
               "are as they were recorded.")  # fmt: skip
         return 0
-    table = Table("Where", "File", "What", "Detail", title=f"{recipe.name} version {version.number}: not as recorded")
+    table = Table("Where", "File", "What", "Detail", title=f"{recipe.name} version {found.number}: not as recorded")
     for finding in findings:
         table.add_row(finding.where, finding.file, finding.what, finding.detail)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
     return 1
+
+
+def _lineage(model: str, version: Any) -> dict[str, Any]:
+    """A model version's artifacts back to the documents, with hashes.
+
+    Raises:
+        RequestError: its run ended before there was a model.
+    """
+    from pipelines.registry import adapter_of, history
+    from tools.versions import newest_artifacts, producer, sources_of, with_origins
+
+    adapter = adapter_of(version)
+    if adapter is None:
+        raise RequestError(f"{model} version {version.number} has no model: its run ended before. See `make runs`.")
+    own = newest_artifacts(version)
+    chain = list(with_origins([own[name] for name in ENDS if name in own]))
+    facts = version.run_metadata
+    artifacts, sources = [], {}
+    for artifact in chain:
+        step = producer(artifact)
+        given = [g for versions in step.inputs.values() for g in versions] if step is not None else []
+        artifacts.append(
+            {
+                "name": artifact.artifact.name,
+                "version": artifact.version,
+                "id": str(artifact.id),
+                "uri": artifact.uri,
+                "sha256": artifact.content_hash,
+                "step": step.name if step is not None else "",
+                "code": step.config.environment.get("CODE_VERSION", "") if step is not None else "",
+                "from": [f"{g.artifact.name} v{g.version}" for g in given],
+            }
+        )
+        if recorded := sources_of(artifact):
+            sources[f"{artifact.artifact.name} v{artifact.version}"] = recorded
+    return {
+        "model": model,
+        "version": version.number,
+        "id": str(version.id),
+        "stage": version.stage,
+        "run": next((artifact.run.name for artifact in chain[:1]), None),
+        "recipe_hash": facts.get("recipe_hash"),
+        "code_version": facts.get("code_version"),
+        "base_model": adapter.base.name_or_path,
+        "base_revision": adapter.base.revision,
+        "artifacts": artifacts,
+        "sources": sources,
+        "changes": [change.model_dump(mode="json") for change in history(model) if change.version == version.number],
+    }
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 def differing(where: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Finding]:
@@ -162,7 +264,3 @@ def _base_model(version: Any) -> Iterator[Finding]:
 
 def _name(artifact: Any) -> str:
     return f"{artifact.artifact.name} v{artifact.version}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

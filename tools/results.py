@@ -1,19 +1,71 @@
-"""What a run ended with: as a table for people, as one JSON object for machines."""
+"""What runs came to: the tables a run ends with, the list of the last runs, and runs whose process was killed."""
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+import socket
+import sys
 from collections.abc import Sequence
-from typing import Any, TextIO
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
+import psutil
+import typer
 from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
-from zenml.enums import ExecutionStatus
-from zenml.models import ArtifactVersionResponse, PipelineRunResponse
 
-from llm_engineering.evaluation.statistics import verdict
-from llm_engineering.reports.page import interval
+from tools.cli import prepare_zenml
+
+if TYPE_CHECKING:
+    from zenml.models import ArtifactVersionResponse, PipelineRunResponse
+
+logger = logging.getLogger("llm_engineering.run")
+
+KILLED = "killed"
+_PROCESS = "process"
+# The start of a process is told in ticks since the boot, and the boot to a second.
+_START_TOLERANCE_S = 2.0
+
+
+def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="How many.")] = 10) -> int:
+    """List the last runs.
+
+    A run whose process was killed is marked as failed first.
+
+    Example: `llm-engineering runs --limit 3`
+    """
+    from zenml.client import Client
+
+    prepare_zenml()
+    repair_killed()
+    runs = Client().list_pipeline_runs(sort_by="desc:created", size=limit, hydrate=True).items
+    if not runs:
+        print("No run yet. `make run-sft` makes the first one.")
+        return 0
+    table = Table("Run", "Pipeline", "State", "Started (UTC)", "Seconds", "Model", "Id")
+    for run in runs:
+        killed = (run.get_body().status_reason or "").startswith(KILLED)
+        # When a killed run ended is not known.
+        seconds = (
+            f"{(run.end_time - run.start_time).total_seconds():.0f}"
+            if run.end_time and run.start_time and not killed
+            else ""
+        )
+        version = run.model_version
+        table.add_row(
+            run.name,
+            run.pipeline.name if run.pipeline else "",
+            f"{run.status} ({KILLED})" if killed else str(run.status),
+            f"{run.start_time:%Y-%m-%d %H:%M}" if run.start_time else "",
+            seconds,
+            f"{version.model.name} {version.number} {version.stage or ''}".strip() if version else "",
+            str(run.id),
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    return 0
 
 
 class StepLine(BaseModel):
@@ -50,6 +102,8 @@ class RunResult(BaseModel):
 
 def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult:
     """Gather steps, artifacts and reports of the runs; of two runs, the later one's artifacts count."""
+    from zenml.enums import ExecutionStatus
+
     artifacts: dict[str, ArtifactVersionResponse] = {}
     steps: list[StepLine] = []
     reports: dict[str, Any] = {"data": {}, "training": {}}
@@ -159,6 +213,9 @@ def print_table(result: RunResult, file: TextIO) -> None:
 
 def _measures(evaluation: dict[str, Any]) -> Table:
     """Every measure of every model, and how sure its difference between the newest model and the base model is."""
+    from llm_engineering.evaluation.statistics import verdict
+    from llm_engineering.reports.page import interval
+
     models, newest = evaluation["models"], evaluation["newest"]
     measures = _table("Held-out measures", "Measure", *models, f"{newest} minus base", "That is")
     for found in evaluation["measures"].values():
@@ -180,3 +237,48 @@ def _report(version: ArtifactVersionResponse) -> dict[str, Any]:
     folder = version.load().path
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return report
+
+
+def this_process() -> dict[str, Any]:
+    """What a run is started with as ZenML's `extra`. A number alone is given again to other processes."""
+    return {_PROCESS: {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}}
+
+
+def is_alive(run: PipelineRunResponse) -> bool | None:
+    """Whether the process that started a run still runs; None where this machine cannot tell."""
+    process = run.config.extra.get(_PROCESS)
+    if process is None or process["host"] != socket.gethostname():
+        return None
+    try:
+        found = psutil.Process(process["pid"])
+        started = abs(found.create_time() - process["started"]) <= _START_TOLERANCE_S
+        return started and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def repair_killed() -> None:
+    """Mark runs as failed whose process was killed: nobody was left to do it."""
+    from zenml.client import Client
+    from zenml.enums import ExecutionStatus
+    from zenml.models import PipelineRunUpdate, StepRunUpdate
+    from zenml.models.v2.misc.exception_info import ExceptionInfo
+
+    store = Client().zen_store
+    for status in (ExecutionStatus.RUNNING, ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING):
+        for run in Client().list_pipeline_runs(status=status, size=1000, hydrate=True).items:
+            if is_alive(run) is not False:
+                continue
+            process = run.config.extra[_PROCESS]
+            reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without a word"
+            steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
+            for step in steps:
+                if not step.status.is_finished:
+                    failed = StepRunUpdate(
+                        status=ExecutionStatus.FAILED,
+                        end_time=datetime.now(UTC).replace(tzinfo=None),
+                        exception_info=ExceptionInfo(traceback=reason, message=reason),
+                    )
+                    store.update_run_step(step.id, failed)
+            store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
+            logger.info("Run %s was killed. --resume %s goes on with it.", run.name, run.name)

@@ -1,19 +1,20 @@
-"""Publishes a dataset on the Hugging Face Hub: python -m tools.push {instruction,preference} [--repo owner/name]"""
+"""The commands on datasets: inspect reports on a file, push-dataset publishes a dataset of the last run."""
 
 from __future__ import annotations
 
-import argparse
+import json
 import logging
-import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import typer
 from pydantic import ValidationError
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import HubConfig
 from llm_engineering.recipe.loading import differences, load_recipe, recipe_hash
 from llm_engineering.recipe.recipe import Recipe
-from tools.cli import exit_code, prepare_zenml, start_logging
+from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -21,60 +22,104 @@ if TYPE_CHECKING:
 
     from llm_engineering.publish.dataset_card import CardFacts, Kind
 
-logger = logging.getLogger("llm_engineering.push")
+logger = logging.getLogger("llm_engineering.dataset")
 
 FORMATTED = {"instruction": "formatted_sft", "preference": "formatted_dpo"}
 
 
-def main() -> int:
-    """Parse the command line and publish; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.push", description="Publish a dataset of the last run.")
-    parser.add_argument("kind", choices=("instruction", "preference"))
-    parser.add_argument("--config", default="configs/local.yaml", help="the recipe (default: %(default)s)")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
-    )
-    parser.add_argument("--repo", metavar="OWNER/NAME", help="instead of the one in the recipe's data.hub")
-    parser.add_argument("--public", action="store_true", help="for everyone to see; without it, private")
-    parser.add_argument("--allow-secrets", action="store_true", help="publish although credentials were found")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    arguments = parser.parse_args()
-    start_logging(arguments.debug)
-    return exit_code(lambda: _push(arguments), arguments.debug)
+def inspect(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="A file, a folder that datasets saved, or a hub id. #split after it chooses a split."
+        ),
+    ],
+    config: Config = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="EVAL_FILE", help="Look for the rows of this file in DATA.")
+    ] = None,
+    as_json: Json = False,
+) -> int:
+    """Report on a dataset file without training on it.
+
+    It names the format, the rows that would be set aside with their reasons, duplicates and lengths in tokens, and says
+    whether the file is fit to train on. The recipe gives the tokenizer and the rules.
+
+    Example: `llm-engineering inspect rows.jsonl --against evaluation.jsonl`
+    """
+    if file in ("", "."):
+        raise RequestError("There is no file to inspect. Name one: make inspect DATA=rows.jsonl")
+    recipe = load_recipe(config, overrides or ())
+
+    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.reports.data_report import inspect_file
+
+    settings = Settings()
+    settings.check_writable()
+    tokenizer = load_tokenizer(pin_revision(recipe.model), settings, recipe.formatting.chat_template)
+    folder = settings.llm_output_dir / "inspect" / Path(file).name.partition(".")[0]
+    report = inspect_file(file, against, tokenizer, recipe.data, recipe.formatting, folder)
+    _print_report(report, folder)
+    if as_json:
+        print(json.dumps(report))
+    return 0
 
 
-def _push(arguments: argparse.Namespace) -> int:
-    recipe = load_recipe(arguments.config, arguments.set)
+def push_dataset(
+    kind: Annotated[
+        Literal["instruction", "preference"], typer.Argument(help="Questions with answers, or pairs of answers.")
+    ],
+    config: Config = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    repo: Annotated[
+        str | None, typer.Option("--repo", metavar="OWNER/NAME", help="Instead of the one in the recipe's data.hub.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it. Without it, it is private.")] = False,
+    allow_secrets: Annotated[
+        bool, typer.Option("--allow-secrets", help="Publish it although credentials were found in it.")
+    ] = False,
+) -> int:
+    """Publish a dataset of the last run on the Hugging Face Hub.
+
+    The licence stands in the recipe: `--set data.hub.license=cc-by-4.0`.
+
+    Example: `llm-engineering push-dataset instruction --repo someone/handbook-questions`
+    """
+    recipe = load_recipe(config, overrides or ())
     hub = recipe.data.hub
     if hub is None:
         raise RequestError(
             "The recipe does not say under which licence the data may be published. Add it, e.g. "
             "--set data.hub.license=cc-by-4.0 (`other` if it has no short name)."
         )
-    named = hub.instruction_repo_id if arguments.kind == "instruction" else hub.preference_repo_id
-    repo_id = arguments.repo or named
+    named = hub.instruction_repo_id if kind == "instruction" else hub.preference_repo_id
+    repo_id = repo or named
     if repo_id is None:
         raise RequestError(
-            f"No repository is named for the {arguments.kind} dataset: add --repo owner/name, or "
-            f"data.hub.{arguments.kind}_repo_id to the recipe."
+            f"No repository is named for the {kind} dataset: add --repo owner/name, or "
+            f"data.hub.{kind}_repo_id to the recipe."
         )
-    private = hub.private and not arguments.public
+    private = hub.private and not public
 
     from llm_engineering.publish.dataset_card import render_card
-    from llm_engineering.publish.hub import check_repo_id, check_secrets, public_rows, push_dataset
+    from llm_engineering.publish.hub import check_repo_id, check_secrets, public_rows
+    from llm_engineering.publish.hub import push_dataset as publish
     from llm_engineering.recipe.settings import Settings
 
     check_repo_id(repo_id)
     prepare_zenml()
-    version, dataset_version = _newest(recipe, arguments.kind)
-    made_with = _made_with(dataset_version, recipe, arguments.kind)
+    version, dataset_version = _newest(recipe, kind)
+    made_with = _made_with(dataset_version, recipe, kind)
     dataset = dataset_version.load()
-    if not arguments.allow_secrets:
+    if not allow_secrets:
         check_secrets(dataset, masked=made_with.data.rules.secret == "mask")
     places = [made_with.model.name_or_path, made_with.documents.path]
     places += [place for place in (made_with.data.instructions, made_with.data.preferences) if place is not None]
     rows = public_rows(dataset, places)
-    facts = _facts(arguments.kind, version, dataset_version, made_with, hub, dataset, rows)
+    facts = _facts(kind, version, dataset_version, made_with, hub, dataset, rows)
 
     logger.info("Dataset:     %s version %s of %s", dataset_version.artifact.name, dataset_version.version, recipe.name)
     logger.info("Rows:        %s", ", ".join(f"{name} {count}" for name, count in facts.rows.items()))
@@ -82,8 +127,23 @@ def _push(arguments: argparse.Namespace) -> int:
     logger.info("Model:       %s", facts.model)
     logger.info("Licence:     %s", hub.license)
     logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
-    print(push_dataset(rows, render_card(facts), repo_id, private, Settings().hf_token))
+    print(publish(rows, render_card(facts), repo_id, private, Settings().hf_token))
     return 0
+
+
+def _print_report(report: dict[str, Any], folder: Path) -> None:
+    logger.info("Format:            %s", report["format"])
+    logger.info("Rows:              %d read, %d kept", report["rows"], report["kept"])
+    for reason, count in report["quarantined"].items():
+        logger.info("  set aside:       %d %s", count, reason)
+    logger.info("Exact duplicates:  %d", report["exact_duplicates"])
+    logger.info("Near duplicates:   %d", report["near_duplicates"])
+    for rule, count in report["findings"].items():
+        logger.info("  kept, but:       %d %s", count, rule)
+    logger.info("Leaked into test:  %d", report["leaked_into_test"])
+    logger.info("Tokens:            %s", ", ".join(f"{name} {value:g}" for name, value in report["tokens"].items()))
+    logger.info("Report:            %s", folder / "report.html")
+    logger.info("%s", "Fit to train on." if report["fit_to_train"] else f"Not fit to train on: {report['why']}.")
 
 
 def _newest(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVersionResponse]:
@@ -177,7 +237,3 @@ def _facts(
         origins=dataset_card.origins(rows),
         limits=dataset_card.limits(kind, own is not None, made_with.data.rules),
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,158 @@
+"""Values of make's variables reach the command as they were typed: none is expanded, split or run on the way."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_engineering.errors import RequestError
+from tests.conftest import ROOT
+from tools.make import TARGETS, command, extra
+
+VALUES = [
+    "costs $5",
+    "$(shell touch X)",
+    "$$HOME $HOME ${HOME}",
+    "`touch X`",
+    "$(touch X)",
+    '"; touch X; "',
+    "'; touch X; '",
+    "'",
+    "a'b\"c",
+    "*",
+    "\\",
+    "ends with \\",
+    "-x",
+    "--help",
+    "Größe – 長さ ✓",
+    "# no comment",
+    "two  spaces",
+    "a=b",
+    "%s %",
+    "",
+]
+VARIABLES = sorted({name for target in TARGETS.values() for name in (*target.options, target.argument) if name})
+# Stands for .venv/bin/python: keeps its arguments and its environment, a file for each target.
+PYTHON = '#!/bin/sh\nprintf "%s\\n" "$@" > "$KEPT/$3.arguments"\nenv -0 > "$KEPT/$3.environment"\n'
+
+
+class Made:
+    """What a target of a call of make started."""
+
+    def __init__(self, kept: Path, target: str) -> None:
+        self.arguments = (kept / f"{target}.arguments").read_text().splitlines()
+        pairs = (kept / f"{target}.environment").read_bytes().decode().rstrip("\0").split("\0")
+        self.environment = dict(pair.split("=", 1) for pair in pairs)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with the Makefile and an environment that is built."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.lock", "pyproject.toml"):
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (tmp_path / ".venv" / "ready").touch()
+    (tmp_path / ".venv" / "ready-dev").touch()
+    (tmp_path / "kept").mkdir()
+    return tmp_path
+
+
+def make(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    names = {*VARIABLES, "ARGS", "MAKEFLAGS", "MAKELEVEL"}
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= {"KEPT": str(folder / "kept"), **environment}
+    done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_every_variable_of_every_target_arrives_unchanged(folder, value):
+    before = sorted(folder.iterdir())
+    done = make(folder, *TARGETS, *(f"{name}={value}" for name in VARIABLES))
+    assert sorted(folder.iterdir()) == before
+    assert done.stdout == ""
+    for target, called in TARGETS.items():
+        made = Made(folder / "kept", target)
+        assert made.arguments == ["-m", "tools.make", target]
+        words = called.command.split()
+        options = [f"--{name.lower()}={value}" for name in called.options]
+        argument = ["--", value] if called.argument else []
+        assert command(target, made.environment) == [*words, *options, *argument]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_args_are_split_and_nothing_in_them_is_expanded(folder, value):
+    targets = [*TARGETS, "test"]
+    before = sorted(folder.iterdir())
+    make(folder, *targets, f"ARGS={value}")
+    assert sorted(folder.iterdir()) == before
+    for target in targets:
+        assert Made(folder / "kept", target).environment["ARGS"] == value
+
+
+def test_words_of_args():
+    def words(text: str) -> list[str]:
+        return list(extra({"MAKE_GIVEN": "ARGS", "ARGS": text}))
+
+    assert words("--set a.b='c d' --json") == ["--set", "a.b=c d", "--json"]
+    assert words('--prompt "a \\"b\\" $5 `ls` *" # c') == ["--prompt", 'a "b" $5 `ls` *', "#", "c"]
+    for text in ("'", 'a "b', "a \\"):
+        with pytest.raises(RequestError, match="cannot be taken apart"):
+            words(text)
+
+
+def test_the_environment_counts_for_config_and_args_alone(folder):
+    own = dict.fromkeys(VARIABLES, "of the environment") | {"CONFIG": "$(shell touch X)", "ARGS": "--json"}
+    make(folder, *TARGETS, **own)
+    assert not (folder / "X").exists()
+    for target, called in TARGETS.items():
+        config = ["--config=$(shell touch X)"] if "CONFIG" in called.options else []
+        argument = ["--", called.default] if called.argument else []
+        found = command(target, Made(folder / "kept", target).environment)
+        assert found == [*called.command.split(), *config, "--json", *argument]
+    # What stands on the command line comes first.
+    make(folder, "run-sft", "CONFIG=mine.yaml", **own)
+    assert command("run-sft", Made(folder / "kept", "run-sft").environment)[2:] == ["--config=mine.yaml", "--json"]
+
+
+def test_without_variables_the_commands_have_their_own_defaults(folder):
+    make(folder, *TARGETS, CONFIG="", ARGS="")
+    for target, called in TARGETS.items():
+        argument = ["--", called.default] if called.argument else []
+        assert command(target, Made(folder / "kept", target).environment) == [*called.command.split(), *argument]
+
+
+def test_make_alone_lists_every_target_by_group(folder):
+    listed = make(folder).stdout
+    groups = ["Run pipelines", "Datasets", "Models", "Schedules", "Cloud", "Develop"]
+    assert [line for line in listed.splitlines() if line and not line.startswith(" ")] == groups
+    for target in (*TARGETS, "setup", "test", "lint", "format", "docs", "bench", "lock", "clean"):
+        assert f"  make {target} " in listed
+
+
+def test_a_value_reaches_the_command_and_its_answer_comes_back(folder):
+    """Through tools.make and the command line, with the real Python."""
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" "$@"\n')
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    for words, said in (
+        (["chat", "PROMPT= "], "There is no question."),
+        (["compare", "PROMPT=-x", "CONFIG=$(shell touch X)"], "There is no recipe file $(shell touch X)"),
+        (["export", "FORMAT=`touch X`"], "'`touch X`' is not one of 'safetensors', 'gguf'"),
+        (["push-dataset", "KIND=-x"], "'-x' is not one of 'instruction', 'preference'"),
+        (["runs", "ARGS='"], "ARGS ' cannot be taken apart: No closing quotation."),
+    ):
+        done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.startswith("Error: ")
+        assert said in done.stderr
+    assert not (folder / "X").exists()
+    assert not (ROOT / "X").exists()

@@ -1,0 +1,192 @@
+"""The commands that prepare an AWS account for SageMaker jobs: cloud preflight, image and stack."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from tools.cli import DEFAULT_RECIPE, PROJECT_ROOT, Config, Json, Overrides, prepare_zenml
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from zenml.enums import StackComponentType
+
+# The images, and the setting that names each. Typer takes several choices from an enumeration alone.
+Target = StrEnum("Target", ["training", "retrain"])
+TARGETS = {"training": "SAGEMAKER_IMAGE", "retrain": "SAGEMAKER_RETRAIN_IMAGE"}
+STACK = "aws"
+
+
+def preflight(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_json: Json = False) -> int:
+    """Check what a SageMaker job of a recipe needs.
+
+    Everything that is missing is listed at once, each with its remedy, and the exit code is 2.
+
+    Example: `llm-engineering cloud preflight --config configs/sagemaker_8b.yaml`
+    """
+    from llm_engineering.cloud.sagemaker.account import Account
+    from llm_engineering.cloud.sagemaker.preflight import check, problems
+
+    recipe, settings = load_recipe(config, overrides or ()), Settings()
+    if recipe.compute.sagemaker is None:
+        raise RequestError(
+            f"{config} trains here, not on SageMaker: there is nothing to check. Name another one: "
+            "make preflight CONFIG=configs/sagemaker_8b.yaml"
+        )
+    account = Account.resolve(recipe.compute.sagemaker, settings)
+    if as_json:
+        found = problems(recipe, account, settings)
+        print(json.dumps([problem._asdict() for problem in found]))
+        return RequestError.exit_code if any(not problem.is_warning for problem in found) else 0
+    check(recipe, account, settings)
+    print(f"Nothing stands in the way of a job in {account.region}.", file=sys.stderr)
+    return 0
+
+
+def image(
+    targets: Annotated[
+        list[Target] | None,
+        typer.Argument(metavar="[training|retrain]...", help="Which images to build. Default: both."),
+    ] = None,
+    repository: Annotated[
+        str, typer.Option("--repository", metavar="NAME", help="In ECR. It is made the first time.")
+    ] = "llm-engineering",
+) -> int:
+    """Build the images of SageMaker jobs and push them to ECR.
+
+    The lines that are printed belong into .env. Docker has to run here.
+
+    Example: `llm-engineering cloud image training`
+    """
+    if shutil.which("docker") is None:
+        raise RequestError(
+            "Images are built by docker, which is not installed here: https://docs.docker.com/engine/install"
+        )
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    region = Settings().aws_region or boto3.Session().region_name
+    if not region:
+        raise RequestError("No region is known: set AWS_REGION in .env, or `region` in ~/.aws/config.")
+    ecr = boto3.Session(region_name=region).client("ecr")
+    try:
+        address = _repository(ecr, repository)
+        login = ecr.get_authorization_token()["authorizationData"][0]
+    except (BotoCoreError, ClientError) as error:
+        raise WorkError(
+            f"ECR in {region} cannot be used: {error}. docs/aws/launcher.json lists what is needed."
+        ) from error
+    user, _, password = base64.b64decode(login["authorizationToken"]).decode().partition(":")
+    registry = address.partition("/")[0]
+    _docker("login", "--username", user, "--password-stdin", registry, given=password)
+    for target in targets or TARGETS:
+        image = f"{address}:{tag(target)}"
+        folder = PROJECT_ROOT / "docker"
+        # SageMaker's machines are x86-64, whatever this one is.
+        _docker("build", "--platform", "linux/amd64", "--target", target, "--tag", image, str(folder))
+        _docker("push", image)
+        print(f"{TARGETS[target]}={image}")
+    print("Put these lines into .env.", file=sys.stderr)
+    return 0
+
+
+def stack(
+    bucket: Annotated[
+        str | None, typer.Option("--bucket", metavar="NAME", help="The bucket. Default: SAGEMAKER_BUCKET.")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option("--prefix", metavar="FOLDER", help="The folder in the bucket.")
+    ] = "llm-engineering/artifacts",
+    off: Annotated[bool, typer.Option("--off", help="Make the local stack the active one again.")] = False,
+) -> int:
+    """Register a ZenML stack that keeps artifacts in S3.
+
+    It becomes the active stack. Runs stay on this machine. No credentials are stored: S3 is reached with those of the
+    environment.
+
+    Example: `llm-engineering cloud stack --bucket my-bucket`
+    """
+    from zenml.client import Client
+    from zenml.enums import StackComponentType
+
+    prepare_zenml()
+    client = Client()
+    if off:
+        client.activate_stack("default")
+        print("Artifacts are kept on this machine again; those in S3 stay where they are.")
+        return 0
+    bucket = bucket or Settings().sagemaker_bucket
+    if not bucket:
+        raise RequestError("No bucket is known: set SAGEMAKER_BUCKET in .env, or name one with --bucket.")
+    if importlib.util.find_spec("s3fs") is None:
+        raise RequestError(
+            "ZenML reaches S3 with s3fs, which is not installed: pip install -c requirements.lock -e '.[aws]'"
+        )
+    path = f"s3://{bucket}/{prefix.strip('/')}"
+    kind = StackComponentType.ARTIFACT_STORE
+    stores = {store.configuration.get("path"): store for store in client.list_stack_components(type=kind).items}
+    # A store's path cannot be changed once it holds artifacts, so each path has a store of its own.
+    store = stores.get(path) or client.create_stack_component(
+        name=f"{STACK}-{bucket}-{len(stores)}", flavor="s3", component_type=kind, configuration={"path": path}
+    )
+    components: dict[StackComponentType, str | UUID] = {kind: store.id, StackComponentType.ORCHESTRATOR: "default"}
+    if any(stack.name == STACK for stack in client.list_stacks(name=STACK).items):
+        client.update_stack(name_id_or_prefix=STACK, component_updates={kind: [store.id]})
+    else:
+        client.create_stack(name=STACK, components=components)
+    client.activate_stack(STACK)
+    print(f"Stack {STACK} is active: artifacts of new runs are kept in {path}. `make stack-aws ARGS=--off` goes back.")
+    return 0
+
+
+def tag(target: str) -> str:
+    """Names an image by what is in it: its target, and the hash of its lock."""
+    lock = PROJECT_ROOT / "docker" / f"{target}.lock"
+    return f"{target}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
+
+
+def _repository(ecr: Any, name: str) -> str:
+    """The repository's address; it is made the first time."""
+    try:
+        found = ecr.describe_repositories(repositoryNames=[name])["repositories"]
+    except ecr.exceptions.RepositoryNotFoundException:
+        found = [ecr.create_repository(repositoryName=name)["repository"]]
+    address: str = found[0]["repositoryUri"]
+    return address
+
+
+def _docker(*arguments: str, given: str | None = None) -> None:
+    """Run docker, its output shown as it comes.
+
+    Raises:
+        WorkError: it failed.
+    """
+    # An attestation would make it an index of manifests, which SageMaker does not take.
+    environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
+    done = subprocess.run(
+        ["docker", *arguments],  # noqa: S607
+        input=given,
+        text=True,
+        check=False,
+        stdout=sys.stderr,
+        env=environment,
+    )
+    if done.returncode:
+        raise WorkError(
+            f"`docker {arguments[0]}` failed (exit code {done.returncode}); what it said stands above. "
+            "If it cannot connect to its daemon, start that."
+        )

@@ -1,0 +1,218 @@
+"""Hands a model over: models export writes its files, models push publishes it, both with its card."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from pydantic import ValidationError
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.recipe import Recipe
+from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
+
+if TYPE_CHECKING:
+    from zenml.models import ArtifactVersionResponse
+
+    from llm_engineering.publish.model_card import DatasetFacts, ModelCardFacts
+    from tools.versions import Found
+
+logger = logging.getLogger("llm_engineering.export")
+
+
+def export(
+    config: Config = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    version: Version = None,
+    file_format: Annotated[
+        Literal["safetensors", "gguf"], typer.Option("--format", help="gguf is one file, for llama.cpp.")
+    ] = "safetensors",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="PATH", help="A new folder, or with --format gguf a new file."),
+    ] = None,
+) -> int:
+    """Merge, verify and register a model, and write its files.
+
+    Without --output, the folder of the registered model is printed. Nothing that exists is replaced.
+
+    Example: `llm-engineering models export --format gguf --output model.gguf`
+    """
+    recipe = load_recipe(config, overrides or ())
+    is_gguf = file_format == "gguf"
+    if is_gguf and output is None:
+        raise RequestError("GGUF is one file: say where, e.g. OUTPUT=model.gguf.")
+    if output is not None:
+        _check_output(output, is_gguf)
+    from llm_engineering.publish.model_card import render_model_card
+    from llm_engineering.recipe.settings import Settings
+
+    settings = Settings()
+    settings.check_writable()
+    prepare_zenml()
+    from tools.versions import copy_model, find_model, merged_model
+
+    found = find_model(recipe, version)
+    logger.info("%s", found.described)
+    folder = merged_model(found, recipe, settings)
+    if output is None:
+        print(folder)
+        return 0
+    if is_gguf:
+        from llm_engineering.publish.gguf import write_gguf
+
+        write_gguf(folder, output, recipe.name)
+    else:
+        copy_model(folder, output)
+        card = render_model_card(card_facts(found, folder, recipe))
+        (output / "README.md").write_text(card, encoding="utf-8")
+    print(output)
+    return 0
+
+
+def push(
+    config: Config = DEFAULT_RECIPE,
+    overrides: Overrides = None,
+    version: Version = None,
+    repo: Annotated[
+        str | None, typer.Option("--repo", metavar="OWNER/NAME", help="Instead of the recipe's hub.repo_id.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it. Without it, it is private.")] = False,
+) -> int:
+    """Publish a merged, verified model on the Hugging Face Hub.
+
+    The licence stands in the recipe: `--set hub.license=apache-2.0`.
+
+    Example: `llm-engineering models push --repo someone/handbook-assistant`
+    """
+    recipe = load_recipe(config, overrides or ())
+    hub = recipe.hub
+    if hub is None:
+        raise RequestError(
+            "The recipe does not say under which licence the model may be published. Add it, e.g. "
+            "--set hub.license=apache-2.0 (`other` if it has no short name)."
+        )
+    repo_id = repo or hub.repo_id
+    if repo_id is None:
+        raise RequestError("No repository is named: add --repo owner/name, or hub.repo_id to the recipe.")
+    private = hub.private and not public
+
+    from llm_engineering.publish.hub import check_repo_id, find_token, publish
+    from llm_engineering.publish.model_card import base_licence, render_model_card
+    from llm_engineering.recipe.settings import Settings
+
+    settings = Settings()
+    check_repo_id(repo_id)
+    find_token(settings.hf_token)
+    prepare_zenml()
+    from tools.versions import find_model, merged_model
+
+    found = find_model(recipe, version)
+    base = base_licence(found.base.name_or_path, hub)
+    if base is None:
+        raise RequestError(
+            f"The licence of the base model {found.base.name_or_path} is not known here, and the model is made of it: "
+            "add it to the recipe, e.g. --set hub.base_license=llama3.1."
+        )
+    logger.info("Model:       %s", found.described)
+    folder = merged_model(found, recipe, settings)
+    facts = card_facts(found, folder, recipe)
+    logger.info("Licences:    model %s, base model %s", hub.license, base)
+    logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
+    files: dict[str, bytes | Path] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    files["README.md"] = render_model_card(facts).encode()
+    print(publish("model", files, repo_id, private, settings.hf_token, _is_ours))
+    return 0
+
+
+def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
+    """What the card of a merged model says; `recipe` is the present one, which says how it is published.
+
+    Raises:
+        RequestError: the version was made with another version of the recipe's schema, or was not evaluated.
+    """
+    from llm_engineering.publish import dataset_card as data_card
+    from llm_engineering.publish.merge import VERIFICATION
+    from llm_engineering.publish.model_card import ModelCardFacts
+    from llm_engineering.publish.verification import Verification
+    from tools.versions import newest_artifacts
+
+    number = found.version.number
+    try:
+        made_with = Recipe.model_validate(found.version.run_metadata["recipe"])
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"Version {number} of {recipe.name} was made with another version of the recipe's schema, or its run ended "
+            "before the gate: make it anew with the run command."
+        ) from error
+    own = newest_artifacts(found.version)
+    if "evaluation_report" not in own:
+        raise RequestError(f"Version {number} of {recipe.name} was not evaluated: its card would say nothing of it.")
+    kinds = {"instruction": "formatted_sft", **({"preference": "formatted_dpo"} if found.name == "dpo" else {})}
+    report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
+    adapter = own[f"{found.name}_adapter"]
+    limits = [
+        limit
+        for kind in kinds
+        for limit in data_card.limits(kind, _own_dataset(made_with, kind) is not None, made_with.data.rules)  # type: ignore[arg-type]
+    ]
+    return ModelCardFacts(
+        recipe=made_with,
+        hub=recipe.hub,
+        version=number,
+        stage=found.name,
+        datasets=[_dataset(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
+        report=report,
+        verification=Verification.model_validate_json((merged / VERIFICATION).read_text(encoding="utf-8")),
+        data_limits=list(dict.fromkeys(limits)),
+        lineage={
+            "run": adapter.run.name,
+            "recipe": str(found.version.run_metadata["recipe_hash"]),
+            "code": str(found.version.run_metadata["code_version"]),
+            **{f"{name} version {a.version}": a.content_hash or "no hash recorded" for name, a in own.items()},
+        },
+    )
+
+
+def _own_dataset(recipe: Recipe, kind: str) -> str | None:
+    return recipe.data.instructions if kind == "instruction" else recipe.data.preferences
+
+
+def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
+    from llm_engineering.publish.dataset_card import public_name
+    from llm_engineering.publish.model_card import DatasetFacts
+
+    dataset = own[f"{kind}_dataset"]
+    facts: Any = dataset.run_metadata
+    # Generated pairs are made of the instructions, and so of what those were made of.
+    source = _own_dataset(recipe, kind)
+    origin = own[f"{kind}_candidates"] if source is not None else own.get("documents", own["instruction_candidates"])
+    return DatasetFacts(
+        name=dataset.artifact.name,
+        source=public_name(source or recipe.data.instructions or recipe.documents.path),
+        hash=str(origin.run_metadata["content_hash"]),
+        rows={split: facts[split] for split in ("train", "validation", "test")},
+        tokens=int(str(own[formatted].run_metadata["tokens"])) if formatted in own else None,
+        set_aside=facts["quarantined"],
+        version=str(dataset.version),
+        sha256=dataset.content_hash,
+    )
+
+
+def _check_output(output: Path, is_gguf: bool) -> None:
+    """Refuse a place that holds something, before any work."""
+    if is_gguf and output.exists():
+        raise RequestError(f"OUTPUT {output} exists: name another file, nothing is replaced.")
+    if is_gguf and not output.parent.is_dir():
+        raise RequestError(f"OUTPUT {output} cannot be written: there is no folder {output.parent}.")
+    if not is_gguf and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RequestError(f"OUTPUT {output} exists and is no empty folder: name another one, nothing is replaced.")
+
+
+def _is_ours(file: str) -> bool:
+    """Whether a file of a repository is one that a model consists of: left over, old weights would be loaded."""
+    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja"))

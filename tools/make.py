@@ -1,0 +1,118 @@
+"""Turns a target of the Makefile and its variables into a command: python -m tools.make TARGET [PYTHON-ARGUMENT ...]
+
+Values come through the environment, where neither make nor a shell reads them. Of the environment's variables, only those
+count that MAKE_GIVEN names: the Makefile lists there what stands on make's command line (WSL, for one, sets NAME).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from llm_engineering.errors import RequestError
+
+GIVEN = "MAKE_GIVEN"
+
+
+class Target(NamedTuple):
+    """What a target calls.
+
+    Attributes:
+        command: the words after `llm-engineering`.
+        options: the variables that become options of the same name.
+        argument: the variable that becomes the argument.
+        default: the argument, where the variable is not given.
+    """
+
+    command: str
+    options: tuple[str, ...] = ()
+    argument: str | None = None
+    default: str = ""
+
+
+_SCHEDULE = ("NAME", "TARGET")
+_TIMED = ("CONFIG", *_SCHEDULE, "CRON", "TIMEZONE", "DOCUMENTS")
+
+TARGETS = {
+    "run-sft": Target("run sft", ("CONFIG",)),
+    "run-dpo": Target("run dpo", ("CONFIG",)),
+    "retrain": Target("run retrain", ("CONFIG",)),
+    "datasets": Target("run datasets", ("CONFIG",)),
+    "runs": Target("runs"),
+    "dashboard": Target("dashboard"),
+    "inspect": Target("inspect", ("CONFIG",), "DATA"),
+    "push-dataset": Target("push-dataset", ("CONFIG",), "KIND", "instruction"),
+    "chat": Target("chat", ("CONFIG", "VERSION", "PROMPT")),
+    "compare": Target("compare", ("CONFIG", "VERSION", "PROMPT")),
+    "serve": Target("serve", ("CONFIG", "VERSION")),
+    "models": Target("models list", ("CONFIG",)),
+    "promote": Target("models promote", ("CONFIG", "NOTE"), "VERSION"),
+    "rollback": Target("models rollback", ("CONFIG", "NOTE")),
+    "lineage": Target("models lineage", ("CONFIG",), "VERSION"),
+    "verify": Target("models verify", ("CONFIG",), "VERSION"),
+    "export": Target("models export", ("CONFIG", "VERSION", "FORMAT", "OUTPUT")),
+    "push-model": Target("models push", ("CONFIG", "VERSION")),
+    "schedule": Target("schedule create", _TIMED),
+    "schedules": Target("schedule list", ("TARGET",)),
+    "schedule-change": Target("schedule change", _TIMED),
+    "schedule-pause": Target("schedule pause", _SCHEDULE),
+    "schedule-resume": Target("schedule resume", _SCHEDULE),
+    "schedule-run": Target("schedule run", _SCHEDULE),
+    "unschedule": Target("schedule remove", _SCHEDULE),
+    "preflight": Target("cloud preflight", ("CONFIG",)),
+    "image": Target("cloud image"),
+    "stack-aws": Target("cloud stack"),
+}
+
+
+def main() -> int:
+    """Run the command of a target; returns its exit code."""
+    target, *program = sys.argv[1:]
+    try:
+        if program:
+            os.execv(sys.executable, [sys.executable, *program, *extra(os.environ)])  # noqa: S606
+        arguments = command(target, os.environ)
+    except RequestError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    from tools.cli import main as run_command
+
+    return run_command(arguments)
+
+
+def command(target: str, environment: Mapping[str, str]) -> list[str]:
+    """The words after `llm-engineering` for a target.
+
+    Raises:
+        RequestError: the words of ARGS cannot be told apart.
+    """
+    words, options, argument, default = TARGETS[target]
+    given = environment.get(GIVEN, "").split()
+    # Joined, so that a value that begins with a hyphen is no option. ARGS come later: of two values, the last counts.
+    named = [f"--{name.lower()}={environment[name]}" for name in options if name in given]
+    found = [*words.split(), *named, *extra(environment)]
+    if argument is not None:
+        found += ["--", environment[argument] if argument in given else default]
+    return found
+
+
+def extra(environment: Mapping[str, str]) -> Sequence[str]:
+    """The words of ARGS, told apart as a shell does, but with nothing in them expanded.
+
+    Raises:
+        RequestError: a quote is not closed, or a backslash stands at the end.
+    """
+    text = environment["ARGS"] if "ARGS" in environment.get(GIVEN, "").split() else ""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise RequestError(
+            f"ARGS {text} cannot be taken apart: {error}. Close the quote, or put a \\ before it."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
