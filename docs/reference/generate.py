@@ -12,8 +12,6 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import click
-import typer.main
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -105,40 +103,65 @@ def _limit(constraint: Any) -> str:
 
 
 def commands_page() -> str:
-    """Every command with its arguments and options, as `--help` describes them."""
-    from tools.cli import app
+    """Every command with its arguments and options, as `--help` describes them, and the Make target that calls it."""
+    from tools.cli import COMMANDS, PROGRAM, command_line
 
-    root = typer.main.get_command(app)
-    parts = [MARK, "# Command reference\n\n", f"{_text(root)}\n\n"]
-    for path, command in _commands(root, "llm-engineering"):
-        parts += [f"## `{path}`\n\n", f"{_text(command)}\n\n", *_parameters(command)]
+    parts = [MARK, "# Command reference\n\n", _COMMANDS_LEAD, _targets()]
+    for panel, entries in COMMANDS.items():
+        parts.append(f"## {panel}\n\n")
+        for entry in entries:
+            command: Any = command_line()
+            for word in entry.name.split():
+                command = command.commands[word]
+            loaded = command.load()
+            parts += [f"### `{PROGRAM} {entry.name}`\n\n", f"{_text(loaded)}\n\n", *_parameters(loaded)]
     return "".join(parts).rstrip() + "\n"
 
 
-def _commands(group: click.Command, path: str) -> list[tuple[str, click.Command]]:
-    found: list[tuple[str, click.Command]] = []
-    context = click.Context(group)
-    if isinstance(group, click.Group):
-        for name in group.list_commands(context):
-            command = group.get_command(context, name)
-            if command is not None and not command.hidden:
-                own = [] if isinstance(command, click.Group) else [(f"{path} {name}", command)]
-                found += own + _commands(command, f"{path} {name}")
-    return found
+_COMMANDS_LEAD = """`make TARGET` and `llm-engineering COMMAND` are the same commands. `make` builds `.venv` first and takes variables;
+`llm-engineering` is in `.venv/bin` and takes options. `make TARGET ARGS="…"` passes options through.
+`llm-engineering --install-completion` installs completion for the shell.
+
+## Exit codes
+
+| Code | Means |
+| --- | --- |
+| 0 | Done. |
+| 1 | The work failed. |
+| 2 | The request was wrong, and nothing ran. |
+| 130 | Interrupted. Finished work is kept. |
+
+`make` itself ends with 2 if a command fails in any way. A script that needs the exit code calls `llm-engineering`.
+
+"""
 
 
-def _text(command: click.Command) -> str:
+def _targets() -> str:
+    from tools.make import TARGETS
+
+    rows = []
+    for name, target in TARGETS.items():
+        variables = [*([target.argument] if target.argument else []), *target.options, "ARGS"]
+        rows.append(f"| `make {name}` | `{target.command}` | {', '.join(f'`{v}`' for v in variables)} |\n")
+    return "## Make targets\n\n| Target | Command | Variables |\n| --- | --- | --- |\n" + "".join(rows) + "\n"
+
+
+def _text(command: Any) -> str:
     return inspect.cleandoc(command.help or "").replace("\b\n", "")
 
 
-def _parameters(command: click.Command) -> list[str]:
+def _parameters(command: Any) -> list[str]:
     rows = []
     for parameter in command.params:
-        if parameter.name == "help" or getattr(parameter, "hidden", False):
+        if parameter.name in ("help", "install_completion", "show_completion") or getattr(parameter, "hidden", False):
             continue
-        is_option = isinstance(parameter, click.Option)
-        names = ", ".join(f"`{name}`" for name in parameter.opts) if is_option else f"`{parameter.human_readable_name}`"
-        text = (getattr(parameter, "help", None) or "").replace("|", "\\|")
+        is_option = parameter.param_type_name == "option"
+        names = (
+            ", ".join(f"`{name}`" for name in parameter.opts)
+            if is_option
+            else f"`{parameter.metavar or parameter.name.upper()}`"
+        )
+        text = " ".join((getattr(parameter, "help", None) or "").split()).replace("|", "\\|")
         rows.append(f"| {names} | {text} |\n")
     return ["| Argument or option | Meaning |\n| --- | --- |\n", *rows, "\n"] if rows else []
 
