@@ -1,4 +1,4 @@
-"""The whole chain through ZenML, on a model of two small layers with the real tokenizer."""
+"""The whole chain in ZenML, with a model of two small layers and the real tokenizer."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def dpo_run(project, finished_run):
     return run
 
 
-def test_sft_ends_with_measures_and_places(finished_run):
+def test_sft_run_prints_metrics_and_artifacts(finished_run):
     result = finished_run.result.json
     assert result["status"] == "completed"
     assert result["pipeline"] == "sft"
@@ -48,7 +48,7 @@ def test_sft_ends_with_measures_and_places(finished_run):
             "evaluation_report", "promotion_decision"} <= result["artifacts"].keys()  # fmt: skip
 
 
-def test_broken_lines_are_said_aloud(finished_run):
+def test_broken_lines_are_reported(finished_run):
     assert "malformed 3" in finished_run.result.stderr
     assert "Error" not in finished_run.result.stderr
 
@@ -83,7 +83,7 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     for name in ("data_report", "training_report", "evaluation_report"):
         assert {"report.json", "report.html"} <= set(artifacts[name]["files"])
     assert artifacts["promotion_decision"]["kind"] == "PromotionDecision"
-    # Every file of the store is Arrow, safetensors, JSON, HTML or text: nothing that unpickles.
+    # Every file of the store is Arrow, safetensors, JSON, HTML or text. None is a pickle.
     endings = {file.suffix for file in (project.folder / "stores").rglob("*") if file.is_file()}
     assert not endings & {".pkl", ".pickle", ".bin", ".pt", ".pth"}, endings
 
@@ -102,10 +102,10 @@ def test_secrets_are_nowhere(project, finished_run, dpo_run):
             assert PLANTED.encode() not in file.read_bytes(), file
 
 
-def test_nothing_changed_is_served_from_the_cache(project, finished_run):
+def test_unchanged_run_comes_from_the_cache(project, finished_run):
     again = project.run("sft")
     assert again.code == 0
-    # The gate acts on the new model version, so it alone runs.
+    # Only the gate runs, because it acts on the new model version.
     ran = [line for line in again.stderr.splitlines() if "│ sft: " in line and "completed" in line]
     assert len(ran) == 1
     assert "promote" in ran[0]
@@ -117,11 +117,11 @@ def test_reports_show_curves_and_labels(project, finished_run):
     page = Path(folder, "files", "report.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert page.count("<svg") >= 3
-    # The last token of each shown row is the end of turn, and it is trained.
+    # The last token of each row is the end of turn, and it is trained.
     assert page.count('<span class="e">&lt;|im_end|&gt;</span></p>') == 3
 
 
-def test_the_evaluation_says_how_sure_it_is(project, dpo_run):
+def test_the_evaluation_reports_intervals(project, dpo_run):
     folder = Path(dpo_run.json["artifacts"]["evaluation_report"]["uri"], "files")
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert report["models"][:3] == ["base", "sft", "dpo"]
@@ -133,13 +133,13 @@ def test_the_evaluation_says_how_sure_it_is(project, dpo_run):
     assert "Training of dpo" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_chat_asks_the_promoted_model(project, dpo_run):
+def test_chat_uses_the_promoted_model(project, dpo_run):
     answer = project.command("chat", "--config", str(project.recipe), "--prompt", "Hi", "--max-new-tokens", "4")
     assert answer.code == 0, answer.stderr
     assert "tiny version" in answer.stderr
 
 
-def test_dpo_without_an_sft_model_trains_it_first_and_says_so(fresh_project):
+def test_dpo_without_an_sft_model_trains_sft_first_and_reports_it(fresh_project):
     run = fresh_project.run("dpo", "--set", "generation.max_preferences=20")
     assert run.code == 0, run.stderr
     assert "No SFT model is registered: training SFT first" in run.stderr
@@ -147,7 +147,7 @@ def test_dpo_without_an_sft_model_trains_it_first_and_says_so(fresh_project):
 
 
 def test_retrain_is_one_run(fresh_project):
-    # A file with nothing to set aside: an empty quarantine is stored and read like any other.
+    # No line of this file is quarantined: the empty quarantine must be stored and read too.
     lines = (fresh_project.folder / "instructions.jsonl").read_text().splitlines(keepends=True)
     clean = fresh_project.folder / "clean.jsonl"
     clean.write_text("".join(line for line in lines if line.endswith("}\n")))
@@ -159,7 +159,7 @@ def test_retrain_is_one_run(fresh_project):
 
 
 def test_documents_to_datasets_with_the_real_model(fresh_project):
-    """Generation on the embedded corpus with the embedded model: real questions for real passages."""
+    """The embedded model generates questions for passages of the embedded corpus."""
     run = fresh_project.command(
         "run", "datasets", "--json", "--set", "documents.max_passages=24", "--set",
         "data.split.test_fraction=0.4", "--set", "data.split.validation_fraction=0.3", "--set",

@@ -1,4 +1,4 @@
-"""The cache sees the code that a step calls: a change of it, and of nothing else, changes the step's version."""
+"""A step's version changes if the code that it calls changes, and only then."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project of its own: two steps in `steps`, their functions in `llm_engineering`."""
+    """A separate project: four steps in `steps`, and their functions in `llm_engineering`."""
     from steps import caching
 
     (tmp_path / "llm_engineering").mkdir()
@@ -85,7 +85,7 @@ def project(tmp_path, monkeypatch):
         ("llm_engineering/work.py", "What it does", "What it does now", ""),
     ],
 )
-def test_a_change_reaches_the_steps_that_use_it_and_no_other(project, file, old, new, changed):
+def test_a_change_affects_only_the_steps_that_use_it(project, file, old, new, changed):
     versions, edit = project
     before = versions()
     edit(file, old, new)
@@ -93,7 +93,7 @@ def test_a_change_reaches_the_steps_that_use_it_and_no_other(project, file, old,
     assert "".join(name for name in "abcd" if before[name] != after[name]) == changed
 
 
-def test_real_steps_reach_the_code_that_decides_their_result():
+def test_steps_reach_the_code_that_decides_their_result():
     from steps.caching import reachable
 
     training = reachable("steps.training", "train_sft")
@@ -106,7 +106,7 @@ def test_real_steps_reach_the_code_that_decides_their_result():
     )
 
 
-def test_no_import_that_the_hash_cannot_follow():
+def test_every_import_can_be_followed_by_the_hash():
     """`import llm_engineering.x` without `as` would hide what is used of it."""
     for folder in ("llm_engineering", "steps"):
         for file in (ROOT / folder).rglob("*.py"):
@@ -145,8 +145,8 @@ def ours() -> int:
 """
 
 
-def test_zenml_alone_serves_stale_results_and_project_steps_do_not(tmp_path):
-    """Through ZenML itself: a changed helper reruns a project step; a plain step is served from the cache, stale."""
+def test_zenml_serves_stale_results_of_plain_steps_but_not_of_project_steps(tmp_path):
+    """After a change of a helper, ZenML reruns a project step, and serves a plain step's old result from the cache."""
     import os
     import shutil
 
