@@ -1,1 +1,1 @@
-"""Hands a model or dataset over: merge, verify, export, cards, hub."""
+"""Publishing a model or a dataset: merge, verification, GGUF, cards, the Hugging Face Hub."""

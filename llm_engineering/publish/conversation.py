@@ -20,12 +20,12 @@ from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
 
-# Seeds that a person can type again.
+# A drawn seed is short enough to type again.
 _MAX_SEED = 2**32 - 1
 
 
 class Reply(NamedTuple):
-    """An answer, and whether the model ended it by itself."""
+    """An answer, and whether it ended with an end token."""
 
     text: str
     stopped: bool
@@ -36,8 +36,8 @@ class Sampling(NamedTuple):
 
     Attributes:
         temperature: divides the logits; 0 takes the most probable token (greedy).
-        top_p: only the most probable tokens that together reach this probability are drawn from; 1 is all.
-        seed: with the same seed, the same conversation gets the same answer.
+        top_p: tokens are drawn from the most probable ones that together reach this probability; 1 keeps all tokens.
+        seed: the same conversation with the same seed gets the same answer.
     """
 
     temperature: float = 0.0
@@ -46,12 +46,12 @@ class Sampling(NamedTuple):
 
     @classmethod
     def checked(cls, temperature: float, top_p: float, seed: int | None) -> Sampling:
-        """Without a seed, one is drawn.
+        """Check the values of the command line, and draw a seed if there is none.
 
         Raises:
             RequestError: a value is out of its range, or would have no effect.
         """
-        # Written so that nan, which compares as false, is refused.
+        # The comparisons refuse nan too.
         if not 0 <= temperature < float("inf"):
             raise RequestError(f"--temperature must be 0 (greedy) or more, not {temperature:g}.")
         if not 0 < top_p <= 1:
@@ -64,10 +64,10 @@ class Sampling(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What `generate` is told."""
+        """The arguments of `generate`."""
         if self.temperature == 0:
             return {"do_sample": False}
-        # A model's own generation_config often has a top_k, which nobody asked for here.
+        # 0 switches off the top_k that a model's generation_config may have.
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
@@ -77,7 +77,7 @@ GREEDY = Sampling()
 def has_room(
     messages: Sequence[Message], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> bool:
-    """Whether a conversation and an answer of so many tokens fit into what the model can read."""
+    """Whether a conversation and an answer of `max_new_tokens` fit into the context of the model."""
     limit = getattr(model.config, "max_position_embeddings", None)
     return limit is None or len(prompt_ids(messages, tokenizer)) + max_new_tokens <= limit
 
@@ -90,11 +90,11 @@ def answer(
     sampling: Sampling = GREEDY,
     **options: Any,
 ) -> Reply:
-    """The answer to the last message, prompted as in training; `options` are those of `generate`."""
+    """Answer the last message, with the prompt format of training; `options` are arguments of `generate`."""
     ids = prompt_ids(messages, tokenizer)
     ends = end_token_ids(model, tokenizer)
     inputs = torch.tensor([ids], device=model.device)
-    # Before each answer: it then depends on the seed and the conversation alone, and not on answers before.
+    # Seeded before each answer, so that it does not depend on earlier random numbers.
     torch.manual_seed(sampling.seed)
     with torch.inference_mode():
         output = model.generate(
@@ -111,10 +111,10 @@ def answer(
 
 
 def check_system(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the chat template shows the model the system message that `messages` begin with.
+    """Check that the chat template includes the system message that `messages` begins with.
 
     Raises:
-        RequestError: it refuses system messages, or leaves them out.
+        RequestError: the template refuses system messages, or leaves them out.
     """
     try:
         shown = prompt_ids(messages, tokenizer) != prompt_ids(messages[1:], tokenizer)
@@ -125,7 +125,7 @@ def check_system(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
 
 
 class Conversation:
-    """A model that answers on stdout, prompted as in training."""
+    """A merged model that prints its answers to stdout."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Conversation:
         self.sampling = sampling
 
     def has_room(self, messages: Sequence[Message]) -> bool:
-        """Whether the conversation and an answer fit into what the model can read."""
+        """Whether the conversation and an answer fit into the context of the model."""
         return has_room(messages, self.model, self.tokenizer, self.max_new_tokens)
 
     def answer(self, messages: Sequence[Message]) -> Reply:

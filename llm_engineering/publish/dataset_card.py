@@ -1,4 +1,4 @@
-"""The dataset card: README.md with the metadata that the Hugging Face Hub reads, from facts and nothing else.
+"""Renders the dataset card: README.md with the metadata that the Hugging Face Hub reads, from recorded facts only.
 
 The metadata block follows the hub's dataset card specification (https://huggingface.co/docs/hub/datasets-cards).
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 from datasets import DatasetDict
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.data.ledger import Ledger
@@ -22,7 +22,7 @@ Kind = Literal["instruction", "preference"]
 OWN_DATASET = "none: own dataset"
 MAX_ORIGINS = 10
 
-# The hub's size classes: below each bound, the class.
+# The hub's size classes; each applies below its bound.
 _SIZES = [
     (1_000, "n<1K"),
     (10_000, "1K<n<10K"),
@@ -35,7 +35,7 @@ _SIZES = [
 _USES = {"instruction": "supervised fine-tuning", "preference": "preference optimisation (DPO)"}
 _COLUMNS = {
     "id": "hash of the row's content",
-    "source": "file and place, or document and characters, that the row was made from",
+    "source": "file and place, or document and characters, from which the row was made",
     "origin": "who wrote the row",
     "document": "the source document; all rows of one document are in the same split",
     "prompt": "messages (`role`, `content`) up to the answer",
@@ -46,7 +46,7 @@ _COLUMNS = {
 
 
 class StageCount(BaseModel):
-    """What one stage read, kept and set aside, by reason."""
+    """The rows that a stage read, kept and set aside; `set_aside` is by reason."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,16 +57,17 @@ class StageCount(BaseModel):
 
 
 class CardFacts(BaseModel):
-    """Everything that the card says.
+    """All facts of the card.
 
     Attributes:
-        documents: where the text comes from: `embedded:...`, a hub id, or the name of a file or folder.
-        model: the model that wrote what is generated, with its revision; `OWN_DATASET` if nothing is.
-        rows: by split.
-        tokens: after formatting, of all splits; None if the dataset was not formatted yet.
-        columns: of a row, in their order.
-        origins: rows by who wrote them.
-        limits: what the data is not good for, a sentence each.
+        documents: the source of the text: `embedded:...`, a hub id, or the name of a file or folder.
+        model: the generating model with its revision; `OWN_DATASET` if nothing was generated.
+        prompts: hashes of the prompt files, by name.
+        rows: number of rows by split.
+        tokens: tokens of all splits after formatting; None if the dataset was not formatted yet.
+        columns: the columns of a row, in their order.
+        origins: number of rows by their origin.
+        limits: the limits of the data, a sentence each.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -88,7 +89,7 @@ class CardFacts(BaseModel):
 
 
 def stage_counts(dataset: DatasetDict) -> list[StageCount]:
-    """What the ledger stored beside the rows says, by stage."""
+    """The counts of the ledger that is stored with the rows, by stage."""
     ledger = Ledger.load(dataset)
     return [
         StageCount(
@@ -102,7 +103,7 @@ def stage_counts(dataset: DatasetDict) -> list[StageCount]:
 
 
 def origins(dataset: DatasetDict) -> dict[str, int]:
-    """Rows of all splits by who wrote them, most frequent first; what is rare stands together as `others`."""
+    """Number of rows of all splits by origin, the most frequent first; rare origins are counted as `others`."""
     counts = Counter(origin for split in SPLITS for origin in dataset[split]["origin"])
     shown = dict(counts.most_common(MAX_ORIGINS))
     rest = counts.total() - sum(shown.values())
@@ -110,47 +111,46 @@ def origins(dataset: DatasetDict) -> dict[str, int]:
 
 
 def limits(kind: Kind, own: bool, rules: RulesConfig) -> list[str]:
-    """What a reader must know before using the rows. `own`: the rows were given, not generated."""
+    """The limits of the rows, a sentence each. `own`: the rows are the user's own, not generated."""
     if own:
-        said = ["The rows were given as a dataset. Rules checked them; no person did so for this release."]
+        sentences = ["The rows are an existing dataset. Rules checked them; nobody reviewed them for this release."]
     elif kind == "instruction":
-        said = [
-            "Questions were written by a model. Answers were cut from documents or written by a model; "
-            "`origin` says which.",
-            "Rules checked the rows; no person did.",
+        sentences = [
+            "A model wrote the questions. The answers were cut from documents or written by a model, as `origin` says.",
+            "Rules checked the rows; nobody reviewed them.",
         ]
     else:
-        said = [
-            "Rejected answers were written by a model; the chosen ones are those of the instruction dataset.",
-            "An answer is the chosen one because of where it comes from: nobody compared the two.",
-            "Rules checked the pairs; no person did.",
+        sentences = [
+            "A model wrote the rejected answers; the chosen answers are those of the instruction dataset.",
+            "The origin of an answer decides whether it is the chosen one: nobody compared the two answers.",
+            "Rules checked the pairs; nobody reviewed them.",
         ]
-    for what, action in (("Personal data", rules.personal_data), ("Credentials", rules.secret)):
+    for kind_of_data, action in (("Personal data", rules.personal_data), ("Credentials", rules.secret)):
         if action == "off":
-            said.append(f"{what}: not looked for.")
+            sentences.append(f"{kind_of_data}: not searched for.")
         elif action == "report":
-            said.append(f"{what}: looked for by patterns, and what was found was left as it is.")
+            sentences.append(f"{kind_of_data}: searched for with patterns, and left unchanged.")
         else:
-            done = {"mask": "masked", "drop": "dropped with its row"}[action]
-            said.append(f"{what}: looked for by patterns, and what was found was {done}.")
-    return said
+            done = {"mask": "masked", "drop": "dropped with the whole row"}[action]
+            sentences.append(f"{kind_of_data}: searched for with patterns, and {done}.")
+    return sentences
 
 
 def public_name(place: str) -> str:
-    """A path of this machine without its folders; `embedded:` names, hub ids and relative names stay."""
+    """The name of a path without its folders; `embedded:` names, hub ids and relative names stay unchanged."""
     path = PurePath(place)
     return path.name or place if path.is_absolute() or place.startswith(("~", ".")) else place
 
 
 def render_card(facts: CardFacts) -> str:
-    """README.md: the hub's metadata as YAML, then the card as Markdown."""
+    """Render README.md: the hub's metadata as YAML, then the card as Markdown."""
     front = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
     body = _CARD.render(f=facts, total=sum(facts.rows.values()), use=_USES[facts.kind], descriptions=_COLUMNS)
     return f"---\n{front}---\n\n{body}\n"
 
 
 def metadata(facts: CardFacts) -> dict[str, Any]:
-    """The metadata block; `configs` tells `datasets.load_dataset` which file is which split."""
+    """The metadata block; `configs` tells `datasets.load_dataset` which file belongs to which split."""
     total = sum(facts.rows.values())
     size = next((name for bound, name in _SIZES if total < bound), "n>1B")
     return {
@@ -174,21 +174,21 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def data_file(split: str) -> str:
-    """Where a split lies in the repository."""
+    """The path of a split in the repository."""
     return f"data/{split}.parquet"
 
 
-def _cell(value: object) -> str:
-    """Text for a table or a line: a bar would end the cell, a line break the row."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+def card_template(text: str) -> Template:
+    """A Markdown template with the filter `cell` for texts in tables, where a bar ends the cell and a line break the row."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701 — Markdown
+    environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
+    return environment.from_string(text)
 
 
-_environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701 — Markdown
-_environment.filters["cell"] = _cell
-_CARD = _environment.from_string("""\
+_CARD = card_template("""\
 # {{ f.name }}: {{ f.kind }} dataset
 
-{{ "{:,}".format(total) }} rows for {{ use }}, made by a recipe; the facts below are recorded by the runs that made it.
+{{ "{:,}".format(total) }} rows for {{ use }}, made by a recipe. The runs that made the dataset recorded the facts below.
 
 | | |
 |---|---|
@@ -200,7 +200,7 @@ _CARD = _environment.from_string("""\
 | licence | {{ f.hub.license }} |
 | tokens | {{ "{:,}, after formatting".format(f.tokens) if f.tokens is not none else "not counted" }} |
 
-`prompts` and `recipe` are the hashes of the prompts' files and of the recipe, `code` is the version of the code.
+`prompts` and `recipe` are hashes of the prompt files and of the recipe. `code` is the version of the code.
 
 ## Rows
 
@@ -210,7 +210,7 @@ _CARD = _environment.from_string("""\
 | {{ split }} | {{ "{:,}".format(rows) }} |
 {% endfor %}
 
-| column | holds |
+| column | content |
 |---|---|
 {% for column in f.columns %}
 | `{{ column | cell }}` | {{ descriptions.get(column, "") }} |
@@ -222,9 +222,9 @@ _CARD = _environment.from_string("""\
 | {{ origin | cell }} | {{ "{:,}".format(rows) }} |
 {% endfor %}
 
-## What was kept, and what was not
+## Rows by stage
 
-Read = kept + set aside, in every stage.
+In every stage, read = kept + set aside.
 
 | stage | read | kept | set aside |
 |---|---|---|---|

@@ -1,8 +1,8 @@
-"""Writes a merged Llama as one GGUF file, which llama.cpp and what is built on it load.
+"""Writes a merged Llama as one GGUF file, the format of llama.cpp.
 
-Weights keep their precision: smaller ones are made of this file by llama.cpp's own tools. Metadata and the order of rows
-follow the specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); the names of tensors are those of
-the package `gguf`, which llama.cpp publishes.
+Weights keep their precision; llama.cpp's own tools can quantize the file. Metadata and the order of rows follow the
+specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Tensor names come from llama.cpp's package
+`gguf`.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ _TYPES = {
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _NO_NORMALIZER = (None, {"type": "Sequence", "normalizers": []})
-# llama.cpp cuts texts into words by rules of its own, which it knows by these names.
+# llama.cpp has its own pre-tokenizers, which a file selects by name.
 _PRE_TOKENIZERS = {"gpt-2": [_BYTE_LEVEL], "smollm": [_DIGITS, _BYTE_LEVEL]}
 
 
 def write_gguf(folder: Path, output: Path, name: str) -> None:
-    """Write the model of a folder in `transformers` layout, its tokenizer and chat template, to a new file.
+    """Write a model in `transformers` layout, with its tokenizer and chat template, to a new file.
 
     Raises:
-        RequestError: this model or tokenizer cannot be written without guessing, or the file cannot be written.
+        RequestError: GGUF has no exact form of this model or tokenizer here, or the file cannot be written.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     _check(model.config)
-    words = _word_rules(tokenizer)
+    pre_tokenizer = _pre_tokenizer(tokenizer)
     partial = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCHITECTURE])
         _add_model(writer, model.config, name, _TYPES[model.dtype][1])
-        _add_tokenizer(writer, tokenizer, words, model.config.vocab_size)
+        _add_tokenizer(writer, tokenizer, pre_tokenizer, model.config.vocab_size)
         _add_tensors(writer, model)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -60,21 +60,21 @@ def write_gguf(folder: Path, output: Path, name: str) -> None:
 
 def _check(config: PreTrainedConfig) -> None:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    for wrong, what in (
+    for is_unsupported, reason in (
         (config.model_type != "llama", f"it is a {config.model_type}"),
         (rope != "default", f"its rotary positions are scaled ({rope})"),
         (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False), "its layers have biases"),
         (getattr(config, "hidden_act", "silu") != "silu", f"its activation is {getattr(config, 'hidden_act', None)}"),
     ):
-        if wrong:
+        if is_unsupported:
             raise RequestError(
-                f"This model cannot be written as GGUF here: {what}, and only plain Llama models are. Export it as "
-                "safetensors and convert it with llama.cpp's convert_hf_to_gguf.py."
+                f"This model cannot be written as GGUF here: {reason}, and only plain Llama models are supported. Export it "
+                "as safetensors and convert it with llama.cpp's convert_hf_to_gguf.py."
             )
 
 
-def _word_rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name for how the tokenizer cuts a text, which it may not have changed before, into words."""
+def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """llama.cpp's name of the tokenizer's pre-tokenizer. The tokenizer must not normalize texts."""
     parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     before = parts["pre_tokenizer"] or {}
     steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
@@ -83,10 +83,10 @@ def _word_rules(tokenizer: PreTrainedTokenizerBase) -> str:
         if steps == known and parts["model"]["type"] == "BPE" and parts["normalizer"] in _NO_NORMALIZER:
             return name
     raise RequestError(
-        f"This model cannot be written as GGUF here: how its tokenizer changes texts "
-        f"({json.dumps(parts['normalizer'])[:200]}) and cuts words ({json.dumps(steps)[:200]}) is none of the ways known "
-        f"by name ({', '.join(_PRE_TOKENIZERS)}). Export it as safetensors and convert it with llama.cpp's "
-        "convert_hf_to_gguf.py."
+        "This model cannot be written as GGUF here: its tokenizer has the normalizer "
+        f"{json.dumps(parts['normalizer'])[:200]} and the pre-tokenizer {json.dumps(steps)[:200]}, but only "
+        f"{' and '.join(_PRE_TOKENIZERS)} without a normalizer are supported. Export it as safetensors and convert it with "
+        "llama.cpp's convert_hf_to_gguf.py."
     )
 
 
@@ -107,13 +107,13 @@ def _add_model(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, fil
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, words: str, size: int) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str, size: int) -> None:
     parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = {index: token for token, index in tokenizer.get_vocab().items()}
     added = {token["id"]: token["special"] for token in parts["added_tokens"]}
     kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.USER_DEFINED}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words)
+    writer.add_tokenizer_pre(pre_tokenizer)
     # The embedding may have more rows than there are tokens.
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(size)])
     writer.add_token_types(
@@ -134,7 +134,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     ):
         if token_id is not None:
             add(token_id)
-    # The chat template writes the token that a conversation begins with.
+    # The chat template itself writes the first token of a conversation.
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_chat_template(tokenizer.chat_template)
@@ -145,7 +145,7 @@ def _add_tensors(writer: gguf.GGUFWriter, model: Any) -> None:
     names = gguf.get_tensor_name_map(_ARCHITECTURE, config.num_hidden_layers)
     kind, _ = _TYPES[model.dtype]
     for name, tensor in model.state_dict().items():
-        # Tied: it is the embedding, and a reader takes that.
+        # Tied weights: readers use the embedding.
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         written = names.get_name(name, try_suffixes=(".weight",))
@@ -153,8 +153,8 @@ def _add_tensors(writer: gguf.GGUFWriter, model: Any) -> None:
         values = tensor.float()
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            # GGUF's Llama rotates neighbouring dimensions, transformers' those half a head apart.
+            # GGUF's Llama rotates neighbouring dimensions; transformers rotates dimensions half a head apart.
             values = values.view(heads, 2, -1, values.shape[1]).transpose(1, 2).reshape(values.shape)
-        # Vectors, the norms, stay in float32: llama.cpp computes with them in no other precision.
+        # Vectors (the norms) stay in float32: llama.cpp needs them in that precision.
         stored = kind if values.dim() > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(written, gguf.quants.quantize(values.numpy(), stored), raw_dtype=stored)

@@ -1,4 +1,4 @@
-"""Publishes models and datasets on the Hugging Face Hub, in one commit, with errors that name the remedy."""
+"""Publishes models and datasets on the Hugging Face Hub, each in one commit."""
 
 from __future__ import annotations
 
@@ -24,34 +24,36 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.publish.dataset_card import data_file, public_name
 
 RepoType = Literal["dataset", "model"]
-# Where the recipe says how each is published.
+# The block of the recipe with the settings for each kind.
 _BLOCKS = {"dataset": "data.hub", "model": "hub"}
 _ADDRESSES = {"dataset": "datasets/", "model": ""}
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises:
-    RequestError: it is no `owner/name` that the hub accepts.
+    """Check the name of a repository.
+
+    Raises:
+        RequestError: it is not an `owner/name` that the hub accepts.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise RequestError(f"{repo_id!r} is no name of a repository: {error}") from None
+        raise RequestError(f"{repo_id!r} is not a name of a repository: {error}") from None
     if repo_id.count("/") != 1:
-        raise RequestError(f"{repo_id!r} names no owner: give owner/name, the owner being you or an organisation.")
+        raise RequestError(f"{repo_id!r} names no owner. Write owner/name; the owner is you or an organisation.")
 
 
 def find_token(token: SecretStr | None) -> str:
-    """The token that is set, else the one that `hf auth login` stored.
+    """The given token, or the token that `hf auth login` stored.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no token.
     """
     secret = token.get_secret_value() if token else get_token()
     if not secret:
         raise RequestError(
-            "There is no token for the Hugging Face Hub. Set HF_TOKEN, in the environment or in .env, to one with "
-            "the right to write (https://huggingface.co/settings/tokens)."
+            "There is no token for the Hugging Face Hub. Set HF_TOKEN, in the environment or in .env, to a token that may "
+            "write (https://huggingface.co/settings/tokens)."
         )
     return secret
 
@@ -64,17 +66,18 @@ def publish(
     token: SecretStr | None,
     is_ours: Callable[[str], bool],
 ) -> str:
-    """Publish files by their paths in the repository, in one commit; returns the repository's address.
+    """Publish files in one commit; returns the repository's address.
 
     Args:
-        private: the visibility that a new repository gets, and that an existing one must have.
-        token: with the right to write; None takes the one that `hf auth login` stored.
-        is_ours: whether a file of a former push is removed if it is not written again.
+        files: contents or local files, by their paths in the repository.
+        private: the visibility of a new repository; an existing repository must have it.
+        token: a token that may write; None takes the token that `hf auth login` stored.
+        is_ours: whether a file of the repository is removed if it is not among `files`.
 
     Raises:
         RequestError: the name is invalid, there is no token, the hub refuses it, or an existing repository has the
             other visibility.
-        WorkError: the hub could not be reached, or failed.
+        WorkError: the hub cannot be reached, or fails.
     """
     check_repo_id(repo_id)
     api = HfApi(token=find_token(token))
@@ -96,12 +99,12 @@ def publish(
     except HfHubHTTPError as error:
         raise _explained(error, repo_id) from error
     except ValueError as error:
-        # The hub's verdict on the card's metadata comes as a plain ValueError.
+        # huggingface_hub raises ValueError if the hub refuses the card's metadata.
         if not str(error).startswith("Invalid metadata"):
             raise
         raise RequestError(
-            f"The hub refuses the card: {' '.join(str(error).split())}. Its licence and language come from "
-            f"{_BLOCKS[kind]} in the recipe."
+            f"The hub refuses the card: {' '.join(str(error).split())}. Correct licence and language in the recipe's "
+            f"{_BLOCKS[kind]}."
         ) from error
     except httpx.HTTPError as error:
         raise WorkError(
@@ -112,7 +115,7 @@ def publish(
 
 
 def _files_of(api: HfApi, kind: RepoType, repo_id: str, private: bool) -> Sequence[str] | None:
-    """The files of an existing repository; None if there is none.
+    """The files of a repository; None if it does not exist.
 
     Raises:
         RequestError: it has the other visibility.
@@ -126,40 +129,41 @@ def _files_of(api: HfApi, kind: RepoType, repo_id: str, private: bool) -> Sequen
         instead = f"{_BLOCKS[kind]}.private: true and no --public" if info.private else "--public"
         raise RequestError(
             f"{repo_id} exists and is {now}, and the {kind} was to be {asked}. Change the visibility in the "
-            f"repository's settings on the hub, name another one with --repo, or ask for a {now} one ({instead})."
+            f"repository's settings on the hub, name another repository with --repo, or publish as {now} ({instead})."
         )
     return [file.rfilename for file in info.siblings or ()]
 
 
 def _explained(error: HfHubHTTPError, repo_id: str) -> RequestError | WorkError:
     status = error.response.status_code
-    said = (error.server_message or "").strip().rstrip(".")
+    message = (error.server_message or "").strip().rstrip(".")
+    details = f"{status}: {message}" if message else str(status)
     if status == 401:
         return RequestError(
             "The hub refuses the token (401). Set HF_TOKEN to a valid one (https://huggingface.co/settings/tokens)."
         )
     if status == 403:
         return RequestError(
-            f"The token may not write to {repo_id} (403{f': {said}' if said else ''}). Use a token with the right to "
-            f"write there, or another owner: --repo owner/name."
+            f"The token may not write to {repo_id} ({details}). Use a token that may write there, or another owner: "
+            "--repo owner/name."
         )
     if status == 400:
-        return RequestError(f"The hub refuses the request for {repo_id} (400{f': {said}' if said else ''}).")
+        return RequestError(f"The hub refuses the request for {repo_id} ({details}). Correct the name or the recipe.")
     return WorkError(
-        f"The hub failed while {repo_id} was published ({status}{f': {said}' if said else ''}). Run the command again: "
-        "what was uploaded is only visible after the last step."
+        f"The hub failed while {repo_id} was published ({details}). Run the command again: nothing is visible before the "
+        "last step."
     )
 
 
 def check_secrets(dataset: DatasetDict, masked: bool) -> None:
-    """Refuse rows in which credentials were found and left as they are.
+    """Refuse a dataset with rows in which credentials were found and not masked.
 
     Args:
-        dataset: with the table `findings` (columns `id`, `source`, `rule`, `detail`), if there were any.
-        masked: whether the rule `secret` masked what it found.
+        dataset: with the table `findings` (columns `id`, `source`, `rule`, `detail`), if the rules found something.
+        masked: whether the rule `secret` masks the credentials that it finds.
 
     Raises:
-        RequestError: there are such rows.
+        RequestError: the dataset has such rows.
     """
     if masked or "findings" not in dataset:
         return
@@ -167,22 +171,21 @@ def check_secrets(dataset: DatasetDict, masked: bool) -> None:
     if found:
         places = ", ".join(dict.fromkeys(row["source"] for row in found[:3]))
         raise RequestError(
-            f"Credentials were found in {len(found)} places and not masked (the first: {places}); what is published "
-            "cannot be taken back. Set data.rules.secret to mask or drop and make the dataset anew, or pass "
-            "--allow-secrets if they are none."
+            f"Credentials were found in {len(found)} places and not masked (the first: {places}). What is published cannot "
+            "be withdrawn. Set data.rules.secret to mask or drop and make the dataset again, or pass --allow-secrets if "
+            "they are not credentials."
         )
 
 
 def public_rows(dataset: DatasetDict, places: Sequence[str]) -> DatasetDict:
-    """The splits as they may be seen: without the folders of this machine in `source`, `origin` and `document`.
+    """The splits without the folders of this machine in the columns `source`, `origin` and `document`.
 
     Args:
-        places: what the recipe names as model, documents and datasets; paths among them are cut to their names.
+        places: the recipe's model, documents and datasets; paths among them are shortened to their names.
     """
-    # A recipe may say `~/docs/`, and rows then name files below the folder that this stands for.
+    # If the recipe says `~/docs/`, the rows name files below the expanded folder.
     forms = {form for place in places for form in (place.rstrip("/"), str(Path(place).expanduser()))}
     hidden = {form: public_name(form) for form in sorted(forms, key=len, reverse=True) if public_name(form) != form}
-
     if not hidden:
         return DatasetDict({split: dataset[split] for split in SPLITS})
 
@@ -198,11 +201,8 @@ def public_rows(dataset: DatasetDict, places: Sequence[str]) -> DatasetDict:
 def push_dataset(dataset: DatasetDict, card: str, repo_id: str, private: bool, token: SecretStr | None) -> str:
     """Publish train, validation and test as Parquet with the card, in one commit; returns the dataset's address.
 
-    Other tables of the dataset (quarantine, counts, findings) are not published. Files of a former push that are not written
-    again are removed in the same commit.
-
-    Raises:
-        RequestError, WorkError: as `publish`, whose arguments these are.
+    Other tables of the dataset (quarantine, counts, findings) are not published. The commit removes files below `data/`
+    that an earlier push wrote and this push does not. Arguments and errors are those of `publish`.
     """
     with tempfile.TemporaryDirectory(prefix="push-") as folder:
         files: dict[str, bytes | Path] = {"README.md": card.encode()}

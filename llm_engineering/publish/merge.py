@@ -1,8 +1,7 @@
-"""Makes one plain `transformers` model of a base model and what was trained on it, and verifies the files.
+"""Merges a base model and its trained adapter into one plain `transformers` model, and verifies the saved files.
 
-Merging computes in float32, and float32 is what is saved: of an update smaller than half the last bit of a weight, half
-precision keeps nothing. Where the recipe names a smaller precision, the sum is rounded to it once, and what that costs
-is measured.
+The merge computes and saves in float32, because half precision loses updates smaller than half the last bit of a weight.
+If the recipe names a smaller precision, the merged weights are rounded once, and the loss is measured.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ from llm_engineering.recipe.training_blocks import ModelConfig
 logger = logging.getLogger(__name__)
 
 VERIFICATION = "verification.json"
-# Some thousands of answer tokens: seconds, and far more than a wrong merge needs to show.
+# Some thousands of answer tokens take seconds, and are more than enough to detect a wrong merge.
 MAX_ROWS = 64
 
 
 class Trained(NamedTuple):
-    """A trained model as it is registered: the base model, and the folder of an adapter or of a full model."""
+    """A registered model: the base model, and the folder of an adapter or of a full model."""
 
     base: ModelConfig
     folder: Path
@@ -55,7 +54,7 @@ class Trained(NamedTuple):
 
 
 def merged_device(compute: ComputeConfig) -> Device:
-    """Where a merged model runs, in the precision it is saved in: float32, unless the recipe names another."""
+    """The device for a merged model, with the precision of its files: the recipe's, or float32 for `auto`."""
     dtype = "float32" if compute.dtype == "auto" else compute.dtype
     return choose_device(compute.model_copy(update={"dtype": dtype}))
 
@@ -69,30 +68,30 @@ def merge(
     target: Path,
     repetition_penalty: float = 1.0,
 ) -> Verification:
-    """Write the merged model with tokenizer, chat template and end tokens to `target`, if it passes its verification.
+    """Write the merged model with tokenizer, chat template and end tokens to `target`, and verify it.
 
-    The merge has to be the trained model, and the written weights the merged ones, rounded to `dtype`. It needs four
-    to six bytes of memory for each parameter.
+    Two things are verified: the merged model equals the trained model, and the written weights are the merged weights
+    rounded to `dtype`. This needs four to six bytes of memory for each parameter.
 
     Args:
-        rows: held-out ones; as many as are wanted, each is computed three or four times.
-        device: its precision is that of the base model in training.
-        dtype: of the weights that are written.
-        repetition_penalty: of whoever serves the files, unless a request names another.
+        rows: held-out rows; each is computed three or four times.
+        device: with the precision of the base model in training.
+        dtype: the precision of the written weights.
+        repetition_penalty: written to generation_config.json, as the default for requests.
 
     Raises:
-        WorkError: the merged model differs from the trained one; `target` is then not there.
+        WorkError: the merged model differs from the trained model; `target` is then removed.
     """
     if not rows:
         raise WorkError("There is no held-out row to verify the merged model on. Give the recipe a larger test split.")
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder)), settings)
     if device.attn_implementation == "flash_attention_2":
-        # It has no float32 kernels.
+        # Flash attention has no float32 kernels.
         device = device._replace(attn_implementation="sdpa")
     logger.info("Merging in float32, saving in %s", precision(dtype))
     reference, untrained, merged = _merged(trained, rows, device, settings)
     if dtype != torch.float32:
-        # Before anything is rounded, so that rounding hides no other mistake.
+        # Checked before rounding, so that rounding cannot hide another error.
         check_same(rows, reference, token_scores(merged, rows))
     ends = end_token_ids(merged, tokenizer)
     merged.generation_config.repetition_penalty = repetition_penalty
@@ -120,8 +119,8 @@ def merge(
 def _merged(
     trained: Trained, rows: Sequence[HeldoutRow], device: Device, settings: Settings
 ) -> tuple[list[TokenScores], list[TokenScores], PreTrainedModel]:
-    """Scores of the trained model and of its base model, and the merged model, all in float32."""
-    # In the precision that was trained and measured, and from there on without loss.
+    """Scores of the trained model, scores of its base model, and the merged model, all in float32."""
+    # Loaded in the precision of training, and then converted to float32 without loss.
     base = load_model(trained.base, settings, device).float().eval()
     untrained = token_scores(base, rows)
     if not trained.is_adapter:
@@ -149,30 +148,30 @@ def _write(
 
 
 def _check_weights(written: PreTrainedModel, merged: PreTrainedModel) -> None:
-    """Whether the files hold the merged weights as they were rounded, and no others."""
-    kept, expected = written.state_dict(), merged.state_dict()
+    """Check that the files hold exactly the merged weights, as they were rounded."""
+    saved, expected = written.state_dict(), merged.state_dict()
     different = [
         name
-        for name in sorted(kept.keys() | expected.keys())
-        if name not in kept or name not in expected or not torch.equal(kept[name].float(), expected[name].float())
+        for name in sorted(saved.keys() | expected.keys())
+        if name not in saved or name not in expected or not torch.equal(saved[name].float(), expected[name].float())
     ]
     if different:
         raise WorkError(
             f"The model is not registered: the saved weights are not those of the merged model, at {different[0]} and "
-            f"{len(different) - 1} others."
+            f"{len(different) - 1} others. Check the disk, and run the same command again."
         )
 
 
 def _check_handling(
     written: PreTrainedModel, target: Path, tokenizer: PreTrainedTokenizerBase, ends: list[int]
 ) -> None:
-    """Whether the files prompt and end as the trained model does."""
+    """Check that the saved files have the chat template and the end tokens of training."""
     read = AutoTokenizer.from_pretrained(target)
     assert written.generation_config is not None
     turn = [{"role": "user", "content": "a"}]
-    same_prompt = [t.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for t in (read, tokenizer)]
-    if same_prompt[0] != same_prompt[1] or written.generation_config.eos_token_id != ends:
+    prompts = [t.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for t in (read, tokenizer)]
+    if prompts[0] != prompts[1] or written.generation_config.eos_token_id != ends:
         raise WorkError(
-            "The model is not registered: its saved files prompt it with another chat template or end its answers with "
-            f"other tokens than it was trained with ({written.generation_config.eos_token_id}, not {ends})."
+            "The model is not registered: its saved files have another chat template or other end tokens than in training "
+            f"({written.generation_config.eos_token_id}, not {ends})."
         )

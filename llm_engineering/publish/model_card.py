@@ -1,4 +1,4 @@
-"""The model card: README.md with the metadata that the Hugging Face Hub reads, from what the runs recorded.
+"""Renders the model card: README.md with the metadata that the Hugging Face Hub reads, from recorded facts only.
 
 The metadata block follows the hub's model card specification (https://huggingface.co/docs/hub/model-cards).
 """
@@ -10,23 +10,21 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, StrictUndefined
 from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.publish.dataset_card import public_name
+from llm_engineering.publish.dataset_card import card_template, public_name
 from llm_engineering.publish.verification import Verification
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, ModelHubConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
-# Of what comes with the project.
+# Licences of the model and the documents that come with the project.
 _LICENCES = {EMBEDDED_MODEL: "apache-2.0", EMBEDDED_DOCUMENTS: "psf-2.0"}
 _NOT_STATED = "not stated"
 _GENERAL_LIMITS = [
-    "It was measured on held-out rows of the same source as its training data, and on nothing else than what stands "
-    "above.",
-    "It was not tested for harmful, biased or wrong answers, and keeps those of its base model that training did not "
-    "change. Facts it states must be checked.",
+    "It was measured only as shown above, on held-out rows from the same source as its training data.",
+    "It was not tested for harmful, biased or wrong answers, and may give the ones that its base model gives. Check the "
+    "facts that it states.",
 ]
 
 
@@ -34,11 +32,13 @@ class DatasetFacts(BaseModel):
     """A dataset that the model was trained on.
 
     Attributes:
-        source: documents or a dataset of one's own, without folders of this machine; `hash` is of its files.
-        rows: by split.
-        tokens: after formatting.
-        version: of the registered artifact.
-        sha256: of the artifact's files, where it was recorded.
+        source: the documents or the user's own dataset, without folders of this machine.
+        hash: hash of the files of `source`.
+        rows: number of rows by split.
+        tokens: number of tokens after formatting, if they were counted.
+        set_aside: number of rows that the checks set aside.
+        version: version of the registered artifact.
+        sha256: hash of the artifact's files, if it was recorded.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,13 +54,14 @@ class DatasetFacts(BaseModel):
 
 
 class ModelCardFacts(BaseModel):
-    """Everything that the card says; `recipe` is the one that the model was trained with.
+    """All facts of the card.
 
     Attributes:
-        stage: what the model ended with, `sft` or `dpo`.
+        recipe: the recipe that the model was trained with.
+        stage: the last training stage, `sft` or `dpo`.
         report: the JSON of the evaluation report.
-        data_limits: what readers of the data must know, a sentence each.
-        lineage: what leads back to the run, as text by name.
+        data_limits: the limits of the data, a sentence each.
+        lineage: the run, its code and so on, as text by name.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -77,12 +78,12 @@ class ModelCardFacts(BaseModel):
 
 
 def base_licence(base: str, hub: ModelHubConfig | None) -> str | None:
-    """The licence of a base model, by its name in the recipe, where it is known."""
+    """The licence of a base model, by its name in the recipe; None if it is not known."""
     return _LICENCES.get(base) or (hub.base_license if hub is not None else None)
 
 
 def data_licence(recipe: Recipe) -> str | None:
-    """The licence of the data, where it is known: of the embedded corpus, or as the recipe's `data.hub` says."""
+    """The licence in the recipe's `data.hub`, or of the embedded documents; None if it is not known."""
     if recipe.data.hub is not None:
         return recipe.data.hub.license
     own = recipe.data.instructions or recipe.data.preferences
@@ -90,14 +91,14 @@ def data_licence(recipe: Recipe) -> str | None:
 
 
 def render_model_card(facts: ModelCardFacts) -> str:
-    """README.md: the hub's metadata as YAML, then the card as Markdown."""
+    """Render README.md: the hub's metadata as YAML, then the card as Markdown."""
     recipe = facts.recipe
     settings = recipe.model_dump(mode="json", include={"seed", "formatting", "sft", *_dpo(facts)})
     if recipe.sft.method == "full":
         del settings["sft"]["lora"]
     template = recipe.formatting.chat_template
     if template is not None:
-        # A file of this machine, or a name.
+        # The template may be a file of this machine.
         settings["formatting"]["chat_template"] = public_name(template)
     body = _CARD.render(
         f=facts,
@@ -144,29 +145,26 @@ def _measures(report: Mapping[str, Any]) -> list[tuple[str, str, list[str]]]:
 
 
 def _differences(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Title, unit and value of what sets the model apart from its base."""
+    """Title, unit and value of each difference from the base model."""
     return [
-        (f"{measure['title']}: {pair.replace('-', ' minus ')}", measure["unit"], _cell(found))
+        (f"{measure['title']}: {pair.replace('-', ' minus ')}", measure["unit"], _cell(estimate))
         for measure in report["measures"].values()
-        for pair, found in measure["differences"].items()
+        for pair, estimate in measure["differences"].items()
         if pair.endswith("-base")
     ]
 
 
-def _cell(found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _cell(estimate: Mapping[str, Any] | None) -> str:
+    if estimate is None:
         return "–"
-    if found["low"] is None:
-        return f"{found['value']:.3f} (n = {found['n']})"
-    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}] (n = {found['n']})"
+    interval = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    return f"{estimate['value']:.3f}{interval} (n = {estimate['n']})"
 
 
-_environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701 — Markdown
-_environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|")
-_CARD = _environment.from_string("""\
+_CARD = card_template("""\
 # {{ f.recipe.name }}, version {{ f.version }}
 
-{{ base | cell }} after {{ steps }}: {{ method }}. The facts below are those that the runs recorded.
+{{ base | cell }} after {{ steps }}: {{ method }}. The runs that made the model recorded the facts below.
 
 | | |
 |---|---|
@@ -176,10 +174,10 @@ _CARD = _environment.from_string("""\
 | licence of the data | {{ data_licence }} |
 | weights | {{ f.verification.dtype }}, safetensors |
 
-Ask it with its own chat template, which comes with the tokenizer: it was trained with that and no other.
+Use it with its own chat template, which is part of the tokenizer: it was trained with this template only.
 {% if f.recipe.evaluation.repetition_penalty != 1 %}
-Its answers were measured with a repetition penalty of {{ f.recipe.evaluation.repetition_penalty }}, which \
-generation_config.json asks for wherever it is read; llama.cpp is told by `--repeat-penalty`.
+Its answers were measured with a repetition penalty of {{ f.recipe.evaluation.repetition_penalty }}. \
+generation_config.json sets it; for llama.cpp, pass `--repeat-penalty`.
 {% endif %}
 
 ## Data
@@ -204,8 +202,8 @@ generation_config.json asks for wherever it is read; llama.cpp is told by `--rep
 
 ## Measures
 
-On {{ f.report.heldout_rows }} held-out rows{% if f.report.heldout_pairs %} and {{ f.report.heldout_pairs }} held-out pairs{% endif %}, which no training saw; in brackets the bootstrap interval
-over rows{% if f.report.confidence is defined %} at {{ "{:.0%}".format(f.report.confidence) }}{% endif %}.
+Measured on {{ f.report.heldout_rows }} held-out rows{% if f.report.heldout_pairs %} and {{ f.report.heldout_pairs }} held-out pairs{% endif %}, which were not trained on.
+Brackets show the {% if f.report.confidence is defined %}{{ "{:.0%}".format(f.report.confidence) }} {% endif %}bootstrap interval over rows.
 
 | measure | unit | {{ f.report.models | join(" | ") }} |
 |---|---|{{ "---|" * f.report.models | length }}
@@ -219,7 +217,7 @@ over rows{% if f.report.confidence is defined %} at {{ "{:.0%}".format(f.report.
 | {{ title | cell }} | {{ unit | cell }} | {{ value }} |
 {% endfor %}
 
-The measures are of the model as it was trained. These files were held to it: {{ f.verification.sentence }}.
+The measures are of the model as it was trained. These files were compared with it: {{ f.verification.sentence }}.
 
 ## Lineage
 

@@ -1,4 +1,4 @@
-"""Holds the saved form of a model to the trained one on held-out rows, token by token."""
+"""Compares the saved model with the trained model on held-out rows, token by token."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX
 
-# Nats: the same sums in another order differ by less in float32, and any mistake of a merge by more.
+# In nats. In float32, the same sums in another order differ by less, and a wrong merge differs by more.
 TOLERANCE = 0.001
-# Of what training changed, rounding to half precision may lose at most this share on average. bfloat16 keeps 8 bits: an
-# adapter on the default model loses 0.04. Without the adapter it is 1.
+# The largest share of the effect of training that rounding to half precision may lose on average. In bfloat16, which has
+# 8 bits, an adapter on the default model loses 0.04. A model without its adapter loses 1.
 MAX_LOST_SHARE = 0.1
 
 
 class HeldoutRow(NamedTuple):
-    """A formatted row: token ids, and labels of the same length that are -100 where nothing is compared."""
+    """A formatted row: token ids, and labels of the same length; tokens with the label -100 are not compared."""
 
     id: str
     input_ids: list[int]
@@ -29,12 +29,12 @@ class HeldoutRow(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """What a model says at each answer token of a row; tensors of shape `(answer tokens,)`.
+    """Scores of a model at each answer token of a row; tensors of shape `(answer tokens,)`.
 
     Attributes:
-        log_probs: of the row's own token, in nats.
+        log_probs: log-probability of the row's token, in nats.
         top: id of the most probable token.
-        lead: log-probability of the most probable token above that of the next one, in nats.
+        lead: log-probability of the most probable token minus that of the second one, in nats.
     """
 
     log_probs: torch.Tensor
@@ -43,13 +43,14 @@ class TokenScores(NamedTuple):
 
 
 class Verification(BaseModel):
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
-        dtype: of the saved weights.
-        same_top: tokens at which both have the same most probable token.
-        mean_difference, largest_difference: of log-probabilities, absolute, in nats a token.
-        mean_training_effect: the same between the base and the trained model.
+        dtype: precision of the saved weights.
+        rows, tokens: number of rows, and of their answer tokens.
+        same_top: number of tokens at which both models have the same most probable token.
+        mean_difference, largest_difference: absolute differences of log-probabilities, in nats a token.
+        mean_training_effect: the mean difference between the base model and the trained model.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,23 +65,23 @@ class Verification(BaseModel):
 
     @property
     def sentence(self) -> str:
-        """The figures for people."""
-        cost = "" if self.dtype == "float32" else ": this is what rounding costs, and float32 would not"
+        """The result in words."""
+        cost = "" if self.dtype == "float32" else ": this is the cost of rounding; float32 has none"
         return (
-            f"saved in {self.dtype}, {self.same_top} of {self.tokens} answer tokens of {self.rows} held-out rows have "
-            f"the same most probable token as the trained model; log-probabilities differ by "
-            f"{self.mean_difference:.4f} nats on average and {self.largest_difference:.4f} at most (training moved "
-            f"them by {self.mean_training_effect:.3f} on average){cost}"
+            f"saved in {self.dtype}, {self.same_top} of {self.tokens} answer tokens of {self.rows} held-out rows have the "
+            f"same most probable token as the trained model; log-probabilities differ by {self.mean_difference:.4f} nats "
+            f"on average and {self.largest_difference:.4f} at most (training changed them by "
+            f"{self.mean_training_effect:.3f} on average){cost}"
         )
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Its name, as recipes and files have it."""
+    """The name of a precision in recipes and files, such as `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def token_scores(model: PreTrainedModel | PeftModel, rows: Sequence[HeldoutRow]) -> list[TokenScores]:
-    """Score the labelled tokens of each row, a row at a time, so that padding plays no part."""
+    """Score the labelled tokens of each row, one row at a time, so that padding has no effect."""
     scores = []
     with torch.inference_mode():
         for row in rows:
@@ -96,29 +97,29 @@ def token_scores(model: PreTrainedModel | PeftModel, rows: Sequence[HeldoutRow])
 
 
 def check_same(rows: Sequence[HeldoutRow], trained: Sequence[TokenScores], other: Sequence[TokenScores]) -> None:
-    """Whether two models are the same one, both computed in float32.
+    """Check that two models, both computed in float32, are the same.
 
-    Every log-probability must agree within `TOLERANCE`, and every most probable token must be the same; where the
-    trained model itself puts two tokens nearer to each other than that, either.
+    Every log-probability must agree within `TOLERANCE`. Every most probable token must be the same, unless the trained
+    model's two most probable tokens are closer than `TOLERANCE`.
 
     Raises:
-        WorkError: says which row differs at which token, and by how much.
+        WorkError: the models differ; the message has the row, the token and the difference.
     """
     for row, ours, theirs in zip(rows, trained, other, strict=True):
-        # A number that is none is as far away as can be.
+        # A nan counts as an infinite difference.
         difference = (ours.log_probs - theirs.log_probs).abs().nan_to_num(nan=torch.inf)
         at = int(difference.argmax())
         if difference[at] > TOLERANCE:
             raise _refused(
-                f"on held-out row {row.id} the log-probability of answer token {at + 1} is {difference[at]:.3f} nats "
-                f"off the trained model's, and {TOLERANCE:g} is allowed"
+                f"on held-out row {row.id} the log-probability of answer token {at + 1} differs by {difference[at]:.3f} "
+                f"nats from the trained model's, and {TOLERANCE:g} is allowed"
             )
         lost = (ours.top != theirs.top) & (ours.lead > TOLERANCE)
         if lost.any():
             at = int(lost.int().argmax())
             raise _refused(
-                f"on held-out row {row.id} another token than the trained model's is the most probable one at answer "
-                f"token {at + 1}, where that leads by {ours.lead[at]:.3f} nats"
+                f"on held-out row {row.id} another token is the most probable one at answer token {at + 1}, where the "
+                f"trained model's token leads by {ours.lead[at]:.3f} nats"
             )
 
 
@@ -131,26 +132,26 @@ def verify(
 ) -> Verification:
     """Compare the scores of the saved model with those of the trained one, all computed in float32.
 
-    Saved in float32 it must be the same model. What half precision costs is measured, and must be below
-    `MAX_LOST_SHARE` of what training changed.
+    Saved in float32, it must be the same model. In half precision, the mean difference must be at most `MAX_LOST_SHARE`
+    of the mean effect of training.
 
     Args:
         untrained: the scores of the base model.
         dtype: precision of the saved weights.
 
     Raises:
-        WorkError: says by how much they differ.
+        WorkError: the models differ by more than that.
     """
     if dtype == torch.float32:
         check_same(rows, trained, saved)
     differences = _differences(trained, saved)
     mean = float(differences.mean())
     effect = float(_differences(trained, untrained).mean())
-    # Where weights are too large for float16 the mean is no number, which is below nothing.
+    # Weights that are too large for float16 give nan, which `not … <=` refuses.
     if dtype != torch.float32 and not mean <= MAX_LOST_SHARE * effect:
         raise _refused(
-            f"rounding to {precision(dtype)} moves log-probabilities by {mean:.2g} nats on average, and all of training "
-            f"moved them by {effect:.2g}. With --set compute.dtype=float32 nothing is lost"
+            f"rounding to {precision(dtype)} changes log-probabilities by {mean:.2g} nats on average, and training changed "
+            f"them by {effect:.2g}. Save without loss: --set compute.dtype=float32"
         )
     return Verification(
         dtype=precision(dtype),

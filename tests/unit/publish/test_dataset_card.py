@@ -1,4 +1,4 @@
-"""The dataset card: what the hub reads from it, and every fact a reader needs."""
+"""The dataset card: the metadata that the hub reads, and the facts for readers."""
 
 import pytest
 import yaml
@@ -61,7 +61,7 @@ def facts():
         tokens=123456,
         columns=["id", "source", "origin", "document", "prompt", "completion", "lang"],
         origins={"question by a|b": 1000, "human": 100},
-        limits=["Rules checked the rows; no person did."],
+        limits=["Rules checked the rows; nobody reviewed them."],
     )
 
 
@@ -101,7 +101,7 @@ def test_own_rows_are_not_called_synthetic_and_no_language_is_guessed(facts):
     assert "language" not in data
 
 
-def test_every_fact_stands_in_the_card(facts):
+def test_every_fact_is_in_the_card(facts):
     text = DatasetCard(render_card(facts)).text
     for line in (
         "# my-model: instruction dataset",
@@ -119,12 +119,12 @@ def test_every_fact_stands_in_the_card(facts):
         "| question by a\\|b | 1,000 |",
         "| document | 79 | 79 | 0 |",
         "| instruction | 1,200 | 1,100 | 60 not_a_question, 40 near_duplicate |",
-        "- Rules checked the rows; no person did.",
+        "- Rules checked the rows; nobody reviewed them.",
     ):
         assert line in text.splitlines() or line in text, line
 
 
-def test_what_is_not_known_is_said(facts):
+def test_the_card_says_which_facts_are_not_known(facts):
     text = render_card(facts.model_copy(update={"tokens": None, "prompts": {}}))
     assert "| tokens | not counted |" in text
     assert "| prompts | none |" in text
@@ -149,7 +149,7 @@ def test_counts_come_from_the_ledger():
     ]
 
 
-def test_rare_origins_stand_together():
+def test_rare_origins_are_counted_together():
     many = DatasetDict(
         train=rows(*["model"] * 5, *(f"person {i}" for i in range(12))), validation=rows("model"), test=rows("human")
     )
@@ -159,14 +159,14 @@ def test_rare_origins_stand_together():
     assert sum(counted.values()) == 19
 
 
-def test_limits_say_what_was_not_looked_for():
+def test_limits_say_what_was_searched_for():
     default = limits("instruction", own=False, rules=RulesConfig())
-    assert "Questions were written by a model." in default[0]
-    assert "Credentials: looked for by patterns, and what was found was left as it is." in default
+    assert "A model wrote the questions." in default[0]
+    assert "Credentials: searched for with patterns, and left unchanged." in default
     own = limits("preference", own=True, rules=RulesConfig(secret="off", personal_data="mask"))
-    assert "Credentials: not looked for." in own
-    assert "Personal data: looked for by patterns, and what was found was masked." in own
-    assert not any("written by a model" in line for line in own)
+    assert "Credentials: not searched for." in own
+    assert "Personal data: searched for with patterns, and masked." in own
+    assert not any("A model wrote" in line or "written by a model" in line for line in own)
 
 
 @pytest.mark.parametrize(

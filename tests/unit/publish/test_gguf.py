@@ -1,4 +1,4 @@
-"""GGUF written here and read by transformers: the same tokens, template, logits; what cannot be written is refused."""
+"""GGUF files that transformers reads back with the same tokens, template and logits; unsupported models are refused."""
 
 import json
 
@@ -16,7 +16,7 @@ TEXT = "What is the sum of these 12 numbers?\n\tÄ “quoted” 'tis <|endoftext
 
 
 def saved(source, folder, dtype, **changes):
-    """The model of `source` in a precision, with a chat template and changes to its configuration."""
+    """Save the model of `source` in a precision, with a chat template and changes to its configuration."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -45,7 +45,7 @@ def test_round_trip(small_llama, tmp_path, dtype):
     }
 
 
-def test_tokenizer_and_template_come_along(small_llama, tmp_path):
+def test_tokenizer_and_template_are_written(small_llama, tmp_path):
     folder = saved(small_llama, tmp_path / "model", torch.float32)
     write_gguf(folder, tmp_path / "model.gguf", "my-model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -57,7 +57,7 @@ def test_tokenizer_and_template_come_along(small_llama, tmp_path):
     assert fields["general.name"] == "my-model"
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
-    # The end token is a control token: llama.cpp would print any other.
+    # The end token must be a control token: llama.cpp prints other tokens.
     assert fields["tokenizer.ggml.token_type"][tokenizer.eos_token_id] == 3
     assert fields["tokenizer.ggml.add_bos_token"] is False
     assert len(fields["tokenizer.ggml.tokens"]) == fields["llama.vocab_size"]
@@ -88,23 +88,23 @@ def test_other_llamas_are_refused(small_llama, tmp_path, changes, words):
 
 
 def test_other_architectures_are_refused(base_model, tmp_path):
-    with pytest.raises(RequestError, match="it is a gpt2, and only plain Llama models are"):
+    with pytest.raises(RequestError, match="it is a gpt2, and only plain Llama models are supported"):
         write_gguf(saved(base_model, tmp_path / "model", torch.float32), tmp_path / "model.gguf", "my-model")
 
 
-def test_unknown_word_rules_are_refused(small_llama, tmp_path):
+def test_an_unknown_pre_tokenizer_is_refused(small_llama, tmp_path):
     folder = saved(small_llama, tmp_path / "model", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save_pretrained(folder)
-    with pytest.raises(RequestError, match=r"how its tokenizer changes texts \(null\) and cuts words .*Whitespace"):
+    with pytest.raises(RequestError, match="has the normalizer null and the pre-tokenizer .*Whitespace"):
         write_gguf(folder, tmp_path / "model.gguf", "my-model")
 
 
-def test_a_tokenizer_that_changes_texts_first_is_refused(small_llama, tmp_path):
+def test_a_tokenizer_with_a_normalizer_is_refused(small_llama, tmp_path):
     folder = saved(small_llama, tmp_path / "model", torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(folder)
-    with pytest.raises(RequestError, match="how its tokenizer changes texts .*Lowercase"):
+    with pytest.raises(RequestError, match="has the normalizer .*Lowercase"):
         write_gguf(folder, tmp_path / "model.gguf", "my-model")

@@ -1,4 +1,4 @@
-"""Publishing on a hub on loopback: what is sent, and each refusal as a sentence."""
+"""Publishing on a hub on loopback: the requests, and a message with a remedy for each refusal."""
 
 import io
 import json
@@ -50,7 +50,7 @@ def dataset():
     return DatasetDict(train=part(1, 2, 3), validation=part(4), test=part(5), quarantine=quarantine)
 
 
-def test_splits_and_card_come_in_one_commit_to_a_private_repository(hub, dataset):
+def test_splits_and_card_are_published_in_one_commit_to_a_private_repository(hub, dataset):
     url = push_dataset(dataset, "# Card", "someone/rows", private=True, token=TOKEN)
     assert url == f"{hub.url}/datasets/someone/rows"
     assert hub.sent("POST", "/api/repos/create") == [
@@ -79,7 +79,7 @@ def test_a_second_push_removes_files_that_are_no_longer_written(hub, dataset):
     assert hub.sent("POST", "/api/repos/create") == []
 
 
-def test_of_a_former_model_only_what_a_model_consists_of_is_removed(hub):
+def test_only_model_files_of_an_earlier_push_are_removed(hub):
     former = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "own.gguf", "LICENSE", "data/a.json")
     hub.repos["someone/model"] = Repo(True, dict.fromkeys(former, b"x"))
     files = {"model.safetensors": b"new", "config.json": b"{}", "README.md": b"# Card"}
@@ -92,7 +92,7 @@ def test_of_a_former_model_only_what_a_model_consists_of_is_removed(hub):
     [(False, True, "exists and is public, and the dataset was to be private"),
      (True, False, "exists and is private, and the dataset was to be public")],
 )  # fmt: skip
-def test_the_visibility_of_an_existing_repository_is_never_swapped(hub, dataset, is_private, asked_private, words):
+def test_the_visibility_of_an_existing_repository_is_never_changed(hub, dataset, is_private, asked_private, words):
     hub.repos["someone/rows"] = Repo(is_private)
     with pytest.raises(RequestError, match=words):
         push_dataset(dataset, "# Card", "someone/rows", private=asked_private, token=TOKEN)
@@ -100,8 +100,8 @@ def test_the_visibility_of_an_existing_repository_is_never_swapped(hub, dataset,
 
 
 @pytest.mark.parametrize("name", ["rows", "a/b/c", "some one/rows", "someone/rows.git", ""])
-def test_a_name_that_the_hub_cannot_have(hub, dataset, name):
-    with pytest.raises(RequestError, match="owner|no name of a repository"):
+def test_an_invalid_name_of_a_repository_is_refused(hub, dataset, name):
+    with pytest.raises(RequestError, match="owner|not a name of a repository"):
         push_dataset(dataset, "# Card", name, private=True, token=TOKEN)
     assert hub.requests == []
 
@@ -110,7 +110,7 @@ def test_a_name_that_the_hub_cannot_have(hub, dataset, name):
     ("path", "status", "said", "error", "words"),
     [
         ("/api/repos/create", 403, "You don't have the rights", RequestError, "may not write to someone/rows (403: You"),
-        ("/commit/main", 403, "Forbidden", RequestError, "Use a token with the right to write"),
+        ("/commit/main", 403, "Forbidden", RequestError, "Use a token that may write there"),
         ("/api/validate-yaml", 400, "license: unknown", RequestError, "refuses the card: Invalid metadata in README.md"),
         ("/api/repos/create", 400, "Bad name", RequestError, "refuses the request for someone/rows (400: Bad name)"),
         ("/api/repos/create", 500, "Oops", WorkError, "failed while someone/rows was published (500"),
@@ -159,13 +159,13 @@ def test_unmasked_credentials_are_refused(dataset):
     check_secrets(dataset, masked=True)
 
 
-def test_other_findings_are_not_refused(dataset):
+def test_other_findings_are_published(dataset):
     check_secrets(dataset, masked=False)
     dataset["findings"] = findings("personal_data", "length_outlier")
     check_secrets(dataset, masked=False)
 
 
-def test_folders_of_this_machine_are_cut_and_nothing_else_changes(dataset):
+def test_folders_of_this_machine_are_removed_and_nothing_else_changes(dataset):
     dataset["train"] = part(1, 2, origin="question by /srv/models/tiny@folder-1 in float32, answer from the document")
     rows = public_rows(dataset, ["/srv/models/tiny", "/home/someone/docs/", "embedded:python-reference", "."])
     assert set(rows) == {"train", "validation", "test"}

@@ -1,4 +1,4 @@
-"""Merging: the saved files are the trained model, and what is not is refused by row and by how much."""
+"""Merging: the saved files hold the trained model, and a difference is refused with its row and size."""
 
 import json
 
@@ -28,7 +28,7 @@ def model(small_llama):
 
 
 def adapter(model, folder, settings, compute, size=0.05, **lora):
-    """A trained adapter: its second matrices are drawn, and not zero as at the start."""
+    """A trained adapter: its second matrices, which are zero at the start of training, have random values."""
     torch.manual_seed(1)
     policy = new_policy(model, LoraConfig(r=2, **lora), settings, choose_device(compute))
     for name, parameter in policy.named_parameters():
@@ -56,8 +56,7 @@ def test_merged_model_is_the_trained_one(model, cpu, settings, tmp_path, lora):
 
 
 def test_files_are_complete(model, cpu, settings, tmp_path):
-    """Plain transformers layout: weights, tokenizer, the template that was trained with, every end token, and how
-    it was asked when it was measured."""
+    """Plain transformers layout: weights, tokenizer, chat template of training, end tokens, and repetition penalty."""
     trained = adapter(model, tmp_path / "adapter", settings, cpu)
     merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged", repetition_penalty=1.1)
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["repetition_penalty"] == 1.1
@@ -74,7 +73,7 @@ def test_files_are_complete(model, cpu, settings, tmp_path):
     assert tokenizer.chat_template == TEMPLATE
     end = tokenizer.eos_token_id
     assert json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"] == [end]
-    # Nothing of it names a place of this machine.
+    # No file has a path of this machine.
     for file in (tmp_path / "merged").glob("*.json"):
         assert str(tmp_path) not in file.read_text()
         assert model.name_or_path not in file.read_text()
@@ -83,43 +82,45 @@ def test_files_are_complete(model, cpu, settings, tmp_path):
 BF16 = ComputeConfig(device="cpu", dtype="bfloat16", attn_implementation="sdpa")
 
 
-def test_nothing_is_lost_of_an_adapter_on_a_half_precision_base(model, settings, tmp_path):
-    """Saved in float32: an update below half the last bit of the base's weights is still there."""
+def test_an_adapter_on_a_half_precision_base_is_merged_without_loss(model, settings, tmp_path):
+    """In float32, an update smaller than half the last bit of the base model's weights is kept."""
     trained = adapter(model, tmp_path / "adapter", settings, BF16, size=1e-3)
     verification = merge(trained, ROWS, choose_device(BF16), torch.float32, settings, tmp_path / "merged")
     assert verification.largest_difference < verification.mean_training_effect / 100
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.float32
 
 
-def test_float32_unless_the_recipe_names_another():
+def test_the_precision_is_float32_unless_the_recipe_names_another():
     assert merged_device(BF16).dtype == torch.bfloat16
     assert merged_device(ComputeConfig(device="cpu")).dtype == torch.float32
 
 
-def test_rounded_once_where_the_recipe_asks_for_it(model, settings, tmp_path):
+def test_weights_are_rounded_once_if_the_recipe_asks_for_it(model, settings, tmp_path):
     trained = adapter(model, tmp_path / "adapter", settings, BF16, size=0.5)
     verification = merge(trained, ROWS, choose_device(BF16), torch.bfloat16, settings, tmp_path / "merged")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert saved.dtype == torch.bfloat16
-    # From the sum in float32.
+    # The float32 sum is rounded.
     both = PeftModel.from_pretrained(load_model(model, settings, choose_device(BF16)).float(), str(trained.folder))
     merged = both.merge_and_unload().model.layers[0].mlp.up_proj.weight
     assert torch.equal(saved.model.layers[0].mlp.up_proj.weight, merged.bfloat16())
     assert 0 < verification.mean_difference < verification.mean_training_effect / 10
-    assert "this is what rounding costs" in verification.sentence
+    assert "this is the cost of rounding" in verification.sentence
 
 
 def test_training_that_is_rounded_away_is_refused(model, settings, tmp_path):
-    """An update below half the last bit of bfloat16 weights."""
+    """The update is smaller than half the last bit of bfloat16 weights."""
     trained = adapter(model, tmp_path / "adapter", settings, BF16, size=1e-6)
-    with pytest.raises(WorkError, match=r"rounding to bfloat16 moves .* With --set compute.dtype=float32 nothing"):
+    with pytest.raises(
+        WorkError, match=r"rounding to bfloat16 changes .* Save without loss: --set compute.dtype=float32"
+    ):
         merge(trained, ROWS, choose_device(BF16), torch.bfloat16, settings, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_small_mistake_is_refused_in_every_precision(model, settings, tmp_path, monkeypatch, dtype):
-    """The update of one matrix of fourteen is missing: less than rounding to bfloat16 may cost."""
+    """The update of one of fourteen matrices is missing, which is less than rounding to bfloat16 may cost."""
     trained = adapter(model, tmp_path / "adapter", settings, BF16, size=0.5)
     merge_and_unload = LoraModel.merge_and_unload
 
@@ -133,11 +134,11 @@ def test_a_small_mistake_is_refused_in_every_precision(model, settings, tmp_path
     assert not (tmp_path / "merged").exists()
 
 
-def test_spoilt_files_are_refused(model, cpu, settings, tmp_path, monkeypatch):
+def test_corrupt_files_are_refused(model, cpu, settings, tmp_path, monkeypatch):
     trained = adapter(model, tmp_path / "adapter", settings, cpu, size=0.5)
     write = merging._write
 
-    def spoilt(merged, *arguments):
+    def write_corrupt(merged, *arguments):
         weight = merged.model.layers[1].mlp.down_proj.weight
         former = weight.detach().clone()
         with torch.no_grad():
@@ -145,7 +146,7 @@ def test_spoilt_files_are_refused(model, cpu, settings, tmp_path, monkeypatch):
             write(merged, *arguments)
             weight.copy_(former)
 
-    monkeypatch.setattr(merging, "_write", spoilt)
+    monkeypatch.setattr(merging, "_write", write_corrupt)
     with pytest.raises(
         WorkError, match=r"saved weights are not .* at model.layers.1.mlp.down_proj.weight and 0 others"
     ):
@@ -153,7 +154,7 @@ def test_spoilt_files_are_refused(model, cpu, settings, tmp_path, monkeypatch):
     assert not (tmp_path / "merged").exists()
 
 
-def test_full_model_is_checked_alike(model, cpu, settings, tmp_path):
+def test_a_full_model_is_verified_too(model, cpu, settings, tmp_path):
     full = load_model(model, settings, choose_device(cpu))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -169,7 +170,7 @@ def test_full_model_is_checked_alike(model, cpu, settings, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "rounded").dtype == torch.bfloat16
 
 
-def test_nothing_to_verify_on_is_refused(model, cpu, settings, tmp_path):
+def test_a_merge_without_held_out_rows_is_refused(model, cpu, settings, tmp_path):
     trained = adapter(model, tmp_path / "adapter", settings, cpu)
     with pytest.raises(WorkError, match="no held-out row"):
         merge(trained, [], choose_device(cpu), torch.float32, settings, tmp_path / "merged")
@@ -191,23 +192,25 @@ def test_differences_by_hand():
     assert found.mean_difference == pytest.approx(0.2)
     assert found.largest_difference == pytest.approx(0.3)
     assert found.mean_training_effect == pytest.approx(3.0)
-    # Of a training of 1.9 nats, 0.2 are more than a tenth.
-    with pytest.raises(WorkError, match="moves log-probabilities by 0.2 nats on average, .* moved them by 1.9"):
+    # 0.2 nats are more than a tenth of a training effect of 1.9 nats.
+    with pytest.raises(WorkError, match="changes log-probabilities by 0.2 nats on average, .* changed them by 1.9"):
         verify(ROW, trained, saved, [scores([-2.9, -3.9], [7, 8], [1.0, 0.3])], torch.bfloat16)
-    with pytest.raises(WorkError, match=r"row r the log-probability of answer token 2 is 0\.300 nats off"):
+    with pytest.raises(WorkError, match=r"row r the log-probability of answer token 2 differs by 0\.300 nats"):
         verify(ROW, trained, saved, untrained, torch.float32)
     broken = [scores([-1.0, float("nan")], [7, 8], [1.0, 0.3])]
     with pytest.raises(WorkError, match="by nan nats"):
         verify(ROW, trained, broken, untrained, torch.float16)
-    with pytest.raises(WorkError, match="inf nats off"):
+    with pytest.raises(WorkError, match="differs by inf nats"):
         verify(ROW, trained, broken, untrained, torch.float32)
 
 
 def test_the_same_model_has_the_same_most_probable_tokens():
     other = [scores([-1.0, -2.0], [7, 9], [1.0, 0.3])]
-    with pytest.raises(WorkError, match=r"most probable one at answer token 2, where that leads by 0\.300 nats"):
+    with pytest.raises(
+        WorkError, match=r"most probable one at answer token 2, where the trained model\'s token leads by 0\.300 nats"
+    ):
         check_same(ROW, [scores([-1.0, -2.0], [7, 8], [1.0, 0.3])], other)
-    # Two that are equal but for the order of a sum.
+    # Tokens this close may swap when a sum is computed in another order.
     check_same(ROW, [scores([-1.0, -2.0], [7, 8], [1.0, 0.0005])], other)
 
 

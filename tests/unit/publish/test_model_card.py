@@ -1,4 +1,4 @@
-"""The model card: what the hub reads from it, and every fact a reader needs."""
+"""The model card: the metadata that the hub reads, and the facts for readers."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -72,7 +72,7 @@ def facts(recipe):
             largest_difference=0.675,
             mean_training_effect=1.391,
         ),
-        data_limits=["Rules checked the rows; no person did."],
+        data_limits=["Rules checked the rows; nobody reviewed them."],
         lineage={"run": "dpo-2026_01_01", "code": "a9cc365c0de0"},
     )
 
@@ -111,31 +111,31 @@ def test_a_template_of_this_machine_is_named_without_its_folder(facts):
     assert "/home/someone" not in card
 
 
-def test_every_fact_stands_in_it(facts):
+def test_every_fact_is_in_the_card(facts):
     card = render_model_card(facts)
-    for said in (
+    for text in (
         "# my-model, version 3",
         "| licence of the base model | apache-2.0 |",
         "| licence of the data | not stated |",
         "| instruction_dataset | docs | train 1,200, validation 40, test 60 | 123,456 | 17 | 5 |",
         f"| instruction_dataset | files-0123456789ab | {'a' * 64} |",
         "learning_rate: 0.0005",
-        "a repetition penalty of 1.05, which generation_config.json asks for",
-        "On 60 held-out rows and 50 held-out pairs",
-        "over rows at 95%.",
+        "a repetition penalty of 1.05. generation_config.json sets it",
+        "Measured on 60 held-out rows and 50 held-out pairs",
+        "Brackets show the 95% bootstrap interval over rows.",
         "| measure | unit | base | sft | dpo |",
         "| Held-out loss | nats a token | 2.900 [2.800, 3.000] (n = 40) | 2.500 (n = 1) | 2.400 [2.250, 2.500] (n = 40) |",
         "| Held-out loss: dpo minus base | nats a token | -0.500 [-0.600, -0.400] (n = 40) |",
         "3950 of 4000 answer tokens of 60 held-out rows",
         "saved in bfloat16",
         "| code | a9cc365c0de0 |",
-        "- Rules checked the rows; no person did.",
+        "- Rules checked the rows; nobody reviewed them.",
     ):
-        assert said in card, said
+        assert text in card, text
     assert "/home/someone" not in card
 
 
-def test_a_model_without_dpo_says_nothing_of_it(facts):
+def test_the_card_of_a_model_without_dpo_does_not_mention_dpo(facts):
     card = render_model_card(facts.model_copy(update={"stage": "sft"}))
     assert ModelCard(card).data.to_dict()["tags"] == ["llm-engineering", "sft"]
     assert "beta:" not in card
@@ -150,5 +150,5 @@ def test_licences_are_known_or_given(recipe):
     assert data_licence(recipe) is None
     assert data_licence(load_recipe("configs/local.yaml")) == "psf-2.0"
     assert data_licence(load_recipe("configs/local.yaml", ["data.hub.license=cc-by-4.0"])) == "cc-by-4.0"
-    # A dataset of one's own takes the place of the documents.
+    # With the user's own dataset, the licence of the embedded documents does not apply.
     assert data_licence(load_recipe("configs/local.yaml", ["data.instructions=rows.jsonl"])) is None
