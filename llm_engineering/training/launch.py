@@ -97,7 +97,7 @@ def _started(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                # A session of its own: otherwise the terminal would send Ctrl-C to it too.
+                # A new session: otherwise the terminal would send Ctrl-C to this process too.
                 start_new_session=True,
             )
             processes.append(process)
