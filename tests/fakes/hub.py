@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlparse
 
 @dataclass
 class Repo:
-    """A repository: its newest files, and what each commit wrote and removed."""
+    """A repository: its newest files, and the paths that each commit wrote and removed."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Request:
 
 @dataclass
 class FakeHub:
-    """The hub's state. `failures` maps the end of a path to the status and message it is answered with."""
+    """The hub's state. `failures` maps the end of a path to the status and message of its answer."""
 
     token: str
     url: str = ""
@@ -52,7 +52,7 @@ class FakeHub:
 
 @contextmanager
 def running_hub(token: str) -> Iterator[FakeHub]:
-    """Serve a hub that knows one token, until the block ends."""
+    """Serve a hub that accepts one token, until the block ends."""
     hub = FakeHub(token)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -122,7 +122,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"error": message, "errors": [{"message": message}]}, status, **headers)
 
     def _repo(self, name: str) -> Repo | None:
-        """A repository that the caller may see; else the answer that the real hub gives for both reasons."""
+        """A repository that the caller may see. Otherwise the answer is the real hub's, which does not give the reason."""
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and not self._allowed):
             self._error(404 if self._allowed else 401, "Repository not found", code="RepoNotFound")

@@ -1,4 +1,4 @@
-"""Whether an IAM policy of docs/aws allows the requests that were recorded, and nothing that was never asked for."""
+"""Checks that an IAM policy of docs/aws allows the recorded requests."""
 
 import json
 import re
@@ -17,7 +17,7 @@ PLACES = {
 
 
 class Need(NamedTuple):
-    """What a request has to be allowed: IAM's action on a resource, with the condition keys that come with it."""
+    """A permission that a request needs: IAM's action on a resource, with the condition keys of the request."""
 
     action: str
     resource: str
@@ -25,11 +25,11 @@ class Need(NamedTuple):
 
 
 def policy(name: str, **places: str) -> list[dict[str, Any]]:
-    """The statements of docs/aws/<name>.json with its places filled in, by default with the fake account's."""
+    """The statements of docs/aws/<name>.json; the placeholders are replaced, by default with the fake account's values."""
     text = (ROOT / "docs" / "aws" / f"{name}.json").read_text()
     for place, value in {**PLACES, **places}.items():
         text = text.replace(f"<{place}>", value)
-    assert not re.findall(r"<[A-Z_]+>", text), f"places of {name}.json that are not filled in"
+    assert not re.findall(r"<[A-Z_]+>", text), f"placeholders of {name}.json that are not replaced"
     statements: list[dict[str, Any]] = json.loads(text)["Statement"]
     return statements
 
@@ -40,7 +40,7 @@ def actions(statements: list[dict[str, Any]]) -> set[str]:
 
 
 def assert_allowed(requests: Iterable[Request], principal: str, statements: list[dict[str, Any]]) -> set[str]:
-    """Each request of the principal is allowed by a statement; returns the actions that were needed."""
+    """Assert that the statements allow each request of the principal; returns the needed actions."""
     used = set()
     for request in requests:
         if request.principal != principal:
@@ -52,13 +52,13 @@ def assert_allowed(requests: Iterable[Request], principal: str, statements: list
 
 
 def needs(request: Request) -> Iterator[Need]:
-    """What IAM asks for a request; the names of actions are those of the Service Authorization Reference."""
+    """The permissions that a request needs; actions have the names of the Service Authorization Reference."""
     service, operation, asked = request.service, request.operation, request.parameters
     if (service, operation) == ("sts", "GetCallerIdentity"):
-        return  # allowed to everyone
+        return  # needs no permission
     if service == "s3":
         bucket, key = f"arn:aws:s3:::{asked['Bucket']}", asked.get("Key")
-        if operation == "DeleteObjects":  # the keys stand in its body, which is not recorded
+        if operation == "DeleteObjects":  # the keys are in the body, which is not recorded
             key = "*"
         yield Need(f"s3:{_S3.get(operation, operation)}", bucket if key is None else f"{bucket}/{key}", {})
         return
@@ -72,7 +72,7 @@ def needs(request: Request) -> Iterator[Need]:
         yield Need("iam:PassRole", asked["Target"]["RoleArn"], {"iam:PassedToService": "scheduler.amazonaws.com"})
 
 
-# Services that sign by another name than IAM's.
+# Services that sign with a name other than IAM's.
 _PREFIXES = {"monitoring": "cloudwatch"}
 _S3 = {
     "HeadBucket": "ListBucket", "ListObjects": "ListBucket", "ListObjectsV2": "ListBucket", "HeadObject": "GetObject",

@@ -1,4 +1,4 @@
-"""A training job of the fake SageMaker: its states, and its machines one after the other or side by side."""
+"""A training job of the fake SageMaker: its states and its machines."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Job:
         try:
             self._run()
         except Exception as error:
-            # Else its client would wait for ever.
+            # Otherwise its client would wait forever.
             self._end("Failed", reason=f"InternalServerError: {error!r}")
             raise
 
@@ -128,7 +128,7 @@ class Job:
         return [Machine.make(self, folder / name, name, names) for name in names]
 
     def _train(self, machines: list[Machine]) -> tuple[str | None, Machine | None]:
-        """Run the command on all machines; the order that ended it, if any did, and the machine that failed first."""
+        """Run the command on all machines; returns the order that ended it and the machine that failed first, if any."""
         for machine in machines:
             machine.start()
         order = None
@@ -138,7 +138,7 @@ class Job:
                 machine.copy_checkpoints()
             if any(m.process.poll() for m in machines):
                 break
-        # The others are ended now, which is no failure of theirs.
+        # Found before the other machines are ended, because ending them is not their failure.
         failed = next((m for m in machines if m.process.poll()), None)
         grace = self.fake.grace_s if order in ("stop", "interrupt") else 0.0
         for machine in machines:

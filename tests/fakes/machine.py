@@ -1,7 +1,7 @@
-"""A machine of a fake training job: a process in mount and process namespaces of its own.
+"""A machine of a fake training job: a process in its own mount and process namespaces.
 
-Its `/opt/ml` is a temporary folder, no other process sees it, and none of its processes outlives it. Everything else of
-the image is this machine: `python` is the interpreter of the tests.
+Its `/opt/ml` is a temporary folder that no other process sees, and none of its processes outlives it. The rest of its
+image is this machine: `python` is the interpreter of the tests.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _NAMESPACES = [
 
 
 def why_no_jobs() -> str | None:
-    """Why jobs cannot run here, for `pytest.mark.skipif`; None where they can."""
+    """The reason why jobs cannot run on this machine, for `pytest.mark.skipif`; None if they can."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        return "jobs of the fake SageMaker need Linux and root, for an /opt/ml of their own"
+        return "jobs of the fake SageMaker need Linux and root, for their own /opt/ml"
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder, "hosts")
         hosts.touch()
@@ -66,7 +66,7 @@ class Machine:
 
     @classmethod
     def make(cls, job: Job, folder: Path, name: str, names: list[str]) -> Self:
-        """Its folders, with inputs and checkpoints.
+        """Create the folders of a machine, and download inputs and checkpoints.
 
         Raises:
             LookupError: a channel has no objects.
@@ -98,7 +98,7 @@ class Machine:
         return self.ml / Path(asked).relative_to(_ML)
 
     def _download(self, uri: str, folder: Path) -> int:
-        """What has this prefix, as SageMaker lays it out: by what follows the prefix, or its last slash."""
+        """Download the objects with a prefix as SageMaker does: a path begins after the prefix, or after its last slash."""
         bucket, prefix = split_uri(uri)
         s3 = self.job.fake.client("s3", "job")
         count = 0
@@ -116,7 +116,7 @@ class Machine:
         return count
 
     def start(self) -> None:
-        """Run the command, its output going to the logs."""
+        """Start the command; its output is sent to the logs."""
         job, image = self.job, self.job.request["AlgorithmSpecification"]
         command = [*image.get("ContainerEntrypoint", []), *image.get("ContainerArguments", [])]
         key, secret = job.fake.credentials("job")
@@ -136,7 +136,7 @@ class Machine:
         self._log.start()
 
     def _pump(self) -> None:
-        """Send the output's lines to CloudWatch; the stream is made with the first."""
+        """Send the lines of the output to CloudWatch; the first line creates the stream."""
         logs, stream = self.job.fake.client("logs", "job"), f"{self.job.name}/{self.name}-{time.time_ns() // 10**6}"
         made = False
         assert self.process.stdout is not None
@@ -157,7 +157,7 @@ class Machine:
         logs.create_log_stream(logGroupName=LOG_GROUP, logStreamName=stream)
 
     def end(self, grace_s: float) -> None:
-        """SIGTERM to the container's first process, SIGKILL to all of it after the grace."""
+        """Send SIGTERM to the container's first process, and SIGKILL to all of them after `grace_s`."""
         if self.process.poll() is None and grace_s:
             with suppress(psutil.NoSuchProcess):
                 for child in psutil.Process(self.process.pid).children():
@@ -170,13 +170,13 @@ class Machine:
         self._log.join()
 
     def failure(self) -> str:
-        """The FailureReason: what the container wrote for it, and its exit code."""
-        written = self.ml / "output" / "failure"
-        said = written.read_text() if written.is_file() else ""
-        return f"AlgorithmError: {said}, exit code: {self.process.returncode}"
+        """The FailureReason: the reason that the container wrote, and its exit code."""
+        file = self.ml / "output" / "failure"
+        reason = file.read_text() if file.is_file() else ""
+        return f"AlgorithmError: {reason}, exit code: {self.process.returncode}"
 
     def copy_checkpoints(self) -> None:
-        """What is new or changed goes to S3; nothing is removed there."""
+        """Upload new and changed files to S3; nothing is removed there."""
         if "CheckpointConfig" not in self.job.request:
             return
         bucket, prefix = split_uri(self.job.request["CheckpointConfig"]["S3Uri"])
@@ -187,14 +187,14 @@ class Machine:
             key = f"{prefix.rstrip('/')}/{path.relative_to(self._checkpoints)}"
             try:
                 body = path.read_bytes()
-            except OSError:  # written anew or removed meanwhile
+            except OSError:  # the job has just removed it
                 continue
             self.job.fake.client("s3", "job").put_object(Bucket=bucket, Key=key, Body=body)
             self.copied[path] = state
 
     def _files(self) -> dict[Path, tuple[int, int]]:
         found = {}
-        # os.walk passes over folders that go while it looks: the job renames and removes its own.
+        # os.walk ignores folders that disappear while it runs: the job renames and removes its own.
         for folder, _, names in os.walk(self._checkpoints):
             for name in sorted(names):
                 path = Path(folder, name)

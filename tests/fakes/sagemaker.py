@@ -1,4 +1,4 @@
-"""SageMaker on loopback: an account whose training jobs really run the container's command, as fake_machine says."""
+"""SageMaker on loopback: an account whose training jobs run the container's command, see `tests.fakes.machine`."""
 
 import json
 import os
@@ -28,17 +28,17 @@ ROLE = f"arn:aws:iam::{ACCOUNT}:role/training"
 
 
 class FakeSageMaker(FakeAWS):
-    """An account with a bucket, a role, an image and quotas, and the jobs that were created in it.
+    """An account with a bucket, a role, an image, quotas, and the jobs that were created in it.
 
     Attributes:
-        quotas: applied service quotas by name; a job beyond its own is refused when it is created.
-        fails_to_start: FailureReason of jobs by instance type, after they were created: no capacity, no image.
-        default_quotas: what is listed of quotas that were never changed, where the applied ones lack them.
-        denied: actions that iam:SimulatePrincipalPolicy says no to, as `service:Action`.
-        environment: what jobs have in their environment besides what SageMaker and the request say.
-        starting_s: seconds that a job takes to get its machines.
-        grace_s: seconds from SIGTERM to SIGKILL; SageMaker gives 120.
-        jobs: by name.
+        quotas: applied service quotas by name; a job that exceeds its quota is refused.
+        default_quotas: default quotas by name, for quotas that are not among the applied ones.
+        fails_to_start: FailureReason by instance type, for jobs that fail after their creation (no capacity, no image).
+        denied: actions that iam:SimulatePrincipalPolicy denies, as `service:Action`.
+        environment: variables of the jobs, besides those of SageMaker and of the request.
+        starting_s: seconds until a job gets its machines.
+        grace_s: seconds from SIGTERM to SIGKILL; SageMaker's are 120.
+        jobs: the jobs by name.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class FakeSageMaker(FakeAWS):
         self.jobs: dict[str, Job] = {}
 
     def env(self, principal: str = "launcher") -> dict[str, str]:
-        """The environment in which a command finds this account, and the settings that it needs."""
+        """The environment variables with which a command uses this account."""
         key, secret = self.credentials(principal)
         return {
             "AWS_ENDPOINT_URL": self.url, "AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret,
@@ -67,21 +67,22 @@ class FakeSageMaker(FakeAWS):
         }  # fmt: skip
 
     def job(self, name: str) -> Job:
-        """A job by its name, or by a part of it that only one has."""
+        """A job by its name, or by a part of the name that is unique."""
         (found,) = [job for job in self.jobs.values() if job.name == name] or [
             job for job in self.jobs.values() if name in job.name
         ]
         return found
 
     def objects(self, prefix: str = "") -> list[str]:
-        """The keys of the bucket's objects that begin with this."""
+        """The keys of the bucket's objects with this prefix."""
         pages = self.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return [found["Key"] for page in pages for found in page.get("Contents", [])]
 
     def interrupt(self, name: str, graceful: bool = True) -> None:
-        """Take a spot job's machines away while it trains; it starts again with its checkpoints.
+        """Take the machines of a spot job away; it starts again with its checkpoints.
 
-        With `graceful` it gets SIGTERM and its last checkpoints are kept; else what was not copied yet is lost.
+        With `graceful`, the job gets SIGTERM and its last checkpoints are kept. Otherwise files that were not copied yet
+        are lost.
         """
         self.job(name).orders.put("interrupt" if graceful else "kill")
 
@@ -154,7 +155,7 @@ class FakeSageMaker(FakeAWS):
             {"ServiceCode": "sagemaker", "QuotaName": name, "QuotaCode": f"L-{i:08X}", "Value": value,
              "Adjustable": True} for i, (name, value) in enumerate(listed.items())
         ]  # fmt: skip
-        # Short pages, so that a caller that does not ask for the next one is found.
+        # Short pages reveal a caller that reads only the first page.
         start = int(asked.get("NextToken", 0))
         page: dict[str, Any] = {"Quotas": quotas[start : start + 2]}
         return page | ({"NextToken": str(start + 2)} if start + 2 < len(quotas) else {})
@@ -169,7 +170,7 @@ class FakeSageMaker(FakeAWS):
         return f"<EvaluationResults>{results}</EvaluationResults><IsTruncated>false</IsTruncated>"
 
     def set_up(self) -> None:
-        """Make what a good account has, and answer for SageMaker, Service Quotas and the policy simulator."""
+        """Create the parts of an account without problems, and answer for SageMaker, Service Quotas and the policy simulator."""
         trust = {
             "Version": "2012-10-17",
             "Statement": [
@@ -211,7 +212,7 @@ _MANIFEST = {
 
 @contextmanager
 def running_sagemaker() -> Iterator[FakeSageMaker]:
-    """An account on loopback until the block ends; jobs that still run are killed, and invalid requests are a failure."""
+    """Serve an account until the block ends. Then jobs that still run are killed, and invalid requests fail the test."""
     with running_aws(FakeSageMaker()) as fake:
         fake.set_up()
         try:

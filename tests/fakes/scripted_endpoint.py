@@ -1,8 +1,8 @@
-"""An endpoint on loopback that answers by a script: chat completions and Bedrock's Converse, over real HTTP.
+"""An endpoint on loopback that answers by a script: chat completions and Bedrock's Converse, over HTTP.
 
-Run alone, `python -m tests.fakes.scripted_endpoint --seed 1`, it prints its port, serves until it is ended, and tells at
-GET /counts what it was asked. The script decides by the text of a request and the seed, so that two runs that ask the
-same are told the same, whatever comes first.
+`python -m tests.fakes.scripted_endpoint --seed 1` prints its port and serves until it is killed; GET /counts returns the
+numbers of requests and answers. An answer depends only on the seed and the text of the request, so that two runs with the
+same requests get the same answers in any order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LATER_ATTEMPTS_SUCCEED = 3
 
 @dataclass
 class Asked:
-    """A request: how often the same one came before is `attempt`."""
+    """A request; `attempt` counts the same requests before it."""
 
     path: str
     headers: dict[str, str]
@@ -53,7 +53,7 @@ class Response:
 
 
 def completion(text: str | None, finish: str = "stop", tokens: tuple[int, int] = (50, 20), **message: Any) -> Response:
-    """A chat completion."""
+    """A response with a chat completion."""
     choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}
     usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1], "total_tokens": sum(tokens)}
     body = {"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
@@ -61,7 +61,7 @@ def completion(text: str | None, finish: str = "stop", tokens: tuple[int, int] =
 
 
 def converse(text: str, stop: str = "end_turn", tokens: tuple[int, int] = (50, 20)) -> Response:
-    """An answer of Bedrock's Converse."""
+    """A response of Bedrock's Converse."""
     body = {
         "output": {"message": {"role": "assistant", "content": [{"text": text}]}},
         "stopReason": stop,
@@ -72,16 +72,16 @@ def converse(text: str, stop: str = "end_turn", tokens: tuple[int, int] = (50, 2
 
 
 def error(status: int, message: str, code: str | None = None, **headers: str) -> Response:
-    """An error in the shape of either API."""
+    """An error response that fits both APIs."""
     body = {"error": {"message": message, "code": code}, "message": message}
     return Response(status, body, {**({"x-amzn-errortype": code} if code else {}), **headers})
 
 
 def scripted(seed: int, faults: float, latency_s: tuple[float, float], hang_s: float) -> Callable[[Asked], Response]:
-    """Questions about the lamp that a passage names; a share `faults` of the requests goes wrong.
+    """Answer with questions about the lamp that a passage names; a share `faults` of the requests gets a fault.
 
-    Two thirds of the faults are transient and vary by attempt; at most three come before the answer. One third lies
-    in the answer itself, and is the same each time: broken JSON or a wrong schema, often mended when asked to.
+    Two thirds of the faults are transient and vary by attempt; at most three precede the answer. One third are faults of
+    the answer, the same in each attempt: broken JSON or a wrong schema, often corrected in the next turn.
     """
 
     def answer(asked: Asked) -> Response:
@@ -102,7 +102,7 @@ def scripted(seed: int, faults: float, latency_s: tuple[float, float], hang_s: f
         dice = random.Random(f"{seed} {turns}")
         text = json.dumps({"instruction": f"Where does the lamp {lamp} stand?"})
         if dice.random() < (faults / 3 if len(turns) == 1 else faults):
-            # Another text for each turn, so that answers can be told apart by their text.
+            # Each turn has its own text, so that answers differ in their text.
             text = dice.choice([text[: -len(turns)], json.dumps({"question": f"Where is {lamp} {len(turns)}?"})])
         make = converse if asked.path.endswith("/converse") else completion
         response = make(text)
@@ -113,7 +113,7 @@ def scripted(seed: int, faults: float, latency_s: tuple[float, float], hang_s: f
 
 
 class ScriptedEndpoint:
-    """Serves a script in a thread, on a port of its own, and counts."""
+    """Serves a script in a thread, on a free port, and counts requests and answers."""
 
     def __init__(self, script: Callable[[Asked], Response]) -> None:
         self.script = script
@@ -131,7 +131,7 @@ class ScriptedEndpoint:
         return f"http://127.0.0.1:{self.port}"
 
     def counts(self) -> dict[str, Any]:
-        """By request, by answer's text, and by status."""
+        """Numbers of requests, of answers by text, and of responses by status."""
         return {"asked": self.asked, "answered": self.answered, "statuses": self.statuses, "most": self.most_at_once}
 
     def __enter__(self) -> ScriptedEndpoint:
@@ -206,7 +206,7 @@ class ScriptedEndpoint:
 
 
 def main() -> None:
-    """Serve until ended."""
+    """Serve until the process is killed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=float, default=0.3)

@@ -1,6 +1,6 @@
-"""Stands in for unsloth where there is no card: its two functions with the signatures of 2026.10.7, over transformers.
+"""Replaces unsloth on machines without a GPU: its two functions with the signatures of 2026.10.7, over transformers.
 
-`tests/unit/training/test_backend.py` compares these signatures with the real ones where unsloth is installed.
+If unsloth is installed, `tests/unit/training/test_backend.py` compares these signatures with the real ones.
 """
 
 from types import ModuleType
@@ -12,7 +12,7 @@ CALLS: list[tuple[str, dict]] = []
 
 
 class FastLanguageModel:
-    """Keeps what it is called with in `CALLS`."""
+    """Records the arguments of its calls in `CALLS`."""
 
     @staticmethod
     def from_pretrained(
@@ -59,7 +59,7 @@ class FastLanguageModel:
 
 
 def module() -> ModuleType:
-    """To be put into `sys.modules` as `unsloth`."""
+    """The module for `sys.modules["unsloth"]`."""
     fake = ModuleType("unsloth")
     fake.FastLanguageModel = FastLanguageModel
     CALLS.clear()

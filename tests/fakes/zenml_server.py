@@ -1,6 +1,6 @@
-"""A ZenML server on loopback that asks for logins: python -m tests.fakes.zenml_server PORT FILE
+"""A ZenML server on loopback that requires logins: python -m tests.fakes.zenml_server PORT FILE
 
-Its store is that of ZENML_CONFIG_PATH. FILE gets the API key of a service account; then it serves until it is ended.
+Its store is the one of ZENML_CONFIG_PATH. It writes the API key of a service account to FILE, and serves until it is killed.
 """
 
 import os

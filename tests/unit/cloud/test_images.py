@@ -1,4 +1,4 @@
-"""The images of jobs, as far as they can be looked at without docker: Dockerfile, locks, and how they are built."""
+"""The images of jobs, as far as they can be checked without docker: Dockerfile, locks, and the build commands."""
 
 import base64
 import os
@@ -21,7 +21,7 @@ FOLDER = ROOT / "docker"
 
 
 def instructions() -> dict[str, list[str]]:
-    """The Dockerfile's instructions by stage, continued lines joined."""
+    """The Dockerfile's instructions by stage; continued lines are joined."""
     text = (FOLDER / "Dockerfile").read_text().replace("\\\n", " ")
     stages: dict[str, list[str]] = {}
     for line in text.splitlines():
@@ -32,14 +32,14 @@ def instructions() -> dict[str, list[str]]:
     return stages
 
 
-# What the images are: markers of requirements.lock, which is for every system and Python, are read for it.
+# The environment of the images, for the markers of requirements.lock, which covers every system and Python.
 IMAGE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix",
          "python_version": "3.11", "python_full_version": "3.11.9", "platform_python_implementation": "CPython",
          "implementation_name": "cpython"}  # fmt: skip
 
 
 def pins(lock: str) -> dict[str, str]:
-    """Versions by name."""
+    """Versions by package name."""
     found = [Requirement(line) for line in (ROOT / lock).read_text().splitlines()]
     return {
         canonicalize_name(one.name): str(one.specifier).removeprefix("==")
@@ -48,7 +48,7 @@ def pins(lock: str) -> dict[str, str]:
     }
 
 
-def test_each_target_installs_its_lock_and_says_which():
+def test_each_target_installs_its_lock_and_names_it():
     stages = instructions()
     assert list(stages) == ["base", "training", "retrain"]
     for target in aws.TARGETS:
@@ -61,7 +61,7 @@ def test_each_target_installs_its_lock_and_says_which():
 
 
 @pytest.mark.parametrize("target", aws.TARGETS)
-def test_a_lock_has_the_versions_of_the_project_and_all_that_its_target_needs(target):
+def test_a_lock_has_the_versions_of_the_project_and_all_packages_of_its_target(target):
     project, locked = pins("requirements.lock"), pins(f"docker/{target}.lock")
     assert {name: version for name, version in locked.items() if project.get(name) != version} == {}
     tables = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -78,7 +78,7 @@ def test_a_lock_has_the_versions_of_the_project_and_all_that_its_target_needs(ta
     assert not [line for line in (FOLDER / f"{target}.lock").read_text().splitlines() if "==" not in line]
 
 
-def test_the_container_compares_with_such_a_lock(tmp_path):
+def test_the_container_compares_versions_with_such_a_lock(tmp_path):
     import torch
 
     lock = tmp_path / "image.lock"
@@ -91,7 +91,7 @@ def test_the_container_compares_with_such_a_lock(tmp_path):
 
 @pytest.fixture
 def docker(tmp_path, monkeypatch):
-    """A docker that writes down what it was asked, and ends with what the file `code` says."""
+    """A fake docker that records its arguments and input, and exits with the code in the file `code`."""
     program = tmp_path / "bin" / "docker"
     program.parent.mkdir()
     program.write_text(
@@ -125,7 +125,7 @@ def test_make_image_logs_in_builds_and_pushes(docker, settings, monkeypatch, cap
     assert (docker / "given").read_text() not in err
 
 
-def test_docker_that_fails_and_docker_that_is_missing(docker, settings, monkeypatch, capfd):
+def test_a_failing_docker_and_a_missing_docker(docker, settings, monkeypatch, capfd):
     with running_sagemaker() as fake:
         for name, value in fake.env().items():
             monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Streamed answers: what is printed is what is returned, and a conversation knows its limit."""
+"""Answers of a merged model: printed and returned alike, greedy or sampled, within the model's context."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def user(text):
     return Message(role="user", content=text)
 
 
-def test_what_is_printed_is_the_greedy_answer(folder, cpu, settings, capsys):
+def test_the_printed_answer_is_the_greedy_answer(folder, cpu, settings, capsys):
     conversation = Conversation(folder, choose_device(cpu), settings, 8, trust_remote_code=False)
     messages = [user("Hi"), Message(role="assistant", content="Yes."), user("And?")]
     reply = conversation.answer(messages)
     assert capsys.readouterr().out.strip() == reply.text
-    # By hand, without a cache: the most probable token, eight times or up to the end.
+    # Computed without a cache: the most probable token, eight times or until the end token.
     model, tokenizer = conversation.model, conversation.tokenizer
     ids = tokenizer.encode("[user] Hi<|endoftext|>[assistant] Yes.<|endoftext|>[user] And?<|endoftext|>[assistant] ")
     new = []
@@ -43,7 +43,7 @@ def test_what_is_printed_is_the_greedy_answer(folder, cpu, settings, capsys):
 
 def test_a_model_that_ends_has_stopped(folder, cpu, settings):
     conversation = Conversation(folder, choose_device(cpu), settings, 8, trust_remote_code=False)
-    # Of two opposite rows and zeros, one of the two wins, whatever the hidden state: both are end tokens.
+    # With two opposite rows and zeros elsewhere, one of the two tokens is always the most probable. Both are end tokens.
     with torch.no_grad():
         weights = conversation.model.lm_head.weight
         weights.zero_()
@@ -54,7 +54,7 @@ def test_a_model_that_ends_has_stopped(folder, cpu, settings):
     assert not conversation.answer([user("Hi")]).stopped
 
 
-def test_room_is_counted_with_the_answer(folder, cpu, settings):
+def test_room_includes_the_answer(folder, cpu, settings):
     conversation = Conversation(folder, choose_device(cpu), settings, 8, trust_remote_code=False)
     length = len(conversation.tokenizer.encode("[user] Hi<|endoftext|>[assistant] "))
     conversation.model.config.max_position_embeddings = length + 8
@@ -77,14 +77,14 @@ def test_the_same_seed_gives_the_same_answer(folder, cpu, settings):
     assert len({Sampling.checked(1.0, 1.0, None).seed for _ in range(4)}) > 1
 
 
-def test_greedy_is_the_default_and_what_little_temperature_or_mass_comes_to(folder, cpu, settings):
+def test_greedy_is_the_default_and_the_limit_of_little_temperature_or_mass(folder, cpu, settings):
     (greedy, again) = sampled(folder, cpu, settings)
     assert greedy == again
     assert sampled(folder, cpu, settings, temperature=1e-8, seed=3) == [greedy, greedy]
     assert sampled(folder, cpu, settings, temperature=1.0, top_p=1e-6, seed=3) == [greedy, greedy]
 
 
-def test_a_top_k_of_the_model_does_not_count(folder, cpu, settings):
+def test_a_top_k_of_the_model_is_ignored(folder, cpu, settings):
     conversation = Conversation(
         folder, choose_device(cpu), settings, 8, trust_remote_code=False, sampling=Sampling(1.0, 1.0, 5)
     )
@@ -104,7 +104,7 @@ def test_a_top_k_of_the_model_does_not_count(folder, cpu, settings):
         ((0.7, 1.0, -1), "--seed must be from 0"),
     ],
 )
-def test_a_sampling_that_makes_no_sense_is_refused(given, words):
+def test_invalid_sampling_is_refused(given, words):
     with pytest.raises(RequestError, match=words):
         Sampling.checked(*given)
 
