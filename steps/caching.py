@@ -1,9 +1,9 @@
-"""Makes ZenML's cache see the library functions that a step calls.
+"""Adds the library functions that a step calls to ZenML's cache key.
 
-ZenML's cache key covers a step's own source. Here every step also gets a hash of all project code that it can reach:
-functions, classes and constants are followed by name from the step through the modules of this project, read as
-syntax trees, so that a change of code reruns the steps that use it, and a change of a comment or docstring reruns
-nothing. The hash stands in the step's environment, which is part of the cache key and shown in the dashboard.
+ZenML's cache key covers only a step's own source. Here every step also gets a hash of all project code that it can reach.
+The code is read as syntax trees, and functions, classes and constants are followed by name from the step through the modules
+of this project. So a change of code reruns the steps that use it, and a change of a comment or docstring reruns nothing. The
+hash is in the step's environment, which is part of the cache key and shown in the dashboard.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from zenml import step
 
 PROJECT_PACKAGES = ("llm_engineering", "steps", "pipelines")
-# Libraries whose version decides what a step computes.
+# A new version of one of these libraries may change the result of a step.
 LIBRARIES = (
     "datasets",
     "detect-secrets",
@@ -40,10 +40,10 @@ IMPORT_TIME = "<import time>"
 
 
 def project_step(*, files: Sequence[Path] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """ZenML's `step`, cached by all project code it reaches, the library versions, and the content of `files`.
+    """ZenML's `step`, with a cache key that covers all project code it reaches, the library versions and `files`.
 
-    A step of several outputs must name a materializer for each: with one for all, ZenML 0.98 puts the outputs in the
-    order of a set, which is another in each process, and so is the cache key.
+    A step with several outputs must name a materializer for each output. With one materializer for all outputs, ZenML 0.98
+    takes their order from a set. This order, and so the cache key, differs between processes.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -54,7 +54,7 @@ def project_step(*, files: Sequence[Path] = (), **options: Any) -> Callable[[Cal
 
 
 def code_version(module: str, name: str, files: Sequence[Path] = ()) -> str:
-    """Twelve hex digits for the code reachable from `module.name`, the library versions and the files."""
+    """Hash (twelve hex digits) of the code reachable from `module.name`, the library versions and the files."""
     digest = hashlib.sha256()
     for library in LIBRARIES:
         digest.update(f"{library}=={importlib.metadata.version(library)}\n".encode())
@@ -66,7 +66,7 @@ def code_version(module: str, name: str, files: Sequence[Path] = ()) -> str:
 
 
 def reachable(module: str, name: str) -> dict[str, ast.AST]:
-    """The definitions that `module.name` can reach, itself included, by their full name."""
+    """The definitions that `module.name` can reach, by their full name; `module.name` is one of them."""
     found: dict[str, ast.AST] = {}
     queue = [(module, name)]
     while queue:
@@ -76,7 +76,7 @@ def reachable(module: str, name: str) -> dict[str, ast.AST]:
             continue
         definition = _definitions(current).get(wanted)
         if definition is None:
-            # A name that another module only passes on, or a submodule.
+            # The name is imported from another module, or is a submodule.
             queue += _follow(_imports(_tree(current)).get(wanted), ())
             continue
         found[key] = definition
@@ -84,10 +84,10 @@ def reachable(module: str, name: str) -> dict[str, ast.AST]:
     return found
 
 
-# Steps share most of what they reach.
+# Cached, because steps share most of the code that they reach.
 @cache
 def _used(module: str, name: str) -> list[tuple[str, str]]:
-    """What a definition of a module uses itself, as `(module, name)`."""
+    """The names that a definition of a module uses directly, as `(module, name)`."""
     definitions = _definitions(module)
     found = [(module, IMPORT_TIME)] if IMPORT_TIME in definitions else []
     imports = _imports(_tree(module)) | _imports(definitions[name])
@@ -105,7 +105,10 @@ def _dump(node: ast.AST) -> str:
 
 
 def _follow(target: tuple[str, str] | None, attributes: Sequence[str]) -> list[tuple[str, str]]:
-    """Where an imported name leads: `(module, name)`; of a module, the attribute that is used of it."""
+    """The definition that an imported name refers to, as `(module, name)`.
+
+    If the name is a module, `name` is the attribute that is read from it.
+    """
     if target is None:
         return []
     module, name = target
@@ -139,13 +142,13 @@ def _tree(module: str) -> ast.Module:
 
 @cache
 def _definitions(module: str) -> dict[str, ast.AST]:
-    """Functions, classes and constants of a module by name; a name that is assigned twice counts as both."""
+    """Functions, classes and constants of a module by name; a name that is assigned twice has both assignments."""
     found: dict[str, ast.AST] = {}
     for node in _tree(module).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found[node.name] = node
         elif isinstance(node, ast.Expr):
-            # What a module does when it is imported concerns all of it.
+            # Code that runs when the module is imported may affect all its definitions.
             former = found.get(IMPORT_TIME)
             found[IMPORT_TIME] = node if former is None else ast.Tuple([former, node])  # type: ignore[list-item]
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
@@ -157,7 +160,7 @@ def _definitions(module: str) -> dict[str, ast.AST]:
 
 
 def _imports(scope: ast.AST) -> dict[str, tuple[str, str]]:
-    """What names imported in a scope stand for: `(module, name)`, name empty for a whole module."""
+    """The names imported in a scope, and what each refers to: `(module, name)`, with an empty name for a whole module."""
     found: dict[str, tuple[str, str]] = {}
     nodes = scope.body if isinstance(scope, ast.Module) else ast.walk(scope)
     for node in nodes:
@@ -169,7 +172,7 @@ def _imports(scope: ast.AST) -> dict[str, tuple[str, str]]:
 
 
 def _names(node: ast.AST) -> Iterator[tuple[str, ...]]:
-    """Every name used in a definition, with the attributes read of it: `a.b.c` gives ("a", "b", "c")."""
+    """Yield every name used in a definition, with the attributes read from it: `a.b.c` gives ("a", "b", "c")."""
     for child in ast.walk(node):
         chain: list[str] = []
         part: ast.AST = child
@@ -179,5 +182,5 @@ def _names(node: ast.AST) -> Iterator[tuple[str, ...]]:
         if isinstance(part, ast.Name):
             yield (part.id, *reversed(chain))
         elif isinstance(child, ast.Constant) and isinstance(child.value, str) and child.value.isidentifier():
-            # Annotations may be written as text.
+            # Annotations may be strings.
             yield (child.value,)

@@ -1,6 +1,6 @@
 """Reads records from JSON, JSONL, CSV, Parquet and Arrow files, one record at a time, from files larger than memory.
 
-A record that cannot be read is returned with its fault and its place; the rest of the file is still read.
+A record that cannot be read is yielded with its problem and its place, and the rest of the file is still read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from llm_engineering.data.json_stream import JsonError, JsonStream, list_key, ro
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.errors import RequestError
 
-# A cell may hold a whole conversation; the library's own limit is 128 KB. C's long has 32 bits on some systems.
+# A cell may hold a whole conversation, and the csv module's limit is 128 KB. The limit is a C long, which may have 32 bits.
 csv.field_size_limit(2**31 - 1)
 
 
 class Record(NamedTuple):
-    """One record of a file and its place there; its text can be written as UTF-8."""
+    """One record of a file and its place there. All its text can be written as UTF-8."""
 
     value: dict[str, Any]
     file: str
@@ -35,7 +35,7 @@ class Record(NamedTuple):
 
 
 class BrokenRecord(NamedTuple):
-    """Something that was read and is no record, and why."""
+    """A piece of a file that is not a valid record, with the reason."""
 
     file: str
     place: str
@@ -44,7 +44,7 @@ class BrokenRecord(NamedTuple):
     text: str
 
     def quarantined(self, stage: str) -> Quarantined:
-        """As the stage that read it counts it."""
+        """The entry for the quarantine of `stage`, the stage that read the file."""
         return Quarantined(
             stage=stage,
             reason=self.reason,
@@ -55,27 +55,27 @@ class BrokenRecord(NamedTuple):
         )
 
 
-# The place of a record, its value, and the reason and detail of a problem, both empty where there is none.
+# The place of a record, its value, and the reason and detail of its problem, both empty if it has none.
 Item = tuple[str, Any, str, str]
 BATCH_ROWS = 1000
 _ARROW_FILE_MAGIC = b"ARROW1"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_NOT_UTF8 = ("not_utf8", "it holds bytes that are no UTF-8 text: convert them, e.g. with iconv")
+_NOT_UTF8 = ("not_utf8", "it contains bytes that are not UTF-8 text: convert them, e.g. with iconv")
 
 
 def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
-    """The records of a file, lazily: every record and every broken one is handed on once.
+    """Yield each record of a file once. A record that cannot be read is yielded as a BrokenRecord.
 
     Raises:
-        RequestError: the file is missing, unreadable, damaged or in no known format.
+        RequestError: the file is missing, unreadable, damaged or in an unknown format.
     """
     # Parquet and Arrow files compress their columns themselves, so only text comes as .gz.
     readers = _TEXT_READERS if _is_packed(path) else _READERS
     reader = readers.get(ending(path).removesuffix(".gz"))
     if reader is None:
         raise RequestError(
-            f"{path} is in no known format ({ending(path) or 'no ending'}): datasets are {', '.join(_READERS)} files, "
-            f"{', '.join(_TEXT_READERS)} also as .gz."
+            f"{path} is in no known format ({ending(path) or 'no ending'}). Convert it to one of {', '.join(_READERS)}; "
+            f"{', '.join(_TEXT_READERS)} files can also be compressed as .gz."
         )
     file = str(path)
     try:
@@ -93,33 +93,35 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
         ) from None
     except UnicodeDecodeError as error:
         raise RequestError(
-            f"{path} is not {error.encoding} text to its end: {error.reason}. Write it again."
+            f"{path} contains bytes that are not {error.encoding} text: {error.reason}. Write the file again."
         ) from error
     except JsonError as error:
         hint = " If each line is one object, name the file .jsonl." if "extra data" in str(error) else ""
         raise RequestError(f"{path} is not valid JSON with rows in it: {error}.{hint}") from None
     except csv.Error as error:
-        raise RequestError(f"{path} is not valid CSV: {error}.") from error
+        raise RequestError(f"{path} is not valid CSV: {error}. Correct the file.") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise RequestError(f"{path} is damaged, {error}: copy or compress it again.") from error
+        raise RequestError(f"{path} is damaged ({error}): copy or compress it again.") from error
     except (OSError, pa.ArrowException) as error:
         problem = getattr(error, "strerror", None) or str(error).split("\n")[0]
-        raise RequestError(f"{path} cannot be read: {problem}. It is damaged or in another format.") from error
+        raise RequestError(
+            f"{path} cannot be read: {problem}. It is damaged or in another format: copy or convert it again."
+        ) from error
 
 
 def ending(path: Path) -> str:
-    """The ending that tells the format, in lower case, with `.gz` where there is one: `.jsonl.gz`."""
+    """The file name's ending in lower case, with `.gz` if the file is compressed: `.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
 
 
 def has_known_ending(path: Path) -> bool:
-    """Whether the file's name says that it is a dataset."""
+    """Whether the file's name ends like a dataset, compressed or not."""
     return ending(path).removesuffix(".gz") in _READERS
 
 
 def is_text(text: str) -> bool:
-    """Whether a string can be written as UTF-8; half of a surrogate pair cannot."""
+    """Whether a string can be written as UTF-8; a lone surrogate cannot."""
     if text.isascii():
         return True
     try:
@@ -130,12 +132,12 @@ def is_text(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """The same text, with what cannot be written as UTF-8 in escapes."""
+    """The text with escapes in place of the characters that cannot be written as UTF-8."""
     return text if is_text(text) else text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(value: Any) -> str:
-    """The start of any value, for people."""
+    """The first 200 characters of any value, for people."""
     try:
         return (value if isinstance(value, str) else str(value))[:200]
     except RecursionError:
@@ -149,7 +151,7 @@ def _is_packed(path: Path) -> bool:
 def _open_text(path: Path, newline: str) -> TextIO:
     with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
         is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
-    # Bytes that are no text come through as lone surrogates, which the readers look for.
+    # Bytes that are not text become lone surrogates, for which the readers search.
     encoding, errors = ("utf-16", "surrogatepass") if is_utf16 else ("utf-8-sig", "surrogateescape")
     if _is_packed(path):
         return gzip.open(path, "rt", encoding=encoding, errors=errors, newline=newline)
@@ -157,7 +159,7 @@ def _open_text(path: Path, newline: str) -> TextIO:
 
 
 def _checked(place: str, value: Any, raw: str) -> Item:
-    """A value that was read from JSON, quarantined where its text is none."""
+    """The value of a JSON text, or the problem `not_utf8` if the text cannot be written as UTF-8."""
     clean = is_text(raw)
     if clean and "\\u" in raw and _SURROGATE.search(raw):
         try:
@@ -168,7 +170,7 @@ def _checked(place: str, value: Any, raw: str) -> Item:
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
-    # Only "\n" ends a line of JSONL: universal newlines and str.splitlines would also cut elsewhere.
+    # Only "\n" ends a line of JSONL. Universal newlines and str.splitlines would also split at other characters.
     with _open_text(path, newline="\n") as stream:
         for number, line in enumerate(stream, start=1):
             if line.isspace():
@@ -228,10 +230,10 @@ def _csv(path: Path) -> Iterator[Item]:
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
-    """The place, value, and the reason and detail of the problem (empty where there is none) of every row.
+    """Yield place, value, reason and detail of every row; reason and detail are empty if the row has no problem.
 
     Raises:
-        pyarrow.ArrowException, OSError: the file is damaged, or is no Parquet file.
+        pyarrow.ArrowException, OSError: the file is damaged, or is not a Parquet file.
     """
     with path.open("rb") as file:
         source = pq.ParquetFile(file, pre_buffer=False)
@@ -240,10 +242,10 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
 
 
 def arrow_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
-    """The same for an Arrow file, in either of its two forms; `datasets` writes the streaming one.
+    """The same as `parquet_rows` for an Arrow file, in the file or the streaming format; `datasets` writes the latter.
 
     Raises:
-        pyarrow.ArrowException, OSError: the file is damaged, or is no Arrow file.
+        pyarrow.ArrowException, OSError: the file is damaged, or is not an Arrow file.
     """
     with path.open("rb") as file:
         start = file.read(len(_ARROW_FILE_MAGIC))
@@ -271,7 +273,7 @@ def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, Any, str, st
             try:
                 values = part.to_pylist()
             except (ValueError, OverflowError):
-                # One value that Python cannot hold: text that is not UTF-8, a date out of range.
+                # Python cannot represent one of the values, e.g. text that is not UTF-8 or a date out of range.
                 values = [_one(part.slice(index, 1)) for index in range(part.num_rows)]
             for value in values:
                 number += 1

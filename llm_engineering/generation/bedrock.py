@@ -1,4 +1,4 @@
-"""Amazon Bedrock: the Converse API through boto3, in threads, with AWS's own chain of credentials."""
+"""Client for Amazon Bedrock: calls the Converse API with boto3 in threads, with the credentials that AWS's tools find."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ FINISH = {
     "content_filtered": "refused",
     "guardrail_intervened": "refused",
 }
-# The model failed on this request: Bedrock's own status for it is not among those that say so.
+# Bedrock's status for a request on which the model failed. It is not in RETRIED_STATUS, but it is retried too.
 MODEL_ERROR = 424
 
 
 class Bedrock:
-    """How Converse is asked.
+    """Builds and sends Converse requests.
 
     Raises:
         RequestError: AWS's tools find no credentials or no region.
@@ -54,11 +54,13 @@ class Bedrock:
                 raise RequestError("generation.client bedrock needs a region: set AWS_DEFAULT_REGION or AWS_PROFILE.")
             if session.get_credentials() is None:
                 raise RequestError(
-                    "generation.client bedrock finds no AWS credentials: `aws sso login`, AWS_PROFILE or "
-                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY give them."
+                    "generation.client bedrock finds no AWS credentials: run `aws sso login`, or set AWS_PROFILE or "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
                 )
         except BotoCoreError as error:
-            raise RequestError(f"The AWS settings of this machine cannot be used: {error}.") from error
+            raise RequestError(
+                f"The AWS settings of this machine cannot be used: {error}. Correct ~/.aws/config or the AWS_* variables."
+            ) from error
         self.identity = f"{self.model} at Bedrock {session.region_name}"
         self._session = session
 
@@ -79,7 +81,7 @@ class Bedrock:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Send]:
-        """A client and a thread for each request in flight. It retries nothing itself: retries.py does."""
+        """Open a client with a thread for each request in flight. boto3 does not retry; retries.py does."""
         client = self._session.client(
             "bedrock-runtime",
             config=Config(
@@ -123,15 +125,15 @@ class Bedrock:
 
     def _explained(self, error: ClientError) -> Exception:
         code = error.response.get("Error", {}).get("Code", "")
-        said = error.response.get("Error", {}).get("Message", "")
+        message = error.response.get("Error", {}).get("Message", "")
         metadata = error.response.get("ResponseMetadata", {})
         status = metadata.get("HTTPStatusCode", 0)
         if is_retried(status) or status == MODEL_ERROR:
             wait = retry_after_s(metadata.get("HTTPHeaders", {}).get("retry-after"), datetime.now(UTC))
-            return TryAgainError(f"{code}: {said}", wait)
+            return TryAgainError(f"{code}: {message}", wait)
         remedy = {
             "AccessDeniedException": "Bedrock's console grants access to models; the credentials need bedrock:InvokeModel",
             "ResourceNotFoundException": "Check generation.model and the region",
             "ValidationException": "Check generation.model; some models need generation.response_format: prompt",
         }.get(code, "`aws sts get-caller-identity` shows whether the credentials are valid")
-        return EndpointRefusedError(f"{self.identity} answered {code}: {said}. {remedy}.")
+        return EndpointRefusedError(f"{self.identity} answered {code}: {message}. {remedy}.")

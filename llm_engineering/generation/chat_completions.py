@@ -1,4 +1,4 @@
-"""Any endpoint that speaks OpenAI's chat completions: OpenAI, vLLM, Ollama, `transformers serve` and others."""
+"""Client for endpoints with OpenAI's chat completions API: OpenAI, vLLM, Ollama, `transformers serve` and others."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class _Usage(BaseModel):
 
 
 class _Completion(BaseModel):
-    """The part of a chat completion that is used."""
+    """The fields of a chat completion that this client reads."""
 
     choices: list[_Choice] = Field(min_length=1)
     usage: _Usage | None = None
 
 
 class ChatCompletions:
-    """How chat completions are asked for.
+    """Builds and sends requests for chat completions.
 
     Raises:
-        RequestError: there is no key, and the endpoint is not on this machine.
+        RequestError: the key is missing, and the endpoint is not on this machine.
     """
 
     def __init__(self, config: ClientConfig, key: SecretStr | None) -> None:
@@ -64,7 +64,7 @@ class ChatCompletions:
         self.timeout_s = config.timeout_s
         self.concurrency = config.concurrency
         self.is_loopback = _is_loopback(self.url)
-        # OpenAI's newer models know only the one name of the limit, most other endpoints only the other.
+        # OpenAI's newer models accept only `max_completion_tokens`, and most other endpoints only `max_tokens`.
         self.limit = "max_completion_tokens" if config.base_url is None else "max_tokens"
         if key is None and not self.is_loopback:
             raise RequestError(
@@ -88,13 +88,13 @@ class ChatCompletions:
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[Send]:
-        """A pool of connections. It retries nothing itself: retries.py does, for every kind of endpoint."""
+        """Open a pool of connections. The client does not retry; retries.py does, for every kind of endpoint."""
         async with AsyncOpenAI(
             api_key=self._key.get_secret_value() if self._key else "none",
             base_url=self.url,
             max_retries=0,
             timeout=self.timeout_s,
-            # A proxy of the environment does not lead to this machine.
+            # A proxy from the environment could not reach an endpoint on this machine.
             http_client=DefaultAsyncHttpxClient(trust_env=not self.is_loopback),
         ) as client:
 
@@ -105,7 +105,7 @@ class ChatCompletions:
 
     async def _send(self, client: AsyncOpenAI, payload: dict[str, Any]) -> Reply:
         try:
-            # The client's own limit is for each read: an endpoint that trickles would never reach it.
+            # The client's own timeout applies to each read, so an endpoint that sends single bytes would never reach it.
             async with asyncio.timeout(self.timeout_s):
                 response = await client.chat.completions.with_raw_response.create(**payload)
         except (TimeoutError, APITimeoutError):
@@ -117,7 +117,7 @@ class ChatCompletions:
         try:
             completion = _Completion.model_validate_json(response.http_response.content)
         except ValidationError as error:
-            raise TryAgainError(f"{self.url} sent what is no chat completion") from error
+            raise TryAgainError(f"{self.url} sent an answer that is not a chat completion") from error
         choice, usage = completion.choices[0], completion.usage or _Usage()
         return Reply(
             choice.message.refusal or choice.message.content or "",
@@ -129,21 +129,21 @@ class ChatCompletions:
     def _explained(self, error: APIStatusError) -> Exception:
         body = error.body if isinstance(error.body, dict) else {}
         status, code = error.status_code, body.get("code")
-        said = self._without_key(str(body.get("message") or body.get("detail") or error.message))
+        message = self._without_key(str(body.get("message") or body.get("detail") or error.message))
         if code == "content_filter":
-            return RowRefusedError("refused", f"the endpoint's filter refused the request: {said}")
+            return RowRefusedError("refused", f"the endpoint's filter refused the request: {message}")
         if code == "context_length_exceeded":
-            return RowRefusedError("too_long", f"the request does not fit into the model's context: {said}")
+            return RowRefusedError("too_long", f"the request does not fit into the model's context: {message}")
         if is_retried(status) and code != "insufficient_quota":
             wait = retry_after_s(error.response.headers.get("retry-after"), datetime.now(UTC))
-            return TryAgainError(f"status {status}: {said}", wait)
+            return TryAgainError(f"status {status}: {message}", wait)
         remedy = {
             401: "Check OPENAI_API_KEY in the environment or in .env",
             403: "The key has no access to this model",
             404: "Check generation.model and generation.base_url, which usually ends in /v1",
             429: "The account has no credit left",
-        }.get(status, "The endpoint does not accept the request; generation.* says what is sent")
-        return EndpointRefusedError(f"{self.identity} answered with status {status}: {said}. {remedy}.")
+        }.get(status, "The endpoint does not accept the request. Check the keys of the recipe's block generation")
+        return EndpointRefusedError(f"{self.identity} answered with status {status}: {message}. {remedy}.")
 
     def _without_key(self, text: str) -> str:
         text = " ".join(text.split())[:300]

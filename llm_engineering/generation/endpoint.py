@@ -1,6 +1,6 @@
-"""Asks a model over the network: many requests at once, each answer stored when it comes, failures tried again.
+"""Sends requests to a model over the network, many at a time, stores each reply at once, and repeats failed requests.
 
-Also here: what a run may spend (`Budget`), and answers as JSON with one text field.
+It also limits the tokens and the cost of a run (`Budget`), and reads answers that are JSON with one text field.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Budget:
 
     @property
     def tokens(self) -> int:
-        """Tokens in and out."""
+        """Input and output tokens together."""
         return self.input_tokens + self.output_tokens
 
     @property
     def usd(self) -> float | None:
-        """What they cost, if the recipe has prices."""
+        """The cost of these tokens; None if the recipe has no prices."""
         if self.prices is None:
             return None
         return (
@@ -51,7 +51,7 @@ class Budget:
 
     @property
     def is_capped(self) -> bool:
-        """Whether the recipe has a cap."""
+        """Whether the recipe sets a cap on tokens or cost."""
         return self.max_tokens is not None or self.max_usd is not None
 
     def spend(self, reply: Reply) -> None:
@@ -97,10 +97,10 @@ def schema_text(field: str) -> str:
 
 
 def judge(reply: Reply, field: str | None) -> Answer | Failure:
-    """What a reply amounts to. Any text has an outcome, none raises.
+    """Turn a reply into an answer or a failure. This never raises an exception, whatever the text is.
 
     Args:
-        field: the text field of the JSON that was asked for; None for an answer in plain text.
+        field: the text field of the requested JSON; None if the answer is plain text.
     """
     text = reply.text.strip()
     if reply.finish == "refused":
@@ -125,20 +125,20 @@ def judge(reply: Reply, field: str | None) -> Answer | Failure:
 
 logger = logging.getLogger(__name__)
 
-# So many requests given up with no answer between them: the endpoint is down, and the rest would go the same way.
+# If this many requests in a row fail after all their retries, the endpoint is taken to be down, and the run ends.
 MAX_FAILED_IN_A_ROW = 20
 CHECK_RETRIES = 2
 
 
 class _StoppedError(Exception):
-    """Another request found out that the run must end."""
+    """Ends a worker because another one found that the run must end."""
 
 
 class Endpoint:
     """Sends up to `concurrency` requests at once.
 
-    Every reply is stored under the hash of its request before it is looked at, also one that turns out to be of no
-    use: a run that is killed and started again asks only for what is missing, and judges the rest as before.
+    Every reply is stored under the hash of its request before it is judged, even if it turns out to be unusable. So a run
+    that is killed and started again sends only the missing requests, and judges the stored replies as before.
     """
 
     def __init__(self, transport: Transport, config: ClientConfig, store: AnswerStore) -> None:
@@ -156,35 +156,43 @@ class Endpoint:
         self._counted: set[str] = set()
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer | Failure]:
-        """Answer every request, in order. Only a bad row fails, with its reason.
+        """Answer every request, in order. A request that cannot be answered gives a `Failure` with its reason.
 
         Raises:
-            WorkError: a cap is reached, the endpoint refuses every request, or does not answer any more. Everything
-                received is stored.
+            WorkError: a cap is reached, or the endpoint refuses every request or stops answering. All replies received so
+                far are stored.
         """
-        asked = [self._with_schema(messages, sampling) for messages in requests]
-        unique = {self._key(messages, sampling): messages for messages in asked}
+        complete = [self._with_schema(messages, sampling) for messages in requests]
+        unique = {self._key(messages, sampling): messages for messages in complete}
         stored = sum(key in self.store.answers for key in unique)
         if stored:
-            logger.info("%d of %d %s are stored already", stored, len(unique), what)
+            logger.info("%d of %d %s are already stored", stored, len(unique), what)
         outcomes: dict[str, Answer | Failure] = {}
         with self.store:
             asyncio.run(self._run(unique, sampling, outcomes, Progress(what, len(unique) - stored)))
         if self._cause:
             raise WorkError(
                 f"{self._cause} Done so far: {len(outcomes)} of {len(unique)} {what}, {self.budget}. Every answer "
-                f"received is stored in {self.store.path}, and the same command goes on from there."
+                f"received is stored in {self.store.path}. Run the same command to continue from there."
             )
         failed = sum(isinstance(o, Failure) and o.reason == "request_failed" for o in outcomes.values())
         if failed and failed == len(outcomes):
-            raise WorkError(f"{self.identity} answered none of {failed} requests: {self._last_failure}.")
+            raise WorkError(
+                f"{self.identity} answered none of {failed} requests: {self._last_failure}. Check that the endpoint works, and "
+                "run the same command again."
+            )
         if failed:
-            logger.warning("%d of %d %s were given up: --no-cache asks for them again", failed, len(unique), what)
+            logger.warning("%d of %d %s were given up: --no-cache requests them again", failed, len(unique), what)
         logger.info("%s: %s", what, self.budget)
-        return [outcomes[self._key(messages, sampling)] for messages in asked]
+        return [outcomes[self._key(messages, sampling)] for messages in complete]
 
     def check_access(self, max_new_tokens: int, json_field: str | None) -> None:
-        """Send one small request. Raises RequestError for whatever would end a run at its start."""
+        """Send one small request, to find errors that would end a run at its start.
+
+        Raises:
+            RequestError: the endpoint cannot be reached, refuses the request, does not follow the JSON schema, or reports no
+                usage although the recipe sets a cap.
+        """
         json_field = json_field if self.writes_json else None
         sampling = Sampling(max_new_tokens, self.temperature, json_field=json_field)
         messages = self._with_schema([{"role": "user", "content": read_prompt("check")}], sampling)
@@ -203,13 +211,13 @@ class Endpoint:
         outcome = judge(reply, json_field)
         if self._schema(sampling) and isinstance(outcome, Failure) and outcome.reason in REPAIRABLE:
             raise RequestError(
-                f"{self.identity} does not keep to a JSON schema: it answered {reply.text[:60]!r}. "
-                "Set generation.response_format: prompt, which asks for JSON in words, or text for a small model."
+                f"{self.identity} does not follow a JSON schema: it answered {reply.text[:60]!r}. "
+                "Set generation.response_format: prompt, which describes the JSON in the prompt, or text for a small model."
             )
         if self.budget.is_capped and not reply.output_tokens:
             raise RequestError(
-                f"{self.identity} reports no usage, so that generation.max_total_tokens and max_cost_usd cannot be "
-                "kept. Remove them, or use an endpoint that reports usage."
+                f"{self.identity} reports no usage, so generation.max_total_tokens and max_cost_usd cannot be enforced. "
+                "Remove them, or use an endpoint that reports usage."
             )
 
     async def _run(
@@ -223,7 +231,8 @@ class Endpoint:
                 for _ in range(min(self.config.concurrency, len(unique)))
             ]
             try:
-                # Not a TaskGroup, which cancels the others: what they have asked for is paid, and is waited for.
+                # Not a TaskGroup, which would cancel the other workers: their requests are already paid for, so their
+                # replies are awaited and stored.
                 await asyncio.gather(*workers)
             finally:
                 for worker in workers:
@@ -263,7 +272,7 @@ class Endpoint:
             return self._given_up(str(error))
 
     async def _reply(self, send: Send, messages: Messages, sampling: Sampling) -> Reply:
-        """The stored reply, or a new one, which is stored before anything else happens."""
+        """Return the stored reply, or get a new one and store it before anything else happens."""
         key = self._key(messages, sampling)
         if key in self.store.answers:
             reply = self.store.answers[key]
@@ -277,7 +286,7 @@ class Endpoint:
             self.store.add({key: reply})
             self._failed_in_a_row = 0
             if self.budget.is_capped and not reply.output_tokens and reply.text:
-                self._end(f"{self.identity} reported no usage, so that the cap cannot be kept.")
+                self._end(f"{self.identity} reported no usage, so the cap cannot be enforced: remove the cap.")
         if key not in self._counted:
             self._counted.add(key)
             self.budget.spend(reply)
@@ -286,13 +295,13 @@ class Endpoint:
     async def _send(self, send: Send, payload: dict[str, Any]) -> Reply:
         reached = self.budget.reached()
         if reached:
-            self._end(f"The cap {reached} is reached: raise it to go on.")
+            self._end(f"The cap {reached} is reached: raise it to continue.")
         if self._stop.is_set():
             raise _StoppedError
         return await send(payload)
 
     async def _sleep(self, seconds: float) -> None:
-        """Wait before another try, but not when the run ends."""
+        """Wait before the next try, but stop waiting if the run ends."""
         try:
             await asyncio.wait_for(self._stop.wait(), seconds)
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""What happens to a request that was not answered: tried again after a while, given up, or the end of the run."""
+"""Decides what follows a request that was not answered: another try, a failed row, or the end of the run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 BACKOFF_S = 0.5
 MAX_BACKOFF_S = 60.0
-# An endpoint that wants a longer pause has closed for the day: that is for a person to decide.
+# If an endpoint asks for a longer pause, the run ends, so that the user decides whether to wait.
 MAX_RETRY_AFTER_S = 600.0
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
 
 
 class TryAgainError(Exception):
-    """The same request may be answered later: a rate limit, a server's error, a lost connection, no answer in time."""
+    """The same request may be answered later: a rate limit, a server error, a lost connection or a timeout."""
 
     def __init__(self, cause: str, retry_after_s: float | None = None) -> None:
         super().__init__(cause)
@@ -27,7 +27,7 @@ class TryAgainError(Exception):
 
 
 class RowRefusedError(Exception):
-    """This request will never be answered, others may be. `reason` is the name that counts group by."""
+    """The endpoint will never answer this request, but it may answer others. Failures are counted by `reason`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -35,7 +35,7 @@ class RowRefusedError(Exception):
 
 
 class EndpointRefusedError(Exception):
-    """No request will be answered: a wrong key, model, address or setting. The message says what and what to do."""
+    """The endpoint will not answer any request: the key, model, address or a setting is wrong. The message has the remedy."""
 
 
 def is_retried(status: int) -> bool:
@@ -44,9 +44,9 @@ def is_retried(status: int) -> bool:
 
 
 def retry_after_s(value: str | None, now: datetime) -> float | None:
-    """Seconds to wait by a `Retry-After` header, which is a number of seconds or a date (RFC 9110, section 10.2.3).
+    """Seconds to wait according to a `Retry-After` header: a number of seconds or a date (RFC 9110, section 10.2.3).
 
-    None where there is no header or it cannot be read. Seconds may have decimals, which some endpoints send.
+    None if the header is missing or cannot be parsed. Some endpoints send seconds with decimals, which are accepted.
     """
     if value is None:
         return None
@@ -57,7 +57,7 @@ def retry_after_s(value: str | None, now: datetime) -> float | None:
             date = parsedate_to_datetime(value)
         except ValueError:
             return None
-        # A date without a zone is in GMT, as all dates of HTTP are.
+        # HTTP dates are in GMT, so a date without a time zone is read as GMT.
         seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()
     return max(seconds, 0.0) if math.isfinite(seconds) else None
 
@@ -66,9 +66,10 @@ _backoff = wait_random_exponential(multiplier=BACKOFF_S, max=MAX_BACKOFF_S)
 
 
 def wait_s(state: RetryCallState) -> float:
-    """Seconds until the next try: what the endpoint asked for, else exponential backoff with full jitter.
+    """Seconds until the next try: the `Retry-After` of the endpoint, or exponential backoff with full jitter.
 
-    Never sooner than `Retry-After`; a little later, so that requests told the same time do not come back together.
+    After `Retry-After` it adds up to one more second, drawn at random, so that requests with the same `Retry-After` are not
+    repeated at the same moment.
 
     Raises:
         EndpointRefusedError: the endpoint asks for more than `MAX_RETRY_AFTER_S`.
@@ -78,13 +79,13 @@ def wait_s(state: RetryCallState) -> float:
         return _backoff(state)
     if error.retry_after_s > MAX_RETRY_AFTER_S:
         raise EndpointRefusedError(
-            f"The endpoint asks to wait {error.retry_after_s:.0f} s ({error}). Run again after that."
+            f"The endpoint asks to wait {error.retry_after_s:.0f} s ({error}). Run the same command again after that time."
         )
     return error.retry_after_s + random.uniform(0, min(error.retry_after_s, 1.0))
 
 
 def retrying(max_retries: int, sleep: Callable[[float], Awaitable[None]]) -> AsyncRetrying:
-    """Tries once and then `max_retries` times; the last `TryAgainError` is raised when none is left."""
+    """A retrier that tries once and then up to `max_retries` times; if all tries fail, it raises the last `TryAgainError`."""
     return AsyncRetrying(
         stop=stop_after_attempt(max_retries + 1),
         wait=wait_s,

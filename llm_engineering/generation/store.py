@@ -1,4 +1,4 @@
-"""Answers on disk, one JSON line each, under the hash of their request. Only ever appended to."""
+"""Stores answers on disk, one JSON line each, by the hash of their request. The file is only appended to."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from llm_engineering.generation.types import Reply
 logger = logging.getLogger(__name__)
 
 SYNC_EVERY_S = 1.0
-
-
 # In the output folder.
 STORE_FILE = "answers.jsonl"
 
 
 class AnswerStore:
-    """Every answer received, kept before anything else is done with it: a kill at any moment loses none.
+    """Stores every answer before it is used, so that no kill loses an answer.
 
-    A record is one `write` of a whole line on a file opened with O_APPEND, so that records of several processes
-    do not mix. What is written survives the end of the process at once, and a power cut after `SYNC_EVERY_S`.
+    Each record is written as one whole line by one `write` to a file opened with O_APPEND, so that records of several
+    processes do not mix. A written record survives the end of the process at once, and a power cut after `SYNC_EVERY_S`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +33,7 @@ class AnswerStore:
         self.answers: dict[str, Reply] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
-        # A half-written line of a killed process is closed by the next record.
+        # A killed process may have left a line without its end; the next record begins with a line break then.
         self._line_open = bool(content) and not content.endswith(b"\n")
         self._file: int | None = None
         self._synced = time.monotonic()
@@ -50,7 +48,7 @@ class AnswerStore:
             except (ValueError, KeyError, TypeError, AttributeError):
                 unread += 1
         if unread:
-            logger.warning("%s has %d half-written lines: what they held is asked for again", path, unread)
+            logger.warning("%s has %d incomplete lines: their answers are requested again", path, unread)
 
     def __enter__(self) -> Self:
         return self
@@ -61,10 +59,10 @@ class AnswerStore:
         self.close()
 
     def add(self, new: Mapping[str, Reply]) -> None:
-        """Write answers by their key; they are in the file when this returns.
+        """Write answers by their key. When this returns, they are in the file.
 
         Raises:
-            OSError: the disk is full, or the file is gone.
+            OSError: the disk is full, or the file cannot be opened.
         """
         if self._file is None:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -81,7 +79,7 @@ class AnswerStore:
             self._synced = time.monotonic()
 
     def close(self) -> None:
-        """Put everything on the disk and close the file; the next `add` opens it again."""
+        """Write everything to the disk and close the file; the next `add` opens it again."""
         if self._file is not None:
             os.fsync(self._file)
             os.close(self._file)

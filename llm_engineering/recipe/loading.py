@@ -1,4 +1,4 @@
-"""Reads a recipe file: `extends`, `--set`, validation, and errors that name the file and the key."""
+"""Reads a recipe file: merges `extends` and `--set`, validates, and reports errors with the file and the key."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge and validate a recipe.
 
     Args:
-        path: the YAML file; its `extends` key may name another one, relative to it.
+        path: the YAML file. Its key `extends` may name another recipe, by a path relative to this file.
         overrides: `a.b=value` strings, applied last; the value is read as YAML.
 
     Raises:
-        RequestError: names the file (or `--set`), the key's full path, what was wrong and the nearest valid key.
+        RequestError: with the file (or `--set`), the key's full path, what is wrong and the nearest valid key.
     """
     origin: dict[str, str] = {}
     merged = _read(Path(path), origin, ())
@@ -51,13 +51,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_hash(blocks: BaseModel | dict[str, Any]) -> str:
-    """Twelve hex digits that change when any value of the recipe (or of some of its blocks) changes."""
+    """Hash (twelve hex digits) of all values of a recipe, or of some of its blocks."""
     data = blocks.model_dump(mode="json") if isinstance(blocks, BaseModel) else blocks
     return hashlib.sha256(json.dumps(data, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def differences(then: Any, now: Any, prefix: str = "") -> list[str]:
-    """The full paths of the keys whose values differ between two dumped recipes, or parts of them."""
+    """The full paths of the keys that differ between two dumped recipes, or between parts of them."""
     if isinstance(then, dict) and isinstance(now, dict):
         keys = sorted(then.keys() | now.keys())
         return [d for key in keys for d in differences(then.get(key), now.get(key), f"{prefix}{key}.")]
@@ -66,7 +66,9 @@ def differences(then: Any, now: Any, prefix: str = "") -> list[str]:
 
 def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise RequestError(f"{path}: `extends` goes in a circle ({' → '.join(p.name for p in (*seen, path))}).")
+        raise RequestError(
+            f"{path}: `extends` goes in a circle ({' → '.join(p.name for p in (*seen, path))}). Remove one of them."
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -78,12 +80,12 @@ def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[st
     except YAMLError as error:
         raise RequestError(f"{path} is not valid YAML: {_first_line(error)}.") from error
     if not isinstance(data, dict):
-        raise RequestError(f"{path} holds no recipe: expected keys such as `name:` and `model:` at the top level.")
+        raise RequestError(f"{path} is not a recipe: write keys such as `name:` and `model:` at the top level.")
     parent = data.pop("extends", None)
     merged: dict[str, Any] = {}
     if parent is not None:
         if not isinstance(parent, str):
-            raise RequestError(f"{path}: `extends` takes the path of one recipe, not {parent!r}.")
+            raise RequestError(f"{path}: `extends` must be the path of one recipe, not {parent!r}.")
         merged = _read(path.parent / parent, origin, (*seen, path.resolve()))
     _merge(merged, data, origin, str(path), "")
     return merged
@@ -111,27 +113,27 @@ def _first_line(error: YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
     problem = str(getattr(error, "problem", None) or error).splitlines()[0]
-    # The values of a duplicate key are not read yet when they are reported: a block shows as `{}`.
+    # ruamel reports a duplicate key before it has read the values, and shows a block as `{}`. So the values are cut off.
     return where + problem.partition(" with value ")[0]
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every valid key with its full path."""
+    """Yield every valid key with its full path."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        # A block, or a block that may be left out.
+        # The type may be a block or an optional block.
         for annotation in (field.annotation, *get_args(field.annotation)):
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 yield from _keys(annotation, f"{prefix}{name}.")
 
 
 def _nearest(key: str) -> str:
-    """The valid key that a wrong one most likely means: the same name elsewhere, else the closest spelling."""
+    """A sentence with the valid key that the user most likely meant, or with the valid keys of the block."""
     valid = list(_keys(Recipe))
     name = key.rpartition(".")[2]
     same_name = [candidate for candidate in valid if candidate.rpartition(".")[2] == name]
     siblings = [c for c in valid if c.rpartition(".")[0] == key.rpartition(".")[0]]
-    # Whole paths share their beginning, so only the last parts are compared: in the same block, then anywhere.
+    # Paths in one block begin alike, so only the last parts are compared: first in the same block, then in all blocks.
     for candidates in (siblings, valid):
         by_name = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
         near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)

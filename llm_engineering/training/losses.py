@@ -1,12 +1,13 @@
 """Computes losses without padding and without the logits of a whole batch.
 
-Log-probabilities: with a vocabulary of 49,152, the logits of 2,048 tokens are 400 MB in fp32, and a small model spends a
-fifth of its work on them. `token_log_probs` makes them for the trained positions alone, a chunk at a time, and takes their
-gradient at once, as Liger Kernel's fused linear cross-entropy does (arXiv:2410.10989); it runs on any device.
+Log-probabilities: with a vocabulary of 49,152, the logits of 2,048 tokens take 400 MB in fp32, and a small model spends a
+fifth of its work on them. `token_log_probs` computes logits for the trained positions only, a chunk at a time. It computes
+the gradient of a chunk in the forward pass, as Liger Kernel's fused linear cross-entropy does (arXiv:2410.10989). It runs on
+any device.
 
-Attention: packed rows, and batches without padding, are one long row. torch's scaled_dot_product_attention keeps its
-members apart with a mask over the whole square. `attend_by_row` computes only the triangles on the diagonal, member by
-member, with the kernel that needs no mask. FlashAttention does the same in one call, where it is installed.
+Attention: packed rows, and the rows of a batch without padding, are concatenated into one long row. With torch's
+scaled_dot_product_attention, a mask over the whole square must separate the rows. `attend_by_row` instead computes the causal
+triangle of each row with the kernel that needs no mask. If FlashAttention is installed, it does the same in one call.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from transformers.modeling_outputs import CausalLMOutput
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 
-# Rows of logits at a time: 25 MB in fp32 for a vocabulary of 49,152, 66 MB for Llama 3's 128,256.
+# Tokens in a chunk. Their logits take 25 MB in fp32 with a vocabulary of 49,152, and 66 MB with Llama 3's 128,256.
 CHUNK = 128
 
 
 def token_log_probs(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    """Log-probability of each token under the model whose last hidden states and output weights are given.
+    """Compute the log-probability of each token from a model's last hidden states and output weights.
 
     Args:
-        hidden: `(tokens, hidden size)`, each of the position *before* its token.
+        hidden: `(tokens, hidden size)`; each row is the hidden state at the position *before* its token.
         head: output weights, `(vocabulary, hidden size)`.
         tokens: `(tokens,)`, ids.
 
@@ -46,7 +47,7 @@ def token_log_probs(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     if not head.requires_grad:
         log_probs: Tensor = _FrozenHead.apply(hidden, head, tokens)  # type: ignore[no-untyped-call]
         return log_probs
-    # The gradient of the head needs that of each log-probability: the logits are made again for it.
+    # The gradient of the head needs all logits, so the backward pass computes each chunk again.
     parts = [
         checkpoint(_chunk, hidden[start : start + CHUNK], head, tokens[start : start + CHUNK], use_reentrant=False)
         for start in range(0, len(tokens), CHUNK)
@@ -60,8 +61,11 @@ def _chunk(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Of a head that is not trained, the gradient of a log-probability is one vector of the hidden size, which the
-    backward pass scales by what comes from above."""
+    """Log-probabilities for output weights that are not trained.
+
+    The gradient of a log-probability is then one vector of the hidden size. The forward pass computes it, and the backward
+    pass only multiplies it by the incoming gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
@@ -94,20 +98,20 @@ def causal_model(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: ComputeConfig) -> str | None:
-    """Why logits have to be made of whole batches; None if they are the last hidden states times the output weights, and
-    these are here as a whole.
+    """Why the logits of whole batches are needed.
 
-    Some models scale or cap their logits, and an adapter may lie on the head. It is tried on four tokens, so that no
-    list of such models has to be kept.
+    None if the logits are the last hidden states times the output weights, and this process has all of these weights. Some
+    models scale or cap their logits, and an adapter may wrap the output layer. This is tested on four tokens, so the project
+    needs no list of such models.
     """
     model = causal_model(policy)
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
-        return "an adapter lies on the output weights"
+        return "an adapter wraps the output layer"
     if compute.distributed == "fsdp2" or compute.zero_stage == 3:
         return "the output weights are sharded"
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
-        return "the output layer is no plain matrix"
+        return "the output layer is not a plain matrix"
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
     training = model.training
     model.eval()
@@ -116,16 +120,16 @@ def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: Com
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         direct = (hidden @ head.weight.to(hidden.dtype).t()).float()
     model.train(training)
-    # Two ways of computing the same in half precision differ by roundings.
+    # In half precision, two ways of computing the same logits differ by rounding.
     if not torch.allclose(logits, direct, atol=1e-2 * float(logits.abs().max())):
-        return "the model changes them after the output layer"
+        return "the model changes the logits after the output layer"
     return None
 
 
 def take_loss_from_hidden_states(policy: PreTrainedModel | PeftModel) -> None:
-    """Let the model's forward pass, where it is given labels, return the loss alone, without logits.
+    """Make the model's forward pass return only the loss, without logits, if it gets labels.
 
-    The method of the inner model is replaced, so that wrappers around it (adapters, DistributedDataParallel) still work.
+    This replaces the method of the inner model, so that wrappers around it (adapters, DistributedDataParallel) still work.
     """
     model = causal_model(policy)
     plain_forward = model.forward
@@ -143,22 +147,23 @@ def take_loss_from_hidden_states(policy: PreTrainedModel | PeftModel) -> None:
         tokens = labels[:, 1:]
         trained = tokens != IGNORE_INDEX
         log_probs = token_log_probs(hidden[trained], self.get_output_embeddings().weight, tokens[trained])
-        # As transformers' own loss: a mean, over the tokens of all batches of a step where there are several.
+        # A mean, as transformers' own loss: with gradient accumulation, over the tokens of all batches of a step.
         count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=-log_probs.sum() / count)  # type: ignore[arg-type]
 
     model.forward = types.MethodType(forward, model)
 
 
-# Longer rows keep too much for the backward pass: the square of 512 tokens is 5 MB a layer for nine heads.
+# Up to this row length, `_short_row` computes the attention on a CPU in half precision. For longer rows, autograd would save
+# too much: at 512 tokens and nine heads, the attention matrices take 5 MB a layer.
 SHORT = 512
 _NAME = "sdpa_by_row"
 
 
 def attend_by_row(policy: PreTrainedModel | PeftModel) -> bool:
-    """Let a model with `sdpa` attention take `row_lengths` beside its input; returns whether it does.
+    """Make a model with `sdpa` attention accept `row_lengths` beside its input; returns False if it cannot.
 
-    Models with windows keep their masks: a triangle is not what they attend to.
+    Models with sliding-window or chunked attention keep their masks, because their attention is not the plain causal triangle.
     """
     model = causal_model(policy)
     config = model.config.get_text_config()
@@ -173,20 +178,21 @@ def attend_by_row(policy: PreTrainedModel | PeftModel) -> bool:
 
 
 def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
-    """Whether the members of one long row do not see each other: other tokens in the first one leave the second as it is.
+    """Whether rows that are concatenated into one long row do not attend to each other.
 
-    Tried on eight tokens, so that no list of models whose attention reads position ids has to be kept.
+    This is tested on eight tokens: if the first row changes, the hidden states of the second must stay the same. So the
+    project needs no list of the models whose attention reads position ids.
     """
     model = causal_model(policy)
     tokens = torch.arange(4, device=model.device)
-    told: dict[str, Any] = {"position_ids": tokens.repeat(2).unsqueeze(0), "use_cache": False}
+    options: dict[str, Any] = {"position_ids": tokens.repeat(2).unsqueeze(0), "use_cache": False}
     if by_row:
-        told["row_lengths"] = [4, 4]
+        options["row_lengths"] = [4, 4]
     training = model.training
     model.eval()
     with torch.inference_mode():
         first, second = (
-            model.base_model(input_ids=torch.cat([before, tokens]).unsqueeze(0), **told).last_hidden_state[0, 4:]
+            model.base_model(input_ids=torch.cat([before, tokens]).unsqueeze(0), **options).last_hidden_state[0, 4:]
             for before in (tokens, tokens + 4)
         )
     model.train(training)
@@ -194,7 +200,7 @@ def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
 
 
 def row_lengths(position_ids: Tensor) -> list[int]:
-    """Lengths of the members of one long row, `(1, tokens)`, whose positions start at 0 in each."""
+    """Lengths of the rows that are concatenated into one, from its position ids `(1, tokens)`, which start at 0 in each row."""
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()
     return [end - start for start, end in zip(starts, [*starts[1:], position_ids.shape[1]], strict=True)]
 
@@ -208,26 +214,29 @@ def _attention(
     row_lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' functions: query, key and value `(batch, heads, tokens, head size)`, result with tokens second."""
+    """An attention function of transformers.
+
+    query, key and value are `(batch, heads, tokens, head size)`, the result is `(batch, tokens, heads, head size)`.
+    """
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    members = zip(*(_split(part, row_lengths) for part in (query, key, value)), strict=True)
+    rows = zip(*(_split(part, row_lengths) for part in (query, key, value)), strict=True)
     results = [
         _short_row(q, k, v, kwargs["scaling"])
         if query.device.type == "cpu" and v.dtype != torch.float32 and q.shape[2] <= SHORT and not kwargs.get("dropout")
         else sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
-        for q, k, v in members
+        for q, k, v in rows
     ]
     return torch.cat(results, dim=1), None
 
 
 def _short_row(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of one row, written out, as transformers' `eager` computes it.
+    """Causal attention of one row with plain matrix products, as transformers' `eager` computes it.
 
-    On a CPU in half precision it takes a third of the time of torch's fused kernel, whose backward pass is slow there.
+    On a CPU in half precision this takes a third of the time of torch's fused kernel, whose backward pass is slow there.
     """
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
-    # With float32 weights, autocast leaves float32 what the rotary embedding was multiplied with.
+    # With float32 weights under autocast, the rotary embedding leaves query and key in float32.
     query, key = query[0].to(value.dtype), key[0].to(value.dtype)
     key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value[0]))
     scores = torch.baddbmm(_causal(value.dtype)[:, :length, :length], query, key.transpose(1, 2), alpha=scaling)

@@ -1,6 +1,6 @@
-"""Where metrics go: Comet ML, TensorBoard, Weights & Biases.
+"""Sends metrics to Comet ML, TensorBoard and Weights & Biases.
 
-Nothing that happens here can fail a training run: it is said, and training goes on.
+If one of them fails, the error is logged and training continues.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ def check_trackers(config: TrackingConfig) -> None:
         if importlib.util.find_spec(name) is None:
             raise RequestError(
                 f"tracking.report_to names {name}, which is not installed. Install it "
-                f"(pip install 'llm-engineering[{name}]'), or take it out of the list."
+                f"(pip install 'llm-engineering[{name}]'), or remove it from the list."
             )
 
 
 class Trackers:
-    """All places that the metrics of one run go to.
+    """All trackers of one run.
 
-    Comet always, as `tracking.comet` says; TensorBoard and Weights & Biases where `tracking.report_to` names them.
+    Comet is always one of them, with the setting `tracking.comet`; TensorBoard and Weights & Biases are used if
+    `tracking.report_to` names them.
     """
 
     def __init__(self, runs: Mapping[str, CometRun | TensorBoardRun | WandbRun]) -> None:
@@ -42,7 +43,7 @@ class Trackers:
 
     @classmethod
     def start(cls, config: TrackingConfig, settings: Settings, folder: Path, tags: Sequence[str]) -> Trackers:
-        """Start a run of each, named after `folder`, the folder of the training run.
+        """Start a run in each tracker, named after `folder`, the folder of the training run.
 
         Raises:
             RequestError: a package is not installed.
@@ -69,24 +70,24 @@ class Trackers:
             run.log_metrics(numbers, step)
 
     def end(self) -> dict[str, dict[str, str]]:
-        """Close all; where each can be seen, by its name."""
+        """Close all trackers; returns where each run can be seen, by the tracker's name."""
         return {name: run.end() for name, run in self.runs.items()}
 
 
-def _guarded(service: str, what: str, action: Callable[[], object]) -> None:
+def _guarded(service: str, operation: str, action: Callable[[], object]) -> None:
     try:
         action()
-    except Exception as error:  # Services raise their own and their transport's errors; none may end a training run.
-        logger.warning("%s: %s failed (%s: %s); training goes on", service, what, type(error).__name__, error)
+    except Exception as error:  # Trackers raise many kinds of errors, and no tracker may end a training run.
+        logger.warning("%s: %s failed (%s: %s); training continues", service, operation, type(error).__name__, error)
 
 
 class CometRun:
-    """One Comet experiment, or none.
+    """One Comet experiment; without one (`tracking.comet: off`, or Comet failed) the methods do nothing.
 
     Attributes:
         key: the experiment's key; None without an experiment.
-        url: where to see it, when online.
-        archive: the zip that `comet upload` sends later, when offline; it exists after `end`.
+        url: the experiment's page, if it is online.
+        archive: the zip file of an offline experiment, which `comet upload` sends later. It exists after `end`.
     """
 
     def __init__(self) -> None:
@@ -97,15 +98,15 @@ class CometRun:
 
     @classmethod
     def start(cls, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str]) -> CometRun:
-        """Start an experiment: online with a key in the settings, offline without one or if Comet cannot be reached."""
+        """Start an experiment: online if the settings have a key, offline otherwise and if Comet cannot be reached."""
         run = cls()
         if config.comet == "off":
-            logger.info("Comet: off, as the recipe says (tracking.comet)")
+            logger.info("Comet: switched off by the recipe (tracking.comet)")
             return run
         if config.comet == "auto" and settings.comet_api_key is not None:
             run._guard("start", lambda: run._open(config, settings, name, tags, online=True))
             if run.experiment is None:
-                logger.warning("Comet: going on offline, so that no metric is lost")
+                logger.warning("Comet: metrics are stored offline instead, so that they are not lost")
         if run.experiment is None:
             run._guard("start", lambda: run._open(config, settings, name, tags, online=False))
         return run
@@ -119,7 +120,7 @@ class CometRun:
         self._guard("log_metrics", lambda: self.experiment.log_metrics(dict(metrics), step=step))
 
     def end(self) -> dict[str, str]:
-        """Close the experiment: its `key`, and its `url` or `archive`; empty without an experiment."""
+        """Close the experiment; returns its `key` and its `url` or `archive`, or nothing without an experiment."""
         self._guard("end", lambda: self.experiment.end())
         if self.key is None:
             return {}
@@ -127,9 +128,9 @@ class CometRun:
         return {"key": self.key, **{name: text for name, text in place.items() if text}}
 
     def _open(self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str], online: bool) -> None:
-        # Its error tracker would call home, and retry without a network.
+        # Comet would report its own errors to its servers, and retry without a network.
         os.environ.setdefault("COMET_ERROR_TRACKING_ENABLE", "0")
-        # It would patch the frameworks, and asks to be imported before them; we log what we mean to log.
+        # Comet would patch the frameworks to log by itself, and ask to be imported before them.
         os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
         import comet_ml
 
@@ -147,7 +148,7 @@ class CometRun:
                 name=name,
                 tags=list(tags),
                 offline_directory=None if online else str(archives),
-                # What we do not ask for can hold secrets: source, uncommitted changes, output, command line, host.
+                # Switched off, because they can contain secrets: source code, uncommitted changes, output, command line, host.
                 log_code=False,
                 log_git_metadata=False,
                 log_git_patch=False,
@@ -165,15 +166,15 @@ class CometRun:
             logger.info("Comet: %s", self.url)
         else:
             self.archive = archives / f"{self.key}.zip"
-            logger.info("Comet: offline, the archive will be %s (`comet upload` sends it)", self.archive)
+            logger.info("Comet: offline; the archive will be %s (`comet upload` sends it)", self.archive)
 
-    def _guard(self, what: str, action: Callable[[], object]) -> None:
-        if what == "start" or self.experiment is not None:
-            _guarded("Comet", what, action)
+    def _guard(self, operation: str, action: Callable[[], object]) -> None:
+        if operation == "start" or self.experiment is not None:
+            _guarded("Comet", operation, action)
 
 
 class TensorBoardRun:
-    """Event files in a folder, which `tensorboard --logdir` shows."""
+    """Event files in a folder; `tensorboard --logdir` shows them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,7 +184,7 @@ class TensorBoardRun:
         logger.info("TensorBoard: %s (`tensorboard --logdir %s`)", folder, folder)
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Keep them for the text that the first metrics are written with."""
+        """Store hyperparameters and versions; they are written together with the first metrics."""
         self.parameters = dict(parameters)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -191,7 +192,7 @@ class TensorBoardRun:
         _guarded("TensorBoard", "log_metrics", lambda: self._write(metrics, step))
 
     def end(self) -> dict[str, str]:
-        """Close the event file: its `folder`, or nothing if none was written."""
+        """Close the event file; returns its `folder`, or nothing if no metrics were written."""
         if self.writer is None:
             return {}
         _guarded("TensorBoard", "end", lambda: self.writer.close())
@@ -201,7 +202,7 @@ class TensorBoardRun:
         from torch.utils.tensorboard import SummaryWriter
 
         if self.writer is None or step < self.last_step:
-            # A run that was resumed repeats steps after its checkpoint: the former ones are no longer shown.
+            # A resumed run repeats the steps after its checkpoint: TensorBoard must not show the earlier ones.
             self.writer = SummaryWriter(str(self.folder), purge_step=step)
             text = json.dumps(self.parameters, indent=1, default=str)
             self.writer.add_text("parameters", f"```\n{text}\n```", step)
@@ -212,7 +213,7 @@ class TensorBoardRun:
 
 
 class WandbRun:
-    """One Weights & Biases run: online with a key in the settings, else a folder that `wandb sync` sends later."""
+    """One Weights & Biases run: online if the settings have a key, otherwise a folder that `wandb sync` sends later."""
 
     def __init__(self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str]) -> None:
         self.run: Any = None
@@ -221,7 +222,7 @@ class WandbRun:
         if key is not None:
             _guarded("wandb", "start", lambda: self._open(config, settings, name, tags, key.get_secret_value()))
             if self.run is None:
-                logger.warning("wandb: going on offline, so that no metric is lost")
+                logger.warning("wandb: metrics are stored offline instead, so that they are not lost")
         if self.run is None:
             _guarded("wandb", "start", lambda: self._open(config, settings, name, tags, None))
 
@@ -230,11 +231,11 @@ class WandbRun:
         self._guard("log_parameters", lambda: self.run.config.update(dict(parameters)))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step: as a number of its own, for wandb's own counter takes no step twice."""
+        """Log numbers, with the step as one of them, because wandb's own step counter accepts each step only once."""
         self._guard("log_metrics", lambda: self.run.log({**metrics, "step": step}))
 
     def end(self) -> dict[str, str]:
-        """Close the run: its `url`, or its `folder` when offline; empty without a run."""
+        """Close the run; returns its `url`, or its `folder` if it is offline, or nothing without a run."""
         if self.run is None:
             return {}
         self._guard("end", lambda: self.run.finish())
@@ -249,15 +250,15 @@ class WandbRun:
         self.run = wandb.init(
             project=config.project_name,
             name=name,
-            # wandb refuses longer ones.
+            # wandb refuses tags of more than 64 characters.
             tags=[tag[-64:] for tag in tags],
             dir=str(settings.llm_output_dir.resolve()),
-            # A mode that is named never asks for a key.
+            # With an explicit mode, wandb never asks the user for a key.
             mode="offline" if key is None else "online",
             reinit="create_new",
             settings=wandb.Settings(
                 api_key=key,
-                # What we do not ask for can hold secrets: source, output, command line, environment, host.
+                # Switched off, because they can contain secrets: source code, output, command line, environment, host.
                 console="off",
                 disable_code=True,
                 disable_git=True,
@@ -277,6 +278,6 @@ class WandbRun:
             self.place = {"url": str(self.run.url)}
             logger.info("wandb: %s", self.place["url"])
 
-    def _guard(self, what: str, action: Callable[[], object]) -> None:
+    def _guard(self, operation: str, action: Callable[[], object]) -> None:
         if self.run is not None:
-            _guarded("wandb", what, action)
+            _guarded("wandb", operation, action)

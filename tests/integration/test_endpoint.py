@@ -169,7 +169,7 @@ def test_datasets_from_transformers_serve(fresh_project, tmp_path):
         # The server leaves response_format unread, which the run is told before any work.
         refused = fresh_project.run("datasets", *arguments)
         assert refused.code == 2, refused.stderr
-        assert "does not keep to a JSON schema" in refused.stderr
+        assert "does not follow a JSON schema" in refused.stderr
         assert "generation.response_format: prompt" in refused.stderr
         assert not (fresh_project.folder / "outputs" / "answers.jsonl").exists()
 

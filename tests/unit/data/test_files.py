@@ -1,4 +1,4 @@
-"""Files: each record has its place, each broken record a reason, and a damaged file is an error with the remedy."""
+"""Each record of a file has its place, each broken record a reason, and a damaged file is an error with a remedy."""
 
 import io
 import json
@@ -40,11 +40,11 @@ def test_every_container_gives_the_same_records(tmp_path, ending):
         ("arrow", ["row 1", "row 2"]),
     ],
 )
-def test_places(tmp_path, ending, places):
+def test_every_record_has_its_place_in_the_file(tmp_path, ending, places):
     assert [record.place for record in read_records(write(tmp_path / f"rows.{ending}"))] == places
 
 
-def test_both_forms_of_arrow_files(tmp_path):
+def test_both_arrow_formats_are_read(tmp_path):
     table = pa.Table.from_pylist(ROWS)
     with pa.ipc.new_file(tmp_path / "rows.arrow", table.schema) as writer:
         writer.write_table(table)
@@ -58,7 +58,7 @@ def test_rows_are_counted_across_batches(tmp_path):
     assert records[-1].place == "row 2500"
 
 
-def test_an_object_with_one_list(tmp_path):
+def test_a_json_object_with_one_list_holds_the_rows(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps({"version": {"list": [1]}, "none": [], "data": ROWS, "license": "x"}))
     assert values(file) == ROWS
@@ -67,15 +67,15 @@ def test_an_object_with_one_list(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("ending", ["json", "jsonl", "csv"])
-def test_byte_order_marks(tmp_path, encoding, ending):
+def test_byte_order_marks_are_not_part_of_the_text(tmp_path, encoding, ending):
     file = write(tmp_path / f"rows.{ending}")
     text = ("\ufeff" if encoding == "utf-16-be" else "") + file.read_text()
     file.write_text(text, encoding=encoding, newline="")
-    # A text file is read back with universal newlines: the csv module's own "\r\n" is "\n" here.
+    # `read_text` uses universal newlines, so the csv module's "\r\n" is "\n" here.
     assert values(file) == ROWS
 
 
-def test_broken_lines_have_their_numbers(tmp_path):
+def test_broken_lines_are_reported_with_their_numbers(tmp_path):
     file = tmp_path / "rows.jsonl"
     lines = [b'{"a": "x \xe2\x80\xa8 y"}', b'{"a": ', b"", b"[1, 2]", b"  ", b'{"a": "\xff"}', b'{"a": "\\ud800"}']
     lines += [
@@ -100,7 +100,7 @@ def test_broken_lines_have_their_numbers(tmp_path):
     assert all(q.model_dump_json().encode() and len(q.text) <= 200 for q in quarantined)
 
 
-def test_a_json_file_keeps_what_is_around_a_bad_row(tmp_path):
+def test_the_rows_around_a_bad_row_of_a_json_file_are_read(tmp_path):
     file = tmp_path / "rows.json"
     file.write_bytes(
         b'[{"a": "\xff"}, {"a": "\\udc00"}, 7, {"a": NaN}, {"a": 123456789012345678901234567890}, {"a": 1.5}]'
@@ -111,7 +111,7 @@ def test_a_json_file_keeps_what_is_around_a_bad_row(tmp_path):
     assert [type(number) for number in numbers] == [float, int, float]
 
 
-def test_csv_rows_with_a_wrong_number_of_cells(tmp_path):
+def test_csv_rows_with_a_wrong_number_of_cells_are_set_aside(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_bytes(b'instruction,output\nAdd,3\nAdd\nAdd,3,4\n\n"a"b,3\nAdd,\xff\n"Add ""x""","1,\n2"\nlast,row\n')
     assert problems(file) == [
@@ -125,12 +125,12 @@ def test_csv_rows_with_a_wrong_number_of_cells(tmp_path):
     assert [record.place for record in good] == ["line 2", "line 8", "line 10"]
 
 
-def test_a_cell_as_long_as_a_conversation(tmp_path):
+def test_a_cell_may_be_as_long_as_a_conversation(tmp_path):
     long = [{"instruction": "x" * 300_000, "output": "y"}]
     assert values(write(tmp_path / "rows.csv", long)) == long
 
 
-def test_parquet_text_that_is_not_utf8(tmp_path):
+def test_parquet_text_that_is_not_utf8_is_set_aside(tmp_path):
     raw = pa.array([b"good", b"\xff", b"fine"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
     pq.write_table(pa.table({"a": text}), tmp_path / "rows.parquet")
@@ -141,9 +141,13 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("rows.txt", b"x", r"in no known format \(.txt\): datasets are .json, .jsonl, .csv, .parquet, .arrow files"),
+        ("rows.txt", b"x", r"in no known format \(.txt\): Convert it to one of .json, .jsonl, .csv, .parquet, .arrow;"),
         ("rows", b"x", r"in no known format \(no ending\)"),
-        ("rows.parquet.gz", b"x", r"in no known format \(.parquet.gz\): .* .json, .jsonl, .csv also as .gz"),
+        (
+            "rows.parquet.gz",
+            b"x",
+            r"in no known format \(.parquet.gz\): .* .json, .jsonl, .csv files can also be compressed as .gz",
+        ),
         ("rows.json", b"{", "expected a key in double quotes|the file ends"),
         ("rows.json", b'[{"a": 1}, {"a": 2}, {"a" 3}]', r"Expecting ':' delimiter \(line 1\), after \[1\]"),
         ("rows.json", b'[{"a": 1},\n\n {"a": "x', r"the file ends in the middle of a value \(line 3\), after \[0\]"),
@@ -157,25 +161,25 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
         ("rows.csv", b"a,a\n1,2\n", "two columns have the same name"),
         ("rows.parquet", b"nonsense, and enough of it", "rows.parquet cannot be read"),
         ("rows.arrow", b"nonsense, and enough of it", "rows.arrow cannot be read"),
-        ("rows.jsonl.gz", b"nonsense", "is damaged, Not a gzipped file"),
-        ("rows.jsonl", b"\xff\xfe{\x00}", "is not utf-16-le text to its end"),
+        ("rows.jsonl.gz", b"nonsense", r"is damaged \(Not a gzipped file"),
+        ("rows.jsonl", b"\xff\xfe{\x00}", "contains bytes that are not utf-16-le text"),
     ],
 )
-def test_unreadable_files(tmp_path, name, content, words):
+def test_unreadable_files_are_explained(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RequestError, match=words):
         list(read_records(tmp_path / name))
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
-def test_truncated_gz(tmp_path, ending):
+def test_a_truncated_gz_file_is_refused(tmp_path, ending):
     file = write(tmp_path / f"rows.{ending}.gz", [{"a": str(hash(str(n)))} for n in range(5000)])
     file.write_bytes(file.read_bytes()[:-3000])
     with pytest.raises(RequestError, match="is damaged"):
         list(read_records(file))
 
 
-def test_parquet_damaged_in_the_middle(tmp_path):
+def test_a_parquet_file_damaged_in_the_middle_is_refused(tmp_path):
     file = write(tmp_path / "rows.parquet", [{"a": str(n) * 50} for n in range(300)])
     content = bytearray(file.read_bytes())
     content[1000:9000] = b"\xff" * 8000
@@ -184,13 +188,13 @@ def test_parquet_damaged_in_the_middle(tmp_path):
         list(read_records(file))
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(RequestError, match="There is no file"):
         list(read_records(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 64])
-def test_values_are_read_whole_wherever_the_window_cuts_them(window):
+def test_values_are_read_whole_across_window_borders(window):
     rows = [{"a": 'x\\"\u00e9\\', "b": [1.5e10, -12, True, None, {"c": "😀"}]}, [], 123456, -0.5, "s", float("-inf")]
     text = json.dumps({"first": {"x": [1, 2]}, "rows": rows, "n": 12}, indent=1)
     assert list_key(io.StringIO(text), window) == "rows"
@@ -216,7 +220,7 @@ def read(reference):
     return [record.value["instruction"] for record in open_records(str(reference))]
 
 
-def test_folders_that_datasets_saved(tmp_path):
+def test_folders_saved_by_datasets_are_read(tmp_path):
     one, two = Dataset.from_list(ROWS), Dataset.from_list(ROWS[:1])
     one.save_to_disk(tmp_path / "one", num_shards=2)
     DatasetDict(train=one, test=two).save_to_disk(tmp_path / "both")
@@ -235,7 +239,7 @@ def test_folders_that_datasets_saved(tmp_path):
         open_records(f"{tmp_path / 'one' / 'state.json'}#train")
 
 
-def test_folders_of_files(tmp_path):
+def test_folders_of_dataset_files_are_read(tmp_path):
     write(tmp_path / "train-00000-of-00002.parquet", ROWS[:1])
     write(tmp_path / "train-00001-of-00002.parquet", ROWS[1:])
     assert read(tmp_path) == [row["instruction"] for row in ROWS]
@@ -249,7 +253,7 @@ def test_folders_of_files(tmp_path):
         open_records(f"{tmp_path}#test")
 
 
-def test_a_folder_without_a_dataset(tmp_path):
+def test_a_folder_without_a_dataset_is_refused(tmp_path):
     (tmp_path / "notes.bin").write_bytes(b"x")
     with pytest.raises(RequestError, match="in which `datasets` finds no dataset"):
         open_records(str(tmp_path))
@@ -268,7 +272,7 @@ def test_an_unreachable_hub_is_refused_with_the_remedy(reference, settings, monk
         dataset_hash(reference)
 
 
-def test_a_dataset_of_the_hub(tmp_path, settings, monkeypatch):
+def test_a_dataset_of_the_hub_is_read(tmp_path, settings, monkeypatch):
     """Only the two calls to the hub are replaced."""
     write(tmp_path / "train.jsonl")
     calls = []
@@ -293,12 +297,12 @@ def test_a_dataset_of_the_hub(tmp_path, settings, monkeypatch):
 
 
 @pytest.mark.parametrize("reference", ["nowhere.jsonl", "some/rows.jsonl", "./nowhere", "a/b/c"])
-def test_missing_datasets(reference):
+def test_missing_datasets_are_refused(reference):
     with pytest.raises(RequestError, match="There is no file"):
         open_records(reference)
 
 
-def test_the_hash_follows_the_content(tmp_path):
+def test_the_hash_changes_with_the_content(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     file = write(folder / "train.jsonl")

@@ -235,7 +235,7 @@ def test_caps_stop_the_run_and_a_higher_cap_continues_it(cap, higher, answered, 
     with ScriptedEndpoint(lambda asked: completion(GOOD)) as endpoint:
         for _ in range(2):
             # Stored answers count too: the same command spends nothing more.
-            with pytest.raises(WorkError, match="raise it to go on") as raised:
+            with pytest.raises(WorkError, match="raise it to continue") as raised:
                 ask(endpoint, settings, 10, concurrency=1, **cap, **prices)
             assert words in str(raised.value)
             assert len(endpoint.requests) == answered

@@ -57,14 +57,14 @@ def test_set_overrides_last_and_reads_exponents_as_numbers():
         ("sft", ["not of the form key.path=value"]),
     ],
 )
-def test_wrong_override_names_the_key_and_the_nearest(override, words):
+def test_a_wrong_override_names_the_key_and_the_nearest_valid_key(override, words):
     with pytest.raises(RequestError) as error:
         load_recipe(LOCAL, [override])
     for word in words:
         assert word in str(error.value)
 
 
-def test_cross_check_of_two_blocks():
+def test_blocks_that_contradict_each_other_are_refused():
     with pytest.raises(RequestError, match="float16 does not train on compute.device cpu"):
         load_recipe(LOCAL, ["compute.device=cpu", "compute.dtype=float16"])
 
@@ -82,12 +82,12 @@ def test_error_names_the_file_that_holds_the_key(tmp_path):
         ("sft: {seed: 1}\nsft:\n  seed: 2\n", 'line 2, column 1: found duplicate key "sft"\\.$'),
         ("? [1]\n: 2\n", "keys should be strings"),
         ("name: [1\n", "is not valid YAML: line"),
-        ("- a\n", "holds no recipe"),
-        ("", "holds no recipe"),
+        ("- a\n", "is not a recipe"),
+        ("", "is not a recipe"),
         ("extends: nowhere.yaml\n", "There is no recipe file"),
     ],
 )
-def test_broken_files(tmp_path, text, words):
+def test_a_broken_recipe_is_explained(tmp_path, text, words):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(RequestError, match=words):
@@ -100,7 +100,7 @@ def test_blocks_may_share_keys_by_an_anchor(tmp_path):
     assert load_recipe(path).dpo.weight_decay == 0.25
 
 
-def test_extends_in_a_circle(tmp_path):
+def test_a_circle_of_extends_is_refused(tmp_path):
     write(tmp_path / "a.yaml", extends="b.yaml")
     write(tmp_path / "b.yaml", extends="a.yaml")
     with pytest.raises(RequestError, match="goes in a circle"):

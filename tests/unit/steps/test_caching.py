@@ -107,7 +107,7 @@ def test_steps_reach_the_code_that_decides_their_result():
 
 
 def test_every_import_can_be_followed_by_the_hash():
-    """`import llm_engineering.x` without `as` would hide what is used of it."""
+    """With `import llm_engineering.x` without `as`, the hash could not see the names that are used from it."""
     for folder in ("llm_engineering", "steps"):
         for file in (ROOT / folder).rglob("*.py"):
             lines = file.read_text().splitlines()

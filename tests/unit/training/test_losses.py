@@ -1,4 +1,4 @@
-"""Losses without logits, and attention without padding, against the plain ways of computing them."""
+"""Losses without whole logits and attention without padding, compared with the plain computations."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def batch():
 
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("count", [0, 5, CHUNK, 2 * CHUNK + 3])
-def test_log_probs_and_their_gradients_are_those_of_whole_logits(trained_head, count):
+def test_log_probs_and_gradients_equal_those_of_whole_logits(trained_head, count):
     torch.manual_seed(5)
     hidden, head = torch.randn(count, 16, requires_grad=True), torch.randn(50, 16, requires_grad=trained_head)
     tokens, weights = torch.randint(50, (count,)), torch.randn(count)
@@ -57,7 +57,7 @@ def test_log_probs_and_their_gradients_are_those_of_whole_logits(trained_head, c
 
 
 @pytest.mark.parametrize("in_step", [None, 40])
-def test_loss_and_gradients_are_the_models_own(in_step):
+def test_loss_and_gradients_equal_the_models_own(in_step):
     plain, ours = model(), model()
     take_loss_from_hidden_states(ours)
     _, ids, labels, _ = batch()
@@ -70,12 +70,12 @@ def test_loss_and_gradients_are_the_models_own(in_step):
     expected.backward()
     for (name, found), (_, wanted) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
         assert torch.allclose(found.grad, wanted.grad, atol=1e-5), name
-    # Generation and scoring give no labels.
+    # Generation and scoring pass no labels.
     assert torch.equal(ours(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_rows_behind_one_another_have_the_losses_that_they_have_alone(attention):
+def test_concatenated_rows_have_the_same_losses_as_single_rows(attention):
     policy = model(attention=attention)
     assert attend_by_row(policy) == (attention == "sdpa")
     take_loss_from_hidden_states(policy)
@@ -91,7 +91,7 @@ def test_rows_behind_one_another_have_the_losses_that_they_have_alone(attention)
 
 
 @pytest.mark.parametrize("length", [1, 7, losses.SHORT])
-def test_short_rows_in_half_precision_have_torchs_attention(length):
+def test_attention_of_short_rows_in_half_precision_equals_torchs(length):
     torch.manual_seed(6)
     parts = [torch.randn(1, heads, length, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2)]
     found = losses._short_row(*parts, scaling=0.3)
@@ -104,27 +104,27 @@ def test_short_rows_in_half_precision_have_torchs_attention(length):
         assert torch.allclose(gradient.double(), wanted, atol=2e-2 * float(wanted.abs().max()))
 
 
-def test_row_lengths_are_between_the_positions_that_start_again():
+def test_a_row_begins_where_the_positions_start_at_zero():
     assert row_lengths(torch.tensor([[0, 1, 2, 0, 0, 1]])) == [3, 1, 2]
 
 
-def test_models_that_change_their_logits_are_found():
+def test_models_that_need_whole_logits_are_detected():
     capped = model(Gemma2Config(**SHAPE, final_logit_softcapping=0.01))
     assert why_not_from_hidden_states(model(), CPU) is None
-    assert "changes them after the output layer" in why_not_from_hidden_states(capped, CPU)
+    assert "changes the logits after the output layer" in why_not_from_hidden_states(capped, CPU)
     assert capped.training
     on_head = get_peft_model(model(), LoraConfig(target_modules=["lm_head"]))
-    assert "an adapter lies on the output weights" in why_not_from_hidden_states(on_head, CPU)
+    assert "an adapter wraps the output layer" in why_not_from_hidden_states(on_head, CPU)
     sharded = CPU.model_copy(update={"distributed": "fsdp2", "num_processes": 2})
     assert "sharded" in why_not_from_hidden_states(model(), sharded)
 
 
-def test_windows_keep_their_masks():
+def test_models_with_sliding_windows_keep_their_masks():
     assert not attend_by_row(model(MistralConfig(**SHAPE, sliding_window=4)))
 
 
 @pytest.mark.parametrize("by_row", [False, True])
-def test_rows_that_see_each_other_are_found(by_row, monkeypatch):
+def test_rows_that_attend_to_each_other_are_detected(by_row, monkeypatch):
     policy = model()
     assert keeps_rows_apart(policy, by_row=False)
     if by_row:
@@ -132,7 +132,7 @@ def test_rows_that_see_each_other_are_found(by_row, monkeypatch):
         assert keeps_rows_apart(policy, by_row=True)
         monkeypatch.setattr(losses, "_split", lambda part, lengths: [part])
     else:
-        # A decoder that is not told the positions takes all for one row.
+        # A decoder without position ids treats both rows as one.
         whole = policy.model.forward
         policy.model.forward = lambda position_ids, **inputs: whole(**inputs)
     assert not keeps_rows_apart(policy, by_row)

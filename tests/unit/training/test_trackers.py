@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases beside Comet: what they receive, what they keep to themselves, and that none can fail a run."""
+"""Trackers get the numbers of a run but no secrets, and a tracker that fails does not end the run."""
 
 import importlib.util
 import json
@@ -81,7 +81,7 @@ def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
     assert events(tmp_path)["loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
-def test_wandb_without_a_key_is_a_folder_without_secrets(data, setup, settings, monkeypatch):
+def test_wandb_without_a_key_writes_a_folder_without_secrets(data, setup, settings, monkeypatch):
     pytest.importorskip("wandb", reason="needs wandb")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-this-must-stay-here")
     result = train_sft(data, CONFIG, reporting_to(setup, "wandb"), settings, {"run_id": "run-1"})
@@ -94,7 +94,7 @@ def test_wandb_without_a_key_is_a_folder_without_secrets(data, setup, settings, 
         assert secret not in stored
 
 
-def test_wandb_gets_the_key_of_the_settings_and_steps_that_repeat(settings, monkeypatch):
+def test_wandb_gets_the_key_from_the_settings_and_accepts_repeated_steps(settings, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs wandb")
     calls = []
 
@@ -124,7 +124,7 @@ def test_wandb_gets_the_key_of_the_settings_and_steps_that_repeat(settings, monk
     assert "k" * 40 not in repr(Settings())
 
 
-def test_a_tracker_that_fails_ends_no_run(data, setup, settings, monkeypatch, caplog):
+def test_a_tracker_that_fails_does_not_end_the_run(data, setup, settings, monkeypatch, caplog):
     pytest.importorskip("tensorboard", reason="needs tensorboard")
     import wandb
     from torch.utils.tensorboard import SummaryWriter
@@ -138,8 +138,8 @@ def test_a_tracker_that_fails_ends_no_run(data, setup, settings, monkeypatch, ca
         result = train_sft(data, CONFIG, reporting_to(setup, "tensorboard", "wandb"), settings)
     assert math.isfinite(result.summary["train_loss"])
     assert result.summary["trackers"]["wandb"] == {}
-    assert "TensorBoard: log_metrics failed (OSError: no space left); training goes on" in caplog.text
-    assert "wandb: start failed (OSError: no space left); training goes on" in caplog.text
+    assert "TensorBoard: log_metrics failed (OSError: no space left); training continues" in caplog.text
+    assert "wandb: start failed (OSError: no space left); training continues" in caplog.text
 
 
 def test_all_trackers_get_the_same_finite_numbers():
@@ -156,7 +156,7 @@ def test_all_trackers_get_the_same_finite_numbers():
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_what_is_not_installed_is_told_before_anything_runs(name, data, setup, settings, monkeypatch):
+def test_a_missing_package_is_reported_before_anything_runs(name, data, setup, settings, monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda wanted: None if wanted == name else real(wanted))
     with pytest.raises(RequestError, match=rf"report_to names {name}.*pip install 'llm-engineering\[{name}\]'"):
