@@ -141,12 +141,16 @@ def test_parquet_text_that_is_not_utf8_is_set_aside(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("rows.txt", b"x", r"in no known format \(.txt\): Convert it to one of .json, .jsonl, .csv, .parquet, .arrow;"),
+        (
+            "rows.txt",
+            b"x",
+            r"in no known format \(.txt\)\. Convert it to one of .json, .jsonl, .csv, .parquet, .arrow;",
+        ),
         ("rows", b"x", r"in no known format \(no ending\)"),
         (
             "rows.parquet.gz",
             b"x",
-            r"in no known format \(.parquet.gz\): .* .json, .jsonl, .csv files can also be compressed as .gz",
+            r"in no known format \(.parquet.gz\)\. .* .json, .jsonl, .csv files can also be compressed as .gz",
         ),
         ("rows.json", b"{", "expected a key in double quotes|the file ends"),
         ("rows.json", b'[{"a": 1}, {"a": 2}, {"a" 3}]', r"Expecting ':' delimiter \(line 1\), after \[1\]"),
