@@ -94,7 +94,7 @@ def _difference(line: str, lock: str) -> str:
         wanted = Requirement(text)
     except InvalidRequirement as error:
         raise RequestError(
-            f"{lock} has a line that is not a requirement: {line}. Write it anew with `make lock`."
+            f"{lock} has a line that is not a requirement: {line}. Renew it with `make lock`."
         ) from error
     if wanted.marker is not None and not wanted.marker.evaluate():
         return ""
