@@ -285,7 +285,8 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
 def _losses(folder: Path) -> dict[str, float]:
     from datasets import Dataset
 
-    from llm_engineering.evaluation.measures import Models, heldout_loss, labelled_rows
+    from llm_engineering.evaluation.measures import heldout_loss
+    from llm_engineering.evaluation.models import Models, labelled_rows
     from llm_engineering.models.device import choose_device
     from llm_engineering.models.loading import load_model, pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer

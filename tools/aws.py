@@ -1,4 +1,4 @@
-"""The commands that prepare an AWS account for SageMaker jobs: cloud preflight, image and stack."""
+"""The commands `cloud preflight`, `cloud image` and `cloud stack`, which prepare an AWS account for SageMaker jobs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from zenml.enums import StackComponentType
 
-# The images, and the setting that names each. Typer takes several choices from an enumeration alone.
+# Each image with the setting that holds its address. For an argument with several choices, Typer needs an enumeration.
 Target = StrEnum("Target", ["training", "retrain"])
 TARGETS = {"training": "SAGEMAKER_IMAGE", "retrain": "SAGEMAKER_RETRAIN_IMAGE"}
 STACK = "aws"
@@ -34,7 +34,7 @@ STACK = "aws"
 def preflight(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_json: Json = False) -> int:
     """Check what a SageMaker job of a recipe needs.
 
-    Everything that is missing is listed at once, each with its remedy, and the exit code is 2.
+    Every problem is listed with its remedy. If there is one, the exit code is 2.
 
     Example: `llm-engineering cloud preflight --config configs/sagemaker_8b.yaml`
     """
@@ -44,7 +44,7 @@ def preflight(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_j
     recipe, settings = load_recipe(config, overrides or ()), Settings()
     if recipe.compute.sagemaker is None:
         raise RequestError(
-            f"{config} trains here, not on SageMaker: there is nothing to check. Name another one: "
+            f"{config} trains on this machine, not on SageMaker, so there is nothing to check. Choose another recipe: "
             "make preflight CONFIG=configs/sagemaker_8b.yaml"
         )
     account = Account.resolve(recipe.compute.sagemaker, settings)
@@ -53,42 +53,43 @@ def preflight(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_j
         print(json.dumps([problem._asdict() for problem in found]))
         return RequestError.exit_code if any(not problem.is_warning for problem in found) else 0
     check(recipe, account, settings)
-    print(f"Nothing stands in the way of a job in {account.region}.", file=sys.stderr)
+    print(f"All checks passed: a job can run in {account.region}.", file=sys.stderr)
     return 0
 
 
 def image(
     targets: Annotated[
         list[Target] | None,
-        typer.Argument(metavar="[training|retrain]...", help="Which images to build. Default: both."),
+        typer.Argument(metavar="[training|retrain]...", help="The images to build. Default: both."),
     ] = None,
     repository: Annotated[
-        str, typer.Option("--repository", metavar="NAME", help="In ECR. It is made the first time.")
+        str,
+        typer.Option("--repository", metavar="NAME", help="Name of the repository in ECR. The first call creates it."),
     ] = "llm-engineering",
 ) -> int:
     """Build the images of SageMaker jobs and push them to ECR.
 
-    The lines that are printed belong into .env. Docker has to run here.
+    Docker has to run on this machine. Copy the printed lines into .env.
 
     Example: `llm-engineering cloud image training`
     """
     if shutil.which("docker") is None:
         raise RequestError(
-            "Images are built by docker, which is not installed here: https://docs.docker.com/engine/install"
+            "Images are built with docker, which is not installed. Install it: https://docs.docker.com/engine/install"
         )
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     region = Settings().aws_region or boto3.Session().region_name
     if not region:
-        raise RequestError("No region is known: set AWS_REGION in .env, or `region` in ~/.aws/config.")
+        raise RequestError("No AWS region is set: set AWS_REGION in .env, or `region` in ~/.aws/config.")
     ecr = boto3.Session(region_name=region).client("ecr")
     try:
         address = _repository(ecr, repository)
         login = ecr.get_authorization_token()["authorizationData"][0]
     except (BotoCoreError, ClientError) as error:
         raise WorkError(
-            f"ECR in {region} cannot be used: {error}. docs/aws/launcher.json lists what is needed."
+            f"ECR in {region} cannot be used: {error}. docs/aws/launcher.json lists the permissions that you need."
         ) from error
     user, _, password = base64.b64decode(login["authorizationToken"]).decode().partition(":")
     registry = address.partition("/")[0]
@@ -96,17 +97,17 @@ def image(
     for target in targets or TARGETS:
         image = f"{address}:{tag(target)}"
         folder = PROJECT_ROOT / "docker"
-        # SageMaker's machines are x86-64, whatever this one is.
+        # SageMaker's machines are x86-64, even if this machine is not.
         _docker("build", "--platform", "linux/amd64", "--target", target, "--tag", image, str(folder))
         _docker("push", image)
         print(f"{TARGETS[target]}={image}")
-    print("Put these lines into .env.", file=sys.stderr)
+    print("Copy these lines into .env.", file=sys.stderr)
     return 0
 
 
 def stack(
     bucket: Annotated[
-        str | None, typer.Option("--bucket", metavar="NAME", help="The bucket. Default: SAGEMAKER_BUCKET.")
+        str | None, typer.Option("--bucket", metavar="NAME", help="The bucket in S3. Default: SAGEMAKER_BUCKET.")
     ] = None,
     prefix: Annotated[
         str, typer.Option("--prefix", metavar="FOLDER", help="The folder in the bucket.")
@@ -115,8 +116,8 @@ def stack(
 ) -> int:
     """Register a ZenML stack that keeps artifacts in S3.
 
-    It becomes the active stack. Runs stay on this machine. No credentials are stored: S3 is reached with those of the
-    environment.
+    The stack becomes the active one. Runs still take place on this machine. No credentials are stored: ZenML uses the
+    AWS credentials of the environment.
 
     Example: `llm-engineering cloud stack --bucket my-bucket`
     """
@@ -127,19 +128,19 @@ def stack(
     client = Client()
     if off:
         client.activate_stack("default")
-        print("Artifacts are kept on this machine again; those in S3 stay where they are.")
+        print("New artifacts are stored on this machine again. Artifacts in S3 stay there.")
         return 0
     bucket = bucket or Settings().sagemaker_bucket
     if not bucket:
-        raise RequestError("No bucket is known: set SAGEMAKER_BUCKET in .env, or name one with --bucket.")
+        raise RequestError("No bucket is set: set SAGEMAKER_BUCKET in .env, or name a bucket with --bucket.")
     if importlib.util.find_spec("s3fs") is None:
         raise RequestError(
-            "ZenML reaches S3 with s3fs, which is not installed: pip install -c requirements.lock -e '.[aws]'"
+            "ZenML reads and writes S3 with s3fs, which is not installed. Install it: pip install -c requirements.lock -e '.[aws]'"
         )
     path = f"s3://{bucket}/{prefix.strip('/')}"
     kind = StackComponentType.ARTIFACT_STORE
     stores = {store.configuration.get("path"): store for store in client.list_stack_components(type=kind).items}
-    # A store's path cannot be changed once it holds artifacts, so each path has a store of its own.
+    # The path of a store with artifacts cannot be changed, so each path has its own store.
     store = stores.get(path) or client.create_stack_component(
         name=f"{STACK}-{bucket}-{len(stores)}", flavor="s3", component_type=kind, configuration={"path": path}
     )
@@ -149,18 +150,18 @@ def stack(
     else:
         client.create_stack(name=STACK, components=components)
     client.activate_stack(STACK)
-    print(f"Stack {STACK} is active: artifacts of new runs are kept in {path}. `make stack-aws ARGS=--off` goes back.")
+    print(f"Stack {STACK} is active: new artifacts are stored in {path}. `make stack-aws ARGS=--off` undoes this.")
     return 0
 
 
 def tag(target: str) -> str:
-    """Names an image by what is in it: its target, and the hash of its lock."""
+    """The tag of an image: its target and the hash of its lock file, which decides its content."""
     lock = PROJECT_ROOT / "docker" / f"{target}.lock"
     return f"{target}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
 
 
 def _repository(ecr: Any, name: str) -> str:
-    """The repository's address; it is made the first time."""
+    """Find or create the repository; returns its address."""
     try:
         found = ecr.describe_repositories(repositoryNames=[name])["repositories"]
     except ecr.exceptions.RepositoryNotFoundException:
@@ -170,12 +171,12 @@ def _repository(ecr: Any, name: str) -> str:
 
 
 def _docker(*arguments: str, given: str | None = None) -> None:
-    """Run docker, its output shown as it comes.
+    """Run docker, and show its output on stderr.
 
     Raises:
-        WorkError: it failed.
+        WorkError: docker failed.
     """
-    # An attestation would make it an index of manifests, which SageMaker does not take.
+    # With an attestation, the image would be an index of manifests, which SageMaker refuses.
     environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
     done = subprocess.run(
         ["docker", *arguments],  # noqa: S607
@@ -187,6 +188,6 @@ def _docker(*arguments: str, given: str | None = None) -> None:
     )
     if done.returncode:
         raise WorkError(
-            f"`docker {arguments[0]}` failed (exit code {done.returncode}); what it said stands above. "
-            "If it cannot connect to its daemon, start that."
+            f"`docker {arguments[0]}` failed with exit code {done.returncode}. Its messages are above. "
+            "If it cannot connect to the docker daemon, start the daemon."
         )

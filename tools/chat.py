@@ -1,4 +1,4 @@
-"""The commands that ask a model: chat talks to the promoted one, compare asks every model of a version the same."""
+"""The commands `chat`, which talks to one model, and `compare`, which asks all models of a version the same question."""
 
 from __future__ import annotations
 
@@ -19,23 +19,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llm_engineering.chat")
 
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", help="An answer is cut when it has so many tokens.")
+    int,
+    typer.Option(
+        "--max-new-tokens", metavar="N", help="Maximum length of an answer in tokens. A longer answer is cut."
+    ),
 ]
 Temperature = Annotated[
-    float, typer.Option("--temperature", metavar="T", help="0 always takes the most probable token; 0.7 to 1 varies.")
+    float,
+    typer.Option(
+        "--temperature", metavar="T", help="0 always chooses the most probable token. With 0.7 to 1, answers vary."
+    ),
 ]
 TopP = Annotated[
     float,
     typer.Option(
-        "--top-p", metavar="P", help="Draw from the most probable tokens that together reach this probability."
+        "--top-p", metavar="P", help="Choose only among the most probable tokens whose probabilities add up to P."
     ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", help="The same seed gives the same answer. Default: another each time."),
+    typer.Option("--seed", metavar="N", help="The same seed gives the same answer. Default: a new seed for each call."),
 ]
 System = Annotated[
-    str | None, typer.Option("--system", metavar="TEXT", help="A system message in front of the conversation.")
+    str | None, typer.Option("--system", metavar="TEXT", help="A system message at the start of the conversation.")
 ]
 
 
@@ -43,7 +49,8 @@ def chat(
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", metavar="TEXT", help="One question. Without it, a conversation begins.")
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", help="One question. Without this option, a conversation begins."),
     ] = None,
     version: Version = None,
     max_new_tokens: MaxNewTokens = 200,
@@ -54,15 +61,17 @@ def chat(
 ) -> int:
     """Talk to the promoted model.
 
-    The answer is printed while it is written. On a terminal and without --prompt, a conversation begins; an empty line,
-    Ctrl-D or Ctrl-C ends it.
+    The answer is printed while it is generated. Without --prompt, a conversation begins, which needs a terminal. An empty line,
+    Ctrl-D or Ctrl-C ends the conversation.
 
     Example: `llm-engineering chat --prompt "What is a list?" --temperature 0.7 --seed 1`
     """
     if prompt is None and not sys.stdin.isatty():
-        raise RequestError('There is no question and no terminal. Ask one: make chat PROMPT="What is a list?"')
+        raise RequestError(
+            '--prompt is missing, and a conversation needs a terminal. Ask one question: make chat PROMPT="What is a list?"'
+        )
     if prompt is not None and not prompt.strip():
-        raise RequestError('There is no question. Ask one: make chat PROMPT="What is a list?"')
+        raise RequestError('The question is empty. Ask one: make chat PROMPT="What is a list?"')
     _check_length(max_new_tokens)
     recipe = load_recipe(config, overrides or ())
 
@@ -90,7 +99,7 @@ def chat(
         return _converse(conversation, beginning)
     messages = [*beginning, Message(role="user", content=prompt)]
     if not conversation.has_room(messages):
-        raise RequestError(f"{_too_long(max_new_tokens)}. Shorten it, or lower --max-new-tokens.")
+        raise RequestError(f"{_too_long(max_new_tokens)}. Shorten the question, or lower --max-new-tokens.")
     _say_end(conversation.answer(messages).stopped, max_new_tokens)
     return 0
 
@@ -108,12 +117,12 @@ def compare(
 ) -> int:
     """Ask the base model and the trained models the same question.
 
-    The answers of base, SFT and DPO model are shown side by side. Every model draws with the same seed.
+    The answers of the base, SFT and DPO models are shown side by side. All models use the same seed.
 
     Example: `llm-engineering compare --prompt "What is a list?"`
     """
     if not prompt.strip():
-        raise RequestError('There is no question. Ask one: make compare PROMPT="What is a list?"')
+        raise RequestError('The question is empty. Ask one: make compare PROMPT="What is a list?"')
     _check_length(max_new_tokens)
     recipe = load_recipe(config, overrides or ())
 
@@ -121,7 +130,7 @@ def compare(
     from rich.table import Table
 
     from llm_engineering.data.rows import Message
-    from llm_engineering.evaluation.measures import Models
+    from llm_engineering.evaluation.models import Models
     from llm_engineering.models.device import choose_device
     from llm_engineering.models.loading import load_model
     from llm_engineering.models.tokenizer import load_tokenizer
@@ -136,7 +145,7 @@ def compare(
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
-    # Saved with what was trained: every model is asked with the template of training, as evaluation does.
+    # The tokenizer is saved with the trained model. All models get the chat template of training, as in the evaluation.
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(found.folders[found.name])), settings)
     base = load_model(found.base, settings, choose_device(recipe.compute.here))
     messages = [Message(role="user", content=prompt)]
@@ -144,7 +153,7 @@ def compare(
         messages.insert(0, Message(role="system", content=system))
         check_system(messages, tokenizer)
     if not has_room(messages, base, tokenizer, max_new_tokens):
-        raise RequestError(f"{_too_long(max_new_tokens)}. Shorten it, or lower --max-new-tokens.")
+        raise RequestError(f"{_too_long(max_new_tokens)}. Shorten the question, or lower --max-new-tokens.")
     models = Models(base, found.folders, tokenizer, 1, recipe.evaluation.repetition_penalty)
     _say_seed(sampling, seed)
     shown = Table(title=prompt, title_justify="left", title_style="bold")
@@ -155,12 +164,12 @@ def compare(
             reply = answer(
                 model, tokenizer, messages, max_new_tokens, sampling, repetition_penalty=models.repetition_penalty
             )
-        end = "ended by itself" if reply.stopped else f"cut at {max_new_tokens} tokens"
+        end = "complete" if reply.stopped else f"cut at {max_new_tokens} tokens"
         shown.add_column(name if name == "base" else name.upper(), overflow="fold", ratio=1)
         answers.append((reply.text, end))
     shown.add_row(*(text for text, _ in answers), end_section=True)
     shown.add_row(*(f"[{end}]" for _, end in answers))
-    # A fixed width off a terminal: logs and pipes are not cut to 80 columns.
+    # Without a terminal, rich would use 80 columns, which is too narrow for logs and pipes.
     Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False).print(shown)
     return 0
 
@@ -169,16 +178,16 @@ def _converse(conversation: Conversation, beginning: list[Message]) -> int:
     """Ask and answer on the terminal, until an empty line, Ctrl-D or Ctrl-C."""
     from llm_engineering.data.rows import Message
 
-    logger.info("Ask; an empty line, Ctrl-D or Ctrl-C ends it.")
+    logger.info("Type a question. An empty line, Ctrl-D or Ctrl-C ends the conversation.")
     messages = list(beginning)
     try:
         while asked := _ask():
             question = Message(role="user", content=asked)
             if not conversation.has_room([*beginning, question]):
-                logger.info("[%s: ask a shorter one]", _too_long(conversation.max_new_tokens))
+                logger.info("[%s: ask a shorter question]", _too_long(conversation.max_new_tokens))
                 continue
             if not conversation.has_room([*messages, question]):
-                logger.info("[the conversation is longer than the model can read: it begins anew]")
+                logger.info("[the conversation is longer than the model's context: a new one begins]")
                 messages = list(beginning)
             messages.append(question)
             reply = conversation.answer(messages)
@@ -190,11 +199,11 @@ def _converse(conversation: Conversation, beginning: list[Message]) -> int:
 
 
 def _ask() -> str:
-    """A line from the terminal; empty at its end."""
+    """Read a line from the terminal; returns an empty text at the end of the input."""
     print("> ", end="", flush=True)
     line = sys.stdin.readline()
     if not line:
-        # The cursor still stands behind the prompt.
+        # Ctrl-D leaves the cursor in the line of the prompt.
         print()
     return line.strip()
 
@@ -205,15 +214,15 @@ def _check_length(max_new_tokens: int) -> None:
 
 
 def _too_long(max_new_tokens: int) -> str:
-    return f"The question is longer than the model can read beside an answer of {max_new_tokens} tokens"
+    return f"The question and an answer of {max_new_tokens} tokens do not fit into the model's context"
 
 
 def _say_seed(sampling: Sampling, given: int | None) -> None:
-    """Name a seed that was drawn, so that an answer can be had again."""
+    """Log a seed that was drawn, so that the user can repeat the answer."""
     if sampling.temperature > 0 and given is None:
-        logger.info("Drawing with --seed %d", sampling.seed)
+        logger.info("Using --seed %d", sampling.seed)
 
 
 def _say_end(stopped: bool, max_new_tokens: int) -> None:
     if not stopped:
-        logger.info("[not ended: the answer was cut at %d tokens, --max-new-tokens]", max_new_tokens)
+        logger.info("[the answer was cut at %d tokens: raise --max-new-tokens for a longer one]", max_new_tokens)

@@ -1,7 +1,7 @@
 """The command line: `llm-engineering COMMAND`, which is `python -m tools.cli COMMAND`.
 
-COMMANDS lists every command. The module of a command is imported when the command is called, so that help and the
-refusal of a wrong recipe take about a second. Import this module before ZenML: it sets the variables that ZenML reads.
+COMMANDS lists every command. A command's module is imported only when the command is called, so `--help` and the error
+for a wrong recipe take about a second. Import this module before ZenML: it sets the variables that ZenML reads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-# Before any of these libraries is imported: they read them then.
+# Set before these libraries are imported, because they read the variables during the import.
 os.environ.setdefault("ZENML_ANALYTICS_OPT_IN", "false")
 os.environ.setdefault("ZENML_LOGGING_VERBOSITY", "CRITICAL")
 os.environ.setdefault("ZENML_ENABLE_RICH_TRACEBACK", "false")
@@ -35,26 +35,32 @@ from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 PROGRAM = "llm-engineering"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = "configs/local.yaml"
-# Help texts are docstrings: Markdown joins their lines and sets code apart.
+# Help texts are docstrings. Markdown joins their lines and highlights code.
 MARKUP: Literal["markdown"] = "markdown"
 
 # Options that several commands have.
-Config = Annotated[str, typer.Option("--config", metavar="FILE", help="The recipe.")]
+Config = Annotated[str, typer.Option("--config", metavar="FILE", help="The recipe file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe. May be given several times."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the recipe. Repeat the option for more keys."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on the last line of stdout.")]
 Version = Annotated[
     str | None,
-    typer.Option("--version", metavar="N", help="A model version. Default: the one in production, else in staging."),
+    typer.Option(
+        "--version",
+        metavar="N",
+        help="Number of a model version. Default: the version in production; if there is none, the version in staging.",
+    ),
 ]
-VersionNumber = Annotated[str, typer.Argument(metavar="VERSION", help="Its number, as `models list` shows it.")]
-Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="Why. The note is kept with the version.")]
+VersionNumber = Annotated[
+    str, typer.Argument(metavar="VERSION", help="Number of the model version, as `models list` shows it.")
+]
+Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="The reason. It is saved with the version.")]
 
 
 class Entry(NamedTuple):
-    """A command: its name (with its group's in front), the module and function behind it, and what it does."""
+    """A command: its name with the group before it, its function as `module:function`, and the first line of its help."""
 
     name: str
     target: str
@@ -62,8 +68,8 @@ class Entry(NamedTuple):
 
 
 GROUPS = {
-    "models": "List, promote, check and hand over the versions of a recipe's model.",
-    "schedule": "Retrain at fixed times, as a SageMaker job or by a timer of this machine.",
+    "models": "List, promote, check, export and publish the versions of a recipe's model.",
+    "schedule": "Retrain at fixed times, as a SageMaker job or with a timer on this machine.",
     "cloud": "Prepare an AWS account for SageMaker jobs.",
 }
 
@@ -83,20 +89,20 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry("serve", "serve:serve", "Serve a model OpenAI-compatibly on this machine until Ctrl-C."),
         Entry("models list", "model_stages:list_versions", "List the versions of a model."),
         Entry("models promote", "model_stages:promote", "Move a model version to production."),
-        Entry("models rollback", "model_stages:rollback", "Put the former production version back."),
+        Entry("models rollback", "model_stages:rollback", "Move the previous production version back to production."),
         Entry("models lineage", "provenance:lineage", "Show where a model version comes from, with hashes."),
-        Entry("models verify", "provenance:verify", "Compare the files of a model version with what was recorded."),
+        Entry("models verify", "provenance:verify", "Check the files of a model version against the recorded hashes."),
         Entry("models export", "handover:export", "Merge, verify and register a model, and write its files."),
         Entry("models push", "handover:push", "Publish a merged, verified model on the Hugging Face Hub."),
     ],
     "Schedules and cloud": [
-        Entry("schedule create", "schedule:create", "Make a schedule."),
+        Entry("schedule create", "schedule:create", "Create a schedule."),
         Entry("schedule list", "schedule:list_schedules", "List schedules with their next and last runs."),
         Entry("schedule change", "schedule:change", "Change the time or the recipe of a schedule."),
-        Entry("schedule pause", "schedule:pause", "Pause a schedule: it fires no more."),
+        Entry("schedule pause", "schedule:pause", "Pause a schedule, so that it starts no more runs."),
         Entry("schedule resume", "schedule:resume", "Resume a paused schedule."),
-        Entry("schedule run", "schedule:run_now", "Start now what a schedule starts."),
-        Entry("schedule remove", "schedule:remove", "Remove a schedule with everything that it made."),
+        Entry("schedule run", "schedule:run_now", "Start a run of a schedule now."),
+        Entry("schedule remove", "schedule:remove", "Remove a schedule and everything that was created for it."),
         Entry("cloud preflight", "aws:preflight", "Check what a SageMaker job of a recipe needs."),
         Entry("cloud image", "aws:image", "Build the images of SageMaker jobs and push them to ECR."),
         Entry("cloud stack", "aws:stack", "Register a ZenML stack that keeps artifacts in S3."),
@@ -123,7 +129,7 @@ def command_line() -> TyperGroup:
     application = typer.Typer(
         cls=Group,
         rich_markup_mode=MARKUP,
-        # The commands inherit it.
+        # The commands inherit this setting.
         context_settings={"help_option_names": ["--help", "-h"]},
         help="From documents to a fine-tuned, evaluated and promoted language model.\n\n"
         f"Begin with `{PROGRAM} run sft`, then ask the model with `{PROGRAM} chat`.",
@@ -146,28 +152,28 @@ def command_line() -> TyperGroup:
 
 
 class Command(TyperCommand):
-    """A command with `--debug`, whose errors become a sentence and an exit code."""
+    """A command with the option `--debug`. It prints an error as one sentence and returns an exit code."""
 
     def __init__(self, name: str | None, **settings: Any) -> None:
         super().__init__(name, **settings)
         self.params.append(get_command(_DEBUG).params[0])
 
     def invoke(self, ctx: Any) -> int:
-        """Run it."""
+        """Run the command; returns its exit code."""
         debug = ctx.params.pop("debug")
         start_logging(debug)
         return exit_code(lambda: super(Command, self).invoke(ctx), debug)
 
 
 class Unloaded(TyperCommand):
-    """A command whose module is not imported: it has a name and one line of help."""
+    """A command before its module is imported: it has only a name and one line of help."""
 
     def __init__(self, name: str, entry: Entry, panel: str | None) -> None:
         super().__init__(name, help=entry.line, rich_help_panel=panel, rich_markup_mode=MARKUP)
         self.target = entry.target
 
     def load(self) -> Any:
-        """The command itself; its options are those of its function."""
+        """Import the module; returns the command with the options of its function."""
         module, _, function = self.target.partition(":")
         alone = typer.Typer(add_completion=False, rich_markup_mode=MARKUP)
         alone.command(self.name, cls=Command)(getattr(importlib.import_module(f"tools.{module}"), function))
@@ -175,14 +181,14 @@ class Unloaded(TyperCommand):
 
 
 class Group(TyperGroup):
-    """Commands that are loaded when they are called. Without a command, it shows its help."""
+    """A group of commands, whose modules are imported when they are called."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Take no command as a wish for help."""
+        """Show the help if no command is given."""
         return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command, and load it."""
+        """Find the command, and import its module."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, command.load() if isinstance(command, Unloaded) else command, rest
 
@@ -192,11 +198,11 @@ _DEBUG = typer.Typer(add_completion=False)
 
 @_DEBUG.command()
 def _debug(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
-    """Holds the option that every command has."""
+    """A command with the option that `Command` adds to every command."""
 
 
 def start_logging(debug: bool) -> None:
-    """Plain lines on stderr for this project's log, so that stdout holds results alone."""
+    """Write this project's log as plain lines to stderr, so that stdout contains only results."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("llm_engineering")
@@ -205,10 +211,10 @@ def start_logging(debug: bool) -> None:
 
 
 def prepare_zenml() -> None:
-    """Tell ZenML where the sources are, and leave the terminal to this project's own log lines.
+    """Set ZenML's source root, and remove its log handler for the terminal.
 
-    Without the first, ZenML takes the folder of the tool that runs. ZenML's other handler, which keeps the log of
-    each step for the dashboard, stays.
+    Without a source root, ZenML uses the folder of the script that runs. ZenML's other handler stays: it stores the
+    log of each step for the dashboard.
     """
     from zenml.logger import ZenMLConsoleHandler
     from zenml.utils.source_utils import set_custom_source_root
@@ -220,7 +226,7 @@ def prepare_zenml() -> None:
 
 
 def exit_code(work: Callable[[], int], debug: bool) -> int:
-    """Run a command; errors become a sentence on stderr and an exit code: 2 a wrong request, 1 failed work."""
+    """Run a command, print an error as one sentence to stderr, and return the exit code."""
     try:
         return work()
     except (RequestError, WorkError) as error:
@@ -229,12 +235,12 @@ def exit_code(work: Callable[[], int], debug: bool) -> int:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("Interrupted. What was finished is kept: the same command goes on from there.", file=sys.stderr)
+        print("Interrupted. Finished work is saved: run the same command again to continue.", file=sys.stderr)
         return INTERRUPTED
-    except Exception as error:  # The last line of defence: said aloud, with the way to see all of it.
+    except Exception as error:  # An unexpected error is printed with a hint how to see its traceback.
         if debug:
             traceback.print_exc()
-        hint = "" if debug else " Run again with --debug (ARGS=--debug) to see where."
+        hint = "" if debug else " Run the command again with --debug (ARGS=--debug) to see the traceback."
         print(f"Error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
         return 1
 

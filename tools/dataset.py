@@ -1,4 +1,4 @@
-"""The commands on datasets: inspect reports on a file, push-dataset publishes a dataset of the last run."""
+"""The commands `inspect`, which reports on a dataset file, and `push-dataset`, which publishes a dataset of a run."""
 
 from __future__ import annotations
 
@@ -31,25 +31,29 @@ def inspect(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="A file, a folder that datasets saved, or a hub id. #split after it chooses a split."
+            metavar="DATA",
+            help="A file, a folder saved by `datasets`, or the id of a dataset on the hub. Append #SPLIT to choose a split.",
         ),
     ],
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="EVAL_FILE", help="Look for the rows of this file in DATA.")
+        str | None,
+        typer.Option(
+            "--against", metavar="EVAL_FILE", help="Report rows of this evaluation file that are also in DATA."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> int:
     """Report on a dataset file without training on it.
 
-    It names the format, the rows that would be set aside with their reasons, duplicates and lengths in tokens, and says
-    whether the file is fit to train on. The recipe gives the tokenizer and the rules.
+    The report shows the format, the rows that would be set aside and why, the duplicates, the lengths in tokens, and
+    whether the file is fit to train on. The tokenizer and the rules come from the recipe.
 
     Example: `llm-engineering inspect rows.jsonl --against evaluation.jsonl`
     """
     if file in ("", "."):
-        raise RequestError("There is no file to inspect. Name one: make inspect DATA=rows.jsonl")
+        raise RequestError("The name of a dataset is missing. Add it: make inspect DATA=rows.jsonl")
     recipe = load_recipe(config, overrides or ())
 
     from llm_engineering.models.loading import pin_revision
@@ -70,21 +74,32 @@ def inspect(
 
 def push_dataset(
     kind: Annotated[
-        Literal["instruction", "preference"], typer.Argument(help="Questions with answers, or pairs of answers.")
+        Literal["instruction", "preference"],
+        typer.Argument(
+            help="Dataset to publish: instruction (questions with answers) or preference (pairs of answers)."
+        ),
     ],
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
     repo: Annotated[
-        str | None, typer.Option("--repo", metavar="OWNER/NAME", help="Instead of the one in the recipe's data.hub.")
+        str | None,
+        typer.Option(
+            "--repo", metavar="OWNER/NAME", help="The repository on the hub. Default: the one in the recipe's data.hub."
+        ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everyone see it. Without it, it is private.")] = False,
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public", help="Publish in a public repository. Default: as data.hub.private of the recipe says."
+        ),
+    ] = False,
     allow_secrets: Annotated[
-        bool, typer.Option("--allow-secrets", help="Publish it although credentials were found in it.")
+        bool, typer.Option("--allow-secrets", help="Publish the dataset even if credentials were found in it.")
     ] = False,
 ) -> int:
     """Publish a dataset of the last run on the Hugging Face Hub.
 
-    The licence stands in the recipe: `--set data.hub.license=cc-by-4.0`.
+    The recipe must name the licence: `--set data.hub.license=cc-by-4.0`.
 
     Example: `llm-engineering push-dataset instruction --repo someone/handbook-questions`
     """
@@ -92,14 +107,14 @@ def push_dataset(
     hub = recipe.data.hub
     if hub is None:
         raise RequestError(
-            "The recipe does not say under which licence the data may be published. Add it, e.g. "
+            "The recipe names no licence for publishing the data. Add one, for example "
             "--set data.hub.license=cc-by-4.0 (`other` if it has no short name)."
         )
     named = hub.instruction_repo_id if kind == "instruction" else hub.preference_repo_id
     repo_id = repo or named
     if repo_id is None:
         raise RequestError(
-            f"No repository is named for the {kind} dataset: add --repo owner/name, or "
+            f"The repository for the {kind} dataset is not set: add --repo owner/name, or "
             f"data.hub.{kind}_repo_id to the recipe."
         )
     private = hub.private and not public
@@ -147,10 +162,14 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def _newest(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVersionResponse]:
-    """The newest run's model version that holds a dataset of this kind, and the dataset."""
+    """The newest model version with a dataset of this kind, and the dataset.
+
+    Raises:
+        RequestError: no version has one.
+    """
     from zenml.client import Client
 
-    # A cached dataset is older than the run that used it last, so the runs are asked, not the artifacts.
+    # The newest artifact may not be the last one used: a run can reuse an older one from the cache.
     try:
         versions = Client().list_model_versions(model=recipe.name, sort_by="desc:number", size=100).items
     except KeyError:
@@ -159,42 +178,42 @@ def _newest(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVe
         artifact = version.get_artifact(f"{kind}_dataset")
         if artifact is not None:
             return version, artifact
-    raise RequestError(f"There is no {kind} dataset of {recipe.name} yet. `make datasets` makes one.")
+    raise RequestError(f"{recipe.name} has no {kind} dataset yet. Create one: `make datasets`.")
 
 
 def _made_with(dataset: ArtifactVersionResponse, recipe: Recipe, kind: str) -> Recipe:
     """The recipe that the dataset was made with.
 
     Raises:
-        RequestError: it differs from the present one in what decides the rows.
+        RequestError: it differs from the given recipe in keys that decide the rows.
     """
     try:
         made_with = Recipe.model_validate(_parameters(dataset)["recipe"])
     except (KeyError, ValidationError) as error:
         raise RequestError(
             f"The newest {kind} dataset of {recipe.name} was made with another version of the recipe's schema. "
-            "Make it anew: `make datasets`."
+            "Create it again: `make datasets`."
         ) from error
     different = differences(_deciding(made_with, kind), _deciding(recipe, kind))
     if different:
         raise RequestError(
             f"The newest {kind} dataset of {recipe.name} was made with another recipe: {', '.join(different)} differ. "
-            "Make it anew (`make datasets`), or give the recipe it was made with."
+            "Create it again (`make datasets`), or use the recipe that it was made with."
         )
     return made_with
 
 
 def _parameters(dataset: ArtifactVersionResponse) -> dict[str, Any]:
-    """What the pipeline run that made the dataset was given."""
+    """The parameters of the pipeline run that created the dataset."""
     return dataset.run.config.parameters or {}
 
 
 def _deciding(recipe: Recipe, kind: str) -> dict[str, Any]:
-    """The part of a recipe that decides the rows."""
+    """The keys of a recipe that decide the rows of a dataset."""
     other = {"preferences", "test_preferences"} if kind == "instruction" else set()
     return {
         "seed": recipe.seed,
-        # The revision is pinned when a run starts.
+        # Without the revision: only the stored recipe has it, because it is pinned when a run starts.
         "model": {"name_or_path": recipe.model.name_or_path},
         **recipe.model_dump(mode="json", include={"documents", "generation"}),
         "data": recipe.data.model_dump(mode="json", exclude={"hub", *other}),
@@ -210,14 +229,14 @@ def _facts(
     dataset: DatasetDict,
     rows: DatasetDict,
 ) -> CardFacts:
-    """What the runs recorded about the dataset."""
+    """The facts for the dataset card, from the metadata of the runs."""
     from llm_engineering.publish import dataset_card
 
     own = made_with.data.instructions if kind == "instruction" else made_with.data.preferences
     candidates = version.get_artifact(f"{kind}_candidates")
     formatted = version.get_artifact(FORMATTED[kind])
     recorded = candidates.run_metadata if candidates else {}
-    # Pairs come from instructions, which the prompts asked for.
+    # Generated pairs come from the instructions, so the prompts are recorded with those.
     instructions = version.get_artifact("instruction_candidates")
     asked: Any = instructions.run_metadata if instructions and not own else {}
     base = f"{made_with.model.name_or_path}@{made_with.model.revision}"

@@ -1,4 +1,4 @@
-"""Hands a model over: models export writes its files, models push publishes it, both with its card."""
+"""The commands `models export`, which writes the files of a model, and `models push`, which publishes a model."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ def export(
     overrides: Overrides = None,
     version: Version = None,
     file_format: Annotated[
-        Literal["safetensors", "gguf"], typer.Option("--format", help="gguf is one file, for llama.cpp.")
+        Literal["safetensors", "gguf"],
+        typer.Option("--format", help="File format. gguf writes one file, for llama.cpp."),
     ] = "safetensors",
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="PATH", help="A new folder, or with --format gguf a new file."),
+        typer.Option("--output", metavar="PATH", help="A new folder; with --format gguf, a new file."),
     ] = None,
 ) -> int:
     """Merge, verify and register a model, and write its files.
 
-    Without --output, the folder of the registered model is printed. Nothing that exists is replaced.
+    Without --output, the command prints the folder of the registered model. Existing files are never replaced.
 
     Example: `llm-engineering models export --format gguf --output model.gguf`
     """
     recipe = load_recipe(config, overrides or ())
     is_gguf = file_format == "gguf"
     if is_gguf and output is None:
-        raise RequestError("GGUF is one file: say where, e.g. OUTPUT=model.gguf.")
+        raise RequestError("The name of the GGUF file is missing. Add it, for example OUTPUT=model.gguf.")
     if output is not None:
         _check_output(output, is_gguf)
     from llm_engineering.publish.model_card import render_model_card
@@ -79,13 +80,19 @@ def push(
     overrides: Overrides = None,
     version: Version = None,
     repo: Annotated[
-        str | None, typer.Option("--repo", metavar="OWNER/NAME", help="Instead of the recipe's hub.repo_id.")
+        str | None,
+        typer.Option(
+            "--repo", metavar="OWNER/NAME", help="The repository on the hub. Default: the recipe's hub.repo_id."
+        ),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everyone see it. Without it, it is private.")] = False,
+    public: Annotated[
+        bool,
+        typer.Option("--public", help="Publish in a public repository. Default: as hub.private of the recipe says."),
+    ] = False,
 ) -> int:
     """Publish a merged, verified model on the Hugging Face Hub.
 
-    The licence stands in the recipe: `--set hub.license=apache-2.0`.
+    The recipe must name the licence: `--set hub.license=apache-2.0`.
 
     Example: `llm-engineering models push --repo someone/handbook-assistant`
     """
@@ -93,12 +100,12 @@ def push(
     hub = recipe.hub
     if hub is None:
         raise RequestError(
-            "The recipe does not say under which licence the model may be published. Add it, e.g. "
+            "The recipe names no licence for publishing the model. Add one, for example "
             "--set hub.license=apache-2.0 (`other` if it has no short name)."
         )
     repo_id = repo or hub.repo_id
     if repo_id is None:
-        raise RequestError("No repository is named: add --repo owner/name, or hub.repo_id to the recipe.")
+        raise RequestError("The repository is not set: add --repo owner/name, or hub.repo_id to the recipe.")
     private = hub.private and not public
 
     from llm_engineering.publish.hub import check_repo_id, find_token, publish
@@ -115,8 +122,8 @@ def push(
     base = base_licence(found.base.name_or_path, hub)
     if base is None:
         raise RequestError(
-            f"The licence of the base model {found.base.name_or_path} is not known here, and the model is made of it: "
-            "add it to the recipe, e.g. --set hub.base_license=llama3.1."
+            f"The licence of the base model {found.base.name_or_path} is unknown, and the card must name it. "
+            "Add it to the recipe, for example --set hub.base_license=llama3.1."
         )
     logger.info("Model:       %s", found.described)
     folder = merged_model(found, recipe, settings)
@@ -130,7 +137,10 @@ def push(
 
 
 def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
-    """What the card of a merged model says; `recipe` is the present one, which says how it is published.
+    """The facts for the card of a merged model.
+
+    Args:
+        recipe: the recipe of the command, for the licences and the repository. All else comes from the version's recipe.
 
     Raises:
         RequestError: the version was made with another version of the recipe's schema, or was not evaluated.
@@ -147,11 +157,14 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     except (KeyError, ValidationError) as error:
         raise RequestError(
             f"Version {number} of {recipe.name} was made with another version of the recipe's schema, or its run ended "
-            "before the gate: make it anew with the run command."
+            "before the gate. Run the training command again."
         ) from error
     own = newest_artifacts(found.version)
     if "evaluation_report" not in own:
-        raise RequestError(f"Version {number} of {recipe.name} was not evaluated: its card would say nothing of it.")
+        raise RequestError(
+            f"Version {number} of {recipe.name} was not evaluated, so its card would have no results. "
+            "Run the training command again."
+        )
     kinds = {"instruction": "formatted_sft", **({"preference": "formatted_dpo"} if found.name == "dpo" else {})}
     report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
     adapter = own[f"{found.name}_adapter"]
@@ -188,7 +201,7 @@ def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse],
 
     dataset = own[f"{kind}_dataset"]
     facts: Any = dataset.run_metadata
-    # Generated pairs are made of the instructions, and so of what those were made of.
+    # Generated pairs are made from the instructions, so both have the same origin.
     source = _own_dataset(recipe, kind)
     origin = own[f"{kind}_candidates"] if source is not None else own.get("documents", own["instruction_candidates"])
     return DatasetFacts(
@@ -204,15 +217,20 @@ def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse],
 
 
 def _check_output(output: Path, is_gguf: bool) -> None:
-    """Refuse a place that holds something, before any work."""
+    """Refuse an output path that already exists (an empty folder is accepted), before any work."""
     if is_gguf and output.exists():
-        raise RequestError(f"OUTPUT {output} exists: name another file, nothing is replaced.")
+        raise RequestError(f"OUTPUT {output} exists, and existing files are never replaced. Choose another file.")
     if is_gguf and not output.parent.is_dir():
-        raise RequestError(f"OUTPUT {output} cannot be written: there is no folder {output.parent}.")
+        raise RequestError(
+            f"OUTPUT {output} cannot be written: the folder {output.parent} does not exist. Create it first."
+        )
     if not is_gguf and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RequestError(f"OUTPUT {output} exists and is no empty folder: name another one, nothing is replaced.")
+        raise RequestError(f"OUTPUT {output} exists and is not an empty folder. Choose another folder.")
 
 
 def _is_ours(file: str) -> bool:
-    """Whether a file of a repository is one that a model consists of: left over, old weights would be loaded."""
+    """Whether a file of the repository is part of a model. `publish` removes such files if this push does not write them.
+
+    Otherwise, for example, an old weight file could be loaded together with the new ones.
+    """
     return "/" not in file and file.endswith((".safetensors", ".json", ".jinja"))

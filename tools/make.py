@@ -1,7 +1,8 @@
 """Turns a target of the Makefile and its variables into a command: python -m tools.make TARGET [PYTHON-ARGUMENT ...]
 
-Values come through the environment, where neither make nor a shell reads them. Of the environment's variables, only those
-count that MAKE_GIVEN names: the Makefile lists there what stands on make's command line (WSL, for one, sets NAME).
+Values are passed as environment variables, so that neither make nor a shell expands them. Only the variables that
+MAKE_GIVEN lists are used: the Makefile writes into it the variables of make's command line, and CONFIG and ARGS also if
+the environment sets them. Other variables may come from the system; WSL, for example, sets NAME.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ GIVEN = "MAKE_GIVEN"
 
 
 class Target(NamedTuple):
-    """What a target calls.
+    """The command of a target.
 
     Attributes:
         command: the words after `llm-engineering`.
-        options: the variables that become options of the same name.
-        argument: the variable that becomes the argument.
-        default: the argument, where the variable is not given.
+        options: variables that become options of the same name.
+        argument: variable that becomes the argument.
+        default: value of the argument if the variable is not given.
     """
 
     command: str
@@ -87,11 +88,12 @@ def command(target: str, environment: Mapping[str, str]) -> list[str]:
     """The words after `llm-engineering` for a target.
 
     Raises:
-        RequestError: the words of ARGS cannot be told apart.
+        RequestError: ARGS cannot be split into words.
     """
     words, options, argument, default = TARGETS[target]
     given = environment.get(GIVEN, "").split()
-    # Joined, so that a value that begins with a hyphen is no option. ARGS come later: of two values, the last counts.
+    # Joined with "=", because a separate value with a leading hyphen would be read as an option. ARGS come later, because
+    # the last value of an option counts.
     named = [f"--{name.lower()}={environment[name]}" for name in options if name in given]
     found = [*words.split(), *named, *extra(environment)]
     if argument is not None:
@@ -100,17 +102,17 @@ def command(target: str, environment: Mapping[str, str]) -> list[str]:
 
 
 def extra(environment: Mapping[str, str]) -> Sequence[str]:
-    """The words of ARGS, told apart as a shell does, but with nothing in them expanded.
+    """The words of ARGS, split as by a shell, but without any expansion.
 
     Raises:
-        RequestError: a quote is not closed, or a backslash stands at the end.
+        RequestError: a quote is not closed, or ARGS ends with a backslash.
     """
     text = environment["ARGS"] if "ARGS" in environment.get(GIVEN, "").split() else ""
     try:
         return shlex.split(text)
     except ValueError as error:
         raise RequestError(
-            f"ARGS {text} cannot be taken apart: {error}. Close the quote, or put a \\ before it."
+            f"ARGS {text} cannot be split into words: {error}. Close the quote, or put a \\ before it."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The commands that list the versions of a model and move them between stages: models list, promote, rollback."""
+"""The commands `models list`, `models promote` and `models rollback`: the versions of a model and their stages."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Json, Note, Overrides, VersionNumber, prepare_zenml
 
-# As the report of the evaluation calls them.
+# Measures in the table, under their names in the evaluation report.
 SHOWN = ("heldout_loss", "preference_accuracy", "rouge_l")
 
 
 def list_versions(
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of versions.")] = 20,
     as_json: Json = False,
 ) -> int:
     """List the versions of a model.
 
-    The recipe says which model is meant.
+    The name in the recipe is the name of the model.
 
     Example: `llm-engineering models list --limit 5`
     """
@@ -39,7 +39,7 @@ def list_versions(
         print(json.dumps({"model": recipe.name, "versions": versions}))
         return 0
     if not versions:
-        print(f"There is no version of {recipe.name} yet. `make run-sft` makes the first one.")
+        print(f"{recipe.name} has no version yet. Create the first one: `make run-sft`.")
         return 0
     table = Table("Version", "Stage", "Model", "Gate", *SHOWN, "Data", "Made (UTC)", title=recipe.name)
     for version in versions:
@@ -63,19 +63,19 @@ def promote(
     overrides: Overrides = None,
     note: Note = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Promote also a version that did not pass its gate. Needs --note.")
+        bool, typer.Option("--force", help="Promote the version even if it did not pass its gate. Needs --note.")
     ] = False,
 ) -> int:
     """Move a model version to production.
 
-    The version has to have passed its gate against the version that is in production now.
+    The version must have passed its gate, and the gate must have compared it with the current production version.
 
     Example: `llm-engineering models promote 3 --note "better on the new documents"`
     """
     note = note.strip()
     if force and not note:
         raise RequestError(
-            "--force needs a NOTE that says why: make promote VERSION=… ARGS=--force NOTE='who asked for it, and why'"
+            "--force needs a NOTE with the reason: make promote VERSION=… ARGS=--force NOTE='who asked for it, and why'"
         )
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
@@ -86,9 +86,14 @@ def promote(
     production = stages(recipe.name).production
     now = production[-1].number if production else None
     if now == found.number:
-        raise RequestError(f"{recipe.name} version {now} is in production already.")
+        raise RequestError(
+            f"{recipe.name} version {now} is already in production. Choose another version: `make models` lists them."
+        )
     if adapter_of(found) is None:
-        raise RequestError(f"{recipe.name} version {found.number} has no model: its run ended before. See make runs.")
+        raise RequestError(
+            f"{recipe.name} version {found.number} has no model, because its run ended before training was complete. "
+            "See `make runs`, and choose another version."
+        )
     against = now
     if not force:
         artifact = found.get_artifact("promotion_decision")
@@ -96,8 +101,8 @@ def promote(
         if decision is None or not decision.passed:
             why = "Its run ended before the gate." if decision is None else decision.reason
             raise RequestError(
-                f"{recipe.name} version {found.number} has not passed its gate. {why} To promote it all the same: "
-                "ARGS=--force NOTE='why'."
+                f"{recipe.name} version {found.number} has not passed its gate. {why} To promote it anyway, add "
+                "ARGS=--force NOTE='reason'."
             )
         against = decision.incumbent
     try:
@@ -105,20 +110,21 @@ def promote(
     except StaleError as error:
         if force:
             raise RequestError(
-                f"Production of {recipe.name} has changed since the command began: version {found.number} is not "
-                "promoted. See `make models`, and repeat the command if it still holds."
+                f"Production of {recipe.name} changed while the command ran, so version {found.number} was not "
+                "promoted. See `make models`, and run the command again if you still want to promote it."
             ) from error
         raise RequestError(
-            f"{recipe.name} version {found.number} passed its gate, but {error}. Run it again to be judged against that "
-            "(training comes from the cache), or promote it all the same: ARGS=--force NOTE='why'."
+            f"{recipe.name} version {found.number} passed its gate, but {error}. Run the training command again: the gate then "
+            "compares with the current production version, and training comes from the cache. To promote this version anyway, "
+            "add ARGS=--force NOTE='reason'."
         ) from error
-    former = f"version {now} was there before, `make rollback` puts it back" if now is not None else "the first one"
-    print(f"{recipe.name} version {found.number} is in production: {former}.")
+    former = f" Version {now} was there before: `make rollback` restores it." if now is not None else ""
+    print(f"{recipe.name} version {found.number} is in production.{former}")
     return 0
 
 
 def rollback(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, note: Note = "") -> int:
-    """Put the former production version back.
+    """Move the previous production version back to production.
 
     Example: `llm-engineering models rollback --note "answers are too long"`
     """
@@ -132,7 +138,7 @@ def rollback(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, note:
 
 
 def _described(version: Any) -> dict[str, Any]:
-    """What the table shows of a model version; `measures` are those of the model that its run ended with."""
+    """A model version as a row of the table; `measures` are those of the last model that its run trained."""
     from pipelines.registry import adapter_of
     from tools.versions import newest_artifacts
 

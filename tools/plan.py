@@ -1,6 +1,6 @@
-"""What is known before a run starts: its steps, the memory and time it will take, and what it reads from outside.
+"""Plans and checks a run before it starts: its steps, its memory and time, and everything that it reads.
 
-`preflight` checks everything that can be checked before costly work, and pins the model's revision and the inputs.
+`preflight` checks everything that can be checked before costly work. It pins the model's revision and hashes the inputs.
 """
 
 from __future__ import annotations
@@ -54,21 +54,21 @@ from tools.cli import PROJECT_ROOT
 
 logger = logging.getLogger("llm_engineering.run")
 
-# A scheduled job runs the files of a checkout without its history: whoever sent them says which they were.
+# Environment variable of a scheduled job with the commit of its code. The job has the files, but not the git history.
 CODE_VARIABLE = "LLM_CODE_VERSION"
-# Keys of the client that say how answers are fetched, and not which.
+# Keys of the client that change how answers are fetched, but not the answers.
 _HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
 # English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
 CHARACTERS_PER_TOKEN = 4
-# A chat template's own tokens around a question and an answer.
+# Tokens that a chat template adds around a question and an answer.
 TEMPLATE_TOKENS = 30
-# Files whose bytes are about their characters.
+# File formats in which the number of bytes is about the number of characters: they are not compressed.
 _PLAIN = (".json", ".jsonl", ".csv")
 GIB = 2**30
 
 
 def stages_of(pipeline: str) -> list[str]:
-    """The training stages of a pipeline."""
+    """The training stages of a pipeline, in order."""
     return {"datasets": [], "sft": ["sft"], "dpo": ["dpo"], "retrain": ["sft", "dpo"]}[pipeline]
 
 
@@ -89,20 +89,20 @@ def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
 
 
 def print_plan(pipeline: str, recipe: Recipe) -> None:
-    """Print the resolved recipe as YAML, the steps, and the memory and time that training would take here."""
+    """Print the resolved recipe as YAML, the steps, and an estimate of the memory and time of training."""
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")
     if pipeline == "dpo":
-        print("If no SFT model of this recipe is registered, sft runs first.")
+        print("If no SFT model of this recipe is registered, the pipeline sft runs first.")
     print("\n" + "\n".join(estimate_lines(recipe, stages_of(pipeline))))
 
 
 def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
-    """The recipe with its model's exact revision, and hashes of what it reads.
+    """Check everything that a run needs; returns the recipe with the model's exact revision, and hashes of its inputs.
 
     Raises:
-        RequestError: a file or model is missing, a dataset is in no known format, a folder cannot be written to,
-            or this machine lacks what the recipe asks for.
+        RequestError: a file or model is missing, the format of a dataset is unknown, a folder cannot be written to,
+            or this machine lacks something that the recipe needs.
     """
     Settings().check_writable()
     uses_unsloth = _check_machine(recipe)
@@ -144,9 +144,10 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
 
 
 def _check_machine(recipe: Recipe) -> bool:
-    """Check that training can run where the recipe says; whether unsloth will be its backend.
+    """Check the device, the processes and the method of training; returns whether unsloth will be the backend.
 
-    A machine of SageMaker's is not here to be asked: with `backend: auto` only the job knows.
+    For SageMaker this is True only if the recipe says `backend: unsloth`. With `backend: auto` the job decides, because
+    only the job can inspect its machine.
     """
     compute = recipe.compute
     if compute.target == "sagemaker":
@@ -160,13 +161,17 @@ def _check_machine(recipe: Recipe) -> bool:
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
-    """Render two turns. The embedded model's own template is known to be right; the model is unpacked when needed."""
+    """Check the chat template.
+
+    The embedded model's own template is known to be correct. It is not checked, so that the model is unpacked only when a
+    step needs it.
+    """
     if recipe.model.name_or_path != EMBEDDED_MODEL or recipe.formatting.chat_template is not None:
         check_chat_template(load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template))
 
 
 def _check_client(recipe: Recipe) -> None:
-    """Ask the endpoint for one word, if the recipe lets one write anything."""
+    """Send the endpoint one small request, if the recipe uses an endpoint to write questions, answers or rejected answers."""
     writing = recipe.generation
     if recipe.data.instructions is None:
         check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
@@ -175,7 +180,7 @@ def _check_client(recipe: Recipe) -> None:
 
 
 def code_version() -> str:
-    """The commit of this project, with `+changes` if files differ from it; where there is no git, what CODE_VARIABLE says."""
+    """The commit of this project, with `+changes` if files differ from it. CODE_VARIABLE takes precedence, if it is set."""
     if os.environ.get(CODE_VARIABLE):
         return os.environ[CODE_VARIABLE]
     git = ["git", "-C", str(PROJECT_ROOT)]
@@ -188,7 +193,7 @@ def code_version() -> str:
 
 
 def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -> str | None:
-    """Open datasets once, so that a wrong one is told now, and hash them; None where none is named."""
+    """Open the datasets, so that an unreadable one is refused now; returns their hash, or None if the recipe names none."""
     named = [reference for reference in references if reference is not None]
     for reference in named:
         open_dataset(reference, kind, config)
@@ -196,22 +201,22 @@ def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -
 
 
 def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
-    """What training takes here, as lines for people. Nothing is downloaded but the model's configuration."""
+    """An estimate of the memory and time of training, as lines of text. Only the model's configuration is downloaded."""
     if not stages:
         return []
     lines: list[str] = []
     try:
-        device = _a_card(recipe) if recipe.compute.sagemaker else _device(recipe)
+        device = _other_device(recipe) if recipe.compute.sagemaker else _device(recipe)
     except RequestError as error:
         lines.append(f"This machine cannot train this recipe: {error}")
-        device = _a_card(recipe)
+        device = _other_device(recipe)
     try:
         found = {stage: _shapes(recipe, stage, device) for stage in stages}
     except (OSError, ValueError) as error:
         reason = f"the configuration of {recipe.model.name_or_path} cannot be read ({_first(error)})"
         return [*lines, f"No estimate: {reason}."]
     here = not lines and recipe.compute.sagemaker is None
-    where = "On this machine" if here else "On a card"
+    where = "On this machine" if here else "On another machine"
     if recipe.compute.sagemaker is not None:
         where = f"On {recipe.compute.sagemaker.instance_type}"
     lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
@@ -226,12 +231,12 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
             lines += [f"WARNING: {warning}"] if warning else []
             lines.append(f"{stage}: {_time(recipe, stage, config, found[stage], rate, device)}")
     if recipe.compute.backend == "unsloth" or device.backend == "unsloth":
-        lines.append("These figures are those of transformers: unsloth is to take less memory and time.")
+        lines.append("This estimate is for transformers. unsloth should need less memory and time.")
     return lines
 
 
 def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Log a warning for each stage that will need more memory than is free. Of a machine elsewhere nothing is known.
+    """Log a warning for each stage that may need more memory than is free on this machine. SageMaker jobs are not checked.
 
     Raises:
         RequestError: this machine cannot train the recipe.
@@ -244,7 +249,7 @@ def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
         try:
             found = _shapes(recipe, stage, device)
         except (OSError, ValueError) as error:
-            logger.warning("The memory of %s cannot be estimated: %s", stage, _first(error))
+            logger.warning("The memory that %s needs cannot be estimated: %s", stage, _first(error))
             continue
         warning = _warning(recipe, stage, config, _memory(recipe, config, found, device), device)
         if warning:
@@ -252,7 +257,7 @@ def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
 
 
 def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
-    """How many tokens an epoch has, at most, and how that is known; None where only the data itself can tell."""
+    """The maximum number of tokens of an epoch, and its source; None if it is unknown before the data is prepared."""
     own = recipe.data.instructions if stage == "sft" else recipe.data.preferences
     split = recipe.data.split
     share = 1 - split.validation_fraction - split.test_fraction
@@ -290,8 +295,8 @@ def _device(recipe: Recipe) -> Device:
     return choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
 
 
-def _a_card(recipe: Recipe) -> Device:
-    """A card that is not here, for what the recipe would need on one; a CPU elsewhere, if it asks for that."""
+def _other_device(recipe: Recipe) -> Device:
+    """A device of another machine, for the estimate: a CUDA card, or a CPU if `compute.device` is cpu."""
     dtype = torch.bfloat16 if recipe.compute.dtype == "auto" else getattr(torch, recipe.compute.dtype)
     return Device("cpu" if recipe.compute.device == "cpu" else "cuda", dtype, "sdpa", [])
 
@@ -318,7 +323,7 @@ def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, de
     where = "the card" if device.name == "cuda" else "this machine"
     return (
         f"{stage} may need {memory.total / GIB:.1f} GiB of memory, and {where} has {free / GIB:.1f} GiB free. "
-        f"If it does not suffice: {remedy(config, stage, recipe.sft.method)}."
+        f"If memory runs out: {remedy(config, stage, recipe.sft.method)}."
     )
 
 
@@ -332,7 +337,7 @@ def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: 
         f"{rate / 1e9:,.0f} GFLOP a second that matrix products reach here"
     )
     if known is None:
-        return f"about {how}; how many tokens there are is known when the data is formatted"
+        return f"about {how}; the number of tokens is known only after the data is formatted"
     epoch, source = known
     tokens = epoch * config.num_train_epochs
     if config.max_steps > 0:

@@ -1,4 +1,4 @@
-"""Where a model version comes from, and whether its files are as they were recorded: models lineage, models verify."""
+"""The commands `models lineage`, which shows a model version's origin, and `models verify`, which checks its files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
 
-# Which of a version's artifacts the others are the origin of.
+# The artifacts from which the lineage is followed back. All other artifacts of the version are among their origins.
 ENDS = ("promotion_decision", "evaluation_report", "dpo_adapter", "sft_adapter")
 
 
 class Finding(BaseModel):
-    """Something that is not as it was recorded; `unknown` where nothing was recorded or it cannot be looked up."""
+    """A file that differs from its record; `unknown` if there is no record, or if it cannot be compared."""
 
     where: str
     file: str
@@ -37,7 +37,7 @@ def lineage(
 ) -> int:
     """Show where a model version comes from, with hashes.
 
-    It leads back over adapters and datasets to the files that were read.
+    The lineage leads from the gate's decision over adapters and datasets back to the files that were read.
 
     Example: `llm-engineering models lineage 3`
     """
@@ -81,10 +81,10 @@ def lineage(
 def verify(
     version: VersionNumber, config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_json: Json = False
 ) -> int:
-    """Compare the files of a model version with what was recorded.
+    """Check the files of a model version against the recorded hashes.
 
-    What was changed, lost or added since is listed, for its artifacts, the files they were read from, and the base
-    model. The exit code is 1 if anything differs or cannot be told.
+    The command checks the version's artifacts, the files that they were read from, and the base model. It lists files
+    that were changed, lost or added. The exit code is 1 if a file differs or cannot be checked.
 
     Example: `llm-engineering models verify 3`
     """
@@ -106,9 +106,9 @@ def verify(
         return 1 if findings else 0
     if not findings:
         print(f"{recipe.name} version {found.number}: {len(artifacts)} artifacts, their sources and the base model "
-              "are as they were recorded.")  # fmt: skip
+              "are unchanged.")  # fmt: skip
         return 0
-    table = Table("Where", "File", "What", "Detail", title=f"{recipe.name} version {found.number}: not as recorded")
+    table = Table("Where", "File", "What", "Detail", title=f"{recipe.name} version {found.number}: differences")
     for finding in findings:
         table.add_row(finding.where, finding.file, finding.what, finding.detail)
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
@@ -116,17 +116,20 @@ def verify(
 
 
 def _lineage(model: str, version: Any) -> dict[str, Any]:
-    """A model version's artifacts back to the documents, with hashes.
+    """A model version's artifacts with their origins, back to the documents, and their hashes.
 
     Raises:
-        RequestError: its run ended before there was a model.
+        RequestError: the version has no model.
     """
     from pipelines.registry import adapter_of, history
     from tools.versions import newest_artifacts, producer, sources_of, with_origins
 
     adapter = adapter_of(version)
     if adapter is None:
-        raise RequestError(f"{model} version {version.number} has no model: its run ended before. See `make runs`.")
+        raise RequestError(
+            f"{model} version {version.number} has no model, because its run ended before training was complete. "
+            "See `make runs`, and choose another version."
+        )
     own = newest_artifacts(version)
     chain = list(with_origins([own[name] for name in ENDS if name in own]))
     facts = version.run_metadata
@@ -172,7 +175,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def differing(where: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Finding]:
-    """What differs between two sets of hashes by file."""
+    """The differences between the recorded and the current hashes, which are given by file name."""
     for file in sorted(then.keys() | now.keys()):
         if file not in now:
             yield Finding(where=where, file=file, what="lost")
@@ -183,14 +186,14 @@ def differing(where: str, then: Mapping[str, str], now: Mapping[str, str]) -> It
 
 
 def _artifact(artifact: Any) -> Iterator[Finding]:
-    """The files of an artifact against the manifest, and the manifest against its hash in ZenML's store."""
+    """Compare the files of an artifact with its manifest, and the manifest with its hash in ZenML's database."""
     from zenml.client import Client
 
     from steps.materializers import MANIFEST, file_hashes
 
     where, store = _name(artifact), Client().active_stack.artifact_store
     if artifact.content_hash is None:
-        yield Finding(where=where, file="", what="unknown", detail="no hashes were recorded when it was made")
+        yield Finding(where=where, file="", what="unknown", detail="its hashes were never recorded")
         return
     if not store.exists(artifact.uri):
         yield Finding(where=where, file=artifact.uri, what="lost", detail="the whole artifact")
@@ -198,19 +201,21 @@ def _artifact(artifact: Any) -> Iterator[Finding]:
     path = os.path.join(artifact.uri, MANIFEST)
     now = file_hashes(artifact.uri, store)
     if not store.exists(path):
-        yield Finding(where=where, file=MANIFEST, what="lost", detail="its files cannot be told from others")
+        yield Finding(
+            where=where, file=MANIFEST, what="lost", detail="without it, changed files of this artifact cannot be found"
+        )
         return
     with store.open(path, "rb") as file:
         manifest: bytes = file.read()
     if hashlib.sha256(manifest).hexdigest() != artifact.content_hash:
-        yield Finding(where=where, file=MANIFEST, what="changed", detail="what it says of the files is not reliable")
+        yield Finding(where=where, file=MANIFEST, what="changed", detail="the hashes in it cannot be trusted")
     lines = manifest.decode("utf-8", "replace").splitlines()
     then = {name: value for value, _, name in (line.partition("  ") for line in lines)}
     yield from differing(where, then, now)
 
 
 def _sources(artifact: Any) -> Iterator[Finding]:
-    """The user's files that an artifact was read from, or measured with."""
+    """Compare the user's files that an artifact was read from, or evaluated with, with their recorded hashes."""
     from llm_engineering.data.sources import dataset_hash
     from llm_engineering.documents.fingerprints import recipe_fingerprints
     from llm_engineering.evaluation.requirements import files_hash
@@ -243,7 +248,10 @@ def _sources(artifact: Any) -> Iterator[Finding]:
 
 
 def _base_model(version: Any) -> Iterator[Finding]:
-    """The base model's folder or package; a commit of the hub names its content."""
+    """Compare the base model with its recorded revision.
+
+    Only a folder or the embedded model can change. A model of the hub is pinned to a commit.
+    """
     from llm_engineering.models.loading import pin_revision
     from pipelines.registry import adapter_of
 

@@ -1,4 +1,4 @@
-"""What runs came to: the tables a run ends with, the list of the last runs, and runs whose process was killed."""
+"""Results of runs: the tables at the end of a run, the list of the last runs, and the repair of killed runs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ logger = logging.getLogger("llm_engineering.run")
 
 KILLED = "killed"
 _PROCESS = "process"
-# The start of a process is told in ticks since the boot, and the boot to a second.
+# The system records a process's start in clock ticks since boot, and the boot time only to one second. So two readings of
+# the same start time can differ.
 _START_TOLERANCE_S = 2.0
 
 
-def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="How many.")] = 10) -> int:
+def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of runs.")] = 10) -> int:
     """List the last runs.
 
-    A run whose process was killed is marked as failed first.
+    A run whose process was killed is first marked as failed.
 
     Example: `llm-engineering runs --limit 3`
     """
@@ -43,12 +44,12 @@ def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="How many.")]
     repair_killed()
     runs = Client().list_pipeline_runs(sort_by="desc:created", size=limit, hydrate=True).items
     if not runs:
-        print("No run yet. `make run-sft` makes the first one.")
+        print("There are no runs yet. Start the first one: `make run-sft`.")
         return 0
     table = Table("Run", "Pipeline", "State", "Started (UTC)", "Seconds", "Model", "Id")
     for run in runs:
         killed = (run.get_body().status_reason or "").startswith(KILLED)
-        # When a killed run ended is not known.
+        # The end of a killed run is unknown.
         seconds = (
             f"{(run.end_time - run.start_time).total_seconds():.0f}"
             if run.end_time and run.start_time and not killed
@@ -69,7 +70,7 @@ def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="How many.")]
 
 
 class StepLine(BaseModel):
-    """A step and how it ended."""
+    """A step of a run, with its final state."""
 
     pipeline: str
     name: str
@@ -78,7 +79,7 @@ class StepLine(BaseModel):
 
 
 class RunResult(BaseModel):
-    """Everything that the table shows."""
+    """Everything that the tables of a run show."""
 
     run_id: str
     run_name: str
@@ -95,13 +96,13 @@ class RunResult(BaseModel):
     duration_s: float
 
     def as_json(self) -> dict[str, Any]:
-        """The part that is promised to machines."""
+        """The JSON object that `--json` prints. Its keys are part of the public interface."""
         names = {"run_id", "status", "pipeline", "artifacts", "metrics", "comet", "trackers", "duration_s"}
         return self.model_dump(include=names)
 
 
 def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult:
-    """Gather steps, artifacts and reports of the runs; of two runs, the later one's artifacts count."""
+    """Collect steps, artifacts and reports of the runs. If two runs have an artifact of the same name, the later one counts."""
     from zenml.enums import ExecutionStatus
 
     artifacts: dict[str, ArtifactVersionResponse] = {}
@@ -143,15 +144,15 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
         evaluation=evaluation,
         promotion=decision,
         comet=newest.get("comet", {}),
-        # A report that was made before there were others than Comet has none.
+        # Reports from before TensorBoard and wandb were supported have no `trackers`.
         trackers=newest.get("trackers", {}),
         duration_s=round(duration_s, 1),
     )
 
 
 def print_table(result: RunResult, file: TextIO) -> None:
-    """Print what ran, the rows, the measures, an answer of each model, and where everything is."""
-    # A fixed width off a terminal: logs and pipes are not cut to 80 columns.
+    """Print the steps, the rows, the measures, an answer of each model, and the places of the results."""
+    # Without a terminal, rich would use 80 columns, which is too narrow for logs and pipes.
     console = Console(file=file, width=None if file.isatty() else 120, highlight=False, markup=False)
     ran = _table("What ran", "Step", "State", "Seconds")
     for step in result.steps:
@@ -161,7 +162,7 @@ def print_table(result: RunResult, file: TextIO) -> None:
         rows = _table("Rows", "Stage", "Read", "Kept", "Set aside")
         for kind, report in result.data.items():
             for stage, counts in report["stages"].items():
-                # Both reports begin with the same stages: the instruction report has shown them.
+                # Both reports begin with the same stages, and the instruction report has already shown them.
                 if kind == "preference" and stage != "preference" and "instruction" in result.data:
                     continue
                 reasons = ", ".join(f"{reason} {count}" for reason, count in counts["quarantined"].items())
@@ -212,7 +213,7 @@ def print_table(result: RunResult, file: TextIO) -> None:
 
 
 def _measures(evaluation: dict[str, Any]) -> Table:
-    """Every measure of every model, and how sure its difference between the newest model and the base model is."""
+    """Every measure of every model, and the difference between the newest model and the base model with its interval."""
     from llm_engineering.evaluation.statistics import verdict
     from llm_engineering.reports.page import interval
 
@@ -240,12 +241,15 @@ def _report(version: ArtifactVersionResponse) -> dict[str, Any]:
 
 
 def this_process() -> dict[str, Any]:
-    """What a run is started with as ZenML's `extra`. A number alone is given again to other processes."""
+    """Host, process id and start time of this process, which a run stores in ZenML's `extra`.
+
+    The process id alone is not enough, because the system reuses process ids.
+    """
     return {_PROCESS: {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}}
 
 
 def is_alive(run: PipelineRunResponse) -> bool | None:
-    """Whether the process that started a run still runs; None where this machine cannot tell."""
+    """Whether the process that started a run still runs; None if the run has no record of it, or it is on another host."""
     process = run.config.extra.get(_PROCESS)
     if process is None or process["host"] != socket.gethostname():
         return None
@@ -258,7 +262,7 @@ def is_alive(run: PipelineRunResponse) -> bool | None:
 
 
 def repair_killed() -> None:
-    """Mark runs as failed whose process was killed: nobody was left to do it."""
+    """Mark runs as failed if their process was killed before it could do so."""
     from zenml.client import Client
     from zenml.enums import ExecutionStatus
     from zenml.models import PipelineRunUpdate, StepRunUpdate
@@ -270,7 +274,7 @@ def repair_killed() -> None:
             if is_alive(run) is not False:
                 continue
             process = run.config.extra[_PROCESS]
-            reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without a word"
+            reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without reporting a result"
             steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
             for step in steps:
                 if not step.status.is_finished:
@@ -281,4 +285,4 @@ def repair_killed() -> None:
                     )
                     store.update_run_step(step.id, failed)
             store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
-            logger.info("Run %s was killed. --resume %s goes on with it.", run.name, run.name)
+            logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)

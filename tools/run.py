@@ -1,6 +1,7 @@
-"""Runs a pipeline: reads the recipe, checks it, finds what earlier runs left to build on, and starts `pipelines.chain`.
+"""The command `run`: reads and checks the recipe, finds results of earlier runs, and starts a pipeline of `pipelines.chain`.
 
-ZenML and torch are imported inside the functions, after the recipe has been read: a wrong recipe is refused at once.
+ZenML and torch are imported inside the functions, after the recipe has been read, so that a wrong recipe is refused at
+once.
 """
 
 from __future__ import annotations
@@ -36,51 +37,56 @@ def run(
     pipeline: Annotated[
         Pipeline,
         typer.Argument(
-            help="sft trains on answers; dpo goes on from it with preferences; retrain does both in one run; datasets only generates the data."
+            help="sft trains on answers. dpo continues from the SFT model, with preferences. retrain does both in one run. datasets only generates the data."
         ),
     ],
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, what would run, and its memory and time.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved recipe, the steps, and an estimate of memory and time; run nothing."
+        ),
     ] = False,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="RUN|last", help="Go on with a run that failed or was interrupted."),
+        typer.Option("--resume", metavar="RUN|last", help="Continue a run that failed or was interrupted."),
     ] = None,
     attach: Annotated[
         str | None,
         typer.Option(
-            "--attach", metavar="JOB", help="Follow this SageMaker job of the training step instead of starting one."
+            "--attach",
+            metavar="JOB",
+            help="Follow this SageMaker job of a training step instead of starting a new job.",
         ),
     ] = None,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Run every step, also those with a cached result.")
+        bool, typer.Option("--no-cache", help="Run all steps, even if their results are cached.")
     ] = False,
     scheduled: Annotated[
         str | None,
         typer.Option(
             "--scheduled",
             metavar="PLACE",
-            help="Be a run of the schedule that is kept there (retrain only). It ends at once if nothing is new.",
+            help="Used by schedules: run as the schedule whose files are in this folder or S3 address (retrain only).",
         ),
     ] = None,
     as_json: Json = False,
 ) -> int:
     """Run a pipeline: sft, dpo, retrain or datasets.
 
-    Finished steps come from the cache, so the same command goes on where it ended. With --json, stdout holds one object
-    on its last line, and everything else goes to stderr.
+    Results of finished steps come from the cache, so after an error, the same command continues where the run ended. With
+    --json, stdout contains only one line, the JSON object; everything else goes to stderr.
 
     Example: `llm-engineering run sft --config configs/local.yaml --set sft.learning_rate=1e-4`
     """
     if scheduled and (pipeline != "retrain" or dry_run or resume):
-        raise RequestError("--scheduled goes with retrain alone, without --dry-run and --resume.")
+        raise RequestError("--scheduled can only be used with retrain, and without --dry-run and --resume.")
 
     def work(own: Scheduled | None) -> int:
         started = time.monotonic()
         recipe = load_recipe(config, overrides or ())
-        # Only now the slow imports: a wrong recipe is told at once.
+        # These imports are slow, so they come after the recipe has been checked.
         from tools.plan import preflight, print_plan, stages_of, warn_of_memory
 
         if dry_run:
@@ -117,7 +123,7 @@ def run(
 
 
 def launch(pipeline: Pipeline, recipe: Recipe, inputs: Inputs, cache: bool) -> list[PipelineRunResponse]:
-    """Run a pipeline; `dpo` runs `sft` first if no SFT model of this recipe is registered. Returns all runs."""
+    """Run a pipeline; returns its run. `dpo` runs `sft` first if no SFT model of this recipe is registered."""
     from zenml.client import Client
 
     from pipelines import chain
@@ -130,9 +136,7 @@ def launch(pipeline: Pipeline, recipe: Recipe, inputs: Inputs, cache: bool) -> l
     adapter = _registered_adapter(inputs.sft_recipe)
     if adapter is None:
         others = Client().list_artifact_versions(artifact="sft_adapter", size=1).total
-        known = (
-            f"{others} SFT models are registered, of other recipes or data" if others else "No SFT model is registered"
-        )
+        known = f"{others} SFT models are registered, but with other recipes or data" if others else "No SFT model is registered"
         logger.info("%s: training SFT first", known)
         runs.append(_start_judged(chain.sft, recipe, inputs, cache))
         adapter = _registered_adapter(inputs.sft_recipe)
@@ -143,10 +147,16 @@ def launch(pipeline: Pipeline, recipe: Recipe, inputs: Inputs, cache: bool) -> l
 
 
 def check_resumable(run: str, pipeline: Pipeline, recipe: Recipe) -> None:
-    """Say which run goes on, and refuse one that was another pipeline or recipe.
+    """Check that the pipeline and the recipe of a run are those of this command.
 
-    Finished steps come from the cache and training goes on from its newest complete checkpoint, so that going on
-    is the same command again; this makes sure that it is the same.
+    To resume a run, the same command is run again: finished steps come from the cache, and training continues from its
+    newest complete checkpoint.
+
+    Args:
+        run: name or id of the run, or `last`.
+
+    Raises:
+        RequestError: there is no such run, it is complete or still running, or its pipeline or recipe differ.
     """
     from zenml.client import Client
     from zenml.enums import ExecutionStatus
@@ -166,33 +176,37 @@ def check_resumable(run: str, pipeline: Pipeline, recipe: Recipe) -> None:
         except (KeyError, ValueError) as error:
             raise RequestError(f"There is no run {run}. `make runs` lists the last runs.") from error
     if former.pipeline is None or former.pipeline.name != name:
-        raise RequestError(f"Run {former.name} is no run of {name}. `make runs` lists the last runs.")
+        raise RequestError(
+            f"Run {former.name} is a run of another pipeline than {name}. `make runs` lists the last runs."
+        )
     if former.status == ExecutionStatus.COMPLETED:
-        raise RequestError(f"Run {former.name} is complete: there is nothing to resume. Leave --resume out.")
+        raise RequestError(f"Run {former.name} is complete, so there is nothing to resume. Leave out --resume.")
     if not former.status.is_finished and is_alive(former):
-        raise RequestError(f"Run {former.name} is still {former.status}: let it end or stop it first.")
+        raise RequestError(f"Run {former.name} is still {former.status}. Wait until it ends, or stop it first.")
     try:
-        # ZenML keeps the values that were set: validation adds the defaults again.
+        # ZenML stores only the values that were set. Validation adds the defaults.
         then = Recipe.model_validate((former.config.parameters or {})["recipe"])
     except (KeyError, ValidationError) as error:
         raise RequestError(
-            f"Run {former.name} was made with another version of the recipe's schema. Leave --resume out to start anew."
+            f"Run {former.name} was made with another version of the recipe's schema. Leave out --resume to start a new run."
         ) from error
     different = differences(then.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if different:
         raise RequestError(
             f"Run {former.name} was made with another recipe: {', '.join(different)} differ. "
-            "Use the same recipe, or leave --resume out to start anew."
+            "Use the same recipe, or leave out --resume to start a new run."
         )
-    logger.info("Going on with run %s", former.name)
+    logger.info("Continuing run %s", former.name)
 
 
 def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
-    """Tell the training steps which job is meant; whether it does their work is known when the data is formatted.
+    """Check the job, and pass its name to the training steps.
+
+    A training step checks whether the job has the same inputs, because these are known only after the data is formatted.
 
     Raises:
-        RequestError: the recipe trains here, or the job is none of these stages.
-        WorkError: SageMaker does not know the job, or refuses to say.
+        RequestError: the recipe trains on this machine, the job does not exist, or it trains none of these stages.
+        WorkError: SageMaker refuses the request.
     """
     from llm_engineering.cloud.sagemaker import jobs
     from llm_engineering.cloud.sagemaker.account import Account
@@ -202,7 +216,7 @@ def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
 
     if recipe.compute.sagemaker is None:
         raise RequestError(
-            "--attach follows a SageMaker job, and this recipe trains here. Use the recipe that the job was started with."
+            "--attach follows a SageMaker job, but this recipe trains on this machine. Use the recipe that started the job."
         )
     account = Account.resolve(recipe.compute.sagemaker, Settings())
     client = account.client("sagemaker")
@@ -212,18 +226,18 @@ def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
         stage = jobs.tags_of(client, jobs.describe(client, job)).get(jobs.STAGE)
     if stage not in stages:
         raise RequestError(
-            f"Job {job} trains {stage or 'nothing of this project'}, and this command trains {', '.join(stages)}. "
-            "Name another job, or leave --attach out."
+            f"Job {job} trains {stage or 'nothing of this project'}, but this command trains {', '.join(stages)}. "
+            "Name another job, or leave out --attach."
         )
     os.environ[ATTACH] = job
 
 
 def warn_if_unused(job: str) -> None:
-    """Warn if no step has followed the job: the training step was served from the cache."""
+    """Warn if no step has followed the job, because the result of the training step came from the cache."""
     from llm_engineering.cloud.sagemaker.dispatch import ATTACH
 
     if os.environ.pop(ATTACH, None) is not None:
-        logger.warning("Job %s was not followed: its training step was served from the cache", job)
+        logger.warning("Job %s was not followed, because the result of its training step came from the cache", job)
 
 
 def _registered_adapter(sft_recipe: str) -> Any:
@@ -237,13 +251,13 @@ def _registered_adapter(sft_recipe: str) -> Any:
 
 
 def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:
-    """Start a pipeline that ends with the gate, and hand it the model in production to be measured beside its own."""
+    """Start a pipeline that ends with the gate. It gets the model in production, to compare the new model with it."""
     from pipelines.registry import incumbent
 
     found = incumbent(recipe.name)
     if found is None:
         return _start(pipeline, recipe, inputs, cache, **arguments)
-    logger.info("In production is version %d: it is measured beside the new model", found.number)
+    logger.info("Version %d is in production: the new model is compared with it", found.number)
     inputs = inputs.model_copy(update={"incumbent": found.number})
     return _start(pipeline, recipe, inputs, cache, incumbent=found.adapter.artifact, **arguments)
 
@@ -262,21 +276,21 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
         model=model,
         enable_cache=None if cache else False,
         extra=this_process(),
-        # The other modes raise an error that names the step and not what was wrong.
+        # With the other modes, the error names only the failed step and not the cause.
         execution_mode=ExecutionMode.FAIL_FAST,
     )
     logger.info("Running %s", pipeline.name)
     try:
         run = configured(recipe=recipe, inputs=inputs, **arguments)
     except RunInterruptedException as error:
-        # ZenML's own name for Ctrl-C inside a step.
+        # ZenML raises this error for Ctrl-C inside a step.
         raise KeyboardInterrupt from error
     assert isinstance(run, PipelineRunResponse)
     return Client().get_pipeline_run(run.id)
 
 
 if __name__ == "__main__":
-    # Timers that an earlier version wrote start `python -m tools.run`.
+    # Timers of an earlier version start `python -m tools.run`.
     from tools.cli import main
 
     sys.exit(main(["run", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""Retraining at fixed times: the commands that make, list, change, pause, resume, fire and remove schedules."""
+"""The commands `schedule create`, `list`, `change`, `pause`, `resume`, `run` and `remove`, for retraining at fixed times."""
 
 from __future__ import annotations
 
@@ -31,33 +31,39 @@ from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides
 
 logger = logging.getLogger("llm_engineering.schedule")
 
-# No two hyphens in a row: they end the name in the names of its jobs.
+# A name has no double hyphen, because in the names of jobs a double hyphen follows the schedule's name.
 _NAME = re.compile(r"[a-zA-Z0-9]+(-[a-zA-Z0-9]+)*")
 
 Schedule = LocalSchedule | CloudSchedule
 Place = Literal["sagemaker", "local"]
 Name = Annotated[
     str | None,
-    typer.Option("--name", help="The schedule's name. Default: that of the recipe, or the only one there is."),
+    typer.Option("--name", help="Name of the schedule. Default: the recipe's name for a new schedule, otherwise the only existing schedule."),
 ]
 Target = Annotated[
-    Place | None, typer.Option("--target", help="Where it runs: as a SageMaker job, or on this machine.")
+    Place | None, typer.Option("--target", help="Where the schedule runs: as a SageMaker job, or on this machine.")
 ]
 Cron = Annotated[
     str | None,
-    typer.Option("--cron", metavar="TIME", help='"0 3 ? * SUN *", five fields of cron, or "rate(7 days)".'),
+    typer.Option("--cron", metavar="TIME", help='When to run: "0 3 ? * SUN *", five fields as in a crontab, or "rate(7 days)".'),
 ]
 Timezone = Annotated[
-    str | None, typer.Option("--timezone", metavar="ZONE", help="An IANA name. Default: UTC; for this machine its own.")
+    str | None, typer.Option("--timezone", metavar="ZONE", help="IANA name of the timezone. Default: UTC for a SageMaker job, this machine's timezone for --target local.")
 ]
 Documents = Annotated[
-    str | None, typer.Option("--documents", metavar="PLACE", help="documents.path of the recipe; for a job s3://…")
+    str | None, typer.Option("--documents", metavar="PLACE", help="Replaces documents.path of the recipe. A SageMaker job needs s3://…")
 ]
-Stop = Annotated[bool, typer.Option("--stop", help="End a run that is under way.")]
+Stop = Annotated[bool, typer.Option("--stop", help="Also stop a run in progress.")]
 
 
 class Row(NamedTuple):
-    """A schedule: `active`, `paused` or `lost`, its last runs, the newest first, and a start that came to nothing."""
+    """One row of the table.
+
+    Attributes:
+        state: `active`, `paused` or `lost`.
+        runs: the last runs, the newest first.
+        missed: the time of a start for which no job was created; None if there is no such start.
+    """
 
     schedule: Schedule
     state: str
@@ -65,7 +71,7 @@ class Row(NamedTuple):
     missed: datetime | None
 
     def next_time(self, now: datetime) -> datetime | None:
-        """When it fires next, in UTC; None if it does not."""
+        """The time of the next start in UTC; None if the schedule is not active."""
         times = self.schedule.timing.next_times(now, 1, self.schedule.created) if self.state == "active" else []
         return times[0].astimezone(UTC) if times else None
 
@@ -79,16 +85,16 @@ def create(
     timezone: Timezone = None,
     documents: Documents = None,
 ) -> int:
-    """Make a schedule.
+    """Create a schedule.
 
-    At each time, `run retrain` is started with the recipe as it is now; a run ends at once if nothing is new. Without
-    --target it is a SageMaker job.
+    At each time, the schedule starts `run retrain` with today's recipe. A run ends at once if nothing is new. By default,
+    the runs are SageMaker jobs.
 
     Example: `llm-engineering schedule create --target local --cron "0 3 ? * SUN *"`
     """
-    with translated("`create` was not done"):
+    with translated("The schedule was not created"):
         if not cron:
-            raise RequestError('A schedule needs a time: make schedule CRON="0 3 ? * SUN *" is every Sunday at 3.')
+            raise RequestError('A schedule needs a time. Add one, for example every Sunday at 3: make schedule CRON="0 3 ? * SUN *"')
         settings, local = Settings(), target == "local"
         zone = timezone or (local_schedules.timezone() if local else "UTC")
         timing = parse_timing(cron, zone, datetime.now(UTC))
@@ -107,20 +113,20 @@ def create(
             request = job_request(name, recipe, settings, session)
             assert settings.scheduler_role is not None
             eventbridge.create(session, name, timing, request, settings.scheduler_role, settings.notify_sns_topic)
-        print(f"Schedule {name} is made. {_next(timing, datetime.now(UTC))}")
+        print(f"Schedule {name} is created. {_next(timing, datetime.now(UTC))}")
         if local:
             print(_hint(local_schedules.get(_folder(settings), name)))
         elif settings.notify_sns_topic is None:
             print(
-                "Nobody is told of a job that fails before its code runs (no capacity, no image): set NOTIFY_SNS_TOPIC "
-                "and use make schedule-change."
+                "You get no notification of a job that fails before its code runs (no capacity, no image). To get one, set "
+                "NOTIFY_SNS_TOPIC in .env, then run make schedule-change."
             )
     return 0
 
 
 def list_schedules(
     target: Target = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many last runs of each.")] = 3,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of runs of each schedule.")] = 3,
     as_json: Json = False,
 ) -> int:
     """List schedules with their next and last runs.
@@ -129,7 +135,7 @@ def list_schedules(
     """
     rows: list[Row] = []
     settings, now = Settings(), datetime.now(UTC)
-    with translated("`list` was not done"):
+    with translated("The schedules were not listed"):
         if target != "sagemaker":
             rows += [
                 Row(local, local_schedules.state(local), local_schedules.runs(local, limit), None)
@@ -150,7 +156,7 @@ def list_schedules(
 def change(
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="FILE", help="Another recipe, with today's code. Default: as it is."),
+        typer.Option("--config", metavar="FILE", help="Another recipe, which then runs with today's code. Default: recipe and code stay unchanged."),
     ] = None,
     overrides: Overrides = None,
     name: Name = None,
@@ -161,15 +167,15 @@ def change(
 ) -> int:
     """Change the time or the recipe of a schedule.
 
-    What is not named stays, but the settings of .env are those of now.
+    Options that are not given keep their values. The settings are read from .env again.
 
     Example: `llm-engineering schedule change --cron "0 5 ? * MON *"`
     """
-    with translated("`change` was not done"):
+    with translated("The schedule was not changed"):
         settings = Settings()
         found = _find(name, target, settings)
         if not config and (overrides or documents):
-            raise RequestError("--set and --documents change a recipe: name it too, CONFIG=recipe.yaml.")
+            raise RequestError("--set and --documents change a recipe, so the recipe must be given too. Add CONFIG=recipe.yaml.")
         timing = parse_timing(cron or found.timing.expression, timezone or found.timing.timezone, datetime.now(UTC))
         recipe = _recipe(config, overrides, documents) if config else None
         if isinstance(found, LocalSchedule):
@@ -187,11 +193,11 @@ def change(
 
 
 def pause(name: Name = None, target: Target = None) -> int:
-    """Pause a schedule: it fires no more.
+    """Pause a schedule, so that it starts no more runs.
 
     Example: `llm-engineering schedule pause --name weekly`
     """
-    with translated("`pause` was not done"):
+    with translated("The schedule was not paused"):
         found = _set_paused(name, target, paused=True)
         print(f"{found.name} is paused.")
     return 0
@@ -202,37 +208,37 @@ def resume(name: Name = None, target: Target = None) -> int:
 
     Example: `llm-engineering schedule resume --name weekly`
     """
-    with translated("`resume` was not done"):
+    with translated("The schedule was not resumed"):
         found = _set_paused(name, target, paused=False)
-        print(f"{found.name} fires again. {_next(found.timing, found.created)}")
+        print(f"{found.name} is active again. {_next(found.timing, found.created)}")
     return 0
 
 
 def run_now(name: Name = None, target: Target = None) -> int:
-    """Start now what a schedule starts.
+    """Start a run of a schedule now.
 
     Example: `llm-engineering schedule run --name weekly`
     """
-    with translated("`run` was not done"):
+    with translated("The run was not started"):
         settings = Settings()
         found = _find(name, target, settings)
         if isinstance(found, LocalSchedule):
             process = local_schedules.run_now(found)
-            print(f"Started as process {process}; its log: {found.folder / local_schedules.LOG_FILE}")
+            print(f"Started as process {process}. Its log: {found.folder / local_schedules.LOG_FILE}")
         else:
             job = eventbridge.run_now(_session(settings), found.name)
-            print(f"Started job {job}. `make schedules` shows its verdict.")
+            print(f"Started job {job}. `make schedules` shows its result.")
     return 0
 
 
 def remove(name: Name = None, target: Target = None, stop: Stop = False) -> int:
-    """Remove a schedule with everything that it made.
+    """Remove a schedule and everything that was created for it.
 
-    Models and runs stay. A run that is under way hinders it, unless --stop ends that.
+    Models and runs stay. While a run is in progress, the command refuses to remove the schedule, unless --stop is given.
 
     Example: `llm-engineering schedule remove --name weekly`
     """
-    with translated("`remove` was not done"):
+    with translated("The schedule was not removed"):
         settings = Settings()
         found = _find(name, target, settings)
         if isinstance(found, LocalSchedule):
@@ -255,10 +261,10 @@ def _set_paused(name: str | None, target: Place | None, paused: bool) -> Schedul
 
 
 def _find(name: str | None, target: Place | None, settings: Settings) -> Schedule:
-    """The schedule of that name, or the only one there is.
+    """The schedule of this name; without a name, the only schedule.
 
     Raises:
-        RequestError: there is none, or there are several.
+        RequestError: no schedule matches, or several do.
     """
     found: list[Schedule] = []
     if target != "sagemaker":
@@ -269,23 +275,23 @@ def _find(name: str | None, target: Place | None, settings: Settings) -> Schedul
         return wanted[0]
     names = ", ".join(f"{schedule.name} ({_where(schedule)})" for schedule in found) or "none"
     if not wanted:
-        raise RequestError(f"There is no schedule {name or ''}. Those there are: {names}.".replace("  ", " "))
-    raise RequestError(f"Several schedules could be meant: {names}. Say which one: NAME=…, or TARGET=local|sagemaker.")
+        raise RequestError(f"There is no schedule {name or ''}. Existing schedules: {names}.".replace("  ", " "))
+    raise RequestError(f"There are several schedules: {names}. Choose one with NAME=…, or TARGET=local|sagemaker.")
 
 
 def _in_the_cloud(target: Place | None, settings: Settings) -> list[CloudSchedule]:
-    """The schedules of the account; where none is asked for and there is no account, that is said."""
+    """The schedules of the AWS account. Without a target, a missing region or missing credentials are only logged."""
     if target == "local":
         return []
     if target is None and not _has_region(settings):
-        logger.info("Schedules of SageMaker are not looked up: no region is known (AWS_REGION).")
+        logger.info("Schedules of SageMaker are not listed, because AWS_REGION is not set.")
         return []
     try:
         return eventbridge.list_all(_session(settings))
     except (NoCredentialsError, PartialCredentialsError):
         if target is not None:
             raise
-        logger.info("Schedules of SageMaker are not looked up: there are no AWS credentials.")
+        logger.info("Schedules of SageMaker are not listed, because there are no AWS credentials.")
         return []
 
 
@@ -297,22 +303,22 @@ def _recipe(config: str, overrides: Sequence[str] | None, documents: str | None)
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name) or len(name) > eventbridge.MAX_NAME:
         raise RequestError(
-            f'"{name}" is no name for a schedule: letters, digits and single hyphens, at most {eventbridge.MAX_NAME}. '
-            "Choose one: NAME=weekly."
+            f'"{name}" cannot be the name of a schedule. A name has letters, digits and single hyphens, and at most '
+            f"{eventbridge.MAX_NAME} characters. Choose another name: NAME=weekly."
         )
 
 
 def _next(timing: Timing, created: datetime) -> str:
     times = timing.next_times(datetime.now(UTC), 3, created)
-    return f"It fires next at {', '.join(f'{time:%a %Y-%m-%d %H:%M}' for time in times)} ({timing.timezone})."
+    return f"The next runs start at {', '.join(f'{time:%a %Y-%m-%d %H:%M}' for time in times)} ({timing.timezone})."
 
 
 def _hint(schedule: LocalSchedule) -> str:
     if schedule.keeper == "systemd":
         return (
-            "It fires while you are logged in; `loginctl enable-linger` lets it fire without. The machine has to be on."
+            "Runs start only while you are logged in; after `loginctl enable-linger`, always. The machine has to be on."
         )
-    return "It is a line of your crontab. The machine has to be on."
+    return "The schedule is a line of your crontab. The machine has to be on."
 
 
 def _folder(settings: Settings) -> Path:
@@ -327,7 +333,7 @@ def _session(settings: Settings) -> boto3.Session:
     session = boto3.Session(region_name=settings.aws_region or boto3.Session().region_name)
     if not session.region_name:
         raise RequestError(
-            "No AWS region is known: set AWS_REGION in .env, or TARGET=local for a timer of this machine."
+            "No AWS region is set: set AWS_REGION in .env, or use TARGET=local for a schedule on this machine."
         )
     return session
 
@@ -335,7 +341,7 @@ def _session(settings: Settings) -> boto3.Session:
 def _print_table(rows: Sequence[Row], now: datetime) -> None:
     """Print a line for each schedule and each of its last runs."""
     if not rows:
-        print('There is no schedule. `make schedule CRON="0 3 ? * SUN *"` makes one.')
+        print('There are no schedules. Create one: make schedule CRON="0 3 ? * SUN *"')
         return
     table = Table("Schedule", "Where", "State", "When", "Next (UTC)", "Last runs (UTC)", "Verdict")
     for row in rows:
@@ -360,7 +366,7 @@ def _print_table(rows: Sequence[Row], now: datetime) -> None:
 
 
 def _as_json(row: Row, now: datetime) -> dict[str, Any]:
-    """What is promised to machines."""
+    """A schedule in the JSON that `--json` prints. Its keys are part of the public interface."""
     following = row.next_time(now)
     return {
         "name": row.schedule.name,
@@ -375,7 +381,7 @@ def _as_json(row: Row, now: datetime) -> dict[str, Any]:
 
 
 def _where(schedule: Schedule) -> str:
-    """Where it runs."""
+    """The place of the runs, for the table: this machine or SageMaker."""
     if isinstance(schedule, LocalSchedule):
         return f"this machine ({schedule.keeper})"
     return f"sagemaker ({schedule.request['ResourceConfig']['InstanceType']})"

@@ -1,4 +1,4 @@
-"""What a schedule starts: for SageMaker a checked request with its code and recipe uploaded, here the environment."""
+"""Prepares the runs of a schedule: the request for a SageMaker job with its uploads, or the timer of this machine."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ logger = logging.getLogger("llm_engineering.schedule")
 STORE_URL = "ZENML_STORE_URL"
 STORE_API_KEY = "ZENML_STORE_API_KEY"
 _SCHEDULER = "scheduler.amazonaws.com"
-# EventBridge Scheduler's limit of a target's input.
+# EventBridge Scheduler's limit for the input of a target.
 _MAX_INPUT_BYTES = 262_144
-# Of other libraries: where they find and put things.
+# Variables of other programs and libraries that a run on a timer also needs.
 _OTHERS = (
     "PATH",
     "TZ",
@@ -66,7 +66,7 @@ _OTHERS = (
 
 
 class Server(NamedTuple):
-    """The ZenML server that a run reports to: its active stack and project, and whether it asks for a key."""
+    """The ZenML server that a run reports to: its active stack and project, and whether it requires an API key."""
 
     url: str
     stack_id: str
@@ -75,35 +75,36 @@ class Server(NamedTuple):
 
 
 def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Session) -> dict[str, Any]:
-    """Check what a run needs, upload what it takes from here, and say what the schedule starts.
+    """Check everything that a run needs, upload code and recipe, and build the request that the schedule sends.
 
     Returns:
-        The parameters of CreateTrainingJob, with `schedules.EXECUTION` where the start's id goes.
+        The parameters of CreateTrainingJob, with EXECUTION in place of the start's id.
 
     Raises:
-        RequestError: something is missing; as much as is known is named at once, each with its remedy.
+        RequestError: something is missing; the message lists the problems with their remedies.
     """
     config = recipe.compute.sagemaker
     if config is None:
         raise RequestError(
-            "The recipe has no compute.sagemaker, so there is no machine to start: choose one that has "
-            "(CONFIG=configs/sagemaker_8b.yaml), or keep the schedule on this machine: TARGET=local."
+            "The recipe has no block compute.sagemaker, so the machine of the job is unknown. Choose a recipe with this block "
+            "(CONFIG=configs/sagemaker_8b.yaml), or create the schedule on this machine (TARGET=local)."
         )
     if config.instance_count > 1:
         raise RequestError(
-            f"A scheduled run is one job on one machine, and compute.sagemaker.instance_count is {config.instance_count}: "
-            "set it to 1, and choose a machine with more cards."
+            f"A scheduled run uses one machine, but compute.sagemaker.instance_count is {config.instance_count}. "
+            "Set it to 1, and choose a machine with more GPUs."
         )
     image = settings.sagemaker_retrain_image
-    # What is missing is told with the rest; the image for training alone has no ZenML.
+    # If SAGEMAKER_RETRAIN_IMAGE is not set, `_check` reports it together with all other problems. The training image cannot
+    # replace it, because it has no ZenML.
     account = Account.resolve(config.model_copy(update={"image": image or "none"}), settings)
     server = _server(session)
     _check(recipe, account, settings, session, server)
-    # All that belongs to the schedule is in one folder, which goes with it.
+    # All files of the schedule are in one folder, which is removed with the schedule.
     account = replace(account, prefix=account.key("schedules", name))
     job = job_recipe(recipe, account.bucket, account.client("s3"))
     if config.fallback_instance_types:
-        logger.info("A schedule starts %s alone: fallback_instance_types are not tried", config.instance_type)
+        logger.info("The schedule starts only %s: it does not try fallback_instance_types", config.instance_type)
     logger.info(
         "Each run costs at most %.1f hours of %s%s (compute.sagemaker.max_run_s)",
         config.max_run_s / 3600,
@@ -114,17 +115,26 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
 
 
 def write_local(name: str, timing: Timing, recipe: Recipe | None, folder: Path, former: LocalSchedule | None) -> None:
-    """Write a schedule of this machine; without a recipe the former one stays."""
+    """Create or change a schedule of this machine.
+
+    Args:
+        folder: the folder of all schedules.
+        recipe: None keeps the recipe of `former`.
+        former: the schedule to change; None creates a new one.
+
+    Raises:
+        RequestError: a schedule of this name exists, or this machine cannot run the schedule.
+    """
     now = datetime.now(UTC)
     if former is None and (folder / name).exists():
         raise RequestError(
-            f"There is a schedule {name} on this machine already. `make schedule-change NAME={name}` changes it, "
+            f"This machine already has a schedule {name}. `make schedule-change NAME={name}` changes it, "
             f"`make unschedule NAME={name}` removes it."
         )
     keeper = former.keeper if former is not None else local_schedules.keeper()
     local_schedules.check(timing, keeper, now)
     if recipe is not None and recipe.compute.target != "local":
-        logger.info("compute.target is %s: on a schedule of this machine, training runs on it", recipe.compute.target)
+        logger.info("compute.target is %s, but the runs of this schedule train on this machine", recipe.compute.target)
         recipe = recipe.model_copy(
             update={"compute": recipe.compute.model_copy(update={"target": "local", "sagemaker": None})}
         )
@@ -143,18 +153,20 @@ def write_local(name: str, timing: Timing, recipe: Recipe | None, folder: Path, 
 
 
 def environment() -> dict[str, str]:
-    """The variables of this shell that decide where things are, for a timer of this machine; secrets are not among them, for the entry is plain text.
+    """The environment variables that a timer on this machine needs, with their values in this shell.
+
+    Secrets are left out, because the timer's entry is plain text.
 
     Raises:
-        RequestError: a secret stands in this shell's environment alone.
+        RequestError: a secret is set in this shell but not in .env.
     """
     in_file = {name.upper() for name, value in dotenv_values(".env").items() if value}
     secret = {name.upper() for name, field in Settings.model_fields.items() if _is_secret(field.annotation)}
     lost = sorted(name for name in secret if os.environ.get(name) and name not in in_file)
     if lost:
         raise RequestError(
-            f"{', '.join(lost)} stands in the environment of this shell, which a timer does not have. Put it into .env "
-            "(only you may read it: chmod 600 .env), or unset it."
+            f"{', '.join(lost)} is set only in this shell, and a timer does not have this shell's environment. Put it into .env "
+            "(and let only you read the file: chmod 600 .env), or unset it."
         )
     names = {name.upper() for name in Settings.model_fields} - secret
     return {name: os.environ[name] for name in sorted(names | set(_OTHERS)) if os.environ.get(name)}
@@ -182,7 +194,7 @@ def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecip
             STORE_URL: server.url,
             "ZENML_ACTIVE_STACK_ID": server.stack_id,
             "ZENML_ACTIVE_PROJECT_ID": server.project_id,
-            # What ZenML finds out in the job is of the job alone.
+            # Folders for ZenML's own files. They are on the job's machine and belong to this job alone.
             "ZENML_CONFIG_PATH": "/opt/ml/zenml",
             "ZENML_LOCAL_STORES_PATH": "/opt/ml/zenml/stores",
         },
@@ -194,12 +206,15 @@ def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecip
     )
     size = len(json.dumps(request))
     if size > _MAX_INPUT_BYTES:
-        raise RequestError(f"The job's description has {size} bytes, and a schedule keeps {_MAX_INPUT_BYTES}.")
+        raise RequestError(f"The request for the job has {size} bytes, but EventBridge Scheduler accepts at most {_MAX_INPUT_BYTES}. @@@")
     return request
 
 
 def _upload_recipe(account: Account, job: JobRecipe) -> str:
-    """The recipe and its files, in a folder named by their content, so that a job that runs keeps its own."""
+    """Upload the recipe and its files; returns their folder in S3.
+
+    The folder's name is a hash of the content, so that a change of the schedule does not change the files of a running job.
+    """
     s3, contents = account.client("s3"), {name: file.read_bytes() for name, file in job.files.items()}
     contents[RECIPE_FILE] = job.recipe.model_dump_json(indent=1).encode()
     version = recipe_hash({name: content.hex() for name, content in contents.items()})
@@ -210,13 +225,13 @@ def _upload_recipe(account: Account, job: JobRecipe) -> str:
 
 
 def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.Session, server: Server) -> None:
-    """Look at everything that the schedule and its jobs need in the account.
+    """Check everything that the schedule and its jobs need in the AWS account.
 
     Raises:
-        RequestError: something is missing; every problem is named with its remedy.
+        RequestError: something is missing; the message lists every problem with its remedy.
     """
     needed = [STORE_API_KEY] if server.has_logins else []
-    # The job has no .env: what is set here and not there would be lost.
+    # The job has no .env. So each secret that is set here must also be in the job's secret.
     needed += [name.upper() for name, value in dict(settings).items() if isinstance(value, SecretStr)]
     found = [*_setting_problems(settings)]
     if settings.scheduler_role is not None:
@@ -227,7 +242,8 @@ def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.
     if settings.notify_sns_topic is not None:
         topic = settings.notify_sns_topic
         found += tried(f"The topic {topic}", partial(topic_problems, session, topic))
-    # A model in S3 is no model of the hub; the job's own check sees it.
+    # `problems` would look for a model on the hub. So for a model in S3, this check uses the default model instead, and the
+    # job checks the real one.
     in_s3 = recipe.model.name_or_path.startswith("s3://")
     found += problems(
         recipe.model_copy(update={"model": ModelConfig()}) if in_s3 else recipe, account, settings, needed
@@ -236,40 +252,40 @@ def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.
         logger.warning("%s", warning)
     serious = [f"- {problem}" for problem in found if not problem.is_warning]
     if serious:
-        raise RequestError("The schedule cannot be made yet:\n" + "\n".join(serious))
+        raise RequestError("The schedule cannot be created yet:\n" + "\n".join(serious))
 
 
 def _setting_problems(settings: Settings) -> Iterator[Problem]:
     if settings.sagemaker_retrain_image is None:
         yield Problem(
-            "No image with the whole project is known", "`make image` builds it; set SAGEMAKER_RETRAIN_IMAGE in .env"
+            "The image for retraining is not set", "Build it with `make image`, and set SAGEMAKER_RETRAIN_IMAGE in .env"
         )
     if settings.scheduler_role is None:
         yield Problem(
-            "No role is known that EventBridge Scheduler takes on",
-            "Make one by docs/aws/scheduler-trust.json and scheduler.json, and set SCHEDULER_ROLE to its ARN in .env",
+            "The role for EventBridge Scheduler is not set",
+            "Create one from docs/aws/scheduler-trust.json and scheduler.json, and set SCHEDULER_ROLE in .env to its ARN",
         )
 
 
 def _server(session: boto3.Session) -> Server:
-    """The server that this machine is connected to.
+    """The ZenML server that this machine is connected to.
 
     Raises:
-        RequestError: it is none that a job reaches, or its active stack keeps artifacts on this machine.
+        RequestError: a job cannot reach this server, or the active stack does not keep its artifacts in S3.
     """
     url = os.environ.get(STORE_URL, "").rstrip("/")
     if not url:
         raise RequestError(
-            f"A scheduled run reports to a ZenML server, else nobody could browse it: set {STORE_URL}=https://… in the "
-            "environment, and log in with `zenml login`."
+            f"A scheduled run reports to a ZenML server, but none is set. Set {STORE_URL}=https://… in the environment, and "
+            "log in with `zenml login`."
         )
     address = urlsplit(url)
     if address.scheme not in ("http", "https") or address.username is not None:
         raise RequestError(
-            f"{STORE_URL} has to be the address of a ZenML server, https://…, without a name or password."
+            f"{STORE_URL} is not a valid address. Set it to the address of a ZenML server, https://…, without user and password."
         )
     if is_loopback(url) and not is_loopback(session.client("sts").meta.endpoint_url):
-        raise RequestError(f"{STORE_URL} {url} is this machine's own: name an address that a job in AWS reaches.")
+        raise RequestError(f"{STORE_URL} {url} is an address of this machine. Set it to an address that a job in AWS can reach.")
     from tools.cli import prepare_zenml
 
     prepare_zenml()
@@ -284,19 +300,19 @@ def _server(session: boto3.Session) -> Server:
         info = client.zen_store.get_store_info()
     except (ZenMLBaseException, RuntimeError, OSError) as error:
         raise RequestError(
-            f"The ZenML server {url} does not answer, or not to you ({str(error).splitlines()[0]}). Log in with `zenml login`."
+            f"The ZenML server {url} cannot be used ({str(error).splitlines()[0]}). Log in with `zenml login`."
         ) from error
     connected = GlobalConfiguration().store_configuration.url.rstrip("/")
     if connected != url:
         raise RequestError(
-            f"{STORE_URL} is {url}, and ZenML is connected to {connected}: log in with `zenml login {url}`."
+            f"{STORE_URL} is {url}, but ZenML is connected to {connected}. Log in with `zenml login {url}`."
         )
     (artifacts,) = stack.components[StackComponentType.ARTIFACT_STORE]
     path = str(artifacts.configuration.get("path", ""))
     if not path.startswith("s3://"):
         raise RequestError(
-            f"The active stack {stack.name} keeps artifacts {f'in {path}' if path else 'on this machine'}, which is lost with "
-            "the job's machine: `make stack-aws` registers one that keeps them in S3, and makes it the active one."
+            f"The active stack {stack.name} stores artifacts {f'in {path}' if path else 'on the local disk'}, so they would be lost "
+            "with the job's machine. Register and activate a stack that stores them in S3: `make stack-aws`."
         )
     return Server(url, str(stack.id), str(project.id), str(info.auth_scheme) != "NO_AUTH")
 

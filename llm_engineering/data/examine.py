@@ -19,9 +19,9 @@ import xxhash
 from numpy.typing import NDArray
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from llm_engineering.data.duplicates import EvaluationIndex, Sketches, sketch
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
+from llm_engineering.data.row_rules import check_row, is_generated
 from llm_engineering.data.rows import (
     FEATURES,
     SPLITS,
@@ -33,7 +33,7 @@ from llm_engineering.data.rows import (
     split_key,
     split_of,
 )
-from llm_engineering.data.rules import check_row, is_generated
+from llm_engineering.data.similarity import EvaluationIndex, Sketches, sketch
 from llm_engineering.recipe.data_blocks import DataConfig
 
 # More characters change nothing for ordinary text and cost about 1 µs each.

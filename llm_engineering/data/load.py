@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from llm_engineering.data.duplicates import EvaluationIndex
 from llm_engineering.data.files import Record
 from llm_engineering.data.formats import OpenedDataset, UnknownFormatError, open_dataset
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import FEATURES
+from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.sources import open_records
 from llm_engineering.data.storage import TableWriter
 from llm_engineering.recipe.data_blocks import DataConfig

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Value
 
-from llm_engineering.data.duplicates import EvaluationIndex
+from llm_engineering.data.dataset_rules import RowIndex, Verdict, Verdicts, judge
 from llm_engineering.data.examine import Examiner, examine
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.private import redacted
 from llm_engineering.data.rows import FEATURES, SPLITS, Message, Row, instruction_row, preference_row, to_dataset
+from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
-from llm_engineering.data.verdicts import RowIndex, Verdict, Verdicts, judge
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.data_blocks import DataConfig

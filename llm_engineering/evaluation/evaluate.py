@@ -11,8 +11,8 @@ from llm_engineering.evaluation.checks import Check, check_report, read_checks
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, render_for_both
 from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_compatible, load_incumbent
 from llm_engineering.evaluation.judge import Question, judge
-from llm_engineering.evaluation.measures import Models
-from llm_engineering.evaluation.observation import Observation, Work, observe
+from llm_engineering.evaluation.measures import Observation, Work, observe
+from llm_engineering.evaluation.models import Models
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.generation.open import open_client
 from llm_engineering.models.device import choose_device

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import InstructionRow, PreferenceRow
 from llm_engineering.errors import WorkError
-from llm_engineering.evaluation.measures import Labelled, labelled_answer
+from llm_engineering.evaluation.models import Labelled, labelled_answer
 from llm_engineering.formatting.render import CrossingTokensError, Pair, Tokens, render
 
 RowT = TypeVar("RowT", InstructionRow, PreferenceRow)

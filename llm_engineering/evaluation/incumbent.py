@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.evaluation.measures import BASE, Models
+from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.loading import load_model, pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer

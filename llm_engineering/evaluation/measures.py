@@ -1,163 +1,52 @@
-"""Scores held-out answers under several models that share one base, and generates the models' own answers."""
+"""The measures of one model: likelihoods of held-out answers, properties of its own answers, and lm-eval's tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
-from datasets import Dataset
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 
-from llm_engineering.data.rows import Message
+from llm_engineering.data.rows import InstructionRow
+from llm_engineering.evaluation.checks import Check
+from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
+from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks
+from llm_engineering.evaluation.models import AnswerScore, Labelled, Models, Sample
 from llm_engineering.evaluation.statistics import Rows
-from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
-from llm_engineering.models.generate import batches_by_length, generate_ids
-from llm_engineering.models.tokenizer import end_token_ids
-from llm_engineering.progress import Progress
+from llm_engineering.formatting.render import IGNORE_INDEX
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 
-BASE = "base"
-
-# Token ids, and labels of the same length: -100 where a token is not scored.
-Labelled = tuple[list[int], list[int]]
+# Kana and Chinese characters have no spaces between words, so each character counts as a word, as is usual for them.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
+NGRAM = 4
 
 
-class AnswerScore(NamedTuple):
-    """The sum of the log-probabilities of an answer's tokens, in nats, and the number of tokens."""
+class _Words(Tokenizer):  # type: ignore[misc]
+    """Splits text of any script into words. The library's own tokenizer keeps only a to z and 0 to 9."""
 
-    log_prob: float
-    tokens: int
-
-    @property
-    def mean(self) -> float:
-        """The mean log-probability per token, in nats."""
-        return self.log_prob / self.tokens
+    def tokenize(self, text: str) -> list[str]:
+        return _WORD.findall(text.lower())
 
 
-class Sample(NamedTuple):
-    """A generated answer: its text, whether it ends with an end token, and its token ids, including the end token."""
-
-    text: str
-    stopped: bool
-    ids: list[int]
+_SCORER = RougeScorer(["rougeL"], tokenizer=_Words())
 
 
-class Models:
-    """The base model, and the models trained from it: adapters or full models.
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L (Lin 2004) by the library rouge-score: F1 over the longest common subsequence of words, from 0 to 1."""
+    return float(_SCORER.score(reference, answer)["rougeL"].fmeasure)
 
-    Answers are generated greedily.
 
-    Args:
-        adapters: folders of the trained models by name, e.g. `sft` and `dpo`. The base model's name is `base`.
-        repetition_penalty: as transformers' `generate` takes it; 1 is no penalty.
+def repetition(ids: Sequence[int]) -> float:
+    """The share of an answer's token 4-grams that occurred before: seq-rep-4 (Welleck et al. 2020, arXiv:1908.04319).
+
+    It is 0 for an answer of fewer than four tokens.
     """
-
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        adapters: Mapping[str, Path],
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        repetition_penalty: float = 1.0,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
-        self.repetition_penalty = repetition_penalty
-        self.names = [BASE, *adapters]
-        self.model: PreTrainedModel | PeftModel = base
-        self.full: dict[str, PreTrainedModel] = {}
-        for name, folder in adapters.items():
-            if not (folder / "adapter_config.json").is_file():
-                self.full[name] = _full_model(folder, base)
-            elif isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(folder), adapter_name=name)
-            else:
-                self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
-        self.model.eval()
-
-    @contextmanager
-    def use(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
-        """The model of this name, in inference mode until the `with` block ends."""
-        adapters_off: AbstractContextManager[Any] = nullcontext()
-        if isinstance(self.model, PeftModel) and name == BASE:
-            adapters_off = self.model.disable_adapter()
-        elif isinstance(self.model, PeftModel) and name not in self.full:
-            self.model.set_adapter(name)
-        with adapters_off, torch.inference_mode():
-            yield self.full.get(name, self.model)
-
-    def scores(self, name: str, rows: Sequence[Labelled], title: str) -> list[AnswerScore]:
-        """Score the labelled tokens of each row, in the rows' order. `title` names the rows in progress lines."""
-        scores: dict[int, AnswerScore] = {}
-        progress = Progress(title, len(rows))
-        with self.use(name) as model:
-            for batch in batches_by_length([len(input_ids) for input_ids, _ in rows], self.batch_size):
-                scores |= dict(zip(batch, self._score(model, [rows[i] for i in batch]), strict=True))
-                progress.advance(len(batch))
-        return [scores[index] for index in range(len(rows))]
-
-    def _score(self, model: PreTrainedModel | PeftModel, rows: Sequence[Labelled]) -> list[AnswerScore]:
-        """Score one batch, padded on the right to shape (rows, longest)."""
-        longest = max(len(input_ids) for input_ids, _ in rows)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[*input_ids, *[pad] * (longest - len(input_ids))] for input_ids, _ in rows])
-        labels = torch.tensor([[*row, *[IGNORE_INDEX] * (longest - len(row))] for _, row in rows])
-        mask = torch.tensor([[1] * len(input_ids) + [0] * (longest - len(input_ids)) for input_ids, _ in rows])
-        ids, labels, mask = (tensor.to(model.device) for tensor in (ids, labels, mask))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="none"
-        ).view(len(rows), -1)
-        counts = (labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
-        return [
-            AnswerScore(-total, count)
-            for total, count in zip(losses.double().sum(dim=1).tolist(), counts.tolist(), strict=True)
-        ]
-
-    def answer(self, name: str, messages: Sequence[Message], max_new_tokens: int) -> Sample:
-        """Answer one conversation; see `answers`."""
-        return self.answers(name, [messages], max_new_tokens)[0]
-
-    def answers(
-        self, name: str, prompts: Sequence[Sequence[Message]], max_new_tokens: int, title: str = ""
-    ) -> list[Sample]:
-        """Answer conversations greedily, in their order, with the chat template of training.
-
-        `title` names the answers in progress lines; if it is empty, no progress is shown.
-        """
-        ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
-        samples: dict[int, Sample] = {}
-        progress = Progress(title, len(ids) if title else 0)
-        with self.use(name) as model:
-            ends = end_token_ids(model, self.tokenizer)
-            for batch in batches_by_length([len(prompt) for prompt in ids], self.batch_size):
-                new = generate_ids(
-                    model,
-                    self.tokenizer,
-                    [ids[i] for i in batch],
-                    max_new_tokens,
-                    do_sample=False,
-                    repetition_penalty=self.repetition_penalty,
-                )
-                for index, answer in zip(batch, new, strict=True):
-                    text = str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
-                    samples[index] = Sample(text, bool(answer) and answer[-1] in ends, answer)
-                if title:
-                    progress.advance(len(batch))
-        return [samples[index] for index in range(len(ids))]
-
-
-def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
-    """Load a full model with the precision, attention and device of the base model."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation
-    )
-    loaded.to(base.device)  # type: ignore[arg-type]
-    loaded.eval()
-    return loaded
+    grams = [tuple(ids[start : start + NGRAM]) for start in range(len(ids) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def heldout_loss(scores: Sequence[AnswerScore]) -> Rows:
@@ -209,11 +98,129 @@ def preference_margin(chosen: Sequence[AnswerScore], rejected: Sequence[AnswerSc
     return Rows.of([c.mean - r.mean for c, r in zip(chosen, rejected, strict=True)])
 
 
-def labelled_rows(formatted_sft: Dataset) -> list[Labelled]:
-    """Token ids and labels of each formatted instruction row."""
-    return [(row["input_ids"], row["labels"]) for row in formatted_sft]
+class Work(NamedTuple):
+    """The work that every model does.
+
+    Attributes:
+        ours: the held-out rows, rendered by this recipe.
+        indices: the rows that the models answer.
+        checks: the user's own checks; may be empty.
+    """
+
+    ours: HeldOut
+    indices: Sequence[int]
+    checks: Sequence[Check]
+
+    @property
+    def asked(self) -> list[InstructionRow]:
+        """The rows that the models answer."""
+        return [self.ours.rows[index].row for index in self.indices]
 
 
-def labelled_answer(prompt: list[int], answer: list[int]) -> Labelled:
-    """Token ids of a prompt and its answer, with labels on the answer only."""
-    return prompt + answer, [IGNORE_INDEX] * len(prompt) + answer
+@dataclass(frozen=True)
+class Observation:
+    """The results of one model.
+
+    Attributes:
+        rows: the values on each row, by measure.
+        answers: the answers to the rows at the work's indices.
+        check_answers: the answers to the prompts of the checks.
+        tasks: the results of lm-eval; None if the recipe has no tasks.
+    """
+
+    rows: dict[str, Rows]
+    answers: list[Sample]
+    check_answers: list[str]
+    tasks: TaskResults | None
+
+
+def observe(
+    models: Models, name: str, shown_as: str, given: HeldOut, work: Work, config: EvaluationConfig, seed: int
+) -> Observation:
+    """Have one model do the work.
+
+    Args:
+        name: the model's name among `models`.
+        shown_as: its name in the report and in progress lines.
+        given: the held-out rows, rendered by this model's tokenizer.
+    """
+    rows: dict[str, Rows] = {}
+    scores = _scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}")
+    rows["heldout_loss"] = rows["perplexity"] = heldout_loss(scores)
+    others = with_other_questions([row.answers[0] for row in given.rows])
+    # With a single row there is no other question.
+    if others:
+        title = f"held-out answers after other questions, {shown_as}"
+        rows["question_gain"] = question_gain(scores, [models.scores(name, combined, title) for combined in others])
+    if given.pairs:
+        chosen, rejected = (
+            _scores(models, name, given.pairs, work.ours.pairs, index, f"{answer} answers, {shown_as}")
+            for index, answer in enumerate(("chosen", "rejected"))
+        )
+        rows["preference_accuracy"] = preference_accuracy(chosen, rejected)
+        rows["preference_margin"] = preference_margin(chosen, rejected)
+    asked = [given.rows[index] for index in work.indices]
+    prompts = [row.row.prompt for row in asked]
+    answers = models.answers(name, prompts, config.max_new_tokens, f"answers, {shown_as}")
+    rows |= _behaviour(answers, asked)
+    check_answers: list[str] = []
+    if work.checks:
+        prompts = [check.messages for check in work.checks]
+        samples = models.answers(name, prompts, config.max_new_tokens, f"own checks, {shown_as}")
+        check_answers = [sample.text for sample in samples]
+        rows["checks"] = Rows.of(
+            [not check.failures(text) for check, text in zip(work.checks, check_answers, strict=True)]
+        )
+    tasks = None
+    if config.lm_eval is not None:
+        with models.use(name) as model:
+            tasks = run_tasks(model, models.tokenizer, config.lm_eval, config.batch_size, seed)
+    return Observation(rows, answers, check_answers, tasks)
+
+
+def _behaviour(answers: Sequence[Sample], asked: Sequence[HeldOutRow[InstructionRow]]) -> dict[str, Rows]:
+    """The measures of a model's own answers to the rows that it was asked."""
+    texts = [row.row.completion[0].content for row in asked]
+    return {
+        "rouge_l": Rows.of([rouge_l(answer.text, text) for answer, text in zip(answers, texts, strict=True)]),
+        "stopped": Rows.of([answer.stopped for answer in answers]),
+        "repetition": Rows.of([repetition(answer.ids) for answer in answers]),
+        "length_ratio": Rows.of(
+            [len(answer.ids) for answer in answers], [_first_answer_tokens(row.answers[0]) for row in asked]
+        ),
+        "empty": Rows.of([not answer.text for answer in answers]),
+    }
+
+
+def _scores(
+    models: Models,
+    name: str,
+    given: Sequence[HeldOutRow[RowT]],
+    ours: Sequence[HeldOutRow[RowT]],
+    answer: int,
+    title: str,
+) -> list[AnswerScore]:
+    """Score one answer of each row, with token counts of this recipe's tokenizer for every model.
+
+    The log-probability of a text is comparable between tokenizers, but the number of tokens that it is divided by is not.
+
+    Args:
+        answer: index of the answer within a row: 0, or for the rejected answer of a pair 1.
+    """
+    scores = models.scores(name, [row.answers[answer] for row in given], title)
+    return [
+        AnswerScore(score.log_prob, _scored_tokens(row.answers[answer]))
+        for score, row in zip(scores, ours, strict=True)
+    ]
+
+
+def _scored_tokens(labelled: Labelled) -> int:
+    # The first token has no token before it that could predict it, so no model scores it.
+    return sum(label != IGNORE_INDEX for label in labelled[1][1:])
+
+
+def _first_answer_tokens(labelled: Labelled) -> int:
+    """The length of the first answer of a conversation, in tokens."""
+    labels = labelled[1]
+    start = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
+    return next((i - start for i in range(start, len(labels)) if labels[i] == IGNORE_INDEX), len(labels) - start)

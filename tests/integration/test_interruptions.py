@@ -34,7 +34,7 @@ def test_interrupted_training_resumes(fresh_project):
     assert "resuming from" in resumed.stderr
     complete = fresh_project.run("sft", *many, "--resume", "last")
     assert complete.code == 2
-    assert "is complete: there is nothing to resume" in complete.stderr
+    assert "is complete, so there is nothing to resume" in complete.stderr
 
 
 def test_killed_run_is_detected_and_resumes(fresh_project):

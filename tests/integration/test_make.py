@@ -105,7 +105,7 @@ def test_words_of_args():
     assert words("--set a.b='c d' --json") == ["--set", "a.b=c d", "--json"]
     assert words('--prompt "a \\"b\\" $5 `ls` *" # c') == ["--prompt", 'a "b" $5 `ls` *', "#", "c"]
     for text in ("'", 'a "b', "a \\"):
-        with pytest.raises(RequestError, match="cannot be taken apart"):
+        with pytest.raises(RequestError, match="cannot be split into words"):
             words(text)
 
 
@@ -144,11 +144,11 @@ def test_a_value_reaches_the_command_and_its_answer_comes_back(folder):
     python.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" "$@"\n')
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     for words, said in (
-        (["chat", "PROMPT= "], "There is no question."),
+        (["chat", "PROMPT= "], "The question is empty."),
         (["compare", "PROMPT=-x", "CONFIG=$(shell touch X)"], "There is no recipe file $(shell touch X)"),
         (["export", "FORMAT=`touch X`"], "'`touch X`' is not one of 'safetensors', 'gguf'"),
         (["push-dataset", "KIND=-x"], "'-x' is not one of 'instruction', 'preference'"),
-        (["runs", "ARGS='"], "ARGS ' cannot be taken apart: No closing quotation."),
+        (["runs", "ARGS='"], "ARGS ' cannot be split into words: No closing quotation."),
     ):
         done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 2

@@ -73,7 +73,7 @@ def test_wrong_requests_are_refused(own):
     refused = {
         ("promote", "9"): "There is no version 9 of tiny. There are 3, 2, 1.",
         ("promote", ""): "No version is named",
-        ("promote", "1"): "version 1 is in production already",
+        ("promote", "1"): "version 1 is already in production",
         ("promote", "2"): "has not passed its gate. Not promoted, version 1 stays in production.",
         ("promote", "3"): "it was judged with no version in production, and now version 1 is there",
         ("promote", "2", "--force"): "--force needs a NOTE",
@@ -130,7 +130,7 @@ def test_lineage_leads_back_to_the_documents(own):
 def test_verify_names_changed_lost_and_added_files(own):
     untouched, lineage = call(own, ["verify", "1"], ["lineage", "1", "--json"])
     assert untouched.code == 0, untouched.stdout + untouched.stderr
-    assert "are as they were recorded" in untouched.stdout
+    assert "their sources and the base model are unchanged" in untouched.stdout
     places = {artifact["name"]: Path(artifact["uri"]) for artifact in lineage.json["artifacts"]}
     adapter = places["sft_adapter"] / "files" / "adapter_model.safetensors"
     report = places["evaluation_report"] / "files" / "report.html"

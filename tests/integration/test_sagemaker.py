@@ -336,7 +336,7 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
 
     again = cloud_project.run("retrain", "--attach", next(iter(fake.jobs)))
     assert again.code == 0, again.stderr
-    assert "was not followed: its training step was served from the cache" in again.stderr
+    assert "was not followed, because the result of its training step came from the cache" in again.stderr
     assert len(fake.jobs) == 2
     assert cloud_project.run("datasets", "--attach", next(iter(fake.jobs))).code == 2
 

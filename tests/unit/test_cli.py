@@ -1,4 +1,4 @@
-"""The command line itself: help without slow imports, exit codes, and one sentence for what is wrong."""
+"""The command line: help without slow imports, exit codes, and errors of one sentence."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ from tools import cli
 
 ENTRIES = [entry for entries in cli.COMMANDS.values() for entry in entries]
 SLOW = ("torch", "transformers", "trl", "zenml", "pandas", "datasets", "matplotlib")
-# Runs the command line with each of the arguments, and prints what was imported.
+# Runs the command line once for each list of arguments. Prints the exit codes and the slow libraries that were imported.
 IMPORTED = f"""
 import contextlib, io, json, sys
 from tools.cli import main
@@ -58,7 +58,7 @@ def test_a_wrong_recipe_is_refused_before_the_slow_imports(arguments):
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_help_says_what_a_command_does_and_shows_an_example(entry):
+def test_help_describes_a_command_and_shows_an_example(entry):
     module, _, function = entry.target.partition(":")
     text = inspect.getdoc(getattr(importlib.import_module(f"tools.{module}"), function))
     assert text.splitlines()[0] == entry.line
@@ -79,13 +79,13 @@ def test_help_says_what_a_command_does_and_shows_an_example(entry):
         (["serve", "--port", "99999"], "--port"),
         (["compare"], "Missing option '--prompt'"),
         (["cloud", "image", "nothing"], "'nothing' is not one of 'training', 'retrain'"),
-        (["run", "sft", "--scheduled", "here"], "--scheduled goes with retrain alone"),
+        (["run", "sft", "--scheduled", "here"], "--scheduled can only be used with retrain"),
         (["run", "retrain", "--scheduled", "here", "--dry-run"], "without --dry-run and --resume"),
         (["chat", "--prompt", "Hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, words, capsys):
+def test_a_wrong_option_prints_one_line_and_exits_with_2(arguments, words, capsys):
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -100,8 +100,8 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, words, capsys):
     [
         (RequestError("It is wrong."), 2, "Error: It is wrong."),
         (WorkError("It failed."), 1, "Error: It failed."),
-        (KeyboardInterrupt(), 130, "the same command goes on from there"),
-        (ValueError("unforeseen"), 1, "Error: ValueError: unforeseen Run again with --debug"),
+        (KeyboardInterrupt(), 130, "run the same command again to continue"),
+        (ValueError("unforeseen"), 1, "Error: ValueError: unforeseen Run the command again with --debug"),
     ],
     ids=["request", "work", "interrupted", "unforeseen"],
 )

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 
-from llm_engineering.data.duplicates import EvaluationIndex
 from llm_engineering.data.examine import language_of
 from llm_engineering.data.load import load_evaluation
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.errors import RequestError
 
 

@@ -17,16 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.rows import write_rows
-from llm_engineering.data import duplicates, examine
-from llm_engineering.data.duplicates import (
-    Clusters,
-    EvaluationIndex,
-    ShingleFile,
-    band_count,
-    groups,
-    join_near_duplicates,
-    sketch,
-)
+from llm_engineering.data import examine, similarity
+from llm_engineering.data.dataset_rules import length_bounds, rare_languages
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import check_splits, prepare
@@ -39,8 +31,16 @@ from llm_engineering.data.rows import (
     preference_dataset,
     split_of,
 )
+from llm_engineering.data.similarity import (
+    Clusters,
+    EvaluationIndex,
+    ShingleFile,
+    band_count,
+    groups,
+    join_near_duplicates,
+    sketch,
+)
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_records
-from llm_engineering.data.verdicts import length_bounds, rare_languages
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.data_blocks import DataConfig
 
@@ -366,7 +366,7 @@ def test_groups_are_the_same_when_sorted_in_parts(tmp_path, monkeypatch):
     values = np.random.default_rng(0).integers(0, 300, 1000).astype(np.uint64)
     values.tofile(tmp_path / "values")
     whole = sorted(group.tolist() for group in groups(tmp_path / "values"))
-    monkeypatch.setattr(duplicates, "_PART_ROWS", 70)
+    monkeypatch.setattr(similarity, "_PART_ROWS", 70)
     assert sorted(group.tolist() for group in groups(tmp_path / "values")) == whole
     assert whole == sorted(
         np.flatnonzero(values == v).tolist() for v in set(values.tolist()) if (values == v).sum() > 1

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llm_engineering.data import private
 from llm_engineering.data.private import masked, personal_data, redacted, secrets
+from llm_engineering.data.row_rules import check_row
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.rules import check_row
 from llm_engineering.recipe.data_blocks import RulesConfig
 
 RANDOM = random.Random(7)

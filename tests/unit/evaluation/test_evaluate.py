@@ -11,7 +11,8 @@ from llm_engineering.data.rows import Message, instruction_dataset, preference_d
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.evaluate import evaluate
 from llm_engineering.evaluation.heldout import draw_indices, held_out, render_for_both
-from llm_engineering.evaluation.measures import Models, heldout_loss
+from llm_engineering.evaluation.measures import heldout_loss
+from llm_engineering.evaluation.models import Models
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import render
 from llm_engineering.models.device import choose_device

@@ -211,7 +211,7 @@ def test_recipe_for_a_gpu_is_estimated_without_one(small_llama):
     card = load_recipe(ROOT / "configs" / "cuda_8b.yaml", [f"model.name_or_path={small_llama}"])
     reason, where, memory, note = estimate_lines(card, ["sft"])
     assert "cannot train this recipe: compute.device is cuda" in reason
-    assert where == "On a card (cuda, bfloat16, transformers):"
+    assert where == "On another machine (cuda, bfloat16, transformers):"
     assert "at its peak" in memory
     assert "free" not in memory
     assert "unsloth" in note

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.measures import Models, heldout_loss, labelled_rows
+from llm_engineering.evaluation.measures import heldout_loss
+from llm_engineering.evaluation.models import Models, labelled_rows
 from llm_engineering.models import device as devices
 from llm_engineering.models.device import check_training, choose_device, choose_optimiser
 from llm_engineering.models.loading import load_model

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_engineering.data.duplicates import Clusters, ShingleFile, band_count, groups, join_near_duplicates
 from llm_engineering.data.examine import Examined
 from llm_engineering.data.rows import SPLITS
+from llm_engineering.data.similarity import Clusters, ShingleFile, band_count, groups, join_near_duplicates
 from llm_engineering.recipe.data_blocks import DataConfig
 
 # Tukey's outer fences (Exploratory Data Analysis, 1977): a value beyond three interquartile ranges is "far out".

@@ -1,6 +1,6 @@
 """Checks of a single row: an empty, cut off or refusing answer, equal answers, a missing passage, private data.
 
-`data.rules` in the recipe has a switch for each rule. Checks that compare rows, such as duplicates, are in `verdicts`.
+`data.rules` in the recipe has a switch for each rule. Checks that compare rows, such as duplicates, are in `dataset_rules`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_engineering.data.row_rules import Checked, Finding, check_row, is_generated
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.rules import Checked, Finding, check_row, is_generated
 from llm_engineering.recipe.data_blocks import Action, RulesConfig
 
 RULES = (

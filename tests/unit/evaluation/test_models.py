@@ -1,0 +1,153 @@
+"""Held-out measures against hand-computed values."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from llm_engineering.data.rows import Message
+from llm_engineering.evaluation.heldout import held_out
+from llm_engineering.evaluation.measures import (
+    heldout_loss,
+    preference_accuracy,
+    preference_margin,
+    question_gain,
+    with_other_questions,
+)
+from llm_engineering.evaluation.models import AnswerScore, Models
+from llm_engineering.formatting.render import prompt_ids
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.loading import load_model
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
+from llm_engineering.training.policy import new_policy, save_policy
+from tests.tiny_models import pair
+
+
+@pytest.fixture
+def model(tiny_model):
+    return ModelConfig(name_or_path=str(tiny_model), revision="test")
+
+
+def test_batched_scores_equal_scores_row_by_row(model, cpu, settings):
+    device = choose_device(cpu)
+    base = load_model(model, settings, device)
+    models = Models(base, {}, load_tokenizer(model, settings), batch_size=2)
+    rows = [
+        ([5, 6, 7, 8, 9, 2], [-100, -100, 7, 8, -100, 2]),
+        ([11, 12, 2], [-100, -100, 2]),
+        ([20, 21, 22, 23, 2], [-100, 21, 22, 23, 2]),
+    ]
+    for score, (ids, labels) in zip(models.scores("base", rows, "loss"), rows, strict=True):
+        log_probs = torch.log_softmax(base(input_ids=torch.tensor([ids])).logits[0].double(), dim=-1)
+        expected = [float(log_probs[i - 1, label]) for i, label in enumerate(labels) if label != -100]
+        assert score.tokens == len(expected)
+        assert score.log_prob == pytest.approx(sum(expected), abs=1e-4)
+
+
+def test_question_gain_equals_its_formula_row_by_row(model, cpu, settings):
+    base = load_model(model, settings, choose_device(cpu))
+    models = Models(base, {}, load_tokenizer(model, settings), batch_size=2)
+    rows = [
+        ([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2]),
+        ([11, 12, 13, 2], [-100, 12, 13, 2]),
+        ([20, 21, 22, 23, 24, 2], [-100, -100, -100, 23, -100, 2]),
+        ([30, 31, 2], [-100, 31, 2]),
+    ]
+
+    def log_prob(question, answer, labels):
+        log_probs = torch.log_softmax(base(input_ids=torch.tensor([question + answer])).logits[0].double(), dim=-1)
+        places = [len(question) + i for i, label in enumerate(labels) if label != -100]
+        return sum(float(log_probs[place - 1, (question + answer)[place]]) for place in places)
+
+    borders = [2, 1, 3, 1]
+    total = 0.0
+    for index, ((ids, labels), border) in enumerate(zip(rows, borders, strict=True)):
+        after = [log_prob(rows[other][0][: borders[other]], ids[border:], labels[border:]) for other in range(4)]
+        total += after[index] - sum(after[other] for other in range(4) if other != index) / 3
+    scores = models.scores("base", rows, "own")
+    found = question_gain(scores, [models.scores("base", moved, "others") for moved in with_other_questions(rows)])
+    assert found.value == pytest.approx(total / (3 + 3 + 2 + 2), abs=1e-4)
+    assert with_other_questions(rows[:1]) == []
+
+
+def test_each_adapter_has_its_own_scores(model, cpu, settings, tmp_path):
+    device = choose_device(cpu)
+    for name, size in (("sft", 0.5), ("dpo", 1.0)):
+        policy = new_policy(model, LoraConfig(r=2), settings, device)
+        for key, parameter in policy.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.constant_(parameter, size)
+        save_policy(policy, model, tmp_path / name)
+    adapters = {"sft": tmp_path / "sft", "dpo": tmp_path / "dpo"}
+    models = Models(load_model(model, settings, device), adapters, load_tokenizer(model, settings), batch_size=1)
+    rows = [([5, 6, 7, 2], [-100, 6, 7, 2])]
+    alone = Models(load_model(model, settings, device), {}, load_tokenizer(model, settings), batch_size=1)
+    scores = {name: models.scores(name, rows, "loss")[0].log_prob for name in ("dpo", "base", "sft")}
+    assert scores["base"] == pytest.approx(alone.scores("base", rows, "loss")[0].log_prob, abs=1e-6)
+    assert len({round(score, 4) for score in scores.values()}) == 3
+
+
+def test_repetition_penalty_follows_its_formula(model, cpu, settings):
+    """Positive logits of tokens that occurred before are divided by the penalty, negative ones are multiplied by it."""
+    tokenizer = load_tokenizer(model, settings)
+    base = load_model(model, settings, choose_device(cpu))
+    prompt = [Message(role="user", content="Is it this?")]
+    penalised = Models(base, {}, tokenizer, 1, repetition_penalty=1.5).answer("base", prompt, 8).ids
+    ids = prompt_ids(prompt, tokenizer)
+    expected = []
+    with torch.inference_mode():
+        while len(expected) < 8 and tokenizer.eos_token_id not in expected:
+            logits = base(input_ids=torch.tensor([ids + expected])).logits[0, -1].float()
+            there = sorted({*ids, *expected})
+            logits[there] = torch.where(logits[there] > 0, logits[there] / 1.5, logits[there] * 1.5)
+            expected.append(int(logits.argmax()))
+    assert penalised == expected
+    assert Models(base, {}, tokenizer, 1).answer("base", prompt, 8).ids != expected
+
+
+def test_batched_answers_equal_answers_one_by_one(base_model, cpu, settings):
+    config = ModelConfig(name_or_path=str(base_model), revision="test")
+    # The pad token is also the end token, so only the position distinguishes padding from an end.
+    tokenizer = load_tokenizer(config, settings, "chatml")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    model = load_model(config, settings, choose_device(cpu))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        # Weights so large that the answers depend on the questions.
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    models = Models(model, {}, tokenizer, batch_size=3)
+    texts = ["Hi", "What is the sum of these numbers, please?", "Is it this?", "x" * 90, "It is", "7", "numbers " * 12]
+    prompts = [[Message(role="user", content=text)] for text in texts]
+    free = [models.answer("base", prompt, 16) for prompt in prompts]
+    assert not any(sample.stopped for sample in free)
+    assert all(len(sample.ids) == 16 for sample in free)
+    # A further end token that occurs in some answers and not in others.
+    end, place = next(
+        (token, place)
+        for place, sample in enumerate(free)
+        for token in sample.ids[3:]
+        if any(token not in other.ids for other in free)
+    )
+    model.generation_config.eos_token_id = end
+    alone = [models.answer("base", prompt, 16) for prompt in prompts]
+    assert models.answers("base", prompts, 16, "answers") == alone
+    assert alone[place].ids == free[place].ids[: free[place].ids.index(end) + 1]
+    assert {sample.stopped for sample in alone} == {True, False}
+    assert len({tuple(sample.ids) for sample in alone}) > 3
+
+
+def test_measures_by_hand():
+    chosen = [AnswerScore(-2.0, 2), AnswerScore(-9.0, 3), AnswerScore(-4.0, 4)]
+    rejected = [AnswerScore(-1.0, 1), AnswerScore(-8.0, 2), AnswerScore(-8.0, 4)]
+    assert heldout_loss(chosen).value == pytest.approx(15 / 9)
+    # Mean log-probabilities: -1 and -1 (a tie is no win), -3 and -4, -1 and -2.
+    assert preference_accuracy(chosen, rejected).value == pytest.approx(2 / 3)
+    assert preference_margin(chosen, rejected).value == pytest.approx(2 / 3)
+
+
+def test_only_the_answers_of_pairs_are_labelled():
+    formatted = {"id": pair(0).id, "truncated": False, "prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
+    none = Dataset.from_dict({"id": [], "input_ids": [], "labels": [], "truncated": []})
+    rows = held_out(none, [], Dataset.from_list([formatted]), [pair(0)])
+    assert rows.pairs[0].answers == [([1, 2, 3, 4], [-100, -100, 3, 4]), ([1, 2, 5], [-100, -100, 5])]
