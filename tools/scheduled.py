@@ -1,7 +1,8 @@
-"""A run that a schedule started: one at a time, only where there is something new, and its verdict is kept.
+"""One run of a schedule. It is skipped if another run of the schedule is in progress, or if nothing has changed.
 
-New is what differs from the last run that this schedule brought to a judgement: documents, datasets, files of the
-evaluation, the recipe but for where it runs and what is published, the base model's revision, the code of a step.
+A run compares itself with the last run of the schedule that judged a model. It looks at the documents, the datasets, the
+evaluation's files, the recipe (without `compute`, `tracking` and `hub`), the base model's revision, and the code of the
+steps. The outcome of every run is recorded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import boto3
 
-from llm_engineering.cloud.schedules.notify import notify, without_secrets
+from llm_engineering.cloud.schedules.notify import notify_of_run, without_secrets
 from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place, RunRecord, job_prefix
 from llm_engineering.generation.store import STORE_FILE
 from llm_engineering.recipe.loading import recipe_hash
@@ -25,15 +26,17 @@ from pipelines.inputs import Inputs
 
 logger = logging.getLogger("llm_engineering.run")
 
-# What a record keeps of an error; the log has all of it.
+# Maximum length of an error in a record. The log has the full error.
 _REASON_CHARACTERS = 1000
-_SIGNAL_IN_JOB = (
-    "its job was stopped, reached max_run_s, or lost its spot machine, after which SageMaker starts it again by itself"
-)
+_SIGNAL_IN_JOB = "the job was stopped, reached max_run_s, or lost its spot machine (SageMaker then restarts it)"
 
 
 class Scheduled:
-    """The run of a schedule that this process is."""
+    """This process as a run of a schedule.
+
+    Args:
+        place: the schedule's folder, or its address in S3.
+    """
 
     def __init__(self, place: str) -> None:
         self.place = Place(place)
@@ -41,39 +44,39 @@ class Scheduled:
         self.record = RunRecord(run=os.environ.get(JOB_VARIABLE) or f"{now:%Y%m%dT%H%M%S}-{os.getpid()}", began=now)
 
     def run(self, work: Callable[[Scheduled], int]) -> int:
-        """Do the work if no other run of this schedule is at it; returns its exit code, 0 if it is skipped.
+        """Do the work if no other run of this schedule is in progress; returns its exit code, 0 if it is skipped.
 
-        What it raises is kept as the verdict, told to people, and raised again.
+        An error is recorded as the outcome, reported in a notification, and raised again.
         """
         try:
             with self._lock() as is_first:
                 if not is_first:
                     return self.skip("running")
                 self.place.write(self.record)
-                # Else every run would pay for all answers anew.
+                # Stored answers of the endpoint are reused. Otherwise, every run would pay for all answers again.
                 with self.place.kept(Settings().llm_output_dir / STORE_FILE):
                     return work(self)
         except KeyboardInterrupt:
-            self._fail("interrupted", _SIGNAL_IN_JOB if self.place.in_s3 else "a signal ended it")
+            self._end("interrupted", _SIGNAL_IN_JOB if self.place.in_s3 else "a signal ended the run")
             raise
-        except Exception as error:  # Whatever it is, it is kept and raised again.
-            self._fail("failed", str(error) or type(error).__name__)
+        except Exception as error:  # Every error is recorded and raised again.
+            self._end("failed", str(error) or type(error).__name__)
             raise
 
     def is_new(self, recipe: Recipe, inputs: Inputs) -> bool:
-        """Whether anything differs from the last run that was judged; remembers what this one reads and does."""
+        """Whether anything differs from the last run that judged a model. The fingerprint is added to this run's record."""
         self.record = self.record.model_copy(update={"fingerprint": fingerprint(recipe, inputs)})
         former = next((record for record in self.place.records() if record.is_complete), None)
         return former is None or former.fingerprint != self.record.fingerprint
 
     def skip(self, why: str) -> int:
-        """End without work, which is no failure."""
+        """End the run without work; returns exit code 0."""
         self._end("skipped", why)
         logger.info("skipped: %s", why)
         return 0
 
     def judged(self, run_id: str, version: int | None, decision: dict[str, Any]) -> None:
-        """Keep what the gate said: the dump of a PromotionDecision."""
+        """Record the gate's decision, the dump of a PromotionDecision."""
         outcome = {"failed": "gate failed", "stale": "stale"}.get(decision["outcome"])
         if outcome is None:
             outcome = "promoted" if decision["stage"] == "production" else "staged"
@@ -85,30 +88,18 @@ class Scheduled:
         self._end(outcome, reason)
 
     def _end(self, outcome: str, reason: str) -> None:
-        self._ended(outcome, reason)
-        self.place.write(self.record)
-
-    def _fail(self, outcome: str, reason: str) -> None:
-        self._ended(outcome, reason)
-        # First: what went wrong may be that nothing can be written.
-        notify(
-            f"Retraining {self.place.schedule} {outcome}",
-            f"{self.record.reason}\nRun {self.record.run}, began {self.record.began:%Y-%m-%d %H:%M} UTC. "
-            "`make schedules` lists the last runs.",
-            Settings(),
-        )
-        self.place.write(self.record)
-
-    def _ended(self, outcome: str, reason: str) -> None:
         reason = without_secrets(reason, Settings())
         if len(reason) > _REASON_CHARACTERS:
             reason = f"{reason[:_REASON_CHARACTERS]} …"
         update = {"outcome": outcome, "reason": reason, "ended": datetime.now(UTC)}
         self.record = self.record.model_copy(update=update)
+        # First: the error may be that nothing can be written.
+        notify_of_run(self.record, self.place.schedule, Settings())
+        self.place.write(self.record)
 
     @contextmanager
     def _lock(self) -> Iterator[bool]:
-        """Whether this is the only run of the schedule, or the first of several."""
+        """Lock the schedule during the block; yields False if an earlier run of it is in progress."""
         if self.place.in_s3:
             yield self._is_oldest_job()
         else:
@@ -116,7 +107,7 @@ class Scheduled:
                 yield is_first
 
     def _is_oldest_job(self) -> bool:
-        """Of the jobs of this schedule that run, the one that was created first goes on."""
+        """Whether this job was created first among the running jobs of the schedule. Only the first one does the work."""
         prefix = job_prefix(self.place.schedule)
         pages = boto3.client("sagemaker").get_paginator("list_training_jobs")
         jobs = [
@@ -129,7 +120,7 @@ class Scheduled:
 
 
 def fingerprint(recipe: Recipe, inputs: Inputs) -> str:
-    """Twelve hex digits that change with what a run reads, makes of it, and does."""
+    """A hash (12 hex digits) of everything that decides a run's result: its recipe, its inputs, and the code of its steps."""
     from pipelines import chain
     from tools.plan import planned_steps
 

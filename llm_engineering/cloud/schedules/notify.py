@@ -1,4 +1,4 @@
-"""Sends a message about a failed run to an SNS topic, a webhook, or both, as the settings say."""
+"""Notifies people of scheduled runs: which outcomes, in which words, and over an SNS topic, a webhook, or both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import SecretStr
 
+from llm_engineering.cloud.schedules.run_records import RunRecord
 from llm_engineering.recipe.settings import Settings
 
 logger = logging.getLogger("llm_engineering.cloud.schedules.notify")
@@ -21,6 +22,22 @@ _TIMEOUT_S = 20.0
 _SHORTEST_SECRET = 8
 # Secrets that other libraries read from the environment.
 _OTHER_SECRETS = ("ZENML_STORE_API_KEY", "ZENML_STORE_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+# The outcomes of a run that people are notified of.
+NOTIFIED = ("failed", "interrupted")
+
+
+def notify_of_run(record: RunRecord, schedule: str, settings: Settings) -> None:
+    """Notify people of the end of a scheduled run, if its outcome is one of NOTIFIED."""
+    if record.outcome not in NOTIFIED:
+        return
+    notify(
+        f"Retraining {schedule} {record.outcome}",
+        f"{record.reason}\nRun {record.run}, began {record.began:%Y-%m-%d %H:%M} UTC. "
+        "`make schedules` lists the last runs.",
+        settings,
+    )
 
 
 def notify(subject: str, text: str, settings: Settings) -> bool:
