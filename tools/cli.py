@@ -60,7 +60,7 @@ Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="The reason. I
 
 
 class Entry(NamedTuple):
-    """A command: its name with the group before it, its function as `module:function`, and the first line of its help."""
+    """A command: its name with the group before it, its function as `module:function`, and the line of its help."""
 
     name: str
     target: str
@@ -86,7 +86,7 @@ COMMANDS: dict[str, list[Entry]] = {
     "Models": [
         Entry("chat", "chat:chat", "Talk to the promoted model."),
         Entry("compare", "chat:compare", "Ask the base model and the trained models the same question."),
-        Entry("serve", "serve:serve", "Serve a model OpenAI-compatibly on this machine until Ctrl-C."),
+        Entry("serve", "serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."),
         Entry("models list", "model_stages:list_versions", "List the versions of a model."),
         Entry("models promote", "model_stages:promote", "Move a model version to production."),
         Entry("models rollback", "model_stages:rollback", "Move the previous production version back to production."),

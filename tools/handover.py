@@ -140,7 +140,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     """The facts for the card of a merged model.
 
     Args:
-        recipe: the recipe of the command, for the licences and the repository. All else comes from the version's recipe.
+        recipe: the recipe of the command, for the licences and the repository. The rest comes from the version.
 
     Raises:
         RequestError: the version was made with another version of the recipe's schema, or was not evaluated.
@@ -229,8 +229,8 @@ def _check_output(output: Path, is_gguf: bool) -> None:
 
 
 def _is_ours(file: str) -> bool:
-    """Whether a file of the repository is part of a model. `publish` removes such files if this push does not write them.
+    """Whether a file of the repository is part of a model.
 
-    Otherwise, for example, an old weight file could be loaded together with the new ones.
+    `publish` removes such files if this push does not write them. Otherwise old weights would stay and be loaded.
     """
     return "/" not in file and file.endswith((".safetensors", ".json", ".jinja"))

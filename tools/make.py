@@ -92,8 +92,8 @@ def command(target: str, environment: Mapping[str, str]) -> list[str]:
     """
     words, options, argument, default = TARGETS[target]
     given = environment.get(GIVEN, "").split()
-    # Joined with "=", because a separate value with a leading hyphen would be read as an option. ARGS come later, because
-    # the last value of an option counts.
+    # Joined with "=", because a separate value with a leading hyphen would be read as an option. ARGS come later,
+    # because the last value of an option counts.
     named = [f"--{name.lower()}={environment[name]}" for name in options if name in given]
     found = [*words.split(), *named, *extra(environment)]
     if argument is not None:

@@ -1,6 +1,6 @@
 """Plans and checks a run before it starts: its steps, its memory and time, and everything that it reads.
 
-`preflight` checks everything that can be checked before costly work. It pins the model's revision and hashes the inputs.
+`preflight` checks everything that can be checked before costly work, pins the model's revision and hashes the inputs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.formatting.render import check_chat_template
 from llm_engineering.generation.open import check_access
+from llm_engineering.models.base_model import load_config, pin_revision
 from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
-from llm_engineering.models.loading import load_config, pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
 from llm_engineering.recipe.data_blocks import DataConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
@@ -163,15 +163,15 @@ def _check_machine(recipe: Recipe) -> bool:
 def _check_tokenizer(recipe: Recipe) -> None:
     """Check the chat template.
 
-    The embedded model's own template is known to be correct. It is not checked, so that the model is unpacked only when a
-    step needs it.
+    The embedded model's own template is known to be correct. It is not checked, so that the model is unpacked only
+    when a step needs it.
     """
     if recipe.model.name_or_path != EMBEDDED_MODEL or recipe.formatting.chat_template is not None:
         check_chat_template(load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template))
 
 
 def _check_client(recipe: Recipe) -> None:
-    """Send the endpoint one small request, if the recipe uses an endpoint to write questions, answers or rejected answers."""
+    """Send the endpoint one small request, if the recipe uses one to write questions, answers or rejected answers."""
     writing = recipe.generation
     if recipe.data.instructions is None:
         check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
@@ -180,7 +180,7 @@ def _check_client(recipe: Recipe) -> None:
 
 
 def code_version() -> str:
-    """The commit of this project, with `+changes` if files differ from it. CODE_VARIABLE takes precedence, if it is set."""
+    """The commit of this project, with `+changes` if files differ from it; CODE_VARIABLE, if set, takes precedence."""
     if os.environ.get(CODE_VARIABLE):
         return os.environ[CODE_VARIABLE]
     git = ["git", "-C", str(PROJECT_ROOT)]
@@ -193,7 +193,7 @@ def code_version() -> str:
 
 
 def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -> str | None:
-    """Open the datasets, so that an unreadable one is refused now; returns their hash, or None if the recipe names none."""
+    """Open the datasets, so that an unreadable one is refused now; returns their hash, or None without datasets."""
     named = [reference for reference in references if reference is not None]
     for reference in named:
         open_dataset(reference, kind, config)
@@ -201,7 +201,7 @@ def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -
 
 
 def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
-    """An estimate of the memory and time of training, as lines of text. Only the model's configuration is downloaded."""
+    """An estimate of training's memory and time, as lines of text. Only the model's configuration is downloaded."""
     if not stages:
         return []
     lines: list[str] = []
@@ -236,7 +236,7 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
 
 
 def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Log a warning for each stage that may need more memory than is free on this machine. SageMaker jobs are not checked.
+    """Log a warning for each stage that may need more memory than is free. SageMaker jobs are not checked.
 
     Raises:
         RequestError: this machine cannot train the recipe.

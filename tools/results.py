@@ -26,8 +26,8 @@ logger = logging.getLogger("llm_engineering.run")
 
 KILLED = "killed"
 _PROCESS = "process"
-# The system records a process's start in clock ticks since boot, and the boot time only to one second. So two readings of
-# the same start time can differ.
+# The system records a process's start in clock ticks since boot, and the boot time only to one second. So two readings
+# of the same start time can differ.
 _START_TOLERANCE_S = 2.0
 
 
@@ -102,7 +102,7 @@ class RunResult(BaseModel):
 
 
 def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult:
-    """Collect steps, artifacts and reports of the runs. If two runs have an artifact of the same name, the later one counts."""
+    """Collect steps, artifacts and reports of the runs. Of two artifacts with the same name, the later one counts."""
     from zenml.enums import ExecutionStatus
 
     artifacts: dict[str, ArtifactVersionResponse] = {}
@@ -213,7 +213,7 @@ def print_table(result: RunResult, file: TextIO) -> None:
 
 
 def _measures(evaluation: dict[str, Any]) -> Table:
-    """Every measure of every model, and the difference between the newest model and the base model with its interval."""
+    """Every measure of every model, and the difference of newest model and base model with its interval."""
     from llm_engineering.evaluation.statistics import verdict
     from llm_engineering.reports.page import interval
 
@@ -249,7 +249,7 @@ def this_process() -> dict[str, Any]:
 
 
 def is_alive(run: PipelineRunResponse) -> bool | None:
-    """Whether the process that started a run still runs; None if the run has no record of it, or it is on another host."""
+    """Whether the process that started a run still runs; None if it is not recorded, or on another host."""
     process = run.config.extra.get(_PROCESS)
     if process is None or process["host"] != socket.gethostname():
         return None

@@ -1,4 +1,4 @@
-"""The command `run`: reads and checks the recipe, finds results of earlier runs, and starts a pipeline of `pipelines.chain`.
+"""The command `run`: checks the recipe, finds results of earlier runs, and starts a pipeline of `pipelines.chain`.
 
 ZenML and torch are imported inside the functions, after the recipe has been read, so that a wrong recipe is refused at
 once.
@@ -75,8 +75,8 @@ def run(
 ) -> int:
     """Run a pipeline: sft, dpo, retrain or datasets.
 
-    Results of finished steps come from the cache, so after an error, the same command continues where the run ended. With
-    --json, stdout contains only one line, the JSON object; everything else goes to stderr.
+    Results of finished steps come from the cache, so after an error, the same command continues where the run ended.
+    With --json, only the JSON object goes to stdout, as its last line. Everything else goes to stderr.
 
     Example: `llm-engineering run sft --config configs/local.yaml --set sft.learning_rate=1e-4`
     """
@@ -136,7 +136,11 @@ def launch(pipeline: Pipeline, recipe: Recipe, inputs: Inputs, cache: bool) -> l
     adapter = _registered_adapter(inputs.sft_recipe)
     if adapter is None:
         others = Client().list_artifact_versions(artifact="sft_adapter", size=1).total
-        known = f"{others} SFT models are registered, but with other recipes or data" if others else "No SFT model is registered"
+        known = (
+            f"{others} SFT models are registered, but with other recipes or data"
+            if others
+            else "No SFT model is registered"
+        )
         logger.info("%s: training SFT first", known)
         runs.append(_start_judged(chain.sft, recipe, inputs, cache))
         adapter = _registered_adapter(inputs.sft_recipe)
@@ -202,7 +206,7 @@ def check_resumable(run: str, pipeline: Pipeline, recipe: Recipe) -> None:
 def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
     """Check the job, and pass its name to the training steps.
 
-    A training step checks whether the job has the same inputs, because these are known only after the data is formatted.
+    The training step checks whether the job has the same inputs. They are known only after the data is formatted.
 
     Raises:
         RequestError: the recipe trains on this machine, the job does not exist, or it trains none of these stages.

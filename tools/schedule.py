@@ -1,4 +1,4 @@
-"""The commands `schedule create`, `list`, `change`, `pause`, `resume`, `run` and `remove`, for retraining at fixed times."""
+"""The commands `schedule create`, `list`, `change`, `pause`, `resume`, `run` and `remove`: retraining at fixed times."""
 
 from __future__ import annotations
 
@@ -38,20 +38,33 @@ Schedule = LocalSchedule | CloudSchedule
 Place = Literal["sagemaker", "local"]
 Name = Annotated[
     str | None,
-    typer.Option("--name", help="Name of the schedule. Default: the recipe's name for a new schedule, otherwise the only existing schedule."),
+    typer.Option(
+        "--name",
+        help="Name of the schedule. Default: the recipe's name for a new schedule, otherwise the only existing schedule.",
+    ),
 ]
 Target = Annotated[
     Place | None, typer.Option("--target", help="Where the schedule runs: as a SageMaker job, or on this machine.")
 ]
 Cron = Annotated[
     str | None,
-    typer.Option("--cron", metavar="TIME", help='When to run: "0 3 ? * SUN *", five fields as in a crontab, or "rate(7 days)".'),
+    typer.Option(
+        "--cron", metavar="TIME", help='When to run: "0 3 ? * SUN *", five fields as in a crontab, or "rate(7 days)".'
+    ),
 ]
 Timezone = Annotated[
-    str | None, typer.Option("--timezone", metavar="ZONE", help="IANA name of the timezone. Default: UTC for a SageMaker job, this machine's timezone for --target local.")
+    str | None,
+    typer.Option(
+        "--timezone",
+        metavar="ZONE",
+        help="IANA name of the timezone. Default: UTC for a SageMaker job, this machine's timezone for --target local.",
+    ),
 ]
 Documents = Annotated[
-    str | None, typer.Option("--documents", metavar="PLACE", help="Replaces documents.path of the recipe. A SageMaker job needs s3://…")
+    str | None,
+    typer.Option(
+        "--documents", metavar="PLACE", help="Replaces documents.path of the recipe. A SageMaker job needs s3://…"
+    ),
 ]
 Stop = Annotated[bool, typer.Option("--stop", help="Also stop a run in progress.")]
 
@@ -87,14 +100,16 @@ def create(
 ) -> int:
     """Create a schedule.
 
-    At each time, the schedule starts `run retrain` with today's recipe. A run ends at once if nothing is new. By default,
-    the runs are SageMaker jobs.
+    At each time, the schedule starts `run retrain` with the recipe as it is now. A run ends at once if nothing has
+    changed. By default, the runs are SageMaker jobs.
 
     Example: `llm-engineering schedule create --target local --cron "0 3 ? * SUN *"`
     """
     with translated("The schedule was not created"):
         if not cron:
-            raise RequestError('A schedule needs a time. Add one, for example every Sunday at 3: make schedule CRON="0 3 ? * SUN *"')
+            raise RequestError(
+                'A schedule needs a time. Add one, for example every Sunday at 3: make schedule CRON="0 3 ? * SUN *"'
+            )
         settings, local = Settings(), target == "local"
         zone = timezone or (local_schedules.timezone() if local else "UTC")
         timing = parse_timing(cron, zone, datetime.now(UTC))
@@ -156,7 +171,11 @@ def list_schedules(
 def change(
     config: Annotated[
         str | None,
-        typer.Option("--config", metavar="FILE", help="Another recipe, which then runs with today's code. Default: recipe and code stay unchanged."),
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="Another recipe, which then runs with today's code. Default: recipe and code stay unchanged.",
+        ),
     ] = None,
     overrides: Overrides = None,
     name: Name = None,
@@ -175,7 +194,9 @@ def change(
         settings = Settings()
         found = _find(name, target, settings)
         if not config and (overrides or documents):
-            raise RequestError("--set and --documents change a recipe, so the recipe must be given too. Add CONFIG=recipe.yaml.")
+            raise RequestError(
+                "--set and --documents change a recipe, so the recipe must be given too. Add CONFIG=recipe.yaml."
+            )
         timing = parse_timing(cron or found.timing.expression, timezone or found.timing.timezone, datetime.now(UTC))
         recipe = _recipe(config, overrides, documents) if config else None
         if isinstance(found, LocalSchedule):
@@ -234,7 +255,7 @@ def run_now(name: Name = None, target: Target = None) -> int:
 def remove(name: Name = None, target: Target = None, stop: Stop = False) -> int:
     """Remove a schedule and everything that was created for it.
 
-    Models and runs stay. While a run is in progress, the command refuses to remove the schedule, unless --stop is given.
+    Models and runs stay. While a run is in progress, the schedule is only paused, unless --stop is given.
 
     Example: `llm-engineering schedule remove --name weekly`
     """

@@ -20,7 +20,7 @@ from pydantic import SecretStr
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import Problem, problems, tried, trust_problems
 from llm_engineering.cloud.sagemaker.request import INPUTS, training_job_request
-from llm_engineering.cloud.sagemaker.storage import upload_code
+from llm_engineering.cloud.sagemaker.s3 import upload_code
 from llm_engineering.cloud.schedules import local_schedules
 from llm_engineering.cloud.schedules.alerts import topic_problems
 from llm_engineering.cloud.schedules.cron import Timing
@@ -95,8 +95,8 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
             "Set it to 1, and choose a machine with more GPUs."
         )
     image = settings.sagemaker_retrain_image
-    # If SAGEMAKER_RETRAIN_IMAGE is not set, `_check` reports it together with all other problems. The training image cannot
-    # replace it, because it has no ZenML.
+    # If SAGEMAKER_RETRAIN_IMAGE is not set, `_check` reports it together with all other problems. The training image
+    # cannot replace it, because it has no ZenML.
     account = Account.resolve(config.model_copy(update={"image": image or "none"}), settings)
     server = _server(session)
     _check(recipe, account, settings, session, server)
@@ -123,7 +123,7 @@ def write_local(name: str, timing: Timing, recipe: Recipe | None, folder: Path, 
         former: the schedule to change; None creates a new one.
 
     Raises:
-        RequestError: a schedule of this name exists, or this machine cannot run the schedule.
+        RequestError: a schedule of this name exists, or this machine cannot run this one.
     """
     now = datetime.now(UTC)
     if former is None and (folder / name).exists():
@@ -206,14 +206,17 @@ def _request(name: str, config: SageMakerConfig, account: Account, job: JobRecip
     )
     size = len(json.dumps(request))
     if size > _MAX_INPUT_BYTES:
-        raise RequestError(f"The request for the job has {size} bytes, but EventBridge Scheduler accepts at most {_MAX_INPUT_BYTES}. @@@")
+        raise RequestError(
+            f"The request for the job has {size} bytes, but EventBridge Scheduler accepts at most {_MAX_INPUT_BYTES}. "
+            "Use fewer S3 addresses in the recipe's `data`, or fewer tags in compute.sagemaker.tags."
+        )
     return request
 
 
 def _upload_recipe(account: Account, job: JobRecipe) -> str:
     """Upload the recipe and its files; returns their folder in S3.
 
-    The folder's name is a hash of the content, so that a change of the schedule does not change the files of a running job.
+    The folder's name is a hash of the content, so a change of the schedule does not change the files of a running job.
     """
     s3, contents = account.client("s3"), {name: file.read_bytes() for name, file in job.files.items()}
     contents[RECIPE_FILE] = job.recipe.model_dump_json(indent=1).encode()
@@ -242,8 +245,8 @@ def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.
     if settings.notify_sns_topic is not None:
         topic = settings.notify_sns_topic
         found += tried(f"The topic {topic}", partial(topic_problems, session, topic))
-    # `problems` would look for a model on the hub. So for a model in S3, this check uses the default model instead, and the
-    # job checks the real one.
+    # `problems` would look for a model on the hub. So for a model in S3, this check uses the default model instead, and
+    # the job checks the real one.
     in_s3 = recipe.model.name_or_path.startswith("s3://")
     found += problems(
         recipe.model_copy(update={"model": ModelConfig()}) if in_s3 else recipe, account, settings, needed
@@ -285,7 +288,9 @@ def _server(session: boto3.Session) -> Server:
             f"{STORE_URL} is not a valid address. Set it to the address of a ZenML server, https://…, without user and password."
         )
     if is_loopback(url) and not is_loopback(session.client("sts").meta.endpoint_url):
-        raise RequestError(f"{STORE_URL} {url} is an address of this machine. Set it to an address that a job in AWS can reach.")
+        raise RequestError(
+            f"{STORE_URL} {url} is an address of this machine. Set it to an address that a job in AWS can reach."
+        )
     from tools.cli import prepare_zenml
 
     prepare_zenml()

@@ -1,8 +1,8 @@
 """One run of a schedule. It is skipped if another run of the schedule is in progress, or if nothing has changed.
 
-A run compares itself with the last run of the schedule that judged a model. It looks at the documents, the datasets, the
-evaluation's files, the recipe (without `compute`, `tracking` and `hub`), the base model's revision, and the code of the
-steps. The outcome of every run is recorded.
+A run compares itself with the last run of the schedule that judged a model. It looks at the documents, the datasets,
+the evaluation's files, the recipe (without `compute`, `tracking` and `hub`), the base model's revision, and the code of
+the steps. The outcome of every run is recorded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Scheduled:
             raise
 
     def is_new(self, recipe: Recipe, inputs: Inputs) -> bool:
-        """Whether anything differs from the last run that judged a model. The fingerprint is added to this run's record."""
+        """Whether anything differs from the last run that judged a model. Adds the fingerprint to this run's record."""
         self.record = self.record.model_copy(update={"fingerprint": fingerprint(recipe, inputs)})
         former = next((record for record in self.place.records() if record.is_complete), None)
         return former is None or former.fingerprint != self.record.fingerprint
@@ -107,7 +107,7 @@ class Scheduled:
                 yield is_first
 
     def _is_oldest_job(self) -> bool:
-        """Whether this job was created first among the running jobs of the schedule. Only the first one does the work."""
+        """Whether this job is the oldest running job of the schedule. Only the oldest one does the work."""
         prefix = job_prefix(self.place.schedule)
         pages = boto3.client("sagemaker").get_paginator("list_training_jobs")
         jobs = [
@@ -120,7 +120,7 @@ class Scheduled:
 
 
 def fingerprint(recipe: Recipe, inputs: Inputs) -> str:
-    """A hash (12 hex digits) of everything that decides a run's result: its recipe, its inputs, and the code of its steps."""
+    """A hash (12 hex digits) of everything that decides a run's result: recipe, inputs, and code of the steps."""
     from pipelines import chain
     from tools.plan import planned_steps
 

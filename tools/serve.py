@@ -1,4 +1,4 @@
-"""Two servers on loopback that run until Ctrl-C: serve answers as a model, dashboard shows ZenML's runs."""
+"""The commands `serve`, for a model, and `dashboard`, for ZenML's dashboard. Both servers listen only on loopback."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ logger = logging.getLogger("llm_engineering.serve")
 
 HOST = "127.0.0.1"
 LOG_LINES_SHOWN = 15
-# A server that still answers somebody when it is asked to end gets this long.
+# Time for a server to finish its answers after SIGTERM.
 GRACE_S = 10.0
 _POLL_S = 0.2
-# Starts a program that is sent SIGTERM when this process is gone: PR_SET_PDEATHSIG of prctl(2), which Linux alone has.
+# Starts a program that gets SIGTERM when this process ends: PR_SET_PDEATHSIG of prctl(2), which only Linux has.
 _END_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
 _UNDER_THIS = [sys.executable, "-c", _END_WITH_PARENT] if sys.platform == "linux" else []
 
@@ -39,15 +39,15 @@ def serve(
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
     version: Version = None,
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port on this machine.")] = 8000,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
 ) -> int:
-    """Serve a model OpenAI-compatibly on this machine until Ctrl-C.
+    """Serve a model with an OpenAI-compatible API on this machine until Ctrl-C.
 
-    vLLM is used if it is installed and there is a CUDA card, else `transformers serve`.
+    The server is vLLM if it is installed and this machine has a CUDA card. Otherwise, it is `transformers serve`.
 
     Example: `llm-engineering serve --port 8123`
     """
-    # Both end it the same way; a shell's background job starts with SIGINT ignored.
+    # Every signal ends the server in the same way. SIGINT too, because a shell's background job starts with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     recipe = load_recipe(config, overrides or ())
@@ -76,31 +76,32 @@ def serve(
             command = transformers_command(recipe.name, port, device.name)
         if recipe.model.trust_remote_code:
             command.append("--trust-remote-code")
-        logger.info("Starting %s, which logs to %s", Path(command[0]).name, log)
+        logger.info("Starting %s. Its log: %s", Path(command[0]).name, log)
         try:
             run_server(command, f"http://{HOST}:{port}", recipe.name, Path(cache), log)
         except KeyboardInterrupt:
-            logger.info("Ended.")
+            logger.info("The server has stopped.")
     return 0
 
 
 def dashboard(
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The port on this machine.")] = 8237,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8237,
 ) -> int:
     """Serve ZenML's dashboard on this machine until Ctrl-C.
 
-    It shows the runs of the local store. If ZenML is connected to a server, the address of that server is printed.
+    The dashboard shows the runs of the local store. If ZenML is connected to a server, the command only prints the
+    address of that server.
 
     Example: `llm-engineering dashboard --port 8300`
     """
-    # `zenml login --local` is not used: it points the client configuration at a daemon, and every later run fails once
-    # that daemon has died. This runs the same server in the foreground and leaves the configuration as it is.
+    # `zenml login --local` is not used: it points the client configuration at a daemon, and when that daemon has died,
+    # every later run fails. This runs the same server in the foreground and does not change the configuration.
     url = f"http://{HOST}:{port}"
 
-    # Both end it the same way; a shell's background job starts with SIGINT ignored.
+    # Both signals end the server in the same way. SIGINT too, because a shell's background job starts with it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    # Before the first import of zenml, which reads them once.
+    # Set before the first import of zenml, which reads the variables only once.
     os.environ.update(server_environment(url))
     try:
         from zenml.config.global_config import GlobalConfiguration
@@ -121,11 +122,12 @@ def dashboard(
                 _skip_onboarding_survey()
                 _serve_dashboard(listener, url)
             except (Exception, SystemExit) as error:
-                # Before a SystemExit uvicorn has logged the cause; its own trace would push that out.
+                # When uvicorn raises SystemExit, it has already logged the cause. A traceback after it would push the
+                # cause out of the last lines, which are printed.
                 if not isinstance(error, SystemExit):
                     logging.exception("The dashboard's server failed.")
                 tail = log.read_text().splitlines()[-LOG_LINES_SHOWN:]
-                print(f"The dashboard's server failed; the end of {log}:", *tail, sep="\n", file=sys.stderr)
+                print(f"The dashboard's server failed. The last lines of {log}:", *tail, sep="\n", file=sys.stderr)
                 return 1
     except KeyboardInterrupt:
         pass
@@ -133,26 +135,28 @@ def dashboard(
 
 
 def check_port(port: int) -> None:
-    """Raises:
-    RequestError: the port cannot be listened on.
+    """Check that a server can listen on the port.
+
+    Raises:
+        RequestError: it cannot.
     """
     with socket.socket() as probe:
         _bind(probe, port, "serve")
 
 
 def _bind(listener: socket.socket, port: int, command: str) -> None:
-    # Connections of a former server that wait for their end do not hinder the next one.
+    # This server may use the port although connections of an earlier server are still in TIME_WAIT.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
     except OSError as error:
         raise RequestError(
-            f"Port {port} cannot be used: {error.strerror}. Choose another one: make {command} ARGS='--port N'."
+            f"Port {port} cannot be used: {error.strerror}. Choose another port: make {command} ARGS='--port N'."
         ) from error
 
 
 def link_as_cached(folder: Path, name: str, cache: Path) -> None:
-    """Lay the model's files out as the hub's cache has them, so that clients know the model by a name and not a path.
+    """Link the model's files in the layout of the hub's cache, so that clients use the model's name instead of a path.
 
     https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     """
@@ -166,38 +170,40 @@ def link_as_cached(folder: Path, name: str, cache: Path) -> None:
 
 
 def transformers_command(name: str, port: int, device: str) -> list[str]:
-    """`transformers serve` of this environment, pinned to one model of the cache."""
+    """The command of `transformers serve` in this environment. It serves only this model of the cache."""
     program = Path(sys.executable).with_name("transformers")
     return [str(program), "serve", name, "--device", device, "--host", HOST, "--port", str(port)]
 
 
 def installed_vllm() -> str | None:
-    """vLLM's program: of this environment, which need not be on the PATH, else of another."""
+    """The path of `vllm` in this environment, or else on the PATH; None if it is not installed."""
     return shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 def vllm_command(program: str, folder: Path, name: str, port: int, dtype: str) -> list[str]:
-    """vLLM's server; template and end tokens are those in the folder.
+    """The command of vLLM's server. Chat template and end tokens come from the folder.
 
     Args:
-        dtype: the precision that was verified; on its own vLLM takes half precision for float32 files.
+        dtype: the precision in which the model was verified. Without this option, vLLM would load float32 files in half
+            precision.
     """
     address = ["--host", HOST, "--port", str(port)]
     return [program, "serve", str(folder), "--served-model-name", name, "--dtype", dtype, *address]
 
 
 def run_server(command: Sequence[str], url: str, name: str, cache: Path, log: Path) -> None:
-    """Start the server, say when it answers, and stay until a signal or its own end.
+    """Start the server, print its address when it answers, and wait for a signal or for the server's end.
 
-    The server and what it started end with this; on Linux the server also after a kill -9 of this.
+    The server and its child processes end when this function ends. On Linux the server also ends if this process is
+    killed with SIGKILL.
 
     Raises:
-        KeyboardInterrupt: a signal ended it.
-        WorkError: it ended by itself; the end of its log is shown.
+        KeyboardInterrupt: a signal ended the server.
+        WorkError: the server stopped without a signal; the message has the last lines of its log.
     """
     environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     with log.open("w", encoding="utf-8") as output:
-        # In a session of its own: Ctrl-C reaches this process alone, which then ends the server in order.
+        # In its own session, so that Ctrl-C reaches only this process, which then stops the server cleanly.
         server = subprocess.Popen(
             [*_UNDER_THIS, *command],
             cwd=cache,
@@ -214,14 +220,14 @@ def run_server(command: Sequence[str], url: str, name: str, cache: Path, log: Pa
             print(f"Serving: {url}/v1, model {name} (Ctrl-C ends it)", flush=True)
             server.wait()
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:])
-        raise WorkError(f"The server ended by itself with exit code {server.returncode}; the end of {log}:\n{tail}")
+        raise WorkError(f"The server stopped with exit code {server.returncode}. The last lines of {log}:\n{tail}")
     finally:
         _end(server)
 
 
 def _answers(url: str) -> bool:
     try:
-        # A proxy of the environment does not know this machine's ports.
+        # The environment may name a proxy, which cannot reach this machine's loopback.
         return httpx.get(url, timeout=5, trust_env=False).is_success
     except httpx.HTTPError:
         return False
@@ -232,25 +238,24 @@ def _end(server: subprocess.Popen[bytes]) -> None:
     try:
         server.wait(GRACE_S)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        # Too long, or a second Ctrl-C.
+        # The server took too long, or the user pressed Ctrl-C again.
         server.kill()
         server.wait()
-    # What it started and left behind, if anything.
+    # Child processes of the server that are still running.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
 
 
 def server_environment(url: str) -> dict[str, str]:
-    """Return the variables that make ZenML a local server without logins."""
+    """The environment variables that make ZenML a local server without logins."""
     return {
-        # Also what keeps ZenML from writing its configuration file.
+        # This also stops ZenML from writing its configuration file.
         "ZENML_SERVER": "true",
         "ZENML_SERVER_AUTH_SCHEME": "NO_AUTH",
         "ZENML_SERVER_AUTO_ACTIVATE": "true",
         "ZENML_SERVER_DEPLOYMENT_TYPE": "local",
         "ZENML_SERVER_ALLOW_LOCAL_FILE_ACCESS": "true",
-        # ZenML's default is every origin: without logins, any web site open
-        # in the user's browser could read the runs.
+        # ZenML's default allows every origin. Without logins, any web site in the user's browser could read the runs.
         "ZENML_SERVER_CORS_ALLOW_ORIGINS": url,
         "ZENML_SERVER_DISPLAY_ANNOUNCEMENTS": "false",
         "ZENML_SERVER_DISPLAY_UPDATES": "false",
@@ -260,7 +265,7 @@ def server_environment(url: str) -> dict[str, str]:
 
 
 def _skip_onboarding_survey() -> None:
-    """Mark the survey as done, which otherwise covers every dashboard page."""
+    """Mark ZenML's onboarding survey as done. Otherwise, it covers every page of the dashboard."""
     from zenml.config.global_config import GlobalConfiguration
     from zenml.constants import DEFAULT_USERNAME, FINISHED_ONBOARDING_SURVEY_KEY
     from zenml.models import UserUpdate
@@ -277,8 +282,8 @@ def _serve_dashboard(listener: socket.socket, url: str) -> None:
     """Run the server on a bound socket until a signal ends it.
 
     Raises:
-        KeyboardInterrupt: When SIGINT or SIGTERM ended it.
-        SystemExit: When its startup failed; its log says why.
+        KeyboardInterrupt: SIGINT or SIGTERM ended the server.
+        SystemExit: the server did not start; its log has the cause.
     """
     import uvicorn
     from zenml.zen_server.zen_server_api import app
@@ -288,6 +293,6 @@ def _serve_dashboard(listener: socket.socket, url: str) -> None:
             await super().startup(sockets)
             print(f"Dashboard: {url}/projects/default/runs (Ctrl-C ends it)", flush=True)
 
-    # log_config: uvicorn would otherwise put its own console handlers back.
+    # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
     Server(config).run(sockets=[listener])

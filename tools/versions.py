@@ -1,6 +1,6 @@
 """Finds versions of a model, their artifacts and origins, and the merged model of a version.
 
-ZenML is imported at the top: commands import this module inside their functions.
+This module imports ZenML at the top, so commands import this module inside their functions.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from steps.materializers import Directory, DirectoryMaterializer
 
 logger = logging.getLogger("llm_engineering.versions")
 
-# What a step of the evaluation is given to compare with: no model comes from it.
+# Name of the input with the model in production. The evaluation only compares with it, so it is not an origin of the
+# version.
 COMPARED_WITH = "incumbent"
-# Artifacts that are read from the user's files.
+# Artifacts that are made from the user's files.
 SOURCED = ("documents", "instruction_candidates", "preference_candidates")
 MERGED = "merged_model"
 
@@ -43,9 +44,9 @@ class Found(NamedTuple):
     """A version of a model.
 
     Attributes:
-        name: what it ends with, `dpo` or `sft`.
-        folders: of all that was trained on the way, `sft` and perhaps `dpo`: adapters, or full models.
-        base: the model they were trained on.
+        name: its last training stage, `dpo` or `sft`.
+        folders: the adapter or full model of each stage, `sft` and perhaps `dpo`.
+        base: the base model of the training.
     """
 
     version: ModelVersionResponse
@@ -55,7 +56,7 @@ class Found(NamedTuple):
 
     @property
     def described(self) -> str:
-        """A line that says which it is."""
+        """Model, version, stage and base model as one line."""
         stage = f" ({self.version.stage})" if self.version.stage else ""
         model = f"{self.version.model.name} version {self.version.number}{stage}"
         return f"{model}: {self.name.upper()} on {self.base.name_or_path}"
@@ -75,34 +76,36 @@ def find_version(model: str, number: str) -> ModelVersionResponse:
     """A version by its number.
 
     Raises:
-        RequestError: there is none of this number.
+        RequestError: no version has this number.
     """
     versions = all_versions(model)
     for version in versions:
         if str(version.number) == number.strip():
             return version
     known = ", ".join(str(version.number) for version in versions)
-    there = f"There are {known}" if known else "There is none yet: `make run-sft` makes the first one"
-    asked = f"There is no version {number} of {model}" if number.strip() else "No version is named, e.g. VERSION=1"
-    raise RequestError(f"{asked}. {there}. `make models` lists them.")
+    existing = f"Existing versions: {known}" if known else "Create the first version: `make run-sft`"
+    problem = (
+        f"There is no version {number} of {model}" if number.strip() else "VERSION is missing, for example VERSION=1"
+    )
+    raise RequestError(f"{problem}. {existing}. `make models` lists all versions.")
 
 
 def linked_artifacts(version: ModelVersionResponse) -> list[ArtifactVersionResponse]:
-    """Every artifact of the run that made a version, new or from the cache, by name."""
+    """All artifacts of the run that created a version, new or from the cache, sorted by name."""
     links = depaginate(Client().list_model_version_artifact_links, model_version_id=version.id, hydrate=True)
     found = {link.artifact_version.id: link.artifact_version for link in links}
     return sorted(found.values(), key=lambda artifact: (artifact.artifact.name, int(artifact.version)))
 
 
 def newest_artifacts(version: ModelVersionResponse) -> dict[str, ArtifactVersionResponse]:
-    """The artifacts of a version by name; of two reports on data or training, the later one."""
+    """The artifacts of a version by name. If two have the same name (reports on data or training), the later one."""
     return {artifact.artifact.name: artifact for artifact in linked_artifacts(version)}
 
 
 def with_origins(artifacts: list[ArtifactVersionResponse]) -> Iterator[ArtifactVersionResponse]:
-    """Artifacts, then what the steps that made them were given, back to the documents; each once.
+    """Yield the artifacts, then the inputs of the steps that made them, and so on back to the documents; each once.
 
-    The model in production, which an evaluation compares with, has its own origins: other data, as it was then.
+    The model in production, which an evaluation compares with, is left out. It was trained on other data.
     """
     seen: set[Any] = set()
     queue = list(artifacts)
@@ -118,39 +121,41 @@ def with_origins(artifacts: list[ArtifactVersionResponse]) -> Iterator[ArtifactV
 
 
 def producer(artifact: ArtifactVersionResponse) -> StepRunResponse | None:
-    """The step that made an artifact."""
+    """The step that made an artifact, or None if it was saved without a step."""
     if artifact.producer_step_run_id is None:
         return None
     return Client().get_run_step(artifact.producer_step_run_id)
 
 
 def sources_of(artifact: ArtifactVersionResponse) -> dict[str, str]:
-    """The hashes of the files that an artifact was read from, as they were recorded; empty for what has none.
+    """The recorded hashes of the files that an artifact was read from, by file; empty if it was not read from files.
 
     Raises:
-        WorkError: the artifact cannot be read.
+        WorkError: the artifact's files are damaged or missing.
     """
     if artifact.artifact.name not in SOURCED:
         return {}
     try:
         sources = artifact.load().get("sources", [])
     except (OSError, ValueError) as error:
-        raise WorkError(f"{artifact.artifact.name} version {artifact.version} cannot be read: {error}.") from error
+        raise WorkError(
+            f"{artifact.artifact.name} version {artifact.version} cannot be read: {error}. `make verify` lists damaged files."
+        ) from error
     return {row["file"]: row["sha256"] for row in sources}
 
 
 def find_model(recipe: Recipe, number: str | None) -> Found:
-    """A version by its number; without one, the version in production, else in staging.
+    """A version by its number; without a number, the version in production, or else in staging.
 
     Raises:
-        RequestError: there is no such version, none is promoted, or it holds no trained model.
+        RequestError: the version does not exist, no version is promoted, or the version has no trained model.
     """
     version = _promoted(recipe.name) if number is None else find_version(recipe.name, number)
     newest = adapter_of(version)
     if newest is None:
         raise RequestError(
-            f"Version {version.number} of {recipe.name} holds no trained model: its run ended before that. "
-            "`make runs` lists the runs."
+            f"Version {version.number} of {recipe.name} has no model, because its run ended before training was complete. "
+            "Choose another version: `make models` lists all versions."
         )
     adapters = {name: version.get_artifact(f"{name}_adapter") for name in ("sft", "dpo")}
     folders = {name: adapter.load().path for name, adapter in adapters.items() if adapter is not None}
@@ -163,8 +168,8 @@ def _promoted(model: str) -> ModelVersionResponse:
     held = state.production[-1] if state.production else state.staging
     if held is None:
         raise RequestError(
-            f"No version of {model} is promoted yet. `make run-sft` or `make run-dpo` promotes one that passes its "
-            "gate; `make models` lists all versions, and VERSION=… names one."
+            f"No version of {model} is promoted yet. `make run-sft` or `make run-dpo` promotes a version that passes "
+            "its gate. To use another version, add VERSION=…: `make models` lists all versions."
         )
     return Client().get_model_version(model, held.id)
 
@@ -172,11 +177,12 @@ def _promoted(model: str) -> ModelVersionResponse:
 def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     """The folder of the merged model in the precision of `merged_device`.
 
-    It is made once for each precision and repetition penalty, and registered as `merged_model` of the model version.
+    A merged model is made once for each precision and repetition penalty, and registered as the version's artifact
+    `merged_model`.
 
     Raises:
-        RequestError: the version holds no held-out rows to verify it on.
-        WorkError: the merged model differs from the trained one: it is then not registered.
+        RequestError: the version has no held-out rows for the verification.
+        WorkError: the merged model differs from the trained model. It is then not registered.
     """
     dtype = merged_device(recipe.compute.here).dtype
     penalty = recipe.evaluation.repetition_penalty
@@ -186,7 +192,8 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     formatted = found.version.get_artifact("formatted_sft")
     if formatted is None:
         raise RequestError(
-            f"Version {found.version.number} holds no held-out rows (formatted_sft), so there is nothing to verify it on."
+            f"Version {found.version.number} has no held-out rows (artifact formatted_sft), so its merged model cannot be "
+            "verified. Choose another version: `make models` lists all versions."
         )
     records = islice(stream_records(formatted.load()["test"]), MAX_ROWS)
     rows = [HeldoutRow(record["id"], record["input_ids"], record["labels"]) for record in records]
@@ -227,7 +234,7 @@ def _register(found: Found, folder: Path, verification: Verification, repetition
 
 
 def copy_model(folder: Path, output: Path) -> None:
-    """Copy the files of a model to a folder of the user's.
+    """Copy the files of a model to a folder.
 
     Raises:
         RequestError: the folder cannot be written.
@@ -235,4 +242,6 @@ def copy_model(folder: Path, output: Path) -> None:
     try:
         shutil.copytree(folder, output, dirs_exist_ok=True)
     except OSError as error:
-        raise RequestError(f"OUTPUT {output} cannot be written: {error.strerror or error}.") from error
+        raise RequestError(
+            f"OUTPUT {output} cannot be written: {error.strerror or error}. Choose another folder."
+        ) from error

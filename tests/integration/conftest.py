@@ -1,4 +1,4 @@
-"""Real runs of the command line, each in a process of its own, with a ZenML configuration of their own."""
+"""Real runs of the command line. Each runs in its own process, and each project has its own ZenML configuration."""
 
 import json
 import os
@@ -12,14 +12,14 @@ import pytest
 from tests.integration.preloaded import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
-# What differs between two runs of the same training.
+# Metrics that differ between two runs of the same training.
 TIMED = {"tokens_per_second", "peak_memory_bytes", "train_runtime", "train_samples_per_second",
          "train_steps_per_second", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}  # fmt: skip
 TIMEOUT_S = 600
-# The secrets of every project here, which nothing may show or keep.
+# Value of all secrets in the tests. No output and no file may contain it.
 PLANTED = "planted-secret-value"
 
-# Small enough for a model of two layers to train in seconds.
+# With this recipe, a model of two layers trains in seconds.
 RECIPE = """
 extends: {local}
 name: tiny
@@ -56,7 +56,7 @@ class Run:
 
 @dataclass
 class Project:
-    """A user's place: own ZenML configuration, own outputs, a recipe on the tiny model."""
+    """A user's project: its own ZenML configuration and outputs, and a recipe for the tiny model."""
 
     folder: Path
     recipe: Path
@@ -70,7 +70,7 @@ class Project:
         return _ended(self.start(*arguments))
 
     def script(self, name: str, *arguments: str) -> Run:
-        """Run a module of the tests, or where the name ends in `.py`, that file."""
+        """Run a module of the tests, or a file, if the name ends with `.py`."""
         return _ended(Forked(name, arguments, self.env, ROOT))
 
     def run(self, pipeline: str, *arguments: str) -> Run:
@@ -83,7 +83,7 @@ def _ended(process: Forked) -> Run:
 
 
 def make_project(folder: Path, model: Path, made: "Project | None" = None) -> Project:
-    """A place of its own below `folder`; of `made` it has ZenML's configuration and store as they are now."""
+    """Create a project in `folder`. With `made`, it gets a copy of that project's ZenML configuration and store."""
     instructions = folder / "instructions.jsonl"
     with instructions.open("w") as file:
         for i in range(60):
@@ -112,7 +112,7 @@ def make_project(folder: Path, model: Path, made: "Project | None" = None) -> Pr
 
 @pytest.fixture(scope="session")
 def unused(tiny_model, tmp_path_factory) -> Project:
-    """A project without a run. ZenML makes its store in seconds, and a copy is there at once."""
+    """A project without a run, to be copied. ZenML needs seconds to create a store, and a copy takes no time."""
     project = make_project(tmp_path_factory.mktemp("unused"), tiny_model)
     listed = project.command("runs")
     assert listed.code == 0, listed.stderr
@@ -131,7 +131,7 @@ def fresh_project(tiny_model, unused, tmp_path) -> Project:
 
 @dataclass
 class FinishedRun:
-    """A run of `sft` that is done, for what shows runs."""
+    """A finished run of `sft`, for tests of the commands that show runs."""
 
     env: dict[str, str]
     run_id: str

@@ -1,4 +1,4 @@
-"""Which package brought a module is looked up once: ZenML asks for each step, and reads all packages' files for it."""
+"""Caches `packages_distributions`: ZenML calls it for each step, and each call reads the files of all packages."""
 
 import functools
 import importlib.metadata

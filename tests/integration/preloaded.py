@@ -1,7 +1,7 @@
-"""Commands in processes that are forked from one which has imported the libraries: seconds less for each command.
+"""Runs commands in processes forked from a server that has already imported the libraries. This saves seconds for each.
 
-Imported is what reads no setting when it is imported, but for those of the hub, which are read again. What the commands
-do, and how they end, is their own.
+The server imports only modules that read no settings during the import. The exceptions are modules that read the hub's
+settings; each process reloads these. In all else, a command behaves as in its own process.
 """
 
 import atexit
@@ -27,23 +27,24 @@ _LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.s
 
 
 class Forked:
-    """A command that runs: what the tests need of `subprocess.Popen`, of the same meaning.
+    """A running command, with the methods of `subprocess.Popen` that the tests need.
 
     Attributes:
-        stdout, stderr: of text, or None if they go where those of the tests go.
+        stdout, stderr: text streams with the command's output.
     """
 
     def __init__(
         self, module: str, arguments: Sequence[str], env: Mapping[str, str], folder: Path, own_session: bool = False
     ) -> None:
-        """Start `python -m module arguments` in `folder`; of a name that ends in `.py`, that file.
+        """Start `python -m module arguments` in `folder`; if the name ends with `.py`, `python module arguments`.
 
-        With `own_session` signals to its process group reach no other process of the tests.
+        Args:
+            own_session: start a new session, so that signals to the process group reach no other test process.
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_LIBRARIES))
         ends = [os.pipe(), os.pipe()]
-        # The descriptors travel with what is sent to the server when the process starts.
+        # The descriptors are sent to the server together with the process object.
         self._process = _Process(ends[0][1], ends[1][1], (module, list(arguments), dict(env), folder, own_session))
         self._process.start()
         for _, writing in ends:
@@ -56,27 +57,27 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code; that of a signal is below zero. None while it runs."""
+        """The exit code, negative after a signal; None while the command runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The same."""
+        """The exit code, or None while the command runs."""
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
+        """Send a signal if the command still runs."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end.
+        """Wait until the command ends; returns its exit code.
 
         Raises:
-            subprocess.TimeoutExpired: it takes longer.
+            subprocess.TimeoutExpired: the command runs longer than `timeout` seconds.
         """
         self._process.join(timeout)
         if self.returncode is None:
@@ -84,7 +85,7 @@ class Forked:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Wait for its end; what it wrote."""
+        """Wait until the command ends; returns its stdout and stderr."""
         written: dict[str, str] = {}
 
         def read(name: str, stream: IO[str]) -> None:
@@ -110,7 +111,7 @@ class _Process(ForkServerProcess):
         self._streams, self._rest = (stdout, stderr), rest
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickled once, to be sent to the server.
+        # Called once, when the object is pickled for the server.
         return {**self.__dict__, "_streams": tuple(DupFd(stream) for stream in self._streams)}
 
     def run(self) -> None:
@@ -127,7 +128,7 @@ class _Process(ForkServerProcess):
         for name in ("huggingface_hub.constants", "datasets.config"):
             importlib.reload(sys.modules[name])
         if module.startswith("llm_engineering."):
-            # Which goes without ZenML, and ZenML sets the root logger up when it is imported.
+            # These commands run without ZenML. The preloaded ZenML has added a handler to the root logger.
             logging.getLogger().handlers.clear()
         sys.argv = [module, *arguments]
         sys.path[0] = str(folder)
@@ -137,5 +138,5 @@ class _Process(ForkServerProcess):
             else:
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
         finally:
-            # Which multiprocessing leaves out.
+            # multiprocessing does not call the exit functions.
             atexit._run_exitfuncs()

@@ -1,6 +1,6 @@
-"""Processes that move versions of one model at the same moment, each against the production it has just seen.
+"""Several processes promote versions of one model at the same moment. Each has read the production version just before.
 
-python -m tests.integration.race: prints one JSON object with what each round's processes came to, and the final stages.
+Usage: python -m tests.integration.race. It prints one JSON object with the results of each round and the final stages.
 """
 
 import json
@@ -33,7 +33,7 @@ def race(index: int, environment: dict[str, str], barrier: Any, results: Any) ->
 
 
 def overtaken(first: Any, second: Any) -> str:
-    """Move `first`, and `second` just before what `first` comes to is written."""
+    """Promote `first`, and promote `second` just before the state of `first` is saved."""
     from pipelines import registry
 
     real = registry.save_artifact
@@ -53,7 +53,7 @@ def overtaken(first: Any, second: Any) -> str:
 
 
 def killed(version: Any) -> None:
-    """Move a version, and end before ZenML's own stages follow."""
+    """Promote a version, and stop before ZenML's own stages are set."""
     from pipelines import registry
 
     real, seen = registry._settle, registry.stages("raced").production[-1].number
@@ -80,7 +80,7 @@ def main() -> None:
 
     Client().create_model("raced")
     versions = [Client().create_model_version("raced") for _ in range(ROUNDS * PROCESSES + 3)]
-    context = multiprocessing.get_context("forkserver")  # the one that this process came from
+    context = multiprocessing.get_context("forkserver")  # the start method by which this process was started
     barrier, results = context.Barrier(PROCESSES), context.Queue()
     processes = [
         context.Process(target=race, args=(index, dict(os.environ), barrier, results)) for index in range(PROCESSES)

@@ -1,6 +1,6 @@
-"""A run whose production changes before it ends: it was told that nothing was in production.
+"""Runs a pipeline that believes that no version is in production, as if production had changed during the run.
 
-python -m tests.integration.stale recipe.yaml: prints the table that every run ends with.
+Usage: python -m tests.integration.stale recipe.yaml. It prints the tables of the run.
 """
 
 import sys
@@ -9,7 +9,7 @@ import tools.cli
 
 
 def main() -> None:
-    # Before any step is imported: it says where the sources are.
+    # Before any step is imported, because this sets ZenML's source root.
     tools.cli.prepare_zenml()
     from llm_engineering.recipe.loading import load_recipe
     from pipelines import chain

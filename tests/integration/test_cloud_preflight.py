@@ -270,4 +270,4 @@ def test_the_command(fake, small_llama, fresh_project):
     run = fresh_project.command("run", "sft", "--config", str(recipe))
     assert (run.code, "does not let sagemaker.amazonaws.com" in run.stderr) == (2, True)
     local = fresh_project.command("cloud", "preflight", "--config", str(fresh_project.recipe))
-    assert (local.code, "trains here, not on SageMaker" in local.stderr) == (2, True)
+    assert (local.code, "trains on this machine, not on SageMaker" in local.stderr) == (2, True)

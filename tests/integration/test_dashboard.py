@@ -1,4 +1,4 @@
-"""What a user sees of a finished run in ZenML's dashboard, in a real browser."""
+"""A finished run in ZenML's dashboard, seen in a real browser."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ needs_chromium = pytest.mark.skipif(
 
 
 def is_free(port: int) -> bool:
-    """Return whether a server could listen on this loopback port."""
+    """Whether a server could listen on this loopback port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -54,7 +54,7 @@ def is_free(port: int) -> bool:
 
 @pytest.fixture
 def free_port() -> int:
-    """Return a loopback port that nothing uses."""
+    """A free loopback port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -63,7 +63,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def dashboard(finished_run: Any, free_port: int) -> Iterator[subprocess.Popen[str]]:
-    """Start the dashboard over the store of the finished run."""
+    """The dashboard, started with the store of the finished run."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.cli", "dashboard", "--port", str(free_port)],
         cwd=ROOT,
@@ -81,7 +81,7 @@ def dashboard(finished_run: Any, free_port: int) -> Iterator[subprocess.Popen[st
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    """Open a desktop-sized page that reaches nothing but loopback."""
+    """A browser page of desktop size, which can reach only loopback."""
     assert CHROMIUM, "CI must have chromium"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
@@ -93,7 +93,7 @@ def page() -> Iterator[Page]:
 
 
 def loopback_only(route: Route) -> None:
-    """Let a request through unless it leaves this machine."""
+    """Allow requests to loopback, and abort all others."""
     if urlsplit(route.request.url).hostname == "127.0.0.1":
         route.continue_()
     else:
@@ -101,10 +101,10 @@ def loopback_only(route: Route) -> None:
 
 
 def printed_url(process: subprocess.Popen[str]) -> str:
-    """Return the URL of the runs page once the dashboard has printed it."""
+    """Wait until the dashboard prints the address of the page with the runs; returns this address."""
     assert process.stdout
     assert process.stderr
-    # Ends the process when it hangs, so that reading its output ends too.
+    # If the process hangs, it is killed, so that `readline` returns.
     watchdog = threading.Timer(SECONDS_TO_START, process.kill)
     watchdog.start()
     line = process.stdout.readline()
@@ -135,14 +135,14 @@ def test_run_and_its_report_show_in_the_dashboard(
     load = panel.get_by_role("button", name="Load Preview")
     load.wait_for()
     chooser = panel.get_by_label("Choose visualization")
-    if chooser.count():  # only there when the artifact has several
+    if chooser.count():  # shown only if the artifact has several visualizations
         chooser.click()
         page.get_by_role("option", name=re.compile("html")).first.click()
     load.click()
     report = panel.frame_locator("iframe[sandbox]")
     expect(report.get_by_text("Held-out loss").first).to_be_visible()
 
-    # With the browser still open: its connections must not keep the server alive.
+    # The browser is still open. Its connections must not keep the server alive.
     dashboard.send_signal(signal.SIGINT)
     _, errors = dashboard.communicate(timeout=SECONDS_TO_END)
     assert dashboard.returncode == 0, errors
@@ -150,7 +150,7 @@ def test_run_and_its_report_show_in_the_dashboard(
     assert is_free(free_port)
 
 
-def test_taken_port_is_a_usage_error(finished_run: Any) -> None:
+def test_a_port_in_use_is_refused(finished_run: Any) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

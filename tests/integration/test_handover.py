@@ -97,7 +97,7 @@ def test_wrong_requests(handed):
     """Files of the user are not replaced, a missing version is not substituted, and publishing needs a licence."""
     for run, words in (
         (handed.again, "exists and is not an empty folder"),
-        (handed.missing, "There is no version 99 of tiny. There are"),
+        (handed.missing, "There is no version 99 of tiny. Existing versions: "),
         (handed.unlicensed, "names no licence for publishing the model"),
     ):
         assert run.code == 2, run.stderr
@@ -136,7 +136,7 @@ def test_the_served_answer_equals_the_answer_of_chat(project, handed):
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
-        assert stderr.endswith("Ended.\n")
+        assert stderr.endswith("The server has stopped.\n")
         assert not listens(port)
 
 

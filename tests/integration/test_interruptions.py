@@ -23,7 +23,7 @@ def test_interrupted_training_resumes(fresh_project):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "the same command goes on" in stderr
+    assert "run the same command again to continue" in stderr
     assert "Traceback" not in stderr
 
     other = fresh_project.run("sft", *many, "--set", "sft.learning_rate=5e-3", "--resume", "last")
@@ -75,7 +75,7 @@ def test_signal_in_a_step_saves_a_checkpoint(fresh_project, number):
     assert process.returncode == 130
     assert f"{number.name}: stopping after this step" in stderr
     saved = int(stderr.partition("saving step ")[2].split()[0])
-    assert "the same command goes on" in stderr
+    assert "run the same command again to continue" in stderr
     assert "Traceback" not in stderr
     assert list(fresh_project.folder.glob(f"outputs/training/*/checkpoints/checkpoint-{saved}/identity.json"))
     assert "failed" in fresh_project.command("runs").stdout

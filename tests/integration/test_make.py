@@ -1,4 +1,4 @@
-"""Values of make's variables reach the command as they were typed: none is expanded, split or run on the way."""
+"""Values of make's variables reach the command unchanged: they are not expanded, split or executed."""
 
 import os
 import shutil
@@ -35,12 +35,12 @@ VALUES = [
     "",
 ]
 VARIABLES = sorted({name for target in TARGETS.values() for name in (*target.options, target.argument) if name})
-# Stands for .venv/bin/python: keeps its arguments and its environment, a file for each target.
+# A replacement for .venv/bin/python: writes its arguments and its environment to two files for each target.
 PYTHON = '#!/bin/sh\nprintf "%s\\n" "$@" > "$KEPT/$3.arguments"\nenv -0 > "$KEPT/$3.environment"\n'
 
 
 class Made:
-    """What a target of a call of make started."""
+    """The arguments and the environment of the command that a target of make started."""
 
     def __init__(self, kept: Path, target: str) -> None:
         self.arguments = (kept / f"{target}.arguments").read_text().splitlines()
@@ -50,7 +50,7 @@ class Made:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder with the Makefile and an environment that is built."""
+    """A folder with the Makefile and a complete `.venv`."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     for name in ("requirements.lock", "pyproject.toml"):
         (tmp_path / name).touch()
@@ -89,7 +89,7 @@ def test_every_variable_of_every_target_arrives_unchanged(folder, value):
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_args_are_split_and_nothing_in_them_is_expanded(folder, value):
+def test_args_reach_every_target_unchanged(folder, value):
     targets = [*TARGETS, "test"]
     before = sorted(folder.iterdir())
     make(folder, *targets, f"ARGS={value}")
@@ -98,7 +98,7 @@ def test_args_are_split_and_nothing_in_them_is_expanded(folder, value):
         assert Made(folder / "kept", target).environment["ARGS"] == value
 
 
-def test_words_of_args():
+def test_args_are_split_as_by_a_shell_without_expansion():
     def words(text: str) -> list[str]:
         return list(extra({"MAKE_GIVEN": "ARGS", "ARGS": text}))
 
@@ -109,7 +109,7 @@ def test_words_of_args():
             words(text)
 
 
-def test_the_environment_counts_for_config_and_args_alone(folder):
+def test_only_config_and_args_are_read_from_the_environment(folder):
     own = dict.fromkeys(VARIABLES, "of the environment") | {"CONFIG": "$(shell touch X)", "ARGS": "--json"}
     make(folder, *TARGETS, **own)
     assert not (folder / "X").exists()
@@ -118,7 +118,7 @@ def test_the_environment_counts_for_config_and_args_alone(folder):
         argument = ["--", called.default] if called.argument else []
         found = command(target, Made(folder / "kept", target).environment)
         assert found == [*called.command.split(), *config, "--json", *argument]
-    # What stands on the command line comes first.
+    # A variable on the command line takes precedence.
     make(folder, "run-sft", "CONFIG=mine.yaml", **own)
     assert command("run-sft", Made(folder / "kept", "run-sft").environment)[2:] == ["--config=mine.yaml", "--json"]
 
@@ -130,7 +130,7 @@ def test_without_variables_the_commands_have_their_own_defaults(folder):
         assert command(target, Made(folder / "kept", target).environment) == [*called.command.split(), *argument]
 
 
-def test_make_alone_lists_every_target_by_group(folder):
+def test_make_without_a_target_lists_all_targets_by_group(folder):
     listed = make(folder).stdout
     groups = ["Run pipelines", "Datasets", "Models", "Schedules", "Cloud", "Develop"]
     assert [line for line in listed.splitlines() if line and not line.startswith(" ")] == groups
@@ -138,12 +138,12 @@ def test_make_alone_lists_every_target_by_group(folder):
         assert f"  make {target} " in listed
 
 
-def test_a_value_reaches_the_command_and_its_answer_comes_back(folder):
-    """Through tools.make and the command line, with the real Python."""
+def test_a_value_reaches_the_command_and_its_error_reaches_the_user(folder):
+    """With the real Python, tools.make and the command line."""
     python = folder / ".venv" / "bin" / "python"
     python.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" "$@"\n')
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    for words, said in (
+    for words, message in (
         (["chat", "PROMPT= "], "The question is empty."),
         (["compare", "PROMPT=-x", "CONFIG=$(shell touch X)"], "There is no recipe file $(shell touch X)"),
         (["export", "FORMAT=`touch X`"], "'`touch X`' is not one of 'safetensors', 'gguf'"),
@@ -153,6 +153,6 @@ def test_a_value_reaches_the_command_and_its_answer_comes_back(folder):
         done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert done.stderr.startswith("Error: ")
-        assert said in done.stderr
+        assert message in done.stderr
     assert not (folder / "X").exists()
     assert not (ROOT / "X").exists()

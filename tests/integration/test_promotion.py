@@ -71,8 +71,8 @@ def test_models_lists_versions_with_gate_and_stage(own):
 
 def test_wrong_requests_are_refused(own):
     refused = {
-        ("promote", "9"): "There is no version 9 of tiny. There are 3, 2, 1.",
-        ("promote", ""): "No version is named",
+        ("promote", "9"): "There is no version 9 of tiny. Existing versions: 3, 2, 1.",
+        ("promote", ""): "VERSION is missing",
         ("promote", "1"): "version 1 is already in production",
         ("promote", "2"): "has not passed its gate. Not promoted, version 1 stays in production.",
         ("promote", "3"): "it was judged with no version in production, and now version 1 is there",

@@ -1,4 +1,4 @@
-"""Wrong requests: each with its sentence and its exit code, no traceback, and nothing started."""
+"""Wrong requests end with one sentence and an exit code, without a traceback, and start nothing."""
 
 import json
 import shutil
@@ -67,8 +67,8 @@ def test_all_rows_dropped(fresh_project):
     assert "Traceback" not in run.stderr
 
 
-def test_a_test_split_of_ones_own_that_leaks(fresh_project):
-    """It is reported, and the rows leave training; under `data.strict` it is refused, and nothing is trained."""
+def test_rows_of_an_own_test_split_leave_training_or_are_refused(fresh_project):
+    """By default, leaked rows are removed from training. With `data.strict`, the run is refused before training."""
     rows = fresh_project.folder / "instructions.jsonl"
     own = fresh_project.folder / "own.jsonl"
     unseen = json.dumps({"instruction": "Who painted it?", "output": "Nobody knows who painted that picture."})
@@ -81,7 +81,7 @@ def test_a_test_split_of_ones_own_that_leaks(fresh_project):
     assert len(prepared["test"]) == 4
     assert [row["reason"] for row in prepared["quarantine"]].count("leaks_into_test") == 3
     assert len(prepared["train"]) + len(prepared["validation"]) == 57
-    # Formatting goes on from there: the user's own split is counted by itself.
+    # Formatting uses this dataset, and counts the own test split separately.
     run = fresh_project.run("sft", *arguments, "--set", "sft.max_steps=1")
     assert run.code == 0, run.stderr
     report = json.loads(next(Path(run.json["artifacts"]["data_report"]["uri"]).rglob("report.json")).read_text())
@@ -151,9 +151,9 @@ def test_inspect_real_data(fresh_project, name, format_name, rows):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the data of other projects is not beside this checkout")
 def test_own_datasets_train(fresh_project):
-    """The beginnings of two real files through the same commands, on the tiny model: Alpaca rows, many-turn pairs."""
+    """`retrain` with the first rows of two real files, on the tiny model: Alpaca rows, and pairs with several turns."""
     steps = ["--set", "sft.max_steps=4", "--set", "dpo.max_steps=3", "--set", "formatting.max_length=512"]
-    # What is held out is evaluated four times for each of three models.
+    # A small split, because the held-out rows are evaluated four times for each of three models.
     steps += ["--set", "data.split={validation_fraction: 0.05, test_fraction: 0.05}"]
     for key, name in (("instructions", "alpaca_en_demo.json"), ("preferences", "dpo_en_demo.json")):
         part = fresh_project.folder / name

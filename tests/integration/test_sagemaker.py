@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from llm_engineering.cloud.sagemaker.dispatch import ATTACH, dispatch_training
 from llm_engineering.cloud.sagemaker.jobs import FETCHED, JobNames
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models.loading import pin_revision
+from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
@@ -381,6 +381,6 @@ def test_after_a_kill_the_same_command_follows_its_job_and_ctrl_c_stops_it(fake,
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert f"Job {job.name} already does this work: following it" in stderr
-    assert "the same command goes on" in stderr
+    assert "run the same command again to continue" in stderr
     assert list(fake.jobs) == [job.name]
     assert job.status == "Stopped"

@@ -229,7 +229,7 @@ def test_nothing_is_left_of_a_schedule_that_cannot_be_created(fake, recipe):
 
 def test_names_that_could_confuse_the_jobs_of_two_schedules_are_refused(fake, recipe):
     for name in ("weekly--extra", "a" * 26, "-weekly", "wöchentlich"):
-        with pytest.raises(RequestError, match="no name for a schedule"):
+        with pytest.raises(RequestError, match="cannot be the name of a schedule"):
             create(recipe, f"--name={name}")
 
 

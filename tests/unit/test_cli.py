@@ -15,7 +15,7 @@ from tools import cli
 
 ENTRIES = [entry for entries in cli.COMMANDS.values() for entry in entries]
 SLOW = ("torch", "transformers", "trl", "zenml", "pandas", "datasets", "matplotlib")
-# Runs the command line once for each list of arguments. Prints the exit codes and the slow libraries that were imported.
+# Runs the command line once for each list of arguments; prints the exit codes and the imported slow libraries.
 IMPORTED = f"""
 import contextlib, io, json, sys
 from tools.cli import main

@@ -96,7 +96,7 @@ def test_release_makes_an_annotated_tag_with_the_section_of_the_changelog(clone)
     assert "### Added" in message
     again = release(clone, "--skip-checks")
     assert again.returncode == 2
-    assert f"tag v{VERSION} exists" in again.stderr
+    assert f"tag v{VERSION} already exists" in again.stderr
 
 
 def test_failed_checks_leave_no_tag(clone):
@@ -131,10 +131,10 @@ def test_release_refuses_a_tree_with_changes(clone):
     (clone / "new.txt").write_text("not committed")
     done = release(clone, "--dry-run", "--skip-checks")
     assert done.returncode == 2
-    assert "not committed" in done.stderr
+    assert "uncommitted changes" in done.stderr
 
 
 def test_release_refuses_an_unknown_option(clone):
     done = release(clone, "--dry-run", "--force")
     assert done.returncode == 2
-    assert "--force is no option" in done.stderr
+    assert "--force is not an option" in done.stderr

@@ -131,10 +131,10 @@ def test_a_failing_docker_and_a_missing_docker(docker, settings, monkeypatch, ca
             monkeypatch.setenv(name, value)
         (docker / "code").write_text("1")
         assert run() == 1
-        assert "`docker login` failed (exit code 1)" in capfd.readouterr().err
+        assert "`docker login` failed with exit code 1" in capfd.readouterr().err
     monkeypatch.setenv("PATH", str(docker))
     assert run() == 2
-    assert "docker, which is not installed here" in capfd.readouterr().err
+    assert "docker, which is not installed." in capfd.readouterr().err
 
 
 def run(*arguments: str) -> int:

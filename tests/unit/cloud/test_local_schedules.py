@@ -240,7 +240,7 @@ def test_commands_for_this_machine(machine, commands, capsys):
     commands("create", "--config", recipe, "--cron", "0 3 * * 0", "--set", "seed=7", "--name", "weekly")
     line = (machine / "crontab").read_text()
     assert line.startswith("0 3 * * 0 cd ")
-    with pytest.raises(RequestError, match="There is a schedule weekly on this machine already"):
+    with pytest.raises(RequestError, match="This machine already has a schedule weekly"):
         commands("create", "--config", recipe, "--cron", "0 3 * * 0", "--name", "weekly")
     folder = machine / "outputs" / "schedules" / "weekly"
     assert load_recipe(folder / "recipe.json") == load_recipe(recipe, ["seed=7"])
@@ -248,7 +248,7 @@ def test_commands_for_this_machine(machine, commands, capsys):
     commands("pause")
     commands("change", "--cron", "0 5 ? * MON *")
     assert load_recipe(folder / "recipe.json").seed == 7
-    with pytest.raises(RequestError, match="name it too, CONFIG="):
+    with pytest.raises(RequestError, match="Add CONFIG="):
         commands("change", "--set", "seed=8")
     Place(str(folder)).write(RunRecord(run="a", began=NOW, ended=NOW, outcome="skipped", reason="no new data"))
     capsys.readouterr()
@@ -287,7 +287,7 @@ def test_a_run_that_cron_starts_records_its_verdict(machine, commands, monkeypat
 def test_a_secret_that_only_this_shell_has_is_refused(machine, commands, monkeypatch):
     monkeypatch.setenv("COMET_API_KEY", "planted-comet-4711")
     recipe = str(ROOT / "configs" / "local.yaml")
-    with pytest.raises(RequestError, match="COMET_API_KEY stands in the environment of this shell") as refused:
+    with pytest.raises(RequestError, match="COMET_API_KEY is set only in this shell") as refused:
         commands("create", "--config", recipe, "--cron", "@weekly")
     assert "planted" not in str(refused.value)
     assert not (machine / "crontab").exists()

@@ -1,4 +1,4 @@
-"""A run that a schedule started: skipped, judged, failed, and who is told."""
+"""A run of a schedule: skipped, judged or failed, and the notifications."""
 
 import http.server
 import json
@@ -16,7 +16,7 @@ from tests.fakes.aws import ACCOUNT, REGION, FakeAWS, running_aws
 from tools.cli import prepare_zenml
 from tools.scheduled import Scheduled, fingerprint
 
-# Steps are read where pytest runs as a module of another process, too.
+# With pytest-xdist, the main module is not in the project, so ZenML needs the source root.
 prepare_zenml()
 
 PASSED = {"outcome": "passed", "stage": "staging", "reason": "every rule passed", "rules": []}
@@ -33,17 +33,17 @@ INPUTS = Inputs(
 
 
 class Webhook(http.server.HTTPServer):
-    """What is told over a webhook, which answers `status`."""
+    """A webhook that answers with `status` and collects the texts of the notifications in `received`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), WebhookHandler)
-        self.told: list[str] = []
+        self.received: list[str] = []
         self.status = 200
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        self.server.told.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
+        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"])
         self.send_response(self.server.status)
         self.end_headers()
 
@@ -86,15 +86,15 @@ def judged(recipe, inputs=INPUTS, decision=PASSED, code=0):
     return work
 
 
-def test_run_with_nothing_new_is_skipped_and_one_with_something_new_is_not(tmp_path, monkeypatch, recipe, webhook):
+def test_run_is_skipped_if_nothing_has_changed_since_the_last_one(tmp_path, monkeypatch, recipe, webhook):
     place = tmp_path / "weekly"
     for name, inputs in (("a", INPUTS), ("b", INPUTS), ("c", INPUTS.model_copy(update={"documents": "new"}))):
         assert run(place, monkeypatch, name, judged(recipe, inputs)) == 0
     assert verdicts(place) == ["staged: version 4", "skipped: no new data", "staged: version 4"]
-    assert webhook.told == []
+    assert webhook.received == []
 
 
-def test_only_a_run_that_was_judged_makes_its_data_old(tmp_path, monkeypatch, recipe, webhook):
+def test_a_run_compares_itself_with_the_last_run_that_judged_a_model(tmp_path, monkeypatch, recipe, webhook):
     place = tmp_path / "weekly"
     failed = {**PASSED, "outcome": "failed", "stage": None, "rules": [{"name": "loss better", "verdict": "failed"}]}
     stale = {**PASSED, "outcome": "stale", "stage": None, "reason": "production changed"}
@@ -117,7 +117,7 @@ def test_second_run_is_skipped_while_the_first_runs(tmp_path, monkeypatch, webho
     place = tmp_path / "weekly"
 
     def first(scheduled):
-        assert run(place, monkeypatch, "b", lambda _: pytest.fail("the second one ran")) == 0
+        assert run(place, monkeypatch, "b", lambda _: pytest.fail("the second run was not skipped")) == 0
         assert verdicts(place) == ["skipped: running", "running"]
         return 0
 
@@ -125,7 +125,7 @@ def test_second_run_is_skipped_while_the_first_runs(tmp_path, monkeypatch, webho
     assert run(place, monkeypatch, "c", lambda _: 0) == 0
 
 
-def test_failed_and_interrupted_runs_are_told_without_secrets(tmp_path, monkeypatch, webhook, capsys):
+def test_failed_and_interrupted_runs_are_reported_without_secrets(tmp_path, monkeypatch, webhook, capsys):
     place = tmp_path / "weekly"
 
     def leaking(scheduled):
@@ -139,13 +139,13 @@ def test_failed_and_interrupted_runs_are_told_without_secrets(tmp_path, monkeypa
         run(place, monkeypatch, "a", leaking)
     with pytest.raises(KeyboardInterrupt):
         run(place, monkeypatch, "b", interrupted)
-    assert webhook.told[0].startswith("Retraining weekly failed\n401 for key ***\n")
-    assert webhook.told[1].startswith("Retraining weekly interrupted\n")
+    assert webhook.received[0].startswith("Retraining weekly failed\n401 for key ***\n")
+    assert webhook.received[1].startswith("Retraining weekly interrupted\n")
     kept = "".join(file.read_text() for file in (place / "runs").iterdir())
-    assert "planted-openai-4711" not in kept + "".join(webhook.told)
+    assert "planted-openai-4711" not in kept + "".join(webhook.received)
 
 
-def test_what_counts_as_new(recipe):
+def test_fingerprint_changes_with_everything_that_decides_the_result(recipe):
     same = fingerprint(recipe, INPUTS)
 
     def changed(**blocks):
@@ -161,7 +161,7 @@ def test_what_counts_as_new(recipe):
     assert fingerprint(changed(model=recipe.model.model_copy(update={"revision": "abc"})), INPUTS) != same
 
 
-def test_changed_code_of_a_step_counts_as_new(recipe, monkeypatch):
+def test_fingerprint_changes_with_the_code_of_a_step(recipe, monkeypatch):
     from pipelines import chain
 
     same = fingerprint(recipe, INPUTS)
@@ -169,8 +169,8 @@ def test_changed_code_of_a_step_counts_as_new(recipe, monkeypatch):
     assert fingerprint(recipe, INPUTS) != same
 
 
-def test_notification_that_fails_is_logged_without_the_address(webhook, caplog):
-    # ZenML sets the root logger so that nothing but critical lines pass.
+def test_a_failed_notification_is_logged_without_the_address(webhook, caplog):
+    # ZenML sets the root logger to CRITICAL.
     caplog.set_level("INFO", logger="llm_engineering")
     webhook.status = 500
     assert not notify("Retraining weekly failed", "why", Settings())
@@ -184,10 +184,10 @@ def test_notification_over_a_topic(settings, monkeypatch):
         key, secret = fake.credentials("job")
         for name, value in (("ENDPOINT_URL", fake.url), ("ACCESS_KEY_ID", key), ("SECRET_ACCESS_KEY", secret)):
             monkeypatch.setenv(f"AWS_{name}", value)
-        told = settings.model_copy(update={"notify_sns_topic": topic})
-        assert not notify("Retraining weekly failed", "why", told)
+        with_topic = settings.model_copy(update={"notify_sns_topic": topic})
+        assert not notify("Retraining weekly failed", "why", with_topic)
         fake.client("sns").create_topic(Name="retraining")
-        assert notify("Retraining größer\nfailed " + "x" * 100, f"the key is {secret}", told)
+        assert notify("Retraining größer\nfailed " + "x" * 100, f"the key is {secret}", with_topic)
         sent = fake.asked("sns", "Publish")[-1]
         assert not fake.invalid
     assert sent["Subject"].startswith("Retraining gr??er failed xx")

@@ -1,4 +1,4 @@
-"""The commands that serve, and a server that ends, does not start, or is ended."""
+"""The commands of the servers, and a server that fails, is stopped, or is killed."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ from tools.serve import (
 )
 
 
-def test_both_servers_listen_on_loopback_alone(tmp_path):
+def test_both_servers_listen_only_on_loopback(tmp_path):
     transformers = transformers_command("my-model", 8123, "cpu")
     assert transformers[1:] == ["serve", "my-model", "--device", "cpu", "--host", "127.0.0.1", "--port", "8123"]
     vllm = vllm_command("/bin/vllm", tmp_path, "my-model", 8123, "float32")
@@ -53,7 +53,7 @@ def test_the_hub_library_finds_the_model_by_its_name(tmp_path):
     assert Path(str(found)).read_text() == "{}"
 
 
-def test_a_port_in_use_is_told(tmp_path):
+def test_a_port_in_use_is_refused(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -63,13 +63,13 @@ def test_a_port_in_use_is_told(tmp_path):
     check_port(port)
 
 
-def test_a_server_that_ends_by_itself_shows_its_log(tmp_path):
+def test_a_server_that_fails_shows_its_log(tmp_path):
     command = [sys.executable, "-c", "print('no such model'); raise SystemExit(3)"]
-    with pytest.raises(WorkError, match=r"exit code 3; the end of .*serve.log:\nno such model"):
+    with pytest.raises(WorkError, match=r"exit code 3. The last lines of .*serve.log:\nno such model"):
         run_server(command, "http://127.0.0.1:9", "my-model", tmp_path, tmp_path / "serve.log")
 
 
-# A server that answers, started one that does not end when it is asked to, and writes down both.
+# A server that answers. It has a child process that ignores SIGTERM, and prints the ids of both processes.
 SERVER = """
 import http.server, os, subprocess, sys
 stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
@@ -97,11 +97,11 @@ except KeyboardInterrupt:
 
 @pytest.fixture
 def serving(tmp_path):
-    """A process that serves, and the ids of the server and of what that started."""
+    """A process that runs `run_server`, and the ids of the server and of the server's child process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    # A proxy that is not there must not be asked for this machine.
+    # A proxy that does not exist: requests to loopback must not use it.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "http_proxy": "http://127.0.0.1:9"}
     command = [sys.executable, "-c", SERVE, SERVER, port, str(tmp_path)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -116,7 +116,7 @@ def serving(tmp_path):
 
 def runs(process):
     try:
-        # In a container there may be nobody to collect the dead.
+        # In a container, a process may stay a zombie, because no init process reaps it.
         return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -127,10 +127,10 @@ def wait_for_end(*processes):
         if not any(map(runs, processes)):
             return
         time.sleep(0.1)
-    pytest.fail(f"one of {processes} is still there")
+    pytest.fail(f"one of {processes} still runs")
 
 
-def test_nothing_is_left_when_it_is_ended(serving):
+def test_no_process_is_left_after_sigterm(serving):
     process, server, worker = serving
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
@@ -138,7 +138,7 @@ def test_nothing_is_left_when_it_is_ended(serving):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
-def test_a_killed_one_takes_the_server_along(serving):
+def test_a_killed_process_ends_its_server(serving):
     process, server, worker = serving
     process.kill()
     wait_for_end(server)
