@@ -26,8 +26,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from benchmarks.machine import machine
+from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
@@ -35,8 +35,8 @@ from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTCo
 from llm_engineering.training import estimate
 from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.policy import lora_config
-from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer
+from llm_engineering.training.train import TrainingRun
 
 # glibc, malloc.h
 _M_MMAP_THRESHOLD = -3

@@ -41,7 +41,7 @@ def compare(
         RuntimeError: the peer could not be installed or failed. The message has the end of its output.
     """
     # It imports torch, whose memory must not count for the side that is compared.
-    from llm_engineering.models.loading import model_path
+    from llm_engineering.models.base_model import model_path
 
     python = _peer_python(environment)
     tokenizer = model_path(ModelConfig(name_or_path=EMBEDDED_MODEL), Settings())

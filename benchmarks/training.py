@@ -124,7 +124,7 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     from llm_engineering.documents.passages import cut_passages
     from llm_engineering.documents.read import read_documents
     from llm_engineering.formatting.datasets import format_splits
-    from llm_engineering.models.loading import model_path, pin_revision
+    from llm_engineering.models.base_model import model_path, pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig
     from llm_engineering.recipe.settings import Settings
@@ -197,8 +197,8 @@ def _bare() -> dict[str, Any]:
     import peft
     import torch
 
+    from llm_engineering.models.base_model import load_model, pin_revision
     from llm_engineering.models.device import choose_device
-    from llm_engineering.models.loading import load_model, pin_revision
     from llm_engineering.recipe.compute_blocks import ComputeConfig
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.recipe.training_blocks import ModelConfig
@@ -228,7 +228,7 @@ def _bare() -> dict[str, Any]:
 def _ours(stage: str, folder: Path) -> dict[str, Any]:
     from datasets import Dataset, DatasetDict
 
-    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.base_model import pin_revision
     from llm_engineering.recipe.compute_blocks import ComputeConfig
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.recipe.training_blocks import (
@@ -287,8 +287,8 @@ def _losses(folder: Path) -> dict[str, float]:
 
     from llm_engineering.evaluation.measures import heldout_loss
     from llm_engineering.evaluation.models import Models, labelled_rows
+    from llm_engineering.models.base_model import load_model, pin_revision
     from llm_engineering.models.device import choose_device
-    from llm_engineering.models.loading import load_model, pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.compute_blocks import ComputeConfig
     from llm_engineering.recipe.settings import Settings

@@ -216,7 +216,7 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
 
     from benchmarks.last_epoch import LastEpoch
     from benchmarks.random_llama import FACTS
-    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.base_model import pin_revision
     from llm_engineering.training.sft import train_sft
 
     made = json.loads((folder / FACTS).read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import torch
 
 # Before ZenML and transformers are imported.
 import tools.cli  # noqa: F401
-from llm_engineering.models.loading import pin_revision
+from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings

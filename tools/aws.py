@@ -114,7 +114,7 @@ def stack(
     ] = "llm-engineering/artifacts",
     off: Annotated[bool, typer.Option("--off", help="Make the local stack the active one again.")] = False,
 ) -> int:
-    """Register a ZenML stack that keeps artifacts in S3.
+    """Register a ZenML stack that stores artifacts in S3.
 
     The stack becomes the active one. Runs still take place on this machine. No credentials are stored: ZenML uses the
     AWS credentials of the environment.

@@ -91,7 +91,7 @@ def chat(
     device = merged_device(recipe.compute.here)
     trust = recipe.model.trust_remote_code
     conversation = Conversation(folder, device, settings, max_new_tokens, trust, sampling)
-    _say_seed(sampling, seed)
+    _log_seed(sampling, seed)
     beginning = [] if system is None else [Message(role="system", content=system)]
     if beginning:
         check_system([*beginning, Message(role="user", content=prompt or "Hi")], conversation.tokenizer)
@@ -100,7 +100,7 @@ def chat(
     messages = [*beginning, Message(role="user", content=prompt)]
     if not conversation.has_room(messages):
         raise RequestError(f"{_too_long(max_new_tokens)}. Shorten the question, or lower --max-new-tokens.")
-    _say_end(conversation.answer(messages).stopped, max_new_tokens)
+    _log_cut(conversation.answer(messages).stopped, max_new_tokens)
     return 0
 
 
@@ -155,7 +155,7 @@ def compare(
     if not has_room(messages, base, tokenizer, max_new_tokens):
         raise RequestError(f"{_too_long(max_new_tokens)}. Shorten the question, or lower --max-new-tokens.")
     models = Models(base, found.folders, tokenizer, 1, recipe.evaluation.repetition_penalty)
-    _say_seed(sampling, seed)
+    _log_seed(sampling, seed)
     shown = Table(title=prompt, title_justify="left", title_style="bold")
     answers = []
     for name in models.names:
@@ -181,8 +181,8 @@ def _converse(conversation: Conversation, beginning: list[Message]) -> int:
     logger.info("Type a question. An empty line, Ctrl-D or Ctrl-C ends the conversation.")
     messages = list(beginning)
     try:
-        while asked := _ask():
-            question = Message(role="user", content=asked)
+        while line := _read_line():
+            question = Message(role="user", content=line)
             if not conversation.has_room([*beginning, question]):
                 logger.info("[%s: ask a shorter question]", _too_long(conversation.max_new_tokens))
                 continue
@@ -191,14 +191,14 @@ def _converse(conversation: Conversation, beginning: list[Message]) -> int:
                 messages = list(beginning)
             messages.append(question)
             reply = conversation.answer(messages)
-            _say_end(reply.stopped, conversation.max_new_tokens)
+            _log_cut(reply.stopped, conversation.max_new_tokens)
             messages.append(Message(role="assistant", content=reply.text))
     except KeyboardInterrupt:
         print()
     return 0
 
 
-def _ask() -> str:
+def _read_line() -> str:
     """Read a line from the terminal; returns an empty text at the end of the input."""
     print("> ", end="", flush=True)
     line = sys.stdin.readline()
@@ -217,12 +217,12 @@ def _too_long(max_new_tokens: int) -> str:
     return f"The question and an answer of {max_new_tokens} tokens do not fit into the model's context"
 
 
-def _say_seed(sampling: Sampling, given: int | None) -> None:
+def _log_seed(sampling: Sampling, given: int | None) -> None:
     """Log a seed that was drawn, so that the user can repeat the answer."""
     if sampling.temperature > 0 and given is None:
         logger.info("Using --seed %d", sampling.seed)
 
 
-def _say_end(stopped: bool, max_new_tokens: int) -> None:
+def _log_cut(stopped: bool, max_new_tokens: int) -> None:
     if not stopped:
         logger.info("[the answer was cut at %d tokens: raise --max-new-tokens for a longer one]", max_new_tokens)

@@ -105,7 +105,7 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry("schedule remove", "schedule:remove", "Remove a schedule and everything that was created for it."),
         Entry("cloud preflight", "aws:preflight", "Check what a SageMaker job of a recipe needs."),
         Entry("cloud image", "aws:image", "Build the images of SageMaker jobs and push them to ECR."),
-        Entry("cloud stack", "aws:stack", "Register a ZenML stack that keeps artifacts in S3."),
+        Entry("cloud stack", "aws:stack", "Register a ZenML stack that stores artifacts in S3."),
     ],
 }
 

@@ -154,7 +154,7 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     logger.info("Exact duplicates:  %d", report["exact_duplicates"])
     logger.info("Near duplicates:   %d", report["near_duplicates"])
     for rule, count in report["findings"].items():
-        logger.info("  kept, but:       %d %s", count, rule)
+        logger.info("  kept, reported:  %d %s", count, rule)
     logger.info("Leaked into test:  %d", report["leaked_into_test"])
     logger.info("Tokens:            %s", ", ".join(f"{name} {value:g}" for name, value in report["tokens"].items()))
     logger.info("Report:            %s", folder / "report.html")

@@ -218,7 +218,7 @@ def _measures(evaluation: dict[str, Any]) -> Table:
     from llm_engineering.reports.page import interval
 
     models, newest = evaluation["models"], evaluation["newest"]
-    measures = _table("Held-out measures", "Measure", *models, f"{newest} minus base", "That is")
+    measures = _table("Held-out measures", "Measure", *models, f"{newest} minus base", "Verdict")
     for found in evaluation["measures"].values():
         values = [f"{found['models'][name]['value']:.4g}" for name in models]
         difference = found["differences"][f"{newest}-base"]

@@ -68,7 +68,7 @@ def run(
         typer.Option(
             "--scheduled",
             metavar="PLACE",
-            help="Used by schedules: run as the schedule whose files are in this folder or S3 address (retrain only).",
+            help="Used by schedules: the folder or S3 address of the schedule that this run belongs to (retrain only).",
         ),
     ] = None,
     as_json: Json = False,
@@ -76,7 +76,7 @@ def run(
     """Run a pipeline: sft, dpo, retrain or datasets.
 
     Results of finished steps come from the cache, so after an error, the same command continues where the run ended.
-    With --json, only the JSON object goes to stdout, as its last line. Everything else goes to stderr.
+    With --json, the last line of stdout is the JSON object, and everything else goes to stderr.
 
     Example: `llm-engineering run sft --config configs/local.yaml --set sft.learning_rate=1e-4`
     """
@@ -123,7 +123,7 @@ def run(
 
 
 def launch(pipeline: Pipeline, recipe: Recipe, inputs: Inputs, cache: bool) -> list[PipelineRunResponse]:
-    """Run a pipeline; returns its run. `dpo` runs `sft` first if no SFT model of this recipe is registered."""
+    """Run a pipeline; returns its runs in order. `dpo` runs `sft` first if no SFT model of this recipe is registered."""
     from zenml.client import Client
 
     from pipelines import chain
@@ -160,7 +160,7 @@ def check_resumable(run: str, pipeline: Pipeline, recipe: Recipe) -> None:
         run: name or id of the run, or `last`.
 
     Raises:
-        RequestError: there is no such run, it is complete or still running, or its pipeline or recipe differ.
+        RequestError: the run does not exist, is complete or still runs, or has another pipeline or recipe.
     """
     from zenml.client import Client
     from zenml.enums import ExecutionStatus
@@ -180,9 +180,7 @@ def check_resumable(run: str, pipeline: Pipeline, recipe: Recipe) -> None:
         except (KeyError, ValueError) as error:
             raise RequestError(f"There is no run {run}. `make runs` lists the last runs.") from error
     if former.pipeline is None or former.pipeline.name != name:
-        raise RequestError(
-            f"Run {former.name} is a run of another pipeline than {name}. `make runs` lists the last runs."
-        )
+        raise RequestError(f"Run {former.name} is not a run of {name}. `make runs` lists the last runs.")
     if former.status == ExecutionStatus.COMPLETED:
         raise RequestError(f"Run {former.name} is complete, so there is nothing to resume. Leave out --resume.")
     if not former.status.is_finished and is_alive(former):

@@ -44,7 +44,7 @@ Name = Annotated[
     ),
 ]
 Target = Annotated[
-    Place | None, typer.Option("--target", help="Where the schedule runs: as a SageMaker job, or on this machine.")
+    Place | None, typer.Option("--target", help="Where the runs take place: in SageMaker jobs, or on this machine.")
 ]
 Cron = Annotated[
     str | None,
@@ -186,7 +186,7 @@ def change(
 ) -> int:
     """Change the time or the recipe of a schedule.
 
-    Options that are not given keep their values. The settings are read from .env again.
+    Without an option, its value stays unchanged. The settings are read from .env again.
 
     Example: `llm-engineering schedule change --cron "0 5 ? * MON *"`
     """
@@ -294,9 +294,11 @@ def _find(name: str | None, target: Place | None, settings: Settings) -> Schedul
     wanted = [schedule for schedule in found if name in (None, schedule.name)]
     if len(wanted) == 1:
         return wanted[0]
-    names = ", ".join(f"{schedule.name} ({_where(schedule)})" for schedule in found) or "none"
+    names = ", ".join(f"{schedule.name} ({_where(schedule)})" for schedule in found)
+    if not found:
+        raise RequestError('There is no schedule. Create one: make schedule CRON="0 3 ? * SUN *"')
     if not wanted:
-        raise RequestError(f"There is no schedule {name or ''}. Existing schedules: {names}.".replace("  ", " "))
+        raise RequestError(f"There is no schedule {name}. Existing schedules: {names}.")
     raise RequestError(f"There are several schedules: {names}. Choose one with NAME=…, or TARGET=local|sagemaker.")
 
 

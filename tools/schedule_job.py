@@ -279,7 +279,7 @@ def _server(session: boto3.Session) -> Server:
     url = os.environ.get(STORE_URL, "").rstrip("/")
     if not url:
         raise RequestError(
-            f"A scheduled run reports to a ZenML server, but none is set. Set {STORE_URL}=https://… in the environment, and "
+            f"A scheduled run reports to a ZenML server, but {STORE_URL} is not set. Set {STORE_URL}=https://… in the environment, and "
             "log in with `zenml login`."
         )
     address = urlsplit(url)

@@ -15,8 +15,8 @@ from llm_engineering.evaluation.measures import Observation, Work, observe
 from llm_engineering.evaluation.models import Models
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.generation.open import open_client
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import MEASURES, TASK_MEASURE, EvaluationConfig, Measure
 from llm_engineering.recipe.settings import Settings

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.models import BASE, Models
+from llm_engineering.models.base_model import load_model, pin_revision
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model, pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.settings import Settings

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import batches_by_length, generate_ids
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.compute_blocks import ComputeConfig

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError
-from llm_engineering.models.loading import hub_options, model_path
+from llm_engineering.models.base_model import hub_options, model_path
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import prompt_ids
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig

@@ -18,8 +18,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import WorkError
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device, choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.publish.verification import (
     HeldoutRow,

@@ -94,7 +94,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     is_launched = "WORLD_SIZE" in os.environ
     if is_launched:
         _import_backend(recipe.compute, recipe.sft.method, config.model_dump(), arguments.adapter)
-    from llm_engineering.models.loading import pin_revision
+    from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import pin_chat_template
     from llm_engineering.training import ranks
     from llm_engineering.training.launch import launch_training

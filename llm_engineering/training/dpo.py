@@ -32,8 +32,8 @@ from llm_engineering.training.losses import (
     why_not_from_hidden_states,
 )
 from llm_engineering.training.policy import trained_policy
-from llm_engineering.training.run import TrainingRun, prepare_run, run_training
 from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
+from llm_engineering.training.train import TrainingRun, prepare_run, run_training
 from llm_engineering.training.trainer import ResumableTrainer
 from llm_engineering.training.unsloth_policy import Loading
 

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device
-from llm_engineering.models.loading import load_model
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.training import unsloth_policy

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.models.base_model import hub_revision, model_path
 from llm_engineering.models.device import Device
-from llm_engineering.models.loading import hub_revision, model_path
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 

@@ -82,8 +82,8 @@ def _ended(process: Forked) -> Run:
     return Run(process.wait(), stdout, stderr)
 
 
-def make_project(folder: Path, model: Path, made: "Project | None" = None) -> Project:
-    """Create a project in `folder`. With `made`, it gets a copy of that project's ZenML configuration and store."""
+def make_project(folder: Path, model: Path, template: "Project | None" = None) -> Project:
+    """Create a project in `folder`. With `template`, it gets a copy of that project's ZenML configuration and store."""
     instructions = folder / "instructions.jsonl"
     with instructions.open("w") as file:
         for i in range(60):
@@ -102,11 +102,11 @@ def make_project(folder: Path, model: Path, made: "Project | None" = None) -> Pr
         "COMET_API_KEY": "",
         **dict.fromkeys(("HF_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"), PLANTED),
     }
-    if made is not None:
+    if template is not None:
         for name in ("zenml", "stores"):
-            shutil.copytree(made.folder / name, folder / name)
+            shutil.copytree(template.folder / name, folder / name)
         config = folder / "zenml" / "config.yaml"
-        config.write_text(config.read_text().replace(str(made.folder), str(folder)))
+        config.write_text(config.read_text().replace(str(template.folder), str(folder)))
     return Project(folder, recipe, env)
 
 

@@ -1,4 +1,4 @@
-"""Runs a pipeline that believes that no version is in production, as if production had changed during the run.
+"""Runs a pipeline without the model in production, as if a version had been promoted during the run.
 
 Usage: python -m tests.integration.stale recipe.yaml. It prints the tables of the run.
 """

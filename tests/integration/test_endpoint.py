@@ -11,7 +11,7 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm_engineering.models.loading import model_path, pin_revision
+from llm_engineering.models.base_model import model_path, pin_revision
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 from tests.fakes.scripted_endpoint import ScriptedEndpoint, error, scripted

@@ -36,15 +36,15 @@ VALUES = [
 ]
 VARIABLES = sorted({name for target in TARGETS.values() for name in (*target.options, target.argument) if name})
 # A replacement for .venv/bin/python: writes its arguments and its environment to two files for each target.
-PYTHON = '#!/bin/sh\nprintf "%s\\n" "$@" > "$KEPT/$3.arguments"\nenv -0 > "$KEPT/$3.environment"\n'
+PYTHON = '#!/bin/sh\nprintf "%s\\n" "$@" > "$RECORD/$3.arguments"\nenv -0 > "$RECORD/$3.environment"\n'
 
 
-class Made:
+class Invocation:
     """The arguments and the environment of the command that a target of make started."""
 
-    def __init__(self, kept: Path, target: str) -> None:
-        self.arguments = (kept / f"{target}.arguments").read_text().splitlines()
-        pairs = (kept / f"{target}.environment").read_bytes().decode().rstrip("\0").split("\0")
+    def __init__(self, folder: Path, target: str) -> None:
+        self.arguments = (folder / f"{target}.arguments").read_text().splitlines()
+        pairs = (folder / f"{target}.environment").read_bytes().decode().rstrip("\0").split("\0")
         self.environment = dict(pair.split("=", 1) for pair in pairs)
 
 
@@ -60,14 +60,14 @@ def folder(tmp_path) -> Path:
     python.chmod(0o755)
     (tmp_path / ".venv" / "ready").touch()
     (tmp_path / ".venv" / "ready-dev").touch()
-    (tmp_path / "kept").mkdir()
+    (tmp_path / "recorded").mkdir()
     return tmp_path
 
 
 def make(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     names = {*VARIABLES, "ARGS", "MAKEFLAGS", "MAKELEVEL"}
     env = {name: value for name, value in os.environ.items() if name not in names}
-    env |= {"KEPT": str(folder / "kept"), **environment}
+    env |= {"RECORD": str(folder / "recorded"), **environment}
     done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
@@ -80,12 +80,12 @@ def test_every_variable_of_every_target_arrives_unchanged(folder, value):
     assert sorted(folder.iterdir()) == before
     assert done.stdout == ""
     for target, called in TARGETS.items():
-        made = Made(folder / "kept", target)
-        assert made.arguments == ["-m", "tools.make", target]
+        invocation = Invocation(folder / "recorded", target)
+        assert invocation.arguments == ["-m", "tools.make", target]
         words = called.command.split()
         options = [f"--{name.lower()}={value}" for name in called.options]
         argument = ["--", value] if called.argument else []
-        assert command(target, made.environment) == [*words, *options, *argument]
+        assert command(target, invocation.environment) == [*words, *options, *argument]
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -95,7 +95,7 @@ def test_args_reach_every_target_unchanged(folder, value):
     make(folder, *targets, f"ARGS={value}")
     assert sorted(folder.iterdir()) == before
     for target in targets:
-        assert Made(folder / "kept", target).environment["ARGS"] == value
+        assert Invocation(folder / "recorded", target).environment["ARGS"] == value
 
 
 def test_args_are_split_as_by_a_shell_without_expansion():
@@ -116,18 +116,24 @@ def test_only_config_and_args_are_read_from_the_environment(folder):
     for target, called in TARGETS.items():
         config = ["--config=$(shell touch X)"] if "CONFIG" in called.options else []
         argument = ["--", called.default] if called.argument else []
-        found = command(target, Made(folder / "kept", target).environment)
+        found = command(target, Invocation(folder / "recorded", target).environment)
         assert found == [*called.command.split(), *config, "--json", *argument]
     # A variable on the command line takes precedence.
     make(folder, "run-sft", "CONFIG=mine.yaml", **own)
-    assert command("run-sft", Made(folder / "kept", "run-sft").environment)[2:] == ["--config=mine.yaml", "--json"]
+    assert command("run-sft", Invocation(folder / "recorded", "run-sft").environment)[2:] == [
+        "--config=mine.yaml",
+        "--json",
+    ]
 
 
 def test_without_variables_the_commands_have_their_own_defaults(folder):
     make(folder, *TARGETS, CONFIG="", ARGS="")
     for target, called in TARGETS.items():
         argument = ["--", called.default] if called.argument else []
-        assert command(target, Made(folder / "kept", target).environment) == [*called.command.split(), *argument]
+        assert command(target, Invocation(folder / "recorded", target).environment) == [
+            *called.command.split(),
+            *argument,
+        ]
 
 
 def test_make_without_a_target_lists_all_targets_by_group(folder):

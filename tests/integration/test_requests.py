@@ -138,7 +138,7 @@ def test_inspect_reports_on_a_file(fresh_project):
     assert "Not fit to train on: 1 row(s) of the evaluation file are also in it." in run.stderr
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the data of other projects is not beside this checkout")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data in ../shared/data")
 @pytest.mark.parametrize(
     ("name", "format_name", "rows"),
     [("alpaca_en_demo.json", "alpaca", 999), ("dpo_en_demo.json", "sharegpt-preference", 299)],
@@ -149,7 +149,7 @@ def test_inspect_real_data(fresh_project, name, format_name, rows):
     assert report["rows"] == report["kept"] + sum(report["quarantined"].values())
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="the data of other projects is not beside this checkout")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data in ../shared/data")
 def test_own_datasets_train(fresh_project):
     """`retrain` with the first rows of two real files, on the tiny model: Alpaca rows, and pairs with several turns."""
     steps = ["--set", "sft.max_steps=4", "--set", "dpo.max_steps=3", "--set", "formatting.max_length=512"]

@@ -20,7 +20,7 @@ from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.failures import explain, is_capacity, translated
 from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
 from llm_engineering.cloud.sagemaker.request import INPUTS, RESULTS, instance_types, training_job_request, types_after
-from llm_engineering.cloud.sagemaker.storage import fetch_results, folder_hash, is_there, upload_code, upload_folder
+from llm_engineering.cloud.sagemaker.s3 import fetch_results, folder_hash, is_there, upload_code, upload_folder
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.loading import differences

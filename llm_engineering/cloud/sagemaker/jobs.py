@@ -19,9 +19,9 @@ from botocore import exceptions
 from botocore.exceptions import ClientError, HTTPClientError
 from datasets import DatasetDict
 
-from llm_engineering.cloud.sagemaker.storage import folder_hash
+from llm_engineering.cloud.sagemaker.s3 import folder_hash
 from llm_engineering.training.job import Job
-from llm_engineering.training.run import dataset_digests
+from llm_engineering.training.train import dataset_digests
 
 logger = logging.getLogger(__name__)
 

@@ -43,7 +43,7 @@ _ECR = re.compile(
     r"(?P<repository>[a-z0-9][a-z0-9._/-]*)(:(?P<tag>[\w.-]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _GIB = 2**30
-# training/run.py keeps two checkpoints; a third is being written.
+# training/train.py keeps two checkpoints; a third is being written.
 _CHECKPOINTS = 3
 # Disk space for data, caches and the libraries' own files.
 _OTHER_BYTES = 10 * _GIB
@@ -201,7 +201,7 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llm_engineering.models.loading import load_config
+    from llm_engineering.models.base_model import load_config
     from llm_engineering.training.policy import lora_config
 
     config = load_config(recipe.model, settings)

@@ -63,7 +63,7 @@ class LocalSchedule(BaseModel):
         return [sys.executable, "-m", "tools.cli", "run", "retrain", "--config", recipe, "--scheduled", place]
 
     @property
-    def kept_as(self) -> str:
+    def entry(self) -> str:
         """The name of its timer, or the mark of its crontab line."""
         return f"llm-engineering-{self.name}"
 
@@ -137,7 +137,7 @@ def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
     if recipe is not None:
         (schedule.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
     _KEEPERS[schedule.keeper].write(
-        schedule.kept_as,
+        schedule.entry,
         schedule.timing,
         schedule.command,
         schedule.directory,
@@ -169,13 +169,13 @@ def get(folder: Path, name: str) -> LocalSchedule:
 
 def state(schedule: LocalSchedule) -> Literal["active", "paused", "lost"]:
     """Whether its keeper starts it; `lost` if the timer or the line was removed by somebody else."""
-    found: Literal["active", "paused", "lost"] = _KEEPERS[schedule.keeper].state(schedule.kept_as)
+    found: Literal["active", "paused", "lost"] = _KEEPERS[schedule.keeper].state(schedule.entry)
     return found
 
 
 def set_paused(schedule: LocalSchedule, paused: bool) -> None:
     """Stop the keeper from starting runs, or let it start them again."""
-    _KEEPERS[schedule.keeper].set_paused(schedule.kept_as, paused)
+    _KEEPERS[schedule.keeper].set_paused(schedule.entry, paused)
 
 
 def run_now(schedule: LocalSchedule) -> int:
@@ -232,5 +232,5 @@ def remove(schedule: LocalSchedule, stop: bool) -> None:
                     f"The run, process {process}, does not end. Run the same command again when it has ended."
                 )
             time.sleep(0.2)
-    _KEEPERS[schedule.keeper].remove(schedule.kept_as)
+    _KEEPERS[schedule.keeper].remove(schedule.entry)
     shutil.rmtree(schedule.folder)

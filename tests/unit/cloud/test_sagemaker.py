@@ -14,10 +14,10 @@ from botocore.validate import ParamValidator
 from datasets import Dataset, DatasetDict
 from pydantic import ValidationError
 
-from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, storage
+from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, s3
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.request import instance_types, training_job_request, types_after
-from llm_engineering.cloud.sagemaker.storage import code_archive
+from llm_engineering.cloud.sagemaker.s3 import code_archive
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
 from llm_engineering.recipe.loading import load_recipe
@@ -365,9 +365,9 @@ def test_the_folder_hash_covers_names_and_contents(tmp_path):
     for folder in (one, two):
         (folder / "sub").mkdir(parents=True)
         (folder / "sub" / "a").write_text("1")
-    assert storage.folder_hash(one) == storage.folder_hash(two)
+    assert s3.folder_hash(one) == s3.folder_hash(two)
     (two / "sub" / "a").rename(two / "sub" / "b")
-    assert storage.folder_hash(one) != storage.folder_hash(two)
+    assert s3.folder_hash(one) != s3.folder_hash(two)
 
 
 def test_the_recipe_for_sagemaker_differs_only_in_compute():

@@ -15,8 +15,8 @@ from llm_engineering.evaluation.measures import heldout_loss
 from llm_engineering.evaluation.models import Models
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import render
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig

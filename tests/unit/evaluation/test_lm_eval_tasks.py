@@ -8,8 +8,8 @@ import pytest
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks, tasks_hash
 from llm_engineering.evaluation.requirements import check_requirements
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, LmEvalConfig
 from llm_engineering.recipe.training_blocks import ModelConfig

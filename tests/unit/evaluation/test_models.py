@@ -15,8 +15,8 @@ from llm_engineering.evaluation.measures import (
 )
 from llm_engineering.evaluation.models import AnswerScore, Models
 from llm_engineering.formatting.render import prompt_ids
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.policy import new_policy, save_policy

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import check_chat_template, render
-from llm_engineering.models.loading import load_model
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.tokenizer import (
     TEMPLATES,
     end_token_ids,
@@ -187,7 +187,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     from llm_engineering.training import sft
     from llm_engineering.training.dpo import dpo_trainer
     from llm_engineering.training.policy import new_policy
-    from llm_engineering.training.run import TrainingRun
+    from llm_engineering.training.train import TrainingRun
 
     monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: apart)
     tokenizer = load_tokenizer(model, settings, "alpaca")

@@ -14,8 +14,8 @@ from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.preferences import generate_preferences
 from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Failure, Sampling
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.generation_blocks import InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.training_blocks import ModelConfig

@@ -8,8 +8,8 @@ from peft import LoraModel, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.errors import WorkError
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish import merge as merging
 from llm_engineering.publish.merge import Trained, merge, merged_device

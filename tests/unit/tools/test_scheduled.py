@@ -16,7 +16,7 @@ from tests.fakes.aws import ACCOUNT, REGION, FakeAWS, running_aws
 from tools.cli import prepare_zenml
 from tools.scheduled import Scheduled, fingerprint
 
-# With pytest-xdist, the main module is not in the project, so ZenML needs the source root.
+# By default, ZenML takes its source root from the main module, which is outside the project if pytest runs in a worker.
 prepare_zenml()
 
 PASSED = {"outcome": "passed", "stage": "staging", "reason": "every rule passed", "rules": []}

@@ -24,7 +24,7 @@ from llm_engineering.recipe.training_blocks import (
     LoraConfig,
     SFTConfig,
 )
-from llm_engineering.training import run
+from llm_engineering.training import train
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.unsloth_policy import check_packable, check_packed
@@ -155,7 +155,7 @@ def setup(small_llama):
 def fake(monkeypatch):
     """Train with a fake unsloth on the CPU."""
     monkeypatch.setitem(sys.modules, "unsloth", fake_unsloth.module())
-    monkeypatch.setattr(run, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+    monkeypatch.setattr(train, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
     return fake_unsloth.CALLS
 
 
@@ -237,7 +237,7 @@ def test_packed_lengths_must_be_those_of_the_rows():
 
 
 def test_training_without_the_early_import_is_refused(setup, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+    monkeypatch.setattr(train, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows = formatted("instruction", 4, tokenizer, tmp_path)

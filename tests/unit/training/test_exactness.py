@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer, train_sft
+from llm_engineering.training.train import TrainingRun
 from tests.renew_references import FOLDER, STEPS, losses
 from tests.tiny_models import formatted, logged, training_setup
 

@@ -9,8 +9,8 @@ from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures import heldout_loss
 from llm_engineering.evaluation.models import Models, labelled_rows
 from llm_engineering.models import device as devices
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import check_training, choose_device, choose_optimiser
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import (
@@ -20,8 +20,8 @@ from llm_engineering.recipe.training_blocks import (
 )
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
-from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import train_sft
+from llm_engineering.training.train import TrainingRun
 from tests.conftest import ROOT
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import formatted, logged, training_setup

@@ -12,8 +12,8 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import SFTConfig
 from llm_engineering.training import sft
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import sft_trainer, train_sft
+from llm_engineering.training.train import TrainingRun
 from llm_engineering.training.trainer import LengthGroupedByEpoch
 from tests.conftest import ROOT
 from tests.tiny_models import training_setup

@@ -17,8 +17,8 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.loading import load_model
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
@@ -27,8 +27,8 @@ from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig, Trackin
 from llm_engineering.training.checkpoints import newest_complete
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
-from llm_engineering.training.run import TrainingRun
 from llm_engineering.training.sft import train_sft
+from llm_engineering.training.train import TrainingRun
 from tests.tiny_models import logged, training_setup
 
 STEPS = {
