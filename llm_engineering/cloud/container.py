@@ -37,7 +37,7 @@ ML = Path("/opt/ml")
 _REASON_CHARACTERS = 1024
 _REASON_LINES = 20
 # Shorter values are not hidden: a value such as "yes" is not secret, and occurs in many lines.
-_SHORTEST_SECRET = 8
+SHORTEST_SECRET = 8
 # Any free port: a job shares its machines with nobody.
 _MASTER_PORT = "29500"
 
@@ -172,7 +172,7 @@ def _run(
     Returns:
         Its exit code, the signal that was forwarded to it, and its last lines.
     """
-    hidden = [secret for secret in secrets if len(secret) >= _SHORTEST_SECRET]
+    hidden = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
     received: signal.Signals | None = None
     process: subprocess.Popen[str] | None = None
 

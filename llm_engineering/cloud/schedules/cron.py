@@ -131,16 +131,10 @@ def crontab_fields(timing: Timing) -> str:
         RequestError: cron has no such expression.
     """
     minutes, hours, days, months, weekdays, _ = _values(timing, "A crontab line")
-    return " ".join(
-        (
-            _listed(minutes, 60),
-            _listed(hours, 24),
-            _listed(days, 31),
-            _listed(months, 12),
-            # Sunday is 1 for AWS and 0 for cron.
-            _listed([day - 1 for day in weekdays], 7),
-        )
-    )
+    # Sunday is 1 for AWS and 0 for cron.
+    weekdays = [day - 1 for day in weekdays]
+    fields = ((minutes, 60), (hours, 24), (days, 31), (months, 12), (weekdays, 7))
+    return " ".join(_listed(values, count) for values, count in fields)
 
 
 def on_calendar(timing: Timing) -> str:
@@ -202,16 +196,13 @@ def _six_fields(fields: str) -> str:
             f'"{fields}" fires on days of the month and on days of the week. Make two schedules of it: '
             f'"{minute} {hour} {day} {month} *" and "{minute} {hour} * {month} {weekday}".'
         )
-    return " ".join(
-        (
-            _translated(minute, "minute", fields),
-            _translated(hour, "hour", fields),
-            _translated(day, "day of month", fields) if weekday == "*" else "?",
-            _translated(month, "month", fields),
-            _weekdays(weekday, fields) if weekday != "*" else "?",
-            "*",
-        )
+    minute, hour, month = (
+        _translated(*field, fields) for field in ((minute, "minute"), (hour, "hour"), (month, "month"))
     )
+    day, weekday = (
+        ("?", _weekdays(weekday, fields)) if weekday != "*" else (_translated(day, "day of month", fields), "?")
+    )
+    return f"{minute} {hour} {day} {month} {weekday} *"
 
 
 def _translated(field: str, name: str, fields: str) -> str:
@@ -272,5 +263,6 @@ def _values(timing: Timing, place: str) -> Iterator[list[int]]:
     return (sorted(set(field)) or list(range(1, (last or 0) + 1)) for field, last in zip(fields, lasts, strict=True))
 
 
-def _listed(values: list[int], of: int) -> str:
-    return "*" if len(values) == of else ",".join(map(str, values))
+def _listed(values: list[int], count: int) -> str:
+    """The values with commas, or * for all `count` values."""
+    return "*" if len(values) == count else ",".join(map(str, values))

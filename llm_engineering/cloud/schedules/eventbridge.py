@@ -45,6 +45,7 @@ class CloudSchedule(BaseModel):
     Attributes:
         created: when it was created; for a rate, the time from which its starts are counted.
         modified: when it was last created, changed, paused or resumed.
+        role: the ARN of the role that EventBridge Scheduler assumes.
         request: the parameters of CreateTrainingJob, with EXECUTION in the job's name.
     """
 
@@ -55,12 +56,14 @@ class CloudSchedule(BaseModel):
     paused: bool
     created: datetime
     modified: datetime
+    role: str
     request: dict[str, Any]
 
     @property
     def place(self) -> Place:
         """The folder in S3 with the records of its runs."""
-        return _place(self.request)
+        arguments = self.request["AlgorithmSpecification"]["ContainerArguments"]
+        return Place(arguments[arguments.index("--scheduled") + 1])
 
 
 def check_free(session: boto3.Session, name: str) -> None:
@@ -86,22 +89,23 @@ def create(
     """Create a schedule, and with a topic its notifications. If a part fails, the other parts are removed.
 
     Args:
-        request: the parameters of CreateTrainingJob, with EXECUTION in the job's name.
-        role: the ARN of the role that EventBridge Scheduler assumes.
+        request, role: as in `CloudSchedule`.
         topic: the ARN of an SNS topic; None for no notifications.
 
     Raises:
         WorkError: AWS refuses a request.
     """
-    scheduler = session.client("scheduler")
+    scheduler, now = session.client("scheduler"), datetime.now(UTC)
+    schedule = CloudSchedule(
+        name=name, timing=timing, paused=False, created=now, modified=now, role=role, request=dict(request)
+    )
     scheduler.create_schedule_group(Name=PREFIX + name)
     try:
         if topic is not None:
             add_alerts(session, name, topic)
-        now = datetime.now(UTC)
-        scheduler.create_schedule(**_parameters(name, timing, request, role, paused=False, origin=now))
+        scheduler.create_schedule(**_parameters(schedule))
     except (ClientError, BotoCoreError) as error:
-        _remove(session, name, _place(request))
+        _remove(session, name, schedule.place)
         raise WorkError(f"The schedule {name} could not be created, and nothing of it is left: {error}") from error
 
 
@@ -111,7 +115,11 @@ def get(session: boto3.Session, name: str) -> CloudSchedule:
     Raises:
         RequestError: there is no schedule of this name.
     """
-    return _read(_described(session, name), name)
+    scheduler = session.client("scheduler")
+    try:
+        return _read(scheduler.get_schedule(GroupName=PREFIX + name, Name=PREFIX + name))
+    except scheduler.exceptions.ResourceNotFoundException as error:
+        raise RequestError(f"There is no schedule {name}. `make schedules` lists all schedules.") from error
 
 
 def list_all(session: boto3.Session) -> list[CloudSchedule]:
@@ -122,36 +130,30 @@ def list_all(session: boto3.Session) -> list[CloudSchedule]:
     schedules = []
     for name in sorted(names):
         try:
-            schedules.append(_read(scheduler.get_schedule(GroupName=name, Name=name), name.removeprefix(PREFIX)))
+            schedules.append(_read(scheduler.get_schedule(GroupName=name, Name=name)))
         except scheduler.exceptions.ResourceNotFoundException:
-            logger.info(
-                "%s has no schedule: `make unschedule NAME=%s` removes the rest", name, name.removeprefix(PREFIX)
-            )
+            short = name.removeprefix(PREFIX)
+            logger.info("The group %s has no schedule: `make unschedule NAME=%s` removes the rest", name, short)
     return schedules
 
 
 def change(session: boto3.Session, name: str, timing: Timing, request: Mapping[str, Any], topic: str | None) -> None:
     """Replace time, job and notifications of a schedule. A paused schedule stays paused."""
-    former = _described(session, name)
+    former = get(session, name)
     if topic is None:
         remove_alerts(session, name)
     else:
         add_alerts(session, name, topic)
-    known = _read(former, name)
-    origin = known.created if timing == known.timing else datetime.now(UTC)
-    session.client("scheduler").update_schedule(
-        **_parameters(name, timing, request, former["Target"]["RoleArn"], known.paused, origin)
-    )
+    created = former.created if timing == former.timing else datetime.now(UTC)
+    changed = former.model_copy(update={"timing": timing, "request": dict(request), "created": created})
+    session.client("scheduler").update_schedule(**_parameters(changed))
 
 
 def set_paused(session: boto3.Session, name: str, paused: bool) -> None:
     """Disable or enable a schedule."""
-    former = _described(session, name)
-    known = _read(former, name)
+    changed = get(session, name).model_copy(update={"paused": paused})
     # An update replaces all parameters.
-    session.client("scheduler").update_schedule(
-        **_parameters(name, known.timing, known.request, former["Target"]["RoleArn"], paused, known.created)
-    )
+    session.client("scheduler").update_schedule(**_parameters(changed))
 
 
 def run_now(session: boto3.Session, name: str) -> str:
@@ -232,50 +234,39 @@ def missed(schedule: CloudSchedule, last: RunRecord | None, now: datetime) -> da
     return due[0] if due and not schedule.paused and due[0] + late < now else None
 
 
-def _parameters(
-    name: str, timing: Timing, request: Mapping[str, Any], role: str, paused: bool, origin: datetime
-) -> dict[str, Any]:
+def _parameters(schedule: CloudSchedule) -> dict[str, Any]:
+    """The parameters of CreateSchedule and UpdateSchedule."""
+    timing = schedule.timing
     # Without a StartDate, a rate fires at once. A StartDate in the past is refused.
-    start = timing.next_times(datetime.now(UTC), 1, origin)[0] if timing.step is not None else None
+    start = timing.next_times(datetime.now(UTC), 1, schedule.created)[0] if timing.step is not None else None
+    target = {"Arn": TARGET, "RoleArn": schedule.role, "Input": json.dumps(schedule.request), "RetryPolicy": _RETRY}
     return {
         **({"StartDate": start} if start else {}),
-        "Name": PREFIX + name,
-        "GroupName": PREFIX + name,
+        "Name": PREFIX + schedule.name,
+        "GroupName": PREFIX + schedule.name,
         "ScheduleExpression": timing.expression,
         "ScheduleExpressionTimezone": timing.timezone,
-        "State": "DISABLED" if paused else "ENABLED",
+        "State": "DISABLED" if schedule.paused else "ENABLED",
         "FlexibleTimeWindow": {"Mode": "OFF"},
-        "Target": {"Arn": TARGET, "RoleArn": role, "Input": json.dumps(request), "RetryPolicy": _RETRY},
+        "Target": target,
     }
 
 
-def _described(session: boto3.Session, name: str) -> dict[str, Any]:
-    scheduler = session.client("scheduler")
-    try:
-        answer: dict[str, Any] = scheduler.get_schedule(GroupName=PREFIX + name, Name=PREFIX + name)
-    except scheduler.exceptions.ResourceNotFoundException as error:
-        raise RequestError(f"There is no schedule {name}. `make schedules` lists all schedules.") from error
-    return answer
-
-
-def _read(described: Mapping[str, Any], name: str) -> CloudSchedule:
+def _read(described: Mapping[str, Any]) -> CloudSchedule:
+    """A schedule from GetSchedule's answer."""
     timing = Timing(
         expression=described["ScheduleExpression"], timezone=described.get("ScheduleExpressionTimezone", "UTC")
     )
     created = described["StartDate"] - timing.step if timing.step is not None else described["CreationDate"]
     return CloudSchedule(
-        name=name,
+        name=described["Name"].removeprefix(PREFIX),
         timing=timing,
         paused=described["State"] == "DISABLED",
         created=created,
         modified=described["LastModificationDate"],
+        role=described["Target"]["RoleArn"],
         request=json.loads(described["Target"]["Input"]),
     )
-
-
-def _place(request: Mapping[str, Any]) -> Place:
-    arguments = request["AlgorithmSpecification"]["ContainerArguments"]
-    return Place(arguments[arguments.index("--scheduled") + 1])
 
 
 def _jobs(session: boto3.Session, name: str, limit: int) -> list[dict[str, Any]]:

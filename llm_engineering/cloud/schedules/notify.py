@@ -10,6 +10,7 @@ import httpx
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import SecretStr
 
+from llm_engineering.cloud.container import SHORTEST_SECRET
 from llm_engineering.cloud.schedules.run_records import RunRecord
 from llm_engineering.recipe.settings import Settings
 
@@ -18,8 +19,6 @@ logger = logging.getLogger("llm_engineering.cloud.schedules.notify")
 # SNS accepts at most 100 ASCII characters without line breaks.
 _SUBJECT_CHARACTERS = 100
 _TIMEOUT_S = 20.0
-# Shorter values are not hidden: a value such as "yes" is not secret, and occurs in many texts.
-_SHORTEST_SECRET = 8
 # Secrets that other libraries read from the environment.
 _OTHER_SECRETS = ("ZENML_STORE_API_KEY", "ZENML_STORE_PASSWORD", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
@@ -78,6 +77,6 @@ def without_secrets(text: str, settings: Settings) -> str:
     values = [value.get_secret_value() for value in dict(settings).values() if isinstance(value, SecretStr)]
     values += [os.environ.get(name, "") for name in _OTHER_SECRETS]
     for value in sorted(values, key=len, reverse=True):
-        if len(value) >= _SHORTEST_SECRET:
+        if len(value) >= SHORTEST_SECRET:
             text = text.replace(value, "***")
     return text
