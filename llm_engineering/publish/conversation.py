@@ -121,7 +121,7 @@ def check_system(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
     except TemplateError:
         shown = False
     if not shown:
-        raise RequestError("The model's chat template has no place for a system message: leave --system out.")
+        raise RequestError("The model's chat template does not include system messages: run without --system.")
 
 
 class Conversation:

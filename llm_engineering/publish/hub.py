@@ -40,7 +40,7 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         raise RequestError(f"{repo_id!r} is not a name of a repository: {error}") from None
     if repo_id.count("/") != 1:
-        raise RequestError(f"{repo_id!r} names no owner. Write owner/name; the owner is you or an organisation.")
+        raise RequestError(f"{repo_id!r} does not name an owner. Write owner/name; the owner is you or an organisation.")
 
 
 def find_token(token: SecretStr | None) -> str:
@@ -126,7 +126,7 @@ def _files_of(api: HfApi, kind: RepoType, repo_id: str, private: bool) -> Sequen
         return None
     if bool(info.private) != private:
         now, asked = ("private", "public") if info.private else ("public", "private")
-        instead = f"{_BLOCKS[kind]}.private: true and no --public" if info.private else "--public"
+        instead = f"{_BLOCKS[kind]}.private: true, without --public" if info.private else "--public"
         raise RequestError(
             f"{repo_id} exists and is {now}, and the {kind} was to be {asked}. Change the visibility in the "
             f"repository's settings on the hub, name another repository with --repo, or publish as {now} ({instead})."

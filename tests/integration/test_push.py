@@ -130,7 +130,7 @@ def test_own_rows_are_published_without_anything_else(made, online, hub):
     [
         (["instruction", "--set", "data.hub=null"], "under which licence the data may be published"),
         (["instruction", "--set", "data.hub.instruction_repo_id=null"], "data.hub.instruction_repo_id"),
-        (["instruction", "--repo", "no-owner"], "names no owner"),
+        (["instruction", "--repo", "no-owner"], "does not name an owner"),
         (["instruction", "--set", "data.hub.licence=mit"], "Did you mean `data.hub.license`?"),
         (["instruction", "--set", "name=nobody"], "nobody has no instruction dataset yet"),
         (["preference", "--set", "generation.batch_size=3"], "made with another recipe: generation.batch_size differ"),
