@@ -295,10 +295,9 @@ def _find(name: str | None, target: Place | None, settings: Settings) -> Schedul
     if len(wanted) == 1:
         return wanted[0]
     names = ", ".join(f"{schedule.name} ({_where(schedule)})" for schedule in found)
-    if not found:
-        raise RequestError('There is no schedule. Create one: make schedule CRON="0 3 ? * SUN *"')
     if not wanted:
-        raise RequestError(f"There is no schedule {name}. Existing schedules: {names}.")
+        remedy = f"Existing schedules: {names}." if names else 'Create one: make schedule CRON="0 3 ? * SUN *"'
+        raise RequestError(f"There is no schedule{f' {name}' if name else ''}. {remedy}")
     raise RequestError(f"There are several schedules: {names}. Choose one with NAME=…, or TARGET=local|sagemaker.")
 
 
