@@ -38,7 +38,7 @@ def own(tiny_model, unused, tmp_path_factory) -> Project:
 
 def test_a_model_that_passes_goes_to_staging_and_an_equal_one_fails(own):
     assert "Every rule passed, so the model is promoted to staging." in own.first.stderr
-    assert "In production is version 1" in own.second.stderr
+    assert "Version 1 is in production" in own.second.stderr
     assert "Not promoted, version 1 stays in production." in own.second.stderr
     assert "heldout_loss better than incumbent by more than 0: 0.0000" in " ".join(own.second.stderr.split())
     # The incumbent changed, so the evaluation ran again. Everything before it came from the cache.

@@ -128,7 +128,7 @@ def test_own_rows_are_published_without_anything_else(made, online, hub):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["instruction", "--set", "data.hub=null"], "under which licence the data may be published"),
+        (["instruction", "--set", "data.hub=null"], "names no licence for publishing the data"),
         (["instruction", "--set", "data.hub.instruction_repo_id=null"], "data.hub.instruction_repo_id"),
         (["instruction", "--repo", "no-owner"], "does not name an owner"),
         (["instruction", "--set", "data.hub.licence=mit"], "Did you mean `data.hub.license`?"),
