@@ -40,7 +40,9 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         raise RequestError(f"{repo_id!r} is not a name of a repository: {error}") from None
     if repo_id.count("/") != 1:
-        raise RequestError(f"{repo_id!r} does not name an owner. Write owner/name; the owner is you or an organisation.")
+        raise RequestError(
+            f"{repo_id!r} does not name an owner. Write owner/name; the owner is you or an organisation."
+        )
 
 
 def find_token(token: SecretStr | None) -> str:
