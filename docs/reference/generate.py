@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 import types
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.library_fields import LibraryBlock, Schema
 from llm_engineering.recipe.recipe import Recipe
 
 FOLDER = Path(__file__).parent
@@ -50,10 +52,45 @@ def _block(block: type[BaseModel], prefix: str) -> list[str]:
         limits = ", ".join(filter(None, map(_limit, field.metadata)))
         rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {limits} |\n")
     # A block of several parts is described by all of them.
-    described = [part for part in reversed(block.__mro__) if issubclass(part, Block) and part is not Block]
+    described = [
+        part for part in reversed(block.__mro__) if issubclass(part, Block) and part not in (Block, LibraryBlock)
+    ]
     text = "\n\n".join(inspect.cleandoc(part.__doc__ or "") for part in described)
     table = "| Key | Type | Default | Limits |\n| --- | --- | --- | --- |\n" + "".join(rows)
-    return [heading, text + "\n\n", table + "\n", *inner]
+    return [heading, text + "\n\n", table + "\n", *_library_fields(block), *inner]
+
+
+def _library_fields(block: type[BaseModel]) -> list[str]:
+    """The fields of the library that a block takes besides its own keys, and those that it refuses."""
+    if not issubclass(block, LibraryBlock):
+        return []
+    more = "".join(
+        f"| `{name}` | {_schema_type(field)} | `{json.dumps(field.get('default'))}` |\n"
+        for name, field in block.allowed().items()
+    )
+    refused = "".join(f"| `{name}` | {reason} |\n" for name, reason in sorted(block.refused.items()))
+    return [
+        f'??? note "More fields of {block.config_class}"\n\n',
+        _indented(f"| Key | Default | Meaning |\n| --- | --- | --- |\n{more}"),
+        '??? note "Fields that the project sets"\n\n',
+        _indented(f"| Key | Reason |\n| --- | --- |\n{refused}"),
+    ]
+
+
+def _schema_type(schema: Schema) -> str:
+    if "anyOf" in schema:
+        return " or ".join(map(_schema_type, schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if schema["type"] == "array":
+        return f"list of {_schema_type(schema['items'])}"
+    names = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`", "object": "keys with values"}
+    kind: str = schema["type"]
+    return names.get(kind, kind)
+
+
+def _indented(text: str) -> str:
+    return "".join(f"    {line}\n" for line in text.splitlines()) + "\n"
 
 
 def _child(annotation: Any) -> type[BaseModel] | None:
@@ -100,6 +137,17 @@ def _limit(constraint: Any) -> str:
             return f"{symbol} {value}"
     pattern = getattr(constraint, "pattern", None)
     return f"matches `{pattern}`".replace("|", "\\|") if pattern else ""
+
+
+def schema() -> str:
+    """The JSON schema of a recipe, with which editors complete keys and mark wrong ones."""
+    found = Recipe.model_json_schema()
+    found["properties"]["extends"] = {"type": "string", "description": "Another recipe, relative to this one."}
+    # A recipe that extends another one leaves keys out.
+    found.pop("required", None)
+    for block in found["$defs"].values():
+        block.pop("required", None)
+    return json.dumps(found, indent=1) + "\n"
 
 
 def commands_page() -> str:
@@ -169,7 +217,8 @@ def _parameters(command: Any) -> list[str]:
 def main() -> int:
     """Write the pages, or check them."""
     stale = []
-    for name, text in (("recipe.md", recipe_page()), ("commands.md", commands_page())):
+    pages = {"recipe.md": recipe_page(), "commands.md": commands_page(), "../../configs/recipe.schema.json": schema()}
+    for name, text in pages.items():
         file = FOLDER / name
         if not file.is_file() or file.read_text(encoding="utf-8") != text:
             stale.append(name)

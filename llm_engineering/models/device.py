@@ -17,6 +17,13 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.training_blocks import Method
 
 Backend = Literal["transformers", "unsloth"]
+# The packages of transformers' optimisers that are not installed with the project, by the beginning of their names.
+_OPTIMISER_PACKAGES = {
+    "galore": "galore-torch", "lomo": "lomo-optim", "adalomo": "lomo-optim", "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree", "apollo": "apollo-torch", "stable_adamw": "torch-optimi",
+    "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao", "adamw_torch_xla": "torch-xla",
+    "adamw_torch_npu": "torch-npu", "adamw_anyprecision": "torchdistx",
+}  # fmt: skip
 
 
 class Device(NamedTuple):
@@ -81,12 +88,19 @@ def check_training(stage: str, method: str, optim: str, device: Device) -> None:
         RequestError: this machine lacks CUDA or bitsandbytes, and one of the two needs them.
     """
     for key, value in (("sft.method", method), (f"{stage}.optim", optim)):
-        if value in ("qlora", "adamw_8bit") and (device.name != "cuda" or not _has_bitsandbytes()):
+        if (value == "qlora" or _is_of_bitsandbytes(value)) and (device.name != "cuda" or not _has_bitsandbytes()):
             instead = "sft.method lora" if value == "qlora" else f"{stage}.optim auto"
             raise RequestError(
                 f"{key} is {value}, which needs CUDA and the package bitsandbytes (pip install 'llm-engineering[gpu]'). "
                 f"Use {instead}, or a machine that has both."
             )
+
+    package = next((name for start, name in _OPTIMISER_PACKAGES.items() if optim.startswith(start)), None)
+    if package is not None and not _has_package(package):
+        raise RequestError(
+            f"{stage}.optim is {optim}, which needs the package {package}. Install it with `.venv/bin/pip install {package}`, "
+            f"or use {stage}.optim auto."
+        )
 
 
 def check_processes(compute: ComputeConfig, device: Device) -> None:
@@ -213,6 +227,8 @@ def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tu
     8-bit AdamW (Dettmers et al. 2021, arXiv:2110.02861) keeps its state in a quarter of the memory. The state is not
     sharded, so `auto` chooses torch's AdamW where `distributed` is not ddp.
     """
+    if optim not in ("auto", "adamw_torch", "adamw_8bit"):
+        return optim, "the recipe names it"
     if optim == "auto" and distributed != "ddp":
         return "adamw_torch", "torch's AdamW, whose state can be sharded"
     if optim == "adamw_8bit" or (optim == "auto" and device.name == "cuda" and _has_bitsandbytes()):
@@ -220,6 +236,18 @@ def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tu
     if device.name == "cuda":
         return "adamw_torch_fused", "torch's AdamW, as one fused kernel"
     return "adamw_torch", "torch's AdamW"
+
+
+def _has_package(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _is_of_bitsandbytes(optim: str) -> bool:
+    return optim != "adamw_torch_8bit" and any(part in optim for part in ("8bit", "bnb", "paged", "lion", "ademamix"))
 
 
 def _has_bitsandbytes() -> bool:

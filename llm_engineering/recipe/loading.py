@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.library_fields import LibraryBlock
 from llm_engineering.recipe.recipe import Recipe
 
 
@@ -46,7 +47,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
-        problems = [_explain(problem, origin, str(path)) for problem in error.errors()]
+        problems = [line for problem in error.errors() for line in _explain(problem, origin, str(path))]
         raise RequestError("\n".join(problems)) from None
 
 
@@ -118,7 +119,9 @@ def _first_line(error: YAMLError) -> str:
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every valid key with its full path."""
+    """Every valid key with its full path."""
+    if issubclass(model, LibraryBlock):
+        yield from (prefix + name for name in model.allowed())
     for name, field in model.model_fields.items():
         yield prefix + name
         # The type may be a block or an optional block.
@@ -144,7 +147,19 @@ def _nearest(key: str) -> str:
     return f"Valid keys there: {', '.join(c.rpartition('.')[2] for c in siblings) or ', '.join(Recipe.model_fields)}."
 
 
-def _explain(problem: Any, origin: dict[str, str], path: str) -> str:
+def _explain(problem: Any, origin: dict[str, str], path: str) -> list[str]:
+    """What is wrong, a line a key."""
+    if problem["type"] != "library_fields":
+        return [_explain_key(problem, origin, path)]
+    lines = []
+    for name, wrong in problem["ctx"]["problems"].items():
+        key = ".".join([*map(str, problem["loc"]), name])
+        unknown = f"{origin.get(key, path)}: unknown key `{key}`. {_nearest(key)}"
+        lines.append(f"{origin.get(key, path)}: `{key}` {wrong}." if wrong else unknown)
+    return lines
+
+
+def _explain_key(problem: Any, origin: dict[str, str], path: str) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     source = next((origin[k] for k in (key, key.rpartition(".")[0]) if k in origin), path)
     if problem["type"] == "extra_forbidden":

@@ -101,11 +101,16 @@ class Recipe(Block):
                 "or deepspeed with zero_stage 1 or 2"
             )
         for stage, optim in (("sft", self.sft.optim), ("dpo", self.dpo.optim)):
-            if optim == "adamw_8bit" and compute.distributed != "ddp":
+            if "8bit" in optim and compute.distributed != "ddp":
                 raise ValueError(
-                    f"{stage}.optim adamw_8bit has a state that is not sharded with compute.distributed "
+                    f"{stage}.optim {optim} has a state that is not sharded with compute.distributed "
                     f"{compute.distributed}: use auto or adamw_torch, or compute.distributed ddp"
                 )
+        if self.dpo.library_arguments.get("sync_ref_model") and self.sft.method != "full":
+            raise ValueError(
+                f"dpo.sync_ref_model moves the reference towards the model, and with sft.method {self.sft.method} the "
+                "reference is an adapter, which TRL cannot move: remove it, or choose sft.method full"
+            )
         if self.dpo.precompute_ref_log_probs and compute.num_processes > 1:
             raise ValueError(
                 "dpo.precompute_ref_log_probs is for compute.num_processes 1: set it to false, and the reference runs in "

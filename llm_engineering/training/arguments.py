@@ -99,10 +99,12 @@ def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup
         "metric_for_best_model": "eval_loss",
         "logging_steps": config.logging_steps,
         "logging_first_step": True,
-        "eval_strategy": "steps",
+        "eval_strategy": config.eval_strategy,
         "eval_steps": config.eval_steps,
-        "save_steps": config.save_steps,
-        "save_total_limit": 2,
+        "save_strategy": config.save_strategy,
+        # Not read with save_strategy epoch, where transformers still wants a number.
+        "save_steps": config.save_steps or 1,
+        "save_total_limit": config.save_total_limit,
         # TRL's default is bf16, even on CPUs where it is slower.
         "bf16": device.dtype == torch.bfloat16,
         "fp16": device.dtype == torch.float16,
@@ -111,6 +113,7 @@ def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup
         "seed": setup.seed,
         "report_to": "none",
         "disable_tqdm": True,
+        **config.library_arguments,
     }
 
 

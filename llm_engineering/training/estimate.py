@@ -199,7 +199,7 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     reference = 0.0
     if isinstance(config, DPOConfig):
         reference = sizes.weights if method == "full" else trained
-    eight_bits = choose_optimiser(config.optim, device)[0] == "adamw_8bit"
+    eight_bits = "8bit" in choose_optimiser(config.optim, device)[0]
     one_layer = sizes.activations / sizes.layers
     activations = sizes.activations + one_layer
     if config.gradient_checkpointing:

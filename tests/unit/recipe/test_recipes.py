@@ -111,3 +111,12 @@ def test_hash_changes_with_any_value():
     hashes = {recipe_hash(load_recipe(LOCAL, [o])) for o in ("seed=1", "seed=2", "sft.lora.r=3", "tracking.comet=off")}
     assert len(hashes) == 4
     assert recipe_hash(load_recipe(LOCAL)) == recipe_hash(load_recipe(LOCAL))
+
+
+@pytest.mark.parametrize("file", sorted((LOCAL.parent).glob("*.yaml")), ids=lambda file: file.stem)
+def test_each_recipe_of_the_project_is_valid_and_opens_with_its_command(file):
+    load_recipe(file)
+    schema, command = file.read_text(encoding="utf-8").splitlines()[:2]
+    assert schema == "# yaml-language-server: $schema=recipe.schema.json"
+    assert command.startswith("# make ")
+    assert file.name == "local.yaml" or f"CONFIG=configs/{file.name}" in command

@@ -10,6 +10,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+import trl
 from datasets import Dataset, DatasetDict
 from transformers import Trainer
 
@@ -290,3 +291,39 @@ def test_a_run_is_trained_by_one_process_at_a_time(data, setup, settings):
     with run_lock(folder), pytest.raises(RequestError, match="Another process trains the same run"):
         train_sft(data, CONFIG, setup, settings)
     train_sft(data, CONFIG, setup, settings)
+
+
+def test_fields_of_the_library_reach_its_trainer(data, setup, settings, monkeypatch):
+    """A run with values that no key of the recipe has, held to TRL's own arguments."""
+    seen = []
+    real = trl.SFTConfig
+
+    def recorded(**arguments):
+        seen.append(real(**arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(trl, "SFTConfig", recorded)
+    config = SFTConfig.model_validate(
+        {
+            **CONFIG.model_dump(exclude={"load_best"}),
+            "warmup_steps": 2,
+            "adam_beta2": 0.9,
+            "neftune_noise_alpha": 5,
+            "eval_strategy": "epoch",
+            "eval_steps": None,
+            "save_strategy": "epoch",
+            "save_steps": None,
+            "load_best_model_at_end": True,
+        }
+    )
+    result = train_sft(data, config, setup, settings)
+    (arguments,) = seen
+    assert (arguments.warmup_steps, arguments.adam_beta2, arguments.neftune_noise_alpha) == (2, 0.9, 5)
+    assert (arguments.eval_strategy, arguments.save_strategy, arguments.load_best_model_at_end) == (
+        "epoch",
+        "epoch",
+        True,
+    )
+    rates = [entry["learning_rate"] for entry in result.summary["history"] if "learning_rate" in entry]
+    assert rates[1] == pytest.approx(config.learning_rate / 2)
+    assert any("eval_loss" in entry for entry in result.summary["history"])

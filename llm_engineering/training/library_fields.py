@@ -1,0 +1,77 @@
+"""Writes the types and defaults of TRL's configuration classes to `recipe/library_fields.json`:
+
+python -m llm_engineering.training.library_fields
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import types
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import trl
+
+from llm_engineering.recipe.library_fields import FILE, Schema
+
+CLASSES: dict[str, type[Any]] = {
+    "trl.SFTConfig": trl.SFTConfig,
+    "trl.DPOConfig": trl.DPOConfig,
+}
+_NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
+
+
+def library_fields() -> dict[str, dict[str, Schema]]:
+    """For each class, the JSON schema of each field, with its default."""
+    return {name: _fields(config_class) for name, config_class in CLASSES.items()}
+
+
+def as_text() -> str:
+    """The content of `library_fields.json`: a line a field."""
+    parts = []
+    for name, fields in library_fields().items():
+        lines = ",\n".join(f'  "{field}": {json.dumps(schema, ensure_ascii=False)}' for field, schema in fields.items())
+        parts.append(f'"{name}": {{\n{lines}\n}}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _fields(config_class: type[Any]) -> dict[str, Schema]:
+    hints = get_type_hints(config_class)
+    found: dict[str, Schema] = {}
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name):
+        schema = _schema(hints[field.name])
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if isinstance(default, enum.Enum):
+            default = default.value
+        # Objects of other classes are no values of a recipe.
+        if default is None or isinstance(default, bool | int | float | str | list | dict):
+            schema["default"] = default
+        found[field.name] = schema
+    return found
+
+
+def _schema(annotation: Any) -> Schema:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        parts = [_schema(part) for part in arguments]
+        parts = [inner for part in parts for inner in part.get("anyOf", [part])]
+        # An enumeration of texts beside plain text means its values: transformers takes them as text.
+        if any(isinstance(part.get("enum", [None])[0], str) for part in parts):
+            parts = [part for part in parts if part != {"type": "string"}]
+        unique = [part for place, part in enumerate(parts) if part not in parts[:place]]
+        return unique[0] if len(unique) == 1 else {"anyOf": unique}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (list, tuple):
+        return {"type": "array", "items": _schema(arguments[0])}
+    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
+        return {"enum": [member.value for member in annotation]}
+    if annotation in _NAMES:
+        return {"type": _NAMES[annotation]}
+    # dict, and classes of the library, which take their fields as a mapping.
+    return {"type": "object"}
+
+
+if __name__ == "__main__":
+    FILE.write_text(as_text(), encoding="utf-8")
