@@ -70,8 +70,8 @@ def _library_fields(block: type[BaseModel]) -> list[str]:
     )
     refused = "".join(f"| `{name}` | {reason} |\n" for name, reason in sorted(block.refused.items()))
     return [
-        f'??? note "More fields of {block.config_class}"\n\n',
-        _indented(f"| Key | Default | Meaning |\n| --- | --- | --- |\n{more}"),
+        f'??? note "More keys: the fields of {block.config_class}, which TRL documents"\n\n',
+        _indented(f"| Key | Type | Default |\n| --- | --- | --- |\n{more}"),
         '??? note "Fields that the project sets"\n\n',
         _indented(f"| Key | Reason |\n| --- | --- |\n{refused}"),
     ]
