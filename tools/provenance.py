@@ -37,7 +37,7 @@ def lineage(
 ) -> int:
     """Show where a model version comes from, with hashes.
 
-    The lineage starts at the gate's decision, and leads over adapters and datasets back to the files that were read.
+    The lineage starts at the gate's decision, and goes back through adapters and datasets to the files that were read.
 
     Example: `llm-engineering models lineage 3`
     """

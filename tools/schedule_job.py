@@ -245,8 +245,8 @@ def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.
     if settings.notify_sns_topic is not None:
         topic = settings.notify_sns_topic
         found += tried(f"The topic {topic}", partial(topic_problems, session, topic))
-    # `problems` would look for a model on the hub. So for a model in S3, this check uses the default model instead, and
-    # the job checks the real one.
+    # The function `problems` would look up the S3 address as a model name on the hub. So for a model in S3, this check
+    # uses the default model instead, and the job checks the real one.
     in_s3 = recipe.model.name_or_path.startswith("s3://")
     found += problems(
         recipe.model_copy(update={"model": ModelConfig()}) if in_s3 else recipe, account, settings, needed

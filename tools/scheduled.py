@@ -76,7 +76,7 @@ class Scheduled:
         return 0
 
     def judged(self, run_id: str, version: int | None, decision: dict[str, Any]) -> None:
-        """Record the gate's decision, the dump of a PromotionDecision."""
+        """Record the gate's decision; `decision` is a PromotionDecision dumped to a dict."""
         outcome = {"failed": "gate failed", "stale": "stale"}.get(decision["outcome"])
         if outcome is None:
             outcome = "promoted" if decision["stage"] == "production" else "staged"

@@ -138,7 +138,7 @@ def check_port(port: int) -> None:
     """Check that a server can listen on the port.
 
     Raises:
-        RequestError: it cannot.
+        RequestError: no server can listen on the port.
     """
     with socket.socket() as probe:
         _bind(probe, port, "serve")

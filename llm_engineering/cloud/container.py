@@ -33,12 +33,12 @@ LOCK = "LLM_IMAGE_LOCK"
 SECRET = "LLM_SECRET"
 
 ML = Path("/opt/ml")
-# FailureReason shows at most this much of the file.
+# FailureReason shows at most this number of characters of the file.
 _REASON_CHARACTERS = 1024
 _REASON_LINES = 20
 # Shorter values are not hidden: a value such as "yes" is not secret, and occurs in many lines.
 SHORTEST_SECRET = 8
-# Any free port: a job shares its machines with nobody.
+# Any port works, because no other program uses the job's machines.
 _MASTER_PORT = "29500"
 
 
@@ -102,7 +102,7 @@ def _difference(line: str, lock: str) -> str:
         installed = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
         return f"{wanted} (not installed)"
-    # A local part such as +cu128 does not count.
+    # The comparison ignores a local part such as +cu128.
     return "" if wanted.specifier.contains(installed, prereleases=True) else f"{wanted} (installed is {installed})"
 
 
@@ -110,7 +110,7 @@ def secret_variables(name: str | None) -> dict[str, str]:
     """The environment variables that a secret holds.
 
     Raises:
-        RequestError: it cannot be read, or is not a JSON object of strings. The message never shows its content.
+        RequestError: the secret cannot be read, or is not a JSON object of strings. The message never shows its content.
     """
     if not name:
         return {}
@@ -144,7 +144,7 @@ def torchrun_variables(ml: Path) -> dict[str, str]:
     """The environment variables that tell torchrun about the other machines; empty for a single machine.
 
     SageMaker lists the machines in `input/config/resourceconfig.json`: `{"current_host", "hosts",
-    "network_interface_name"}`. The rank of a machine is its place in the sorted names, which all machines compute alike.
+    "network_interface_name"}`. The rank of a machine is its index in the sorted names, so all machines compute the same ranks.
     """
     file = ml / "input" / "config" / "resourceconfig.json"
     if not file.is_file():
@@ -170,7 +170,7 @@ def _run(
     """Run a command and print its output without the secrets, because others can read the job's log.
 
     Returns:
-        Its exit code, the signal that was forwarded to it, and its last lines.
+        The command's exit code, the signal that was forwarded to it, and the last lines of its output.
     """
     hidden = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
     received: signal.Signals | None = None
@@ -219,7 +219,7 @@ def reason(last_lines: Iterable[str], code: int) -> str:
 
 
 def write_reason(ml: Path, text: str) -> None:
-    """Write the reason into the file that SageMaker reads; of a long reason, the beginning and the end."""
+    """Write the reason into the file that SageMaker reads. A long reason is shortened to its beginning and its end."""
     if len(text) > _REASON_CHARACTERS:
         half = _REASON_CHARACTERS // 2 - 3
         text = f"{text[:half]} … {text[-half:]}"

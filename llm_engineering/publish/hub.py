@@ -33,7 +33,7 @@ def check_repo_id(repo_id: str) -> None:
     """Check the name of a repository.
 
     Raises:
-        RequestError: it is not an `owner/name` that the hub accepts.
+        RequestError: the name is not an `owner/name` that the hub accepts.
     """
     try:
         validate_repo_id(repo_id)
@@ -120,7 +120,7 @@ def _files_of(api: HfApi, kind: RepoType, repo_id: str, private: bool) -> Sequen
     """The files of a repository; None if it does not exist.
 
     Raises:
-        RequestError: it has the other visibility.
+        RequestError: the repository has the other visibility.
     """
     try:
         info = api.dataset_info(repo_id) if kind == "dataset" else api.model_info(repo_id)

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX
 
-# In nats. In float32, the same sums in another order differ by less, and a wrong merge differs by more.
+# In nats. Float32 results that differ only in the order of summation are closer than this; a wrong merge differs by more.
 TOLERANCE = 0.001
-# The largest share of the effect of training that rounding to half precision may lose on average. In bfloat16, which has
-# 8 bits, an adapter on the default model loses 0.04. A model without its adapter loses 1.
+# Training changes log-probabilities, and so does rounding to half precision. The mean change by rounding may be at most
+# this share of the mean change by training. In bfloat16, which has 8 significant bits, the share is 0.04 for an adapter on
+# the default model. It would be 1 for a model without its adapter.
 MAX_LOST_SHARE = 0.1
 
 
@@ -140,7 +141,7 @@ def verify(
         dtype: precision of the saved weights.
 
     Raises:
-        WorkError: the models differ by more than that.
+        WorkError: the models differ by more than the allowed difference.
     """
     if dtype == torch.float32:
         check_same(rows, trained, saved)

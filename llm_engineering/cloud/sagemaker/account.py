@@ -15,7 +15,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.settings import Settings
 
-# Requests that are throttled or lose their connection are repeated; "standard" waits exponentially, with jitter.
+# Failed requests are repeated after throttling or a lost connection; "standard" is exponential backoff with jitter.
 _RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10, read_timeout=60)
 # One loader for all clients: reading the services' models from disk takes longer than a request.
 _LOADER = create_loader()
@@ -28,7 +28,7 @@ class Account:
 
     Attributes:
         role: the ARN of the role that a job assumes.
-        prefix: this project writes to the bucket only below it; without a slash at its end.
+        prefix: the key prefix, without a slash at its end; this project writes only below it.
         image: the address of the image in ECR.
         kms_key: encrypts uploads and the job's results; with None, the bucket's own encryption applies.
         secret: the name of the secret in Secrets Manager that the job reads, if there is one.
@@ -77,7 +77,7 @@ class Account:
         return cls(region, role, bucket, prefix, image, sagemaker.kms_key, settings.sagemaker_secret)
 
     def client(self, service: str) -> Any:
-        """A boto3 client of this region, which finds credentials as AWS's own tools do."""
+        """A boto3 client for this region. It looks for credentials in the same places as AWS's own tools."""
         session = get_session()
         session.register_component("data_loader", _LOADER)
         return boto3.Session(botocore_session=session, region_name=self.region).client(service, config=_RETRIES)

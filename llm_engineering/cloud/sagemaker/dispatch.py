@@ -29,7 +29,7 @@ from llm_engineering.training.job import Job, TrainingResult
 
 logger = logging.getLogger(__name__)
 
-# Environment variable with the job that --attach names. The stage that this job belongs to unsets it.
+# Environment variable that holds the job name given with --attach. The stage to which this job belongs unsets it.
 ATTACH = "LLM_ATTACH_JOB"
 
 PRICED_IN = "us-east-1, 2025-06"
@@ -57,15 +57,16 @@ def dispatch_training(
 ) -> TrainingResult:
     """Train a stage as a SageMaker job; `launch_training` does the same on this machine.
 
-    An earlier job with the same identity is used if possible:
-    - it still runs: it is followed;
-    - it completed, and its results were not downloaded yet: they are downloaded;
-    - it failed or was stopped: a new job resumes from its checkpoints.
+    If there is an earlier job with the same identity, its state decides what happens:
+    - The job still runs: this function follows it.
+    - The job completed, but its results were not downloaded yet: this function downloads them.
+    - The job failed or was stopped: a new job resumes from its checkpoints.
 
     Args:
-        job: without `data`, which is passed separately; the machines are in `setup.compute.sagemaker`.
-        recipe: the recipe's name, with which the job's name begins.
-        record: called with the facts of the job, see `_Stage.facts`, when following begins and when the job has ended.
+        job: the work of the stage. Its own `data` is not used. The machines are in `setup.compute.sagemaker`.
+        recipe: the recipe's name; the job's name begins with it.
+        record: called with the job's facts (see `_Stage.facts`) when this function begins to follow the job, and again
+            when the job has ended.
 
     Raises:
         RequestError: role, bucket or image are not set, or the job to attach to does other work.
@@ -214,14 +215,14 @@ class _Stage:
         return description
 
     def _command(self) -> list[str]:
-        """The command of local training with the job's file; several processes are started by torchrun."""
+        """The command of local training, with the job's file. If there are several processes, torchrun starts them."""
         count = self.job.setup.compute.num_processes
         torchrun = ["torch.distributed.run", "--nproc-per-node", str(count // self.config.instance_count), "-m"]
         training = ["llm_engineering.training", "--job", f"{INPUTS}/job/job.json", "--output", RESULTS]
         return ["python", "-m", *(torchrun if count > 1 else []), *training]
 
     def _checkpoints(self, name: str) -> str:
-        """The address of the job's checkpoints: those of the former job, unless that job completed."""
+        """The address of the job's checkpoints. If the former job did not complete, the new job shares its checkpoints."""
         former = self.former
         if former is not None and former["TrainingJobStatus"] != "Completed":
             uri: str = former["CheckpointConfig"]["S3Uri"]
@@ -252,7 +253,7 @@ class _Stage:
 
     @cached_property
     def _model(self) -> Path | None:
-        """The folder of the base model, if it is on this machine: the job cannot see it."""
+        """The base model's folder if it is on this machine. It must be uploaded, because the job cannot see it."""
         folder = Path(self.job.setup.model.name_or_path).expanduser()
         return folder if folder.is_dir() else None
 
@@ -312,8 +313,8 @@ def _rename_base(config: Path, name_or_path: str) -> None:
 def cost_facts(description: dict[str, Any]) -> dict[str, Any]:
     """Seconds and cost of an ended job, from DescribeTrainingJob's answer.
 
-    Spot machines have no price of their own: SageMaker counts fewer billable seconds than training seconds. Both times
-    are those of one machine.
+    The on-demand price also applies to spot machines. The discount is in the time: SageMaker reports fewer billable
+    seconds than training seconds. Both times are for one machine.
 
     Returns:
         `training_seconds`, `billable_seconds`, `spot_saving` (a share, only for spot), and `cost_usd_estimate` (only for

@@ -12,12 +12,12 @@ from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, 
 
 from llm_engineering.errors import RequestError, WorkError
 
-# A pattern that is searched in FailureReason, its meaning, and the remedy. _NOT_RUN has SageMaker's own words for jobs that
-# could not start; _RUN has the errors of jobs that ran.
+# A pattern to search for in FailureReason, what a match means, and the remedy. _NOT_RUN is for SageMaker's messages about
+# jobs that could not start; _RUN is for the errors of jobs that ran.
 _Meaning = tuple[re.Pattern[str], str, str]
 _CAPACITY: _Meaning = (
     re.compile(r"CapacityError|insufficient capacity|Unable to provision", re.IGNORECASE),
-    "Amazon has no free machine of the type {type}{spot}.",
+    "AWS has no available machine of the type {type}{spot}.",
     "Name other types in compute.sagemaker.fallback_instance_types, try again later, or use another region{on_demand}.",
 )
 _NOT_RUN: tuple[_Meaning, ...] = (
@@ -76,7 +76,7 @@ def translated(what: str) -> Iterator[None]:
     """Turn an error of AWS inside the block into a message with the reason and a remedy.
 
     Args:
-        what: the beginning of the message: what could not be done.
+        what: the beginning of the message, which states what failed.
 
     Raises:
         RequestError: there are no credentials.
@@ -98,7 +98,7 @@ def translated(what: str) -> Iterator[None]:
 
 
 def is_capacity(description: dict[str, Any]) -> bool:
-    """Whether a job ended because there was no free machine of its type, so that another type may help."""
+    """Whether a job ended because AWS had no available machine of its type. Another type may then help."""
     if description["TrainingJobStatus"] == "Stopped":
         # The wait ended before the job started.
         return description["SecondaryStatus"] == "MaxWaitTimeExceeded" and "TrainingStartTime" not in description
@@ -106,7 +106,7 @@ def is_capacity(description: dict[str, Any]) -> bool:
 
 
 def explain(description: dict[str, Any], last_lines: Sequence[str] = ()) -> WorkError:
-    """The error for a job that did not complete: reason, remedy, SageMaker's own words and the end of the log.
+    """The error for a job that did not complete: reason, remedy, SageMaker's message and the end of the log.
 
     Args:
         description: DescribeTrainingJob's answer, with the status `Failed` or `Stopped`.

@@ -35,7 +35,7 @@ GROUP = "/aws/sagemaker/TrainingJobs"
 # Number of log lines that the message of a failed job shows.
 LAST_LINES = 50
 _NAME_CHARACTERS = 63
-# Time between two requests: short after news, then longer and longer.
+# Seconds between two requests. The wait is short after a new log line or state, and grows until the next one.
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 15.0
 _FACTOR = 1.4
@@ -73,7 +73,7 @@ class JobNames:
 
     @property
     def part(self) -> str:
-        """The part that all jobs of this identity have in their names, whatever the recipe's name is."""
+        """The part of the name that is the same for all jobs of this identity, even if the recipe has another name."""
         return f"-{self.stage}-{self.digest}-"
 
     def name(self, number: int) -> str:
@@ -271,7 +271,7 @@ class Signals:
 def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, Any]:
     """Log the states and the log lines of a job until it ends; returns DescribeTrainingJob's last answer.
 
-    While the connection is lost, requests are repeated.
+    If the connection is lost, the requests are repeated until AWS answers.
 
     Raises:
         KeyboardInterrupt: a signal stopped the job, or detached this process from it.

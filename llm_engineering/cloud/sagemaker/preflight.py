@@ -1,7 +1,7 @@
 """Checks everything that can make a SageMaker job fail, before it starts, and reports all problems at once.
 
-`problems` runs the checks, which follow it here in the order in which it runs them. A check that the account's policies
-forbid, or that the network prevents, becomes a warning.
+`problems` calls the checks. They are defined below it, in the order of the calls. If the account's policies forbid a check,
+or the network prevents it, a warning takes its place.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ logger = logging.getLogger(__name__)
 
 _SAGEMAKER = "sagemaker.amazonaws.com"
 _TOKEN = "HF_TOKEN"
-# Error codes of missing permissions. S3 and HEAD requests answer with the HTTP status alone.
+# Error codes of missing permissions. The answer to S3's HeadBucket has only the HTTP status.
 _FORBIDDEN = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError", "403"})
 _ECR = re.compile(
     r"(?P<registry>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
     r"(?P<repository>[a-z0-9][a-z0-9._/-]*)(:(?P<tag>[\w.-]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
 _GIB = 2**30
-# training/train.py keeps two checkpoints; a third is being written.
+# training/train.py keeps two checkpoints while it writes a third.
 _CHECKPOINTS = 3
 # Disk space for data, caches and the libraries' own files.
 _OTHER_BYTES = 10 * _GIB
 
 
 class Problem(NamedTuple):
-    """A reason why a job would fail; a warning is a reason why it may start late, or a check that could not run."""
+    """A reason why a job would fail. A warning means that the job may start late, or that a check could not run."""
 
     what: str
     remedy: str
@@ -80,7 +80,7 @@ def check(recipe: Recipe, account: Account, settings: Settings) -> None:
 def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequence[str] = ()) -> list[Problem]:
     """Return everything that would make a job of this recipe fail, and the warnings.
 
-    If the region is unknown or the credentials are not valid, the other checks of the account are left out.
+    If the region is unknown or the credentials are not valid, the other checks of the account are skipped.
 
     Args:
         secrets: names of variables that the job's secret must hold, besides those that the recipe needs.
@@ -112,7 +112,7 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
 def tried(subject: str, check: Callable[[], Iterator[Problem]]) -> list[Problem]:
     """Run a check of the account and return its problems.
 
-    If AWS forbids a request or cannot be reached, a warning is added to the problems found until then.
+    If AWS forbids a request or cannot be reached, the check ends. A warning is added to the problems found before.
     """
     found: list[Problem] = []
     try:
@@ -196,7 +196,7 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
     Raises:
         OSError, ValueError: the model's config cannot be loaded.
     """
-    # Only here: schedules import this module, and their `--help` must not wait for torch.
+    # Imported only here: schedules import this module, and their `--help` must not wait for torch.
     import peft
     import torch
     from transformers import AutoModelForCausalLM
@@ -218,7 +218,7 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
 
 
 def _region_problem(region: str) -> Problem | None:
-    """Check that SageMaker exists in the region, by boto3's own list."""
+    """Check that boto3 lists the region as a region of SageMaker."""
     session = boto3.Session()
     partitions = session.get_available_partitions()
     known = [r for p in partitions for r in session.get_available_regions("sagemaker", partition_name=p)]
@@ -229,7 +229,7 @@ def _region_problem(region: str) -> Problem | None:
 
 
 def _caller(account: Account) -> str | Problem:
-    """The ARN that the credentials belong to, or the reason why AWS cannot be asked anything."""
+    """The ARN that the credentials belong to, or the problem that prevents calls to AWS."""
     try:
         return str(account.client("sts").get_caller_identity()["Arn"])
     except (NoCredentialsError, PartialCredentialsError):
@@ -293,13 +293,13 @@ def trusts(document: dict[str, Any], service: str) -> bool:
 
 
 def _pass_role_problems(account: Account, caller: str) -> Iterator[Problem]:
-    """Check that the caller may pass the role to SageMaker, by IAM's own policy simulator."""
+    """Check with IAM's policy simulator that the caller may pass the role to SageMaker."""
     kind, _, name = caller.split(":", 5)[5].partition("/")
     if kind == "root":
         return
     iam = account.client("iam")
     if kind == "assumed-role":
-        # The simulator takes roles, not their sessions.
+        # The simulator accepts a role, but not a session of a role.
         caller = iam.get_role(RoleName=name.partition("/")[0])["Role"]["Arn"]
     service = {"ContextKeyName": "iam:PassedToService", "ContextKeyValues": [_SAGEMAKER], "ContextKeyType": "string"}
     answer = iam.simulate_principal_policy(
@@ -313,7 +313,7 @@ def _pass_role_problems(account: Account, caller: str) -> Iterator[Problem]:
 
 
 def _bucket_problems(account: Account) -> Iterator[Problem]:
-    """Check that the bucket exists, is in the job's region, and takes an empty object below the prefix."""
+    """Check that the bucket exists, is in the job's region, and accepts an empty object below the prefix."""
     s3 = account.client("s3")
     try:
         region = s3.head_bucket(Bucket=account.bucket).get("BucketRegion")
@@ -382,7 +382,7 @@ def _type_problems(config: SageMakerConfig, account: Account) -> Iterator[Proble
         yield Problem(f"SageMaker trains on no {instance_type}", f"Correct compute.sagemaker: {hint}")
     if not asked:
         return
-    # SageMaker has no such list; EC2 has one, without the prefix.
+    # SageMaker does not list the types of a region. EC2 lists them, without the prefix `ml.`.
     pages = account.client("ec2").get_paginator("describe_instance_type_offerings")
     filters = [{"Name": "instance-type", "Values": sorted(asked)}]
     offered = {
@@ -400,18 +400,18 @@ def _type_problems(config: SageMakerConfig, account: Account) -> Iterator[Proble
 
 
 def _quota_problems(config: SageMakerConfig, account: Account) -> Iterator[Problem]:
-    """Check that the quotas allow the recipe's machines; too small a quota of a fallback type is a warning."""
+    """Check that the quotas allow the recipe's machines. If only a fallback type's quota is too small, this is a warning."""
     use = "spot training" if config.use_spot else "training"
     names = {instance_type: f"{instance_type} for {use} job usage" for instance_type in instance_types(config)}
     quotas = _quotas("list_service_quotas", account)
     if not set(names.values()) <= quotas.keys():
-        # A quota that was never changed may be listed among the defaults only.
+        # A quota that was never changed may be listed only among the default quotas.
         quotas = _quotas("list_aws_default_service_quotas", account) | quotas
     for instance_type, name in names.items():
         is_fallback = instance_type != config.instance_type
         if name not in quotas:
             yield Problem(
-                f"There is no quota `{name}` in {account.region}: SageMaker does not train on this type there",
+                f"There is no quota `{name}` in {account.region}: SageMaker does not offer this type for training there",
                 "Choose another type in compute.sagemaker, or another region",
                 is_fallback,
             )
@@ -464,10 +464,10 @@ def _secret_problems(account: Account, needed: Iterable[str]) -> Iterator[Proble
 
 
 def listed(value: Any) -> list[Any]:
-    """A field of an IAM policy as a list: the policy may hold a single item instead."""
+    """A field of an IAM policy as a list, because a policy may contain a single item in place of a list."""
     return value if isinstance(value, list) else [value]
 
 
 def _code(error: ClientError) -> str:
-    """The service's error code; for a HEAD request, which has none, the HTTP status."""
+    """The service's error code, or the HTTP status for a HEAD request, whose answer has no error code."""
     return str(error.response["Error"]["Code"])

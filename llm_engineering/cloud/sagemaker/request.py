@@ -1,4 +1,4 @@
-"""Builds the parameters of CreateTrainingJob for one training job. Nothing is sent here."""
+"""Builds the parameters of CreateTrainingJob for one training job. This module does not send requests."""
 
 from __future__ import annotations
 
@@ -36,11 +36,13 @@ def training_job_request(
 
     Args:
         name: at most 63 letters, digits and hyphens, unique in account and region.
-        command: runs in the container, in the project's folder.
-        channels: prefixes or objects in S3 by channel, which is a folder below `/opt/ml/input/data`; with `code`.
-        environment: without secrets, because everyone who may describe the job can read it.
-        checkpoint_uri: SageMaker copies `/opt/ml/checkpoints` there, and back when the job starts again.
-        output_uri: SageMaker writes `<name>/output/model.tar.gz` below it.
+        command: the command that the container runs in the project's folder.
+        channels: the S3 address of a prefix or an object, by channel. SageMaker copies each channel to the folder of its
+            name below `/opt/ml/input/data`. The channel `code` is required.
+        environment: variables for the command. They must not be secret, because everyone who may describe the job can
+            read them.
+        checkpoint_uri: SageMaker copies `/opt/ml/checkpoints` to this address, and back when the job starts again.
+        output_uri: SageMaker writes `<name>/output/model.tar.gz` below this address.
         tags: added to the recipe's tags.
     """
     request: dict[str, Any] = {

@@ -71,7 +71,7 @@ def is_there(account: Account, uri: str) -> bool:
 def fetch_results(account: Account, uri: str, name: str, output_dir: Path) -> Path:
     """Unpack a job's `model.tar.gz` into `output_dir/training/<name>`; returns that folder.
 
-    The trackers' archives are moved to where a local run writes them, and the report gets their new paths.
+    The trackers' archives are moved to the folders that a local run uses, and their new paths are written to the report.
 
     Raises:
         WorkError: the file is not an archive, or contains no trained model.
@@ -155,7 +155,7 @@ def code_archive(root: Path) -> bytes:
     ):
         for name in sorted(filter(None, listed.stdout.decode().split("\0"))):
             path = root / name
-            # Tracked files that were deleted, and folders of submodules, are left out.
+            # Skip tracked files that were deleted, and folders of submodules.
             if not path.is_symlink() and not path.is_file():
                 continue
             member = archive.gettarinfo(path, name)

@@ -14,13 +14,13 @@ from llm_engineering.errors import WorkError
 
 logger = logging.getLogger("llm_engineering.schedules")
 
-# The names of everything that a schedule has in the account begin with it.
+# The names of all resources of a schedule in the account begin with this prefix.
 PREFIX = "llm-engineering-"
 _EVENTS = "events.amazonaws.com"
 
 
 def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
-    """Create a rule for jobs that fail or are stopped, and an alarm for starts that were given up.
+    """Create a rule for jobs that fail or are stopped, and an alarm for starts that EventBridge stopped retrying.
 
     Both are needed: a job may fail before code of this project runs (no capacity, no image), and a start may be refused,
     so that there is no job.
@@ -39,7 +39,8 @@ def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
         "detail": {"TrainingJobName": [{"prefix": job_prefix(name)}], "TrainingJobStatus": ["Failed", "Stopped"]},
     }
     message = {
-        # Without the reason: EventBridge inserts it unescaped, and never sends a message with a quotation mark or line break.
+        # The message leaves out the failure's reason: EventBridge would insert it unescaped, and does not send a message
+        # with a quotation mark or a line break in it.
         "InputPathsMap": {"job": "$.detail.TrainingJobName", "status": "$.detail.TrainingJobStatus"},
         "InputTemplate": f'"Retraining {name}: job <job> is <status>. `make schedules` shows why."',
     }
@@ -77,7 +78,10 @@ def remove_alerts(session: boto3.Session, name: str) -> None:
 
 
 def topic_problems(session: boto3.Session, topic: str) -> Iterator[Problem]:
-    """Check that a topic exists and lets EventBridge publish to it, without a condition: EventBridge meets no condition."""
+    """Check that a topic exists, and that a statement without a condition lets EventBridge publish to it.
+
+    A statement with a condition does not count, because EventBridge does not meet conditions.
+    """
     sns = session.client("sns")
     try:
         policy = json.loads(sns.get_topic_attributes(TopicArn=topic)["Attributes"].get("Policy", "{}"))

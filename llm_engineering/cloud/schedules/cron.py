@@ -68,10 +68,11 @@ class Timing(BaseModel):
         return _rate(self.expression) if self.fields is None else None
 
     def next_times(self, after: datetime, count: int, created: datetime | None = None) -> list[datetime]:
-        """The next times after `after`, in the schedule's timezone, at most `count`.
+        """Return at most `count` times after `after`, in the schedule's timezone.
 
-        As in EventBridge Scheduler, a local time that the change to summer time skips does not fire, and a local time
-        that the change back repeats fires once. A rate counts from `created`, or from `after` if `created` is None.
+        As in EventBridge Scheduler, a local time that is skipped when summer time begins does not fire, and a local time
+        that occurs twice when summer time ends fires once. A rate counts from `created`, or from `after` if `created` is
+        None.
         """
         zone = ZoneInfo(self.timezone)
         if (step := self.step) is not None:
@@ -79,7 +80,7 @@ class Timing(BaseModel):
             passed = max(0, (after - start) // step)
             return [(start + (passed + i) * step).astimezone(zone) for i in range(1, count + 1)]
         cron, found = AwsCroniter(self.fields), list[datetime]()
-        # The library computes in UTC. It gets local times labelled as UTC.
+        # The library computes in UTC, so local times are passed to it with the label UTC.
         wall = after.astimezone(zone).replace(tzinfo=UTC)
         while len(found) < count:
             (following,) = cron.get_next(wall, 1)
@@ -94,7 +95,7 @@ class Timing(BaseModel):
 
 
 def parse_timing(text: str, timezone: str, now: datetime) -> Timing:
-    """Parse an expression: six fields, cron's five fields if they can be translated, `@weekly` and the like, or a rate.
+    """Parse six fields, cron's five fields if they can be translated, a nickname such as `@weekly`, or a rate.
 
     Raises:
         RequestError: the expression is not valid or never fires after `now`, or the timezone is unknown. The message
@@ -128,7 +129,7 @@ def crontab_fields(timing: Timing) -> str:
     """Cron's five fields.
 
     Raises:
-        RequestError: cron has no such expression.
+        RequestError: cron cannot express these times.
     """
     minutes, hours, days, months, weekdays, _ = _values(timing, "A crontab line")
     # Sunday is 1 for AWS and 0 for cron.
@@ -141,7 +142,7 @@ def on_calendar(timing: Timing) -> str:
     """The value of systemd's OnCalendar (systemd.time(7)), with the timezone.
 
     Raises:
-        RequestError: systemd has no such expression.
+        RequestError: systemd cannot express these times.
     """
     minutes, hours, days, months, weekdays, years = _values(timing, "A systemd timer")
     names = ",".join(DAYS[day - 1].title() for day in weekdays)
@@ -186,7 +187,7 @@ def _six_fields(fields: str) -> str:
     """Translate cron's five fields into EventBridge's six.
 
     Raises:
-        RequestError: no single expression of EventBridge has this meaning.
+        RequestError: no single EventBridge expression has this meaning.
     """
     if "?" in fields:
         raise RequestError(f'"{fields}" has no year. Add * for every year: "{fields} *"; {RIGHT_FORM}.')
@@ -249,7 +250,7 @@ def _values(timing: Timing, place: str) -> Iterator[list[int]]:
         place: the subject of the error messages.
 
     Raises:
-        RequestError: it is a rate, has L, W or #, or has years that a crontab line cannot express.
+        RequestError: the timing is a rate, has L, W or #, or has years that a crontab line cannot express.
     """
     if timing.fields is None:
         raise RequestError(f"{place} cannot express {timing.expression}: write the times instead; {RIGHT_FORM}.")
@@ -264,5 +265,5 @@ def _values(timing: Timing, place: str) -> Iterator[list[int]]:
 
 
 def _listed(values: list[int], count: int) -> str:
-    """The values with commas, or * for all `count` values."""
+    """The values, separated by commas, or * if these are all `count` values."""
     return "*" if len(values) == count else ",".join(map(str, values))

@@ -1,4 +1,4 @@
-"""Writes schedules into the user's crontab: one line each, with a mark at its end. Other lines stay unchanged."""
+"""Writes each schedule as one line of the user's crontab, which ends with a marking comment. Other lines stay unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def state(name: str) -> Literal["active", "paused", "lost"]:
 
 
 def set_paused(name: str, paused: bool) -> None:
-    """Comment the line out, or in again."""
+    """Comment the line out, or make it active again."""
 
     def changed(line: str) -> str:
         return (_PAUSED if paused else "") + line.removeprefix(_PAUSED)
@@ -54,7 +54,7 @@ def set_paused(name: str, paused: bool) -> None:
 
 
 def remove(name: str) -> None:
-    """Remove the line; a missing line is no error."""
+    """Remove the line. If there is no line, nothing changes."""
     lines = _read()
     others = [line for line in lines if not _is_of(line, name)]
     if others != lines:

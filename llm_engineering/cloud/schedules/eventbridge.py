@@ -27,11 +27,11 @@ from llm_engineering.errors import RequestError, WorkError
 logger = logging.getLogger("llm_engineering.schedules")
 
 TARGET = "arn:aws:scheduler:::aws-sdk:sagemaker:createTrainingJob"
-# EventBridge Scheduler replaces this by the id of the start.
+# EventBridge Scheduler replaces this placeholder with the id of each start.
 EXECUTION = "<aws.scheduler.execution-id>"
 # A job's name has 63 characters: the schedule's name, two hyphens, and an id that may be as long as a UUID.
 MAX_NAME = 63 - 2 - 36
-# A refused start, for example because another job uses the quota, is repeated for an hour.
+# A refused start, for example because another job uses the quota, is retried for an hour.
 _RETRY = {"MaximumEventAgeInSeconds": 3600, "MaximumRetryAttempts": 10}
 _REMOVAL_S = 300.0
 _STOP_S = 600.0
@@ -70,7 +70,7 @@ def check_free(session: boto3.Session, name: str) -> None:
     """Check that no schedule has this name.
 
     Raises:
-        RequestError: a schedule has it.
+        RequestError: a schedule has this name.
     """
     scheduler = session.client("scheduler")
     try:
@@ -86,7 +86,7 @@ def check_free(session: boto3.Session, name: str) -> None:
 def create(
     session: boto3.Session, name: str, timing: Timing, request: Mapping[str, Any], role: str, topic: str | None
 ) -> None:
-    """Create a schedule, and with a topic its notifications. If a part fails, the other parts are removed.
+    """Create a schedule and, with a topic, its notifications. If one part cannot be created, the others are removed.
 
     Args:
         request, role: as in `CloudSchedule`.
@@ -176,7 +176,8 @@ def remove(session: boto3.Session, name: str, stop: bool) -> None:
         stop: whether to stop a running job of the schedule.
 
     Raises:
-        RequestError: there is no schedule of this name, or its job runs and `stop` is false; it is then paused.
+        RequestError: there is no schedule of this name, or its job runs and `stop` is false; the schedule
+            is then paused.
         WorkError: AWS takes longer than usual.
     """
     try:
@@ -185,7 +186,7 @@ def remove(session: boto3.Session, name: str, stop: bool) -> None:
         groups = session.client("scheduler").list_schedule_groups(NamePrefix=PREFIX + name)["ScheduleGroups"]
         if not any(group["Name"] == PREFIX + name and group["State"] == "ACTIVE" for group in groups):
             raise
-        # An earlier removal ended between the schedule and its group.
+        # An earlier removal deleted the schedule, but was interrupted before it deleted the group.
         _remove(session, name, None)
         return
     set_paused(session, name, True)
@@ -201,7 +202,7 @@ def remove(session: boto3.Session, name: str, stop: bool) -> None:
 
 
 def runs(session: boto3.Session, schedule: CloudSchedule, limit: int) -> list[RunRecord]:
-    """The last runs, the newest first, at most `limit`: their own records, corrected by the status of their jobs."""
+    """The newest runs, at most `limit`, newest first. Each is the run's own record, corrected by the status of its job."""
     records = {record.run: record for record in schedule.place.records(session.client("s3"))}
     latest = []
     for job in _jobs(session, schedule.name, limit):
@@ -225,7 +226,7 @@ def runs(session: boto3.Session, schedule: CloudSchedule, limit: int) -> list[Ru
 def missed(schedule: CloudSchedule, last: RunRecord | None, now: datetime) -> datetime | None:
     """The last time at which the schedule should have fired but no job was created; None if there is no such time.
 
-    A time counts as missed after an hour, because EventBridge repeats a start that long. Times before the last change
+    A time counts as missed after an hour, because EventBridge retries a start for an hour. Times before the last change
     of the schedule do not count: it may have been paused, or had another expression.
     """
     since = max(last.began, schedule.modified) if last is not None else schedule.modified
@@ -270,7 +271,7 @@ def _read(described: Mapping[str, Any]) -> CloudSchedule:
 
 
 def _jobs(session: boto3.Session, name: str, limit: int) -> list[dict[str, Any]]:
-    """The last jobs of a schedule, the newest first, at most `limit`."""
+    """The newest jobs of a schedule, at most `limit`, newest first."""
     prefix, found = job_prefix(name), list[dict[str, Any]]()
     pages = session.client("sagemaker").get_paginator("list_training_jobs")
     for page in pages.paginate(NameContains=prefix, SortBy="CreationTime", SortOrder="Descending"):
@@ -309,7 +310,7 @@ def _remove(session: boto3.Session, name: str, place: Place | None) -> None:
     deadline = time.monotonic() + _REMOVAL_S
     try:
         scheduler.delete_schedule_group(Name=full)
-        # AWS removes a group in the background, and its name is taken until then.
+        # AWS removes a group in the background. Until it is gone, no other group can have its name.
         while time.monotonic() < deadline:
             scheduler.get_schedule_group(Name=full)
             time.sleep(_POLL_S)

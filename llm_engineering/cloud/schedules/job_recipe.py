@@ -32,9 +32,9 @@ class JobRecipe:
     """A recipe for a scheduled job.
 
     Attributes:
-        recipe: with the paths of the job's machine, and that machine as its compute target.
+        recipe: the rewritten recipe. Its paths are those of the job's machine, and the compute target is `local`.
         channels: addresses in S3, by channel.
-        files: files of this machine that the recipe reads, by their path in the recipe's channel.
+        files: the local files that the recipe reads, by their path in the recipe's channel.
     """
 
     recipe: Recipe
@@ -46,7 +46,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
     """Rewrite a recipe for the jobs of a schedule.
 
     Args:
-        bucket: the account's bucket, for the remedies.
+        bucket: the account's bucket, which the remedies in error messages name.
         s3: a boto3 client.
 
     Raises:
@@ -99,7 +99,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
     elif model.name_or_path != EMBEDDED_MODEL and Path(model.name_or_path).expanduser().exists():
         problems.append(_local_problem("model.name_or_path", model.name_or_path, bucket))
     evaluation = recipe.evaluation
-    # Raises for a missing file or an invalid line.
+    # This call raises an error if a file is missing or a line is invalid.
     files_hash(evaluation)
     if evaluation.checks is not None:
         file = Path(evaluation.checks).expanduser()
@@ -118,7 +118,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
             )
     if problems:
         lines = "\n".join(f"- {problem}" for problem in problems)
-        raise RequestError(f"A job of SageMaker cannot read everything that this recipe names:\n{lines}")
+        raise RequestError(f"A SageMaker job cannot read everything that this recipe names:\n{lines}")
     update = {
         "data": data,
         "documents": documents,
@@ -131,7 +131,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
 
 
 def _objects(address: str, s3: Any) -> tuple[str, str]:
-    """Look an address up; returns the address for a channel, and the object's name, which is empty for a folder.
+    """Look up an S3 address. Returns the channel's address and the object's name, which is empty for a folder.
 
     Raises:
         RequestError: S3 has nothing at this address.

@@ -26,7 +26,7 @@ from llm_engineering.errors import RequestError, WorkError
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "log.txt"
 _STATE_FILE = "schedule.json"
-# Time for a run to save a checkpoint after SIGTERM.
+# Seconds that a run has to save a checkpoint after SIGTERM.
 _STOP_S = 600.0
 _KEEPERS: dict[str, Any] = {"systemd": systemd, "cron": crontab}
 
@@ -64,7 +64,7 @@ class LocalSchedule(BaseModel):
 
     @property
     def entry(self) -> str:
-        """The name of its timer, or the mark of its crontab line."""
+        """The name of the schedule's systemd timer, or of the comment that marks its crontab line."""
         return f"llm-engineering-{self.name}"
 
 
@@ -127,7 +127,7 @@ def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
     """Create or replace a schedule.
 
     Args:
-        recipe: as JSON; None keeps the recipe of the existing schedule.
+        recipe: the recipe as JSON; None keeps the recipe of the existing schedule.
         paused: whether the schedule is created paused.
 
     Raises:
@@ -159,7 +159,7 @@ def get(folder: Path, name: str) -> LocalSchedule:
     """A schedule by its name.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is no schedule of this name.
     """
     file = folder / name / _STATE_FILE
     if not file.is_file():
@@ -168,7 +168,7 @@ def get(folder: Path, name: str) -> LocalSchedule:
 
 
 def state(schedule: LocalSchedule) -> Literal["active", "paused", "lost"]:
-    """Whether its keeper starts it; `lost` if the timer or the line was removed by somebody else."""
+    """Whether the keeper starts its runs; `lost` if its timer or crontab line was removed in another way."""
     found: Literal["active", "paused", "lost"] = _KEEPERS[schedule.keeper].state(schedule.entry)
     return found
 
@@ -179,7 +179,7 @@ def set_paused(schedule: LocalSchedule, paused: bool) -> None:
 
 
 def run_now(schedule: LocalSchedule) -> int:
-    """Start a run now, in a session of its own; returns its process id."""
+    """Start a run now, in a new session; returns its process id."""
     with (schedule.folder / LOG_FILE).open("ab") as log:
         process = subprocess.Popen(
             schedule.command,
@@ -206,7 +206,7 @@ def runs(schedule: LocalSchedule, limit: int) -> list[RunRecord]:
 
 
 def remove(schedule: LocalSchedule, stop: bool) -> None:
-    """Remove the timer or the line, and the folder.
+    """Remove the schedule's timer or crontab line, and its folder.
 
     Args:
         stop: whether to end a run in progress, which saves a checkpoint first.

@@ -1,4 +1,4 @@
-"""Notifies people of scheduled runs: which outcomes, in which words, and over an SNS topic, a webhook, or both."""
+"""Notifies people of failed or interrupted scheduled runs, over an SNS topic, a webhook, or both."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def notify(subject: str, text: str, settings: Settings) -> bool:
     The webhook gets `{"text": …}`, which Slack, Mattermost and Teams accept.
 
     Returns:
-        Whether no target failed.
+        True if no target failed.
     """
     subject, text = without_secrets(subject, settings), without_secrets(text, settings)
     sent = True

@@ -32,9 +32,9 @@ class RunRecord(BaseModel):
 
     Attributes:
         run: the training job's name; for a run on this machine, its time and process id.
-        ended: None while it runs, and if its process was killed.
+        ended: None while the run is in progress, or if its process was killed.
         reason: the rule that failed, the error, or why nothing ran.
-        run_id: the id of the ZenML run; None if it never began.
+        run_id: the id of the ZenML run; None if no ZenML run began.
         version: the version of the model.
         fingerprint: hash of the run's inputs, recipe and code; None if the run ended before it was computed.
     """
@@ -89,7 +89,7 @@ class Place:
         partial.replace(folder / f"{record.run}.json")
 
     def records(self, s3: Any = None) -> list[RunRecord]:
-        """All records, the newest first. `s3` is a boto3 client; the default is one of the default session."""
+        """All records, the newest first. `s3` is a boto3 client; without it, one is made from the default session."""
         if self.in_s3:
             s3 = s3 or boto3.client("s3")
             bucket, prefix = self.bucket_and_prefix
@@ -103,10 +103,10 @@ class Place:
 
     @contextmanager
     def kept(self, file: Path) -> Iterator[None]:
-        """Keep a file in S3 beyond the life of a job's machine: download it before the block, and upload it after it.
+        """Download a file from S3 before the block and upload it afterwards, so that it outlives the job's machine.
 
-        A file that is on the machine already is not replaced: it comes from the job's checkpoints, so it is newer. If
-        the place is a folder, nothing is done.
+        A file that is already on the machine is not replaced: it comes from the job's checkpoints, so it is newer. If
+        the place is a folder on this machine, this does nothing.
         """
         if not self.in_s3:
             yield
@@ -143,7 +143,8 @@ class Place:
     def running_process(self) -> int | None:
         """The id of the process that holds the lock of the folder; None if no process holds it.
 
-        This does not try to lock: a run that begins at that moment would believe that it is the second.
+        This does not take the lock to test it: a run that begins at that moment would find the folder locked, and would
+        be skipped.
         """
         file = Path(self.place) / _LOCK_FILE
         try:

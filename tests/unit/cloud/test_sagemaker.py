@@ -260,12 +260,12 @@ def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
     [
         (
             ended(reason="CapacityError: Unable to provision requested ML compute capacity."),
-            "no free machine of the type ml.g5.2xlarge on the spot market",
+            "no available machine of the type ml.g5.2xlarge on the spot market",
             "fallback_instance_types",
         ),
         (
             ended(reason="CapacityError: no", spot=False),
-            "no free machine of the type ml.g5.2xlarge.",
+            "no available machine of the type ml.g5.2xlarge.",
             "use another region.",
         ),
         (
