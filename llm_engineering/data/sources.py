@@ -35,7 +35,7 @@ def open_records(reference: str) -> Iterator[Record | BrokenRecord]:
 
     Raises:
         RequestError: the dataset is missing, damaged or in no known format, or it has several splits and the reference
-            names none. Damage inside a file is raised when the iterator reaches it.
+            names none. If a file is damaged in the middle, the error is raised when the iterator reaches the damage.
         WorkError: the connection to the hub breaks while rows are read.
     """
     found = _resolve(reference)
@@ -49,7 +49,7 @@ def open_records(reference: str) -> Iterator[Record | BrokenRecord]:
 
 
 def dataset_hash(reference: str) -> str:
-    """A hash that changes when the dataset changes: of the content of its files, or the commit of the hub.
+    """A text that changes when the dataset changes: a hash of its files, or its commit on the hub.
 
     Raises:
         RequestError: the dataset is missing or cannot be read.
@@ -99,8 +99,8 @@ def _resolve(reference: str) -> Reference:
     if _HUB_ID.fullmatch(name) and not has_known_ending(path) and not name.startswith("."):
         return Reference(name, named_split, None)
     raise RequestError(
-        f"There is no file {name}. Check the path; it is relative to the current folder. A dataset of the hub is "
-        "written owner/name."
+        f"There is no file {name}. Check the path; it is relative to the current folder. Write a dataset on "
+        "the hub as owner/name."
     )
 
 

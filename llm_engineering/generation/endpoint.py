@@ -137,8 +137,8 @@ class _StoppedError(Exception):
 class Endpoint:
     """Sends up to `concurrency` requests at once.
 
-    Every reply is stored under the hash of its request before it is judged, even if it turns out to be unusable. So a run
-    that is killed and started again sends only the missing requests, and judges the stored replies as before.
+    Every reply is stored under the hash of its request before it is judged, even if it turns out to be unusable. So a
+    run that is killed and started again sends only the missing requests, and judges the stored replies as before.
     """
 
     def __init__(self, transport: Transport, config: ClientConfig, store: AnswerStore) -> None:
@@ -182,7 +182,9 @@ class Endpoint:
                 "run the same command again."
             )
         if failed:
-            logger.warning("%d of %d %s were given up: --no-cache requests them again", failed, len(unique), what)
+            logger.warning(
+                "%d of %d %s failed after all retries. Add --no-cache to request them again", failed, len(unique), what
+            )
         logger.info("%s: %s", what, self.budget)
         return [outcomes[self._key(messages, sampling)] for messages in complete]
 
