@@ -9,9 +9,9 @@ The command starts as many processes as the recipe's `compute.num_processes`. to
     torchrun --nproc-per-node 2 -m llm_engineering.training sft --set compute.num_processes=2 --recipe …
     accelerate launch --num_processes 2 -m llm_engineering.training sft --set compute.num_processes=2 --recipe …
 
-The pipelines start `--job FILE`: the file describes the whole run, and the result is written beside it. With
-`--output DIR`, for a machine whose other files are lost, the adapter, the report and the trackers' archives are copied
-to DIR, and an error is printed.
+The pipelines start the command with `--job FILE`: the file describes the whole run, and the command writes the result
+beside it. On a machine whose other files are lost, add `--output DIR`: the command then copies the adapter, the report
+and the trackers' archives to DIR, and prints an error instead of writing it to a file.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> int:
     # Set up the log: the main process alone shows progress
     is_main = os.environ.get("RANK", "0") == "0"
     if not is_main:
-        # Libraries read it when they are imported.
+        # Libraries read this variable when they are imported.
         os.environ["TQDM_DISABLE"] = "1"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
 
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def _train_recipe(arguments: argparse.Namespace) -> None:
-    """Train a stage of a recipe, in all processes or as one of the processes that torchrun or accelerate started."""
+    """Train a stage of a recipe. Starts the processes, unless torchrun or accelerate has started them."""
     # Load the recipe
     recipe = load_recipe(arguments.recipe, arguments.set)
     config = recipe.sft if arguments.stage == "sft" else recipe.dpo
@@ -155,7 +155,7 @@ def _train_job(file: Path, output: Path | None) -> None:
 
 
 def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> None:
-    """Copy the adapter, the report, and the trackers' files, which keep their paths below `trackers`."""
+    """Copy the adapter, the report, and the trackers' files. Below `trackers`, these keep their relative paths."""
     for folder in (result.adapter, result.report):
         shutil.copytree(folder, output / folder.name, dirs_exist_ok=True)
     for folder in (output_dir / "comet", output_dir / "wandb", result.adapter.parent / "tensorboard"):

@@ -30,7 +30,7 @@ def distributed_arguments(compute: ComputeConfig) -> dict[str, Any]:
         precision = {name: {"enabled": "auto"} for name in ("bf16", "fp16")}
         automatic = dict.fromkeys((*sizes, "gradient_clipping"), "auto")
         return {"deepspeed": {"zero_optimization": zero, **automatic, **precision}}
-    # Every step uses every trained weight. Searching for unused ones would cost a walk over the graph.
+    # Every step uses every trained weight. To search for unused weights, torch would walk over the graph in each step.
     return {"ddp_find_unused_parameters": False}
 
 
@@ -66,7 +66,7 @@ def halved(config: Config, *, training: bool) -> Config:
             f"Out of memory in {'training' if training else 'evaluation'}, with one row at a time. Lower "
             "formatting.max_length, set gradient_checkpointing, or use a smaller model."
         )
-    # Half the size. If the size is odd: its largest divisor below half.
+    # The largest divisor of the size that is at most half of it.
     smaller = next(n for n in range(size // 2, 0, -1) if size % n == 0)
     if not training:
         return config.model_copy(update={"per_device_eval_batch_size": smaller})
@@ -92,7 +92,7 @@ def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup
         "warmup_steps": config.warmup_ratio,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
-        # unsloth has its own, turned on when the model was loaded.
+        # unsloth has its own gradient checkpointing, which the recipe's key turned on when the model was loaded.
         "gradient_checkpointing": config.gradient_checkpointing and device.backend == "transformers",
         "optim": choose_optimiser(config.optim, device, setup.compute.distributed)[0],
         "load_best_model_at_end": config.load_best,
@@ -102,7 +102,7 @@ def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup
         "eval_strategy": config.eval_strategy,
         "eval_steps": config.eval_steps,
         "save_strategy": config.save_strategy,
-        # Not read with save_strategy epoch, where transformers still wants a number.
+        # With save_strategy epoch, transformers ignores save_steps, but still requires a number.
         "save_steps": config.save_steps or 1,
         "save_total_limit": config.save_total_limit,
         # TRL's default is bf16, even on CPUs where it is slower.

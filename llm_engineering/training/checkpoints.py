@@ -106,7 +106,7 @@ def size(checkpoint: Path) -> int:
 
 def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     stored = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
-    # JSON turns tuples into lists, as it did for the stored identity.
+    # Compare the identity as it was stored: JSON turns tuples into lists.
     different = differences(stored, json.loads(json.dumps(identity)))
     if different:
         raise RequestError(
@@ -136,7 +136,7 @@ def _problem(checkpoint: Path) -> str:
             if name.endswith(".safetensors"):
                 with safe_open(str(checkpoint / name), framework="pt") as weights:
                     weights.keys()
-            # torch.save writes a zip.
+            # torch.save writes a zip file.
             elif name.endswith((".pt", ".pth")) and not zipfile.is_zipfile(checkpoint / name):
                 return f"{name} is damaged"
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

@@ -128,8 +128,8 @@ def dpo_trainer(
         max_length=None,
     )
 
-    # Make the trainer. With caching, TRL would store precomputed log-probabilities beside the dataset, which is an
-    # artifact of another step.
+    # Make the trainer. With caching, TRL would write precomputed log-probabilities into the dataset's folder. This
+    # folder is an artifact of another step, so it must not change.
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     caching = is_caching_enabled()
     disable_caching()
@@ -147,7 +147,8 @@ def dpo_trainer(
         if caching:
             enable_caching()
 
-    # Take the branch of TRL's code that never makes logits. TRL names it after Liger, whose CUDA kernels are not used.
+    # Use the branch of TRL's code that never computes the logits of a whole batch. TRL names it after Liger, but this
+    # class does not use Liger's CUDA kernels.
     trainer.use_liger_kernel = unpadded
     trainer._forward_redirection = _ForwardRedirection()
     trainer.by_row, trainer.flops = by_row, flops
@@ -156,7 +157,7 @@ def dpo_trainer(
 
 
 class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
-    """TRL's DPOTrainer with exact resume, for pairs that are already tokenised, which TRL has no option for.
+    """TRL's DPOTrainer with exact resume. It takes pairs that are already tokenised; TRL has no option for them.
 
     Attributes:
         by_row: whether the attention of policy and reference takes `row_lengths`.
@@ -204,8 +205,8 @@ class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # From a checkpoint with adapters in subfolders, transformers loads only those: the reference but not the
-        # policy, which would silently start over.
+        # If a checkpoint has adapters in subfolders, transformers loads only these. It would load the reference but not
+        # the policy, and the policy would silently start over.
         if not isinstance(self.model, PeftModel):
             return
         self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)

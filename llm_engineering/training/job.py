@@ -16,19 +16,19 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.training_blocks import TrainingSetup
 
-# In the folder `report`.
+# Name of the summary's file in the folder `report`.
 SUMMARY_FILE = "report.json"
 
 
 class TrainingResult(NamedTuple):
-    """The folders of the trained model and of its report, and the summary that the report folder has as JSON."""
+    """The folders of the trained model and of its report, and the summary. The report folder has it as JSON too."""
 
     adapter: Path
     report: Path
     summary: dict[str, Any]
 
 
-# Both are written beside the job's file.
+# Beside the job's file: the name of the result's file, and the beginning of the names of the failures' files.
 RESULT_FILE = "result.json"
 _FAILURE = "failure-"
 
@@ -40,7 +40,7 @@ class Job(Block):
 
     Attributes:
         config: the stage's block of the recipe. It is a plain dict, so that this class does not depend on the config
-            classes of all stages: a change of DPO's code must not train SFT again.
+            classes of all stages: a change of DPO's code must not cause SFT to train again.
         data: folder of a formatted DatasetDict with the splits `train` and `validation`; None until it is written.
         start: for `dpo`, the folder of the SFT adapter or of the full SFT model.
         parameters: logged by the trackers beside the hyperparameters.

@@ -33,7 +33,7 @@ from llm_engineering.training.ranks import Interruption
 
 logger = logging.getLogger(__name__)
 
-# After one process has failed, the others have this long to end. Most of them wait for the failed one in vain.
+# Seconds that the other processes have to end after one has failed. Most of them are waiting for the failed process.
 GRACE_S = 5.0
 _POLL_S = 0.1
 
@@ -42,8 +42,9 @@ class Ended(NamedTuple):
     """How the worker processes ended.
 
     Attributes:
-        codes: exit codes in rank order; minus the signal's number after a signal, as in subprocess.
-        killed: ranks of the processes that a signal from elsewhere ended.
+        codes: exit codes in rank order. If a signal ended a process, its code is minus the signal's number, as in
+            subprocess.
+        killed: ranks of the processes that a signal ended before this process killed any.
         received: the signal that this process received and forwarded.
     """
 
@@ -97,7 +98,7 @@ def _started(
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                # A new session: otherwise the terminal would send Ctrl-C to this process too.
+                # A new session: otherwise the terminal would send Ctrl-C to the worker process too.
                 start_new_session=True,
             )
             processes.append(process)
@@ -150,7 +151,7 @@ def launch_training(
     Args:
         train: trains the job's stage in this process: `train_sft_job` or `train_dpo_job`. Worker processes find the
             function by the stage's name.
-        job: its `data` is ignored; `data` takes its place.
+        job: the run. Its field `data` is ignored; the argument `data` is used instead.
         data: formatted splits, as `train_sft` and `train_dpo` take them.
 
     Raises:

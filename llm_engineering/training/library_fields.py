@@ -28,7 +28,7 @@ def library_fields() -> dict[str, dict[str, Schema]]:
 
 
 def as_text() -> str:
-    """The content of `library_fields.json`: a line a field."""
+    """The content of `library_fields.json`, with one line for each field."""
     parts = []
     for name, fields in library_fields().items():
         lines = ",\n".join(f'  "{field}": {json.dumps(schema, ensure_ascii=False)}' for field, schema in fields.items())
@@ -44,7 +44,7 @@ def _fields(config_class: type[Any]) -> dict[str, Schema]:
         default = field.default_factory() if callable(field.default_factory) else field.default
         if isinstance(default, enum.Enum):
             default = default.value
-        # Objects of other classes are no values of a recipe.
+        # A recipe cannot contain objects of other classes.
         if default is None or isinstance(default, bool | int | float | str | list | dict):
             schema["default"] = default
         found[field.name] = schema
@@ -56,7 +56,8 @@ def _schema(annotation: Any) -> Schema:
     if origin in (Union, types.UnionType):
         parts = [_schema(part) for part in arguments]
         parts = [inner for part in parts for inner in part.get("anyOf", [part])]
-        # An enumeration of texts beside plain text means its values: transformers takes them as text.
+        # If a field allows an enumeration of strings or any string, keep only the enumeration's values: transformers
+        # accepts these values as strings.
         if any(isinstance(part.get("enum", [None])[0], str) for part in parts):
             parts = [part for part in parts if part != {"type": "string"}]
         unique = [part for place, part in enumerate(parts) if part not in parts[:place]]
@@ -69,7 +70,7 @@ def _schema(annotation: Any) -> Schema:
         return {"enum": [member.value for member in annotation]}
     if annotation in _NAMES:
         return {"type": _NAMES[annotation]}
-    # dict, and classes of the library, which take their fields as a mapping.
+    # The rest are dicts, and library classes that can be given as a mapping of their fields.
     return {"type": "object"}
 
 

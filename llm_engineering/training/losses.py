@@ -1,9 +1,9 @@
 """Computes losses without padding and without the logits of a whole batch.
 
-Log-probabilities: with a vocabulary of 49,152, the logits of 2,048 tokens take 400 MB in fp32, and a small model spends a
-fifth of its work on them. `token_log_probs` computes logits for the trained positions only, a chunk at a time. It computes
-the gradient of a chunk in the forward pass, as Liger Kernel's fused linear cross-entropy does (arXiv:2410.10989). It runs on
-any device.
+Log-probabilities: with a vocabulary of 49,152, the logits of 2,048 tokens take 400 MB in fp32, and a small model spends
+a fifth of its work on them. `token_log_probs` computes logits for the trained positions only, one chunk at a time. It
+computes the gradient of a chunk in the forward pass, as Liger Kernel's fused linear cross-entropy does
+(arXiv:2410.10989). It runs on any device.
 
 Attention: packed rows, and the rows of a batch without padding, are concatenated into one long row. With torch's
 scaled_dot_product_attention, a mask over the whole square must separate the rows. `attend_by_row` instead computes the causal
@@ -98,11 +98,11 @@ def causal_model(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: ComputeConfig) -> str | None:
-    """Why the logits of whole batches are needed.
+    """The reason why training needs the logits of whole batches; None if it does not need them.
 
-    None if the logits are the last hidden states times the output weights, and this process has all of these weights. Some
-    models scale or cap their logits, and an adapter may wrap the output layer. This is tested on four tokens, so the project
-    needs no list of such models.
+    Training does not need them if the logits are the last hidden states times the output weights, and this process has
+    all of these weights. Some models scale or cap their logits, and an adapter may wrap the output layer. This function
+    computes the logits of four tokens both ways and compares them, so the project needs no list of such models.
     """
     model = causal_model(policy)
     head = model.get_output_embeddings()
@@ -147,7 +147,8 @@ def take_loss_from_hidden_states(policy: PreTrainedModel | PeftModel) -> None:
         tokens = labels[:, 1:]
         trained = tokens != IGNORE_INDEX
         log_probs = token_log_probs(hidden[trained], self.get_output_embeddings().weight, tokens[trained])
-        # A mean, as transformers' own loss: with gradient accumulation, over the tokens of all batches of a step.
+        # The mean over the trained tokens, as in transformers' own loss. With gradient accumulation, it is the mean
+        # over the tokens of all batches of a step.
         count = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=-log_probs.sum() / count)  # type: ignore[arg-type]
 
@@ -155,7 +156,7 @@ def take_loss_from_hidden_states(policy: PreTrainedModel | PeftModel) -> None:
 
 
 # Up to this row length, `_short_row` computes the attention on a CPU in half precision. For longer rows, autograd would save
-# too much: at 512 tokens and nine heads, the attention matrices take 5 MB a layer.
+# too much: at 512 tokens and nine heads, the attention matrices take 5 MB per layer.
 SHORT = 512
 _NAME = "sdpa_by_row"
 
@@ -180,8 +181,8 @@ def attend_by_row(policy: PreTrainedModel | PeftModel) -> bool:
 def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
     """Whether rows that are concatenated into one long row do not attend to each other.
 
-    This is tested on eight tokens: if the first row changes, the hidden states of the second must stay the same. So the
-    project needs no list of the models whose attention reads position ids.
+    This function runs the model on eight tokens: if the first row changes, the hidden states of the second must stay
+    the same. So the project needs no list of the models whose attention reads position ids.
     """
     model = causal_model(policy)
     tokens = torch.arange(4, device=model.device)

@@ -25,9 +25,10 @@ def new_policy(
     method: Method = "lora",
     loading: Loading | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """Load the base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685), which changes nothing yet.
+    """Load the base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
 
-    With method `full`, load only the base model. Only unsloth needs `loading`.
+    A fresh adapter does not change the model's outputs. With method `full`, load only the base model. Only unsloth needs
+    `loading`.
     """
     if device.backend == "unsloth":
         assert loading is not None

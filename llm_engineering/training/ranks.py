@@ -63,7 +63,7 @@ def has_launcher() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Watch the launcher in a thread, and kill this process when the launcher is gone, since nothing else would."""
+    """Watch the launcher in a thread, and kill this process when the launcher is gone. Nothing else would kill it."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
@@ -80,7 +80,7 @@ def join(compute: ComputeConfig, device: str) -> None:
     """Join the run's process group if there are several processes. On CUDA, select the GPU of this process.
 
     Raises:
-        RequestError: the number of started processes is not that of the recipe.
+        RequestError: the number of started processes differs from the recipe's.
     """
     if world_size() != compute.num_processes:
         raise RequestError(
@@ -179,7 +179,7 @@ class Interruption(TrainerCallback):
         self.received = signal.Signals(number)
         if not is_main():
             return
-        # The logger may be in the middle of a line, and a signal handler must not enter it again.
+        # Do not use the logger: the signal may have interrupted it in the middle of a line.
         text = f"{self.received.name}: stopping after this step, with a checkpoint; a second signal stops at once\n"
         os.write(2, text.encode())
 

@@ -1,4 +1,4 @@
-"""Measures a training run while it runs: losses, tokens a second, memory, and model FLOPS utilisation (MFU)."""
+"""Measures a training run while it runs: losses, tokens per second, memory, and model FLOPS utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class TelemetryCallback(TrainerCallback):
     def __init__(self, stage: str, trackers: Trackers) -> None:
         self.stage = stage
         self.trackers = trackers
-        # Before training it is replaced by the trainer's `work`.
+        # The trainer's `work` replaces this before training.
         self.work = Work()
         self.logged = Work()
         self.peak_flops: float | None = None

@@ -34,7 +34,7 @@ def check_trackers(config: TrackingConfig) -> None:
 class Trackers:
     """All trackers of one run.
 
-    Comet is always one of them, with the setting `tracking.comet`; TensorBoard and Weights & Biases are used if
+    Comet is always one of them; `tracking.comet` sets how it is used. TensorBoard and Weights & Biases are used if
     `tracking.report_to` names them.
     """
 
@@ -98,7 +98,7 @@ class CometRun:
 
     @classmethod
     def start(cls, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str]) -> CometRun:
-        """Start an experiment: online if the settings have a key, offline otherwise and if Comet cannot be reached."""
+        """Start an experiment: online if the settings have a key and Comet can be reached, otherwise offline."""
         run = cls()
         if config.comet == "off":
             logger.info("Comet: switched off by the recipe (tracking.comet)")
@@ -128,9 +128,9 @@ class CometRun:
         return {"key": self.key, **{name: text for name, text in place.items() if text}}
 
     def _open(self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str], online: bool) -> None:
-        # Comet would report its own errors to its servers, and retry without a network.
+        # Otherwise Comet would report its own errors to its servers, and retry without a network.
         os.environ.setdefault("COMET_ERROR_TRACKING_ENABLE", "0")
-        # Comet would patch the frameworks to log by itself, and ask to be imported before them.
+        # Otherwise Comet would patch the frameworks to log automatically, and ask to be imported before them.
         os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
         import comet_ml
 
@@ -202,7 +202,8 @@ class TensorBoardRun:
         from torch.utils.tensorboard import SummaryWriter
 
         if self.writer is None or step < self.last_step:
-            # A resumed run repeats the steps after its checkpoint: TensorBoard must not show the earlier ones.
+            # A resumed run repeats the steps after its checkpoint. `purge_step` hides the values that the interrupted
+            # run wrote for these steps.
             self.writer = SummaryWriter(str(self.folder), purge_step=step)
             text = json.dumps(self.parameters, indent=1, default=str)
             self.writer.add_text("parameters", f"```\n{text}\n```", step)

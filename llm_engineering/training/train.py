@@ -150,7 +150,7 @@ def run_training(
     """Train to the end. Resumes from the newest complete checkpoint if there is one.
 
     Args:
-        make_trainer: loads the model and makes its trainer; its config has the batch sizes to use.
+        make_trainer: loads the model and makes its trainer. The config that it gets has the batch sizes to use.
 
     Raises:
         RequestError: a checkpoint has another identity, or another process trains the same run.
@@ -246,7 +246,7 @@ def _train_until_it_fits(
     make_trainer: Callable[[Config, TelemetryCallback], ResumableTrainer],
     trackers: Trackers,
 ) -> _Trained:
-    """Train with the recipe's batch size, and halve it each time that the memory is full."""
+    """Train with the recipe's batch size, and halve the batch size each time that the memory is full."""
     stage, setup = run.stage, run.setup
     checkpoints = run.folder / "checkpoints"
     config = run.config
@@ -255,7 +255,8 @@ def _train_until_it_fits(
     while True:
         # Make the trainer
         telemetry = TelemetryCallback(stage, trackers)
-        # Before the adapter exists: its first weights are random, and the trainer sets its seed only later.
+        # Set the seed before the adapter is created: its first weights are random, and the trainer sets its own seed
+        # only later.
         transformers.set_seed(setup.seed)
         trainer = make_trainer(config, telemetry)
         trainer.identity, trainer.rows = run.identity, run.data["train"]
@@ -271,7 +272,7 @@ def _train_until_it_fits(
         smaller = halved(config, training=trainer.model.training)
         sizes = [sizes_text(tried, setup.compute) for tried in (config, smaller)]
         if ranks.world_size() > 1:
-            # The other processes wait for this one in the middle of a step: none of them can start again.
+            # The other processes wait for this one in the middle of a step, so none of them can start again.
             raise WorkError(
                 f"Out of memory in process {ranks.rank()} of {ranks.world_size()} with {sizes[0]}. Training in several "
                 f"processes does not halve the batch automatically: use {sizes[1]} in the recipe's {stage}, "
@@ -322,7 +323,7 @@ def _train(
 
 
 def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:
-    """`(input_ids, labels)` of the first rows; a pair gives one for each of its two answers."""
+    """`(input_ids, labels)` of the first rows, and of each answer of the first pairs."""
     if "chosen_ids" not in split.column_names:
         return [(row["input_ids"], row["labels"]) for row in split.take(min(_LABEL_ROWS, len(split)))]
     return [
@@ -333,7 +334,7 @@ def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names. A list becomes one text, because Comet would log each item by itself."""
+    """Nested values under dotted names. A list becomes one text, because Comet would log each item separately."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

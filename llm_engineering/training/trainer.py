@@ -108,7 +108,7 @@ class HeldOutTrainer(Trainer):
     In several processes it counts each row once. accelerate repeats the first rows to fill the last batches.
     """
 
-    # TRL's: metrics of each batch since the last log entry, under `train` and `eval`.
+    # Set by TRL: metrics of each batch since the last log entry, under `train` and `eval`.
     _metrics: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -130,7 +130,8 @@ class HeldOutTrainer(Trainer):
             batch_sampler=batches,
             collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
-            # A loader draws a seed when it starts. From the global generator, an evaluation would change dropout.
+            # A loader draws a seed when it starts. If it drew from the global generator, an evaluation would change the
+            # dropout of the next steps.
             generator=torch.Generator(),
         )
 
@@ -147,7 +148,8 @@ class HeldOutTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate. The loss and TRL's other metrics become means over tokens (SFT) or pairs (DPO)."""
         self._losses, self._weights = [], []
-        # accelerate would drop rows as filling if the current training batch is the last of its epoch.
+        # If the current training batch is the last of its epoch, accelerate would drop evaluated rows, because it takes
+        # them for padding of that batch. The entry None prevents this.
         state = self.accelerator.gradient_state
         loaders = state.dataloader_references
         state.dataloader_references = [*loaders, None]
@@ -192,7 +194,7 @@ class ResumableTrainer(HeldOutTrainer):
     rows: Dataset
     flops: TrainingFlops
     asks_reference = False
-    # TRL's: tokens of all steps so far.
+    # Set by TRL: tokens of all steps so far.
     _total_train_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -244,7 +246,7 @@ class ResumableTrainer(HeldOutTrainer):
         is_best = self.state.best_model_checkpoint == str(written)
         if is_best:
             self.state.best_model_checkpoint = str(final)
-        # Gathering waits for all processes, so all of them have written their files after it.
+        # Gathering waits for all processes, so after it all of them have written their files.
         window = self._window()
         random_states = ranks.gathered(_own_state(written)) if ranks.several_machines() else []
         if ranks.is_main():
@@ -262,7 +264,7 @@ class ResumableTrainer(HeldOutTrainer):
                 use_mtime=True,
             )
         ranks.wait()
-        # Not earlier: if the machines share a disk, this is the folder that the main process has just published.
+        # Delete only now: if the machines share a disk, the main process has published its checkpoint from this folder.
         if random_states and ranks.is_first_here():
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -301,7 +303,7 @@ class ResumableTrainer(HeldOutTrainer):
         """Add a batch to `work`.
 
         Args:
-            lengths: of the batch's rows, in tokens without padding.
+            lengths: lengths of the batch's rows, in tokens without padding.
             trained_tokens: tokens with a label.
             computed_tokens: positions that the model computes, with padding.
 
@@ -329,7 +331,7 @@ class ResumableTrainer(HeldOutTrainer):
         """Run forward and backward of one batch, and check the loss before the optimiser's step.
 
         Raises:
-            WorkError: the loss is not finite or has exploded; names the rows. All processes raise it.
+            WorkError: the loss is not finite or has exploded. The message names the rows. All processes raise it.
         """
         if self._step_ended:
             self._batches, self._broken, self._step_loss = [], [], 0.0
@@ -351,7 +353,7 @@ class ResumableTrainer(HeldOutTrainer):
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        # The fp16 scaler searches its scale with values that overflow, and skips those steps by itself.
+        # The fp16 scaler tries scales that overflow, and skips the steps in which they do.
         if self.accelerator.scaler is None and norm is not None and not math.isfinite(norm):
             self._stop(f"the norm of the gradient is {float(norm)}", self._batches)
         return norm
