@@ -1,6 +1,6 @@
-"""Reads the turns of a conversation and checks them. Every fault has a short name, the reason in the quarantine.
+"""Reads the turns of a conversation and checks them. Every fault has a short name, which the quarantine counts.
 
-A text that holds a whole conversation is cut into turns by the template that wrote it.
+If a text holds a whole conversation, this module cuts it into turns at the marks of the template that wrote it.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ _ALPACA = re.compile(r"^### (Instruction|Input|Response):", re.MULTILINE)
 _HUMAN_ASSISTANT = re.compile(r"### (Human|Assistant):")
 _INST = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=\[INST\]|\Z)", re.DOTALL)
 _SYSTEM = re.compile(r"\A\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
-# A tokenizer wrote these when it rendered the text. As a part of an answer they would be learned as words.
+# A tokenizer wrote these marks when it rendered the text. If an answer kept them, the model would learn them as words.
 _BORDERS = ("<s>", "</s>", "<|endoftext|>")
 # This sentence before the first heading belongs to Alpaca's template. Any other text there is a system message.
 _ALPACA_PREAMBLE = "Below is an instruction that describes a task"

@@ -1,6 +1,6 @@
 """Judges rows by comparing them with the other rows: duplicates, leaks across splits, conflicts, outliers.
 
-The hashes of the rows are in files; memory holds about 30 bytes a row.
+The hashes of the rows are in files; memory holds about 30 bytes for each row.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from llm_engineering.recipe.data_blocks import DataConfig
 
 # Tukey's outer fences (Exploratory Data Analysis, 1977): a value beyond three interquartile ranges is "far out".
 _FENCE = 3.0
-# A smaller dataset is too small to say what is usual in it.
+# A dataset with fewer rows does not show which values are usual.
 _MIN_ROWS = 100
-# A language with a smaller share of the rows is there by accident, not on purpose.
+# A language with a smaller share of the rows is probably there by accident.
 _MIN_LANGUAGE_SHARE = 0.02
 
 
@@ -72,7 +72,7 @@ class Verdict(NamedTuple):
 class RowIndex:
     """Hashes, lengths, languages and sources of every row that `examine` kept, by row number. A context manager.
 
-    Single values are read from the files by position. Memory-mapped files would count as growing memory.
+    Single values are read from the files by position. Memory-mapped files would count as memory of the process.
     """
 
     def __init__(self, folder: Path, config: DataConfig) -> None:
@@ -144,7 +144,7 @@ class Verdicts:
     Attributes:
         by_row: the verdicts on each row that has any.
         clusters: the rows of each cluster of duplicates.
-        leaked: held-out rows that also occur in a less held-out split.
+        leaked: held-out rows that also occur in an earlier split of `SPLITS`.
     """
 
     def __init__(self, index: RowIndex, config: DataConfig, remove_leaks: bool) -> None:
@@ -170,7 +170,7 @@ class Verdicts:
             self.by_row.setdefault(row, []).append(Verdict(rule, other, drops))
 
     def leaks(self, rows: Iterable[int]) -> None:
-        """Of similar rows, those in the less held-out splits leak."""
+        """Given similar rows, mark as leaks all that are in an earlier split of `SPLITS` than the last of them."""
         kept = [row for row in rows if self.drop_of(row) is None]
         top = max(kept, key=lambda row: (self._sides[row], -row), default=-1)
         lower = [row for row in kept if self._sides[row] < self._sides[top]]
@@ -179,12 +179,12 @@ class Verdicts:
             self.leaked |= {row for row in rows if self._sides[row] == side}
             for row in lower:
                 leak = Verdict(f"leaks_into_{SPLITS[int(side)]}", top, self._remove_leaks)
-                # Similar rows mostly have the same prompt too, and count as one leak.
+                # Similar rows usually have the same prompt too. The row still counts as one leak.
                 if all(verdict.rule != leak.rule for verdict in self.by_row.get(row, ())):
                     self.by_row.setdefault(row, []).append(leak)
 
     def duplicates(self, rows: Iterable[int], rule: str) -> None:
-        """Of similar rows, all but the first of each split are duplicates. An exact duplicate is no near duplicate."""
+        """Given similar rows, mark all but the first of each split as duplicates. Skips exact duplicates."""
         first: dict[int, int] = {}
         for row in rows:
             earlier = first.setdefault(int(self._sides[row]), row)
@@ -194,7 +194,10 @@ class Verdicts:
                     self._exact.add(row)
 
     def conflicts(self, rows: list[int]) -> None:
-        """Rows with one prompt conflict if their answers differ; pairs, if one chooses what another rejects."""
+        """Given rows with the same prompt, mark rows with different answers.
+
+        Pairs are marked if the chosen answer of one is the rejected answer of another.
+        """
         answers = {row: self._index.hash("answers", row) for row in rows}
         rejected = {self._index.hash("others", row): row for row in rows}
         for row in rows:
@@ -205,7 +208,7 @@ class Verdicts:
                 self.match("conflicting_answers", row, rejected[answers[row]])
 
     def outliers(self) -> None:
-        """Rows of unusual length, and rows in a rare language."""
+        """Mark rows of unusual length, and rows in a rare language."""
         lengths = self._index.column("lengths")
         short, long = length_bounds(lengths)
         for row in np.flatnonzero((lengths < short) | (lengths > long)).tolist():

@@ -57,7 +57,7 @@ def language_of(text: str) -> str | None:
     return language if confidence >= MIN_CONFIDENCE and language != _NO_LANGUAGE else None
 
 
-# One process examines this many rows in the seconds that starting more processes takes.
+# Starting more processes takes seconds. In this time one process examines this many rows.
 _ROWS_FOR_PROCESSES = 20_000
 
 
@@ -95,7 +95,7 @@ class Examiner:
     """Checks single rows of one kind, and computes the hashes that `verdicts` compares.
 
     Args:
-        stage: the stage that the quarantine counts.
+        stage: the stage under which the quarantine counts rejected rows.
         kind: `instruction` or `preference`.
         side: the split of all rows; None splits them by their document or prompt.
         evaluation: rows that training rows must not share n-grams with.

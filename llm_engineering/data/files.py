@@ -69,7 +69,7 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
     Raises:
         RequestError: the file is missing, unreadable, damaged or in an unknown format.
     """
-    # Parquet and Arrow files compress their columns themselves, so only text comes as .gz.
+    # Parquet and Arrow compress their own columns, so only text files are read from .gz.
     readers = _TEXT_READERS if _is_packed(path) else _READERS
     reader = readers.get(ending(path).removesuffix(".gz"))
     if reader is None:
@@ -137,7 +137,7 @@ def printable(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """The first 200 characters of any value, for people."""
+    """The first 200 characters of any value, for messages."""
     try:
         return (value if isinstance(value, str) else str(value))[:200]
     except RecursionError:
@@ -151,7 +151,7 @@ def _is_packed(path: Path) -> bool:
 def _open_text(path: Path, newline: str) -> TextIO:
     with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
         is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
-    # Bytes that are not text become lone surrogates, for which the readers search.
+    # Bytes that are not text become lone surrogates. The readers search for these.
     encoding, errors = ("utf-16", "surrogatepass") if is_utf16 else ("utf-8-sig", "surrogateescape")
     if _is_packed(path):
         return gzip.open(path, "rt", encoding=encoding, errors=errors, newline=newline)

@@ -169,7 +169,7 @@ PREFERENCE_FORMATS = {
     ),
 }
 
-# Rows from which the format is detected.
+# The format is detected from this many rows at the start.
 PEEKED_ROWS = 100
 _FORMATS = INSTRUCTION_FORMATS | PREFERENCE_FORMATS
 _KIND = {**dict.fromkeys(INSTRUCTION_FORMATS, "instruction"), **dict.fromkeys(PREFERENCE_FORMATS, "preference")}
@@ -213,7 +213,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
 
     Raises:
         RequestError: the dataset is missing, empty or damaged, its format is unknown or ambiguous, or it lacks a mapped
-            column. Damage further inside a file is raised when `rows` reaches it.
+            column. If a file is damaged further inside, `rows` raises the error when it reaches the damage.
     """
     required = config.format if config.format and kind in (None, _KIND[config.format]) else None
     columns = _columns_of(config.columns, kind)
@@ -282,7 +282,7 @@ def _fitting(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
     """The formats of a kind that fit a record's columns. A column whose value is null counts as absent."""
     names = _formats_with(tuple([name for name, content in value.items() if content is not None]))
     if not names and isinstance(value.get("text"), str):
-        # Last, because many datasets have their own columns and also the same row rendered as `text`.
+        # Templates come last, because many datasets have their own columns and also the same row rendered as `text`.
         names = text_templates(value["text"])
     return tuple([name for name in names if kind in (None, _KIND[name])])
 

@@ -1,6 +1,6 @@
 """Reads the rows of a JSON file one at a time, so that a file may be larger than memory.
 
-The standard library's decoder reads one value after the other from a window of the text. The streaming library ijson
+The standard library's decoder reads the values one by one from a window of the text. The streaming library ijson
 is as fast (measured), but it silently turns a lone surrogate into `?`, and it refuses a whole file for one NaN, one
 number over 64 bits or one byte that is not UTF-8.
 """
@@ -26,7 +26,7 @@ class JsonError(ValueError):
 
 
 class JsonStream:
-    """A JSON text that is read from the front.
+    """Reads a JSON text from its start to its end, one value at a time.
 
     Args:
         window: characters to read at a time.

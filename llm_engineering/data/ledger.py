@@ -45,7 +45,7 @@ class Quarantined(BaseModel):
     @classmethod
     def of_row(cls, row: Row, stage: str, reason: str, detail: str) -> Quarantined:
         """The quarantine record of a row. It quotes the last turn of the prompt without secrets and personal data."""
-        # Redacted before it is cut: a key that is cut in two is not recognised.
+        # Redact before cutting: a key that is cut in two is not recognised.
         text = redacted(row.prompt[-1].content)[:QUOTED_CHARS] if row.prompt else ""
         return cls(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
 
@@ -109,12 +109,12 @@ class Ledger:
         return dict(self.reasons.get(stage, Counter()).most_common())
 
     def quarantine(self) -> Iterator[Quarantined]:
-        """Everything that was quarantined, in order. It closes the file, so `set_aside` must not follow."""
+        """Everything that was quarantined, in order. This closes the file, so do not call `set_aside` afterwards."""
         for record in stream_records(self._table.dataset()):
             yield Quarantined.model_validate(record)
 
     def datasets(self) -> DatasetDict:
-        """The datasets `quarantine` and `counts`, to store beside the rows. `set_aside` must not follow."""
+        """The datasets `quarantine` and `counts`, to store beside the rows. Do not call `set_aside` afterwards."""
         counts = [{"stage": stage, "read": self.read[stage], "kept": self.kept[stage]} for stage in self.read]
         return DatasetDict(quarantine=self._table.dataset(), counts=to_dataset(counts, _COUNT_FEATURES))
 

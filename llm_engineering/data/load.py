@@ -37,7 +37,7 @@ def load_rows(
     Args:
         kind: `instruction` or `preference`; None detects it.
         path: the file to write.
-        suffix: is appended to the kind to name the ledger's stage, e.g. `_test`.
+        suffix: text after the kind in the name of the ledger's stage, e.g. `_test`.
 
     Raises:
         RequestError: the dataset is missing, empty or in no known format, or it fits several formats.
@@ -59,7 +59,7 @@ def load_rows(
 def load_evaluation(references: list[str], n: int) -> EvaluationIndex | None:
     """Index the evaluation files that training rows must not share n-grams with; None without files.
 
-    A benchmark often has columns of its own. Of a file in no known format, every text is indexed alone.
+    Benchmarks often have their own columns. If a file is in no known format, each text in it is indexed separately.
 
     Raises:
         RequestError: a file is missing, empty or cannot be read.

@@ -1,4 +1,4 @@
-"""Makes a dataset that can be trained on from candidate rows: checks, judges and splits them.
+"""Checks, judges and splits candidate rows. The result is a dataset for training.
 
 Three passes over files do this: `examine` checks each row, `verdicts` compares the rows by their hashes, and `_Writer`
 writes each row to its split or to the quarantine. No pass holds the rows in memory.
@@ -52,7 +52,7 @@ class Prepared(NamedTuple):
         findings: what rules report about kept rows.
         clusters: every row of every cluster of duplicates, and whether it was kept.
         suspicious: the rows that most rules match, worst first.
-        leaked: the number of held-out rows that also occurred in a less held-out split.
+        leaked: the number of held-out rows that also occurred in an earlier split of `SPLITS`.
         seconds: the duration of `check`, `judge` and `write`.
     """
 
@@ -81,12 +81,12 @@ def prepare(
     """Check, judge and split rows.
 
     Args:
-        kind: `instruction` or `preference`. It is also the stage in the ledger; the stage of a test split of the user's
-            own is `instruction_test` or `preference_test`.
+        kind: `instruction` or `preference`. It is also the stage in the ledger. The user's own test split has the
+            stage `instruction_test` or `preference_test`.
         folder: the folder for the files of all passes.
         own_test: the user's own test split; `candidates` are then split into training and validation.
         evaluation: rows that training rows must not share n-grams with (`data.decontaminate_against`).
-        inspected: report only: all candidates are training rows, and rows that leak into `own_test` are kept.
+        inspected: only report: treat all candidates as training rows, and keep rows that leak into `own_test`.
 
     Raises:
         RequestError: rows leak into the user's own test split, and `data.strict` is on.

@@ -85,7 +85,7 @@ def personal_data(text: str) -> list[Private]:
 
 
 def _is_email(match: re.Match[str]) -> bool:
-    # In `postgres://ann:word@host.org` the text before the @ is a password and no mailbox.
+    # In `postgres://ann:word@host.org` the text before the @ is a password, not a mailbox.
     before = match.string[max(0, match.start() - 200) : match.start()]
     return not _NO_EMAIL.match(match.group()) and not _IN_URL.search(before)
 
@@ -107,7 +107,7 @@ class _Credential(NamedTuple):
     pattern: re.Pattern[str]
     group: int  # the group that is the secret; 0 is the whole match
     marks: tuple[str, ...]  # every match contains one of these
-    exact: bool  # the length is fixed: a match that a letter or digit follows is no secret
+    exact: bool  # the length is fixed: if a letter or digit follows the match, it is no secret
 
 
 # The enabled plugins of detect-secrets, with the marks of each of their patterns, in the order of the patterns. Plugins

@@ -18,7 +18,7 @@ from llm_engineering.recipe.data_blocks import RulesConfig
 
 RowT = TypeVar("RowT", bound=InstructionRow | PreferenceRow)
 
-# Characters of a row that a detail quotes at most.
+# Maximum number of characters that a finding's detail quotes from a row.
 QUOTE_CHARS = 80
 # Origins of rows that no model wrote, and of rows whose author is unknown.
 NOT_GENERATED = frozenset({"human", "unknown", "document", ""})
@@ -60,8 +60,8 @@ def is_generated(row: Row) -> bool:
 def check_row(row: RowT, rules: RulesConfig) -> Checked[RowT]:
     """Apply the rules to a row, until one of them drops it.
 
-    Private data comes first, so that a row that a later rule drops is masked too. Secrets come before personal data: the
-    text before the @ of a URL is a password and no mailbox.
+    Private data comes first, so that a row that a later rule drops is masked too. Secrets come before personal data: in
+    a URL, the text before the @ is a password, not a mailbox.
     """
     findings: list[Finding] = []
     for rule, find in _PRIVATE_RULES:
@@ -149,8 +149,8 @@ def _chosen_equals_rejected(row: Row) -> str:
     if chosen == rejected:
         return "the answers are equal"
     pairs = zip_longest(_essence(chosen), _essence(rejected))
-    # Both streams are read up to the first difference, which mostly is in the first word. Answers of punctuation alone
-    # have nothing to compare here; their texts differ.
+    # Both streams are read up to the first difference, which is usually in the first word. Two answers of only
+    # punctuation leave no characters to compare. They count as different, because their texts differ.
     first = next(pairs, None)
     if first is not None and first[0] == first[1] and all(one == other for one, other in pairs):
         return "the answers differ only in case, space or punctuation"
@@ -187,7 +187,7 @@ def _truncated_answer(row: Row) -> str:
     for answer in _answers(row.answers[0]):
         problem = unfinished(answer)
         if problem:
-            # Redacted before it is cut: half of a key or address matches no pattern.
+            # Redact before cutting: half of a key or address matches no pattern.
             return f"{problem}: “…{redacted(answer).rstrip()[-QUOTE_CHARS:]}”"
     return ""
 

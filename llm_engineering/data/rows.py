@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from llm_engineering.recipe.data_blocks import SplitConfig
 
 ROLES = ("system", "user", "assistant")
-# From the split that is trained on to the split that is held out longest.
+# In the order of use: for training, for the loss during training, for the evaluation after training.
 SPLITS = ("train", "validation", "test")
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _ORIGIN = {"id": Value("string"), "source": Value("string"), "origin": Value("string"), "document": Value("string")}
@@ -96,7 +96,7 @@ class PreferenceRow(_Row):
 
 
 Row = InstructionRow | PreferenceRow
-# Each reads a record of a dataset.
+# These functions read a record of a dataset.
 instruction_row = InstructionRow.model_validate
 preference_row = PreferenceRow.model_validate
 
@@ -134,7 +134,7 @@ def folded(messages: Sequence[Message]) -> str:
 
 
 def row_text(row: Row) -> str:
-    """The text in which near duplicates are searched: the prompt and the answer that training makes likelier."""
+    """The text by which near duplicates are found: the prompt, and the completion or the chosen answer."""
     return "\n".join(message.content for message in (*row.prompt, *row.answers[0]))
 
 
@@ -146,8 +146,8 @@ def split_key(row: Row) -> str:
 def split_of(key: str, config: SplitConfig, has_own_test: bool = False) -> str:
     """The split of a key: its SHA-256 as a number in [0, 1); the test share comes first, then validation.
 
-    The split depends on the key alone, so a row keeps its split when other rows are added or removed. With a test split
-    of the user's own, the test share goes to training.
+    The split depends on the key alone, so a row keeps its split when other rows are added or removed. If the user
+    supplies a test split, the test share goes to training.
     """
     position = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8]) / 2**64
     if position < config.test_fraction:

@@ -153,8 +153,8 @@ class ShingleFile:
     """Reads the shingle hashes of single rows from a file.
 
     Args:
-        path: a file of uint64, the hashes of one row after the other.
-        counts: hashes of each row.
+        path: a file of uint64 values: the hashes of the first row, then those of the second, and so on.
+        counts: number of hashes of each row.
     """
 
     def __init__(self, path: Path, counts: NDArray[np.uint32]) -> None:
@@ -178,7 +178,7 @@ class ShingleFile:
 def _shingles(text: str) -> list[str]:
     tokens = words(text)
     if not tokens:
-        # A text of punctuation is similar to the same text only.
+        # A text of only punctuation is similar only to an equal text.
         return [text]
     count = max(1, len(tokens) - SHINGLE_WORDS + 1)
     return [" ".join(tokens[i : i + SHINGLE_WORDS]) for i in range(count)]
@@ -197,7 +197,7 @@ def _jaccard(one: frozenset[int], other: frozenset[int]) -> float:
 
 
 _COMPARED_WORD = re.compile(rb"[^ ]+")
-# Characters of the shared text that a match quotes at most.
+# Maximum number of characters that a match quotes from the shared text.
 QUOTE_CHARS = 100
 
 
@@ -236,7 +236,7 @@ class EvaluationIndex:
             self.short_prompts.add(xxhash.xxh3_64_intdigest(prompt))
 
     def match(self, row: Row) -> str:
-        """The first words that a training row shares with an evaluation row, at most QUOTE_CHARS characters; or empty."""
+        """Up to QUOTE_CHARS characters of the first words that a training row shares with an evaluation row, or ""."""
         if self.grams:
             for message in _messages(row):
                 for gram in self._grams(message.content):

@@ -1,4 +1,4 @@
-"""Reads and writes rows as Arrow stream files, a batch at a time, so that memory does not grow with the rows."""
+"""Reads and writes rows as Arrow stream files in batches, so that memory does not grow with the number of rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognises by their words: a refusal, an unfinished answer, and a question about a text that the prompt lacks.
+"""Recognises refusals, unfinished answers, and questions about a text that the prompt lacks, by their words.
 
 The phrases are those of common assistants, in English, German, French, Spanish, Portuguese, Italian, Russian, Chinese
 and Japanese. They favour precision: an answer in other words or in another language passes.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-# The verbs of what an assistant cannot do. Without a verb, "I cannot believe it" would be a refusal.
+# Verbs that follow "I cannot" in a refusal. If any verb could follow, "I cannot believe it" would be a refusal.
 _DO = (
     r"(?:help\b(?! (?:but|feel|falling|my|wonder|think|notice|laugh|smil))|assist|provide|fulfil|comply|answer (?:that|this|the question|your|any)"
     r"|do (?:that|this|so)\b|generate|create|write|give (?:you|any|advice|medical|legal|financial|specific|an? )|offer"
@@ -73,7 +73,7 @@ _OTHER_LANGUAGES = (
     r"(?:私は)?(?:ai|人工知能|言語モデル|ai言語モデル)(?:アシスタント)?(?:として|なので|ですので)",
 )
 _REFUSAL = re.compile(rf"[\W_]*(?:{'|'.join((*_ENGLISH, *_OTHER_LANGUAGES))})", re.IGNORECASE)
-# A refusal comes at the beginning of an answer. This also bounds the search.
+# Characters of an answer that are searched for a refusal. A refusal is at the beginning of an answer.
 _OPENING_CHARS = 300
 
 
@@ -94,7 +94,8 @@ _NOT_PROSE_LINE = re.compile(r" {4}|\t|[#>|$]")
 # A full stop after fewer than three small letters can end an abbreviation: Mr. Smith, e.g. this.
 _STOP = re.compile(r"(?:(?<=[^\W\d_A-Z]{3})\.|[!?…])[\"'”’»)\]*]*\s+|[。！？؟।۔]\s*")
 _ENDS_WITH_STOP = re.compile(r"[.!?…:。！？؟।۔：][\"'”’»)\]*_」』]*\s*$")
-# After the last sentence of a letter, a quotation or a label, a name follows. It needs no full stop.
+# Text after the last sentence that needs no full stop: a dash (as before an author's name), a label of up to four words
+# with a colon, or a letter's closing.
 _NO_SENTENCE = re.compile(
     r"[-–—]|(?:\S+\s+){0,3}\S+:(?:\s|$)|(?:best|kind|warm|yours|sincerely|regards|respectfully|thanks|thank you|love|cheers"
     r"|mit freundlichen|viele grüße|liebe grüße|cordialement|bien à vous|atentamente|saludos|atenciosamente|cordiali)\b",
@@ -112,7 +113,7 @@ _NEVER_LAST = frozenset({
 # fmt: on
 # A shorter sentence is often a name, a title or a label.
 MIN_WORDS = 6
-# A line of verse is rarely longer. It is not cut off, although it follows a full stop.
+# A line of verse rarely has so many words. It may follow a line with a full stop, and is not cut off.
 MIN_WORDS_OF_A_NEW_PARAGRAPH = 10
 
 
@@ -199,7 +200,7 @@ _MENTIONS = (
     r"(?:上記|次|以下|この)の?(?:文章|文|テキスト|段落|本文|記事)(?:に|で|は|から|を|の)|本文(?:中|に|で|によ)",
 )
 _MENTION = re.compile("|".join(_MENTIONS), re.IGNORECASE)
-# Every mention contains one of these casefolded strings. Searching them first is far quicker.
+# Every mention contains one of these casefolded strings. A search for them is far quicker, so it comes first.
 # fmt: off
 _HINTS = (
     "passag", "excerpt", "extract", "text", "context", "paragraph", "article", "document", "snippet", "section", "story", "poem", "abstract", "transcript",
@@ -207,8 +208,8 @@ _HINTS = (
     "trecho", "parágrafo", "artigo", "excerto", "testo", "brano", "paragrafo", "articolo", "contesto", "estratto", "文", "段落", "材料", "内容", "テキスト", "記事",
 )
 # fmt: on
-# The prompt contains the text: after a colon or in quotation marks, at least some words (or characters, in scripts
-# without spaces).
+# Matches a prompt that contains a text: some words after a colon or in quotation marks (in scripts without spaces, some
+# characters), a second line, or a code fence.
 _CONTAINS_TEXT = re.compile(
     r"[:：]\s*(?:\S+\s+){2}\S|[:：]\s*[^\s\x00-\u2fff]{6}|[\"“«„「‘](?:[^\"”»“」’\s]+\s+){2}|[“«「『][^”»」』]{8}|\n\s*\S|```"
 )

@@ -65,6 +65,6 @@ def _fingerprints(files: Iterable[Path]) -> dict[str, str]:
             with file.open("rb") as stream:
                 found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            # The file is in the quarantine too. If it becomes readable later, that is a change.
+            # The file is in the quarantine too. If it becomes readable later, its fingerprint changes.
             found[name] = f"unreadable: {error.strerror}"
     return found

@@ -25,8 +25,8 @@ class Check(BaseModel):
     Attributes:
         prompt: the question.
         system: a system message before the question.
-        must_contain: texts that the answer must contain, all of them; case matters.
-        must_not_contain: texts that the answer must not contain, none of them; case matters.
+        must_contain: all of these texts must be in the answer; case matters.
+        must_not_contain: none of these texts may be in the answer; case matters.
         regex: a pattern that must match somewhere in the answer.
         exact: the whole answer, without the white space around it.
     """
@@ -103,7 +103,7 @@ def read_checks(path: str) -> list[Check]:
 
 
 def _explain(problem: Any) -> str:
-    """One problem that pydantic found, as a sentence without its end."""
+    """One problem that pydantic found, as a sentence without a full stop."""
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key `{key}`; the known keys are {', '.join(Check.model_fields)}"

@@ -80,7 +80,7 @@ def _observe_all(
     setup: TrainingSetup,
     settings: Settings,
 ) -> tuple[Work, dict[str, Observation]]:
-    """Observe every model, in the order base model, then as in `adapters`.
+    """Observe every model: first the base model, then the models of `adapters` in their order.
 
     An incumbent that does not fit this recipe's base model, vocabulary and template is loaded after the other models.
     """
@@ -96,7 +96,7 @@ def _observe_all(
     work = Work(ours, draw_indices(ours.rows, config.generated_rows, setup.seed), checks)
 
     def observe_base_and_adapters() -> dict[str, Observation]:
-        # In a function, so that the base model's memory is freed before the incumbent's base model is loaded.
+        # A function, so that the base model's memory is freed before the incumbent's base model is loaded.
         base = load_model(setup.model, settings, choose_device(setup.compute))
         models = Models(base, adapters_of_base, tokenizer, config.batch_size, config.repetition_penalty)
         return {name: observe(models, name, name, ours, work, config, setup.seed) for name in models.names}

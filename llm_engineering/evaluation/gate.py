@@ -22,10 +22,11 @@ class Rule(BaseModel):
 
     Attributes:
         name: the rule in words.
-        value: how much better the candidate is than the model `than`, in the measure's unit. Positive is better for
-            every measure, also where lower values are better. None if the report has no such comparison.
+        value: how much better the candidate is than the model `than`, in the measure's unit. A positive value means
+            that the candidate is better, even for a measure where lower is better. None if the report has no such
+            comparison.
         low, high: the ends of the interval of `value`. The verdict depends on `low`.
-        bound: `low` must be above it (`better`), or at least it (`not_worse`).
+        bound: `low` must be above this number (`better`), or must not be below it (`not_worse`).
         reason: why the rule was skipped, or could not be judged.
     """
 

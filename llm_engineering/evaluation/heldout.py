@@ -102,7 +102,7 @@ def _render_for_both(
         if isinstance(rendered, CrossingTokensError):
             continue
         answers = _answers(rendered)
-        # A truncated row of this recipe is compared with as many of the other tokenizer's ids.
+        # A truncated row of this recipe is compared with the same number of ids of the other tokenizer.
         is_same = all(
             their_ids[: len(ids)] == ids for (their_ids, _), (ids, _) in zip(answers, row.answers, strict=True)
         )

@@ -35,7 +35,7 @@ class Duel(NamedTuple):
     """The newest model against one other model.
 
     Attributes:
-        outcomes: of each row, the newest model's outcome as answer A and as answer B.
+        outcomes: for each row, the newest model's outcome as answer A and as answer B.
         unparsable: number of unparsable verdicts by reason.
     """
 

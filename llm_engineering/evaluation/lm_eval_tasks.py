@@ -1,4 +1,4 @@
-"""Runs tasks of lm-eval, EleutherAI's evaluation harness, with which published benchmarks are measured."""
+"""Runs tasks of lm-eval, EleutherAI's harness for published benchmarks."""
 
 from __future__ import annotations
 
@@ -74,12 +74,13 @@ class TaskResults:
         self.better: dict[str, Literal["higher", "lower"] | None] = {}
         for task, samples in results["samples"].items():
             metric = str(results["configs"][task]["metric_list"][0]["metric"])
-            # With several filters there is a sample of each row for each filter. Only the first filter's are used.
+            # If a task has several filters, lm-eval returns one sample per row and filter. Only the samples of the
+            # first filter are used.
             first_filter = samples[0].get("filter") if samples else None
             samples = [sample for sample in samples if sample.get("filter") == first_filter]
             values = [sample[metric] for sample in samples if _is_number(sample.get(metric))]
             reported = self.scores[task].get(f"{metric},{first_filter}")
-            # Some metrics are not a mean over rows, e.g. corpus BLEU. These have only lm-eval's own score.
+            # Some metrics are not a mean over rows, e.g. corpus BLEU. These have only the score that lm-eval computes.
             if (
                 len(values) == len(samples) > 0
                 and _is_number(reported)

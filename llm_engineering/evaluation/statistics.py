@@ -14,7 +14,7 @@ from scipy import stats
 
 from llm_engineering.recipe.evaluation_blocks import Measure
 
-# Row indices that are resampled at once: 2 million of 8 bytes bound the memory, whatever the number of rows.
+# Row indices that are resampled at once. 2 million indices of 8 bytes take 16 MB, whatever the number of rows.
 _RESAMPLED_AT_ONCE = 2_000_000
 
 Floats = NDArray[np.float64]
@@ -100,7 +100,7 @@ def _ratio(totals: Floats, weights: Floats, axis: int = -1, transform: Transform
     ratio: Floats = totals.sum(axis=axis) / weights.sum(axis=axis)
     if transform is None:
         return ratio
-    # The perplexity of a diverged model is infinite, and is reported so, without a warning.
+    # The perplexity of a diverged model is infinite. It is reported as infinite, without a warning.
     with np.errstate(over="ignore"):
         transformed: Floats = transform(ratio)
         return transformed

@@ -16,7 +16,7 @@ from llm_engineering.generation.prompts import prompt_hash, read_prompt
 from llm_engineering.generation.types import Answer, Client, Failure, Messages, Sampling
 from llm_engineering.recipe.generation_blocks import InstructionWriting, Style
 
-# The end of the origin of a row whose answer is the document's own text.
+# If a row's answer is text of the document, the row's `origin` ends with these words.
 FROM_DOCUMENT = "answer from the document"
 # Strings that end a small model's question or task: without them the model continues with an answer.
 STOP: dict[Style, tuple[str, ...]] = {"question": ("?",), "how_to": ("?",), "task": ("\n",)}
@@ -37,7 +37,7 @@ _MENTIONS_PASSAGE = re.compile(
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[a-z_]{3,}")
-# Words of any question: they do not show that a question is about its passage.
+# Words that occur in any question: they do not show that a question is about its passage.
 _COMMON_WORDS = frozenset([
     "what", "which", "when", "where", "who", "whose", "why", "how", "are", "was", "were", "does", "did", "can", "could",
     "should", "will", "would", "has", "have", "may", "the", "and", "for", "with", "that", "this", "from", "not", "you",
@@ -139,7 +139,7 @@ def _request(prompt: str, passage: Passage, instruction: str = "") -> Messages:
 def _instructions(
     passages: Sequence[Passage], styles: Sequence[Style], client: Client, writing: InstructionWriting, seed: int
 ) -> list[Answer | Failure]:
-    """One instruction for each passage, in their order. Each style is asked in one call."""
+    """One instruction for each passage, in their order. The instructions of one style are requested in one call."""
     outcomes: dict[int, Answer | Failure] = {}
     for style in sorted(set(styles)):
         prompt = read_prompt(_prompt_name(style, client))

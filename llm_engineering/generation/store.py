@@ -17,12 +17,12 @@ from llm_engineering.generation.types import Reply
 logger = logging.getLogger(__name__)
 
 SYNC_EVERY_S = 1.0
-# In the output folder.
+# Name of the file in the output folder.
 STORE_FILE = "answers.jsonl"
 
 
 class AnswerStore:
-    """Stores every answer before it is used, so that no kill loses an answer.
+    """Stores every answer before it is used, so that no answer is lost when the process is killed.
 
     Each record is written as one whole line by one `write` to a file opened with O_APPEND, so that records of several
     processes do not mix. A written record survives the end of the process at once, and a power cut after `SYNC_EVERY_S`.
@@ -33,7 +33,7 @@ class AnswerStore:
         self.answers: dict[str, Reply] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
-        # A killed process may have left a line without its end; the next record begins with a line break then.
+        # A killed process may have left an incomplete last line. In this case the next record begins with a line break.
         self._line_open = bool(content) and not content.endswith(b"\n")
         self._file: int | None = None
         self._synced = time.monotonic()

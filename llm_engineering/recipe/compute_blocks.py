@@ -114,7 +114,9 @@ class ComputeConfig(Block):
 
     @property
     def in_job(self) -> ComputeConfig:
-        """The block for the process inside the training job, whose target is its own machine.
+        """The `compute` block for the process inside the training job.
+
+        Its `target` is `local`, because the process trains on the machine that it runs on.
 
         On a machine with cards `device: auto` becomes `cuda`, so that a job that finds no card ends at once instead of
         training slowly on a paid machine.

@@ -35,7 +35,8 @@ MEASURES = {
     "checks": Measure("Own check", "share passed", "higher"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
 }
-# The prefix of the measures of lm-eval's tasks. The evaluation report holds their directions.
+# The prefix of the measures of lm-eval's tasks. For each of these measures, the evaluation report states whether higher
+# or lower is better.
 TASK_MEASURE = "lm_eval_"
 # Measures over preference pairs. A run that ends with SFT has no pairs.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
@@ -49,7 +50,8 @@ class JudgeConfig(ClientConfig):
     @model_validator(mode="before")
     @classmethod
     def _greedy(cls, keys: Any) -> Any:
-        # Runs first. Otherwise the check of ClientConfig would advise another client.
+        # This runs first. Otherwise ClientConfig's own validator would report `temperature` first, and advise the user
+        # to choose another client.
         if isinstance(keys, dict) and keys.get("temperature") is not None:
             raise ValueError("temperature has no effect: a judge answers at temperature 0. Remove it")
         return keys

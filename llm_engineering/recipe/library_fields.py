@@ -95,7 +95,7 @@ class LibraryBlock(Block):
             else:
                 problems[name] = ""
         if problems:
-            # `recipe/loading.py` writes one message a field. An empty problem is an unknown key.
+            # `recipe/loading.py` writes one message for each field. An empty problem is an unknown key.
             raise PydanticCustomError("library_fields", "wrong fields", {"problems": problems})
         return self
 

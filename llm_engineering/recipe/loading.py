@@ -148,7 +148,7 @@ def _nearest(key: str) -> str:
 
 
 def _explain(problem: Any, origin: dict[str, str], path: str) -> list[str]:
-    """What is wrong, a line a key."""
+    """Explain a problem, with one line for each wrong key."""
     if problem["type"] != "library_fields":
         return [_explain_key(problem, origin, path)]
     lines = []
