@@ -113,7 +113,7 @@ _NEVER_LAST = frozenset({
 # fmt: on
 # A shorter sentence is often a name, a title or a label.
 MIN_WORDS = 6
-# A line of verse rarely has so many words. It may follow a line with a full stop, and is not cut off.
+# A shorter last line may be verse. It does not count as cut off only because the line before it ends with a full stop.
 MIN_WORDS_OF_A_NEW_PARAGRAPH = 10
 
 

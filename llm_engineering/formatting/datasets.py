@@ -127,7 +127,7 @@ def _fitted(
     detail += f", formatting.max_length is {config.max_length}"
     if config.over_long == "raise":
         raise WorkError(
-            f"Row {row.id} ({row.source}) is over-long: {detail}, and formatting.over_long is raise. "
+            f"Row {row.id} ({row.source}) is over-long: {detail}, and the recipe has formatting.over_long: raise. "
             "Raise max_length, shorten the row, or set over_long to drop or truncate."
         )
     if config.over_long == "truncate" and fits_prompt:

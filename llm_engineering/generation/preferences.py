@@ -20,7 +20,9 @@ def generate_preferences(
     writing: PreferenceWriting,
     seed: int,
 ) -> tuple[list[PreferenceRow], list[Quarantined]]:
-    """Have the client answer each row's prompt; the other rows are quarantined with the reason.
+    """Have the client write a rejected answer to the prompt of each usable row, or of those that are drawn.
+
+    A row that gets no rejected answer is quarantined with the reason.
 
     A row whose origin says that the document is its answer must repeat the document word for word, up to white space.
     With `max_preferences`, the seed draws that many of the usable rows.

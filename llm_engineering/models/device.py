@@ -159,7 +159,7 @@ def import_backend(device: Device, cache_dir: Path) -> None:
     """Import unsloth if it is the backend. It patches transformers, PEFT and TRL, so it must be imported before them.
 
     Args:
-        cache_dir: where unsloth writes its generated trainers. Its default is the working directory.
+        cache_dir: where unsloth writes its generated trainers. Its own default is the working directory.
     """
     if device.backend != "unsloth":
         return

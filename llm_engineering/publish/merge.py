@@ -1,7 +1,8 @@
 """Merges a base model and its trained adapter into one plain `transformers` model, and verifies the saved files.
 
 The merge computes and saves in float32, because half precision loses updates smaller than half the last bit of a weight.
-If the recipe names a smaller precision, the merged weights are rounded once, and the loss is measured.
+If the recipe names a smaller precision, the merged weights are rounded once, and the change of the
+log-probabilities is measured on held-out rows.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class InstructionWriting(Block):
         if self.answers == "document" and self.answer_max_new_tokens is not None:
             raise ValueError("answer_max_new_tokens has no effect with answers document: remove it")
         if self.answers == "model" and self.answer_max_new_tokens is None:
-            raise ValueError("answers model needs answer_max_new_tokens, e.g. 512")
+            raise ValueError("with `answers: model`, answer_max_new_tokens must be set, e.g. to 512")
         return self
 
 
@@ -104,7 +104,9 @@ class PreferenceWriting(Block):
 
 
 class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
-    """How datasets are written from documents. Each step gets only the parts that it uses, for the cache."""
+    """How datasets are written from documents. A step gets only the parts that it uses, so that
+    a change of another part does not invalidate its cached result.
+    """
 
     @model_validator(mode="after")
     def _rejected_by(self) -> Self:

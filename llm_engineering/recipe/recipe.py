@@ -113,8 +113,8 @@ class Recipe(Block):
             )
         if self.dpo.precompute_ref_log_probs and compute.num_processes > 1:
             raise ValueError(
-                "dpo.precompute_ref_log_probs is for compute.num_processes 1: set it to false, and the reference runs in "
-                "every step"
+                "dpo.precompute_ref_log_probs works only with compute.num_processes 1: set dpo.precompute_ref_log_probs to "
+                "false (the reference then runs in every step)"
             )
         if compute.backend == "unsloth" and compute.device == "cpu":
             raise ValueError("compute.backend unsloth needs CUDA, and compute.device is cpu: use transformers, or auto")

@@ -192,7 +192,7 @@ def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
         named = ", ".join(f"{reason} {count}" for reason, count in lost.items())
         problems.append(f"more than half of the {rows} rows were set aside ({named})")
     if leaked:
-        problems.append(f"{leaked} row(s) of the evaluation file are also in it")
+        problems.append(f"{leaked} row(s) of the evaluation file are also in the dataset")
     return "; ".join(problems)
 
 

@@ -132,7 +132,8 @@ def _forward(
     """Run the decoder's forward pass.
 
     Returns:
-        Bytes that autograd saves besides the weights, where shared memory counts once; and the last hidden states.
+        Two values: the bytes that autograd saves besides the weights (memory that tensors share counts once), and the
+        last hidden states.
     """
     saved: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode():

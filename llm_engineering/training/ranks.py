@@ -151,8 +151,8 @@ class Interruption(TrainerCallback):
 
     systemd, `docker stop` and the end of a spot machine send SIGTERM. Python delivers signals only to the main thread,
     so in another thread this class handles none. A second signal ends the process at once, without a checkpoint. With a
-    launcher it does not: the terminal or systemd may have sent the same signal to all processes, and the launcher
-    forwards it and kills them if necessary. Processes agree after each step, so that a signal to one of them stops all
+    launcher, a second signal is ignored: it may be the first one again, sent to all processes by the terminal or systemd
+    and then forwarded by the launcher, which kills them if necessary. Processes agree after each step, so that a signal to one of them stops all
     of them at the same step.
     """
 

@@ -135,7 +135,7 @@ def test_inspect_reports_on_a_file(fresh_project):
     assert report["rows"] == report["kept"] + sum(report["quarantined"].values())
     assert report["leaked_into_test"] == 1
     assert report["fit_to_train"] is False
-    assert "Not fit to train on: 1 row(s) of the evaluation file are also in it." in run.stderr
+    assert "Not fit to train on: 1 row(s) of the evaluation file are also in the dataset." in run.stderr
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data in ../shared/data")

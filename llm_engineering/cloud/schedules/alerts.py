@@ -51,7 +51,7 @@ def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
         raise WorkError(f"EventBridge does not accept the topic {topic}: {failed['FailedEntries'][0]['ErrorMessage']}")
     session.client("cloudwatch").put_metric_alarm(
         AlarmName=full,
-        AlarmDescription=f"EventBridge Scheduler gave up starting the retraining {name}: see CloudTrail, CreateTrainingJob",
+        AlarmDescription=f"EventBridge Scheduler could not start the retraining {name}: see CloudTrail, CreateTrainingJob",
         Namespace="AWS/Scheduler",
         MetricName="InvocationDroppedCount",
         Dimensions=[{"Name": "ScheduleGroup", "Value": full}],

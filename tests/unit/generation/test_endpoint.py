@@ -379,7 +379,7 @@ def test_keys_are_sent_but_never_stored_or_logged(settings, caplog):
         ({"styles": {"question": 0}}, "no weight above 0"),
         ({"styles": {"essay": 1}}, "question"),
         ({"styles": {"question": -1}}, "greater than or equal to 0"),
-        ({"answers": "model"}, "answers model needs answer_max_new_tokens"),
+        ({"answers": "model"}, "with `answers: model`, answer_max_new_tokens must be set"),
         ({"answer_max_new_tokens": 100}, "no effect with answers document"),
     ],
 )

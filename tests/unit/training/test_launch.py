@@ -220,7 +220,7 @@ def test_impossible_settings_for_processes_are_refused(keys, words):
             "or deepspeed with zero_stage 1 or 2",
         ),
         (["dpo.optim=adamw_8bit", "compute.distributed=fsdp2"], "dpo.optim adamw_8bit has a state that is not sharded"),
-        (["dpo.precompute_ref_log_probs=true"], "precompute_ref_log_probs is for compute.num_processes 1"),
+        (["dpo.precompute_ref_log_probs=true"], "precompute_ref_log_probs works only with compute.num_processes 1"),
     ],
 )
 def test_methods_that_need_one_process_are_refused_with_several(keys, words):
