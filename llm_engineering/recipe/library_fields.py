@@ -1,7 +1,7 @@
 """Fields of TRL's configuration classes as keys of a recipe.
 
 `library_fields.json` holds the types and defaults of all fields, so that a recipe is checked in milliseconds and TRL is
-not imported. `python -m llm_engineering.training.library_fields` writes the file, and a test holds that it is current.
+not imported. `docs/reference/trl_fields.py` writes the file, and a test holds that it is current.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Writes the types and defaults of TRL's configuration classes to `recipe/library_fields.json`:
 
-python -m llm_engineering.training.library_fields
+    python docs/reference/trl_fields.py [--check]
+
+`--check` writes nothing and exits with 1 if the file is not that of the installed TRL.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -75,4 +78,7 @@ def _schema(annotation: Any) -> Schema:
 
 
 if __name__ == "__main__":
-    FILE.write_text(as_text(), encoding="utf-8")
+    if "--check" not in sys.argv[1:]:
+        FILE.write_text(as_text(), encoding="utf-8")
+    elif FILE.read_text(encoding="utf-8") != as_text():
+        sys.exit(f"{FILE.name} is not current. Run `make docs`.")
