@@ -44,7 +44,7 @@ class BrokenRecord(NamedTuple):
     text: str
 
     def quarantined(self, stage: str) -> Quarantined:
-        """The entry for the quarantine of `stage`, the stage that read the file."""
+        """This record as an entry of the quarantine. `stage` is the stage that read the file."""
         return Quarantined(
             stage=stage,
             reason=self.reason,

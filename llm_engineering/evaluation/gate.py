@@ -73,7 +73,8 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
     """Judge the newest model of an evaluation report, `dpo` if there is one, else `sft`, by the rules for its run.
 
     Each rule is judged by the lower end of the interval of the paired gain, so a gain that could be chance does not
-    pass. A model equal to the one it is compared with has a gain of zero and fails.
+    pass a `better_than` rule. A model equal to the other one has a gain of zero: it fails every `better_than` rule and
+    passes every `not_worse_than` rule.
 
     Args:
         report: `report.json` of the evaluation.

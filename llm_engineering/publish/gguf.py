@@ -35,7 +35,7 @@ def write_gguf(folder: Path, output: Path, name: str) -> None:
     """Write a model in `transformers` layout, with its tokenizer and chat template, to a new file.
 
     Raises:
-        RequestError: GGUF has no exact form of this model or tokenizer here, or the file cannot be written.
+        RequestError: this kind of model or tokenizer is not supported here, or the file cannot be written.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -132,9 +132,9 @@ class ComputeConfig(Block):
 
     @property
     def one_process(self) -> ComputeConfig:
-        """The keys that work in one process on this machine depends on.
+        """The block for the steps that run in one process on this machine.
 
-        That work comes from the cache even if training moves to more processes or to SageMaker.
+        Their results come from the cache even if training moves to more processes or to SageMaker.
         """
         if self.target == "sagemaker":
             return ComputeConfig()

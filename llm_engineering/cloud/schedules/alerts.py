@@ -80,7 +80,7 @@ def remove_alerts(session: boto3.Session, name: str) -> None:
 def topic_problems(session: boto3.Session, topic: str) -> Iterator[Problem]:
     """Check that a topic exists, and that a statement without a condition lets EventBridge publish to it.
 
-    A statement with a condition does not count, because EventBridge does not meet conditions.
+    A statement with a condition does not count, because EventBridge cannot publish by such a statement.
     """
     sns = session.client("sns")
     try:

@@ -224,7 +224,7 @@ def runs(session: boto3.Session, schedule: CloudSchedule, limit: int) -> list[Ru
 
 
 def missed(schedule: CloudSchedule, last: RunRecord | None, now: datetime) -> datetime | None:
-    """The last time at which the schedule should have fired but no job was created; None if there is no such time.
+    """The first time since the last run or change at which the schedule should have fired but no job was created, or None.
 
     A time counts as missed after an hour, because EventBridge retries a start for an hour. Times before the last change
     of the schedule do not count: it may have been paused, or had another expression.
