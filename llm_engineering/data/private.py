@@ -187,7 +187,7 @@ def _marks(ignore_case: bool) -> list[tuple[str, int]]:
 _MARKS = _marks(ignore_case=False)
 # Searched in the casefolded text, not in the lowered one: IGNORECASE also matches the long ſ with an s.
 _FOLDED_MARKS = _marks(ignore_case=True)
-# A key block counts only if key material follows: lessons about keys show the first line alone.
+# The first line of a private key counts only if key material follows, because texts that explain keys often show only it.
 _PRIVATE_KEY = re.compile(r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----")
 _PRIVATE_KEY_END = re.compile(r"-----END [A-Z0-9 ]{0,40}-----")
 _KEY_MATERIAL = re.compile(r"[A-Za-z0-9+/]{40}")

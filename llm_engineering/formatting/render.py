@@ -150,7 +150,7 @@ def _tokenise_whole(
 
 
 def _is_joinable(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokens of two texts, joined, decode to the joined texts."""
+    """Whether the concatenated tokens of two texts decode to the concatenated texts."""
     first, second = _encode(["a", "b"], tokenizer)
     return str(tokenizer.decode(first + second)) == "ab"
 

@@ -17,7 +17,7 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.training_blocks import Method
 
 Backend = Literal["transformers", "unsloth"]
-# The packages of transformers' optimisers that are not installed with the project, by the beginning of their names.
+# Packages that some values of `optim` need and that are not installed with the project. A key is how such values begin.
 _OPTIMISER_PACKAGES = {
     "galore": "galore-torch", "lomo": "lomo-optim", "adalomo": "lomo-optim", "grokadamw": "grokadamw",
     "schedule_free": "schedulefree", "apollo": "apollo-torch", "stable_adamw": "torch-optimi",

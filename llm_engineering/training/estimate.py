@@ -187,7 +187,7 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     - optimiser: AdamW's two moments for each trained weight, in float32 or in 8 bits (arXiv:2110.02861).
     - gradients: float32 for each trained weight. With accumulation they exist during the whole backward pass; without
       it, they grow while the activations are freed.
-    - activations: tensors that autograd saves in a forward pass, and those of one layer again for the gradients in the
+    - activations: the tensors that autograd saves in a forward pass, plus the average of one layer for the gradients in the
       backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
     - logits: four float32 copies for 128 tokens. A model that needs the logits of whole batches
       (`why_not_from_hidden_states`) takes more.

@@ -28,7 +28,7 @@ class TrainingResult(NamedTuple):
     summary: dict[str, Any]
 
 
-# Beside the job's file: the name of the result's file, and the beginning of the names of the failures' files.
+# Files in the job's folder: the result, and `failure-<rank>.json` for each process that failed.
 RESULT_FILE = "result.json"
 _FAILURE = "failure-"
 
