@@ -93,7 +93,7 @@ class Scheduled:
             reason = f"{reason[:_REASON_CHARACTERS]} …"
         update = {"outcome": outcome, "reason": reason, "ended": datetime.now(UTC)}
         self.record = self.record.model_copy(update=update)
-        # First: the error may be that nothing can be written.
+        # Notify before writing: if the run ended because nothing can be written, writing the record fails too.
         notify_of_run(self.record, self.place.schedule, Settings())
         self.place.write(self.record)
 

@@ -14,8 +14,8 @@ from typing import Any, TextIO
 
 # Characters to read at a time. For a longer value the window doubles until the value fits.
 WINDOW = 1 << 20
-# The decoder reports a value that the window cuts off at most this many characters before the window's end: the
-# longest literal is `-Infinity`.
+# If the window cuts off a number or a literal, the decoder's error is at most this many characters before the window's
+# end: the longest literal, `-Infinity`, has nine. A string that is cut off is recognised by its message.
 _CUT_OFF = 16
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")

@@ -55,7 +55,7 @@ class Trained(NamedTuple):
 
 
 def merged_device(compute: ComputeConfig) -> Device:
-    """The device for a merged model, with the precision of its files: the recipe's, or float32 for `auto`."""
+    """The device for a merged model. The precision of its files is `compute.dtype`, or float32 if that is `auto`."""
     dtype = "float32" if compute.dtype == "auto" else compute.dtype
     return choose_device(compute.model_copy(update={"dtype": dtype}))
 

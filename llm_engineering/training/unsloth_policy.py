@@ -135,7 +135,7 @@ def _with_adapter(base: PreTrainedModel, arguments: Mapping[str, Any], loading: 
         base,
         **arguments,
         bias="none",
-        # unsloth moves the activations between layers to the machine's memory.
+        # With "unsloth", the input of each layer waits in the machine's memory, not the GPU's, for the backward pass.
         use_gradient_checkpointing="unsloth" if loading.gradient_checkpointing else False,
         random_state=loading.seed,
     )
