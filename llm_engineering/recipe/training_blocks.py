@@ -98,6 +98,7 @@ _REFUSED_TRL = {
     "truncation_mode": "formatting.over_long says what happens to rows that are too long",
     "padding_free": "rows are computed without padding wherever the model allows it",
     "pad_to_multiple_of": "rows are computed without padding wherever the model allows it",
+    "activation_offloading": "it fails on a CPU, and no test here runs it on CUDA; gradient_checkpointing saves memory too",
     "pad_token": "the tokenizer's pad token is chosen when the model is loaded",
     "router_aux_loss_coef": "the loss of a mixture of experts' router is not trained here",
 }

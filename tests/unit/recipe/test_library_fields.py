@@ -68,6 +68,7 @@ def test_fields_of_training_guides_are_taken():
         (["sft.adam_bta2=0.9"], "unknown key `sft.adam_bta2`. Did you mean `sft.adam_beta2`?"),
         (["sft.adam_beta2=two"], "`sft.adam_beta2` is 'two': Input should be a valid number"),
         (["sft.output_dir=x"], "`sft.output_dir` cannot be set: .*LLM_OUTPUT_DIR"),
+        (["sft.activation_offloading=true"], "`sft.activation_offloading` cannot be set: .*gradient_checkpointing"),
         (["dpo.max_length=9"], "`dpo.max_length` cannot be set: formatting.max_length"),
         (["sft.optim=adam"], "`sft.optim`: Input should be 'adamw_torch'"),
         (["sft.warmup_steps=3", "sft.warmup_ratio=0.2"], "warmup_steps and warmup_ratio are both set"),
