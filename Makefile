@@ -8,13 +8,13 @@ MAKE_PY = @$(BIN)/python -m tools.make $@
 
 # Values are passed to Python as environment variables, so that neither make nor a shell expands them. Variables that
 # the environment sets are ignored, except CONFIG and ARGS.
-VARIABLES  := CONFIG ARGS KIND VERSION NOTE FORMAT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
+VARIABLES  := CONFIG ARGS STAGE KIND VERSION NOTE FORMAT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
 MAKE_GIVEN := $(foreach v,$(VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)),$(if $(value $v),$v)))
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
-COMMANDS := run-sft run-dpo retrain datasets runs dashboard inspect push-dataset chat compare serve models promote \
+COMMANDS := run run-sft run-dpo retrain datasets runs dashboard inspect push-dataset chat compare serve models promote \
   rollback lineage verify export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
@@ -30,8 +30,9 @@ $(COMMANDS): .venv/ready
 ##@ Run pipelines
 run-sft:  ## train and evaluate an SFT adapter on documents or on your own data: [CONFIG=…]
 run-dpo:  ## train and evaluate a DPO adapter on top of the SFT adapter
-retrain:  ## SFT and DPO as one run
-datasets:  ## generate both datasets without training
+run:  ## train and evaluate a stage of the recipe's chain: STAGE=cpt|sft|dpo
+retrain:  ## all stages of the chain as one run
+datasets:  ## generate the datasets of the chain without training
 runs:  ## list the last runs
 dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
 

@@ -31,7 +31,15 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import (
+    DPOConfig,
+    LoraConfig,
+    Method,
+    ModelConfig,
+    SFTConfig,
+    TrackingConfig,
+    TrainingSetup,
+)
 from llm_engineering.training import estimate
 from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.policy import lora_config
@@ -49,7 +57,7 @@ class Case(NamedTuple):
 
     name: str
     stage: str = "sft"
-    method: str = "lora"
+    method: Method = "lora"
     hidden: int = 512
     layers: int = 8
     vocabulary: int = 16384
@@ -154,18 +162,15 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
     device = choose_device(compute)
     config = train_config(case)
     model_shape = model_config(case)
-    sft = config if isinstance(config, SFTConfig) else SFTConfig.model_validate(
-        config.model_dump(include=set(SFTConfig.model_fields)) | {"method": case.method}
-    )  # fmt: skip
     batch = estimate.batch_shape(config, case.length)
-    shapes = estimate.shapes(model_shape, sft, device, *batch)
-    memory = estimate.peak_memory(shapes, config, device, sft.method, *batch)
+    shapes = estimate.shapes(model_shape, case.method, LoraConfig(), device, *batch)
+    memory = estimate.peak_memory(shapes, config, device, case.method, *batch)
     rate = estimate.matmul_rate(device)
 
     set_seed(0)
     model = pin_revision(ModelConfig())
     setup = TrainingSetup(
-        model=model, method=sft.method, max_length=case.length, compute=compute, tracking=TrackingConfig(), seed=0
+        model=model, method=case.method, max_length=case.length, compute=compute, tracking=TrackingConfig(), seed=0
     )
     tokenizer = load_tokenizer(model, Settings())
     data = _data(case)
@@ -174,7 +179,7 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
         model_shape, dtype=torch.float32 if case.method == "full" else device.dtype, attn_implementation=case.attention
     )
     if case.method != "full":
-        policy = get_peft_model(policy, lora_config(sft.lora))
+        policy = get_peft_model(policy, lora_config(LoraConfig()))
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(llm_output_dir=Path(folder))
@@ -182,7 +187,8 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
         if isinstance(config, DPOConfig):
             trainer = dpo_trainer(TrainingRun("dpo", data, config, setup, settings, device, tokenizer), policy, config)
         else:
-            trainer = sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
+            run = TrainingRun("sft", data, config, setup, settings, device, tokenizer)
+            trainer = sft_trainer(run, policy, config)
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
         trainer.args.save_strategy = "no"
@@ -192,7 +198,7 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     tokens = batch[0] * batch[1] * case.accumulation
-    reached = tokens * estimate.flops_per_token(shapes, config, sft.method, case.length) / min(clock.seconds)
+    reached = tokens * estimate.flops_per_token(shapes, config, case.method, case.length) / min(clock.seconds)
     sender.send(
         {
             "before_mib": round(before / 2**20),

@@ -1,80 +1,97 @@
-"""The pipelines: documents → datasets → SFT → DPO → evaluation → promotion."""
+"""The pipelines: documents → datasets → the stages of the recipe's chain → evaluation → promotion."""
 
 from typing import Any
 
 from zenml import pipeline
+from zenml.client import Client
 
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
 from pipelines.inputs import Inputs
 from pipelines.promote import promote
 from steps.data import (
-    format_instructions,
-    format_preferences,
+    collect_texts,
+    format_rows,
     generate_instructions,
     generate_preferences,
-    load_instructions,
-    load_preferences,
-    prepare_instructions,
-    prepare_preferences,
+    load,
+    prepare,
     read_documents,
 )
-from steps.evaluation import evaluate_dpo, evaluate_sft
-from steps.training import train_dpo, train_sft
+from steps.evaluation import evaluate
+from steps.training import train_step
 
 
 @pipeline
 def generate_datasets(recipe: Recipe, inputs: Inputs) -> None:
-    """Generate both datasets, without training."""
-    documents = _documents(recipe, inputs)
-    _preferences(recipe, inputs, documents, _instructions(recipe, inputs, documents))
-
-
-@pipeline
-def sft(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
-    """Documents to an evaluated SFT adapter. `incumbent` is the adapter in production; None if there is none."""
-    instructions = _instructions(recipe, inputs, _documents(recipe, inputs))
-    formatted, adapter, training = _train_sft(recipe, inputs, instructions)
-    report = evaluate_sft(
-        formatted, instructions, adapter, training, recipe.evaluation, recipe.evaluation_setup, inputs.checks, incumbent
-    )
-    promote(report, recipe, inputs.code, inputs.incumbent)
-
-
-@pipeline
-def dpo(recipe: Recipe, inputs: Inputs, sft_adapter: Any, incumbent: Any = None) -> None:
-    """Documents and an SFT adapter to an evaluated DPO adapter. `incumbent` as in `sft`."""
-    documents = _documents(recipe, inputs)
-    instructions = _instructions(recipe, inputs, documents)
-    formatted, _ = format_instructions(instructions, recipe.model, recipe.formatting)
-    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, sft_adapter, incumbent)
+    """Generate the datasets of the chain, without training."""
+    datasets = _Datasets(recipe, inputs)
+    for kind in recipe.kinds(recipe.chain[-1]):
+        datasets.of(kind)
 
 
 @pipeline
 def retrain(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
-    """The whole chain as one run. `incumbent` as in `sft`."""
-    documents = _documents(recipe, inputs)
-    instructions = _instructions(recipe, inputs, documents)
-    formatted, adapter, _ = _train_sft(recipe, inputs, instructions)
-    _train_and_judge_dpo(recipe, inputs, documents, instructions, formatted, adapter, incumbent)
+    """The whole chain as one run. `incumbent` is the adapter in production; None if there is none."""
+    _train_and_judge(recipe, inputs, recipe.chain, incumbent)
 
 
-def _documents(recipe: Recipe, inputs: Inputs) -> Any:
-    """Read the documents to generate instructions from; None if the recipe names the user's own dataset."""
-    if recipe.data.instructions is not None:
-        return None
-    return read_documents(recipe.documents, inputs.documents)
+def run_stage(recipe: Recipe, inputs: Inputs, stage: str, incumbent: Any = None) -> None:
+    """Documents to the evaluated adapter of one stage. The adapters of the stages before it are in `inputs`."""
+    _train_and_judge(recipe, inputs, [stage], incumbent)
 
 
-def _instructions(recipe: Recipe, inputs: Inputs, documents: Any) -> Any:
-    data = recipe.data
-    if data.instructions is not None:
-        candidates = load_instructions(
-            data.instructions, data.test_instructions, data.format, data.columns, inputs.instructions
-        )
-    else:
-        candidates = generate_instructions(
-            documents,
+def stage_pipeline(stage: str) -> Any:
+    """The pipeline of a stage, which has the stage's name."""
+    return pipeline(name=stage)(run_stage)
+
+
+def step_of(name: str) -> Any:
+    """The step with this name in a run, e.g. `prepare_texts` or `train_sft`."""
+    if name.startswith("train_"):
+        return train_step(STAGES[name.removeprefix("train_")])
+    alone = (read_documents, collect_texts, generate_instructions, generate_preferences, promote)
+    shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate}
+    return next((step for step in alone if step.name == name), None) or shared[name.partition("_")[0]]
+
+
+class _Datasets:
+    """Adds the steps that make the dataset of each kind, each once."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
+        self.recipe, self.inputs = recipe, inputs
+        self._documents: Any = None
+        self._made: dict[str, Any] = {}
+
+    def of(self, kind: str) -> Any:
+        """The dataset of a kind, checked and split."""
+        if kind not in self._made:
+            candidates = {"text": self._texts, "instruction": self._instructions, "preference": self._preferences}[
+                kind
+            ]()
+            step = prepare.with_options(substitutions={"kind": kind})
+            self._made[kind] = step(
+                kind, candidates, self.recipe.data.checks, self.inputs.evaluation, id=f"prepare_{kind}s"
+            )
+        return self._made[kind]
+
+    def documents(self) -> Any:
+        """The documents; None if the recipe names the user's own instructions and trains on no text."""
+        if self._documents is None and self.recipe.reads_documents:
+            self._documents = read_documents(self.recipe.documents, self.inputs.documents)
+        return self._documents
+
+    def _texts(self) -> Any:
+        data = self.recipe.data
+        return collect_texts(self.documents(), data.replay, data.split, self.inputs.replay)
+
+    def _instructions(self) -> Any:
+        recipe, data = self.recipe, self.recipe.data
+        if data.instructions is not None:
+            return self._own("instruction", data.instructions, data.test_instructions, self.inputs.instructions)
+        return generate_instructions(
+            self.documents(),
             recipe.documents,
             recipe.model,
             recipe.formatting.chat_template,
@@ -83,19 +100,14 @@ def _instructions(recipe: Recipe, inputs: Inputs, documents: Any) -> Any:
             recipe.generation.part(InstructionWriting),
             recipe.seed,
         )
-    return prepare_instructions(candidates, data.checks, inputs.evaluation)
 
-
-def _preferences(recipe: Recipe, inputs: Inputs, documents: Any, instructions: Any) -> Any:
-    data = recipe.data
-    if data.preferences is not None:
-        candidates = load_preferences(
-            data.preferences, data.test_preferences, data.format, data.columns, inputs.preferences
-        )
-    else:
-        candidates = generate_preferences(
-            instructions,
-            documents,
+    def _preferences(self) -> Any:
+        recipe, data = self.recipe, self.recipe.data
+        if data.preferences is not None:
+            return self._own("preference", data.preferences, data.test_preferences, self.inputs.preferences)
+        return generate_preferences(
+            self.of("instruction"),
+            self.documents() if data.instructions is None else None,
             recipe.model,
             recipe.formatting.chat_template,
             recipe.compute.one_process,
@@ -103,38 +115,63 @@ def _preferences(recipe: Recipe, inputs: Inputs, documents: Any, instructions: A
             recipe.generation.part(PreferenceWriting),
             recipe.seed,
         )
-    return prepare_preferences(candidates, data.checks, inputs.evaluation)
+
+    def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:
+        data = self.recipe.data
+        step = load.with_options(substitutions={"kind": kind})
+        return step(kind, path, test_path, data.format, data.columns, content_hash, id=f"load_{kind}s")
 
 
-def _train_sft(recipe: Recipe, inputs: Inputs, instructions: Any) -> tuple[Any, Any, Any]:
-    formatted, _ = format_instructions(instructions, recipe.model, recipe.formatting)
-    adapter, training = train_sft(formatted, recipe.sft, recipe.setup, inputs.sft_recipe)
-    return formatted, adapter, training
+def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbent: Any) -> None:
+    """Train stages of the chain, evaluate the model of every stage, and judge the last one.
 
-
-def _train_and_judge_dpo(
-    recipe: Recipe,
-    inputs: Inputs,
-    documents: Any,
-    instructions: Any,
-    formatted: Any,
-    sft_adapter: Any,
-    incumbent: Any,
-) -> None:
-    preferences = _preferences(recipe, inputs, documents, instructions)
-    formatted_dpo, _ = format_preferences(preferences, recipe.model, recipe.formatting)
-    adapter, training = train_dpo(formatted_dpo, sft_adapter, recipe.dpo, recipe.setup, inputs.dpo_recipe)
-    report = evaluate_dpo(
-        formatted,
-        formatted_dpo,
-        instructions,
-        preferences,
-        sft_adapter,
-        adapter,
-        training,
+    Args:
+        trained: the stages to train. The adapters of the stages before them come from earlier runs.
+    """
+    last = trained[-1]
+    chain = recipe.chain_to(last)
+    datasets = _Datasets(recipe, inputs)
+    adapters = {stage: Client().get_artifact_version(number) for stage, number in inputs.adapters.items()}
+    # The formatted rows of each kind, on which the models are compared: those of the first stage with this kind.
+    formatted: dict[str, Any] = {}
+    report: Any = None
+    start: Any = None
+    for stage in chain:
+        kind = STAGES[stage].rows
+        if stage in trained or kind not in formatted:
+            rows = _format(recipe, stage, kind, datasets.of(kind))
+            formatted.setdefault(kind, rows)
+        if stage in trained:
+            adapters[stage], report = train_step(STAGES[stage])(
+                rows,
+                stage,
+                STAGES[stage].train,
+                recipe.block(stage).model_dump(),
+                recipe.setup,
+                inputs.recipes[stage],
+                start,
+                id=f"train_{stage}",
+            )
+        start = adapters[stage]
+    for kind in recipe.kinds(last):
+        if kind not in formatted:
+            formatted[kind] = _format(recipe, FIRST_OF_KIND[kind], kind, datasets.of(kind))
+    evaluation = evaluate(
+        report,
+        chain,
         recipe.evaluation,
         recipe.evaluation_setup,
         inputs.checks,
-        incumbent,
+        incumbent=incumbent,
+        **{f"formatted_{kind}": rows for kind, rows in formatted.items()},
+        **{f"{kind}_dataset": datasets.of(kind) for kind in formatted},
+        **{f"{stage}_adapter": adapter for stage, adapter in adapters.items()},
+        id=f"evaluate_{last}",
     )
-    promote(report, recipe, inputs.code, inputs.incumbent, sft_adapter)
+    promote(evaluation, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
+
+
+def _format(recipe: Recipe, stage: str, kind: str, dataset: Any) -> Any:
+    step = format_rows.with_options(substitutions={"stage": stage})
+    formatted, _ = step(stage, kind, dataset, recipe.model, recipe.formatting, id=f"format_{stage}")
+    return formatted

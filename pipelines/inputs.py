@@ -1,17 +1,18 @@
-"""The inputs of a run that are not in its recipe: hashes of files, and the model in production."""
+"""The inputs of a run that are not in its recipe: hashes of files, and models of earlier runs."""
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 
 class Inputs(BaseModel):
     """Inputs of a run that are not in its recipe. Files are hashes, so that a changed file is a changed parameter.
 
     Attributes:
-        documents, instructions, preferences: hash of the files that the recipe names, with their test splits; None if
-            it names none.
+        documents, instructions, preferences, replay: hash of the files that the recipe names, with their test splits;
+            None if it names none.
         evaluation: hash of the files in `data.decontaminate_against`; None if there are none.
         checks: hash of the user's own check and the folder of lm-eval's tasks; None if there are none.
-        sft_recipe, dpo_recipe: hash of everything that decides the result of the training stage.
+        recipes: for each stage, the hash of everything that decides its result.
+        adapters: for each stage that an earlier run has trained, the id of its adapter's version.
         incumbent: the version in production when the run begins; None if there is none.
         code: the project's commit, with `+changes` if files differ from it.
     """
@@ -19,9 +20,10 @@ class Inputs(BaseModel):
     documents: str | None
     instructions: str | None
     preferences: str | None
+    replay: str | None
     evaluation: str | None
     checks: str | None
-    sft_recipe: str
-    dpo_recipe: str
+    recipes: dict[str, str]
     code: str
+    adapters: dict[str, str] = Field(default_factory=dict)
     incumbent: int | None = None

@@ -25,14 +25,13 @@ def promote(
     recipe: Recipe,
     code_version: str,
     incumbent: int | None,
-    sft_adapter: Directory | None = None,
+    adapters: list[str],
 ) -> Annotated[PromotionDecision, "promotion_decision"]:
     """Apply the gate to this run's measures. If it passes, move the run's model version to a stage.
 
     Args:
         incumbent: the version in production when the run began. If production has changed since, nothing is moved.
-        sft_adapter: the adapter that DPO started from, perhaps from an earlier run. It is linked to this run's model
-            version too.
+        adapters: the versions of the adapters from earlier runs. They are linked to this run's model version too.
     """
     report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
     decision = decide(report, recipe.promotion, incumbent)
@@ -44,9 +43,8 @@ def promote(
     }
     log_metadata(metadata=facts, infer_model=True)
     context = get_step_context()
-    if sft_adapter is not None:
-        for version in context.step_run.inputs["sft_adapter"]:
-            link_artifact_to_model(version, context.model)
+    for version in adapters:
+        link_artifact_to_model(Client().get_artifact_version(version), context.model)
     if decision.stage is not None:
         own = Client().get_model_version(None, context.model.id)
         try:

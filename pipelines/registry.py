@@ -24,6 +24,7 @@ from zenml.exceptions import EntityExistsError
 from zenml.models import ArtifactVersionResponse, ModelVersionResponse
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import ModelConfig
 from steps.materializers import HashedPydanticMaterializer
 
@@ -119,7 +120,7 @@ def incumbent(model: str) -> Incumbent | None:
 
 def adapter_of(version: ModelVersionResponse) -> Adapter | None:
     """The last adapter that the version's run trained, or None if it trained none."""
-    for name in ("dpo", "sft"):
+    for name in reversed(STAGES):
         artifact = version.get_artifact(f"{name}_adapter")
         if artifact is not None:
             facts = artifact.run_metadata

@@ -53,14 +53,19 @@ def project_step(*, files: Sequence[Path] = (), **options: Any) -> Callable[[Cal
     return decorate
 
 
-def code_version(module: str, name: str, files: Sequence[Path] = ()) -> str:
-    """Hash (twelve hex digits) of the code reachable from `module.name`, the library versions and the files."""
+def code_version(module: str, name: str, files: Sequence[Path] = (), also: tuple[str, str] | None = None) -> str:
+    """Hash (twelve hex digits) of the code reachable from `module.name`, the library versions and the files.
+
+    Args:
+        also: module and name of a function that the code imports by its name, so that it cannot be followed.
+    """
     digest = hashlib.sha256()
     for library in LIBRARIES:
         digest.update(f"{library}=={importlib.metadata.version(library)}\n".encode())
     for file in files:
         digest.update(file.read_bytes())
-    for key, node in sorted(reachable(module, name).items()):
+    found = reachable(module, name) | (reachable(*also) if also else {})
+    for key, node in sorted(found.items()):
         digest.update(f"{key}\n{_dump(node)}\n".encode())
     return digest.hexdigest()[:12]
 

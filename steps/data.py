@@ -9,13 +9,22 @@ from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
-from llm_engineering.data.prepare import check_splits, prepare
-from llm_engineering.data.rows import SPLITS, instruction_dataset, instruction_row, preference_dataset
+from llm_engineering.data.prepare import check_splits
+from llm_engineering.data.prepare import prepare as prepare_rows
+from llm_engineering.data.rows import (
+    FEATURES,
+    SPLITS,
+    instruction_dataset,
+    instruction_row,
+    preference_dataset,
+    to_dataset,
+)
 from llm_engineering.data.storage import work_folder
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
+from llm_engineering.documents.texts import document_rows, replay_rows
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
@@ -24,7 +33,7 @@ from llm_engineering.generation.preferences import generate_preferences as gener
 from llm_engineering.generation.prompts import PROMPT_FILES
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig
+from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ReplayConfig, SplitConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
@@ -70,31 +79,6 @@ def generate_instructions(
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
-def load_instructions(
-    path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
-) -> Annotated[DatasetDict, "instruction_candidates"]:
-    """Read the user's own instruction dataset and its test split."""
-    return _load("instruction", path, test_path, format_name, columns, content_hash)
-
-
-@project_step(output_materializers=HFDatasetMaterializer)
-def prepare_instructions(
-    candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
-) -> Annotated[DatasetDict, "instruction_dataset"]:
-    """Check, judge and split the rows. `evaluation_hash` is of `data.decontaminate_against`."""
-    return _prepare("instruction", candidates, checks, evaluation_hash)
-
-
-@project_step(output_materializers={"formatted_sft": HFDatasetMaterializer, "data_report": DirectoryMaterializer})
-def format_instructions(
-    dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
-) -> tuple[Annotated[DatasetDict, "formatted_sft"], Annotated[Directory, "data_report"]]:
-    """Render and label each row, and write the data report."""
-    formatted, report = _format("instruction", "formatted_sft", dataset, model, formatting)
-    return formatted, report
-
-
-@project_step(output_materializers=HFDatasetMaterializer)
 def generate_preferences(
     dataset: DatasetDict,
     documents: DatasetDict | None,
@@ -120,33 +104,26 @@ def generate_preferences(
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
-def load_preferences(
-    path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
-) -> Annotated[DatasetDict, "preference_candidates"]:
-    """Read the user's own preference dataset and its test split."""
-    return _load("preference", path, test_path, format_name, columns, content_hash)
+def collect_texts(
+    documents: DatasetDict, replay: ReplayConfig | None, split: SplitConfig, content_hash: str | None
+) -> Annotated[DatasetDict, "text_candidates"]:
+    """Make a text row of each document, and add the share of the general dataset. `content_hash` is of that dataset."""
+    ledger = Ledger.load(documents)
+    rows = document_rows([Document.model_validate(d) for d in documents["documents"]])
+    replayed, rejected = replay_rows(replay, rows, split) if replay is not None else ([], [])
+    ledger.record("text", len(rows) + len(replayed) + len(rejected), len(rows) + len(replayed), rejected)
+    facts = {"content_hash": content_hash} if content_hash is not None else {}
+    log_rows("text_candidates", ledger, "text", replayed=len(replayed), **facts)
+    sources = fingerprint_table(dataset_fingerprints([replay.path if replay is not None else None]))
+    texts = to_dataset([row.record() for row in rows + replayed], FEATURES["text"])
+    return DatasetDict(rows=texts, sources=sources, **ledger.datasets())
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
-def prepare_preferences(
-    candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
-) -> Annotated[DatasetDict, "preference_dataset"]:
-    """Check, judge and split the rows. `evaluation_hash` is of `data.decontaminate_against`."""
-    return _prepare("preference", candidates, checks, evaluation_hash)
-
-
-@project_step(output_materializers={"formatted_dpo": HFDatasetMaterializer, "data_report": DirectoryMaterializer})
-def format_preferences(
-    dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
-) -> tuple[Annotated[DatasetDict, "formatted_dpo"], Annotated[Directory, "data_report"]]:
-    """Render and label each pair, and write the data report."""
-    formatted, report = _format("preference", "formatted_dpo", dataset, model, formatting)
-    return formatted, report
-
-
-def _load(
+def load(
     kind: str, path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
-) -> DatasetDict:
+) -> Annotated[DatasetDict, "{kind}_candidates"]:
+    """Read the user's own dataset of a kind and its test split."""
     data = DataConfig.model_validate({"format": format_name, "columns": columns})
     ledger = Ledger()
     folder = work_folder()
@@ -159,11 +136,15 @@ def _load(
     return DatasetDict(**candidates, sources=sources, **ledger.datasets())
 
 
-def _prepare(kind: str, candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None) -> DatasetDict:
+@project_step(output_materializers=HFDatasetMaterializer)
+def prepare(
+    kind: str, candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
+) -> Annotated[DatasetDict, "{kind}_dataset"]:
+    """Check, judge and split the rows of a kind. `evaluation_hash` is of `data.decontaminate_against`."""
     ledger = Ledger.load(candidates)
     evaluation = load_evaluation(checks.decontaminate_against, checks.decontaminate_ngram)
     own_test = candidates.get("test_rows")
-    prepared = prepare(candidates["rows"], kind, checks, ledger, work_folder(), own_test, evaluation)
+    prepared = prepare_rows(candidates["rows"], kind, checks, ledger, work_folder(), own_test, evaluation)
     check_splits(prepared.splits, kind, ledger)
     facts: dict[str, Any] = {name: len(part) for name, part in prepared.splits.items()}
     if evaluation_hash is not None:
@@ -172,15 +153,17 @@ def _prepare(kind: str, candidates: DatasetDict, checks: DataConfig, evaluation_
     return DatasetDict(**prepared.splits, **prepared.tables(), **ledger.datasets())
 
 
-def _format(
-    kind: str, output: str, dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
-) -> tuple[DatasetDict, Directory]:
+@project_step(output_materializers={"formatted_{stage}": HFDatasetMaterializer, "data_report": DirectoryMaterializer})
+def format_rows(
+    stage: str, kind: str, dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
+) -> tuple[Annotated[DatasetDict, "formatted_{stage}"], Annotated[Directory, "data_report"]]:
+    """Render and label the rows of a stage, and write the data report."""
     ledger = Ledger.load(dataset)
     folder = work_folder()
     splits = {name: dataset[name] for name in SPLITS}
     tokenizer = load_tokenizer(model, Settings(), formatting.chat_template)
     formatted, lengths = format_splits(splits, kind, tokenizer, formatting, folder, ledger)
     report = write_data_report(folder / "report", kind, ledger, dataset, lengths, formatting.max_length)
-    log_rows(output, ledger, kind, tokens=report["tokens"]["total"], base_model=model.name_or_path)
+    log_rows(f"formatted_{stage}", ledger, kind, tokens=report["tokens"]["total"], base_model=model.name_or_path)
     log_rows("data_report", ledger, kind, **report["rows"])
     return formatted, Directory(path=folder / "report")

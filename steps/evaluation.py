@@ -1,19 +1,21 @@
-"""Steps that evaluate models on held-out rows."""
+"""The step that evaluates models on held-out rows."""
 
+import inspect
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from datasets import DatasetDict
 
-from llm_engineering.data.rows import instruction_row, preference_row
-from llm_engineering.evaluation.evaluate import evaluate
-from llm_engineering.evaluation.heldout import HeldOut, held_out
+from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
+from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.judge import PROMPT_FILE
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.reports.page import write_report
@@ -22,68 +24,57 @@ from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
 
 
-@project_step(output_materializers=DirectoryMaterializer, files=[PROMPT_FILE])
-def evaluate_sft(
-    formatted_sft: DatasetDict,
-    instruction_dataset: DatasetDict,
-    sft_adapter: Directory,
-    training_report: Directory,
-    config: EvaluationConfig,
-    setup: TrainingSetup,
-    files_hash: str | None,
-    incumbent: Directory | None = None,
-) -> Annotated[Directory, "evaluation_report"]:
-    """Measure the base model, the SFT model and the model in production on held-out rows.
-
-    `files_hash` is the hash of the files that the evaluation reads, so that a changed file runs this step again.
-    """
-    rows = held_out(formatted_sft["test"], [instruction_row(record) for record in instruction_dataset["test"]])
-    return _evaluate({"sft": sft_adapter}, rows, config, setup, training_report, files_hash, incumbent)
+def _with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a step an input `<stage>_adapter` for each stage, because ZenML takes no `**adapters`."""
+    signature = inspect.signature(function)
+    fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    adapters = [
+        inspect.Parameter(f"{stage}_adapter", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Directory | None)
+        for stage in STAGES
+    ]
+    function.__signature__ = signature.replace(parameters=[*fixed, *adapters])  # type: ignore[attr-defined]
+    return function
 
 
 @project_step(output_materializers=DirectoryMaterializer, files=[PROMPT_FILE])
-def evaluate_dpo(
-    formatted_sft: DatasetDict,
-    formatted_dpo: DatasetDict,
-    instruction_dataset: DatasetDict,
-    preference_dataset: DatasetDict,
-    sft_adapter: Directory,
-    dpo_adapter: Directory,
+@_with_adapters
+def evaluate(
     training_report: Directory,
+    chain: list[str],
     config: EvaluationConfig,
     setup: TrainingSetup,
     files_hash: str | None,
+    formatted_text: DatasetDict | None = None,
+    text_dataset: DatasetDict | None = None,
+    formatted_instruction: DatasetDict | None = None,
+    instruction_dataset: DatasetDict | None = None,
+    formatted_preference: DatasetDict | None = None,
+    preference_dataset: DatasetDict | None = None,
     incumbent: Directory | None = None,
+    **adapters: Directory | None,
 ) -> Annotated[Directory, "evaluation_report"]:
-    """Measure the base, SFT and DPO models and the model in production on held-out rows and pairs.
+    """Measure the base model, the model of each stage and the model in production on held-out rows.
 
-    `files_hash` as in `evaluate_sft`.
+    Args:
+        chain: the stages, in their order.
+        files_hash: hash of the files that the evaluation reads, so that a changed file runs this step again.
     """
-    rows = held_out(
-        formatted_sft["test"],
-        [instruction_row(record) for record in instruction_dataset["test"]],
-        formatted_dpo["test"],
-        [preference_row(record) for record in preference_dataset["test"]],
+    # Join the held-out rows of each kind
+    formatted = {"text": formatted_text, "instruction": formatted_instruction, "preference": formatted_preference}
+    rows = {"text": text_dataset, "instruction": instruction_dataset, "preference": preference_dataset}
+    heldout = held_out(
+        {kind: data["test"] for kind, data in formatted.items() if data is not None},
+        {kind: data["test"] for kind, data in rows.items() if data is not None},
     )
-    adapters = {"sft": sft_adapter, "dpo": dpo_adapter}
-    return _evaluate(adapters, rows, config, setup, training_report, files_hash, incumbent)
 
+    # Evaluate the models
+    trained = {stage: adapters[f"{stage}_adapter"] for stage in chain} | {INCUMBENT: incumbent}
+    folders = {name: model.path for name, model in trained.items() if model is not None}
+    data = evaluate_models(folders, heldout, config, setup, Settings())
 
-def _evaluate(
-    adapters: dict[str, Directory],
-    rows: HeldOut,
-    config: EvaluationConfig,
-    setup: TrainingSetup,
-    training_report: Directory,
-    files_hash: str | None,
-    incumbent: Directory | None,
-) -> Directory:
-    folder = Path(tempfile.mkdtemp())
-    folders = {name: adapter.path for name, adapter in adapters.items()}
-    if incumbent is not None:
-        folders[INCUMBENT] = incumbent.path
+    # Write the page
     training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
-    data = evaluate(folders, rows, config, setup, Settings())
+    folder = Path(tempfile.mkdtemp())
     write_report(folder, data, evaluation_page(data, training))
     files = {"files_hash": files_hash} if files_hash is not None else {}
     log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"], **files)

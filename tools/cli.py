@@ -75,7 +75,7 @@ GROUPS = {
 
 COMMANDS: dict[str, list[Entry]] = {
     "Run pipelines": [
-        Entry("run", "run:run", "Run a pipeline: sft, dpo, retrain or datasets."),
+        Entry("run", "run:run", "Run a stage of the chain, the whole chain, or only the generation of data."),
         Entry("runs", "results:runs", "List the last runs."),
         Entry("dashboard", "serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
     ],

@@ -188,7 +188,7 @@ def _made_with(dataset: ArtifactVersionResponse, recipe: Recipe, kind: str) -> R
         RequestError: it differs from the given recipe in keys that decide the rows.
     """
     try:
-        made_with = Recipe.model_validate(_parameters(dataset)["recipe"])
+        made_with: Recipe = Recipe.model_validate(_parameters(dataset)["recipe"])
     except (KeyError, ValidationError) as error:
         raise RequestError(
             f"The newest {kind} dataset of {recipe.name} was made with another version of the recipe's schema. "

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
 
 if TYPE_CHECKING:
@@ -165,13 +166,15 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
             f"Version {number} of {recipe.name} was not evaluated, so its card would have no results. "
             "Run the training command again."
         )
-    kinds = {"instruction": "formatted_sft", **({"preference": "formatted_dpo"} if found.name == "dpo" else {})}
+    kinds: dict[str, str] = {}
+    for stage in made_with.chain_to(found.name):
+        kinds.setdefault(STAGES[stage].rows, f"formatted_{stage}")
     report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
     adapter = own[f"{found.name}_adapter"]
     limits = [
         limit
         for kind in kinds
-        for limit in data_card.limits(kind, _own_dataset(made_with, kind) is not None, made_with.data.rules)  # type: ignore[arg-type]
+        for limit in data_card.limits(kind, _own_dataset(made_with, kind) is not None, made_with.data.rules)
     ]
     return ModelCardFacts(
         recipe=made_with,
@@ -192,7 +195,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
 
 
 def _own_dataset(recipe: Recipe, kind: str) -> str | None:
-    return recipe.data.instructions if kind == "instruction" else recipe.data.preferences
+    return {"instruction": recipe.data.instructions, "preference": recipe.data.preferences}.get(kind)
 
 
 def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
@@ -203,10 +206,13 @@ def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse],
     facts: Any = dataset.run_metadata
     # Generated pairs are made from the instructions, so both have the same origin.
     source = _own_dataset(recipe, kind)
-    origin = own[f"{kind}_candidates"] if source is not None else own.get("documents", own["instruction_candidates"])
+    origin = (
+        own[f"{kind}_candidates"] if source is not None else own.get("documents", own.get("instruction_candidates"))
+    )
+    assert origin is not None
     return DatasetFacts(
         name=dataset.artifact.name,
-        source=public_name(source or recipe.data.instructions or recipe.documents.path),
+        source=public_name(source or (recipe.data.instructions if kind != "text" else None) or recipe.documents.path),
         hash=str(origin.run_metadata["content_hash"]),
         rows={split: facts[split] for split in ("train", "validation", "test")},
         tokens=int(str(own[formatted].run_metadata["tokens"])) if formatted in own else None,

@@ -38,6 +38,7 @@ _SCHEDULE = ("NAME", "TARGET")
 _TIMED = ("CONFIG", *_SCHEDULE, "CRON", "TIMEZONE", "DOCUMENTS")
 
 TARGETS = {
+    "run": Target("run", ("CONFIG",), "STAGE"),
     "run-sft": Target("run sft", ("CONFIG",)),
     "run-dpo": Target("run dpo", ("CONFIG",)),
     "retrain": Target("run retrain", ("CONFIG",)),

@@ -12,6 +12,7 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -22,6 +23,7 @@ from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import documents_hash, read_documents
+from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.formatting.render import check_chat_template
@@ -34,7 +36,8 @@ from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWr
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, DPOConfig, TrainConfig
+from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, DPOConfig, PackedConfig, TrainConfig
 from llm_engineering.training.estimate import (
     UTILISATION,
     Memory,
@@ -67,34 +70,59 @@ _PLAIN = (".json", ".jsonl", ".csv")
 GIB = 2**30
 
 
-def stages_of(pipeline: str) -> list[str]:
-    """The training stages of a pipeline, in order."""
-    return {"datasets": [], "sft": ["sft"], "dpo": ["dpo"], "retrain": ["sft", "dpo"]}[pipeline]
+def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
+    """The stages that a pipeline trains, in order.
+
+    Raises:
+        RequestError: the pipeline is a stage that is not in the recipe's chain.
+    """
+    if pipeline == "datasets":
+        return []
+    if pipeline == "retrain":
+        return recipe.chain
+    if pipeline not in recipe.chain:
+        raise RequestError(
+            f"The recipe's chain is {', '.join(recipe.chain)}, without the stage {pipeline}. Add it to chain, or run one of "
+            "these stages."
+        )
+    return [pipeline]
 
 
 def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
     """The steps of a pipeline with this recipe, in order."""
-    instructions = (
-        ["load_instructions"] if recipe.data.instructions is not None else ["read_documents", "generate_instructions"]
-    ) + ["prepare_instructions"]
-    preferences = ["load_preferences" if recipe.data.preferences is not None else "generate_preferences"]
-    preferences.append("prepare_preferences")
-    dpo = [*preferences, "format_preferences", "train_dpo", "evaluate_dpo", "promote"]
-    return {
-        "datasets": [*instructions, *preferences],
-        "sft": [*instructions, "format_instructions", "train_sft", "evaluate_sft", "promote"],
-        "dpo": [*instructions, "format_instructions", *dpo],
-        "retrain": [*instructions, "format_instructions", "train_sft", *dpo],
-    }[pipeline]
+    trained = stages_of(pipeline, recipe)
+    last = trained[-1] if trained else recipe.chain[-1]
+    made: list[str] = []
+    for kind in recipe.kinds(last):
+        made += [step for step in _dataset_steps(kind, recipe) if step not in made]
+    if not trained:
+        return made
+    kinds: set[str] = set()
+    for stage in recipe.chain_to(last):
+        if stage in trained or STAGES[stage].rows not in kinds:
+            made.append(f"format_{stage}")
+        made += [f"train_{stage}"] if stage in trained else []
+        kinds.add(STAGES[stage].rows)
+    made += [f"format_{FIRST_OF_KIND[kind]}" for kind in recipe.kinds(last) if kind not in kinds]
+    return [*made, f"evaluate_{last}", "promote"]
+
+
+def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
+    """The steps that make the dataset of a kind."""
+    own = {"instruction": recipe.data.instructions, "preference": recipe.data.preferences}.get(kind)
+    reading = ["read_documents"] if kind == "text" or recipe.data.instructions is None else []
+    make = "collect_texts" if kind == "text" else f"generate_{kind}s"
+    return [*([f"load_{kind}s"] if own is not None else [*reading, make]), f"prepare_{kind}s"]
 
 
 def print_plan(pipeline: str, recipe: Recipe) -> None:
     """Print the resolved recipe as YAML, the steps, and an estimate of the memory and time of training."""
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")
-    if pipeline == "dpo":
-        print("If no SFT model of this recipe is registered, the pipeline sft runs first.")
-    print("\n" + "\n".join(estimate_lines(recipe, stages_of(pipeline))))
+    before = recipe.chain_to(pipeline)[:-1] if pipeline in recipe.chain else []
+    if before:
+        print(f"If no {before[-1]} model of this recipe is registered, the pipeline {before[-1]} runs first.")
+    print("\n" + "\n".join(estimate_lines(recipe, stages_of(pipeline, recipe))))
 
 
 def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
@@ -110,9 +138,13 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     if recipe.compute.sagemaker is not None:
         check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
     data = recipe.data
-    documents = documents_hash(recipe.documents) if data.instructions is None else None
+    documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
     preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    replay = None
+    if data.replay is not None:
+        check_replay(data.replay)
+        replay = dataset_hash(data.replay.path)
     check_evaluation(data.decontaminate_against)
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
@@ -121,26 +153,50 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
     )
     _check_tokenizer(recipe)
-    if uses_unsloth and recipe.sft.packing:
-        check_packable(load_config(recipe.model, Settings()).model_type)
-    sft_stage = {
+    for stage in recipe.chain:
+        config = recipe.block(stage)
+        if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
+            check_packable(load_config(recipe.model, Settings()).model_type)
+    unused = [stage for stage in STAGES if getattr(recipe, stage) is not None and stage not in recipe.chain]
+    if unused:
+        logger.info("Not used, because chain is %s: %s", ", ".join(recipe.chain), ", ".join(unused))
+    shared = {
         "inputs": [documents, instructions, evaluation],
         "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),
         "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
-        **recipe.model_dump(mode="json", include={"model", "seed", "formatting", "sft"}),
-        "documents": recipe.documents.model_dump() if instructions is None else None,
+        **recipe.model_dump(mode="json", include={"model", "seed", "formatting"}),
+        "documents": recipe.documents.model_dump() if recipe.reads_documents else None,
         "data": recipe.data.checks.model_dump(),
     }
     return recipe, Inputs(
         documents=documents,
         instructions=instructions,
         preferences=preferences,
+        replay=replay,
         evaluation=evaluation,
         checks=checks,
-        sft_recipe=recipe_hash(sft_stage),
-        dpo_recipe=recipe_hash({**sft_stage, "dpo": recipe.dpo.model_dump(), "preferences": preferences}),
+        recipes=_stage_hashes(recipe, shared, {"preferences": preferences, "replay": replay}),
         code=code_version(),
     )
+
+
+def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | None]) -> dict[str, str]:
+    """For each stage, the hash of everything that decides its result, with all stages before it.
+
+    Args:
+        shared: what decides the result of every stage.
+        own: hashes of the files that only the stages of one kind of rows read.
+    """
+    hashes: dict[str, str] = {}
+    decided = dict(shared)
+    for stage in recipe.chain:
+        decided[stage] = recipe.block(stage).model_dump(mode="json")
+        if STAGES[stage].rows == "preference":
+            decided["preferences"] = own["preferences"]
+        if STAGES[stage].rows == "text":
+            decided["replay"] = [own["replay"], recipe.data.replay.model_dump() if recipe.data.replay else None]
+        hashes[stage] = recipe_hash(decided)
+    return hashes
 
 
 def _check_machine(recipe: Recipe) -> bool:
@@ -155,9 +211,14 @@ def _check_machine(recipe: Recipe) -> bool:
         return compute.backend == "unsloth"
     device = choose_device(compute)
     check_processes(compute, device)
-    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
-    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
-    return choose_backend(device, compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora).backend == "unsloth"
+    return _checked(recipe, device).backend == "unsloth"
+
+
+def _checked(recipe: Recipe, device: Device) -> Device:
+    """Check the method and the optimisers, and choose the backend."""
+    for stage in recipe.chain:
+        check_training(stage, recipe.method, recipe.block(stage).optim, device)
+    return choose_backend(device, recipe.compute, recipe.method, use_dora=recipe.lora.use_dora)
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
@@ -222,7 +283,7 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
     lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
     rate = matmul_rate(device) if here else 0.0
     for stage in stages:
-        config = _config(recipe, stage)
+        config = recipe.block(stage)
         memory = _memory(recipe, config, found[stage], device)
         free = f"; {free_memory(device) / GIB:.1f} GiB are free" if here else ""
         lines.append(f"{stage}: about {memory} at its peak, with rows of max_length{free}")
@@ -245,7 +306,7 @@ def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
         return
     device = _device(recipe)
     for stage in stages:
-        config = _config(recipe, stage)
+        config = recipe.block(stage)
         try:
             found = _shapes(recipe, stage, device)
         except (OSError, ValueError) as error:
@@ -258,9 +319,15 @@ def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
 
 def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
     """The maximum number of tokens of an epoch, and its source; None if it is unknown before the data is prepared."""
-    own = recipe.data.instructions if stage == "sft" else recipe.data.preferences
+    kind = STAGES[stage].rows
     split = recipe.data.split
     share = 1 - split.validation_fraction - split.test_fraction
+    if kind == "text":
+        texts, _ = read_documents(recipe.documents)
+        tokens = share * sum(len(text.text) for text in texts) / CHARACTERS_PER_TOKEN
+        replayed = recipe.data.replay.share if recipe.data.replay is not None else 0.0
+        return tokens / (1 - replayed), f"the size of {len(texts)} documents" + (" and the replay" if replayed else "")
+    own = recipe.data.instructions if kind == "instruction" else recipe.data.preferences
     if own is not None:
         return _own_tokens(own, share)
     if recipe.data.instructions is not None:
@@ -272,7 +339,7 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
     if writing.answers == "model" and writing.answer_max_new_tokens is not None:
         answers = [float(writing.answer_max_new_tokens)] * len(passages)
     prompt = writing.question_max_new_tokens + TEMPLATE_TOKENS
-    if stage == "dpo":
+    if kind == "preference":
         answers = [
             2 * prompt + answer + writing.rejected_max_new_tokens for answer in answers[: writing.max_preferences]
         ]
@@ -289,10 +356,7 @@ def _own_tokens(reference: str, share: float) -> tuple[float, str] | None:
 
 
 def _device(recipe: Recipe) -> Device:
-    device = choose_device(recipe.compute)
-    check_training("sft", recipe.sft.method, recipe.sft.optim, device)
-    check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
-    return choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+    return _checked(recipe, choose_device(recipe.compute))
 
 
 def _other_device(recipe: Recipe) -> Device:
@@ -301,19 +365,15 @@ def _other_device(recipe: Recipe) -> Device:
     return Device("cpu" if recipe.compute.device == "cpu" else "cuda", dtype, "sdpa", [])
 
 
-def _config(recipe: Recipe, stage: str) -> TrainConfig:
-    return recipe.sft if stage == "sft" else recipe.dpo
-
-
 def _shapes(recipe: Recipe, stage: str, device: Device) -> Shapes:
-    rows, length = batch_shape(_config(recipe, stage), recipe.formatting.max_length)
+    rows, length = batch_shape(recipe.block(stage), recipe.formatting.max_length)
     model = load_config(recipe.model, Settings())
-    return shapes(model, recipe.sft, device, rows, length, recipe.model.trust_remote_code)
+    return shapes(model, recipe.method, recipe.lora, device, rows, length, recipe.model.trust_remote_code)
 
 
 def _memory(recipe: Recipe, config: TrainConfig, found: Shapes, device: Device) -> Memory:
     rows, length = batch_shape(config, recipe.formatting.max_length)
-    return peak_memory(found, config, device, recipe.sft.method, rows, length)
+    return peak_memory(found, config, device, recipe.method, rows, length)
 
 
 def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, device: Device) -> str:
@@ -323,14 +383,14 @@ def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, de
     where = "the card" if device.name == "cuda" else "this machine"
     return (
         f"{stage} may need {memory.total / GIB:.1f} GiB of memory, and {where} has {free / GIB:.1f} GiB free. "
-        f"If memory runs out: {remedy(config, stage, recipe.sft.method)}."
+        f"If memory runs out: {remedy(config, stage, recipe.method)}."
     )
 
 
 def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: float, device: Device) -> str:
     known = tokens_of(recipe, stage)
     length = recipe.formatting.max_length
-    flops = flops_per_token(found, config, recipe.sft.method, length)
+    flops = flops_per_token(found, config, recipe.method, length)
     speed = rate * UTILISATION[device.name] / flops
     how = (
         f"{speed:,.0f} tokens a second, from {flops / 1e9:.2f} GFLOP a token and {UTILISATION[device.name]:.0%} of the "

@@ -127,7 +127,8 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
     evaluation = _report(artifacts["evaluation_report"]) if "evaluation_report" in artifacts else {}
     decision = artifacts["promotion_decision"].load().model_dump() if "promotion_decision" in artifacts else {}
     training = reports["training"]
-    newest = training.get("dpo") or training.get("sft") or {}
+    # The reports are in the order in which the stages were trained.
+    newest: dict[str, Any] = next(reversed(training.values()), {})
     metrics = dict(evaluation.get("metrics", {}))
     if newest:
         metrics["tokens_per_second"] = newest["tokens_per_second"]
@@ -160,11 +161,13 @@ def print_table(result: RunResult, file: TextIO) -> None:
     console.print(ran)
     if result.data:
         rows = _table("Rows", "Stage", "Read", "Kept", "Set aside")
+        shown: set[str] = set()
         for kind, report in result.data.items():
             for stage, counts in report["stages"].items():
-                # Both reports begin with the same stages, and the instruction report has already shown them.
-                if kind == "preference" and stage != "preference" and "instruction" in result.data:
+                # Reports begin with the stages that they share, and an earlier report has already shown these.
+                if stage in shown:
                     continue
+                shown.add(stage)
                 reasons = ", ".join(f"{reason} {count}" for reason, count in counts["quarantined"].items())
                 rows.add_row(stage, str(counts["read"]), str(counts["kept"]), reasons or "none")
             used = ", ".join(f"{name} {count}" for name, count in report["rows"].items())

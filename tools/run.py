@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.loading import differences, load_recipe
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
@@ -30,14 +31,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llm_engineering.run")
 
-Pipeline = Literal["sft", "dpo", "retrain", "datasets"]
+# A stage of the table, or one of two other names.
+if TYPE_CHECKING:
+    Pipeline = str
+else:
+    Pipeline = Literal[(*STAGES, "retrain", "datasets")]
+_STAGES = "; ".join(f"{stage.name} ({stage.title})" for stage in STAGES.values())
 
 
 def run(
     pipeline: Annotated[
         Pipeline,
         typer.Argument(
-            help="sft trains on answers. dpo continues from the SFT model, with preferences. retrain does both in one run. datasets only generates the data."
+            help=f"A stage of the recipe's chain: {_STAGES}. The stages before it run first, unless an earlier run has "
+            "trained them. Or retrain, which runs the whole chain in one run, or datasets, which only generates the data.",
         ),
     ],
     config: Config = DEFAULT_RECIPE,
@@ -73,7 +80,7 @@ def run(
     ] = None,
     as_json: Json = False,
 ) -> int:
-    """Run a pipeline: sft, dpo, retrain or datasets.
+    """Run a stage of the chain, the whole chain, or only the generation of data.
 
     Results of finished steps come from the cache, so after an error, the same command continues where the run ended.
     With --json, the last line of stdout is the JSON object, and everything else goes to stderr.
@@ -89,13 +96,14 @@ def run(
         # These imports are slow, so they come after the recipe has been checked.
         from tools.plan import preflight, print_plan, stages_of, warn_of_memory
 
+        stages = stages_of(pipeline, recipe)
         if dry_run:
             print_plan(pipeline, recipe)
             return 0
         if attach:
-            check_attachable(attach, recipe, stages_of(pipeline))
+            check_attachable(attach, recipe, stages)
         recipe, inputs = preflight(recipe)
-        warn_of_memory(recipe, stages_of(pipeline))
+        warn_of_memory(recipe, stages)
         prepare_zenml()
         from tools import results
 
@@ -122,35 +130,29 @@ def run(
     return Scheduled(scheduled).run(work)
 
 
-def launch(pipeline: Pipeline, recipe: Recipe, inputs: Inputs, cache: bool) -> list[PipelineRunResponse]:
-    """Run a pipeline; returns its runs in order. `dpo` runs `sft` first if no SFT model of this recipe is registered."""
-    from zenml.client import Client
-
+def launch(pipeline: str, recipe: Recipe, inputs: Inputs, cache: bool) -> list[PipelineRunResponse]:
+    """Run a pipeline; returns its runs in order. A stage of which no adapter with this recipe is registered runs first."""
     from pipelines import chain
 
     if pipeline == "datasets":
         return [_start(chain.generate_datasets, recipe, inputs, cache)]
-    if pipeline != "dpo":
-        return [_start_judged(getattr(chain, pipeline), recipe, inputs, cache)]
+    if pipeline == "retrain":
+        return [_start_judged(chain.retrain, recipe, inputs, cache)]
     runs = []
-    adapter = _registered_adapter(inputs.sft_recipe)
-    if adapter is None:
-        others = Client().list_artifact_versions(artifact="sft_adapter", size=1).total
-        known = (
-            f"{others} SFT models are registered, but with other recipes or data"
-            if others
-            else "No SFT model is registered"
-        )
-        logger.info("%s: training SFT first", known)
-        runs.append(_start_judged(chain.sft, recipe, inputs, cache))
-        adapter = _registered_adapter(inputs.sft_recipe)
+    for stage in recipe.chain_to(pipeline)[:-1]:
+        adapter = _registered_adapter(stage, inputs)
         if adapter is None:
-            raise WorkError("The SFT run ended without a registered adapter. `make runs` shows its state.")
-    logger.info("DPO starts from SFT adapter version %s", adapter.version)
-    return [*runs, _start_judged(chain.dpo, recipe, inputs, cache, sft_adapter=adapter)]
+            logger.info("%s: training it first", _known_adapters(stage))
+            runs.append(_start_judged(chain.stage_pipeline(stage), recipe, inputs, cache, stage=stage))
+            adapter = _registered_adapter(stage, inputs)
+            if adapter is None:
+                raise WorkError(f"The run of {stage} ended without a registered adapter. `make runs` shows its state.")
+        logger.info("The stage after %s starts from its adapter version %s", stage, adapter.version)
+        inputs = inputs.model_copy(update={"adapters": {**inputs.adapters, stage: str(adapter.id)}})
+    return [*runs, _start_judged(chain.stage_pipeline(pipeline), recipe, inputs, cache, stage=pipeline)]
 
 
-def check_resumable(run: str, pipeline: Pipeline, recipe: Recipe) -> None:
+def check_resumable(run: str, pipeline: str, recipe: Recipe) -> None:
     """Check that the pipeline and the recipe of a run are those of this command.
 
     To resume a run, the same command is run again: finished steps come from the cache, and training continues from its
@@ -242,14 +244,27 @@ def warn_if_unused(job: str) -> None:
         logger.warning("Job %s was not followed, because the result of its training step came from the cache", job)
 
 
-def _registered_adapter(sft_recipe: str) -> Any:
-    """The newest SFT adapter of this recipe and these inputs, or None."""
+def _registered_adapter(stage: str, inputs: Inputs) -> Any:
+    """The newest adapter of a stage with this recipe and these inputs, or None."""
     from zenml.client import Client
 
     found = Client().list_artifact_versions(
-        artifact="sft_adapter", run_metadata=[f"recipe_hash:{sft_recipe}"], sort_by="desc:created", size=1, hydrate=True
+        artifact=f"{stage}_adapter",
+        run_metadata=[f"recipe_hash:{inputs.recipes[stage]}"],
+        sort_by="desc:created",
+        size=1,
+        hydrate=True,
     )
     return found.items[0] if found.items else None
+
+
+def _known_adapters(stage: str) -> str:
+    from zenml.client import Client
+
+    others = Client().list_artifact_versions(artifact=f"{stage}_adapter", size=1).total
+    if not others:
+        return f"No {stage} model is registered"
+    return f"{others} {stage} models are registered, but with other recipes or data"
 
 
 def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:

@@ -121,10 +121,10 @@ class Scheduled:
 
 def fingerprint(recipe: Recipe, inputs: Inputs) -> str:
     """A hash (12 hex digits) of everything that decides a run's result: recipe, inputs, and code of the steps."""
-    from pipelines import chain
+    from pipelines.chain import step_of
     from tools.plan import planned_steps
 
-    steps = {name: getattr(chain, name) for name in planned_steps("retrain", recipe)}
+    steps = {name: step_of(name) for name in planned_steps("retrain", recipe)}
     return recipe_hash(
         {
             "recipe": recipe.model_dump(mode="json", exclude={"compute", "tracking", "hub"}),

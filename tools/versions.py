@@ -26,6 +26,7 @@ from llm_engineering.publish.merge import MAX_ROWS, Trained, merge, merged_devic
 from llm_engineering.publish.verification import HeldoutRow, Verification, precision
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import ModelConfig
 from pipelines.registry import adapter_of, stages
 from steps.materializers import Directory, DirectoryMaterializer
@@ -36,7 +37,7 @@ logger = logging.getLogger("llm_engineering.versions")
 # version.
 COMPARED_WITH = "incumbent"
 # Artifacts that are made from the user's files.
-SOURCED = ("documents", "instruction_candidates", "preference_candidates")
+SOURCED = ("documents", "text_candidates", "instruction_candidates", "preference_candidates")
 MERGED = "merged_model"
 
 
@@ -157,7 +158,7 @@ def find_model(recipe: Recipe, number: str | None) -> Found:
             f"Version {version.number} of {recipe.name} has no model, because its run ended before training was complete. "
             "Choose another version: `make models` lists all versions."
         )
-    adapters = {name: version.get_artifact(f"{name}_adapter") for name in ("sft", "dpo")}
+    adapters = {name: version.get_artifact(f"{name}_adapter") for name in STAGES}
     folders = {name: adapter.load().path for name, adapter in adapters.items() if adapter is not None}
     base = newest.base.model_copy(update={"trust_remote_code": recipe.model.trust_remote_code})
     return Found(version, newest.name, folders, base)
@@ -189,10 +190,12 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     registered = _registered(found, precision(dtype), penalty)
     if registered is not None:
         return registered
-    formatted = found.version.get_artifact("formatted_sft")
+    rows_of = [name for name, stage in STAGES.items() if stage.rows != "preference"]
+    versions = (found.version.get_artifact(f"formatted_{name}") for name in reversed(rows_of))
+    formatted = next((version for version in versions if version is not None), None)
     if formatted is None:
         raise RequestError(
-            f"Version {found.version.number} has no held-out rows (artifact formatted_sft), so its merged model cannot be "
+            f"Version {found.version.number} has no held-out rows (artifact formatted_…), so its merged model cannot be "
             "verified. Choose another version: `make models` lists all versions."
         )
     records = islice(stream_records(formatted.load()["test"]), MAX_ROWS)

@@ -24,11 +24,11 @@ from llm_engineering.data.private import redacted
 from llm_engineering.data.row_rules import check_row, is_generated
 from llm_engineering.data.rows import (
     FEATURES,
+    REPLAY,
     SPLITS,
     Row,
     folded,
-    instruction_row,
-    preference_row,
+    read_row,
     row_text,
     split_key,
     split_of,
@@ -97,7 +97,7 @@ class Examiner:
 
     Args:
         stage: the stage under which the quarantine counts rejected rows.
-        kind: `instruction` or `preference`.
+        kind: the kind of the rows.
         side: the split of all rows; None splits them by their document or prompt.
         evaluation: rows that training rows must not share n-grams with.
     """
@@ -111,14 +111,15 @@ class Examiner:
 
     def __call__(self, batch: pa.RecordBatch) -> Examined:
         """Examine a batch of records that have the columns of the canonical rows."""
-        to_row = instruction_row if self.kind == "instruction" else preference_row
         kept: list[Row] = []
         sides: list[int] = []
         rejected: list[Quarantined] = []
         findings: list[tuple[int, str, str]] = []
         for record in batch.to_pylist():
-            row = to_row(record)
+            row = read_row(record, self.kind)
             side = self.side or split_of(split_key(row), self.config.split, self.has_own_test)
+            if row.origin == REPLAY:
+                side = "train"
             checked = check_row(row, self.config.rules)
             reason, detail = checked.reason, checked.detail
             if not reason and self.evaluation is not None and side == "train":
@@ -139,7 +140,8 @@ class Examiner:
             rejected=rejected,
             findings=findings,
             ids=np.array([int(record["id"], 16) for record in records], np.uint64),
-            prompts=np.array([_hash(folded(row.prompt)) for row in kept], np.uint64),
+            # Two texts without a prompt do not answer the same question.
+            prompts=np.array([_hash(folded(row.prompt or row.answers[0])) for row in kept], np.uint64),
             answers=np.array([_hash(folded(row.answers[0])) for row in kept], np.uint64),
             others=np.array([_hash(folded(row.answers[1])) if row.answers[1:] else 0 for row in kept], np.uint64),
             sides=np.array(sides, np.uint8),

@@ -24,7 +24,7 @@ class Quarantined(BaseModel):
     """A document, passage or row that was read and not kept.
 
     Attributes:
-        stage: `document`, `passage`, `instruction` or `preference`; `instruction_test` or `preference_test` for the
+        stage: `document`, `passage`, `text`, `instruction` or `preference`; `instruction_test` or `preference_test` for the
             user's own test split.
         reason: the short name that is counted, e.g. `empty_answer`.
         source: the file or document it comes from.
@@ -44,9 +44,9 @@ class Quarantined(BaseModel):
 
     @classmethod
     def of_row(cls, row: Row, stage: str, reason: str, detail: str) -> Quarantined:
-        """The quarantine record of a row. It quotes the last turn of the prompt without secrets and personal data."""
+        """The quarantine record of a row. It quotes the last turn of the prompt, or the text, without secrets and personal data."""
         # Redact before cutting: a key that is cut in two is not recognised.
-        text = redacted(row.prompt[-1].content)[:QUOTED_CHARS] if row.prompt else ""
+        text = redacted((row.prompt or row.answers[0])[-1].content)[:QUOTED_CHARS]
         return cls(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
 
     def describe(self) -> str:

@@ -22,7 +22,7 @@ from llm_engineering.data.dataset_rules import RowIndex, Verdict, Verdicts, judg
 from llm_engineering.data.examine import Examiner, examine
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import FEATURES, SPLITS, Message, Row, instruction_row, preference_row, to_dataset
+from llm_engineering.data.rows import FEATURES, SPLITS, Message, Row, read_row, to_dataset
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
 from llm_engineering.errors import RequestError, WorkError
@@ -81,7 +81,7 @@ def prepare(
     """Check, judge and split rows.
 
     Args:
-        kind: `instruction` or `preference`. It is also the stage in the ledger. The user's own test split has the
+        kind: the kind of the rows. It is also the stage in the ledger. The user's own test split has the
             stage `instruction_test` or `preference_test`.
         folder: the folder for the files of all passes.
         own_test: the user's own test split; `candidates` are then split into training and validation.
@@ -115,7 +115,7 @@ def prepare(
             logger.info("Looking for duplicates and leaks among %d rows", index.rows)
         verdicts = judge(index, config, remove_leaks=not inspected)
         times.append(time.monotonic())
-        writer = _Writer(valid, raw_findings, index, verdicts, ends, folder)
+        writer = _Writer(kind, valid, raw_findings, index, verdicts, ends, folder)
         if config.strict and own_test is not None and verdicts.leaked:
             raise RequestError(writer.refusal())
         writer.write(ledger)
@@ -153,6 +153,7 @@ class _Writer:
 
     def __init__(
         self,
+        kind: str,
         valid: TableWriter,
         raw_findings: TableWriter,
         index: RowIndex,
@@ -160,6 +161,7 @@ class _Writer:
         ends: dict[str, int],
         folder: Path,
     ) -> None:
+        self.kind = kind
         self.valid = valid
         self.index = index
         self.raw = stream_records(raw_findings.dataset())
@@ -194,12 +196,12 @@ class _Writer:
                 if row in dropped:
                     verdict = dropped[row]
                     detail = self._detail(row, verdict)
-                    content = _row(batch, row - start)
+                    content = self._row(batch, row - start)
                     ledger.set_aside([Quarantined.of_row(content, self._stage(row), verdict.rule, detail)])
                 else:
                     self.kept[self._stage(row)] += 1
                     if findings:
-                        self._report(row, findings, _row(batch, row - start))
+                        self._report(row, findings, self._row(batch, row - start))
             start += batch.num_rows
         for number, members in enumerate(self.verdicts.clusters):
             for row in members:
@@ -281,10 +283,9 @@ class _Writer:
     def _source(self, row: int) -> str:
         return self.index.names(row)["source"]
 
-
-def _row(batch: pa.RecordBatch, position: int) -> Row:
-    record: dict[str, Any] = batch.slice(position, 1).to_pylist()[0]
-    return instruction_row(record) if "completion" in record else preference_row(record)
+    def _row(self, batch: pa.RecordBatch, position: int) -> Row:
+        record: dict[str, Any] = batch.slice(position, 1).to_pylist()[0]
+        return read_row(record, self.kind)
 
 
 def _shown(messages: Sequence[Message]) -> str:

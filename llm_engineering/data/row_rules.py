@@ -9,14 +9,14 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
-from typing import Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, TextRow
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
 from llm_engineering.recipe.data_blocks import RulesConfig
 
-RowT = TypeVar("RowT", bound=InstructionRow | PreferenceRow)
+RowT = TypeVar("RowT", bound=Row)
 
 # Maximum number of characters that a finding's detail quotes from a row.
 QUOTE_CHARS = 80
@@ -76,7 +76,9 @@ def check_row(row: RowT, rules: RulesConfig) -> Checked[RowT]:
             row = _masked(row, find)
             detail = f"masked: {detail}"
         findings.append(Finding(rule, detail))
-    for rule, judge in _CONTENT_RULES:
+    # The other rules are about questions and their answers.
+    rules_of_content = _CONTENT_RULES[:1] if isinstance(row, TextRow) else _CONTENT_RULES
+    for rule, judge in rules_of_content:
         action = getattr(rules, rule)
         detail = "" if action == "off" else judge(row)
         if not detail:
@@ -88,6 +90,8 @@ def check_row(row: RowT, rules: RulesConfig) -> Checked[RowT]:
 
 
 def _fields(row: Row) -> dict[str, list[Message]]:
+    if isinstance(row, TextRow):
+        return {"text": row.answers[0]}
     if isinstance(row, InstructionRow):
         return {"prompt": row.prompt, "completion": row.completion}
     return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
@@ -116,13 +120,15 @@ def _private_detail(found: Sequence[tuple[str, str]]) -> str:
 
 
 def _masked(row: RowT, find: Callable[[str], list[Private]]) -> RowT:
-    update = {
+    update: dict[str, Any] = {
         field: [
             message.model_copy(update={"content": masked(message.content, find(message.content))})
             for message in messages
         ]
         for field, messages in _fields(row).items()
     }
+    if isinstance(row, TextRow):
+        update = {"text": update["text"][0].content}
     return cast("RowT", row.model_copy(update=update))
 
 
@@ -142,7 +148,7 @@ def _is_blank(text: str) -> bool:
 
 
 def _chosen_equals_rejected(row: Row) -> str:
-    if isinstance(row, InstructionRow):
+    if not isinstance(row, PreferenceRow):
         return ""
     chosen = "\n".join(message.content for message in row.chosen)
     rejected = "\n".join(message.content for message in row.rejected)

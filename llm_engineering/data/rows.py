@@ -19,7 +19,8 @@ SPLITS = ("train", "validation", "test")
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _ORIGIN = {"id": Value("string"), "source": Value("string"), "origin": Value("string"), "document": Value("string")}
 # The columns of a dataset, by the kind of its rows.
-FEATURES = {
+FEATURES: dict[str, Features] = {
+    "text": Features({**_ORIGIN, "text": Value("string")}),
     "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
     "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
 }
@@ -45,7 +46,7 @@ class Message(BaseModel):
 
 
 class _Row(BaseModel):
-    """The fields that both kinds of rows share.
+    """The fields that all kinds of rows share.
 
     Attributes:
         source: the file and the place in it, or the document and its characters, that the row was made from.
@@ -56,14 +57,13 @@ class _Row(BaseModel):
     # A record of a dataset also has the column `id`, which is computed anew.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    prompt: list[Message]
     source: str
     origin: str
     document: str = ""
 
     @property
     def id(self) -> str:
-        """Hash of the messages alone: the same text has the same id wherever it comes from."""
+        """Hash of the content alone: the same text has the same id wherever it comes from."""
         content = self.model_dump(exclude={"source", "origin", "document"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -72,9 +72,26 @@ class _Row(BaseModel):
         return {"id": self.id, **self.model_dump()}
 
 
+class TextRow(_Row):
+    """Text that continued pre-training learns whole. A row of `data.replay` has the origin `replay`."""
+
+    text: str
+
+    @property
+    def prompt(self) -> list[Message]:
+        """Text has no prompt."""
+        return []
+
+    @property
+    def answers(self) -> list[list[Message]]:
+        """The text, as the only answer."""
+        return [[Message(role="assistant", content=self.text)]]
+
+
 class InstructionRow(_Row):
     """`completion` starts with an assistant turn; training learns every assistant turn in it."""
 
+    prompt: list[Message]
     completion: list[Message]
 
     @property
@@ -86,6 +103,7 @@ class InstructionRow(_Row):
 class PreferenceRow(_Row):
     """`chosen` and `rejected` are two answers to the same prompt."""
 
+    prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
 
@@ -95,10 +113,19 @@ class PreferenceRow(_Row):
         return [self.chosen, self.rejected]
 
 
-Row = InstructionRow | PreferenceRow
+Row = TextRow | InstructionRow | PreferenceRow
+# The class of the rows of each kind.
+ROW_CLASSES: dict[str, type[Row]] = {"text": TextRow, "instruction": InstructionRow, "preference": PreferenceRow}
+# The origin of rows of `data.replay`.
+REPLAY = "replay"
 # These functions read a record of a dataset.
 instruction_row = InstructionRow.model_validate
 preference_row = PreferenceRow.model_validate
+
+
+def read_row(record: dict[str, Any], kind: str) -> Row:
+    """Read a record of a dataset of a kind."""
+    return ROW_CLASSES[kind].model_validate(record)
 
 
 def to_dataset(records: Sequence[dict[str, Any]], features: Features) -> Dataset:
@@ -139,8 +166,8 @@ def row_text(row: Row) -> str:
 
 
 def split_key(row: Row) -> str:
-    """The text that decides a row's split: the name of its document, or its normalised prompt."""
-    return row.document or folded(row.prompt)
+    """The text that decides a row's split: the name of its document, or else its normalised prompt or text."""
+    return row.document or folded(row.prompt or row.answers[0])
 
 
 def split_of(key: str, config: SplitConfig, has_own_test: bool = False) -> str:

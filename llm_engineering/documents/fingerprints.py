@@ -38,7 +38,7 @@ def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
 
 
 def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
-    """Present hashes of the sources of `documents`, `instruction_candidates` or `preference_candidates`.
+    """Present hashes of the sources of `documents`, or of the candidates of a kind of rows.
 
     Raises:
         RequestError: a source is missing.
@@ -46,6 +46,8 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
     data = recipe.data
     if artifact == "documents":
         return document_fingerprints(recipe.documents)
+    if artifact == "text_candidates":
+        return dataset_fingerprints([data.replay.path if data.replay is not None else None])
     if artifact == "instruction_candidates":
         return dataset_fingerprints([data.instructions, data.test_instructions])
     return dataset_fingerprints([data.preferences, data.test_preferences])

@@ -33,8 +33,8 @@ def evaluate(
     """Measure the base model and each trained model, and return the report as a JSON object.
 
     Args:
-        adapters: folders of the trained models by name: `sft`, `dpo` if the run has it, and `incumbent` if a model is
-            in production. The incumbent may have another base model and another chat template.
+        adapters: folders of the trained models by the names of their stages, in the order of the chain, and `incumbent`
+            if a model is in production. The incumbent may have another base model and another chat template.
         rows: rows that no model was trained on.
 
     Raises:
@@ -47,7 +47,7 @@ def evaluate(
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, setup.seed)
     measures = _measures(observations, newest, bootstrap)
     judged = None
-    if config.judge is not None:
+    if config.judge is not None and work.indices:
         client = open_client(config.judge, setup.model, setup.compute, settings, setup.chat_template)
         texts = {name: [answer.text for answer in found.answers] for name, found in observations.items()}
         judged, measures["judge_win_rate"] = judge(
@@ -58,6 +58,7 @@ def evaluate(
         "newest": newest,
         "heldout_rows": len(work.ours.rows),
         "heldout_pairs": len(work.ours.pairs),
+        "heldout_documents": len(work.ours.texts),
         "left_out": work.ours.left_out,
         "generated_rows": len(work.indices),
         "confidence": config.confidence,
@@ -92,7 +93,7 @@ def _observe_all(
         own_tokenizer = incumbent_tokenizer(adapters[INCUMBENT], settings)
         if not is_compatible(adapters[INCUMBENT], own_tokenizer, tokenizer, setup):
             del adapters_of_base[INCUMBENT]
-            ours, theirs = render_for_both(rows, own_tokenizer)
+            ours, theirs = render_for_both(rows, own_tokenizer, setup.max_length)
     work = Work(ours, draw_indices(ours.rows, config.generated_rows, setup.seed), checks)
 
     def observe_base_and_adapters() -> dict[str, Observation]:

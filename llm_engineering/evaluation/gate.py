@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.recipe.evaluation_blocks import Comparisons, PromotionConfig
+from llm_engineering.recipe.stages import STAGES
 
 Sense = Literal["better", "not_worse"]
-Other = Literal["base", "sft", "incumbent"]
 
 # The confidence of the intervals in reports that do not state it.
 CONFIDENCE = 0.95
@@ -35,7 +35,7 @@ class Rule(BaseModel):
     name: str
     measure: str
     sense: Sense
-    than: Other
+    than: str
     value: float | None = None
     low: float | None = None
     high: float | None = None
@@ -48,7 +48,7 @@ class PromotionDecision(BaseModel):
     """The decision of the gate.
 
     Attributes:
-        candidate: the model that was judged, `sft` or `dpo`.
+        candidate: the model that was judged: the name of its stage.
         incumbent: the version in production when the run began; None if there was none.
         confidence: the confidence level of the intervals.
         passed: whether no rule failed.
@@ -59,7 +59,7 @@ class PromotionDecision(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    candidate: Literal["sft", "dpo"]
+    candidate: str
     incumbent: int | None
     confidence: float
     rules: list[Rule]
@@ -70,7 +70,7 @@ class PromotionDecision(BaseModel):
 
 
 def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | None) -> PromotionDecision:
-    """Judge the newest model of an evaluation report, `dpo` if there is one, else `sft`, by the rules for its run.
+    """Judge the newest model of an evaluation report by the rules for a run that ends with its stage.
 
     Each rule is judged by the lower end of the interval of the paired gain, so a gain that could be chance does not
     pass a `better_than` rule. A model equal to the other one has a gain of zero: it fails every `better_than` rule and
@@ -81,15 +81,16 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
         incumbent: the version that was in production when the run began. If there was none, rules about it are
             skipped; if the report does not measure it, they fail.
     """
-    candidate: Literal["sft", "dpo"] = "dpo" if "dpo" in report["models"] else "sft"
-    gate = config.dpo if candidate == "dpo" else config.sft
+    candidate = str(report["newest"])
+    gate = config.rules(candidate)
+    # A recipe without rules for a stage of its chain is refused when it is read.
+    assert gate is not None
     comparisons: dict[Sense, Comparisons] = {"better": gate.better_than, "not_worse": gate.not_worse_than}
-    others: tuple[Other, ...] = ("base", "sft", "incumbent")
     rules = [
         _judge(report, candidate, sense, than, measure, amount, incumbent)
         for sense, compared in comparisons.items()
-        for than in others
-        for measure, amount in getattr(compared, than).items()
+        for than in ("base", *STAGES, "incumbent")
+        for measure, amount in compared.bounds(than).items()
         if amount is not None
     ]
     confidence = float(report.get("confidence", CONFIDENCE))
@@ -111,7 +112,7 @@ def _judge(
     report: Mapping[str, Any],
     candidate: str,
     sense: Sense,
-    than: Other,
+    than: str,
     measure: str,
     amount: float,
     incumbent: int | None,

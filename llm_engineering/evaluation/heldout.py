@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.data.rows import InstructionRow, PreferenceRow
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.models import Labelled, labelled_answer
-from llm_engineering.formatting.render import CrossingTokensError, Pair, Tokens, render
+from llm_engineering.formatting.datasets import pieces
+from llm_engineering.formatting.render import CrossingTokensError, Pair, Tokens, render, text_tokens
 
-RowT = TypeVar("RowT", InstructionRow, PreferenceRow)
+RowT = TypeVar("RowT", TextRow, InstructionRow, PreferenceRow)
 
 
 class HeldOutRow(NamedTuple, Generic[RowT]):
     """A held-out row with its rendered answers.
 
     Attributes:
-        answers: ids and labels of the answer; for a pair, those of the chosen and of the rejected answer.
+        answers: ids and labels of the answer; for a pair, those of the chosen and of the rejected answer; for a text,
+            those of its pieces.
         cut: whether formatting truncated the row.
     """
 
@@ -31,7 +33,7 @@ class HeldOutRow(NamedTuple, Generic[RowT]):
 
 
 class HeldOut(NamedTuple):
-    """The held-out instruction rows, and the pairs, if there are any.
+    """The held-out instruction rows, and the pairs and texts, if there are any.
 
     Attributes:
         left_out: number of rows and pairs left out because not every model's tokenizer can render them.
@@ -39,34 +41,44 @@ class HeldOut(NamedTuple):
 
     rows: list[HeldOutRow[InstructionRow]]
     pairs: list[HeldOutRow[PreferenceRow]]
+    texts: Sequence[HeldOutRow[TextRow]] = ()
     left_out: int = 0
 
 
-def held_out(
-    formatted_sft: Dataset,
-    rows: Sequence[InstructionRow],
-    formatted_dpo: Dataset | None = None,
-    pairs: Sequence[PreferenceRow] = (),
-) -> HeldOut:
+def held_out(formatted: Mapping[str, Dataset], rows: Mapping[str, Dataset]) -> HeldOut:
     """Join the formatted test splits with their rows. Rows that formatting set aside are not included.
 
     Args:
-        rows, pairs: the test splits before formatting.
+        formatted: the formatted test split of each kind of rows; a kind may be missing.
+        rows: the test splits before formatting.
     """
-    rows_by_id, pairs_by_id = {row.id: row for row in rows}, {pair.id: pair for pair in pairs}
+    texts: dict[str, HeldOutRow[TextRow]] = {}
+    for text, piece in _joined("text", formatted, rows, TextRow):
+        texts.setdefault(text.id, HeldOutRow(text, [], cut=False)).answers.append((piece["input_ids"], piece["labels"]))
     instructions = [
-        HeldOutRow(rows_by_id[row["id"]], [(row["input_ids"], row["labels"])], row["truncated"])
-        for row in formatted_sft
+        HeldOutRow(row, [(record["input_ids"], record["labels"])], record["truncated"])
+        for row, record in _joined("instruction", formatted, rows, InstructionRow)
     ]
     preferences = [
         HeldOutRow(
-            pairs_by_id[pair["id"]],
-            [labelled_answer(pair["prompt_ids"], pair[key]) for key in ("chosen_ids", "rejected_ids")],
-            pair["truncated"],
+            pair,
+            [labelled_answer(record["prompt_ids"], record[key]) for key in ("chosen_ids", "rejected_ids")],
+            record["truncated"],
         )
-        for pair in formatted_dpo or ()
+        for pair, record in _joined("preference", formatted, rows, PreferenceRow)
     ]
-    return HeldOut(instructions, preferences)
+    return HeldOut(instructions, preferences, list(texts.values()))
+
+
+def _joined(
+    kind: str, formatted: Mapping[str, Dataset], rows: Mapping[str, Dataset], row_class: type[RowT]
+) -> Iterator[tuple[RowT, dict[str, Any]]]:
+    """Each formatted record of a kind with its row."""
+    if kind not in formatted:
+        return
+    by_id = {record["id"]: row_class.model_validate(record) for record in rows[kind]}
+    for record in formatted[kind]:
+        yield by_id[record["id"]], record
 
 
 def draw_indices(rows: Sequence[HeldOutRow[InstructionRow]], count: int, seed: int) -> list[int]:
@@ -74,24 +86,38 @@ def draw_indices(rows: Sequence[HeldOutRow[InstructionRow]], count: int, seed: i
     return sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
 
 
-def render_for_both(ours: HeldOut, tokenizer: PreTrainedTokenizerBase) -> tuple[HeldOut, HeldOut]:
+def render_for_both(ours: HeldOut, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[HeldOut, HeldOut]:
     """Render the rows for another model too. Returns the rows of this recipe and those of the other tokenizer.
 
     Both leave out rows that the other tokenizer cannot render: rows where one of its tokens spans the border of prompt
     and answer, and truncated rows, unless it renders them to the same tokens.
 
     Raises:
-        WorkError: no row is left, or there are pairs and none of them is left.
+        WorkError: there are rows or pairs, and none of them is left.
     """
     rows, their_rows = _render_for_both(ours.rows, tokenizer)
     pairs, their_pairs = _render_for_both(ours.pairs, tokenizer)
-    if not rows or (ours.pairs and not pairs):
+    if (ours.rows and not rows) or (ours.pairs and not pairs):
         raise WorkError(
             f"The tokenizer of {tokenizer.name_or_path} can render none of the held-out rows or none of the pairs, so the "
             "model in production cannot be compared. Set formatting.over_long to drop: then no row is truncated."
         )
     left_out = len(ours.rows) - len(rows) + len(ours.pairs) - len(pairs)
-    return HeldOut(rows, pairs, left_out), HeldOut(their_rows, their_pairs, left_out)
+    return HeldOut(rows, pairs, ours.texts, left_out), HeldOut(
+        their_rows, their_pairs, _texts_for(ours.texts, tokenizer, max_length), left_out
+    )
+
+
+def _texts_for(
+    texts: Sequence[HeldOutRow[TextRow]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[HeldOutRow[TextRow]]:
+    if not texts:
+        return []
+    tokens = text_tokens([text.row for text in texts], tokenizer)
+    return [
+        HeldOutRow(text.row, [(part, part) for part in pieces(whole.input_ids, max_length)], cut=False)
+        for text, whole in zip(texts, tokens, strict=True)
+    ]
 
 
 def _render_for_both(

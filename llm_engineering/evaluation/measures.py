@@ -145,9 +145,13 @@ def observe(
         given: the held-out rows, rendered by this model's tokenizer.
     """
     rows: dict[str, Rows] = {}
-    scores = _scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}")
-    rows["heldout_loss"] = rows["perplexity"] = heldout_loss(scores)
-    others = with_other_questions([row.answers[0] for row in given.rows])
+    if given.texts:
+        rows["document_loss"] = heldout_loss(_document_scores(models, name, given, work.ours, shown_as))
+    others: list[list[Labelled]] = []
+    if given.rows:
+        scores = _scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}")
+        rows["heldout_loss"] = rows["perplexity"] = heldout_loss(scores)
+        others = with_other_questions([row.answers[0] for row in given.rows])
     # With a single row there is no other question.
     if others:
         title = f"held-out answers after other questions, {shown_as}"
@@ -162,7 +166,8 @@ def observe(
     asked = [given.rows[index] for index in work.indices]
     prompts = [row.row.prompt for row in asked]
     answers = models.answers(name, prompts, config.max_new_tokens, f"answers, {shown_as}")
-    rows |= _behaviour(answers, asked)
+    if asked:
+        rows |= _behaviour(answers, asked)
     check_answers: list[str] = []
     if work.checks:
         prompts = [check.messages for check in work.checks]
@@ -211,6 +216,16 @@ def _scores(
     return [
         AnswerScore(score.log_prob, _scored_tokens(row.answers[answer]))
         for score, row in zip(scores, ours, strict=True)
+    ]
+
+
+def _document_scores(models: Models, name: str, given: HeldOut, ours: HeldOut, shown_as: str) -> list[AnswerScore]:
+    """Score each held-out document: the sum over its pieces, with token counts of this recipe's tokenizer."""
+    parts = [piece for text in given.texts for piece in text.answers]
+    scores = iter(models.scores(name, parts, f"held-out documents, {shown_as}"))
+    return [
+        AnswerScore(sum(next(scores).log_prob for _ in text.answers), sum(map(_scored_tokens, own.answers)))
+        for text, own in zip(given.texts, ours.texts, strict=True)
     ]
 
 

@@ -1,9 +1,13 @@
-"""Formats datasets as token ids. Over-long rows are cut or quarantined; rows that spell special tokens are quarantined."""
+"""Formats datasets as token ids.
+
+Over-long rows are cut or quarantined, and texts are divided. Rows that spell special tokens are quarantined.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,17 +16,25 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import Row, instruction_row, preference_row
+from llm_engineering.data.rows import Row, TextRow, read_row
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.render import IGNORE_INDEX, CrossingTokensError, Pair, Tokens, prompt_length, render
+from llm_engineering.formatting.render import (
+    IGNORE_INDEX,
+    CrossingTokensError,
+    Pair,
+    Tokens,
+    prompt_length,
+    render,
+    text_tokens,
+)
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.data_blocks import FormattingConfig
 
 _IDS = List(Value("int32"))
 _ROW = {"id": Value("string"), "truncated": Value("bool")}
-_SFT_FEATURES = Features({**_ROW, "input_ids": _IDS, "labels": _IDS, "prompt_tokens": Value("int32")})
-_DPO_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
+_TOKEN_FEATURES = Features({**_ROW, "input_ids": _IDS, "labels": _IDS, "prompt_tokens": Value("int32")})
+_PAIR_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
 _FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), Value("string")))
 SAMPLE_ROWS = 5
 _BATCH_ROWS = 256
@@ -32,14 +44,15 @@ class FormattedRow(NamedTuple):
     """A row as token ids.
 
     Attributes:
-        record: the columns that the trainer reads; empty for a quarantined row.
+        records: the columns that the trainer reads: one record, or one for each piece of a text; none for a quarantined
+            row.
         length: tokens before the row is cut; of a pair, prompt and longer answer; 0 if the row cannot be tokenised.
         rejected: the quarantine record, or None.
         truncated: what was cut off, or empty.
     """
 
     row: Row
-    record: dict[str, Any]
+    records: list[dict[str, Any]]
     length: int
     rejected: Quarantined | None
     truncated: str = ""
@@ -51,7 +64,7 @@ class Lengths:
     Memory holds one number for each distinct length.
 
     Attributes:
-        kept: rows of each split by their length after cutting.
+        kept: rows of each split, and pieces of texts, by their length after cutting.
         all: rows by their length before cutting, quarantined rows included.
         turns: kept rows by their turns.
         samples: the first SAMPLE_ROWS kept rows of each split.
@@ -71,7 +84,8 @@ class Lengths:
             self.all[formatted.length] += 1
         if formatted.rejected is None:
             kept = self.kept.setdefault(split, Counter())
-            kept[_trained_length(formatted)] += 1
+            for record in formatted.records:
+                kept[_trained_length(record)] += 1
             row = formatted.row
             if formatted.truncated:
                 names = {"id": row.id, "source": row.source}
@@ -81,8 +95,7 @@ class Lengths:
                 self.samples.append((split, row))
 
 
-def _trained_length(formatted: FormattedRow) -> int:
-    record = formatted.record
+def _trained_length(record: Mapping[str, Any]) -> int:
     if "input_ids" in record:
         return len(record["input_ids"])
     return len(record["prompt_ids"]) + max(len(record["chosen_ids"]), len(record["rejected_ids"]))
@@ -101,7 +114,9 @@ def format_rows(
     # The library tokenizers spreads a batch over the cores.
     while batch := list(islice(remaining, _BATCH_ROWS)):
         special = [_spelt_special_token(row, special_tokens) for row in batch]
-        rendered = iter(render([row for row, token in zip(batch, special, strict=True) if not token], tokenizer))
+        rest = [row for row, token in zip(batch, special, strict=True) if not token]
+        texts = [row for row in rest if isinstance(row, TextRow)]
+        rendered = iter(text_tokens(texts, tokenizer) if texts else render(rest, tokenizer))
         for row, token in zip(batch, special, strict=True):
             if token:
                 detail = f"its text spells {token}, which the tokenizer would read as the token itself"
@@ -113,6 +128,9 @@ def format_rows(
 def _fitted(
     row: Row, stage: str, tokens: Tokens | Pair | CrossingTokensError, config: FormattingConfig
 ) -> FormattedRow:
+    if isinstance(row, TextRow):
+        assert isinstance(tokens, Tokens)
+        return FormattedRow(row, _piece_records(row, tokens, config.max_length), len(tokens.input_ids), None)
     if isinstance(tokens, CrossingTokensError):
         return _set_aside(row, stage, "crossing_tokens", str(tokens))
     if isinstance(tokens, Tokens):
@@ -121,7 +139,7 @@ def _fitted(
         start = len(tokens.prompt_ids)
         length = start + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
     if length <= config.max_length:
-        return FormattedRow(row, _record(row, tokens, config, truncated=False), length, None)
+        return FormattedRow(row, [_record(row, tokens, config, truncated=False)], length, None)
     fits_prompt = start < config.max_length
     detail = f"it has {length} tokens" if fits_prompt else f"its prompt alone has {start} tokens"
     detail += f", formatting.max_length is {config.max_length}"
@@ -136,7 +154,7 @@ def _fitted(
             detail += ", and both answers are the same up to that length"
             return _set_aside(row, stage, "over_long", detail, length)
         detail += "; the rest is cut off, and the end of its answer is not trained"
-        return FormattedRow(row, _record(row, cut, config, truncated=True), length, None, detail)
+        return FormattedRow(row, [_record(row, cut, config, truncated=True)], length, None, detail)
     return _set_aside(row, stage, "over_long" if fits_prompt else "no_trained_token", detail, length)
 
 
@@ -151,6 +169,22 @@ def _cut(tokens: Tokens | Pair, max_length: int) -> Tokens | Pair:
     return Tokens(tokens.input_ids[: len(labels)], labels)
 
 
+def pieces(ids: list[int], max_length: int) -> list[list[int]]:
+    """Divide a text into the fewest pieces of at most `max_length` tokens, of equal length but for one token."""
+    count = -(-len(ids) // max_length)
+    ends = [len(ids) * (number + 1) // count for number in range(count)]
+    return [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _piece_records(row: TextRow, tokens: Tokens, max_length: int) -> list[dict[str, Any]]:
+    """A record for each piece of a text. The text continues after every piece but the last: these are `truncated`."""
+    parts = pieces(tokens.input_ids, max_length)
+    return [
+        {"id": row.id, "truncated": part is not parts[-1], "input_ids": part, "labels": part, "prompt_tokens": 0}
+        for part in parts
+    ]
+
+
 def _record(row: Row, tokens: Tokens | Pair, config: FormattingConfig, truncated: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"id": row.id, "truncated": truncated, **tokens._asdict()}
     if isinstance(tokens, Tokens):
@@ -161,7 +195,7 @@ def _record(row: Row, tokens: Tokens | Pair, config: FormattingConfig, truncated
 
 
 def _set_aside(row: Row, stage: str, reason: str, detail: str, length: int = 0) -> FormattedRow:
-    return FormattedRow(row, {}, length, Quarantined.of_row(row, stage, reason, detail))
+    return FormattedRow(row, [], length, Quarantined.of_row(row, stage, reason, detail))
 
 
 def format_splits(
@@ -179,8 +213,10 @@ def format_splits(
     a row that was cut. In the split `test` only answers have labels, even with `train_on_prompt`, so that losses are
     comparable.
 
+    Text rows get `input_ids` and `labels` of every token; a text of more than `max_length` tokens becomes several rows.
+
     Args:
-        kind: `instruction` or `preference`.
+        kind: the kind of the rows.
         folder: the folder for the formatted splits.
         ledger: records the quarantined rows. A test split of the user's own has its own stage, e.g. `instruction_test`.
 
@@ -189,19 +225,23 @@ def format_splits(
     """
     own_test = f"{kind}_test"
     stages = {name: own_test if name == "test" and own_test in ledger.kept else kind for name in splits}
-    to_row = instruction_row if kind == "instruction" else preference_row
-    features = _SFT_FEATURES if kind == "instruction" else _DPO_FEATURES
+    to_row = partial(read_row, kind=kind)
+    features = _PAIR_FEATURES if kind == "preference" else _TOKEN_FEATURES
     datasets = DatasetDict()
     lengths = Lengths()
+    kept: dict[str, int] = {}
     progress = Progress(f"{kind} rows tokenised", sum(map(len, splits.values())))
     for name, split in splits.items():
         reasons: Counter[str] = Counter()
+        kept[name] = 0
         labelled = config.model_copy(update={"train_on_prompt": config.train_on_prompt and name != "test"})
         with TableWriter(folder / f"formatted-{name}.arrow", features) as table:
             for formatted in format_rows(map(to_row, stream_records(split)), kind, tokenizer, labelled):
                 lengths.add(name, formatted)
                 if formatted.rejected is None:
-                    table.write(formatted.record)
+                    kept[name] += 1
+                    for record in formatted.records:
+                        table.write(record)
                 else:
                     reasons[formatted.rejected.reason] += 1
                     ledger.set_aside([formatted.rejected.model_copy(update={"stage": stages[name]})])
@@ -215,7 +255,7 @@ def format_splits(
         datasets[name] = table.dataset()
     for stage in dict.fromkeys(stages.values()):
         names = [name for name in splits if stages[name] == stage]
-        ledger.record(stage, sum(len(splits[name]) for name in names), sum(len(datasets[name]) for name in names))
+        ledger.record(stage, sum(len(splits[name]) for name in names), sum(kept[name] for name in names))
     return datasets, lengths
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.data.rows import InstructionRow, Message, Row
+from llm_engineering.data.rows import InstructionRow, Message, Row, TextRow
 from llm_engineering.errors import RequestError, WorkError
 
 IGNORE_INDEX = -100
@@ -66,6 +66,18 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Toke
         else:
             rendered.append(chosen if isinstance(chosen, CrossingTokensError) else rejected)
     return rendered
+
+
+def text_tokens(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    """Token ids of texts, each with the tokenizer's own start token if it has one, and with its end token.
+
+    Every token is trained, so that the model learns the text and where it ends. No chat template is applied.
+    """
+    encoded = tokenizer([row.text for row in rows], return_attention_mask=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    # Some tokenizers, e.g. T5's, add the end token themselves.
+    ids = [tokens if tokens[-1:] == [end] else [*tokens, end] for tokens in encoded]
+    return [Tokens(tokens, list(tokens)) for tokens in ids]
 
 
 def prompt_length(tokens: Tokens) -> int:

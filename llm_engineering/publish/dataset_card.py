@@ -110,10 +110,12 @@ def origins(dataset: DatasetDict) -> dict[str, int]:
     return shown | ({"others": rest} if rest else {})
 
 
-def limits(kind: Kind, own: bool, rules: RulesConfig) -> list[str]:
+def limits(kind: str, own: bool, rules: RulesConfig) -> list[str]:
     """The limits of the rows, a sentence each. `own`: the rows are the user's own, not generated."""
     if own:
         sentences = ["The rows are an existing dataset. Rules checked them; nobody reviewed them for this release."]
+    elif kind == "text":
+        sentences = ["The texts are documents as they are. Rules checked them; nobody reviewed them for this release."]
     elif kind == "instruction":
         sentences = [
             "A model wrote the questions. The answers were cut from documents or written by a model, as `origin` says.",

@@ -16,6 +16,7 @@ from llm_engineering.publish.dataset_card import card_template, public_name
 from llm_engineering.publish.verification import Verification
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, ModelHubConfig
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
 # Licences of the model and the documents that come with the project.
@@ -58,7 +59,7 @@ class ModelCardFacts(BaseModel):
 
     Attributes:
         recipe: the recipe that the model was trained with.
-        stage: the last training stage, `sft` or `dpo`.
+        stage: the last training stage.
         report: the JSON of the evaluation report.
         data_limits: the limits of the data, a sentence each.
         lineage: the run, its code and so on, as text by name.
@@ -93,9 +94,11 @@ def data_licence(recipe: Recipe) -> str | None:
 def render_model_card(facts: ModelCardFacts) -> str:
     """Render README.md: the hub's metadata as YAML, then the card as Markdown."""
     recipe = facts.recipe
-    settings = recipe.model_dump(mode="json", include={"seed", "formatting", "sft", *_dpo(facts)})
-    if recipe.sft.method == "full":
-        del settings["sft"]["lora"]
+    chain = recipe.chain_to(facts.stage)
+    settings = recipe.model_dump(mode="json", include={"seed", "formatting", *chain})
+    for stage in chain:
+        # The adapter's settings are those of the first stage; the others have none.
+        settings[stage] = {k: v for k, v in settings[stage].items() if v is not None or k not in ("method", "lora")}
     template = recipe.formatting.chat_template
     if template is not None:
         # The template may be a file of this machine.
@@ -105,18 +108,14 @@ def render_model_card(facts: ModelCardFacts) -> str:
         base=public_name(recipe.model.name_or_path),
         base_licence=base_licence(recipe.model.name_or_path, facts.hub) or _NOT_STATED,
         data_licence=data_licence(recipe) or _NOT_STATED,
-        method="a full fine-tune" if recipe.sft.method == "full" else f"an adapter ({recipe.sft.method}), merged",
-        steps="supervised fine-tuning" + (" and direct preference optimisation" if facts.stage == "dpo" else ""),
+        method="a full fine-tune" if recipe.method == "full" else f"an adapter ({recipe.method}), merged",
+        steps=", then ".join(STAGES[stage].title for stage in chain),
         recipe=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(),
         measures=_measures(facts.report),
         differences=_differences(facts.report),
         limits=[*_GENERAL_LIMITS, *facts.data_limits],
     )
     return f"---\n{_metadata(facts)}\n---\n\n{body}\n"
-
-
-def _dpo(facts: ModelCardFacts) -> list[str]:
-    return ["dpo"] if facts.stage == "dpo" else []
 
 
 def _metadata(facts: ModelCardFacts) -> str:
@@ -131,7 +130,7 @@ def _metadata(facts: ModelCardFacts) -> str:
             base_model=name if is_hub_id else None,
             library_name="transformers",
             pipeline_tag="text-generation",
-            tags=["llm-engineering", "sft", *_dpo(facts)],
+            tags=["llm-engineering", *facts.recipe.chain_to(facts.stage)],
         ).to_yaml()
     )
 

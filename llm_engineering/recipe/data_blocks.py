@@ -124,6 +124,17 @@ class ModelHubConfig(Block):
     private: bool = True
 
 
+class ReplayConfig(Block):
+    """Text of a general dataset that continued pre-training mixes in, so that the model forgets less.
+
+    `path` is a dataset with a column `text`: a file, a folder that `datasets` saved, or a hub id. Its rows are taken in
+    their order, until they make up `share` of the characters that are trained on. They are not held out.
+    """
+
+    path: str
+    share: float = Field(0.1, gt=0, lt=1)
+
+
 class DataConfig(Block):
     """The user's own datasets, which replace the generated ones, and how rows are checked and split.
 
@@ -136,6 +147,7 @@ class DataConfig(Block):
     test_preferences: str | None = None
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
+    replay: ReplayConfig | None = None
     rules: RulesConfig = RulesConfig()
     near_duplicate_threshold: float = Field(0.8, gt=0, lt=1)
     decontaminate_against: list[str] = Field(default_factory=list)
@@ -147,7 +159,16 @@ class DataConfig(Block):
     @property
     def checks(self) -> DataConfig:
         """The keys that decide how rows are checked and split, without the keys that say where rows come from."""
-        sources = ("instructions", "preferences", "test_instructions", "test_preferences", "format", "columns", "hub")
+        sources = (
+            "instructions",
+            "preferences",
+            "test_instructions",
+            "test_preferences",
+            "format",
+            "columns",
+            "replay",
+            "hub",
+        )
         return DataConfig.model_validate(self.model_dump(exclude=set(sources)))
 
     @model_validator(mode="after")

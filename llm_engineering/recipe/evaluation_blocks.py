@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.stages import STAGES, with_stages
 
 
 class Measure(NamedTuple):
@@ -25,6 +26,7 @@ MEASURES = {
     "heldout_loss": Measure("Held-out loss", "nats a token", "lower"),
     "perplexity": Measure("Perplexity", "per token", "lower"),
     "question_gain": Measure("Gain from the question", "nats a token", "higher"),
+    "document_loss": Measure("Loss on held-out documents", "nats a token", "lower"),
     "preference_accuracy": Measure("Preference accuracy", "share of pairs", "higher"),
     "preference_margin": Measure("Preference margin", "nats a token", "higher"),
     "rouge_l": Measure("ROUGE-L against the reference", "F1", "higher"),
@@ -38,8 +40,9 @@ MEASURES = {
 # The prefix of the measures of lm-eval's tasks. For each of these measures, the evaluation report states whether higher
 # or lower is better.
 TASK_MEASURE = "lm_eval_"
-# Measures over preference pairs. A run that ends with SFT has no pairs.
+# Measures over preference pairs, and over documents. A run without a stage that trains on them has none.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
+DOCUMENT_MEASURES = ("document_loss",)
 
 
 class JudgeConfig(ClientConfig):
@@ -110,15 +113,23 @@ class EvaluationConfig(Block):
 Bounds = dict[str, Annotated[float, Field(ge=0)] | None]
 
 
-class Comparisons(Block):
+_StageBounds: Any = with_stages("_StageBounds", lambda _: (Bounds, Field(default_factory=dict)))
+
+
+class Comparisons(_StageBounds):  # type: ignore[misc]
     """Bounds by the other model of the comparison, then by measure: `{base: {heldout_loss: 0.1}}`.
 
-    `incumbent` is the model in production. A bound of null removes an inherited rule.
+    The other model is `base`, `incumbent` (the model in production), or the model of an earlier stage. A bound of null
+    removes an inherited rule.
     """
 
     base: Bounds = Field(default_factory=dict)
-    sft: Bounds = Field(default_factory=dict)
     incumbent: Bounds = Field(default_factory=dict)
+
+    def bounds(self, than: str) -> Bounds:
+        """The bounds of the comparison with a model."""
+        found: Bounds = getattr(self, than)
+        return found
 
 
 class GateRules(Block):
@@ -143,19 +154,35 @@ class GateRules(Block):
         return self
 
 
-class PromotionConfig(Block):
-    """The gate's rules for a run that ends with SFT and for a run that ends with DPO.
+class RulePath(NamedTuple):
+    """A rule of the gate: the stage with which its run ends, the other model, the measure, and the path of its key."""
+
+    run: str
+    than: str
+    measure: str
+    path: str
+
+
+_StageRules: Any = with_stages("_StageRules", lambda _: (GateRules | None, None))
+
+
+class PromotionConfig(_StageRules):  # type: ignore[misc]
+    """The gate's rules for a run that ends with a stage, by the name of the stage.
 
     With `auto` a model that passes is promoted to production at once.
     """
 
-    sft: GateRules
-    dpo: GateRules
     auto: bool = False
+
+    def rules(self, stage: str) -> GateRules | None:
+        """The rules for a run that ends with a stage."""
+        found: GateRules | None = getattr(self, stage)
+        return found
 
     @model_validator(mode="after")
     def _known_measures(self) -> Self:
-        for path, measure in self.measures():
+        for rule in self.all_rules():
+            path, measure = rule.path, rule.measure
             if measure in MEASURES and MEASURES[measure].better is None:
                 raise ValueError(f"{path}: neither a higher nor a lower {measure} is better: remove the rule")
             if measure not in MEASURES and not measure.startswith(TASK_MEASURE):
@@ -164,23 +191,17 @@ class PromotionConfig(Block):
                     f"did you mean {near[0]}?" if near else f"the measures are {', '.join(MEASURES)} and lm_eval_<task>"
                 )
                 raise ValueError(f"{path}: there is no measure {measure}; {known}")
-            if path.startswith("sft.") and measure in PAIR_MEASURES:
-                raise ValueError(
-                    f"{path}: a run that ends with SFT has no held-out pairs to measure {measure} on: "
-                    "move the rule to promotion.dpo"
-                )
-        if self.sft.better_than.sft or self.sft.not_worse_than.sft:
-            raise ValueError(
-                "sft: a run that ends with SFT has no second SFT model to compare with: remove the key sft"
-            )
         return self
 
-    def measures(self) -> Iterator[tuple[str, str]]:
-        """The path of every rule, and the measure that it names."""
-        for run in ("sft", "dpo"):
+    def all_rules(self) -> Iterator[RulePath]:
+        """Every rule that is not removed."""
+        for run in STAGES:
+            gate = self.rules(run)
+            if gate is None:
+                continue
             for sense in ("better_than", "not_worse_than"):
-                comparisons: Comparisons = getattr(getattr(self, run), sense)
-                for model in Comparisons.model_fields:
-                    for measure, bound in getattr(comparisons, model).items():
+                comparisons: Comparisons = getattr(gate, sense)
+                for model in type(comparisons).model_fields:
+                    for measure, bound in comparisons.bounds(model).items():
                         if bound is not None:
-                            yield f"{run}.{sense}.{model}", measure
+                            yield RulePath(run, model, measure, f"{run}.{sense}.{model}")

@@ -45,7 +45,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             layer = {part: layer}
         _merge(merged, layer, origin, "--set", "")
     try:
-        return Recipe.model_validate(merged)
+        recipe: Recipe = Recipe.model_validate(merged)
+        return recipe
     except ValidationError as error:
         problems = [line for problem in error.errors() for line in _explain(problem, origin, str(path))]
         raise RequestError("\n".join(problems)) from None
@@ -143,7 +144,7 @@ def _nearest(key: str) -> str:
         if near:
             return f"Did you mean `{by_name[near[0]]}`?"
         if same_name:
-            return f"Did you mean {' or '.join(f'`{c}`' for c in same_name[:2])}?"
+            return f"Did you mean {' or '.join(f'`{c}`' for c in same_name[:3])}?"
     return f"Valid keys there: {', '.join(c.rpartition('.')[2] for c in siblings) or ', '.join(Recipe.model_fields)}."
 
 

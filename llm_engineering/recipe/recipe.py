@@ -6,49 +6,94 @@ its own keys.
 
 from __future__ import annotations
 
-from typing import Self
+from difflib import get_close_matches
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ModelHubConfig
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, PromotionConfig
+from llm_engineering.recipe.evaluation_blocks import DOCUMENT_MEASURES, PAIR_MEASURES, EvaluationConfig, PromotionConfig
 from llm_engineering.recipe.generation_blocks import MIN_JSON_TOKENS, GenerationConfig
+from llm_engineering.recipe.stages import STAGES, Kind, with_stages
 from llm_engineering.recipe.training_blocks import (
+    CPTConfig,
     DPOConfig,
     LoraConfig,
+    Method,
     ModelConfig,
-    SFTConfig,
+    PackedConfig,
     TrackingConfig,
+    TrainConfig,
     TrainingSetup,
 )
 
+# A block for each row of the table of stages.
+_StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | None, None))
 
-class Recipe(Block):
-    """A whole recipe."""
+
+class Recipe(_StageBlocks):  # type: ignore[misc]
+    """A whole recipe.
+
+    `chain` names the training stages in their order; each has a block of its name. A stage trains the model of the stage
+    before it further, and the first one starts from the base model.
+    """
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
     seed: int = Field(42, ge=0)
+    chain: list[str] = Field(["sft", "dpo"], min_length=1)
     model: ModelConfig = ModelConfig()
     documents: DocumentsConfig = DocumentsConfig()
     generation: GenerationConfig = GenerationConfig()
     data: DataConfig = DataConfig()
     formatting: FormattingConfig = FormattingConfig()
-    sft: SFTConfig
-    dpo: DPOConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
     hub: ModelHubConfig | None = None
 
+    def block(self, stage: str) -> TrainConfig:
+        """The block of a stage of the chain."""
+        found = getattr(self, stage)
+        assert isinstance(found, TrainConfig)
+        return found
+
+    def chain_to(self, stage: str) -> list[str]:
+        """The stages of the chain up to and with `stage`."""
+        return self.chain[: self.chain.index(stage) + 1]
+
+    def kinds(self, stage: str) -> list[Kind]:
+        """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
+
+        A preference stage is evaluated on instruction rows too.
+        """
+        trained = {STAGES[name].rows for name in self.chain_to(stage)}
+        needed = trained | ({"instruction"} if "preference" in trained else set())
+        kinds: tuple[Kind, ...] = ("text", "instruction", "preference")
+        return [kind for kind in kinds if kind in needed]
+
+    @property
+    def method(self) -> Method:
+        """What is trained: all weights, or an adapter. The first stage of the chain decides."""
+        return self.block(self.chain[0]).method or "lora"
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter of the chain."""
+        return self.block(self.chain[0]).lora or LoraConfig()
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether a run reads `documents`: for a stage that trains on them, or to write instructions."""
+        return self.data.instructions is None or any(STAGES[name].rows == "text" for name in self.chain)
+
     @property
     def setup(self) -> TrainingSetup:
-        """The keys that both training stages share."""
+        """The keys that all training stages share."""
         return TrainingSetup(
             model=self.model,
-            method=self.sft.method,
+            method=self.method,
             max_length=self.formatting.max_length,
             chat_template=self.formatting.chat_template,
             train_on_prompt=self.formatting.train_on_prompt,
@@ -62,6 +107,81 @@ class Recipe(Block):
         """The same keys for evaluation, which always runs in one process on this machine."""
         return self.setup.model_copy(update={"compute": self.compute.one_process})
 
+    @field_validator("chain")
+    @classmethod
+    def _known_stages(cls, chain: list[str]) -> list[str]:
+        for name in chain:
+            if name not in STAGES:
+                near = get_close_matches(name, STAGES, n=1)
+                known = f"did you mean {near[0]}" if near else f"the stages are {', '.join(STAGES)}"
+                raise ValueError(f"there is no stage {name}: {known}")
+        twice = next((name for name in chain if chain.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the stage {twice} is named twice: remove one of them")
+        return chain
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        first, *later = self.chain
+        for name in self.chain:
+            if getattr(self, name) is None:
+                raise ValueError(f"chain has the stage {name}, and the block {name} is missing: add it")
+        for name in later:
+            for key in ("method", "lora"):
+                own, chosen = getattr(self.block(name), key), getattr(self, key)
+                if own is not None and own != chosen:
+                    raise ValueError(
+                        f"{name}.{key} has no effect, because {name} trains the weights of {first} further: set "
+                        f"{first}.{key}, and {name}.{key} to null"
+                    )
+        if self.method == "full" and self.block(first).lora not in (None, LoraConfig()):
+            raise ValueError(f"{first}.lora has no effect with {first}.method full: remove it, or choose lora or qlora")
+        if self.data.replay is not None and not any(STAGES[name].rows == "text" for name in self.chain):
+            raise ValueError(
+                "data.replay has no effect, because no stage of chain trains on text: remove it, or add cpt"
+            )
+        for name in self.chain:
+            config = self.block(name)
+            embeddings = config.embedding_learning_rate if isinstance(config, CPTConfig) else None
+            if embeddings is not None and self.method != "full" and not _trains_embeddings(self.lora):
+                raise ValueError(
+                    f"{name}.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or "
+                    f"set {first}.lora.modules_to_save to [embed_tokens, lm_head], or {first}.method to full"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _gates(self) -> Self:
+        for stage in self.chain:
+            if self.promotion.rules(stage) is None:
+                measure = "heldout_loss" if "instruction" in self.kinds(stage) else "document_loss"
+                raise ValueError(
+                    f"promotion.{stage} is missing: say what a model that ends with {stage} must reach, e.g. "
+                    f"{{better_than: {{base: {{{measure}: 0.0}}, incumbent: {{{measure}: 0.0}}}}}}"
+                )
+        for rule in self.promotion.all_rules():
+            if rule.run not in self.chain:
+                continue
+            if not self.evaluation.computes(rule.measure):
+                raise ValueError(
+                    f"promotion.{rule.path} names {rule.measure}, which the evaluation of this recipe does not compute: "
+                    "add it to the block evaluation, or remove the rule"
+                )
+            kinds = self.kinds(rule.run)
+            needed = next((kind for kind, names in _MEASURED_ON.items() if rule.measure in names), "instruction")
+            if needed not in kinds:
+                fitting = next((stage for stage in self.chain if needed in self.kinds(stage)), None)
+                raise ValueError(
+                    f"promotion.{rule.path}: a run that ends with {rule.run} has no held-out {_HELD_OUT[needed]} to "
+                    f"measure {rule.measure} on: {f'move the rule to promotion.{fitting}' if fitting else 'remove the rule'}"
+                )
+            if rule.than in STAGES and rule.than not in self.chain_to(rule.run)[:-1]:
+                raise ValueError(
+                    f"promotion.{rule.path}: a run that ends with {rule.run} has no {rule.than} model before it to compare "
+                    f"with: remove the key {rule.than}"
+                )
+        return self
+
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         writing = self.generation
@@ -74,61 +194,66 @@ class Recipe(Block):
                         f"generation.{key} {tokens} is too few with client {writing.client}, which answers in JSON: set at "
                         f"least {MIN_JSON_TOKENS}; {good} is a good value"
                     )
-        for path, measure in self.promotion.measures():
-            if not self.evaluation.computes(measure):
-                raise ValueError(
-                    f"promotion.{path} names {measure}, which the evaluation of this recipe does not compute: "
-                    "add it to the block evaluation, or remove the rule"
-                )
         compute = self.compute
-        if self.sft.method == "full" and self.sft.lora != LoraConfig():
-            raise ValueError("sft.lora has no effect with sft.method full: remove it, or choose lora or qlora")
         if compute.device == "cpu" and compute.dtype == "float16":
             raise ValueError(
                 "compute.dtype float16 does not train on compute.device cpu: use bfloat16 or float32, or auto"
             )
         if compute.device == "cpu" and compute.attn_implementation == "flash_attention_2":
             raise ValueError("compute.attn_implementation flash_attention_2 needs CUDA: use sdpa, or auto")
-        best = [stage for stage, config in (("sft", self.sft), ("dpo", self.dpo)) if config.load_best]
+        first, blocks = self.chain[0], {stage: self.block(stage) for stage in self.chain}
+        best = [stage for stage, config in blocks.items() if config.load_best]
         if best and compute.sagemaker is not None and compute.sagemaker.instance_count > 1:
             raise ValueError(
                 f"{best[0]}.load_best reads the best checkpoint in every process, but only the first machine has it on its "
                 "disk: set load_best to false, or compute.sagemaker.instance_count to 1"
             )
-        if self.sft.method == "qlora" and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
+        if self.method == "qlora" and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
             raise ValueError(
-                "sft.method qlora keeps its weights in 4 bits, which cannot be sharded here: use compute.distributed ddp, "
+                f"{first}.method qlora keeps its weights in 4 bits, which cannot be sharded here: use compute.distributed ddp, "
                 "or deepspeed with zero_stage 1 or 2"
             )
-        for stage, optim in (("sft", self.sft.optim), ("dpo", self.dpo.optim)):
-            if "8bit" in optim and compute.distributed != "ddp":
+        for stage, config in blocks.items():
+            if "8bit" in config.optim and compute.distributed != "ddp":
                 raise ValueError(
-                    f"{stage}.optim {optim} has a state that is not sharded with compute.distributed "
+                    f"{stage}.optim {config.optim} has a state that is not sharded with compute.distributed "
                     f"{compute.distributed}: use auto or adamw_torch, or compute.distributed ddp"
                 )
-        if self.dpo.library_arguments.get("sync_ref_model") and self.sft.method != "full":
-            raise ValueError(
-                f"dpo.sync_ref_model moves the reference towards the model, and with sft.method {self.sft.method} the "
-                "reference is an adapter, which TRL cannot move: remove it, or choose sft.method full"
-            )
-        if self.dpo.precompute_ref_log_probs and compute.num_processes > 1:
-            raise ValueError(
-                "dpo.precompute_ref_log_probs works only with compute.num_processes 1: set dpo.precompute_ref_log_probs to "
-                "false (the reference then runs in every step)"
-            )
+            if not isinstance(config, DPOConfig):
+                continue
+            if config.library_arguments.get("sync_ref_model") and self.method != "full":
+                raise ValueError(
+                    f"{stage}.sync_ref_model moves the reference towards the model, and with {first}.method {self.method} "
+                    f"the reference is an adapter, which TRL cannot move: remove it, or choose {first}.method full"
+                )
+            if config.precompute_ref_log_probs and compute.num_processes > 1:
+                raise ValueError(
+                    f"{stage}.precompute_ref_log_probs works only with compute.num_processes 1: set "
+                    f"{stage}.precompute_ref_log_probs to false (the reference then runs in every step)"
+                )
         if compute.backend == "unsloth" and compute.device == "cpu":
             raise ValueError("compute.backend unsloth needs CUDA, and compute.device is cpu: use transformers, or auto")
-        if compute.backend == "unsloth" and self.sft.lora.use_dora:
+        if compute.backend == "unsloth" and self.lora.use_dora:
             raise ValueError(
-                "compute.backend unsloth has no kernels for sft.lora.use_dora: use transformers, or auto, or no DoRA"
+                f"compute.backend unsloth has no kernels for {first}.lora.use_dora: use transformers, or auto, or no DoRA"
             )
-        if compute.backend == "unsloth" and self.sft.method == "full" and self.sft.packing:
+        packed = [stage for stage, config in blocks.items() if isinstance(config, PackedConfig) and config.packing]
+        if compute.backend == "unsloth" and self.method == "full" and packed:
             raise ValueError(
-                "compute.backend unsloth trains sft.method full with a forward pass that does not get the borders of packed "
-                "rows: set sft.packing to false, or use transformers"
+                f"compute.backend unsloth trains {first}.method full with a forward pass that does not get the borders of "
+                f"packed rows: set {packed[0]}.packing to false, or use transformers"
             )
         if self.tracking.comet != "auto" and self.tracking.workspace is not None:
             raise ValueError(
                 f"tracking.workspace has no effect with tracking.comet {self.tracking.comet}: remove it, or set auto"
             )
         return self
+
+
+_MEASURED_ON: dict[Kind, tuple[str, ...]] = {"text": DOCUMENT_MEASURES, "preference": PAIR_MEASURES}
+_HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs"}
+
+
+def _trains_embeddings(lora: LoraConfig) -> bool:
+    names = [*(lora.library_arguments.get("modules_to_save") or []), *lora.target_modules]
+    return any("embed" in name or name in ("wte", "lm_head") for name in names)

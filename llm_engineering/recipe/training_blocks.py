@@ -1,4 +1,4 @@
-"""The recipe's blocks about training: the base model, SFT, DPO, the adapter, and where metrics go.
+"""The recipe's blocks about training: the base model, the stages, the adapter, and where metrics go.
 
 Field names follow TRL, PEFT and transformers, so that a recipe reads like their documentation.
 """
@@ -104,11 +104,33 @@ _REFUSED_TRL = {
 }
 
 
+Method = Literal["full", "lora", "qlora"]
+
+
+class LoraConfig(Block):
+    """The LoRA adapter. Names and meanings are those of peft.LoraConfig.
+
+    `use_rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732), so that a large r helps. `use_dora`
+    learns magnitude and direction separately (Liu et al. 2024, arXiv:2402.09353): slower, and a little better.
+    """
+
+    r: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
 class TrainConfig(LibraryBlock):
-    """The keys that SFT and DPO share. Names and meanings are those of transformers.TrainingArguments.
+    """The keys that all stages share. Names and meanings are those of transformers.TrainingArguments.
 
     Every other field of the stage's TRL class can be set too, by its name; the keys that the project sets itself are
     refused with the reason.
+
+    `method` and `lora` belong to the first stage of `chain`, because the later stages train its weights further. `full`
+    trains all weights, `lora` (the default) an adapter, `qlora` an adapter on a base model in 4 bits (nf4), which needs
+    CUDA.
 
     `optim: auto` is 8-bit AdamW on CUDA if bitsandbytes is installed, else torch's AdamW. With `load_best`, or
     `load_best_model_at_end`, the result is the checkpoint with the lowest validation loss. `early_stopping_patience` is
@@ -116,6 +138,8 @@ class TrainConfig(LibraryBlock):
     `warmup_ratio`. With `eval_strategy: epoch` or `save_strategy: epoch` the number of steps is left out.
     """
 
+    method: Method | None = None
+    lora: LoraConfig | None = None
     learning_rate: float = Field(gt=0)
     num_train_epochs: float = Field(gt=0)
     max_steps: int = Field(-1, ge=-1)
@@ -193,49 +217,32 @@ class TrainConfig(LibraryBlock):
         return self
 
 
-Method = Literal["full", "lora", "qlora"]
+# Fields of trl.SFTConfig that the project sets, for the stages that train with TRL's SFTTrainer.
+_REFUSED_SFT = {
+    **_REFUSED_TRL,
+    "chat_template_path": "formatting.chat_template is the template of every stage",
+    "dataset_text_field": "formatting tokenises the rows before training",
+    "dataset_kwargs": "formatting tokenises the rows before training",
+    "eos_token": "formatting ends answers with the end token of the chat template",
+    "shuffle_dataset": "rows are drawn in the order of the seed",
+    "packing_strategy": "rows are packed by best-fit decreasing, which keeps every row whole",
+    "eval_packing": "validation rows are not packed, so that the loss does not depend on it",
+    "completion_only_loss": "formatting.train_on_prompt says what is trained",
+    "assistant_only_loss": "formatting.train_on_prompt says what is trained",
+    "loss_type": "the loss is the likelihood of the trained tokens, computed from hidden states",
+}
 
 
-class LoraConfig(Block):
-    """The LoRA adapter. Names and meanings are those of peft.LoraConfig.
+class PackedConfig(TrainConfig):
+    """The keys of the stages that train with TRL's SFTTrainer.
 
-    `use_rslora` scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732), so that a large r helps. `use_dora`
-    learns magnitude and direction separately (Liu et al. 2024, arXiv:2402.09353): slower, and a little better.
-    """
-
-    r: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
-    use_rslora: bool = False
-    use_dora: bool = False
-
-
-class SFTConfig(TrainConfig):
-    """Supervised fine-tuning with TRL's SFTTrainer.
-
-    `method` also applies to DPO: `full` trains all weights, `lora` an adapter (the block `lora`), `qlora` an adapter on a
-    base model in 4 bits (nf4), which needs CUDA. `train_sampling_strategy: group_by_length` puts rows of similar length
-    into one batch, which saves padding if rows are not packed.
+    `train_sampling_strategy: group_by_length` puts rows of similar length into one batch, which saves padding if rows
+    are not packed.
     """
 
     config_class = "trl.SFTConfig"
-    refused: ClassVar[dict[str, str]] = {
-        **_REFUSED_TRL,
-        "chat_template_path": "formatting.chat_template is the template of every stage",
-        "dataset_text_field": "formatting tokenises the rows before training",
-        "dataset_kwargs": "formatting tokenises the rows before training",
-        "eos_token": "formatting ends answers with the end token of the chat template",
-        "shuffle_dataset": "rows are drawn in the order of the seed",
-        "packing_strategy": "rows are packed by best-fit decreasing, which keeps every row whole",
-        "eval_packing": "validation rows are not packed, so that the loss does not depend on it",
-        "completion_only_loss": "formatting.train_on_prompt says what is trained",
-        "assistant_only_loss": "formatting.train_on_prompt says what is trained",
-        "loss_type": "the loss is the likelihood of the trained tokens, computed from hidden states",
-    }
+    refused: ClassVar[dict[str, str]] = _REFUSED_SFT
 
-    method: Method = "lora"
-    lora: LoraConfig = LoraConfig()
     packing: bool = True
     train_sampling_strategy: Literal["random", "group_by_length"] = "random"
 
@@ -247,6 +254,28 @@ class SFTConfig(TrainConfig):
                 "row to max_length: set packing to false, or remove it"
             )
         return self
+
+
+class CPTConfig(PackedConfig):
+    """Continued pre-training with TRL's SFTTrainer: every token of the documents is trained.
+
+    `embedding_learning_rate` is the learning rate of the input and output embeddings where they are trained, which is
+    with method `full`, or with `lora.modules_to_save`. They need a smaller rate than the adapter: 2 to 10 times smaller
+    is usual. Null gives them the rate of all weights.
+    """
+
+    refused: ClassVar[dict[str, str]] = {
+        **_REFUSED_SFT,
+        "eos_token": "formatting ends each document with the end token",
+        "completion_only_loss": "every token of a document is trained",
+        "assistant_only_loss": "every token of a document is trained",
+    }
+
+    embedding_learning_rate: float | None = Field(None, gt=0)
+
+
+class SFTConfig(PackedConfig):
+    """Supervised fine-tuning with TRL's SFTTrainer: the answers are trained."""
 
 
 # The pair losses of TRL 1.14. TRL's `sft` is left out: it ignores the rejected answer.
@@ -269,7 +298,7 @@ DPOLoss = Literal[
 
 
 class DPOConfig(TrainConfig):
-    """Direct preference optimisation with TRL's DPOTrainer; the reference is the SFT model.
+    """Direct preference optimisation with TRL's DPOTrainer; the reference is the model that the stage starts from.
 
     With `precompute_ref_log_probs` the reference runs once before training, instead of in every step.
     """

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
 from llm_engineering.data.prepare import prepare
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_row, preference_row
+from llm_engineering.data.rows import Message, Row, read_row
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.formatting.datasets import Lengths, format_rows
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
@@ -59,7 +59,7 @@ def write_data_report(
     (rows that were kept with a finding) and `clusters.jsonl` (every duplicate with the rows that it repeats).
 
     Args:
-        kind: `instruction` or `preference`.
+        kind: the kind of the rows.
         tables: `findings`, `clusters` and `suspicious`, from `prepare`.
         leaked: number of rows of an evaluation file that are also in the dataset.
     """
@@ -89,7 +89,7 @@ def write_data_report(
         "near_duplicates": reasons.get("near_duplicate", 0),
         "leaks": {side: reasons.get(f"leaks_into_{side}", 0) for side in ("validation", "test")},
         "leaked_into_test": leaked,
-        "guidance": _guidance(lengths, share_over, max_length, findings),
+        "guidance": _guidance(kind, lengths, share_over, max_length, findings),
         "fit_to_train": not why,
         "why": why,
     }
@@ -116,6 +116,8 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
     leaks = [row for row in examples if row[1].startswith("leaks_into") or row[1] == "contaminated"]
     used = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
     over = f"{data['share_over_max_length']:.1%} of the rows are longer than max_length ({data['max_length']} tokens)."
+    if data["kind"] == "text":
+        over += " They are divided into pieces, which are counted below as rows."
     if data["truncated"]:
         over += f" {data['truncated']:,} of the kept rows were truncated to it ({data['share_truncated']:.1%})."
     sections = [
@@ -151,10 +153,10 @@ def _clusters(clusters: Dataset) -> Markup:
     return _table_or_none(["Cluster", "Source", "Split", "Result"], rows)
 
 
-def _guidance(lengths: Lengths, share_over: float, max_length: int, findings: dict[str, int]) -> list[str]:
+def _guidance(kind: str, lengths: Lengths, share_over: float, max_length: int, findings: dict[str, int]) -> list[str]:
     lines = []
     train = lengths.kept.get("train", sum(lengths.kept.values(), Counter())).total()
-    if train < FEW_ROWS:
+    if train < FEW_ROWS and kind != "text":
         lines.append(
             f"{train:,} rows are left to train on. They are enough to learn a style of answering; to learn a subject, "
             f"use {FEW_ROWS:,} or more good rows."
@@ -166,7 +168,7 @@ def _guidance(lengths: Lengths, share_over: float, max_length: int, findings: di
             f"{test:,} test rows are left: a percentage measured on them has a 95 % interval of up to "
             f"±{98 / test**0.5:.0f} points."
         )
-    if share_over > MAX_SHARE_OVER_LENGTH:
+    if share_over > MAX_SHARE_OVER_LENGTH and kind != "text":
         lines.append(
             f"{share_over:.0%} of the rows are longer than formatting.max_length ({max_length} tokens): raise it if "
             "memory allows."
@@ -216,10 +218,8 @@ def _text(messages: Sequence[Message]) -> str:
     )
 
 
-def _answers(row: InstructionRow | PreferenceRow) -> tuple[str, ...]:
-    if isinstance(row, InstructionRow):
-        return (_text(row.completion),)
-    return (_text(row.chosen), _text(row.rejected))
+def _answers(row: Row) -> tuple[str, ...]:
+    return tuple(map(_text, row.answers))
 
 
 def inspect_file(
@@ -251,12 +251,14 @@ def inspect_file(
     lenient = data.model_copy(update={"strict": False})
     prepared = prepare(loaded.rows, loaded.kind, lenient, ledger, work, evaluation, index, inspected=True)
 
-    to_row = instruction_row if loaded.kind == "instruction" else preference_row
     lengths = Lengths()
     # With over_long `raise` a run stops at the first over-long row. Here all of them are counted.
     counting = formatting.model_copy(update={"over_long": "drop"}) if formatting.over_long == "raise" else formatting
     for formatted in format_rows(
-        (to_row(record) for record in stream_records(prepared.splits["train"])), loaded.kind, tokenizer, counting
+        (read_row(record, loaded.kind) for record in stream_records(prepared.splits["train"])),
+        loaded.kind,
+        tokenizer,
+        counting,
     ):
         lengths.add("all", formatted)
         ledger.set_aside([formatted.rejected] if formatted.rejected is not None else [])

@@ -14,12 +14,7 @@ from llm_engineering.reports.training_report import training_charts
 
 Report = Mapping[str, Any]
 _BETTER = {"lower": "lower is better", "higher": "higher is better", None: "neither direction is better"}
-_NAMES = {
-    "base": "the base model",
-    "sft": "the SFT model",
-    "dpo": "the DPO model",
-    INCUMBENT: "the model in production",
-}
+_NAMES = {"base": "the base model", INCUMBENT: "the model in production"}
 
 
 def evaluation_page(data: Report, training: Report | None) -> str:
@@ -46,20 +41,27 @@ def evaluation_page(data: Report, training: Report | None) -> str:
         sections.append(("Own checks", _checks(data["checks"], data["models"])))
     if data["lm_eval"] is not None:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
-    sections.append(("Answers", _answers(data)))
+    if data["samples"]:
+        sections.append(("Answers", _answers(data)))
     return page("Evaluation report", _lead(data), sections)
 
 
 def _lead(data: Report) -> str:
-    loss = data["measures"]["heldout_loss"]
+    has_rows = data["heldout_rows"] > 0
+    loss = data["measures"]["heldout_loss" if has_rows else "document_loss"]
     newest, other = data["newest"], INCUMBENT if INCUMBENT in data["models"] else "base"
     difference = loss["differences"][f"{newest}-{other}"]
     word = verdict(difference, loss["better"])
     result = f"is {word} than" if word in ("better", "worse") else "does not differ significantly from"
     pairs = f" and {data['heldout_pairs']} pairs" if data["heldout_pairs"] else ""
+    held_out = (
+        f"{data['heldout_rows']} held-out rows{pairs}"
+        if has_rows
+        else f"{data['heldout_documents']} held-out documents"
+    )
     shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
     return (
-        f"On {data['heldout_rows']} held-out rows{pairs}, the loss of {_NAMES.get(newest, newest)} {result} that of "
+        f"On {held_out}, the loss of the {newest.upper()} model {result} that of "
         f"{_NAMES[other]}: {shown} nats per token."
     )
 

@@ -22,7 +22,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,9 @@ from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import Method
-from llm_engineering.training.job import RESULT_FILE, Job, Result, Stage, read_job, write_failure
+from llm_engineering.training.job import RESULT_FILE, Job, Result, read_job, write_failure
 
 # Nothing at the top of this module imports transformers, because unsloth must be imported before it.
 if TYPE_CHECKING:
@@ -44,11 +45,11 @@ def main() -> int:
     """Parse the command line and train; returns the exit code."""
     # Parse the command line
     parser = argparse.ArgumentParser(prog="python -m llm_engineering.training", description="Train one stage.")
-    parser.add_argument("stage", choices=("sft", "dpo"), nargs="?")
+    parser.add_argument("stage", choices=tuple(STAGES), nargs="?")
     parser.add_argument("--recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--adapter", type=Path, help="the SFT adapter, or full SFT model, that DPO starts from")
+    parser.add_argument("--adapter", type=Path, help="the adapter, or full model, of the stage before this one")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--resume-from", type=Path, metavar="DIR", help="a checkpoint of the same run to resume from")
     parser.add_argument("--job", type=Path, metavar="FILE", help="a file that describes the run, instead of a recipe")
@@ -86,14 +87,20 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     """Train a stage of a recipe. Starts the processes, unless torchrun or accelerate has started them."""
     # Load the recipe
     recipe = load_recipe(arguments.recipe, arguments.set)
-    config = recipe.sft if arguments.stage == "sft" else recipe.dpo
-    if arguments.stage == "dpo" and not (arguments.adapter and any(arguments.adapter.glob("*.safetensors"))):
-        raise RequestError("DPO starts from an SFT adapter or a full SFT model. Name its folder with --adapter.")
+    stage = arguments.stage
+    if stage not in recipe.chain:
+        raise RequestError(
+            f"The recipe's chain is {', '.join(recipe.chain)}, without {stage}. Add it, or name another stage."
+        )
+    config = recipe.block(stage)
+    before = recipe.chain_to(stage)[:-1]
+    if before and not (arguments.adapter and any(arguments.adapter.glob("*.safetensors"))):
+        raise RequestError(f"{stage} starts from the model of {before[-1]}. Name its folder with --adapter.")
 
     # Import the backend, before transformers
     is_launched = "WORLD_SIZE" in os.environ
     if is_launched:
-        _import_backend(recipe.compute, recipe.sft.method, config.model_dump(), arguments.adapter)
+        _import_backend(recipe.compute, recipe.method, config.model_dump(), arguments.adapter)
     from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import pin_chat_template
     from llm_engineering.training import ranks
@@ -108,7 +115,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
 
     # Train
     job = Job(
-        stage=arguments.stage,
+        stage=stage,
         config=config.model_dump(),
         setup=recipe.setup,
         data=arguments.data,
@@ -118,7 +125,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     if is_launched:
         result = _train(job)
     else:
-        result = launch_training(_stage(job.stage), job, _load_data(arguments.data), settings)
+        result = launch_training(STAGES[stage].train_function(), job, _load_data(arguments.data), settings)
 
     # Copy the adapter and the report
     if ranks.is_main():
@@ -168,7 +175,7 @@ def _import_backend(compute: ComputeConfig, method: Method, config: Mapping[str,
     """Import unsloth if it is the backend: it patches transformers, so it must be imported first."""
     from llm_engineering.models.device import choose_backend, choose_device, import_backend, uses_dora
 
-    use_dora = uses_dora(start) if start else bool(config["lora"]["use_dora"])
+    use_dora = uses_dora(start) if start else bool((config["lora"] or {}).get("use_dora"))
     device = choose_backend(choose_device(compute), compute, method, use_dora=use_dora)
     import_backend(device, Settings().llm_cache_dir)
 
@@ -182,16 +189,9 @@ def _train(job: Job) -> TrainingResult:
     device = choose_device(job.setup.compute)
     check_processes(job.setup.compute, device)
     ranks.join(job.setup.compute, device.name)
-    result = _stage(job.stage)(job, _load_data(job.data), Settings())
+    result: TrainingResult = STAGES[job.stage].train_function()(job, _load_data(job.data), Settings())
     ranks.leave()
     return result
-
-
-def _stage(name: Stage) -> Callable[[Job, DatasetDict, Settings], TrainingResult]:
-    from llm_engineering.training.dpo import train_dpo_job
-    from llm_engineering.training.sft import train_sft_job
-
-    return train_sft_job if name == "sft" else train_dpo_job
 
 
 def _load_data(folder: Path) -> DatasetDict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models.utils import _ForwardRedirection
 
-from llm_engineering.models.device import uses_dora
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import DPOConfig, TrainingSetup
 from llm_engineering.training.arguments import training_arguments
@@ -31,29 +29,27 @@ from llm_engineering.training.losses import (
     token_log_probs,
     why_not_from_hidden_states,
 )
-from llm_engineering.training.policy import trained_policy
 from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
 from llm_engineering.training.train import TrainingRun, prepare_run, run_training
 from llm_engineering.training.trainer import ResumableTrainer
-from llm_engineering.training.unsloth_policy import Loading
 
 logger = logging.getLogger(__name__)
 
 
 def train_dpo(
     data: DatasetDict,
-    sft_adapter: Path,
+    start: Path | None,
     config: DPOConfig,
     setup: TrainingSetup,
     settings: Settings,
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
 ) -> TrainingResult:
-    """Train the SFT adapter, or the full SFT model, on `data["train"]`. The reference is the SFT model before DPO.
+    """Train a model further on `data["train"]`. The reference is the model as it is before DPO.
 
     Args:
         data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; each answer ends with its end-of-turn token.
-        sft_adapter: folder of the SFT adapter, or of the full SFT model.
+        start: folder of the adapter, or of the full model, to train; None for the base model.
         parameters: logged by the trackers beside the hyperparameters.
         resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
 
@@ -62,17 +58,11 @@ def train_dpo(
         WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
     # Choose the device, load the tokenizer, check the labels
-    start = "-".join(_file_hash(file) for file in sorted(sft_adapter.glob("*.safetensors")))
-    run = prepare_run(
-        "dpo", data, config, setup, settings, method=setup.method, use_dora=uses_dora(sft_adapter),
-        start=start, parameters=parameters, resume_from=resume_from,
-    )  # fmt: skip
+    run = prepare_run("dpo", data, config, setup, settings, start, parameters, resume_from)
 
-    # Load the SFT model, and make its trainer
+    # Load the model, and make its trainer
     def make_trainer(config: DPOConfig, telemetry: TelemetryCallback) -> FormattedDPOTrainer:
-        loading = Loading(setup.max_length, config.gradient_checkpointing, setup.seed)
-        policy = trained_policy(setup.model, sft_adapter, settings, run.device, setup.method, loading)
-        return dpo_trainer(run, policy, config, telemetry)
+        return dpo_trainer(run, run.load_policy(), config, telemetry)
 
     # Train, save the model, write the report
     return run_training(run, make_trainer)
@@ -80,14 +70,8 @@ def train_dpo(
 
 def train_dpo_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
     """Run `train_dpo` for a job in this process, which may be one of several."""
-    assert job.start is not None
     config = DPOConfig.model_validate(job.config)
     return train_dpo(data, job.start, config, job.setup, settings, job.parameters, job.resume_from)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dpo_trainer(
@@ -99,7 +83,7 @@ def dpo_trainer(
     """Make TRL's trainer for tokenised pairs. The reference is `policy` as it is now.
 
     Args:
-        policy: the SFT model; its adapter is trainable.
+        policy: the model to train; its adapter, if it has one, is trainable.
         config: the run's config, perhaps with smaller batches.
     """
     # TRL keeps the reference of an adapter as a second adapter. A full model needs a second model.

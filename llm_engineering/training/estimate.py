@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_engineering.models.device import Device, choose_optimiser
-from llm_engineering.recipe.training_blocks import DPOConfig, Method, SFTConfig, TrainConfig
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, Method, TrainConfig
 from llm_engineering.training.losses import CHUNK
 from llm_engineering.training.policy import lora_config
 
@@ -81,10 +81,16 @@ class Shapes(NamedTuple):
 
 
 def shapes(
-    model: PreTrainedConfig, sft: SFTConfig, device: Device, rows: int, length: int, trust_remote_code: bool = False
+    model: PreTrainedConfig,
+    method: Method,
+    lora: LoraConfig,
+    device: Device,
+    rows: int,
+    length: int,
+    trust_remote_code: bool = False,
 ) -> Shapes:
     """Build the model and its adapter from fake tensors, and run one forward pass of `rows × length` tokens."""
-    full, four_bits = sft.method == "full", sft.method == "qlora"
+    full, four_bits = method == "full", method == "qlora"
     attention = device.attn_implementation
     with torch.device("meta"):
         base: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -107,7 +113,7 @@ def shapes(
             weights = in_linear * NF4_BYTES + outside * 4.0
         else:
             weights = float(sum(p.nbytes for p in base.parameters()))
-        policy: nn.Module = base if full else peft.get_peft_model(base, lora_config(sft.lora))
+        policy: nn.Module = base if full else peft.get_peft_model(base, lora_config(lora))
     policy.train()
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     activations, hidden = _forward(base, policy, device, rows, length)
@@ -279,5 +285,5 @@ def remedy(config: TrainConfig, stage: str, method: Method) -> str:
     if not config.gradient_checkpointing:
         options.append(f"set {stage}.gradient_checkpointing to true (one more forward pass in each step)")
     if method != "qlora":
-        options.append("choose sft.method " + ("lora or qlora" if method == "full" else "qlora, with CUDA"))
+        options.append("choose the method " + ("lora or qlora" if method == "full" else "qlora, with CUDA"))
     return "; ".join([*options, "lower formatting.max_length"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -32,22 +32,21 @@ class TrainingResult(NamedTuple):
 RESULT_FILE = "result.json"
 _FAILURE = "failure-"
 
-Stage = Literal["sft", "dpo"]
-
 
 class Job(Block):
     """Everything that the training of one stage needs.
 
     Attributes:
+        stage: the stage's name in the table of stages.
         config: the stage's block of the recipe. It is a plain dict, so that this class does not depend on the config
             classes of all stages: a change of DPO's code must not cause SFT to train again.
         data: folder of a formatted DatasetDict with the splits `train` and `validation`; None until it is written.
-        start: for `dpo`, the folder of the SFT adapter or of the full SFT model.
+        start: the folder of the adapter or full model that the stage starts from; None for the base model.
         parameters: logged by the trackers beside the hyperparameters.
         resume_from: checkpoint folder to resume from instead of the newest one.
     """
 
-    stage: Stage
+    stage: str
     config: dict[str, Any]
     setup: TrainingSetup
     data: Path | None = None

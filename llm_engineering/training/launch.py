@@ -149,10 +149,9 @@ def launch_training(
     """Train in this process, or in as many worker processes as the recipe says.
 
     Args:
-        train: trains the job's stage in this process: `train_sft_job` or `train_dpo_job`. Worker processes find the
-            function by the stage's name.
+        train: trains the job's stage in this process. Worker processes find the function in the table of stages.
         job: the run. Its field `data` is ignored; the argument `data` is used instead.
-        data: formatted splits, as `train_sft` and `train_dpo` take them.
+        data: formatted splits, as the stage takes them.
 
     Raises:
         RequestError: this machine cannot run the recipe's processes, or a worker process refused the request.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import trl
@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import SFTConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import PackedConfig, SFTConfig, TrainingSetup
 from llm_engineering.training.arguments import training_arguments
 from llm_engineering.training.job import Job, TrainingResult
 from llm_engineering.training.losses import (
@@ -27,13 +27,14 @@ from llm_engineering.training.losses import (
     take_loss_from_hidden_states,
     why_not_from_hidden_states,
 )
-from llm_engineering.training.policy import new_policy
 from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
 from llm_engineering.training.train import TrainingRun, prepare_run, run_training
 from llm_engineering.training.trainer import ResumableTrainer
-from llm_engineering.training.unsloth_policy import Loading, check_packable, check_packed
+from llm_engineering.training.unsloth_policy import check_packable, check_packed
 
 logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=PackedConfig)
 
 
 def train_sft(
@@ -43,6 +44,7 @@ def train_sft(
     settings: Settings,
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
+    start: Path | None = None,
 ) -> TrainingResult:
     """Train an adapter or the full model on `data["train"]`, and measure the loss on `data["validation"]` meanwhile.
 
@@ -50,22 +52,18 @@ def train_sft(
         data: splits with `input_ids` and `labels`, two lists of equal length for each row; -100 marks untrained tokens.
         parameters: logged by the trackers beside the hyperparameters.
         resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
+        start: folder of the adapter, or of the full model, to train further; the default is the base model.
 
     Raises:
         RequestError: this machine cannot train with this method or optimiser.
         WorkError: the labels of a row are wrong (`check_labels`), or training fails.
     """
     # Choose the device, load the tokenizer, check the labels
-    run = prepare_run(
-        "sft", data, config, setup, settings,
-        method=config.method, use_dora=config.lora.use_dora, parameters=parameters, resume_from=resume_from,
-    )  # fmt: skip
+    run = prepare_run("sft", data, config, setup, settings, start, parameters, resume_from)
 
-    # Load the base model with a fresh adapter, and make its trainer
+    # Load the model, and make its trainer
     def make_trainer(config: SFTConfig, telemetry: TelemetryCallback) -> FormattedSFTTrainer:
-        loading = Loading(setup.max_length, config.gradient_checkpointing, setup.seed)
-        policy = new_policy(setup.model, config.lora, settings, run.device, config.method, loading)
-        return sft_trainer(run, policy, config, telemetry)
+        return sft_trainer(run, run.load_policy(), config, telemetry)
 
     # Train, save the model, write the report
     return run_training(run, make_trainer)
@@ -74,76 +72,7 @@ def train_sft(
 def train_sft_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
     """Run `train_sft` for a job in this process, which may be one of several."""
     config = SFTConfig.model_validate(job.config)
-    return train_sft(data, config, job.setup, settings, job.parameters, job.resume_from)
-
-
-def sft_trainer(
-    run: TrainingRun[SFTConfig],
-    policy: PreTrainedModel | PeftModel,
-    config: SFTConfig,
-    telemetry: TelemetryCallback | None = None,
-) -> FormattedSFTTrainer:
-    """Make TRL's trainer for tokenised and labelled rows. TRL packs the rows and changes nothing else.
-
-    Args:
-        config: the run's config, perhaps with smaller batches.
-
-    Raises:
-        RequestError: `packing` is set, and the model's attention would mix packed rows.
-    """
-    setup, device = run.setup, run.device
-
-    # Find out which computations can be saved with this model
-    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
-    if device.backend == "transformers":
-        by_row = attend_by_row(policy)
-        unpadded = keeps_rows_apart(policy, by_row)
-        reason = why_not_from_hidden_states(policy, setup.compute)
-        if reason is None:
-            take_loss_from_hidden_states(policy)
-        logger.info(
-            "logits: %s", f"of whole batches, because {reason}" if reason else "of trained tokens only, in chunks"
-        )
-        if config.packing and not unpadded:
-            raise RequestError(
-                f"Packed rows of {setup.model.name_or_path} would see each other: its attention does not separate them "
-                "by their position ids. Use --set sft.packing=false."
-            )
-    elif config.packing:
-        check_packable(policy.config.model_type)
-
-    # Set the training arguments
-    arguments = trl.SFTConfig(
-        **training_arguments(config, device, setup, run.folder),
-        # Without packing, formatting has already cut or set aside the rows that are too long, and TRL cuts nothing.
-        max_length=setup.max_length if config.packing else None,
-        # Best-fit decreasing keeps every row whole. A packed batch has no attention mask: the position ids start again
-        # at each row.
-        packing=config.packing,
-        packing_strategy="bfd",
-        eval_packing=False,
-        # Unpacked rows are concatenated too where the model allows it, so nothing is computed for padding.
-        padding_free=unpadded,
-        # TRL's default, chunked_nll, would replace the forward pass that returns only the loss.
-        loss_type="nll" if device.backend == "transformers" else None,
-        train_sampling_strategy=config.train_sampling_strategy,
-    )
-
-    # Make the trainer
-    logging.getLogger("trl.trainer.sft_trainer").addFilter(_is_not_about_unpadded_rows)
-    columns = ["input_ids", "labels"]
-    trainer = FormattedSFTTrainer(
-        model=policy,
-        args=arguments,
-        train_dataset=run.data["train"].select_columns(columns),
-        eval_dataset=run.data["validation"].select_columns(columns),
-        processing_class=run.tokenizer,
-        callbacks=[telemetry] if telemetry else [],
-    )
-    trainer.by_row, trainer.flops, trainer.own_loss = by_row, flops, device.backend == "transformers"
-    if device.backend == "unsloth" and config.packing:
-        check_packed(next(iter(trainer.get_train_dataloader())))
-    return trainer
+    return train_sft(data, config, job.setup, settings, job.parameters, job.resume_from, job.start)
 
 
 class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
@@ -181,6 +110,80 @@ class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
         if self.by_row and mask is None:
             inputs["row_lengths"] = lengths
         return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+SFTTrainerT = TypeVar("SFTTrainerT", bound=FormattedSFTTrainer)
+
+
+def sft_trainer(
+    run: TrainingRun[Config],
+    policy: PreTrainedModel | PeftModel,
+    config: Config,
+    telemetry: TelemetryCallback | None = None,
+    trainer_class: type[SFTTrainerT] = FormattedSFTTrainer,  # type: ignore[assignment]
+) -> SFTTrainerT:
+    """Make TRL's trainer for tokenised and labelled rows. TRL packs the rows and changes nothing else.
+
+    Args:
+        config: the run's config, perhaps with smaller batches.
+        trainer_class: the class of the trainer.
+
+    Raises:
+        RequestError: `packing` is set, and the model's attention would mix packed rows.
+    """
+    setup, device = run.setup, run.device
+
+    # Find out which computations can be saved with this model
+    flops, by_row, unpadded = TrainingFlops.of(policy), False, False
+    if device.backend == "transformers":
+        by_row = attend_by_row(policy)
+        unpadded = keeps_rows_apart(policy, by_row)
+        reason = why_not_from_hidden_states(policy, setup.compute)
+        if reason is None:
+            take_loss_from_hidden_states(policy)
+        logger.info(
+            "logits: %s", f"of whole batches, because {reason}" if reason else "of trained tokens only, in chunks"
+        )
+        if config.packing and not unpadded:
+            raise RequestError(
+                f"Packed rows of {setup.model.name_or_path} would see each other: its attention does not separate them "
+                f"by their position ids. Use --set {run.stage}.packing=false."
+            )
+    elif config.packing:
+        check_packable(policy.config.model_type)
+
+    # Set the training arguments
+    arguments = trl.SFTConfig(
+        **training_arguments(config, device, setup, run.folder),
+        # Without packing, formatting has already cut or set aside the rows that are too long, and TRL cuts nothing.
+        max_length=setup.max_length if config.packing else None,
+        # Best-fit decreasing keeps every row whole. A packed batch has no attention mask: the position ids start again
+        # at each row.
+        packing=config.packing,
+        packing_strategy="bfd",
+        eval_packing=False,
+        # Unpacked rows are concatenated too where the model allows it, so nothing is computed for padding.
+        padding_free=unpadded,
+        # TRL's default, chunked_nll, would replace the forward pass that returns only the loss.
+        loss_type="nll" if device.backend == "transformers" else None,
+        train_sampling_strategy=config.train_sampling_strategy,
+    )
+
+    # Make the trainer
+    logging.getLogger("trl.trainer.sft_trainer").addFilter(_is_not_about_unpadded_rows)
+    columns = ["input_ids", "labels"]
+    trainer = trainer_class(
+        model=policy,
+        args=arguments,
+        train_dataset=run.data["train"].select_columns(columns),
+        eval_dataset=run.data["validation"].select_columns(columns),
+        processing_class=run.tokenizer,
+        callbacks=[telemetry] if telemetry else [],
+    )
+    trainer.by_row, trainer.flops, trainer.own_loss = by_row, flops, device.backend == "transformers"
+    if device.backend == "unsloth" and config.packing:
+        check_packed(next(iter(trainer.get_train_dataloader())))
+    return trainer
 
 
 def _is_not_about_unpadded_rows(record: logging.LogRecord) -> bool:

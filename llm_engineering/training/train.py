@@ -32,20 +32,28 @@ from transformers import (
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.labels import check_labels, label_views
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models.device import Device, check_training, choose_backend, choose_device, choose_optimiser
+from llm_engineering.models.device import (
+    Device,
+    check_training,
+    choose_backend,
+    choose_device,
+    choose_optimiser,
+    uses_dora,
+)
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import Method, TrainConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import LoraConfig, Method, TrainConfig, TrainingSetup
 from llm_engineering.training import ranks
 from llm_engineering.training.arguments import device_facts, effective_batch, halved, sizes_text, whole_weights
 from llm_engineering.training.checkpoints import check_resumable, newest_complete, run_lock
-from llm_engineering.training.job import SUMMARY_FILE, Stage, TrainingResult
-from llm_engineering.training.policy import save_policy
+from llm_engineering.training.job import SUMMARY_FILE, TrainingResult
+from llm_engineering.training.policy import new_policy, save_policy, trained_policy
 from llm_engineering.training.ranks import Interruption
 from llm_engineering.training.telemetry import TelemetryCallback, Work, peak_flops, peak_memory_bytes
 from llm_engineering.training.tracking import Trackers
 from llm_engineering.training.trainer import RestoreWindow, ResumableTrainer
+from llm_engineering.training.unsloth_policy import Loading
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +69,16 @@ class TrainingRun(Generic[Config]):
     """The inputs of one run of a stage. Its identity and its folder follow from them.
 
     Attributes:
-        stage: `sft` or `dpo`.
+        stage: the stage's name in the table of stages.
         data: formatted splits; `train` and `validation` are required.
         config: the stage's block of the recipe.
         tokenizer: has the recipe's chat template; it is saved beside the adapter.
         parameters: logged by the trackers beside the hyperparameters: dataset versions, run id.
-        start: hash of the trained weights that the stage starts from; empty for the base model.
+        start: folder of the adapter or full model that the stage starts from; None for the base model.
         resume_from: checkpoint to resume from instead of the newest one in the run's folder.
     """
 
-    stage: Stage
+    stage: str
     data: DatasetDict
     config: Config
     setup: TrainingSetup
@@ -78,7 +86,7 @@ class TrainingRun(Generic[Config]):
     device: Device
     tokenizer: PreTrainedTokenizerBase
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    start: str = ""
+    start: Path | None = None
     resume_from: Path | None = None
 
     @cached_property
@@ -89,14 +97,37 @@ class TrainingRun(Generic[Config]):
             self.stage: self.config.model_dump(mode="json"),
             "device": device_facts(self.device),
             "dataset": dataset_digests(self.data),
-            "reference": self.start,
+            "reference": _weights_hash(self.start) if self.start else "",
         }
+
+    @property
+    def method(self) -> Method:
+        """What is trained: all weights, or an adapter."""
+        return self.config.method or self.setup.method
+
+    def load_policy(self) -> PreTrainedModel | PeftModel:
+        """Load the model to train: the model of the stage before, or the base model, with a fresh adapter if it has one."""
+        loading = Loading(self.setup.max_length, self.config.gradient_checkpointing, self.setup.seed)
+        setup, device = self.setup, self.device
+        if self.start is not None:
+            return trained_policy(setup.model, self.start, self.settings, device, self.method, loading)
+        lora = self.config.lora or LoraConfig()
+        return new_policy(setup.model, lora, self.settings, device, self.method, loading)
 
     @cached_property
     def folder(self) -> Path:
         """The folder with the run's checkpoints. Each identity has its own, so no run resumes another run's."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         return self.settings.llm_output_dir.resolve() / "training" / f"{self.stage}-{digest[:12]}"
+
+
+def _weights_hash(folder: Path) -> str:
+    """SHA-256 of the weights of a trained model."""
+    digests = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return "-".join(digests)
 
 
 def dataset_digests(data: DatasetDict) -> dict[str, str]:
@@ -111,28 +142,27 @@ def dataset_digests(data: DatasetDict) -> dict[str, str]:
 
 
 def prepare_run(
-    stage: Stage,
+    stage: str,
     data: DatasetDict,
     config: Config,
     setup: TrainingSetup,
     settings: Settings,
-    *,
-    method: Method,
-    use_dora: bool,
-    start: str = "",
+    start: Path | None = None,
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
 ) -> TrainingRun[Config]:
     """Choose the device, load the tokenizer and check the labels, before any model is loaded.
-
-    Args:
-        use_dora: whether the adapter that is trained has DoRA, which unsloth does not support.
 
     Raises:
         RequestError: this machine cannot train with this method, optimiser or backend.
         WorkError: the labels of a row are wrong.
     """
     # Choose the device and the backend
+    method = config.method or setup.method
+    lora = config.lora or LoraConfig()
+    if start is None:
+        config = config.model_copy(update={"method": method, "lora": lora})
+    use_dora = uses_dora(start) if start else lora.use_dora
     device = choose_backend(choose_device(setup.compute), setup.compute, method, use_dora=use_dora)
 
     # Load the tokenizer

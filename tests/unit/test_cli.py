@@ -71,8 +71,8 @@ def test_help_describes_a_command_and_shows_an_example(entry):
     [
         (["chatt"], "No such command 'chatt'. Did you mean 'chat'?"),
         (["models", "promot"], "Did you mean 'promote'?"),
-        (["run"], "Missing argument 'pipeline'. Choose from: sft, dpo, retrain, datasets."),
-        (["run", "sxt"], "'sxt' is not one of 'sft', 'dpo', 'retrain', 'datasets'."),
+        (["run"], "Missing argument 'pipeline'. Choose from: cpt, sft, dpo, retrain, datasets."),
+        (["run", "sxt"], "'sxt' is not one of 'cpt', 'sft', 'dpo', 'retrain', 'datasets'."),
         (["run", "sft", "--confg", "a.yaml"], "--confg"),
         (["runs", "--limit", "0"], "--limit"),
         (["runs", "--limit", "many"], "--limit"),

@@ -208,10 +208,10 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         parameters: int = sum(parameter.numel() for parameter in model.parameters())
-        if recipe.sft.method == "full":
+        if recipe.method == "full":
             trained = parameters
         else:
-            adapted = peft.get_peft_model(model, lora_config(recipe.sft.lora))
+            adapted = peft.get_peft_model(model, lora_config(recipe.lora))
             trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     dtype: torch.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return parameters * dtype.itemsize + trained * (12 * _CHECKPOINTS + 4) + _OTHER_BYTES

@@ -58,13 +58,14 @@ def rows(setup, settings, tmp_path):
 
 def formatted_rows(setup, settings, folder, formatting):
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    made = []
-    for kind, dataset in (("instruction", instruction_dataset(ROWS)), ("preference", preference_dataset(PAIRS))):
+    made = {}
+    rows = {"instruction": instruction_dataset(ROWS), "preference": preference_dataset(PAIRS)}
+    for kind, dataset in rows.items():
         ledger = Ledger()
         ledger.record(kind, len(dataset), len(dataset))
         (folder / kind).mkdir()
-        made.append(format_splits({"test": dataset}, kind, tokenizer, formatting, folder / kind, ledger)[0]["test"])
-    return held_out(made[0], ROWS, made[1], PAIRS)
+        made[kind] = format_splits({"test": dataset}, kind, tokenizer, formatting, folder / kind, ledger)[0]["test"]
+    return held_out(made, rows)
 
 
 def adapter(folder, setup, settings, size, template="chatml", model=None):

@@ -31,6 +31,7 @@ def sft_report(loss, incumbent=None):
     if incumbent is not None:
         differences["sft-incumbent"] = difference(*incumbent)
     return {
+        "newest": "sft",
         "models": ["base", "sft"] + (["incumbent"] if incumbent else []),
         "measures": {"heldout_loss": {"better": "lower", "models": {}, "differences": differences}},
     }
@@ -52,7 +53,7 @@ def dpo_report(**changed):
     for key, ends in differences.items():
         measure, than = key.split("__")
         measures[measure]["differences"][f"dpo-{than}"] = difference(*ends)
-    return {"models": ["base", "sft", "dpo", "incumbent"], "measures": measures}
+    return {"newest": "dpo", "models": ["base", "sft", "dpo", "incumbent"], "measures": measures}
 
 
 def verdicts(decision):
@@ -142,7 +143,7 @@ def test_only_auto_promotes_to_production():
     [
         ("promotion.dpo.better_than.base={heldout_los: 0.1}", "there is no measure heldout_los; did you mean heldout_loss?"),
         ("promotion.sft.better_than.base={preference_accuracy: 0}", "move the rule to promotion.dpo"),
-        ("promotion.sft.not_worse_than={sft: {rouge_l: 0}}", "has no second SFT model to compare with"),
+        ("promotion.sft.not_worse_than={sft: {rouge_l: 0}}", "has no sft model before it to compare with"),
         ("promotion.dpo.not_worse_than.sft={length_ratio: 0.1}", "neither a higher nor a lower length_ratio is better: remove the rule"),
         ("promotion.dpo.not_worse_than.sft={checks: 0.1}", "names checks, which the evaluation of this recipe does not"),
         ("promotion.dpo.not_worse_than.sft={lm_eval_x: 0.1}", "names lm_eval_x, which the evaluation of this recipe"),
@@ -159,5 +160,6 @@ def test_rules_that_no_evaluation_can_check_are_refused(override, words):
 def test_null_removes_an_inherited_rule():
     overrides = ["promotion.dpo.better_than.base={heldout_loss: null, rouge_l: 0.02}"]
     recipe = load_recipe("configs/local.yaml", overrides)
-    named = [(path, measure) for path, measure in recipe.promotion.measures() if path == "dpo.better_than.base"]
+    rules = [(rule.path, rule.measure) for rule in recipe.promotion.all_rules()]
+    named = [rule for rule in rules if rule[0] == "dpo.better_than.base"]
     assert named == [("dpo.better_than.base", "rouge_l")]

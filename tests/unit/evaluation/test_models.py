@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from llm_engineering.data.rows import Message
+from llm_engineering.data.rows import Message, preference_dataset
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.measures import (
     heldout_loss,
@@ -148,6 +148,5 @@ def test_measures_by_hand():
 
 def test_only_the_answers_of_pairs_are_labelled():
     formatted = {"id": pair(0).id, "truncated": False, "prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
-    none = Dataset.from_dict({"id": [], "input_ids": [], "labels": [], "truncated": []})
-    rows = held_out(none, [], Dataset.from_list([formatted]), [pair(0)])
+    rows = held_out({"preference": Dataset.from_list([formatted])}, {"preference": preference_dataset([pair(0)])})
     assert rows.pairs[0].answers == [([1, 2, 3, 4], [-100, -100, 3, 4]), ([1, 2, 5], [-100, -100, 5])]

@@ -15,7 +15,14 @@ from llm_engineering.models.tokenizer import (
     template_text,
 )
 from llm_engineering.recipe.data_blocks import FormattingConfig
-from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import (
+    DPOConfig,
+    LoraConfig,
+    ModelConfig,
+    SFTConfig,
+    TrackingConfig,
+    TrainingSetup,
+)
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, instruction
@@ -197,7 +204,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     setup = TrainingSetup(model=model, max_length=256, compute=cpu, tracking=TrackingConfig(comet="off"), seed=7)
     data = formatted("instruction", 8, tokenizer, tmp_path)
     config = SFTConfig(**STEPS, packing=False)
-    policy = new_policy(model, config.lora, settings, device)
+    policy = new_policy(model, LoraConfig(), settings, device)
     trainer = sft.sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
     first = list(data["train"].select([0, 1]))
     assert all(row["labels"][-1] == end for row in first)

@@ -47,10 +47,10 @@ def test_a_cut_answer_is_trained_without_its_end(tokenizer):
     start = len(prompt_ids(long.prompt, tokenizer))
     formatted = cut(long, "instruction", tokenizer, start + 7)
     (whole,) = render([long], tokenizer)
-    assert formatted.record["input_ids"] == whole.input_ids[: start + 7]
-    assert formatted.record["labels"] == [-100] * start + whole.input_ids[start : start + 7]
-    assert tokenizer.eos_token_id not in formatted.record["labels"]
-    assert (formatted.record["truncated"], formatted.record["prompt_tokens"]) == (True, start)
+    assert formatted.records[0]["input_ids"] == whole.input_ids[: start + 7]
+    assert formatted.records[0]["labels"] == [-100] * start + whole.input_ids[start : start + 7]
+    assert tokenizer.eos_token_id not in formatted.records[0]["labels"]
+    assert (formatted.records[0]["truncated"], formatted.records[0]["prompt_tokens"]) == (True, start)
     assert "the end of its answer is not trained" in formatted.truncated
     assert formatted.length == len(whole.input_ids)
 
@@ -59,7 +59,7 @@ def test_a_conversation_cut_between_two_answers_ends_with_the_first(tokenizer):
     two = row("Hello", "Hi", "long " * 90)
     (whole,) = render([two], tokenizer)
     first_end = whole.labels.index(tokenizer.eos_token_id)
-    record = cut(two, "instruction", tokenizer, first_end + 3).record
+    record = cut(two, "instruction", tokenizer, first_end + 3).records[0]
     assert record["input_ids"] == whole.input_ids[: first_end + 1]
     assert record["labels"][-1] == tokenizer.eos_token_id
 
@@ -69,12 +69,12 @@ def test_a_prompt_is_never_cut(tokenizer):
     start = len(prompt_ids(long.prompt, tokenizer))
     assert cut(long, "instruction", tokenizer, start).rejected.reason == "no_trained_token"
     one = cut(row("long " * 90, "Hi there"), "instruction", tokenizer, start + 1)
-    assert sum(label != -100 for label in one.record["labels"]) == 1
+    assert sum(label != -100 for label in one.records[0]["labels"]) == 1
 
 
 def test_answers_of_a_cut_pair_are_neither_empty_nor_the_same(tokenizer):
     start = len(prompt_ids([message("user", "Hello")], tokenizer))
-    record = cut(pair("Hello", "Yes " * 90, "No " * 90), "preference", tokenizer, start + 1).record
+    record = cut(pair("Hello", "Yes " * 90, "No " * 90), "preference", tokenizer, start + 1).records[0]
     assert len(record["chosen_ids"]) == len(record["rejected_ids"]) == 1
     assert cut(pair("Hello", "Yes " * 90, "No"), "preference", tokenizer, start).rejected.reason == "no_trained_token"
     alike = cut(pair("Hello", "Yes " * 90, "Yes " * 80), "preference", tokenizer, start + 5).rejected

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_engineering.recipe.stages import STAGES
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -96,10 +98,11 @@ def test_a_change_affects_only_the_steps_that_use_it(project, file, old, new, ch
 def test_steps_reach_the_code_that_decides_their_result():
     from steps.caching import reachable
 
-    training = reachable("steps.training", "train_sft")
+    training = reachable("steps.training", "train") | reachable(*STAGES["sft"].train)
     assert "llm_engineering.training.arguments.training_arguments" in training
     assert "llm_engineering.training.telemetry.TelemetryCallback" in training
     assert "llm_engineering.recipe.training_blocks.DPOConfig" not in training
+    assert not any("recipe.stages" in name for name in training)
     assert not any(".documents." in name or ".generation." in name for name in training)
     assert "llm_engineering.generation.instructions.instruction_problem" in reachable(
         "steps.data", "generate_instructions"

@@ -24,10 +24,10 @@ INPUTS = Inputs(
     documents="d",
     instructions=None,
     preferences=None,
+    replay=None,
     evaluation=None,
     checks=None,
-    sft_recipe="s",
-    dpo_recipe="p",
+    recipes={"sft": "s", "dpo": "p"},
     code="c",
 )
 
@@ -155,7 +155,7 @@ def test_fingerprint_changes_with_everything_that_decides_the_result(recipe):
     assert fingerprint(changed(tracking=recipe.tracking.model_copy(update={"comet": "off"})), INPUTS) == same
     for field in ("code", "incumbent"):
         assert fingerprint(recipe, INPUTS.model_copy(update={field: 5})) == same
-    for field in ("documents", "instructions", "preferences", "evaluation", "checks"):
+    for field in ("documents", "instructions", "preferences", "replay", "evaluation", "checks"):
         assert fingerprint(recipe, INPUTS.model_copy(update={field: "new"})) != same
     assert fingerprint(changed(seed=7), INPUTS) != same
     assert fingerprint(changed(model=recipe.model.model_copy(update={"revision": "abc"})), INPUTS) != same
@@ -165,7 +165,7 @@ def test_fingerprint_changes_with_the_code_of_a_step(recipe, monkeypatch):
     from pipelines import chain
 
     same = fingerprint(recipe, INPUTS)
-    monkeypatch.setitem(chain.train_dpo.configuration.environment, "CODE_VERSION", "changed")
+    monkeypatch.setitem(chain.evaluate.configuration.environment, "CODE_VERSION", "changed")
     assert fingerprint(recipe, INPUTS) != same
 
 

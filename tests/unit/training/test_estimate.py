@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
 from llm_engineering.training.estimate import (
     NF4_BYTES,
     OVERHEAD_BYTES,
@@ -51,34 +51,34 @@ def tiny(small_llama):
 
 
 def test_shapes_are_those_of_the_model(tiny):
-    found = shapes(tiny, LORA, CPU, 2, 16)
-    rank = LORA.lora.r
+    found = shapes(tiny, "lora", LoraConfig(), CPU, 2, 16)
+    rank = LoraConfig().r
     adapter = 2 * rank * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     norms = 5 * 32
     assert found.trained == adapter
     assert found.matmul == 2 * LAYER + HEAD
     assert found.weights == 4 * (2 * LAYER + 2 * HEAD + norms)
     assert (found.layers, found.hidden, found.vocabulary, found.attention_width) == (2, 32, 281, 2 * 4 * 8)
-    half = shapes(tiny, LORA, CARD, 2, 16)
+    half = shapes(tiny, "lora", LoraConfig(), CARD, 2, 16)
     assert half.weights == found.weights / 2
     assert half.trained == adapter
     assert half.activations < found.activations
 
 
 def test_only_linear_layers_are_in_four_bits(tiny):
-    found = shapes(tiny, LORA.model_copy(update={"method": "qlora"}), CARD, 2, 16)
+    found = shapes(tiny, "qlora", LoraConfig(), CARD, 2, 16)
     assert found.weights == pytest.approx(2 * LAYER * NF4_BYTES + 4 * (2 * HEAD + 5 * 32))
     assert pytest.approx(0.5159, abs=1e-4) == NF4_BYTES
 
 
 def test_full_fine_tuning_trains_every_weight(tiny):
-    found = shapes(tiny, LORA.model_copy(update={"method": "full"}), CARD, 2, 16)
+    found = shapes(tiny, "full", LoraConfig(), CARD, 2, 16)
     assert found.weights == 4 * found.trained == 4 * (2 * LAYER + 2 * HEAD + 5 * 32)
 
 
 def test_activations_grow_with_tokens_and_eager_attention_with_their_square(tiny):
     def activations(attention, rows, length):
-        return shapes(tiny, LORA, CPU._replace(attn_implementation=attention), rows, length).activations
+        return shapes(tiny, "lora", LoraConfig(), CPU._replace(attn_implementation=attention), rows, length).activations
 
     assert activations("sdpa", 4, 16) == pytest.approx(2 * activations("sdpa", 2, 16), rel=0.05)
     # With eager attention, the float32 probabilities of four heads in two layers grow with the square.
@@ -94,7 +94,7 @@ def test_big_model_needs_no_memory_to_be_estimated():
         num_key_value_heads=8,
     )  # fmt: skip
     config = LORA.model_copy(update={"gradient_checkpointing": True})
-    found = shapes(eight, config, CARD, 2, 2048)
+    found = shapes(eight, "lora", LoraConfig(), CARD, 2, 2048)
     # 8.03 billion weights in bfloat16. The input of each layer is kept: 2 · 2,048 · 4,096 · 2 bytes · 32 layers.
     assert found.weights == pytest.approx(8.03e9 * 2, rel=1e-3)
     memory = peak_memory(found, config, CARD, "lora", 2, 2048)
@@ -132,11 +132,10 @@ def test_operations_are_those_that_torch_counts(small_llama, tiny):
     ids = torch.arange(64).reshape(1, 64)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, use_cache=False).logits.sum().backward()
-    full = LORA.model_copy(update={"method": "full"})
-    found = shapes(tiny, full, CPU, 1, 64)
+    found = shapes(tiny, "full", LoraConfig(), CPU, 1, 64)
     # Eager attention also computes the half that the causal mask hides.
     hidden = 3 * 4 * found.attention_width * 64 / 2
-    assert 64 * (flops_per_token(found, full, "full", 64) + hidden) == pytest.approx(
+    assert 64 * (flops_per_token(found, LORA, "full", 64) + hidden) == pytest.approx(
         counter.get_total_flops(), rel=0.02
     )
 
@@ -189,12 +188,12 @@ def test_tokens_of_documents_and_of_files(tmp_path):
 
 def test_dry_run_shows_needed_memory_time_and_free_memory(small_llama, monkeypatch, caplog):
     own = recipe(f"model.name_or_path={small_llama}", "formatting.chat_template=alpaca")
-    text = "\n".join(estimate_lines(own, stages_of("retrain")))
+    text = "\n".join(estimate_lines(own, stages_of("retrain", own)))
     for words in ("On this machine (cpu, float32, transformers)", "sft: about", "dpo: about", "GiB are free"):
         assert words in text
     assert "tokens (one row for each of" in text
     assert "WARNING" not in text
-    assert estimate_lines(own, stages_of("datasets")) == []
+    assert estimate_lines(own, stages_of("datasets", own)) == []
 
     monkeypatch.setattr(plan, "free_memory", lambda device: 2**20)
     text = "\n".join(estimate_lines(own, ["dpo"]))

@@ -9,7 +9,7 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, SFTConfig
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
 from llm_engineering.training.train import TrainingRun
@@ -59,7 +59,7 @@ def test_packed_rows_have_the_same_losses_as_separate_rows(kind, attention, rows
     device = choose_device(compute)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     config = SFTConfig(**STEPS | {"per_device_train_batch_size": 1}, packing=True)
-    policy = new_policy(setup.model, config.lora, settings, device)
+    policy = new_policy(setup.model, LoraConfig(), settings, device)
     # Long enough for several rows in each packed row.
     packed_setup = setup.model_copy(update={"max_length": 1024})
     run = TrainingRun("sft", rows, config, packed_setup, settings, device, tokenizer)
@@ -90,7 +90,7 @@ def test_validation_loss_is_the_mean_over_trained_tokens(batch, packing, rows, s
     device = choose_device(setup.compute)
     config = SFTConfig(**STEPS | {"per_device_eval_batch_size": batch}, packing=packing)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    policy = new_policy(setup.model, config.lora, settings, device)
+    policy = new_policy(setup.model, LoraConfig(), settings, device)
     trainer = sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, tokenizer), policy, config)
     model = load_model(setup.model, settings, device).eval()
     alone = [

@@ -9,7 +9,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import SFTConfig
+from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
 from llm_engineering.training import sft
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
@@ -42,7 +42,7 @@ def data():
 def batches(data, setup, settings, strategy):
     device = choose_device(setup.compute)
     config = CONFIG.model_copy(update={"train_sampling_strategy": strategy})
-    policy = new_policy(setup.model, config.lora, settings, device)
+    policy = new_policy(setup.model, LoraConfig(), settings, device)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     torch.manual_seed(1)
     trainer = sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from transformers import Trainer
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.training_blocks import SFTConfig
+from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
 from llm_engineering.training.arguments import halved
 from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
 from llm_engineering.training.ranks import Interruption
@@ -104,9 +104,7 @@ def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, 
         return train_sft(data, config, setup, settings, resume_from=copy)
 
     with pytest.raises(RequestError, match="made with another sft.learning_rate, sft.lora.r. Use"):
-        resume(
-            config=CONFIG.model_copy(update={"learning_rate": 1e-3, "lora": CONFIG.lora.model_copy(update={"r": 4})})
-        )
+        resume(config=CONFIG.model_copy(update={"learning_rate": 1e-3, "lora": LoraConfig(r=4)}))
     other = DatasetDict(train=data["train"].select(range(20)), validation=data["validation"])
     with pytest.raises(RequestError, match="made with another dataset.train. Use"):
         resume(data=other)

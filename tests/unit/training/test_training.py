@@ -23,7 +23,7 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig, TrackingConfig
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig, TrackingConfig
 from llm_engineering.training.checkpoints import newest_complete
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
@@ -287,7 +287,7 @@ def test_every_automatic_choice_has_a_reason():
 
 def test_adapters_load_back(sft_adapter, setup, settings):
     device = choose_device(setup.compute)
-    fresh = new_policy(setup.model, SFT.lora, settings, device)
+    fresh = new_policy(setup.model, LoraConfig(), settings, device)
     loaded = PeftModel.from_pretrained(load_model(setup.model, settings, device), str(sft_adapter))
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.inference_mode():

@@ -1,0 +1,61 @@
+"""The table of training stages.
+
+A stage is a kind of rows, a block of the recipe, and a function that trains. To add a stage, write a file with its block
+and its function, and add a row to `STAGES`. The recipe, the pipelines, the command line, dispatch and evaluation read the
+table. It is in this package, the lowest one, because the recipe gets a block for each stage.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from pydantic import create_model
+
+from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, SFTConfig, TrainConfig
+
+Kind = Literal["text", "instruction", "preference"]
+
+
+class Stage(NamedTuple):
+    """A training stage. It starts from the model of the stage before it in the recipe's `chain`, or from the base model.
+
+    Attributes:
+        rows: the kind of its training rows, see `llm_engineering.data.rows`.
+        block: the class of its block in the recipe.
+        train: module and name of its function, which takes a `Job`, the formatted rows and the settings, and returns a
+            `TrainingResult`. It is imported only when the stage trains, because unsloth must be imported before torch.
+        title: what the stage does, in a few words.
+    """
+
+    name: str
+    rows: Kind
+    block: type[TrainConfig]
+    train: tuple[str, str]
+    title: str
+
+    def train_function(self) -> Callable[..., Any]:
+        """Import the function that trains the stage."""
+        module, name = self.train
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return function
+
+
+_TRAINING = "llm_engineering.training"
+_ROWS = (
+    Stage("cpt", "text", CPTConfig, (f"{_TRAINING}.cpt", "train_cpt_job"), "continued pre-training"),
+    Stage("sft", "instruction", SFTConfig, (f"{_TRAINING}.sft", "train_sft_job"), "supervised fine-tuning"),
+    # The reference of a preference stage is the model that it starts from.
+    Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo_job"), "direct preference optimisation"),
+)
+STAGES = {stage.name: stage for stage in _ROWS}
+# The stage whose formatted rows the evaluation reads, if no stage of the chain has rows of this kind.
+FIRST_OF_KIND: dict[str, str] = {stage.rows: stage.name for stage in reversed(_ROWS)}
+
+
+def with_stages(name: str, field: Callable[[Stage], tuple[Any, Any]]) -> Any:
+    """A block with a key for each stage; `field` returns the type and the default of the key."""
+    fields: dict[str, Any] = {stage.name: field(stage) for stage in STAGES.values()}
+    return create_model(name, __base__=Block, __module__=__name__, **fields)

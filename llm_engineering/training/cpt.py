@@ -1,0 +1,113 @@
+"""Continued pre-training with TRL's SFTTrainer, on texts of which every token is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from peft import PeftModel
+from torch import nn
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import CPTConfig, TrainingSetup
+from llm_engineering.training.job import Job, TrainingResult
+from llm_engineering.training.sft import FormattedSFTTrainer, sft_trainer
+from llm_engineering.training.telemetry import TelemetryCallback
+from llm_engineering.training.train import prepare_run, run_training
+
+
+def train_cpt(
+    data: DatasetDict,
+    config: CPTConfig,
+    setup: TrainingSetup,
+    settings: Settings,
+    parameters: Mapping[str, Any] | None = None,
+    resume_from: Path | None = None,
+    start: Path | None = None,
+) -> TrainingResult:
+    """Train an adapter or the full model on the texts of `data["train"]`. The arguments are those of `train_sft`.
+
+    Args:
+        data: splits with `input_ids` and `labels`, which are equal, because every token is trained.
+
+    Raises:
+        RequestError: this machine cannot train with this method or optimiser, or no embedding is trained although
+            `embedding_learning_rate` is set.
+        WorkError: the labels of a row are wrong (`check_labels`), or training fails.
+    """
+    # Choose the device, load the tokenizer, check that every token has a label
+    setup = setup.model_copy(update={"train_on_prompt": True})
+    run = prepare_run("cpt", data, config, setup, settings, start, parameters, resume_from)
+
+    # Load the model, and make its trainer
+    def make_trainer(config: CPTConfig, telemetry: TelemetryCallback) -> TextTrainer:
+        trainer = sft_trainer(run, run.load_policy(), config, telemetry, TextTrainer)
+        trainer.embedding_rate = config.embedding_learning_rate
+        return trainer
+
+    # Train, save the model, write the report
+    return run_training(run, make_trainer)
+
+
+def train_cpt_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
+    """Run `train_cpt` for a job in this process, which may be one of several."""
+    config = CPTConfig.model_validate(job.config)
+    return train_cpt(data, config, job.setup, settings, job.parameters, job.resume_from, job.start)
+
+
+class TextTrainer(FormattedSFTTrainer):
+    """The trainer of SFT, with an own learning rate for trained embeddings.
+
+    Attributes:
+        embedding_rate: learning rate of input and output embeddings; None if it is that of all weights.
+    """
+
+    embedding_rate: float | None = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimiser, and move the embeddings to parameter groups with their own learning rate.
+
+        Raises:
+            RequestError: no embedding is trained.
+        """
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.embedding_rate is None:
+            return optimizer
+        trained_model = self.model if model is None else model
+        assert isinstance(trained_model, nn.Module)
+        embeddings = embedding_parameters(trained_model)
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in embeddings]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in embeddings]
+                optimizer.add_param_group({**group, "params": own, "lr": self.embedding_rate})
+        if not embeddings:
+            raise RequestError(
+                "cpt.embedding_learning_rate is set, and no embedding of this model is trained. Add the names of its "
+                "embeddings to lora.modules_to_save, or remove the key."
+            )
+        return optimizer
+
+
+def embedding_parameters(model: nn.Module) -> dict[int, str]:
+    """The trained weights of the input and output embeddings: their names by `id`.
+
+    PEFT keeps the trained copy of an embedding inside a wrapper, so names are compared: `embed_tokens` covers
+    `embed_tokens.modules_to_save.default.weight`.
+    """
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    prefixes = tuple(
+        f"{name.partition('.modules_to_save')[0].removesuffix('.base_layer')}."
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+    )
+    return {
+        id(parameter): name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name.startswith(prefixes)
+    }
