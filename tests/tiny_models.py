@@ -37,7 +37,8 @@ class Kind(NamedTuple):
     Attributes:
         config: the class of the model's configuration.
         shape: arguments of the configuration, beside the vocabulary and the special tokens.
-        tokens: special tokens, in the order of their ids. The last one ends an answer, the first one a text.
+        tokens: special tokens, in the order of their ids. The tokenizer names the first one as the token that begins a
+            text, and the last one as the token that ends it.
         template: the family's chat template in Jinja; None if it has none.
     """
 
@@ -83,7 +84,7 @@ KINDS = {
             "sliding_window": WINDOW,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        tokens=("<bos>", "<start_of_turn>", "<end_of_turn>"),
+        tokens=("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"),
         template="{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
         "{{ '<start_of_turn>' + role + '\n' + m.content + '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
@@ -133,7 +134,6 @@ def _tokenizer(tokens: tuple[str, ...], template: str | None) -> PreTrainedToken
         bos_token=tokens[0],
         eos_token=tokens[-1],
         unk_token=tokens[0],
-        additional_special_tokens=list(tokens[1:-1]),
         chat_template=template,
         clean_up_tokenization_spaces=False,
     )

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from llm_engineering.data.formats import open_dataset
@@ -38,7 +38,7 @@ from llm_engineering.training.losses import (
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
-from tests.tiny_models import CPU, WINDOW, logged, write_model
+from tests.tiny_models import CPU, KINDS, WINDOW, logged, write_model
 
 ARCHITECTURES = ("llama3", "qwen3", "gemma3", "mistral", "phi3", "gpt2")
 # Sliding windows are not the plain causal triangle, so these models keep their masks.
@@ -229,10 +229,11 @@ def test_answers_and_their_end_tokens_are_trained_and_prompts_are_not(kind, fold
         (trained, text) for trained, text in zip((False, True, False, True), WRITTEN[kind], strict=True)
     ]
     assert all(label in (-100, token) for token, label in zip(tokens.input_ids, tokens.labels, strict=True))
-    # The end of turn is one special token, and not the text of one.
+    # The end of turn is one special token, and not the text of one. Gemma's tokenizer names another end token.
     end = WRITTEN[kind][3].removeprefix("So.")
-    assert [ids[-1] for trained, ids in parts if trained] == [tokenizer.convert_tokens_to_ids(end)] * 2
-    assert tokenizer.convert_tokens_to_ids(end) < len(tokenizer.all_special_tokens)
+    assert [ids[-1] for trained, ids in parts if trained] == [tokenizer.eos_token_id] * 2
+    assert tokenizer.eos_token_id == KINDS[kind].tokens.index(end)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id or kind == "gpt2"
 
 
 def question(number):
@@ -356,6 +357,9 @@ def test_a_recipe_trains_its_architecture_and_exports_it(name, kind, folders, se
     verification = merge(Trained(recipe.model, dpo.adapter), heldout, device, torch.float32, settings, merged)
     assert verification.same_top == verification.tokens
     assert verification.largest_difference < 1e-4 < 10 * verification.mean_training_effect
+
+    ends = GenerationConfig.from_pretrained(merged).eos_token_id
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
 
     # GGUF
     config = AutoModelForCausalLM.from_pretrained(merged).config
