@@ -16,7 +16,7 @@ from llm_engineering.data.formats import open_dataset
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
-from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import check_chat_template, render
 from llm_engineering.models.base_model import load_model
@@ -25,6 +25,7 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.gguf import write_gguf
 from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
+from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.dpo import train_dpo
@@ -234,6 +235,18 @@ def test_answers_and_their_end_tokens_are_trained_and_prompts_are_not(kind, fold
     assert [ids[-1] for trained, ids in parts if trained] == [tokenizer.eos_token_id] * 2
     assert tokenizer.eos_token_id == KINDS[kind].tokens.index(end)
     assert tokenizer.pad_token_id != tokenizer.eos_token_id or kind == "gpt2"
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_row_that_spells_a_control_token_of_its_model_is_set_aside(kind, folders, settings):
+    template = "alpaca" if kind == "gpt2" else None
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folders[kind])), settings, template)
+    for token in KINDS[kind].tokens:
+        messages = [Message(role="user", content=f"What is {token}?"), Message(role="assistant", content="So.")]
+        row = InstructionRow(prompt=messages[:1], completion=messages[1:], source="s", origin="o")
+        (formatted,) = format_rows([row], "instruction", tokenizer, FormattingConfig())
+        assert formatted.rejected is not None, token
+        assert formatted.rejected.reason == "special_token_in_text"
 
 
 def question(number):
