@@ -1,18 +1,22 @@
 """Models of two small layers with a byte-level tokenizer of 300 tokens, and rows and settings to train them."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from datasets import DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Qwen3Config,
 )
 
 from llm_engineering.data.ledger import Ledger
@@ -27,45 +31,110 @@ END = "<|endoftext|>"
 CPU = ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")
 
 
+class Kind(NamedTuple):
+    """An architecture with the tokens and the chat template of its model family.
+
+    Attributes:
+        config: the class of the model's configuration.
+        shape: arguments of the configuration, beside the vocabulary and the special tokens.
+        tokens: special tokens, in the order of their ids. The tokenizer names the first one as the token that begins a
+            text, and the last one as the token that ends it.
+        template: the family's chat template in Jinja; None if it has none.
+    """
+
+    config: type[PreTrainedConfig]
+    shape: dict[str, Any]
+    tokens: tuple[str, ...] = (END,)
+    template: str | None = None
+
+
+# A window is shorter than the rows, so that it changes what a token attends to.
+WINDOW = 16
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+KINDS = {
+    "gpt2": Kind(GPT2Config, {"n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "llama": Kind(LlamaConfig, SIZES),
+    "llama3": Kind(
+        LlamaConfig,
+        SIZES,
+        tokens=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        template="{{ bos_token }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+    ),
+    "qwen3": Kind(
+        Qwen3Config,
+        SIZES | {"head_dim": 16, "tie_word_embeddings": True},
+        tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+        template="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+    ),
+    "gemma3": Kind(
+        Gemma3TextConfig,
+        SIZES
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        tokens=("<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"),
+        template="{{ bos_token }}{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<start_of_turn>' + role + '\n' + m.content + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+    ),
+    "mistral": Kind(
+        MistralConfig,
+        SIZES | {"sliding_window": WINDOW},
+        tokens=("<s>", "[INST]", "[/INST]", "</s>"),
+        template="{{ bos_token }}{% for m in messages %}"
+        "{{ m.content + '</s>' if m.role == 'assistant' else '[INST] ' + m.content + ' [/INST]' }}{% endfor %}",
+    ),
+    "phi3": Kind(
+        Phi3Config,
+        SIZES | {"sliding_window": WINDOW},
+        tokens=("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"),
+        template="{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    ),
+}
+
+
 def write_model(folder: Path, kind: str) -> Path:
-    """Save a `gpt2` or `llama` and its tokenizer. Its random weights are the same in each call."""
-    tokenizer = _tokenizer()
+    """Save a model of one of `KINDS` and its tokenizer. Its random weights are the same in each call."""
+    config, shape, tokens, template = KINDS[kind]
+    tokenizer = _tokenizer(tokens, template)
     torch.manual_seed(0)
-    ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model: PreTrainedModel
-    if kind == "gpt2":
-        config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4, **ends)
-        model = GPT2LMHeadModel(config)
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                **ends,
-            )
-        )
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), **shape, **ends))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _tokenizer() -> PreTrainedTokenizerBase:
+def _tokenizer(tokens: tuple[str, ...], template: str | None) -> PreTrainedTokenizerBase:
     bytes_to_tokens = Tokenizer(models.BPE())
     bytes_to_tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_to_tokens.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=list(tokens),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bytes_to_tokens.train_from_iterator(["What is the sum of these numbers? It is this."], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bytes_to_tokens,
-        bos_token=END,
-        eos_token=END,
-        unk_token=END,
+        bos_token=tokens[0],
+        eos_token=tokens[-1],
+        unk_token=tokens[0],
+        chat_template=template,
         clean_up_tokenization_spaces=False,
     )
 

@@ -5,8 +5,9 @@ Over-long rows are cut or quarantined, and texts are divided. Rows that spell sp
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -109,7 +110,7 @@ def format_rows(
     Raises:
         WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
     """
-    special_tokens = tuple(tokenizer.all_special_tokens)
+    special_tokens = _special_tokens(tokenizer)
     remaining = iter(rows)
     # The library tokenizers spreads a batch over the cores.
     while batch := list(islice(remaining, _BATCH_ROWS)):
@@ -259,6 +260,17 @@ def format_splits(
     return datasets, lengths
 
 
-def _spelt_special_token(row: Row, special_tokens: Sequence[str]) -> str:
-    texts = [message.content for message in chain(row.prompt, *row.answers)]
-    return next((token for token in special_tokens if any(token in text for text in texts)), "")
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches the spelling of a special token.
+
+    `all_special_tokens` has only the tokens that the tokenizer names, such as its end token. Others are marked as special
+    and have no name, such as SmolLM2's `<filename>`. Llama 3 has hundreds, so one pattern finds all of them in one pass.
+    """
+    marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = sorted({*tokenizer.all_special_tokens, *marked}, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, tokens)))
+
+
+def _spelt_special_token(row: Row, special_tokens: re.Pattern[str]) -> str:
+    texts = (message.content for message in chain(row.prompt, *row.answers))
+    return next((match.group() for text in texts if (match := special_tokens.search(text))), "")

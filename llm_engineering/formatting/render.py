@@ -168,6 +168,9 @@ def _is_joinable(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    # A tokenizer cannot read an empty batch.
+    if not texts:
+        return []
     # The template already writes the special tokens.
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
     return list(encoded["input_ids"])

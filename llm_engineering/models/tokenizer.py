@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jinja2
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,12 +36,13 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
         RequestError: there is no such template, or neither the recipe nor the model has one.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings))
+    # This may change the end token, from which the pad token must differ.
+    set_chat_template(tokenizer, chat_template)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         others = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
         reserved = [t for t in others if any(word in t.lower() for word in _UNUSED_TOKENS)]
         tokenizer.pad_token = next(iter([*reserved, *others]), tokenizer.eos_token)
-    set_chat_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -90,7 +92,10 @@ def pin_chat_template(formatting: FormattingConfig) -> FormattingConfig:
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-    """Set the tokenizer's chat template; None keeps the template that it has.
+    """Set the tokenizer's chat template, and the end token that the template writes after an answer.
+
+    Args:
+        chat_template: None keeps the template that the tokenizer has.
 
     Raises:
         RequestError: there is no such template, or `chat_template` is None and the tokenizer has no template.
@@ -107,3 +112,26 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
             f"The tokenizer of {tokenizer.name_or_path} has no chat template, so conversations cannot be rendered for it. "
             f"Choose one: {_CHOICES}."
         )
+    _set_end_of_turn(tokenizer)
+
+
+_ANSWER = "This is an answer."
+
+
+def _set_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the special token that the chat template writes after an answer the end token.
+
+    Some tokenizers name the token that ends a document, but their template ends an answer with another one: Gemma's name
+    `<eos>` and write `<end_of_turn>`, those of Qwen2.5's base models name `<|endoftext|>` and write `<|im_end|>`.
+    """
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except jinja2.TemplateError:
+        # `check_chat_template` refuses this template before a run.
+        return
+    _, found, after = rendered.rpartition(_ANSWER)
+    if not found or str(tokenizer.eos_token) in after:
+        return
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokenizer.eos_token = next((token for token in special if after.startswith(token)), tokenizer.eos_token)

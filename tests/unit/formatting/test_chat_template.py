@@ -25,7 +25,7 @@ from llm_engineering.recipe.training_blocks import (
 )
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, instruction
+from tests.tiny_models import formatted, instruction, write_model
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 ASKED = [{"role": "user", "content": "What is it?"}]
@@ -123,6 +123,22 @@ def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path)
     loaded = load_tokenizer(ModelConfig(name_or_path=str(tmp_path)), settings)
     assert loaded.pad_token == "<|reserved_7|>"
     assert len(loaded) == len(plain)
+
+
+def test_the_token_that_the_template_writes_after_an_answer_is_the_end_token(settings, tmp_path):
+    """Gemma's tokenizer names `<eos>`, and its template writes `<end_of_turn>`."""
+    gemma = ModelConfig(name_or_path=str(write_model(tmp_path, "gemma3")))
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token == "<eos>"
+    tokenizer = load_tokenizer(gemma, settings)
+    check_chat_template(tokenizer)
+    assert tokenizer.eos_token == "<end_of_turn>"
+    assert tokenizer.pad_token != tokenizer.eos_token
+    # The project's templates write the token that the tokenizer names. One without an end token is refused.
+    assert load_tokenizer(gemma, settings, "alpaca").eos_token == "<eos>"
+    without = load_tokenizer(gemma, settings, "{% for m in messages %}{{ m.role + m.content }}{% endfor %}")
+    assert without.eos_token == "<eos>"
+    with pytest.raises(RequestError, match="end-of-turn"):
+        check_chat_template(without)
 
 
 def test_preflight_names_what_is_missing(base_model):

@@ -170,6 +170,26 @@ def test_over_long_and_special_rows_are_set_aside_by_name(tokenizer):
         list(format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64, over_long="raise")))
 
 
+def test_a_batch_without_a_row_to_render_is_set_aside(tokenizer):
+    spelt = row([message("user", "Hello <|im_end|>")], [message("assistant", "Hi")])
+    (found,) = format_rows([spelt], "instruction", tokenizer, FormattingConfig(max_length=64))
+    assert found.rejected.reason == "special_token_in_text"
+
+
+def test_special_tokens_without_a_name_are_found_too(tokenizer):
+    """SmolLM2 names three tokens, and marks `<filename>` as special too: its text would become one token."""
+    assert "<filename>" not in tokenizer.all_special_tokens
+    assert len(tokenizer("<filename>")["input_ids"]) == 1 < len(tokenizer("<file name>")["input_ids"])
+    spelt = row([message("user", "Hello")], [message("assistant", "Write <filename>.")])
+    harmless = row([message("user", "Hello")], [message("assistant", "Write <file name>.")])
+    found = list(format_rows([spelt, harmless], "instruction", tokenizer, FormattingConfig(max_length=64)))
+    assert [f.rejected is None for f in found] == [False, True]
+    assert (found[0].rejected.reason, "spells <filename>" in found[0].rejected.detail) == (
+        "special_token_in_text",
+        True,
+    )
+
+
 def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, tmp_path):
     rows = [row([message("user", f"Hello {i}")], [message("assistant", "Hi")]) for i in range(6)]
     rows.append(row([message("user", "Hello")], [message("assistant", "long " * 90)]))

@@ -1,0 +1,221 @@
+"""Each stage has the losses of a plain TRL script on the same rows, from the same start, step by step.
+
+The two sides share the model, the rows as text, the seed and the hyperparameters. Each side renders and labels the rows,
+draws their order and the first weights of the adapter, and computes batches, losses, gradients and updates. Equal seeds
+make order and first weights equal: `transformers.set_seed` before the model is loaded, and the trainer's `seed`.
+
+The losses are not equal to the last bit. TRL pads the rows of a batch, and the project concatenates them and sums
+losses and gradients over chunks of tokens. So float32 sums have another order.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_engineering.models.tokenizer import load_tokenizer, template_text
+from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
+from llm_engineering.training.dpo import train_dpo
+from llm_engineering.training.sft import train_sft
+from tests.tiny_models import formatted, instruction, logged, pair, training_setup
+
+ROWS = 20
+# Every row is shorter, and a packed row of this length holds two rows. So each case has ten steps of two rows.
+MAX_LENGTH = 320
+STEPS = 10
+# The learning rate rises in the first step and then falls.
+SCHEDULE: dict[str, Any] = {
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+}
+ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+# For each value of each step. Losses, gradient norms and log-probabilities differ by 4e-7 at most, which is three last bits
+# of float32. Rewards are small differences of log-probabilities, so their absolute difference counts: 1e-7 at most.
+RELATIVE, ABSOLUTE = 1e-5, 1e-6
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Use one thread: these small matrices are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Case(NamedTuple):
+    """What both sides train.
+
+    Attributes:
+        stage: a key of `STAGES`.
+        method: `lora` or `full`.
+        options: hyperparameters that differ from `SCHEDULE`. TRL and the recipe name them alike.
+    """
+
+    stage: str
+    method: str
+    options: dict[str, Any]
+
+
+class Side(NamedTuple):
+    """One side of a case: the model's folder, a folder to write to, and the trained weights that the stage starts from."""
+
+    case: Case
+    model: Path
+    output: Path
+    start: Path | None = None
+
+
+# The plain side, as a user of TRL writes it.
+
+
+def plain_arguments(side, seed):
+    return {
+        **(SCHEDULE | side.case.options),
+        "output_dir": str(side.output),
+        "max_length": MAX_LENGTH,
+        "warmup_steps": 0.1,
+        "seed": seed,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def plain_tokenizer(side):
+    tokenizer = AutoTokenizer.from_pretrained(side.model)
+    tokenizer.chat_template = template_text("alpaca")
+    return tokenizer
+
+
+def conversations(make_row, *columns):
+    """Rows in TRL's columns, each a list of messages."""
+    rows = [make_row(number) for number in range(ROWS)]
+    return Dataset.from_list(
+        [{name: [message.model_dump() for message in getattr(row, name)] for name in columns} for row in rows]
+    )
+
+
+def plain_sft(side, seed):
+    transformers.set_seed(seed)
+    return trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(side.model, dtype=torch.float32),
+        args=trl.SFTConfig(**plain_arguments(side, seed)),
+        train_dataset=conversations(instruction, "prompt", "completion"),
+        processing_class=plain_tokenizer(side),
+        peft_config=LoraConfig(**ADAPTER, task_type="CAUSAL_LM") if side.case.method == "lora" else None,
+    )
+
+
+def plain_dpo(side, seed):
+    transformers.set_seed(seed)
+    if side.case.method == "lora":
+        base = AutoModelForCausalLM.from_pretrained(side.model, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, side.start, is_trainable=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(side.start, dtype=torch.float32)
+    return trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(**plain_arguments(side, seed), beta=0.1),
+        train_dataset=conversations(pair, "prompt", "chosen", "rejected"),
+        processing_class=plain_tokenizer(side),
+    )
+
+
+# The project's side.
+
+
+def our_rows(kind, side, setup, settings):
+    side.output.mkdir()
+    return formatted(kind, ROWS, load_tokenizer(setup.model, settings, setup.chat_template), side.output)
+
+
+def our_arguments(side):
+    # Evaluated and saved once, after the last step.
+    return SCHEDULE | side.case.options | {"warmup_ratio": 0.1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+
+
+def our_sft(side, setup, settings):
+    adapter = {"lora": ADAPTER} if side.case.method == "lora" else {}
+    # The default is packing, which is off in TRL.
+    config = SFTConfig(**{"packing": False} | our_arguments(side), **adapter, method=side.case.method)
+    return train_sft(our_rows("instruction", side, setup, settings), config, setup, settings)
+
+
+def our_dpo(side, setup, settings):
+    config = DPOConfig(**our_arguments(side), beta=0.1)
+    return train_dpo(our_rows("preference", side, setup, settings), side.start, config, setup, settings)
+
+
+class Stage(NamedTuple):
+    """A stage on both sides.
+
+    Attributes:
+        plain: `(side, seed)` to a trainer of TRL.
+        ours: `(side, setup, settings)` to a TrainingResult.
+        start: the stage whose weights this one trains further; None for the base model.
+        values: names in the history that are compared beside loss, gradient norm and learning rate.
+    """
+
+    plain: Any
+    ours: Any
+    start: str | None = None
+    values: tuple[str, ...] = ()
+
+
+STAGES = {
+    "sft": Stage(plain_sft, our_sft),
+    "dpo": Stage(
+        plain_dpo,
+        our_dpo,
+        start="sft",
+        values=("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"),
+    ),
+}
+ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+PACKED = {"packing": True, "per_device_train_batch_size": 1}
+CASES = {
+    "sft": Case("sft", "lora", {}),
+    "sft-full": Case("sft", "full", {}),
+    "sft-accumulated": Case("sft", "lora", ACCUMULATED),
+    "sft-packed": Case("sft", "lora", PACKED),
+    "dpo": Case("dpo", "lora", {}),
+    "dpo-full": Case("dpo", "full", {}),
+    "dpo-accumulated": Case("dpo", "lora", ACCUMULATED),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_losses_are_those_of_plain_trl(case, small_llama, settings, tmp_path):
+    stage = STAGES[case.stage]
+    setup = training_setup(small_llama, max_length=MAX_LENGTH).model_copy(update={"method": case.method})
+    start = None
+    if stage.start is not None:
+        first = Side(Case(stage.start, case.method, {}), small_llama, tmp_path / "first")
+        start = STAGES[stage.start].ours(first, setup, settings).adapter
+
+    trainer = stage.plain(Side(case, small_llama, tmp_path / "plain", start), setup.seed)
+    trainer.train()
+    expected = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = stage.ours(Side(case, small_llama, tmp_path / "ours", start), setup, settings)
+
+    assert len(expected) == STEPS
+    for name in ("loss", "grad_norm", "learning_rate", *stage.values):
+        values = [entry[name] for entry in expected]
+        assert logged(result, name) == pytest.approx(values, rel=RELATIVE, abs=ABSOLUTE), name
+    # Training has changed the losses by far more than the tolerances.
+    assert abs(expected[-1]["loss"] / expected[0]["loss"] - 1) > 1e-2
