@@ -198,9 +198,9 @@ def test_truncated_rows_are_compared_only_if_both_tokenizers_render_them_alike(s
     rows = formatted_rows(setup, settings, tmp_path / "cut", formatting)
     cut = sum(row.cut for row in rows.rows) + sum(pair.cut for pair in rows.pairs)
     assert 0 < sum(row.cut for row in rows.rows) < len(rows.rows)
-    same, _ = render_for_both(rows, load_tokenizer(setup.model, settings, "chatml"))
+    same, _ = render_for_both(rows, load_tokenizer(setup.model, settings, "chatml"), 256)
     assert same == rows
-    ours, theirs = render_for_both(rows, load_tokenizer(setup.model, settings, "human_assistant"))
+    ours, theirs = render_for_both(rows, load_tokenizer(setup.model, settings, "human_assistant"), 256)
     assert ours.left_out == theirs.left_out == cut
     assert [row.row for row in ours.rows] == [row.row for row in theirs.rows]
     assert not any(row.cut for row in ours.rows)
