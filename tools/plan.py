@@ -157,7 +157,10 @@ def _check_machine(recipe: Recipe) -> bool:
     check_processes(compute, device)
     check_training("sft", recipe.sft.method, recipe.sft.optim, device)
     check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
-    return choose_backend(device, compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora).backend == "unsloth"
+    return (
+        choose_backend(device, compute, recipe.sft.method, adapter_keys=recipe.sft.lora.beyond_unsloth).backend
+        == "unsloth"
+    )
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
@@ -292,7 +295,7 @@ def _device(recipe: Recipe) -> Device:
     device = choose_device(recipe.compute)
     check_training("sft", recipe.sft.method, recipe.sft.optim, device)
     check_training("dpo", recipe.sft.method, recipe.dpo.optim, device)
-    return choose_backend(device, recipe.compute, recipe.sft.method, use_dora=recipe.sft.lora.use_dora)
+    return choose_backend(device, recipe.compute, recipe.sft.method, adapter_keys=recipe.sft.lora.beyond_unsloth)
 
 
 def _other_device(recipe: Recipe) -> Device:

@@ -100,6 +100,11 @@ class Recipe(Block):
                 "sft.method qlora keeps its weights in 4 bits, which cannot be sharded here: use compute.distributed ddp, "
                 "or deepspeed with zero_stage 1 or 2"
             )
+        if self.sft.lora.moves_base_weights and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
+            raise ValueError(
+                "sft.lora.init_lora_weights moves a part of the base weights into the adapter, which was not tested with "
+                "sharded weights: use compute.distributed ddp, or deepspeed with zero_stage 1 or 2, or another start value"
+            )
         for stage, optim in (("sft", self.sft.optim), ("dpo", self.dpo.optim)):
             if "8bit" in optim and compute.distributed != "ddp":
                 raise ValueError(
@@ -118,9 +123,10 @@ class Recipe(Block):
             )
         if compute.backend == "unsloth" and compute.device == "cpu":
             raise ValueError("compute.backend unsloth needs CUDA, and compute.device is cpu: use transformers, or auto")
-        if compute.backend == "unsloth" and self.sft.lora.use_dora:
+        if compute.backend == "unsloth" and self.sft.lora.beyond_unsloth:
             raise ValueError(
-                "compute.backend unsloth has no kernels for sft.lora.use_dora: use transformers, or auto, or no DoRA"
+                f"compute.backend unsloth has no sft.lora.{self.sft.lora.beyond_unsloth[0]}: use transformers, or auto, or "
+                "remove the key"
             )
         if compute.backend == "unsloth" and self.sft.method == "full" and self.sft.packing:
             raise ValueError(

@@ -58,7 +58,7 @@ def train_sft(
     # Choose the device, load the tokenizer, check the labels
     run = prepare_run(
         "sft", data, config, setup, settings,
-        method=config.method, use_dora=config.lora.use_dora, parameters=parameters, resume_from=resume_from,
+        method=config.method, adapter_keys=config.lora.beyond_unsloth, parameters=parameters, resume_from=resume_from,
     )  # fmt: skip
 
     # Load the base model with a fresh adapter, and make its trainer

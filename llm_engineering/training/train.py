@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,7 +118,7 @@ def prepare_run(
     settings: Settings,
     *,
     method: Method,
-    use_dora: bool,
+    adapter_keys: Sequence[str],
     start: str = "",
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
@@ -126,14 +126,14 @@ def prepare_run(
     """Choose the device, load the tokenizer and check the labels, before any model is loaded.
 
     Args:
-        use_dora: whether the adapter that is trained has DoRA, which unsloth does not support.
+        adapter_keys: keys of the trained adapter that unsloth does not have.
 
     Raises:
         RequestError: this machine cannot train with this method, optimiser or backend.
         WorkError: the labels of a row are wrong.
     """
     # Choose the device and the backend
-    device = choose_backend(choose_device(setup.compute), setup.compute, method, use_dora=use_dora)
+    device = choose_backend(choose_device(setup.compute), setup.compute, method, adapter_keys=adapter_keys)
 
     # Load the tokenizer
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
