@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from datasets import Dataset, Features, Value
 
 from llm_engineering.data.rows import to_dataset
 from llm_engineering.data.sources import dataset_files, dataset_hash
-from llm_engineering.documents.read import document_files, documents_hash
+from llm_engineering.documents.read import documents_hash, named_files
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
 from llm_engineering.recipe.recipe import Recipe
 
@@ -21,7 +21,7 @@ def document_fingerprints(config: DocumentsConfig) -> dict[str, str]:
     """SHA-256 of every file of `documents.path`; one hash of the whole for the embedded corpus."""
     if config.path == EMBEDDED_DOCUMENTS:
         return {config.path: documents_hash(config)}
-    return _fingerprints(document_files(config.path))
+    return _fingerprints(named_files(config.path))
 
 
 def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
@@ -33,7 +33,11 @@ def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
     found: dict[str, str] = {}
     for reference in filter(None, references):
         files = dataset_files(reference)
-        found |= {reference: dataset_hash(reference)} if files is None else _fingerprints(files)
+        found |= (
+            {reference: dataset_hash(reference)}
+            if files is None
+            else _fingerprints({str(file): file for file in files})
+        )
     return found
 
 
@@ -58,11 +62,11 @@ def fingerprint_table(fingerprints: dict[str, str]) -> Dataset:
     return to_dataset([{"file": file, "sha256": value} for file, value in fingerprints.items()], _FEATURES)
 
 
-def _fingerprints(files: Iterable[Path]) -> dict[str, str]:
+def _fingerprints(files: Mapping[str, Path]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for file in files:
+    for source, file in files.items():
         # A file name may contain bytes that are not UTF-8, which Arrow cannot store.
-        name = str(file).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = source.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         try:
             with file.open("rb") as stream:
                 found[name] = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -14,10 +14,12 @@ from llm_engineering.data.files import BrokenRecord, read_records
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.sources import visible_files
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, DocumentsConfig
 
 TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
 TITLE_FIELDS = ("title", "name", "url", "link", "id")
+# The embedded handbook: documents, the questions of its exam, and general questions.
+HANDBOOK = Path(__file__).parent / "handbook"
 
 
 class Document(BaseModel):
@@ -48,7 +50,7 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
         return _python_reference()
     documents: list[Document] = []
     quarantine: list[Quarantined] = []
-    for file in document_files(config.path):
+    for name, file in named_files(config.path).items():
         reader = _READERS.get(file.suffix.lower())
         if reader is None:
             detail = f"documents are {', '.join(sorted(_READERS))}"
@@ -62,6 +64,8 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
         except OSError as error:
             quarantine.append(_rejected("unreadable", file, "whole file", str(error)))
             continue
+        if name != str(file):
+            read = [document.model_copy(update={"source": name}) for document in read]
         documents += [document for document in read if document.text.strip()]
         quarantine += rejected
         quarantine += [_rejected("empty", file, d.source, "no text") for d in read if not d.text.strip()]
@@ -82,13 +86,26 @@ def documents_hash(config: DocumentsConfig) -> str:
         for name, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
             digest.update(f"{name}\0{text}\0".encode())
     else:
-        for file in document_files(config.path):
-            digest.update(str(file).encode() + b"\0")
+        for name, file in named_files(config.path).items():
+            digest.update(name.encode() + b"\0")
             try:
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
             except OSError as error:
                 digest.update(str(error).encode())
     return digest.hexdigest()[:16]
+
+
+def named_files(path: str) -> dict[str, Path]:
+    """The files that a `documents.path` names, by the name of each as a source.
+
+    A file of the embedded handbook is named without the folder in which this package is installed.
+
+    Raises:
+        RequestError: the path is missing or is a file in no known format.
+    """
+    if path == EMBEDDED_HANDBOOK:
+        return {f"handbook/{file.name}": file for file in visible_files(HANDBOOK / "documents")}
+    return {str(file): file for file in document_files(path)}
 
 
 def document_files(path: str) -> list[Path]:
@@ -100,8 +117,8 @@ def document_files(path: str) -> list[Path]:
     root = Path(path).expanduser()
     if not root.exists():
         raise RequestError(
-            f"documents.path {path} does not exist. Name a file or a folder, or {EMBEDDED_DOCUMENTS} for the "
-            "corpus of the project."
+            f"documents.path {path} does not exist. Name a file or a folder, or {EMBEDDED_HANDBOOK} or "
+            f"{EMBEDDED_DOCUMENTS}, which come with the project."
         )
     if not root.is_dir() and root.suffix.lower() not in _READERS:
         raise RequestError(

@@ -14,13 +14,13 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.publish.dataset_card import card_template, public_name
 from llm_engineering.publish.verification import Verification
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, ModelHubConfig
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, ModelHubConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
 # Licences of the model and the documents that come with the project.
-_LICENCES = {EMBEDDED_MODEL: "apache-2.0", EMBEDDED_DOCUMENTS: "psf-2.0"}
+_LICENCES = {EMBEDDED_MODEL: "apache-2.0", EMBEDDED_DOCUMENTS: "psf-2.0", EMBEDDED_HANDBOOK: "apache-2.0"}
 _NOT_STATED = "not stated"
 _GENERAL_LIMITS = [
     "It was measured only as shown above, on held-out rows from the same source as its training data.",

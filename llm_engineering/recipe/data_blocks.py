@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from llm_engineering.recipe.block import Block
 
 EMBEDDED_DOCUMENTS = "embedded:python-reference"
+# The handbook of an invented organisation, with an exam about it.
+EMBEDDED_HANDBOOK = "embedded:handbook"
 
 
 class DocumentsConfig(Block):

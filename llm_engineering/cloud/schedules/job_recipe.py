@@ -17,7 +17,7 @@ from llm_engineering.data.sources import dataset_files
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
@@ -83,10 +83,10 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         return value
 
     data, documents, model = recipe.data, recipe.documents, recipe.model
-    if data.instructions is None:
+    if recipe.reads_documents:
         if documents.path.startswith(_S3):
             documents = documents.model_copy(update={"path": placed("documents.path", documents.path)})
-        elif documents.path != EMBEDDED_DOCUMENTS:
+        elif documents.path not in (EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK):
             problems.append(_local_problem("documents.path", documents.path, bucket))
     named = {
         key: dataset(f"data.{key}", getattr(data, key))
