@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals over rows, and paired differences between models, as the report holds them."""
+"""Bootstrap confidence intervals over rows or clusters of rows, and paired differences between models, as the report holds them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from llm_engineering.recipe.evaluation_blocks import Measure
 _RESAMPLED_AT_ONCE = 2_000_000
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 Transform = Callable[[Any], Any]
 
 
@@ -25,16 +26,40 @@ class Rows(NamedTuple):
     """One model's values on each row. The measure is the sum of `totals` divided by the sum of `weights`.
 
     For a mean over rows every weight is 1; for a loss per token a row's weight is its number of tokens.
+
+    Attributes:
+        clusters: the number of each row's cluster; None if every row is one of its own. Rows of a cluster are not
+            independent, e.g. questions about the same document, so a resample has all rows of a cluster or none.
     """
 
     totals: Floats
     weights: Floats
+    clusters: Integers | None = None
 
     @classmethod
-    def of(cls, totals: Sequence[float] | Floats, weights: Sequence[float] | Floats | None = None) -> Rows:
+    def of(
+        cls,
+        totals: Sequence[float] | Floats,
+        weights: Sequence[float] | Floats | None = None,
+    ) -> Rows:
         """Make rows from numbers. Without weights, every row has weight 1."""
         values = np.asarray(totals, dtype=np.float64)
         return cls(values, np.ones_like(values) if weights is None else np.asarray(weights, dtype=np.float64))
+
+    def in_clusters(self, clusters: Sequence[int]) -> Rows:
+        """The same rows with the number of each row's cluster."""
+        return self._replace(clusters=np.asarray(clusters, dtype=np.int64))
+
+    @property
+    def units(self) -> tuple[Floats, Floats]:
+        """The totals and the weights of what is resampled: of each cluster the sums over its rows."""
+        if self.clusters is None:
+            return self.totals, self.weights
+        _, places = np.unique(self.clusters, return_inverse=True)
+        totals, weights = np.zeros(places.max() + 1), np.zeros(places.max() + 1)
+        np.add.at(totals, places, self.totals)
+        np.add.at(weights, places, self.weights)
+        return totals, weights
 
     @property
     def value(self) -> float:
@@ -43,7 +68,7 @@ class Rows(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A measure over `n` rows, with the ends of its interval; they are None if there is only one row."""
+    """A measure over `n` rows, with the ends of its interval; they are None if there is only one row or cluster."""
 
     value: float
     low: float | None
@@ -55,6 +80,7 @@ class Estimate(NamedTuple):
 class Bootstrap:
     """Percentile intervals over `resamples` resamples of the rows (Efron and Tibshirani 1993, chapter 13).
 
+    Rows in clusters are resampled by cluster (Davison and Hinkley 1997, section 3.8); n is then the number of clusters.
     Plain percentile intervals are too narrow for few rows. They correspond to normal quantiles, which are replaced here
     by t quantiles with n - 1 degrees of freedom, times sqrt(n / (n - 1)) (the expanded interval of Hesterberg 2015,
     arXiv:1411.5279). Only the seed decides which rows a resample has, so it has the same rows for every model.
@@ -66,21 +92,21 @@ class Bootstrap:
 
     def estimate(self, rows: Rows, transform: Transform | None = None) -> Estimate:
         """Estimate a model's measure. `transform` is applied to the ratio, e.g. `np.exp` for perplexity."""
-        return self._interval(rows, partial(_ratio, transform=transform))
+        return self._interval(rows.units, partial(_ratio, transform=transform), len(rows.totals))
 
     def difference(self, first: Rows, second: Rows, transform: Transform | None = None) -> Estimate:
-        """Estimate the first model's measure minus the second's. Both have the same rows in the same order."""
+        """Estimate the first model's measure minus the second's. Both have the same rows and clusters in the same order."""
 
         def statistic(*parts: Floats, axis: int = -1) -> Floats:
             return _ratio(parts[0], parts[1], axis, transform) - _ratio(parts[2], parts[3], axis, transform)
 
-        return self._interval((*first, *second), statistic)
+        return self._interval((*first.units, *second.units), statistic, len(first.totals))
 
-    def _interval(self, parts: Sequence[Floats], statistic: Callable[..., Floats]) -> Estimate:
+    def _interval(self, parts: Sequence[Floats], statistic: Callable[..., Floats], rows: int) -> Estimate:
         n = len(parts[0])
         value = float(statistic(*parts))
         if n == 1:
-            return Estimate(value, None, None, n)
+            return Estimate(value, None, None, rows)
         expanded = stats.t.ppf((1 - self.confidence) / 2, n - 1) * math.sqrt(n / (n - 1))
         interval = stats.bootstrap(
             parts,
@@ -93,7 +119,7 @@ class Bootstrap:
             method="percentile",
             rng=np.random.default_rng(self.seed),
         ).confidence_interval
-        return Estimate(value, float(interval.low), float(interval.high), n)
+        return Estimate(value, float(interval.low), float(interval.high), rows)
 
 
 def _ratio(totals: Floats, weights: Floats, axis: int = -1, transform: Transform | None = None) -> Floats:
@@ -125,7 +151,7 @@ def compare(
         for name, values in rows.items()
         if name != newest
     }
-    return entry(measure, models, differences)
+    return entry(measure, models, differences) | {"clusters": len(rows[newest].units[0])}
 
 
 def entry(measure: Measure, models: Mapping[str, Estimate], differences: Mapping[str, Estimate]) -> dict[str, Any]:

@@ -76,6 +76,41 @@ def test_the_interval_of_perplexity_is_that_of_the_loss_exponentiated():
     )
 
 
+@pytest.mark.parametrize("clusters", [20, 60])
+def test_intervals_over_clusters_cover_the_true_value_and_those_over_rows_do_not(clusters):
+    """Documents of one to eight rows, whose questions are answered right or wrong together."""
+    generator = np.random.default_rng(4)
+    covered = {"clusters": 0, "rows": 0, "difference": 0}
+    for experiment in range(EXPERIMENTS):
+        sizes = generator.integers(1, 9, clusters)
+        numbers = np.repeat(np.arange(clusters), sizes)
+        easy, learned = generator.beta(1, 1, clusters)[numbers], generator.beta(1, 1, clusters)[numbers]
+        first, second = (generator.random(len(numbers)) < chance for chance in (easy, (easy + learned) / 2))
+        bootstrap = Bootstrap(500, CONFIDENCE, experiment)
+        one, other = Rows.of(first), Rows.of(second)
+        found = {
+            "clusters": bootstrap.estimate(one.in_clusters(numbers)),
+            "rows": bootstrap.estimate(one),
+            "difference": bootstrap.difference(other.in_clusters(numbers), one.in_clusters(numbers)),
+        }
+        for name, truth in (("clusters", 0.5), ("rows", 0.5), ("difference", 0.0)):
+            covered[name] += found[name].low <= truth <= found[name].high
+    for name in ("clusters", "difference"):
+        assert BOUNDS[0] <= covered[name] <= BOUNDS[1], f"{name}: {covered[name]} of {EXPERIMENTS}, not within {BOUNDS}"
+    assert covered["rows"] < BOUNDS[0]
+
+
+def test_clusters_of_one_row_change_nothing_and_one_cluster_has_no_interval():
+    rows = Rows.of([1.0, 2.0, 4.0, 8.0], [1.0, 1.0, 2.0, 2.0])
+    bootstrap = Bootstrap(500, 0.95, 7)
+    assert bootstrap.estimate(rows.in_clusters([3, 5, 8, 9])) == bootstrap.estimate(rows)
+    assert bootstrap.estimate(rows.in_clusters([1, 1, 1, 1])) == (rows.value, None, None, 4)
+    together = bootstrap.estimate(rows.in_clusters([0, 1, 0, 1]))
+    assert (together.value, together.n) == (rows.value, 4)
+    # Two clusters: the ends are the values of the clusters.
+    assert (together.low, together.high) == pytest.approx((5 / 3, 10 / 3))
+
+
 def test_the_interval_of_two_rows_spans_both_values():
     assert Bootstrap(500, 0.95, 7).estimate(Rows.of([1.0, 3.0])) == (2.0, 1.0, 3.0, 2)
 
