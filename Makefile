@@ -14,8 +14,8 @@ MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
-COMMANDS := run run-sft run-dpo retrain datasets runs dashboard inspect push-dataset chat compare serve models promote \
-  rollback lineage verify export push-model schedule schedules schedule-change schedule-pause schedule-resume \
+COMMANDS := run run-sft run-dpo retrain datasets runs dashboard inspect push-dataset chat compare exam serve models \
+  promote rollback lineage verify export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
 .DEFAULT_GOAL := help
@@ -43,6 +43,7 @@ push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference
 ##@ Models
 chat:  ## talk to the promoted model, or ask one question: [PROMPT="What is a list?"]
 compare:  ## ask the base, SFT and DPO models the same question: PROMPT="What is a list?"
+exam:  ## ask the base and the trained models the questions of the recipe's exam: [VERSION=N]
 serve:  ## serve the promoted model with an OpenAI-compatible API until Ctrl-C
 models:  ## list the versions of the model
 promote:  ## move a model version to production: VERSION=… [NOTE="reason"]

@@ -77,7 +77,7 @@ class _Datasets:
         return self._made[kind]
 
     def documents(self) -> Any:
-        """The documents; None if the recipe names the user's own instructions and trains on no text."""
+        """The documents; None if the recipe does not read them."""
         if self._documents is None and self.recipe.reads_documents:
             self._documents = read_documents(self.recipe.documents, self.inputs.documents)
         return self._documents
@@ -156,13 +156,18 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
     for kind in recipe.kinds(last):
         if kind not in formatted:
             formatted[kind] = _format(recipe, FIRST_OF_KIND[kind], kind, datasets.of(kind))
+    retrieves = recipe.exam is not None and recipe.exam.retrieval_passages > 0
     evaluation = evaluate(
         report,
         chain,
         recipe.evaluation,
         recipe.evaluation_setup,
         inputs.checks,
+        recipe.exam,
+        inputs.exam,
+        recipe.documents if retrieves else None,
         incumbent=incumbent,
+        documents=datasets.documents() if retrieves else None,
         **{f"formatted_{kind}": rows for kind, rows in formatted.items()},
         **{f"{kind}_dataset": datasets.of(kind) for kind in formatted},
         **{f"{stage}_adapter": adapter for stage, adapter in adapters.items()},

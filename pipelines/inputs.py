@@ -11,6 +11,7 @@ class Inputs(BaseModel):
             None if it names none.
         evaluation: hash of the files in `data.decontaminate_against`; None if there are none.
         checks: hash of the user's own check and the folder of lm-eval's tasks; None if there are none.
+        exam: hash of the exam's questions; None if there is no exam.
         recipes: for each stage, the hash of everything that decides its result.
         adapters: for each stage that an earlier run has trained, the id of its adapter's version.
         incumbent: the version in production when the run begins; None if there is none.
@@ -23,6 +24,7 @@ class Inputs(BaseModel):
     replay: str | None
     evaluation: str | None
     checks: str | None
+    exam: str | None = None
     recipes: dict[str, str]
     code: str
     adapters: dict[str, str] = Field(default_factory=dict)

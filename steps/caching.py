@@ -22,6 +22,7 @@ from zenml import step
 PROJECT_PACKAGES = ("llm_engineering", "steps", "pipelines")
 # A new version of one of these libraries may change the result of a step.
 LIBRARIES = (
+    "bm25s",
     "datasets",
     "detect-secrets",
     "peft",

@@ -9,11 +9,15 @@ from typing import Annotated, Any
 
 from datasets import DatasetDict
 
+from llm_engineering.documents.passages import chunks
+from llm_engineering.documents.read import Document
 from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
+from llm_engineering.evaluation.exam import open_exam
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.judge import PROMPT_FILE
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.data_blocks import DocumentsConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
@@ -44,6 +48,10 @@ def evaluate(
     config: EvaluationConfig,
     setup: TrainingSetup,
     files_hash: str | None,
+    exam: ExamConfig | None,
+    exam_hash: str | None,
+    cut: DocumentsConfig | None,
+    documents: DatasetDict | None = None,
     formatted_text: DatasetDict | None = None,
     text_dataset: DatasetDict | None = None,
     formatted_instruction: DatasetDict | None = None,
@@ -58,6 +66,9 @@ def evaluate(
     Args:
         chain: the stages, in their order.
         files_hash: hash of the files that the evaluation reads, so that a changed file runs this step again.
+        exam_hash: the same for the files of the exam.
+        cut: how the documents are cut into the passages that the exam's retrieval finds.
+        documents: the documents. Both are None if nothing is retrieved.
     """
     # Join the held-out rows of each kind
     formatted = {"text": formatted_text, "instruction": formatted_instruction, "preference": formatted_preference}
@@ -67,15 +78,22 @@ def evaluate(
         {kind: data["test"] for kind, data in rows.items() if data is not None},
     )
 
+    # Read the exam, and find the passages for its questions
+    passages = []
+    if documents is not None and cut is not None:
+        passages = chunks([Document.model_validate(document) for document in documents["documents"]], cut)
+    questions = open_exam(exam, passages) if exam is not None else None
+
     # Evaluate the models
     trained = {stage: adapters[f"{stage}_adapter"] for stage in chain} | {INCUMBENT: incumbent}
     folders = {name: model.path for name, model in trained.items() if model is not None}
-    data = evaluate_models(folders, heldout, config, setup, Settings())
+    data = evaluate_models(folders, heldout, config, setup, Settings(), questions)
 
     # Write the page
     training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
     folder = Path(tempfile.mkdtemp())
     write_report(folder, data, evaluation_page(data, training))
-    files = {"files_hash": files_hash} if files_hash is not None else {}
+    hashes = {"files_hash": files_hash, "exam_hash": exam_hash}
+    files = {name: value for name, value in hashes.items() if value is not None}
     log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"], **files)
     return Directory(path=folder)

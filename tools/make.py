@@ -49,6 +49,7 @@ TARGETS = {
     "push-dataset": Target("push-dataset", ("CONFIG",), "KIND", "instruction"),
     "chat": Target("chat", ("CONFIG", "VERSION", "PROMPT")),
     "compare": Target("compare", ("CONFIG", "VERSION", "PROMPT")),
+    "exam": Target("exam", ("CONFIG", "VERSION")),
     "serve": Target("serve", ("CONFIG", "VERSION")),
     "models": Target("models list", ("CONFIG",)),
     "promote": Target("models promote", ("CONFIG", "NOTE"), "VERSION"),

@@ -25,7 +25,7 @@ from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import documents_hash, read_documents
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.requirements import check_requirements
+from llm_engineering.evaluation.requirements import check_exam, check_requirements
 from llm_engineering.formatting.render import check_chat_template
 from llm_engineering.generation.open import check_access
 from llm_engineering.models.base_model import load_config, pin_revision
@@ -104,6 +104,7 @@ def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
         made += [f"train_{stage}"] if stage in trained else []
         kinds.add(STAGES[stage].rows)
     made += [f"format_{FIRST_OF_KIND[kind]}" for kind in recipe.kinds(last) if kind not in kinds]
+    made += ["read_documents"] if recipe.reads_documents and "read_documents" not in made else []
     return [*made, f"evaluate_{last}", "promote"]
 
 
@@ -149,6 +150,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
     checks = check_requirements(recipe.evaluation, Settings())
+    exam = check_exam(recipe)
     recipe = recipe.model_copy(
         update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
     )
@@ -161,11 +163,11 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     if unused:
         logger.info("Not used, because chain is %s: %s", ", ".join(recipe.chain), ", ".join(unused))
     shared = {
-        "inputs": [documents, instructions, evaluation],
+        "inputs": [documents if recipe.learns_from_documents else None, instructions, evaluation],
         "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),
         "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
         **recipe.model_dump(mode="json", include={"model", "seed", "formatting"}),
-        "documents": recipe.documents.model_dump() if recipe.reads_documents else None,
+        "documents": recipe.documents.model_dump() if recipe.learns_from_documents else None,
         "data": recipe.data.checks.model_dump(),
     }
     return recipe, Inputs(
@@ -175,6 +177,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         replay=replay,
         evaluation=evaluation,
         checks=checks,
+        exam=exam,
         recipes=_stage_hashes(recipe, shared, {"preferences": preferences, "replay": replay}),
         code=code_version(),
     )

@@ -219,14 +219,15 @@ def _sources(artifact: Any) -> Iterator[Finding]:
     """Compare the user's files that an artifact was read from, or evaluated with, with their recorded hashes."""
     from llm_engineering.data.sources import dataset_hash
     from llm_engineering.documents.fingerprints import recipe_fingerprints
+    from llm_engineering.evaluation.exam import exam_hash
     from llm_engineering.evaluation.requirements import files_hash
     from tools.versions import sources_of
 
     name = artifact.artifact.name
     then = sources_of(artifact)
     evaluation = artifact.run_metadata.get("evaluation_hash")
-    checks = artifact.run_metadata.get("files_hash")
-    if not then and evaluation is None and checks is None:
+    checks, exam = (artifact.run_metadata.get(name) for name in ("files_hash", "exam_hash"))
+    if not then and evaluation is None and checks is None and exam is None:
         return
     where = f"sources of {_name(artifact)}"
     try:
@@ -240,10 +241,14 @@ def _sources(artifact: Any) -> Iterator[Finding]:
         elif evaluation is not None:
             if "-".join(map(dataset_hash, recipe.data.decontaminate_against)) != evaluation:
                 yield Finding(where=where, file=", ".join(recipe.data.decontaminate_against), what="changed")
-        elif files_hash(recipe.evaluation) != checks:
-            tasks = recipe.evaluation.lm_eval
-            named = [recipe.evaluation.checks, tasks.include_path if tasks is not None else None]
-            yield Finding(where=where, file=", ".join(filter(None, named)), what="changed")
+        else:
+            if files_hash(recipe.evaluation) != checks:
+                tasks = recipe.evaluation.lm_eval
+                named = [recipe.evaluation.checks, tasks.include_path if tasks is not None else None]
+                yield Finding(where=where, file=", ".join(filter(None, named)), what="changed")
+            if recipe.exam is not None and exam_hash(recipe.exam) != exam:
+                named = [recipe.exam.path, recipe.exam.control]
+                yield Finding(where=where, file=", ".join(filter(None, named)), what="changed")
     except (RequestError, WorkError) as error:
         yield Finding(where=where, file="", what="lost", detail=str(error))
 

@@ -177,7 +177,11 @@ def print_table(result: RunResult, file: TextIO) -> None:
         console.print(rows)
     if result.evaluation:
         console.print(_measures(result.evaluation))
-    for sample in result.evaluation.get("samples", [])[:1]:
+    # Reports from before there were exams have no `exam`.
+    exam = result.evaluation.get("exam")
+    if exam is not None:
+        console.print(exam_table(exam, result.evaluation["newest"], result.evaluation["seed"]))
+    for sample in result.evaluation.get("samples", [])[:1] if exam is None else []:
         answers = _table("One held-out question", "Model", "Answer")
         answers.add_row("question", sample["prompt"])
         for name, answer in sample["answers"].items():
@@ -215,15 +219,32 @@ def print_table(result: RunResult, file: TextIO) -> None:
     console.print(places)
 
 
+def exam_table(exam: dict[str, Any], newest: str, seed: int) -> Table:
+    """The drawn questions of an exam, with each model's answer marked right or wrong."""
+    from llm_engineering.reports.exam_report import drawn_title, shown_answer
+
+    table = _table(drawn_title(exam, newest, seed), "Model", "Answer")
+    for row in (exam["rows"][index] for index in exam["drawn"]):
+        table.add_row("question", row["question"])
+        table.add_row("right answer", " / ".join(row["accepted"]) or "(none: the documents do not say)")
+        for name, answer in row["answers"].items():
+            table.add_row(name, shown_answer(answer))
+        table.add_section()
+    return table
+
+
 def _measures(evaluation: dict[str, Any]) -> Table:
     """Every measure of every model, and the difference of newest model and base model with its interval."""
     from llm_engineering.evaluation.statistics import verdict
     from llm_engineering.reports.page import interval
 
     models, newest = evaluation["models"], evaluation["newest"]
+    # The exam is also taken with retrieval.
+    taken = (evaluation.get("exam") or {}).get("models", [])
+    models = [*models, *(name for name in taken if name not in models)]
     measures = _table("Held-out measures", "Measure", *models, f"{newest} minus base", "Verdict")
     for found in evaluation["measures"].values():
-        values = [f"{found['models'][name]['value']:.4g}" for name in models]
+        values = [f"{found['models'][name]['value']:.4g}" if name in found["models"] else "" for name in models]
         difference = found["differences"][f"{newest}-base"]
         shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
         measures.add_row(found["title"], *values, shown, verdict(difference, found["better"]))

@@ -44,35 +44,44 @@ def cut_passages(
 
     With `max_passages`, that many passages are drawn with the seed, and the others are quarantined as `not_drawn`.
     """
-    splitter = TextSplitter((config.passage_min_chars, config.passage_max_chars))
     kept: list[Passage] = []
     quarantine: list[Quarantined] = []
     first_place: dict[str, str] = {}
-    for document in documents:
-        for start, chunk in splitter.chunk_indices(document.text):
-            text = re.sub(r"\s+", " ", chunk).strip()
-            passage = Passage(
-                id=hashlib.sha256(text.encode()).hexdigest()[:16],
-                document=document.source,
-                title=document.title,
-                start=start,
-                end=start + len(chunk),
-                text=text,
-            )
-            reason, detail = _problem(text, config.passage_min_chars)
-            if not reason and passage.id in first_place:
-                reason, detail = "exact_duplicate", f"first seen in {first_place[passage.id]}"
-            if reason:
-                quarantine.append(_rejected(passage, reason, detail))
-            else:
-                first_place[passage.id] = f"{document.source}, {passage.place}"
-                kept.append(passage)
+    for passage in chunks(documents, config):
+        reason, detail = _problem(passage.text, config.passage_min_chars)
+        if not reason and passage.id in first_place:
+            reason, detail = "exact_duplicate", f"first seen in {first_place[passage.id]}"
+        if reason:
+            quarantine.append(_rejected(passage, reason, detail))
+        else:
+            first_place[passage.id] = f"{passage.document}, {passage.place}"
+            kept.append(passage)
     if config.max_passages is not None and len(kept) > config.max_passages:
         drawn = set(random.Random(seed).sample(range(len(kept)), config.max_passages))
         detail = f"documents.max_passages is {config.max_passages}"
         quarantine += [_rejected(p, "not_drawn", detail) for i, p in enumerate(kept) if i not in drawn]
         kept = [p for i, p in enumerate(kept) if i in drawn]
     return kept, quarantine
+
+
+def chunks(documents: Sequence[Document], config: DocumentsConfig) -> list[Passage]:
+    """Cut all documents, and keep every passage, also tables, headings and repetitions. Retrieval searches these."""
+    splitter = TextSplitter((config.passage_min_chars, config.passage_max_chars))
+    passages = []
+    for document in documents:
+        for start, chunk in splitter.chunk_indices(document.text):
+            text = re.sub(r"\s+", " ", chunk).strip()
+            passages.append(
+                Passage(
+                    id=hashlib.sha256(text.encode()).hexdigest()[:16],
+                    document=document.source,
+                    title=document.title,
+                    start=start,
+                    end=start + len(chunk),
+                    text=text,
+                )
+            )
+    return passages
 
 
 def _problem(text: str, min_chars: int) -> tuple[str, str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.json_lines import read_json_lines
 
 # A single text counts as a list of one.
 _Texts = Annotated[
@@ -78,37 +78,12 @@ def read_checks(path: str) -> list[Check]:
     Raises:
         RequestError: the file is missing, unreadable or empty, or some of its lines are wrong. The message names them.
     """
-    file = Path(path).expanduser()
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise RequestError(f"evaluation.checks {path}: there is no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"evaluation.checks {path} cannot be read: {error}.") from error
-    checks, wrong = [], []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                checks.append(Check.model_validate_json(line))
-            except ValidationError as error:
-                wrong += [f"{path}, line {number}: {_explain(problem)}." for problem in error.errors()]
-    if wrong:
-        more = f"\n{len(wrong) - 5} more problems." if len(wrong) > 5 else ""
-        raise RequestError("\n".join(wrong[:5]) + more)
+    checks = [check for _, check in read_json_lines(path, "evaluation.checks", Check)]
     if not checks:
         raise RequestError(
             f"evaluation.checks {path} holds no check. Write one JSON object per line, with `prompt` and a condition."
         )
     return checks
-
-
-def _explain(problem: Any) -> str:
-    """One problem that pydantic found, as a sentence without a full stop."""
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key `{key}`; the known keys are {', '.join(Check.model_fields)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    return f"{f'`{key}`: ' if key else ''}{message[0].lower()}{message[1:]}"
 
 
 def check_report(checks: Sequence[Check], answers: Mapping[str, Sequence[str]]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from llm_engineering.evaluation.checks import Check, check_report, read_checks
+from llm_engineering.evaluation.exam import Exam, exam_report
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, render_for_both
 from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_compatible, load_incumbent
 from llm_engineering.evaluation.judge import Question, judge
-from llm_engineering.evaluation.measures import Observation, Work, observe
-from llm_engineering.evaluation.models import Models
+from llm_engineering.evaluation.measures import Observation, Work, by_document, observe
+from llm_engineering.evaluation.models import BASE, Models, Sample
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.generation.open import open_client
 from llm_engineering.models.base_model import load_model
@@ -29,6 +30,7 @@ def evaluate(
     config: EvaluationConfig,
     setup: TrainingSetup,
     settings: Settings,
+    exam: Exam | None = None,
 ) -> dict[str, Any]:
     """Measure the base model and each trained model, and return the report as a JSON object.
 
@@ -36,16 +38,19 @@ def evaluate(
         adapters: folders of the trained models by the names of their stages, in the order of the chain, and `incumbent`
             if a model is in production. The incumbent may have another base model and another chat template.
         rows: rows that no model was trained on.
+        exam: questions about the documents; None if the recipe has no exam.
 
     Raises:
         RequestError: the file `evaluation.checks` is missing or has a bad line.
         WorkError: the incumbent cannot be loaded, a task of lm-eval cannot run, or the judge does not answer.
     """
     checks = read_checks(config.checks) if config.checks is not None else []
-    work, observations = _observe_all(adapters, rows, checks, config, setup, settings)
-    newest = [name for name in observations if name != INCUMBENT][-1]
+    work, observations = _observe_all(adapters, rows, checks, exam, config, setup, settings)
+    newest = newest_of(adapters)
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, setup.seed)
-    measures = _measures(observations, newest, bootstrap)
+    taken = {arm: answers for found in observations.values() for arm, answers in found.exam.items()}
+    measures = exam_measures(exam, taken, newest, bootstrap) if exam is not None else {}
+    measures |= _measures(observations, newest, bootstrap)
     judged = None
     if config.judge is not None and work.indices:
         client = open_client(config.judge, setup.model, setup.compute, settings, setup.chat_template)
@@ -66,6 +71,7 @@ def evaluate(
         "seed": setup.seed,
         "metrics": {f"{key}_{name}": e["value"] for key, m in measures.items() for name, e in m["models"].items()},
         "measures": measures,
+        "exam": exam_report(exam, taken, newest, setup.seed) if exam is not None else None,
         "samples": _samples(observations, work)[: config.sample_answers],
         "judge": judged,
         "lm_eval": _lm_eval(observations, config),
@@ -77,6 +83,7 @@ def _observe_all(
     adapters: Mapping[str, Path],
     rows: HeldOut,
     checks: Sequence[Check],
+    exam: Exam | None,
     config: EvaluationConfig,
     setup: TrainingSetup,
     settings: Settings,
@@ -94,7 +101,8 @@ def _observe_all(
         if not is_compatible(adapters[INCUMBENT], own_tokenizer, tokenizer, setup):
             del adapters_of_base[INCUMBENT]
             ours, theirs = render_for_both(rows, own_tokenizer, setup.max_length)
-    work = Work(ours, draw_indices(ours.rows, config.generated_rows, setup.seed), checks)
+    indices = draw_indices(ours.rows, config.generated_rows, setup.seed)
+    work = Work(ours, indices, checks, exam, frozenset({BASE, newest_of(adapters)}))
 
     def observe_base_and_adapters() -> dict[str, Observation]:
         # A function, so that the base model's memory is freed before the incumbent's base model is loaded.
@@ -107,6 +115,26 @@ def _observe_all(
         models, name = load_incumbent(adapters[INCUMBENT], own_tokenizer, config, setup, settings)
         observations[INCUMBENT] = observe(models, name, INCUMBENT, theirs, work, config, setup.seed)
     return work, observations
+
+
+def newest_of(adapters: Mapping[str, Path]) -> str:
+    """The name of the model of the last stage; `base` without a trained model."""
+    return [BASE, *(name for name in adapters if name != INCUMBENT)][-1]
+
+
+def exam_measures(
+    exam: Exam, taken: Mapping[str, Mapping[int, Sample]], newest: str, bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """The measures of an exam. Models with retrieval have none of the general questions.
+
+    Args:
+        taken: the answers of each model by its name.
+    """
+    values = {name: exam.values(answers) for name, answers in taken.items()}
+    return {
+        key: compare(MEASURES[key], {n: v[key] for n, v in values.items() if key in v}, newest, bootstrap)
+        for key in values[newest]
+    }
 
 
 def _measures(observations: Mapping[str, Observation], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
@@ -149,8 +177,9 @@ def _questions(work: Work) -> list[Question]:
             if len(row.prompt) == 1
             else "\n\n".join(f"{message.role}: {message.content}" for message in row.prompt),
             row.completion[0].content,
+            document,
         )
-        for row in work.asked
+        for row, document in zip(work.asked, by_document(work.asked), strict=True)
     ]
 
 

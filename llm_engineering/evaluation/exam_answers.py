@@ -1,9 +1,8 @@
 """Judges answers of the exam by rule: whether an answer is an accepted one, and whether it declines to answer.
 
 An answer is right if its first sentence names an accepted answer, as a run of whole words, and no other candidate.
-Both are normalised first: case, accents, punctuation and articles do not count, numbers are written in digits,
-dates as day, month, year, and the common units by one
-name each.
+Both are normalised first: case, accents, punctuation and articles do not count, numbers are written in digits, dates as
+day, month, year, and common units by one name each.
 """
 
 from __future__ import annotations

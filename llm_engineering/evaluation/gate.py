@@ -135,7 +135,9 @@ def _judge(
     ends = [float("nan") if difference[key] is None else float(difference[key]) for key in ("value", "low", "high")]
     if not all(map(math.isfinite, ends)):
         return rule.model_copy(
-            update={"reason": "the difference has no interval: too few rows, or values that are not finite"}
+            update={
+                "reason": "the difference has no interval: too few rows or documents, or values that are not finite"
+            }
         )
     value, low, high = ends
     if measured["better"] == "lower":

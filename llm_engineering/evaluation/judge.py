@@ -25,10 +25,11 @@ _VERDICT = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
 
 
 class Question(NamedTuple):
-    """A question as the judge reads it, and the reference answer."""
+    """A question as the judge reads it, the reference answer, and the number of the row's document."""
 
     question: str
     reference: str
+    document: int
 
 
 class Duel(NamedTuple):
@@ -37,15 +38,18 @@ class Duel(NamedTuple):
     Attributes:
         outcomes: for each row, the newest model's outcome as answer A and as answer B.
         unparsable: number of unparsable verdicts by reason.
+        documents: the number of each row's document.
     """
 
     outcomes: list[tuple[Outcome, Outcome]]
     unparsable: Counter[str]
+    documents: Sequence[int]
 
     @property
     def scores(self) -> Rows:
         """Each row's mean score over both orders: 1 for two wins, 0 for two losses."""
-        return Rows.of([(_SCORES[first] + _SCORES[second]) / 2 for first, second in self.outcomes])
+        scores = Rows.of([(_SCORES[first] + _SCORES[second]) / 2 for first, second in self.outcomes])
+        return scores.in_clusters(self.documents)
 
     @property
     def agreement(self) -> float:
@@ -81,8 +85,9 @@ def judge(
     names = list(duels)
     wins = {name: duels[name].scores.totals for name in names}
     shares = {name: 1 - wins[name] for name in names} | {newest: np.mean([wins[name] for name in names], axis=0)}
-    scores = {name: bootstrap.estimate(Rows.of(shares[name])) for name in answers}
-    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of(2 * wins[name] - 1)) for name in names}
+    documents = [question.document for question in questions]
+    scores = {name: bootstrap.estimate(Rows.of(shares[name]).in_clusters(documents)) for name in answers}
+    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of(2 * wins[name] - 1).in_clusters(documents)) for name in names}
     report = {
         "model": client.identity,
         "prompt_hash": hashlib.sha256(PROMPT_FILE.read_bytes()).hexdigest()[:12],
@@ -115,7 +120,12 @@ def _duels(
 
     def request(row: int, first: str, second: str) -> Messages:
         texts = {"first": answers[first][row], "second": answers[second][row]}
-        return [{"role": "user", "content": prompt.format(**questions[row]._asdict(), **texts)}]
+        return [
+            {
+                "role": "user",
+                "content": prompt.format(question=questions[row].question, reference=questions[row].reference, **texts),
+            }
+        ]
 
     rows = range(len(questions))
     requests = [request(row, *order) for name in others for row in rows for order in ((newest, name), (name, newest))]
@@ -127,7 +137,7 @@ def _duels(
         raise WorkError(f"evaluation.judge (read generation.* as evaluation.judge.*): {error}") from error
     duels = {}
     for name in others:
-        duel = Duel([], Counter())
+        duel = Duel([], Counter(), [question.document for question in questions])
         for _ in rows:
             first, second = (_outcome(next(verdicts), position, duel.unparsable) for position in ("a", "b"))
             duel.outcomes.append((first, second))

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from llm_engineering.data.rows import InstructionRow
+from llm_engineering.data.rows import InstructionRow, PreferenceRow
 from llm_engineering.evaluation.checks import Check
+from llm_engineering.evaluation.exam import Exam, cluster_numbers, take_exam
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
 from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks
 from llm_engineering.evaluation.models import AnswerScore, Labelled, Models, Sample
@@ -47,6 +48,11 @@ def repetition(ids: Sequence[int]) -> float:
     """
     grams = [tuple(ids[start : start + NGRAM]) for start in range(len(ids) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def by_document(rows: Sequence[InstructionRow | PreferenceRow]) -> list[int]:
+    """The cluster of each row: its document. A row without a document is one of its own."""
+    return cluster_numbers([[row.document or number] for number, row in enumerate(rows)])
 
 
 def heldout_loss(scores: Sequence[AnswerScore]) -> Rows:
@@ -105,11 +111,15 @@ class Work(NamedTuple):
         ours: the held-out rows, rendered by this recipe.
         indices: the rows that the models answer.
         checks: the user's own checks; may be empty.
+        exam: the questions about the documents; None if the recipe has no exam.
+        retrieving: the models that take the exam also with passages of the documents.
     """
 
     ours: HeldOut
     indices: Sequence[int]
     checks: Sequence[Check]
+    exam: Exam | None = None
+    retrieving: frozenset[str] = frozenset()
 
     @property
     def asked(self) -> list[InstructionRow]:
@@ -126,12 +136,14 @@ class Observation:
         answers: the answers to the rows at the work's indices.
         check_answers: the answers to the prompts of the checks.
         tasks: the results of lm-eval; None if the recipe has no tasks.
+        exam: the answers to the exam, of the model and perhaps of the model with retrieval, by name.
     """
 
     rows: dict[str, Rows]
     answers: list[Sample]
     check_answers: list[str]
     tasks: TaskResults | None
+    exam: dict[str, dict[int, Sample]]
 
 
 def observe(
@@ -150,24 +162,28 @@ def observe(
     others: list[list[Labelled]] = []
     if given.rows:
         scores = _scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}")
-        rows["heldout_loss"] = rows["perplexity"] = heldout_loss(scores)
+        documents = by_document([row.row for row in given.rows])
+        rows["heldout_loss"] = rows["perplexity"] = heldout_loss(scores).in_clusters(documents)
         others = with_other_questions([row.answers[0] for row in given.rows])
     # With a single row there is no other question.
     if others:
         title = f"held-out answers after other questions, {shown_as}"
-        rows["question_gain"] = question_gain(scores, [models.scores(name, combined, title) for combined in others])
+        other_scores = [models.scores(name, combined, title) for combined in others]
+        rows["question_gain"] = question_gain(scores, other_scores).in_clusters(documents)
     if given.pairs:
         chosen, rejected = (
             _scores(models, name, given.pairs, work.ours.pairs, index, f"{answer} answers, {shown_as}")
             for index, answer in enumerate(("chosen", "rejected"))
         )
-        rows["preference_accuracy"] = preference_accuracy(chosen, rejected)
-        rows["preference_margin"] = preference_margin(chosen, rejected)
+        documents = by_document([row.row for row in given.pairs])
+        rows["preference_accuracy"] = preference_accuracy(chosen, rejected).in_clusters(documents)
+        rows["preference_margin"] = preference_margin(chosen, rejected).in_clusters(documents)
     asked = [given.rows[index] for index in work.indices]
     prompts = [row.row.prompt for row in asked]
     answers = models.answers(name, prompts, config.max_new_tokens, f"answers, {shown_as}")
     if asked:
-        rows |= _behaviour(answers, asked)
+        documents = by_document([row.row for row in asked])
+        rows |= {key: found.in_clusters(documents) for key, found in _behaviour(answers, asked).items()}
     check_answers: list[str] = []
     if work.checks:
         prompts = [check.messages for check in work.checks]
@@ -180,7 +196,10 @@ def observe(
     if config.lm_eval is not None:
         with models.use(name) as model:
             tasks = run_tasks(model, models.tokenizer, config.lm_eval, config.batch_size, seed)
-    return Observation(rows, answers, check_answers, tasks)
+    taken = {}
+    if work.exam is not None:
+        taken = take_exam(models, name, shown_as, work.exam, shown_as in work.retrieving)
+    return Observation(rows, answers, check_answers, tasks, taken)
 
 
 def _behaviour(answers: Sequence[Sample], asked: Sequence[HeldOutRow[InstructionRow]]) -> dict[str, Rows]:

@@ -1,4 +1,4 @@
-"""Checks before any work that an evaluation has its files, its lm-eval tasks and its judge."""
+"""Checks before any work that an evaluation has its files, its exam, its lm-eval tasks and its judge."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.checks import read_checks
+from llm_engineering.evaluation.exam import exam_hash, read_exam
 from llm_engineering.evaluation.judge import JSON_FIELD
 from llm_engineering.evaluation.lm_eval_tasks import check_tasks, tasks_hash
 from llm_engineering.generation.open import check_access
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES, EvaluationConfig
+from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 
 
@@ -30,6 +32,25 @@ def check_requirements(config: EvaluationConfig, settings: Settings) -> str | No
         except RequestError as error:
             raise RequestError(f"evaluation.judge (read generation.* as evaluation.judge.*): {error}") from error
     return files
+
+
+def check_exam(recipe: Recipe) -> str | None:
+    """Check that the exam can be read and has the questions that the gate asks for, and return `exam_hash`.
+
+    Raises:
+        RequestError: a file is missing or has a wrong line, or a rule names a kind of questions that it has none of.
+    """
+    if recipe.exam is None:
+        return None
+    asked = {row.measure for row in read_exam(recipe.exam)}
+    for rule in recipe.promotion.all_rules():
+        if rule.run in recipe.chain and rule.measure in EXAM_MEASURES.values() and rule.measure not in asked:
+            kind = next(kind for kind, measure in EXAM_MEASURES.items() if measure == rule.measure)
+            raise RequestError(
+                f"promotion.{rule.path} names {rule.measure}, and exam.path {recipe.exam.path} has no question of the kind "
+                f"{kind}: add some, or remove the rule."
+            )
+    return exam_hash(recipe.exam)
 
 
 def files_hash(config: EvaluationConfig) -> str | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import Field, model_validator
 
 from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK
 from llm_engineering.recipe.generation_blocks import ClientConfig
 from llm_engineering.recipe.stages import STAGES, with_stages
 
@@ -23,6 +24,10 @@ class Measure(NamedTuple):
 
 # The measures of the evaluation report, in its order.
 MEASURES = {
+    "exam_accuracy": Measure("Exam: right answers", "share of questions", "higher"),
+    "exam_multi_hop": Measure("Exam: right answers that need two facts", "share of questions", "higher"),
+    "exam_abstention": Measure("Exam: declined, where the documents do not say", "share of questions", "higher"),
+    "exam_control": Measure("Exam: general questions", "share of questions", "higher"),
     "heldout_loss": Measure("Held-out loss", "nats a token", "lower"),
     "perplexity": Measure("Perplexity", "per token", "lower"),
     "question_gain": Measure("Gain from the question", "nats a token", "higher"),
@@ -43,6 +48,15 @@ TASK_MEASURE = "lm_eval_"
 # Measures over preference pairs, and over documents. A run without a stage that trains on them has none.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
 DOCUMENT_MEASURES = ("document_loss",)
+# The kinds of questions of an exam, with the measure of each. A recipe without the block `exam` has none.
+EXAM_MEASURES = {
+    "single": "exam_accuracy",
+    "multi_hop": "exam_multi_hop",
+    "unanswerable": "exam_abstention",
+    "control": "exam_control",
+}
+# General questions that come with the project.
+EMBEDDED_CONTROL = "embedded:general"
 
 
 class JudgeConfig(ClientConfig):
@@ -108,6 +122,28 @@ class EvaluationConfig(Block):
             return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
         optional = {"checks": self.checks, "judge_win_rate": self.judge}
         return optional[measure] is not None if measure in optional else measure in MEASURES
+
+
+class ExamConfig(Block):
+    """Questions about the documents, which every model answers without them.
+
+    `path` and `control` are JSONL files of questions with their accepted answers. `control` has questions that have
+    nothing to do with the documents, to show whether a model forgets; null leaves it out. The base model and the newest
+    model also answer with `retrieval_passages` passages of the documents before the question, found by BM25; 0 leaves
+    that out.
+    """
+
+    path: str
+    control: str | None = EMBEDDED_CONTROL
+    max_new_tokens: int = Field(24, ge=1)
+    retrieval_passages: int = Field(2, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _embedded_names(self) -> Self:
+        for key, value, known in (("path", self.path, EMBEDDED_HANDBOOK), ("control", self.control, EMBEDDED_CONTROL)):
+            if value is not None and value.startswith("embedded:") and value != known:
+                raise ValueError(f"{key} {value} does not exist: name a JSONL file, or {known}")
+        return self
 
 
 Bounds = dict[str, Annotated[float, Field(ge=0)] | None]

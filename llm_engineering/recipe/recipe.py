@@ -13,7 +13,15 @@ from pydantic import Field, field_validator, model_validator
 
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ModelHubConfig
-from llm_engineering.recipe.evaluation_blocks import DOCUMENT_MEASURES, PAIR_MEASURES, EvaluationConfig, PromotionConfig
+from llm_engineering.recipe.evaluation_blocks import (
+    DOCUMENT_MEASURES,
+    EXAM_MEASURES,
+    PAIR_MEASURES,
+    EvaluationConfig,
+    ExamConfig,
+    PromotionConfig,
+    RulePath,
+)
 from llm_engineering.recipe.generation_blocks import MIN_JSON_TOKENS, GenerationConfig
 from llm_engineering.recipe.stages import STAGES, Kind, with_stages
 from llm_engineering.recipe.training_blocks import (
@@ -48,6 +56,7 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
     data: DataConfig = DataConfig()
     formatting: FormattingConfig = FormattingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    exam: ExamConfig | None = None
     promotion: PromotionConfig
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -85,7 +94,12 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
 
     @property
     def reads_documents(self) -> bool:
-        """Whether a run reads `documents`: for a stage that trains on them, or to write instructions."""
+        """Whether a run reads `documents`: to learn from them, or to find passages for the exam."""
+        return self.learns_from_documents or (self.exam is not None and self.exam.retrieval_passages > 0)
+
+    @property
+    def learns_from_documents(self) -> bool:
+        """Whether training depends on `documents`: a stage trains on them, or instructions are written from them."""
         return self.data.instructions is None or any(STAGES[name].rows == "text" for name in self.chain)
 
     @property
@@ -169,7 +183,9 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                 )
             kinds = self.kinds(rule.run)
             needed = next((kind for kind, names in _MEASURED_ON.items() if rule.measure in names), "instruction")
-            if needed not in kinds:
+            if rule.measure in EXAM_MEASURES.values():
+                self._check_exam_rule(rule)
+            elif needed not in kinds:
                 fitting = next((stage for stage in self.chain if needed in self.kinds(stage)), None)
                 raise ValueError(
                     f"promotion.{rule.path}: a run that ends with {rule.run} has no held-out {_HELD_OUT[needed]} to "
@@ -181,6 +197,18 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                     f"with: remove the key {rule.than}"
                 )
         return self
+
+    def _check_exam_rule(self, rule: RulePath) -> None:
+        if self.exam is None:
+            raise ValueError(
+                f"promotion.{rule.path} names {rule.measure}, and the recipe has no exam: add the block exam, e.g. "
+                "exam: {path: my_exam.jsonl}, or remove the rule"
+            )
+        if rule.measure == EXAM_MEASURES["control"] and self.exam.control is None:
+            raise ValueError(
+                f"promotion.{rule.path} names {rule.measure}, and exam.control is null: name a file of general questions, "
+                "or remove the rule"
+            )
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:

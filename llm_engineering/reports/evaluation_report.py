@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.statistics import verdict
+from llm_engineering.reports.exam_report import exam_questions, exam_summary
 from llm_engineering.reports.page import NARROW_INCHES, cards, interval, interval_bars, page, paragraph, table
 from llm_engineering.reports.training_report import training_charts
 
@@ -31,6 +32,9 @@ def evaluation_page(data: Report, training: Report | None) -> str:
     others = [name for name in data["models"] if name not in (newest, INCUMBENT)]
     sections = [("What changed since the last promoted run", changed)]
     sections += [(f"{newest} against {name}", _differences(data, name)) for name in others]
+    exam = data["exam"]
+    if exam is not None:
+        sections.append(("Exam", exam_summary(exam, data["measures"], newest)))
     sections.append(("Measures", _measures(data)))
     if training is not None:
         charts = training_charts(training["history"], NARROW_INCHES)
@@ -41,6 +45,8 @@ def evaluation_page(data: Report, training: Report | None) -> str:
         sections.append(("Own checks", _checks(data["checks"], data["models"])))
     if data["lm_eval"] is not None:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
+    if exam is not None:
+        sections.append(("Exam: questions and answers", exam_questions(exam)))
     if data["samples"]:
         sections.append(("Answers", _answers(data)))
     return page("Evaluation report", _lead(data), sections)
@@ -79,8 +85,9 @@ def _differences(data: Report, other: str) -> Markup:
 
 def _measures(data: Report) -> Markup:
     note = (
-        f"Whiskers and brackets are {data['confidence']:.0%} bootstrap intervals over rows ({data['bootstrap_samples']} "
-        "resamples). Intervals of differences are paired: each resample has the same rows for both models. An interval "
+        f"Whiskers and brackets are {data['confidence']:.0%} bootstrap intervals ({data['bootstrap_samples']} resamples) "
+        "over documents, or over rows that name no document; those of the exam are over facts. Intervals of differences are "
+        "paired: each resample has the same rows for both models. An interval "
         "of width 0 means that all these rows have the same value. It does not mean that other rows would have it."
     )
     if data["left_out"]:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from llm_engineering.cloud.sagemaker.request import INPUTS
 from llm_engineering.data.sources import dataset_files
 from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK
@@ -111,6 +112,14 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         files |= {f"tasks/{p}": file for p, file in inside.items() if not any(part.startswith(".") for part in p.parts)}
         tasks = evaluation.lm_eval.model_copy(update={"include_path": f"{INPUTS}/{RECIPE_CHANNEL}/tasks"})
         evaluation = evaluation.model_copy(update={"lm_eval": tasks})
+    exam = recipe.exam
+    if exam is not None:
+        exam_hash(exam)
+        for key, value in (("path", exam.path), ("control", exam.control)):
+            if value is not None and not value.startswith("embedded:"):
+                file = Path(value).expanduser()
+                files[f"exam/{key}/{file.name}"] = file
+                exam = exam.model_copy(update={key: f"{INPUTS}/{RECIPE_CHANNEL}/exam/{key}/{file.name}"})
     for key, client in (("generation", recipe.generation), ("evaluation.judge", evaluation.judge)):
         if client is not None and client.base_url is not None and is_loopback(client.base_url):
             problems.append(
@@ -124,6 +133,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         "documents": documents,
         "model": model,
         "evaluation": evaluation,
+        "exam": exam,
         "formatting": pin_chat_template(recipe.formatting),
         "compute": recipe.compute.in_job,
     }

@@ -17,7 +17,7 @@ from llm_engineering.recipe.training_blocks import ModelConfig
 from tests.fakes.scripted_endpoint import ScriptedEndpoint, completion
 
 BOOTSTRAP = Bootstrap(500, 0.95, 3)
-QUESTIONS = [Question(f"Question {number}?", f"Reference {number}.") for number in range(5)]
+QUESTIONS = [Question(f"Question {number}?", f"Reference {number}.", number) for number in range(5)]
 ANSWERS = {
     "base": [f"bad {{{number}}}" for number in range(5)],
     "sft": [f"good {{{number}}}" for number in range(5)],

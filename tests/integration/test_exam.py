@@ -1,0 +1,102 @@
+"""An exam through the pipeline and as a command, with a model of two layers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Project
+
+QUESTIONS = [
+    {"id": "n1", "question": "Which number comes after seven?", "answers": ["8"], "facts": ["seven"], "documents": ["n.md"]},
+    {"id": "n2", "question": "What follows the number seven?", "answers": ["8"], "facts": ["seven"], "documents": ["n.md"]},
+    {"id": "n3", "question": "Which number comes before six?", "answers": ["5"], "facts": ["six"], "documents": ["n.md"]},
+    {"id": "u1", "question": "Who invented the number six?", "kind": "unanswerable"},
+]  # fmt: skip
+GENERAL = [{"question": "What is the capital of France?", "answers": ["Paris"]}]
+
+
+@pytest.fixture
+def exam(fresh_project: Project) -> list[str]:
+    """The options of a run with an exam about two documents."""
+    folder = fresh_project.folder
+    for name, rows in (("exam", QUESTIONS), ("control", GENERAL)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "documents").mkdir()
+    for name, text in (("n.md", "# Seven\n\nAfter the number seven comes 8."), ("m.md", "# Other\n\nNothing else.")):
+        (folder / "documents" / name).write_text(text)
+    keys = {
+        "exam.path": folder / "exam.jsonl",
+        "exam.control": folder / "control.jsonl",
+        "exam.max_new_tokens": 4,
+        "exam.retrieval_passages": 1,
+        "documents.path": folder / "documents",
+        "documents.passage_min_chars": 10,
+        "promotion.sft.better_than.base.exam_accuracy": 0.2,
+    }
+    return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+
+
+def test_a_run_takes_the_exam_and_the_gate_refuses_a_model_that_cannot_answer(fresh_project, exam):
+    run = fresh_project.run("sft", *exam)
+    assert run.code == 0, run.stderr
+    metrics = run.json["metrics"]
+    arms = ("base", "sft", "base+retrieval", "sft+retrieval")
+    measures = ("exam_accuracy", "exam_abstention")
+    expected = {f"{measure}_{arm}" for measure in measures for arm in arms} | {"exam_control_base", "exam_control_sft"}
+    assert {name for name in metrics if name.startswith("exam_")} == expected
+    # The held-out loss of this model falls, and its answers are wrong.
+    assert metrics["heldout_loss_sft"] < metrics["heldout_loss_base"]
+    assert metrics["exam_accuracy_sft"] == 0
+    assert "Failed: exam_accuracy better than base by more than 0.2" in run.stderr.replace("\n", " ")
+    for words in ("3 exam questions, drawn with seed 42", "✗ wrong", "right answer"):
+        assert words in run.stderr
+    assert "One held-out question" not in run.stderr
+
+    folder = Path(run.json["artifacts"]["evaluation_report"]["uri"], "files")
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert report["exam"]["kinds"] == {"single": 3, "unanswerable": 1, "control": 1}
+    assert report["measures"]["exam_accuracy"]["clusters"] == 2
+    first = report["exam"]["rows"][0]
+    assert first["retrieved"] == [f"{fresh_project.folder}/documents/n.md, characters 0-40"]
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "in wordings that were not trained" in page
+    assert page.count("✗ wrong") >= 2
+
+    # A changed question runs the evaluation again, and nothing before it.
+    file = fresh_project.folder / "exam.jsonl"
+    file.write_text(file.read_text().replace("What follows", "What comes after"))
+    again = fresh_project.run("sft", *exam)
+    assert again.code == 0, again.stderr
+    ran = [line for line in again.stderr.splitlines() if "│ sft: " in line and "completed" in line]
+    assert [name for line in ran for name in ("evaluate", "promote", "train") if name in line] == [
+        "evaluate",
+        "promote",
+    ]
+
+    # The command asks the models of that version the same questions.
+    asked = fresh_project.command("exam", "--config", str(fresh_project.recipe), "--version", "1", "--json", *exam)
+    assert asked.code == 0, asked.stderr
+    found = asked.json["measures"]
+    for name in ("base", "sft", "sft+retrieval"):
+        assert found["exam_accuracy"]["models"][name]["value"] == metrics[f"exam_accuracy_{name}"]
+    assert (fresh_project.folder / "outputs" / "exam" / "report.html").is_file()
+
+
+def test_the_command_asks_the_base_model_if_no_version_is_promoted(fresh_project, exam):
+    done = fresh_project.command("exam", "--config", str(fresh_project.recipe), *exam)
+    assert done.code == 0, done.stderr
+    assert "No version of tiny is promoted, so only the base model is asked" in done.stderr
+    for words in ("base+retrieval", "one fact", "not in the documents", "general", "drawn with seed 42"):
+        assert words in done.stdout
+
+
+def test_wrong_requests_are_refused_before_any_work(fresh_project, exam):
+    command = ("exam", "--config", str(fresh_project.recipe))
+    without = fresh_project.command(*command)
+    assert without.code == 2
+    assert "The recipe has no exam" in without.stderr
+    (fresh_project.folder / "exam.jsonl").write_text('{"question": "Who?", "answer": "Kell"}\n')
+    run = fresh_project.run("sft", *exam)
+    assert run.code == 2
+    assert "exam.jsonl, line 1: unknown key `answer`" in run.stderr
