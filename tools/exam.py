@@ -23,7 +23,7 @@ logger = logging.getLogger("llm_engineering.exam")
 def exam(
     config: Config = DEFAULT_RECIPE, overrides: Overrides = None, version: Version = None, as_json: Json = False
 ) -> int:
-    """Ask the base model and the models of a version the recipe's exam.
+    """Ask the base model and the trained models the recipe's exam, without training.
 
     The base model and the newest model also answer with passages of the documents. If no version is promoted, only the
     base model is asked. The page with every answer is written to `outputs/exam`.
