@@ -33,6 +33,9 @@ from llm_engineering.recipe.evaluation_blocks import EMBEDDED_CONTROL, EXAM_MEAS
 RETRIEVAL = "+retrieval"
 # Questions that the summary of a run shows.
 DRAWN = 3
+# Questions without passages have a few dozen tokens, so more of them share a batch. On one CPU core, 46 questions of the
+# embedded exam took half the time in batches of 46 that they took in batches of 10.
+_SHORT = 4
 _EMBEDDED = {EMBEDDED_HANDBOOK: HANDBOOK / "exam.jsonl", EMBEDDED_CONTROL: HANDBOOK / "control.jsonl"}
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -229,7 +232,8 @@ def take_exam(
     taken = {}
     for arm, texts in prompts.items():
         conversations = [[Message(role="user", content=text)] for text in texts.values()]
-        answers = models.answers(name, conversations, exam.max_new_tokens, f"exam, {arm}")
+        batch_size = models.batch_size * (_SHORT if arm == shown_as else 1)
+        answers = models.answers(name, conversations, exam.max_new_tokens, f"exam, {arm}", batch_size)
         taken[arm] = dict(zip(texts, answers, strict=True))
     return taken
 

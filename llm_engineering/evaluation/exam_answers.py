@@ -50,8 +50,10 @@ _FUNCTION_WORDS = set(
         "this to under until was we were when where which while who whose with within you your"
     )
 )
-# With one of these words a sentence denies an answer, or does not decide.
-_HEDGES = {"not", "never", "neither", "nor", "without", "or", "either"}
+# With one of the first words a sentence does not decide; with one of the others before an answer, or behind it without a
+# comma, it denies the answer.
+_HEDGES = {"or", "either"}
+_NEGATIONS = {"not", "never", "neither", "nor", "without"}
 
 _WORD = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]\w*(?:'\w+)*"
 _TOKEN = re.compile(rf"(?P<number>[-−]?\d+(?:[.,]\d+)*)(?P<suffix>[^\W\d_]+|%)?|(?P<word>{_WORD})|(?P<mark>[^\w\s])")
@@ -85,14 +87,17 @@ def answers_right(answer: str, accepted: Sequence[str], question: str = "") -> b
         return False
     for text in accepted:
         wanted = _words(normalised_tokens(text))
-        if (_HEDGES & set(tokens)) - set(wanted) - asked:
+        known = asked | set(wanted)
+        if (_HEDGES & set(tokens)) - known:
             continue
         for start in range(len(places) - len(wanted) + 1):
             run = places[start : start + len(wanted)]
             if wanted and [tokens[place] for place in run] == wanted:
-                after = _next_item(tokens[run[-1] + 1 :])
-                before = _next_item(tokens[: run[0]][::-1])[::-1]
-                known = asked | set(wanted)
+                left, right = tokens[: run[0]], tokens[run[-1] + 1 :]
+                clause = [*left, *takewhile(lambda token: token not in _LIST_MARKS, right)]
+                if (_NEGATIONS & set(clause)) - known:
+                    continue
+                before, after = _next_item(left[::-1])[::-1], _next_item(right)
                 if not any(_is_candidate(item, len(wanted) + 1, known) for item in (before, after)):
                     return True
     return False

@@ -121,18 +121,25 @@ class Models:
         return self.answers(name, [messages], max_new_tokens)[0]
 
     def answers(
-        self, name: str, prompts: Sequence[Sequence[Message]], max_new_tokens: int, title: str = ""
+        self,
+        name: str,
+        prompts: Sequence[Sequence[Message]],
+        max_new_tokens: int,
+        title: str = "",
+        batch_size: int | None = None,
     ) -> list[Sample]:
         """Answer conversations greedily, in their order, with the chat template of training.
 
-        `title` names the answers in progress lines; if it is empty, no progress is shown.
+        Args:
+            title: names the answers in progress lines; if it is empty, no progress is shown.
+            batch_size: replaces the batch size of these models, e.g. for very short prompts.
         """
         ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
         samples: dict[int, Sample] = {}
         progress = Progress(title, len(ids) if title else 0)
         with self.use(name) as model:
             ends = end_token_ids(model, self.tokenizer)
-            for batch in batches_by_length([len(prompt) for prompt in ids], self.batch_size):
+            for batch in batches_by_length([len(prompt) for prompt in ids], batch_size or self.batch_size):
                 new = generate_ids(
                     model,
                     self.tokenizer,

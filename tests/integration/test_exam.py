@@ -66,6 +66,9 @@ def test_a_run_takes_the_exam_and_the_gate_refuses_a_model_that_cannot_answer(fr
     # A changed question runs the evaluation again, and nothing before it.
     file = fresh_project.folder / "exam.jsonl"
     file.write_text(file.read_text().replace("What follows", "What comes after"))
+    verified = fresh_project.command("models", "verify", "1", "--config", str(fresh_project.recipe))
+    assert verified.code == 1
+    assert "exam.jsonl" in verified.stdout
     again = fresh_project.run("sft", *exam)
     assert again.code == 0, again.stderr
     ran = [line for line in again.stderr.splitlines() if "│ sft: " in line and "completed" in line]

@@ -148,7 +148,10 @@ def test_a_rate_fires_first_after_its_time_and_counts_from_there(fake, recipe, c
 def test_the_recipe_in_the_job_has_the_paths_of_the_container(fake, recipe, tmp_path):
     checks = tmp_path / "my_checks.jsonl"
     checks.write_text('{"prompt": "Say yes.", "must_contain": ["yes"]}\n')
-    create(recipe, "--set", f"evaluation.checks={checks}")
+    exam = tmp_path / "my_exam.jsonl"
+    exam.write_text('{"question": "Who?", "answers": ["Kell"]}\n')
+    more = {"evaluation.checks": checks, "exam.path": exam, "exam.retrieval_passages": 0}
+    create(recipe, *(word for key, value in more.items() for word in ("--set", f"{key}={value}")))
     (key,) = [key for key in fake.objects(f"{FOLDER}recipe/") if key.endswith("recipe.json")]
     kept = json.loads(fake.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
     assert kept["compute"]["target"] == "local"
@@ -156,8 +159,11 @@ def test_the_recipe_in_the_job_has_the_paths_of_the_container(fake, recipe, tmp_
     assert kept["data"]["instructions"] == "/opt/ml/input/data/data-instructions/rows.jsonl"
     assert kept["model"]["name_or_path"] == "/opt/ml/input/data/model-name-or-path"
     assert kept["evaluation"]["checks"] == "/opt/ml/input/data/recipe/checks/my_checks.jsonl"
-    body = fake.client("s3").get_object(Bucket=BUCKET, Key=f"{key.rpartition('/')[0]}/checks/my_checks.jsonl")["Body"]
-    assert body.read() == checks.read_bytes()
+    assert kept["exam"]["path"] == "/opt/ml/input/data/recipe/exam/path/my_exam.jsonl"
+    assert kept["exam"]["control"] == "embedded:general"
+    for name, file in (("checks/my_checks.jsonl", checks), ("exam/path/my_exam.jsonl", exam)):
+        body = fake.client("s3").get_object(Bucket=BUCKET, Key=f"{key.rpartition('/')[0]}/{name}")["Body"]
+        assert body.read() == file.read_bytes()
     (made,) = fake.asked("scheduler", "CreateSchedule")
     channels = {
         channel["ChannelName"]: channel["DataSource"]["S3DataSource"]["S3Uri"]

@@ -143,6 +143,22 @@ def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_
     assert page.count('<div class="answers">') == 2
 
 
+def test_rows_of_one_document_are_resampled_together(setup, settings, tmp_path):
+    made = [row.model_copy(update={"document": f"d{number // 3}"}) for number, row in enumerate(ROWS)]
+    alone = formatted_rows(setup, settings, tmp_path, FormattingConfig(max_length=256))
+    together = alone._replace(rows=[row._replace(row=own) for row, own in zip(alone.rows, made, strict=True)])
+    first, second = (evaluate({}, rows, CONFIG, setup, settings)["measures"] for rows in (alone, together))
+    assert (first["heldout_loss"]["clusters"], second["heldout_loss"]["clusters"]) == (12, 4)
+    assert second["rouge_l"]["clusters"] <= 4
+    for key in ("heldout_loss", "perplexity", "question_gain"):
+        before, after = first[key]["models"]["base"], second[key]["models"]["base"]
+        assert (before["value"], before["n"]) == (after["value"], after["n"])
+        assert before["low"] != after["low"]
+    # The pairs name no document.
+    assert first["preference_margin"] == second["preference_margin"]
+    assert first["preference_margin"]["clusters"] == 6
+
+
 def test_an_equal_incumbent_on_its_own_base_measures_the_same(setup, settings, rows, tmp_path):
     """The incumbent's base model has the same weights in another folder, so it is loaded separately."""
     copy = setup.model.model_copy(update={"name_or_path": str(tmp_path / "copy"), "revision": "other"})

@@ -52,6 +52,7 @@ from llm_engineering.evaluation.exam_answers import abstains, answers_right, fir
         # Remarks on the answer, and lists that are the answer
         ("Thimble Mill, which is in Oskby", "Thimble Mill"),
         ("In February, every year", "February"),
+        ("It is delivered on Fridays, not on Monday", "Fridays"),
         ("red and white", "red and white"),
         ("the chair, Gordon Brask", "Gordon Brask"),
         ("オンドレルの本部", "本部"),
@@ -101,6 +102,9 @@ def test_an_accepted_answer_in_other_writing_is_right(answer, accepted):
         # Denials
         ("It is not in Varnholt", "Varnholt"),
         ("It isn't Varnholt", "Varnholt"),
+        ("Varnholt is not the town", "Varnholt"),
+        ("Not in Oskby, Varnholt", "Varnholt"),
+        ("Varnholt, or in Dunvey", "Varnholt"),
         ("The documents do not say whether it is Varnholt", "Varnholt"),
     ],
 )
