@@ -192,6 +192,7 @@ def test_the_measures_count_each_kind_and_compare_with_the_newest_model():
     assert "drawn with seed 3; the first is the first drawn that base fails and sft passes" in drawn_title(
         report, "sft", 3
     )
+    assert len({tuple(exam_report(exam, taken, "sft", seed)["drawn"]) for seed in range(5)}) > 1
     nothing = exam_report(exam, {"base": base, "sft": base}, "sft", 3)
     assert not nothing["first_learned"]
     assert "passes" not in drawn_title(nothing, "sft", 3)
