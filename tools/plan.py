@@ -156,7 +156,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     for stage in recipe.chain:
         config = recipe.block(stage)
         if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
-            check_packable(load_config(recipe.model, Settings()).model_type)
+            check_packable(load_config(recipe.model, Settings()).model_type, stage)
     unused = [stage for stage in STAGES if getattr(recipe, stage) is not None and stage not in recipe.chain]
     if unused:
         logger.info("Not used, because chain is %s: %s", ", ".join(recipe.chain), ", ".join(unused))
