@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ModelHubConfig
 from llm_engineering.recipe.evaluation_blocks import DOCUMENT_MEASURES, PAIR_MEASURES, EvaluationConfig, PromotionConfig
@@ -28,15 +29,10 @@ from llm_engineering.recipe.training_blocks import (
     TrainingSetup,
 )
 
-# A block for each row of the table of stages.
-_StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | None, None))
 
-
-class Recipe(_StageBlocks):  # type: ignore[misc]
-    """A whole recipe.
-
-    `chain` names the training stages in their order; each has a block of its name. A stage trains the model of the stage
-    before it further, and the first one starts from the base model.
+class _FirstBlocks(Block):
+    """`chain` names the training stages in their order; each has a block of its name. A stage trains the model of the
+    stage before it further, and the first one starts from the base model.
     """
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
@@ -47,6 +43,15 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
     generation: GenerationConfig = GenerationConfig()
     data: DataConfig = DataConfig()
     formatting: FormattingConfig = FormattingConfig()
+
+
+# A block for each row of the table of stages.
+_StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | None, None), _FirstBlocks)
+
+
+class Recipe(_StageBlocks):  # type: ignore[misc]
+    """A whole recipe."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
     promotion: PromotionConfig
     compute: ComputeConfig = ComputeConfig()
