@@ -66,7 +66,8 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
 
     def chain_to(self, stage: str) -> list[str]:
         """The stages of the chain up to and with `stage`."""
-        return self.chain[: self.chain.index(stage) + 1]
+        chain: list[str] = self.chain
+        return chain[: chain.index(stage) + 1]
 
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
