@@ -78,11 +78,12 @@ def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
     """
     if pipeline == "datasets":
         return []
+    chain: list[str] = recipe.chain
     if pipeline == "retrain":
-        return recipe.chain
-    if pipeline not in recipe.chain:
+        return chain
+    if pipeline not in chain:
         raise RequestError(
-            f"The recipe's chain is {', '.join(recipe.chain)}, without the stage {pipeline}. Add it to chain, or run one of "
+            f"The recipe's chain is {', '.join(chain)}, without the stage {pipeline}. Add it to chain, or run one of "
             "these stages."
         )
     return [pipeline]
