@@ -88,7 +88,7 @@ format: .venv/ready-dev  ## format the code and apply the fixes of ruff
 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: .venv/ready-dev  ## write the reference pages, and build the manual in build/docs
-	@$(BIN)/python docs/reference/trl_fields.py
+	@$(BIN)/python docs/reference/library_fields.py
 	@$(BIN)/python docs/reference/generate.py
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "The manual: build/docs/index.html"

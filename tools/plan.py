@@ -218,7 +218,7 @@ def _checked(recipe: Recipe, device: Device) -> Device:
     """Check the method and the optimisers, and choose the backend."""
     for stage in recipe.chain:
         check_training(stage, recipe.method, recipe.block(stage).optim, device)
-    return choose_backend(device, recipe.compute, recipe.method, use_dora=recipe.lora.use_dora)
+    return choose_backend(device, recipe.compute, recipe.method, adapter_keys=recipe.lora.beyond_unsloth)
 
 
 def _check_tokenizer(recipe: Recipe) -> None:

@@ -68,11 +68,15 @@ def _library_fields(block: type[BaseModel]) -> list[str]:
         f"| `{name}` | {_schema_type(field)} | `{json.dumps(field.get('default'))}` |\n"
         for name, field in block.allowed().items()
     )
-    refused = "".join(f"| `{name}` | {reason} |\n" for name, reason in sorted(block.refused.items()))
+    values = {
+        f"{name}: {value}": why for name, reasons in block.refused_values.items() for value, why in reasons.items()
+    }
+    refused = "".join(f"| `{name}` | {reason} |\n" for name, reason in sorted((block.refused | values).items()))
+    library = block.config_class.partition(".")[0].upper()
     return [
-        f'??? note "More keys: the fields of {block.config_class}, which TRL documents"\n\n',
+        f'??? note "More keys: the fields of {block.config_class}, which {library} documents"\n\n',
         _indented(f"| Key | Type | Default |\n| --- | --- | --- |\n{more}"),
-        '??? note "Fields that the project sets"\n\n',
+        '??? note "Fields that a recipe cannot set"\n\n',
         _indented(f"| Key | Reason |\n| --- | --- |\n{refused}"),
     ]
 
@@ -82,6 +86,12 @@ def _schema_type(schema: Schema) -> str:
         return " or ".join(map(_schema_type, schema["anyOf"]))
     if "enum" in schema:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "pattern" in schema:
+        return f"text that matches `{schema['pattern']}`"
+    if "properties" in schema:
+        return "the keys " + ", ".join(f"`{name}`" for name in schema["properties"])
+    if schema.get("additionalProperties"):
+        return f"keys with {_schema_type(schema['additionalProperties'])}"
     if schema["type"] == "array":
         return f"list of {_schema_type(schema['items'])}"
     names = {"integer": "whole number", "string": "text", "boolean": "`true`, `false`", "object": "keys with values"}

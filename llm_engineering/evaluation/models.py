@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
@@ -72,7 +72,7 @@ class Models:
             if not (folder / "adapter_config.json").is_file():
                 self.full[name] = _full_model(folder, base)
             elif isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(folder), adapter_name=name)
+                _add_adapter(self.model, name, folder)
             else:
                 self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
         self.model.eval()
@@ -147,6 +147,16 @@ class Models:
                 if title:
                     progress.advance(len(batch))
         return [samples[index] for index in range(len(ids))]
+
+
+def _add_adapter(model: PeftModel, name: str, folder: Path) -> None:
+    """Load another adapter of the same recipe beside the first."""
+    config = LoraConfig.from_pretrained(str(folder))
+    # With `ensure_weight_tying`, PEFT finds the output layer only while no other adapter has wrapped the embedding.
+    first = next(iter(model.peft_config.values()))
+    config.modules_to_tie = getattr(first, "modules_to_tie", None) if config.ensure_weight_tying else None
+    model.add_adapter(name, config)
+    model.load_adapter(str(folder), adapter_name=name)
 
 
 def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:

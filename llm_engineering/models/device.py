@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.training_blocks import Method
+from llm_engineering.recipe.training_blocks import Method, beyond_unsloth
 
 Backend = Literal["transformers", "unsloth"]
 # Packages that some values of `optim` need and that are not installed with the project. A key is how such values begin.
@@ -128,15 +129,20 @@ def check_processes(compute: ComputeConfig, device: Device) -> None:
         )
 
 
-def choose_backend(device: Device, compute: ComputeConfig, method: Method, *, use_dora: bool = False) -> Device:
+def choose_backend(
+    device: Device, compute: ComputeConfig, method: Method, *, adapter_keys: Sequence[str] = ()
+) -> Device:
     """Add the backend and its reason to the device. Does not import unsloth.
+
+    Args:
+        adapter_keys: keys of the adapter that unsloth does not have.
 
     Raises:
         RequestError: the recipe asks for unsloth, and this machine or another key of the recipe rules it out.
     """
     if compute.backend == "transformers":
         return device
-    problem = _unsloth_problem(compute, device, method, use_dora)
+    problem = _unsloth_problem(compute, device, method, adapter_keys)
     if problem and compute.backend == "unsloth":
         raise RequestError(
             f"compute.backend is unsloth, but {problem}. Change that, or use --set compute.backend=transformers."
@@ -149,10 +155,10 @@ def choose_backend(device: Device, compute: ComputeConfig, method: Method, *, us
     return device._replace(backend="unsloth", reasons=[*device.reasons, why])
 
 
-def uses_dora(trained: Path) -> bool:
-    """Whether a trained folder holds an adapter with DoRA; False for a full model."""
+def keys_beyond_unsloth(trained: Path) -> list[str]:
+    """The keys of a trained adapter that unsloth does not have; none for a full model."""
     config = trained / "adapter_config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8"))["use_dora"])
+    return beyond_unsloth(json.loads(config.read_text(encoding="utf-8"))) if config.is_file() else []
 
 
 def import_backend(device: Device, cache_dir: Path) -> None:
@@ -179,7 +185,7 @@ def needs_own_process(compute: ComputeConfig) -> bool:
     return compute.backend == "unsloth"
 
 
-def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, use_dora: bool) -> str:
+def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, adapter_keys: Sequence[str]) -> str:
     """Why unsloth cannot train this here, as the end of a sentence; empty if it can."""
     if device.name != "cuda":
         return "it needs a CUDA card" + ("" if torch.cuda.is_available() else ", and torch finds none")
@@ -190,8 +196,8 @@ def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, use
     conflict = _conflict("unsloth")
     if conflict:
         return f"the installed version needs {conflict}"
-    if use_dora:
-        return "its kernels have no DoRA (sft.lora.use_dora)"
+    if adapter_keys:
+        return f"it has no sft.lora.{adapter_keys[0]}"
     if method == "full" and compute.backend == "auto":
         return "its kernels speed up adapters, and sft.method is full"
     if device.dtype == torch.float32:

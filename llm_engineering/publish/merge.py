@@ -12,10 +12,11 @@ import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import WorkError
@@ -131,6 +132,12 @@ def _merged(
         return token_scores(full, rows), untrained, full
     model = PeftModel.from_pretrained(base, str(trained.folder)).eval()
     reference = token_scores(model, rows)
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    if base.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
+        # Merging into the shared weights would change both layers, but the adapter is on one of them. With two weights,
+        # PEFT notes in the config that they are not tied.
+        output: Any = ends[1].get_base_layer() if isinstance(ends[1], LoraLayer) else ends[1]
+        output.weight = torch.nn.Parameter(output.weight.clone())
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
     return reference, untrained, merged
 

@@ -1,19 +1,29 @@
-"""Fields of TRL's configuration classes as keys of a recipe.
+"""Fields of TRL's and PEFT's configuration classes as keys of a recipe.
 
-`library_fields.json` holds the types and defaults of all fields, so that a recipe is checked in milliseconds and TRL is
-not imported. `docs/reference/trl_fields.py` writes the file, and a test holds that it is current.
+`library_fields.json` holds the types and defaults of all fields, so that a recipe is checked in milliseconds and no
+library is imported. `docs/reference/library_fields.py` writes the file, and a test holds that it is current.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, Union
+from typing import Annotated, Any, ClassVar, Literal, Self, Union
 
-from pydantic import ConfigDict, GetJsonSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    GetJsonSchemaHandler,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+    with_config,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
+from typing_extensions import TypedDict
 
 from llm_engineering.recipe.block import Block
 
@@ -52,7 +62,21 @@ def _annotation(schema: Schema) -> Any:
         return Literal[tuple(schema["enum"])]
     if schema["type"] == "array":
         return list[_annotation(schema["items"])]  # type: ignore[misc]
+    if "pattern" in schema:
+        return Annotated[str, StringConstraints(pattern=schema["pattern"])]
+    if "properties" in schema:
+        fields = {name: _annotation(part) for name, part in schema["properties"].items()}
+        return with_config(ConfigDict(extra="forbid"))(TypedDict("Fields", fields, total=False))  # type: ignore[operator]
+    if schema.get("additionalProperties"):
+        return dict[str, _annotation(schema["additionalProperties"])]  # type: ignore[misc]
     return _TYPES[schema["type"]]
+
+
+def _without(schema: Schema, values: Iterable[str]) -> Schema:
+    """A field's schema without some values of its enumeration."""
+    if "anyOf" in schema:
+        return schema | {"anyOf": [_without(part, values) for part in schema["anyOf"]]}
+    return schema | {"enum": [value for value in schema["enum"] if value not in values]} if "enum" in schema else schema
 
 
 class LibraryBlock(Block):
@@ -61,12 +85,14 @@ class LibraryBlock(Block):
     Attributes:
         config_class: the class, as `library_fields.json` names it.
         refused: fields that the project sets itself, each with the reason and the place to set it.
+        refused_values: for some fields, the values that the project cannot take, each with the reason.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     config_class: ClassVar[str]
     refused: ClassVar[dict[str, str]]
+    refused_values: ClassVar[dict[str, dict[str, str]]] = {}
 
     @property
     def library_arguments(self) -> dict[str, Any]:
@@ -76,8 +102,11 @@ class LibraryBlock(Block):
     @classmethod
     def allowed(cls) -> dict[str, Schema]:
         """Schemas of the fields that a recipe may set in this block, besides the block's own keys."""
-        known = fields_of(cls.config_class)
-        return {n: schema for n, schema in known.items() if n not in cls.refused and n not in cls.model_fields}
+        return {
+            name: _without(schema, cls.refused_values.get(name, {}))
+            for name, schema in fields_of(cls.config_class).items()
+            if name not in cls.refused and name not in cls.model_fields
+        }
 
     @model_validator(mode="after")
     def _library_fields(self) -> Self:
@@ -85,7 +114,10 @@ class LibraryBlock(Block):
         allowed = self.allowed()
         assert self.__pydantic_extra__ is not None
         for name, value in self.library_arguments.items():
-            if name in allowed:
+            refused_values = self.refused_values.get(name, {})
+            if isinstance(value, str) and value in refused_values:
+                problems[name] = f"cannot be {value}: {refused_values[value]}"
+            elif name in allowed:
                 try:
                     self.__pydantic_extra__[name] = checked(value, allowed[name])
                 except ValueError as error:

@@ -213,6 +213,11 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                 f"{first}.method qlora keeps its weights in 4 bits, which cannot be sharded here: use compute.distributed ddp, "
                 "or deepspeed with zero_stage 1 or 2"
             )
+        if self.lora.moves_base_weights and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
+            raise ValueError(
+                f"{first}.lora.init_lora_weights moves a part of the base weights into the adapter, which was not tested with "
+                "sharded weights: use compute.distributed ddp, or deepspeed with zero_stage 1 or 2, or another start value"
+            )
         for stage, config in blocks.items():
             if "8bit" in config.optim and compute.distributed != "ddp":
                 raise ValueError(
@@ -233,9 +238,10 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                 )
         if compute.backend == "unsloth" and compute.device == "cpu":
             raise ValueError("compute.backend unsloth needs CUDA, and compute.device is cpu: use transformers, or auto")
-        if compute.backend == "unsloth" and self.lora.use_dora:
+        if compute.backend == "unsloth" and self.lora.beyond_unsloth:
             raise ValueError(
-                f"compute.backend unsloth has no kernels for {first}.lora.use_dora: use transformers, or auto, or no DoRA"
+                f"compute.backend unsloth has no {first}.lora.{self.lora.beyond_unsloth[0]}: use transformers, or auto, or "
+                "remove the key"
             )
         packed = [stage for stage, config in blocks.items() if isinstance(config, PackedConfig) and config.packing]
         if compute.backend == "unsloth" and self.method == "full" and packed:
@@ -255,5 +261,5 @@ _HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pai
 
 
 def _trains_embeddings(lora: LoraConfig) -> bool:
-    names = [*(lora.library_arguments.get("modules_to_save") or []), *lora.target_modules]
+    names = [*(lora.library_arguments.get("modules_to_save") or []), *(lora.target_modules or [])]
     return any("embed" in name or name in ("wte", "lm_head") for name in names)

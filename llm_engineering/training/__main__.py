@@ -173,10 +173,11 @@ def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> Non
 
 def _import_backend(compute: ComputeConfig, method: Method, config: Mapping[str, Any], start: Path | None) -> None:
     """Import unsloth if it is the backend: it patches transformers, so it must be imported first."""
-    from llm_engineering.models.device import choose_backend, choose_device, import_backend, uses_dora
+    from llm_engineering.models.device import choose_backend, choose_device, import_backend, keys_beyond_unsloth
+    from llm_engineering.recipe.training_blocks import LoraConfig, beyond_unsloth
 
-    use_dora = uses_dora(start) if start else bool((config["lora"] or {}).get("use_dora"))
-    device = choose_backend(choose_device(compute), compute, method, use_dora=use_dora)
+    keys = keys_beyond_unsloth(start) if start else beyond_unsloth(config["lora"] or LoraConfig().model_dump())
+    device = choose_backend(choose_device(compute), compute, method, adapter_keys=keys)
     import_backend(device, Settings().llm_cache_dir)
 
 

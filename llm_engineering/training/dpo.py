@@ -131,6 +131,8 @@ def dpo_trainer(
         if caching:
             enable_caching()
 
+    complete_reference(policy)
+
     # Use the branch of TRL's code that never computes the logits of a whole batch. TRL names it after Liger, but this
     # class does not use Liger's CUDA kernels.
     trainer.use_liger_kernel = unpadded
@@ -138,6 +140,19 @@ def dpo_trainer(
     trainer.by_row, trainer.flops = by_row, flops
     trainer.asks_reference = not config.precompute_ref_log_probs
     return trainer
+
+
+def complete_reference(policy: PreTrainedModel | PeftModel) -> None:
+    """Copy the weights that TRL leaves out when it copies the adapter `default` to `ref`.
+
+    TRL copies modules, such as `lora_A.default.weight`. The adapter of an embedding, and single trained tokens, are
+    parameters, such as `lora_embedding_A.default`.
+    """
+    if isinstance(policy, PeftModel):
+        weights = dict(policy.named_parameters())
+        for name, weight in weights.items():
+            if name.endswith(".default"):
+                weights[f"{name.removesuffix('default')}ref"].data.copy_(weight.data)
 
 
 class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
@@ -151,6 +166,14 @@ class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        # TRL calls this in its constructor.
+        assert isinstance(self.model, PreTrainedModel | PeftModel)
+        complete_reference(self.model)
+        with self.accelerator.autocast():
+            rows: Dataset = super()._precompute_ref_logps(dataset, *args, **kwargs)
+        return rows
 
     def _get_per_token_logps_and_entropies(
         self, model: torch.nn.Module, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor

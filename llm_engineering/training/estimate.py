@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
-import peft
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_engineering.models.device import Device, choose_optimiser
 from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, Method, TrainConfig
 from llm_engineering.training.losses import CHUNK
-from llm_engineering.training.policy import lora_config
+from llm_engineering.training.policy import in_float32, with_shapes
 
 # Bytes of a weight: 4 bits, and its share of the doubly quantised block constants, 8/64 + 32/(64·256) bits (QLoRA,
 # arXiv:2305.14314, section 3).
@@ -100,6 +99,8 @@ def shapes(
             attn_implementation="sdpa" if attention == "flash_attention_2" else attention,
             trust_remote_code=trust_remote_code,
         )
+        if not full:
+            in_float32(base, lora.library_arguments.get("modules_to_save"))
         head = base.get_output_embeddings()
         linear = [m for m in base.modules() if m is not head and isinstance(m, nn.Linear | Conv1D)]
         in_linear = sum(m.weight.numel() for m in linear)
@@ -113,7 +114,7 @@ def shapes(
             weights = in_linear * NF4_BYTES + outside * 4.0
         else:
             weights = float(sum(p.nbytes for p in base.parameters()))
-        policy: nn.Module = base if full else peft.get_peft_model(base, lora_config(lora))
+        policy: nn.Module = base if full else with_shapes(base, lora)
     policy.train()
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     activations, hidden = _forward(base, policy, device, rows, length)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -97,6 +98,12 @@ def causal_model(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy  # type: ignore[return-value]
 
 
+def _mixed_precision(model: PreTrainedModel) -> torch.autocast:
+    """Autocast to the half precision of some weights, as in training. Without such weights, it changes nothing."""
+    half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
+    return torch.autocast(model.device.type, half, enabled=half is not None)
+
+
 def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: ComputeConfig) -> str | None:
     """The reason why training needs the logits of whole batches; None if it does not need them.
 
@@ -108,6 +115,8 @@ def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: Com
     head = model.get_output_embeddings()
     if isinstance(head, BaseTunerLayer):
         return "an adapter wraps the output layer"
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return "the adapter trains a copy of the output layer"
     if compute.distributed == "fsdp2" or compute.zero_stage == 3:
         return "the output weights are sharded"
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
@@ -115,7 +124,7 @@ def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: Com
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
     training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), _mixed_precision(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         direct = (hidden @ head.weight.to(hidden.dtype).t()).float()
@@ -191,7 +200,7 @@ def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
         options["row_lengths"] = [4, 4]
     training = model.training
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), _mixed_precision(model):
         first, second = (
             model.base_model(input_ids=torch.cat([before, tokens]).unsqueeze(0), **options).last_hidden_state[0, 4:]
             for before in (tokens, tokens + 4)

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
+from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.training import unsloth_policy
+from llm_engineering.training.losses import causal_model
 from llm_engineering.training.unsloth_policy import Loading
 
 
@@ -27,30 +36,103 @@ def new_policy(
 ) -> PreTrainedModel | PeftModel:
     """Load the base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
 
-    A fresh adapter does not change the model's outputs. With method `full`, load only the base model. Only unsloth needs
-    `loading`.
+    A fresh adapter does not change the model's outputs, except with `init_lora_weights: false`. With method `full`, load
+    only the base model. Only unsloth needs `loading`.
+
+    Raises:
+        RequestError: the adapter does not fit the model.
     """
     if device.backend == "unsloth":
         assert loading is not None
         return unsloth_policy.new_policy(model, lora, settings, device, method, loading)
     if method == "full":
         return _full_model(model, settings, device)
-    policy = get_peft_model(_base(model, settings, device, method), lora_config(lora))
+    config = lora_config(lora)
+    base = _base(model, settings, device, method, config.modules_to_save)
+    try:
+        policy = get_peft_model(base, config)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise RequestError(f"sft.lora does not fit {model.name_or_path}: {error}") from error
     assert isinstance(policy, PeftModel)
+    _check_adapter(policy, lora)
+    if lora.moves_base_weights:
+        # The same after a restart: it follows from the base weights and the seed.
+        weights = get_peft_model_state_dict(policy)
+        policy.start_weights = {k: v.clone() for k, v in weights.items() if "lora_" in k}  # type: ignore[assignment]
     return policy
 
 
 def lora_config(lora: LoraConfig) -> peft.LoraConfig:
     """Translate the recipe's adapter block to PEFT's config."""
-    return peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        task_type="CAUSAL_LM",
-    )
+    return peft.LoraConfig(**lora.model_dump(exclude_none=True), task_type="CAUSAL_LM")
+
+
+def with_shapes(base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
+    """Add the adapter to a base model of meta tensors, which have shapes and no values."""
+    config = lora_config(lora)
+    # VeLoRA reads values. It changes no shape, and keeps fewer activations.
+    config.velora_config = None
+    return get_peft_model(base, config)
+
+
+def in_float32(base: PreTrainedModel, modules: Sequence[str] | None) -> None:
+    """Convert the modules that the adapter trains whole (`modules_to_save`) to float32, with their later copies.
+
+    Half-precision weights would lose updates smaller than their last bit. Autocast computes in half precision.
+    """
+    for name, module in base.named_modules():
+        if name.endswith(tuple(modules or ())):
+            module.float()
+
+
+def _check_adapter(policy: PeftModel, lora: LoraConfig) -> None:
+    """Check what PEFT does not check, or only after training."""
+    model = causal_model(policy)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    bases = [layer.get_base_layer() for layer in layers.values()]
+    more = lora.library_arguments
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in more.get(name) or {}:
+            if not any(get_pattern_key([pattern], layer) == pattern for layer in layers):
+                raise RequestError(
+                    f"sft.lora.{name}: {pattern} is the name of no layer with an adapter. Correct or remove it."
+                )
+    whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    excluded = more.get("exclude_modules") or []
+    named = {"modules_to_save": (more.get("modules_to_save") or [], whole)}
+    if isinstance(excluded, list):
+        named["exclude_modules"] = (excluded, [name for name, _ in model.named_modules()])
+    for field, (wanted, found) in named.items():
+        for part in wanted:
+            if not any(name.endswith(part) for name in found):
+                raise RequestError(f"sft.lora.{field}: the model has no module {part}. Correct or remove it.")
+    if more.get("lora_bias") and any(getattr(base, "bias", None) is None for base in bases):
+        without = next(name for name, layer in layers.items() if getattr(layer.get_base_layer(), "bias", None) is None)
+        raise RequestError(
+            f"sft.lora.lora_bias: the layer {without} has no bias that the adapter's could be merged into. Remove the key, "
+            "or name layers with a bias in sft.lora.target_modules."
+        )
+    if more.get("init_lora_weights") == "olora" and any(isinstance(base, Conv1D) for base in bases):
+        raise RequestError(
+            "sft.lora.init_lora_weights olora: PEFT decomposes weights of the class Conv1D, as in GPT-2, in the wrong "
+            "direction. Use pissa."
+        )
+    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if lora.moves_base_weights and model.config.tie_word_embeddings and any(e in layers.values() for e in embeddings):
+        raise RequestError(
+            f"sft.lora.init_lora_weights {more['init_lora_weights']} would change the output weights, which are the input "
+            "embeddings too: remove both from sft.lora.target_modules."
+        )
+    if more.get("ensure_weight_tying") and not model.config.tie_word_embeddings:
+        raise RequestError(
+            "sft.lora.ensure_weight_tying has no effect: the model's embeddings are not tied. Remove it."
+        )
+    name = next(name for name, module in model.named_modules() if module is embeddings[0])
+    if more.get("ensure_weight_tying") and more.get("modules_to_save") and not name.endswith("embed_tokens"):
+        raise RequestError(
+            f"sft.lora.ensure_weight_tying: PEFT ties only embeddings that are named embed_tokens, and this model's are "
+            f"{name}. Remove the key; the model is then merged with separate input and output embeddings."
+        )
 
 
 def trained_policy(
@@ -73,7 +155,9 @@ def trained_policy(
     if method == "full":
         folder = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
         return _full_model(folder, settings, device)
-    return PeftModel.from_pretrained(_base(model, settings, device, method), str(trained), is_trainable=True)
+    saved = peft.LoraConfig.from_pretrained(str(trained))
+    base = _base(model, settings, device, method, saved.modules_to_save)
+    return PeftModel.from_pretrained(base, str(trained), is_trainable=True)
 
 
 def save_policy(
@@ -84,7 +168,8 @@ def save_policy(
 ) -> None:
     """Write an adapter or a full model as safetensors.
 
-    The adapter's config names the base model as the recipe does, not by a path of this machine.
+    The adapter's config names the base model as the recipe does, not by a path of this machine. An adapter whose start
+    was a part of the base weights is converted, so that it works on the unchanged base model.
 
     Args:
         weights: the gathered weights, if `policy` has only a shard of them.
@@ -97,10 +182,39 @@ def save_policy(
     policy.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
     # PEFT writes a model card that is only an empty template.
     (folder / "README.md").unlink(missing_ok=True)
+    if hasattr(policy, "start_weights"):
+        _convert(folder, policy.start_weights)
 
 
-def _base(model: ModelConfig, settings: Settings, device: Device, method: Method) -> PreTrainedModel:
+def _convert(folder: Path, start: dict[str, torch.Tensor]) -> None:
+    """Convert a saved adapter to one for the unchanged base model.
+
+    The base weights lost `B0 A0`, so the adapter for the unchanged base is `B A - B0 A0 = [B, -B0] [A; A0]`: it has twice
+    the rank. PEFT's own conversion drops `modules_to_save`, and cannot read gathered weights.
+    """
+    saved = peft.load_peft_weights(str(folder), device="cpu")
+    # If an adapter is on the output layer, PEFT saves the layer's base weights too, and here these are the changed ones.
+    weights = {name: weight for name, weight in saved.items() if ".base_layer." not in name}
+    for name, first in start.items():
+        if "lora_A" in name or "lora_embedding_A" in name:
+            weights[name] = torch.cat([weights[name], first.cpu()], dim=0)
+        elif "lora_B" in name or "lora_embedding_B" in name:
+            weights[name] = torch.cat([weights[name], -first.cpu()], dim=1)
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    # The scale stays the same: alpha / r, or alpha / sqrt(r).
+    factor = math.sqrt(2) if config.use_rslora else 2
+    config.init_lora_weights, config.r, config.lora_alpha = True, 2 * config.r, factor * config.lora_alpha
+    config.rank_pattern = {name: 2 * rank for name, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {name: factor * alpha for name, alpha in config.alpha_pattern.items()}
+    config.save_pretrained(str(folder))
+
+
+def _base(
+    model: ModelConfig, settings: Settings, device: Device, method: Method, trained: Sequence[str] | None
+) -> PreTrainedModel:
     base = load_model(model, settings, device, four_bits=method == "qlora")
+    in_float32(base, trained)
     # The trainer turns gradient checkpointing on, if the recipe says so.
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if method == "qlora" else base
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -70,13 +71,18 @@ class TrainingFlops:
     def of(cls, policy: PreTrainedModel | PeftModel) -> TrainingFlops:
         """Count the operations of a model. Call it before TRL adds a reference adapter to the model."""
         model = causal_model(policy)
-        output = model.get_output_embeddings()
+        # A module that the adapter trains whole computes with its copy only.
+        wrappers = [module for module in policy.modules() if isinstance(module, ModulesToSaveWrapper)]
+        unused = {module for wrapper in wrappers for module in wrapper.original_module.modules()}
         sizes = {
             module: module.in_features * module.out_features if isinstance(module, nn.Linear) else module.weight.numel()
             for module in policy.modules()
-            if isinstance(module, nn.Linear | Conv1D)
+            if isinstance(module, nn.Linear | Conv1D) and module not in unused
         }
         training = {m: (6 if m.weight.requires_grad else 4) * size for m, size in sizes.items()}
+        output = model.get_output_embeddings()
+        if isinstance(output, AuxiliaryTrainingWrapper):
+            output = next(module for module in output.modules() if module in sizes)
         head = training.pop(output, 0)
         body = sum(training.values())
         config = model.config.get_text_config()

@@ -38,7 +38,7 @@ from llm_engineering.models.device import (
     choose_backend,
     choose_device,
     choose_optimiser,
-    uses_dora,
+    keys_beyond_unsloth,
 )
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -162,8 +162,8 @@ def prepare_run(
     lora = config.lora or LoraConfig()
     if start is None:
         config = config.model_copy(update={"method": method, "lora": lora})
-    use_dora = uses_dora(start) if start else lora.use_dora
-    device = choose_backend(choose_device(setup.compute), setup.compute, method, use_dora=use_dora)
+    adapter_keys = keys_beyond_unsloth(start) if start else lora.beyond_unsloth
+    device = choose_backend(choose_device(setup.compute), setup.compute, method, adapter_keys=adapter_keys)
 
     # Load the tokenizer
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)

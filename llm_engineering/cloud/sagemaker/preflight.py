@@ -197,12 +197,11 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
         OSError, ValueError: the model's config cannot be loaded.
     """
     # Imported only here: schedules import this module, and their `--help` must not wait for torch.
-    import peft
     import torch
     from transformers import AutoModelForCausalLM
 
     from llm_engineering.models.base_model import load_config
-    from llm_engineering.training.policy import lora_config
+    from llm_engineering.training.policy import with_shapes
 
     config = load_config(recipe.model, settings)
     with torch.device("meta"):
@@ -211,7 +210,7 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
         if recipe.method == "full":
             trained = parameters
         else:
-            adapted = peft.get_peft_model(model, lora_config(recipe.lora))
+            adapted = with_shapes(model, recipe.lora)
             trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     dtype: torch.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return parameters * dtype.itemsize + trained * (12 * _CHECKPOINTS + 4) + _OTHER_BYTES

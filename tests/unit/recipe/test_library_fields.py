@@ -1,4 +1,4 @@
-"""Fields of TRL's classes as keys of a recipe: which are taken, which are refused, and that they reach TRL."""
+"""Fields of TRL's and PEFT's classes as keys of a recipe: which are taken, which are refused, and that they reach the library."""
 
 import json
 import subprocess
@@ -9,26 +9,27 @@ import pytest
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.library_fields import fields_of
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
 from tests.conftest import ROOT
 
 LOCAL = ROOT / "configs" / "local.yaml"
 
 
 def test_the_file_is_that_of_the_installed_library():
-    command = [sys.executable, "docs/reference/trl_fields.py", "--check"]
+    command = [sys.executable, "docs/reference/library_fields.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("block", [SFTConfig, DPOConfig])
+@pytest.mark.parametrize("block", [SFTConfig, DPOConfig, LoraConfig])
 def test_every_field_is_a_key_or_is_refused_with_a_reason(block):
     known = fields_of(block.config_class).keys()
     # `load_best` is the recipe's name for it.
     taken = {*block.allowed(), *block.model_fields, "load_best_model_at_end"}
     assert known <= taken | block.refused.keys()
     assert not block.refused.keys() - known, "refused, but no field of the library"
-    assert all(len(reason.split()) > 3 for reason in block.refused.values())
+    values = [reason for reasons in block.refused_values.values() for reason in reasons.values()]
+    assert all(len(reason.split()) > 3 for reason in [*block.refused.values(), *values])
 
 
 def test_fields_of_training_guides_are_taken():
@@ -79,11 +80,49 @@ def test_fields_of_training_guides_are_taken():
         (["sft.load_best=true", "sft.load_best_model_at_end=true"], "are the same key"),
         (["sft.load_best=true", "sft.save_strategy=epoch", "sft.save_steps=null"], "must be the same"),
         (["dpo.sync_ref_model=true"], "choose sft.method full"),
+        (["sft.lora.modules_to_safe=[lm_head]"], "Did you mean `sft.lora.modules_to_save`?"),
+        (["sft.lora.task_type=CAUSAL_LM"], "`sft.lora.task_type` cannot be set: every model here"),
+        (["sft.lora.bias=all"], "`sft.lora.bias` cannot be all: .*lora_bias"),
+        (["sft.lora.init_lora_weights=eva"], "`sft.lora.init_lora_weights` cannot be eva: .*before training"),
+        (["sft.lora.init_lora_weights=lora_ga"], "cannot be lora_ga"),
+        (["sft.lora.init_lora_weights=pissa_niter_x"], "should match pattern"),
+        (["sft.lora.init_lora_weights=svd"], "'gaussian', 'olora', 'pissa', 'orthogonal' or 'mica'"),
+        (["sft.lora.velora_config={groups: 2}"], "Extra inputs are not permitted"),
+        (["sft.lora.velora_config={init_type: batch_average_once}"], "cannot be resumed"),
+        (["sft.lora.trainable_token_indices={wte: [a]}"], "should be a valid integer"),
+        (["sft.lora.rank_pattern={q_proj: 0}"], "rank_pattern: q_proj is 0"),
+        (["sft.lora.rank_pattern={q_proj: a}", "sft.lora.init_lora_weights=orthogonal"], "q_proj is 'a'"),
+        (["sft.lora.layers_to_transform=[0]"], "needs target_modules as a list"),
+        (["sft.lora.layers_pattern=h", "sft.lora.target_modules=[c_attn]"], "no effect without layers_to_transform"),
+        (["sft.lora.ensure_weight_tying=true"], "set one of them, or remove it"),
+        (["sft.lora.use_dora=true", "sft.lora.init_lora_weights=mica"], "cannot be combined"),
+        (["sft.lora.use_dora=true", "sft.lora.init_lora_weights=pissa"], "cannot be converted"),
+        (["sft.lora.lora_bias=true", "sft.lora.init_lora_weights=olora"], "no start value"),
+        (["sft.lora.lora_bias=true", "sft.lora.use_dora=true"], "lora_bias does not work with use_dora"),
+        (["sft.lora.target_parameters=[w]", "sft.lora.lora_dropout=0.1"], "does not work with lora_dropout"),
+        (["sft.lora.init_lora_weights=orthogonal", "sft.lora.r=5"], "needs even ranks"),
+        (["sft.method=qlora", "sft.lora.init_lora_weights=pissa_niter_4"], "keeps in 4 bits"),
+        (["sft.method=qlora", "sft.lora.modules_to_save=[lm_head]"], "use method lora"),
+        (["sft.method=qlora", "sft.lora.use_bdlora={nblocks: 2}"], "use method lora"),
+        (["sft.method=qlora", "sft.lora.init_lora_weights=mica"], "use method lora"),
+        (["sft.method=full", "sft.lora.modules_to_save=[lm_head]"], "sft.lora has no effect"),
+        (
+            ["compute.num_processes=2", "compute.distributed=fsdp2", "sft.lora.init_lora_weights=pissa"],
+            "not tested with sharded weights",
+        ),
     ],
 )
 def test_wrong_fields_are_refused_with_a_sentence(override, message):
     with pytest.raises(RequestError, match=message):
         load_recipe(LOCAL, override)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "mica", "pissa", "pissa_niter_16", "olora"])
+def test_start_values_of_an_adapter_are_taken(init):
+    recipe = load_recipe(LOCAL, [f"sft.lora.init_lora_weights={json.dumps(init)}", "sft.lora.bias=none"])
+    assert recipe.sft.lora.library_arguments == {"init_lora_weights": init, "bias": "none"}
+    assert recipe.sft.lora.r == 16
+    assert SFTConfig.model_validate(json.loads(recipe.sft.model_dump_json())) == recipe.sft
 
 
 def test_all_wrong_fields_of_a_block_are_named_at_once():
@@ -100,7 +139,7 @@ def test_all_wrong_fields_of_a_block_are_named_at_once():
 def test_a_recipe_is_checked_without_the_libraries():
     code = (
         "import sys\nfrom llm_engineering.recipe.loading import load_recipe\n"
-        f"load_recipe({str(LOCAL)!r}, ['sft.warmup_steps=5', 'dpo.ld_alpha=0.5'])\n"
+        f"load_recipe({str(LOCAL)!r}, ['sft.warmup_steps=5', 'dpo.ld_alpha=0.5', 'sft.lora.init_lora_weights=pissa'])\n"
         "print(sorted({'trl', 'torch', 'transformers', 'peft'} & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

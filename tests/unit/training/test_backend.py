@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models import device as devices
-from llm_engineering.models.device import Device, choose_backend, choose_device, needs_own_process
+from llm_engineering.models.device import (
+    Device,
+    choose_backend,
+    choose_device,
+    keys_beyond_unsloth,
+    needs_own_process,
+)
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
@@ -52,20 +58,20 @@ def test_auto_chooses_unsloth_if_it_is_installed(installed):
 
 
 @pytest.mark.parametrize(
-    ("changes", "method", "use_dora", "words"),
+    ("changes", "method", "keys", "words"),
     [
-        ({}, "lora", True, "no DoRA"),
-        ({"dtype": "float32"}, "lora", False, "16 bits"),
-        ({"attn_implementation": "eager"}, "lora", False, "compute.attn_implementation is eager"),
+        ({}, "lora", ["use_dora"], "it has no sft.lora.use_dora"),
+        ({"dtype": "float32"}, "lora", [], "16 bits"),
+        ({"attn_implementation": "eager"}, "lora", [], "compute.attn_implementation is eager"),
     ],
 )
-def test_recipe_that_unsloth_cannot_train_uses_transformers_or_is_refused(changes, method, use_dora, words, installed):
+def test_recipe_that_unsloth_cannot_train_uses_transformers_or_is_refused(changes, method, keys, words, installed):
     device = CARD._replace(dtype=getattr(torch, changes.get("dtype", "bfloat16")))
-    chosen = choose_backend(device, ComputeConfig(**changes), method, use_dora=use_dora)
+    chosen = choose_backend(device, ComputeConfig(**changes), method, adapter_keys=keys)
     assert chosen.backend == "transformers"
     assert words in chosen.reasons[-1]
     with pytest.raises(RequestError, match=f"{words}.*compute.backend=transformers"):
-        choose_backend(device, ComputeConfig(**changes, backend="unsloth"), method, use_dora=use_dora)
+        choose_backend(device, ComputeConfig(**changes, backend="unsloth"), method, adapter_keys=keys)
 
 
 def test_full_fine_tuning_uses_unsloth_only_if_the_recipe_names_it(installed):
@@ -120,7 +126,8 @@ def test_without_a_gpu_no_process_is_needed(monkeypatch):
     ("overrides", "words"),
     [
         (["compute.device=cpu"], "needs CUDA, and compute.device is cpu"),
-        (["sft.lora.use_dora=true"], "no kernels for sft.lora.use_dora"),
+        (["sft.lora.use_dora=true"], "unsloth has no sft.lora.use_dora"),
+        (["sft.lora.init_lora_weights=pissa"], "unsloth has no sft.lora.init_lora_weights"),
         (["sft.method=full"], "set sft.packing to false"),
     ],
 )
@@ -189,6 +196,12 @@ def test_both_backends_save_the_same_adapter(fake, setup, settings, tmp_path, mo
     start, end = (load_file(folder / "adapter_model.safetensors") for folder in (trained.adapter, after.adapter))
     moved = max(float((start[name] - end[name]).abs().max()) for name in start)
     assert 0 < moved < 0.1
+
+    # An adapter with another key of PEFT is trained further with transformers.
+    assert keys_beyond_unsloth(trained.adapter) == []
+    saved_config = json.loads((trained.adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved_config | {"lora_bias": True, "use_dora": True}))
+    assert keys_beyond_unsloth(tmp_path) == ["use_dora", "lora_bias"]
 
     monkeypatch.undo()
     other = train_sft(rows, config, setup, settings)

@@ -1,8 +1,8 @@
-"""Writes the types and defaults of TRL's configuration classes to `recipe/library_fields.json`:
+"""Writes the types and defaults of TRL's and PEFT's configuration classes to `recipe/library_fields.json`:
 
-    python docs/reference/trl_fields.py [--check]
+    python docs/reference/library_fields.py [--check]
 
-`--check` writes nothing and exits with 1 if the file is not that of the installed TRL.
+`--check` writes nothing and exits with 1 if the file is not that of the installed libraries.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import re
 import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import peft
 import trl
 
 from llm_engineering.recipe.library_fields import FILE, Schema
@@ -21,8 +23,10 @@ from llm_engineering.recipe.library_fields import FILE, Schema
 CLASSES: dict[str, type[Any]] = {
     "trl.SFTConfig": trl.SFTConfig,
     "trl.DPOConfig": trl.DPOConfig,
+    "peft.LoraConfig": peft.LoraConfig,
 }
 _NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}
+_LISTS = [list[int], list[str]]
 
 
 def library_fields() -> dict[str, dict[str, Schema]]:
@@ -59,6 +63,9 @@ def _schema(annotation: Any) -> Schema:
     if origin in (Union, types.UnionType):
         parts = [_schema(part) for part in arguments]
         parts = [inner for part in parts for inner in part.get("anyOf", [part])]
+        # A class with known fields is more exact than any mapping.
+        if any("properties" in part for part in parts):
+            parts = [part for part in parts if part != {"type": "object"}]
         # If a field allows an enumeration of strings or any string, keep only the enumeration's values: transformers
         # accepts these values as strings.
         if any(isinstance(part.get("enum", [None])[0], str) for part in parts):
@@ -66,6 +73,11 @@ def _schema(annotation: Any) -> Schema:
         unique = [part for place, part in enumerate(parts) if part not in parts[:place]]
         return unique[0] if len(unique) == 1 else {"anyOf": unique}
     if origin is Literal:
+        # PEFT writes a family of values as one value, e.g. `pissa_niter_[number of iters]`.
+        families = [value for value in arguments if "[number of " in str(value)]
+        if families:
+            values: list[Schema] = [{"enum": [value for value in arguments if value not in families]}]
+            return {"anyOf": values + [{"type": "string", "pattern": _pattern(family)} for family in families]}
         return {"enum": list(arguments)}
     if origin in (list, tuple):
         return {"type": "array", "items": _schema(arguments[0])}
@@ -73,8 +85,18 @@ def _schema(annotation: Any) -> Schema:
         return {"enum": [member.value for member in annotation]}
     if annotation in _NAMES:
         return {"type": _NAMES[annotation]}
-    # The rest are dicts, and library classes that can be given as a mapping of their fields.
+    if origin is dict and arguments[1] in (*_NAMES, *_LISTS):
+        return {"type": "object", "additionalProperties": _schema(arguments[1])}
+    # PEFT's classes are given as a mapping of their fields.
+    if dataclasses.is_dataclass(annotation) and annotation.__module__.startswith("peft."):
+        return {"type": "object", "properties": _fields(annotation), "additionalProperties": False}  # type: ignore[arg-type]
+    # The rest are dicts, and library classes whose mapping the library checks itself.
     return {"type": "object"}
+
+
+def _pattern(family: str) -> str:
+    name, _, rest = family.partition("[")
+    return f"^{re.escape(name)}[0-9]+{re.escape(rest.partition(']')[2])}$"
 
 
 if __name__ == "__main__":
