@@ -184,9 +184,10 @@ def test_the_share_of_replay_is_between_0_and_1(share, tmp_path):
         ({"lora": {"modules_to_save": ["norm"]}}, False),
         ({"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}, True),
         ({"lora": {"target_modules": ["q_proj", "embed_tokens"]}}, True),
+        ({"lora": {"target_modules": ".*(q_proj|embed_tokens)"}}, True),
         ({"method": "full"}, True),
     ],
-    ids=["default", "layers", "other modules", "whole embeddings", "embeddings with an adapter", "full"],
+    ids=["default", "layers", "other modules", "whole embeddings", "embeddings with an adapter", "pattern", "full"],
 )
 def test_a_rate_of_the_embeddings_needs_trained_embeddings(block, trains, tmp_path):
     config = {**CPT, **block, "embedding_learning_rate": 1e-4}
