@@ -7,9 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
+from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 from tests.integration.conftest import ROOT, Project, Run, make_project
+from tests.tiny_models import formatted
 from tools.plan import planned_steps
 
 # The tokenizer of the model has 300 tokens, so the rows are long and everything else is fast.
@@ -193,6 +199,47 @@ def test_verify_of_a_cpt_version_names_a_changed_general_dataset(chained):
     assert found == [("sources of text_candidates v1", "general.jsonl", "changed")]
     unchanged = chained.command(*command)
     assert unchanged.code == 0, unchanged.stdout + unchanged.stderr
+
+
+COMMAND = """
+extends: {recipe}
+chain: [cpt]
+cpt: {{packing: false, num_train_epochs: 1, logging_steps: 1}}
+data: {{replay: null}}
+tracking: {{comet: 'off'}}
+"""
+
+
+def test_cpt_trains_in_two_processes_without_zenml(small_llama, unused, tmp_path):
+    """Two processes with a row each make the steps of one process with two rows."""
+    project = number_project(tmp_path, small_llama, unused)
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(small_llama)), Settings(), "chatml")
+    formatted("text", 8, tokenizer, tmp_path).save_to_disk(tmp_path / "data")
+    recipe = tmp_path / "command.yaml"
+    recipe.write_text(COMMAND.format(recipe=project.recipe))
+    outcomes = []
+    for count in (1, 2):
+        output = tmp_path / f"out-{count}"
+        done = project.script(
+            "llm_engineering.training", "cpt", "--recipe", str(recipe), "--data", str(tmp_path / "data"),
+            "--output", str(output), "--set", f"compute.num_processes={count}",
+            "--set", f"cpt.gradient_accumulation_steps={2 // count}",
+        )  # fmt: skip
+        assert done.code == 0, done.stderr
+        summary = json.loads((output / "report" / "report.json").read_text())
+        assert (summary["stage"], summary["num_processes"], summary["effective_batch"]) == ("cpt", count, 2)
+        losses = [entry["loss"] for entry in summary["history"] if "loss" in entry]
+        outcomes.append((losses, load_file(output / "adapter" / "adapter_model.safetensors")))
+    (losses, weights), (other_losses, other_weights) = outcomes
+    assert len(losses) == 4
+    assert other_losses == pytest.approx(losses, abs=1e-5)
+    assert_close(other_weights, weights, rtol=1e-3, atol=1e-4)
+
+    wrong = project.script(
+        "llm_engineering.training", "sft", "--recipe", str(recipe), "--data", str(tmp_path / "data"), "--output", "out"
+    )
+    assert wrong.code == 2
+    assert "The recipe's chain is cpt, without sft. Add it, or name another stage." in wrong.stderr
 
 
 TOY = """
