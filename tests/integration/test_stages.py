@@ -258,30 +258,25 @@ promotion:
 """
 
 
-def toy(project: Project, recipe: Path, *words: str) -> Run:
-    """Run a command with the toy stage, in a new process: the fork server has already read the table of stages."""
-    script = Path(__file__).with_name("toy_stage.py")
-    command = [sys.executable, str(script), *words, "--config", str(recipe), "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=project.env, capture_output=True, text=True, check=False)
-    return Run(done.returncode, done.stdout, done.stderr)
-
-
 def test_a_stage_is_a_file_and_a_row_of_the_table(small_llama, unused, tmp_path):
     """The toy stage trains, is evaluated, passes the gate, and is listed and followed back like the other stages."""
     project = number_project(tmp_path, small_llama, unused)
     recipe = tmp_path / "toy.yaml"
     recipe.write_text(TOY.format(recipe=project.recipe))
-    run = toy(project, recipe, "run", "toy")
-    assert run.code == 0, run.stderr
-    assert "No sft model is registered: training it first" in run.stderr
-    assert "Every rule passed, so the model is promoted to staging." in run.stderr
-    result = run.json
+    # In a new process, because the fork server has already read the table of stages.
+    script = str(Path(__file__).with_name("toy_stage.py"))
+    options = ["--config", str(recipe), "--json"]
+    commands = [json.dumps([*words, *options]) for words in (["run", "toy"], ["models", "lineage", "2"])]
+    done = subprocess.run(
+        [sys.executable, script, *commands], cwd=ROOT, env=project.env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "No sft model is registered: training it first" in done.stderr
+    assert "Every rule passed, so the model is promoted to staging." in done.stderr
+    result, lineage = map(json.loads, done.stdout.splitlines())
     assert result["pipeline"] == "toy"
     assert {"toy_adapter", "formatted_toy", "evaluation_report", "promotion_decision"} <= result["artifacts"].keys()
     assert result["metrics"]["heldout_loss_toy"] < result["metrics"]["heldout_loss_sft"]
-
-    shown = toy(project, recipe, "models", "lineage", "2")
-    assert shown.code == 0, shown.stderr
-    names = {artifact["name"]: artifact for artifact in shown.json["artifacts"]}
+    names = {artifact["name"]: artifact for artifact in lineage["artifacts"]}
     assert names["toy_adapter"]["from"] == ["formatted_toy v1", "sft_adapter v1"]
-    assert shown.json["stage"] == "staging"
+    assert lineage["stage"] == "staging"

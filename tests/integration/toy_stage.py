@@ -1,9 +1,10 @@
 """A stage that the project does not have: SFT with twice the learning rate.
 
-As a script, this file adds the stage to the table and calls the command line: `python toy_stage.py run toy --config …`.
-A stage needs a block, a function that trains, and a row of the table.
+As a script, this file adds the stage to the table and calls the command line with each of its arguments, which is a JSON
+list: `python toy_stage.py '["run", "toy"]' '["models", "list"]'`. A stage needs a block, a function that trains, and a row of the table.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -28,14 +29,14 @@ def train_toy_job(job, data, settings):
 
 
 def main() -> int:
-    """Add the stage to the table, and run the command line."""
+    """Add the stage to the table, and run the commands until one fails; returns its exit code."""
     from llm_engineering.recipe import stages
 
     module = "tests.integration.toy_stage"
     stages.STAGES["toy"] = stages.Stage("toy", "instruction", ToyConfig, (module, "train_toy_job"), "a toy")
     from tools.cli import main as run_command
 
-    return run_command(sys.argv[1:])
+    return next((code for argument in sys.argv[1:] if (code := run_command(json.loads(argument)))), 0)
 
 
 if __name__ == "__main__":
