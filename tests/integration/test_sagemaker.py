@@ -261,8 +261,13 @@ def test_cpt_trains_in_a_job_and_sft_starts_from_its_adapter(fake, stage, tmp_pa
     assert cpt.summary["stage"] == "cpt"
     assert cpt.adapter.joinpath("adapter_model.safetensors").is_file()
     stage.data = instructions
-    sft = stage.dispatch(start=cpt.adapter, config={**stage.job.config, "num_train_epochs": 1.0})
+    # With this learning rate, training changes nothing.
+    config = {**stage.job.config, "num_train_epochs": 1.0, "learning_rate": 1e-12}
+    sft = stage.dispatch(start=cpt.adapter, config=config)
     assert sft.summary["stage"] == "sft"
+    weights = [load_file(result.adapter / "adapter_model.safetensors") for result in (cpt, sft)]
+    assert_close(*weights)
+    assert all(weight.any() for name, weight in weights[0].items() if "lora_B" in name)
     assert [name.split("-")[1] for name in fake.jobs] == ["cpt", "sft"]
     assert {job.status for job in fake.jobs.values()} == {"Completed"}
 
