@@ -90,7 +90,7 @@ def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
 
 
 def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
-    """The steps of a pipeline with this recipe, in order."""
+    """The steps of a pipeline with this recipe. ZenML may run those that do not depend on each other in another order."""
     trained = stages_of(pipeline, recipe)
     last = trained[-1] if trained else recipe.chain[-1]
     made: list[str] = []

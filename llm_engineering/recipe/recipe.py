@@ -267,5 +267,8 @@ _HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pai
 
 
 def _trains_embeddings(lora: LoraConfig) -> bool:
-    names = [*(lora.library_arguments.get("modules_to_save") or []), *(lora.target_modules or [])]
+    targets = lora.target_modules or []
+    # PEFT reads a text as a regular expression.
+    targets = [targets] if isinstance(targets, str) else targets
+    names = [*(lora.library_arguments.get("modules_to_save") or []), *targets]
     return any("embed" in name or name in ("wte", "lm_head") for name in names)
