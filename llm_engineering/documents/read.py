@@ -145,6 +145,9 @@ def _html(file: Path, _field: str | None) -> tuple[list[Document], list[Quaranti
     title = soup.title.get_text(strip=True) if soup.title else file.stem
     for element in soup(["script", "style", "nav", "header", "footer", "noscript", "template", "title"]):
         element.decompose()
+    for heading in soup(["h1", "h2", "h3", "h4", "h5", "h6"]):
+        # `cut_passages` takes such a line as the title of its section. Without it, the heading would begin a sentence.
+        heading.replace_with(f"{'#' * int(heading.name[1])} {' '.join(heading.get_text(' ').split())}")
     return [_document(str(file), title, soup.get_text("\n", strip=True))], []
 
 

@@ -124,9 +124,7 @@ def _check_adapter(policy: PeftModel, lora: LoraConfig) -> None:
             "embeddings too: remove both from lora.target_modules."
         )
     if more.get("ensure_weight_tying") and not model.config.tie_word_embeddings:
-        raise RequestError(
-            "lora.ensure_weight_tying has no effect: the model's embeddings are not tied. Remove it."
-        )
+        raise RequestError("lora.ensure_weight_tying has no effect: the model's embeddings are not tied. Remove it.")
     name = next(name for name, module in model.named_modules() if module is embeddings[0])
     if more.get("ensure_weight_tying") and more.get("modules_to_save") and not name.endswith("embed_tokens"):
         raise RequestError(

@@ -94,3 +94,22 @@ def test_passages_are_drawn_with_the_seed_and_the_others_recorded():
     assert len(one) == 5
     everything, _ = cut_passages(documents, DocumentsConfig(), seed=1)
     assert sum(q.reason == "not_drawn" for q in rejected) == len(everything) - 5
+
+
+def test_a_heading_is_the_title_of_its_passages(tmp_path):
+    """The first passage of a section begins with its first sentence, in Markdown and in HTML."""
+    (tmp_path / "guide.md").write_text(
+        f"# Rivers\n\n{SENTENCE * 2}\n\n## The sea\n\n{SENTENCE.replace('river', 'Orlo') * 2}\n"
+    )
+    (tmp_path / "page.html").write_text(
+        f"<title>Lakes</title><h1>Cold <em>water</em></h1><p>{SENTENCE.replace('river', 'lake') * 2}</p>"
+    )
+    config = DocumentsConfig(path=str(tmp_path), passage_min_chars=100, passage_max_chars=300)
+    documents, _ = read_documents(config)
+    passages, quarantine = cut_passages(documents, config, seed=0)
+    assert quarantine == []
+    assert [passage.title for passage in passages] == ["guide: Rivers", "guide: The sea", "Lakes: Cold water"]
+    assert [passage.text[:8] for passage in passages] == ["The rive", "The Orlo", "The lake"]
+    texts = {document.source: document.text for document in documents}
+    for passage in passages:
+        assert " ".join(texts[passage.document][passage.start : passage.end].split()) == passage.text
