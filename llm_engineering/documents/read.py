@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from llm_engineering.data.sources import visible_files
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
 
+logger = logging.getLogger(__name__)
+
+# Files and records that the warning about unread ones names. The data report has all of them.
+_NAMED = 5
 TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
 TITLE_FIELDS = ("title", "name", "url", "link", "id")
 
@@ -68,6 +73,10 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
     if not documents:
         problems = "; ".join(row.describe() for row in quarantine[:3]) or "the folder holds no file"
         raise RequestError(f"documents.path {config.path} holds no document that can be read: {problems}.")
+    if quarantine:
+        more = f"; and {len(quarantine) - _NAMED} more" if len(quarantine) > _NAMED else ""
+        named = "; ".join(row.describe() for row in quarantine[:_NAMED])
+        logger.warning("Not read, %d in all: %s%s", len(quarantine), named, more)
     return documents, quarantine
 
 

@@ -12,7 +12,7 @@ from llm_engineering.recipe.data_blocks import DocumentsConfig
 SENTENCE = "The river carries water from the mountains to the sea, and the people who live along it drink from it."
 
 
-def test_a_folder_with_every_format(tmp_path):
+def test_a_folder_with_every_format(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("Plain")
     (tmp_path / "b.md").write_text("# Marked")
     (tmp_path / "c.html").write_text("<title>T</title><script>no</script><p>Hyper &amp; text</p>")
@@ -30,6 +30,9 @@ def test_a_folder_with_every_format(tmp_path):
         ("unknown_format", "whole file"),
         ("not_utf8", "byte 0"),
     }
+    # A person who starts a run sees at once which files are missing from it.
+    assert "Not read, 4 in all" in caplog.text
+    assert "f.bin, whole file: unknown_format" in caplog.text
 
 
 def test_two_text_fields_need_a_choice(tmp_path):
