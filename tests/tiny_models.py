@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
+from llm_engineering.data.rows import FEATURES, InstructionRow, Message, PreferenceRow, TextRow, to_dataset
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
@@ -139,6 +139,12 @@ def _tokenizer(tokens: tuple[str, ...], template: str | None) -> PreTrainedToken
     )
 
 
+def text(number: int) -> TextRow:
+    """A document of one of three lengths, between 110 and 160 tokens of these tokenizers."""
+    content = f"File {number}. " + "Is the sum of numbers this? It is. " * (9 + number % 3)
+    return TextRow(text=content, source="s", origin="document", document=f"file {number}")
+
+
 def instruction(number: int) -> InstructionRow:
     """A question and an answer of one of three lengths."""
     return InstructionRow(
@@ -162,11 +168,14 @@ def pair(number: int) -> PreferenceRow:
 
 def formatted(kind: str, count: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DatasetDict:
     """`count` formatted rows for training, and four for validation."""
-    make, to_dataset = (instruction, instruction_dataset) if kind == "instruction" else (pair, preference_dataset)
-    rows = [make(number) for number in range(count + 4)]
+    make = {"text": text, "instruction": instruction, "preference": pair}[kind]
+    records = [make(number).record() for number in range(count + 4)]
     ledger = Ledger()
-    ledger.record(kind, len(rows), len(rows))
-    splits = {"train": to_dataset(rows[:-4]), "validation": to_dataset(rows[-4:])}
+    ledger.record(kind, len(records), len(records))
+    splits = {
+        "train": to_dataset(records[:-4], FEATURES[kind]),
+        "validation": to_dataset(records[-4:], FEATURES[kind]),
+    }
     own = folder / kind
     own.mkdir()
     return format_splits(splits, kind, tokenizer, FormattingConfig(max_length=256), own, ledger)[0]

@@ -78,18 +78,19 @@ def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
     """
     if pipeline == "datasets":
         return []
+    chain: list[str] = recipe.chain
     if pipeline == "retrain":
-        return recipe.chain
-    if pipeline not in recipe.chain:
+        return chain
+    if pipeline not in chain:
         raise RequestError(
-            f"The recipe's chain is {', '.join(recipe.chain)}, without the stage {pipeline}. Add it to chain, or run one of "
+            f"The recipe's chain is {', '.join(chain)}, without the stage {pipeline}. Add it to chain, or run one of "
             "these stages."
         )
     return [pipeline]
 
 
 def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
-    """The steps of a pipeline with this recipe, in order."""
+    """The steps of a pipeline with this recipe. ZenML may run those that do not depend on each other in another order."""
     trained = stages_of(pipeline, recipe)
     last = trained[-1] if trained else recipe.chain[-1]
     made: list[str] = []
@@ -158,7 +159,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     for stage in recipe.chain:
         config = recipe.block(stage)
         if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
-            check_packable(load_config(recipe.model, Settings()).model_type)
+            check_packable(load_config(recipe.model, Settings()).model_type, stage)
     unused = [stage for stage in STAGES if getattr(recipe, stage) is not None and stage not in recipe.chain]
     if unused:
         logger.info("Not used, because chain is %s: %s", ", ".join(recipe.chain), ", ".join(unused))

@@ -55,7 +55,7 @@ def _block(block: type[BaseModel], prefix: str) -> list[str]:
     described = [
         part for part in reversed(block.__mro__) if issubclass(part, Block) and part not in (Block, LibraryBlock)
     ]
-    text = "\n\n".join(inspect.cleandoc(part.__doc__ or "") for part in described)
+    text = "\n\n".join(inspect.cleandoc(part.__doc__) for part in described if part.__doc__)
     table = "| Key | Type | Default | Limits |\n| --- | --- | --- | --- |\n" + "".join(rows)
     return [heading, text + "\n\n", table + "\n", *_library_fields(block), *inner]
 

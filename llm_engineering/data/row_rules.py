@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, TextRow
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, Row, TextRow
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
 from llm_engineering.recipe.data_blocks import RulesConfig
 
@@ -21,7 +21,7 @@ RowT = TypeVar("RowT", bound=Row)
 # Maximum number of characters that a finding's detail quotes from a row.
 QUOTE_CHARS = 80
 # Origins of rows that no model wrote, and of rows whose author is unknown.
-NOT_GENERATED = frozenset({"human", "unknown", "document", ""})
+NOT_GENERATED = frozenset({"human", "unknown", "document", REPLAY, ""})
 # A prompt of at least this many characters is assumed to contain the text that it mentions.
 LONG_PROMPT_CHARS = 400
 # Invisible, although Unicode counts them as letters, symbols or marks: Hangul's fillers, the empty braille pattern, the

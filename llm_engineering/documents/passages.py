@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 from pydantic import BaseModel, ConfigDict
 from semantic_text_splitter import TextSplitter
@@ -17,10 +18,16 @@ from llm_engineering.recipe.data_blocks import DocumentsConfig
 # A passage with a smaller share of letters and spaces is a table, code or grammar. Chosen on the Python reference: 0.85
 # keeps prose with inline code, and removes operator tables and listings.
 MIN_PROSE_SHARE = 0.85
+# Documents whose lines with `#` are headings. HTML headings are read as such lines.
+_WITH_HEADINGS = (".md", ".markdown", ".html", ".htm")
+_HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 
 
 class Passage(BaseModel):
-    """A piece of a document, its white space folded. `start` and `end` are positions in the document's text."""
+    """A piece of a document, its white space folded. `start` and `end` are positions in the document's text.
+
+    `title` is the title of the document, with the heading of the passage's section if it has one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -65,23 +72,37 @@ def cut_passages(
 
 
 def chunks(documents: Sequence[Document], config: DocumentsConfig) -> list[Passage]:
-    """Cut all documents, and keep every passage, also tables, headings and repetitions. Retrieval searches these."""
+    """Cut all documents, and keep every passage, also tables, short ones and repetitions. Retrieval searches these."""
     splitter = TextSplitter((config.passage_min_chars, config.passage_max_chars))
     passages = []
     for document in documents:
-        for start, chunk in splitter.chunk_indices(document.text):
+        for title, start, chunk in _chunks(document, splitter):
             text = re.sub(r"\s+", " ", chunk).strip()
             passages.append(
                 Passage(
                     id=hashlib.sha256(text.encode()).hexdigest()[:16],
                     document=document.source,
-                    title=document.title,
+                    title=title,
                     start=start,
                     end=start + len(chunk),
                     text=text,
                 )
             )
     return passages
+
+
+def _chunks(document: Document, splitter: TextSplitter) -> Iterator[tuple[str, int, str]]:
+    """Title, position and text of each piece. A heading is the title of its section and not a part of the text."""
+    headings = list(_HEADING.finditer(document.text)) if PurePath(document.source).suffix in _WITH_HEADINGS else []
+    borders = [(0, document.title), *((h.end(), _section_title(document.title, h[1])) for h in headings)]
+    ends = [*(h.start() for h in headings), len(document.text)]
+    for (start, title), end in zip(borders, ends, strict=True):
+        for place, chunk in splitter.chunk_indices(document.text[start:end]):
+            yield title, start + place, chunk
+
+
+def _section_title(document: str, heading: str) -> str:
+    return heading if document.casefold() in heading.casefold() else f"{document}: {heading}"
 
 
 def _problem(text: str, min_chars: int) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from llm_engineering.data.sources import visible_files
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, DocumentsConfig
 
+logger = logging.getLogger(__name__)
+
+# Files and records that the warning about unread ones names. The data report has all of them.
+_NAMED = 5
 TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
 TITLE_FIELDS = ("title", "name", "url", "link", "id")
 # The embedded handbook: documents, the questions of its exam, and general questions.
@@ -72,6 +77,10 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
     if not documents:
         problems = "; ".join(row.describe() for row in quarantine[:3]) or "the folder holds no file"
         raise RequestError(f"documents.path {config.path} holds no document that can be read: {problems}.")
+    if quarantine:
+        more = f"; and {len(quarantine) - _NAMED} more" if len(quarantine) > _NAMED else ""
+        named = "; ".join(row.describe() for row in quarantine[:_NAMED])
+        logger.warning("Not read, %d in all: %s%s", len(quarantine), named, more)
     return documents, quarantine
 
 
@@ -162,6 +171,9 @@ def _html(file: Path, _field: str | None) -> tuple[list[Document], list[Quaranti
     title = soup.title.get_text(strip=True) if soup.title else file.stem
     for element in soup(["script", "style", "nav", "header", "footer", "noscript", "template", "title"]):
         element.decompose()
+    for heading in soup(["h1", "h2", "h3", "h4", "h5", "h6"]):
+        # `cut_passages` takes such a line as the title of its section. Without it, the heading would begin a sentence.
+        heading.replace_with(f"{'#' * int(heading.name[1])} {' '.join(heading.get_text(' ').split())}")
     return [_document(str(file), title, soup.get_text("\n", strip=True))], []
 
 

@@ -225,7 +225,7 @@ def take_exam(
     prompts = {shown_as: {index: row.question for index, row in enumerate(exam.rows)}}
     if with_retrieval and any(exam.retrieved):
         prompts[shown_as + RETRIEVAL] = {
-            index: "\n\n".join([*(passage.text for passage in exam.retrieved[index]), text])
+            index: "\n\n".join([*(f"{found.title}\n{found.text}" for found in exam.retrieved[index]), text])
             for index, text in prompts[shown_as].items()
             if exam.retrieved[index]
         }

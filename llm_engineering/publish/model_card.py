@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.publish.dataset_card import card_template, public_name
 from llm_engineering.publish.verification import Verification
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, ModelHubConfig
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, HubConfig, ModelHubConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
@@ -85,8 +85,9 @@ def base_licence(base: str, hub: ModelHubConfig | None) -> str | None:
 
 def data_licence(recipe: Recipe) -> str | None:
     """The licence in the recipe's `data.hub`, or of the embedded documents; None if it is not known."""
-    if recipe.data.hub is not None:
-        return recipe.data.hub.license
+    hub: HubConfig | None = recipe.data.hub
+    if hub is not None:
+        return hub.license
     own = recipe.data.instructions or recipe.data.preferences
     return None if own else _LICENCES.get(recipe.documents.path)
 

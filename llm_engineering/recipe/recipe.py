@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ModelHubConfig
 from llm_engineering.recipe.evaluation_blocks import (
@@ -36,15 +37,10 @@ from llm_engineering.recipe.training_blocks import (
     TrainingSetup,
 )
 
-# A block for each row of the table of stages.
-_StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | None, None))
 
-
-class Recipe(_StageBlocks):  # type: ignore[misc]
-    """A whole recipe.
-
-    `chain` names the training stages in their order; each has a block of its name. A stage trains the model of the stage
-    before it further, and the first one starts from the base model.
+class _FirstBlocks(Block):
+    """`chain` names the training stages in their order; each has a block of its name. A stage trains the model of the
+    stage before it further, and the first one starts from the base model.
     """
 
     name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
@@ -55,6 +51,15 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
     generation: GenerationConfig = GenerationConfig()
     data: DataConfig = DataConfig()
     formatting: FormattingConfig = FormattingConfig()
+
+
+# A block for each row of the table of stages.
+_StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | None, None), _FirstBlocks)
+
+
+class Recipe(_StageBlocks):  # type: ignore[misc]
+    """A whole recipe."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
     exam: ExamConfig | None = None
     promotion: PromotionConfig
@@ -70,7 +75,8 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
 
     def chain_to(self, stage: str) -> list[str]:
         """The stages of the chain up to and with `stage`."""
-        return self.chain[: self.chain.index(stage) + 1]
+        chain: list[str] = self.chain
+        return chain[: chain.index(stage) + 1]
 
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
@@ -289,5 +295,8 @@ _HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pai
 
 
 def _trains_embeddings(lora: LoraConfig) -> bool:
-    names = [*(lora.library_arguments.get("modules_to_save") or []), *(lora.target_modules or [])]
+    targets = lora.target_modules or []
+    # PEFT reads a text as a regular expression.
+    targets = [targets] if isinstance(targets, str) else targets
+    names = [*(lora.library_arguments.get("modules_to_save") or []), *targets]
     return any("embed" in name or name in ("wte", "lm_head") for name in names)

@@ -55,7 +55,7 @@ STAGES = {stage.name: stage for stage in _ROWS}
 FIRST_OF_KIND: dict[str, str] = {stage.rows: stage.name for stage in reversed(_ROWS)}
 
 
-def with_stages(name: str, field: Callable[[Stage], tuple[Any, Any]]) -> Any:
-    """A block with a key for each stage; `field` returns the type and the default of the key."""
+def with_stages(name: str, field: Callable[[Stage], tuple[Any, Any]], base: type[Block] = Block) -> Any:
+    """A block with the keys of `base` and a key for each stage; `field` returns the type and the default of the key."""
     fields: dict[str, Any] = {stage.name: field(stage) for stage in STAGES.values()}
-    return create_model(name, __base__=Block, __module__=__name__, **fields)
+    return create_model(name, __base__=base, __module__=__name__, **fields)

@@ -52,7 +52,7 @@ def new_policy(
     try:
         policy = get_peft_model(base, config)
     except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise RequestError(f"sft.lora does not fit {model.name_or_path}: {error}") from error
+        raise RequestError(f"lora does not fit {model.name_or_path}: {error}") from error
     assert isinstance(policy, PeftModel)
     _check_adapter(policy, lora)
     if lora.moves_base_weights:
@@ -95,7 +95,7 @@ def _check_adapter(policy: PeftModel, lora: LoraConfig) -> None:
         for pattern in more.get(name) or {}:
             if not any(get_pattern_key([pattern], layer) == pattern for layer in layers):
                 raise RequestError(
-                    f"sft.lora.{name}: {pattern} is the name of no layer with an adapter. Correct or remove it."
+                    f"lora.{name}: {pattern} is the name of no layer with an adapter. Correct or remove it."
                 )
     whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     excluded = more.get("exclude_modules") or []
@@ -105,32 +105,30 @@ def _check_adapter(policy: PeftModel, lora: LoraConfig) -> None:
     for field, (wanted, found) in named.items():
         for part in wanted:
             if not any(name.endswith(part) for name in found):
-                raise RequestError(f"sft.lora.{field}: the model has no module {part}. Correct or remove it.")
+                raise RequestError(f"lora.{field}: the model has no module {part}. Correct or remove it.")
     if more.get("lora_bias") and any(getattr(base, "bias", None) is None for base in bases):
         without = next(name for name, layer in layers.items() if getattr(layer.get_base_layer(), "bias", None) is None)
         raise RequestError(
-            f"sft.lora.lora_bias: the layer {without} has no bias that the adapter's could be merged into. Remove the key, "
-            "or name layers with a bias in sft.lora.target_modules."
+            f"lora.lora_bias: the layer {without} has no bias that the adapter's could be merged into. Remove the key, "
+            "or name layers with a bias in lora.target_modules."
         )
     if more.get("init_lora_weights") == "olora" and any(isinstance(base, Conv1D) for base in bases):
         raise RequestError(
-            "sft.lora.init_lora_weights olora: PEFT decomposes weights of the class Conv1D, as in GPT-2, in the wrong "
+            "lora.init_lora_weights olora: PEFT decomposes weights of the class Conv1D, as in GPT-2, in the wrong "
             "direction. Use pissa."
         )
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     if lora.moves_base_weights and model.config.tie_word_embeddings and any(e in layers.values() for e in embeddings):
         raise RequestError(
-            f"sft.lora.init_lora_weights {more['init_lora_weights']} would change the output weights, which are the input "
-            "embeddings too: remove both from sft.lora.target_modules."
+            f"lora.init_lora_weights {more['init_lora_weights']} would change the output weights, which are the input "
+            "embeddings too: remove both from lora.target_modules."
         )
     if more.get("ensure_weight_tying") and not model.config.tie_word_embeddings:
-        raise RequestError(
-            "sft.lora.ensure_weight_tying has no effect: the model's embeddings are not tied. Remove it."
-        )
+        raise RequestError("lora.ensure_weight_tying has no effect: the model's embeddings are not tied. Remove it.")
     name = next(name for name, module in model.named_modules() if module is embeddings[0])
     if more.get("ensure_weight_tying") and more.get("modules_to_save") and not name.endswith("embed_tokens"):
         raise RequestError(
-            f"sft.lora.ensure_weight_tying: PEFT ties only embeddings that are named embed_tokens, and this model's are "
+            f"lora.ensure_weight_tying: PEFT ties only embeddings that are named embed_tokens, and this model's are "
             f"{name}. Remove the key; the model is then merged with separate input and output embeddings."
         )
 

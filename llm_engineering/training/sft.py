@@ -150,7 +150,7 @@ def sft_trainer(
                 f"by their position ids. Use --set {run.stage}.packing=false."
             )
     elif config.packing:
-        check_packable(policy.config.model_type)
+        check_packable(policy.config.model_type, run.stage)
 
     # Set the training arguments
     arguments = trl.SFTConfig(

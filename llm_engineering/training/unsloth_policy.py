@@ -75,12 +75,12 @@ def trained_policy(
     return policy
 
 
-def check_packable(model_type: str) -> None:
+def check_packable(model_type: str, stage: str) -> None:
     """Raise a RequestError if unsloth would let packed rows of this model type attend to each other."""
     if model_type not in FAST_MODELS:
         raise RequestError(
-            f"compute.backend is unsloth and sft.packing is true, but unsloth has no packed forward for models of type "
-            f"{model_type}. Use --set sft.packing=false, or compute.backend=transformers."
+            f"compute.backend is unsloth and {stage}.packing is true, but unsloth has no packed forward for models of type "
+            f"{model_type}. Use --set {stage}.packing=false, or compute.backend=transformers."
         )
 
 

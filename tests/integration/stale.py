@@ -17,7 +17,7 @@ def main() -> None:
     from tools.plan import preflight
 
     recipe, inputs = preflight(load_recipe(sys.argv[1]))
-    ended = run._start(chain.sft, recipe, inputs, True)
+    ended = run._start(chain.stage_pipeline("sft"), recipe, inputs, True, stage="sft")
     results.print_table(results.collect([ended], 0.0), sys.stdout)
 
 

@@ -54,7 +54,7 @@ def test_broken_lines_are_reported(finished_run):
 
 
 def test_dpo_starts_from_the_registered_sft_model(finished_run, dpo_run):
-    assert "DPO starts from SFT adapter version 1" in dpo_run.stderr
+    assert "The stage after sft starts from its adapter version 1" in dpo_run.stderr
     assert "Running sft" not in dpo_run.stderr
     metrics = dpo_run.json["metrics"]
     assert metrics["heldout_loss_sft"] == pytest.approx(finished_run.result.json["metrics"]["heldout_loss_sft"])
@@ -142,7 +142,7 @@ def test_chat_uses_the_promoted_model(project, dpo_run):
 def test_dpo_without_an_sft_model_trains_sft_first_and_reports_it(fresh_project):
     run = fresh_project.run("dpo", "--set", "generation.max_preferences=20")
     assert run.code == 0, run.stderr
-    assert "No SFT model is registered: training SFT first" in run.stderr
+    assert "No sft model is registered: training it first" in run.stderr
     assert "heldout_loss_dpo" in run.json["metrics"]
 
 

@@ -1,4 +1,4 @@
-"""SFT and DPO killed with SIGKILL, between steps and while saving: the resumed run ends like an uninterrupted one."""
+"""Stages killed with SIGKILL, between steps and while saving: the resumed run ends like an uninterrupted one."""
 
 import json
 import multiprocessing
@@ -13,11 +13,7 @@ import pytest
 import torch
 
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import (
-    DPOConfig,
-    LoraConfig,
-    SFTConfig,
-)
+from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, LoraConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 from tests.tiny_models import training_setup
@@ -30,14 +26,22 @@ CONFIG = SFTConfig(
 )  # fmt: skip
 
 
-def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None) -> None:
-    """Train SFT, or DPO on the adapter `sft`, in this process, and copy the last checkpoint of a finished run.
+# All weights, with embeddings that have a learning rate of their own. Twelve rows of 12 to 23 tokens fill about six rows.
+CPT = CPTConfig.model_validate({
+    **CONFIG.model_dump(exclude={"lora", "method"}), "method": "full", "embedding_learning_rate": 1e-3, "packing": True,
+    "gradient_accumulation_steps": 1,
+})  # fmt: skip
+
+
+def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None, stage: str = "sft") -> None:
+    """Train SFT, DPO on the adapter `sft`, or cpt in this process, and copy the last checkpoint of a finished run.
 
     Kills this process after the step `kill_at`, or with `in_save` while it saves that step.
     """
     from datasets import Dataset, DatasetDict
 
     from llm_engineering.training import telemetry
+    from llm_engineering.training.cpt import train_cpt
     from llm_engineering.training.dpo import train_dpo
     from llm_engineering.training.sft import train_sft
 
@@ -79,10 +83,14 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
             }
             for i in range(16)
         ]
+    if stage == "cpt":
+        rows = [row | {"labels": row["input_ids"]} for row in rows]
     data = DatasetDict(train=Dataset.from_list(rows[:12]), validation=Dataset.from_list(rows[12:]))
     setup = training_setup(model, max_length=64, chat_template=None)
     settings = Settings(llm_output_dir=outputs)
-    if sft is None:
+    if stage == "cpt":
+        result = train_cpt(data, CPT, setup, settings)
+    elif sft is None:
         result = train_sft(data, CONFIG, setup, settings)
     else:
         config = DPOConfig.model_validate(
@@ -101,11 +109,13 @@ def run(tiny_model):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["llm_engineering.training.sft", "llm_engineering.training.dpo", "tests.integration.test_kills"]
+        ["llm_engineering.training.cpt", "llm_engineering.training.dpo", "tests.integration.test_kills"]
     )
 
-    def start(outputs: Path, kill_at: int | None = None, in_save: bool = False, sft: Path | None = None) -> int | None:
-        process = context.Process(target=train, args=(tiny_model, outputs, kill_at, in_save, sft))
+    def start(
+        outputs: Path, kill_at: int | None = None, in_save: bool = False, sft: Path | None = None, stage: str = "sft"
+    ) -> int | None:
+        process = context.Process(target=train, args=(tiny_model, outputs, kill_at, in_save, sft, stage))
         process.start()
         process.join(120)
         return process.exitcode
@@ -126,8 +136,8 @@ def history(outputs: Path) -> list[dict[str, float]]:
 
 
 def assert_equal(outputs: Path, whole: Path) -> None:
-    name = "adapter/adapter_model.safetensors"
-    assert (outputs / name).read_bytes() == (whole / name).read_bytes()
+    (weights,) = (whole / "adapter").glob("*.safetensors")
+    assert (outputs / "adapter" / weights.name).read_bytes() == weights.read_bytes()
     mine, other = (torch.load(o / "last" / "optimizer.pt") for o in (outputs, whole))
     assert mine["param_groups"] == other["param_groups"]
     for key, moments in other["state"].items():
@@ -154,6 +164,21 @@ def test_killed_dpo_ends_like_an_uninterrupted_one(run, whole, tmp_path):
         assert run(killed, kill_at=step, sft=start) == -signal.SIGKILL
     assert run(killed, sft=start) == 0
     assert json.loads((killed / "summary.json").read_text())["resumed_from"] == "checkpoint-14"
+    assert_equal(killed, untouched)
+
+
+def test_killed_cpt_ends_like_an_uninterrupted_one(run, tmp_path):
+    untouched, killed = tmp_path / "untouched", tmp_path / "killed"
+    untouched.mkdir()
+    assert run(untouched, stage="cpt") == 0
+    steps = json.loads((untouched / "summary.json").read_text())["steps"]
+    assert steps >= 12
+    for step in sorted(random.Random(20).sample(range(2, steps), 2)):
+        assert run(killed, kill_at=step, stage="cpt") == -signal.SIGKILL
+    assert run(killed, stage="cpt") == 0
+    summary = json.loads((killed / "summary.json").read_text())
+    assert summary["resumed_from"] is not None
+    assert summary["steps"] == steps
     assert_equal(killed, untouched)
 
 

@@ -23,7 +23,7 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.training_blocks import CPTConfig, ModelConfig
 from llm_engineering.training.job import Job
 from llm_engineering.training.launch import launch_training
 from llm_engineering.training.sft import train_sft_job
@@ -251,6 +251,25 @@ def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
     assert {"rng_state_0.pth", "rng_state_1.pth", "identity.json"} <= {key.rpartition("/")[2] for key in saved}
     streams = fake.client("logs").describe_log_streams(logGroupName=LOG_GROUP)["logStreams"]
     assert {stream["logStreamName"].rpartition("/")[2][:6] for stream in streams} == {"algo-1", "algo-2"}
+
+
+def test_cpt_trains_in_a_job_and_sft_starts_from_its_adapter(fake, stage, tmp_path):
+    tokenizer = load_tokenizer(stage.job.setup.model, Settings(), "chatml")
+    instructions, stage.data = stage.data, formatted("text", 8, tokenizer, tmp_path)
+    config = CPTConfig.model_validate({**stage.job.config, "num_train_epochs": 1})
+    cpt = stage.dispatch(stage="cpt", config=config.model_dump())
+    assert cpt.summary["stage"] == "cpt"
+    assert cpt.adapter.joinpath("adapter_model.safetensors").is_file()
+    stage.data = instructions
+    # With this learning rate, training changes nothing.
+    config = {**stage.job.config, "num_train_epochs": 1.0, "learning_rate": 1e-12}
+    sft = stage.dispatch(start=cpt.adapter, config=config)
+    assert sft.summary["stage"] == "sft"
+    weights = [load_file(result.adapter / "adapter_model.safetensors") for result in (cpt, sft)]
+    assert_close(*weights)
+    assert all(weight.any() for name, weight in weights[0].items() if "lora_B" in name)
+    assert [name.split("-")[1] for name in fake.jobs] == ["cpt", "sft"]
+    assert {job.status for job in fake.jobs.values()} == {"Completed"}
 
 
 # Actions that the policies allow and the whole chain does not use, with the reason.

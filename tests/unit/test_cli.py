@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tools import cli
 
 ENTRIES = [entry for entries in cli.COMMANDS.values() for entry in entries]
-SLOW = ("torch", "transformers", "trl", "zenml", "pandas", "datasets", "matplotlib")
+SLOW = ("torch", "transformers", "trl", "peft", "zenml", "pandas", "datasets", "matplotlib")
 # Runs the command line once for each list of arguments; prints the exit codes and the imported slow libraries.
 IMPORTED = f"""
 import contextlib, io, json, sys
@@ -49,6 +49,8 @@ def test_no_help_imports_a_slow_library():
     "arguments",
     [
         ["run", "sft", "--set", "sft.lerning_rate=1"],
+        ["run", "cpt", "--set", "chain=[cpt]"],
+        ["run", "sft", "--set", "chain=[sft,dpoo]"],
         ["chat", "--prompt", "Hi", "--config", "nowhere.yaml"],
         ["models", "promote", "1", "--set", "nothing=1"],
     ],

@@ -93,6 +93,9 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         key: dataset(f"data.{key}", getattr(data, key))
         for key in ("instructions", "preferences", "test_instructions", "test_preferences")
     }
+    if data.replay is not None:
+        replay = data.replay.model_copy(update={"path": dataset("data.replay.path", data.replay.path)})
+        data = data.model_copy(update={"replay": replay})
     others = [dataset(f"data.decontaminate_against.{i}", value) for i, value in enumerate(data.decontaminate_against)]
     data = data.model_copy(update={**named, "decontaminate_against": others})
     if model.name_or_path.startswith(_S3):

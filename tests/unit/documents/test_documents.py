@@ -12,7 +12,7 @@ from llm_engineering.recipe.data_blocks import DocumentsConfig
 SENTENCE = "The river carries water from the mountains to the sea, and the people who live along it drink from it."
 
 
-def test_a_folder_with_every_format(tmp_path):
+def test_a_folder_with_every_format(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("Plain")
     (tmp_path / "b.md").write_text("# Marked")
     (tmp_path / "c.html").write_text("<title>T</title><script>no</script><p>Hyper &amp; text</p>")
@@ -30,6 +30,9 @@ def test_a_folder_with_every_format(tmp_path):
         ("unknown_format", "whole file"),
         ("not_utf8", "byte 0"),
     }
+    # A person who starts a run sees at once which files are missing from it.
+    assert "Not read, 4 in all" in caplog.text
+    assert "f.bin, whole file: unknown_format" in caplog.text
 
 
 def test_two_text_fields_need_a_choice(tmp_path):
@@ -94,3 +97,22 @@ def test_passages_are_drawn_with_the_seed_and_the_others_recorded():
     assert len(one) == 5
     everything, _ = cut_passages(documents, DocumentsConfig(), seed=1)
     assert sum(q.reason == "not_drawn" for q in rejected) == len(everything) - 5
+
+
+def test_a_heading_is_the_title_of_its_passages(tmp_path):
+    """The first passage of a section begins with its first sentence, in Markdown and in HTML."""
+    (tmp_path / "guide.md").write_text(
+        f"# Rivers\n\n{SENTENCE * 2}\n\n## The sea\n\n{SENTENCE.replace('river', 'Orlo') * 2}\n"
+    )
+    (tmp_path / "page.html").write_text(
+        f"<title>Lakes</title><h1>Cold <em>water</em></h1><p>{SENTENCE.replace('river', 'lake') * 2}</p>"
+    )
+    config = DocumentsConfig(path=str(tmp_path), passage_min_chars=100, passage_max_chars=300)
+    documents, _ = read_documents(config)
+    passages, quarantine = cut_passages(documents, config, seed=0)
+    assert quarantine == []
+    assert [passage.title for passage in passages] == ["guide: Rivers", "guide: The sea", "Lakes: Cold water"]
+    assert [passage.text[:8] for passage in passages] == ["The rive", "The Orlo", "The lake"]
+    texts = {document.source: document.text for document in documents}
+    for passage in passages:
+        assert " ".join(texts[passage.document][passage.start : passage.end].split()) == passage.text

@@ -5,25 +5,27 @@ import math
 
 import pytest
 import torch
+from peft import PeftModel
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import Message, instruction_dataset, preference_dataset
+from llm_engineering.data.rows import FEATURES, Message, instruction_dataset, preference_dataset, to_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.evaluate import evaluate
+from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.heldout import draw_indices, held_out, render_for_both
 from llm_engineering.evaluation.measures import heldout_loss
 from llm_engineering.evaluation.models import Models
-from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.formatting.render import render
+from llm_engineering.formatting.datasets import format_splits, pieces
+from llm_engineering.formatting.render import render, text_tokens
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import FormattingConfig
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, PromotionConfig
 from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, TrackingConfig, TrainingSetup
 from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.training.policy import new_policy, save_policy
-from tests.tiny_models import instruction, pair
+from tests.tiny_models import instruction, pair, text
 
 
 def with_long_words(row):
@@ -66,6 +68,21 @@ def formatted_rows(setup, settings, folder, formatting):
         (folder / kind).mkdir()
         made[kind] = format_splits({"test": dataset}, kind, tokenizer, formatting, folder / kind, ledger)[0]["test"]
     return held_out(made, rows)
+
+
+TEXTS = [text(number) for number in range(8)]
+
+
+def text_rows(setup, settings, folder, max_length=64):
+    """Held-out documents that are longer than `max_length`, and nothing else."""
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    dataset = to_dataset([row.record() for row in TEXTS], FEATURES["text"])
+    ledger = Ledger()
+    ledger.record("text", len(dataset), len(dataset))
+    formatting = FormattingConfig(max_length=max_length)
+    made = format_splits({"test": dataset}, "text", tokenizer, formatting, folder, ledger)[0]["test"]
+    assert len(made) > len(dataset)
+    return held_out({"text": made}, {"text": dataset})
 
 
 def adapter(folder, setup, settings, size, template="chatml", model=None):
@@ -245,3 +262,79 @@ def test_an_incumbent_without_its_base_model_is_an_error(setup, settings, rows, 
 def test_rows_are_drawn_with_the_seed(rows):
     assert draw_indices(rows.rows, 5, 1) == draw_indices(rows.rows, 5, 1) != draw_indices(rows.rows, 5, 2)
     assert draw_indices(rows.rows, 99, 1) == list(range(12))
+
+
+def test_a_run_that_ends_with_cpt_measures_documents(setup, settings, tmp_path):
+    """There are no questions, so nothing is answered, and the page has one measure."""
+    rows = text_rows(setup, settings, tmp_path)
+    setup = setup.model_copy(update={"max_length": 64})
+    adapters = {"cpt": adapter(tmp_path / "cpt", setup, settings, 0.3)}
+    report = evaluate(adapters, rows, CONFIG, setup, settings)
+    assert json.loads(json.dumps(report)) == report
+    assert (report["models"], report["newest"]) == (["base", "cpt"], "cpt")
+    assert (report["heldout_rows"], report["heldout_documents"], report["generated_rows"]) == (0, 8, 0)
+    assert list(report["measures"]) == ["document_loss"]
+    measure = report["measures"]["document_loss"]
+    assert measure["better"] == "lower"
+    assert {estimate["n"] for estimate in measure["models"].values()} == {len(TEXTS)}
+    assert list(measure["differences"]) == ["cpt-base"]
+    for name, folder in (("base", None), ("cpt", adapters["cpt"])):
+        assert report["metrics"][f"document_loss_{name}"] == pytest.approx(
+            document_loss(setup, settings, folder, 64), abs=1e-5
+        )
+    gate = PromotionConfig.model_validate(
+        {"cpt": {"better_than": {"base": {"document_loss": 0.0}, "incumbent": {"document_loss": 0.0}}}}
+    )
+    decision = decide(report, gate, None)
+    assert decision.candidate == "cpt"
+    (base, incumbent) = decision.rules
+    assert (base.measure, base.than, incumbent.verdict) == ("document_loss", "base", "skipped")
+    assert base.value == pytest.approx(
+        report["metrics"]["document_loss_base"] - report["metrics"]["document_loss_cpt"], abs=1e-9
+    )
+    assert base.low <= base.value <= base.high
+
+    training = {"stage": "cpt", "history": [{"step": step, "loss": 3.0 - step} for step in (1, 2)]}
+    page = evaluation_page(report, training)
+    for words in ("Loss on held-out documents", "cpt against base", "Training of cpt", "8 held-out documents"):
+        assert words in page
+    assert page.count("<svg") == 2
+    assert "NaN" not in page
+
+
+def document_loss(setup, settings, folder, max_length, model=None, per=None):
+    """The loss on the documents by the definition: of every piece alone, and of every token but the first of a piece.
+
+    Args:
+        folder: an adapter; None for the model itself.
+        per: the number of tokens to divide by; by default those that are scored.
+    """
+    model = model or setup.model
+    base = load_model(model, settings, choose_device(setup.compute))
+    scored = base if folder is None else PeftModel.from_pretrained(base, folder)
+    tokenizer = load_tokenizer(model, settings, setup.chat_template)
+    total, count = 0.0, 0
+    for tokens in text_tokens(TEXTS, tokenizer):
+        for piece in pieces(tokens.input_ids, max_length):
+            with torch.no_grad():
+                logits = scored(torch.tensor([piece])).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, torch.tensor(piece[1:]), reduction="sum").item()
+            count += len(piece) - 1
+    return total / (per or count)
+
+
+def test_an_incumbent_with_another_tokenizer_is_measured_on_the_same_documents(setup, settings, tiny_model, tmp_path):
+    """Its loss is that of its own pieces, per token of this recipe's tokenizer."""
+    rows = text_rows(setup, settings, tmp_path)
+    setup = setup.model_copy(update={"max_length": 64})
+    adapters = {"cpt": adapter(tmp_path / "cpt", setup, settings, 0.3), "incumbent": tiny_model}
+    report = evaluate(adapters, rows, CONFIG, setup, settings)
+    assert report["models"] == ["base", "cpt", "incumbent"]
+    assert report["left_out"] == 0
+    measure = report["measures"]["document_loss"]
+    assert {estimate["n"] for estimate in measure["models"].values()} == {len(TEXTS)}
+    ours = sum(len(piece) - 1 for row in rows.texts for piece, _ in row.answers)
+    own = ModelConfig(name_or_path=str(tiny_model))
+    expected = document_loss(setup, settings, None, 64, own, per=ours)
+    assert report["metrics"]["document_loss_incumbent"] == pytest.approx(expected, rel=1e-4)
+    assert expected < document_loss(setup, settings, None, 64, own)

@@ -288,7 +288,7 @@ def test_a_model_answers_in_the_chat_template_and_with_passages_before_the_quest
     assert all(len(answer.ids) == 3 for found in taken.values() for answer in found.values())
     closed, opened = ([prompt[0].content for prompt in prompts] for prompts in asked)
     assert closed == [row.question for row in exam.rows]
-    first, second = (passage.text for passage in exam.retrieved[0])
+    first, second = (f"{passage.title}\n{passage.text}" for passage in exam.retrieved[0])
     assert opened[0] == f"{first}\n\n{second}\n\n{exam.rows[0].question}"
     assert list(take_exam(models, "base", "sft", exam, with_retrieval=False)) == ["sft"]
 

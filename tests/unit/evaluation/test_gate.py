@@ -163,3 +163,50 @@ def test_null_removes_an_inherited_rule():
     rules = [(rule.path, rule.measure) for rule in recipe.promotion.all_rules()]
     named = [rule for rule in rules if rule[0] == "dpo.better_than.base"]
     assert named == [("dpo.better_than.base", "rouge_l")]
+
+
+def test_a_run_that_ends_with_cpt_is_judged_by_its_own_rules():
+    gate = PromotionConfig.model_validate(
+        {
+            "cpt": {"better_than": {"base": {"document_loss": 0.1}, "incumbent": {"document_loss": 0.0}}},
+            "sft": {
+                "better_than": {
+                    "base": {"heldout_loss": 0.0},
+                    "cpt": {"heldout_loss": 0.1},
+                    "incumbent": {"heldout_loss": 0},
+                },
+                "not_worse_than": {"cpt": {"document_loss": 0.2}},
+            },
+        }
+    )
+    losses = {"cpt-base": difference(-0.3, -0.4, -0.2), "cpt-incumbent": difference(0.1, 0.05, 0.2)}
+    measures = {"document_loss": {"better": "lower", "models": {}, "differences": losses}}
+    report = {"newest": "cpt", "models": ["base", "cpt", "incumbent"], "measures": measures}
+    assert decide(report, gate, None).outcome == "passed"
+    assert verdicts(decide(report, gate, 3)) == {
+        ("document_loss", "base"): "passed",
+        ("document_loss", "incumbent"): "failed",
+    }
+
+    heldout = {"sft-base": difference(-0.5, -0.6, -0.4), "sft-cpt": difference(-0.3, -0.4, -0.2)}
+    documents = {"sft-cpt": difference(0.1, 0.05, 0.15)}
+    report = {
+        "newest": "sft",
+        "models": ["base", "cpt", "sft"],
+        "measures": {
+            "heldout_loss": {"better": "lower", "models": {}, "differences": heldout},
+            "document_loss": {"better": "lower", "models": {}, "differences": documents},
+        },
+    }
+    decision = decide(report, gate, None)
+    assert [(rule.measure, rule.than, rule.verdict) for rule in decision.rules] == [
+        ("heldout_loss", "base", "passed"),
+        ("heldout_loss", "cpt", "passed"),
+        ("heldout_loss", "incumbent", "skipped"),
+        ("document_loss", "cpt", "passed"),
+    ]
+    documents["sft-cpt"] = difference(0.1, 0.05, 0.25)
+    failed = decide(report, gate, None)
+    assert [rule.name for rule in failed.rules if rule.verdict == "failed"] == [
+        "document_loss not worse than cpt by more than 0.2"
+    ]

@@ -254,7 +254,7 @@ def test_the_estimate_takes_every_field(case, folders, settings):
     policy = new_policy(setup.model, LoraConfig(r=4, **lora), settings, device)
     trained = sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
     config = load_model(setup.model, settings, device).config
-    assert shapes(config, sft_config(**lora), device, 2, 16).trained == trained
+    assert shapes(config, "lora", LoraConfig(r=4, **lora), device, 2, 16).trained == trained
 
 
 @pytest.mark.parametrize(

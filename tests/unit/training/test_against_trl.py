@@ -20,10 +20,11 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.models.tokenizer import load_tokenizer, template_text
-from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.training.cpt import train_cpt
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, instruction, logged, pair, training_setup
+from tests.tiny_models import formatted, instruction, logged, pair, text, training_setup
 
 ROWS = 20
 # Every row is shorter, and a packed row of this length holds two rows. So each case has ten steps of two rows.
@@ -110,6 +111,17 @@ def conversations(make_row, *columns):
     )
 
 
+def plain_cpt(side, seed):
+    transformers.set_seed(seed)
+    return trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(side.model, dtype=torch.float32),
+        args=trl.SFTConfig(**plain_arguments(side, seed)),
+        train_dataset=Dataset.from_list([{"text": text(number).text} for number in range(ROWS)]),
+        processing_class=plain_tokenizer(side),
+        peft_config=LoraConfig(**ADAPTER, task_type="CAUSAL_LM") if side.case.method == "lora" else None,
+    )
+
+
 def plain_sft(side, seed):
     transformers.set_seed(seed)
     return trl.SFTTrainer(
@@ -149,6 +161,12 @@ def our_arguments(side):
     return SCHEDULE | side.case.options | {"warmup_ratio": 0.1, "eval_strategy": "epoch", "save_strategy": "epoch"}
 
 
+def our_cpt(side, setup, settings):
+    adapter = {"lora": ADAPTER} if side.case.method == "lora" else {}
+    config = CPTConfig(**{"packing": False} | our_arguments(side), **adapter, method=side.case.method)
+    return train_cpt(our_rows("text", side, setup, settings), config, setup, settings)
+
+
 def our_sft(side, setup, settings):
     adapter = {"lora": ADAPTER} if side.case.method == "lora" else {}
     # The default is packing, which is off in TRL.
@@ -178,6 +196,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
+    "cpt": Stage(plain_cpt, our_cpt),
     "sft": Stage(plain_sft, our_sft),
     "dpo": Stage(
         plain_dpo,
@@ -189,6 +208,9 @@ STAGES = {
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 PACKED = {"packing": True, "per_device_train_batch_size": 1}
 CASES = {
+    "cpt": Case("cpt", "lora", {}),
+    "cpt-full": Case("cpt", "full", {}),
+    "cpt-packed": Case("cpt", "lora", PACKED),
     "sft": Case("sft", "lora", {}),
     "sft-full": Case("sft", "full", {}),
     "sft-accumulated": Case("sft", "lora", ACCUMULATED),

@@ -244,9 +244,9 @@ def test_packed_lengths_must_be_those_of_the_rows():
     for lengths in ({}, {"packed_seq_lengths": torch.tensor([6])}, {"packed_seq_lengths": torch.tensor([3, 3])}):
         with pytest.raises(WorkError, match="would see each other"):
             check_packed({"position_ids": positions, **lengths})
-    check_packable("llama")
+    check_packable("llama", "sft")
     with pytest.raises(RequestError, match="no packed forward for models of type gpt2"):
-        check_packable("gpt2")
+        check_packable("gpt2", "sft")
 
 
 def test_training_without_the_early_import_is_refused(setup, settings, tmp_path, monkeypatch):

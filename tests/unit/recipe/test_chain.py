@@ -1,0 +1,202 @@
+"""The recipe's chain: its stages, its blocks, and the gate of each stage."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.loading import load_recipe
+
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+CPT = {"learning_rate": 1e-3, **STEPS, "eval_steps": 10, "save_steps": 10}
+# Removes the rules about the model of sft from a gate that a recipe inherits.
+NO_SFT = {
+    "better_than": {"sft": {"preference_margin": None}},
+    "not_worse_than": {"sft": {"heldout_loss": None}},
+}
+
+
+def bounds(measure, **more):
+    return {"better_than": {"base": {measure: 0.0}, "incumbent": {measure: 0.0}, **more}}
+
+
+def recipe(folder, chain, promotion=None, **blocks):
+    """The default recipe with another chain, a block for cpt, and its gate."""
+    given = {"cpt": CPT, **blocks}
+    gates = {"cpt": bounds("document_loss"), **(promotion or {})}
+    path = folder / "recipe.yaml"
+    content = {"extends": str(LOCAL), "chain": chain, **given, "promotion": gates}
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return load_recipe(path)
+
+
+def refused(folder, words, *arguments, **blocks):
+    with pytest.raises(RequestError) as error:
+        recipe(folder, *arguments, **blocks)
+    for word in words:
+        assert word in " ".join(str(error.value).split())
+
+
+def test_a_chain_has_its_blocks_in_its_order(tmp_path):
+    whole = recipe(tmp_path, ["cpt", "sft", "dpo"])
+    assert whole.chain_to("sft") == ["cpt", "sft"]
+    assert [whole.kinds(stage) for stage in whole.chain] == [
+        ["text"],
+        ["text", "instruction"],
+        ["text", "instruction", "preference"],
+    ]
+    assert whole.block("cpt").learning_rate == 1e-3
+    assert whole.reads_documents
+    assert load_recipe(LOCAL).chain == ["sft", "dpo"]
+    alone = recipe(tmp_path, ["dpo"], {"dpo": NO_SFT})
+    assert alone.kinds("dpo") == ["instruction", "preference"]
+    assert alone.method == "lora"
+
+
+@pytest.mark.parametrize(
+    ("chain", "words"),
+    [
+        (["cpt", "dpoo"], ["there is no stage dpoo: did you mean dpo"]),
+        (["xyz"], ["there is no stage xyz: the stages are cpt, sft, dpo"]),
+        (["sft", "dpo", "sft"], ["the stage sft is named twice: remove one of them"]),
+        ([], ["chain"]),
+    ],
+    ids=["near", "unknown", "twice", "empty"],
+)
+def test_a_chain_names_known_stages_once(chain, words, tmp_path):
+    refused(tmp_path, words, chain)
+
+
+def test_a_stage_needs_its_block(tmp_path):
+    refused(tmp_path, ["chain has the stage cpt, and the block cpt is missing: add it"], ["cpt", "sft"], cpt=None)
+
+
+def test_a_block_of_a_stage_that_the_chain_lacks_is_kept(tmp_path):
+    assert recipe(tmp_path, ["sft"]).dpo is not None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("method", "full"), ("lora", {"r": 4})],
+    ids=["method", "lora"],
+)
+def test_a_later_stage_trains_the_weights_of_the_first_one(key, value, tmp_path):
+    words = [f"dpo.{key} has no effect, because dpo trains the weights of cpt further: set cpt.{key}"]
+    refused(tmp_path, words, ["cpt", "dpo"], {"dpo": NO_SFT}, dpo={key: value})
+
+
+def test_a_later_stage_may_repeat_the_method_and_the_adapter(tmp_path):
+    """The default recipe names the method in sft, which may come after cpt."""
+    same = recipe(tmp_path, ["cpt", "sft"], cpt={**CPT, "method": "lora", "lora": {"r": 16, "lora_alpha": 32}})
+    assert same.lora.r == 16
+
+
+def test_an_adapter_has_no_effect_with_the_method_full(tmp_path):
+    words = ["cpt.lora has no effect with cpt.method full: remove it, or choose lora or qlora"]
+    refused(tmp_path, words, ["cpt"], cpt={**CPT, "method": "full", "lora": {"r": 4}})
+
+
+# The gate.
+
+
+def test_every_stage_of_the_chain_has_a_gate(tmp_path):
+    content = {"extends": str(LOCAL), "chain": ["cpt"], "cpt": CPT}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RequestError, match=r"promotion.cpt is missing: .*base: \{document_loss: 0.0\}"):
+        load_recipe(path)
+
+
+def test_the_example_of_a_missing_gate_fits_the_rows_of_the_run(tmp_path):
+    content = yaml.safe_load(LOCAL.read_text())
+    del content["promotion"]["dpo"]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RequestError, match=r"promotion.dpo is missing: .*base: \{heldout_loss: 0.0\}"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("chain", "stage", "measure", "words"),
+    [
+        (["cpt", "sft"], "cpt", "heldout_loss", "no held-out questions to measure heldout_loss on: move the rule to promotion.sft"),
+        (["cpt"], "cpt", "heldout_loss", "no held-out questions to measure heldout_loss on: remove the rule"),
+        (["sft", "dpo"], "sft", "preference_margin", "no held-out pairs to measure preference_margin on: move the rule to promotion.dpo"),
+        (["sft"], "sft", "document_loss", "no held-out documents to measure document_loss on: remove the rule"),
+        (["sft", "cpt"], "sft", "document_loss", "no held-out documents to measure document_loss on: move the rule to promotion.cpt"),
+    ],
+)  # fmt: skip
+def test_a_rule_needs_rows_to_measure_on(chain, stage, measure, words, tmp_path):
+    path = f"promotion.{stage}.better_than.base: a run that ends with {stage} has "
+    refused(tmp_path, [path + words], chain, {stage: bounds(measure)})
+
+
+@pytest.mark.parametrize(
+    ("chain", "stage", "than"),
+    [(["cpt", "sft"], "cpt", "sft"), (["cpt", "sft"], "sft", "dpo"), (["cpt", "sft"], "cpt", "cpt"), (["dpo"], "dpo", "sft")],
+    ids=["after", "not in the chain", "itself", "inherited"],
+)  # fmt: skip
+def test_a_rule_compares_with_a_model_before_it(chain, stage, than, tmp_path):
+    measure = "document_loss" if stage == "cpt" else "heldout_loss"
+    words = [
+        f"promotion.{stage}.better_than.{than}: a run that ends with {stage} has no {than} model before it to compare with: "
+        f"remove the key {than}"
+    ]
+    refused(tmp_path, words, chain, {stage: bounds(measure, **{than: {measure: 0.0}})})
+
+
+def test_rules_of_stages_that_the_chain_lacks_are_not_judged(tmp_path):
+    """The gate of dpo compares with sft, and this chain has neither."""
+    assert recipe(tmp_path, ["cpt"]).promotion.dpo is not None
+
+
+def test_a_rule_may_compare_with_each_model_before_it(tmp_path):
+    gates = {
+        "sft": bounds("heldout_loss", cpt={"heldout_loss": 0.0}),
+        "dpo": {"not_worse_than": {"cpt": {"document_loss": 0.5}}},
+    }
+    found = recipe(tmp_path, ["cpt", "sft", "dpo"], gates)
+    assert found.promotion.sft.better_than.bounds("cpt") == {"heldout_loss": 0.0}
+
+
+# Keys that belong to cpt.
+
+
+def test_replay_needs_a_stage_that_trains_on_text(tmp_path):
+    replay = {"replay": {"path": "general.jsonl"}}
+    assert recipe(tmp_path, ["cpt"], data=replay).data.replay.share == 0.1
+    words = ["data.replay has no effect, because no stage of chain trains on text: remove it, or add cpt"]
+    refused(tmp_path, words, ["sft", "dpo"], data=replay)
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
+def test_the_share_of_replay_is_between_0_and_1(share, tmp_path):
+    refused(tmp_path, ["`data.replay.share`"], ["cpt"], data={"replay": {"path": "general.jsonl", "share": share}})
+
+
+@pytest.mark.parametrize(
+    ("block", "trains"),
+    [
+        ({}, False),
+        ({"lora": {"target_modules": ["q_proj", "v_proj"]}}, False),
+        ({"lora": {"modules_to_save": ["norm"]}}, False),
+        ({"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}, True),
+        ({"lora": {"target_modules": ["q_proj", "embed_tokens"]}}, True),
+        ({"lora": {"target_modules": ".*(q_proj|embed_tokens)"}}, True),
+        ({"method": "full"}, True),
+    ],
+    ids=["default", "layers", "other modules", "whole embeddings", "embeddings with an adapter", "pattern", "full"],
+)
+def test_a_rate_of_the_embeddings_needs_trained_embeddings(block, trains, tmp_path):
+    config = {**CPT, **block, "embedding_learning_rate": 1e-4}
+    if trains:
+        assert recipe(tmp_path, ["cpt"], cpt=config).cpt.embedding_learning_rate == 1e-4
+    else:
+        words = ["cpt.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or set cpt.lora.modules_to_save"]  # fmt: skip
+        refused(tmp_path, words, ["cpt"], cpt=config)
+
+
+def test_only_cpt_has_a_rate_of_the_embeddings(tmp_path):
+    refused(tmp_path, ["sft.embedding_learning_rate"], ["sft"], sft={"embedding_learning_rate": 1e-4})

@@ -1,0 +1,132 @@
+"""Plans of chains: the steps of each pipeline, and the hash of everything that decides a stage's result."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm_engineering.recipe.loading import load_recipe
+from tools.plan import planned_steps, preflight, stages_of, tokens_of
+
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+CPT = {"learning_rate": 1e-3, **STEPS, "eval_steps": 10, "save_steps": 10}
+GATE = {"better_than": {"base": {"document_loss": 0.0}, "incumbent": {"document_loss": 0.0}}}
+# The gates of the default recipe without the rules about the model of sft.
+NO_SFT = {"better_than": {"sft": {"preference_margin": None}}, "not_worse_than": {"sft": {"heldout_loss": None}}}
+
+TEXTS = ["read_documents", "collect_texts", "prepare_texts"]
+WRITTEN = ["read_documents", "generate_instructions", "prepare_instructions"]
+ANSWERED = ["generate_preferences", "prepare_preferences"]
+
+
+@pytest.fixture
+def recipe(tmp_path, small_llama):
+    """A function that makes a recipe of a chain with small documents; the arguments change its blocks."""
+    (tmp_path / "documents").mkdir()
+    for number in range(6):
+        (tmp_path / "documents" / f"{number}.txt").write_text(f"This is file {number}. " * 20)
+
+    def make(chain, **blocks):
+        path = tmp_path / "recipe.yaml"
+        gates = {"cpt": GATE} | ({} if "sft" in chain else {"dpo": NO_SFT})
+        content = {
+            "extends": str(LOCAL),
+            "model": {"name_or_path": str(small_llama)},
+            "documents": {"path": str(tmp_path / "documents")},
+            "formatting": {"chat_template": "chatml"},
+            "tracking": {"comet": "off"},
+            "compute": {"device": "cpu"},
+            "chain": chain,
+            "cpt": CPT,
+            "promotion": gates,
+        }
+        for key, value in blocks.items():
+            content[key] = {**content.get(key, {}), **value}
+        path.write_text(yaml.safe_dump(content))
+        return load_recipe(path)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("chain", "pipeline", "steps"),
+    [
+        (["cpt"], "cpt", [*TEXTS, "format_cpt", "train_cpt"]),
+        (["cpt"], "retrain", [*TEXTS, "format_cpt", "train_cpt"]),
+        (["sft"], "sft", [*WRITTEN, "format_sft", "train_sft"]),
+        # Evaluation reads the held-out questions, formatted as sft does it.
+        (["dpo"], "dpo", [*WRITTEN, *ANSWERED, "format_dpo", "train_dpo", "format_sft"]),
+        (["cpt", "sft"], "cpt", [*TEXTS, "format_cpt", "train_cpt"]),
+        (["cpt", "sft"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "format_sft", "train_sft"]),
+        (["cpt", "sft", "dpo"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "format_sft", "train_sft"]),
+        (
+            ["cpt", "sft", "dpo"],
+            "dpo",
+            [*TEXTS, *WRITTEN[1:], *ANSWERED, "format_cpt", "format_sft", "format_dpo", "train_dpo"],
+        ),
+        (
+            ["cpt", "sft", "dpo"],
+            "retrain",
+            [*TEXTS, *WRITTEN[1:], *ANSWERED, "format_cpt", "train_cpt", "format_sft", "train_sft", "format_dpo", "train_dpo"],
+        ),
+        (["sft", "cpt"], "cpt", [*WRITTEN, *TEXTS[1:], "format_sft", "format_cpt", "train_cpt"]),
+    ],
+)  # fmt: skip
+def test_steps_of_a_pipeline(chain, pipeline, steps, recipe):
+    found = planned_steps(pipeline, recipe(chain))
+    last = chain[-1] if pipeline == "retrain" else pipeline
+    assert found[-2:] == [f"evaluate_{last}", "promote"]
+    assert sorted(found[:-2]) == sorted(steps)
+    assert len(found) == len(set(found))
+
+
+def test_a_pipeline_trains_a_stage_of_the_chain_or_all(recipe):
+    made = recipe(["cpt", "sft"])
+    assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [["sft"], ["cpt", "sft"], []]
+
+
+def hashes(made):
+    return preflight(made)[1].recipes
+
+
+def test_a_stage_has_the_hash_of_its_block_and_of_all_blocks_before_it(recipe):
+    chain = ["cpt", "sft", "dpo"]
+    before = hashes(recipe(chain))
+    assert set(before) == set(chain)
+    assert len(set(before.values())) == 3
+
+    def changed(**blocks):
+        after = hashes(recipe(chain, **blocks))
+        return [stage for stage in chain if after[stage] != before[stage]]
+
+    assert changed(dpo={"beta": 0.3}) == ["dpo"]
+    assert changed(sft={"learning_rate": 1e-4}) == ["sft", "dpo"]
+    assert changed(cpt={"learning_rate": 1e-4}) == chain
+    assert changed(formatting={"max_length": 256}) == chain
+    assert changed(evaluation={"confidence": 0.9}) == []
+
+
+def test_the_general_dataset_decides_the_stages_from_cpt_on(recipe, tmp_path):
+    general = tmp_path / "general.jsonl"
+    general.write_text(json.dumps({"text": "Rain fell."}) + "\n")
+    replay = {"replay": {"path": str(general), "share": 0.1}}
+    chain = ["sft", "cpt"]
+    without, used = hashes(recipe(chain)), hashes(recipe(chain, data=replay))
+    assert without["sft"] == used["sft"]
+    assert without["cpt"] != used["cpt"]
+    general.write_text(json.dumps({"text": "Snow fell."}) + "\n")
+    assert hashes(recipe(chain, data=replay))["cpt"] != used["cpt"]
+
+
+def test_tokens_of_cpt_are_those_of_the_documents_and_the_replay(recipe, tmp_path):
+    general = tmp_path / "general.jsonl"
+    general.write_text(json.dumps({"text": "Rain fell."}) + "\n")
+    plain, _ = tokens_of(recipe(["cpt"]), "cpt")
+    characters = sum(len(file.read_text()) for file in (tmp_path / "documents").iterdir())
+    split = load_recipe(LOCAL).data.split
+    assert plain == pytest.approx((1 - split.validation_fraction - split.test_fraction) * characters / 4, rel=0.01)
+    mixed, source = tokens_of(recipe(["cpt"], data={"replay": {"path": str(general), "share": 0.5}}), "cpt")
+    assert mixed == pytest.approx(2 * plain)
+    assert source == "the size of 6 documents and the replay"
