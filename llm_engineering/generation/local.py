@@ -14,7 +14,7 @@ from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.generate import batches_by_length, generate_ids
+from llm_engineering.models.generate import SharedStart, batches_by_length, compute_shared_start, generate_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -70,14 +70,39 @@ class LocalModel:
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
         """Answer every request, in order. No request fails. Progress lines count `what`, e.g. `questions`."""
+        keys = [self._key(sampling, request) for request in requests]
+        prompts = [
+            str(self.tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False))
+            for request in requests
+        ]
+        return self._stored(keys, prompts, sampling, what, shares_start=False)
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling, what: str) -> list[Answer]:
+        """Continue every text, in order, without the chat template. No text fails.
+
+        The beginning that all prompts share, e.g. examples, is computed once. A completion ends before the first of
+        `sampling.stop`.
+        """
+        # As in the texts that the model was trained on, the BOS token comes first where the tokenizer writes one.
+        bos = self.tokenizer.bos_token_id
+        begin = str(self.tokenizer.bos_token) if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else ""
+        keys = [self._key(sampling, prompt) for prompt in prompts]
+        texts = [begin + prompt for prompt in prompts]
+        answers = self._stored(keys, texts, sampling, what, shares_start=True)
+        return [Answer(_until(answer.text, sampling.stop)) for answer in answers]
+
+    def _key(self, sampling: Sampling, request: Messages | str) -> str:
+        """The key of a request's answer in the store: a hash of everything that the answer depends on."""
         # Greedy answers do not depend on the seed.
         seed = sampling.seed if sampling.temperature else 0
         settings = [self.identity, sampling.max_new_tokens, list(sampling.stop), sampling.temperature, seed]
-        keys = [hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24] for request in requests]
-        prompts = {
-            key: str(self.tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False))
-            for key, request in zip(keys, requests, strict=True)
-        }
+        return hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24]
+
+    def _stored(
+        self, keys: Sequence[str], texts: Sequence[str], sampling: Sampling, what: str, *, shares_start: bool
+    ) -> list[Answer]:
+        """The answer to each text from the store; missing ones are generated and stored first."""
+        prompts = dict(zip(keys, texts, strict=True))
         # Prompts of similar length share a batch, which saves padding. Batches are formed from all prompts, stored ones
         # included: rounding depends on the batch, and a run that is killed and restarted must give the same answers.
         order = sorted(prompts)
@@ -88,14 +113,26 @@ class LocalModel:
         if count < len(order):
             logger.info("%d of %d %s are stored already", len(order) - count, len(order), what)
         progress = Progress(what, count)
+        # As the batches, the shared beginning is that of all prompts, stored ones included.
+        start = (
+            compute_shared_start(self.model, self._ids([prompts[key] for key in order]))
+            if shares_start and missing
+            else None
+        )
         with self.store:
             for batch in missing:
-                texts = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16))
-                self.store.add({key: Reply(text) for key, text in zip(batch, texts, strict=True)})
+                new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), start)
+                self.store.add({key: Reply(text) for key, text in zip(batch, new, strict=True)})
                 progress.advance(len(batch))
         return [Answer(self.store.answers[key].text) for key in keys]
 
-    def _generate(self, prompts: list[str], sampling: Sampling, seed: int) -> list[str]:
+    def _ids(self, prompts: list[str]) -> list[list[int]]:
+        # The prompts hold their special tokens as text.
+        return list(self.tokenizer(prompts, add_special_tokens=False)["input_ids"])
+
+    def _generate(
+        self, prompts: list[str], sampling: Sampling, seed: int, start: SharedStart | None = None
+    ) -> list[str]:
         # top_k 0 and top_p 1 sample from the whole distribution, whatever the model's generation config says.
         sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode(), torch.random.fork_rng():
@@ -104,9 +141,17 @@ class LocalModel:
             new = generate_ids(
                 self.model,
                 self.tokenizer,
-                self.tokenizer(prompts, add_special_tokens=False)["input_ids"],
+                self._ids(prompts),
                 sampling.max_new_tokens,
+                start,
                 **(sampled if sampling.temperature else {"do_sample": False}),
                 **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
             )
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    for string in stop:
+        text = text.partition(string)[0]
+    return text.strip()

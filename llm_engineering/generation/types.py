@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Messages = list[dict[str, str]]
 
@@ -19,7 +19,7 @@ class Sampling:
         temperature: 0 is greedy decoding, 1 samples from the model's own distribution, None takes the endpoint's
             default.
         seed: with a temperature above 0, each seed gives different answers.
-        stop: strings that end an answer of the local model. The answer includes the string.
+        stop: strings that end an answer of the local model. An answer includes the string, a completion does not.
         json_field: ask for a JSON object with only this text field, and take its value as the answer. Used with
             clients that write JSON.
     """
@@ -68,6 +68,21 @@ class Client(Protocol):
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> Sequence[Answer | Failure]:
         """Answer every request, in order. Progress lines count `what`, e.g. `questions`."""
+        ...
+
+
+@runtime_checkable
+class Completer(Protocol):
+    """Continues texts with one model, without a chat template.
+
+    Attributes:
+        identity: the model, and everything else besides the text that its completions depend on.
+    """
+
+    identity: str
+
+    def complete(self, prompts: Sequence[str], sampling: Sampling, what: str) -> Sequence[Answer]:
+        """Continue every text, in order, up to a stop string of `sampling`. Progress lines count `what`."""
         ...
 
 
