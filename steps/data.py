@@ -26,11 +26,13 @@ from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.documents.texts import document_rows, replay_rows
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.generation.facts import generate_facts, questions_asked
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
 from llm_engineering.generation.open import open_client
 from llm_engineering.generation.preferences import generate_preferences as generate_from_rows
 from llm_engineering.generation.prompts import PROMPT_FILES
+from llm_engineering.generation.types import Completer
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ReplayConfig, SplitConfig
@@ -66,13 +68,19 @@ def generate_instructions(
     writing: InstructionWriting,
     seed: int,
 ) -> Annotated[DatasetDict, "instruction_candidates"]:
-    """Cut the documents into passages, and write an instruction for each one with the client."""
+    """Cut the documents into passages, and write instructions for them with the client."""
     ledger = Ledger.load(documents)
     passages, rejected = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
     ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
     writer = open_client(client, model, compute, Settings(), chat_template)
-    rows, rejected = generate_from_passages(passages, writer, writing, seed)
-    ledger.record("instruction", len(passages), len(rows), rejected)
+    if writing.questions == "fact":
+        # The recipe allows only the local model here.
+        assert isinstance(writer, Completer)
+        rows, rejected = generate_facts(passages, writer, writing)
+        ledger.record("instruction", questions_asked(passages), len(rows), rejected)
+    else:
+        rows, rejected = generate_from_passages(passages, writer, writing, seed)
+        ledger.record("instruction", len(passages), len(rows), rejected)
     prompts = prompt_versions(writer, writing)
     log_rows("instruction_candidates", ledger, "instruction", generated_by=writer.identity, prompts=prompts)
     return DatasetDict(rows=instruction_dataset(rows), **ledger.datasets())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "prompts"
 PROMPT_FILES = tuple(sorted(FOLDER.glob("*.txt")))
+# Files with examples of a sentence, a question and its answer. The second one asks in other words than the sentence.
+FACT_EXAMPLES = ("fact", "fact_reworded")
 
 
 def read_prompt(name: str) -> str:

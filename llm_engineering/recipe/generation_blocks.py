@@ -72,12 +72,15 @@ Style = Literal["question", "task", "how_to"]
 
 
 class InstructionWriting(Block):
-    """How passages become instruction rows: the style of each question, and who writes the answer.
+    """How passages become instruction rows: what is asked, the style of each question, and who writes the answer.
 
+    With `questions: passage` the question is about the whole passage. With `fact` each passage is a sentence, the model
+    continues examples with a question about one fact, and the answer is a few words of the sentence.
     `styles` are weights; a style is drawn for each passage with the seed. With `answers: document` the answer is the
     passage, word for word; with `model` the client writes the answer from the passage.
     """
 
+    questions: Literal["passage", "fact"] = "passage"
     question_max_new_tokens: int = Field(32, ge=1)
     styles: dict[Style, Annotated[float, Field(ge=0)]] = {"question": 1.0}  # noqa: RUF012 — pydantic copies defaults
     answers: Literal["document", "model"] = "document"
@@ -85,6 +88,13 @@ class InstructionWriting(Block):
 
     @model_validator(mode="after")
     def _writing(self) -> Self:
+        if self.questions == "fact":
+            for name in ("answers", "styles", "answer_max_new_tokens"):
+                if getattr(self, name) != InstructionWriting.model_fields[name].default:
+                    raise ValueError(
+                        f"{name} has no effect with questions fact, whose answers are words of the sentence: remove it, or "
+                        "set questions to passage"
+                    )
         if not sum(self.styles.values()):
             raise ValueError("styles has no weight above 0, so nothing would be generated: set one, e.g. {question: 1}")
         if self.answers == "document" and self.answer_max_new_tokens is not None:
@@ -107,6 +117,15 @@ class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
     """How datasets are written from documents. A step gets only the parts that it uses, so that
     a change of another part does not invalidate its cached result.
     """
+
+    @model_validator(mode="after")
+    def _questions(self) -> Self:
+        if self.questions == "fact" and self.client != "local":
+            raise ValueError(
+                f"questions fact needs client local, because the model continues a text and client {self.client} answers "
+                "messages: set questions to passage, or client to local"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rejected_by(self) -> Self:

@@ -381,6 +381,10 @@ def test_keys_are_sent_but_never_stored_or_logged(settings, caplog):
         ({"styles": {"question": -1}}, "greater than or equal to 0"),
         ({"answers": "model"}, "with `answers: model`, answer_max_new_tokens must be set"),
         ({"answer_max_new_tokens": 100}, "no effect with answers document"),
+        ({"questions": "fact", "answers": "model"}, "answers has no effect with questions fact"),
+        ({"questions": "fact", "styles": {"task": 1}}, "styles has no effect with questions fact"),
+        ({"questions": "fact", "answer_max_new_tokens": 9}, "answer_max_new_tokens has no effect with questions fact"),
+        ({"questions": "fact", "client": "openai", "model": "m"}, "questions fact needs client local"),
     ],
 )
 def test_contradictory_settings_are_refused(keys, words):
