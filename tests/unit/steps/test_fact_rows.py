@@ -1,0 +1,46 @@
+"""The step that generates instructions counts every question about a fact."""
+
+from datasets import Dataset, DatasetDict
+
+import steps.data
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.generation.prompts import FACT_EXAMPLES
+from llm_engineering.generation.types import Answer
+from llm_engineering.recipe.data_blocks import DocumentsConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
+from llm_engineering.recipe.training_blocks import ModelConfig
+from tests.tiny_models import CPU
+
+SENTENCE = "The Amber Bell of Corvin was cast long ago by the smith Odo Renn, who lived by the river."
+
+
+class Asked:
+    identity = "scripted"
+
+    def complete(self, prompts, sampling, what):
+        return [Answer("Who cast the Amber Bell?\nAnswer: Odo Renn") for _ in prompts]
+
+
+def test_each_sentence_counts_once_for_each_file_of_examples(monkeypatch):
+    logged = []
+    monkeypatch.setattr(steps.data, "open_client", lambda *arguments: Asked())
+    monkeypatch.setattr(steps.data, "log_rows", lambda *arguments, **facts: logged.append(facts["prompts"]))
+    documents = DatasetDict(
+        documents=Dataset.from_list([{"id": "1", "source": "doc.md", "title": "Bells", "text": SENTENCE}]),
+        **Ledger().datasets(),
+    )
+    made = steps.data.generate_instructions.entrypoint(
+        documents=documents,
+        config=DocumentsConfig(passage_min_chars=10),
+        model=ModelConfig(),
+        chat_template=None,
+        compute=CPU,
+        client=ClientConfig(),
+        writing=InstructionWriting(questions="fact"),
+        seed=1,
+    )
+    assert len(made["rows"]) == 1
+    counts = {count["stage"]: (count["read"], count["kept"]) for count in made["counts"]}
+    assert counts["instruction"] == (2, 1)
+    assert [row["reason"] for row in made["quarantine"]] == ["repeated_question"]
+    assert tuple(logged[0]) == FACT_EXAMPLES
