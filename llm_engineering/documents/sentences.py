@@ -29,6 +29,8 @@ _LAST_WORD = re.compile(r"[^\s\"'“‘«(\[]+$")
 _SPEECH = re.compile(
     r"(?:[A-Z]\w+\s){1,3}(?:said|says|asked|asks|answered|answers|replied|replies|cried|cries|called|calls|wrote|writes)\b"
 )
+# Characters before and after a full stop that decide whether it ends a sentence: more than a word, or a name and a verb.
+_CONTEXT_CHARS = 80
 # Abbreviations before a name or in the middle of a sentence.
 _NEVER_LAST = frozenset([
     "mr", "mrs", "ms", "mx", "dr", "prof", "st", "messrs", "capt", "col", "gen", "lt", "sgt", "rev", "hon", "mt",
@@ -150,21 +152,25 @@ def _marks(text: str, start: int, end: int) -> set[int]:
 def _borders(text: str) -> Iterator[int]:
     """Where the second and every later sentence of a paragraph begins."""
     is_balanced = text.count('"') % 2 == 0 and text.count("“") == text.count("”")
+    straight = opened = read = 0
     for match in _END.finditer(text):
-        before = text[: match.end()]
-        is_quoted = is_balanced and (before.count('"') % 2 == 1 or before.count("“") > before.count("”"))
+        part = text[read : match.end()]
+        read = match.end()
+        straight += part.count('"')
+        opened += part.count("“") - part.count("”")
+        is_quoted = is_balanced and (straight % 2 == 1 or opened > 0)
         if not is_quoted and not _continues(text, match):
             yield match.end()
 
 
 def _continues(text: str, match: re.Match[str]) -> bool:
     """Whether a full stop, an exclamation mark or a question mark is inside a sentence."""
-    mark, following = match[0].rstrip(), text[match.end() :]
+    mark, following = match[0].rstrip(), text[match.end() : match.end() + _CONTEXT_CHARS]
     if mark[-1] in '"”»' and mark[0] in "!?" and _SPEECH.match(following):
         return True
     if mark != ".":
         return False
-    found = _LAST_WORD.search(text[: match.start()])
+    found = _LAST_WORD.search(text[max(0, match.start() - _CONTEXT_CHARS) : match.start()])
     word = found[0] if found else ""
     if word.casefold() in _NEVER_LAST:
         return True
