@@ -83,8 +83,10 @@ class _Datasets:
         return self._documents
 
     def _texts(self) -> Any:
-        data = self.recipe.data
-        return collect_texts(self.documents(), data.replay, data.split, self.inputs.replay)
+        recipe, data = self.recipe, self.recipe.data
+        return collect_texts(
+            self.documents(), recipe.documents, recipe.seed, data.replay, data.split, self.inputs.replay
+        )
 
     def _instructions(self) -> Any:
         recipe, data = self.recipe, self.recipe.data
@@ -99,6 +101,8 @@ class _Datasets:
             recipe.generation.part(ClientConfig),
             recipe.generation.part(InstructionWriting),
             recipe.seed,
+            data.replay_instructions,
+            self.inputs.replay_instructions,
         )
 
     def _preferences(self) -> Any:
@@ -119,7 +123,8 @@ class _Datasets:
     def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:
         data = self.recipe.data
         step = load.with_options(substitutions={"kind": kind})
-        return step(kind, path, test_path, data.format, data.columns, content_hash, id=f"load_{kind}s")
+        replay = (data.replay_instructions, self.inputs.replay_instructions) if kind == "instruction" else (None, None)
+        return step(kind, path, test_path, data.format, data.columns, content_hash, *replay, id=f"load_{kind}s")
 
 
 def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbent: Any) -> None:

@@ -7,7 +7,7 @@ class Inputs(BaseModel):
     """Inputs of a run that are not in its recipe. Files are hashes, so that a changed file is a changed parameter.
 
     Attributes:
-        documents, instructions, preferences, replay: hash of the files that the recipe names, with their test splits;
+        documents, instructions, preferences, replay, replay_instructions: hash of the files that the recipe names, with their test splits;
             None if it names none.
         evaluation: hash of the files in `data.decontaminate_against`; None if there are none.
         checks: hash of the user's own check and the folder of lm-eval's tasks; None if there are none.
@@ -22,6 +22,7 @@ class Inputs(BaseModel):
     instructions: str | None
     preferences: str | None
     replay: str | None
+    replay_instructions: str | None = None
     evaluation: str | None
     checks: str | None
     exam: str | None = None

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 from datasets import Dataset, DatasetDict
 
-from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.load import load_evaluation, load_rows
 from llm_engineering.data.prepare import check_splits
 from llm_engineering.data.prepare import prepare as prepare_rows
 from llm_engineering.data.rows import (
     FEATURES,
     SPLITS,
+    InstructionRow,
     instruction_dataset,
     instruction_row,
     preference_dataset,
@@ -24,7 +25,8 @@ from llm_engineering.documents.fingerprints import dataset_fingerprints, documen
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
-from llm_engineering.documents.texts import document_rows, replay_rows
+from llm_engineering.documents.replay import replayed_instructions
+from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.generation.facts import generate_facts, questions_asked
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
@@ -67,8 +69,13 @@ def generate_instructions(
     client: ClientConfig,
     writing: InstructionWriting,
     seed: int,
+    replay: str | None,
+    replay_hash: str | None,
 ) -> Annotated[DatasetDict, "instruction_candidates"]:
-    """Cut the documents into passages, and write instructions for them with the client."""
+    """Cut the documents into passages, write instructions for them with the client, and add the general rows.
+
+    `replay_hash` is of the dataset `replay`.
+    """
     ledger = Ledger.load(documents)
     passages, rejected = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
     ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
@@ -77,13 +84,19 @@ def generate_instructions(
         # The recipe allows only the local model here.
         assert isinstance(writer, Completer)
         rows, rejected = generate_facts(passages, writer, writing)
-        ledger.record("instruction", questions_asked(passages), len(rows), rejected)
+        read = questions_asked(passages)
     else:
         rows, rejected = generate_from_passages(passages, writer, writing, seed)
-        ledger.record("instruction", len(passages), len(rows), rejected)
+        read = len(passages)
+    general = list(replayed_instructions(replay))
+    rows += [row for row in general if isinstance(row, InstructionRow)]
+    rejected += [row for row in general if isinstance(row, Quarantined)]
+    ledger.record("instruction", read + len(general), len(rows), rejected)
     prompts = prompt_versions(writer, writing)
-    log_rows("instruction_candidates", ledger, "instruction", generated_by=writer.identity, prompts=prompts)
-    return DatasetDict(rows=instruction_dataset(rows), **ledger.datasets())
+    facts = {"replay_hash": replay_hash} if replay_hash is not None else {}
+    log_rows("instruction_candidates", ledger, "instruction", generated_by=writer.identity, prompts=prompts, **facts)
+    sources = fingerprint_table(dataset_fingerprints([replay]))
+    return DatasetDict(rows=instruction_dataset(rows), sources=sources, **ledger.datasets())
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
@@ -113,11 +126,25 @@ def generate_preferences(
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def collect_texts(
-    documents: DatasetDict, replay: ReplayConfig | None, split: SplitConfig, content_hash: str | None
+    documents: DatasetDict,
+    config: DocumentsConfig,
+    seed: int,
+    replay: ReplayConfig | None,
+    split: SplitConfig,
+    content_hash: str | None,
 ) -> Annotated[DatasetDict, "text_candidates"]:
-    """Make a text row of each document, and add the share of the general dataset. `content_hash` is of that dataset."""
+    """Make a text row of each document or of each sentence, and add the share of the general dataset.
+
+    `content_hash` is of that dataset.
+    """
     ledger = Ledger.load(documents)
-    rows = document_rows([Document.model_validate(d) for d in documents["documents"]])
+    read = [Document.model_validate(d) for d in documents["documents"]]
+    if config.unit == "sentence":
+        passages, rejected = cut_passages(read, config, seed)
+        ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
+        rows = sentence_rows(passages)
+    else:
+        rows = document_rows(read)
     replayed, rejected = replay_rows(replay, rows, split) if replay is not None else ([], [])
     ledger.record("text", len(rows) + len(replayed) + len(rejected), len(rows) + len(replayed), rejected)
     facts = {"content_hash": content_hash} if content_hash is not None else {}
@@ -129,18 +156,26 @@ def collect_texts(
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def load(
-    kind: str, path: str, test_path: str | None, format_name: str | None, columns: dict[str, str], content_hash: str
+    kind: str,
+    path: str,
+    test_path: str | None,
+    format_name: str | None,
+    columns: dict[str, str],
+    content_hash: str,
+    replay: str | None,
+    replay_hash: str | None,
 ) -> Annotated[DatasetDict, "{kind}_candidates"]:
-    """Read the user's own dataset of a kind and its test split."""
+    """Read the user's own dataset of a kind and its test split, and add the general rows. `replay_hash` is of those."""
     data = DataConfig.model_validate({"format": format_name, "columns": columns})
     ledger = Ledger()
     folder = work_folder()
-    loaded = load_rows(path, kind, data, folder / "rows.arrow", ledger)
+    loaded = load_rows(path, kind, data, folder / "rows.arrow", ledger, more=replayed_instructions(replay))
     candidates = DatasetDict(rows=loaded.rows)
     if test_path is not None:
         candidates["test_rows"] = load_rows(test_path, kind, data, folder / "test.arrow", ledger, "_test").rows
-    log_rows(f"{kind}_candidates", ledger, kind, path=path, content_hash=content_hash, format=loaded.format)
-    sources = fingerprint_table(dataset_fingerprints([path, test_path]))
+    facts = {"replay_hash": replay_hash} if replay_hash is not None else {}
+    log_rows(f"{kind}_candidates", ledger, kind, path=path, content_hash=content_hash, format=loaded.format, **facts)
+    sources = fingerprint_table(dataset_fingerprints([path, test_path, replay]))
     return DatasetDict(**candidates, sources=sources, **ledger.datasets())
 
 

@@ -23,6 +23,7 @@ from llm_engineering.data.formats import dataset_hash, open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import documents_hash, read_documents
+from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
@@ -147,6 +148,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     if data.replay is not None:
         check_replay(data.replay)
         replay = dataset_hash(data.replay.path)
+    replay_instructions = check_replayed_instructions(data.replay_instructions)
     check_evaluation(data.decontaminate_against)
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
@@ -176,10 +178,15 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         instructions=instructions,
         preferences=preferences,
         replay=replay,
+        replay_instructions=replay_instructions,
         evaluation=evaluation,
         checks=checks,
         exam=exam,
-        recipes=_stage_hashes(recipe, shared, {"preferences": preferences, "replay": replay}),
+        recipes=_stage_hashes(
+            recipe,
+            shared,
+            {"preferences": preferences, "replay": replay, "replay_instructions": replay_instructions},
+        ),
         code=code_version(),
     )
 
@@ -197,6 +204,9 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | N
         decided[stage] = recipe.block(stage).model_dump(mode="json")
         if STAGES[stage].rows == "preference":
             decided["preferences"] = own["preferences"]
+        # Pairs are written for the instructions that are left after duplicates, also those of general rows, are dropped.
+        if STAGES[stage].rows == "instruction" or (STAGES[stage].rows == "preference" and not own["preferences"]):
+            decided["replay_instructions"] = own["replay_instructions"]
         if STAGES[stage].rows == "text":
             decided["replay"] = [own["replay"], recipe.data.replay.model_dump() if recipe.data.replay else None]
         hashes[stage] = recipe_hash(decided)
@@ -328,9 +338,13 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
     share = 1 - split.validation_fraction - split.test_fraction
     if kind == "text":
         texts, _ = read_documents(recipe.documents)
-        tokens = share * sum(len(text.text) for text in texts) / CHARACTERS_PER_TOKEN
+        by_sentence = recipe.documents.unit == "sentence"
+        parts = cut_passages(texts, recipe.documents, recipe.seed)[0] if by_sentence else texts
+        tokens = share * sum(len(part.text) for part in parts) / CHARACTERS_PER_TOKEN
         replayed = recipe.data.replay.share if recipe.data.replay is not None else 0.0
-        return tokens / (1 - replayed), f"the size of {len(texts)} documents" + (" and the replay" if replayed else "")
+        return tokens / (1 - replayed), f"the size of {len(parts)} {'sentences' if by_sentence else 'documents'}" + (
+            " and the replay" if replayed else ""
+        )
     own = recipe.data.instructions if kind == "instruction" else recipe.data.preferences
     if own is not None:
         return _own_tokens(own, share)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from llm_engineering.data.files import Record
 from llm_engineering.data.formats import OpenedDataset, UnknownFormatError, open_dataset
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import FEATURES
+from llm_engineering.data.rows import FEATURES, Row
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.sources import open_records
 from llm_engineering.data.storage import TableWriter
@@ -30,7 +31,13 @@ class Loaded(NamedTuple):
 
 
 def load_rows(
-    reference: str, kind: str | None, config: DataConfig, path: Path, ledger: Ledger, suffix: str = ""
+    reference: str,
+    kind: str | None,
+    config: DataConfig,
+    path: Path,
+    ledger: Ledger,
+    suffix: str = "",
+    more: Iterable[Row | Quarantined] = (),
 ) -> Loaded:
     """Read all rows of a dataset into an Arrow file. Rows that cannot be read are quarantined.
 
@@ -38,6 +45,7 @@ def load_rows(
         kind: `instruction` or `preference`; None detects it.
         path: the file to write.
         suffix: text after the kind in the name of the ledger's stage, e.g. `_test`.
+        more: rows of another source, which follow those of the dataset.
 
     Raises:
         RequestError: the dataset is missing, empty or in no known format, or it fits several formats.
@@ -46,7 +54,7 @@ def load_rows(
     stage = opened.kind + suffix
     read = 0
     with TableWriter(path, FEATURES[opened.kind]) as table:
-        for row in opened.rows:
+        for row in chain(opened.rows, more):
             read += 1
             if isinstance(row, Quarantined):
                 ledger.set_aside([row.model_copy(update={"stage": stage})])

@@ -50,7 +50,7 @@ class _Row(BaseModel):
 
     Attributes:
         source: the file and the place in it, or the document and its characters, that the row was made from.
-        origin: who wrote the answer: `human`, `document`, or the name of a model; `unknown` if the file does not say.
+        origin: who wrote the answer: `human`, `document`, `replay`, or the name of a model; `unknown` if the file does not say.
         document: the source document; rows of one document go to the same split. Empty if there is none.
     """
 
@@ -116,7 +116,7 @@ class PreferenceRow(_Row):
 Row = TextRow | InstructionRow | PreferenceRow
 # The class of the rows of each kind.
 ROW_CLASSES: dict[str, type[Row]] = {"text": TextRow, "instruction": InstructionRow, "preference": PreferenceRow}
-# The origin of rows of `data.replay`.
+# The origin of rows of `data.replay` and `data.replay_instructions`. They are only trained on.
 REPLAY = "replay"
 # These functions read a record of a dataset.
 instruction_row = InstructionRow.model_validate

@@ -11,7 +11,8 @@ from datasets import Dataset, Features, Value
 from llm_engineering.data.rows import to_dataset
 from llm_engineering.data.sources import dataset_files, dataset_hash
 from llm_engineering.documents.read import documents_hash, named_files
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
+from llm_engineering.documents.replay import EMBEDDED_FILE
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, DocumentsConfig
 from llm_engineering.recipe.recipe import Recipe
 
 _FEATURES = Features({"file": Value("string"), "sha256": Value("string")})
@@ -32,6 +33,9 @@ def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for reference in filter(None, references):
+        if reference == EMBEDDED_GENERAL:
+            found |= _fingerprints({reference: EMBEDDED_FILE})
+            continue
         files = dataset_files(reference)
         found |= (
             {reference: dataset_hash(reference)}
@@ -53,7 +57,7 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
     if artifact == "text_candidates":
         return dataset_fingerprints([data.replay.path if data.replay is not None else None])
     if artifact == "instruction_candidates":
-        return dataset_fingerprints([data.instructions, data.test_instructions])
+        return dataset_fingerprints([data.instructions, data.test_instructions, data.replay_instructions])
     return dataset_fingerprints([data.preferences, data.test_preferences])
 
 

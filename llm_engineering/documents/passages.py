@@ -1,10 +1,14 @@
-"""Cuts documents into passages at paragraph and sentence borders, and keeps the passages that are prose."""
+"""Cuts documents into passages at paragraph and sentence borders, and keeps the passages that are prose.
+
+With `documents.unit: sentence` a passage is a single sentence, and those that name something are kept.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
@@ -13,11 +17,14 @@ from semantic_text_splitter import TextSplitter
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.documents.read import Document
+from llm_engineering.documents.sentences import names_something, sentences
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 
 # A passage with a smaller share of letters and spaces is a table, code or grammar. Chosen on the Python reference: 0.85
 # keeps prose with inline code, and removes operator tables and listings.
 MIN_PROSE_SHARE = 0.85
+# A sentence with fewer words is a label or an exclamation.
+MIN_SENTENCE_WORDS = 4
 # Documents whose lines with `#` are headings. HTML headings are read as such lines.
 _WITH_HEADINGS = (".md", ".markdown", ".html", ".htm")
 _HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
@@ -49,13 +56,18 @@ def cut_passages(
 ) -> tuple[list[Passage], list[Quarantined]]:
     """Cut all documents. Passages that are no prose, too short or repeated are quarantined.
 
+    Sentences are quarantined if they are too short, too long or repeated, or name nothing.
     With `max_passages`, that many passages are drawn with the seed, and the others are quarantined as `not_drawn`.
     """
     kept: list[Passage] = []
     quarantine: list[Quarantined] = []
     first_place: dict[str, str] = {}
-    for passage in chunks(documents, config):
-        reason, detail = _problem(passage.text, config.passage_min_chars)
+    by_sentence = config.unit == "sentence"
+    for passage in _sentences(documents) if by_sentence else chunks(documents, config):
+        if by_sentence:
+            reason, detail = _sentence_problem(passage.text, config.passage_max_chars)
+        else:
+            reason, detail = _problem(passage.text, config.passage_min_chars)
         if not reason and passage.id in first_place:
             reason, detail = "exact_duplicate", f"first seen in {first_place[passage.id]}"
         if reason:
@@ -72,28 +84,45 @@ def cut_passages(
 
 
 def chunks(documents: Sequence[Document], config: DocumentsConfig) -> list[Passage]:
-    """Cut all documents, and keep every passage, also tables, short ones and repetitions. Retrieval searches these."""
-    splitter = TextSplitter((config.passage_min_chars, config.passage_max_chars))
+    """Cut all documents, and keep every passage, also tables, short ones and repetitions. Retrieval searches these.
+
+    `documents.unit` does not matter here: an answer often needs the sentences around it.
+    """
+    splitter = TextSplitter((min(config.passage_min_chars, config.passage_max_chars), config.passage_max_chars))
     passages = []
     for document in documents:
         for title, start, chunk in _chunks(document, splitter):
             text = re.sub(r"\s+", " ", chunk).strip()
-            passages.append(
-                Passage(
-                    id=hashlib.sha256(text.encode()).hexdigest()[:16],
-                    document=document.source,
-                    title=title,
-                    start=start,
-                    end=start + len(chunk),
-                    text=text,
-                )
-            )
+            passages.append(_passage(document, title, start, start + len(chunk), text))
     return passages
+
+
+def _sentences(documents: Sequence[Document]) -> Iterator[Passage]:
+    for document in documents:
+        headings = _headings(document)
+        borders = [heading.start() for heading in headings]
+        for start, end, text in sentences(document.text, _has_headings(document)):
+            section = bisect_right(borders, start)
+            title = _section_title(document.title, headings[section - 1][1]) if section else document.title
+            yield _passage(document, title, start, end, text)
+
+
+def _passage(document: Document, title: str, start: int, end: int, text: str) -> Passage:
+    number = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Passage(id=number, document=document.source, title=title, start=start, end=end, text=text)
+
+
+def _has_headings(document: Document) -> bool:
+    return PurePath(document.source).suffix in _WITH_HEADINGS
+
+
+def _headings(document: Document) -> list[re.Match[str]]:
+    return list(_HEADING.finditer(document.text)) if _has_headings(document) else []
 
 
 def _chunks(document: Document, splitter: TextSplitter) -> Iterator[tuple[str, int, str]]:
     """Title, position and text of each piece. A heading is the title of its section and not a part of the text."""
-    headings = list(_HEADING.finditer(document.text)) if PurePath(document.source).suffix in _WITH_HEADINGS else []
+    headings = _headings(document)
     borders = [(0, document.title), *((h.end(), _section_title(document.title, h[1])) for h in headings)]
     ends = [*(h.start() for h in headings), len(document.text)]
     for (start, title), end in zip(borders, ends, strict=True):
@@ -113,6 +142,17 @@ def _problem(text: str, min_chars: int) -> tuple[str, str]:
         return "not_prose", f"{share:.2f} of it is letters and spaces"
     if not (text[0].isupper() or text[0] in "\"'“‘(") or text[-1] not in ".!?\"'”’)":
         return "cut_mid_sentence", "does not start and end like a sentence"
+    return "", ""
+
+
+def _sentence_problem(text: str, max_chars: int) -> tuple[str, str]:
+    words = len(text.split())
+    if words < MIN_SENTENCE_WORDS:
+        return "too_short", f"{words} words, a sentence needs {MIN_SENTENCE_WORDS}"
+    if len(text) > max_chars:
+        return "too_long", f"{len(text)} characters, documents.passage_max_chars is {max_chars}"
+    if not names_something(text):
+        return "names_nothing", "no word after the first one begins with a capital"
     return "", ""
 
 

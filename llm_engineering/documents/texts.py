@@ -1,4 +1,4 @@
-"""Makes the text rows of continued pre-training: whole documents, and a share of a general dataset."""
+"""Makes the text rows of continued pre-training: whole documents or single sentences, and a share of a general dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from llm_engineering.data.files import BrokenRecord
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import REPLAY, TextRow, split_key, split_of
 from llm_engineering.data.sources import open_records
+from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.read import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import ReplayConfig, SplitConfig
@@ -21,6 +22,19 @@ def document_rows(documents: Sequence[Document]) -> list[TextRow]:
     return [
         TextRow(text=document.text, source=document.source, origin="document", document=document.source)
         for document in documents
+    ]
+
+
+def sentence_rows(passages: Sequence[Passage]) -> list[TextRow]:
+    """A row for each sentence. All sentences of a document are in the split of the document."""
+    return [
+        TextRow(
+            text=passage.text,
+            source=f"{passage.document}:{passage.place}",
+            origin="document",
+            document=passage.document,
+        )
+        for passage in passages
     ]
 
 

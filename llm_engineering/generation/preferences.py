@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow
 from llm_engineering.generation.instructions import FROM_DOCUMENT, RAW_CHARS
 from llm_engineering.generation.types import Client, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import PreferenceWriting
@@ -25,6 +25,7 @@ def generate_preferences(
     A row that gets no rejected answer is quarantined with the reason.
 
     A row whose origin says that the document is its answer must repeat the document word for word, up to white space.
+    Rows of `data.replay_instructions` get none either: their answers are not what the model shall learn to prefer.
     With `max_preferences`, the seed draws that many of the usable rows.
 
     Args:
@@ -35,6 +36,9 @@ def generate_preferences(
     quarantine: list[Quarantined] = []
     usable: list[InstructionRow] = []
     for row in rows:
+        if row.origin == REPLAY:
+            quarantine.append(_quarantined(row, "replay", "a row of data.replay_instructions is only for instructions"))
+            continue
         is_verbatim = _one_spaced(row.completion[0].content) in searched.get(row.document, "")
         if documents and row.origin.endswith(FROM_DOCUMENT) and not is_verbatim:
             detail = f"the chosen answer is not in {row.document}"

@@ -13,18 +13,27 @@ EMBEDDED_DOCUMENTS = "embedded:python-reference"
 EMBEDDED_HANDBOOK = "embedded:handbook"
 
 
+# General questions with their answers, for `data.replay_instructions`. They are others than those of the exam's control.
+EMBEDDED_GENERAL = "embedded:general"
+
+
 class DocumentsConfig(Block):
-    """The documents to read, and how they are cut into passages."""
+    """The documents to read, and how they are cut into passages.
+
+    With the unit `sentence` every sentence that names something is a passage, for generated instructions and for the texts
+    of continued pre-training. With `passage` the texts are whole documents.
+    """
 
     path: str = EMBEDDED_DOCUMENTS
     text_field: str | None = None
+    unit: Literal["passage", "sentence"] = "passage"
     passage_min_chars: int = Field(200, ge=1)
     passage_max_chars: int = Field(500, ge=20)
     max_passages: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
-        if self.passage_min_chars > self.passage_max_chars:
+        if self.unit == "passage" and self.passage_min_chars > self.passage_max_chars:
             raise ValueError(
                 f"passage_min_chars ({self.passage_min_chars}) is larger than passage_max_chars "
                 f"({self.passage_max_chars}): no passage could be kept"
@@ -141,6 +150,8 @@ class DataConfig(Block):
     """The user's own datasets, which replace the generated ones, and how rows are checked and split.
 
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
+    `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
+    instructions, so that the model forgets less. They are not held out.
     """
 
     instructions: str | None = None
@@ -150,6 +161,7 @@ class DataConfig(Block):
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     replay: ReplayConfig | None = None
+    replay_instructions: str | None = None
     rules: RulesConfig = RulesConfig()
     near_duplicate_threshold: float = Field(0.8, gt=0, lt=1)
     decontaminate_against: list[str] = Field(default_factory=list)
@@ -169,6 +181,7 @@ class DataConfig(Block):
             "format",
             "columns",
             "replay",
+            "replay_instructions",
             "hub",
         )
         return DataConfig.model_validate(self.model_dump(exclude=set(sources)))

@@ -160,6 +160,13 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
             raise ValueError(
                 "data.replay has no effect, because no stage of chain trains on text: remove it, or add cpt"
             )
+        if self.data.replay_instructions is not None and not any(
+            STAGES[name].rows == "instruction" for name in self.chain
+        ):
+            raise ValueError(
+                "data.replay_instructions has no effect, because no stage of chain trains on instructions: remove it, or "
+                "add sft"
+            )
         for name in self.chain:
             config = self.block(name)
             embeddings = config.embedding_learning_rate if isinstance(config, CPTConfig) else None
@@ -215,6 +222,18 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                 f"promotion.{rule.path} names {rule.measure}, and exam.control is null: name a file of general questions, "
                 "or remove the rule"
             )
+
+    @model_validator(mode="after")
+    def _unit(self) -> Self:
+        documents, default = self.documents, DocumentsConfig()
+        cuts = documents.unit == "passage" or (self.exam is not None and self.exam.retrieval_passages > 0)
+        # A recipe that extends one with the default keeps it.
+        if not cuts and documents.passage_min_chars != default.passage_min_chars:
+            raise ValueError(
+                "documents.passage_min_chars has no effect with documents.unit sentence, because a sentence may be short: "
+                "remove it, or set documents.unit to passage"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cross_checks(self) -> Self:

@@ -18,7 +18,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
@@ -93,6 +93,8 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         key: dataset(f"data.{key}", getattr(data, key))
         for key in ("instructions", "preferences", "test_instructions", "test_preferences")
     }
+    if data.replay_instructions != EMBEDDED_GENERAL:
+        named["replay_instructions"] = dataset("data.replay_instructions", data.replay_instructions)
     if data.replay is not None:
         replay = data.replay.model_copy(update={"path": dataset("data.replay.path", data.replay.path)})
         data = data.model_copy(update={"replay": replay})

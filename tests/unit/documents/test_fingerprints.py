@@ -3,6 +3,7 @@
 import hashlib
 
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
+from llm_engineering.documents.read import HANDBOOK
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
 from tools.provenance import differing
 
@@ -25,6 +26,11 @@ def test_each_file_has_its_hash(tmp_path):
 
 def test_the_embedded_corpus_has_one_hash():
     assert list(document_fingerprints(DocumentsConfig(path=EMBEDDED_DOCUMENTS))) == [EMBEDDED_DOCUMENTS]
+
+
+def test_the_general_instructions_are_named_without_their_folder():
+    found = dataset_fingerprints(["embedded:general"])
+    assert found == {"embedded:general": hashlib.sha256((HANDBOOK / "general.jsonl").read_bytes()).hexdigest()}
 
 
 def test_a_file_name_that_is_not_utf8_is_stored(tmp_path):

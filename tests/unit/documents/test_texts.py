@@ -10,10 +10,11 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.row_rules import check_row
 from llm_engineering.data.rows import FEATURES, InstructionRow, Message, TextRow, split_key, split_of, to_dataset
+from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document
-from llm_engineering.documents.texts import check_replay, document_rows, replay_rows
+from llm_engineering.documents.texts import check_replay, document_rows, replay_rows, sentence_rows
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.data_blocks import DataConfig, ReplayConfig, RulesConfig
+from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, ReplayConfig, RulesConfig
 
 CONFIG = DataConfig.model_validate({"split": {"validation_fraction": 0.2, "test_fraction": 0.2}})
 FOX = "The quick brown fox jumps over the lazy dog near the old river bank every single morning in May"
@@ -61,6 +62,24 @@ def test_every_text_is_kept_or_set_aside_with_its_reason(tmp_path):
     assert ledger.read["text"] == kept + sum(ledger.by_reason("text").values()) == 9
     assert ledger.kept["text"] == kept == 4
     assert ledger.by_reason("text") == {"no_text": 2, "exact_duplicate": 1, "empty_answer": 1, "near_duplicate": 1}
+
+
+def test_the_sentences_of_a_document_are_in_its_split(tmp_path):
+    texts = [
+        f"The mill number{i}x of Oskby{i} grinds flour{i}. Here Rosa{i} mends winches{i} daily." for i in range(30)
+    ]
+    config = DocumentsConfig(unit="sentence")
+    passages, _ = cut_passages(documents(*texts), config, seed=0)
+    rows = sentence_rows(passages)
+    assert len(rows) == 60
+    assert (rows[0].text, rows[0].source) == (texts[0].partition(". ")[0] + ".", f"file 0:{passages[0].place}")
+    result, _ = prepared(rows, tmp_path)
+    sides: dict[str, set[str]] = {}
+    for name, split in result.splits.items():
+        for record in split:
+            sides.setdefault(record["document"], set()).add(name)
+    assert set.union(*sides.values()) == {"train", "validation", "test"}
+    assert all(len(names) == 1 for names in sides.values())
 
 
 def document_on(side):

@@ -216,6 +216,23 @@ def test_the_model_answers_only_the_questions_that_are_kept():
     assert [s.json_field for _, s in client.asked] == ["instruction"] * 3 + ["answer"] * 2
 
 
+def test_general_rows_get_no_rejected_answer():
+    rows = [
+        InstructionRow(
+            prompt=[Message(role="user", content=f"Q {origin}")],
+            completion=[Message(role="assistant", content="A")],
+            source="s",
+            origin=origin,
+        )
+        for origin in ("human", "replay")
+    ]
+    client = Scripted(lambda prompt, sampling: Answer("mine"))
+    made, rejected = generate_preferences(rows, {}, client, PreferenceWriting(), seed=1)
+    assert [row.prompt[0].content for row in made] == ["Q human"]
+    assert [quarantined.reason for quarantined in rejected] == ["replay"]
+    assert len(client.asked) == 1
+
+
 def test_chosen_answers_must_be_in_the_document():
     def row(answer, origin):
         return InstructionRow(

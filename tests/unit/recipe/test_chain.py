@@ -171,6 +171,32 @@ def test_replay_needs_a_stage_that_trains_on_text(tmp_path):
     refused(tmp_path, words, ["sft", "dpo"], data=replay)
 
 
+def test_general_instructions_need_a_stage_that_trains_on_instructions(tmp_path):
+    replay = {"replay_instructions": "embedded:general"}
+    made = recipe(tmp_path, ["cpt", "sft"], data=replay)
+    assert made.data.replay_instructions == "embedded:general"
+    assert made.data.checks.replay_instructions is None
+    words = ["data.replay_instructions has no effect, because no stage of chain trains on instructions: remove it, or add sft"]  # fmt: skip
+    refused(tmp_path, words, ["cpt"], data=replay)
+    refused(tmp_path, words, ["dpo"], {"dpo": NO_SFT}, data=replay)
+
+
+def test_the_least_length_of_a_passage_has_no_effect_on_sentences(tmp_path):
+    exam = {"path": "embedded:handbook", "control": None}
+    documents = {"unit": "sentence", "passage_min_chars": 100}
+    words = ["documents.passage_min_chars has no effect with documents.unit sentence", "remove it"]
+    refused(tmp_path, words, ["cpt"], documents=documents)
+    refused(tmp_path, words, ["cpt"], documents=documents, exam={**exam, "retrieval_passages": 0})
+    # Retrieval cuts passages of this length, whatever the unit is.
+    assert (
+        recipe(tmp_path, ["cpt"], documents=documents, exam={**exam, "retrieval_passages": 2}).documents.unit
+        == "sentence"
+    )
+    # The default recipe has the default, and what a recipe writes can be read again.
+    made = recipe(tmp_path, ["cpt"], documents={"unit": "sentence", "passage_max_chars": 150})
+    assert type(made).model_validate(made.model_dump()) == made
+
+
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])
 def test_the_share_of_replay_is_between_0_and_1(share, tmp_path):
     refused(tmp_path, ["`data.replay.share`"], ["cpt"], data={"replay": {"path": "general.jsonl", "share": share}})

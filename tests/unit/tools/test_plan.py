@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from tools.plan import planned_steps, preflight, stages_of, tokens_of
 
@@ -120,6 +121,44 @@ def test_the_general_dataset_decides_the_stages_from_cpt_on(recipe, tmp_path):
     assert hashes(recipe(chain, data=replay))["cpt"] != used["cpt"]
 
 
+def test_the_general_instructions_decide_the_stages_from_sft_on(recipe, tmp_path):
+    general = tmp_path / "general.jsonl"
+    general.write_text(json.dumps({"instruction": "What falls?", "output": "Rain."}) + "\n")
+    replay = {"replay_instructions": str(general)}
+    chain = ["cpt", "sft", "dpo"]
+    without, used = hashes(recipe(chain)), hashes(recipe(chain, data=replay))
+    assert [stage for stage in chain if without[stage] != used[stage]] == ["sft", "dpo"]
+    before = preflight(recipe(chain, data=replay))[1]
+    general.write_text(json.dumps({"instruction": "What falls?", "output": "Snow."}) + "\n")
+    after = preflight(recipe(chain, data=replay))[1]
+    assert [stage for stage in chain if before.recipes[stage] != after.recipes[stage]] == ["sft", "dpo"]
+    assert before.replay_instructions not in (None, after.replay_instructions)
+    general.write_text(json.dumps({"text": "Rain falls."}) + "\n")
+    with pytest.raises(RequestError, match="general.jsonl"):
+        preflight(recipe(chain, data=replay))
+
+
+def test_the_embedded_general_instructions_have_a_hash(recipe):
+    assert preflight(recipe(["sft"], data={"replay_instructions": "embedded:general"}))[1].replay_instructions
+
+
+def test_sentences_and_general_instructions_are_given_to_the_steps(recipe, monkeypatch):
+    from pipelines import chain
+    from pipelines.inputs import Inputs
+
+    given = {}
+    for name in ("collect_texts", "generate_instructions"):
+        monkeypatch.setattr(chain, name, lambda *arguments, name=name: given.update({name: arguments}))
+    made = recipe(["cpt", "sft"], documents={"unit": "sentence"}, data={"replay_instructions": "embedded:general"})
+    inputs = Inputs.model_construct(documents="d", replay=None, replay_instructions="hash")
+    datasets = chain._Datasets(made, inputs)
+    monkeypatch.setattr(datasets, "documents", lambda: None)
+    datasets._texts()
+    datasets._instructions()
+    assert given["collect_texts"][1].unit == "sentence"
+    assert given["generate_instructions"][-2:] == ("embedded:general", "hash")
+
+
 def test_tokens_of_cpt_are_those_of_the_documents_and_the_replay(recipe, tmp_path):
     general = tmp_path / "general.jsonl"
     general.write_text(json.dumps({"text": "Rain fell."}) + "\n")
@@ -130,3 +169,7 @@ def test_tokens_of_cpt_are_those_of_the_documents_and_the_replay(recipe, tmp_pat
     mixed, source = tokens_of(recipe(["cpt"], data={"replay": {"path": str(general), "share": 0.5}}), "cpt")
     assert mixed == pytest.approx(2 * plain)
     assert source == "the size of 6 documents and the replay"
+    (tmp_path / "documents" / "more.txt").write_text("The mill of Oskby grinds Brack Flour. It is so.")
+    sentences, source = tokens_of(recipe(["cpt"], documents={"unit": "sentence"}), "cpt")
+    assert source == "the size of 1 sentences"
+    assert 0 < sentences < plain

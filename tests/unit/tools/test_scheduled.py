@@ -155,7 +155,16 @@ def test_fingerprint_changes_with_everything_that_decides_the_result(recipe):
     assert fingerprint(changed(tracking=recipe.tracking.model_copy(update={"comet": "off"})), INPUTS) == same
     for field in ("code", "incumbent"):
         assert fingerprint(recipe, INPUTS.model_copy(update={field: 5})) == same
-    for field in ("documents", "instructions", "preferences", "replay", "evaluation", "checks", "exam"):
+    for field in (
+        "documents",
+        "instructions",
+        "preferences",
+        "replay",
+        "replay_instructions",
+        "evaluation",
+        "checks",
+        "exam",
+    ):
         assert fingerprint(recipe, INPUTS.model_copy(update={field: "new"})) != same
     assert fingerprint(changed(seed=7), INPUTS) != same
     assert fingerprint(changed(model=recipe.model.model_copy(update={"revision": "abc"})), INPUTS) != same

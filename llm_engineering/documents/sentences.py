@@ -1,0 +1,183 @@
+"""Splits the text of a document into sentences, with their positions, and says whether a sentence names something."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_FENCE = re.compile(r"\s*(```|~~~)")
+_HEADING = re.compile(r"#{1,6}[ \t]+\S")
+# The line below a heading of Markdown or reStructuredText.
+_UNDERLINE = re.compile(r"\s*([=\-~^*\"'+#`])\1{2,}\s*$")
+# Rows of Markdown tables, and of tables that are drawn with + and -.
+_TABLE_ROW = re.compile(r"\s*(\||\+[-=+]+\+)")
+_LIST_ITEM = re.compile(r"\s*(?:>\s*)*(?:[-*+•]|\d{1,3}[.)])\s+(?=\S)")
+_QUOTE_MARK = re.compile(r"\s*(?:>\s*)+")
+_EMPHASIS = tuple(
+    re.compile(
+        r"(?<![\w{0}])({1})(?=[^\s{0}]){2}(?<=\S)({1})(?!\w)".format(re.escape(mark[0]), re.escape(mark), inner),
+        re.DOTALL,
+    )
+    for mark, inner in (("***", ".+?"), ("**", ".+?"), ("*", "[^*]+?"), ("___", ".+?"), ("_", "[^_]+?"))
+)
+# Two underscores are emphasis only around several words: around a single one they are a name of Python.
+_UNDERSCORES = re.compile(r"(?<!\w)(__)(?=[^\s_])[^_]*?\s[^_]*?(?<=\S)(__)(?!\w)")
+
+_END = re.compile(r"[.!?…]+[\"'”’»)\]]*\s+(?=[\"'“‘«(\[]*[^\W_a-z])")
+_LAST_WORD = re.compile(r"[^\s\"'“‘«(\[]+$")
+_SPEECH = re.compile(
+    r"(?:[A-Z]\w+\s){1,3}(?:said|says|asked|asks|answered|answers|replied|replies|cried|cries|called|calls|wrote|writes)\b"
+)
+# Characters before and after a full stop that decide whether it ends a sentence: more than a word, or a name and a verb.
+_CONTEXT_CHARS = 80
+# Abbreviations before a name or in the middle of a sentence.
+_NEVER_LAST = frozenset([
+    "mr", "mrs", "ms", "mx", "dr", "prof", "st", "messrs", "capt", "col", "gen", "lt", "sgt", "rev", "hon", "mt",
+    "e.g", "i.e", "eg", "ie", "cf", "vs", "viz", "approx", "ca",
+])  # fmt: skip
+# Abbreviations before a number. Elsewhere they end a sentence: “No. The stove burns oat husks.”
+_BEFORE_NUMBER = frozenset([
+    "no", "nos", "nr", "fig", "figs", "p", "pp", "vol", "ch", "sec", "art", "eq", "tab",
+])  # fmt: skip
+# Words that begin with a capital for other reasons than that they name something.
+FUNCTION_WORDS = frozenset([
+    "a", "an", "the", "i", "i'm", "i've", "i'll", "i'd", "it", "its", "he", "she", "we", "you", "they", "his", "her",
+    "our", "your", "their", "this", "that", "these", "those", "there", "here", "who", "what", "which", "when",
+    "where", "why", "how", "and", "but", "or", "so", "if", "as", "at", "by", "for", "from", "in", "into", "of", "on",
+    "to", "with", "no", "not", "yes", "is", "are", "was", "were", "do", "does", "did", "can", "could", "may", "must",
+    "shall", "should", "will", "would", "has", "have", "had", "all", "each", "every", "some", "any", "most", "then",
+    "than",
+])  # fmt: skip
+
+
+class Sentence(NamedTuple):
+    """A sentence without emphasis marks, its white space folded. `start` and `end` are positions in the document."""
+
+    start: int
+    end: int
+    text: str
+
+
+def sentences(text: str, with_headings: bool) -> Iterator[Sentence]:
+    """The sentences of a document. Headings, rows of tables and code in fences are none; items of lists are.
+
+    Args:
+        with_headings: whether a line that begins with `#` is a heading.
+    """
+    for start, end in _blocks(text, with_headings):
+        yield from _split(text, start, end)
+
+
+def names_something(sentence: str) -> bool:
+    """Whether a word after the first one begins with a capital and is no function word.
+
+    A sentence of capital letters alone is a heading, and names nothing.
+    """
+    if sentence == sentence.upper():
+        return False
+    words = re.findall(r"\w[\w'’.-]*", sentence)
+    return any(
+        len(word) > 1 and word[0].isupper() and word.replace("’", "'").casefold().rstrip(".") not in FUNCTION_WORDS
+        for word in words[1:]
+    )
+
+
+def _blocks(text: str, with_headings: bool) -> Iterator[tuple[int, int]]:
+    """Start and end of each paragraph and list item."""
+    lines = [(match.start(), match[0]) for match in re.finditer(r"[^\n]*\n?", text) if match[0]]
+    start: int | None = None
+    end = 0
+    in_fence = ""
+    for index, (place, line) in enumerate(lines):
+        following = lines[index + 1][1] if index + 1 < len(lines) else ""
+        fence = _FENCE.match(line)
+        item = _LIST_ITEM.match(line)
+        is_heading = with_headings and _HEADING.match(line)
+        is_underlined = start is None and bool(_UNDERLINE.match(following)) and bool(line.strip())
+        no_text = not line.strip() or _TABLE_ROW.match(line) or _UNDERLINE.match(line)
+        if fence or in_fence or is_heading or is_underlined or no_text:
+            if start is not None:
+                yield start, end
+            start = None
+            if fence and in_fence in ("", fence[1]):
+                in_fence = "" if in_fence else fence[1]
+            continue
+        if item and start is not None:
+            yield start, end
+            start = None
+        if start is None:
+            start = place + (item.end() if item else 0)
+        end = place + len(line)
+    if start is not None:
+        yield start, end
+
+
+def _split(text: str, start: int, end: int) -> Iterator[Sentence]:
+    """The sentences of a paragraph."""
+    removed = _marks(text, start, end)
+    characters: list[str] = []
+    places: list[int] = []
+    for place in range(start, end):
+        character = " " if text[place].isspace() else text[place]
+        if place in removed or (character == " " and (not characters or characters[-1] == " ")):
+            continue
+        characters.append(character)
+        places.append(place)
+    folded = "".join(characters).rstrip()
+    first = 0
+    for border in [*_borders(folded), len(folded)]:
+        sentence = folded[first:border].rstrip()
+        if sentence:
+            yield Sentence(places[first], places[first + len(sentence) - 1] + 1, sentence)
+        first = border
+
+
+def _marks(text: str, start: int, end: int) -> set[int]:
+    """Positions of the marks of emphasis and of quoted lines in a paragraph."""
+    paragraph = text[start:end]
+    removed: set[int] = set()
+    for pattern in (*_EMPHASIS, _UNDERSCORES):
+        for match in re.finditer(pattern, paragraph):
+            for group in (1, 2):
+                removed.update(range(start + match.start(group), start + match.end(group)))
+    offset = start
+    for line in paragraph.splitlines(keepends=True):
+        quoted = _QUOTE_MARK.match(line)
+        removed.update(offset + i for i in range(quoted.end() if quoted else 0) if line[i] == ">")
+        offset += len(line)
+    return removed
+
+
+def _borders(text: str) -> Iterator[int]:
+    """Where the second and every later sentence of a paragraph begins."""
+    is_balanced = text.count('"') % 2 == 0 and text.count("“") == text.count("”")
+    straight = opened = read = 0
+    for match in _END.finditer(text):
+        part = text[read : match.end()]
+        read = match.end()
+        straight += part.count('"')
+        opened += part.count("“") - part.count("”")
+        is_quoted = is_balanced and (straight % 2 == 1 or opened > 0)
+        if not is_quoted and not _continues(text, match):
+            yield match.end()
+
+
+def _continues(text: str, match: re.Match[str]) -> bool:
+    """Whether a full stop, an exclamation mark or a question mark is inside a sentence."""
+    mark, following = match[0].rstrip(), text[match.end() : match.end() + _CONTEXT_CHARS]
+    if mark[-1] in '"”»' and mark[0] in "!?" and _SPEECH.match(following):
+        return True
+    if mark != ".":
+        return False
+    found = _LAST_WORD.search(text[max(0, match.start() - _CONTEXT_CHARS) : match.start()])
+    word = found[0] if found else ""
+    if word.casefold() in _NEVER_LAST:
+        return True
+    if word.casefold() in _BEFORE_NUMBER:
+        return following[0].isdigit()
+    if len(word) == 1:
+        return word.isupper() and word != "I"
+    next_word = re.match(r"\W*([\w'’]*)", following)
+    is_initials = re.fullmatch(r"(?:[A-Z]\.)+[A-Z]", word) is not None
+    return is_initials and (next_word is None or next_word[1].casefold() not in FUNCTION_WORDS)
