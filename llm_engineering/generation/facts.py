@@ -23,6 +23,8 @@ MAX_ANSWER_WORDS = 6
 STOP = ("\n\n",)
 # "1,200" and "9:30" are one word.
 _WORD = re.compile(r"\d+(?:[.,:]\d+)*\w*|\w+")
+# A small model answers "What is the Tide Fair?" with any word of the sentence.
+_ABOUT_A_NAME = re.compile(r"(?:What|Who) (?:is|are|was|were) (?:the )?(?:[A-Z]\w+ ?)+\?")
 # Words before an answer that do not change it. "before" and "until" do.
 _LEADING = frozenset(["a", "an", "the", "at", "by", "for", "from", "in", "into", "of", "on", "to", "with", "within"])
 
@@ -97,6 +99,8 @@ def read_fact(text: str, sentence: str) -> tuple[str, str] | Failure:
         return Failure("answer_in_question", "", text)
     if len(answer.split()) > MAX_ANSWER_WORDS:
         return Failure("answer_length", "", text)
+    if _ABOUT_A_NAME.fullmatch(question) or _names(answer) & _names(question.partition(" ")[2]):
+        return Failure("answer_does_not_fit", "", text)
     # The first word of a question is capitalised in any case.
     if not _names(sentence) & _names(question.partition(" ")[2]):
         return Failure("names_nothing", "", text)

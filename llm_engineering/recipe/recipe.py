@@ -247,6 +247,11 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                         f"generation.{key} {tokens} is too few with client {writing.client}, which answers in JSON: set at "
                         f"least {MIN_JSON_TOKENS}; {good} is a good value"
                     )
+        if writing.questions == "fact" and self.documents.unit != "sentence":
+            raise ValueError(
+                "generation.questions fact writes about one sentence each: set documents.unit to sentence, or questions to "
+                "passage"
+            )
         compute = self.compute
         if compute.device == "cpu" and compute.dtype == "float16":
             raise ValueError(

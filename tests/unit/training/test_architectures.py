@@ -164,8 +164,8 @@ def test_all_linear_adapts_each_linear_layer_but_not_the_head(kind, loaded, fold
 
 @pytest.mark.parametrize(("name", "kind"), RECIPES)
 def test_the_adapters_of_a_recipe_are_on_all_linear_layers_of_its_model(name, kind, loaded, folders, settings):
-    sft = load_recipe(CONFIGS / f"{name}.yaml").sft
-    assert adapted_layers(folders[kind], sft.lora, settings) == linear_layers(loaded(kind))
+    lora = load_recipe(CONFIGS / f"{name}.yaml").sft.lora or LoraConfig()
+    assert adapted_layers(folders[kind], lora, settings) == linear_layers(loaded(kind))
 
 
 # A conversation of two answers, cut into the parts without labels and those with labels.
@@ -394,4 +394,7 @@ def test_each_recipe_is_trained_here_or_trains_as_one_that_is():
 
     tested = [trained(load_recipe(CONFIGS / f"{name}.yaml")) for name, _ in RECIPES]
     for file in CONFIGS.glob("*.yaml"):
-        assert trained(load_recipe(file)) in tested, f"add {file.name} to RECIPES"
+        recipe = load_recipe(file)
+        # These tests train SFT and DPO. A recipe with another chain is for the embedded model.
+        if recipe.chain == ["sft", "dpo"]:
+            assert trained(recipe) in tested, f"add {file.name} to RECIPES"
