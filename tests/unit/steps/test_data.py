@@ -13,7 +13,11 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DocumentsConfig, SplitConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.training_blocks import ModelConfig
-from steps import data
+from tools.cli import prepare_zenml
+
+prepare_zenml()
+
+from steps import data  # noqa: E402 — ZenML looks for the project when steps are imported
 
 TEXT = "The Heron Pump is made in Quessby. It is blue. The Otter Gate is built of larch."
 

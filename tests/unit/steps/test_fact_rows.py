@@ -2,7 +2,6 @@
 
 from datasets import Dataset, DatasetDict
 
-import steps.data
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.generation.prompts import FACT_EXAMPLES
 from llm_engineering.generation.types import Answer
@@ -10,6 +9,11 @@ from llm_engineering.recipe.data_blocks import DocumentsConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.training_blocks import ModelConfig
 from tests.tiny_models import CPU
+from tools.cli import prepare_zenml
+
+prepare_zenml()
+
+import steps.data  # noqa: E402 — ZenML looks for the project when steps are imported
 
 SENTENCE = "The Amber Bell of Corvin was cast long ago by the smith Odo Renn, who lived by the river."
 
@@ -38,6 +42,8 @@ def test_each_sentence_counts_once_for_each_file_of_examples(monkeypatch):
         client=ClientConfig(),
         writing=InstructionWriting(questions="fact"),
         seed=1,
+        replay=None,
+        replay_hash=None,
     )
     assert len(made["rows"]) == 1
     counts = {count["stage"]: (count["read"], count["kept"]) for count in made["counts"]}
