@@ -165,7 +165,10 @@ class Machine:
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace_s)
         if self.process.poll() is None:
-            self.process.kill()
+            # Not only `unshare`: killed before it has asked the kernel to kill its child, it would leave the child running,
+            # and the child would hold the pipe that `_pump` reads.
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._log.join()
 
