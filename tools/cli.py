@@ -86,7 +86,9 @@ COMMANDS: dict[str, list[Entry]] = {
     "Models": [
         Entry("chat", "chat:chat", "Talk to the promoted model."),
         Entry("compare", "chat:compare", "Ask the base model and the trained models the same question."),
-        Entry("exam", "take_exam:exam", "Ask the base model and the trained models the recipe's exam, without training."),
+        Entry(
+            "exam", "take_exam:exam", "Ask the base model and the trained models the recipe's exam, without training."
+        ),
         Entry("serve", "serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."),
         Entry("models list", "model_stages:list_versions", "List the versions of a model."),
         Entry("models promote", "model_stages:promote", "Move a model version to production."),
