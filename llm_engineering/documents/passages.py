@@ -17,7 +17,7 @@ from semantic_text_splitter import TextSplitter
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.documents.read import Document
-from llm_engineering.documents.sentences import names_something, sentences
+from llm_engineering.documents.sentences import known_names, names_something, sentences
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 
 # A passage with a smaller share of letters and spaces is a table, code or grammar. Chosen on the Python reference: 0.85
@@ -56,16 +56,19 @@ def cut_passages(
 ) -> tuple[list[Passage], list[Quarantined]]:
     """Cut all documents. Passages that are no prose, too short or repeated are quarantined.
 
-    Sentences are quarantined if they are too short, too long or repeated, or name nothing.
+    Sentences are quarantined if they are too short, too long or repeated, or name nothing. All documents together show
+    which words are names.
     With `max_passages`, that many passages are drawn with the seed, and the others are quarantined as `not_drawn`.
     """
     kept: list[Passage] = []
     quarantine: list[Quarantined] = []
     first_place: dict[str, str] = {}
     by_sentence = config.unit == "sentence"
-    for passage in _sentences(documents) if by_sentence else chunks(documents, config):
+    passages = list(_sentences(documents)) if by_sentence else chunks(documents, config)
+    names = known_names(passage.text for passage in passages) if by_sentence else set()
+    for passage in passages:
         if by_sentence:
-            reason, detail = _sentence_problem(passage.text, config.passage_max_chars)
+            reason, detail = _sentence_problem(passage.text, config.passage_max_chars, names)
         else:
             reason, detail = _problem(passage.text, config.passage_min_chars)
         if not reason and passage.id in first_place:
@@ -145,14 +148,14 @@ def _problem(text: str, min_chars: int) -> tuple[str, str]:
     return "", ""
 
 
-def _sentence_problem(text: str, max_chars: int) -> tuple[str, str]:
+def _sentence_problem(text: str, max_chars: int, names: set[str]) -> tuple[str, str]:
     words = len(text.split())
     if words < MIN_SENTENCE_WORDS:
         return "too_short", f"{words} words, a sentence needs {MIN_SENTENCE_WORDS}"
     if len(text) > max_chars:
         return "too_long", f"{len(text)} characters, documents.passage_max_chars is {max_chars}"
-    if not names_something(text):
-        return "names_nothing", "no word after the first one begins with a capital"
+    if not names_something(text, names):
+        return "names_nothing", "no word after the first one begins with a capital, and the first one is no known name"
     return "", ""
 
 

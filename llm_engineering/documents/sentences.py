@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import NamedTuple
 
 _FENCE = re.compile(r"\s*(```|~~~)")
@@ -69,18 +69,40 @@ def sentences(text: str, with_headings: bool) -> Iterator[Sentence]:
         yield from _split(text, start, end)
 
 
-def names_something(sentence: str) -> bool:
-    """Whether a word after the first one begins with a capital and is no function word.
+def names_something(sentence: str, names: Set[str] = frozenset()) -> bool:
+    """Whether a word begins with a capital and is no function word. The first word counts only if it is one of `names`.
 
     A sentence of capital letters alone is a heading, and names nothing.
     """
     if sentence == sentence.upper():
         return False
-    words = re.findall(r"\w[\w'’.-]*", sentence)
-    return any(
-        len(word) > 1 and word[0].isupper() and word.replace("’", "'").casefold().rstrip(".") not in FUNCTION_WORDS
-        for word in words[1:]
-    )
+    first, *later = _words(sentence) or [""]
+    return first in names or any(map(_is_capitalised, later))
+
+
+def known_names(texts: Iterable[str]) -> set[str]:
+    """The words of these sentences that begin with a capital after the first word, and nowhere with a small letter.
+
+    The first word of a sentence has a capital in any case, so only the other sentences show whether it is a name.
+    """
+    capitalised: set[str] = set()
+    small: set[str] = set()
+    for text in texts:
+        words = _words(text)
+        small.update(word.casefold() for word in words if word[0].islower())
+        if text != text.upper():
+            capitalised.update(filter(_is_capitalised, words[1:]))
+    return {word for word in capitalised if word.casefold() not in small}
+
+
+def _words(sentence: str) -> list[str]:
+    """The words, with an apostrophe or a hyphen inside, and without the possessive ending of a name."""
+    found = (word.replace("’", "'").rstrip("'.-") for word in re.findall(r"\w[\w'’.-]*", sentence))
+    return [word.removesuffix("'s") for word in found]
+
+
+def _is_capitalised(word: str) -> bool:
+    return len(word) > 1 and word[0].isupper() and word.casefold() not in FUNCTION_WORDS
 
 
 def _blocks(text: str, with_headings: bool) -> Iterator[tuple[int, int]]:

@@ -7,7 +7,7 @@ import pytest
 
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document, read_documents
-from llm_engineering.documents.sentences import names_something, sentences
+from llm_engineering.documents.sentences import known_names, names_something, sentences
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, DocumentsConfig
 
 FACTS = Path(__file__).with_name("handbook_facts.jsonl")
@@ -132,6 +132,27 @@ def test_a_sentence_that_names_something(sentence, names):
     assert names_something(sentence) is names
 
 
+def test_a_first_word_is_a_name_if_it_has_a_capital_inside_other_sentences_and_no_small_letter_anywhere():
+    texts = [
+        "The works of Ondrel are in Oskby.",
+        "The Pump is old.",
+        "A pump needs oil.",
+        "On Fridays The gate is shut.",
+        "Ask Clara’s brother.",
+        "IN QUESSBY NOBODY KNOWS",
+    ]
+    names = known_names(texts)
+    assert names == {"Ondrel", "Oskby", "Fridays", "Clara"}
+    assert names_something("Ondrel employs 93 people.", names)
+    assert names_something("“Ondrel’s people number 93.", names)
+    # "Pump" also stands in small letters, and "Quessby" only among capitals.
+    assert not names_something("Pump handles are blue.", names)
+    assert not names_something("Quessby is far away.", names)
+    assert not names_something("The pump is blue.", names)
+    assert not names_something("ONDREL EMPLOYS PEOPLE", {"ONDREL"})
+    assert not names_something("", names)
+
+
 def cut(text, **config):
     document = Document(id="1", source="guide.md", title="guide", text=text)
     return cut_passages([document], DocumentsConfig(unit="sentence", **config), seed=1)
@@ -154,6 +175,17 @@ def test_every_sentence_is_a_passage_or_has_a_reason():
     assert len(drawn) == 1
     assert "not_drawn" in {q.reason for q in rest}
     assert cut(text, max_passages=1)[0] == drawn
+
+
+def test_a_sentence_whose_only_name_is_its_first_word_is_a_passage():
+    text = "Ondrel employs 93 people. Guests of Ondrel eat at noon. Workers eat at one o'clock."
+    passages, quarantine = cut(text)
+    assert [p.text for p in passages] == ["Ondrel employs 93 people.", "Guests of Ondrel eat at noon."]
+    assert [q.reason for q in quarantine] == ["names_nothing"]
+    # The name may stand in another document.
+    others = [Document(id=str(i), source=f"{i}.txt", title="", text=part) for i, part in enumerate(text.split(". "))]
+    found, _ = cut_passages(others, DocumentsConfig(unit="sentence"), seed=1)
+    assert [p.text for p in found] == ["Ondrel employs 93 people", "Guests of Ondrel eat at noon"]
 
 
 def test_the_sentences_of_the_handbook_hold_its_facts():
