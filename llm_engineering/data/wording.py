@@ -169,22 +169,22 @@ def _open_fence(text: str) -> bool:
 _STRONG = r"(?:passage|excerpt|extract)"
 _WEAK = r"(?:text|context|paragraph|article|document|snippet|section|story|poem|abstract|transcript|chapter)"
 # What follows the noun: the end of the clause, or a word that points at the page. `the text field` is no passage.
-_CLAUSE_END = r"(?=\s*(?:[?.!,;]|$|(?:above|below|provided|given|mentioned|discussed|described|you|that (?:is|was) (?:given|provided))\b))"
+CLAUSE_END = r"(?=\s*(?:[?.!,;]|$|(?:above|below|provided|given|mentioned|discussed|described|you|that (?:is|was) (?:given|provided))\b))"
 _SAYS = (
     r"(?:say|state|mention|describe|discuss|explain|suggest|imply|refer|mean|tell|argue|claim|conclude|present|emphasi[sz]e|provide"
     r"|focus|talk|indicate|convey|illustrate|define)s?\b"
 )
 _MENTIONS = (
-    rf"\b(?:the|this) {_STRONG}\b(?! (?:of (?:time|years|the|a|this|that|an|bills?|laws?|legislation)\b|from\b|should|must|needs?|will))",
+    rf"\b(?:the|this) {_STRONG}\b(?! (?:of (?:time|years|the|a|this|that|an|bills?|laws?|legislation)\b|(?:from|through|between|across|under|over|into)\b|should|must|needs?|will))",
     rf"\b(?:the|this) (?:above|following|given|provided|preceding|previous|aforementioned|accompanying) (?:{_STRONG}|{_WEAK})\b",
     rf"\b(?:the|this) (?:{_WEAK}|{_STRONG})(?: that (?:is|was))? (?:above|below|provided|given)\b",
     rf"\b(?:according to|based (?:solely |only )?(?:up)?on|as (?:mentioned|described|stated|discussed|explained|defined|given) in|(?:mentioned|described|stated|discussed|explained) in"
     rf"|referred to in|refer(?:ring)? to|(?:author|narrator|speaker|tone|main (?:idea|point|topic|theme|argument|purpose)|purpose|topic|theme|meaning|title|moral|summary|subject) (?:of|in)"
-    rf"|given|from|answer from) (?:the|this) {_WEAK}\b{_CLAUSE_END}",
+    rf"|given|from|answer from) (?:the|this) {_WEAK}\b{CLAUSE_END}",
     r"\bin the (?:text|paragraph|article|passage|snippet|excerpt|document)(?=\s*(?:[?,]|$|above\b|below\b))",
     rf"\b(?:what|how|why|where|which [^?.]{{1,30}}) (?:does|did|do|is|was) the (?:text|context|paragraph|article|document|snippet|section|author|narrator) {_SAYS}",
     rf"\b(?:summari[sz]e|paraphrase|rewrite|rephrase|translate|proofread|edit|correct|classify|categori[sz]e|analy[sz]e|read|review|shorten|simplify|continue)"
-    rf" (?:the|this) (?:{_WEAK}|{_STRONG})\b{_CLAUSE_END}",
+    rf" (?:the|this) (?:{_WEAK}|{_STRONG})\b{CLAUSE_END}",
     # German, French, Spanish, Portuguese, Italian
     r"\b(?:laut|gemäß|im|in dem|aus dem|nach dem|in diesem|des|dem|den|der|das) (?:dem |der |des )?(?:(?:obigen?|obenstehenden?|folgenden?|vorliegenden?|gegebenen?|nachstehenden?) "
     r"(?:text(?:es|s)?|abschnitts?|absatz(?:es)?|auszugs?|artikels?|kontexts?|passage)|textabschnitts?|textauszugs?|textpassage|textstelle)\b",
@@ -217,8 +217,14 @@ _CONTAINS_TEXT = re.compile(
 
 def mention_of_passage(prompt: str) -> str:
     """The words with which a prompt mentions a text that it does not contain; empty for all other prompts."""
+    mention = mention_of_text(prompt)
+    return "" if not mention or _CONTAINS_TEXT.search(prompt.strip()) else mention
+
+
+def mention_of_text(prompt: str) -> str:
+    """The words with which a prompt mentions a text, whether it contains the text or not; empty for all other prompts."""
     folded = prompt.casefold()
     if not any(hint in folded for hint in _HINTS):
         return ""
     match = _MENTION.search(prompt)
-    return "" if match is None or _CONTAINS_TEXT.search(prompt.strip()) else match.group().strip()
+    return "" if match is None else match.group().strip()

@@ -13,6 +13,7 @@ from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
 from llm_engineering.generation.prompts import FACT_EXAMPLES, prompt_hash, read_prompt
+from llm_engineering.generation.question_rules import is_contentless, points_at_text
 from llm_engineering.generation.types import Answer, Client, Failure, Messages, Sampling
 from llm_engineering.recipe.generation_blocks import InstructionWriting, Style
 
@@ -29,11 +30,6 @@ MIN_GROUNDED_SHARE = 0.5
 RAW_CHARS = 200
 _QUESTION_WORD = re.compile(
     r"(what|which|when|where|who|whose|why|how|is|are|was|were|do|does|did|can|could|should|will|would|has|have|may|in)\b",
-    re.IGNORECASE,
-)
-# The question's reader does not see the passage, so the question must not mention it.
-_MENTIONS_PASSAGE = re.compile(
-    r"\b(passage|text|excerpt|extract|paragraph|context|sentence|this (question|code|example)|following|above|below)\b",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[a-z_]{3,}")
@@ -184,7 +180,9 @@ def instruction_problem(text: str, passage: str, style: Style) -> str:
         return "not_a_question"
     if style == "how_to" and not text.lower().startswith("how"):
         return "not_a_how_to"
-    if _MENTIONS_PASSAGE.search(text):
+    if is_contentless(text):
+        return "contentless"
+    if points_at_text(text):
         return "mentions_passage"
     words = set(_WORD.findall(text.lower())) - _COMMON_WORDS
     shared = words & set(_WORD.findall(passage.lower()))
