@@ -7,7 +7,7 @@ INTERRUPTED = 130
 
 
 class RequestError(Exception):
-    """The request is wrong, and nothing ran. Exit code 2.
+    """The request is wrong, and nothing ran, or its data is not fit to train on. Exit code 2.
 
     The first sentence of the message says what is wrong and where, the second says what to do.
     """

@@ -183,5 +183,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
 
 def _format(recipe: Recipe, stage: str, kind: str, dataset: Any) -> Any:
     step = format_rows.with_options(substitutions={"stage": stage})
-    formatted, _ = step(stage, kind, dataset, recipe.model, recipe.formatting, id=f"format_{stage}")
+    formatted, _ = step(
+        stage, kind, dataset, recipe.model, recipe.formatting, recipe.data.train_unfit, id=f"format_{stage}"
+    )
     return formatted

@@ -8,8 +8,10 @@ from typing import Annotated
 
 from zenml import get_step_context, link_artifact_to_model, log_metadata
 from zenml.client import Client
+from zenml.models import PipelineRunResponse
 
 from llm_engineering.evaluation.gate import PromotionDecision, decide
+from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
 from pipelines.registry import StaleError, move
@@ -41,8 +43,9 @@ def promote(
         "recipe_hash": recipe_hash(recipe),
         "code_version": code_version,
     }
-    log_metadata(metadata=facts, infer_model=True)
     context = get_step_context()
+    unfit = _unfit(context.pipeline_run)
+    log_metadata(metadata=facts | ({UNFIT: unfit} if unfit else {}), infer_model=True)
     for version in adapters:
         link_artifact_to_model(Client().get_artifact_version(version), context.model)
     if decision.stage is not None:
@@ -54,3 +57,16 @@ def promote(
             decision = decision.model_copy(update={"outcome": "stale", "stage": None, "reason": reason})
     log_artifact("promotion_decision", outcome=decision.outcome, stage=str(decision.stage), reason=decision.reason)
     return decision
+
+
+def _unfit(run: PipelineRunResponse) -> dict[str, str]:
+    """Why the data of a stage is not fit to train on, by the name of the stage; empty if all data is fit.
+
+    A run formats the rows of every stage of its chain, also of those that an earlier run has trained.
+    """
+    reports = {
+        name.removeprefix("format_"): step.outputs["data_report"][0]
+        for name, step in run.steps.items()
+        if name.startswith("format_")
+    }
+    return {stage: str(report.run_metadata[UNFIT]) for stage, report in reports.items() if UNFIT in report.run_metadata}

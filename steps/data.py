@@ -37,11 +37,18 @@ from llm_engineering.generation.prompts import PROMPT_FILES
 from llm_engineering.generation.types import Completer
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ReplayConfig, SplitConfig
+from llm_engineering.recipe.data_blocks import (
+    UNFIT,
+    DataConfig,
+    DocumentsConfig,
+    FormattingConfig,
+    ReplayConfig,
+    SplitConfig,
+)
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
-from llm_engineering.reports.data_report import write_data_report
+from llm_engineering.reports.data_report import check_fit, write_data_report
 from steps.caching import project_step
 from steps.logging import log_rows
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
@@ -91,7 +98,7 @@ def generate_instructions(
     general = list(replayed_instructions(replay))
     rows += [row for row in general if isinstance(row, InstructionRow)]
     rejected += [row for row in general if isinstance(row, Quarantined)]
-    ledger.record("instruction", read + len(general), len(rows), rejected)
+    ledger.record("instruction", read + len(general), len(rows), rejected, writes=True)
     prompts = prompt_versions(writer, writing)
     facts = {"replay_hash": replay_hash} if replay_hash is not None else {}
     log_rows("instruction_candidates", ledger, "instruction", generated_by=writer.identity, prompts=prompts, **facts)
@@ -119,7 +126,7 @@ def generate_preferences(
     texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
     writer = open_client(client, model, compute, Settings(), chat_template)
     made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
-    ledger.record("preference", len(rows), len(made), rejected)
+    ledger.record("preference", len(rows), len(made), rejected, writes=True)
     log_rows("preference_candidates", ledger, "preference", generated_by=writer.identity)
     return DatasetDict(rows=preference_dataset(made), **ledger.datasets())
 
@@ -198,15 +205,23 @@ def prepare(
 
 @project_step(output_materializers={"formatted_{stage}": HFDatasetMaterializer, "data_report": DirectoryMaterializer})
 def format_rows(
-    stage: str, kind: str, dataset: DatasetDict, model: ModelConfig, formatting: FormattingConfig
+    stage: str,
+    kind: str,
+    dataset: DatasetDict,
+    model: ModelConfig,
+    formatting: FormattingConfig,
+    train_unfit: bool,
 ) -> tuple[Annotated[DatasetDict, "formatted_{stage}"], Annotated[Directory, "data_report"]]:
-    """Render and label the rows of a stage, and write the data report."""
+    """Render and label the rows of a stage, and write the data report. Rows that are not fit to train on are refused."""
     ledger = Ledger.load(dataset)
     folder = work_folder()
     splits = {name: dataset[name] for name in SPLITS}
     tokenizer = load_tokenizer(model, Settings(), formatting.chat_template)
     formatted, lengths = format_splits(splits, kind, tokenizer, formatting, folder, ledger)
     report = write_data_report(folder / "report", kind, ledger, dataset, lengths, formatting.max_length)
+    if not train_unfit:
+        check_fit(report, folder / "report", Settings().llm_output_dir / "unfit_data" / stage)
+    unfit = {UNFIT: report["why"]} if report["why"] else {}
     log_rows(f"formatted_{stage}", ledger, kind, tokens=report["tokens"]["total"], base_model=model.name_or_path)
-    log_rows("data_report", ledger, kind, **report["rows"])
+    log_rows("data_report", ledger, kind, **report["rows"], **unfit)
     return formatted, Directory(path=folder / "report")

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Json, Note, Overrides, VersionNumber, prepare_zenml
 
@@ -50,7 +51,8 @@ def list_versions(
             version["model"] or "none",
             version["gate"] or "not reached",
             *measures,
-            ", ".join(f"{name} v{number}" for name, number in version["data"].items()),
+            ", ".join(f"{name} v{number}" for name, number in version["data"].items())
+            + (f", not fit: {', '.join(version[UNFIT])}" if version[UNFIT] else ""),
             version["made"].replace("T", " ")[:16],
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -159,6 +161,7 @@ def _described(version: Any) -> dict[str, Any]:
         "gate": decision.run_metadata.get("outcome") if decision is not None else None,
         "measures": measures,
         "data": {name: artifact.version for name, artifact in data.items()},
+        UNFIT: facts.get(UNFIT, {}),
         "changed": {key: facts[key] for key in ("stage_change", "changed_by", "changed_at", "note") if key in facts},
         "made": version.created.isoformat(),
     }

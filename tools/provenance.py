@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
@@ -54,6 +55,8 @@ def lineage(
     facts = _table(f"{recipe.name} version {found['version']}", "What", "Value")
     for name in ("stage", "run", "recipe_hash", "code_version", "base_model", "base_revision"):
         facts.add_row(name.replace("_", " "), str(found[name] or "none"))
+    for stage, why in found[UNFIT].items():
+        facts.add_row(f"unfit data of {stage}", why)
     console.print(facts)
     artifacts = _table("Artifacts", "Artifact", "Made by", "Code", "From", "Id", "SHA-256 of SHA256SUMS")
     for artifact in found["artifacts"]:
@@ -160,6 +163,7 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
         "run": next((artifact.run.name for artifact in chain[:1]), None),
         "recipe_hash": facts.get("recipe_hash"),
         "code_version": facts.get("code_version"),
+        UNFIT: facts.get(UNFIT, {}),
         "base_model": adapter.base.name_or_path,
         "base_revision": adapter.base.revision,
         "artifacts": artifacts,

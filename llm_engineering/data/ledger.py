@@ -56,7 +56,7 @@ class Quarantined(BaseModel):
 
 _TEXT = Value("string")
 _QUARANTINE_FEATURES = Features(dict.fromkeys(Quarantined.model_fields, _TEXT))
-_COUNT_FEATURES = Features({"stage": _TEXT, "read": Value("int64"), "kept": Value("int64")})
+_COUNT_FEATURES = Features({"stage": _TEXT, **dict.fromkeys(("read", "kept", "drafts"), Value("int64"))})
 
 
 class Ledger:
@@ -68,6 +68,8 @@ class Ledger:
     def __init__(self) -> None:
         self.read: dict[str, int] = {}
         self.kept: dict[str, int] = {}
+        # Rows of each stage that the writer set aside, e.g. unusable questions. They never were rows of the data.
+        self.drafts: dict[str, int] = {}
         self.reasons: dict[str, Counter[str]] = {}
         self.examples: dict[str, list[Quarantined]] = {}
         # Quarantined rows of each stage that earlier calls of `record` have counted.
@@ -83,11 +85,14 @@ class Ledger:
             if len(examples) < EXAMPLES_PER_REASON:
                 examples.append(row)
 
-    def record(self, stage: str, read: int, kept: int, rejected: Iterable[Quarantined] = ()) -> None:
+    def record(
+        self, stage: str, read: int, kept: int, rejected: Iterable[Quarantined] = (), *, writes: bool = False
+    ) -> None:
         """Record one pass over a stage's rows. The next pass must read what this pass kept.
 
         Args:
             rejected: rows to set aside now, in addition to those that `set_aside` wrote since the last pass.
+            writes: whether a model wrote the rows in this pass, so that what is set aside are unusable drafts.
 
         Raises:
             AssertionError: rows went missing: kept + quarantined differs from read.
@@ -101,6 +106,8 @@ class Ledger:
                 f"{stage}: expected {expected} rows, read {read}, kept {kept}, quarantined {quarantined}"
             )
         self._recorded[stage] = total
+        if writes:
+            self.drafts[stage] = quarantined
         self.read.setdefault(stage, read)
         self.kept[stage] = kept
 
@@ -115,7 +122,10 @@ class Ledger:
 
     def datasets(self) -> DatasetDict:
         """The datasets `quarantine` and `counts`, to store beside the rows. Do not call `set_aside` afterwards."""
-        counts = [{"stage": stage, "read": self.read[stage], "kept": self.kept[stage]} for stage in self.read]
+        counts = [
+            {"stage": stage, "read": self.read[stage], "kept": self.kept[stage], "drafts": self.drafts.get(stage, 0)}
+            for stage in self.read
+        ]
         return DatasetDict(quarantine=self._table.dataset(), counts=to_dataset(counts, _COUNT_FEATURES))
 
     @classmethod
@@ -125,6 +135,7 @@ class Ledger:
         for count in stored["counts"]:
             ledger.read[count["stage"]] = count["read"]
             ledger.kept[count["stage"]] = count["kept"]
+            ledger.drafts[count["stage"]] = count["drafts"]
         ledger.set_aside(Quarantined.model_validate(row) for row in stream_records(stored["quarantine"]))
         ledger._recorded = Counter({stage: reasons.total() for stage, reasons in ledger.reasons.items()})
         return ledger

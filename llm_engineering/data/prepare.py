@@ -25,13 +25,15 @@ from llm_engineering.data.private import redacted
 from llm_engineering.data.rows import FEATURES, SPLITS, Message, Row, read_row, to_dataset
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
-from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.errors import RequestError
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.data_blocks import DataConfig
 
 logger = logging.getLogger(__name__)
 
 SUSPICIOUS_ROWS = 10
+# A smaller dataset has too few rows to train on and to hold some out.
+MIN_ROWS = 20
 # With at least this many rows, judging takes seconds and is logged.
 BIG_ROWS = 100_000
 # Rows of a cluster that a message names. The table of clusters has all of them.
@@ -130,19 +132,20 @@ def check_splits(splits: DatasetDict, kind: str, ledger: Ledger) -> None:
     """Check that every split has rows.
 
     Raises:
-        WorkError: a split is empty.
+        RequestError: a split is empty.
     """
     rows = sum(len(part) for part in splits.values())
     if not rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in ledger.by_reason(kind).items())
-        raise WorkError(
+        raise RequestError(
             f"No {kind} row is left: all rows were set aside ({reasons or 'nothing was read'}). "
             "`make inspect DATA=file` shows each row of a file with its reason."
         )
     empty = [name for name, part in splits.items() if not len(part)]
     if empty:
-        raise WorkError(
-            f"The {kind} dataset has {rows} rows, and the {' and '.join(empty)} split came out empty. Rows of one "
+        few = f", at least {MIN_ROWS} are needed" if rows < MIN_ROWS else ""
+        raise RequestError(
+            f"The {kind} dataset has {rows} rows{few}, and the {' and '.join(empty)} split came out empty. Rows of one "
             "document or prompt go to the same split: add data, or raise data.split.test_fraction and "
             "data.split.validation_fraction."
         )

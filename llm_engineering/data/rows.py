@@ -16,6 +16,8 @@ from llm_engineering.recipe.data_blocks import SplitConfig
 ROLES = ("system", "user", "assistant")
 # In the order of use: for training, for the loss during training, for the evaluation after training.
 SPLITS = ("train", "validation", "test")
+# The end of the `origin` of a pair whose rejected answer reached its maximum length.
+AT_LAST_SENTENCE = "ended at its last sentence"
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _ORIGIN = {"id": Value("string"), "source": Value("string"), "origin": Value("string"), "document": Value("string")}
 # The columns of a dataset, by the kind of its rows.

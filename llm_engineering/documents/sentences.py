@@ -69,6 +69,21 @@ def sentences(text: str, with_headings: bool) -> Iterator[Sentence]:
         yield from _split(text, start, end)
 
 
+# A digit before the last full stop may be the beginning of a number that was cut: "In Python 3."
+_WHOLE = re.compile(r"(?:(?<!\d)\.|[!?…])[\"'”’»)\]]*$")
+
+
+def whole_sentences(text: str) -> str:
+    """A text that was cut somewhere, up to the end of its last whole sentence; empty if it has none."""
+    end = 0
+    found = list(sentences(text, with_headings=True))
+    for number, sentence in enumerate(found):
+        # Only the last sentence can be cut within a number.
+        if _WHOLE.search(sentence.text) or (number < len(found) - 1 and sentence.text.endswith(".")):
+            end = sentence.end
+    return text[:end]
+
+
 def names_something(sentence: str, names: Set[str] = frozenset()) -> bool:
     """Whether a word begins with a capital and is no function word. The first word counts only if it is one of `names`.
 

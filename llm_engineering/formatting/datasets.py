@@ -17,9 +17,9 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import Row, TextRow, read_row
+from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, Row, TextRow, read_row
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
-from llm_engineering.errors import WorkError
+from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.render import (
     IGNORE_INDEX,
     CrossingTokensError,
@@ -68,6 +68,8 @@ class Lengths:
         kept: rows of each split, and pieces of texts, by their length after cutting.
         all: rows by their length before cutting, quarantined rows included.
         turns: kept rows by their turns.
+        replayed: kept rows, or pieces of texts, of general datasets, which are trained on beside the data.
+        ended: kept pairs whose rejected answer was cut and ends at its last whole sentence.
         samples: the first SAMPLE_ROWS kept rows of each split.
         truncated: a table of findings with the rows that were cut.
     """
@@ -76,6 +78,8 @@ class Lengths:
         self.kept: dict[str, Counter[int]] = {}
         self.all: Counter[int] = Counter()
         self.turns: Counter[int] = Counter()
+        self.replayed = 0
+        self.ended = 0
         self.samples: list[tuple[str, Row]] = []
         self.truncated = TableWriter(work_folder() / "truncated.arrow", _FINDINGS)
 
@@ -88,6 +92,8 @@ class Lengths:
             for record in formatted.records:
                 kept[_trained_length(record)] += 1
             row = formatted.row
+            self.replayed += len(formatted.records) if row.origin == REPLAY else 0
+            self.ended += row.origin.endswith(AT_LAST_SENTENCE)
             if formatted.truncated:
                 names = {"id": row.id, "source": row.source}
                 self.truncated.write({**names, "rule": "truncated", "detail": formatted.truncated})
@@ -222,7 +228,8 @@ def format_splits(
         ledger: records the quarantined rows. A test split of the user's own has its own stage, e.g. `instruction_test`.
 
     Raises:
-        WorkError: a row cannot be rendered, is over-long under `over_long: raise`, or no row of a split is left.
+        WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
+        RequestError: no row of a split is left.
     """
     own_test = f"{kind}_test"
     stages = {name: own_test if name == "test" and own_test in ledger.kept else kind for name in splits}
@@ -249,7 +256,7 @@ def format_splits(
                 progress.advance()
         if not table.rows:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            raise WorkError(
+            raise RequestError(
                 f"All {len(split)} rows of the {name} split were set aside while formatting ({counts}). "
                 "If they are over-long, raise formatting.max_length."
             )

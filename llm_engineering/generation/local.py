@@ -15,7 +15,7 @@ from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import SharedStart, batches_by_length, compute_shared_start, generate_ids
-from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
@@ -108,7 +108,10 @@ class LocalModel:
         order = sorted(prompts)
         indices = batches_by_length([len(prompts[key]) for key in order], self.batch_size)
         batches = [[order[index] for index in batch] for batch in indices]
-        missing = [batch for batch in batches if not all(key in self.store.answers for key in batch)]
+        # Without stop strings it matters whether an answer was cut, which the records of earlier versions do not say.
+        known = self.store.answers
+        stored = {key for key in order if key in known and (sampling.stop or known[key].finish != "stop")}
+        missing = [batch for batch in batches if not stored.issuperset(batch)]
         count = sum(map(len, missing))
         if count < len(order):
             logger.info("%d of %d %s are stored already", len(order) - count, len(order), what)
@@ -122,9 +125,10 @@ class LocalModel:
         with self.store:
             for batch in missing:
                 new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), start)
-                self.store.add({key: Reply(text) for key, text in zip(batch, new, strict=True)})
+                self.store.add(dict(zip(batch, new, strict=True)))
                 progress.advance(len(batch))
-        return [Answer(self.store.answers[key].text) for key in keys]
+        replies = [self.store.answers[key] for key in keys]
+        return [Answer(reply.text, is_cut=reply.finish == "length") for reply in replies]
 
     def _ids(self, prompts: list[str]) -> list[list[int]]:
         # The prompts hold their special tokens as text.
@@ -132,7 +136,7 @@ class LocalModel:
 
     def _generate(
         self, prompts: list[str], sampling: Sampling, seed: int, start: SharedStart | None = None
-    ) -> list[str]:
+    ) -> list[Reply]:
         # top_k 0 and top_p 1 sample from the whole distribution, whatever the model's generation config says.
         sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode(), torch.random.fork_rng():
@@ -147,7 +151,12 @@ class LocalModel:
                 **(sampled if sampling.temperature else {"do_sample": False}),
                 **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
             )
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        texts = [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        if sampling.stop:
+            return [Reply(text) for text in texts]
+        ends = end_token_ids(self.model, self.tokenizer)
+        finished = ["end" if ids and ids[-1] in ends else "length" for ids in new]
+        return [Reply(text, finish) for text, finish in zip(texts, finished, strict=True)]
 
 
 def _until(text: str, stop: Sequence[str]) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow
+from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow
+from llm_engineering.documents.sentences import whole_sentences
 from llm_engineering.generation.instructions import FROM_DOCUMENT, RAW_CHARS
 from llm_engineering.generation.types import Client, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import PreferenceWriting
@@ -27,6 +28,9 @@ def generate_preferences(
     A row whose origin says that the document is its answer must repeat the document word for word, up to white space.
     Rows of `data.replay_instructions` get none either: their answers are not what the model shall learn to prefer.
     With `max_preferences`, the seed draws that many of the usable rows.
+
+    A rejected answer that was cut ends at its last whole sentence, unless `rejected_cut` says otherwise. The trainer writes
+    the end token after it, and DPO would learn from the pair that an answer must not stop within a word.
 
     Args:
         documents: each document's text by its name; empty if the rows were not generated.
@@ -58,13 +62,21 @@ def generate_preferences(
         if isinstance(outcome, Failure):
             quarantine.append(_quarantined(row, outcome.reason, outcome.detail, outcome.text))
             continue
+        text, origin = outcome.text, f"chosen: {row.origin}; rejected by {client.identity}"
+        if outcome.is_cut and writing.rejected_cut != "keep":
+            text = whole_sentences(outcome.text) if writing.rejected_cut == "sentence" else ""
+            origin += f", {AT_LAST_SENTENCE}"
+        if outcome.is_cut and not text:
+            limit = f"generation.rejected_max_new_tokens is {writing.rejected_max_new_tokens}"
+            quarantine.append(_quarantined(row, "rejected_cut", limit, outcome.text))
+            continue
         pairs.append(
             PreferenceRow(
                 prompt=row.prompt,
                 chosen=row.completion[:1],
-                rejected=[Message(role="assistant", content=outcome.text)],
+                rejected=[Message(role="assistant", content=text)],
                 source=row.source,
-                origin=f"chosen: {row.origin}; rejected by {client.identity}",
+                origin=origin,
                 document=row.document,
             )
         )

@@ -33,9 +33,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """The usable text of a reply."""
+    """The usable text of a reply.
+
+    Attributes:
+        is_cut: whether the local model reached the maximum length before it ended its answer.
+    """
 
     text: str
+    is_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Reply:
 
     Attributes:
         text: the raw text.
-        finish: `stop`, `length` (the reply was cut at its maximum length) or `refused`.
+        finish: `stop`, `length` (the reply was cut at its maximum length) or `refused`; `end` if the local model ended its
+            answer and was given no stop string.
         input_tokens, output_tokens: the token usage that an endpoint reports; 0 for the local model.
     """
 

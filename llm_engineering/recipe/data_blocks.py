@@ -12,6 +12,8 @@ EMBEDDED_DOCUMENTS = "embedded:python-reference"
 # The handbook of an invented organisation, with an exam about it.
 EMBEDDED_HANDBOOK = "embedded:handbook"
 
+# Metadata of a data report and of a model version: why the data is not fit to train on.
+UNFIT = "unfit_data"
 
 # General questions with their answers, for `data.replay_instructions`. They are others than those of the exam's control.
 EMBEDDED_GENERAL = "embedded:general"
@@ -152,6 +154,9 @@ class DataConfig(Block):
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
     instructions, so that the model forgets less. They are not held out.
+
+    Data that the data report calls not fit to train on ends the run before training. `train_unfit` trains on it, and the
+    model version is marked with `unfit_data`.
     """
 
     instructions: str | None = None
@@ -167,6 +172,7 @@ class DataConfig(Block):
     decontaminate_against: list[str] = Field(default_factory=list)
     decontaminate_ngram: int = Field(13, ge=1)
     strict: bool = False
+    train_unfit: bool = False
     split: SplitConfig = SplitConfig()
     hub: HubConfig | None = None
 
@@ -182,6 +188,7 @@ class DataConfig(Block):
             "columns",
             "replay",
             "replay_instructions",
+            "train_unfit",
             "hub",
         )
         return DataConfig.model_validate(self.model_dump(exclude=set(sources)))

@@ -105,10 +105,16 @@ class InstructionWriting(Block):
 
 
 class PreferenceWriting(Block):
-    """How instruction rows become preference pairs: the base model or the client writes the rejected answer."""
+    """How instruction rows become preference pairs: the base model or the client writes the rejected answer.
+
+    `rejected_cut` says what happens to an answer of the base model that reaches `rejected_max_new_tokens`: it ends at its
+    last whole sentence (`sentence`; without a whole one the pair is set aside), the pair is set aside (`drop`), or the
+    answer stays as it is (`keep`), and then DPO teaches not to stop within a sentence.
+    """
 
     rejected_by: Literal["base", "client"] = "base"
     rejected_max_new_tokens: int = Field(64, ge=1)
+    rejected_cut: Literal["sentence", "drop", "keep"] = "sentence"
     rejected_temperature: float = Field(1.0, ge=0)
     max_preferences: int | None = Field(None, ge=1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
@@ -16,15 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
-from llm_engineering.data.prepare import prepare
-from llm_engineering.data.rows import Message, Row, read_row
+from llm_engineering.data.prepare import MIN_ROWS, prepare
+from llm_engineering.data.rows import AT_LAST_SENTENCE, Message, Row, read_row
 from llm_engineering.data.storage import stream_records, work_folder
+from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import Lengths, format_rows
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.reports.page import histogram, page, paragraph, table, write_report
 
-# A smaller dataset has too few rows to train on and to hold some out.
-MIN_ROWS = 20
 # A file that loses more than this share of its rows is damaged, or is not what its owner thinks it is.
 MAX_SHARE_SET_ASIDE = 0.5
 # LIMA (arXiv:2305.11206) tunes on 1,000 selected rows. From fewer rows a model learns a style rather than a subject.
@@ -32,8 +32,8 @@ FEW_ROWS = 1000
 # Above this share, the length limit decides what the model learns.
 MAX_SHARE_OVER_LENGTH = 0.1
 _CLUSTERS_SHOWN = 12
-# Reasons that do not count against a file: the row is elsewhere in it, or was not needed.
-_HARMLESS = ("exact_duplicate", "near_duplicate", "not_drawn")
+# Reasons that do not count against a file: the row is elsewhere in it.
+_HARMLESS = ("exact_duplicate", "near_duplicate")
 
 
 def token_counts(lengths: Counter[int]) -> dict[str, float]:
@@ -70,7 +70,7 @@ def write_data_report(
     findings = _counts(tables["findings"], "rule") | ({"truncated": len(truncated)} if len(truncated) else {})
     over = sum(count for length, count in lengths.all.items() if length > max_length)
     share_over = round(over / max(1, lengths.all.total()), 4)
-    why = _unfit_reasons(kind, ledger, kept.total(), leaked)
+    why = _unfit_reasons(kind, ledger, kept.total() - lengths.replayed, leaked)
     data: dict[str, Any] = {
         "kind": kind,
         "stages": {
@@ -82,6 +82,7 @@ def write_data_report(
         "max_length": max_length,
         "share_over_max_length": share_over,
         "truncated": len(truncated),
+        "ended_at_last_sentence": lengths.ended,
         "share_truncated": round(len(truncated) / max(1, kept.total()), 4),
         "turns": {str(turns): count for turns, count in sorted(lengths.turns.items())},
         "findings": findings,
@@ -178,6 +179,11 @@ def _guidance(kind: str, lengths: Lengths, share_over: float, max_length: int, f
             f"{findings['truncated']:,} rows were cut at formatting.max_length ({max_length} tokens), so the end of their "
             "answers is not trained. Raise max_length, or set formatting.over_long to drop."
         )
+    if lengths.ended:
+        lines.append(
+            f"{lengths.ended:,} rejected answers reached generation.rejected_max_new_tokens and were {AT_LAST_SENTENCE}. Raise "
+            "it to have whole answers."
+        )
     for rule, what in (("secret", "keys or passwords"), ("personal_data", "e-mail addresses or phone numbers")):
         if rule in findings:
             lines.append(f"{findings[rule]:,} findings of {what}: set data.rules.{rule} to mask or drop.")
@@ -185,17 +191,56 @@ def _guidance(kind: str, lengths: Lengths, share_over: float, max_length: int, f
 
 
 def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
-    rows, reasons = ledger.read[kind], ledger.by_reason(kind)
+    """Why the rows are not fit to train on; empty if they are.
+
+    Args:
+        kept: rows that are left, without those of general datasets.
+    """
+    reasons = {reason: count for reason, count in ledger.by_reason(kind).items() if reason not in _HARMLESS}
+    named = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
     problems = []
     if kept < MIN_ROWS:
         problems.append(f"only {kept} rows are left, and at least {MIN_ROWS} are needed to train and to hold some out")
-    lost = {reason: count for reason, count in reasons.items() if reason not in _HARMLESS}
-    if sum(lost.values()) > MAX_SHARE_SET_ASIDE * rows:
-        named = ", ".join(f"{reason} {count}" for reason, count in lost.items())
+    # Drafts that the writer could not use say nothing about the rows that were written. A small model writes several
+    # questions for each good one.
+    rows, repeated = ledger.read[kind] - ledger.drafts.get(kind, 0), _count(ledger, kind, _HARMLESS)
+    if rows - repeated - ledger.kept[kind] > MAX_SHARE_SET_ASIDE * rows:
         problems.append(f"more than half of the {rows} rows were set aside ({named})")
+    elif problems and named:
+        problems[-1] += f" (set aside: {named})"
     if leaked:
         problems.append(f"{leaked} row(s) of the evaluation file are also in the dataset")
     return "; ".join(problems)
+
+
+def _count(ledger: Ledger, kind: str, reasons: Sequence[str]) -> int:
+    return sum(ledger.by_reason(kind).get(reason, 0) for reason in reasons)
+
+
+def check_fit(report: dict[str, Any], folder: Path, kept: Path) -> None:
+    """Refuse data that its report calls not fit to train on.
+
+    Args:
+        report: the report as JSON.
+        folder: the folder of the report.
+        kept: a folder for a copy of it, because a failed step stores no artifact.
+
+    Raises:
+        RequestError: the data is not fit. The message has the reasons and the place of the copy.
+    """
+    if not report["why"]:
+        return
+    shutil.copytree(folder, kept, dirs_exist_ok=True)
+    before = [
+        f"{counts['read']} {stage}s read, {counts['kept']} kept"
+        for stage, counts in report["stages"].items()
+        if stage in ("document", "passage")
+    ]
+    raise RequestError(
+        f"The {report['kind']} rows are not fit to train on: {'; '.join([report['why'], *before])}. Nothing was trained "
+        f"with them. {kept / 'report.html'} shows what was set aside. Add documents or rows, or set data.train_unfit to "
+        "true to train anyway: the model version is then marked with unfit_data."
+    )
 
 
 def _table_or_none(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:

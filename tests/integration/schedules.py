@@ -18,9 +18,10 @@ name: weekly
 data:
   instructions: s3://{bucket}/data/rows.jsonl
   split: {{validation_fraction: 0.2, test_fraction: 0.2}}
+  train_unfit: true
 model: {{name_or_path: "s3://{bucket}/model/"}}
 formatting: {{max_length: 192}}
-generation: {{rejected_max_new_tokens: 4, max_preferences: 16}}
+generation: {{rejected_max_new_tokens: 4, rejected_cut: keep, max_preferences: 16}}
 sft: {{max_steps: 6, learning_rate: 1e-2, eval_steps: 100, save_steps: 100}}
 dpo: {{max_steps: 2, learning_rate: 1e-4, eval_steps: 100, save_steps: 100}}
 evaluation: {{max_new_tokens: 4, generated_rows: 2, sample_answers: 1, bootstrap_samples: 100}}

@@ -61,10 +61,38 @@ def test_empty_dataset(fresh_project):
 
 def test_all_rows_dropped(fresh_project):
     run = fresh_project.run("sft", "--set", "formatting.max_length=8")
-    assert run.code == 1
+    assert run.code == 2
     assert "rows of the train split were set aside while formatting" in run.stderr
     assert "no_trained_token" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_data_that_is_not_fit_is_refused_or_marks_the_model(fresh_project):
+    small = fresh_project.folder / "small.jsonl"
+    rows = [
+        {"instruction": f"Where does {i} stand?", "output": f"It stands after {i - 1}, as {i * 7} does."}
+        for i in range(12)
+    ]
+    small.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = "{validation_fraction: 0.3, test_fraction: 0.3}"
+    arguments = ["--set", f"data.instructions={small}", "--set", f"data.split={splits}"]
+    arguments += ["--set", "data.rules.near_duplicate=off"]
+    run = fresh_project.run("sft", *arguments)
+    assert run.code == 2, run.stderr
+    assert (
+        "The instruction rows are not fit to train on: only 12 rows are left, and at least 20 are needed" in run.stderr
+    )
+    assert "Traceback" not in run.stderr
+    assert not (fresh_project.folder / "outputs" / "training").exists()
+    assert (fresh_project.folder / "outputs" / "unfit_data" / "sft" / "report.html").exists()
+
+    run = fresh_project.run("sft", *arguments, "--set", "data.train_unfit=true")
+    assert run.code == 0, run.stderr
+    config = ("--config", str(fresh_project.recipe), "--json")
+    newest = fresh_project.command("models", "list", *config).json["versions"][0]
+    assert list(newest["unfit_data"]) == ["sft"]
+    lineage = fresh_project.command("models", "lineage", str(newest["version"]), *config).json
+    assert lineage["unfit_data"]["sft"].startswith("only 12 rows are left")
 
 
 def test_rows_of_an_own_test_split_leave_training_or_are_refused(fresh_project):

@@ -41,7 +41,7 @@ from llm_engineering.data.similarity import (
     sketch,
 )
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_records
-from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 
 CONFIG = DataConfig.model_validate({"split": {"validation_fraction": 0.2, "test_fraction": 0.2}})
@@ -262,10 +262,12 @@ def test_suspicious_rows_are_those_that_match_most_rules(tmp_path):
 
 def test_no_row_left_says_why(tmp_path):
     run = Run(tmp_path, [row(answer=" "), row(answer="")])
-    with pytest.raises(WorkError, match="No instruction row is left.*2 empty_answer"):
+    with pytest.raises(RequestError, match="No instruction row is left.*2 empty_answer"):
         check_splits(run.prepared.splits, "instruction", run.ledger)
     run = Run(tmp_path, [row(document=document_on("train"))])
-    with pytest.raises(WorkError, match="the validation and test split came out empty"):
+    with pytest.raises(
+        RequestError, match="has 1 rows, at least 20 are needed, and the validation and test split came"
+    ):
         check_splits(run.prepared.splits, "instruction", run.ledger)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import Document, read_documents
-from llm_engineering.documents.sentences import known_names, names_something, sentences
+from llm_engineering.documents.sentences import known_names, names_something, sentences, whole_sentences
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, DocumentsConfig
 
 FACTS = Path(__file__).with_name("handbook_facts.jsonl")
@@ -151,6 +151,24 @@ def test_a_first_word_is_a_name_if_it_has_a_capital_inside_other_sentences_and_n
     assert not names_something("The pump is blue.", names)
     assert not names_something("ONDREL EMPLOYS PEOPLE", {"ONDREL"})
     assert not names_something("", names)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("It is blue. The other one is gre", "It is blue."),
+        ("It is blue. It is green!", "It is blue. It is green!"),
+        ("“Is it blue?” It is, and the", "“Is it blue?”"),
+        ("It is new in Python 3.", ""),
+        ("It is new in Python 3. It is old in 2.", "It is new in Python 3."),
+        ("One reason is this.\n\n1. **Cost**: it is low. The second", "One reason is this.\n\n1. **Cost**: it is low."),
+        ("Here is the code:\n```python\nprint('a.')\nprint(", ""),
+        ("It depends on Mr. Smith and", ""),
+        ("", ""),
+    ],
+)
+def test_a_cut_text_up_to_its_last_whole_sentence(text, whole):
+    assert whole_sentences(text) == whole
 
 
 def cut(text, **config):

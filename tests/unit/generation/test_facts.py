@@ -10,7 +10,7 @@ from llm_engineering.generation.instructions import FROM_DOCUMENT, prompt_versio
 from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.prompts import FACT_EXAMPLES, PROMPT_FILES, read_prompt
 from llm_engineering.generation.store import AnswerStore
-from llm_engineering.generation.types import Answer, Completer, Failure, Sampling
+from llm_engineering.generation.types import Answer, Completer, Failure, Reply, Sampling
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import compute_shared_start, generate_ids
@@ -150,12 +150,14 @@ def test_one_prompt_is_completed_too(model):
 def test_stored_completions_are_not_generated_again(model, monkeypatch):
     completed = model.complete(PROMPTS, Sampling(4), "questions")
     again = LocalModel(model.model, model.tokenizer, "tiny", AnswerStore(model.store.path), batch_size=2)
-    monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: ["new"] * len(prompts))
+    monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: [Reply("new")] * len(prompts))
     assert again.complete(PROMPTS, Sampling(4), "questions") == completed
     # A text and a message of the same words have different answers.
     assert again.answer([[{"role": "user", "content": PROMPTS[0]}]], Sampling(4), "answers") == [Answer("new")]
 
 
 def test_a_completion_ends_before_the_blank_line(model, monkeypatch):
-    monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: [" Who?\nAnswer: b\n\nSentence: x"])
+    monkeypatch.setattr(
+        LocalModel, "_generate", lambda self, prompts, *rest: [Reply(" Who?\nAnswer: b\n\nSentence: x")]
+    )
     assert model.complete(PROMPTS[:1], Sampling(4, stop=("\n\n",)), "questions") == [Answer("Who?\nAnswer: b")]

@@ -4,6 +4,7 @@ import pytest
 
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
+from llm_engineering.generation import local
 from llm_engineering.generation.instructions import (
     FROM_DOCUMENT,
     draw_style,
@@ -13,7 +14,7 @@ from llm_engineering.generation.instructions import (
 from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.preferences import generate_preferences
 from llm_engineering.generation.store import AnswerStore
-from llm_engineering.generation.types import Answer, Failure, Sampling
+from llm_engineering.generation.types import Answer, Failure, Reply, Sampling
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
@@ -117,7 +118,7 @@ def test_rows_and_quarantine_add_up(model, monkeypatch):
     questions = iter(
         [["What does a generator function do?", "Nonsense"], ["Question: What does a generator function do?"]]
     )
-    monkeypatch.setattr(LocalModel, "_generate", lambda *a: next(questions))
+    monkeypatch.setattr(LocalModel, "_generate", lambda *a: list(map(Reply, next(questions))))
     passages = [passage(), passage(PASSAGE + " It is lazy."), passage(PASSAGE + " It is lazy. Very.")]
     rows, rejected = generate_instructions(passages, model(), InstructionWriting(question_max_new_tokens=8), seed=1)
     assert [(r.prompt[0].content, r.completion[0].content) for r in rows] == [
@@ -138,7 +139,7 @@ def test_rows_that_are_not_drawn_are_quarantined(model):
         )
         for i in range(5)
     ]
-    writing = PreferenceWriting(rejected_max_new_tokens=4, max_preferences=3)
+    writing = PreferenceWriting(rejected_max_new_tokens=4, max_preferences=3, rejected_cut="keep")
     made, rejected = generate_preferences(rows, {}, model(), writing, seed=1)
     assert (len(made), [q.reason for q in rejected]) == (3, ["not_drawn", "not_drawn"])
     assert all(row.chosen[0].content.startswith("A") for row in made)
@@ -147,7 +148,7 @@ def test_rows_that_are_not_drawn_are_quarantined(model):
 
 def test_keys_of_the_local_model_do_not_change(model, monkeypatch):
     """Keys order and seed the batches, so other keys would give other rejected answers."""
-    monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: ["x"] * len(prompts))
+    monkeypatch.setattr(LocalModel, "_generate", lambda self, prompts, *rest: [Reply("x")] * len(prompts))
     client = model()
     client.answer([[{"role": "user", "content": "Hi"}]], Sampling(32, 0.0, 42, ("?",)), "questions")
     client.answer([[{"role": "user", "content": "Hi"}]], Sampling(64, 1.0, 42), "answers")
@@ -251,3 +252,61 @@ def test_chosen_answers_must_be_in_the_document():
     assert [(q.reason, q.text) for q in rejected] == [("not_verbatim", "one two four"), ("refused", "raw")]
     # The user's own rows have no documents to be found in.
     assert len(generate_preferences(rows[:2], {}, client, PreferenceWriting(), seed=1)[0]) == 2
+
+
+def answered(text, is_cut, **writing):
+    """The pairs and the quarantine of one row whose rejected answer is `text`."""
+    row = InstructionRow(
+        prompt=[Message(role="user", content="Where is it?")],
+        completion=[Message(role="assistant", content="It is here.")],
+        source="s",
+        origin="o",
+    )
+    return generate_preferences(
+        [row], {}, Scripted(lambda *_: Answer(text, is_cut)), PreferenceWriting(**writing), seed=1
+    )
+
+
+CUT = "It is there. The other one stands in the kitch"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_cut", "rejected_cut", "kept", "origin"),
+    [
+        (CUT, True, "sentence", "It is there.", "chosen: o; rejected by scripted, ended at its last sentence"),
+        (CUT, False, "sentence", CUT, "chosen: o; rejected by scripted"),
+        (CUT, True, "keep", CUT, "chosen: o; rejected by scripted"),
+        (CUT, False, "drop", CUT, "chosen: o; rejected by scripted"),
+    ],
+)
+def test_a_cut_rejected_answer_ends_at_its_last_sentence(text, is_cut, rejected_cut, kept, origin):
+    pairs, quarantine = answered(text, is_cut, rejected_cut=rejected_cut)
+    assert [(pair.rejected[0].content, pair.origin) for pair in pairs] == [(kept, origin)]
+    assert quarantine == []
+
+
+@pytest.mark.parametrize(("text", "rejected_cut"), [("The other one stands in", "sentence"), (CUT, "drop")])
+def test_a_cut_rejected_answer_without_a_whole_sentence_is_set_aside(text, rejected_cut):
+    pairs, quarantine = answered(text, True, rejected_cut=rejected_cut)
+    assert pairs == []
+    expected = ("rejected_cut", "generation.rejected_max_new_tokens is 64", text)
+    assert [(q.reason, q.detail, q.text) for q in quarantine] == [expected]
+
+
+def test_the_local_model_says_which_answers_were_cut(model, monkeypatch):
+    client = model()
+    end = client.tokenizer.eos_token_id
+    some = client.tokenizer("It is this.")["input_ids"][:2]
+    written = iter([[[*some, end], [*some, *some]], [[end], some], [some]])
+    monkeypatch.setattr(local, "generate_ids", lambda *_, **options: next(written))
+    answers = client.answer(REQUESTS, Sampling(4), "answers")
+    assert sorted(answer.is_cut for answer in answers) == [False, False, True, True, True]
+    assert model().answer(REQUESTS, Sampling(4), "answers") == answers
+
+
+def test_answers_of_earlier_versions_that_may_be_cut_are_generated_again(model, monkeypatch):
+    client = model()
+    client.answer(REQUESTS[:1], Sampling(4), "answers")
+    (key,) = client.store.answers
+    client.store.add({key: Reply("stored by an earlier version")})
+    assert model().answer(REQUESTS[:1], Sampling(4), "answers")[0].text != "stored by an earlier version"

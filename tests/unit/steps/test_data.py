@@ -2,21 +2,31 @@
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.documents.read import Document
+from llm_engineering.errors import RequestError
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.data_blocks import DocumentsConfig, SplitConfig
+from llm_engineering.recipe.data_blocks import (
+    UNFIT,
+    DataConfig,
+    DocumentsConfig,
+    FormattingConfig,
+    RulesConfig,
+    SplitConfig,
+)
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.training_blocks import ModelConfig
 from tools.cli import prepare_zenml
 
 prepare_zenml()
 
+from pipelines.promote import _unfit  # noqa: E402
 from steps import data  # noqa: E402 — ZenML looks for the project when steps are imported
 
 TEXT = "The Heron Pump is made in Quessby. It is blue. The Otter Gate is built of larch."
@@ -97,3 +107,29 @@ def test_general_rows_are_added_to_the_users_own_instructions(facts, tmp_path):
     assert set(made["test_rows"]["origin"]) == {"unknown"}
     assert list(made["sources"]["file"]) == [str(own), "embedded:general"]
     assert facts["replay_hash"] == "hash"
+
+
+def test_rows_that_are_not_fit_are_refused_before_training(settings, facts, monkeypatch, tmp_path, tiny_model):
+    monkeypatch.setenv("LLM_OUTPUT_DIR", str(tmp_path / "outputs"))
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"instruction": f"Where does {i} stand?", "output": f"It stands after {i - 1}."} for i in range(12)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    candidates = data.load.entrypoint("instruction", str(rows), None, None, {}, "hash", None, None)
+    checks = DataConfig(rules=RulesConfig(near_duplicate="off"), split=SplitConfig(test_fraction=0.3))
+    dataset = data.prepare.entrypoint("instruction", candidates, checks, None)
+    arguments = ("sft", "instruction", dataset, ModelConfig(name_or_path=str(tiny_model)), FormattingConfig())
+    with pytest.raises(RequestError, match="not fit to train on: only 12 rows are left, and at least 20"):
+        data.format_rows.entrypoint(*arguments, False)
+    assert (tmp_path / "outputs" / "unfit_data" / "sft" / "report.html").exists()
+    assert UNFIT not in facts
+    formatted, _ = data.format_rows.entrypoint(*arguments, True)
+    assert sum(map(len, formatted.values())) == 12
+    assert facts[UNFIT].startswith("only 12 rows are left")
+
+
+def test_a_model_version_names_the_stages_whose_data_is_not_fit():
+    def step(**metadata):
+        return SimpleNamespace(outputs={"data_report": [SimpleNamespace(run_metadata=metadata)], "formatted": []})
+
+    steps = {"format_sft": step(train=4, unfit_data="only 4 rows"), "format_dpo": step(train=40), "train_sft": None}
+    assert _unfit(SimpleNamespace(steps=steps)) == {"sft": "only 4 rows"}

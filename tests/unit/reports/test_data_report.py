@@ -1,0 +1,117 @@
+"""The verdict of the data report: which data is fit to train on, and what happens to other data."""
+
+import pytest
+from datasets import Dataset, DatasetDict
+
+from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow
+from llm_engineering.errors import RequestError
+from llm_engineering.formatting.datasets import FormattedRow, Lengths
+from llm_engineering.reports.data_report import check_fit, write_data_report
+
+
+def aside(count, reason):
+    return [Quarantined(stage="instruction", reason=reason, source="s", place=str(i)) for i in range(count)]
+
+
+def instruction(number, origin="o"):
+    return InstructionRow(
+        prompt=[Message(role="user", content=f"What is {number}?")],
+        completion=[Message(role="assistant", content="It is this.")],
+        source="s",
+        origin=origin,
+    )
+
+
+def reported(folder, ledger, rows):
+    """The report about formatted rows of three tokens."""
+    lengths = Lengths()
+    for row in rows:
+        ids = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [2]}
+        record = ids if isinstance(row, PreferenceRow) else {"input_ids": [1, 2, 3]}
+        lengths.add("train", FormattedRow(row, [record], 3, None))
+    columns = {
+        "findings": ("id", "source", "rule", "detail"),
+        "clusters": ("cluster", "source", "split", "fate"),
+        "suspicious": ("id", "source", "findings", "prompt", "answer"),
+    }
+    tables = DatasetDict({name: Dataset.from_dict({key: [] for key in keys}) for name, keys in columns.items()})
+    return write_data_report(folder, next(iter(ledger.read)), ledger, tables, lengths, 64)
+
+
+@pytest.mark.parametrize(
+    ("kept", "drafts", "dropped", "repeated", "why"),
+    [
+        (20, 0, 0, 0, ""),
+        (19, 0, 0, 0, "only 19 rows are left, and at least 20 are needed to train and to hold some out"),
+        (
+            6,
+            20,
+            1,
+            0,
+            "only 6 rows are left, and at least 20 are needed to train and to hold some out "
+            "(set aside: not_grounded 20, refusal 1)",
+        ),
+        # A writer that needs five questions for each good one damages no data.
+        (30, 150, 10, 0, ""),
+        (30, 0, 30, 0, ""),
+        (30, 0, 31, 0, "more than half of the 61 rows were set aside (refusal 31)"),
+        (30, 200, 31, 0, "more than half of the 61 rows were set aside (not_grounded 200, refusal 31)"),
+        (30, 0, 0, 90, ""),
+    ],
+)
+def test_data_is_fit_with_enough_rows_and_few_that_the_checks_set_aside(kept, drafts, dropped, repeated, why, tmp_path):
+    ledger = Ledger()
+    written = kept + dropped + repeated
+    ledger.record("instruction", written + drafts, written, aside(drafts, "not_grounded"), writes=True)
+    # The step that checks the rows reads the ledger of the step that wrote them.
+    ledger = Ledger.load(ledger.datasets())
+    ledger.record("instruction", written, kept, aside(dropped, "refusal") + aside(repeated, "near_duplicate"))
+    report = reported(tmp_path, ledger, map(instruction, range(kept)))
+    assert (report["fit_to_train"], report["why"]) == (not why, why)
+
+
+def test_rows_of_a_general_dataset_do_not_make_data_fit(tmp_path):
+    ledger = Ledger()
+    ledger.record("instruction", 154, 154)
+    rows = [*map(instruction, range(4)), *(instruction(i, REPLAY) for i in range(150))]
+    report = reported(tmp_path, ledger, rows)
+    assert report["why"].startswith("only 4 rows are left")
+
+
+def test_data_that_is_not_fit_is_refused_and_its_report_is_kept(tmp_path):
+    ledger = Ledger()
+    ledger.record("instruction", 9, 3, aside(6, "not_grounded"), writes=True)
+    ledger.record("document", 15, 15)
+    ledger.record("passage", 27, 9, [q.model_copy(update={"stage": "passage"}) for q in aside(18, "too_short")])
+    report = reported(tmp_path / "report", ledger, map(instruction, range(3)))
+    with pytest.raises(RequestError) as error:
+        check_fit(report, tmp_path / "report", tmp_path / "kept")
+    assert str(error.value) == (
+        "The instruction rows are not fit to train on: only 3 rows are left, and at least 20 are needed to train and to hold "
+        "some out (set aside: not_grounded 6); 15 documents read, 15 kept; 27 passages read, 9 kept. Nothing was trained "
+        f"with them. {tmp_path}/kept/report.html shows what was set aside. Add documents or rows, or set data.train_unfit to "
+        "true to train anyway: the model version is then marked with unfit_data."
+    )
+    assert (tmp_path / "kept" / "report.html").read_text() == (tmp_path / "report" / "report.html").read_text()
+    check_fit(report | {"why": ""}, tmp_path / "report", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_answers_that_end_at_their_last_sentence_are_counted(tmp_path):
+    ledger = Ledger()
+    ledger.record("preference", 30, 30)
+    message = [Message(role="user", content="What?")]
+    rows = [
+        PreferenceRow(
+            prompt=message,
+            chosen=[Message(role="assistant", content="This.")],
+            rejected=[Message(role="assistant", content=f"{i}.")],
+            source="s",
+            origin=f"chosen: o; rejected by m, {AT_LAST_SENTENCE}" if i < 7 else "chosen: o; rejected by m",
+        )
+        for i in range(30)
+    ]
+    report = reported(tmp_path, ledger, rows)
+    assert report["ended_at_last_sentence"] == 7
+    assert any("7 rejected answers reached generation.rejected_max_new_tokens" in line for line in report["guidance"])
