@@ -18,7 +18,7 @@ import typer
 from pydantic import ValidationError
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.loading import differences, load_recipe
+from llm_engineering.recipe.loading import check_name, differences, load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
@@ -93,6 +93,7 @@ def run(
     def work(own: Scheduled | None) -> int:
         started = time.monotonic()
         recipe = load_recipe(config, overrides or ())
+        check_name(config, overrides or ())
         # These imports are slow, so they come after the recipe has been checked.
         from tools.plan import preflight, print_plan, stages_of, warn_of_memory
 

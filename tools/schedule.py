@@ -24,7 +24,7 @@ from llm_engineering.cloud.schedules.eventbridge import CloudSchedule
 from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
 from llm_engineering.cloud.schedules.run_records import RunRecord
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.loading import check_name, load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides
@@ -319,7 +319,9 @@ def _in_the_cloud(target: Place | None, settings: Settings) -> list[CloudSchedul
 
 def _recipe(config: str, overrides: Sequence[str] | None, documents: str | None) -> Recipe:
     own = [f"documents.path={documents}"] if documents else []
-    return load_recipe(config, [*(overrides or ()), *own])
+    recipe = load_recipe(config, [*(overrides or ()), *own])
+    check_name(config, [*(overrides or ()), *own])
+    return recipe
 
 
 def _check_name(name: str) -> None:

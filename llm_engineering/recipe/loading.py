@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS
 from llm_engineering.recipe.library_fields import LibraryBlock
 from llm_engineering.recipe.recipe import Recipe
 
@@ -29,27 +31,65 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RequestError: with the file (or `--set`), the key's full path, what is wrong and the nearest valid key.
     """
     origin: dict[str, str] = {}
-    merged = _read(Path(path), origin, ())
-    for override in overrides:
-        key, sign, text = override.partition("=")
-        if not sign or not key.strip():
-            raise RequestError(
-                f"--set {override!r} is not of the form key.path=value, e.g. --set sft.learning_rate=1e-4"
-            )
-        try:
-            value = _from_yaml(text)
-        except YAMLError as error:
-            raise RequestError(f"--set {override!r}: the value is not valid YAML ({_first_line(error)}).") from error
-        layer: Any = value
-        for part in reversed(key.strip().split(".")):
-            layer = {part: layer}
-        _merge(merged, layer, origin, "--set", "")
+    merged: dict[str, Any] = {}
+    for source, layer in _layers(Path(path), overrides):
+        _merge(merged, layer, origin, source, "")
     try:
         recipe: Recipe = Recipe.model_validate(merged)
         return recipe
     except ValidationError as error:
         problems = [line for problem in error.errors() for line in _explain(problem, origin, str(path))]
         raise RequestError("\n".join(problems)) from None
+
+
+def check_name(path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Refuse other documents or datasets under the name of a recipe for an embedded source.
+
+    The model would be registered as another version of that recipe's model, and be compared with it.
+
+    Args:
+        path, overrides: as `load_recipe` gets them.
+
+    Raises:
+        RequestError: a layer changes the source of the rows, and neither it nor a later layer sets `name`.
+    """
+    origin: dict[str, str] = {}
+    merged: dict[str, Any] = {}
+    named: dict[str, str | None] = {}
+    for source, layer in _layers(Path(path), overrides):
+        _merge(merged, layer, origin, source, "")
+        # The keys of --set are one layer, in any order.
+        if "name" in layer or origin.get("name") == source:
+            named = _sources(merged)
+    sources = _sources(merged)
+    changed = next((key for key, value in sources.items() if value is not None and value != named[key]), None)
+    embedded = str(named["documents.path"])
+    if changed is None or not embedded.startswith("embedded:") or named["data.instructions"] is not None:
+        return
+    value, place = str(sources[changed]), origin[changed]
+    own = name_for(value)
+    remedy = f"Add --set name={own}" if place == "--set" else f"Write `name: {own}` in {place}"
+    raise RequestError(
+        f"{place}: `{changed}` is {value}, and `name` is still {merged['name']}, which {origin['name']} gives to the model of "
+        f"{embedded}. The new model would count as another version of that model. {remedy}, or another name."
+    )
+
+
+def name_for(source: str) -> str:
+    """A name for the model of a folder, a file or a dataset: the last part of its path."""
+    place = source.partition("#")[0].removeprefix("embedded:")
+    last = PurePath(place).stem or Path(place).resolve().name
+    return re.sub(r"[^a-zA-Z0-9._-]+", "-", last).strip("._-") or "my-model"
+
+
+def _sources(merged: dict[str, Any]) -> dict[str, str | None]:
+    """Where the rows come from, by the key of the recipe."""
+    documents, data = merged.get("documents") or {}, merged.get("data") or {}
+    return {
+        "documents.path": documents.get("path", EMBEDDED_DOCUMENTS),
+        "data.instructions": data.get("instructions"),
+        "data.preferences": data.get("preferences"),
+    }
 
 
 def recipe_hash(blocks: BaseModel | dict[str, Any]) -> str:
@@ -66,7 +106,25 @@ def differences(then: Any, now: Any, prefix: str = "") -> list[str]:
     return [] if then == now else [prefix.rstrip(".")]
 
 
-def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[str, Any]:
+def _layers(path: Path, overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The files of a recipe, the extended one first, and the overrides, each with its name in messages."""
+    yield from _files(path, ())
+    for override in overrides:
+        key, sign, text = override.partition("=")
+        if not sign or not key.strip():
+            raise RequestError(
+                f"--set {override!r} is not of the form key.path=value, e.g. --set sft.learning_rate=1e-4"
+            )
+        try:
+            layer: Any = _from_yaml(text)
+        except YAMLError as error:
+            raise RequestError(f"--set {override!r}: the value is not valid YAML ({_first_line(error)}).") from error
+        for part in reversed(key.strip().split(".")):
+            layer = {part: layer}
+        yield "--set", layer
+
+
+def _files(path: Path, seen: tuple[Path, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.resolve() in seen:
         raise RequestError(
             f"{path}: `extends` goes in a circle ({' → '.join(p.name for p in (*seen, path))}). Remove one of them."
@@ -84,13 +142,11 @@ def _read(path: Path, origin: dict[str, str], seen: tuple[Path, ...]) -> dict[st
     if not isinstance(data, dict):
         raise RequestError(f"{path} is not a recipe: write keys such as `name:` and `model:` at the top level.")
     parent = data.pop("extends", None)
-    merged: dict[str, Any] = {}
     if parent is not None:
         if not isinstance(parent, str):
             raise RequestError(f"{path}: `extends` must be the path of one recipe, not {parent!r}.")
-        merged = _read(path.parent / parent, origin, (*seen, path.resolve()))
-    _merge(merged, data, origin, str(path), "")
-    return merged
+        yield from _files(path.parent / parent, (*seen, path.resolve()))
+    yield str(path), data
 
 
 def _merge(into: dict[str, Any], layer: dict[str, Any], origin: dict[str, str], source: str, prefix: str) -> None:

@@ -77,7 +77,7 @@ def test_data_that_is_not_fit_is_refused_or_marks_the_model(fresh_project):
     splits = "{validation_fraction: 0.3, test_fraction: 0.3}"
     arguments = ["--set", f"data.instructions={small}", "--set", f"data.split={splits}"]
     arguments += ["--set", "data.rules.near_duplicate=off"]
-    run = fresh_project.run("sft", *arguments)
+    run = fresh_project.run("sft", *arguments, "--set", "data.train_unfit=false")
     assert run.code == 2, run.stderr
     assert (
         "The instruction rows are not fit to train on: only 12 rows are left, and at least 20 are needed" in run.stderr
@@ -86,7 +86,7 @@ def test_data_that_is_not_fit_is_refused_or_marks_the_model(fresh_project):
     assert not (fresh_project.folder / "outputs" / "training").exists()
     assert (fresh_project.folder / "outputs" / "unfit_data" / "sft" / "report.html").exists()
 
-    run = fresh_project.run("sft", *arguments, "--set", "data.train_unfit=true")
+    run = fresh_project.run("sft", *arguments)
     assert run.code == 0, run.stderr
     config = ("--config", str(fresh_project.recipe), "--json")
     newest = fresh_project.command("models", "list", *config).json["versions"][0]

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.loading import load_recipe, recipe_hash
+from llm_engineering.recipe.loading import check_name, load_recipe, name_for, recipe_hash
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
 
@@ -120,3 +120,66 @@ def test_each_recipe_of_the_project_is_valid_and_opens_with_its_command(file):
     assert schema == "# yaml-language-server: $schema=recipe.schema.json"
     assert command.startswith("# make ")
     assert file.name == "local.yaml" or f"CONFIG=configs/{file.name}" in command
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["documents.path=docs/Acme Ltd"], "`documents.path` is docs/Acme Ltd, and `name` is still python-reference"),
+        (["documents={path: acme/}"], "Add --set name=acme,"),
+        (["documents.path=embedded:handbook"], "Add --set name=handbook,"),
+        (["data.instructions=rows.jsonl"], "`data.instructions` is rows.jsonl"),
+        (["data.preferences=owner/pairs#train"], "Add --set name=pairs,"),
+    ],
+)
+def test_other_data_under_the_name_of_an_embedded_source_is_refused(overrides, words):
+    load_recipe(LOCAL, overrides)
+    with pytest.raises(RequestError) as error:
+        check_name(LOCAL, overrides)
+    assert words in str(error.value)
+    assert f"which {LOCAL} gives to the model of embedded:python-reference" in str(error.value)
+    for named in ([*overrides, "name=acme"], ["name=acme", *overrides]):
+        check_name(LOCAL, named)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["sft.learning_rate=1e-3"], ["documents.max_passages=5"], ["documents.path=embedded:python-reference"]],
+)
+def test_the_same_data_keeps_the_name(overrides):
+    check_name(LOCAL, overrides)
+
+
+def test_a_recipe_that_extends_another_one_and_reads_other_documents_needs_a_name(tmp_path):
+    unnamed = write(tmp_path / "mine.yaml", extends=str(LOCAL), documents={"path": "acme"})
+    with pytest.raises(RequestError, match=rf"mine.yaml: `documents.path` is acme.*Write `name: acme` in {unnamed}"):
+        check_name(unnamed)
+    named = write(tmp_path / "named.yaml", extends="mine.yaml", name="acme")
+    check_name(named)
+    # The name of one's own source may be used for other data: a person has chosen it.
+    check_name(named, ["documents.path=acme-2"])
+    check_name(
+        write(tmp_path / "rows.yaml", extends=str(LOCAL), name="acme", data={"instructions": "a.jsonl"}),
+        ["documents.path=x"],
+    )
+
+
+@pytest.mark.parametrize("recipe", sorted(LOCAL.parent.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_have_names_of_their_own(recipe):
+    check_name(recipe)
+
+
+def test_a_name_is_made_of_the_last_part_of_a_path(tmp_path, monkeypatch):
+    places = ["docs/", "/home/me/Acme & Söhne", "s3://bucket/acme/", "a/rows.jsonl", "owner/pairs#train", "--", "%%"]
+    assert [name_for(place) for place in places] == [
+        "docs",
+        "Acme-S-hne",
+        "acme",
+        "rows",
+        "pairs",
+        "my-model",
+        "my-model",
+    ]
+    (tmp_path / "Here").mkdir()
+    monkeypatch.chdir(tmp_path / "Here")
+    assert name_for(".") == "Here"
