@@ -55,6 +55,7 @@ from llm_engineering.training.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT
+from tools.expected_rows import CHARACTERS_PER_TOKEN, data_lines
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -62,8 +63,6 @@ logger = logging.getLogger("llm_engineering.run")
 CODE_VARIABLE = "LLM_CODE_VERSION"
 # Keys of the client that change how answers are fetched, but not the answers.
 _HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
-# English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
-CHARACTERS_PER_TOKEN = 4
 # Tokens that a chat template adds around a question and an answer.
 TEMPLATE_TOKENS = 30
 # File formats in which the number of bytes is about the number of characters: they are not compressed.
@@ -119,13 +118,17 @@ def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
 
 
 def print_plan(pipeline: str, recipe: Recipe) -> None:
-    """Print the resolved recipe as YAML, the steps, and an estimate of the memory and time of training."""
+    """Print the resolved recipe as YAML, the steps, the rows to expect, and an estimate of training's memory and time."""
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")
     before = recipe.chain_to(pipeline)[:-1] if pipeline in recipe.chain else []
     if before:
         print(f"If no {before[-1]} model of this recipe is registered, the pipeline {before[-1]} runs first.")
-    print("\n" + "\n".join(estimate_lines(recipe, stages_of(pipeline, recipe))))
+    trained = stages_of(pipeline, recipe)
+    rows = data_lines(recipe, trained[-1] if trained else recipe.chain[-1])
+    if rows:
+        print("\n" + "\n".join(rows))
+    print("\n" + "\n".join(estimate_lines(recipe, trained)))
 
 
 def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:

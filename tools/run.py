@@ -52,7 +52,8 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the resolved recipe, the steps, and an estimate of memory and time; run nothing."
+            "--dry-run",
+            help="Print the resolved recipe, the steps, the rows to expect, and an estimate of memory and time; run nothing.",
         ),
     ] = False,
     resume: Annotated[

@@ -186,7 +186,7 @@ _COMMANDS_LEAD = """`make TARGET` and `llm-engineering COMMAND` are the same com
 | --- | --- |
 | 0 | Done. |
 | 1 | The work failed. |
-| 2 | The request was wrong, and nothing ran. |
+| 2 | The request was wrong, and nothing ran, or the data is not fit, and nothing was trained with it. |
 | 130 | Interrupted. Finished work is kept. |
 
 `make` itself ends with 2 if a command fails in any way. A script that needs the exit code calls `llm-engineering`.

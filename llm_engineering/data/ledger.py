@@ -135,7 +135,8 @@ class Ledger:
         for count in stored["counts"]:
             ledger.read[count["stage"]] = count["read"]
             ledger.kept[count["stage"]] = count["kept"]
-            ledger.drafts[count["stage"]] = count["drafts"]
+            # Datasets of earlier versions do not tell drafts from other rows.
+            ledger.drafts[count["stage"]] = count.get("drafts", 0)
         ledger.set_aside(Quarantined.model_validate(row) for row in stream_records(stored["quarantine"]))
         ledger._recorded = Counter({stage: reasons.total() for stage, reasons in ledger.reasons.items()})
         return ledger

@@ -8,6 +8,7 @@ import yaml
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
+from tools.expected_rows import data_lines
 from tools.plan import planned_steps, preflight, stages_of, tokens_of
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
@@ -173,3 +174,43 @@ def test_tokens_of_cpt_are_those_of_the_documents_and_the_replay(recipe, tmp_pat
     sentences, source = tokens_of(recipe(["cpt"], documents={"unit": "sentence"}), "cpt")
     assert source == "the size of 1 sentences"
     assert 0 < sentences < plain
+
+
+def test_a_dry_run_counts_documents_passages_and_rows_and_says_when_they_are_too_few(recipe, tmp_path):
+    folder = tmp_path / "documents"
+    (folder / "scan.pdf").write_text("%PDF")
+    lines = data_lines(recipe(["sft"]), "sft")
+    # The six documents are one passage each, and each has its own number.
+    assert lines == [
+        "Documents: 6 read, 1 set aside (unknown_format 1)",
+        "Passages: 6 kept",
+        "Rows: instruction, about 3, at most 6 (the embedded model writes a usable question in 50% of its tries)",
+        "WARNING: These are too few instruction rows to train on, which needs at least 20: the run would end before training. "
+        "Add documents.",
+    ]
+    for number in range(6, 30):
+        (folder / f"{number}.txt").write_text(f"This is file {number}. " * 20)
+    some = data_lines(recipe(["sft", "dpo"], generation={"max_preferences": 10}), "dpo")
+    assert [line for line in some if line.startswith("Rows: ")] == [
+        "Rows: instruction, about 15, at most 30 (the embedded model writes a usable question in 50% of its tries)",
+        "Rows: preference, at most 10 (one pair for each instruction row)",
+    ]
+    assert ["probably too few instruction" in line for line in some].count(True) == 1
+    assert some[-1].startswith("WARNING: These are too few preference rows")
+    endpoint = {"client": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "question_max_new_tokens": 99}
+    assert data_lines(recipe(["sft"], generation=endpoint), "sft")[2:] == ["Rows: instruction, at most 30"]
+
+
+def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
+    folder = tmp_path / "documents"
+    (folder / "0.txt").write_text("It is so. " * 1000)
+    # 10,000 characters are five pieces of 512 tokens.
+    assert data_lines(recipe(["cpt"]), "cpt")[1] == "Rows: text, at most 10"
+    (folder / "0.txt").write_text(" ".join(f"The mill of Oskby{i} grinds flour." for i in range(50)))
+    facts = recipe(["cpt", "sft"], documents={"unit": "sentence"}, generation={"questions": "fact"})
+    assert data_lines(facts, "sft")[1:] == [
+        "Sentences: 50 kept, 100 set aside (names_nothing 100)",
+        "Rows: text, at most 50",
+        "Rows: instruction, about 23, at most 100 (the embedded model writes a usable question in 23% of its tries)",
+    ]
+    assert data_lines(recipe(["sft"], data={"instructions": "rows.jsonl"}), "sft") == []

@@ -1,0 +1,79 @@
+"""Counts the documents and passages of a recipe, and the rows that a run can expect from them. `--dry-run` prints this."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.prepare import MIN_ROWS
+from llm_engineering.documents.passages import cut_passages
+from llm_engineering.documents.read import read_documents
+from llm_engineering.generation.facts import questions_asked
+from llm_engineering.recipe.recipe import Recipe
+
+# English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
+CHARACTERS_PER_TOKEN = 4
+# The share of questions of the embedded model that were usable: 168 of 320 about passages of the Python reference, and 183
+# of 796 about facts of the handbook. Endpoints have larger models, so all of their questions are expected.
+USABLE = {"passage": 0.5, "fact": 0.23}
+
+
+def data_lines(recipe: Recipe, last: str) -> list[str]:
+    """Documents, passages and expected rows as lines of text, with a warning if they are too few to train on.
+
+    The user's own datasets are not counted.
+
+    Args:
+        last: the last stage that the run trains.
+
+    Raises:
+        RequestError: the documents cannot be read.
+    """
+    kinds, data = recipe.kinds(last), recipe.data
+    generated = "instruction" in kinds and data.instructions is None
+    if not generated and "text" not in kinds:
+        return []
+    documents, unread = read_documents(recipe.documents)
+    lines = [f"Documents: {len(documents)} read{_aside(unread)}"]
+    by_sentence = recipe.documents.unit == "sentence"
+    passages, rejected = (
+        cut_passages(documents, recipe.documents, recipe.seed) if generated or by_sentence else ([], [])
+    )
+    if generated or by_sentence:
+        lines.append(f"{'Sentences' if by_sentence else 'Passages'}: {len(passages)} kept{_aside(rejected)}")
+    if "text" in kinds:
+        piece = recipe.formatting.max_length * CHARACTERS_PER_TOKEN
+        texts = len(passages) if by_sentence else sum(math.ceil(len(document.text) / piece) for document in documents)
+        lines += _rows("text", texts, texts, "")
+    if generated:
+        writing = recipe.generation
+        most = questions_asked(passages) if writing.questions == "fact" else len(passages)
+        share = USABLE[writing.questions] if writing.client == "local" else 1.0
+        how = f"the embedded model writes a usable question in {share:.0%} of its tries" if share < 1 else ""
+        expected = math.floor(most * share)
+        lines += _rows("instruction", most, expected, how)
+        if "preference" in kinds and data.preferences is None:
+            drawn = (min(rows, writing.max_preferences or rows) for rows in (most, expected))
+            lines += _rows("preference", *drawn, "one pair for each instruction row")
+    return lines
+
+
+def _rows(kind: str, most: int, expected: int, how: str) -> list[str]:
+    number = f"at most {most}" if expected == most else f"about {expected}, at most {most}"
+    lines = [f"Rows: {kind}, {number}{f' ({how})' if how else ''}"]
+    if expected < MIN_ROWS:
+        certain = "These are" if most < MIN_ROWS else "These are probably"
+        lines.append(
+            f"WARNING: {certain} too few {kind} rows to train on, which needs at least {MIN_ROWS}: the run would end before "
+            "training. Add documents."
+        )
+    return lines
+
+
+def _aside(rejected: Sequence[Quarantined]) -> str:
+    reasons = Counter(row.reason for row in rejected)
+    return (
+        f", {len(rejected)} set aside ({', '.join(f'{r} {n}' for r, n in reasons.most_common())})" if rejected else ""
+    )
