@@ -44,7 +44,7 @@ def promote(
         "code_version": code_version,
     }
     context = get_step_context()
-    unfit = _unfit(context.pipeline_run)
+    unfit = _unfit(Client().get_pipeline_run(context.pipeline_run.id))
     log_metadata(metadata=facts | ({UNFIT: unfit} if unfit else {}), infer_model=True)
     for version in adapters:
         link_artifact_to_model(Client().get_artifact_version(version), context.model)

@@ -180,16 +180,15 @@ def test_a_dry_run_counts_documents_passages_and_rows_and_says_when_they_are_too
     folder = tmp_path / "documents"
     (folder / "scan.pdf").write_text("%PDF")
     lines = data_lines(recipe(["sft"]), "sft")
-    # The six documents are one passage each, and each has its own number.
     assert lines == [
         "Documents: 6 read, 1 set aside (unknown_format 1)",
-        "Passages: 6 kept",
+        "Passages: 6 kept, 6 set aside (too_short 6)",
         "Rows: instruction, about 3, at most 6 (the embedded model writes a usable question in 50% of its tries)",
         "WARNING: These are too few instruction rows to train on, which needs at least 20: the run would end before training. "
         "Add documents.",
     ]
     for number in range(6, 30):
-        (folder / f"{number}.txt").write_text(f"This is file {number}. " * 20)
+        (folder / f"{number}.txt").write_text(f"This is file {'x' * number} {'and it is long ' * 13}indeed.")
     some = data_lines(recipe(["sft", "dpo"], generation={"max_preferences": 10}), "dpo")
     assert [line for line in some if line.startswith("Rows: ")] == [
         "Rows: instruction, about 15, at most 30 (the embedded model writes a usable question in 50% of its tries)",
