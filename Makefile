@@ -101,6 +101,8 @@ bench: .venv/ready-dev  ## run the benchmarks (about an hour)
 	$(MAKE_PY) -m benchmarks.training
 	$(MAKE_PY) -m benchmarks.chain
 	$(MAKE_PY) -m benchmarks.shuffled
+	$(MAKE_PY) -m benchmarks.gate
+	$(MAKE_PY) -m benchmarks.gate --arms
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m tools.make $@ -m benchmarks.training_cuda; \
 	else echo "Training on a GPU is not measured, because torch finds no CUDA card."; fi

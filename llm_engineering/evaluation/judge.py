@@ -87,7 +87,8 @@ def judge(
     shares = {name: 1 - wins[name] for name in names} | {newest: np.mean([wins[name] for name in names], axis=0)}
     documents = [question.document for question in questions]
     scores = {name: bootstrap.estimate(Rows.of(shares[name]).in_clusters(documents)) for name in answers}
-    net = {f"{newest}-{name}": bootstrap.estimate(Rows.of(2 * wins[name] - 1).in_clusters(documents)) for name in names}
+    lost = {name: Rows.of(1 - wins[name]).in_clusters(documents) for name in names}
+    net = {f"{newest}-{name}": bootstrap.difference(duels[name].scores, lost[name]) for name in names}
     report = {
         "model": client.identity,
         "prompt_hash": hashlib.sha256(PROMPT_FILE.read_bytes()).hexdigest()[:12],

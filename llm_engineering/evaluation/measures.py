@@ -10,7 +10,7 @@ from typing import NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from llm_engineering.data.rows import InstructionRow, PreferenceRow
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow
 from llm_engineering.evaluation.checks import Check
 from llm_engineering.evaluation.exam import Exam, cluster_numbers, take_exam
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
@@ -50,7 +50,7 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def by_document(rows: Sequence[InstructionRow | PreferenceRow]) -> list[int]:
+def by_document(rows: Sequence[InstructionRow | PreferenceRow | TextRow]) -> list[int]:
     """The cluster of each row: its document. A row without a document is one of its own."""
     return cluster_numbers([[row.document or number] for number, row in enumerate(rows)])
 
@@ -158,7 +158,9 @@ def observe(
     """
     rows: dict[str, Rows] = {}
     if given.texts:
-        rows["document_loss"] = heldout_loss(_document_scores(models, name, given, work.ours, shown_as))
+        documents = by_document([text.row for text in given.texts])
+        scores = _document_scores(models, name, given, work.ours, shown_as)
+        rows["document_loss"] = heldout_loss(scores).in_clusters(documents)
     others: list[list[Labelled]] = []
     if given.rows:
         scores = _scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}")

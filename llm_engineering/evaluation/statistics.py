@@ -1,16 +1,15 @@
-"""Bootstrap confidence intervals over rows or clusters of rows, and paired differences between models, as the report holds them."""
+"""Confidence intervals over clusters of rows, and paired differences between models, as the report holds them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from llm_engineering.recipe.evaluation_blocks import Measure
 
@@ -66,6 +65,11 @@ class Rows(NamedTuple):
         """The measure over all rows."""
         return float(self.totals.sum() / self.weights.sum())
 
+    @property
+    def is_share(self) -> bool:
+        """Whether the measure is a share of the rows: each row counts once, with 0 or 1."""
+        return bool(np.isin(self.totals, (0.0, 1.0)).all() and (self.weights == 1).all())
+
 
 class Estimate(NamedTuple):
     """A measure over `n` rows, with the ends of its interval; they are None if there is only one row or cluster."""
@@ -78,12 +82,20 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Percentile intervals over `resamples` resamples of the rows (Efron and Tibshirani 1993, chapter 13).
+    """Intervals that treat the rows of a cluster as one observation. A row without a cluster is one of its own.
 
-    Rows in clusters are resampled by cluster (Davison and Hinkley 1997, section 3.8); n is then the number of clusters.
-    Plain percentile intervals are too narrow for few rows. They correspond to normal quantiles, which are replaced here
-    by t quantiles with n - 1 degrees of freedom, times sqrt(n / (n - 1)) (the expanded interval of Hesterberg 2015,
-    arXiv:1411.5279). Only the seed decides which rows a resample has, so it has the same rows for every model.
+    A share of rows has the score interval of Wilson (1927), and a difference of shares that of Tango (1998, Statistics in
+    Medicine 17:891) for paired answers. They are not empty where every answer is the same: 0 right answers of 40 do not show
+    that the share is 0. Rows in clusters count as fewer rows (see `_effective_rows`).
+
+    Every other measure has the wider ends of two intervals. One is the percentile interval over `resamples` resamples of the
+    clusters (Efron and Tibshirani 1993, chapter 13; Davison and Hinkley 1997, section 3.8), which follows skewed values. Its
+    normal quantiles are replaced by t quantiles times sqrt(n / (n - 1)) (Hesterberg 2015, arXiv:1411.5279). Only the seed
+    decides which clusters a resample has, so it has the same ones for every model. The other is the t interval with the
+    jackknife's standard error over clusters, because resamples of a few clusters do not spread widely enough (MacKinnon,
+    Nielsen and Webb 2023, Journal of Econometrics 232:272).
+
+    In both cases t has as many degrees of freedom as the effective number of clusters (see `_freedom`) less one.
     """
 
     resamples: int
@@ -91,24 +103,58 @@ class Bootstrap:
     seed: int
 
     def estimate(self, rows: Rows, transform: Transform | None = None) -> Estimate:
-        """Estimate a model's measure. `transform` is applied to the ratio, e.g. `np.exp` for perplexity."""
-        return self._interval(rows.units, partial(_ratio, transform=transform), len(rows.totals))
+        """Estimate a model's measure. `transform`, which must rise, is applied to the ratio, e.g. `np.exp` for perplexity."""
+        if len(rows.units[0]) == 1:
+            return Estimate(float(_ratio(rows.totals, rows.weights, transform=transform)), None, None, len(rows.totals))
+        if transform is None and rows.is_share:
+            return Estimate(rows.value, *_wilson(rows.value, self._effective_rows(rows), self._z), len(rows.totals))
+        return self._interval(rows.units, _ratio, rows, transform)
 
     def difference(self, first: Rows, second: Rows, transform: Transform | None = None) -> Estimate:
         """Estimate the first model's measure minus the second's. Both have the same rows and clusters in the same order."""
+        gains = first._replace(totals=first.totals - second.totals)
+        if transform is None and first.is_share and second.is_share and len(first.units[0]) > 1:
+            gained, lost = float((gains.totals > 0).mean()), float((gains.totals < 0).mean())
+            ends = _tango(gained, lost, self._effective_rows(gains), self._z)
+            return Estimate(first.value - second.value, *ends, len(first.totals))
 
         def statistic(*parts: Floats, axis: int = -1) -> Floats:
             return _ratio(parts[0], parts[1], axis, transform) - _ratio(parts[2], parts[3], axis, transform)
 
-        return self._interval((*first.units, *second.units), statistic, len(first.totals))
+        return self._interval((*first.units, *second.units), statistic, first)
 
-    def _interval(self, parts: Sequence[Floats], statistic: Callable[..., Floats], rows: int) -> Estimate:
-        n = len(parts[0])
+    @property
+    def _z(self) -> float:
+        return float(stats.norm.ppf((1 + self.confidence) / 2))
+
+    def _t(self, freedom: float) -> float:
+        return float(stats.t.ppf((1 + self.confidence) / 2, freedom))
+
+    def _effective_rows(self, rows: Rows) -> float:
+        """The number of independent rows that would show as much as these rows in clusters.
+
+        This is the number of rows divided by the design effect: the jackknife's variance over clusters, divided by the variance
+        for independent rows. It is at least 1. If all values are equal, the design effect is unknown, and is taken to be that
+        of clusters whose rows are always equal. The squared ratio of t quantiles corrects for few clusters (Korn and Graubard 1998, Survey Methodology
+        24:193).
+        """
+        totals, weights = rows.units
+        n = len(rows.totals)
+        independent = float(np.square(rows.totals).mean() - rows.value**2) / (n - 1)
+        effect = _standard_error((totals, weights), _ratio) ** 2 / independent if independent > 0 else _size(weights)
+        return n / max(1.0, effect) * (self._t(n - 1) / self._t(_freedom(weights))) ** 2
+
+    def _interval(
+        self, parts: Sequence[Floats], statistic: Callable[..., Floats], rows: Rows, transform: Transform | None = None
+    ) -> Estimate:
+        """The wider ends of the percentile interval and the t interval. Both are transformed."""
+        n, weights = len(parts[0]), parts[1]
         value = float(statistic(*parts))
         if n == 1:
-            return Estimate(value, None, None, rows)
-        expanded = stats.t.ppf((1 - self.confidence) / 2, n - 1) * math.sqrt(n / (n - 1))
-        interval = stats.bootstrap(
+            return Estimate(value, None, None, len(rows.totals))
+        freedom = _freedom(weights)
+        expanded = -self._t(freedom) * math.sqrt(n / (n - 1))
+        resampled = stats.bootstrap(
             parts,
             statistic,
             n_resamples=self.resamples,
@@ -119,7 +165,68 @@ class Bootstrap:
             method="percentile",
             rng=np.random.default_rng(self.seed),
         ).confidence_interval
-        return Estimate(value, float(interval.low), float(interval.high), rows)
+        half = self._t(freedom) * _standard_error(parts, statistic)
+        ends = np.array([value, min(resampled.low, value - half), max(resampled.high, value + half)])
+        with np.errstate(over="ignore"):
+            value, low, high = (ends if transform is None else transform(ends)).tolist()
+        return Estimate(value, low, high, len(rows.totals))
+
+
+def _size(weights: Floats) -> float:
+    """The mean size of the cluster of a row, or of a token. It is the design effect if all rows of a cluster are equal."""
+    return float(np.square(weights).sum() / weights.sum())
+
+
+def _freedom(weights: Floats) -> float:
+    """The effective number of clusters less one, at least 1 (Kish 1965). Equal clusters count fully, others less.
+
+    Args:
+        weights: the sizes of the clusters.
+    """
+    return max(1.0, float(weights.sum()) / _size(weights) - 1)
+
+
+def _standard_error(parts: Sequence[Floats], statistic: Callable[..., Floats]) -> float:
+    """The jackknife's standard error: the statistic without each cluster, around the statistic of all (Efron 1982)."""
+    n = len(parts[0])
+    # The sum over all clusters but one stands for these clusters, because the statistic depends only on sums.
+    without = statistic(*((part.sum() - part)[:, None] for part in parts))
+    return math.sqrt((n - 1) / n * float(np.square(without - statistic(*parts)).sum()))
+
+
+def _wilson(share: float, n: float, z: float) -> tuple[float, float]:
+    """Wilson's interval of a share of `n` rows; `n` need not be a whole number."""
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Rounding must not leave the share itself outside.
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))
+
+
+def _tango(gained: float, lost: float, n: float, z: float) -> tuple[float, float]:
+    """Tango's interval of `gained - lost`: the differences that the score test does not reject.
+
+    Args:
+        gained: share of the rows that only the first model has right.
+        lost: share of the rows that only the second model has right.
+    """
+    value = gained - lost
+
+    def score(difference: float) -> float:
+        # `least` is the likeliest share of lost rows, given the difference.
+        b = (2 - value) * difference - gained - lost
+        least = (math.sqrt(max(0.0, b * b + 8 * lost * difference * (1 - difference))) - b) / 4
+        variance = (2 * least + difference * (1 - difference)) / n
+        if variance > 0:
+            return (value - difference) / math.sqrt(variance)
+        return math.copysign(math.inf, value - difference)
+
+    def end(limit: float) -> float:
+        if value == limit:
+            return limit
+        # Without a discordant row the variance at `value` is 0, so the score is not defined there. Its limit is 0.
+        return float(optimize.brentq(lambda d: (abs(score(d)) if d != value else 0.0) - z, value, limit))
+
+    return end(-1.0), end(1.0)
 
 
 def _ratio(totals: Floats, weights: Floats, axis: int = -1, transform: Transform | None = None) -> Floats:

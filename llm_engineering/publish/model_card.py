@@ -203,7 +203,7 @@ generation_config.json sets it; for llama.cpp, pass `--repeat-penalty`.
 ## Measures
 
 Measured on {{ f.report.heldout_rows }} held-out rows{% if f.report.heldout_pairs %} and {{ f.report.heldout_pairs }} held-out pairs{% endif %}, which were not trained on.
-Brackets show the {% if f.report.confidence is defined %}{{ "{:.0%}".format(f.report.confidence) }} {% endif %}bootstrap interval over rows.
+Brackets show the {% if f.report.confidence is defined %}{{ "{:.0%}".format(f.report.confidence) }} {% endif %}confidence interval over documents and facts.
 
 | measure | unit | {{ f.report.models | join(" | ") }} |
 |---|---|{{ "---|" * f.report.models | length }}

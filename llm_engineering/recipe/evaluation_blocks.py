@@ -88,12 +88,13 @@ class LmEvalConfig(Block):
 
 
 class EvaluationConfig(Block):
-    """Held-out measures, each with a bootstrap interval over rows.
+    """Held-out measures, each with an interval over documents.
 
     Every model answers `generated_rows` held-out rows, which are drawn with the seed; the first `sample_answers` of the
     answers are shown. `checks` is a JSONL file of prompts with conditions for their answers. `repetition_penalty`
     (Keskar et al. 2019, arXiv:1909.05858, section 4.1; 1 is none) applies to the answers of all models, also of the base
-    model. The merged model gets it too, so that it is served as it was measured.
+    model. The merged model gets it too, so that it is served as it was measured. Intervals of measures that are not shares of
+    rows use `bootstrap_samples` resamples.
     """
 
     batch_size: int = Field(8, ge=1)

@@ -3,7 +3,11 @@
 import pytest
 
 from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.evaluate import exam_measures
+from llm_engineering.evaluation.exam import Exam, ExamRow
 from llm_engineering.evaluation.gate import PromotionDecision, decide
+from llm_engineering.evaluation.models import Sample
+from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.recipe.evaluation_blocks import PromotionConfig
 from llm_engineering.recipe.loading import load_recipe
 
@@ -210,3 +214,90 @@ def test_a_run_that_ends_with_cpt_is_judged_by_its_own_rules():
     assert [rule.name for rule in failed.rules if rule.verdict == "failed"] == [
         "document_loss not worse than cpt by more than 0.2"
     ]
+
+
+EXAM_GATE = PromotionConfig.model_validate(
+    {
+        "sft": {
+            "better_than": {"base": {"exam_accuracy": 0.2}, "incumbent": {"exam_accuracy": 0.0}},
+            "not_worse_than": {"base": {"exam_control": 0.15, "exam_abstention": 0.1}},
+        }
+    }
+)
+# The answers to two questions about each of 80 facts, in 16 places, and to 40 unanswerable and 60 general questions.
+FACTS, DECLINED, GENERAL = 80, 40, 60
+QUESTIONS = [
+    *(
+        ExamRow(id=f"{fact}-{wording}", question=f"{wording} {fact}", answers=[f"town{fact % 16}"], facts=[str(fact)])
+        for fact in range(FACTS)
+        for wording in ("Where is", "In which town is")
+    ),
+    *(ExamRow(id=f"u{n}", question=f"Who made {n}?", kind="unanswerable") for n in range(DECLINED)),
+    *(ExamRow(id=f"g{n}", question=f"General {n}", kind="control", answers=["blue"]) for n in range(GENERAL)),
+]
+BASE_ANSWERS = [*["No idea"] * 2 * FACTS, *["A smith"] * DECLINED, *["blue", "red"] * (GENERAL // 2)]
+
+
+def trained(places):
+    """The answers of a model that answers with these places, and the other questions as the base model does."""
+    return [*(f"It is town{place % 16}." for place in places), *BASE_ANSWERS[2 * FACTS :]]
+
+
+# 60 of 80 facts, for both questions; the other answers are of the wrong place.
+LEARNED = [row // 2 if row < 120 else row // 2 + 1 for row in range(2 * FACTS)]
+
+
+def judge_exam(sft, incumbent=None, gate=EXAM_GATE):
+    models = {"base": BASE_ANSWERS, "sft": sft} | ({"incumbent": incumbent} if incumbent else {})
+    exam = Exam(QUESTIONS, [[] for _ in QUESTIONS], 8)
+    taken = {name: dict(enumerate(Sample(text, True, []) for text in texts)) for name, texts in models.items()}
+    report = {"newest": "sft", "measures": exam_measures(exam, taken, "sft", Bootstrap(200, 0.95, 1))}
+    return decide(report, gate, 3 if incumbent else None)
+
+
+def test_a_model_that_learned_the_facts_is_promoted():
+    decision = judge_exam(trained(LEARNED))
+    assert decision.outcome == "passed", decision.reason
+    assert decision.rules[0].value == pytest.approx(0.75, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        # It learned each fact as that of the next entity, and 1 of 16 places is right by chance.
+        trained([(row // 2) + 1 for row in range(2 * FACTS)]),
+        # Each question has the answer of a question that is far from it.
+        trained([(row * 37 + 5) // 2 for row in range(2 * FACTS)]),
+        # A fresh adapter changes nothing.
+        BASE_ANSWERS,
+    ],
+    ids=["swapped facts", "shuffled answers", "untrained"],
+)
+def test_a_model_that_learned_wrong_facts_or_nothing_is_refused(answers):
+    decision = judge_exam(answers)
+    assert decision.outcome == "failed"
+    assert verdicts(decision)["exam_accuracy", "base"] == "failed"
+
+
+def test_the_model_in_production_is_not_replaced_by_an_equal_one():
+    learned = trained(LEARNED)
+    assert verdicts(judge_exam(learned, learned))["exam_accuracy", "incumbent"] == "failed"
+    # One fact more could be chance.
+    one_more = trained([row // 2 if row < 122 else row // 2 + 1 for row in range(2 * FACTS)])
+    assert verdicts(judge_exam(one_more, learned))["exam_accuracy", "incumbent"] == "failed"
+    assert judge_exam(trained([row // 2 for row in range(2 * FACTS)]), learned).outcome == "passed"
+
+
+def test_a_model_that_forgot_general_knowledge_is_refused():
+    forgot = [*trained(LEARNED)[:-GENERAL], *["red"] * GENERAL]
+    assert verdicts(judge_exam(forgot))["exam_control", "base"] == "failed"
+
+
+def test_equal_answers_do_not_pass_a_bound_that_so_few_questions_cannot_show():
+    """No model declined any of 40 questions: this shows a difference of at most 0.09, not of 0.05."""
+    strict = EXAM_GATE.model_copy(deep=True)
+    strict.sft.not_worse_than.base["exam_abstention"] = 0.05
+    assert verdicts(judge_exam(trained(LEARNED)))["exam_abstention", "base"] == "passed"
+    (rule,) = [r for r in judge_exam(trained(LEARNED), gate=strict).rules if r.measure == "exam_abstention"]
+    assert (rule.value, rule.verdict) == (0.0, "failed")
+    assert rule.low == pytest.approx(-0.0876, abs=1e-4)

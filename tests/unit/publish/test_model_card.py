@@ -122,7 +122,7 @@ def test_every_fact_is_in_the_card(facts):
         "learning_rate: 0.0005",
         "a repetition penalty of 1.05. generation_config.json sets it",
         "Measured on 60 held-out rows and 50 held-out pairs",
-        "Brackets show the 95% bootstrap interval over rows.",
+        "Brackets show the 95% confidence interval over documents and facts.",
         "| measure | unit | base | sft | dpo |",
         "| Held-out loss | nats a token | 2.900 [2.800, 3.000] (n = 40) | 2.500 (n = 1) | 2.400 [2.250, 2.500] (n = 40) |",
         "| Held-out loss: dpo minus base | nats a token | -0.500 [-0.600, -0.400] (n = 40) |",
