@@ -1,5 +1,6 @@
 """What unit and integration tests share: the real tokenizer, and a tiny model made here."""
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -80,3 +81,9 @@ def settings(tmp_path, monkeypatch) -> Settings:
 def cpu() -> ComputeConfig:
     """The same arithmetic on every machine."""
     return ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Exempt the libraries' objects from garbage collection: a collection that visits them takes about a second."""
+    gc.collect()
+    gc.freeze()

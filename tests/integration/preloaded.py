@@ -20,10 +20,13 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
 
-_LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.sql_zen_store", "datasets",
+_LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.sql_zen_store",
+              "zenml.pipelines.pipeline_definition", "zenml.orchestrators.step_launcher", "zenml.log_stores",
+              "zenml.deployers", "zenml.sandboxes", "datasets",
               "matplotlib.pyplot", "peft", "transformers.trainer", "trl.trainer.dpo_trainer",
               "trl.trainer.sft_trainer", "llm_engineering.training.sft", "llm_engineering.training.dpo",
-              "llm_engineering.evaluation.evaluate", "llm_engineering.generation.endpoint")  # fmt: skip
+              "llm_engineering.evaluation.evaluate", "llm_engineering.generation.endpoint",
+              "tests.integration.warm")  # fmt: skip
 
 
 class Forked:
@@ -34,18 +37,26 @@ class Forked:
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[str], env: Mapping[str, str], folder: Path, own_session: bool = False
+        self,
+        module: str,
+        arguments: Sequence[str],
+        env: Mapping[str, str],
+        folder: Path,
+        own_session: bool = False,
+        terminal: int | None = None,
     ) -> None:
         """Start `python -m module arguments` in `folder`; if the name ends with `.py`, `python module arguments`.
 
         Args:
             own_session: start a new session, so that signals to the process group reach no other test process.
+            terminal: descriptor of a terminal that becomes stdin and stdout of the command.
         """
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(_LIBRARIES))
         ends = [os.pipe(), os.pipe()]
         # The descriptors are sent to the server together with the process object.
-        self._process = _Process(ends[0][1], ends[1][1], (module, list(arguments), dict(env), folder, own_session))
+        streams = (ends[0][1], ends[1][1]) if terminal is None else (terminal, ends[1][1], terminal)
+        self._process = _Process(streams, (module, list(arguments), dict(env), folder, own_session))
         self._process.start()
         for _, writing in ends:
             os.close(writing)
@@ -106,9 +117,10 @@ class Forked:
 
 
 class _Process(ForkServerProcess):
-    def __init__(self, stdout: int, stderr: int, rest: tuple[Any, ...]) -> None:
+    def __init__(self, streams: tuple[int, ...], rest: tuple[Any, ...]) -> None:
+        """`streams` become stdout, stderr and, if there is a third one, stdin."""
         super().__init__()
-        self._streams, self._rest = (stdout, stderr), rest
+        self._streams, self._rest = streams, rest
 
     def __getstate__(self) -> dict[str, Any]:
         # Called once, when the object is pickled for the server.
@@ -121,10 +133,13 @@ class _Process(ForkServerProcess):
         os.environ.clear()
         os.environ.update(env)
         os.chdir(folder)
-        for descriptor, stream in zip((1, 2), self._streams, strict=True):
+        for descriptor, stream in zip((1, 2, 0), self._streams, strict=False):
             own = stream.detach()
             os.dup2(own, descriptor)
             os.close(own)
+        if len(self._streams) == 3:
+            # multiprocessing has opened /dev/null.
+            sys.stdin = os.fdopen(0, closefd=False)
         for name in ("huggingface_hub.constants", "datasets.config"):
             importlib.reload(sys.modules[name])
         if module.startswith("llm_engineering."):

@@ -7,8 +7,6 @@ import re
 import select
 import signal
 import socket
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from transformers import AutoTokenizer
 
 from tests.fakes.hub import running_hub
 from tests.integration.conftest import ROOT, Run
+from tests.integration.preloaded import Forked
 
 QUESTION = "Where does the number 7 stand?"
 
@@ -143,11 +142,8 @@ def test_the_served_answer_equals_the_answer_of_chat(project, handed):
 def test_a_conversation_on_a_terminal(project, handed):
     """Two turns on a pseudo-terminal; Ctrl-D ends it."""
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "tools.cli", "chat", "--config", str(project.recipe), "--version", "1"]
-    process = subprocess.Popen(
-        [*command, "--max-new-tokens", "3"],
-        cwd=ROOT, env=project.env, stdin=terminal, stdout=terminal, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    arguments = ("chat", "--config", str(project.recipe), "--version", "1", "--max-new-tokens", "3")
+    process = Forked("tools.cli", arguments, project.env, ROOT, terminal=terminal)
     os.close(terminal)
     shown = b""
     try:
@@ -247,8 +243,8 @@ def test_the_published_model_answers_like_the_trained_model(project, handed, tin
         published = b"".join(repo.files.values())
         for hidden in (token, str(project.folder), str(tiny_model)):
             assert hidden.encode() not in published
-        command = [sys.executable, "-c", LOAD, "someone/tiny", QUESTION]
-        done = subprocess.run(command, cwd=tmp_path, env=there.env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        said = json.loads(done.stdout.splitlines()[-1])
-    assert said.strip() == handed.chat.stdout.strip()
+        script = tmp_path / "load.py"
+        script.write_text(LOAD)
+        done = there.script(str(script), "someone/tiny", QUESTION)
+        assert done.code == 0, done.stderr
+    assert done.json.strip() == handed.chat.stdout.strip()
