@@ -28,7 +28,7 @@ from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.documents.replay import replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
 from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.generation.facts import generate_facts, questions_asked
+from llm_engineering.generation.facts import diversity, generate_facts
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
 from llm_engineering.generation.open import open_client
@@ -87,11 +87,12 @@ def generate_instructions(
     passages, rejected = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
     ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
     writer = open_client(client, model, compute, Settings(), chat_template)
+    facts: dict[str, Any] = {"replay_hash": replay_hash} if replay_hash is not None else {}
     if writing.questions == "fact":
         # The recipe allows only the local model here.
         assert isinstance(writer, Completer)
-        rows, rejected = generate_facts(passages, writer, writing)
-        read = questions_asked(passages)
+        rows, rejected, read = generate_facts(passages, writer, writing)
+        facts |= diversity(rows, len(passages))
     else:
         rows, rejected = generate_from_passages(passages, writer, writing, seed)
         read = len(passages)
@@ -100,7 +101,6 @@ def generate_instructions(
     rejected += [row for row in general if isinstance(row, Quarantined)]
     ledger.record("instruction", read + len(general), len(rows), rejected, writes=True)
     prompts = prompt_versions(writer, writing)
-    facts = {"replay_hash": replay_hash} if replay_hash is not None else {}
     log_rows("instruction_candidates", ledger, "instruction", generated_by=writer.identity, prompts=prompts, **facts)
     sources = fingerprint_table(dataset_fingerprints([replay]))
     return DatasetDict(rows=instruction_dataset(rows), sources=sources, **ledger.datasets())

@@ -1,133 +1,173 @@
 """Writes questions about single facts: each passage is a sentence, and the answer is a few words of it.
 
-A small base model writes poor questions when it is asked to, and better ones when it continues examples. Each sentence is
-read once with each file of examples, so it gives up to one row for each file.
+A small base model writes poor questions when it is asked to, and better ones when it continues examples. It gets the answer
+and the first words of the question, and it may not write the words of the answer: the embedded model then writes a usable
+question in six of ten cases, and in two of ten without. Each answer is asked for once with each file of examples.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
+from llm_engineering.documents.sentences import FUNCTION_WORDS
+from llm_engineering.generation.answers import WORD, Asked, Kind, choose_answers
 from llm_engineering.generation.instructions import FROM_DOCUMENT, RAW_CHARS
 from llm_engineering.generation.prompts import FACT_EXAMPLES, prompt_hash, read_prompt
 from llm_engineering.generation.types import Completer, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import InstructionWriting
 
-# A longer answer repeats most of its sentence.
-MAX_ANSWER_WORDS = 6
-# Examples are separated by a blank line, so the model writes one after the answer.
-STOP = ("\n\n",)
-# "1,200" and "9:30" are one word.
-_WORD = re.compile(r"\d+(?:[.,:]\d+)*\w*|\w+")
+# The first words of a question with each file of examples.
+OPENINGS: Mapping[Kind, tuple[str, str]] = {
+    "person": ("Who", "Which person"),
+    "place": ("Where", "In which"),
+    "day": ("On which day", "When"),
+    "month": ("In which month", "When"),
+    "year": ("In which year", "When"),
+    "duration": ("How long", "For how"),
+    "price": ("How much", "What price"),
+    "number": ("How many", "How many"),
+    "thing": ("What", "Which"),
+}
+# A question is one line.
+STOP = ("\n",)
 # A small model answers "What is the Tide Fair?" with any word of the sentence.
-_ABOUT_A_NAME = re.compile(r"(?:What|Who) (?:is|are|was|were) (?:the )?(?:[A-Z]\w+ ?)+\?")
-# Words before an answer that do not change it. "before" and "until" do.
-_LEADING = frozenset(["a", "an", "the", "at", "by", "for", "from", "in", "into", "of", "on", "to", "with", "within"])
+_ABOUT_A_NAME = re.compile(r"(?:What|Who|Which \w+) (?:is|are|was|were) (?:the )?(?:[A-Z]\w+ ?)+(?:\w+)?\?")
+# Long words of a question that are not in its sentence. More of them are mostly invented.
+_NEW_WORDS = 2
+_LONG = 4
 
 
 def questions_asked(passages: Sequence[Passage]) -> int:
-    """How many questions `generate_facts` has written: one for each sentence and file of examples."""
-    return len(passages) * len(FACT_EXAMPLES)
+    """How many questions `generate_facts` asks for."""
+    return len(choose_answers([passage.text for passage in passages])) * len(FACT_EXAMPLES)
 
 
 def generate_facts(
     passages: Sequence[Passage], client: Completer, writing: InstructionWriting
-) -> tuple[list[InstructionRow], list[Quarantined]]:
-    """Have the client write a question and its answer for each sentence and each file of examples.
+) -> tuple[list[InstructionRow], list[Quarantined], int]:
+    """Have the client write questions for the answers that each sentence has.
 
     Returns:
-        rows and quarantine, together `questions_asked(passages)`.
+        rows, quarantine, and how many questions were asked for; a sentence without an answer counts as one.
     """
-    rows: list[InstructionRow] = []
-    quarantine: list[Quarantined] = []
-    seen: set[str] = set()
-    for examples in FACT_EXAMPLES:
-        versioned = f"{examples} (prompt {prompt_hash(examples)})"
+    asked = choose_answers([passage.text for passage in passages])
+    answered = {one.sentence for one in asked}
+    silent = [passage for number, passage in enumerate(passages) if number not in answered]
+    quarantine = [_rejected(passage, Failure("no_answer", "no words of it can be asked for")) for passage in silent]
+    written: list[tuple[Asked, str, str]] = []
+    for number, examples in enumerate(FACT_EXAMPLES):
         shared = read_prompt(examples)
-        prompts = [f"{shared}\n\nSentence: {passage.text}\nQuestion:" for passage in passages]
+        openings = [OPENINGS[one.kind][number] for one in asked]
+        prompts = [
+            f"{shared}\n\nSentence: {passages[one.sentence].text}\nAnswer: {one.answer}\nQuestion about {one.topic}: {opening}"
+            for one, opening in zip(asked, openings, strict=True)
+        ]
         sampling = Sampling(writing.question_max_new_tokens, stop=STOP)
-        what = f"questions with the examples {examples}"
-        for passage, written in zip(passages, client.complete(prompts, sampling, what), strict=True):
-            fact = read_fact(written.text, passage.text)
-            if not isinstance(fact, Failure) and _normal(fact[0]) in seen:
-                fact = Failure("repeated_question", "", written.text)
-            if isinstance(fact, Failure):
-                quarantine.append(
-                    Quarantined(
-                        stage="instruction",
-                        reason=fact.reason,
-                        source=passage.document,
-                        place=passage.place,
-                        detail=versioned,
-                        text=fact.text[:RAW_CHARS],
-                    )
-                )
-                continue
-            question, answer = fact
-            seen.add(_normal(question))
-            rows.append(
-                InstructionRow(
-                    prompt=[Message(role="user", content=question)],
-                    completion=[Message(role="assistant", content=answer)],
-                    source=f"{passage.document}:{passage.place}",
-                    origin=f"{versioned} by {client.identity}, {FROM_DOCUMENT}",
-                    document=passage.document,
-                )
+        banned = [_banned(one.answer) for one in asked]
+        completions = client.complete(prompts, sampling, f"questions with the examples {examples}", banned)
+        for one, opening, completion in zip(asked, openings, completions, strict=True):
+            written.append((one, f"{opening} {completion.text}", examples))
+
+    # If sentences disagree about the answer of a question, the answer that most of them have is right
+    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    for one, question, _ in written:
+        votes[_normal(question)][one.answer] += 1
+    rows: list[InstructionRow] = []
+    seen: set[str] = set()
+    for one, question, examples in written:
+        passage = passages[one.sentence]
+        failure = question_problem(question, one, passage.text)
+        if failure is None and votes[_normal(question)].most_common(1)[0][0] != one.answer:
+            failure = Failure("conflicting_answers", f"other sentences answer it otherwise than with {one.answer}")
+        if failure is None and _normal(question) in seen:
+            failure = Failure("repeated_question", "")
+        versioned = f"{examples} (prompt {prompt_hash(examples)})"
+        if failure is not None:
+            detail = f"{versioned}: {failure.detail}" if failure.detail else versioned
+            quarantine.append(_rejected(passage, Failure(failure.reason, detail, question)))
+            continue
+        seen.add(_normal(question))
+        rows.append(
+            InstructionRow(
+                prompt=[Message(role="user", content=question)],
+                completion=[Message(role="assistant", content=one.answer)],
+                source=f"{passage.document}:{passage.place}",
+                origin=f"{versioned} by {client.identity}, {FROM_DOCUMENT}",
+                document=passage.document,
             )
-    return rows, quarantine
+        )
+    return rows, quarantine, len(written) + len(silent)
 
 
-def read_fact(text: str, sentence: str) -> tuple[str, str] | Failure:
-    """Read a question and its answer from a completion.
+def question_problem(question: str, asked: Asked, sentence: str) -> Failure | None:
+    """Why a question does not fit its answer and sentence; None if it fits."""
+    if not question.endswith("?") or "\n" in question:
+        return Failure("not_a_question", "")
+    if f" {_normal(asked.answer)} " in f" {_normal(question)} ":
+        return Failure("answer_in_question", "")
+    # The first word of a question is capitalised in any case.
+    named = _names(question.partition(" ")[2])
+    if not named & _names(sentence):
+        return Failure("names_nothing", "")
+    if named & _names(asked.answer):
+        return Failure("answer_in_question", "")
+    if asked.kind != "place" and _ABOUT_A_NAME.fullmatch(question):
+        return Failure("answer_does_not_fit", "")
+    known = {word[:_LONG] for word in _normal(sentence).split()}
+    new = [word for word in _normal(question).split() if len(word) >= _LONG and word not in FUNCTION_WORDS]
+    # For other kinds the first words say what is asked for, so the answer fits anyway.
+    if asked.kind == "thing" and sum(word[:_LONG] not in known for word in new) > _NEW_WORDS:
+        return Failure("invented", "")
+    return None
+
+
+def diversity(rows: Sequence[InstructionRow], sentences: int) -> dict[str, float | int]:
+    """How different the questions are, and how many of the sentences have one.
 
     Returns:
-        the question, and the answer as the sentence spells it, without a leading article or preposition; or why the
-        completion is unusable.
+        `distinct_trigrams` is the share of different ones among all sequences of three words (distinct-n, Li et al. 2016,
+        arXiv:1510.03055).
     """
-    question, _, rest = text.strip().partition("\nAnswer:")
-    question = question.strip()
-    if not question.endswith("?") or "\n" in question:
-        return Failure("not_a_question", "", text)
-    answer = _quoted(rest.strip().partition("\n")[0], sentence)
-    if not answer:
-        return Failure("answer_not_in_sentence", "", text)
-    if _contains(question, answer):
-        return Failure("answer_in_question", "", text)
-    if len(answer.split()) > MAX_ANSWER_WORDS:
-        return Failure("answer_length", "", text)
-    if _ABOUT_A_NAME.fullmatch(question) or _names(answer) & _names(question.partition(" ")[2]):
-        return Failure("answer_does_not_fit", "", text)
-    # The first word of a question is capitalised in any case.
-    if not _names(sentence) & _names(question.partition(" ")[2]):
-        return Failure("names_nothing", "", text)
-    return question, answer
+    trigrams = [
+        tuple(words[i : i + 3])
+        for row in rows
+        for words in [_normal(row.prompt[0].content).split()]
+        for i in range(len(words) - 2)
+    ]
+    asked = {row.source for row in rows}
+    return {
+        "questions_per_sentence": round(len(rows) / max(1, len(asked)), 2),
+        "sentences_without_question": sentences - len(asked),
+        "distinct_trigrams": round(len(set(trigrams)) / max(1, len(trigrams)), 3),
+    }
 
 
-def _quoted(answer: str, sentence: str) -> str:
-    """The words of the answer as the sentence spells them; empty if it does not contain them in this order."""
-    words = _WORD.findall(answer.casefold())
-    while words and words[0] in _LEADING:
-        words = words[1:]
-    places = list(_WORD.finditer(sentence))
-    spelled = [place.group().casefold() for place in places]
-    for first in range(len(spelled) - len(words) + 1 if words else 0):
-        if spelled[first : first + len(words)] == words:
-            return sentence[places[first].start() : places[first + len(words) - 1].end()]
-    return ""
+def _banned(answer: str) -> list[str]:
+    """Words that a question for this answer may not have. "What is the name of …" does not fit an answer without a name."""
+    words = [word for word in WORD.findall(answer) if word.casefold() not in FUNCTION_WORDS]
+    return [*words, "name"] if answer[0].islower() else words
 
 
-def _contains(text: str, words: str) -> bool:
-    return f" {_normal(words)} " in f" {_normal(text)} "
+def _rejected(passage: Passage, failure: Failure) -> Quarantined:
+    return Quarantined(
+        stage="instruction",
+        reason=failure.reason,
+        source=passage.document,
+        place=passage.place,
+        detail=failure.detail,
+        text=failure.text[:RAW_CHARS],
+    )
 
 
 def _normal(text: str) -> str:
-    return " ".join(_WORD.findall(text.casefold()))
+    return " ".join(WORD.findall(text.casefold()))
 
 
 def _names(text: str) -> set[str]:
     """The capitalised words, except "I"."""
-    return {word for word in _WORD.findall(text) if word[0].isupper()} - {"I"}
+    return {word for word in WORD.findall(text) if word[0].isupper()} - {"I"}

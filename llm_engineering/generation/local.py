@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
@@ -75,33 +76,55 @@ class LocalModel:
             str(self.tokenizer.apply_chat_template(request, add_generation_prompt=True, tokenize=False))
             for request in requests
         ]
-        return self._stored(keys, prompts, sampling, what, shares_start=False)
+        return self._stored(keys, prompts, sampling, what)
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling, what: str) -> list[Answer]:
+    def complete(
+        self, prompts: Sequence[str], sampling: Sampling, what: str, banned: Sequence[Sequence[str]] = ()
+    ) -> list[Answer]:
         """Continue every text, in order, without the chat template. No text fails.
 
         The beginning that all prompts share, e.g. examples, is computed once. A completion ends before the first of
         `sampling.stop`.
+
+        Args:
+            banned: for each text, words that its completion may not have; no text has any if it is empty.
         """
+        words = [list(own) for own in banned] or [[] for _ in prompts]
         # As in the texts that the model was trained on, the BOS token comes first where the tokenizer writes one.
         bos = self.tokenizer.bos_token_id
         begin = str(self.tokenizer.bos_token) if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else ""
-        keys = [self._key(sampling, prompt) for prompt in prompts]
+        keys = [self._key(sampling, prompt, own) for prompt, own in zip(prompts, words, strict=True)]
         texts = [begin + prompt for prompt in prompts]
-        answers = self._stored(keys, texts, sampling, what, shares_start=True)
+        without = {key: self._first_tokens(own) for key, own in zip(keys, words, strict=True)}
+        answers = self._stored(keys, texts, sampling, what, without)
         return [Answer(_until(answer.text, sampling.stop)) for answer in answers]
 
-    def _key(self, sampling: Sampling, request: Messages | str) -> str:
+    def _key(self, sampling: Sampling, request: Messages | str, banned: Sequence[str] = ()) -> str:
         """The key of a request's answer in the store: a hash of everything that the answer depends on."""
         # Greedy answers do not depend on the seed.
         seed = sampling.seed if sampling.temperature else 0
-        settings = [self.identity, sampling.max_new_tokens, list(sampling.stop), sampling.temperature, seed]
+        settings = [self.identity, sampling.max_new_tokens, list(sampling.stop), sampling.temperature, seed, *banned]
         return hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24]
 
+    def _first_tokens(self, words: Sequence[str]) -> list[int]:
+        """The first token of each word, as it stands after a space, in small letters, and with a capital."""
+        spelled = {f" {form}" for word in words for form in (word, word.lower(), word.capitalize())}
+        return sorted({ids[0] for ids in self._ids(sorted(spelled))}) if spelled else []
+
     def _stored(
-        self, keys: Sequence[str], texts: Sequence[str], sampling: Sampling, what: str, *, shares_start: bool
+        self,
+        keys: Sequence[str],
+        texts: Sequence[str],
+        sampling: Sampling,
+        what: str,
+        without: Mapping[str, list[int]] | None = None,
     ) -> list[Answer]:
-        """The answer to each text from the store; missing ones are generated and stored first."""
+        """The answer to each text from the store; missing ones are generated and stored first.
+
+        Args:
+            without: tokens that are not generated, by the key of the text. None if the texts are not completions, and
+                then they share no beginning.
+        """
         prompts = dict(zip(keys, texts, strict=True))
         # Prompts of similar length share a batch, which saves padding. Batches are formed from all prompts, stored ones
         # included: rounding depends on the batch, and a run that is killed and restarted must give the same answers.
@@ -119,12 +142,13 @@ class LocalModel:
         # As the batches, the shared beginning is that of all prompts, stored ones included.
         start = (
             compute_shared_start(self.model, self._ids([prompts[key] for key in order]))
-            if shares_start and missing
+            if without is not None and missing
             else None
         )
         with self.store:
             for batch in missing:
-                new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), start)
+                tokens = [without[key] for key in batch] if without else []
+                new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), start, tokens)
                 self.store.add(dict(zip(batch, new, strict=True)))
                 progress.advance(len(batch))
         replies = [self.store.answers[key] for key in keys]
@@ -135,7 +159,12 @@ class LocalModel:
         return list(self.tokenizer(prompts, add_special_tokens=False)["input_ids"])
 
     def _generate(
-        self, prompts: list[str], sampling: Sampling, seed: int, start: SharedStart | None = None
+        self,
+        prompts: list[str],
+        sampling: Sampling,
+        seed: int,
+        start: SharedStart | None = None,
+        without: Sequence[list[int]] = (),
     ) -> list[Reply]:
         # top_k 0 and top_p 1 sample from the whole distribution, whatever the model's generation config says.
         sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
@@ -150,6 +179,7 @@ class LocalModel:
                 start,
                 **(sampled if sampling.temperature else {"do_sample": False}),
                 **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
+                **({"logits_processor": LogitsProcessorList([_Without(without)])} if any(without) else {}),
             )
         texts = [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         if sampling.stop:
@@ -157,6 +187,23 @@ class LocalModel:
         ends = end_token_ids(self.model, self.tokenizer)
         finished = ["end" if ids and ids[-1] in ends else "length" for ids in new]
         return [Reply(text, finish) for text, finish in zip(texts, finished, strict=True)]
+
+
+class _Without(LogitsProcessor):
+    """Never lets a row of a batch have its own banned tokens.
+
+    Args:
+        tokens: token ids for each row.
+    """
+
+    def __init__(self, tokens: Sequence[list[int]]) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Set the scores, `(rows, vocabulary)`, of the banned tokens to minus infinity."""
+        for row, tokens in enumerate(self.tokens):
+            scores[row, tokens] = -math.inf
+        return scores
 
 
 def _until(text: str, stop: Sequence[str]) -> str:

@@ -86,8 +86,14 @@ class Completer(Protocol):
 
     identity: str
 
-    def complete(self, prompts: Sequence[str], sampling: Sampling, what: str) -> Sequence[Answer]:
-        """Continue every text, in order, up to a stop string of `sampling`. Progress lines count `what`."""
+    def complete(
+        self, prompts: Sequence[str], sampling: Sampling, what: str, banned: Sequence[Sequence[str]] = ()
+    ) -> Sequence[Answer]:
+        """Continue every text, in order, up to a stop string of `sampling`. Progress lines count `what`.
+
+        Args:
+            banned: for each text, words that its completion may not have; no text has any if it is empty.
+        """
         ...
 
 

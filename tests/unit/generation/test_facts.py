@@ -5,12 +5,13 @@ import torch
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.documents.passages import Passage
-from llm_engineering.generation.facts import generate_facts, questions_asked, read_fact
+from llm_engineering.generation.answers import Asked
+from llm_engineering.generation.facts import OPENINGS, diversity, generate_facts, question_problem, questions_asked
 from llm_engineering.generation.instructions import FROM_DOCUMENT, prompt_versions
 from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.prompts import FACT_EXAMPLES, PROMPT_FILES, read_prompt
 from llm_engineering.generation.store import AnswerStore
-from llm_engineering.generation.types import Answer, Completer, Failure, Reply, Sampling
+from llm_engineering.generation.types import Answer, Completer, Reply, Sampling
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import compute_shared_start, generate_ids
@@ -19,36 +20,33 @@ from llm_engineering.recipe.generation_blocks import InstructionWriting
 from llm_engineering.recipe.training_blocks import ModelConfig
 from tests.tiny_models import CPU, write_model
 
-SENTENCE = (
-    "The Amber Bell of Corvin was cast in 1,204 by the smith Odo Renn, who lived by the river for nine quiet years."
-)
+SENTENCE = "The rope of the Amber Bell was spun by Odo Renn out of nettle yarn."
+PERSON = Asked(0, "Odo Renn", "person", "Amber Bell")
+THING = Asked(0, "nettle yarn", "thing", "Amber Bell")
 
 
 @pytest.mark.parametrize(
-    ("text", "fact"),
+    ("question", "asked", "problem"),
     [
-        ("Who cast the Amber Bell?\nAnswer: odo renn.", ("Who cast the Amber Bell?", "Odo Renn")),
-        ("When was the Amber Bell cast?\nAnswer: in 1,204", ("When was the Amber Bell cast?", "1,204")),
-        ("Where did Odo Renn live?\nAnswer: by the river\nMore", ("Where did Odo Renn live?", "river")),
-        ("Who cast the Amber Bell.\nAnswer: Odo Renn", "not_a_question"),
-        ("Tell me.\nWho cast the Amber Bell?\nAnswer: Odo Renn", "not_a_question"),
-        ("Who cast the Amber Bell?\nAnswer: Renn Odo", "answer_not_in_sentence"),
-        ("When was the Amber Bell cast?\nAnswer: in 204", "answer_not_in_sentence"),
-        ("Who cast the Amber Bell?\nAnswer: the", "answer_not_in_sentence"),
-        ("Who cast the Amber Bell?", "answer_not_in_sentence"),
-        ("Who was the smith Odo Renn?\nAnswer: the Smith", "answer_in_question"),
-        (
-            "Where did Odo Renn live?\nAnswer: by the river for nine quiet years",
-            ("Where did Odo Renn live?", "river for nine quiet years"),
-        ),
-        ("What did Odo Renn do?\nAnswer: lived by the river for nine quiet years", "answer_length"),
-        ("Who cast the bell of the town?\nAnswer: Odo Renn", "names_nothing"),
-        ("Amber and what else?\nAnswer: Odo Renn", "names_nothing"),
+        ("Who spun the rope of the Amber Bell?", PERSON, None),
+        ("Who spun the rope of the Amber Bell.", PERSON, "not_a_question"),
+        ("Who spun it?\nFor the Amber Bell?", PERSON, "not_a_question"),
+        ("Who is Odo Renn of the Amber Bell?", PERSON, "answer_in_question"),
+        ("Who is Odo of the Amber Bell?", PERSON, "answer_in_question"),
+        ("Who spun the rope of the bell?", PERSON, "names_nothing"),
+        ("Amber and who else?", PERSON, "names_nothing"),
+        ("Who is the Amber Bell?", PERSON, "answer_does_not_fit"),
+        ("Which person is the Amber Bell?", PERSON, "answer_does_not_fit"),
+        ("Where is the Amber Bell?", Asked(0, "Corvin", "place", "Amber Bell"), None),
+        ("What is the rope of the Amber Bell spun out of?", THING, None),
+        ("What is the Amber Bell?", THING, "answer_does_not_fit"),
+        ("Which famous orchestra plays music for the Amber Bell?", THING, "invented"),
+        ("Which famous musician plays music for the Amber Bell?", PERSON, None),
     ],
 )
-def test_facts_and_their_problems(text, fact):
-    read = read_fact(text, SENTENCE)
-    assert (read.reason if isinstance(read, Failure) else read) == fact
+def test_questions_and_their_problems(question, asked, problem):
+    found = question_problem(question, asked, SENTENCE)
+    assert (found.reason if found else None) == problem
 
 
 class Scripted:
@@ -57,10 +55,11 @@ class Scripted:
     identity = "scripted"
 
     def __init__(self, *texts):
-        self.texts, self.asked = iter(texts), []
+        self.texts, self.asked, self.banned = iter(texts), [], []
 
-    def complete(self, prompts, sampling, what):
+    def complete(self, prompts, sampling, what, banned=()):
         self.asked += prompts
+        self.banned += banned
         return [Answer(next(self.texts)) for _ in prompts]
 
 
@@ -68,43 +67,94 @@ def passage(text, start=0):
     return Passage(id=str(start), document="doc", title="t", start=start, end=start + len(text), text=text)
 
 
-def test_each_sentence_is_asked_once_for_each_file_of_examples():
-    cast, lived = "Who cast the Amber Bell?\nAnswer: Odo Renn", "Where did Odo Renn live?\nAnswer: by the river"
-    client = Scripted(cast, "nonsense", "Who cast THE Amber Bell?\nAnswer: Odo Renn", lived)
-    passages = [passage(SENTENCE), passage(SENTENCE, 500)]
-    rows, rejected = generate_facts(passages, client, InstructionWriting(questions="fact"))
+def test_each_answer_is_asked_once_for_each_file_of_examples():
+    sentences = ["The bell of Corvin hangs low.", "Odo Renn cast the bell of Corvin.", "All rivers run on and on."]
+    passages = [passage(text, 100 * number) for number, text in enumerate(sentences)]
+    client = Scripted("cast the bell of Corvin?", "nonsense", "founded Corvin?", "person founded Corvin?")
+    rows, rejected, read = generate_facts(passages[1:], client, InstructionWriting(questions="fact"))
     assert [(row.prompt[0].content, row.completion[0].content) for row in rows] == [
-        ("Who cast the Amber Bell?", "Odo Renn"),
-        ("Where did Odo Renn live?", "river"),
+        ("Who cast the bell of Corvin?", "Odo Renn"),
+        ("Which person founded Corvin?", "Odo Renn"),
     ]
-    assert [row.source for row in rows] == [f"doc:{p.place}" for p in passages]
-    assert [row.document for row in rows] == ["doc", "doc"]
+    assert [row.source for row in rows] == [f"doc:{passages[1].place}"] * 2
     assert [row.origin.split(" ")[0] for row in rows] == ["fact", "fact_reworded"]
     assert all(row.origin.endswith(f"by scripted, {FROM_DOCUMENT}") for row in rows)
     assert [(q.reason, q.place, q.stage) for q in rejected] == [
+        ("no_answer", passages[2].place, "instruction"),
         ("not_a_question", passages[1].place, "instruction"),
-        ("repeated_question", passages[0].place, "instruction"),
+        ("answer_in_question", passages[1].place, "instruction"),
     ]
-    Ledger().record("instruction", questions_asked(passages), len(rows), rejected)
-    assert [prompt.startswith(read_prompt(FACT_EXAMPLES[i // 2])) for i, prompt in enumerate(client.asked)] == [
-        True
-    ] * 4
-    assert all(prompt.endswith(f"\n\nSentence: {SENTENCE}\nQuestion:") for prompt in client.asked)
+    Ledger().record("instruction", read, len(rows), rejected)
+    assert questions_asked(passages[1:]) == read - 1 == len(client.asked)
+    assert client.asked[0].startswith(read_prompt(FACT_EXAMPLES[0]))
+    assert client.asked[0].endswith(f"\n\nSentence: {sentences[1]}\nAnswer: Odo Renn\nQuestion about Corvin: Who")
+    assert client.banned[0] == ["Odo", "Renn"]
+
+
+def test_a_question_that_both_files_of_examples_give_is_kept_once():
+    client = Scripted("wicks does the Kelp Lamp have?", "wicks does THE Kelp Lamp have?")
+    rows, rejected, _ = generate_facts(
+        [passage("People like the Kelp Lamp for 93 wicks, as people do.")], client, InstructionWriting()
+    )
+    assert [row.completion[0].content for row in rows] == ["93"]
+    assert [row.reason for row in rejected] == ["repeated_question"]
+
+
+def test_the_answer_of_most_sentences_is_kept():
+    texts = ["Bela Orr leads the mill in Corvin.", "In Corvin, Bela Orr leads the mill.", "Udo Fenn leads Corvin well."]
+    client = Scripted(*["leads Corvin?"] * 20)
+    rows, rejected, _ = generate_facts([passage(t, 100 * i) for i, t in enumerate(texts)], client, InstructionWriting())
+    assert {
+        (row.prompt[0].content, row.completion[0].content) for row in rows if "person" in row.prompt[0].content
+    } == {("Which person leads Corvin?", "Bela Orr")}
+    assert "conflicting_answers" in {row.reason for row in rejected}
 
 
 @pytest.mark.parametrize("name", FACT_EXAMPLES)
 def test_the_examples_pass_the_checks_of_facts(name):
+    number = FACT_EXAMPLES.index(name)
     for example in read_prompt(name).split("\n\n"):
-        sentence, _, text = example.removeprefix("Sentence: ").partition("\nQuestion: ")
-        fact = read_fact(text, sentence)
-        assert not isinstance(fact, Failure), (example, fact)
-        assert fact[1] == text.partition("\nAnswer: ")[2]
+        sentence, answer, question = example.split("\n")
+        topic, _, question = question.removeprefix("Question about ").partition(": ")
+        kind = next(kind for kind, openings in OPENINGS.items() if question.startswith(openings[number] + " "))
+        asked = Asked(0, answer.removeprefix("Answer: "), kind, topic)
+        assert question_problem(question, asked, sentence.removeprefix("Sentence: ")) is None, example
+
+
+def test_diversity_counts_questions_and_different_words():
+    client = Scripted("wicks light the Kelp Lamp?", "wicks has the Kelp Lamp?")
+    passages = [
+        passage("People like the Kelp Lamp for 93 wicks, as people do."),
+        passage("All rivers run on and on.", 100),
+    ]
+    rows, _, _ = generate_facts(passages, client, InstructionWriting(questions="fact"))
+    # Of five and five, "how many wicks" and "the kelp lamp" stand in both
+    assert diversity(rows, 2) == {
+        "questions_per_sentence": 2.0,
+        "sentences_without_question": 1,
+        "distinct_trigrams": round(8 / 10, 3),
+    }
 
 
 def test_the_examples_are_hashed_and_watched():
     versions = prompt_versions(Scripted(), InstructionWriting(questions="fact"))
     assert tuple(versions) == FACT_EXAMPLES
     assert set(FACT_EXAMPLES) <= {file.stem for file in PROMPT_FILES}
+
+
+def test_a_row_never_has_its_banned_tokens(model):
+    ids = [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS[:2]]
+    first = [generate_ids(model.model, model.tokenizer, [one], 1, do_sample=False)[0][0] for one in ids]
+    free = model._generate(PROMPTS[:2], Sampling(4), 0)
+    banned = model._generate(PROMPTS[:2], Sampling(4), 0, None, [[first[0]], []])
+    assert banned[0] != free[0]
+    assert banned[1] == free[1]
+
+
+def test_the_first_token_of_a_banned_word_is_banned_in_each_spelling(model):
+    spelled = [model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in ("Odo", "odo")]
+    assert set(spelled) <= set(model._first_tokens(["Odo"]))
+    assert model._key(Sampling(4), "x", ["Odo"]) != model._key(Sampling(4), "x")
 
 
 SHARED = "Sentence: A b c.\nQuestion: Who?\nAnswer: b\n\nSentence:"

@@ -21,8 +21,8 @@ SENTENCE = "The Amber Bell of Corvin was cast long ago by the smith Odo Renn, wh
 class Asked:
     identity = "scripted"
 
-    def complete(self, prompts, sampling, what):
-        return [Answer("Who cast the Amber Bell?\nAnswer: Odo Renn") for _ in prompts]
+    def complete(self, prompts, sampling, what, banned):
+        return [Answer("cast the Amber Bell?") for _ in prompts]
 
 
 def test_each_sentence_counts_once_for_each_file_of_examples(monkeypatch):
@@ -45,8 +45,11 @@ def test_each_sentence_counts_once_for_each_file_of_examples(monkeypatch):
         replay=None,
         replay_hash=None,
     )
-    assert len(made["rows"]) == 1
+    assert [row["prompt"][0]["content"] for row in made["rows"]] == [
+        "Who cast the Amber Bell?",
+        "Which person cast the Amber Bell?",
+    ]
     counts = {count["stage"]: (count["read"], count["kept"]) for count in made["counts"]}
-    assert counts["instruction"] == (2, 1)
-    assert [row["reason"] for row in made["quarantine"]] == ["repeated_question"]
+    assert counts["instruction"] == (4, 2)
+    assert [row["reason"] for row in made["quarantine"]] == ["answer_in_question"] * 2
     assert tuple(logged[0]) == FACT_EXAMPLES
