@@ -38,8 +38,8 @@ def retrain(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
 
 
 def run_stage(recipe: Recipe, inputs: Inputs, stage: str, incumbent: Any = None) -> None:
-    """Documents to the evaluated adapter of one stage. The adapters of the stages before it are in `inputs`."""
-    _train_and_judge(recipe, inputs, [stage], incumbent)
+    """Documents to the evaluated adapter of a stage. The adapters of earlier runs that it needs are in `inputs`."""
+    _train_and_judge(recipe, inputs, recipe.trained_with(stage), incumbent)
 
 
 def stage_pipeline(stage: str) -> Any:

@@ -86,7 +86,7 @@ def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
             f"The recipe's chain is {', '.join(chain)}, without the stage {pipeline}. Add it to chain, or run one of "
             "these stages."
         )
-    return [pipeline]
+    return recipe.trained_with(pipeline)
 
 
 def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
@@ -121,10 +121,10 @@ def print_plan(pipeline: str, recipe: Recipe) -> None:
     """Print the resolved recipe as YAML, the steps, the rows to expect, and an estimate of training's memory and time."""
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")
-    before = recipe.chain_to(pipeline)[:-1] if pipeline in recipe.chain else []
+    trained = stages_of(pipeline, recipe)
+    before = [stage for stage in recipe.chain_to(trained[-1]) if stage not in trained] if trained else []
     if before:
         print(f"If no {before[-1]} model of this recipe is registered, the pipeline {before[-1]} runs first.")
-    trained = stages_of(pipeline, recipe)
     rows = data_lines(recipe, trained[-1] if trained else recipe.chain[-1])
     if rows:
         print("\n" + "\n".join(rows))

@@ -141,11 +141,15 @@ def launch(pipeline: str, recipe: Recipe, inputs: Inputs, cache: bool) -> list[P
     if pipeline == "retrain":
         return [_start_judged(chain.retrain, recipe, inputs, cache)]
     runs = []
-    for stage in recipe.chain_to(pipeline)[:-1]:
+    trained = recipe.trained_with(pipeline)
+    before = [stage for stage in recipe.chain_to(pipeline) if stage not in trained]
+    for stage in before:
         adapter = _registered_adapter(stage, inputs)
         if adapter is None:
+            # The run of a later stage may train this one too.
+            run_of = [name for name in before if stage in recipe.trained_with(name)][-1]
             logger.info("%s: training it first", _known_adapters(stage))
-            runs.append(_start_judged(chain.stage_pipeline(stage), recipe, inputs, cache, stage=stage))
+            runs.append(_start_judged(chain.stage_pipeline(run_of), recipe, inputs, cache, stage=run_of))
             adapter = _registered_adapter(stage, inputs)
             if adapter is None:
                 raise WorkError(f"The run of {stage} ended without a registered adapter. `make runs` shows its state.")

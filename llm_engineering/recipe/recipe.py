@@ -78,6 +78,18 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
         chain: list[str] = self.chain
         return chain[: chain.index(stage) + 1]
 
+    def trained_with(self, stage: str) -> list[str]:
+        """The stages that a run of `stage` trains, in order: the stages on texts directly before it, and `stage`.
+
+        A model that has only read the documents is not what a user asks for, so it gets no run of its own unless the
+        user names its stage.
+        """
+        stages = self.chain_to(stage)
+        first = len(stages) - 1
+        while first > 0 and STAGES[stages[first - 1]].rows == "text":
+            first -= 1
+        return stages[first:]
+
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
 

@@ -139,25 +139,6 @@ def test_chat_uses_the_promoted_model(project, dpo_run):
     assert "tiny version" in answer.stderr
 
 
-def test_dpo_without_an_sft_model_trains_sft_first_and_reports_it(fresh_project):
-    run = fresh_project.run("dpo", "--set", "generation.max_preferences=20")
-    assert run.code == 0, run.stderr
-    assert "No sft model is registered: training it first" in run.stderr
-    assert "heldout_loss_dpo" in run.json["metrics"]
-
-
-def test_retrain_is_one_run(fresh_project):
-    # No line of this file is quarantined: the empty quarantine must be stored and read too.
-    lines = (fresh_project.folder / "instructions.jsonl").read_text().splitlines(keepends=True)
-    clean = fresh_project.folder / "clean.jsonl"
-    clean.write_text("".join(line for line in lines if line.endswith("}\n")))
-    run = fresh_project.run("retrain", "--set", "generation.max_preferences=50", "--set", f"data.instructions={clean}")
-    assert run.code == 0, run.stderr
-    assert "malformed" not in run.stderr
-    assert run.json["pipeline"] == "retrain"
-    assert {"sft_adapter", "dpo_adapter"} <= run.json["artifacts"].keys()
-
-
 def test_documents_to_datasets_with_the_real_model(fresh_project):
     """The embedded model generates questions for passages of the embedded corpus."""
     run = fresh_project.command(

@@ -18,7 +18,7 @@ from tests.fakes.scripted_endpoint import ScriptedEndpoint, error, scripted
 from tests.integration.conftest import ROOT
 from tests.integration.preloaded import Forked
 
-PASSAGES = 2000
+PASSAGES = 800
 CONCURRENCY = 64
 # Longer than any answer takes on a busy machine: a time-out is then the script's, and nothing that was answered.
 TIMEOUT_S, HANG_S = 3.0, 3.3

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -78,12 +76,12 @@ def test_published_rows_are_the_stored_rows(made, online, hub, tiny_model):
     files = ["README.md", "data/test.parquet", "data/train.parquet", "data/validation.parquet"]
     assert repo.commits == [{"written": files, "removed": []}]
 
-    command = [sys.executable, "-c", LOAD, "someone/pairs"]
-    done = subprocess.run(command, env=online.env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    loaded = json.loads(done.stdout.splitlines()[-1])
+    script = made.folder / "load.py"
+    script.write_text(LOAD)
+    done = online.script(str(script), "someone/pairs")
+    assert done.code == 0, done.stderr
+    loaded = done.json
     assert loaded["license"] == "cc-by-4.0"
-    script = made.folder / "stored.py"
     script.write_text(STORED)
     stored = made.script(str(script), "preference_dataset").json
     # The model was a folder of this machine. Its name is published, its path is not.

@@ -15,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.dispatch import ATTACH, dispatch_training
 from llm_engineering.cloud.sagemaker.jobs import FETCHED, JobNames
 from llm_engineering.errors import RequestError, WorkError
@@ -49,6 +50,14 @@ def fake(tmp_path):
     with running_sagemaker() as fake:
         fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1"}
         yield fake
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    """Ask more often for a job's state than SageMaker would allow. A job of these tests ends after seconds."""
+    monkeypatch.setattr(jobs, "_FIRST_WAIT_S", 0.2)
+    monkeypatch.setattr(jobs, "_LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr(jobs, "_LAST_LINES_S", 0.2)
 
 
 @pytest.fixture(scope="module")

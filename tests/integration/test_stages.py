@@ -1,7 +1,6 @@
 """Chains of stages as users run them: cpt, sft and dpo, and a stage that is not in the project."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,8 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
 from tests.integration.conftest import ROOT, Project, Run, make_project
 from tests.tiny_models import formatted
+from tools.make import GIVEN
+from tools.make import command as command_of
 from tools.plan import planned_steps
 
 # The tokenizer of the model has 300 tokens, so the rows are long and everything else is fast.
@@ -71,6 +72,10 @@ def number_project(folder: Path, model: Path, template: Project) -> Project:
         (documents / f"{i}.txt").write_text(text)
     replay = folder / "general.jsonl"
     replay.write_text("".join(json.dumps({"text": f"Rain fell on day {i} in the hills."}) + "\n" for i in range(400)))
+    # No line of this file is quarantined: the empty quarantine must be stored and read too.
+    instructions = folder / "instructions.jsonl"
+    lines = instructions.read_text().splitlines(keepends=True)
+    instructions.write_text("".join(line for line in lines if line.endswith("}\n")))
     recipe = folder / "stages.yaml"
     recipe.write_text(RECIPE.format(recipe=project.recipe, model=model, documents=documents, replay=replay))
     project.recipe = recipe
@@ -86,20 +91,10 @@ def runs_of(project: Project) -> list[dict]:
     return done.json
 
 
-def make(project: Project, *words: str) -> Run:
-    """Run make in a folder with the Makefile and a finished `.venv`, whose Python is this one."""
-    folder = project.folder / "make"
-    python = folder / ".venv" / "bin" / "python"
-    if not folder.exists():
-        python.parent.mkdir(parents=True)
-        shutil.copy(ROOT / "Makefile", folder)
-        for name in ("requirements.lock", "pyproject.toml", ".venv/ready"):
-            (folder / name).touch()
-        python.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" "$@"\n')
-        python.chmod(0o755)
-    env = {name: value for name, value in project.env.items() if not name.startswith("MAKE")}
-    done = subprocess.run(["make", *words], cwd=folder, env=env, capture_output=True, text=True, check=False)
-    return Run(done.returncode, done.stdout, done.stderr)
+def make(project: Project, target: str, **variables: object) -> Run:
+    """Run the command that make starts for a target and its variables."""
+    environment = {name: str(value) for name, value in variables.items()}
+    return project.command(*command_of(target, environment | {GIVEN: " ".join(variables)}))
 
 
 def trained(run: dict) -> list[str]:
@@ -113,7 +108,7 @@ def chained(small_llama, unused, tmp_path_factory) -> Project:
     project = number_project(tmp_path_factory.mktemp("stages"), small_llama, unused)
     project.done = {
         "first": project.run("dpo"),
-        "again": make(project, "run", "STAGE=dpo", f"CONFIG={project.recipe}", "ARGS=--json"),
+        "again": make(project, "run", STAGE="dpo", CONFIG=project.recipe, ARGS="--json"),
         "changed": project.run("dpo", "--set", "dpo.beta=0.2"),
         # Training again replaces each adapter by one that is made from the beginning.
         "retrain": project.run("retrain", "--no-cache"),
@@ -126,20 +121,21 @@ def chained(small_llama, unused, tmp_path_factory) -> Project:
 
 def test_the_last_stage_runs_the_stages_before_it_and_registers_each(chained):
     first = chained.done["first"].stderr
-    assert first.index("No cpt model is registered: training it first") < first.index("No sft model is registered")
-    assert [run["pipeline"] for run in chained.runs[:3]] == ["cpt", "sft", "dpo"]
-    for run in chained.runs[:3]:
-        assert trained(run) == [f"train_{run['pipeline']}"]
-        assert run["adapters"].keys() == {f"{run['pipeline']}_adapter"}
+    assert "No cpt model is registered: training it first" in first
+    assert "malformed" not in first
+    assert [run["pipeline"] for run in chained.runs[:2]] == ["sft", "dpo"]
+    # A stage on texts is trained in the run of the stage after it
+    assert [trained(run) for run in chained.runs[:2]] == [["train_cpt", "train_sft"], ["train_dpo"]]
+    assert [set(run["adapters"]) for run in chained.runs[:2]] == [{"cpt_adapter", "sft_adapter"}, {"dpo_adapter"}]
     metrics = chained.done["first"].json["metrics"]
-    measured = {f"document_loss_{name}" for name in ("base", "cpt", "sft", "dpo")}
+    measured = {f"{kind}_loss_{name}" for kind in ("document", "heldout") for name in ("base", "cpt", "sft", "dpo")}
     assert measured <= metrics.keys()
     assert metrics["document_loss_cpt"] < metrics["document_loss_base"]
     assert metrics["heldout_loss_sft"] < metrics["heldout_loss_cpt"]
 
 
 def test_the_same_command_by_make_comes_from_the_cache(chained):
-    again = chained.runs[3]
+    again = chained.runs[2]
     assert again["pipeline"] == "dpo"
     assert [name for name, state in again["steps"].items() if state != "cached"] == ["promote"]
     assert chained.done["again"].json["metrics"] == chained.done["first"].json["metrics"]
@@ -153,25 +149,26 @@ def test_make_run_without_a_stage_names_the_stages(chained):
 
 
 def test_a_change_of_the_last_block_trains_only_the_last_stage(chained):
-    changed = chained.runs[4]
+    changed = chained.runs[3]
     assert changed["pipeline"] == "dpo"
     assert trained(changed) == ["train_dpo"]
-    assert changed["adapters"]["dpo_adapter"] != chained.runs[2]["adapters"]["dpo_adapter"]
+    assert changed["adapters"]["dpo_adapter"] != chained.runs[1]["adapters"]["dpo_adapter"]
 
 
 def test_retrain_gives_the_adapters_of_the_single_runs(chained):
-    assert len(chained.runs) == 6
-    retrained = chained.runs[5]
+    assert len(chained.runs) == 5
+    retrained = chained.runs[4]
     assert retrained["pipeline"] == "retrain"
     assert trained(retrained) == ["train_cpt", "train_sft", "train_dpo"]
-    single = {name: digests for run in chained.runs[:3] for name, digests in run["adapters"].items()}
+    assert {"cpt_adapter", "sft_adapter", "dpo_adapter"} <= chained.done["retrain"].json["artifacts"].keys()
+    single = {name: digests for run in chained.runs[:2] for name, digests in run["adapters"].items()}
     assert retrained["adapters"] == single
     assert all(digests for digests in single.values())
 
 
 def test_the_plan_names_the_steps_that_run(chained):
     recipe = load_recipe(chained.recipe)
-    for run in (*chained.runs[:3], chained.runs[5]):
+    for run in (*chained.runs[:2], chained.runs[4]):
         assert sorted(planned_steps(run["pipeline"], recipe)) == sorted(run["steps"])
 
 

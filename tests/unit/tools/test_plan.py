@@ -205,7 +205,7 @@ def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
     (folder / "0.txt").write_text("It is so. " * 1000)
     # 10,000 characters are five pieces of 512 tokens.
     assert data_lines(recipe(["cpt"]), "cpt")[1] == "Rows: text, at most 10"
-    (folder / "0.txt").write_text(" ".join(f"The mill of Oskby{i} grinds flour." for i in range(50)))
+    (folder / "0.txt").write_text(" ".join(f"The mill of Oskby{i} has {i + 2} wheels." for i in range(50)))
     facts = recipe(["cpt", "sft"], documents={"unit": "sentence"}, generation={"questions": "fact"})
     assert data_lines(facts, "sft")[1:] == [
         "Sentences: 50 kept, 100 set aside (names_nothing 100)",
