@@ -51,6 +51,8 @@ _PARAGRAPH_GAP = 1.25
 # In units of the size of the most text: a larger size is that of a heading.
 _HEADING_SIZE = 1.15
 _MAX_HEADING_CHARS = 120
+# In units of the size of the font: the usual width of a character, and the smallest distance of the columns of a table.
+_CHARACTER_WIDTH, _COLUMN_GAP = 0.5, 2.0
 # In units of the length of full lines: a shorter line that ends a sentence ends its paragraph.
 _SHORT_LINE = 0.8
 
@@ -161,7 +163,10 @@ def _lines(page: PageObject, number: int) -> list[_Line]:
         scale = abs(tm[3] * cm[3]) or 1.0
         is_bold = "bold" in str((font or {}).get("/BaseFont", "")).lower()
         first, *others = text.split("\n")
-        pieces.append((first, x, y, size * scale, is_bold))
+        if first.strip() and pieces and _is_apart(pieces[-1][0], pieces[-1][1], x, size * scale):
+            end_line()
+        if first:
+            pieces.append((first, x, y, size * scale, is_bold))
         for index, other in enumerate(others, start=1):
             end_line()
             # pypdf gives only the place of the first line.
@@ -170,6 +175,12 @@ def _lines(page: PageObject, number: int) -> list[_Line]:
     page.extract_text(visitor_text=visit)
     end_line()
     return lines
+
+
+def _is_apart(text: str, x: float, following_x: float, size: float) -> bool:
+    """Whether the distance of two pieces of a line is that of two columns. The width of the first piece is estimated."""
+    width = _CHARACTER_WIDTH * size * len(text)
+    return following_x - x - width > max(_COLUMN_GAP * size, 0.25 * width)
 
 
 def _append(lines: list[_Line], line: _Line) -> None:
