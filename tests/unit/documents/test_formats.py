@@ -107,7 +107,7 @@ def test_a_notebook_is_read_without_outputs_and_its_comments_are_no_headings(tmp
     )
     passages, _ = cut_passages([notebook], DocumentsConfig(path=str(tmp_path), unit="sentence"), seed=0)
     found = [(passage.place, passage.title) for passage in passages]
-    assert found == [("cell 1", "tides: Tides"), ("cell 4", "tides: Tides")]
+    assert found == [("cell 1", "Tides"), ("cell 4", "Tides")]
 
 
 def test_csv_rows_are_articles_or_lines_of_a_table(tmp_path):
