@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict, Features, List, Value
 
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.load import load_evaluation, load_rows
@@ -21,9 +21,9 @@ from llm_engineering.data.rows import (
     to_dataset,
 )
 from llm_engineering.data.storage import work_folder
+from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.passages import cut_passages
-from llm_engineering.documents.read import Document
 from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.documents.replay import replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
@@ -53,6 +53,11 @@ from steps.caching import project_step
 from steps.logging import log_rows
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
 
+_TEXT = Value("string")
+_DOCUMENT_FEATURES = Features(
+    id=_TEXT, source=_TEXT, title=_TEXT, text=_TEXT, parts=List({"start": Value("int64"), "name": _TEXT})
+)
+
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def read_documents(documents: DocumentsConfig, content_hash: str) -> Annotated[DatasetDict, "documents"]:
@@ -61,7 +66,7 @@ def read_documents(documents: DocumentsConfig, content_hash: str) -> Annotated[D
     ledger = Ledger()
     ledger.record("document", len(kept) + len(rejected), len(kept), rejected)
     log_rows("documents", ledger, "document", path=documents.path, content_hash=content_hash)
-    rows = Dataset.from_list([document.model_dump() for document in kept])
+    rows = to_dataset([document.model_dump() for document in kept], _DOCUMENT_FEATURES)
     sources = fingerprint_table(document_fingerprints(documents))
     return DatasetDict(documents=rows, sources=sources, **ledger.datasets())
 

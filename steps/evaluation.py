@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from datasets import DatasetDict
 
+from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks
-from llm_engineering.documents.read import Document
 from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
 from llm_engineering.evaluation.exam import open_exam
 from llm_engineering.evaluation.heldout import held_out

@@ -199,9 +199,14 @@ def _json(path: Path) -> Iterator[Item]:
             yield _checked(place, value, raw)
 
 
-def _csv(path: Path) -> Iterator[Item]:
+def csv_rows(path: Path, separator: str = ",") -> Iterator[Item]:
+    """Yield place, value, reason and detail of every row; reason and detail are empty if the row has no problem.
+
+    Raises:
+        csv.Error, UnicodeDecodeError, OSError: the file is damaged, or is not a CSV file.
+    """
     with _open_text(path, newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+        reader = csv.reader(stream, delimiter=separator, strict=True)
         header = next(reader, [])
         if not all(map(is_text, header)):
             raise csv.Error("its first line, the names of the columns, is not UTF-8 text")
@@ -294,5 +299,5 @@ def _one(row: pa.RecordBatch) -> dict[str, Any] | ValueError | OverflowError:
     return values[0]
 
 
-_TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {".json": _json, ".jsonl": _jsonl, ".csv": _csv}
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {".json": _json, ".jsonl": _jsonl, ".csv": csv_rows}
 _READERS = {**_TEXT_READERS, ".parquet": parquet_rows, ".arrow": arrow_rows}

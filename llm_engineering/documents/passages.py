@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from semantic_text_splitter import TextSplitter
 
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.documents.read import Document
+from llm_engineering.documents.document import Document
 from llm_engineering.documents.sentences import known_names, names_something, sentences
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 
@@ -25,15 +25,19 @@ from llm_engineering.recipe.data_blocks import DocumentsConfig
 MIN_PROSE_SHARE = 0.85
 # A sentence with fewer words is a label or an exclamation.
 MIN_SENTENCE_WORDS = 4
-# Documents whose lines with `#` are headings. HTML headings are read as such lines.
-_WITH_HEADINGS = (".md", ".markdown", ".html", ".htm")
+# Documents whose lines with `#` are headings. The headings of other formats than Markdown are read as such lines.
+_WITH_HEADINGS = (".md", ".markdown", ".html", ".htm", ".pdf", ".docx", ".pptx", ".epub", ".ipynb")
 _HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
+_ITEM_MARK = re.compile(r"\s*[-*+•]\s+(?=\S)")
+# Code in fences, where a line with `#` is a comment. A fence that is not closed ends with the text.
+_FENCED = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class Passage(BaseModel):
     """A piece of a document, its white space folded. `start` and `end` are positions in the document's text.
 
-    `title` is the title of the document, with the heading of the passage's section if it has one.
+    `title` is the title of the document, with the heading of the passage's section if it has one. `part` is the page, slide,
+    section or cell that the passage is in; empty if the format has none.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -44,11 +48,17 @@ class Passage(BaseModel):
     start: int
     end: int
     text: str
+    part: str = ""
 
     @property
     def place(self) -> str:
-        """The passage's characters in its document."""
-        return f"characters {self.start}-{self.end}"
+        """The part of the document that the passage is in, or its characters in a document without parts."""
+        return self.part or f"characters {self.start}-{self.end}"
+
+    @property
+    def source(self) -> str:
+        """The document and the place, as rows name their source: `manual.pdf, page 3`, or `guide.md:characters 0-120`."""
+        return f"{self.document}, {self.part}" if self.part else f"{self.document}:{self.place}"
 
 
 def cut_passages(
@@ -76,7 +86,7 @@ def cut_passages(
         if reason:
             quarantine.append(_rejected(passage, reason, detail))
         else:
-            first_place[passage.id] = f"{passage.document}, {passage.place}"
+            first_place[passage.id] = passage.source
             kept.append(passage)
     if config.max_passages is not None and len(kept) > config.max_passages:
         drawn = set(random.Random(seed).sample(range(len(kept)), config.max_passages))
@@ -112,15 +122,25 @@ def _sentences(documents: Sequence[Document]) -> Iterator[Passage]:
 
 def _passage(document: Document, title: str, start: int, end: int, text: str) -> Passage:
     number = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Passage(id=number, document=document.source, title=title, start=start, end=end, text=text)
+    part = document.part_of(start, end)
+    return Passage(id=number, document=document.source, title=title, start=start, end=end, text=text, part=part)
 
 
 def _has_headings(document: Document) -> bool:
-    return PurePath(document.source).suffix in _WITH_HEADINGS
+    return PurePath(document.source).suffix.lower() in _WITH_HEADINGS
 
 
 def _headings(document: Document) -> list[re.Match[str]]:
-    return list(_HEADING.finditer(document.text)) if _has_headings(document) else []
+    if not _has_headings(document):
+        return []
+    fences = [match.span() for match in _FENCED.finditer(document.text)]
+    starts = [start for start, _ in fences]
+    found = []
+    for match in _HEADING.finditer(document.text):
+        index = bisect_right(starts, match.start()) - 1
+        if index < 0 or match.start() >= fences[index][1]:
+            found.append(match)
+    return found
 
 
 def _chunks(document: Document, splitter: TextSplitter) -> Iterator[tuple[str, int, str]]:
@@ -130,7 +150,10 @@ def _chunks(document: Document, splitter: TextSplitter) -> Iterator[tuple[str, i
     ends = [*(h.start() for h in headings), len(document.text)]
     for (start, title), end in zip(borders, ends, strict=True):
         for place, chunk in splitter.chunk_indices(document.text[start:end]):
-            yield title, start + place, chunk
+            # The mark of an item is no part of its sentence.
+            mark = _ITEM_MARK.match(chunk)
+            skipped = mark.end() if mark else 0
+            yield title, start + place + skipped, chunk[skipped:]
 
 
 def _section_title(document: str, heading: str) -> str:

@@ -1,4 +1,7 @@
-"""Reads documents: the embedded corpus, or a file or folder of text, Markdown, HTML, JSON or JSONL."""
+"""Reads documents: the embedded corpus, or a file or folder.
+
+Formats with pages, slides, sections or cells have modules of their own; text, JSON and CSV files are read here.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +11,29 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from bs4 import BeautifulSoup
-from pydantic import BaseModel, ConfigDict
-
-from llm_engineering.data.files import BrokenRecord, read_records
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.sources import visible_files
+from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
+from llm_engineering.documents.epub import read_epub
+from llm_engineering.documents.markup import read_html
+from llm_engineering.documents.notebook import read_notebook
+from llm_engineering.documents.office import read_docx, read_pptx
+from llm_engineering.documents.pdf import read_pdf
+from llm_engineering.documents.records import read_csv, read_json
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, DocumentsConfig
 
 logger = logging.getLogger(__name__)
 
+# Reads the documents of a file. The text is `documents.text_field` of the recipe.
+Reader = Callable[[Path, str | None], tuple[list[Document], list[Quarantined]]]
+
 # Files and records that the warning about unread ones names. The data report has all of them.
 _NAMED = 5
-TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
-TITLE_FIELDS = ("title", "name", "url", "link", "id")
+# How the names of files begin that Office keeps beside open documents.
+_LOCK = "~$"
 # The embedded handbook: documents, the questions of its exam, and general questions.
 HANDBOOK = Path(__file__).parent / "handbook"
-
-
-class Document(BaseModel):
-    """One document.
-
-    Attributes:
-        id: hash of the text.
-        source: the file, with the place in it if the file holds several documents.
-        title: the title in the source; without one, the name of the file.
-        text: plain text.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    id: str
-    source: str
-    title: str
-    text: str
 
 
 def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quarantined]]:
@@ -57,23 +48,19 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
     quarantine: list[Quarantined] = []
     for name, file in named_files(config.path).items():
         reader = _READERS.get(file.suffix.lower())
+        if file.name.startswith(_LOCK):
+            quarantine.append(not_read("lock_file", file, "whole file", "Office keeps it while a document is open"))
+            continue
         if reader is None:
             detail = f"documents are {', '.join(sorted(_READERS))}"
-            quarantine.append(_rejected("unknown_format", file, "whole file", detail))
+            quarantine.append(not_read("unknown_format", file, "whole file", detail))
             continue
-        try:
-            read, rejected = reader(file, config.text_field)
-        except UnicodeDecodeError as error:
-            quarantine.append(_rejected("not_utf8", file, f"byte {error.start}", "convert it, e.g. with iconv"))
-            continue
-        except OSError as error:
-            quarantine.append(_rejected("unreadable", file, "whole file", str(error)))
-            continue
+        read, rejected = _read(reader, file, config.text_field)
         if name != str(file):
             read = [document.model_copy(update={"source": name}) for document in read]
         documents += [document for document in read if document.text.strip()]
         quarantine += rejected
-        quarantine += [_rejected("empty", file, d.source, "no text") for d in read if not d.text.strip()]
+        quarantine += [not_read("empty", file, d.source, "no text") for d in read if not d.text.strip()]
     if not documents:
         problems = "; ".join(row.describe() for row in quarantine[:3]) or "the folder holds no file"
         raise RequestError(f"documents.path {config.path} holds no document that can be read: {problems}.")
@@ -82,6 +69,30 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
         named = "; ".join(row.describe() for row in quarantine[:_NAMED])
         logger.warning("Not read, %d in all: %s%s", len(quarantine), named, more)
     return documents, quarantine
+
+
+def _read(reader: Reader, file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    """Read a file. One that cannot be read is quarantined, so that the others are read.
+
+    Raises:
+        RequestError: the recipe does not say which of several texts to read.
+    """
+    try:
+        return reader(file, field)
+    except RequestError:
+        raise
+    except UnreadableError as error:
+        problem = not_read(error.reason, file, "whole file", error.detail)
+    except UnicodeDecodeError as error:
+        problem = not_read("not_utf8", file, f"byte {error.start}", "convert it, e.g. with iconv")
+    except OSError as error:
+        problem = not_read("unreadable", file, "whole file", str(error))
+    except Exception as error:
+        # The libraries that read these formats raise whatever the bytes of a damaged file lead to.
+        logger.debug("%s cannot be read", file, exc_info=True)
+        detail = f"{type(error).__name__}: {error}"[:200]
+        problem = not_read("damaged", file, "whole file", f"{detail}; open it and save it again")
+    return [], [problem]
 
 
 def documents_hash(config: DocumentsConfig) -> str:
@@ -147,70 +158,31 @@ def _python_reference() -> tuple[list[Document], list[Quarantined]]:
         # Many topics are excerpts of longer ones. With both, the same text would be in training and test.
         whole = next((n for n in sorted(bare) if len(bare[n]) > len(bare[name]) and bare[name] in bare[n]), None)
         if whole is None:
-            documents.append(_document(source(name), name, text))
+            documents.append(make_document(source(name), name, text))
         else:
             detail = f"its text is also in {source(whole)}"
-            quarantine.append(_rejected("contained", source(name), "whole topic", detail))
+            quarantine.append(not_read("contained", source(name), "whole topic", detail))
     return documents, quarantine
-
-
-def _document(source: str, title: str, text: str) -> Document:
-    return Document(id=hashlib.sha256(text.encode()).hexdigest()[:16], source=source, title=title, text=text)
-
-
-def _rejected(reason: str, source: Path | str, place: str, detail: str) -> Quarantined:
-    return Quarantined(stage="document", reason=reason, source=str(source), place=place, detail=detail)
 
 
 def _plain(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    return [_document(str(file), file.stem, file.read_text(encoding="utf-8-sig"))], []
+    return [make_document(str(file), file.stem, file.read_text(encoding="utf-8-sig"))], []
 
 
-def _html(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    soup = BeautifulSoup(file.read_text(encoding="utf-8-sig"), "html.parser")
-    title = soup.title.get_text(strip=True) if soup.title else file.stem
-    for element in soup(["script", "style", "nav", "header", "footer", "noscript", "template", "title"]):
-        element.decompose()
-    for heading in soup(["h1", "h2", "h3", "h4", "h5", "h6"]):
-        # `cut_passages` takes such a line as the title of its section. Without it, the heading would begin a sentence.
-        heading.replace_with(f"{'#' * int(heading.name[1])} {' '.join(heading.get_text(' ').split())}")
-    return [_document(str(file), title, soup.get_text("\n", strip=True))], []
-
-
-def _json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    documents: list[Document] = []
-    quarantine: list[Quarantined] = []
-    for record in read_records(file):
-        if isinstance(record, BrokenRecord):
-            quarantine.append(record.quarantined("document"))
-            continue
-        value, place = record.value, record.place
-        names = [field] if field else [name for name in TEXT_FIELDS if isinstance(value.get(name), str)]
-        if len(names) > 1:
-            raise RequestError(
-                f"{file}, {place} has several text fields ({', '.join(names)}): choose one with documents.text_field."
-            )
-        text = value.get(names[0]) if names else None
-        if not isinstance(text, str):
-            expected = field or " or ".join(TEXT_FIELDS)
-            detail = f"no text under {expected}; it has {', '.join(map(str, value)) or 'no key'}"
-            quarantine.append(_rejected("no_text_field", file, place, detail))
-            continue
-        title = next((str(value[name]) for name in TITLE_FIELDS if value.get(name)), f"{file.stem} {place}")
-        documents.append(_document(f"{file}:{place}", title, text))
-    if not documents and not quarantine:
-        raise RequestError(f"{file} is empty: there is no row in it.")
-    return documents, quarantine
-
-
-Reader = Callable[[Path, str | None], tuple[list[Document], list[Quarantined]]]
 _READERS: dict[str, Reader] = {
     ".txt": _plain,
     ".md": _plain,
     ".markdown": _plain,
     ".rst": _plain,
-    ".html": _html,
-    ".htm": _html,
-    ".json": _json,
-    ".jsonl": _json,
+    ".html": read_html,
+    ".htm": read_html,
+    ".pdf": read_pdf,
+    ".docx": read_docx,
+    ".pptx": read_pptx,
+    ".epub": read_epub,
+    ".ipynb": read_notebook,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".json": read_json,
+    ".jsonl": read_json,
 }

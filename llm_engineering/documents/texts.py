@@ -9,8 +9,8 @@ from llm_engineering.data.files import BrokenRecord
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import REPLAY, TextRow, split_key, split_of
 from llm_engineering.data.sources import open_records
+from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import Passage
-from llm_engineering.documents.read import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import ReplayConfig, SplitConfig
 
@@ -30,7 +30,7 @@ def sentence_rows(passages: Sequence[Passage]) -> list[TextRow]:
     return [
         TextRow(
             text=passage.text,
-            source=f"{passage.document}:{passage.place}",
+            source=passage.source,
             origin="document",
             document=passage.document,
         )

@@ -254,7 +254,7 @@ def exam_report(exam: Exam, taken: Mapping[str, Mapping[int, Sample]], newest: s
             for name, found in taken.items()
             if index in found
         }
-        sources = [f"{passage.document}, {passage.place}" for passage in exam.retrieved[index]]
+        sources = [passage.source for passage in exam.retrieved[index]]
         rows.append({**row.model_dump(), "answers": answers, "accepted": row.answers, "retrieved": sources})
     order = [index for index, row in enumerate(exam.rows) if row.kind != "control"]
     random.Random(seed).shuffle(order)

@@ -96,7 +96,7 @@ def generate_facts(
             InstructionRow(
                 prompt=[Message(role="user", content=question)],
                 completion=[Message(role="assistant", content=one.answer)],
-                source=f"{passage.document}:{passage.place}",
+                source=passage.source,
                 origin=f"{versioned} by {client.identity}, {FROM_DOCUMENT}",
                 document=passage.document,
             )

@@ -95,7 +95,7 @@ def generate_instructions(
             InstructionRow(
                 prompt=[Message(role="user", content=questions[index])],
                 completion=[Message(role="assistant", content=outcome.text)],
-                source=f"{passage.document}:{passage.place}",
+                source=passage.source,
                 origin=origin,
                 document=passage.document,
             )

@@ -22,6 +22,9 @@ EMBEDDED_GENERAL = "embedded:general"
 class DocumentsConfig(Block):
     """The documents to read, and how they are cut into passages.
 
+    `path` is a file or a folder with text, Markdown, HTML, PDF, Word, PowerPoint, EPUB, notebook, CSV or JSON files.
+    `text_field` is the key or column of the text in JSON and CSV files.
+
     With the unit `sentence` every sentence that names something is a passage, for generated instructions and for the texts
     of continued pre-training. With `passage` the texts are whole documents.
     """

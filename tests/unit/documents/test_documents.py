@@ -48,7 +48,7 @@ def test_two_text_fields_need_a_choice(tmp_path):
     ("name", "content", "words"),
     [
         ("none.txt", None, "does not exist"),
-        ("x.docx", "x", "in no known format"),
+        ("x.odt", "x", "in no known format"),
         ("empty.txt", " \n", "holds no document that can be read: .*empty"),
     ],
 )

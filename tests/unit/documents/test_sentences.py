@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import cut_passages
-from llm_engineering.documents.read import Document, read_documents
+from llm_engineering.documents.read import read_documents
 from llm_engineering.documents.sentences import known_names, names_something, sentences, whole_sentences
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, DocumentsConfig
 

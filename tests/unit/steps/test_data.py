@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.documents.read import Document
+from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.compute_blocks import ComputeConfig

@@ -1,0 +1,109 @@
+"""Reads documents from rows: JSON, JSON lines, CSV and tables separated by tabs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm_engineering.data.files import BrokenRecord, csv_rows, read_records
+from llm_engineering.data.ledger import Quarantined
+from llm_engineering.documents.document import (
+    Document,
+    TextBuilder,
+    UnreadableError,
+    make_document,
+    not_read,
+    table_text,
+)
+from llm_engineering.errors import RequestError
+
+TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
+TITLE_FIELDS = ("title", "name", "url", "link", "id")
+_SEPARATORS = ",;\t|"
+
+
+def read_json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    """Read a document from each row.
+
+    Raises:
+        RequestError: the file is empty, or a row has several text fields and `field` names none.
+        UnreadableError: the file is no JSON.
+    """
+    documents: list[Document] = []
+    quarantine: list[Quarantined] = []
+    try:
+        records = list(read_records(file))
+    except RequestError as error:
+        raise UnreadableError("damaged", str(error)) from error
+    for record in records:
+        if isinstance(record, BrokenRecord):
+            quarantine.append(record.quarantined("document"))
+            continue
+        read = _row(file, record.place, record.value, field)
+        if isinstance(read, Document):
+            documents.append(read)
+        else:
+            quarantine.append(read)
+    if not records:
+        raise RequestError(f"{file} is empty: there is no row in it.")
+    return documents, quarantine
+
+
+def read_csv(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    """Read a document from each row, or the whole file as one table if it has no column of texts.
+
+    The lines of such a table are its parts.
+
+    Raises:
+        RequestError: the file has several text columns and `field` names none.
+        UnreadableError: the file is no CSV, or has no column `field`.
+    """
+    documents: list[Document] = []
+    quarantine: list[Quarantined] = []
+    builder = TextBuilder()
+    try:
+        rows = list(csv_rows(file, _separator(file)))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UnreadableError("damaged", f"it is no valid CSV ({error}): correct it, or export it again") from error
+    for place, value, reason, detail in rows:
+        if reason:
+            quarantine.append(BrokenRecord(str(file), place, reason, detail, value).quarantined("document"))
+        elif field or any(name in value for name in TEXT_FIELDS):
+            read = _row(file, place, value, field)
+            if isinstance(read, Document):
+                documents.append(read)
+            else:
+                quarantine.append(read)
+        else:
+            builder.start_part(place)
+            builder.add(table_text([list(value), list(value.values())], has_header=True), separator="\n")
+    table = builder.document(str(file), file.stem)
+    if table.text or not rows:
+        documents.append(table)
+    return documents, quarantine
+
+
+def _row(file: Path, place: str, value: Mapping[str, Any], field: str | None) -> Document | Quarantined:
+    names = [field] if field else [name for name in TEXT_FIELDS if isinstance(value.get(name), str)]
+    if len(names) > 1:
+        raise RequestError(
+            f"{file}, {place} has several text fields ({', '.join(names)}): choose one with documents.text_field."
+        )
+    text = value.get(names[0]) if names else None
+    if not isinstance(text, str):
+        expected = field or " or ".join(TEXT_FIELDS)
+        detail = f"no text under {expected}; it has {', '.join(map(str, value)) or 'no key'}"
+        return not_read("no_text_field", file, place, detail)
+    title = next((str(value[name]) for name in TITLE_FIELDS if value.get(name)), f"{file.stem} {place}")
+    return make_document(f"{file}:{place}", title, text)
+
+
+def _separator(file: Path) -> str:
+    """The character between the columns: the most frequent one of the first line. Spreadsheets often write `;`."""
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    with file.open(encoding="utf-8-sig", errors="replace") as stream:
+        first = stream.readline()
+    return max(_SEPARATORS, key=first.count)
