@@ -444,18 +444,21 @@ DPOLoss = Literal[
 class DPOConfig(TrainConfig):
     """Direct preference optimisation with TRL's DPOTrainer; the reference is the model that the stage starts from.
 
-    With `precompute_ref_log_probs` the reference runs once before training, instead of in every step.
+    With `precompute_ref_log_probs` the reference runs once before training, instead of in every step. `sft_weight` adds
+    the SFT loss of the chosen answers with this weight (Pang et al. 2024, arXiv:2404.19733). Without it, a chosen answer
+    that the model would never give stays improbable: DPO is content when the rejected one becomes less probable still.
     """
 
     config_class = "trl.DPOConfig"
     refused: ClassVar[dict[str, str]] = {
         **_REFUSED_TRL,
-        "loss_weights": "a run has one loss, loss_type",
+        "loss_weights": "a run has one loss, loss_type, to which sft_weight adds the SFT loss",
         "train_sampling_strategy": "pairs are drawn at random",
     }
 
     beta: float = Field(0.1, gt=0)
     loss_type: DPOLoss = "sigmoid"
+    sft_weight: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     precompute_ref_log_probs: bool = False
 

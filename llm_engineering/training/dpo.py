@@ -105,7 +105,8 @@ def dpo_trainer(
     arguments = trl.DPOConfig(
         **training_arguments(config, run.device, run.setup, run.folder),
         beta=config.beta,
-        loss_type=[config.loss_type],
+        loss_type=[config.loss_type, *(["sft"] if config.sft_weight else [])],
+        loss_weights=[1.0, *([config.sft_weight] if config.sft_weight else [])],
         label_smoothing=config.label_smoothing,
         precompute_ref_log_probs=config.precompute_ref_log_probs,
         # Formatting has already cut or set aside the pairs that are too long, and counted them. TRL cuts nothing.

@@ -61,8 +61,8 @@ def recipe(tmp_path, small_llama):
         # Evaluation reads the held-out questions, formatted as sft does it.
         (["dpo"], "dpo", [*WRITTEN, *ANSWERED, "format_dpo", "train_dpo", "format_sft"]),
         (["cpt", "sft"], "cpt", [*TEXTS, "format_cpt", "train_cpt"]),
-        (["cpt", "sft"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "format_sft", "train_sft"]),
-        (["cpt", "sft", "dpo"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "format_sft", "train_sft"]),
+        (["cpt", "sft"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "train_cpt", "format_sft", "train_sft"]),
+        (["cpt", "sft", "dpo"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "train_cpt", "format_sft", "train_sft"]),
         (
             ["cpt", "sft", "dpo"],
             "dpo",
@@ -86,7 +86,7 @@ def test_steps_of_a_pipeline(chain, pipeline, steps, recipe):
 
 def test_a_pipeline_trains_a_stage_of_the_chain_or_all(recipe):
     made = recipe(["cpt", "sft"])
-    assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [["sft"], ["cpt", "sft"], []]
+    assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [["cpt", "sft"], ["cpt", "sft"], []]
 
 
 def hashes(made):
@@ -181,7 +181,7 @@ def test_a_dry_run_counts_documents_passages_and_rows_and_says_when_they_are_too
     (folder / "scan.pdf").write_text("%PDF")
     lines = data_lines(recipe(["sft"]), "sft")
     assert lines == [
-        "Documents: 6 read, 1 set aside (unknown_format 1)",
+        "Documents: 6 read, 1 set aside (damaged 1)",
         "Passages: 6 kept, 6 set aside (too_short 6)",
         "Rows: instruction, about 3, at most 6 (the embedded model writes a usable question in 50% of its tries)",
         "WARNING: These are too few instruction rows to train on, which needs at least 20: the run would end before training. "
