@@ -8,7 +8,7 @@ import yaml
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 
-LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 CPT = {"learning_rate": 1e-3, **STEPS, "eval_steps": 10, "save_steps": 10}
 # Removes the rules about the model of sft from a gate that a recipe inherits.

@@ -11,7 +11,7 @@ from llm_engineering.recipe.loading import load_recipe
 from tools.expected_rows import data_lines
 from tools.plan import planned_steps, preflight, stages_of, tokens_of
 
-LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 CPT = {"learning_rate": 1e-3, **STEPS, "eval_steps": 10, "save_steps": 10}
 GATE = {"better_than": {"base": {"document_loss": 0.0}, "incumbent": {"document_loss": 0.0}}}
@@ -86,7 +86,11 @@ def test_steps_of_a_pipeline(chain, pipeline, steps, recipe):
 
 def test_a_pipeline_trains_a_stage_of_the_chain_or_all(recipe):
     made = recipe(["cpt", "sft"])
-    assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [["cpt", "sft"], ["cpt", "sft"], []]
+    assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [
+        ["cpt", "sft"],
+        ["cpt", "sft"],
+        [],
+    ]
 
 
 def hashes(made):
