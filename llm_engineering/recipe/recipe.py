@@ -235,6 +235,11 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                 f"promotion.{rule.path} names {rule.measure}, and the recipe has no exam: add the block exam, e.g. "
                 "exam: {path: my_exam.jsonl}, or remove the rule"
             )
+        if rule.than in STAGES and STAGES[rule.than].rows == "text":
+            raise ValueError(
+                f"promotion.{rule.path} names {rule.measure}, and the model of {rule.than} takes no exam in a run that ends "
+                f"with {rule.run}: compare with base, or remove the rule"
+            )
         if rule.measure == EXAM_MEASURES["control"] and self.exam.control is None:
             raise ValueError(
                 f"promotion.{rule.path} names {rule.measure}, and exam.control is null: name a file of general questions, "

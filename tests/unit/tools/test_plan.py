@@ -214,6 +214,6 @@ def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
     assert data_lines(facts, "sft")[1:] == [
         "Sentences: 50 kept, 100 set aside (names_nothing 100)",
         "Rows: text, at most 50",
-        "Rows: instruction, about 23, at most 100 (the embedded model writes a usable question in 23% of its tries)",
+        "Rows: instruction, about 43, at most 100 (the embedded model writes a usable question in 43% of its tries)",
     ]
     assert data_lines(recipe(["sft"], data={"instructions": "rows.jsonl"}), "sft") == []
