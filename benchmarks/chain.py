@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "chain.json"
 def main() -> None:
     """Measure and print the figures; `--write` also writes them to a file."""
     parser = argparse.ArgumentParser(description="make run-sft as a multiple of bare scripts.")
-    parser.add_argument("--config", default="configs/local.yaml")
+    parser.add_argument("--config", default="configs/python_reference.yaml")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

@@ -29,7 +29,7 @@ NAME = "shuffled"
 def main() -> None:
     """Run both and print the gate's decisions; `--write` also writes them to a file."""
     parser = argparse.ArgumentParser(description="The gate's decision on right and on shuffled answers.")
-    parser.add_argument("--config", default="configs/local.yaml")
+    parser.add_argument("--config", default="configs/python_reference.yaml")
     parser.add_argument("--folder", type=Path, default=Settings().llm_output_dir / "shuffled", help="for the rows")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()

@@ -64,15 +64,20 @@ class _Datasets:
         self._documents: Any = None
         self._made: dict[str, Any] = {}
 
-    def of(self, kind: str) -> Any:
-        """The dataset of a kind, checked and split."""
+    def of(self, kind: str, start: Any = None) -> Any:
+        """The dataset of a kind, checked and split. `start` is the adapter that the stage starts from, if it has one."""
         if kind not in self._made:
-            candidates = {"text": self._texts, "instruction": self._instructions, "preference": self._preferences}[
-                kind
-            ]()
+            make = {"text": self._texts, "instruction": self._instructions}.get(kind)
+            candidates = make() if make else self._preferences(start)
             step = prepare.with_options(substitutions={"kind": kind})
             self._made[kind] = step(
-                kind, candidates, self.recipe.data.checks, self.inputs.evaluation, id=f"prepare_{kind}s"
+                kind,
+                candidates,
+                self.recipe.data.checks,
+                self.inputs.evaluation,
+                self.recipe.exam,
+                self.inputs.exam,
+                id=f"prepare_{kind}s",
             )
         return self._made[kind]
 
@@ -105,7 +110,7 @@ class _Datasets:
             self.inputs.replay_instructions,
         )
 
-    def _preferences(self) -> Any:
+    def _preferences(self, start: Any) -> Any:
         recipe, data = self.recipe, self.recipe.data
         if data.preferences is not None:
             return self._own("preference", data.preferences, data.test_preferences, self.inputs.preferences)
@@ -118,6 +123,7 @@ class _Datasets:
             recipe.generation.rejecting_client,
             recipe.generation.part(PreferenceWriting),
             recipe.seed,
+            *((recipe.documents, start) if recipe.generation.unanswerable else ()),
         )
 
     def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:
@@ -144,7 +150,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
     for stage in chain:
         kind = STAGES[stage].rows
         if stage in trained or kind not in formatted:
-            rows = _format(recipe, stage, kind, datasets.of(kind))
+            rows = _format(recipe, stage, kind, datasets.of(kind, start))
             formatted.setdefault(kind, rows)
         if stage in trained:
             adapters[stage], report = train_step(STAGES[stage])(

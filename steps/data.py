@@ -13,6 +13,7 @@ from llm_engineering.data.prepare import check_splits
 from llm_engineering.data.prepare import prepare as prepare_rows
 from llm_engineering.data.rows import (
     FEATURES,
+    REPLAY,
     SPLITS,
     InstructionRow,
     instruction_dataset,
@@ -27,7 +28,9 @@ from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.documents.replay import replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
+from llm_engineering.evaluation.exam import read_exam
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.generation.abstention import generate_abstentions
 from llm_engineering.generation.facts import diversity, generate_facts
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
@@ -45,6 +48,7 @@ from llm_engineering.recipe.data_blocks import (
     ReplayConfig,
     SplitConfig,
 )
+from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
@@ -121,17 +125,26 @@ def generate_preferences(
     client: ClientConfig,
     writing: PreferenceWriting,
     seed: int,
+    config: DocumentsConfig | None = None,
+    trained: Directory | None = None,
 ) -> Annotated[DatasetDict, "preference_candidates"]:
     """Answer the prompts of the instruction dataset with the base model or the client.
 
-    `documents` are the source of the dataset; None for the user's own dataset.
+    `documents` are the source of the dataset; None for the user's own dataset. With `config` the pairs also teach what the
+    documents do not say, and the model in the folder `trained` answers; None is the base model.
     """
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
     texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
-    writer = open_client(client, model, compute, Settings(), chat_template)
-    made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
-    ledger.record("preference", len(rows), len(made), rejected, writes=True)
+    writer = open_client(client, model, compute, Settings(), chat_template, trained.path if trained else None)
+    if config is not None and documents is not None:
+        written = [row for row in rows if row.origin != REPLAY]
+        sentences, _ = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
+        made, rejected, read = generate_abstentions(written, [s.text for s in sentences], writer, writing, seed)
+    else:
+        made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
+        read = len(rows)
+    ledger.record("preference", read, len(made), rejected, writes=True)
     log_rows("preference_candidates", ledger, "preference", generated_by=writer.identity)
     return DatasetDict(rows=preference_dataset(made), **ledger.datasets())
 
@@ -193,17 +206,26 @@ def load(
 
 @project_step(output_materializers=HFDatasetMaterializer)
 def prepare(
-    kind: str, candidates: DatasetDict, checks: DataConfig, evaluation_hash: str | None
+    kind: str,
+    candidates: DatasetDict,
+    checks: DataConfig,
+    evaluation_hash: str | None,
+    exam: ExamConfig | None,
+    exam_hash: str | None,
 ) -> Annotated[DatasetDict, "{kind}_dataset"]:
-    """Check, judge and split the rows of a kind. `evaluation_hash` is of `data.decontaminate_against`."""
+    """Check, judge and split the rows of a kind. No row for training asks a question of the exam.
+
+    `evaluation_hash` is of `data.decontaminate_against`.
+    """
     ledger = Ledger.load(candidates)
-    evaluation = load_evaluation(checks.decontaminate_against, checks.decontaminate_ngram)
+    questions = [row.question for row in read_exam(exam)] if exam is not None else []
+    evaluation = load_evaluation(checks.decontaminate_against, checks.decontaminate_ngram, questions)
     own_test = candidates.get("test_rows")
     prepared = prepare_rows(candidates["rows"], kind, checks, ledger, work_folder(), own_test, evaluation)
     check_splits(prepared.splits, kind, ledger)
     facts: dict[str, Any] = {name: len(part) for name, part in prepared.splits.items()}
-    if evaluation_hash is not None:
-        facts["evaluation_hash"] = evaluation_hash
+    hashes = {"evaluation_hash": evaluation_hash, "exam_hash": exam_hash}
+    facts |= {name: digest for name, digest in hashes.items() if digest is not None}
     log_rows(f"{kind}_dataset", ledger, kind, **facts)
     return DatasetDict(**prepared.splits, **prepared.tables(), **ledger.datasets())
 

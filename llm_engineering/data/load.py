@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,17 +64,22 @@ def load_rows(
     return Loaded(opened.kind, opened.format, table.dataset())
 
 
-def load_evaluation(references: list[str], n: int) -> EvaluationIndex | None:
-    """Index the evaluation files that training rows must not share n-grams with; None without files.
+def load_evaluation(references: list[str], n: int, questions: Sequence[str] = ()) -> EvaluationIndex | None:
+    """Index the evaluation files that training rows must not share n-grams with; None without files and questions.
 
     Benchmarks often have their own columns. If a file is in no known format, each text in it is indexed separately.
+
+    Args:
+        questions: those of the exam. A training row must not ask any of them.
 
     Raises:
         RequestError: a file is missing, empty or cannot be read.
     """
-    if not references:
+    if not references and not questions:
         return None
     index = EvaluationIndex(n)
+    for question in questions:
+        index.add_text(question)
     for reference in references:
         opened = _open_evaluation(reference)
         if opened is None:

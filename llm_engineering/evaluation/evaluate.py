@@ -21,6 +21,7 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import MEASURES, TASK_MEASURE, EvaluationConfig, Measure
 from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
 
 
@@ -102,7 +103,10 @@ def _observe_all(
             del adapters_of_base[INCUMBENT]
             ours, theirs = render_for_both(rows, own_tokenizer, setup.max_length)
     indices = draw_indices(ours.rows, config.generated_rows, setup.seed)
-    work = Work(ours, indices, checks, exam, frozenset({BASE, newest_of(adapters)}))
+    newest = newest_of(adapters)
+    # A model that has only read the documents was not taught to answer, and its exam takes as long as any other.
+    readers = frozenset(name for name in adapters if name != newest and name in STAGES and STAGES[name].rows == "text")
+    work = Work(ours, indices, checks, exam, frozenset({BASE, newest}), readers)
 
     def observe_base_and_adapters() -> dict[str, Observation]:
         # A function, so that the base model's memory is freed before the incumbent's base model is loaded.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import takewhile
 
 from llm_engineering.data.rows import words
@@ -80,7 +80,8 @@ def answers_right(answer: str, accepted: Sequence[str], question: str = "") -> b
     most one word more than the accepted answer, that does not begin with a function word and is not from the question.
     Words of the question may stand everywhere.
     """
-    tokens = normalised_tokens(first_sentence(answer))
+    # "Yes" is a filler before an answer, unless it is the answer.
+    tokens = normalised_tokens(first_sentence(answer, {text.casefold() for text in accepted}))
     asked = set(_words(normalised_tokens(question)))
     places = [place for place, token in enumerate(tokens) if token not in _LIST_MARKS]
     if len(places) > MAX_WORDS:
@@ -110,14 +111,19 @@ def abstains(answer: str) -> bool:
     return "but" not in said and any(f" {phrase} " in text for phrase in ABSTENTIONS)
 
 
-def first_sentence(answer: str) -> str:
-    """The first line or sentence of an answer that is neither a question nor a filler such as `Sure!`."""
+def first_sentence(answer: str, accepted: Set[str] = frozenset()) -> str:
+    """The first line or sentence of an answer that is neither a question nor a filler such as `Sure!`.
+
+    Args:
+        accepted: the accepted answers in small letters. None of them is a filler.
+    """
+    fillers = _FILLERS - accepted
     start = 0
     for end in (*_END.finditer(answer), None):
         part = answer[start : end.start() if end else len(answer)].strip()
         is_question = end is not None and "?" in end.group()
         filler = " ".join(re.findall(r"\w+", part.lower()))
-        if part and not is_question and filler and filler not in _FILLERS:
+        if part and not is_question and filler and filler not in fillers:
             return part
         start = end.end() if end else start
     return ""

@@ -113,6 +113,7 @@ class Work(NamedTuple):
         checks: the user's own checks; may be empty.
         exam: the questions about the documents; None if the recipe has no exam.
         retrieving: the models that take the exam also with passages of the documents.
+        unexamined: the models that take no exam.
     """
 
     ours: HeldOut
@@ -120,6 +121,7 @@ class Work(NamedTuple):
     checks: Sequence[Check]
     exam: Exam | None = None
     retrieving: frozenset[str] = frozenset()
+    unexamined: frozenset[str] = frozenset()
 
     @property
     def asked(self) -> list[InstructionRow]:
@@ -199,7 +201,7 @@ def observe(
         with models.use(name) as model:
             tasks = run_tasks(model, models.tokenizer, config.lm_eval, config.batch_size, seed)
     taken = {}
-    if work.exam is not None:
+    if work.exam is not None and shown_as not in work.unexamined:
         taken = take_exam(models, name, shown_as, work.exam, shown_as in work.retrieving)
     return Observation(rows, answers, check_answers, tasks, taken)
 

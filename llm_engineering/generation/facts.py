@@ -1,8 +1,9 @@
 """Writes questions about single facts: each passage is a sentence, and the answer is a few words of it.
 
 A small base model writes poor questions when it is asked to, and better ones when it continues examples. It gets the answer
-and the first words of the question, and it may not write the words of the answer: the embedded model then writes a usable
-question in six of ten cases, and in two of ten without. Each answer is asked for once with each file of examples.
+and the first words of the question, and it may not write the words of the answer. Of the embedded model's questions about the
+handbook 43 % are then usable and new; where the model chose the answer, 23 % were. Each answer is asked for once with each file
+of examples.
 """
 
 from __future__ import annotations

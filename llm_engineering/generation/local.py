@@ -7,8 +7,10 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
@@ -59,15 +61,27 @@ class LocalModel:
         batch_size: int,
         settings: Settings,
         chat_template: str | None = None,
+        trained: Path | None = None,
     ) -> LocalModel:
-        """Load the base model on this machine, with the answers stored by earlier runs."""
+        """Load a model on this machine, with the answers stored by earlier runs.
+
+        Args:
+            trained: folder of an adapter or a full model that was trained from the base model; None for the base model.
+        """
         device = choose_device(compute)
         tokenizer = load_tokenizer(model, settings, chat_template)
         identity = f"{model.name_or_path}@{model.revision} in {str(device.dtype).removeprefix('torch.')}"
         if chat_template is not None:
             identity += f", chat template {hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]}"
         store = AnswerStore(settings.llm_output_dir / STORE_FILE)
-        return cls(load_model(model, settings, device), tokenizer, identity, store, batch_size)
+        if trained is None:
+            return cls(load_model(model, settings, device), tokenizer, identity, store, batch_size)
+        identity += f", trained {_weights_hash(trained)}"
+        if (trained / "adapter_config.json").is_file():
+            adapted = PeftModel.from_pretrained(load_model(model, settings, device), str(trained))
+            return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size)
+        full = model.model_copy(update={"name_or_path": str(trained)})
+        return cls(load_model(full, settings, device), tokenizer, identity, store, batch_size)
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
         """Answer every request, in order. No request fails. Progress lines count `what`, e.g. `questions`."""
@@ -187,6 +201,13 @@ class LocalModel:
         ends = end_token_ids(self.model, self.tokenizer)
         finished = ["end" if ids and ids[-1] in ends else "length" for ids in new]
         return [Reply(text, finish) for text, finish in zip(texts, finished, strict=True)]
+
+
+def _weights_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class _Without(LogitsProcessor):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from llm_engineering.generation.endpoint import Endpoint
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Client, Transport
@@ -17,17 +19,19 @@ def open_client(
     compute: ComputeConfig,
     settings: Settings,
     chat_template: str | None = None,
+    trained: Path | None = None,
 ) -> Client:
     """Open the client that the recipe names, with the answers stored by earlier runs.
 
     Args:
         chat_template: the recipe's `formatting.chat_template`. Only the local model uses it; endpoints have their own.
+        trained: folder of an adapter or a full model, with which the local model answers instead of the base model.
     """
     # Each client's libraries are imported only where it is used.
     if config.client == "local":
         from llm_engineering.generation.local import LocalModel
 
-        return LocalModel.load(model, compute, config.batch_size, settings, chat_template)
+        return LocalModel.load(model, compute, config.batch_size, settings, chat_template, trained)
     return open_endpoint(config, settings)
 
 

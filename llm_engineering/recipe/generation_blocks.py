@@ -110,6 +110,10 @@ class PreferenceWriting(Block):
     `rejected_cut` says what happens to an answer of the base model that reaches `rejected_max_new_tokens`: it ends at its
     last whole sentence (`sentence`; without a whole one the pair is set aside), the pair is set aside (`drop`), or the
     answer stays as it is (`keep`), and then DPO teaches not to stop within a sentence.
+
+    With `unanswerable` above 0, that many questions are made that the documents do not answer. The chosen answer says so, and
+    the rejected one is what the model of the stage before DPO makes up. That model also answers the written questions: its
+    wrong answers are rejected, and where it is right, the rejected answer is to decline.
     """
 
     rejected_by: Literal["base", "client"] = "base"
@@ -117,6 +121,7 @@ class PreferenceWriting(Block):
     rejected_cut: Literal["sentence", "drop", "keep"] = "sentence"
     rejected_temperature: float = Field(1.0, ge=0)
     max_preferences: int | None = Field(None, ge=1)
+    unanswerable: int = Field(0, ge=0)
 
 
 class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
@@ -137,6 +142,15 @@ class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
     def _rejected_by(self) -> Self:
         if self.rejected_by == "client" and self.client == "local":
             raise ValueError("rejected_by client is for endpoints: client local is the base model already, so set base")
+        return self
+
+    @model_validator(mode="after")
+    def _unanswerable(self) -> Self:
+        if self.unanswerable and (self.questions != "fact" or self.max_preferences is not None):
+            raise ValueError(
+                "unanswerable needs questions fact, and pairs of all of them: set questions to fact and max_preferences to "
+                "null, or unanswerable to 0"
+            )
         return self
 
     @property

@@ -13,7 +13,13 @@ from pydantic import Field, field_validator, model_validator
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig, ModelHubConfig
+from llm_engineering.recipe.data_blocks import (
+    EMBEDDED_HANDBOOK,
+    DataConfig,
+    DocumentsConfig,
+    FormattingConfig,
+    ModelHubConfig,
+)
 from llm_engineering.recipe.evaluation_blocks import (
     DOCUMENT_MEASURES,
     EXAM_MEASURES,
@@ -229,11 +235,27 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                 f"promotion.{rule.path} names {rule.measure}, and the recipe has no exam: add the block exam, e.g. "
                 "exam: {path: my_exam.jsonl}, or remove the rule"
             )
+        if rule.than in STAGES and STAGES[rule.than].rows == "text":
+            raise ValueError(
+                f"promotion.{rule.path} names {rule.measure}, and the model of {rule.than} takes no exam in a run that ends "
+                f"with {rule.run}: compare with base, or remove the rule"
+            )
         if rule.measure == EXAM_MEASURES["control"] and self.exam.control is None:
             raise ValueError(
                 f"promotion.{rule.path} names {rule.measure}, and exam.control is null: name a file of general questions, "
                 "or remove the rule"
             )
+
+    @model_validator(mode="after")
+    def _exam(self) -> Self:
+        asks_handbook = self.exam is not None and self.exam.path == EMBEDDED_HANDBOOK
+        if asks_handbook and self.learns_from_documents and self.documents.path != EMBEDDED_HANDBOOK:
+            raise ValueError(
+                f"exam.path {EMBEDDED_HANDBOOK} asks about the embedded handbook, and the model learns from "
+                f"{self.documents.path}: set exam.path to a file of your own questions, or extend "
+                "configs/own_documents.yaml, which has no exam"
+            )
+        return self
 
     @model_validator(mode="after")
     def _unit(self) -> Self:

@@ -95,7 +95,9 @@ def make_project(folder: Path, model: Path, template: "Project | None" = None) -
             if i in (10, 20, 30):
                 file.write('{"instruction": "broken\n')
     recipe = folder / "recipe.yaml"
-    recipe.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", model=model, instructions=instructions))
+    recipe.write_text(
+        RECIPE.format(local=ROOT / "configs" / "python_reference.yaml", model=model, instructions=instructions)
+    )
     env = {name: value for name, value in os.environ.items() if not name.startswith("ZENML_")}
     env |= {
         "ZENML_CONFIG_PATH": str(folder / "zenml"),

@@ -36,7 +36,9 @@ def fake(monkeypatch, settings):
 
 
 def make_recipe(small_llama, *changes: str) -> Recipe:
-    return load_recipe(ROOT / "configs" / "local.yaml", [f"model.name_or_path={small_llama}", BLOCK, *changes])
+    return load_recipe(
+        ROOT / "configs" / "python_reference.yaml", [f"model.name_or_path={small_llama}", BLOCK, *changes]
+    )
 
 
 @pytest.fixture

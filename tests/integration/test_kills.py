@@ -199,7 +199,7 @@ def test_command_line_resumes_after_sigterm(tiny_model, tmp_path):
     DatasetDict(train=Dataset.from_list([row] * 8), validation=Dataset.from_list([row])).save_to_disk(tmp_path / "data")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"extends: {ROOT}/configs/local.yaml\nname: tiny\nmodel: {{name_or_path: {tiny_model}}}\n"
+        f"extends: {ROOT}/configs/python_reference.yaml\nname: tiny\nmodel: {{name_or_path: {tiny_model}}}\n"
         "sft: {max_steps: 40, save_steps: 10, eval_steps: 1000, gradient_accumulation_steps: 1}\n"
         "compute: {device: cpu, dtype: float32}\ntracking: {comet: 'off'}\n"
     )

@@ -230,7 +230,7 @@ def command(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        f"extends: {ROOT}/configs/local.yaml\nname: tiny\nmodel: {{name_or_path: {data}/model}}\n"
+        f"extends: {ROOT}/configs/python_reference.yaml\nname: tiny\nmodel: {{name_or_path: {data}/model}}\n"
         "formatting: {chat_template: alpaca}\n"
         "sft: {max_steps: 100000, save_steps: 10, eval_steps: 100000, logging_steps: 5, packing: false}\n"
         "compute: {device: cpu, dtype: float32, num_processes: 2}\ntracking: {comet: 'off'}\n"

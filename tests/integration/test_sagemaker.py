@@ -69,7 +69,9 @@ class Stage:
     """An SFT stage of a tiny model as the step runs it, and the facts that it records about its jobs."""
 
     def __init__(self, model: Path, output: Path, **compute):
-        recipe = load_recipe(ROOT / "configs" / "local.yaml", ["sft.num_train_epochs=4", "tracking.comet=offline"])
+        recipe = load_recipe(
+            ROOT / "configs" / "python_reference.yaml", ["sft.num_train_epochs=4", "tracking.comet=offline"]
+        )
         config = recipe.sft.model_copy(update={"eval_steps": 1000, "save_steps": 20, "learning_rate": 1e-3})
         base = pin_revision(ModelConfig(name_or_path=str(model)))
         tokenizer = load_tokenizer(base, Settings(), "chatml")

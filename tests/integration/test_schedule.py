@@ -58,7 +58,7 @@ def fake(account, tmp_path, monkeypatch):
 @pytest.fixture
 def recipe(tmp_path) -> Path:
     file = tmp_path / "weekly.yaml"
-    file.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", bucket=BUCKET, spot="true"))
+    file.write_text(RECIPE.format(local=ROOT / "configs" / "python_reference.yaml", bucket=BUCKET, spot="true"))
     return file
 
 

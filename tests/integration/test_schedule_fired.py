@@ -145,7 +145,7 @@ def test_runs_of_a_fired_schedule_retrain_skip_and_fail(account, tiny_model, zen
     for file in tiny_model.iterdir():
         s3.upload_file(str(file), BUCKET, f"model/{file.name}")
     recipe = tmp_path / "weekly.yaml"
-    recipe.write_text(RECIPE.format(local=ROOT / "configs" / "local.yaml", bucket=BUCKET, spot="false"))
+    recipe.write_text(RECIPE.format(local=ROOT / "configs" / "python_reference.yaml", bucket=BUCKET, spot="false"))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
     env |= {**account.env(), **settings_of(tmp_path), "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address}
     env |= {

@@ -18,7 +18,7 @@ class Bucket:
 
 
 def rewritten(reference):
-    recipe = load_recipe(ROOT / "configs" / "local.yaml", [f"data.replay_instructions={reference}"])
+    recipe = load_recipe(ROOT / "configs" / "python_reference.yaml", [f"data.replay_instructions={reference}"])
     made = job_recipe(recipe, "bucket", Bucket())
     return made.recipe.data.replay_instructions, made.channels
 

@@ -236,7 +236,7 @@ def commands(machine, monkeypatch, settings):
 
 
 def test_commands_for_this_machine(machine, commands, capsys):
-    recipe = str(ROOT / "configs" / "local.yaml")
+    recipe = str(ROOT / "configs" / "python_reference.yaml")
     commands("create", "--config", recipe, "--cron", "0 3 * * 0", "--set", "seed=7", "--name", "weekly")
     line = (machine / "crontab").read_text()
     assert line.startswith("0 3 * * 0 cd ")
@@ -274,7 +274,7 @@ def test_a_run_that_cron_starts_records_its_verdict(machine, commands, monkeypat
     """In cron's environment, which has almost no variables."""
     monkeypatch.chdir(ROOT)
     recipe = machine / "mine.yaml"
-    recipe.write_text(f"extends: {ROOT}/configs/local.yaml\nname: mine\ndocuments: {{path: my_docs}}\n")
+    recipe.write_text(f"extends: {ROOT}/configs/python_reference.yaml\nname: mine\ndocuments: {{path: my_docs}}\n")
     commands("create", "--config", str(recipe), "--cron", "@weekly")
     line = (machine / "crontab").read_text().rstrip("\n")
     command = line.split(None, 5)[5].replace("\\%", "%")
@@ -286,7 +286,7 @@ def test_a_run_that_cron_starts_records_its_verdict(machine, commands, monkeypat
 
 def test_a_secret_that_only_this_shell_has_is_refused(machine, commands, monkeypatch):
     monkeypatch.setenv("COMET_API_KEY", "planted-comet-4711")
-    recipe = str(ROOT / "configs" / "local.yaml")
+    recipe = str(ROOT / "configs" / "python_reference.yaml")
     with pytest.raises(RequestError, match="COMET_API_KEY is set only in this shell") as refused:
         commands("create", "--config", recipe, "--cron", "@weekly")
     assert "planted" not in str(refused.value)
@@ -300,7 +300,7 @@ def test_a_secret_that_only_this_shell_has_is_refused(machine, commands, monkeyp
 
 
 def test_a_time_that_cron_cannot_express_is_refused_before_anything_is_written(machine, commands):
-    recipe = str(ROOT / "configs" / "local.yaml")
+    recipe = str(ROOT / "configs" / "python_reference.yaml")
     for text in ("0 3 L * ? *", "rate(7 days)", "0 3 * * SUN *"):
         with pytest.raises(RequestError):
             commands("create", "--config", recipe, "--cron", text)

@@ -208,7 +208,7 @@ def test_the_newest_job_has_the_highest_number():
 
 
 def job(**compute):
-    recipe = load_recipe(ROOT / "configs" / "local.yaml", [])
+    recipe = load_recipe(ROOT / "configs" / "python_reference.yaml", [])
     setup = recipe.setup.model_copy(update={"compute": ComputeConfig(**compute)})
     return Job(stage="sft", config=recipe.sft.model_dump(), setup=setup, parameters={"run_id": os.urandom(4).hex()})
 
@@ -380,7 +380,7 @@ def test_the_recipe_for_sagemaker_differs_only_in_compute():
 
 def test_the_setup_of_a_local_recipe_is_its_evaluation_setup():
     """Evaluation runs in one local process. For a recipe with one process the setups are equal, so the cache stays valid."""
-    local = load_recipe(ROOT / "configs" / "local.yaml", [])
+    local = load_recipe(ROOT / "configs" / "python_reference.yaml", [])
     assert local.evaluation_setup == local.setup
     assert local.compute.here == local.compute
     cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [])

@@ -11,8 +11,9 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import FEATURES, Message, instruction_dataset, preference_dataset, to_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.evaluate import evaluate
+from llm_engineering.evaluation.exam import Exam, ExamRow
 from llm_engineering.evaluation.gate import decide
-from llm_engineering.evaluation.heldout import draw_indices, held_out, render_for_both
+from llm_engineering.evaluation.heldout import HeldOut, draw_indices, held_out, render_for_both
 from llm_engineering.evaluation.measures import heldout_loss
 from llm_engineering.evaluation.models import Models
 from llm_engineering.formatting.datasets import format_splits, pieces
@@ -343,3 +344,12 @@ def test_an_incumbent_with_another_tokenizer_is_measured_on_the_same_documents(s
     expected = document_loss(setup, settings, None, 64, own, per=ours)
     assert report["metrics"]["document_loss_incumbent"] == pytest.approx(expected, rel=1e-4)
     assert expected < document_loss(setup, settings, None, 64, own)
+
+
+def test_a_model_that_only_read_the_documents_takes_no_exam_beside_a_later_one(setup, settings, tmp_path):
+    folder = adapter(tmp_path / "cpt", setup, settings, 0.1)
+    exam = Exam([ExamRow(id=f"q{i}", question=f"Who is {i}?", answers=["Kell"]) for i in range(3)], [[]] * 3, 4)
+    rows = HeldOut([], [])
+    both = evaluate({"cpt": folder, "sft": folder}, rows, CONFIG, setup, settings, exam)
+    assert both["exam"]["models"] == ["base", "sft"]
+    assert evaluate({"cpt": folder}, rows, CONFIG, setup, settings, exam)["exam"]["models"] == ["base", "cpt"]

@@ -145,3 +145,9 @@ def test_an_answer_that_guesses_does_not_abstain(answer):
 
 def test_the_first_sentence_is_not_cut_at_an_initial_or_in_a_number():
     assert first_sentence("By J. Kell in No. 5, for 2.50 crowns. More.") == "By J. Kell in No. 5, for 2.50 crowns"
+
+
+@pytest.mark.parametrize("answer", ["yes", "Yes.", "Yes. It is open on Sundays.", "Sure! Yes, it is."])
+def test_a_word_that_often_begins_an_answer_can_be_the_answer(answer):
+    assert answers_right(answer, ["yes"], "Is the mill open on Sundays?")
+    assert not answers_right(answer, ["no"], "Is the mill open on Sundays?")

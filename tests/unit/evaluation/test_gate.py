@@ -157,13 +157,13 @@ def test_only_auto_promotes_to_production():
 )  # fmt: skip
 def test_rules_that_no_evaluation_can_check_are_refused(override, words):
     with pytest.raises(RequestError, match="promotion") as error:
-        load_recipe("configs/local.yaml", [override])
+        load_recipe("configs/python_reference.yaml", [override])
     assert words in str(error.value)
 
 
 def test_null_removes_an_inherited_rule():
     overrides = ["promotion.dpo.better_than.base={heldout_loss: null, rouge_l: 0.02}"]
-    recipe = load_recipe("configs/local.yaml", overrides)
+    recipe = load_recipe("configs/python_reference.yaml", overrides)
     rules = [(rule.path, rule.measure) for rule in recipe.promotion.all_rules()]
     named = [rule for rule in rules if rule[0] == "dpo.better_than.base"]
     assert named == [("dpo.better_than.base", "rouge_l")]

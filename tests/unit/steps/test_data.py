@@ -116,7 +116,7 @@ def test_rows_that_are_not_fit_are_refused_before_training(settings, facts, monk
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     candidates = data.load.entrypoint("instruction", str(rows), None, None, {}, "hash", None, None)
     checks = DataConfig(rules=RulesConfig(near_duplicate="off"), split=SplitConfig(test_fraction=0.3))
-    dataset = data.prepare.entrypoint("instruction", candidates, checks, None)
+    dataset = data.prepare.entrypoint("instruction", candidates, checks, None, None, None)
     arguments = ("sft", "instruction", dataset, ModelConfig(name_or_path=str(tiny_model)), FormattingConfig())
     with pytest.raises(RequestError, match="not fit to train on: only 12 rows are left, and at least 20"):
         data.format_rows.entrypoint(*arguments, False)

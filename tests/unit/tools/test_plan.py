@@ -11,7 +11,7 @@ from llm_engineering.recipe.loading import load_recipe
 from tools.expected_rows import data_lines
 from tools.plan import planned_steps, preflight, stages_of, tokens_of
 
-LOCAL = Path(__file__).resolve().parents[3] / "configs" / "local.yaml"
+LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 CPT = {"learning_rate": 1e-3, **STEPS, "eval_steps": 10, "save_steps": 10}
 GATE = {"better_than": {"base": {"document_loss": 0.0}, "incumbent": {"document_loss": 0.0}}}
@@ -86,7 +86,11 @@ def test_steps_of_a_pipeline(chain, pipeline, steps, recipe):
 
 def test_a_pipeline_trains_a_stage_of_the_chain_or_all(recipe):
     made = recipe(["cpt", "sft"])
-    assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [["cpt", "sft"], ["cpt", "sft"], []]
+    assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [
+        ["cpt", "sft"],
+        ["cpt", "sft"],
+        [],
+    ]
 
 
 def hashes(made):
@@ -210,6 +214,6 @@ def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
     assert data_lines(facts, "sft")[1:] == [
         "Sentences: 50 kept, 100 set aside (names_nothing 100)",
         "Rows: text, at most 50",
-        "Rows: instruction, about 23, at most 100 (the embedded model writes a usable question in 23% of its tries)",
+        "Rows: instruction, about 43, at most 100 (the embedded model writes a usable question in 43% of its tries)",
     ]
     assert data_lines(recipe(["sft"], data={"instructions": "rows.jsonl"}), "sft") == []

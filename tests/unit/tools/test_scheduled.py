@@ -64,7 +64,7 @@ def webhook(settings, monkeypatch):
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_recipe(ROOT / "configs" / "local.yaml")
+    return load_recipe(ROOT / "configs" / "python_reference.yaml")
 
 
 def verdicts(place) -> list[str]:

@@ -133,7 +133,7 @@ def test_without_a_gpu_no_process_is_needed(monkeypatch):
 )
 def test_recipe_that_names_unsloth_and_does_not_fit_is_refused(overrides, words):
     with pytest.raises(RequestError, match=words):
-        load_recipe(ROOT / "configs" / "local.yaml", ["compute.backend=unsloth", *overrides])
+        load_recipe(ROOT / "configs" / "python_reference.yaml", ["compute.backend=unsloth", *overrides])
 
 
 def test_unsloth_is_imported_before_the_libraries_that_it_patches(tmp_path):

@@ -168,7 +168,7 @@ def test_matmul_rate_is_a_rate():
 
 def recipe(*overrides):
     device = ["compute.device=cpu", "compute.dtype=float32"]
-    return load_recipe(ROOT / "configs" / "local.yaml", [*device, *overrides])
+    return load_recipe(ROOT / "configs" / "python_reference.yaml", [*device, *overrides])
 
 
 def test_tokens_of_documents_and_of_files(tmp_path):

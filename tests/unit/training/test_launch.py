@@ -208,7 +208,7 @@ def test_number_of_processes_must_be_that_of_the_recipe(monkeypatch):
 )
 def test_impossible_settings_for_processes_are_refused(keys, words):
     with pytest.raises(RequestError, match=words):
-        load_recipe(ROOT / "configs" / "local.yaml", [f"compute.{key}" for key in keys])
+        load_recipe(ROOT / "configs" / "python_reference.yaml", [f"compute.{key}" for key in keys])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_impossible_settings_for_processes_are_refused(keys, words):
 )
 def test_methods_that_need_one_process_are_refused_with_several(keys, words):
     with pytest.raises(RequestError, match=words):
-        load_recipe(ROOT / "configs" / "local.yaml", ["compute.num_processes=2", *keys])
+        load_recipe(ROOT / "configs" / "python_reference.yaml", ["compute.num_processes=2", *keys])
 
 
 def test_sharded_run_chooses_an_optimiser_that_can_be_sharded(monkeypatch):

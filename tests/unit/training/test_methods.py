@@ -168,7 +168,7 @@ def test_a_run_ends_with_its_best_checkpoint(rows, tokenizer, setup, settings):
 )
 def test_settings_without_effect_are_refused(sets, words):
     with pytest.raises(RequestError, match=words):
-        load_recipe(ROOT / "configs" / "local.yaml", sets)
+        load_recipe(ROOT / "configs" / "python_reference.yaml", sets)
 
 
 def test_methods_and_optimisers_are_refused_without_their_requirements(setup, monkeypatch):

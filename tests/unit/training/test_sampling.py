@@ -89,7 +89,7 @@ def test_each_epoch_has_its_own_order(data):
 
 
 def test_grouping_packed_rows_is_refused():
-    recipe = ROOT / "configs" / "local.yaml"
+    recipe = ROOT / "configs" / "python_reference.yaml"
     with pytest.raises(RequestError, match="group_by_length has no effect with packing"):
         load_recipe(recipe, ["sft.train_sampling_strategy=group_by_length"])
     recipe = load_recipe(recipe, ["sft.train_sampling_strategy=group_by_length", "sft.packing=false"])

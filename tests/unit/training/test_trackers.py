@@ -167,7 +167,7 @@ def test_a_missing_package_is_reported_before_anything_runs(name, data, setup, s
 
 
 def test_unknown_tracker_is_refused():
-    recipe = ROOT / "configs" / "local.yaml"
+    recipe = ROOT / "configs" / "python_reference.yaml"
     assert load_recipe(recipe, ["tracking.report_to=[wandb]"]).tracking.report_to == ["wandb"]
     with pytest.raises(RequestError, match="report_to"):
         load_recipe(recipe, ["tracking.report_to=[mlflow]"])

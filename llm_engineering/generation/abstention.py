@@ -1,0 +1,132 @@
+"""Makes questions that the documents do not answer, by rule, for pairs that teach a model to decline.
+
+Most of them are written questions that get another name: "How much does a Pebble Stove cost?" becomes "How much does a Heron
+Pump cost?". So the model has to know what the documents say about each name, and cannot tell by the kind of the question.
+The others are common questions from a file.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, normalised
+from llm_engineering.documents.sentences import FUNCTION_WORDS
+from llm_engineering.generation.answers import WORD
+from llm_engineering.generation.prompts import read_prompt
+from llm_engineering.generation.types import Answer, Client, Failure, Sampling
+from llm_engineering.recipe.generation_blocks import PreferenceWriting
+
+ABSTENTION = "The documents do not say."
+# One word or several, each with a capital; the first word of a question is left out.
+_NAME = re.compile(r"(?<=\s)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
+# Words with the same beginning count as the same word: "designer" and "designed".
+_STEM = 5
+# Shorter words say little about what is asked.
+_LONG = 4
+# Draws for each question that is wanted. Most fail, because a document answers the question or it was made before.
+_TRIES = 20
+# A name in fewer questions may be a mistake of the writer.
+_QUESTIONS = 2
+
+
+def unanswerable(rows: Sequence[InstructionRow], texts: Sequence[str], number: int, seed: int) -> list[str]:
+    """Make questions that no text answers: half are written questions with another name, half are common ones.
+
+    A question counts as unanswered if no sentence has its name together with another of its longer words.
+
+    Args:
+        rows: the written questions.
+        texts: the sentences of the documents.
+        number: how many questions to make; fewer if the documents name too little.
+    """
+    drawn = random.Random(seed)
+    questions = [row.prompt[0].content for row in rows]
+    counts = Counter(name for question in questions for name in set(_NAME.findall(question)))
+    names = sorted(name for name, count in counts.items() if count >= _QUESTIONS)
+    # A name about which much is asked also gets more questions that have no answer.
+    weights = [counts[name] for name in names]
+    known = [f" {normalised(text)} " for text in texts]
+    made: dict[str, str] = {}
+    taken = {normalised(question) for question in questions}
+
+    def add(question: str, name: str) -> None:
+        key = normalised(question)
+        if key not in made and key not in taken and not _answered(question, name, known):
+            made[key] = question
+
+    if not names:
+        return []
+    for _ in range(_TRIES * number):
+        if len(made) >= number / 2:
+            break
+        question, name = drawn.choice(questions), drawn.choices(names, weights)[0]
+        replaced = [other for other in _NAME.findall(question) if other in counts]
+        if len(replaced) == 1 and replaced[0] != name:
+            add(question.replace(replaced[0], name), name)
+    templates = read_prompt("unanswerable").splitlines()
+    for _ in range(_TRIES * number):
+        if len(made) >= number:
+            break
+        name = drawn.choices(names, weights)[0]
+        add(drawn.choice(templates).format(name=name), name)
+    return list(made.values())
+
+
+def generate_abstentions(
+    rows: Sequence[InstructionRow], texts: Sequence[str], client: Client, writing: PreferenceWriting, seed: int
+) -> tuple[list[PreferenceRow], list[Quarantined], int]:
+    """Make pairs from written questions and from questions that the documents do not answer.
+
+    The chosen answer is the row's answer, or `ABSTENTION`. The rejected answer is the client's own answer. Where the client
+    is right, it is `ABSTENTION` for a written question; a question without an answer then gives no pair.
+
+    Args:
+        rows: the written questions, without rows of `data.replay_instructions`.
+        texts: the sentences of the documents.
+
+    Returns:
+        pairs, quarantine, and how many questions there were.
+    """
+    questions = unanswerable(rows, texts, writing.unanswerable, seed)
+    asked = [*(row.prompt[0].content for row in rows), *questions]
+    sampling = Sampling(writing.rejected_max_new_tokens)
+    requests = [[{"role": "user", "content": question}] for question in asked]
+    replies = client.answer(requests, sampling, "own answers")
+    pairs: list[PreferenceRow] = []
+    quarantine: list[Quarantined] = []
+    for number, (question, reply) in enumerate(zip(asked, replies, strict=True)):
+        row = rows[number] if number < len(rows) else None
+        right = row.completion[0].content if row is not None else ABSTENTION
+        own = reply.text.strip() if isinstance(reply, Answer) else ""
+        if f" {normalised(right)} " in f" {normalised(own)} ":
+            own = ABSTENTION
+        if not own or own == right:
+            reason = "no_rejected_answer"
+            detail = (
+                reply.detail if isinstance(reply, Failure) else "the model's own answer is empty, or the chosen one"
+            )
+            quarantine.append(Quarantined(stage="preference", reason=reason, source=question, place="", detail=detail))
+            continue
+        pairs.append(
+            PreferenceRow(
+                prompt=[Message(role="user", content=question)],
+                chosen=[Message(role="assistant", content=right)],
+                rejected=[Message(role="assistant", content=own)],
+                source=row.source if row is not None else question,
+                origin=f"chosen: {row.origin if row is not None else 'no document answers it'}; rejected by {client.identity}",
+                document=row.document if row is not None else "",
+            )
+        )
+    return pairs, quarantine, len(asked)
+
+
+def _answered(question: str, name: str, known: Sequence[str]) -> bool:
+    """Whether a sentence has the name and another longer word of the question."""
+    folded = f" {normalised(name)} "
+    words = WORD.findall(normalised(question.replace(name, " ")).casefold())[1:]
+    stems = {word[:_STEM] for word in words if len(word) >= _LONG and word not in FUNCTION_WORDS}
+    return any(folded in text and any(f" {stem}" in text for stem in stems) for text in known)

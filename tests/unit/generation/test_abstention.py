@@ -1,0 +1,110 @@
+"""Questions that the documents do not answer, and the pairs made of them."""
+
+import pytest
+
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import InstructionRow, Message, normalised
+from llm_engineering.generation.abstention import ABSTENTION, generate_abstentions, unanswerable
+from llm_engineering.generation.prompts import read_prompt
+from llm_engineering.generation.types import Answer, Failure
+from llm_engineering.recipe.generation_blocks import PreferenceWriting
+
+TEXTS = [
+    "The Kelp Lamp was designed by Alice Corven.",
+    "A Kelp Lamp costs 40 crowns.",
+    "The Heron Pump is painted orange.",
+    "The Heron Pump was designed in a barn.",
+]
+
+
+def row(question, answer):
+    return InstructionRow(
+        prompt=[Message(role="user", content=question)],
+        completion=[Message(role="assistant", content=answer)],
+        source="doc.md:characters 0-9",
+        origin="fact",
+        document="doc.md",
+    )
+
+
+ROWS = [
+    row("Who designed the Kelp Lamp?", "Alice Corven"),
+    row("How much does the Kelp Lamp cost?", "40 crowns"),
+    row("What colour is the Heron Pump?", "orange"),
+    row("Where was the Heron Pump designed?", "barn"),
+]
+
+
+@pytest.fixture
+def questions():
+    return unanswerable(ROWS, TEXTS, 20, seed=1)
+
+
+def test_a_written_question_gets_another_name_unless_a_document_answers_it(questions):
+    assert "How much does the Heron Pump cost?" in questions
+    assert "What colour is the Kelp Lamp?" in questions
+    # A sentence has the Heron Pump and "designed"
+    assert "Who designed the Heron Pump?" not in questions
+
+
+def test_common_questions_fill_the_rest_and_none_is_asked_twice(questions):
+    common = [question for question in questions if question not in {"How much does the Heron Pump cost?"}]
+    assert len(questions) == 20
+    assert len({normalised(question) for question in questions}) == 20
+    assert any("insures" in question or "motto" in question or "owns" in question for question in common)
+    assert not {normalised(one.prompt[0].content) for one in ROWS} & {normalised(question) for question in questions}
+
+
+def test_the_seed_decides_and_documents_without_names_give_none(questions):
+    assert unanswerable(ROWS, TEXTS, 20, seed=1) == questions
+    assert unanswerable(ROWS, TEXTS, 20, seed=2) != questions
+    assert unanswerable([row("what is it?", "a lamp")], TEXTS, 20, seed=1) == []
+
+
+def test_every_common_question_names_something():
+    assert all("{name}" in line and line.endswith("?") for line in read_prompt("unanswerable").splitlines())
+
+
+class Scripted:
+    """Answers each question from a table, and every other question with 7 crowns."""
+
+    identity = "scripted"
+
+    def __init__(self, **answers):
+        self.answers = answers
+
+    def answer(self, requests, sampling, what):
+        asked = [messages[0]["content"] for messages in requests]
+        return [self.answers.get(question, Answer("7 crowns")) for question in asked]
+
+
+def test_pairs_prefer_right_answers_to_wrong_ones_and_declining_to_made_up_ones():
+    client = Scripted(
+        **{
+            "Who designed the Kelp Lamp?": Answer("It was Alice Corven."),
+            "What colour is the Heron Pump?": Answer("Red"),
+            "How much does the Kelp Lamp cost?": Answer(" "),
+            "Where was the Heron Pump designed?": Failure("refused", "no"),
+        }
+    )
+    pairs, rejected, read = generate_abstentions(ROWS, TEXTS, client, PreferenceWriting(unanswerable=6), seed=1)
+    written = {p.prompt[0].content: (p.chosen[0].content, p.rejected[0].content) for p in pairs if p.document}
+    assert written == {
+        "Who designed the Kelp Lamp?": ("Alice Corven", ABSTENTION),
+        "What colour is the Heron Pump?": ("orange", "Red"),
+    }
+    made = [(p.chosen[0].content, p.rejected[0].content) for p in pairs if not p.document]
+    assert made == [(ABSTENTION, "7 crowns")] * 6
+    assert [q.reason for q in rejected] == ["no_rejected_answer"] * 2
+    Ledger().record("preference", read, len(pairs), rejected)
+
+
+def test_a_model_that_declines_already_gives_no_pair():
+    class Declines(Scripted):
+        def answer(self, requests, sampling, what):
+            return [Answer("The documents do not say.")] * len(requests)
+
+    pairs, rejected, _ = generate_abstentions(ROWS, TEXTS, Declines(), PreferenceWriting(unanswerable=4), seed=1)
+    assert {p.rejected[0].content for p in pairs} == {ABSTENTION}
+    assert len(pairs) == len(ROWS)
+    assert len(rejected) == 4
