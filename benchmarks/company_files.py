@@ -82,7 +82,7 @@ def _write_pptx(file: Path, parts: Sequence[Part]) -> None:
         slide.shapes.title.text = part.heading
         if part.blocks:
             lines = [line.removeprefix("- ") for block in part.blocks for line in block.splitlines()]
-            slide.placeholders[1].text_frame.text = "\n".join(lines)  # type: ignore[attr-defined]
+            slide.placeholders[1].text_frame.text = "\n".join(lines)
     presentation.save(str(file))
 
 

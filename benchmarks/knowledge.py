@@ -62,6 +62,7 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.training.cpt import train_cpt
+from llm_engineering.training.job import TrainingResult
 from llm_engineering.training.sft import train_sft
 
 RESULTS = Path(__file__).parent / "results" / "knowledge.json"
@@ -76,6 +77,7 @@ _CPT_SHARE = 0.3
 _VALIDATION_ROWS = 4
 
 Writer = Callable[[Recipe, Settings], Client]
+_TRAIN: dict[str, Callable[..., TrainingResult]] = {"cpt": train_cpt, "sft": train_sft}
 
 
 class Arm(NamedTuple):
@@ -198,7 +200,8 @@ class Bench:
 
     def _train(self, arm: Arm, tokens: int, seed: int) -> Path:
         """Train the stages of an arm, and return the folder of the last adapter."""
-        recipe, start = self.recipe, None
+        recipe = self.recipe
+        start: Path | None = None
         setup = recipe.setup.model_copy(update={"seed": seed})
         for stage, share in arm.stages.items():
             data = self._formatted(stage, arm, seed)
@@ -207,7 +210,7 @@ class Bench:
             if start is None:
                 update |= {"method": recipe.method, "lora": recipe.lora}
             config = recipe.block(stage).model_copy(update=update)
-            train: Callable[..., Any] = {"cpt": train_cpt, "sft": train_sft}[stage]
+            train = _TRAIN[stage]
             start = train(data, config, setup, self._settings, start=start).adapter
         assert start is not None
         return start
