@@ -94,7 +94,7 @@ docs: .venv/ready-dev  ## write the reference pages, and build the manual in bui
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "The manual: build/docs/index.html"
 
-bench: .venv/ready-dev  ## run the benchmarks (about an hour)
+bench: .venv/ready-dev  ## run the benchmarks (some hours)
 	$(MAKE_PY) -m benchmarks.endpoint
 	$(MAKE_PY) -m benchmarks.dataset_stages --peer
 	$(MAKE_PY) -m benchmarks.estimate
@@ -103,6 +103,8 @@ bench: .venv/ready-dev  ## run the benchmarks (about an hour)
 	$(MAKE_PY) -m benchmarks.shuffled
 	$(MAKE_PY) -m benchmarks.gate
 	$(MAKE_PY) -m benchmarks.gate --arms
+	$(MAKE_PY) -m benchmarks.knowledge --seeds 1 --tokens 60000
+	$(MAKE_PY) -m benchmarks.company
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m tools.make $@ -m benchmarks.training_cuda; \
 	else echo "Training on a GPU is not measured, because torch finds no CUDA card."; fi
