@@ -41,8 +41,8 @@ inspect:  ## report on a dataset file: DATA=rows.jsonl
 push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference
 
 ##@ Models
-chat:  ## talk to the promoted model, or ask one question: [PROMPT="What is a list?"]
-compare:  ## ask the base, SFT and DPO models the same question: PROMPT="What is a list?"
+chat:  ## talk to the promoted model, or ask one question: [PROMPT="Who founded Ondrel?"]
+compare:  ## ask the base, SFT and DPO models the same question: PROMPT="Who founded Ondrel?"
 exam:  ## ask the base and the trained models the questions of the recipe's exam: [VERSION=N]
 serve:  ## serve the promoted model with an OpenAI-compatible API until Ctrl-C
 models:  ## list the versions of the model

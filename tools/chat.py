@@ -64,14 +64,14 @@ def chat(
     The answer is printed while it is generated. Without --prompt, a conversation begins, which needs a terminal. An
     empty line, Ctrl-D or Ctrl-C ends the conversation.
 
-    Example: `llm-engineering chat --prompt "What is a list?" --temperature 0.7 --seed 1`
+    Example: `llm-engineering chat --prompt "Who founded Ondrel?" --temperature 0.7 --seed 1`
     """
     if prompt is None and not sys.stdin.isatty():
         raise RequestError(
-            '--prompt is missing, and a conversation needs a terminal. Ask one question: make chat PROMPT="What is a list?"'
+            '--prompt is missing, and a conversation needs a terminal. Ask one question: make chat PROMPT="Who founded Ondrel?"'
         )
     if prompt is not None and not prompt.strip():
-        raise RequestError('The question is empty. Ask one: make chat PROMPT="What is a list?"')
+        raise RequestError('The question is empty. Ask one: make chat PROMPT="Who founded Ondrel?"')
     _check_length(max_new_tokens)
     recipe = load_recipe(config, overrides or ())
 
@@ -119,10 +119,10 @@ def compare(
 
     The answers of the base, SFT and DPO models are shown side by side. All models use the same seed.
 
-    Example: `llm-engineering compare --prompt "What is a list?"`
+    Example: `llm-engineering compare --prompt "Who founded Ondrel?"`
     """
     if not prompt.strip():
-        raise RequestError('The question is empty. Ask one: make compare PROMPT="What is a list?"')
+        raise RequestError('The question is empty. Ask one: make compare PROMPT="Who founded Ondrel?"')
     _check_length(max_new_tokens)
     recipe = load_recipe(config, overrides or ())
 
