@@ -382,7 +382,7 @@ def open_small_bench(folder: Path) -> Bench:
 def main() -> None:
     """Print the figures; `--write` also writes them to a file."""
     parser = argparse.ArgumentParser(description="How well a model learns the facts of documents.")
-    parser.add_argument("--config", default="configs/handbook.yaml")
+    parser.add_argument("--config", default="configs/local.yaml")
     parser.add_argument("--seeds", type=int, help="number of invented worlds (default: 5, small: 1)")
     parser.add_argument("--tokens", type=int, nargs="+", help=f"to train on (default: {TOKENS}, small: 1500)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(default: all)")

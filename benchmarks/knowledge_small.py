@@ -10,7 +10,7 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from tests.tiny_models import write_model
 
-_RECIPE = "configs/handbook.yaml"
+_RECIPE = "configs/local.yaml"
 
 
 class TemplateWriter:

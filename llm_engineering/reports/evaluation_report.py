@@ -66,9 +66,21 @@ def _lead(data: Report) -> str:
         else f"{data['heldout_documents']} held-out documents"
     )
     shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
-    return (
+    return _exam_lead(data, newest, other) + (
         f"On {held_out}, the loss of the {newest.upper()} model {result} that of "
         f"{_NAMES[other]}: {shown} nats per token."
+    )
+
+
+def _exam_lead(data: Report, newest: str, other: str) -> str:
+    """What the two models answer right of the exam's questions about one fact; empty without an exam."""
+    measure = data["measures"].get("exam_accuracy")
+    if measure is None or other not in measure["models"]:
+        return ""
+    right, number = measure["models"], measure["differences"][f"{newest}-{other}"]["n"]
+    return (
+        f"Of {number} exam questions about one fact, {_NAMES[other]} answers {right[other]['value']:.0%} right, and the "
+        f"{newest.upper()} model {right[newest]['value']:.0%}. "
     )
 
 
@@ -85,10 +97,8 @@ def _differences(data: Report, other: str) -> Markup:
 
 def _measures(data: Report) -> Markup:
     note = (
-        f"Whiskers and brackets are {data['confidence']:.0%} bootstrap intervals ({data['bootstrap_samples']} resamples) "
-        "over documents, or over rows that name no document; those of the exam are over facts. Intervals of differences are "
-        "paired: each resample has the same rows for both models. An interval "
-        "of width 0 means that all these rows have the same value. It does not mean that other rows would have it."
+        f"Whiskers and brackets are {data['confidence']:.0%} intervals over documents, or over rows that name no document; "
+        "those of the exam are over facts. Intervals of differences are paired: both models have the same rows."
     )
     if data["left_out"]:
         note += (

@@ -353,3 +353,12 @@ def test_a_model_that_only_read_the_documents_takes_no_exam_beside_a_later_one(s
     both = evaluate({"cpt": folder, "sft": folder}, rows, CONFIG, setup, settings, exam)
     assert both["exam"]["models"] == ["base", "sft"]
     assert evaluate({"cpt": folder}, rows, CONFIG, setup, settings, exam)["exam"]["models"] == ["base", "cpt"]
+
+
+def test_the_page_begins_with_the_exam(setup, settings, rows, tmp_path):
+    exam = Exam([ExamRow(id=f"q{i}", question=f"Who is {i}?", answers=["Kell"]) for i in range(3)], [[]] * 3, 4)
+    folder = adapter(tmp_path / "sft", setup, settings, 0.1)
+    report = evaluate({"sft": folder}, rows, CONFIG, setup, settings, exam)
+    assert "Of 3 exam questions about one fact, the base model answers 0% right, and the SFT model 0%." in str(
+        evaluation_page(report, None)
+    )
