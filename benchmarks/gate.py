@@ -39,8 +39,8 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 
 RESULTS = Path(__file__).parent / "results"
-# Answers of the base model, of the base model with retrieved passages, and of a trained model, by question. The run was
-# `make retrain CONFIG=configs/handbook.yaml`.
+# Answers of the base model, of the base model with retrieved passages, and of a trained model, by question. The trained
+# model is of an earlier recipe for the handbook, without DPO.
 RECORDED = RESULTS / "exam_answers.json"
 GAINS = (0.05, 0.1, 0.2, 0.3)
 NEWEST = "sft"
@@ -292,7 +292,7 @@ def _rules(decision: PromotionDecision) -> dict[str, Any]:
 def main() -> None:
     """Print the figures; `--write` also writes them to `benchmarks/results`."""
     parser = argparse.ArgumentParser(description="False promotions and power of the gate.")
-    parser.add_argument("--config", default="configs/handbook.yaml")
+    parser.add_argument("--config", default="configs/local.yaml")
     parser.add_argument("--folder", type=Path, default=Settings().llm_output_dir / "gate", help="for answers")
     parser.add_argument(
         "--small-seeds", type=int, default=12, help="models of two layers, each pair of which is compared"

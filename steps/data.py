@@ -13,7 +13,6 @@ from llm_engineering.data.prepare import check_splits
 from llm_engineering.data.prepare import prepare as prepare_rows
 from llm_engineering.data.rows import (
     FEATURES,
-    REPLAY,
     SPLITS,
     InstructionRow,
     instruction_dataset,
@@ -138,9 +137,8 @@ def generate_preferences(
     texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
     writer = open_client(client, model, compute, Settings(), chat_template, trained.path if trained else None)
     if config is not None and documents is not None:
-        written = [row for row in rows if row.origin != REPLAY]
         sentences, _ = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
-        made, rejected, read = generate_abstentions(written, [s.text for s in sentences], writer, writing, seed)
+        made, rejected, read = generate_abstentions(rows, [s.text for s in sentences], writer, writing, seed)
     else:
         made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
         read = len(rows)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, normalised
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, normalised
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD
 from llm_engineering.generation.prompts import read_prompt
@@ -27,6 +27,8 @@ _NAME = re.compile(r"(?<=\s)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
 _STEM = 5
 # Shorter words say little about what is asked.
 _LONG = 4
+# Share of the rows that the client answers right for which it shall not decline. With 0, a model declines half of the exam.
+_DECLINING_SHARE = 0.15
 # Draws for each question that is wanted. Most fail, because a document answers the question or it was made before.
 _TRIES = 20
 # A name in fewer questions may be a mistake of the writer.
@@ -79,49 +81,65 @@ def unanswerable(rows: Sequence[InstructionRow], texts: Sequence[str], number: i
 def generate_abstentions(
     rows: Sequence[InstructionRow], texts: Sequence[str], client: Client, writing: PreferenceWriting, seed: int
 ) -> tuple[list[PreferenceRow], list[Quarantined], int]:
-    """Make pairs from written questions and from questions that the documents do not answer.
+    """Make pairs from the rows and from questions that the documents do not answer.
 
-    The chosen answer is the row's answer, or `ABSTENTION`. The rejected answer is the client's own answer. Where the client
-    is right, it is `ABSTENTION` for a written question; a question without an answer then gives no pair.
+    For a question without an answer, `ABSTENTION` is chosen, and the client's own answer is rejected. For a row, its answer
+    is chosen. The client's own answer is rejected if it is wrong. If it is right, the rejected answer is that of another
+    question with the same first word, or `ABSTENTION` for a share of the rows and for all of `data.replay_instructions`.
+
+    `ABSTENTION` is not rejected for all rows: DPO would make it so improbable that no question gets it any more.
 
     Args:
-        rows: the written questions, without rows of `data.replay_instructions`.
+        rows: the instructions, with the general ones.
         texts: the sentences of the documents.
 
     Returns:
         pairs, quarantine, and how many questions there were.
     """
-    questions = unanswerable(rows, texts, writing.unanswerable, seed)
+    drawn = random.Random(seed)
+    written = [row for row in rows if row.origin != REPLAY]
+    questions = unanswerable(written, texts, writing.unanswerable, seed)
     asked = [*(row.prompt[0].content for row in rows), *questions]
     sampling = Sampling(writing.rejected_max_new_tokens)
     requests = [[{"role": "user", "content": question}] for question in asked]
-    replies = client.answer(requests, sampling, "own answers")
+    others: dict[str, list[str]] = defaultdict(list)
+    for row in written:
+        others[_first_word(row)].append(row.completion[0].content)
     pairs: list[PreferenceRow] = []
     quarantine: list[Quarantined] = []
-    for number, (question, reply) in enumerate(zip(asked, replies, strict=True)):
-        row = rows[number] if number < len(rows) else None
-        right = row.completion[0].content if row is not None else ABSTENTION
-        own = reply.text.strip() if isinstance(reply, Answer) else ""
-        if f" {normalised(right)} " in f" {normalised(own)} ":
-            own = ABSTENTION
-        if not own or own == right:
+    for number, (question, reply) in enumerate(
+        zip(asked, client.answer(requests, sampling, "own answers"), strict=True)
+    ):
+        known = rows[number] if number < len(rows) else None
+        chosen = known.completion[0].content if known is not None else ABSTENTION
+        rejected = reply.text.strip() if isinstance(reply, Answer) else ""
+        if known is not None and f" {normalised(chosen)} " in f" {normalised(rejected)} ":
+            wrong = [answer for answer in others[_first_word(known)] if normalised(answer) != normalised(chosen)]
+            declines = known.origin == REPLAY or drawn.random() < _DECLINING_SHARE or not wrong
+            rejected = ABSTENTION if declines else drawn.choice(wrong)
+        if not rejected or rejected == chosen:
             reason = "no_rejected_answer"
             detail = (
                 reply.detail if isinstance(reply, Failure) else "the model's own answer is empty, or the chosen one"
             )
             quarantine.append(Quarantined(stage="preference", reason=reason, source=question, place="", detail=detail))
             continue
+        origin = known.origin if known is not None else "no document answers it"
         pairs.append(
             PreferenceRow(
                 prompt=[Message(role="user", content=question)],
-                chosen=[Message(role="assistant", content=right)],
-                rejected=[Message(role="assistant", content=own)],
-                source=row.source if row is not None else question,
-                origin=f"chosen: {row.origin if row is not None else 'no document answers it'}; rejected by {client.identity}",
-                document=row.document if row is not None else "",
+                chosen=[Message(role="assistant", content=chosen)],
+                rejected=[Message(role="assistant", content=rejected)],
+                source=known.source if known is not None else question,
+                origin=f"chosen: {origin}; rejected by {client.identity}",
+                document=known.document if known is not None else "",
             )
         )
     return pairs, quarantine, len(asked)
+
+
+def _first_word(row: InstructionRow) -> str:
+    return row.prompt[0].content.partition(" ")[0]
 
 
 def _answered(question: str, name: str, known: Sequence[str]) -> bool:

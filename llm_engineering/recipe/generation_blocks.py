@@ -112,8 +112,8 @@ class PreferenceWriting(Block):
     answer stays as it is (`keep`), and then DPO teaches not to stop within a sentence.
 
     With `unanswerable` above 0, that many questions are made that the documents do not answer. The chosen answer says so, and
-    the rejected one is what the model of the stage before DPO makes up. That model also answers the written questions: its
-    wrong answers are rejected, and where it is right, the rejected answer is to decline.
+    the rejected one is what the model of the stage before DPO makes up. That model also answers all instructions: its wrong
+    answers are rejected, and where it is right, the answer of another question, or for some to decline.
     """
 
     rejected_by: Literal["base", "client"] = "base"

@@ -3,7 +3,7 @@
 import pytest
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, normalised
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, normalised
 from llm_engineering.generation.abstention import ABSTENTION, generate_abstentions, unanswerable
 from llm_engineering.generation.prompts import read_prompt
 from llm_engineering.generation.types import Answer, Failure
@@ -89,6 +89,7 @@ def test_pairs_prefer_right_answers_to_wrong_ones_and_declining_to_made_up_ones(
     )
     pairs, rejected, read = generate_abstentions(ROWS, TEXTS, client, PreferenceWriting(unanswerable=6), seed=1)
     written = {p.prompt[0].content: (p.chosen[0].content, p.rejected[0].content) for p in pairs if p.document}
+    # No other question begins with "Who", so the rejected answer is to decline
     assert written == {
         "Who designed the Kelp Lamp?": ("Alice Corven", ABSTENTION),
         "What colour is the Heron Pump?": ("orange", "Red"),
@@ -97,6 +98,23 @@ def test_pairs_prefer_right_answers_to_wrong_ones_and_declining_to_made_up_ones(
     assert made == [(ABSTENTION, "7 crowns")] * 6
     assert [q.reason for q in rejected] == ["no_rejected_answer"] * 2
     Ledger().record("preference", read, len(pairs), rejected)
+
+
+def test_a_right_model_learns_not_to_decline_from_few_rows_and_from_general_ones():
+    """If each right answer were preferred to declining, no question would be declined."""
+    rows = [row(f"Who keeps mill {i} of Corvin?", f"Keeper {i}") for i in range(100)]
+    general = [row(f"What is {i} and {i}?", f"Sum {i}").model_copy(update={"origin": REPLAY}) for i in range(10)]
+    right = {one.prompt[0].content: Answer(one.completion[0].content) for one in (*rows, *general)}
+    pairs, _, _ = generate_abstentions([*rows, *general], [], Scripted(**right), PreferenceWriting(), seed=1)
+    rejected = {p.prompt[0].content: p.rejected[0].content for p in pairs}
+    assert len(rejected) == 110
+    assert {rejected[one.prompt[0].content] for one in general} == {ABSTENTION}
+    declining = [one for one in rows if rejected[one.prompt[0].content] == ABSTENTION]
+    assert 5 <= len(declining) <= 30
+    others = {one.completion[0].content for one in rows}
+    for one in rows:
+        wrong = rejected[one.prompt[0].content]
+        assert wrong == ABSTENTION or wrong in others - {one.completion[0].content}
 
 
 def test_a_model_that_declines_already_gives_no_pair():
