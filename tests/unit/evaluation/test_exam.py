@@ -253,7 +253,8 @@ def test_a_rule_on_the_exam_needs_the_exam_and_questions_of_its_kind(tmp_path):
         recipe(exam={"path": "x.jsonl", "control": None}, promotion={"sft": RULES | forgetting})
     with pytest.raises(ValueError, match="embedded:handbok does not exist: name a JSONL file, or embedded:handbook"):
         recipe(exam={"path": "embedded:handbok"})
-    assert check_exam(recipe(exam={"path": EMBEDDED_HANDBOOK})) == exam_hash(HANDBOOK)
+    taught = recipe(exam={"path": EMBEDDED_HANDBOOK}, documents={"path": EMBEDDED_HANDBOOK})
+    assert check_exam(taught) == exam_hash(HANDBOOK)
     only = written(tmp_path, {"question": "Who?", "kind": "unanswerable"})
     with pytest.raises(
         RequestError, match=r"promotion.sft.better_than.base names exam_accuracy.*no question of the kind single"
