@@ -13,7 +13,6 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Phi3Config,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -42,7 +41,7 @@ class Kind(NamedTuple):
         template: the family's chat template in Jinja; None if it has none.
     """
 
-    config: type[PreTrainedConfig]
+    config: type[Any]
     shape: dict[str, Any]
     tokens: tuple[str, ...] = (END,)
     template: str | None = None

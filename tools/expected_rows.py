@@ -55,8 +55,11 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
         expected = math.floor(most * share)
         lines += _rows("instruction", most, expected, how)
         if "preference" in kinds and data.preferences is None:
-            drawn = (min(rows, writing.max_preferences or rows) for rows in (most, expected))
-            lines += _rows("preference", *drawn, "one pair for each instruction row")
+            limit = writing.max_preferences or most
+            how = "one pair for each instruction row"
+            how += f", and {writing.unanswerable} for questions without an answer" if writing.unanswerable else ""
+            more = writing.unanswerable
+            lines += _rows("preference", min(most, limit) + more, min(expected, limit) + more, how)
     return lines
 
 
