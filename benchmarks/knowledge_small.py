@@ -50,6 +50,8 @@ def small_recipe(folder: Path) -> Recipe:
         "tracking.comet": "off",
         "evaluation.batch_size": 32,
         "exam.max_new_tokens": 4,
+        # As in `open_bench`
+        "promotion.sft.better_than.base.heldout_loss": "null",
         "cpt.lora.r": 4,
         "cpt.lora.lora_alpha": 4,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -82,6 +83,21 @@ def file_hashes(uri: str, store: BaseArtifactStore) -> dict[str, str]:
     return dict(sorted(hashes.items()))
 
 
+def _fingerprint_by_contents(state: Path) -> None:
+    """Replace the fingerprint of a saved dataset by the hash of its files.
+
+    `datasets` draws a new fingerprint for each dataset. Equal rows would then have different hashes, and the steps after
+    them would run again.
+    """
+    content = json.loads(state.read_text(encoding="utf-8"))
+    digest = hashlib.sha256()
+    for file in content["_data_files"]:
+        with (state.parent / file["filename"]).open("rb") as rows:
+            digest.update(hashlib.file_digest(rows, "sha256").digest())
+    content["_fingerprint"] = digest.hexdigest()[:16]
+    state.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
+
+
 class HashedPydanticMaterializer(HashedMaterializer, PydanticMaterializer):
     """ZenML's materializer for pydantic models, with hashes."""
 
@@ -102,6 +118,8 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
         )
         with self.get_temporary_directory(delete_at_exit=True) as folder:
             ds.save_to_disk(folder, num_shards=shards)
+            for state in Path(folder).rglob("state.json"):
+                _fingerprint_by_contents(state)
             io_utils.copy_dir(folder, self._files)
 
     def load(self, data_type: type[Any]) -> Dataset | DatasetDict:

@@ -100,7 +100,7 @@ def test_the_gate_judges_the_recipe_and_the_arms_that_must_fail(figures):
     assert set(judged) == {"recipe", "passages", "swapped"}
     for row in judged.values():
         assert (row["promoted"], row["of"]) == (0, 1)
-        assert row["failed_rules"][0][0].startswith("exam_accuracy better than base by more than 0.2")
+        assert row["failed_rules"][0][0].startswith("exam_accuracy better than base by more than 0.3")
     assert set(figures["swapped_facts_said"]) == {str(TOKENS)}
     assert set(figures["questions_also_trained"]) == {"passages", "recipe", "swapped"}
 

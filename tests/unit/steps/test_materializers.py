@@ -38,6 +38,22 @@ def test_empty_datasets_can_be_read_again(tmp_path):
     assert read["quarantine"].features == features
 
 
+def test_equal_rows_have_equal_hashes_and_other_rows_have_others(tmp_path):
+    """So a step whose rows are the same as before does not run the steps after it again."""
+    hashes = []
+    for number, rows in enumerate((["a", "b"], ["a", "b"], ["a", "c"])):
+        Dataset.from_dict({"x": rows}).save_to_disk(tmp_path / f"rows{number}")
+        # A dataset that is read from a file has a fingerprint of its own.
+        file = tmp_path / f"rows{number}" / "data-00000-of-00001.arrow"
+        stored = DatasetDict(rows=Dataset.from_file(str(file)))
+        materializer = HFDatasetMaterializer(uri=str(tmp_path / str(number)), artifact_store=local_store(tmp_path))
+        (tmp_path / str(number)).mkdir()
+        materializer.save(stored)
+        hashes.append(materializer.compute_content_hash(stored))
+        assert materializer.load(DatasetDict)["rows"]["x"] == rows
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
 def test_a_local_dataset_is_read_in_place(tmp_path):
     stored = DatasetDict(rows=Dataset.from_dict({"x": list(range(2000))}))
     materializer = HFDatasetMaterializer(uri=str(tmp_path))

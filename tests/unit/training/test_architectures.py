@@ -44,11 +44,11 @@ from tests.tiny_models import CPU, KINDS, WINDOW, logged, write_model
 ARCHITECTURES = ("llama3", "qwen3", "gemma3", "mistral", "phi3", "gpt2")
 # Sliding windows are not the plain causal triangle, so these models keep their masks.
 WITH_WINDOWS = ("gemma3", "mistral", "phi3")
-# The recipes, each with the kind of its model. Gemma 3 and Phi-3 have no recipe, so the default recipe trains them.
+# The recipes, each with the kind of its model. Gemma 3 and Phi-3 have no recipe, so python_reference.yaml trains them.
 RECIPES = [
-    ("local", "llama3"),
-    ("local", "gemma3"),
-    ("local", "phi3"),
+    ("python_reference", "llama3"),
+    ("python_reference", "gemma3"),
+    ("python_reference", "phi3"),
     ("cuda_8b", "llama3"),
     ("gpt2_alpaca", "gpt2"),
     ("llama31_8b_handbook", "llama3"),
