@@ -42,8 +42,7 @@ def exam(
     from llm_engineering.evaluation.exam import exam_report, open_exam, take_exam
     from llm_engineering.evaluation.models import BASE, Models, Sample
     from llm_engineering.evaluation.statistics import Bootstrap
-    from llm_engineering.models.base_model import load_model, pin_revision
-    from llm_engineering.models.device import choose_device
+    from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.recipe.training_blocks import ModelConfig
@@ -70,13 +69,8 @@ def exam(
     else:
         base, template = pin_revision(recipe.model), recipe.formatting.chat_template
         source = base
-    models = Models(
-        load_model(base, settings, choose_device(recipe.compute.here)),
-        folders,
-        load_tokenizer(source, settings, template),
-        recipe.evaluation.batch_size,
-        recipe.evaluation.repetition_penalty,
-    )
+    tokenizer = load_tokenizer(source, settings, template)
+    models = Models.load(base, folders, tokenizer, recipe.evaluation, recipe.compute.here, settings)
 
     # Take the exam
     newest = newest_of(folders)

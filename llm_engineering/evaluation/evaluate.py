@@ -16,8 +16,6 @@ from llm_engineering.evaluation.measures import Observation, Work, by_document, 
 from llm_engineering.evaluation.models import BASE, Models, Sample
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.generation.open import open_client
-from llm_engineering.models.base_model import load_model
-from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import MEASURES, TASK_MEASURE, EvaluationConfig, Measure
 from llm_engineering.recipe.settings import Settings
@@ -110,8 +108,7 @@ def _observe_all(
 
     def observe_base_and_adapters() -> dict[str, Observation]:
         # A function, so that the base model's memory is freed before the incumbent's base model is loaded.
-        base = load_model(setup.model, settings, choose_device(setup.compute))
-        models = Models(base, adapters_of_base, tokenizer, config.batch_size, config.repetition_penalty)
+        models = Models.load(setup.model, adapters_of_base, tokenizer, config, setup.compute, settings)
         return {name: observe(models, name, name, ours, work, config, setup.seed) for name in models.names}
 
     observations = observe_base_and_adapters()

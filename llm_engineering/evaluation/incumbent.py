@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.models import BASE, Models
-from llm_engineering.models.base_model import load_model, pin_revision
-from llm_engineering.models.device import choose_device
+from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.settings import Settings
@@ -53,11 +52,9 @@ def load_incumbent(
         WorkError: its base model cannot be loaded, or has changed since the incumbent was trained.
     """
     base = _base(folder, setup)
-    device = choose_device(setup.compute)
     if base is None:
         full = ModelConfig(name_or_path=str(folder), trust_remote_code=setup.model.trust_remote_code)
-        alone = load_model(full, settings, device)
-        return Models(alone, {}, tokenizer, config.batch_size, config.repetition_penalty), BASE
+        return Models.load(full, {}, tokenizer, config, setup.compute, settings), BASE
     is_folder = (base.revision or "").startswith("folder-")
     try:
         current = pin_revision(base.model_copy(update={"revision": None})) if is_folder else base
@@ -67,14 +64,12 @@ def load_incumbent(
                 f"{base.revision}, and the folder has changed since (now {current.revision}). Restore the former files, "
                 "or take the model out of production."
             )
-        loaded = load_model(base, settings, device)
+        return Models.load(base, {INCUMBENT: folder}, tokenizer, config, setup.compute, settings), INCUMBENT
     except (RequestError, OSError) as error:
         raise WorkError(
             f"The model in production cannot be measured, because its base model {base.name_or_path} cannot be loaded: "
             f"{error} Restore it, or take the model out of production."
         ) from error
-    models = Models(loaded, {INCUMBENT: folder}, tokenizer, config.batch_size, config.repetition_penalty)
-    return models, INCUMBENT
 
 
 def _base(folder: Path, setup: TrainingSetup) -> ModelConfig | None:

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
+from llm_engineering.generation.store import AnswerStore
+from llm_engineering.generation.types import Reply
+from llm_engineering.models.base_model import load_model, weights_hash
+from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import batches_by_length, generate_ids
 from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.progress import Progress
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import ModelConfig
 
 BASE = "base"
+# Name of the file in the output folder.
+STORE_FILE = "evaluation_answers.jsonl"
 
 # Token ids, and labels of the same length: -100 where a token is not scored.
 Labelled = tuple[list[int], list[int]]
@@ -44,6 +57,17 @@ class Sample(NamedTuple):
     ids: list[int]
 
 
+class StoredAnswers(NamedTuple):
+    """Stores answers, so that a killed evaluation continues, and no later run asks a model the same questions again.
+
+    Attributes:
+        identities: for each model everything, besides the questions, that its answers depend on.
+    """
+
+    store: AnswerStore
+    identities: Mapping[str, str]
+
+
 class Models:
     """The base model, and the models trained from it: adapters or full models.
 
@@ -52,6 +76,7 @@ class Models:
     Args:
         adapters: folders of the trained models by name, e.g. `sft` and `dpo`. The base model's name is `base`.
         repetition_penalty: as transformers' `generate` takes it; 1 is no penalty.
+        stored: answers of earlier evaluations; None generates every answer.
     """
 
     def __init__(
@@ -61,10 +86,12 @@ class Models:
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
         repetition_penalty: float = 1.0,
+        stored: StoredAnswers | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.repetition_penalty = repetition_penalty
+        self.stored = stored
         self.names = [BASE, *adapters]
         self.model: PreTrainedModel | PeftModel = base
         self.full: dict[str, PreTrainedModel] = {}
@@ -76,6 +103,26 @@ class Models:
             else:
                 self.model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
         self.model.eval()
+
+    @classmethod
+    def load(
+        cls,
+        base: ModelConfig,
+        adapters: Mapping[str, Path],
+        tokenizer: PreTrainedTokenizerBase,
+        config: EvaluationConfig,
+        compute: ComputeConfig,
+        settings: Settings,
+    ) -> Models:
+        """Load the models on this machine, with the answers of earlier evaluations."""
+        device = choose_device(compute)
+        versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+        revision = base.revision or weights_hash(Path(base.name_or_path))
+        identity = f"{base.name_or_path}@{revision} on {device.name} in {device.dtype}, {versions}"
+        identities = {BASE: identity} | {name: f"{identity}, {weights_hash(path)}" for name, path in adapters.items()}
+        stored = StoredAnswers(AnswerStore(settings.llm_output_dir / STORE_FILE), identities)
+        model = load_model(base, settings, device)
+        return cls(model, adapters, tokenizer, config.batch_size, config.repetition_penalty, stored)
 
     @contextmanager
     def use(self, name: str) -> Iterator[PreTrainedModel | PeftModel]:
@@ -140,20 +187,34 @@ class Models:
         with self.use(name) as model:
             ends = end_token_ids(model, self.tokenizer)
             for batch in batches_by_length([len(prompt) for prompt in ids], batch_size or self.batch_size):
-                new = generate_ids(
-                    model,
-                    self.tokenizer,
-                    [ids[i] for i in batch],
-                    max_new_tokens,
-                    do_sample=False,
-                    repetition_penalty=self.repetition_penalty,
-                )
+                new = self._answer_batch(name, model, [ids[i] for i in batch], max_new_tokens)
                 for index, answer in zip(batch, new, strict=True):
                     text = str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
                     samples[index] = Sample(text, bool(answer) and answer[-1] in ends, answer)
                 if title:
                     progress.advance(len(batch))
         return [samples[index] for index in range(len(ids))]
+
+    def _answer_batch(
+        self, name: str, model: PreTrainedModel | PeftModel, prompts: list[list[int]], max_new_tokens: int
+    ) -> list[list[int]]:
+        """The token ids of each answer. They are stored by batch, because rounding depends on the whole batch."""
+
+        def generate() -> list[list[int]]:
+            options = {"do_sample": False, "repetition_penalty": self.repetition_penalty}
+            return generate_ids(model, self.tokenizer, prompts, max_new_tokens, **options)
+
+        if self.stored is None:
+            return generate()
+        store, identity = self.stored.store, self.stored.identities[name]
+        ends = end_token_ids(model, self.tokenizer)
+        asked = json.dumps([identity, prompts, max_new_tokens, self.repetition_penalty, ends])
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:24]
+        keys = [f"{digest}-{row}" for row in range(len(prompts))]
+        if not store.answers.keys() >= set(keys):
+            with store:
+                store.add({key: Reply(json.dumps(ids)) for key, ids in zip(keys, generate(), strict=True)})
+        return [json.loads(store.answers[key].text) for key in keys]
 
 
 def _add_adapter(model: PeftModel, name: str, folder: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
-from llm_engineering.models.base_model import load_model
+from llm_engineering.models.base_model import load_model, weights_hash
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import SharedStart, batches_by_length, compute_shared_start, generate_ids
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
@@ -76,7 +76,7 @@ class LocalModel:
         store = AnswerStore(settings.llm_output_dir / STORE_FILE)
         if trained is None:
             return cls(load_model(model, settings, device), tokenizer, identity, store, batch_size)
-        identity += f", trained {_weights_hash(trained)}"
+        identity += f", trained {weights_hash(trained)[:12]}"
         if (trained / "adapter_config.json").is_file():
             adapted = PeftModel.from_pretrained(load_model(model, settings, device), str(trained))
             return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size)
@@ -201,13 +201,6 @@ class LocalModel:
         ends = end_token_ids(self.model, self.tokenizer)
         finished = ["end" if ids and ids[-1] in ends else "length" for ids in new]
         return [Reply(text, finish) for text, finish in zip(texts, finished, strict=True)]
-
-
-def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 class _Without(LogitsProcessor):

@@ -115,6 +115,15 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     return loaded
 
 
+def weights_hash(folder: Path) -> str:
+    """Hash of a trained model: of its weights and, for an adapter, of its configuration, which has their scale."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def hub_options(model: ModelConfig, settings: Settings) -> dict[str, Any]:
     """The arguments of `from_pretrained` that concern the hub: revision, remote code and token."""
     token = settings.hf_token

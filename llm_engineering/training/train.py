@@ -32,6 +32,7 @@ from transformers import (
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.labels import check_labels, label_views
 from llm_engineering.formatting.render import IGNORE_INDEX
+from llm_engineering.models.base_model import weights_hash
 from llm_engineering.models.device import (
     Device,
     check_training,
@@ -97,7 +98,7 @@ class TrainingRun(Generic[Config]):
             self.stage: self.config.model_dump(mode="json"),
             "device": device_facts(self.device),
             "dataset": dataset_digests(self.data),
-            "reference": _weights_hash(self.start) if self.start else "",
+            "reference": weights_hash(self.start) if self.start else "",
         }
 
     @property
@@ -119,15 +120,6 @@ class TrainingRun(Generic[Config]):
         """The folder with the run's checkpoints. Each identity has its own, so no run resumes another run's."""
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
         return self.settings.llm_output_dir.resolve() / "training" / f"{self.stage}-{digest[:12]}"
-
-
-def _weights_hash(folder: Path) -> str:
-    """SHA-256 of the weights of a trained model."""
-    digests = []
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return "-".join(digests)
 
 
 def dataset_digests(data: DatasetDict) -> dict[str, str]:

@@ -17,7 +17,9 @@ from llm_engineering.evaluation.models import AnswerScore, Models
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.generate import generate_ids
 from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.policy import new_policy, save_policy
 from tests.tiny_models import pair
@@ -150,3 +152,42 @@ def test_only_the_answers_of_pairs_are_labelled():
     formatted = {"id": pair(0).id, "truncated": False, "prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
     rows = held_out({"preference": Dataset.from_list([formatted])}, {"preference": preference_dataset([pair(0)])})
     assert rows.pairs[0].answers == [([1, 2, 3, 4], [-100, -100, 3, 4]), ([1, 2, 5], [-100, -100, 5])]
+
+
+def test_stored_answers_are_those_of_the_same_model_batch_and_length(model, cpu, settings, monkeypatch):
+    tokenizer = load_tokenizer(model, settings)
+    config = EvaluationConfig(batch_size=2)
+    prompts = [[Message(role="user", content=text)] for text in ("one", "two", "three")]
+
+    def answers(length=6, asked=prompts, of=model):
+        return Models.load(of, {}, tokenizer, config, cpu, settings).answers("base", asked, length)
+
+    first = answers()
+    generated = []
+    monkeypatch.setattr(
+        "llm_engineering.evaluation.models.generate_ids",
+        lambda model, tokenizer, batch, *rest, **options: generated.append(len(batch)) or [[5]] * len(batch),
+    )
+    assert answers() == first
+    assert generated == []
+    answers(length=5)
+    answers(asked=prompts[:1])
+    answers(of=model.model_copy(update={"revision": "another"}))
+    assert generated == [2, 1, 1, 2, 1]
+
+
+def test_an_evaluation_that_was_killed_generates_only_the_missing_batches(model, cpu, settings, monkeypatch):
+    tokenizer = load_tokenizer(model, settings)
+    config = EvaluationConfig(batch_size=1)
+    prompts = [[Message(role="user", content=text)] for text in ("one", "two", "three")]
+    expected = Models.load(model, {}, tokenizer, config, cpu, settings).answers("base", prompts, 6)
+    path = settings.llm_output_dir / "evaluation_answers.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1]) + lines[1][:10])
+    calls = []
+    monkeypatch.setattr(
+        "llm_engineering.evaluation.models.generate_ids",
+        lambda *args, **options: calls.append(1) or generate_ids(*args, **options),
+    )
+    assert Models.load(model, {}, tokenizer, config, cpu, settings).answers("base", prompts, 6) == expected
+    assert len(calls) == 2
