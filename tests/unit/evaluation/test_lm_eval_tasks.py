@@ -1,5 +1,6 @@
 """lm-eval on a local task file, without a network."""
 
+import functools
 import importlib.util
 import json
 
@@ -28,7 +29,11 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 @pytest.fixture
-def tasks(tmp_path):
+def tasks(tmp_path, monkeypatch):
+    """A folder with one task. lm-eval knows no other, because it needs seconds to read the files of its own tasks."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [{"question": f"Is lamp {number} lit?", "label": int(number < 5)} for number in range(8)]
@@ -86,6 +91,10 @@ def test_a_changed_task_file_changes_the_hash(tasks):
     (tasks / "lamps.jsonl").write_text("")
     assert tasks_hash(config) != before
     assert tasks_hash(config.model_copy(update={"include_path": None})) is None
+
+
+def test_a_task_of_lm_eval_itself_is_known(settings):
+    check_requirements(EvaluationConfig(lm_eval=LmEvalConfig(tasks=["hellaswag"])), settings)
 
 
 def test_missing_folders_tasks_and_packages_are_refused(tasks, settings, monkeypatch):
