@@ -20,6 +20,7 @@ from steps.data import (
     read_documents,
 )
 from steps.evaluation import evaluate
+from steps.exam import write_exam
 from steps.training import train_step
 
 
@@ -51,7 +52,7 @@ def step_of(name: str) -> Any:
     """The step with this name in a run, e.g. `prepare_texts` or `train_sft`."""
     if name.startswith("train_"):
         return train_step(STAGES[name.removeprefix("train_")])
-    alone = (read_documents, collect_texts, generate_instructions, generate_preferences, promote)
+    alone = (read_documents, collect_texts, generate_instructions, generate_preferences, write_exam, promote)
     shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate}
     return next((step for step in alone if step.name == name), None) or shared[name.partition("_")[0]]
 
@@ -62,12 +63,14 @@ class _Datasets:
     def __init__(self, recipe: Recipe, inputs: Inputs) -> None:
         self.recipe, self.inputs = recipe, inputs
         self._documents: Any = None
+        self._written: Any = None
+        self._exam: Any = None
         self._made: dict[str, Any] = {}
 
     def of(self, kind: str, start: Any = None) -> Any:
         """The dataset of a kind, checked and split. `start` is the adapter that the stage starts from, if it has one."""
         if kind not in self._made:
-            make = {"text": self._texts, "instruction": self._instructions}.get(kind)
+            make = {"text": self._texts, "instruction": self._candidates}.get(kind)
             candidates = make() if make else self._preferences(start)
             step = prepare.with_options(substitutions={"kind": kind})
             self._made[kind] = step(
@@ -77,6 +80,8 @@ class _Datasets:
                 self.inputs.evaluation,
                 self.recipe.exam,
                 self.inputs.exam,
+                # The exam asks about the documents, so they stay whole.
+                self.exam() if kind != "text" else None,
                 id=f"prepare_{kind}s",
             )
         return self._made[kind]
@@ -86,6 +91,31 @@ class _Datasets:
         if self._documents is None and self.recipe.reads_documents:
             self._documents = read_documents(self.recipe.documents, self.inputs.documents)
         return self._documents
+
+    def exam(self) -> Any:
+        """The exam that is written from the documents; None if the recipe has none, or names a file of questions."""
+        recipe = self.recipe
+        if self._exam is None and recipe.exam is not None and recipe.exam.is_generated:
+            self._exam = write_exam(
+                self._candidates(),
+                self.documents(),
+                recipe.documents,
+                recipe.model,
+                recipe.formatting.chat_template,
+                recipe.compute.one_process,
+                recipe.generation.part(ClientConfig),
+                recipe.generation.part(InstructionWriting),
+                recipe.exam,
+                recipe.data.split,
+                recipe.seed,
+            )
+        return self._exam
+
+    def _candidates(self) -> Any:
+        """The instructions before they are checked, made once: the exam is chosen from them too."""
+        if self._written is None:
+            self._written = self._instructions()
+        return self._written
 
     def _texts(self) -> Any:
         recipe, data = self.recipe, self.recipe.data
@@ -123,7 +153,7 @@ class _Datasets:
             recipe.generation.rejecting_client,
             recipe.generation.part(PreferenceWriting),
             recipe.seed,
-            *((recipe.documents, start) if recipe.generation.unanswerable else ()),
+            *((recipe.documents, start, self.exam()) if recipe.generation.unanswerable else ()),
         )
 
     def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:
@@ -177,6 +207,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         recipe.exam,
         inputs.exam,
         recipe.documents if retrieves else None,
+        datasets.exam(),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
         **{f"formatted_{kind}": rows for kind, rows in formatted.items()},

@@ -53,6 +53,7 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
 from llm_engineering.reports.data_report import check_fit, write_data_report
 from steps.caching import project_step
+from steps.exam import questions_of, record_exam, the_exam
 from steps.logging import log_rows
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
 
@@ -126,11 +127,13 @@ def generate_preferences(
     seed: int,
     config: DocumentsConfig | None = None,
     trained: Directory | None = None,
+    written: Directory | None = None,
 ) -> Annotated[DatasetDict, "preference_candidates"]:
     """Answer the prompts of the instruction dataset with the base model or the client.
 
     `documents` are the source of the dataset; None for the user's own dataset. With `config` the pairs also teach what the
-    documents do not say, and the model in the folder `trained` answers; None is the base model.
+    documents do not say, and the model in the folder `trained` answers; None is the base model. No pair asks a question of the
+    exam that the run has `written`.
     """
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
@@ -138,7 +141,9 @@ def generate_preferences(
     writer = open_client(client, model, compute, Settings(), chat_template, trained.path if trained else None)
     if config is not None and documents is not None:
         sentences, _ = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
-        made, rejected, read = generate_abstentions(rows, [s.text for s in sentences], writer, writing, seed)
+        made, rejected, read = generate_abstentions(
+            rows, [s.text for s in sentences], writer, writing, seed, exclude=questions_of(written)
+        )
     else:
         made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
         read = len(rows)
@@ -210,12 +215,16 @@ def prepare(
     evaluation_hash: str | None,
     exam: ExamConfig | None,
     exam_hash: str | None,
+    written: Directory | None = None,
 ) -> Annotated[DatasetDict, "{kind}_dataset"]:
     """Check, judge and split the rows of a kind. No row for training asks a question of the exam.
 
-    `evaluation_hash` is of `data.decontaminate_against`.
+    `evaluation_hash` is of `data.decontaminate_against`. `written` is the exam that the run has written.
     """
     ledger = Ledger.load(candidates)
+    exam, exam_hash = the_exam(exam, exam_hash, written)
+    if kind == "instruction" and written is not None:
+        record_exam(ledger, written.path)
     questions = [row.question for row in read_exam(exam)] if exam is not None else []
     evaluation = load_evaluation(checks.decontaminate_against, checks.decontaminate_ngram, questions)
     own_test = candidates.get("test_rows")

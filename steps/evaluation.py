@@ -24,6 +24,7 @@ from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.reports.page import write_report
 from steps.caching import project_step
+from steps.exam import the_exam
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
 
@@ -51,6 +52,7 @@ def evaluate(
     exam: ExamConfig | None,
     exam_hash: str | None,
     cut: DocumentsConfig | None,
+    written: Directory | None = None,
     documents: DatasetDict | None = None,
     formatted_text: DatasetDict | None = None,
     text_dataset: DatasetDict | None = None,
@@ -67,6 +69,7 @@ def evaluate(
         chain: the stages, in their order.
         files_hash: hash of the files that the evaluation reads, so that a changed file runs this step again.
         exam_hash: the same for the files of the exam.
+        written: the exam that the run has written from the documents; None if the recipe names a file.
         cut: how the documents are cut into the passages that the exam's retrieval finds.
         documents: the documents. Both are None if nothing is retrieved.
     """
@@ -82,7 +85,11 @@ def evaluate(
     passages = []
     if documents is not None and cut is not None:
         passages = chunks([Document.model_validate(document) for document in documents["documents"]], cut)
+    exam, exam_hash = the_exam(exam, exam_hash, written)
     questions = open_exam(exam, passages) if exam is not None else None
+    # The documents gave too few questions, and there are no general ones.
+    if questions is not None and not questions.rows:
+        questions = None
 
     # Evaluate the models
     trained = {stage: adapters[f"{stage}_adapter"] for stage in chain} | {INCUMBENT: incumbent}

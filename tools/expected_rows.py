@@ -11,6 +11,7 @@ from llm_engineering.data.prepare import MIN_ROWS
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents
 from llm_engineering.generation.facts import questions_asked
+from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
 from llm_engineering.recipe.recipe import Recipe
 
 # English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
@@ -18,6 +19,9 @@ CHARACTERS_PER_TOKEN = 4
 # The share of questions of the embedded model that were usable: 168 of 320 about passages of the Python reference, and 437
 # of 1,018 about facts of the handbook. Endpoints have larger models, so all of their questions are expected.
 USABLE = {"passage": 0.5, "fact": 0.43}
+# Questions of a generated exam for each question that is asked for: 24 of 280 about the files of examples/company. An endpoint
+# writes one for each passage, and all are expected to be usable.
+EXAM_SHARE = {"passage": 1.0, "fact": 0.08}
 
 
 def data_lines(recipe: Recipe, last: str) -> list[str]:
@@ -60,6 +64,8 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
             how += f", and {writing.unanswerable} for questions without an answer" if writing.unanswerable else ""
             more = writing.unanswerable
             lines += _rows("preference", min(most, limit) + more, min(expected, limit) + more, how)
+        if recipe.exam is not None and recipe.exam.is_generated:
+            lines += _exam(recipe.exam.questions, math.floor(most * EXAM_SHARE[writing.questions]))
     return lines
 
 
@@ -71,6 +77,16 @@ def _rows(kind: str, most: int, expected: int, how: str) -> list[str]:
         lines.append(
             f"WARNING: {certain} too few {kind} rows to train on, which needs at least {MIN_ROWS}: the run would end before "
             "training. Add documents."
+        )
+    return lines
+
+
+def _exam(wanted: int, expected: int) -> list[str]:
+    lines = [f"Exam: about {min(wanted, expected)} questions about facts, at most {wanted}, written from the documents"]
+    if expected < MIN_QUESTIONS:
+        lines.append(
+            f"WARNING: These are probably too few for an exam, which needs at least {MIN_QUESTIONS}: no model would be examined or "
+            "promoted. Add documents, or write your own questions and set exam.path to their file."
         )
     return lines
 

@@ -106,6 +106,8 @@ def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
         kinds.add(STAGES[stage].rows)
     made += [f"format_{FIRST_OF_KIND[kind]}" for kind in recipe.kinds(last) if kind not in kinds]
     made += ["read_documents"] if recipe.reads_documents and "read_documents" not in made else []
+    # A run that needs no instructions still takes the exam.
+    made += [step for step in ("generate_instructions", "write_exam") if _writes_exam(recipe) and step not in made]
     return [*made, f"evaluate_{last}", "promote"]
 
 
@@ -114,7 +116,12 @@ def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
     own = {"instruction": recipe.data.instructions, "preference": recipe.data.preferences}.get(kind)
     reading = ["read_documents"] if kind == "text" or recipe.data.instructions is None else []
     make = "collect_texts" if kind == "text" else f"generate_{kind}s"
-    return [*([f"load_{kind}s"] if own is not None else [*reading, make]), f"prepare_{kind}s"]
+    exam = ["write_exam"] if kind == "instruction" and _writes_exam(recipe) else []
+    return [*([f"load_{kind}s"] if own is not None else [*reading, make]), *exam, f"prepare_{kind}s"]
+
+
+def _writes_exam(recipe: Recipe) -> bool:
+    return recipe.exam is not None and recipe.exam.is_generated
 
 
 def print_plan(pipeline: str, recipe: Recipe) -> None:
@@ -210,6 +217,9 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | N
         # Pairs are written for the instructions that are left after duplicates, also those of general rows, are dropped.
         if STAGES[stage].rows == "instruction" or (STAGES[stage].rows == "preference" and not own["preferences"]):
             decided["replay_instructions"] = own["replay_instructions"]
+        # Its questions are left out of training.
+        if STAGES[stage].rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
+            decided["exam"] = recipe.exam.model_dump(include={"questions", "max_new_tokens"})
         if STAGES[stage].rows == "text":
             decided["replay"] = [own["replay"], recipe.data.replay.model_dump() if recipe.data.replay else None]
         hashes[stage] = recipe_hash(decided)

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
 from tools.cli import prepare_zenml
 
 if TYPE_CHECKING:
@@ -175,13 +176,16 @@ def print_table(result: RunResult, file: TextIO) -> None:
                 used += f"; {report['truncated']} truncated ({report['share_truncated']:.1%})"
             rows.add_row(f"{kind} rows used", "", str(sum(report["rows"].values())), used)
         console.print(rows)
+        asked = result.data.get("instruction", {}).get("stages", {}).get("exam")
+        if asked is not None and not asked["kept"]:
+            console.print(_no_exam(asked))
     if result.evaluation:
         console.print(_measures(result.evaluation))
     # Reports from before there were exams have no `exam`.
     exam = result.evaluation.get("exam")
-    if exam is not None:
+    if exam is not None and exam["drawn"]:
         console.print(exam_table(exam, result.evaluation["newest"], result.evaluation["seed"]))
-    for sample in result.evaluation.get("samples", [])[:1] if exam is None else []:
+    for sample in result.evaluation.get("samples", [])[:1] if exam is None or not exam["drawn"] else []:
         answers = _table("One held-out question", "Model", "Answer")
         answers.add_row("question", sample["prompt"])
         for name, answer in sample["answers"].items():
@@ -217,6 +221,16 @@ def print_table(result: RunResult, file: TextIO) -> None:
     places.add_row("run", f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed})")
     places.add_row("dashboard", "make dashboard")
     console.print(places)
+
+
+def _no_exam(asked: dict[str, Any]) -> str:
+    """Why no model was asked about the documents, and what to do."""
+    left = asked["quarantined"].get("too_few_questions", 0)
+    return (
+        f"No exam: of {asked['read']} questions about the documents {left} are usable, and an exam needs {MIN_QUESTIONS}. So rules "
+        "about the exam fail, and no model is promoted by them. State more facts, each in several sentences, or write your own "
+        "questions, and name their file as exam.path."
+    )
 
 
 def exam_table(exam: dict[str, Any], newest: str, seed: int) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_engineering.errors import RequestError
@@ -39,7 +40,7 @@ def exam(
     from llm_engineering.documents.passages import chunks
     from llm_engineering.documents.read import read_documents
     from llm_engineering.evaluation.evaluate import exam_measures, newest_of
-    from llm_engineering.evaluation.exam import exam_report, open_exam, take_exam
+    from llm_engineering.evaluation.exam import exam_report, open_exam, take_exam, with_written
     from llm_engineering.evaluation.models import BASE, Models, Sample
     from llm_engineering.evaluation.statistics import Bootstrap
     from llm_engineering.models.base_model import pin_revision
@@ -52,16 +53,19 @@ def exam(
     settings = Settings()
     settings.check_writable()
 
+    # Find the models
+    prepare_zenml()
+    found = _found(recipe, version)
+
     # Read the questions, and find their passages
     passages = []
     if recipe.exam.retrieval_passages:
         documents, _ = read_documents(recipe.documents)
         passages = chunks(documents, recipe.documents)
-    questions = open_exam(recipe.exam, passages)
+    asked = with_written(recipe.exam, _written(found)) if recipe.exam.is_generated else recipe.exam
+    questions = open_exam(asked, passages)
 
     # Load the models. All get the chat template of training.
-    prepare_zenml()
-    found = _found(recipe, version)
     folders = found.folders if found is not None else {}
     if found is not None:
         base, template = found.base, None
@@ -106,6 +110,32 @@ def _found(recipe: Recipe, version: str | None) -> Found | None:
     found = find_model(recipe, version)
     logger.info("%s", found.described)
     return found
+
+
+def _written(found: Found | None) -> Path:
+    """The folder of the exam that the run of a version has written.
+
+    Raises:
+        RequestError: there is no version, its run has written no exam, or the documents gave too few questions for one.
+    """
+    from llm_engineering.evaluation.exam import EXAM_FILE
+    from tools.versions import newest_artifacts
+
+    artifact = newest_artifacts(found.version).get("exam") if found is not None else None
+    if artifact is None:
+        raise RequestError(
+            "The recipe's exam is written by a run, and "
+            + (f"that of {found.described} has written none." if found is not None else "no version is promoted.")
+            + " Name a version whose run has written one, e.g. VERSION=1 (`make models` lists them), or a file of questions: "
+            "--set exam.path=my_exam.jsonl"
+        )
+    folder: Path = artifact.load().path
+    if not (folder / EXAM_FILE).stat().st_size:
+        raise RequestError(
+            f"The documents of {found.described if found else 'the version'} gave too few questions for an exam. Name a file of "
+            "your own questions: --set exam.path=my_exam.jsonl"
+        )
+    return folder
 
 
 def _print(data: dict[str, Any], seed: int, file: Any) -> None:

@@ -27,10 +27,12 @@ from llm_engineering.evaluation.json_lines import read_json_lines, refuse
 from llm_engineering.evaluation.models import Models, Sample
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK
-from llm_engineering.recipe.evaluation_blocks import EMBEDDED_CONTROL, EXAM_MEASURES, ExamConfig
+from llm_engineering.recipe.evaluation_blocks import EMBEDDED_CONTROL, EXAM_MEASURES, GENERATED_EXAM, ExamConfig
 
 # Added to the name of a model that answers with passages of the documents: `base+retrieval`.
 RETRIEVAL = "+retrieval"
+# The file of questions in the artifact of a generated exam. It has the format of a user's own file.
+EXAM_FILE = "exam.jsonl"
 # Questions that the summary of a run shows.
 DRAWN = 3
 # Questions without passages have a few dozen tokens, so more of them share a batch. On one CPU core, 46 questions of the
@@ -52,6 +54,7 @@ class ExamRow(BaseModel):
         facts: names of the facts that the answer needs. Questions about the same fact are not independent, so intervals
             resample them together.
         documents: names of the documents that state these facts.
+        evidence: words of a document that give the answer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -62,6 +65,7 @@ class ExamRow(BaseModel):
     kind: Literal["single", "multi_hop", "unanswerable", "control"] = "single"
     facts: list[_Text] = []
     documents: list[_Text] = []
+    evidence: str = ""
 
     @model_validator(mode="after")
     def _answerable(self) -> Self:
@@ -146,14 +150,27 @@ def cluster_numbers(shared: Sequence[Sequence[Any]]) -> list[int]:
     return [root(item) for item in range(len(shared))]
 
 
+def with_written(config: ExamConfig, folder: Path | None) -> ExamConfig:
+    """The exam with the file of questions that a run has written to a folder.
+
+    A folder with too few questions has an empty file. The exam is then that of `read_exam` without a file.
+    """
+    file = folder / EXAM_FILE if folder is not None else None
+    if not config.is_generated or file is None or not file.stat().st_size:
+        return config
+    return config.model_copy(update={"path": str(file)})
+
+
 def read_exam(config: ExamConfig) -> list[ExamRow]:
     """Read the questions: those about the documents, then the general ones.
+
+    A generated exam has no questions about the documents before a run has written them.
 
     Raises:
         RequestError: a file is missing or empty, some of its lines are wrong, or a question or an id is there twice. The
             message names the lines.
     """
-    rows = _read(config.path, "exam.path", is_control=False)
+    rows = [] if config.is_generated else _read(config.path, "exam.path", is_control=False)
     if config.control is not None:
         rows += _read(config.control, "exam.control", is_control=True)
     for what, texts in (
@@ -183,13 +200,13 @@ def _read(path: str, key: str, is_control: bool) -> list[ExamRow]:
 
 
 def exam_hash(config: ExamConfig) -> str:
-    """Hash of the files of an exam, to notice changed ones.
+    """Hash of the files of an exam, to notice changed ones. Empty for an exam that is generated and has no other file.
 
     Raises:
         RequestError: a file is missing or has a wrong line.
     """
     read_exam(config)
-    files = [path for path in (config.path, config.control) if path is not None]
+    files = [path for path in (config.path, config.control) if path not in (None, GENERATED_EXAM)]
     contents = [Path(_EMBEDDED.get(path, path)).expanduser().read_bytes() for path in files]
     return "-".join(hashlib.sha256(content).hexdigest()[:12] for content in contents)
 

@@ -43,6 +43,8 @@ def check_exam(recipe: Recipe) -> str | None:
     if recipe.exam is None:
         return None
     asked = {row.measure for row in read_exam(recipe.exam)}
+    if recipe.exam.is_generated:
+        asked |= {EXAM_MEASURES["single"], EXAM_MEASURES["unanswerable"]}
     for rule in recipe.promotion.all_rules():
         if rule.run in recipe.chain and rule.measure in EXAM_MEASURES.values() and rule.measure not in asked:
             kind = next(kind for kind, measure in EXAM_MEASURES.items() if measure == rule.measure)

@@ -22,7 +22,7 @@ from llm_engineering.recipe.generation_blocks import PreferenceWriting
 
 ABSTENTION = "The documents do not say."
 # One word or several, each with a capital; the first word of a question is left out.
-_NAME = re.compile(r"(?<=\s)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
+NAME = re.compile(r"(?<=\s)[A-Z][\w-]+(?: [A-Z][\w-]+)*")
 # Words with the same beginning count as the same word: "designer" and "designed".
 _STEM = 5
 # Shorter words say little about what is asked.
@@ -35,7 +35,9 @@ _TRIES = 20
 _QUESTIONS = 2
 
 
-def unanswerable(rows: Sequence[InstructionRow], texts: Sequence[str], number: int, seed: int) -> list[str]:
+def unanswerable(
+    rows: Sequence[InstructionRow], texts: Sequence[str], number: int, seed: int, exclude: Sequence[str] = ()
+) -> list[str]:
     """Make questions that no text answers: half are written questions with another name, half are common ones.
 
     A question counts as unanswered if no sentence has its name together with another of its longer words.
@@ -44,16 +46,17 @@ def unanswerable(rows: Sequence[InstructionRow], texts: Sequence[str], number: i
         rows: the written questions.
         texts: the sentences of the documents.
         number: how many questions to make; fewer if the documents name too little.
+        exclude: questions that are not made.
     """
     drawn = random.Random(seed)
     questions = [row.prompt[0].content for row in rows]
-    counts = Counter(name for question in questions for name in set(_NAME.findall(question)))
+    counts = Counter(name for question in questions for name in set(NAME.findall(question)))
     names = sorted(name for name, count in counts.items() if count >= _QUESTIONS)
     # A name about which much is asked also gets more questions that have no answer.
     weights = [counts[name] for name in names]
     known = [f" {normalised(text)} " for text in texts]
     made: dict[str, str] = {}
-    taken = {normalised(question) for question in questions}
+    taken = {normalised(question) for question in (*questions, *exclude)}
 
     def add(question: str, name: str) -> None:
         key = normalised(question)
@@ -66,7 +69,7 @@ def unanswerable(rows: Sequence[InstructionRow], texts: Sequence[str], number: i
         if len(made) >= number / 2:
             break
         question, name = drawn.choice(questions), drawn.choices(names, weights)[0]
-        replaced = [other for other in _NAME.findall(question) if other in counts]
+        replaced = [other for other in NAME.findall(question) if other in counts]
         if len(replaced) == 1 and replaced[0] != name:
             add(question.replace(replaced[0], name), name)
     templates = read_prompt("unanswerable").splitlines()
@@ -79,7 +82,12 @@ def unanswerable(rows: Sequence[InstructionRow], texts: Sequence[str], number: i
 
 
 def generate_abstentions(
-    rows: Sequence[InstructionRow], texts: Sequence[str], client: Client, writing: PreferenceWriting, seed: int
+    rows: Sequence[InstructionRow],
+    texts: Sequence[str],
+    client: Client,
+    writing: PreferenceWriting,
+    seed: int,
+    exclude: Sequence[str] = (),
 ) -> tuple[list[PreferenceRow], list[Quarantined], int]:
     """Make pairs from the rows and from questions that the documents do not answer.
 
@@ -92,13 +100,14 @@ def generate_abstentions(
     Args:
         rows: the instructions, with the general ones.
         texts: the sentences of the documents.
+        exclude: questions that are not made, because an exam asks them.
 
     Returns:
         pairs, quarantine, and how many questions there were.
     """
     drawn = random.Random(seed)
     written = [row for row in rows if row.origin != REPLAY]
-    questions = unanswerable(written, texts, writing.unanswerable, seed)
+    questions = unanswerable(written, texts, writing.unanswerable, seed, exclude)
     asked = [*(row.prompt[0].content for row in rows), *questions]
     sampling = Sampling(writing.rejected_max_new_tokens)
     requests = [[{"role": "user", "content": question}] for question in asked]

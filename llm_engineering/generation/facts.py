@@ -34,6 +34,8 @@ OPENINGS: Mapping[Kind, tuple[str, str]] = {
     "number": ("How many", "How many"),
     "thing": ("What", "Which"),
 }
+# The words of the openings: they say what kind of answer is asked for.
+OPENING_WORDS = frozenset(word for pair in OPENINGS.values() for opening in pair for word in opening.casefold().split())
 # A question is one line.
 STOP = ("\n",)
 # A small model answers "What is the Tide Fair?" with any word of the sentence.

@@ -57,6 +57,11 @@ EXAM_MEASURES = {
 }
 # General questions that come with the project.
 EMBEDDED_CONTROL = "embedded:general"
+# The `exam.path` of questions that a run writes from the documents.
+GENERATED_EXAM = "generated"
+# If a model answers 6 of 10 questions right and the base model none, the interval of the difference spans 0.16 to 0.83. Fewer
+# questions say nothing.
+MIN_QUESTIONS = 10
 
 
 class JudgeConfig(ClientConfig):
@@ -128,13 +133,15 @@ class EvaluationConfig(Block):
 class ExamConfig(Block):
     """Questions about the documents, which every model answers without them.
 
-    `path` and `control` are JSONL files of questions with their accepted answers. `control` has questions that have
-    nothing to do with the documents, to show whether a model forgets; null leaves it out. The base model and the newest
-    model also answer with `retrieval_passages` passages of the documents before the question, found by BM25; 0 leaves
-    that out.
+    `path` and `control` are JSONL files of questions with their accepted answers. With `path: generated`, the run writes
+    up to `questions` questions about the documents in wordings that are left out of training, and a fifth as many that the
+    documents do not answer. `control` has questions that have nothing to do with the documents, to show whether a model
+    forgets; null leaves it out. The base model and the newest model also answer with `retrieval_passages` passages of the
+    documents before the question, found by BM25; 0 leaves that out.
     """
 
     path: str
+    questions: int = Field(60, ge=MIN_QUESTIONS)
     control: str | None = EMBEDDED_CONTROL
     max_new_tokens: int = Field(24, ge=1)
     retrieval_passages: int = Field(2, ge=0, le=20)
@@ -144,7 +151,18 @@ class ExamConfig(Block):
         for key, value, known in (("path", self.path, EMBEDDED_HANDBOOK), ("control", self.control, EMBEDDED_CONTROL)):
             if value is not None and value.startswith("embedded:") and value != known:
                 raise ValueError(f"{key} {value} does not exist: name a JSONL file, or {known}")
+        # A recipe that extends one with the default keeps it.
+        if not self.is_generated and self.questions != ExamConfig.model_fields["questions"].default:
+            raise ValueError(
+                f"questions has no effect with path {self.path}, whose questions are all asked: remove it, or set path to "
+                f"{GENERATED_EXAM}"
+            )
         return self
+
+    @property
+    def is_generated(self) -> bool:
+        """Whether a run writes the questions about the documents."""
+        return self.path == GENERATED_EXAM
 
 
 Bounds = dict[str, Annotated[float, Field(ge=0)] | None]

@@ -23,6 +23,7 @@ from llm_engineering.recipe.data_blocks import (
 from llm_engineering.recipe.evaluation_blocks import (
     DOCUMENT_MEASURES,
     EXAM_MEASURES,
+    GENERATED_EXAM,
     PAIR_MEASURES,
     EvaluationConfig,
     ExamConfig,
@@ -230,6 +231,11 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
         return self
 
     def _check_exam_rule(self, rule: RulePath) -> None:
+        if rule.measure == EXAM_MEASURES["multi_hop"] and self.exam is not None and self.exam.is_generated:
+            raise ValueError(
+                f"promotion.{rule.path} names {rule.measure}, and a generated exam has no questions that need two facts: "
+                "remove the rule, or set exam.path to a file of your own questions"
+            )
         if self.exam is None:
             raise ValueError(
                 f"promotion.{rule.path} names {rule.measure}, and the recipe has no exam: add the block exam, e.g. "
@@ -253,9 +259,30 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
             raise ValueError(
                 f"exam.path {EMBEDDED_HANDBOOK} asks about the embedded handbook, and the model learns from "
                 f"{self.documents.path}: set exam.path to a file of your own questions, or extend "
-                "configs/own_documents.yaml, which has no exam"
+                "configs/own_documents.yaml, whose exam is written from the documents"
             )
+        if self.exam is not None and self.exam.is_generated:
+            self._check_generated_exam()
         return self
+
+    def _check_generated_exam(self) -> None:
+        path = f"exam.path {GENERATED_EXAM}"
+        if self.data.instructions is not None:
+            raise ValueError(
+                f"{path} writes questions about the documents from which the instructions are generated, and "
+                f"data.instructions is {self.data.instructions}: set exam.path to a file of your own questions, or exam to null"
+            )
+        if "instruction" not in self.kinds(self.chain[-1]):
+            raise ValueError(
+                f"{path} asks in other wordings what a stage has learned to answer, and chain has no stage on instructions: "
+                "add sft, or set exam.path to a file of your own questions"
+            )
+        if self.generation.client == "local" and self.generation.questions != "fact":
+            raise ValueError(
+                f"{path} needs several questions about one fact, and client local writes them only with generation.questions "
+                "fact: set it, with documents.unit sentence, or choose another client, or set exam.path to a file of your own "
+                "questions"
+            )
 
     @model_validator(mode="after")
     def _unit(self) -> Self:

@@ -1,10 +1,12 @@
 """An exam through the pipeline and as a command, with a model of two layers."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from tests.fakes.scripted_endpoint import Asked, Response, ScriptedEndpoint, completion
 from tests.integration.conftest import Project
 
 QUESTIONS = [
@@ -105,3 +107,75 @@ def test_wrong_requests_are_refused_before_any_work(fresh_project, exam):
     run = fresh_project.run("sft", *exam)
     assert run.code == 2
     assert "exam.jsonl, line 1: unknown key `answer`" in run.stderr
+
+
+def writes_about_lamps(asked: Asked) -> Response:
+    """Answer as a good writer that has never heard of a lamp: from the passage alone."""
+    (turn,) = asked.turns
+    lamp, place = re.search(r"lamp (\w+)", turn), re.search(r"stands in (\w+)", turn)
+    if "Copy the words" in turn:
+        return completion(json.dumps({"answer": place[1]}))
+    if "to which this text answers" in turn:
+        return completion(json.dumps({"question": f"In which village is the lamp {lamp[1]}?"}))
+    if "Answer in a few words" in turn:
+        return completion(json.dumps({"answer": place[1] if place else "unknown"}))
+    name = lamp[1] if lamp else "none"
+    return completion(json.dumps({"instruction": f"What is known about the lamp {name}?"}))
+
+
+def test_a_run_writes_its_exam_and_every_command_uses_that_file(fresh_project):
+    folder = fresh_project.folder
+    (folder / "lamps").mkdir()
+    for name in (f"Kel{a}{b}" for a in "abcdef" for b in "nrst"):
+        text = f"The old lamp {name} stands in {name}burg, where people of the village light it on every evening of winter."
+        (folder / "lamps" / f"{name}.md").write_text(f"# Lamps\n\n{text}\n")
+    with ScriptedEndpoint(writes_about_lamps) as endpoint:
+        keys = {
+            "documents.path": folder / "lamps",
+            "documents.passage_min_chars": 10,
+            "data.instructions": "null",
+            "data.rules.near_duplicate": "off",
+            "generation.client": "openai",
+            "generation.model": "m",
+            "generation.base_url": f"{endpoint.url}/v1",
+            "generation.question_max_new_tokens": 100,
+            "exam.path": "generated",
+            "exam.control": "null",
+            "exam.questions": 10,
+            "exam.max_new_tokens": 4,
+            "promotion.sft.better_than.base.exam_accuracy": 0.1,
+        }
+        options = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+        run = fresh_project.run("sft", *options)
+        assert run.code == 0, run.stderr
+    written = Path(run.json["artifacts"]["exam"]["uri"], "files", "exam.jsonl")
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len([row for row in rows if row.get("kind") != "unanswerable"]) == 10
+    assert all(row["answers"][0] in row["evidence"] for row in rows[:10])
+    report = Path(run.json["artifacts"]["evaluation_report"]["uri"], "files", "report.json")
+    asked = json.loads(report.read_text(encoding="utf-8"))["exam"]["rows"]
+    assert [row["question"] for row in asked] == [row["question"] for row in rows]
+    assert {"exam_accuracy_base", "exam_accuracy_sft"} <= run.json["metrics"].keys()
+    assert re.search(r"exam +│ +\d+ │ +\d+ │ none", run.stderr)
+
+    # The recipe of the version, without its endpoint, finds the file
+    config = ("--config", str(fresh_project.recipe))
+    exam = fresh_project.command("exam", *config, *options, "--version", "1", "--json")
+    assert exam.code == 0, exam.stderr
+    accuracy = exam.json["measures"]["exam_accuracy"]["models"]
+    assert accuracy["sft"]["value"] == run.json["metrics"]["exam_accuracy_sft"]
+    none = fresh_project.command("exam", *config, *options)
+    assert none.code == 2
+    assert "no version is promoted" in none.stderr
+    lineage = fresh_project.command("models", "lineage", "1", *config, "--json")
+    assert lineage.code == 0, lineage.stderr
+    made = {artifact["name"]: artifact for artifact in lineage.json["artifacts"]}
+    assert made["exam"]["step"] == "write_exam"
+    assert "exam v1" in made["evaluation_report"]["from"]
+    assert "exam v1" in made["instruction_dataset"]["from"]
+    verified = fresh_project.command("models", "verify", "1", *config)
+    assert verified.code == 0, verified.stdout
+    written.write_text(written.read_text().replace("village", "town"))
+    changed = fresh_project.command("models", "verify", "1", *config)
+    assert changed.code == 1
+    assert "exam.jsonl" in changed.stdout

@@ -19,6 +19,7 @@ from llm_engineering.evaluation.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK
+from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
@@ -121,7 +122,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
     if exam is not None:
         exam_hash(exam)
         for key, value in (("path", exam.path), ("control", exam.control)):
-            if value is not None and not value.startswith("embedded:"):
+            if value is not None and value != GENERATED_EXAM and not value.startswith("embedded:"):
                 file = Path(value).expanduser()
                 files[f"exam/{key}/{file.name}"] = file
                 exam = exam.model_copy(update={key: f"{INPUTS}/{RECIPE_CHANNEL}/exam/{key}/{file.name}"})

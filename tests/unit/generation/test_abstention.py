@@ -55,6 +55,12 @@ def test_common_questions_fill_the_rest_and_none_is_asked_twice(questions):
     assert not {normalised(one.prompt[0].content) for one in ROWS} & {normalised(question) for question in questions}
 
 
+def test_questions_of_an_exam_are_not_made(questions):
+    others = unanswerable(ROWS, TEXTS, 20, seed=1, exclude=[question.upper() for question in questions])
+    assert others
+    assert not set(questions) & set(others)
+
+
 def test_the_seed_decides_and_documents_without_names_give_none(questions):
     assert unanswerable(ROWS, TEXTS, 20, seed=1) == questions
     assert unanswerable(ROWS, TEXTS, 20, seed=2) != questions

@@ -240,3 +240,32 @@ def test_a_rate_of_the_embeddings_needs_trained_embeddings(block, trains, tmp_pa
 
 def test_only_cpt_has_a_rate_of_the_embeddings(tmp_path):
     refused(tmp_path, ["sft.embedding_learning_rate"], ["sft"], sft={"embedding_learning_rate": 1e-4})
+
+
+FACTS = {"questions": "fact", "question_max_new_tokens": 20}
+SENTENCES = {"path": "my_docs", "unit": "sentence"}
+
+
+def test_a_generated_exam_needs_documents_and_questions_that_a_stage_learns(tmp_path):
+    exam = {"path": "generated"}
+    blocks = {"documents": SENTENCES, "generation": FACTS, "exam": exam}
+    made = recipe(tmp_path, ["cpt", "sft"], **blocks)
+    assert made.exam.is_generated
+    assert (made.exam.questions, made.exam.control) == (60, "embedded:general")
+    endpoint = {"client": "openai", "model": "m", "base_url": "http://127.0.0.1:1/v1", "question_max_new_tokens": 200}
+    assert recipe(tmp_path, ["sft"], generation=endpoint, exam=exam).exam.is_generated
+    words = ["exam.path generated", "data.instructions is rows.jsonl: set exam.path to a file"]
+    refused(tmp_path, words, ["cpt", "sft"], **blocks, data={"instructions": "rows.jsonl"})
+    refused(tmp_path, ["exam.path generated", "no stage on instructions: add sft"], ["cpt"], **blocks)
+    refused(tmp_path, ["client local writes them only with generation.questions fact"], ["sft"], exam=exam)
+    two_hop = {"sft": bounds("heldout_loss", base={"exam_multi_hop": 0.1})}
+    refused(tmp_path, ["a generated exam has no questions that need two facts"], ["sft"], two_hop, **blocks)
+
+
+def test_the_number_of_questions_is_for_generated_exams(tmp_path):
+    blocks = {"documents": SENTENCES, "generation": FACTS}
+    assert recipe(tmp_path, ["sft"], exam={"path": "generated", "questions": 20}, **blocks).exam.questions == 20
+    refused(
+        tmp_path, ["questions has no effect with path my.jsonl"], ["sft"], exam={"path": "my.jsonl", "questions": 20}
+    )
+    refused(tmp_path, ["`exam.questions`"], ["sft"], exam={"path": "generated", "questions": 9}, **blocks)

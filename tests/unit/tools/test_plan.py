@@ -114,6 +114,40 @@ def test_a_stage_has_the_hash_of_its_block_and_of_all_blocks_before_it(recipe):
     assert changed(evaluation={"confidence": 0.9}) == []
 
 
+FACTS = {"documents": {"unit": "sentence"}, "generation": {"questions": "fact"}}
+
+
+def test_a_generated_exam_is_written_between_questions_and_their_checks(recipe):
+    exam = {"exam": {"path": "generated"}, **FACTS}
+    found = planned_steps("sft", recipe(["cpt", "sft"], **exam))
+    assert found[found.index("write_exam") - 1 : found.index("write_exam") + 2] == [
+        "generate_instructions",
+        "write_exam",
+        "prepare_instructions",
+    ]
+    # A run that needs no instructions takes it too.
+    assert planned_steps("cpt", recipe(["cpt", "sft"], **exam))[-4:] == [
+        "generate_instructions",
+        "write_exam",
+        "evaluate_cpt",
+        "promote",
+    ]
+    assert "write_exam" in planned_steps("datasets", recipe(["sft"], **exam))
+    assert "write_exam" not in planned_steps("sft", recipe(["sft"], exam={"path": "my.jsonl"}, **FACTS))
+
+
+def test_what_a_generated_exam_asks_decides_the_stages_on_questions_and_pairs(recipe):
+    chain = ["cpt", "sft", "dpo"]
+
+    def found(**exam):
+        return hashes(recipe(chain, exam={"path": "generated", **exam}, **FACTS))
+
+    before = found()
+    assert found(control=None) == before
+    more = found(questions=70)
+    assert [stage for stage in chain if more[stage] != before[stage]] == ["sft", "dpo"]
+
+
 def test_the_general_dataset_decides_the_stages_from_cpt_on(recipe, tmp_path):
     general = tmp_path / "general.jsonl"
     general.write_text(json.dumps({"text": "Rain fell."}) + "\n")
@@ -216,4 +250,11 @@ def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
         "Rows: text, at most 50",
         "Rows: instruction, about 43, at most 100 (the embedded model writes a usable question in 43% of its tries)",
     ]
+    exam = {"path": "generated"}
+    few = data_lines(recipe(["sft"], **FACTS, exam=exam), "sft")[-2:]
+    assert few[0] == "Exam: about 8 questions about facts, at most 60, written from the documents"
+    assert few[1].startswith("WARNING: These are probably too few for an exam, which needs at least 10")
+    (folder / "1.txt").write_text(" ".join(f"The mill of Tarnby{i} has {i + 2} wheels." for i in range(50)))
+    more = data_lines(recipe(["sft"], **FACTS, exam=exam), "sft")
+    assert more[-1].startswith("Exam: about 1")
     assert data_lines(recipe(["sft"], data={"instructions": "rows.jsonl"}), "sft") == []
