@@ -67,7 +67,6 @@ def derive_texts(
         return split_of(document, split) == "train"
 
     rejected: list[Quarantined] = []
-    own = [document for document in documents if trained(document.source)]
     if client is not None:
         written, rejected = rewrite_by_endpoint(
             [p for p in passages if trained(p.document)], client, setup.writing, seed
@@ -75,7 +74,7 @@ def derive_texts(
     else:
         asked = [row for row in questions if trained(row.document)]
         written = rewrite_by_rule(
-            setup.writing.rewritings, own, [s for s in sentences if trained(s.document)], asked, seed
+            setup.writing.rewritings, documents, [s for s in sentences if trained(s.document)], asked, seed
         )
     written = in_rounds(written, seed)
     if tokenizer is None or setup.tokens is None:

@@ -94,6 +94,12 @@ def test_facts_that_do_not_fit_are_not_joined(last):
     assert made(LOFT, last) == []
 
 
+def test_a_question_with_words_that_its_sentence_does_not_have_is_not_joined():
+    assert made(LAMP, SITE)
+    assert made(LAMP, changed(SITE, text="The owner of the Ibbersea site is Frank Whin.")) == []
+    assert made(changed(LAMP, text="The Kelp Lamp is sold in Ibbersea."), SITE) == []
+
+
 def test_a_thing_is_no_person_and_an_object_is_no_subject():
     skiff = (
         "skiff.md",
