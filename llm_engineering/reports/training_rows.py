@@ -35,11 +35,12 @@ def count_wordings(exam: Sequence[Mapping[str, Any]], rows: Iterable[Instruction
         exam: rows of the report's `exam`, with `kind`, `documents` and `accepted`.
 
     Returns:
-        None for a question that is not on one fact, or that names no documents.
+        None for a question that is not on one fact, or that names no documents. None for all if no training question names its
+        document, as in a user's own dataset.
     """
     asked: dict[tuple[str, str], set[str]] = defaultdict(set)
     for row in rows:
-        if row.origin != REPLAY and not row.origin.startswith(TWO_HOP):
+        if row.document and row.origin != REPLAY and not row.origin.startswith(TWO_HOP):
             key = (PurePath(row.document).name, normalised(row.completion[0].content))
             asked[key].add(normalised(row.prompt[-1].content))
     counts: list[int | None] = []
@@ -47,5 +48,5 @@ def count_wordings(exam: Sequence[Mapping[str, Any]], rows: Iterable[Instruction
         documents = {PurePath(name).name for name in question["documents"]}
         answers = {normalised(answer) for answer in question["accepted"]}
         known = {wording for name in documents for answer in answers for wording in asked.get((name, answer), ())}
-        counts.append(len(known) if question["kind"] == "single" and documents else None)
+        counts.append(len(known) if asked and question["kind"] == "single" and documents else None)
     return counts

@@ -34,7 +34,9 @@ def test_the_questions_for_a_fact_have_its_answer_and_its_documents():
         {**FACT, "kind": "multi_hop"},
     ]
     assert count_wordings(exam, ROWS) == [2, 0, None, None]
-    assert count_wordings(exam, []) == [0, 0, None, None]
+    # A user's own questions name no document.
+    own = [row("Who edits it?", "Robin Kell", "")]
+    assert count_wordings(exam, own) == count_wordings(exam, []) == [None] * 4
 
 
 def test_the_exam_section_shows_accuracy_against_tokens_and_questions():
