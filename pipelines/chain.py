@@ -120,7 +120,14 @@ class _Datasets:
     def _texts(self) -> Any:
         recipe, data = self.recipe, self.recipe.data
         return collect_texts(
-            self.documents(), recipe.documents, recipe.seed, data.replay, data.split, self.inputs.replay
+            self.documents(),
+            recipe.documents,
+            recipe.seed,
+            data.replay,
+            data.split,
+            self.inputs.replay,
+            *((recipe.deriving,) if recipe.deriving is not None else ()),
+            **({"instructions": self.of("instruction")} if recipe.derives_from_questions else {}),
         )
 
     def _instructions(self) -> Any:
@@ -138,6 +145,7 @@ class _Datasets:
             recipe.seed,
             data.replay_instructions,
             self.inputs.replay_instructions,
+            *((data.split,) if recipe.generation.two_hop else ()),
         )
 
     def _preferences(self, start: Any) -> Any:
@@ -210,6 +218,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         datasets.exam(),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
+        epochs={s: recipe.block(s).num_train_epochs for s in chain if STAGES[s].rows in ("text", "instruction")},
         **{f"formatted_{kind}": rows for kind, rows in formatted.items()},
         **{f"{kind}_dataset": datasets.of(kind) for kind in formatted},
         **{f"{stage}_adapter": adapter for stage, adapter in adapters.items()},
@@ -220,7 +229,8 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
 
 def _format(recipe: Recipe, stage: str, kind: str, dataset: Any) -> Any:
     step = format_rows.with_options(substitutions={"stage": stage})
+    epochs = recipe.block(stage).num_train_epochs if stage in recipe.chain else None
     formatted, _ = step(
-        stage, kind, dataset, recipe.model, recipe.formatting, recipe.data.train_unfit, id=f"format_{stage}"
+        stage, kind, dataset, recipe.model, recipe.formatting, recipe.data.train_unfit, epochs, id=f"format_{stage}"
     )
     return formatted

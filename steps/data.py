@@ -3,6 +3,7 @@
 `content_hash` and `evaluation_hash` are hashes of files that a step reads, so that a changed file runs the step again.
 """
 
+from functools import partial
 from typing import Annotated, Any
 
 from datasets import DatasetDict, Features, List, Value
@@ -15,9 +16,11 @@ from llm_engineering.data.rows import (
     FEATURES,
     SPLITS,
     InstructionRow,
+    TextRow,
     instruction_dataset,
     instruction_row,
     preference_dataset,
+    split_of,
     to_dataset,
 )
 from llm_engineering.data.storage import work_folder
@@ -30,6 +33,8 @@ from llm_engineering.documents.texts import document_rows, replay_rows, sentence
 from llm_engineering.evaluation.exam import read_exam
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.generation.abstention import generate_abstentions
+from llm_engineering.generation.derived.texts import Derived, derive_texts, text_diversity
+from llm_engineering.generation.derived.two_hop import two_hop_questions
 from llm_engineering.generation.facts import diversity, generate_facts
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
@@ -49,6 +54,7 @@ from llm_engineering.recipe.data_blocks import (
 )
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
+from llm_engineering.recipe.recipe import DerivingSetup
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
 from llm_engineering.reports.data_report import check_fit, write_data_report
@@ -87,10 +93,11 @@ def generate_instructions(
     seed: int,
     replay: str | None,
     replay_hash: str | None,
+    split: SplitConfig | None = None,
 ) -> Annotated[DatasetDict, "instruction_candidates"]:
     """Cut the documents into passages, write instructions for them with the client, and add the general rows.
 
-    `replay_hash` is of the dataset `replay`.
+    `replay_hash` is of the dataset `replay`. Questions that need two facts do not join facts of two parts of `split`.
     """
     ledger = Ledger.load(documents)
     passages, rejected = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
@@ -101,7 +108,11 @@ def generate_instructions(
         # The recipe allows only the local model here.
         assert isinstance(writer, Completer)
         rows, rejected, read = generate_facts(passages, writer, writing)
-        facts |= diversity(rows, len(passages))
+        joined: list[InstructionRow] = []
+        if writing.two_hop and split is not None:
+            joined = two_hop_questions(rows, passages, writing.two_hop, seed, partial(split_of, config=split))
+        facts["diversity"] = diversity(rows, len(passages), joined)
+        rows, read = rows + joined, read + len(joined)
     else:
         rows, rejected = generate_from_passages(passages, writer, writing, seed)
         read = len(passages)
@@ -160,10 +171,13 @@ def collect_texts(
     replay: ReplayConfig | None,
     split: SplitConfig,
     content_hash: str | None,
+    deriving: DerivingSetup | None = None,
+    instructions: DatasetDict | None = None,
 ) -> Annotated[DatasetDict, "text_candidates"]:
-    """Make a text row of each document or of each sentence, and add the share of the general dataset.
+    """Make a text row of each document or of each sentence, and add rewritings and the share of the general dataset.
 
-    `content_hash` is of that dataset.
+    `content_hash` is of the general dataset. `deriving` is None without rewritings and without a budget of tokens;
+    `instructions` are the prepared ones that both need.
     """
     ledger = Ledger.load(documents)
     read = [Document.model_validate(d) for d in documents["documents"]]
@@ -173,13 +187,43 @@ def collect_texts(
         rows = sentence_rows(passages)
     else:
         rows = document_rows(read)
+    facts: dict[str, Any] = {"content_hash": content_hash} if content_hash is not None else {}
+    aside: list[Quarantined] = []
+    if deriving is not None:
+        asked = [instruction_row(record) for name in SPLITS for record in instructions[name]] if instructions else []
+        derived, more = _derived(read, rows, asked, config, seed, split, deriving)
+        rows, aside, facts = rows + derived.rows, derived.rejected, facts | more
     replayed, rejected = replay_rows(replay, rows, split) if replay is not None else ([], [])
-    ledger.record("text", len(rows) + len(replayed) + len(rejected), len(rows) + len(replayed), rejected)
-    facts = {"content_hash": content_hash} if content_hash is not None else {}
+    aside += rejected
+    # A rewriting that is set aside was never a row of the data.
+    ledger.record(
+        "text", len(rows) + len(replayed) + len(aside), len(rows) + len(replayed), aside, writes=bool(deriving)
+    )
     log_rows("text_candidates", ledger, "text", replayed=len(replayed), **facts)
     sources = fingerprint_table(dataset_fingerprints([replay.path if replay is not None else None]))
     texts = to_dataset([row.record() for row in rows + replayed], FEATURES["text"])
     return DatasetDict(rows=texts, sources=sources, **ledger.datasets())
+
+
+def _derived(
+    documents: list[Document],
+    texts: list[TextRow],
+    asked: list[InstructionRow],
+    config: DocumentsConfig,
+    seed: int,
+    split: SplitConfig,
+    setup: DerivingSetup,
+) -> tuple[Derived, dict[str, Any]]:
+    """The rewritings of the documents, and the facts about them to log."""
+    sentences, _ = cut_passages(documents, config.model_copy(update={"unit": "sentence"}), seed)
+    passages = sentences if config.unit == "sentence" else cut_passages(documents, config, seed)[0]
+    is_endpoint = setup.client.client != "local" and bool(setup.writing.rewritings)
+    writer = open_client(setup.client, setup.model, setup.compute, Settings()) if is_endpoint else None
+    tokenizer = None
+    if setup.tokens is not None:
+        tokenizer = load_tokenizer(setup.model, Settings(), setup.formatting.chat_template)
+    derived = derive_texts(documents, passages, sentences, texts, asked, setup, split, writer, tokenizer, seed)
+    return derived, {"diversity": text_diversity(derived.rows, asked, passages, split), **derived.facts}
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
@@ -245,17 +289,28 @@ def format_rows(
     model: ModelConfig,
     formatting: FormattingConfig,
     train_unfit: bool,
+    epochs: float | None = None,
 ) -> tuple[Annotated[DatasetDict, "formatted_{stage}"], Annotated[Directory, "data_report"]]:
-    """Render and label the rows of a stage, and write the data report. Rows that are not fit to train on are refused."""
+    """Render and label the rows of a stage, and write the data report. Rows that are not fit to train on are refused.
+
+    `epochs` is how often the stage reads the rows; None if the run only evaluates with them.
+    """
     ledger = Ledger.load(dataset)
     folder = work_folder()
     splits = {name: dataset[name] for name in SPLITS}
     tokenizer = load_tokenizer(model, Settings(), formatting.chat_template)
     formatted, lengths = format_splits(splits, kind, tokenizer, formatting, folder, ledger)
-    report = write_data_report(folder / "report", kind, ledger, dataset, lengths, formatting.max_length)
+    report = write_data_report(folder / "report", kind, ledger, dataset, lengths, formatting.max_length, epochs=epochs)
     if not train_unfit:
         check_fit(report, folder / "report", Settings().llm_output_dir / "unfit_data" / stage)
     unfit = {UNFIT: report["why"]} if report["why"] else {}
-    log_rows(f"formatted_{stage}", ledger, kind, tokens=report["tokens"]["total"], base_model=model.name_or_path)
+    log_rows(
+        f"formatted_{stage}",
+        ledger,
+        kind,
+        tokens=report["tokens"]["total"],
+        tokens_to_train=report["tokens_to_train"],
+        base_model=model.name_or_path,
+    )
     log_rows("data_report", ledger, kind, **report["rows"], **unfit)
     return formatted, Directory(path=folder / "report")

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from datasets import DatasetDict
 
+from llm_engineering.data.rows import instruction_row
+from llm_engineering.data.storage import stream_records
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks
 from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
@@ -23,6 +25,7 @@ from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.reports.page import write_report
+from llm_engineering.reports.training_rows import count_wordings, tokens_read
 from steps.caching import project_step
 from steps.exam import the_exam
 from steps.logging import log_artifact
@@ -61,6 +64,7 @@ def evaluate(
     formatted_preference: DatasetDict | None = None,
     preference_dataset: DatasetDict | None = None,
     incumbent: Directory | None = None,
+    epochs: dict[str, float] | None = None,
     **adapters: Directory | None,
 ) -> Annotated[Directory, "evaluation_report"]:
     """Measure the base model, the model of each stage and the model in production on held-out rows.
@@ -72,6 +76,7 @@ def evaluate(
         written: the exam that the run has written from the documents; None if the recipe names a file.
         cut: how the documents are cut into the passages that the exam's retrieval finds.
         documents: the documents. Both are None if nothing is retrieved.
+        epochs: the epochs of the stages on texts and instructions.
     """
     # Join the held-out rows of each kind
     formatted = {"text": formatted_text, "instruction": formatted_instruction, "preference": formatted_preference}
@@ -95,6 +100,20 @@ def evaluate(
     trained = {stage: adapters[f"{stage}_adapter"] for stage in chain} | {INCUMBENT: incumbent}
     folders = {name: model.path for name, model in trained.items() if model is not None}
     data = evaluate_models(folders, heldout, config, setup, Settings(), questions)
+
+    # Add what training read
+    train = {
+        kind: (splits["train"], own["train"])
+        for kind, splits in formatted.items()
+        if splits is not None and (own := rows[kind]) is not None
+    }
+    data["trained"] = {
+        stage: tokens_read(*train[STAGES[stage].rows], number) for stage, number in (epochs or {}).items()
+    }
+    if data["exam"] is not None:
+        asked = map(instruction_row, stream_records(train["instruction"][1])) if "instruction" in train else []
+        for question, number in zip(data["exam"]["rows"], count_wordings(data["exam"]["rows"], asked), strict=True):
+            question["wordings"] = number
 
     # Write the page
     training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))

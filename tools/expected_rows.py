@@ -23,6 +23,10 @@ USABLE = {"passage": 0.5, "fact": 0.43}
 # writes one for each passage, and all are expected to be usable.
 EXAM_SHARE = {"passage": 1.0, "fact": 0.08}
 
+# How many tokens the rewritings of a kind have for each token of the documents, measured on the embedded handbook for
+# those by rule. An endpoint's are estimated by what their prompts ask for.
+TEXT_OF_KIND = {"faq": 1.2, "dialogue": 2.1, "list": 1.3, "reordered": 1.0, "summary": 0.5, "reworded": 1.0}
+
 
 def data_lines(recipe: Recipe, last: str) -> list[str]:
     """Documents, passages and expected rows as lines of text, with a warning if they are too few to train on.
@@ -51,12 +55,19 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
         piece = recipe.formatting.max_length * CHARACTERS_PER_TOKEN
         texts = len(passages) if by_sentence else sum(math.ceil(len(document.text) / piece) for document in documents)
         lines += _rows("text", texts, texts, "")
+        if recipe.generation.rewritings:
+            limit = (
+                "" if recipe.knowledge is None else f", until knowledge.tokens ({recipe.knowledge.tokens:,}) is reached"
+            )
+            lines.append(f"Rewritings of these texts: {', '.join(recipe.generation.rewritings)}{limit}")
     if generated:
         writing = recipe.generation
         most = questions_asked(passages) if writing.questions == "fact" else len(passages)
         share = USABLE[writing.questions] if writing.client == "local" else 1.0
         how = f"the embedded model writes a usable question in {share:.0%} of its tries" if share < 1 else ""
-        expected = math.floor(most * share)
+        expected = math.floor(most * share) + writing.two_hop
+        most += writing.two_hop
+        how += f"{', and ' if how else ''}at most {writing.two_hop} questions need two facts" if writing.two_hop else ""
         lines += _rows("instruction", most, expected, how)
         if "preference" in kinds and data.preferences is None:
             limit = writing.max_preferences or most

@@ -55,7 +55,7 @@ from llm_engineering.training.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT
-from tools.expected_rows import CHARACTERS_PER_TOKEN, data_lines
+from tools.expected_rows import CHARACTERS_PER_TOKEN, TEXT_OF_KIND, data_lines
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -117,6 +117,8 @@ def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
     reading = ["read_documents"] if kind == "text" or recipe.data.instructions is None else []
     make = "collect_texts" if kind == "text" else f"generate_{kind}s"
     exam = ["write_exam"] if kind == "instruction" and _writes_exam(recipe) else []
+    if kind == "text" and recipe.derives_from_questions:
+        reading = list(dict.fromkeys([*reading, *_dataset_steps("instruction", recipe)]))
     return [*([f"load_{kind}s"] if own is not None else [*reading, make]), *exam, f"prepare_{kind}s"]
 
 
@@ -220,6 +222,10 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | N
         # Its questions are left out of training.
         if STAGES[stage].rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
             decided["exam"] = recipe.exam.model_dump(include={"questions", "max_new_tokens"})
+        if STAGES[stage].rows == "text" and recipe.deriving is not None:
+            deriving = recipe.deriving
+            decided["rewritings"] = [deriving.writing.model_dump(mode="json"), deriving.tokens, deriving.epochs]
+            decided["replay_instructions"] = own["replay_instructions"]
         if STAGES[stage].rows == "text":
             decided["replay"] = [own["replay"], recipe.data.replay.model_dump() if recipe.data.replay else None]
         hashes[stage] = recipe_hash(decided)
@@ -263,6 +269,8 @@ def _check_client(recipe: Recipe) -> None:
     writing = recipe.generation
     if recipe.data.instructions is None:
         check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
+    elif writing.rewritings:
+        check_access(writing.part(ClientConfig), Settings(), writing.rewriting_max_new_tokens, "text")
     elif recipe.data.preferences is None and writing.rejected_by == "client":
         check_access(writing.part(ClientConfig), Settings(), writing.rejected_max_new_tokens, None)
 
@@ -354,9 +362,14 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
         by_sentence = recipe.documents.unit == "sentence"
         parts = cut_passages(texts, recipe.documents, recipe.seed)[0] if by_sentence else texts
         tokens = share * sum(len(part.text) for part in parts) / CHARACTERS_PER_TOKEN
+        tokens *= 1 + sum(TEXT_OF_KIND[kind] for kind in recipe.generation.rewritings)
+        if recipe.knowledge is not None:
+            tokens = min(tokens, recipe.knowledge.tokens / recipe.block(stage).num_train_epochs)
         replayed = recipe.data.replay.share if recipe.data.replay is not None else 0.0
-        return tokens / (1 - replayed), f"the size of {len(parts)} {'sentences' if by_sentence else 'documents'}" + (
-            " and the replay" if replayed else ""
+        beside = ["the rewritings"] if recipe.generation.rewritings else []
+        beside += ["the replay"] if replayed else []
+        return tokens / (1 - replayed), " and ".join(
+            [f"the size of {len(parts)} {'sentences' if by_sentence else 'documents'}", *beside]
         )
     own = recipe.data.instructions if kind == "instruction" else recipe.data.preferences
     if own is not None:

@@ -27,6 +27,7 @@ from llm_engineering.data.rows import (
     REPLAY,
     SPLITS,
     Row,
+    TextRow,
     folded,
     read_row,
     row_text,
@@ -124,6 +125,8 @@ class Examiner:
             reason, detail = checked.reason, checked.detail
             if not reason and self.evaluation is not None and side == "train":
                 shared = self.evaluation.match(checked.row)
+                if not shared and isinstance(checked.row, TextRow) and is_generated(checked.row):
+                    shared = self.evaluation.question_in(checked.row.text)
                 if shared:
                     reason, detail = "contaminated", f"shares with data.decontaminate_against: {redacted(shared)}"
             if reason:

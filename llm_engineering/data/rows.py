@@ -120,6 +120,8 @@ Row = TextRow | InstructionRow | PreferenceRow
 ROW_CLASSES: dict[str, type[Row]] = {"text": TextRow, "instruction": InstructionRow, "preference": PreferenceRow}
 # The origin of rows of `data.replay` and `data.replay_instructions`. They are only trained on.
 REPLAY = "replay"
+# The start of the origin of questions that need two facts.
+TWO_HOP = "two_hop"
 # These functions read a record of a dataset.
 instruction_row = InstructionRow.model_validate
 preference_row = PreferenceRow.model_validate
@@ -160,6 +162,21 @@ def folded(messages: Sequence[Message]) -> str:
     """The normalised text of messages; the text itself if it consists of punctuation."""
     text = "\n".join(message.content for message in messages)
     return normalised(text) or text
+
+
+def written_as(row: Row) -> str:
+    """What a row is, as reports count it: `documents`, a kind of rewriting, `questions`, `two_hop`, `general` or `pairs`.
+
+    The `origin` of a derived row begins with its kind.
+    """
+    first = row.origin.partition(" ")[0]
+    if row.origin == REPLAY:
+        return "general"
+    if isinstance(row, TextRow):
+        return "documents" if row.origin == "document" else first
+    if isinstance(row, PreferenceRow):
+        return "pairs"
+    return first if first == TWO_HOP else "questions"
 
 
 def row_text(row: Row) -> str:

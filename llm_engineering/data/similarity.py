@@ -216,6 +216,8 @@ class EvaluationIndex:
         self.n = n
         self.grams: set[int] = set()
         self.short_prompts: set[int] = set()
+        # The numbers of words of short prompts.
+        self._short_lengths: set[int] = set()
 
     def add(self, row: Row) -> None:
         """Add an evaluation row."""
@@ -234,6 +236,7 @@ class EvaluationIndex:
     def _add_short(self, prompt: bytes) -> None:
         if prompt and prompt.count(b" ") + 1 < self.n:
             self.short_prompts.add(xxhash.xxh3_64_intdigest(prompt))
+            self._short_lengths.add(prompt.count(b" ") + 1)
 
     def match(self, row: Row) -> str:
         """Up to QUOTE_CHARS characters of the first words that a training row shares with an evaluation row, or ""."""
@@ -248,10 +251,21 @@ class EvaluationIndex:
                 return prompt.decode()[:QUOTE_CHARS]
         return ""
 
-    def _grams(self, text: str) -> Iterator[bytes]:
+    def question_in(self, text: str) -> str:
+        """Up to QUOTE_CHARS characters of a short evaluation prompt that stands within a text, or "".
+
+        Rewritings of documents have whole questions in them, such as those of an FAQ.
+        """
+        for length in sorted(self._short_lengths):
+            for gram in self._grams(text, length):
+                if xxhash.xxh3_64_intdigest(gram) in self.short_prompts:
+                    return gram.decode()[:QUOTE_CHARS]
+        return ""
+
+    def _grams(self, text: str, n: int | None = None) -> Iterator[bytes]:
         folded = normalised(text).encode()
         spans = [match.span() for match in _COMPARED_WORD.finditer(folded)]
-        for first, last in zip(spans, spans[self.n - 1 :], strict=False):
+        for first, last in zip(spans, spans[(n or self.n) - 1 :], strict=False):
             yield folded[first[0] : last[1]]
 
 

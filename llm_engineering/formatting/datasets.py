@@ -17,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, Row, TextRow, read_row
+from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, Row, TextRow, read_row, written_as
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.render import (
@@ -59,6 +59,13 @@ class FormattedRow(NamedTuple):
     truncated: str = ""
 
 
+class Trained(NamedTuple):
+    """Rows of the training split, and their tokens in one epoch."""
+
+    rows: int
+    tokens: int
+
+
 class Lengths:
     """Counts the lengths of rows in tokens and in turns, and lists the rows that were cut.
 
@@ -68,6 +75,7 @@ class Lengths:
         kept: rows of each split, and pieces of texts, by their length after cutting.
         all: rows by their length before cutting, quarantined rows included.
         turns: kept rows by their turns.
+        trained: kept rows of the training split, or pieces of texts, and their tokens, by `written_as`.
         replayed: kept rows, or pieces of texts, of general datasets, which are trained on beside the data.
         ended: kept pairs whose rejected answer was cut and ends at its last whole sentence.
         samples: the first SAMPLE_ROWS kept rows of each split.
@@ -78,6 +86,7 @@ class Lengths:
         self.kept: dict[str, Counter[int]] = {}
         self.all: Counter[int] = Counter()
         self.turns: Counter[int] = Counter()
+        self.trained: dict[str, Trained] = {}
         self.replayed = 0
         self.ended = 0
         self.samples: list[tuple[str, Row]] = []
@@ -92,6 +101,10 @@ class Lengths:
             for record in formatted.records:
                 kept[_trained_length(record)] += 1
             row = formatted.row
+            if split == "train":
+                before = self.trained.get(written_as(row), Trained(0, 0))
+                tokens = sum(map(_trained_length, formatted.records))
+                self.trained[written_as(row)] = Trained(before.rows + len(formatted.records), before.tokens + tokens)
             self.replayed += len(formatted.records) if row.origin == REPLAY else 0
             self.ended += row.origin.endswith(AT_LAST_SENTENCE)
             if formatted.truncated:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message
@@ -129,25 +130,28 @@ def question_problem(question: str, asked: Asked, sentence: str) -> Failure | No
     return None
 
 
-def diversity(rows: Sequence[InstructionRow], sentences: int) -> dict[str, float | int]:
+def diversity(rows: Sequence[InstructionRow], sentences: int, two_hop: Sequence[InstructionRow] = ()) -> dict[str, Any]:
     """How different the questions are, and how many of the sentences have one.
 
-    Returns:
-        `distinct_trigrams` is the share of different ones among all sequences of three words (distinct-n, Li et al. 2016,
-        arXiv:1510.03055).
+    Args:
+        rows: the questions about one fact.
+        two_hop: those that need two facts.
     """
-    trigrams = [
-        tuple(words[i : i + 3])
-        for row in rows
-        for words in [_normal(row.prompt[0].content).split()]
-        for i in range(len(words) - 2)
-    ]
     asked = {row.source for row in rows}
     return {
         "questions_per_sentence": round(len(rows) / max(1, len(asked)), 2),
         "sentences_without_question": sentences - len(asked),
-        "distinct_trigrams": round(len(set(trigrams)) / max(1, len(trigrams)), 3),
+        "two_hop_questions": len(two_hop),
+        "distinct_trigrams": distinct_trigrams([row.prompt[0].content for row in (*rows, *two_hop)]),
     }
+
+
+def distinct_trigrams(texts: Iterable[str]) -> float:
+    """The share of different ones among all sequences of three words (distinct-n, Li et al. 2016, arXiv:1510.03055)."""
+    trigrams = [
+        tuple(words[i : i + 3]) for text in texts for words in [_normal(text).split()] for i in range(len(words) - 2)
+    ]
+    return round(len(set(trigrams)) / max(1, len(trigrams)), 3)
 
 
 def _banned(answer: str) -> list[str]:

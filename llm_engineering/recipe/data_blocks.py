@@ -204,6 +204,18 @@ class DataConfig(Block):
         return self
 
 
+class KnowledgeConfig(Block):
+    """How much training on the documents may read.
+
+    `tokens` is the most tokens of the documents, their rewritings and the questions, in all stages on texts and on
+    instructions together: rows times epochs, without the rows of `data.replay` and `data.replay_instructions`. Rewritings are
+    added until it is reached. If the documents and the questions alone have more, all of them are trained on, and the run
+    says so.
+    """
+
+    tokens: int = Field(ge=1)
+
+
 class FormattingConfig(Block):
     """How rows become token ids.
 

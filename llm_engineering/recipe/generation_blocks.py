@@ -78,6 +78,8 @@ class InstructionWriting(Block):
     continues examples with a question about one fact, and the answer is a few words of the sentence.
     `styles` are weights; a style is drawn for each passage with the seed. With `answers: document` the answer is the
     passage, word for word; with `model` the client writes the answer from the passage.
+    `two_hop` is the most questions to make, by rule, that need two facts: "Who designed the lamp that is made in Ibbersea?"
+    They need `questions: fact`.
     """
 
     questions: Literal["passage", "fact"] = "passage"
@@ -85,9 +87,12 @@ class InstructionWriting(Block):
     styles: dict[Style, Annotated[float, Field(ge=0)]] = {"question": 1.0}  # noqa: RUF012 — pydantic copies defaults
     answers: Literal["document", "model"] = "document"
     answer_max_new_tokens: int | None = Field(None, ge=1)
+    two_hop: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _writing(self) -> Self:
+        if self.two_hop and self.questions != "fact":
+            raise ValueError("two_hop joins two questions about facts: set questions to fact, or remove two_hop")
         if self.questions == "fact":
             for name in ("answers", "styles", "answer_max_new_tokens"):
                 if getattr(self, name) != InstructionWriting.model_fields[name].default:
@@ -124,7 +129,36 @@ class PreferenceWriting(Block):
     unanswerable: int = Field(0, ge=0)
 
 
-class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
+# Other forms in which the texts of `cpt` say what the documents say.
+Rewriting = Literal["faq", "dialogue", "list", "reordered", "summary", "reworded"]
+# The kinds that rules make of the documents and the questions, and those that the model of an endpoint writes.
+BY_RULE: tuple[Rewriting, ...] = ("faq", "dialogue", "list", "reordered")
+BY_ENDPOINT: tuple[Rewriting, ...] = ("summary", "faq", "list", "dialogue", "reworded")
+# The kinds that rules make of accepted questions.
+FROM_QUESTIONS: tuple[Rewriting, ...] = ("faq", "dialogue")
+
+
+class TextWriting(Block):
+    """The rewritings that continued pre-training reads beside the documents, because facts are learned in many wordings.
+
+    With client `local` rules make the kinds `faq` (questions and answers under a title), `dialogue`, `list` (the sentences
+    of each section under its title) and `reordered` (sentences about the same name together, in another order), from the
+    documents and the accepted questions. An endpoint writes `summary`, `faq`, `list`, `dialogue` and `reworded` from each
+    passage. Only the documents that are trained on are rewritten. `knowledge.tokens` limits the rewritings.
+    """
+
+    rewritings: list[Rewriting] = []  # noqa: RUF012 — pydantic copies defaults
+    rewriting_max_new_tokens: int = Field(512, ge=MIN_JSON_TOKENS)
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        twice = next((kind for kind in self.rewritings if self.rewritings.count(kind) > 1), None)
+        if twice is not None:
+            raise ValueError(f"rewritings names {twice} twice: remove one of them")
+        return self
+
+
+class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting, TextWriting):
     """How datasets are written from documents. A step gets only the parts that it uses, so that
     a change of another part does not invalidate its cached result.
     """
@@ -153,11 +187,35 @@ class GenerationConfig(ClientConfig, InstructionWriting, PreferenceWriting):
             )
         return self
 
+    @model_validator(mode="after")
+    def _rewritings(self) -> Self:
+        default = TextWriting.model_fields["rewriting_max_new_tokens"].default
+        if self.rewriting_max_new_tokens != default and (self.client == "local" or not self.rewritings):
+            raise ValueError(
+                "rewriting_max_new_tokens has no effect, because only an endpoint writes rewritings, and only with "
+                "rewritings: remove it"
+            )
+        if self.rewritings and self.client != "local" and self.response_format == "text":
+            raise ValueError(
+                "rewritings are written as JSON by an endpoint, and response_format text is for models that cannot write it: "
+                "set response_format to json_schema or prompt, or remove rewritings"
+            )
+        able, other = (BY_RULE, BY_ENDPOINT) if self.client == "local" else (BY_ENDPOINT, BY_RULE)
+        unable = next((kind for kind in self.rewritings if kind not in able), None)
+        if unable is not None:
+            writer = "an endpoint writes" if self.client == "local" else "client local makes"
+            raise ValueError(
+                f"rewritings: client {self.client} cannot make {unable}, which {writer}: choose among {', '.join(able)}, or "
+                f"use {'client openai or bedrock' if self.client == 'local' else 'client local'}, which has "
+                f"{', '.join(other)}"
+            )
+        return self
+
     @property
     def rejecting_client(self) -> ClientConfig:
         """The client that writes the rejected answers."""
         return ClientConfig(batch_size=self.batch_size) if self.rejected_by == "base" else self.part(ClientConfig)
 
     def part(self, block: type[PartT]) -> PartT:
-        """One of the three parts, e.g. ClientConfig."""
+        """One of the four parts, e.g. ClientConfig."""
         return block.model_validate(self.model_dump(include=set(block.model_fields)))

@@ -18,6 +18,7 @@ from llm_engineering.recipe.data_blocks import (
     DataConfig,
     DocumentsConfig,
     FormattingConfig,
+    KnowledgeConfig,
     ModelHubConfig,
 )
 from llm_engineering.recipe.evaluation_blocks import (
@@ -30,7 +31,13 @@ from llm_engineering.recipe.evaluation_blocks import (
     PromotionConfig,
     RulePath,
 )
-from llm_engineering.recipe.generation_blocks import MIN_JSON_TOKENS, GenerationConfig
+from llm_engineering.recipe.generation_blocks import (
+    FROM_QUESTIONS,
+    MIN_JSON_TOKENS,
+    ClientConfig,
+    GenerationConfig,
+    TextWriting,
+)
 from llm_engineering.recipe.stages import STAGES, Kind, with_stages
 from llm_engineering.recipe.training_blocks import (
     CPTConfig,
@@ -45,6 +52,23 @@ from llm_engineering.recipe.training_blocks import (
 )
 
 
+class DerivingSetup(Block):
+    """What decides the rewritings of the documents.
+
+    Attributes:
+        tokens: the most tokens to train on, see `KnowledgeConfig`; None without a limit.
+        epochs: epochs of all stages on rows of a kind together, by the kind: `text` and `instruction`.
+    """
+
+    writing: TextWriting
+    client: ClientConfig
+    model: ModelConfig
+    compute: ComputeConfig
+    formatting: FormattingConfig
+    tokens: int | None
+    epochs: dict[Kind, float]
+
+
 class _FirstBlocks(Block):
     """`chain` names the training stages in their order; each has a block of its name. A stage trains the model of the
     stage before it further, and the first one starts from the base model.
@@ -56,6 +80,7 @@ class _FirstBlocks(Block):
     model: ModelConfig = ModelConfig()
     documents: DocumentsConfig = DocumentsConfig()
     generation: GenerationConfig = GenerationConfig()
+    knowledge: KnowledgeConfig | None = None
     data: DataConfig = DataConfig()
     formatting: FormattingConfig = FormattingConfig()
 
@@ -142,6 +167,35 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
         )
 
     @property
+    def deriving(self) -> DerivingSetup | None:
+        """What decides the rewritings; None if there are none, and no limit of tokens to check."""
+        if not self.generation.rewritings and self.knowledge is None:
+            return None
+        tokens = self.knowledge.tokens if self.knowledge is not None else None
+        epochs: dict[Kind, float] = {"text": 0.0, "instruction": 0.0}
+        for stage in self.chain:
+            kind = STAGES[stage].rows
+            if kind in epochs:
+                epochs[kind] += self.block(stage).num_train_epochs
+        return DerivingSetup(
+            writing=self.generation.part(TextWriting),
+            client=self.generation.part(ClientConfig) if self.generation.client != "local" else ClientConfig(),
+            model=self.model,
+            compute=self.compute.one_process,
+            formatting=self.formatting,
+            tokens=tokens,
+            epochs=epochs,
+        )
+
+    @property
+    def derives_from_questions(self) -> bool:
+        """Whether the texts depend on the instructions: rewritings are made of them, or their tokens are counted."""
+        counted = self.knowledge is not None and any(STAGES[name].rows == "instruction" for name in self.chain)
+        return counted or (
+            self.generation.client == "local" and any(kind in FROM_QUESTIONS for kind in self.generation.rewritings)
+        )
+
+    @property
     def evaluation_setup(self) -> TrainingSetup:
         """The same keys for evaluation, which always runs in one process on this machine."""
         return self.setup.model_copy(update={"compute": self.compute.one_process})
@@ -194,6 +248,25 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                     f"{name}.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or "
                     f"set {first}.lora.modules_to_save to [embed_tokens, lm_head], or {first}.method to full"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _knowledge(self) -> Self:
+        reads = any(STAGES[name].rows == "text" for name in self.chain)
+        if self.generation.rewritings and not reads:
+            raise ValueError(
+                "generation.rewritings has no effect, because no stage of chain trains on text: remove it, or add cpt"
+            )
+        if self.knowledge is not None and not reads:
+            raise ValueError(
+                "knowledge.tokens limits the texts of cpt, and chain has no stage on text: remove knowledge, or add cpt"
+            )
+        from_questions = next((kind for kind in self.generation.rewritings if kind in FROM_QUESTIONS), None)
+        if from_questions and self.generation.client == "local" and self.data.instructions is not None:
+            raise ValueError(
+                f"generation.rewritings: {from_questions} is made of generated questions, and data.instructions takes their "
+                "place: remove it, or data.instructions"
+            )
         return self
 
     @model_validator(mode="after")

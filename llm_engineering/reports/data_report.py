@@ -51,7 +51,14 @@ def token_counts(lengths: Counter[int]) -> dict[str, float]:
 
 
 def write_data_report(
-    folder: Path, kind: str, ledger: Ledger, tables: DatasetDict, lengths: Lengths, max_length: int, leaked: int = 0
+    folder: Path,
+    kind: str,
+    ledger: Ledger,
+    tables: DatasetDict,
+    lengths: Lengths,
+    max_length: int,
+    leaked: int = 0,
+    epochs: float | None = None,
 ) -> dict[str, Any]:
     """Write the report to a folder, and return it as JSON.
 
@@ -62,6 +69,7 @@ def write_data_report(
         kind: the kind of the rows.
         tables: `findings`, `clusters` and `suspicious`, from `prepare`.
         leaked: number of rows of an evaluation file that are also in the dataset.
+        epochs: how often training reads the rows; None if no stage of the run trains on them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = sum(lengths.kept.values(), Counter())
@@ -79,6 +87,9 @@ def write_data_report(
         },
         "rows": {name: counts.total() for name, counts in lengths.kept.items()},
         "tokens": token_counts(kept),
+        "trained": {name: counts._asdict() for name, counts in lengths.trained.items()},
+        "epochs": epochs,
+        "tokens_to_train": round((epochs or 0) * sum(counts.tokens for counts in lengths.trained.values())),
         "max_length": max_length,
         "share_over_max_length": share_over,
         "truncated": len(truncated),
@@ -125,6 +136,7 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         ("Rows read, kept and set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], stages)),
         ("Advice", Markup("").join(paragraph(line) for line in data["guidance"])),
         ("Length in tokens", histogram(lengths.all, "tokens per row", data["max_length"]) + paragraph(over)),
+        ("To train on", _trained(data)),
         ("Turns", table(["Messages", "Rows"], [(int(turns), count) for turns, count in data["turns"].items()])),
         ("Findings in kept rows", _table_or_none(["Rule", "Rows"], list(data["findings"].items()))),
         (
@@ -145,6 +157,22 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
     ]
     lead = f"{verdict} {sum(data['rows'].values()):,} rows are left to use: {used or 'none'}."
     return page(f"Data report: {data['kind']} rows", lead, sections)
+
+
+def _trained(data: dict[str, Any]) -> Markup:
+    """The rows of the training split by what they are, with the tokens that training reads of each."""
+    epochs = data["epochs"]
+    rows = [
+        (name, counts["rows"], counts["tokens"], *([round(epochs * counts["tokens"])] if epochs else []))
+        for name, counts in data["trained"].items()
+    ]
+    said = (
+        f"{data['tokens_to_train']:,} tokens in {epochs:g} epochs."
+        if epochs
+        else "No stage of this run trains on them."
+    )
+    head = ["Rows", "Number", "Tokens in one epoch", *(["Tokens in all epochs"] if epochs else [])]
+    return paragraph(said) + _table_or_none(head, rows)
 
 
 def _clusters(clusters: Dataset) -> Markup:

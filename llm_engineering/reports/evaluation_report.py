@@ -34,8 +34,11 @@ def evaluation_page(data: Report, training: Report | None) -> str:
     sections += [(f"{newest} against {name}", _differences(data, name)) for name in others]
     exam = data["exam"]
     if exam is not None:
-        sections.append(("Exam", exam_summary(exam, data["measures"], newest)))
+        sections.append(("Exam", exam_summary(exam, data["measures"], newest, data.get("trained"))))
     sections.append(("Measures", _measures(data)))
+    if data.get("trained"):
+        rows = list(data["trained"].items())
+        sections.append(("Tokens trained on", table(["Stage", "Tokens, without those of general rows"], rows)))
     if training is not None:
         charts = training_charts(training["history"], NARROW_INCHES)
         sections.append((f"Training of {training['stage']}", cards(charts)))

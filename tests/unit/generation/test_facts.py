@@ -132,8 +132,13 @@ def test_diversity_counts_questions_and_different_words():
     assert diversity(rows, 2) == {
         "questions_per_sentence": 2.0,
         "sentences_without_question": 1,
+        "two_hop_questions": 0,
         "distinct_trigrams": round(8 / 10, 3),
     }
+    with_two_hop = diversity(rows, 2, rows)
+    assert with_two_hop["two_hop_questions"] == 2
+    assert with_two_hop["questions_per_sentence"] == 2.0
+    assert with_two_hop["distinct_trigrams"] == round(8 / 20, 3)
 
 
 def test_the_examples_are_hashed_and_watched():

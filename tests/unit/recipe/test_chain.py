@@ -269,3 +269,61 @@ def test_the_number_of_questions_is_for_generated_exams(tmp_path):
         tmp_path, ["questions has no effect with path my.jsonl"], ["sft"], exam={"path": "my.jsonl", "questions": 20}
     )
     refused(tmp_path, ["`exam.questions`"], ["sft"], exam={"path": "generated", "questions": 9}, **blocks)
+
+
+def test_rewritings_and_the_budget_decide_the_texts(tmp_path):
+    plain = recipe(tmp_path, ["cpt", "sft"])
+    assert (plain.deriving, plain.derives_from_questions) == (None, False)
+    lists = recipe(tmp_path, ["cpt", "sft"], generation={"rewritings": ["list"]})
+    assert (lists.deriving.tokens, lists.derives_from_questions) == (None, False)
+    assert recipe(tmp_path, ["cpt", "sft"], generation={"rewritings": ["faq"]}).derives_from_questions
+    capped = recipe(tmp_path, ["cpt", "sft", "dpo"], knowledge={"tokens": 1000})
+    assert (capped.deriving.tokens, capped.derives_from_questions) == (1000, True)
+    assert capped.deriving.epochs == {"text": 1, "instruction": capped.block("sft").num_train_epochs}
+    # Without a stage on questions only the texts are counted.
+    assert not recipe(tmp_path, ["cpt"], knowledge={"tokens": 1000}).derives_from_questions
+
+
+@pytest.mark.parametrize(
+    ("chain", "blocks", "words"),
+    [
+        (
+            ["cpt"],
+            {"generation": {"rewritings": ["faq", "summary"]}},
+            [
+                "client local cannot make summary, which an endpoint writes",
+                "faq, dialogue, list, reordered",
+                "client openai",
+            ],
+        ),
+        (
+            ["cpt"],
+            {
+                "generation": {
+                    "client": "openai",
+                    "model": "m",
+                    "question_max_new_tokens": 99,
+                    "rewritings": ["reordered"],
+                }
+            },
+            ["client openai cannot make reordered, which client local makes", "summary, faq, list, dialogue, reworded"],
+        ),
+        (
+            ["cpt"],
+            {"generation": {"client": "openai", "model": "m", "response_format": "text", "rewritings": ["list"]}},
+            ["response_format text is for models that cannot write it"],
+        ),
+        (["cpt"], {"generation": {"rewritings": ["list", "list"]}}, ["names list twice"]),
+        (["cpt"], {"generation": {"rewriting_max_new_tokens": 99}}, ["rewriting_max_new_tokens has no effect"]),
+        (["sft"], {"generation": {"rewritings": ["list"]}}, ["generation.rewritings has no effect", "add cpt"]),
+        (["sft"], {"knowledge": {"tokens": 9}}, ["knowledge.tokens limits the texts of cpt", "add cpt"]),
+        (
+            ["cpt", "sft"],
+            {"generation": {"rewritings": ["faq"]}, "data": {"instructions": "rows.jsonl"}},
+            ["faq is made of generated questions", "data.instructions"],
+        ),
+        (["sft"], {"generation": {"two_hop": 5}}, ["two_hop joins two questions about facts", "questions to fact"]),
+    ],
+)
+def test_rewritings_that_nothing_can_make_are_refused(chain, blocks, words, tmp_path):
+    refused(tmp_path, words, chain, **blocks)

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import FEATURES, TextRow, split_of, to_dataset
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.generation.types import Answer
@@ -20,8 +21,11 @@ from llm_engineering.recipe.data_blocks import (
     RulesConfig,
     SplitConfig,
 )
-from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
+from llm_engineering.recipe.evaluation_blocks import ExamConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, TextWriting
+from llm_engineering.recipe.recipe import DerivingSetup
 from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.reports.training_rows import tokens_read
 from tools.cli import prepare_zenml
 
 prepare_zenml()
@@ -133,3 +137,83 @@ def test_a_model_version_names_the_stages_whose_data_is_not_fit():
 
     steps = {"format_sft": step(train=4, unfit_data="only 4 rows"), "format_dpo": step(train=40), "train_sft": None}
     assert _unfit(SimpleNamespace(steps=steps)) == {"sft": "only 4 rows"}
+
+
+def test_rewritings_are_text_rows_beside_the_sentences(documents, facts, monkeypatch):
+    split = SplitConfig(test_fraction=0.01, validation_fraction=0.01)
+    setup = DerivingSetup(
+        writing=TextWriting(rewritings=["list"]),
+        client=ClientConfig(),
+        model=ModelConfig(),
+        compute=ComputeConfig(),
+        formatting=FormattingConfig(),
+        tokens=None,
+        epochs={"text": 1, "instruction": 1},
+    )
+    arguments = (documents, DocumentsConfig(unit="sentence"), 1, None, split, None)
+    made = data.collect_texts.entrypoint(*arguments, setup)
+    assert counts(made)["text"] == (3, 3)
+    assert made["rows"]["text"][2] == (
+        "guide\n- The Heron Pump is made in Quessby.\n- The Otter Gate is built of larch."
+    )
+    assert made["rows"]["origin"] == ["document", "document", "list by rule"]
+    assert facts["diversity"]["rewritings_list"] == 1
+
+    # A writer that claims what no passage says: its rows are set aside, and nothing else.
+    client = ClientConfig(client="openai", model="m")
+    wrong = SimpleNamespace(identity="w", writes_json=True, temperature=0.0)
+    wrong.answer = lambda requests, *_: [Answer("It was built by Odo Renn in 1900.") for _ in requests]
+    monkeypatch.setattr(data, "open_client", lambda *_: wrong)
+    made = data.collect_texts.entrypoint(*arguments, setup.model_copy(update={"client": client}))
+    assert counts(made)["text"] == (4, 2)
+    aside = [(row["reason"], row["stage"]) for row in made["quarantine"] if row["stage"] == "text"]
+    assert aside == [("claim_not_in_passage", "text")] * 2
+
+
+def test_a_rewriting_with_a_question_of_the_exam_is_set_aside(settings, facts, tmp_path):
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"question": "Where is the Heron Pump made?", "answers": ["Quessby"]}) + "\n")
+    texts = [(f"Row {number} is about {'rain' * number}.", "document") for number in range(40)]
+    asked = "Pumps\n\nWhere is the Heron Pump made?\nQuessby."
+    # The text of a document may be a question of the exam; what is written for training may not.
+    texts += [(asked, "faq by rule"), (asked + " So it is.", "document")]
+    rows = [
+        TextRow(text=text, source="s", origin=origin, document=f"{number}.md").record()
+        for number, (text, origin) in enumerate(texts)
+    ]
+    ledger = Ledger()
+    ledger.record("text", len(rows), len(rows))
+    candidates = DatasetDict(rows=to_dataset(rows, FEATURES["text"]), **ledger.datasets())
+    # The split of the rewriting's document is the training split.
+    checks = DataConfig(rules=RulesConfig(near_duplicate="off"), split=SplitConfig(test_fraction=0.1))
+    assert split_of("40.md", checks.split) == "train"
+    made = data.prepare.entrypoint("text", candidates, checks, None, ExamConfig(path=str(exam)), "hash")
+    assert [(row["reason"], row["source"]) for row in made["quarantine"]] == [("contaminated", "s")]
+    assert sum(len(made[name]) for name in ("train", "validation", "test")) == 41
+
+
+def test_the_data_report_has_the_tokens_to_train_on_by_what_rows_are(settings, facts, tmp_path, tiny_model):
+    rows = [
+        TextRow(
+            text=f"Row {number} is {'long ' * number}.", source="s", origin=origin, document=f"{number}.md"
+        ).record()
+        for number, origin in enumerate(["document"] * 40 + ["faq by rule"] * 20 + ["replay"] * 5)
+    ]
+    ledger = Ledger()
+    ledger.record("text", len(rows), len(rows))
+    candidates = DatasetDict(rows=to_dataset(rows, FEATURES["text"]), **ledger.datasets())
+    checks = DataConfig(rules=RulesConfig(near_duplicate="off"), split=SplitConfig(test_fraction=0.1))
+    dataset = data.prepare.entrypoint("text", candidates, checks, None, None, None)
+    formatted, report = data.format_rows.entrypoint(
+        "cpt", "text", dataset, ModelConfig(name_or_path=str(tiny_model)), FormattingConfig(), False, 3.0
+    )
+    found = json.loads((report.path / "report.json").read_text())
+    trained = found["trained"]
+    assert set(trained) == {"documents", "faq", "general"}
+    assert sum(one["rows"] for one in trained.values()) == len(formatted["train"])
+    tokens = sum(map(len, formatted["train"]["input_ids"]))
+    assert sum(one["tokens"] for one in trained.values()) == tokens
+    assert (found["epochs"], found["tokens_to_train"], facts["tokens_to_train"]) == (3.0, 3 * tokens, 3 * tokens)
+    assert f"{3 * tokens:,} tokens in 3 epochs" in (report.path / "report.html").read_text()
+    # What training read of the documents is without general rows.
+    assert tokens_read(formatted["train"], dataset["train"], 3.0) == 3 * (tokens - trained["general"]["tokens"])

@@ -258,3 +258,56 @@ def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
     more = data_lines(recipe(["sft"], **FACTS, exam=exam), "sft")
     assert more[-1].startswith("Exam: about 1")
     assert data_lines(recipe(["sft"], data={"instructions": "rows.jsonl"}), "sft") == []
+
+
+def test_texts_with_rewritings_of_questions_need_the_questions_first(recipe):
+    lists = recipe(["cpt"], generation={"rewritings": ["list"]})
+    assert planned_steps("cpt", lists)[:3] == TEXTS
+    faq = planned_steps("cpt", recipe(["cpt"], generation={"rewritings": ["faq"]}))
+    assert faq[:5] == [*WRITTEN, *TEXTS[1:]]
+    both = planned_steps("sft", recipe(["cpt", "sft"], knowledge={"tokens": 1000}))
+    assert both[:5] == [*WRITTEN, *TEXTS[1:]]
+    assert len(both) == len(set(both))
+
+
+def test_rewritings_and_the_budget_decide_the_stages_from_cpt_on(recipe):
+    chain = ["sft", "cpt"]
+    before = hashes(recipe(chain))
+    for blocks in ({"generation": {"rewritings": ["list"]}}, {"knowledge": {"tokens": 1000}}):
+        after = hashes(recipe(chain, **blocks))
+        assert [stage for stage in chain if after[stage] != before[stage]] == ["cpt"]
+
+
+def test_rewritings_and_questions_of_two_facts_are_estimated(recipe, tmp_path):
+    (tmp_path / "documents" / "0.txt").write_text(
+        " ".join(f"The mill of Oskby{i} has {i + 2} wheels." for i in range(50))
+    )
+    unit, facts = {"unit": "sentence"}, {"questions": "fact", "two_hop": 7, "rewritings": ["list", "faq"]}
+    made = recipe(["cpt", "sft"], documents=unit, generation=facts, knowledge={"tokens": 90_000})
+    assert data_lines(made, "sft")[2:] == [
+        "Rows: text, at most 50",
+        "Rewritings of these texts: list, faq, until knowledge.tokens (90,000) is reached",
+        "Rows: instruction, about 50, at most 107 (the embedded model writes a usable question in 43% of its tries, and at "
+        "most 7 questions need two facts)",
+    ]
+    plain, _ = tokens_of(recipe(["cpt", "sft"], documents=unit), "cpt")
+    more, source = tokens_of(made, "cpt")
+    assert more == pytest.approx(plain * 3.5)
+    assert source == "the size of 50 sentences and the rewritings"
+    few = recipe(["cpt", "sft"], documents=unit, generation=facts, knowledge={"tokens": 100})
+    assert tokens_of(few, "cpt")[0] == 100
+
+
+def test_the_pipeline_gives_the_prepared_questions_to_the_texts(recipe, monkeypatch):
+    from pipelines import chain
+    from pipelines.inputs import Inputs
+
+    given = {}
+    monkeypatch.setattr(chain, "collect_texts", lambda *arguments, **named: given.update(named, arguments=arguments))
+    made = recipe(["cpt", "sft"], generation={"rewritings": ["faq"]})
+    datasets = chain._Datasets(made, Inputs.model_construct(documents="d", replay=None))
+    monkeypatch.setattr(datasets, "documents", lambda: None)
+    datasets._made["instruction"] = "prepared questions"
+    datasets._texts()
+    assert given["instructions"] == "prepared questions"
+    assert given["arguments"][-1] == made.deriving
