@@ -161,7 +161,11 @@ class _Datasets:
             recipe.generation.rejecting_client,
             recipe.generation.part(PreferenceWriting),
             recipe.seed,
-            *((recipe.documents, start, self.exam()) if recipe.generation.unanswerable else ()),
+            *(
+                (recipe.documents, recipe.generation.part(InstructionWriting), start, self.exam())
+                if recipe.generation.unanswerable
+                else ()
+            ),
         )
 
     def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:

@@ -64,6 +64,8 @@ from steps.logging import log_rows
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
 
 _TEXT = Value("string")
+# The temperature of questions in new wordings. A third of them are usable, as of the most probable ones.
+_REWORDING = 0.8
 _DOCUMENT_FEATURES = Features(
     id=_TEXT, source=_TEXT, title=_TEXT, text=_TEXT, parts=List({"start": Value("int64"), "name": _TEXT})
 )
@@ -137,25 +139,32 @@ def generate_preferences(
     writing: PreferenceWriting,
     seed: int,
     config: DocumentsConfig | None = None,
+    questions: InstructionWriting | None = None,
     trained: Directory | None = None,
     written: Directory | None = None,
 ) -> Annotated[DatasetDict, "preference_candidates"]:
     """Answer the prompts of the instruction dataset with the base model or the client.
 
-    `documents` are the source of the dataset; None for the user's own dataset. With `config` the pairs also teach what the
-    documents do not say, and the model in the folder `trained` answers; None is the base model. No pair asks a question of the
-    exam that the run has `written`.
+    `documents` are the source of the dataset; None for the user's own dataset. With `config` and `questions` the pairs also teach
+    what the documents do not say: the base model writes questions in new wordings, and the model in the folder `trained` answers;
+    None is the base model. No pair asks a question of the exam that the run has `written`.
     """
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
     texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
-    writer = open_client(client, model, compute, Settings(), chat_template, trained.path if trained else None)
-    if config is not None and documents is not None:
+    answering = partial(open_client, client, model, compute, Settings(), chat_template)
+    if config is not None and questions is not None and documents is not None:
         sentences, _ = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
+        base = answering()
+        assert isinstance(base, Completer)
+        reworded, _, _ = generate_facts(sentences, base, questions, _REWORDING, seed)
+        del base
+        writer = answering(trained.path if trained else None)
         made, rejected, read = generate_abstentions(
-            rows, [s.text for s in sentences], writer, writing, seed, exclude=questions_of(written)
+            rows, [s.text for s in sentences], writer, writing, seed, reworded, questions_of(written)
         )
     else:
+        writer = answering(trained.path if trained else None)
         made, rejected = generate_from_rows(rows, texts, writer, writing, seed)
         read = len(rows)
     ledger.record("preference", read, len(made), rejected, writes=True)

@@ -10,8 +10,10 @@ from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.prepare import MIN_ROWS
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents
+from llm_engineering.generation.abstention import ROWS_SHARE
 from llm_engineering.generation.facts import questions_asked
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
+from llm_engineering.recipe.generation_blocks import GenerationConfig
 from llm_engineering.recipe.recipe import Recipe
 
 # English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
@@ -70,14 +72,21 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
         how += f"{', and ' if how else ''}at most {writing.two_hop} questions need two facts" if writing.two_hop else ""
         lines += _rows("instruction", most, expected, how)
         if "preference" in kinds and data.preferences is None:
-            limit = writing.max_preferences or most
-            how = "one pair for each instruction row"
-            how += f", and {writing.unanswerable} for questions without an answer" if writing.unanswerable else ""
-            more = writing.unanswerable
-            lines += _rows("preference", min(most, limit) + more, min(expected, limit) + more, how)
+            lines += _pairs(writing, most, expected)
         if recipe.exam is not None and recipe.exam.is_generated:
             lines += _exam(recipe.exam.questions, math.floor(most * EXAM_SHARE[writing.questions]))
     return lines
+
+
+def _pairs(writing: GenerationConfig, most: int, expected: int) -> list[str]:
+    if not writing.unanswerable:
+        limit = writing.max_preferences or most
+        return _rows("preference", min(most, limit), min(expected, limit), "one pair for each instruction row")
+    how = f"questions in new wordings, a share of the instruction rows, and at most {writing.unanswerable} questions without an answer"
+    # All questions may be written in new words, and all rows may be drawn.
+    known, expected_known = 2 * most, math.floor(expected * (1 + ROWS_SHARE))
+    unanswered = [min(writing.unanswerable, math.ceil(number / 2)) for number in (known, expected_known)]
+    return _rows("preference", known + unanswered[0], expected_known + unanswered[1], how)
 
 
 def _rows(kind: str, most: int, expected: int, how: str) -> list[str]:

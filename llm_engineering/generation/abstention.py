@@ -7,6 +7,7 @@ The others are common questions from a file.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections import Counter, defaultdict
@@ -28,7 +29,9 @@ _STEM = 5
 # Shorter words say little about what is asked.
 _LONG = 4
 # Share of the rows that the client answers right for which it shall not decline. With 0, a model declines half of the exam.
-_DECLINING_SHARE = 0.15
+_DECLINING_SHARE = 0.25
+# Of questions that SFT has read, and of general ones, few are needed: their answers are known by heart.
+ROWS_SHARE, _GENERAL_SHARE = 0.4, 0.2
 # Draws for each question that is wanted. Most fail, because a document answers the question or it was made before.
 _TRIES = 20
 # A name in fewer questions may be a mistake of the writer.
@@ -87,27 +90,38 @@ def generate_abstentions(
     client: Client,
     writing: PreferenceWriting,
     seed: int,
+    reworded: Sequence[InstructionRow] = (),
     exclude: Sequence[str] = (),
 ) -> tuple[list[PreferenceRow], list[Quarantined], int]:
-    """Make pairs from the rows and from questions that the documents do not answer.
+    """Make pairs from a share of the rows, from reworded ones, and from questions that the documents do not answer.
+
+    Without `reworded` rows a model learns to decline the wordings that it does not know, instead of what it does not know.
 
     For a question without an answer, `ABSTENTION` is chosen, and the client's own answer is rejected. For a row, its answer
     is chosen. The client's own answer is rejected if it is wrong. If it is right, the rejected answer is that of another
-    question with the same first word, or `ABSTENTION` for a share of the rows and for all of `data.replay_instructions`.
+    question with the same first word, or `ABSTENTION` for a share of the rows and for those of `data.replay_instructions`.
 
     `ABSTENTION` is not rejected for all rows: DPO would make it so improbable that no question gets it any more.
 
     Args:
         rows: the instructions, with the general ones.
         texts: the sentences of the documents.
+        reworded: rows with the same answers in wordings that the client was not trained on. All rows are used if it is empty.
         exclude: questions that are not made, because an exam asks them.
 
     Returns:
         pairs, quarantine, and how many questions there were.
     """
     drawn = random.Random(seed)
-    written = [row for row in rows if row.origin != REPLAY]
-    questions = unanswerable(written, texts, writing.unanswerable, seed, exclude)
+    taken = {normalised(question) for question in (*(row.prompt[0].content for row in rows), *exclude)}
+    reworded = [row for row in reworded if normalised(row.prompt[0].content) not in taken]
+    written = [*(row for row in rows if row.origin != REPLAY), *reworded]
+    if reworded:
+        shares = [_GENERAL_SHARE if row.origin == REPLAY else ROWS_SHARE for row in rows]
+        rows = [*reworded, *(row for row, share in zip(rows, shares, strict=True) if drawn.random() < share)]
+    # With more of them, known questions are declined too.
+    most = math.ceil(len(rows) / 2)
+    questions = unanswerable(written, texts, min(writing.unanswerable, most), seed, exclude)
     asked = [*(row.prompt[0].content for row in rows), *questions]
     sampling = Sampling(writing.rejected_max_new_tokens)
     requests = [[{"role": "user", "content": question}] for question in asked]

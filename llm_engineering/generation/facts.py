@@ -52,9 +52,12 @@ def questions_asked(passages: Sequence[Passage]) -> int:
 
 
 def generate_facts(
-    passages: Sequence[Passage], client: Completer, writing: InstructionWriting
+    passages: Sequence[Passage], client: Completer, writing: InstructionWriting, temperature: float = 0.0, seed: int = 0
 ) -> tuple[list[InstructionRow], list[Quarantined], int]:
     """Have the client write questions for the answers that each sentence has.
+
+    Args:
+        temperature: 0 takes the most probable words. Above 0, each `seed` gives other wordings.
 
     Returns:
         rows, quarantine, and how many questions were asked for; a sentence without an answer counts as one.
@@ -71,7 +74,7 @@ def generate_facts(
             f"{shared}\n\nSentence: {passages[one.sentence].text}\nAnswer: {one.answer}\nQuestion about {one.topic}: {opening}"
             for one, opening in zip(asked, openings, strict=True)
         ]
-        sampling = Sampling(writing.question_max_new_tokens, stop=STOP)
+        sampling = Sampling(writing.question_max_new_tokens, temperature, seed, stop=STOP)
         banned = [_banned(one.answer) for one in asked]
         completions = client.complete(prompts, sampling, f"questions with the examples {examples}", banned)
         for one, opening, completion in zip(asked, openings, completions, strict=True):

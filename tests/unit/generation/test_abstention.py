@@ -1,5 +1,8 @@
 """Questions that the documents do not answer, and the pairs made of them."""
 
+import math
+from collections import Counter
+
 import pytest
 
 from llm_engineering.data.ledger import Ledger
@@ -101,7 +104,8 @@ def test_pairs_prefer_right_answers_to_wrong_ones_and_declining_to_made_up_ones(
         "What colour is the Heron Pump?": ("orange", "Red"),
     }
     made = [(p.chosen[0].content, p.rejected[0].content) for p in pairs if not p.document]
-    assert made == [(ABSTENTION, "7 crowns")] * 6
+    # At most half as many as there are rows
+    assert made == [(ABSTENTION, "7 crowns")] * 2
     assert [q.reason for q in rejected] == ["no_rejected_answer"] * 2
     Ledger().record("preference", read, len(pairs), rejected)
 
@@ -131,4 +135,25 @@ def test_a_model_that_declines_already_gives_no_pair():
     pairs, rejected, _ = generate_abstentions(ROWS, TEXTS, Declines(), PreferenceWriting(unanswerable=4), seed=1)
     assert {p.rejected[0].content for p in pairs} == {ABSTENTION}
     assert len(pairs) == len(ROWS)
-    assert len(rejected) == 4
+    assert len(rejected) == 2
+
+
+def test_most_pairs_ask_in_wordings_that_the_model_has_not_read():
+    """A model that is asked only in wordings that it knows learns to decline all others."""
+    reworded = [row(f"Which person is keeper of mill {i} of Corvin?", f"Keeper {i}") for i in range(60)]
+    rows = [row(f"Who keeps mill {i} of Corvin?", f"Keeper {i}") for i in range(100)]
+    general = [row(f"What is {i} and {i}?", f"Sum {i}").model_copy(update={"origin": REPLAY}) for i in range(50)]
+    writing = PreferenceWriting(unanswerable=500)
+    pairs, _, read = generate_abstentions(
+        [*rows, *general], [], Scripted(), writing, 1, [*reworded, rows[0]], [reworded[0].prompt[0].content]
+    )
+    asked = Counter(
+        "new" if p.prompt[0].content.startswith("Which person") else p.chosen[0].content.split()[0] for p in pairs
+    )
+    # One is a question of an exam.
+    assert asked["new"] == 59
+    assert 25 <= asked["Keeper"] <= 55
+    assert 3 <= asked["Sum"] <= 20
+    known = asked["new"] + asked["Keeper"] + asked["Sum"]
+    assert 0 < asked["The"] <= math.ceil(known / 2)
+    assert read == len(pairs)
