@@ -97,6 +97,7 @@ def write_data_report(
         "share_truncated": round(len(truncated) / max(1, kept.total()), 4),
         "turns": {str(turns): count for turns, count in sorted(lengths.turns.items())},
         "findings": findings,
+        "unread_columns": {stage: names for stage, names in ledger.unread.items() if names},
         "exact_duplicates": reasons.get("exact_duplicate", 0),
         "near_duplicates": reasons.get("near_duplicate", 0),
         "leaks": {side: reasons.get(f"leaks_into_{side}", 0) for side in ("validation", "test")},
@@ -133,7 +134,14 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
     if data["truncated"]:
         over += f" {data['truncated']:,} of the kept rows were truncated to it ({data['share_truncated']:.1%})."
     sections = [
-        ("Rows read, kept and set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], stages)),
+        (
+            "Rows read, kept and set aside",
+            table(["Stage", "Read", "Kept", "Set aside, by reason"], stages)
+            + Markup("").join(
+                paragraph(f"Columns of the {stage} rows that nothing reads: {', '.join(names)}.")
+                for stage, names in data["unread_columns"].items()
+            ),
+        ),
         ("Advice", Markup("").join(paragraph(line) for line in data["guidance"])),
         ("Length in tokens", histogram(lengths.all, "tokens per row", data["max_length"]) + paragraph(over)),
         ("To train on", _trained(data)),
@@ -351,6 +359,7 @@ def inspect_file(
         "near_duplicates": report["near_duplicates"],
         "leaked_into_test": report["leaked_into_test"],
         "findings": report["findings"],
+        "unread_columns": ledger.unread[loaded.kind],
         "tokens": token_counts(kept),
         "fit_to_train": report["fit_to_train"],
         "why": report["why"],
