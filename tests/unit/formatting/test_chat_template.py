@@ -4,7 +4,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llm_engineering.errors import RequestError
-from llm_engineering.formatting.render import check_chat_template, render
+from llm_engineering.formatting.render import render
+from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.tokenizer import (
     TEMPLATES,
