@@ -5,11 +5,10 @@ Over-long rows are cut or quarantined, and texts are divided. Rows that spell sp
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, Row, TextRow, read_row, written_as
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.formatting.control_tokens import ControlTokens
 from llm_engineering.formatting.render import (
     IGNORE_INDEX,
     Pair,
@@ -135,11 +135,11 @@ def format_rows(
     Raises:
         WorkError: there is no chat template, or a row is over-long under `over_long: raise`.
     """
-    special_tokens = _special_tokens(tokenizer)
+    control = ControlTokens(tokenizer)
     remaining = iter(rows)
     # The library tokenizers spreads a batch over the cores.
     while batch := list(islice(remaining, _BATCH_ROWS)):
-        special = [_spelt_special_token(row, special_tokens) for row in batch]
+        special = [control.spelt_in(row) for row in batch]
         rest = [row for row, token in zip(batch, special, strict=True) if not token]
         texts = [row for row in rest if isinstance(row, TextRow)]
         turns = [row for row in rest if not isinstance(row, TextRow)]
@@ -307,19 +307,3 @@ def format_splits(
         names = [name for name in splits if stages[name] == stage]
         ledger.record(stage, sum(len(splits[name]) for name in names), sum(kept[name] for name in names))
     return datasets, lengths
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the spelling of a special token.
-
-    `all_special_tokens` has only the tokens that the tokenizer names, such as its end token. Others are marked as special
-    and have no name, such as SmolLM2's `<filename>`. Llama 3 has hundreds, so one pattern finds all of them in one pass.
-    """
-    marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    tokens = sorted({*tokenizer.all_special_tokens, *marked}, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, tokens)))
-
-
-def _spelt_special_token(row: Row, special_tokens: re.Pattern[str]) -> str:
-    texts = (message.content for message in chain(row.prompt, *row.answers))
-    return next((match.group() for text in texts if (match := special_tokens.search(text))), "")

@@ -289,6 +289,28 @@ def test_special_tokens_without_a_name_are_found_too(tokenizer):
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "answer", "spelt"),
+    [
+        ("Hello <|user|>", "Hi", "<|user|>"),
+        ("Hello", "Hi <|user|>", "<|user|>"),
+        ("Hello <begin_turn>", "Hi", "<begin_turn>"),
+        ("Hello <think>", "Hi", "<think>"),
+        ("Hello", "<think>Hi</think>Hi", ""),
+        ("Hello <table>\n\nglycolysis", "Hi <table>\n\nglycolysis", ""),
+    ],
+)
+def test_added_tokens_that_are_not_marked_as_special_are_control_tokens_if_they_look_like_it_or_the_template_writes_them(
+    tokenizer, asked, answer, spelt
+):
+    template = str(tokenizer.chat_template) + "{# <begin_turn> <think> </think> #}"
+    added = with_template(tokenizer, template)
+    added.add_tokens(["<|user|>", "<begin_turn>", "<think>", "</think>", "<table>", "\n\n", "glycolysis"])
+    one = row([message("user", asked)], [message("assistant", answer)])
+    (found,) = format_rows([one], "instruction", added, FormattingConfig(max_length=64))
+    assert found.rejected is None if not spelt else f"spells {spelt}," in found.rejected.detail
+
+
 def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, tmp_path):
     rows = [row([message("user", f"Hello {i}")], [message("assistant", "Hi")]) for i in range(6)]
     rows.append(row([message("user", "Hello")], [message("assistant", "long " * 90)]))
