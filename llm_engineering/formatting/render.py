@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, TextRow
 from llm_engineering.errors import WorkError
+from llm_engineering.models.tokenizer import TEMPLATE_DATE
 
 IGNORE_INDEX = -100
 
@@ -329,7 +330,15 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
         }
         for message in messages
     ]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=add_generation_prompt, tokenize=False))
+    # `load_tokenizer` has written the date into the template; a tokenizer that was loaded otherwise gets the same date here.
+    return str(
+        tokenizer.apply_chat_template(
+            turns,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            strftime_now=TEMPLATE_DATE.strftime,
+        )
+    )
 
 
 _REASONING = ("reasoning_content", "thinking")
