@@ -18,6 +18,7 @@ from llm_engineering.formatting.datasets import pieces
 from llm_engineering.formatting.render import Pair, Tokens, UnrenderableError, render, text_tokens
 
 RowT = TypeVar("RowT", TextRow, InstructionRow, PreferenceRow)
+_TurnsT = TypeVar("_TurnsT", InstructionRow, PreferenceRow)
 
 
 class HeldOutRow(NamedTuple, Generic[RowT]):
@@ -131,8 +132,8 @@ def _texts_for(
 
 
 def _render_for_both(
-    ours: Sequence[HeldOutRow[RowT]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[HeldOutRow[RowT]], list[HeldOutRow[RowT]]]:
+    ours: Sequence[HeldOutRow[_TurnsT]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[HeldOutRow[_TurnsT]], list[HeldOutRow[_TurnsT]]]:
     shared, theirs = [], []
     for row, rendered in zip(ours, render([row.row for row in ours], tokenizer), strict=True):
         # A list is a conversation that this recipe's template renders as one, and the other one does not.

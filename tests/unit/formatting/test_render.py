@@ -7,6 +7,7 @@ import pytest
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset
 from llm_engineering.errors import WorkError
+from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.formatting import render as rendering
 from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.render import UnrenderableError, render
@@ -181,6 +182,23 @@ def test_answers_that_the_template_renders_differently_later_become_rows_of_thei
     assert (len(first.records), "1 of its answers" in first.truncated) == (1, True)
     (dropped,) = format_rows([several], "instruction", thinks, FormattingConfig(max_length=len(length) + 1))
     assert dropped.records == []
+
+
+def test_each_held_out_answer_has_the_prompt_that_it_was_rendered_with(tokenizer, tmp_path):
+    completion = [message("assistant", "Hi"), message("user", "No"), message("assistant", "Bye")]
+    rows = instruction_dataset(
+        [row([message("user", "Hello")], completion), row([message("user", "No")], completion[:1])]
+    )
+    ledger = Ledger()
+    ledger.record("instruction", 2, 2)
+    thinks = with_template(tokenizer, THINKS)
+    config = FormattingConfig(max_length=64)
+    formatted, _ = format_splits({"test": rows}, "instruction", thinks, config, tmp_path, ledger)
+    found = held_out({"instruction": formatted["test"]}, {"instruction": rows}).rows
+    assert [one.row.prompt[-1].content for one in found] == ["Hello", "No", "No"]
+    # The answers of one conversation are one cluster.
+    assert (found[0].row.document == found[1].row.document != "", found[2].row.document) == (True, "")
+    assert ledger.kept["instruction"] == 2
 
 
 @pytest.mark.parametrize("content", ["Hi", "<think>\nA greeting.\n</think>\n\nHi"])
