@@ -198,7 +198,9 @@ def _fitted_answers(row: Row, stage: str, answers: Sequence[Tokens], config: For
     unfit = next((part for part in parts if part.rejected is not None), None)
     records = [record for part in parts for record in part.records]
     if unfit is not None and (config.over_long != "truncate" or not records):
-        return FormattedRow(row, [], length, unfit.rejected)
+        # Where the first answer fits, the conversation is too long, although the prompt of a later one alone does not fit.
+        reason = {"reason": "over_long"} if records and unfit.rejected is not None else {}
+        return FormattedRow(row, [], length, unfit.rejected and unfit.rejected.model_copy(update=reason))
     truncated = next((part.truncated for part in parts if part.truncated), "")
     if unfit is not None:
         truncated = f"{len(records)} of its answers are kept; before the next one its prompt alone fills max_length"

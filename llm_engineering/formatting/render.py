@@ -154,6 +154,7 @@ class _Limit:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.passed = False
+        self.found = 0
         self._next = max_length or 0
 
     def check(self, text: str) -> None:
@@ -192,9 +193,11 @@ def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _
         messages.append(message)
     if not segments:
         raise UnrenderableError("no_answer", "it has no assistant turn, so no token of it would be trained")
-    for message in messages:
+    # The turns of earlier prompts of the same row have been found in those.
+    for message in messages[limit.found :]:
         if message.role != "assistant" and not _contains(asked, message.content):
             raise UnrenderableError("template_drops_text", f"the chat template leaves out its {message.role} text")
+    limit.found = len(messages)
     return segments
 
 
