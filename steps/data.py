@@ -32,6 +32,7 @@ from llm_engineering.documents.replay import replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
 from llm_engineering.evaluation.exam import read_exam
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.abstention import generate_abstentions
 from llm_engineering.generation.derived.texts import Derived, derive_texts, text_diversity
 from llm_engineering.generation.derived.two_hop import two_hop_questions
@@ -309,7 +310,11 @@ def format_rows(
     splits = {name: dataset[name] for name in SPLITS}
     tokenizer = load_tokenizer(model, Settings(), formatting.chat_template)
     formatted, lengths = format_splits(splits, kind, tokenizer, formatting, folder, ledger)
-    report = write_data_report(folder / "report", kind, ledger, dataset, lengths, formatting.max_length, epochs=epochs)
+    # Texts have no chat template.
+    template = check_chat_template(tokenizer) if kind != "text" else []
+    report = write_data_report(
+        folder / "report", kind, ledger, dataset, lengths, formatting.max_length, epochs=epochs, template=template
+    )
     if not train_unfit:
         check_fit(report, folder / "report", Settings().llm_output_dir / "unfit_data" / stage)
     unfit = {UNFIT: report["why"]} if report["why"] else {}

@@ -156,6 +156,14 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     for rule, count in report["findings"].items():
         logger.info("  kept, reported:  %d %s", count, rule)
     logger.info("Leaked into test:  %d", report["leaked_into_test"])
+    if report["unread_columns"]:
+        logger.info("Columns not read:  %s", ", ".join(report["unread_columns"]))
+    if report["respaced_answers"]:
+        logger.info(
+            "White space:       the chat template changed that of answers in %d rows", report["respaced_answers"]
+        )
+    for note in report["template"]:
+        logger.info("Chat template:     %s", note)
     logger.info("Tokens:            %s", ", ".join(f"{name} {value:g}" for name, value in report["tokens"].items()))
     logger.info("Report:            %s", folder / "report.html")
     logger.info("%s", "Fit to train on." if report["fit_to_train"] else f"Not fit to train on: {report['why']}.")

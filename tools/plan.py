@@ -27,7 +27,7 @@ from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
-from llm_engineering.formatting.render import check_chat_template
+from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
 from llm_engineering.models.base_model import load_config, pin_revision
 from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
@@ -261,7 +261,8 @@ def _check_tokenizer(recipe: Recipe) -> None:
     when a step needs it.
     """
     if recipe.model.name_or_path != EMBEDDED_MODEL or recipe.formatting.chat_template is not None:
-        check_chat_template(load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template))
+        for note in check_chat_template(load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)):
+            logger.warning("%s", note)
 
 
 def _check_client(recipe: Recipe) -> None:

@@ -6,8 +6,8 @@ If a text holds a whole conversation, this module cuts it into turns at the mark
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
 
 from llm_engineering.data.rows import Message
 
@@ -26,6 +26,24 @@ _ROLES = {
 _TOOL_ROLES = ("tool", "function", "function_call", "tool_call", "observation", "tool_response", "ipython")
 
 
+# Keys that change what a row or a turn means, and the reason for which a row is set aside that has one which nothing reads.
+MEANINGFUL = {
+    **dict.fromkeys(("label", "kto_tag"), "label"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "media"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tools"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "reasoning"),
+    **dict.fromkeys(("weight", "loss_weight", "loss", "loss_mask", "loss_scale"), "loss_weight"),
+    **dict.fromkeys(("train", "training", "train_detail", "mask"), "loss_weight"),
+    **dict.fromkeys(("system", "system_prompt", "system_message"), "system"),
+    "history": "history",
+}
+# The keys of a turn that say whether an answer is trained, and those of its reasoning.
+_WEIGHTS = ("weight", "loss_weight", "loss", "loss_mask", "train", "training")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+# The columns of a row's system message.
+SYSTEM = ("system", "system_prompt", "system_message")
+
+
 class BadRowError(ValueError):
     """A row cannot be read; `reason` is the short name that the quarantine counts."""
 
@@ -33,6 +51,29 @@ class BadRowError(ValueError):
         super().__init__(detail or reason)
         self.reason = reason
         self.detail = detail
+
+
+def check_read(value: dict[str, Any], read: Collection[str], where: str) -> None:
+    """Check that no key changes the meaning of a row or turn without being read. Empty values mean nothing.
+
+    Args:
+        value: the record or the turn.
+        read: the keys that are read.
+
+    Raises:
+        BadRowError: the reason in `MEANINGFUL`.
+    """
+    for name, content in value.items():
+        if name in MEANINGFUL and name not in read and not _is_empty(content):
+            raise BadRowError(
+                MEANINGFUL[name], f"{where} has `{name}`, which changes its meaning and cannot be trained on as it says"
+            )
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.strip() in ("", "[]", "{}", "null")
+    return value is None or (isinstance(value, list | dict) and not value)
 
 
 def read_text(value: Any, name: str) -> str:
@@ -73,9 +114,11 @@ def read_turns(value: Any, name: str, role: str) -> list[Message]:
 
 
 def read_pairs(value: Any, name: str) -> list[Message]:
-    """The turns of LLaMA-Factory's `history`, a list of [question, answer]; empty without a history."""
-    if not value:
+    """The turns of LLaMA-Factory's `history`, a list of [question, answer], or messages; empty without a history."""
+    if _is_empty(value):
         return []
+    if isinstance(value, list) and isinstance(value[0], dict):
+        return read_messages(value, name)
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
         raise BadRowError("malformed", f"`{name}` is no list of [question, answer]")
     roles = ("user", "assistant")
@@ -83,23 +126,33 @@ def read_pairs(value: Any, name: str) -> list[Message]:
 
 
 def with_system(value: dict[str, Any], messages: list[Message]) -> list[Message]:
-    """Put the row's `system` text before the messages, unless they already begin with it."""
-    if not value.get("system"):
+    """Put the row's system text before the messages, unless they already begin with it.
+
+    Raises:
+        BadRowError: `not_text`, or `system`: two columns have different system messages.
+    """
+    texts = {read_text(value[name], name): name for name in SYSTEM if not _is_empty(value.get(name))}
+    if not texts:
         return messages
-    system = _turn("system", read_text(value["system"], "system"))
+    if len(texts) > 1:
+        raise BadRowError("system", f"its {' and '.join(map('`{}`'.format, texts.values()))} are different")
+    system = _turn("system", *texts)
     return messages if messages[:1] == [system] else [system, *messages]
 
 
 def until_last_answer(messages: list[Message]) -> list[Message]:
-    """Cut off the turns after the last assistant turn: they have no answer, so training learns nothing from them.
+    """Cut off the turns after the last answer that is trained, because training learns nothing from them.
 
     Raises:
-        BadRowError: `no_answer`: there is no assistant turn.
+        BadRowError: `no_answer`: there is no assistant turn, or all of them have the weight 0.
     """
     for index in range(len(messages) - 1, -1, -1):
-        if messages[index].role == "assistant":
+        if messages[index].is_trained:
             return messages[: index + 1]
-    raise BadRowError("no_answer", "it has no assistant turn")
+    untrained = any(message.role == "assistant" for message in messages)
+    raise BadRowError(
+        "no_answer", "all its assistant turns have the weight 0" if untrained else "it has no assistant turn"
+    )
 
 
 def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> None:
@@ -127,10 +180,12 @@ def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> 
 
 def _turns_of_columns(value: dict[str, Any]) -> list[dict[str, Any]]:
     # Older versions of `datasets` store a list of turns as one list for each key.
-    columns = [key for key in ("role", "content", "from", "value") if isinstance(value.get(key), list)]
-    if len(columns) != 2 or len({len(value[key]) for key in columns}) > 1:
+    columns = {key: column for key, column in value.items() if column is not None}
+    if not any(keys <= columns.keys() for keys in ({"role", "content"}, {"from", "value"})):
         return []
-    return [dict(zip(columns, turn, strict=True)) for turn in zip(*(value[key] for key in columns), strict=True)]
+    if not all(isinstance(column, list) for column in columns.values()) or len(set(map(len, columns.values()))) > 1:
+        return []
+    return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
 
 
 def _message(turn: Any, name: str) -> Message:
@@ -151,7 +206,38 @@ def _message(turn: Any, name: str) -> Message:
     content = turn[content_key]
     if isinstance(content, list):
         content = _joined(content, name)
-    return _turn(role, read_text(content, f"{name}.{content_key}"))
+    text = read_text(content, f"{name}.{content_key}")
+    weight = _weight(turn, name)
+    # Only answers are trained, so other turns may have the weight 0 and no other.
+    read = (*_WEIGHTS, *_REASONING) if role == "assistant" else _WEIGHTS if weight == 0 else ()
+    check_read(turn, read, f"a {speaker} turn of `{name}`")
+    if role != "assistant":
+        return _turn(role, text)
+    return Message(role=role, content=text, reasoning_content=_reasoning(turn, name), weight=weight)
+
+
+def _reasoning(turn: dict[str, Any], name: str) -> str | None:
+    """What the assistant thought before its answer, if the turn has it beside the answer."""
+    texts = {read_text(turn[key], f"{name}.{key}") for key in _REASONING if not _is_empty(turn.get(key))}
+    if len(texts) > 1:
+        raise BadRowError("reasoning", f"a turn of `{name}` has several keys with different reasoning")
+    return next(iter(texts), None)
+
+
+def _weight(turn: dict[str, Any], name: str) -> Literal[0] | None:
+    """0 for an answer that must not be trained. OpenAI writes `weight: 0`, others `train: false` or `loss_mask: 0`."""
+    weights = {
+        turn[key] if isinstance(turn[key], int | float) else str(turn[key])
+        for key in _WEIGHTS
+        if not _is_empty(turn.get(key))
+    }
+    if weights <= {0}:
+        return 0 if weights else None
+    if weights <= {1}:
+        return None
+    raise BadRowError(
+        "loss_weight", f"a turn of `{name}` has the weight {', '.join(map(str, weights))}; only 0 and 1 can be trained"
+    )
 
 
 def _joined(parts: list[Any], name: str) -> str:

@@ -12,8 +12,10 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from llm_engineering.data.conversations import (
+    SYSTEM,
     BadRowError,
     check_conversation,
+    check_read,
     read_messages,
     read_pairs,
     read_template,
@@ -32,16 +34,34 @@ from llm_engineering.recipe.data_blocks import DataConfig
 
 __all__ = ["OpenedDataset", "dataset_hash", "open_dataset"]
 
+# The first of these columns with a text says who wrote the answer.
+_ORIGINS = ("origin", "model", "generator")
 # Reads the messages of a record: `prompt` and `completion`, or `prompt`, `chosen` and `rejected`. Each answer begins with
 # an assistant turn.
 Reader = Callable[[dict[str, Any]], dict[str, list[Message]]]
 
 
 class Format(NamedTuple):
-    """A format: the columns that identify it, and the function that reads a record with these columns."""
+    """A format.
+
+    Attributes:
+        columns: the columns that identify it.
+        read: reads a record with these columns.
+        also: other columns that `read` uses, beside the system message.
+    """
 
     columns: frozenset[str]
     read: Reader
+    also: frozenset[str] = frozenset()
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """All columns that a row is made of."""
+        return self.columns | self.also | _COMMON
+
+
+# Every format reads these columns. `label` is only read where it says that the answer is a good one.
+_COMMON = frozenset({*SYSTEM, "document", *_ORIGINS})
 
 
 def _alpaca_question(value: dict[str, Any], context: str = "input") -> Message:
@@ -58,8 +78,7 @@ def _alpaca_question(value: dict[str, Any], context: str = "input") -> Message:
 def _alpaca(answer: str, context: str = "input") -> Reader:
     def read(value: dict[str, Any]) -> dict[str, list[Message]]:
         turns = [
-            *read_pairs(value.get("history"), "history"),
-            _alpaca_question(value, context),
+            *_asked(value, [_alpaca_question(value, context)]),
             Message(role="assistant", content=read_text(value[answer], answer)),
         ]
         return _conversation(value, turns)
@@ -76,28 +95,37 @@ def _template(name: str) -> Reader:
 
 
 def _prompt_completion(value: dict[str, Any]) -> dict[str, list[Message]]:
-    prompt = with_system(value, read_turns(value["prompt"], "prompt", "user"))
-    completion = until_last_answer(read_turns(value["completion"], "completion", "assistant"))
+    prompt = with_system(value, _asked(value, read_turns(value["prompt"], "prompt", "user")))
+    return _divided(prompt, until_last_answer(read_turns(value["completion"], "completion", "assistant")))
+
+
+def _conversation(value: dict[str, Any], messages: list[Message]) -> dict[str, list[Message]]:
+    return _divided([], until_last_answer(with_system(value, messages)))
+
+
+def _divided(prompt: list[Message], messages: list[Message]) -> dict[str, list[Message]]:
+    """Cut a conversation before its first trained answer in `messages`."""
+    first = next(index for index, message in enumerate(messages) if message.is_trained)
+    prompt, completion = [*prompt, *messages[:first]], messages[first:]
     check_conversation(prompt, completion)
     return {"prompt": prompt, "completion": completion}
 
 
-def _conversation(value: dict[str, Any], messages: list[Message]) -> dict[str, list[Message]]:
-    """Cut a conversation before its first answer."""
-    messages = until_last_answer(with_system(value, messages))
-    first = next(index for index, message in enumerate(messages) if message.role == "assistant")
-    check_conversation(messages[:first], messages[first:])
-    return {"prompt": messages[:first], "completion": messages[first:]}
+def _asked(value: dict[str, Any], prompt: list[Message]) -> list[Message]:
+    """The turns of `history`, and the prompt."""
+    return [*read_pairs(value.get("history"), "history"), *prompt]
 
 
+_HISTORY = frozenset({"history"})
+_QUESTION = frozenset({"history", "input"})
 INSTRUCTION_FORMATS = {
-    "alpaca": Format(frozenset({"instruction", "output"}), _alpaca("output")),
-    "alpaca-response": Format(frozenset({"instruction", "response"}), _alpaca("response")),
-    "alpaca-answer": Format(frozenset({"instruction", "answer"}), _alpaca("answer")),
-    "dolly": Format(frozenset({"instruction", "context", "response"}), _alpaca("response", context="context")),
+    "alpaca": Format(frozenset({"instruction", "output"}), _alpaca("output"), _QUESTION),
+    "alpaca-response": Format(frozenset({"instruction", "response"}), _alpaca("response"), _QUESTION),
+    "alpaca-answer": Format(frozenset({"instruction", "answer"}), _alpaca("answer"), _QUESTION),
+    "dolly": Format(frozenset({"instruction", "context", "response"}), _alpaca("response", "context"), _HISTORY),
     "messages": Format(frozenset({"messages"}), _messages("messages")),
     "sharegpt": Format(frozenset({"conversations"}), _messages("conversations")),
-    "prompt-completion": Format(frozenset({"prompt", "completion"}), _prompt_completion),
+    "prompt-completion": Format(frozenset({"prompt", "completion"}), _prompt_completion, _HISTORY),
     "text-alpaca": Format(frozenset({"text"}), _template("text-alpaca")),
     "text-human-assistant": Format(frozenset({"text"}), _template("text-human-assistant")),
     "text-inst": Format(frozenset({"text"}), _template("text-inst")),
@@ -107,14 +135,14 @@ INSTRUCTION_FORMATS = {
 def _prompt_chosen_rejected(value: dict[str, Any]) -> dict[str, list[Message]]:
     chosen, rejected = _answers(value)
     if not isinstance(value["prompt"], str):
-        return _pair(value, read_turns(value["prompt"], "prompt", "user"), chosen, rejected)
+        return _pair(value, _asked(value, read_turns(value["prompt"], "prompt", "user")), chosen, rejected)
     if len(chosen) == 1 and len(rejected) == 1:
-        return _pair(value, [Message(role="user", content=value["prompt"])], chosen, rejected)
+        return _pair(value, _asked(value, [Message(role="user", content=value["prompt"])]), chosen, rejected)
     prompt, chosen, rejected = _split_conversations(chosen, rejected)
     question = value["prompt"].strip()
     if all(turn.content.strip() != question for turn in prompt if turn.role == "user"):
         raise BadRowError("different_prompts", "`prompt` is no user turn of the two conversations")
-    return _pair(value, prompt, chosen, rejected)
+    return _pair(value, _asked(value, prompt), chosen, rejected)
 
 
 def _answers(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
@@ -143,6 +171,8 @@ def _pair(
     chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
     if chosen[0].role != "assistant" or rejected[0].role != "assistant":
         raise BadRowError("different_prompts", "the conversations of the two answers do not begin with the same turns")
+    if not all(turn.is_trained for turn in (*chosen, *rejected) if turn.role == "assistant"):
+        raise BadRowError("loss_weight", "a part of its answers has the weight 0; pairs compare whole answers")
     prompt = with_system(value, prompt)
     check_conversation(prompt, chosen)
     check_conversation(prompt, rejected)
@@ -155,7 +185,7 @@ def _without_prompt(prompt: list[Message], answer: list[Message]) -> list[Messag
 
 
 PREFERENCE_FORMATS = {
-    "prompt-chosen-rejected": Format(frozenset({"prompt", "chosen", "rejected"}), _prompt_chosen_rejected),
+    "prompt-chosen-rejected": Format(frozenset({"prompt", "chosen", "rejected"}), _prompt_chosen_rejected, _HISTORY),
     "chosen-rejected": Format(
         frozenset({"chosen", "rejected"}), lambda value: _pair(value, *_split_conversations(*_answers(value)))
     ),
@@ -165,7 +195,8 @@ PREFERENCE_FORMATS = {
     ),
     "alpaca-preference": Format(
         frozenset({"instruction", "chosen", "rejected"}),
-        lambda value: _pair(value, [_alpaca_question(value)], *_answers(value)),
+        lambda value: _pair(value, _asked(value, [_alpaca_question(value)]), *_answers(value)),
+        _QUESTION,
     ),
 }
 
@@ -175,13 +206,11 @@ _FORMATS = INSTRUCTION_FORMATS | PREFERENCE_FORMATS
 _KIND = {**dict.fromkeys(INSTRUCTION_FORMATS, "instruction"), **dict.fromkeys(PREFERENCE_FORMATS, "preference")}
 # The columns that data.columns can map, by the kind of the dataset.
 _MAPPABLE = {
-    "instruction": frozenset({"input", "system", "history", "document", "origin"}).union(
-        *(columns for columns, _ in INSTRUCTION_FORMATS.values())
-    ),
-    "preference": frozenset({"input", "system", "document", "origin"}).union(
-        *(columns for columns, _ in PREFERENCE_FORMATS.values())
-    ),
+    kind: frozenset({"input", "system", "history", "document", "origin"}).union(*(f.columns for f in formats.values()))
+    for kind, formats in (("instruction", INSTRUCTION_FORMATS), ("preference", PREFERENCE_FORMATS))
 }
+# The data report names this many of the columns that no row was made of.
+_UNREAD_NAMED = 50
 
 
 class UnknownFormatError(RequestError):
@@ -195,11 +224,13 @@ class OpenedDataset(NamedTuple):
         kind: `instruction` or `preference`.
         format: the formats of its first rows, e.g. `alpaca`, or `alpaca and messages`.
         rows: a row or a quarantine record for every record of the dataset, read from the file on demand.
+        unread: the first _UNREAD_NAMED columns that no format read, among the rows so far.
     """
 
     kind: str
     format: str
     rows: Iterator[Row | Quarantined]
+    unread: list[str]
 
 
 def open_dataset(reference: str, kind: str | None, config: DataConfig) -> OpenedDataset:
@@ -235,8 +266,9 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
         raise _ambiguous(reference, sorted(names))
     found = kinds.pop()
     rest = (_renamed(record, columns) for record in records)
-    rows = (_row(record, found, required) for record in chain(peeked, rest))
-    return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows)
+    unread: list[str] = []
+    rows = (_row(record, found, required, unread) for record in chain(peeked, rest))
+    return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows, unread)
 
 
 def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:
@@ -295,21 +327,26 @@ def _fitting_with_nulls(value: dict[str, Any], kind: str | None) -> tuple[str, .
 def _formats_with(columns: tuple[str, ...]) -> tuple[str, ...]:
     """The formats whose columns are all present, without formats that need only a part of another one's columns."""
     present = frozenset(columns)
-    names = [name for name, (needed, _) in _FORMATS.items() if needed <= present and needed != {"text"}]
+    names = [name for name, f in _FORMATS.items() if f.columns <= present and f.columns != {"text"}]
     return tuple(n for n in names if not any(_FORMATS[n].columns < _FORMATS[other].columns for other in names))
 
 
-def _row(record: Record | BrokenRecord, kind: str, required: str | None) -> Row | Quarantined:
+def _row(record: Record | BrokenRecord, kind: str, required: str | None, unread: list[str]) -> Row | Quarantined:
     if isinstance(record, BrokenRecord):
         return record.quarantined(kind)
     value, file, place = record
     try:
+        format_ = _FORMATS[_format_of(value, kind, required)]
+        names = [printable(name) for name in value if name not in format_.reads]
+        unread += [name for name in names if name not in unread][: _UNREAD_NAMED - len(unread)]
         fields = {
-            **_FORMATS[_format_of(value, kind, required)].read(value),
+            **format_.read(value),
             "source": printable(f"{file.rpartition('/')[2]}:{place}"),
             "origin": _origin(value),
             "document": _document(value),
         }
+        # A label of KTO's that is true says that the answer is a good one.
+        check_read(value, {*format_.reads, "label"} if value.get("label") is True else format_.reads, "it")
     except BadRowError as error:
         return BrokenRecord(file, place, error.reason, error.detail, shown(value)).quarantined(kind)
     return InstructionRow.model_validate(fields) if kind == "instruction" else PreferenceRow.model_validate(fields)
@@ -334,7 +371,7 @@ def _format_of(value: dict[str, Any], kind: str, required: str | None) -> str:
 
 
 def _origin(value: dict[str, Any]) -> str:
-    names = (value.get(key) for key in ("origin", "model", "generator"))
+    names = (value.get(key) for key in _ORIGINS)
     return next((name for name in names if name and isinstance(name, str)), "unknown")
 
 
@@ -365,7 +402,7 @@ def _unknown(reference: str, kind: str | None, required: str | None, first: Reco
         )
     known = "; ".join(
         f"{name}: {', '.join(sorted(columns))}"
-        for name, (columns, _) in _FORMATS.items()
+        for name, (columns, _, _) in _FORMATS.items()
         if kind in (None, _KIND[name])
     )
     return UnknownFormatError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from datasets import DatasetDict, Features, Value
+from datasets import DatasetDict, Features, List, Value
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.data.private import redacted
@@ -56,7 +56,9 @@ class Quarantined(BaseModel):
 
 _TEXT = Value("string")
 _QUARANTINE_FEATURES = Features(dict.fromkeys(Quarantined.model_fields, _TEXT))
-_COUNT_FEATURES = Features({"stage": _TEXT, **dict.fromkeys(("read", "kept", "drafts"), Value("int64"))})
+_COUNT_FEATURES = Features(
+    {"stage": _TEXT, **dict.fromkeys(("read", "kept", "drafts"), Value("int64")), "unread": List(_TEXT)}
+)
 
 
 class Ledger:
@@ -72,6 +74,8 @@ class Ledger:
         self.drafts: dict[str, int] = {}
         self.reasons: dict[str, Counter[str]] = {}
         self.examples: dict[str, list[Quarantined]] = {}
+        # Columns of the files of each stage that no row was made of.
+        self.unread: dict[str, list[str]] = {}
         # Quarantined rows of each stage that earlier calls of `record` have counted.
         self._recorded: Counter[str] = Counter()
         self._table = TableWriter(work_folder() / "quarantine.arrow", _QUARANTINE_FEATURES)
@@ -123,7 +127,13 @@ class Ledger:
     def datasets(self) -> DatasetDict:
         """The datasets `quarantine` and `counts`, to store beside the rows. Do not call `set_aside` afterwards."""
         counts = [
-            {"stage": stage, "read": self.read[stage], "kept": self.kept[stage], "drafts": self.drafts.get(stage, 0)}
+            {
+                "stage": stage,
+                "read": self.read[stage],
+                "kept": self.kept[stage],
+                "drafts": self.drafts.get(stage, 0),
+                "unread": self.unread.get(stage, []),
+            }
             for stage in self.read
         ]
         return DatasetDict(quarantine=self._table.dataset(), counts=to_dataset(counts, _COUNT_FEATURES))
@@ -137,6 +147,7 @@ class Ledger:
             ledger.kept[count["stage"]] = count["kept"]
             # Datasets of earlier versions do not tell drafts from other rows.
             ledger.drafts[count["stage"]] = count.get("drafts", 0)
+            ledger.unread[count["stage"]] = count.get("unread", [])
         ledger.set_aside(Quarantined.model_validate(row) for row in stream_records(stored["quarantine"]))
         ledger._recorded = Counter({stage: reasons.total() for stage, reasons in ledger.reasons.items()})
         return ledger

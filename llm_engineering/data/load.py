@@ -61,6 +61,7 @@ def load_rows(
             else:
                 table.write(row.record())
     ledger.record(stage, read, table.rows)
+    ledger.unread[stage] = opened.unread
     return Loaded(opened.kind, opened.format, table.dataset())
 
 

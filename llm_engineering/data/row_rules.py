@@ -98,7 +98,7 @@ def _fields(row: Row) -> dict[str, list[Message]]:
 
 
 def _answers(messages: Sequence[Message]) -> list[str]:
-    return [message.content for message in messages if message.role == "assistant"]
+    return [message.content for message in messages if message.is_trained]
 
 
 def _private(row: Row, find: Callable[[str], list[Private]]) -> list[tuple[str, str]]:
@@ -107,7 +107,8 @@ def _private(row: Row, find: Callable[[str], list[Private]]) -> list[tuple[str, 
         (field, private.kind)
         for field, messages in _fields(row).items()
         for message in messages
-        for private in find(message.content)
+        for text in message.texts
+        for private in find(text)
     ]
 
 
@@ -122,7 +123,12 @@ def _private_detail(found: Sequence[tuple[str, str]]) -> str:
 def _masked(row: RowT, find: Callable[[str], list[Private]]) -> RowT:
     update: dict[str, Any] = {
         field: [
-            message.model_copy(update={"content": masked(message.content, find(message.content))})
+            message.model_copy(
+                update={
+                    name: masked(text, find(text))
+                    for name, text in zip(("content", "reasoning_content"), message.texts, strict=False)
+                }
+            )
             for message in messages
         ]
         for field, messages in _fields(row).items()

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -18,8 +18,9 @@ ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "validation", "test")
 # The end of the `origin` of a pair whose rejected answer reached its maximum length.
 AT_LAST_SENTENCE = "ended at its last sentence"
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
-_ORIGIN = {"id": Value("string"), "source": Value("string"), "origin": Value("string"), "document": Value("string")}
+_TEXT = Value("string")
+_MESSAGES = List({"role": _TEXT, "content": _TEXT, "reasoning_content": _TEXT, "weight": Value("int32")})
+_ORIGIN = dict.fromkeys(("id", "source", "origin", "document"), _TEXT)
 # The columns of a dataset, by the kind of its rows.
 FEATURES: dict[str, Features] = {
     "text": Features({**_ORIGIN, "text": Value("string")}),
@@ -32,12 +33,19 @@ _WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        reasoning_content: what the assistant thought before it answered; None if there is none.
+        weight: 0 for an answer that is read and not trained on, else None.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     role: str
     content: str
+    reasoning_content: str | None = None
+    weight: Literal[0] | None = None
 
     @field_validator("role")
     @classmethod
@@ -45,6 +53,16 @@ class Message(BaseModel):
         if role not in ROLES:
             raise ValueError(f"unknown role {role!r}, expected one of {', '.join(ROLES)}")
         return role
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether this is an answer that training learns."""
+        return self.role == "assistant" and self.weight is None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The content, and the reasoning if there is any."""
+        return (self.content,) if self.reasoning_content is None else (self.content, self.reasoning_content)
 
 
 class _Row(BaseModel):
@@ -66,7 +84,8 @@ class _Row(BaseModel):
     @property
     def id(self) -> str:
         """Hash of the content alone: the same text has the same id wherever it comes from."""
-        content = self.model_dump(exclude={"source", "origin", "document"})
+        # Without the keys of messages that are not set, so that a new key does not change the ids of other rows.
+        content = self.model_dump(exclude={"source", "origin", "document"}, exclude_none=True)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def record(self) -> dict[str, Any]:
@@ -91,10 +110,20 @@ class TextRow(_Row):
 
 
 class InstructionRow(_Row):
-    """`completion` starts with an assistant turn; training learns every assistant turn in it."""
+    """`completion` starts with an assistant turn; training learns every assistant turn in it without the weight 0."""
 
     prompt: list[Message]
     completion: list[Message]
+
+    def by_answer(self) -> list[InstructionRow]:
+        """A row for each answer that is trained, whose prompt has all turns before the answer.
+
+        The rows belong together, so they have the document of this row, or else its id.
+        """
+        turns = [*self.prompt, *self.completion]
+        cuts = [place for place in range(len(self.prompt), len(turns)) if turns[place].is_trained]
+        own = {"document": self.document or self.id}
+        return [self.model_copy(update={**own, "prompt": turns[:cut], "completion": [turns[cut]]}) for cut in cuts]
 
     @property
     def answers(self) -> list[list[Message]]:

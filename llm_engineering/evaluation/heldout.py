@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from datasets import Dataset
@@ -13,9 +15,10 @@ from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.models import Labelled, labelled_answer
 from llm_engineering.formatting.datasets import pieces
-from llm_engineering.formatting.render import CrossingTokensError, Pair, Tokens, render, text_tokens
+from llm_engineering.formatting.render import Pair, Tokens, UnrenderableError, render, text_tokens
 
 RowT = TypeVar("RowT", TextRow, InstructionRow, PreferenceRow)
+_TurnsT = TypeVar("_TurnsT", InstructionRow, PreferenceRow)
 
 
 class HeldOutRow(NamedTuple, Generic[RowT]):
@@ -55,9 +58,17 @@ def held_out(formatted: Mapping[str, Dataset], rows: Mapping[str, Dataset]) -> H
     texts: dict[str, HeldOutRow[TextRow]] = {}
     for text, piece in _joined("text", formatted, rows, TextRow):
         texts.setdefault(text.id, HeldOutRow(text, [], cut=False)).answers.append((piece["input_ids"], piece["labels"]))
+    joined = list(_joined("instruction", formatted, rows, InstructionRow))
+    counts = Counter(row.id for row, _ in joined)
+    # Where the template renders earlier answers differently, a conversation has one record for each of its answers.
+    answers = {row.id: cycle(row.by_answer()) for row, _ in joined if counts[row.id] > 1}
     instructions = [
-        HeldOutRow(row, [(record["input_ids"], record["labels"])], record["truncated"])
-        for row, record in _joined("instruction", formatted, rows, InstructionRow)
+        HeldOutRow(
+            next(answers[row.id]) if row.id in answers else row,
+            [(record["input_ids"], record["labels"])],
+            record["truncated"],
+        )
+        for row, record in joined
     ]
     preferences = [
         HeldOutRow(
@@ -121,11 +132,12 @@ def _texts_for(
 
 
 def _render_for_both(
-    ours: Sequence[HeldOutRow[RowT]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[HeldOutRow[RowT]], list[HeldOutRow[RowT]]]:
+    ours: Sequence[HeldOutRow[_TurnsT]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[HeldOutRow[_TurnsT]], list[HeldOutRow[_TurnsT]]]:
     shared, theirs = [], []
     for row, rendered in zip(ours, render([row.row for row in ours], tokenizer), strict=True):
-        if isinstance(rendered, CrossingTokensError):
+        # A list is a conversation that this recipe's template renders as one, and the other one does not.
+        if isinstance(rendered, UnrenderableError | list):
             continue
         answers = _answers(rendered)
         # A truncated row of this recipe is compared with the same number of ids of the other tokenizer.

@@ -5,11 +5,10 @@ Over-long rows are cut or quarantined, and texts are divided. Rows that spell sp
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +19,13 @@ from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, Row, TextRow, read_row, written_as
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.formatting.control_tokens import ControlTokens
 from llm_engineering.formatting.render import (
     IGNORE_INDEX,
-    CrossingTokensError,
     Pair,
+    Rendered,
     Tokens,
+    UnrenderableError,
     prompt_length,
     render,
     text_tokens,
@@ -50,6 +51,7 @@ class FormattedRow(NamedTuple):
         length: tokens before the row is cut; of a pair, prompt and longer answer; 0 if the row cannot be tokenised.
         rejected: the quarantine record, or None.
         truncated: what was cut off, or empty.
+        respaced: whether the chat template changed the white space of an answer.
     """
 
     row: Row
@@ -57,6 +59,7 @@ class FormattedRow(NamedTuple):
     length: int
     rejected: Quarantined | None
     truncated: str = ""
+    respaced: bool = False
 
 
 class Trained(NamedTuple):
@@ -78,6 +81,7 @@ class Lengths:
         trained: kept rows of the training split, or pieces of texts, and their tokens, by `written_as`.
         replayed: kept rows, or pieces of texts, of general datasets, which are trained on beside the data.
         ended: kept pairs whose rejected answer was cut and ends at its last whole sentence.
+        respaced: kept rows in which the chat template changed the white space of an answer.
         samples: the first SAMPLE_ROWS kept rows of each split.
         truncated: a table of findings with the rows that were cut.
     """
@@ -89,6 +93,7 @@ class Lengths:
         self.trained: dict[str, Trained] = {}
         self.replayed = 0
         self.ended = 0
+        self.respaced = 0
         self.samples: list[tuple[str, Row]] = []
         self.truncated = TableWriter(work_folder() / "truncated.arrow", _FINDINGS)
 
@@ -107,6 +112,7 @@ class Lengths:
                 self.trained[written_as(row)] = Trained(before.rows + len(formatted.records), before.tokens + tokens)
             self.replayed += len(formatted.records) if row.origin == REPLAY else 0
             self.ended += row.origin.endswith(AT_LAST_SENTENCE)
+            self.respaced += formatted.respaced
             if formatted.truncated:
                 names = {"id": row.id, "source": row.source}
                 self.truncated.write({**names, "rule": "truncated", "detail": formatted.truncated})
@@ -127,16 +133,17 @@ def format_rows(
     """Token ids of each row, or its quarantine record.
 
     Raises:
-        WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
+        WorkError: there is no chat template, or a row is over-long under `over_long: raise`.
     """
-    special_tokens = _special_tokens(tokenizer)
+    control = ControlTokens(tokenizer)
     remaining = iter(rows)
     # The library tokenizers spreads a batch over the cores.
     while batch := list(islice(remaining, _BATCH_ROWS)):
-        special = [_spelt_special_token(row, special_tokens) for row in batch]
+        special = [control.spelt_in(row) for row in batch]
         rest = [row for row, token in zip(batch, special, strict=True) if not token]
         texts = [row for row in rest if isinstance(row, TextRow)]
-        rendered = iter(text_tokens(texts, tokenizer) if texts else render(rest, tokenizer))
+        turns = [row for row in rest if not isinstance(row, TextRow)]
+        rendered = iter(text_tokens(texts, tokenizer) if texts else render(turns, tokenizer, config.max_length))
         for row, token in zip(batch, special, strict=True):
             if token:
                 detail = f"its text spells {token}, which the tokenizer would read as the token itself"
@@ -145,23 +152,29 @@ def format_rows(
                 yield _fitted(row, stage, next(rendered), config)
 
 
-def _fitted(
-    row: Row, stage: str, tokens: Tokens | Pair | CrossingTokensError, config: FormattingConfig
-) -> FormattedRow:
+def _fitted(row: Row, stage: str, tokens: Rendered, config: FormattingConfig) -> FormattedRow:
     if isinstance(row, TextRow):
         assert isinstance(tokens, Tokens)
         return FormattedRow(row, _piece_records(row, tokens, config.max_length), len(tokens.input_ids), None)
-    if isinstance(tokens, CrossingTokensError):
-        return _set_aside(row, stage, "crossing_tokens", str(tokens))
+    if isinstance(tokens, UnrenderableError):
+        return _set_aside(row, stage, tokens.reason, str(tokens))
+    if isinstance(tokens, list):
+        return _fitted_answers(row, stage, tokens, config)
     if isinstance(tokens, Tokens):
         start, length = prompt_length(tokens), len(tokens.input_ids)
     else:
         start = len(tokens.prompt_ids)
         length = start + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
     if length <= config.max_length:
-        return FormattedRow(row, [_record(row, tokens, config, truncated=False)], length, None)
+        record = _record(row, tokens, config, truncated=False)
+        return FormattedRow(row, [record], length, None, respaced=tokens.respaced)
     fits_prompt = start < config.max_length
-    detail = f"it has {length} tokens" if fits_prompt else f"its prompt alone has {start} tokens"
+    # The later turns of a conversation are not rendered once it is too long.
+    detail = (
+        f"it has {'at least ' if len(row.answers[0]) > 1 else ''}{length} tokens"
+        if fits_prompt
+        else f"its prompt alone has {start} tokens"
+    )
     detail += f", formatting.max_length is {config.max_length}"
     if config.over_long == "raise":
         raise WorkError(
@@ -174,8 +187,24 @@ def _fitted(
             detail += ", and both answers are the same up to that length"
             return _set_aside(row, stage, "over_long", detail, length)
         detail += "; the rest is cut off, and the end of its answer is not trained"
-        return FormattedRow(row, [_record(row, cut, config, truncated=True)], length, None, detail)
+        return FormattedRow(row, [_record(row, cut, config, truncated=True)], length, None, detail, tokens.respaced)
     return _set_aside(row, stage, "over_long" if fits_prompt else "no_trained_token", detail, length)
+
+
+def _fitted_answers(row: Row, stage: str, answers: Sequence[Tokens], config: FormattingConfig) -> FormattedRow:
+    """Fit the answers of a conversation one by one. Under `truncate`, those whose prompt does not fit are left out."""
+    parts = [_fitted(row, stage, tokens, config) for tokens in answers]
+    length = max(part.length for part in parts)
+    unfit = next((part for part in parts if part.rejected is not None), None)
+    records = [record for part in parts for record in part.records]
+    if unfit is not None and (config.over_long != "truncate" or not records):
+        # Where the first answer fits, the conversation is too long, although the prompt of a later one alone does not fit.
+        reason = {"reason": "over_long"} if records and unfit.rejected is not None else {}
+        return FormattedRow(row, [], length, unfit.rejected and unfit.rejected.model_copy(update=reason))
+    truncated = next((part.truncated for part in parts if part.truncated), "")
+    if unfit is not None:
+        truncated = f"{len(records)} of its answers are kept; before the next one its prompt alone fills max_length"
+    return FormattedRow(row, records, length, None, truncated, any(part.respaced for part in parts))
 
 
 def _cut(tokens: Tokens | Pair, max_length: int) -> Tokens | Pair:
@@ -207,6 +236,7 @@ def _piece_records(row: TextRow, tokens: Tokens, max_length: int) -> list[dict[s
 
 def _record(row: Row, tokens: Tokens | Pair, config: FormattingConfig, truncated: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"id": row.id, "truncated": truncated, **tokens._asdict()}
+    del record["respaced"]
     if isinstance(tokens, Tokens):
         record["prompt_tokens"] = prompt_length(tokens)
         if config.train_on_prompt:
@@ -241,7 +271,7 @@ def format_splits(
         ledger: records the quarantined rows. A test split of the user's own has its own stage, e.g. `instruction_test`.
 
     Raises:
-        WorkError: a row cannot be rendered, or is over-long under `over_long: raise`.
+        WorkError: there is no chat template, or a row is over-long under `over_long: raise`.
         RequestError: no row of a split is left.
     """
     own_test = f"{kind}_test"
@@ -271,26 +301,11 @@ def format_splits(
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise RequestError(
                 f"All {len(split)} rows of the {name} split were set aside while formatting ({counts}). "
-                "If they are over-long, raise formatting.max_length."
+                "If they are over-long, raise formatting.max_length. If the chat template cannot render them, name another "
+                "one in formatting.chat_template, e.g. chatml."
             )
         datasets[name] = table.dataset()
     for stage in dict.fromkeys(stages.values()):
         names = [name for name in splits if stages[name] == stage]
         ledger.record(stage, sum(len(splits[name]) for name in names), sum(kept[name] for name in names))
     return datasets, lengths
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches the spelling of a special token.
-
-    `all_special_tokens` has only the tokens that the tokenizer names, such as its end token. Others are marked as special
-    and have no name, such as SmolLM2's `<filename>`. Llama 3 has hundreds, so one pattern finds all of them in one pass.
-    """
-    marked = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    tokens = sorted({*tokenizer.all_special_tokens, *marked}, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, tokens)))
-
-
-def _spelt_special_token(row: Row, special_tokens: re.Pattern[str]) -> str:
-    texts = (message.content for message in chain(row.prompt, *row.answers))
-    return next((match.group() for text in texts if (match := special_tokens.search(text))), "")

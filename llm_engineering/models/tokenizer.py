@@ -6,6 +6,8 @@ answer with the tokenizer's own end token.
 
 from __future__ import annotations
 
+import re
+from datetime import date
 from pathlib import Path
 
 import jinja2
@@ -91,14 +93,36 @@ def pin_chat_template(formatting: FormattingConfig) -> FormattingConfig:
     return formatting.model_copy(update={"chat_template": template_text(formatting.chat_template)})
 
 
+# The date that a chat template writes where it asks for today's. It is the one that Llama 3.2's template writes where it
+# cannot ask. With today's date, training, evaluation and serving would differ from day to day.
+TEMPLATE_DATE = date(2024, 7, 26)
+_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+
+def with_fixed_date(template: str) -> str:
+    """The template with TEMPLATE_DATE in place of each call of `strftime_now`.
+
+    Raises:
+        RequestError: the template calls it with another argument than a text.
+    """
+    fixed = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
+    if re.search(r"strftime_now\s*\(", fixed):
+        raise RequestError(
+            "The chat template writes today's date in a format that it computes, so prompts would change from day to day. "
+            "Write a date into a copy of the template, and name its file in formatting.chat_template."
+        )
+    return fixed
+
+
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
-    """Set the tokenizer's chat template, and the end token that the template writes after an answer.
+    """Set the tokenizer's chat template with a fixed date, and the end token that the template writes after an answer.
 
     Args:
         chat_template: None keeps the template that the tokenizer has.
 
     Raises:
-        RequestError: there is no such template, or `chat_template` is None and the tokenizer has no template.
+        RequestError: there is no such template, its date cannot be fixed, or `chat_template` is None and the tokenizer has no
+            template.
     """
     if chat_template is not None:
         text = template_text(chat_template)
@@ -112,6 +136,8 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
             f"The tokenizer of {tokenizer.name_or_path} has no chat template, so conversations cannot be rendered for it. "
             f"Choose one: {_CHOICES}."
         )
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
     _set_end_of_turn(tokenizer)
 
 

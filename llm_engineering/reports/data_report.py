@@ -22,6 +22,7 @@ from llm_engineering.data.rows import AT_LAST_SENTENCE, Message, Row, read_row
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import Lengths, format_rows
+from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.reports.page import histogram, page, paragraph, table, write_report
 
@@ -59,6 +60,7 @@ def write_data_report(
     max_length: int,
     leaked: int = 0,
     epochs: float | None = None,
+    template: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the report to a folder, and return it as JSON.
 
@@ -70,6 +72,7 @@ def write_data_report(
         tables: `findings`, `clusters` and `suspicious`, from `prepare`.
         leaked: number of rows of an evaluation file that are also in the dataset.
         epochs: how often training reads the rows; None if no stage of the run trains on them.
+        template: what `check_chat_template` found.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = sum(lengths.kept.values(), Counter())
@@ -97,11 +100,13 @@ def write_data_report(
         "share_truncated": round(len(truncated) / max(1, kept.total()), 4),
         "turns": {str(turns): count for turns, count in sorted(lengths.turns.items())},
         "findings": findings,
+        "unread_columns": {stage: names for stage, names in ledger.unread.items() if names},
+        "respaced_answers": lengths.respaced,
         "exact_duplicates": reasons.get("exact_duplicate", 0),
         "near_duplicates": reasons.get("near_duplicate", 0),
         "leaks": {side: reasons.get(f"leaks_into_{side}", 0) for side in ("validation", "test")},
         "leaked_into_test": leaked,
-        "guidance": _guidance(kind, lengths, share_over, max_length, findings),
+        "guidance": [*_guidance(kind, lengths, share_over, max_length, findings), *template],
         "fit_to_train": not why,
         "why": why,
     }
@@ -133,7 +138,14 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
     if data["truncated"]:
         over += f" {data['truncated']:,} of the kept rows were truncated to it ({data['share_truncated']:.1%})."
     sections = [
-        ("Rows read, kept and set aside", table(["Stage", "Read", "Kept", "Set aside, by reason"], stages)),
+        (
+            "Rows read, kept and set aside",
+            table(["Stage", "Read", "Kept", "Set aside, by reason"], stages)
+            + Markup("").join(
+                paragraph(f"Columns of the {stage} rows that nothing reads: {', '.join(names)}.")
+                for stage, names in data["unread_columns"].items()
+            ),
+        ),
         ("Advice", Markup("").join(paragraph(line) for line in data["guidance"])),
         ("Length in tokens", histogram(lengths.all, "tokens per row", data["max_length"]) + paragraph(over)),
         ("To train on", _trained(data)),
@@ -211,6 +223,11 @@ def _guidance(kind: str, lengths: Lengths, share_over: float, max_length: int, f
         lines.append(
             f"{lengths.ended:,} rejected answers reached generation.rejected_max_new_tokens and were {AT_LAST_SENTENCE}. Raise "
             "it to have whole answers."
+        )
+    if lengths.respaced:
+        lines.append(
+            f"In {lengths.respaced:,} rows the chat template changed the white space of an answer, e.g. removed it at the start, "
+            "so the model learns the answer without it. formatting.chat_template: chatml leaves answers as they are."
         )
     for rule, what in (("secret", "keys or passwords"), ("personal_data", "e-mail addresses or phone numbers")):
         if rule in findings:
@@ -312,10 +329,11 @@ def inspect_file(
         The object that `make inspect ARGS=--json` prints. `why` is empty if the file is fit to train on.
 
     Raises:
-        RequestError: a file is missing or empty, or its format is not known.
+        RequestError: a file is missing or empty, its format is not known, or the chat template cannot be used.
     """
     work = work_folder()
     ledger = Ledger()
+    template = check_chat_template(tokenizer)
     loaded = load_rows(file, None, data, work / "rows.arrow", ledger)
     evaluation = None
     if against is not None:
@@ -336,11 +354,19 @@ def inspect_file(
         lengths.add("all", formatted)
         ledger.set_aside([formatted.rejected] if formatted.rejected is not None else [])
     kept = lengths.kept.get("all", Counter())
-    ledger.record(loaded.kind, len(prepared.splits["train"]), kept.total())
+    # A conversation may become several rows to train on, and `kept` counts those.
+    ledger.record(loaded.kind, len(prepared.splits["train"]), lengths.turns.total())
 
     tables = DatasetDict(prepared.tables())
     report = write_data_report(
-        folder, loaded.kind, ledger, tables, lengths, formatting.max_length, prepared.leaked if evaluation else 0
+        folder,
+        loaded.kind,
+        ledger,
+        tables,
+        lengths,
+        formatting.max_length,
+        prepared.leaked if evaluation else 0,
+        template=template,
     )
     return {
         "format": loaded.format,
@@ -351,6 +377,9 @@ def inspect_file(
         "near_duplicates": report["near_duplicates"],
         "leaked_into_test": report["leaked_into_test"],
         "findings": report["findings"],
+        "unread_columns": ledger.unread[loaded.kind],
+        "template": template,
+        "respaced_answers": lengths.respaced,
         "tokens": token_counts(kept),
         "fit_to_train": report["fit_to_train"],
         "why": report["why"],

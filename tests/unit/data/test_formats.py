@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm_engineering.data.formats import INSTRUCTION_FORMATS, PREFERENCE_FORMATS, open_dataset
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, instruction_dataset, preference_dataset
+from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.load import load_rows
+from llm_engineering.data.rows import InstructionRow, instruction_dataset, instruction_row, preference_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig, FormatName
 from tests.unit.data.written import write
@@ -40,6 +41,7 @@ def texts_of(messages):
 
 
 SYSTEM = {"role": "system", "content": "Be brief"}
+ANSWER = {"role": "assistant", "content": "Yo"}
 ALPACA_TEXT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n3</s>"
@@ -224,6 +226,21 @@ def test_csv_rows(tmp_path):
         ({"other": "x", "keys": "y"}, "malformed", "no instruction format has the columns other, keys"),
         ({}, "malformed", r"\(none\)"),
         ({"instruction": "Add \ud800", "output": "3"}, "not_utf8", ""),
+        ({"prompt": "Hi", "completion": "Go away", "label": False}, "label", "`label`"),
+        ({"instruction": "Add", "output": "3", "kto_tag": True}, "label", "`kto_tag`"),
+        ({"messages": turns("Hi", "Yo"), "images": ["a.png"]}, "media", "`images`"),
+        ({"messages": turns("Hi", "Yo"), "tools": [{"type": "function"}]}, "tools", "`tools`"),
+        ({"messages": turns("Hi", "Yo"), "functions": '[{"name": "f"}]'}, "tools", "`functions`"),
+        ({"messages": turns("Hi", "Yo"), "weight": 0}, "loss_weight", "`weight`"),
+        ({"messages": turns("Hi", "Yo"), "history": [["Hi", "Yo"]]}, "history", "`history`"),
+        ({"instruction": "Add", "output": "3", "reasoning": "1 + 2"}, "reasoning", "`reasoning`"),
+        ({"instruction": "Add", "output": "3", "system": "A", "system_prompt": "B"}, "system", "are different"),
+        ({"messages": [*turns("Hi"), {**ANSWER, "weight": 0.5}]}, "loss_weight", "0.5"),
+        ({"messages": [*turns("Hi"), {**ANSWER, "train": "no"}]}, "loss_weight", "no"),
+        ({"messages": [*turns("Hi"), {**ANSWER, "weight": 0}]}, "no_answer", "weight 0"),
+        ({"messages": [{**turns("Hi")[0], "weight": 1}, ANSWER]}, "loss_weight", "a user turn"),
+        ({"messages": [{**turns("Hi")[0], "image": "a.png"}, ANSWER]}, "media", "a user turn"),
+        ({"messages": [*turns("Hi"), {**ANSWER, "thinking": "a", "reasoning": "b"}]}, "reasoning", "different"),
     ],
 )
 def test_instruction_rows_that_are_set_aside(tmp_path, record, reason, detail):
@@ -261,6 +278,12 @@ def test_instruction_rows_that_are_set_aside(tmp_path, record, reason, detail):
         ({"chosen": turns("Hi", "", "Bye", "x"), "rejected": turns("Hi", "A", "Bye", "x")}, "empty_turn"),
         ({"prompt": turns("Hi", "A"), "chosen": "Hello", "rejected": "Go away"}, "wrong_role_order"),
         ({"messages": turns("Hi", "Hello")}, "malformed"),
+        ({"prompt": "Hi", "chosen": "Hello", "rejected": "Go away", "images": ["a.png"]}, "media"),
+        (
+            {"prompt": turns("Hi"), "chosen": [{**ANSWER, "weight": 0}, *turns("Hi", "A")], "rejected": "B"},
+            "loss_weight",
+        ),
+        ({"conversations": gpt("Hi"), "chosen": "A", "rejected": "B", "history": [["Hi", "Yo"]]}, "history"),
     ],
 )
 def test_preference_rows_that_are_set_aside(tmp_path, record, reason):
@@ -304,6 +327,67 @@ def test_the_format_of_each_row_after_the_first_hundred_is_detected(tmp_path):
     assert texts_of(rows[100].completion) == ["a:Yo"]
     assert [row.reason for row in rows[101:]] == ["malformed"] * 3
     assert "can be read as alpaca or as alpaca-response: name one in data.format" in rows[101].detail
+
+
+def test_an_answer_of_weight_0_is_read_and_not_trained(tmp_path):
+    def rated(name, *ratings):
+        contents = [text for number in range(len(ratings)) for text in (f"Q{number}", f"A{number}")]
+        asked = [{**turn, name: False} if turn["role"] == "user" else turn for turn in turns(*contents)]
+        return [turn if number % 2 == 0 else {**turn, name: ratings[number // 2]} for number, turn in enumerate(asked)]
+
+    columns = {"role": ["user", "assistant"] * 2, "content": ["Q", "A", "Q", "B"], "weight": [None, 0, None, 1]}
+    records = [
+        {"messages": rated("weight", 0, 1, 0, 1, 0)},
+        {"messages": rated("train", True, True)},
+        {"prompt": "Hi", "completion": [{**ANSWER, "loss_mask": 0}, *turns("Bye", "Ciao")]},
+        {"messages": columns},
+    ]
+    _, (mixed, plain, completion, turned) = opened(tmp_path, records)
+    assert [(m.content, m.weight) for m in mixed.prompt] == [("Q0", None), ("A0", 0), ("Q1", None)]
+    assert [(m.content, m.weight) for m in mixed.completion] == [
+        ("A1", None),
+        ("Q2", None),
+        ("A2", 0),
+        ("Q3", None),
+        ("A3", None),
+    ]
+    assert texts_of(plain.completion) == ["a:A0", "u:Q1", "a:A1"]
+    # A flag that changes nothing does not change the id of the row.
+    assert plain.id == opened(tmp_path, [{"messages": turns("Q0", "A0", "Q1", "A1")}])[1][0].id
+    assert (texts_of(completion.prompt), texts_of(completion.completion)) == (["u:Hi", "a:Yo", "u:Bye"], ["a:Ciao"])
+    assert (texts_of(turned.prompt), texts_of(turned.completion)) == (["u:Q", "a:A", "u:Q"], ["a:B"])
+    assert [row.prompt[-1].content for row in mixed.by_answer()] == ["Q1", "Q3"]
+    assert instruction_row(instruction_dataset([mixed])[0]) == mixed
+
+
+def test_system_prompt_history_and_reasoning_are_read(tmp_path):
+    row = {"instruction": "Add", "output": "3", "system_prompt": "Be brief", "images": [], "label": None, "tools": "[]"}
+    thought = [*turns("Hi"), {**ANSWER, "reasoning_content": "A greeting."}]
+    _, (alpaca, thinking, good) = opened(
+        tmp_path, [row, {"messages": thought}, {"prompt": "Hi", "completion": "Yo", "label": True}]
+    )
+    assert texts_of(alpaca.prompt) == ["s:Be brief", "u:Add"]
+    assert thinking.completion[0].reasoning_content == "A greeting."
+    assert instruction_row(instruction_dataset([thinking])[0]) == thinking
+    assert thinking.id != good.id
+    pair = {"prompt": "Hi", "chosen": "Yo", "rejected": "No", "history": [["Q", "A"]], "system_prompt": "S"}
+    asked = {"instruction": "Hi", "chosen": "Yo", "rejected": "No", "history": turns("Q", "A")}
+    _, pairs = opened(tmp_path, [pair, asked], "preference")
+    assert [texts_of(pair.prompt) for pair in pairs] == [["s:S", "u:Q", "a:A", "u:Hi"], ["u:Q", "a:A", "u:Hi"]]
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path):
+    records = [
+        {"instruction": "Add", "output": "3", "source": "x"},
+        {"instruction": "Add", "output": "4", "score": 1},
+    ]
+    dataset = open_dataset(str(write(tmp_path / "rows.jsonl", records)), None, DataConfig())
+    assert len(list(dataset.rows)) == 2
+    assert dataset.unread == ["source", "score"]
+    ledger = Ledger()
+    loaded = load_rows(str(tmp_path / "rows.jsonl"), None, DataConfig(), tmp_path / "rows.arrow", ledger)
+    assert len(loaded.rows) == 2
+    assert Ledger.load(ledger.datasets()).unread == {"instruction": dataset.unread}
 
 
 def test_origin_and_document(tmp_path):
@@ -474,7 +558,7 @@ TURN = st.fixed_dictionaries(
 MARKS = ["### Instruction:", "### Input:", "### Response:", "### Human:", "### Assistant:", "[INST]", "[/INST]", "\n"]
 TEMPLATE = st.lists(st.sampled_from(MARKS) | TEXT, max_size=8).map("".join)
 CONTENT = TEXT | st.lists(TURN, max_size=4) | TURN | JSON
-NAMES = sorted(set().union(*(columns for columns, _ in [*INSTRUCTION_FORMATS.values(), *PREFERENCE_FORMATS.values()])))
+NAMES = sorted(set().union(*(f.columns for f in [*INSTRUCTION_FORMATS.values(), *PREFERENCE_FORMATS.values()])))
 RECORD = st.dictionaries(
     st.sampled_from([*NAMES, "input", "system", "history", "document", "model"]), CONTENT, max_size=5
 )

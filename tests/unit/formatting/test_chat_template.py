@@ -3,8 +3,10 @@
 import pytest
 from transformers import AutoTokenizer
 
+from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
-from llm_engineering.formatting.render import check_chat_template, render
+from llm_engineering.formatting.render import prompt_ids, render
+from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.tokenizer import (
     TEMPLATES,
@@ -111,6 +113,21 @@ def test_own_templates_are_used_and_wrong_ones_refused(model, settings, tmp_path
     ):
         with pytest.raises(RequestError, match=words):
             check_chat_template(load_tokenizer(model, settings, text))
+
+
+def test_a_template_writes_the_same_date_every_day(model, settings):
+    text = "{% for m in messages %}{{ m.role + strftime_now('%d %b %Y') + m.content + eos_token }}{% endfor %}"
+    tokenizer = load_tokenizer(model, settings, text)
+    check_chat_template(tokenizer)
+    assert "strftime_now" not in tokenizer.chat_template
+    fixed = tokenizer.apply_chat_template(ASKED, tokenize=False)
+    assert fixed.startswith("user26 Jul 2024What is it?")
+    # Also with a tokenizer that was loaded otherwise.
+    tokenizer.chat_template = text
+    assert tokenizer.apply_chat_template(ASKED, tokenize=False) != fixed
+    assert tokenizer.decode(prompt_ids([Message(**ASKED[0])], tokenizer)) == fixed
+    with pytest.raises(RequestError, match="today's date"):
+        load_tokenizer(model, settings, text.replace("'%d %b %Y'", "m.role"))
 
 
 def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path):

@@ -7,9 +7,10 @@ import pytest
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset
 from llm_engineering.errors import WorkError
+from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.formatting import render as rendering
 from llm_engineering.formatting.datasets import format_rows, format_splits
-from llm_engineering.formatting.render import CrossingTokensError, render
+from llm_engineering.formatting.render import UnrenderableError, render
 from llm_engineering.recipe.data_blocks import FormattingConfig
 
 # SmolLM2's vocabulary: 1 <|im_start|>, 2 <|im_end|>, 9690 "system", 4093 "user", 520+9531 "ass"+"istant", 198 "\n".
@@ -94,6 +95,9 @@ def test_pair(tokenizer):
     assert (rendered.chosen_ids, rendered.rejected_ids) == (HI + END, BYE + END)
 
 
+APPENDS = "{% for m in messages %}{{ (m.content) + '<|im_end|>' }}{% endfor %}"
+
+
 def with_template(tokenizer, template):
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
@@ -101,22 +105,135 @@ def with_template(tokenizer, template):
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("template", "reason", "words"),
     [
-        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "does not end"),
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "does not end"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", "only appends"),
-        (None, "has no chat template"),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "no_end_of_turn", "does not end"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "no_end_of_turn", "does not end"),
+        ("{{ messages | length }}" + APPENDS, "template_changes_prompt", "only appends"),
+        ("{{ messages[1].content }}" + APPENDS, "template_error", "has no element 1"),
+        ("{{ 'a' + none }}" + APPENDS, "template_error", "the chat template says"),
+        ("{{ raise_exception('No systems here') }}", "template_error", "No systems here"),
+        (APPENDS.replace("m.content", "m.content[:1]"), "template_drops_text", "a part of its answer"),
+        (
+            "{% for m in messages if m.role == 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}",
+            "template_drops_text",
+            "its user text",
+        ),
     ],
-    ids=["answer not rendered", "no end of turn", "prompt changes", "none"],
 )
-def test_a_template_with_wrong_labels_is_an_error_that_names_row_and_template(tokenizer, template, words):
-    bad = with_template(tokenizer, template)
-    with pytest.raises(WorkError, match=words) as error:
-        render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), bad)
-    assert tokenizer.name_or_path in str(error.value)
-    if template is not None:
-        assert "file:line 7" in str(error.value)
+def test_a_row_that_the_template_cannot_render_is_set_aside_with_its_words(tokenizer, template, reason, words):
+    one = row([message("user", "Hello")], [message("assistant", "Hi there")])
+    (found,) = format_rows([one], "instruction", with_template(tokenizer, template), FormattingConfig(max_length=64))
+    assert (found.rejected.reason, found.rejected.source) == (reason, "file:line 7")
+    assert words in found.rejected.detail
+
+
+def test_a_tokenizer_without_a_template_is_an_error(tokenizer):
+    with pytest.raises(WorkError, match="has no chat template"):
+        render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), with_template(tokenizer, None))
+
+
+def test_an_answer_of_weight_0_is_in_the_input_and_not_trained(tokenizer):
+    wrong = Message(role="assistant", content="No", weight=0)
+    completion = [
+        message("assistant", "Hi"),
+        message("user", "Bye"),
+        wrong,
+        message("user", "No"),
+        message("assistant", "Bye"),
+    ]
+    tokens = render_one(row([message("user", "Hello")], completion), tokenizer)
+    trained = [label for label in tokens.labels if label != -100]
+    assert trained == HI + END + BYE + END
+    text = tokenizer.decode(tokens.input_ids)
+    assert text.count("<|im_start|>assistant\nNo<|im_end|>") == 1
+
+
+# As Qwen3 does it: the reasoning is in the last answer only.
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As DeepSeek-R1 does it: the prompt opens the reasoning, and the template leaves it out of every answer.
+OPENS = (
+    THINKS.replace("and loop.last", "and false")
+    .replace("m.content +", "m.content.split('</think>')[-1] +")
+    .replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}")
+)
+
+
+def test_answers_that_the_template_renders_differently_later_become_rows_of_their_own(tokenizer):
+    thinks = with_template(tokenizer, THINKS)
+    thought = Message(role="assistant", content="Bye", reasoning_content="A farewell.")
+    several = row([message("user", "Hello")], [message("assistant", "Hi"), message("user", "No"), thought])
+    (found,) = format_rows([several], "instruction", thinks, FormattingConfig(max_length=64))
+    texts = [tokenizer.decode(record["input_ids"][: record["prompt_tokens"]]) for record in found.records]
+    asked = [m.model_dump(include={"role", "content"}) for m in [*several.prompt, *several.completion]]
+    assert texts == [
+        thinks.apply_chat_template(asked[:count], add_generation_prompt=True, tokenize=False) for count in (1, 3)
+    ]
+    answers = [tokenizer.decode(record["input_ids"][record["prompt_tokens"] :]) for record in found.records]
+    assert answers == ["<think>\n\n</think>\n\nHi<|im_end|>", "<think>\nA farewell.\n</think>\n\nBye<|im_end|>"]
+    # Only the second prompt is too long.
+    length = found.records[0]["input_ids"]
+    cut = FormattingConfig(max_length=len(length) + 1, over_long="truncate")
+    (first,) = format_rows([several], "instruction", thinks, cut)
+    assert (len(first.records), "1 of its answers" in first.truncated) == (1, True)
+    (dropped,) = format_rows([several], "instruction", thinks, FormattingConfig(max_length=len(length) + 1))
+    assert dropped.records == []
+
+
+def test_each_held_out_answer_has_the_prompt_that_it_was_rendered_with(tokenizer, tmp_path):
+    completion = [message("assistant", "Hi"), message("user", "No"), message("assistant", "Bye")]
+    rows = instruction_dataset(
+        [row([message("user", "Hello")], completion), row([message("user", "No")], completion[:1])]
+    )
+    ledger = Ledger()
+    ledger.record("instruction", 2, 2)
+    thinks = with_template(tokenizer, THINKS)
+    config = FormattingConfig(max_length=64)
+    formatted, _ = format_splits({"test": rows}, "instruction", thinks, config, tmp_path, ledger)
+    found = held_out({"instruction": formatted["test"]}, {"instruction": rows}).rows
+    assert [one.row.prompt[-1].content for one in found] == ["Hello", "No", "No"]
+    # The answers of one conversation are one cluster.
+    assert (found[0].row.document == found[1].row.document != "", found[2].row.document) == (True, "")
+    assert ledger.kept["instruction"] == 2
+
+
+@pytest.mark.parametrize("content", ["Hi", "<think>\nA greeting.\n</think>\n\nHi"])
+def test_an_answer_ends_the_reasoning_that_the_prompt_opened(tokenizer, content):
+    opens = with_template(tokenizer, OPENS)
+    tokens = render_one(row([message("user", "Hello")], [message("assistant", content)]), opens)
+    start = tokens.labels.index(next(label for label in tokens.labels if label != -100))
+    assert tokenizer.decode(tokens.input_ids[:start]).endswith("assistant\n<think>\n")
+    thought = "A greeting." if "greeting" in content else ""
+    assert tokenizer.decode(tokens.input_ids[start:]) == f"{thought}\n</think>\n\nHi<|im_end|>"
+
+
+def test_reasoning_that_the_template_leaves_out_is_not_dropped(tokenizer):
+    thought = Message(role="assistant", content="Hi", reasoning_content="A greeting.")
+    found = render_one(row([message("user", "Hello")], [thought]), tokenizer)
+    assert (found.reason, "reasoning" in str(found)) == ("template_drops_text", True)
+
+
+def test_later_turns_of_a_conversation_that_is_too_long_are_not_rendered(tokenizer, monkeypatch):
+    applied = []
+    apply = rendering._apply
+    monkeypatch.setattr(rendering, "_apply", lambda *args, **named: applied.append(args) or apply(*args, **named))
+    many = [message("assistant" if number % 2 else "user", f"Turn {number}") for number in range(400)]
+    (found,) = format_rows([row(many[:1], many[1:])], "instruction", tokenizer, FormattingConfig(max_length=128))
+    assert found.rejected.reason == "over_long"
+    assert "at least" in found.rejected.detail
+    assert len(applied) < 100
+
+
+def test_answers_whose_white_space_the_template_changes_are_counted(tokenizer):
+    trims = with_template(tokenizer, APPENDS.replace("m.content", "m.content | trim"))
+    rows = [row([message("user", "Hello")], [message("assistant", text)]) for text in ("    return x\n", "return x")]
+    found = format_rows(rows, "instruction", trims, FormattingConfig(max_length=64))
+    assert [f.respaced for f in found] == [True, False]
+    assert not any(f.respaced for f in format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64)))
 
 
 @pytest.mark.parametrize("start", ["\n\n", "   ", "\n", " "])
@@ -136,7 +253,7 @@ def test_tokenising_whole_texts_gives_the_same_tokens(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_is_joinable", lambda tokenizer: False)
     whole, crossing = render(rows, tokenizer)
     assert whole == apart[0]
-    assert isinstance(crossing, CrossingTokensError)
+    assert isinstance(crossing, UnrenderableError)
     (formatted, aside) = format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64))
     assert formatted.rejected is None
     assert aside.rejected.reason == "crossing_tokens"
@@ -145,8 +262,8 @@ def test_tokenising_whole_texts_gives_the_same_tokens(tokenizer, monkeypatch):
 def test_the_wrong_end_token_of_the_packaged_tokenizer_would_be_noticed(tokenizer):
     wrong = copy.deepcopy(tokenizer)
     wrong.eos_token = "<|im_start|>"
-    with pytest.raises(WorkError, match="does not end with the end-of-turn token"):
-        render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), wrong)
+    found = render_one(row([message("user", "Hello")], [message("assistant", "Hi")]), wrong)
+    assert found.reason == "no_end_of_turn"
 
 
 def test_pad_token_is_not_the_end_token(tokenizer):
@@ -188,6 +305,28 @@ def test_special_tokens_without_a_name_are_found_too(tokenizer):
         "special_token_in_text",
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "answer", "spelt"),
+    [
+        ("Hello <|user|>", "Hi", "<|user|>"),
+        ("Hello", "Hi <|user|>", "<|user|>"),
+        ("Hello <begin_turn>", "Hi", "<begin_turn>"),
+        ("Hello <think>", "Hi", "<think>"),
+        ("Hello", "<think>Hi</think>Hi", ""),
+        ("Hello <table>\n\nglycolysis", "Hi <table>\n\nglycolysis", ""),
+    ],
+)
+def test_added_tokens_that_are_not_marked_as_special_are_control_tokens_if_they_look_like_it_or_the_template_writes_them(
+    tokenizer, asked, answer, spelt
+):
+    template = str(tokenizer.chat_template) + "{# <begin_turn> <think> </think> #}"
+    added = with_template(tokenizer, template)
+    added.add_tokens(["<|user|>", "<begin_turn>", "<think>", "</think>", "<table>", "\n\n", "glycolysis"])
+    one = row([message("user", asked)], [message("assistant", answer)])
+    (found,) = format_rows([one], "instruction", added, FormattingConfig(max_length=64))
+    assert found.rejected is None if not spelt else f"spells {spelt}," in found.rejected.detail
 
 
 def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, tmp_path):
