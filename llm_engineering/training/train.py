@@ -286,7 +286,9 @@ def _train_until_it_fits(
 
         # Train
         started = time.perf_counter()
+        before = _weight_sums(trainer, setup.compute)
         if _train(trainer, config, setup.compute, telemetry, checkpoint):
+            _check_trained(stage, trainer, before, setup.compute)
             return _Trained(trainer, config, telemetry, checkpoint, time.perf_counter() - started)
 
         # Out of memory: halve the batch
@@ -342,6 +344,30 @@ def _train(
     if interruption.received is not None:
         raise KeyboardInterrupt(f"{interruption.received.name} in step {trainer.state.global_step}")
     return True
+
+
+def _weight_sums(trainer: ResumableTrainer, compute: ComputeConfig) -> list[float]:
+    """The sum of each trained weight matrix; empty if the weights are sharded.
+
+    Sums take no memory. A copy to compare with would double that of a full fine-tune.
+    """
+    assert trainer.model is not None
+    if compute.distributed != "ddp":
+        return []
+    with torch.no_grad():
+        return [float(p.sum(dtype=torch.float64)) for p in trainer.model.parameters() if p.requires_grad]
+
+
+def _check_trained(stage: str, trainer: ResumableTrainer, before: list[float], compute: ComputeConfig) -> None:
+    """Raise a WorkError if all trained weights are what they were before training."""
+    if not before or _weight_sums(trainer, compute) != before:
+        return
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    raise WorkError(
+        f"{stage} trained nothing: after {trainer.state.global_step} steps all weights are those of the start, and the highest "
+        f"learning rate was {max(rates, default=0.0):g}. Raise {stage}.learning_rate, or train more steps; with load_best, "
+        "the best checkpoint may be one from before the first change."
+    )
 
 
 def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:
