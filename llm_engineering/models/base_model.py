@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -110,9 +111,41 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
         **hub_options(model, settings),
         **quantised,
     )
+    mend_generation_config(loaded, model.name_or_path)
     if not four_bits:
         loaded.to(device.name)  # type: ignore[arg-type]
     return loaded
+
+
+def mend_generation_config(loaded: PreTrainedModel, name: str) -> None:
+    """Remove the generation settings that transformers refuses to save, and `max_length`.
+
+    Some models come with `temperature` without `do_sample`, for example. Loading accepts that, but the first checkpoint
+    fails. `max_length` is often 20, an old default, and would cut answers of the trained model, prompt included.
+    """
+    found = loaded.generation_config
+    if found is None:
+        return
+    settings = {key: value for key, value in found.to_diff_dict().items() if value is not None}
+    mode = {key: settings[key] for key in ("do_sample", "num_beams", "return_dict_in_generate") if key in settings}
+    removed = {
+        key: value for key, value in settings.items() if key == "max_length" or _is_refused({**mode, key: value})
+    }
+    for key in removed:
+        setattr(found, key, None)
+    if removed:
+        logger.info(
+            "Left out of the generation settings of %s: %s",
+            *(name, ", ".join(f"{key} {value}" for key, value in removed.items())),
+        )
+
+
+def _is_refused(settings: dict[str, Any]) -> bool:
+    try:
+        GenerationConfig(**settings).validate(strict=True)
+    except ValueError:
+        return True
+    return False
 
 
 def weights_hash(folder: Path) -> str:
