@@ -88,6 +88,20 @@ def load_config(model: ModelConfig, settings: Settings) -> PreTrainedConfig:
     return config
 
 
+def fitting_attention(config: PreTrainedConfig, attention: str) -> str:
+    """The attention to compute a model with: `attention`, or the next best one that the model's class has.
+
+    BLOOM and gpt-oss have neither sdpa nor FlashAttention 2. transformers refuses to load them with one of these.
+    """
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    # The class of remote code is known only when it is loaded.
+    if model_class is None:
+        return attention
+    if attention == "flash_attention_2" and not model_class._supports_flash_attn:
+        attention = "sdpa"
+    return "eager" if attention == "sdpa" and not model_class._supports_sdpa else attention
+
+
 def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
     """Load the base model onto the device, in the device's precision.
 
@@ -107,7 +121,7 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
         dtype=device.dtype,
-        attn_implementation=device.attn_implementation,
+        attn_implementation=fitting_attention(load_config(model, settings), device.attn_implementation),
         **hub_options(model, settings),
         **quantised,
     )

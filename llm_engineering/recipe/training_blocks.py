@@ -100,7 +100,6 @@ _REFUSED_TRL = {
     "pad_to_multiple_of": "rows are computed without padding wherever the model allows it",
     "activation_offloading": "it fails on a CPU, and no test here runs it on CUDA; gradient_checkpointing saves memory too",
     "pad_token": "the tokenizer's pad token is chosen when the model is loaded",
-    "router_aux_loss_coef": "the loss of a mixture of experts' router is not trained here",
 }
 
 
@@ -452,6 +451,7 @@ class DPOConfig(TrainConfig):
     config_class = "trl.DPOConfig"
     refused: ClassVar[dict[str, str]] = {
         **_REFUSED_TRL,
+        "disable_dropout": "policy and reference run without dropout, so that only their weights differ",
         "loss_weights": "a run has one loss, loss_type, to which sft_weight adds the SFT loss",
         "train_sampling_strategy": "pairs are drawn at random",
     }

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llm_engineering.models.base_model import fitting_attention
 from llm_engineering.models.device import Device, choose_optimiser
 from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, Method, TrainConfig
 from llm_engineering.training.losses import CHUNK
@@ -90,13 +91,13 @@ def shapes(
 ) -> Shapes:
     """Build the model and its adapter from fake tensors, and run one forward pass of `rows × length` tokens."""
     full, four_bits = method == "full", method == "qlora"
-    attention = device.attn_implementation
+    # sdpa keeps as many activations as FlashAttention, and does not need a GPU.
+    attention = "sdpa" if device.attn_implementation == "flash_attention_2" else device.attn_implementation
     with torch.device("meta"):
         base: PreTrainedModel = AutoModelForCausalLM.from_config(
             model,
             dtype=torch.float32 if full else device.dtype,
-            # sdpa keeps as many activations as FlashAttention, and does not need a GPU.
-            attn_implementation="sdpa" if attention == "flash_attention_2" else attention,
+            attn_implementation=fitting_attention(model, attention),
             trust_remote_code=trust_remote_code,
         )
         if not full:

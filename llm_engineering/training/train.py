@@ -32,7 +32,7 @@ from transformers import (
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.labels import check_labels, label_views
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models.base_model import weights_hash
+from llm_engineering.models.base_model import fitting_attention, load_config, weights_hash
 from llm_engineering.models.device import (
     Device,
     check_training,
@@ -156,6 +156,11 @@ def prepare_run(
         config = config.model_copy(update={"method": method, "lora": lora})
     adapter_keys = keys_beyond_unsloth(start) if start else lora.beyond_unsloth
     device = choose_backend(choose_device(setup.compute), setup.compute, method, adapter_keys=adapter_keys)
+
+    attention = fitting_attention(load_config(setup.model, settings), device.attn_implementation)
+    if device.backend == "transformers" and attention != device.attn_implementation:
+        reason = f"attention {attention}: {setup.model.name_or_path} has no {device.attn_implementation}"
+        device = device._replace(attn_implementation=attention, reasons=[*device.reasons, reason])
 
     # Load the tokenizer
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
