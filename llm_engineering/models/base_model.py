@@ -131,6 +131,19 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     return loaded
 
 
+def check_generation_config(model: ModelConfig, settings: Settings) -> None:
+    """Raise a RequestError if transformers cannot read the model's generation settings."""
+    try:
+        GenerationConfig.from_pretrained(model_path(model, settings), **hub_options(model, settings))
+    except OSError:
+        # The file is optional.
+        return
+    except ValueError as error:
+        raise RequestError(
+            f"The generation_config.json of {model.name_or_path} cannot be used: {error} Correct the file."
+        ) from error
+
+
 def mend_generation_config(loaded: PreTrainedModel, name: str) -> None:
     """Remove the generation settings that transformers refuses to save, and `max_length`.
 

@@ -46,6 +46,22 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
     return tokenizer
 
 
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Check that each token has a row in the model's embedding, which has `rows`.
+
+    Raises:
+        RequestError: some tokens have none. A text with one of them, or padding with it, would fail.
+    """
+    without = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if without:
+        some = ", ".join(f"{token} ({index})" for index, token in without[:5])
+        raise RequestError(
+            f"The tokenizer of {tokenizer.name_or_path} has {len(without)} tokens without a row in the model's embedding of {rows} "
+            f"rows: {some}. Remove them from tokenizer.json and tokenizer_config.json, or enlarge the embedding with "
+            "model.resize_token_embeddings, and save model and tokenizer together."
+        )
+
+
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the model's own end tokens, and the tokenizer's, which ends trained answers."""
     own = model.generation_config.eos_token_id if model.generation_config is not None else None

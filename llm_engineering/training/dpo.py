@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 # Largest differences between two computations of the same log-probability, in nats: in float32, and in half precision.
 _SUMMED = 1e-4
-_ROUNDED = 1e-2
+_ROUNDED = 5e-2
 
 
 def train_dpo(

@@ -41,7 +41,7 @@ from llm_engineering.models.device import (
     choose_optimiser,
     keys_beyond_unsloth,
 )
-from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.models.tokenizer import check_rows, load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, TrainConfig, TrainingSetup
@@ -157,13 +157,15 @@ def prepare_run(
     adapter_keys = keys_beyond_unsloth(start) if start else lora.beyond_unsloth
     device = choose_backend(choose_device(setup.compute), setup.compute, method, adapter_keys=adapter_keys)
 
-    attention = fitting_attention(load_config(setup.model, settings), device.attn_implementation)
+    model = load_config(setup.model, settings)
+    attention = fitting_attention(model, device.attn_implementation)
     if device.backend == "transformers" and attention != device.attn_implementation:
         reason = f"attention {attention}: {setup.model.name_or_path} has no {device.attn_implementation}"
         device = device._replace(attn_implementation=attention, reasons=[*device.reasons, reason])
 
     # Load the tokenizer
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    check_rows(tokenizer, model.get_text_config().vocab_size)
 
     # Check the optimiser and the labels
     check_training(stage, method, config.optim, device)

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from llm_engineering.models.base_model import load_model
+from llm_engineering.errors import RequestError
+from llm_engineering.models.base_model import check_generation_config, load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.recipe.training_blocks import ModelConfig
 
@@ -43,3 +44,12 @@ def test_generation_settings_without_a_fault_stay(small_llama, settings, cpu, ca
     with caplog.at_level(logging.INFO):
         load_model(ModelConfig(name_or_path=str(small_llama)), settings, choose_device(cpu))
     assert "Left out" not in caplog.text
+
+
+def test_generation_settings_that_cannot_be_read_are_refused(small_llama, settings, tmp_path):
+    folder = shutil.copytree(small_llama, tmp_path / "model")
+    model = ModelConfig(name_or_path=str(folder))
+    check_generation_config(model, settings)
+    (folder / "generation_config.json").write_text(json.dumps({"num_return_sequences": 3}))
+    with pytest.raises(RequestError, match="model cannot be used: Greedy methods .* Correct the file"):
+        check_generation_config(model, settings)
