@@ -17,11 +17,16 @@ EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 
 
 class ModelConfig(Block):
-    """The base model and how it is loaded."""
+    """The base model and how it is loaded.
+
+    `eos_token` is the token that ends an answer, if it is neither the tokenizer's own nor the special token that the chat
+    template writes after an answer, which is found without this key.
+    """
 
     name_or_path: str = EMBEDDED_MODEL
     revision: str | None = None
     trust_remote_code: bool = False
+    eos_token: str | None = None
 
 
 _PROCESSES = "the block compute says how many processes train, and how they share the work"
@@ -366,7 +371,7 @@ _REFUSED_SFT = {
     "chat_template_path": "formatting.chat_template is the template of every stage",
     "dataset_text_field": "formatting tokenises the rows before training",
     "dataset_kwargs": "formatting tokenises the rows before training",
-    "eos_token": "formatting ends answers with the end token of the chat template",
+    "eos_token": "model.eos_token names the token that ends an answer",
     "shuffle_dataset": "rows are drawn in the order of the seed",
     "packing_strategy": "rows are packed by best-fit decreasing, which keeps every row whole",
     "eval_packing": "validation rows are not packed, so that the loss does not depend on it",
@@ -409,7 +414,7 @@ class CPTConfig(PackedConfig):
 
     refused: ClassVar[dict[str, str]] = {
         **_REFUSED_SFT,
-        "eos_token": "formatting ends each document with the end token",
+        "eos_token": "model.eos_token names the token that ends a document",
         "completion_only_loss": "every token of a document is trained",
         "assistant_only_loss": "every token of a document is trained",
     }

@@ -133,8 +133,8 @@ def why_not_from_hidden_states(
     training = model.training
     model.eval()
     with torch.inference_mode(), _mixed_precision(model):
-        outputs = model(input_ids=ids, labels=ids, use_cache=False)
-        logits = outputs.logits.float()
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss.float()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         direct = (hidden @ head.weight.to(hidden.dtype).t()).float()
         direct_loss = -_chunk(hidden[0, :-1], head.weight, ids[0, 1:]).mean()
@@ -142,7 +142,7 @@ def why_not_from_hidden_states(
     # In half precision, two ways of computing the same logits differ by rounding.
     if not torch.allclose(logits, direct, atol=1e-2 * float(logits.abs().max())):
         return "the model changes the logits after the output layer"
-    if not torch.isclose(outputs.loss.float(), direct_loss, rtol=1e-2):
+    if not torch.isclose(loss, direct_loss, rtol=1e-2):
         return "the model adds another loss to that of the tokens"
     return None
 
