@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, Pro
 from benchmarks.machine import machine
 from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.fit import lora_config
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
@@ -42,7 +43,6 @@ from llm_engineering.recipe.training_blocks import (
 )
 from llm_engineering.training import estimate
 from llm_engineering.training.dpo import dpo_trainer
-from llm_engineering.training.policy import lora_config
 from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.train import TrainingRun
 

@@ -24,11 +24,11 @@ from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.fit import lora_config
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import DocumentsConfig, FormattingConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
-from llm_engineering.training.policy import lora_config
 from llm_engineering.training.telemetry import TrainingFlops
 
 FACTS = "facts.json"

@@ -27,6 +27,8 @@ from zenml.materializers import PydanticMaterializer
 from zenml.materializers.base_materializer import BaseMaterializer
 from zenml.utils import io_utils
 
+from llm_engineering.errors import WorkError
+
 __all__ = ["Directory", "DirectoryMaterializer", "HFDatasetMaterializer", "HashedPydanticMaterializer"]
 
 # In the format of sha256sum, so that `sha256sum -c` can check it.
@@ -40,6 +42,29 @@ class Directory(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: Path
+
+
+def is_lost(uri: str) -> bool:
+    """Whether files of an artifact are missing. Remote stores are not asked, because that takes a request for each artifact."""
+    if "://" in uri:
+        return False
+    folder = Path(uri)
+    if not folder.is_dir():
+        return True
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return not any(folder.iterdir())
+    lines = manifest.read_text(encoding="utf-8").splitlines()
+    return not all((folder / line.partition("  ")[2]).is_file() for line in lines)
+
+
+def check_files(uri: str) -> None:
+    """Raise a WorkError if files of an artifact are missing."""
+    if is_lost(uri):
+        raise WorkError(
+            f"The files of an artifact are gone: {uri}. Restore this folder, or repeat the command that made it: a run makes lost "
+            "results again."
+        )
 
 
 class HashedMaterializer(BaseMaterializer):
@@ -126,6 +151,7 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
         """Memory-map the dataset: in the store if it is local, otherwise in a temporary copy."""
         # `datasets` would write its cache files beside the dataset, which is inside the artifact.
         disable_caching()
+        check_files(self.uri)
         if os.path.isdir(self._files):
             return load_from_disk(self._files)
         return load_from_disk(self.local_copy(self._files))
@@ -151,6 +177,7 @@ class DirectoryMaterializer(HashedMaterializer):
 
     def load(self, data_type: type[Any]) -> Directory:
         """The stored folder, or a temporary copy of it if the store is remote."""
+        check_files(self.uri)
         if os.path.isdir(self._files):
             return Directory(path=Path(self._files))
         return Directory(path=Path(self.local_copy(self._files)))

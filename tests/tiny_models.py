@@ -105,9 +105,9 @@ KINDS = {
 }
 
 
-def write_model(folder: Path, kind: str) -> Path:
-    """Save a model of one of `KINDS` and its tokenizer. Its random weights are the same in each call."""
-    config, shape, tokens, template = KINDS[kind]
+def write_model(folder: Path, kind: str | Kind) -> Path:
+    """Save a model of a kind, or of one of `KINDS`, and its tokenizer. Its random weights are the same in each call."""
+    config, shape, tokens, template = KINDS[kind] if isinstance(kind, str) else kind
     tokenizer = _tokenizer(tokens, template)
     torch.manual_seed(0)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}

@@ -222,6 +222,9 @@ def prepare_zenml() -> None:
     from zenml.logger import ZenMLConsoleHandler
     from zenml.utils.source_utils import set_custom_source_root
 
+    from tools.store import check_database
+
+    check_database()
     set_custom_source_root(str(PROJECT_ROOT))
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, ZenMLConsoleHandler)]:
@@ -243,6 +246,12 @@ def exit_code(work: Callable[[], int], debug: bool) -> int:
     except Exception as error:  # An unexpected error is printed with a hint how to see its traceback.
         if debug:
             traceback.print_exc()
+        from tools.store import database_error
+
+        sentence = database_error(error)
+        if sentence is not None:
+            print(f"Error: {sentence}", file=sys.stderr)
+            return 1
         hint = "" if debug else " Run the command again with --debug (ARGS=--debug) to see the traceback."
         print(f"Error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
         return 1

@@ -60,6 +60,14 @@ def export(
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
+    if is_gguf:
+        from transformers import AutoTokenizer
+
+        from llm_engineering.models.base_model import load_config
+        from llm_engineering.publish.gguf import check_gguf
+
+        # Before the merge, which takes minutes. Training changes neither.
+        check_gguf(load_config(found.base, settings), AutoTokenizer.from_pretrained(found.folders[found.name]))
     folder = merged_model(found, recipe, settings)
     if output is None:
         print(folder)

@@ -29,9 +29,10 @@ from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
-from llm_engineering.models.base_model import load_config, pin_revision
+from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
 from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
-from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+from llm_engineering.models.fit import check_fit
+from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
 from llm_engineering.recipe.data_blocks import DataConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import recipe_hash
@@ -39,6 +40,7 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, DPOConfig, PackedConfig, TrainConfig
+from llm_engineering.training.cpt import check_trained_embeddings
 from llm_engineering.training.estimate import (
     UTILISATION,
     Memory,
@@ -134,6 +136,10 @@ def print_plan(pipeline: str, recipe: Recipe) -> None:
     before = [stage for stage in recipe.chain_to(trained[-1]) if stage not in trained] if trained else []
     if before:
         print(f"If no {before[-1]} model of this recipe is registered, the pipeline {before[-1]} runs first.")
+    try:
+        check_model(recipe)
+    except (OSError, ValueError) as error:
+        print(f"Not checked against the model: its configuration cannot be read ({_first(error)}).")
     rows = data_lines(recipe, trained[-1] if trained else recipe.chain[-1])
     if rows:
         print("\n" + "\n".join(rows))
@@ -170,6 +176,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
     )
     _check_tokenizer(recipe)
+    check_model(recipe)
     for stage in recipe.chain:
         config = recipe.block(stage)
         if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
@@ -261,8 +268,23 @@ def _check_tokenizer(recipe: Recipe) -> None:
     when a step needs it.
     """
     if recipe.model.name_or_path != EMBEDDED_MODEL or recipe.formatting.chat_template is not None:
-        for note in check_chat_template(load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)):
+        tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
+        check_rows(tokenizer, load_config(recipe.model, Settings()).get_text_config().vocab_size)
+        for note in check_chat_template(tokenizer):
             logger.warning("%s", note)
+
+
+def check_model(recipe: Recipe) -> None:
+    """Check the recipe against the model's configuration, without its weights.
+
+    Raises:
+        RequestError: the model cannot be trained as the recipe says.
+    """
+    if recipe.model.name_or_path != EMBEDDED_MODEL:
+        check_generation_config(recipe.model, Settings())
+    trained = check_fit(recipe, load_config(recipe.model, Settings()))
+    if recipe.cpt is not None and "cpt" in recipe.chain and recipe.cpt.embedding_learning_rate is not None:
+        check_trained_embeddings(trained)
 
 
 def _check_client(recipe: Recipe) -> None:

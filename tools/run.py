@@ -108,7 +108,9 @@ def run(
         warn_of_memory(recipe, stages)
         prepare_zenml()
         from tools import results
+        from tools.store import forget_lost
 
+        forget_lost()
         if own is not None and not own.is_new(recipe, inputs):
             return own.skip("no new data")
         if resume:
@@ -261,7 +263,9 @@ def _registered_adapter(stage: str, inputs: Inputs) -> Any:
         size=1,
         hydrate=True,
     )
-    return found.items[0] if found.items else None
+    from steps.materializers import is_lost
+
+    return found.items[0] if found.items and not is_lost(found.items[0].uri) else None
 
 
 def _known_adapters(stage: str) -> str:
@@ -280,6 +284,13 @@ def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **
     found = incumbent(recipe.name)
     if found is None:
         return _start(pipeline, recipe, inputs, cache, **arguments)
+    from steps.materializers import is_lost
+
+    if is_lost(found.adapter.artifact.uri):
+        raise RequestError(
+            f"Version {found.number} is in production, and its files are gone: {found.adapter.artifact.uri}. Restore this folder, "
+            "or put another version into production: make rollback, or make promote VERSION=…"
+        )
     logger.info("Version %d is in production: the new model is compared with it", found.number)
     inputs = inputs.model_copy(update={"incumbent": found.number})
     return _start(pipeline, recipe, inputs, cache, incumbent=found.adapter.artifact, **arguments)

@@ -29,7 +29,7 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import ModelConfig
 from pipelines.registry import adapter_of, stages
-from steps.materializers import Directory, DirectoryMaterializer
+from steps.materializers import Directory, DirectoryMaterializer, is_lost
 
 logger = logging.getLogger("llm_engineering.versions")
 
@@ -217,7 +217,7 @@ def _registered(found: Found, dtype: str, repetition_penalty: float) -> Path | N
         size=1,
         hydrate=True,
     )
-    if not known.items:
+    if not known.items or is_lost(known.items[0].uri):
         return None
     folder: Path = known.items[0].load().path
     return folder

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -87,6 +88,20 @@ def load_config(model: ModelConfig, settings: Settings) -> PreTrainedConfig:
     return config
 
 
+def fitting_attention(config: PreTrainedConfig, attention: str) -> str:
+    """The attention to compute a model with: `attention`, or the next best one that the model's class has.
+
+    BLOOM and gpt-oss have neither sdpa nor FlashAttention 2. transformers refuses to load them with one of these.
+    """
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    # The class of remote code is known only when it is loaded.
+    if model_class is None:
+        return attention
+    if attention == "flash_attention_2" and not model_class._supports_flash_attn:
+        attention = "sdpa"
+    return "eager" if attention == "sdpa" and not model_class._supports_sdpa else attention
+
+
 def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
     """Load the base model onto the device, in the device's precision.
 
@@ -106,13 +121,58 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
         dtype=device.dtype,
-        attn_implementation=device.attn_implementation,
+        attn_implementation=fitting_attention(load_config(model, settings), device.attn_implementation),
         **hub_options(model, settings),
         **quantised,
     )
+    mend_generation_config(loaded, model.name_or_path)
     if not four_bits:
         loaded.to(device.name)  # type: ignore[arg-type]
     return loaded
+
+
+def check_generation_config(model: ModelConfig, settings: Settings) -> None:
+    """Raise a RequestError if transformers cannot read the model's generation settings."""
+    try:
+        GenerationConfig.from_pretrained(model_path(model, settings), **hub_options(model, settings))
+    except OSError:
+        # The file is optional.
+        return
+    except ValueError as error:
+        raise RequestError(
+            f"The generation_config.json of {model.name_or_path} cannot be used: {error} Correct the file."
+        ) from error
+
+
+def mend_generation_config(loaded: PreTrainedModel, name: str) -> None:
+    """Remove the generation settings that transformers refuses to save, and `max_length`.
+
+    Some models come with `temperature` without `do_sample`, for example. Loading accepts that, but the first checkpoint
+    fails. `max_length` is often 20, an old default, and would cut answers of the trained model, prompt included.
+    """
+    found = loaded.generation_config
+    if found is None:
+        return
+    settings = {key: value for key, value in found.to_diff_dict().items() if value is not None}
+    mode = {key: settings[key] for key in ("do_sample", "num_beams", "return_dict_in_generate") if key in settings}
+    removed = {
+        key: value for key, value in settings.items() if key == "max_length" or _is_refused({**mode, key: value})
+    }
+    for key in removed:
+        setattr(found, key, None)
+    if removed:
+        logger.info(
+            "Left out of the generation settings of %s: %s",
+            *(name, ", ".join(f"{key} {value}" for key, value in removed.items())),
+        )
+
+
+def _is_refused(settings: dict[str, Any]) -> bool:
+    try:
+        GenerationConfig(**settings).validate(strict=True)
+    except ValueError:
+        return True
+    return False
 
 
 def weights_hash(folder: Path) -> str:

@@ -35,17 +35,40 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
         chat_template: the recipe's `formatting.chat_template`; None for the model's own.
 
     Raises:
-        RequestError: there is no such template, or neither the recipe nor the model has one.
+        RequestError: there is no such template, neither the recipe nor the model has one, or `eos_token` is no token.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings))
     # This may change the end token, from which the pad token must differ.
     set_chat_template(tokenizer, chat_template)
+    if model.eos_token is not None:
+        if model.eos_token not in tokenizer.get_vocab():
+            raise RequestError(
+                f"model.eos_token {model.eos_token} is no token of {model.name_or_path}, whose special tokens are "
+                f"{', '.join(tokenizer.all_special_tokens)}. Choose one of its tokens, or remove the key."
+            )
+        tokenizer.eos_token = model.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
         others = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
         reserved = [t for t in others if any(word in t.lower() for word in _UNUSED_TOKENS)]
         tokenizer.pad_token = next(iter([*reserved, *others]), tokenizer.eos_token)
     return tokenizer
+
+
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Check that each token has a row in the model's embedding, which has `rows`.
+
+    Raises:
+        RequestError: some tokens have none. A text with one of them, or padding with it, would fail.
+    """
+    without = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    if without:
+        some = ", ".join(f"{token} ({index})" for index, token in without[:5])
+        raise RequestError(
+            f"The tokenizer of {tokenizer.name_or_path} has {len(without)} tokens without a row in the model's embedding of {rows} "
+            f"rows: {some}. Remove them from tokenizer.json and tokenizer_config.json, or enlarge the embedding with "
+            "model.resize_token_embeddings, and save model and tokenizer together."
+        )
 
 
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import WorkError
 from llm_engineering.models.base_model import load_model
@@ -100,13 +100,8 @@ def merge(
     _write(merged, tokenizer, ends, dtype, target)
     try:
         logger.info("Verifying the saved files on %d held-out rows", len(rows))
-        written = AutoModelForCausalLM.from_pretrained(
-            target,
-            dtype=dtype,
-            attn_implementation=device.attn_implementation,
-            trust_remote_code=trained.base.trust_remote_code,
-        )
-        written.eval().to(device.name)
+        saved = ModelConfig(name_or_path=str(target), trust_remote_code=trained.base.trust_remote_code)
+        written = load_model(saved, settings, device._replace(dtype=dtype)).eval()
         _check_weights(written, merged)
         del merged
         verification = verify(rows, reference, token_scores(written.float(), rows), untrained, dtype)

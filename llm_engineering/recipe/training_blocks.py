@@ -17,11 +17,16 @@ EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
 
 
 class ModelConfig(Block):
-    """The base model and how it is loaded."""
+    """The base model and how it is loaded.
+
+    `eos_token` is the token that ends an answer, if it is neither the tokenizer's own nor the special token that the chat
+    template writes after an answer, which is found without this key.
+    """
 
     name_or_path: str = EMBEDDED_MODEL
     revision: str | None = None
     trust_remote_code: bool = False
+    eos_token: str | None = None
 
 
 _PROCESSES = "the block compute says how many processes train, and how they share the work"
@@ -100,7 +105,6 @@ _REFUSED_TRL = {
     "pad_to_multiple_of": "rows are computed without padding wherever the model allows it",
     "activation_offloading": "it fails on a CPU, and no test here runs it on CUDA; gradient_checkpointing saves memory too",
     "pad_token": "the tokenizer's pad token is chosen when the model is loaded",
-    "router_aux_loss_coef": "the loss of a mixture of experts' router is not trained here",
 }
 
 
@@ -367,7 +371,7 @@ _REFUSED_SFT = {
     "chat_template_path": "formatting.chat_template is the template of every stage",
     "dataset_text_field": "formatting tokenises the rows before training",
     "dataset_kwargs": "formatting tokenises the rows before training",
-    "eos_token": "formatting ends answers with the end token of the chat template",
+    "eos_token": "model.eos_token names the token that ends an answer",
     "shuffle_dataset": "rows are drawn in the order of the seed",
     "packing_strategy": "rows are packed by best-fit decreasing, which keeps every row whole",
     "eval_packing": "validation rows are not packed, so that the loss does not depend on it",
@@ -410,7 +414,7 @@ class CPTConfig(PackedConfig):
 
     refused: ClassVar[dict[str, str]] = {
         **_REFUSED_SFT,
-        "eos_token": "formatting ends each document with the end token",
+        "eos_token": "model.eos_token names the token that ends a document",
         "completion_only_loss": "every token of a document is trained",
         "assistant_only_loss": "every token of a document is trained",
     }
@@ -452,6 +456,7 @@ class DPOConfig(TrainConfig):
     config_class = "trl.DPOConfig"
     refused: ClassVar[dict[str, str]] = {
         **_REFUSED_TRL,
+        "disable_dropout": "policy and reference run without dropout, so that only their weights differ",
         "loss_weights": "a run has one loss, loss_type, to which sft_weight adds the SFT loss",
         "train_sampling_strategy": "pairs are drawn at random",
     }

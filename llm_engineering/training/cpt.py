@@ -85,12 +85,17 @@ class TextTrainer(FormattedSFTTrainer):
             if own:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in embeddings]
                 optimizer.add_param_group({**group, "params": own, "lr": self.embedding_rate})
-        if not embeddings:
-            raise RequestError(
-                "cpt.embedding_learning_rate is set, and no embedding of this model is trained. Add the names of its "
-                "embeddings to lora.modules_to_save, or remove the key."
-            )
+        check_trained_embeddings(trained_model)
         return optimizer
+
+
+def check_trained_embeddings(model: nn.Module) -> None:
+    """Raise a RequestError if no embedding is trained, although `embedding_learning_rate` is set."""
+    if not embedding_parameters(model):
+        raise RequestError(
+            "cpt.embedding_learning_rate is set, and no embedding of this model is trained. Add the names of its "
+            "embeddings to lora.modules_to_save, or remove the key."
+        )
 
 
 def embedding_parameters(model: nn.Module) -> dict[int, str]:

@@ -13,10 +13,12 @@ import trl
 from datasets import Dataset, DatasetDict, disable_caching, enable_caching, is_caching_enabled
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from trl import DPOTrainer
 from trl.models.utils import _ForwardRedirection
 
+from llm_engineering.errors import WorkError
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import DPOConfig, TrainingSetup
 from llm_engineering.training.arguments import training_arguments
@@ -34,6 +36,10 @@ from llm_engineering.training.train import TrainingRun, prepare_run, run_trainin
 from llm_engineering.training.trainer import ResumableTrainer
 
 logger = logging.getLogger(__name__)
+
+# Largest differences between two computations of the same log-probability, in nats: in float32, and in half precision.
+_SUMMED = 1e-4
+_ROUNDED = 5e-2
 
 
 def train_dpo(
@@ -89,11 +95,16 @@ def dpo_trainer(
     # TRL keeps the reference of an adapter as a second adapter. A full model needs a second model.
     reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
 
+    for model in (policy, reference):
+        if model is not None:
+            disable_dropout(model)
+
     # Find out which computations can be saved with this model
     flops, by_row, unpadded = TrainingFlops.of(policy), False, False
     if run.device.backend == "transformers":
         by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
-        reason = why_not_from_hidden_states(policy, run.setup.compute)
+        router_coefficient = config.library_arguments.get("router_aux_loss_coef")
+        reason = why_not_from_hidden_states(policy, run.setup.compute, router_coefficient)
         if config.library_arguments.get("use_weighting"):
             reason = "use_weighting needs them"
         if reason is None and not keeps_rows_apart(policy, by_row):
@@ -141,6 +152,18 @@ def dpo_trainer(
     trainer.by_row, trainer.flops = by_row, flops
     trainer.asks_reference = not config.precompute_ref_log_probs
     return trainer
+
+
+def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
+    """Set every probability of dropout to 0, so that policy and reference are equal in the first step.
+
+    TRL disables only modules of the class Dropout. OPT, Llama and others read a number from their config into a module, and
+    Falcon reads it from the config in each forward pass.
+    """
+    for part in (*model.modules(), causal_model(model).config.get_text_config()):
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or isinstance(part, _DropoutNd)):
+                setattr(part, name, 0.0)
 
 
 def complete_reference(policy: PreTrainedModel | PeftModel) -> None:
@@ -201,6 +224,11 @@ class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
         return log_probs, torch.zeros_like(log_probs), outputs
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Compute TRL's loss, and check in the first step that the policy is still equal to the reference.
+
+        Raises:
+            WorkError: their log-probabilities differ.
+        """
         training = model.training
         if training:
             mask = inputs["attention_mask"]
@@ -209,7 +237,20 @@ class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
         result = super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
         if self.use_liger_kernel:
             self._metrics["train" if training else "eval"].pop("entropy", None)
+        if training and self.state.global_step == 0:
+            self._check_margin(float(inputs["completion_mask"].sum() / len(inputs["completion_mask"])))
         return result
+
+    def _check_margin(self, tokens: float) -> None:
+        """Check the newest reward margin, the mean over the pairs of a batch. `tokens` is the mean length of an answer."""
+        margin = self._metrics["train"]["rewards/margins"][-1]
+        half = self.args.bf16 or self.args.fp16
+        if abs(margin) > self.args.beta * tokens * (_ROUNDED if half else _SUMMED):
+            raise WorkError(
+                f"DPO starts from its reference, so the reward margin of the first step must be 0, and it is {margin:.4g}: policy "
+                "and reference are not computed alike. Use --set compute.dtype=float32 or "
+                "--set dpo.precompute_ref_log_probs=false; if the error stays, this model cannot be trained with DPO here."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

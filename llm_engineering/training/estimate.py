@@ -9,16 +9,19 @@ import time
 from typing import Any, NamedTuple
 
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llm_engineering.models.base_model import fitting_attention
 from llm_engineering.models.device import Device, choose_optimiser
+from llm_engineering.models.fit import on_meta, shape_config
 from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, Method, TrainConfig
 from llm_engineering.training.losses import CHUNK
-from llm_engineering.training.policy import in_float32, with_shapes
+from llm_engineering.training.policy import in_float32
 
 # Bytes of a weight: 4 bits, and its share of the doubly quantised block constants, 8/64 + 32/(64·256) bits (QLoRA,
 # arXiv:2305.14314, section 3).
@@ -90,15 +93,12 @@ def shapes(
 ) -> Shapes:
     """Build the model and its adapter from fake tensors, and run one forward pass of `rows × length` tokens."""
     full, four_bits = method == "full", method == "qlora"
-    attention = device.attn_implementation
+    # sdpa keeps as many activations as FlashAttention, and does not need a GPU.
+    attention = "sdpa" if device.attn_implementation == "flash_attention_2" else device.attn_implementation
+    base = on_meta(
+        model, torch.float32 if full else device.dtype, fitting_attention(model, attention), trust_remote_code
+    )
     with torch.device("meta"):
-        base: PreTrainedModel = AutoModelForCausalLM.from_config(
-            model,
-            dtype=torch.float32 if full else device.dtype,
-            # sdpa keeps as many activations as FlashAttention, and does not need a GPU.
-            attn_implementation="sdpa" if attention == "flash_attention_2" else attention,
-            trust_remote_code=trust_remote_code,
-        )
         if not full:
             in_float32(base, lora.library_arguments.get("modules_to_save"))
         head = base.get_output_embeddings()
@@ -114,7 +114,7 @@ def shapes(
             weights = in_linear * NF4_BYTES + outside * 4.0
         else:
             weights = float(sum(p.nbytes for p in base.parameters()))
-        policy: nn.Module = base if full else with_shapes(base, lora)
+        policy: nn.Module = base if full else get_peft_model(base, shape_config(lora))
     policy.train()
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     activations, hidden = _forward(base, policy, device, rows, length)

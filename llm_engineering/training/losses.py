@@ -104,12 +104,18 @@ def _mixed_precision(model: PreTrainedModel) -> torch.autocast:
     return torch.autocast(model.device.type, half, enabled=half is not None)
 
 
-def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: ComputeConfig) -> str | None:
+def why_not_from_hidden_states(
+    policy: PreTrainedModel | PeftModel, compute: ComputeConfig, router_coefficient: float | None = None
+) -> str | None:
     """The reason why training needs the logits of whole batches; None if it does not need them.
 
-    Training does not need them if the logits are the last hidden states times the output weights, and this process has
-    all of these weights. Some models scale or cap their logits, and an adapter may wrap the output layer. This function
-    computes the logits of four tokens both ways and compares them, so the project needs no list of such models.
+    Training does not need them if the logits are the last hidden states times the output weights, the loss is that of
+    the tokens alone, and this process has all of these weights. Some models scale or cap their logits, or add a loss of
+    their own, and an adapter may wrap the output layer. This function computes logits and loss of four tokens both ways
+    and compares them, so the project needs no list of such models.
+
+    Args:
+        router_coefficient: the recipe's `router_aux_loss_coef`; None for that of the model's config.
     """
     model = causal_model(policy)
     head = model.get_output_embeddings()
@@ -121,18 +127,31 @@ def why_not_from_hidden_states(policy: PreTrainedModel | PeftModel, compute: Com
         return "the output weights are sharded"
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         return "the output layer is not a plain matrix"
+    if _adds_router_loss(model, router_coefficient):
+        return "the loss of the experts' router needs the model's own forward pass"
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
     training = model.training
     model.eval()
     with torch.inference_mode(), _mixed_precision(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss.float()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         direct = (hidden @ head.weight.to(hidden.dtype).t()).float()
+        direct_loss = -_chunk(hidden[0, :-1], head.weight, ids[0, 1:]).mean()
     model.train(training)
     # In half precision, two ways of computing the same logits differ by rounding.
     if not torch.allclose(logits, direct, atol=1e-2 * float(logits.abs().max())):
         return "the model changes the logits after the output layer"
+    if not torch.isclose(loss, direct_loss, rtol=1e-2):
+        return "the model adds another loss to that of the tokens"
     return None
+
+
+def _adds_router_loss(model: PreTrainedModel, coefficient: float | None) -> bool:
+    """Whether TRL adds the load-balancing loss of a mixture of experts."""
+    text = model.config.get_text_config()
+    own = getattr(text, "router_aux_loss_coef", 0.0)
+    return hasattr(text, "output_router_logits") and (own if coefficient is None else coefficient) != 0.0
 
 
 def take_loss_from_hidden_states(policy: PreTrainedModel | PeftModel) -> None:

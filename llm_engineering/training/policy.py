@@ -8,21 +8,16 @@ from pathlib import Path
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, prepare_model_for_kbit_training
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft import PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from safetensors.torch import save_file
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device
+from llm_engineering.models.fit import lora_config, with_adapter
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.training import unsloth_policy
-from llm_engineering.training.losses import causal_model
 from llm_engineering.training.unsloth_policy import Loading
 
 
@@ -49,30 +44,12 @@ def new_policy(
         return _full_model(model, settings, device)
     config = lora_config(lora)
     base = _base(model, settings, device, method, config.modules_to_save)
-    try:
-        policy = get_peft_model(base, config)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise RequestError(f"lora does not fit {model.name_or_path}: {error}") from error
-    assert isinstance(policy, PeftModel)
-    _check_adapter(policy, lora)
+    policy = with_adapter(base, config, lora, model.name_or_path)
     if lora.moves_base_weights:
         # The same after a restart: it follows from the base weights and the seed.
         weights = get_peft_model_state_dict(policy)
         policy.start_weights = {k: v.clone() for k, v in weights.items() if "lora_" in k}  # type: ignore[assignment]
     return policy
-
-
-def lora_config(lora: LoraConfig) -> peft.LoraConfig:
-    """Translate the recipe's adapter block to PEFT's config."""
-    return peft.LoraConfig(**lora.model_dump(exclude_none=True), task_type="CAUSAL_LM")
-
-
-def with_shapes(base: PreTrainedModel, lora: LoraConfig) -> nn.Module:
-    """Add the adapter to a base model of meta tensors, which have shapes and no values."""
-    config = lora_config(lora)
-    # VeLoRA reads values. It changes no shape, and keeps fewer activations.
-    config.velora_config = None
-    return get_peft_model(base, config)
 
 
 def in_float32(base: PreTrainedModel, modules: Sequence[str] | None) -> None:
@@ -83,54 +60,6 @@ def in_float32(base: PreTrainedModel, modules: Sequence[str] | None) -> None:
     for name, module in base.named_modules():
         if name.endswith(tuple(modules or ())):
             module.float()
-
-
-def _check_adapter(policy: PeftModel, lora: LoraConfig) -> None:
-    """Check what PEFT does not check, or only after training."""
-    model = causal_model(policy)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
-    bases = [layer.get_base_layer() for layer in layers.values()]
-    more = lora.library_arguments
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in more.get(name) or {}:
-            if not any(get_pattern_key([pattern], layer) == pattern for layer in layers):
-                raise RequestError(
-                    f"lora.{name}: {pattern} is the name of no layer with an adapter. Correct or remove it."
-                )
-    whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    excluded = more.get("exclude_modules") or []
-    named = {"modules_to_save": (more.get("modules_to_save") or [], whole)}
-    if isinstance(excluded, list):
-        named["exclude_modules"] = (excluded, [name for name, _ in model.named_modules()])
-    for field, (wanted, found) in named.items():
-        for part in wanted:
-            if not any(name.endswith(part) for name in found):
-                raise RequestError(f"lora.{field}: the model has no module {part}. Correct or remove it.")
-    if more.get("lora_bias") and any(getattr(base, "bias", None) is None for base in bases):
-        without = next(name for name, layer in layers.items() if getattr(layer.get_base_layer(), "bias", None) is None)
-        raise RequestError(
-            f"lora.lora_bias: the layer {without} has no bias that the adapter's could be merged into. Remove the key, "
-            "or name layers with a bias in lora.target_modules."
-        )
-    if more.get("init_lora_weights") == "olora" and any(isinstance(base, Conv1D) for base in bases):
-        raise RequestError(
-            "lora.init_lora_weights olora: PEFT decomposes weights of the class Conv1D, as in GPT-2, in the wrong "
-            "direction. Use pissa."
-        )
-    embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
-    if lora.moves_base_weights and model.config.tie_word_embeddings and any(e in layers.values() for e in embeddings):
-        raise RequestError(
-            f"lora.init_lora_weights {more['init_lora_weights']} would change the output weights, which are the input "
-            "embeddings too: remove both from lora.target_modules."
-        )
-    if more.get("ensure_weight_tying") and not model.config.tie_word_embeddings:
-        raise RequestError("lora.ensure_weight_tying has no effect: the model's embeddings are not tied. Remove it.")
-    name = next(name for name, module in model.named_modules() if module is embeddings[0])
-    if more.get("ensure_weight_tying") and more.get("modules_to_save") and not name.endswith("embed_tokens"):
-        raise RequestError(
-            f"lora.ensure_weight_tying: PEFT ties only embeddings that are named embed_tokens, and this model's are "
-            f"{name}. Remove the key; the model is then merged with separate input and output embeddings."
-        )
 
 
 def trained_policy(

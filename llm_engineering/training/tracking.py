@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrackingConfig
 
 logger = logging.getLogger(__name__)
+
+# Seconds that Comet has to answer before metrics are stored offline.
+PROBE_S = 5.0
 
 
 def check_trackers(config: TrackingConfig) -> None:
@@ -81,6 +86,18 @@ def _guarded(service: str, operation: str, action: Callable[[], object]) -> None
         logger.warning("%s: %s failed (%s: %s); training continues", service, operation, type(error).__name__, error)
 
 
+def _check_reachable(address: str) -> None:
+    """Raise an OSError if a server does not answer in some seconds.
+
+    Without a connection, `comet_ml.start` returns an experiment that loses all metrics, after up to four minutes.
+    """
+    try:
+        urllib.request.urlopen(address, timeout=PROBE_S).close()  # noqa: S310 — Comet's own address
+    except urllib.error.HTTPError:
+        # The server answers, and that is enough.
+        return
+
+
 class CometRun:
     """One Comet experiment; without one (`tracking.comet: off`, or Comet failed) the methods do nothing.
 
@@ -138,6 +155,8 @@ class CometRun:
         archives = (settings.llm_output_dir / "comet").resolve()
         archives.mkdir(parents=True, exist_ok=True)
         key = settings.comet_api_key.get_secret_value() if online and settings.comet_api_key else None
+        if online:
+            _check_reachable(comet_ml.config.get_backend_address())
         experiment = comet_ml.start(
             api_key=key,
             workspace=config.workspace,
@@ -160,6 +179,8 @@ class CometRun:
                 display_summary_level=0,
             ),
         )
+        if online and not experiment.url:
+            raise ConnectionError("Comet started no experiment. Check COMET_API_KEY and tracking.workspace")
         self.experiment, self.key = experiment, experiment.get_key()
         if online:
             self.url = experiment.url

@@ -32,7 +32,7 @@ from transformers import (
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.labels import check_labels, label_views
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models.base_model import weights_hash
+from llm_engineering.models.base_model import fitting_attention, load_config, weights_hash
 from llm_engineering.models.device import (
     Device,
     check_training,
@@ -41,7 +41,7 @@ from llm_engineering.models.device import (
     choose_optimiser,
     keys_beyond_unsloth,
 )
-from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.models.tokenizer import check_rows, load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, TrainConfig, TrainingSetup
@@ -157,8 +157,15 @@ def prepare_run(
     adapter_keys = keys_beyond_unsloth(start) if start else lora.beyond_unsloth
     device = choose_backend(choose_device(setup.compute), setup.compute, method, adapter_keys=adapter_keys)
 
+    model = load_config(setup.model, settings)
+    attention = fitting_attention(model, device.attn_implementation)
+    if device.backend == "transformers" and attention != device.attn_implementation:
+        reason = f"attention {attention}: {setup.model.name_or_path} has no {device.attn_implementation}"
+        device = device._replace(attn_implementation=attention, reasons=[*device.reasons, reason])
+
     # Load the tokenizer
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    check_rows(tokenizer, model.get_text_config().vocab_size)
 
     # Check the optimiser and the labels
     check_training(stage, method, config.optim, device)
@@ -286,7 +293,9 @@ def _train_until_it_fits(
 
         # Train
         started = time.perf_counter()
+        before = _weight_sums(trainer, setup.compute)
         if _train(trainer, config, setup.compute, telemetry, checkpoint):
+            _check_trained(stage, trainer, before, setup.compute)
             return _Trained(trainer, config, telemetry, checkpoint, time.perf_counter() - started)
 
         # Out of memory: halve the batch
@@ -342,6 +351,30 @@ def _train(
     if interruption.received is not None:
         raise KeyboardInterrupt(f"{interruption.received.name} in step {trainer.state.global_step}")
     return True
+
+
+def _weight_sums(trainer: ResumableTrainer, compute: ComputeConfig) -> list[float]:
+    """The sum of each trained weight matrix; empty if the weights are sharded.
+
+    Sums take no memory. A copy to compare with would double that of a full fine-tune.
+    """
+    assert trainer.model is not None
+    if compute.distributed != "ddp":
+        return []
+    with torch.no_grad():
+        return [float(p.sum(dtype=torch.float64)) for p in trainer.model.parameters() if p.requires_grad]
+
+
+def _check_trained(stage: str, trainer: ResumableTrainer, before: list[float], compute: ComputeConfig) -> None:
+    """Raise a WorkError if all trained weights are what they were before training."""
+    if not before or _weight_sums(trainer, compute) != before:
+        return
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    raise WorkError(
+        f"{stage} trained nothing: after {trainer.state.global_step} steps all weights are those of the start, and the highest "
+        f"learning rate was {max(rates, default=0.0):g}. Raise {stage}.learning_rate, or train more steps; with load_best, "
+        "the best checkpoint may be one from before the first change."
+    )
 
 
 def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import statistics
@@ -27,6 +28,8 @@ from llm_engineering.errors import WorkError
 from llm_engineering.training import ranks
 from llm_engineering.training.checkpoints import PARTIAL, check_space, publish, size
 from llm_engineering.training.telemetry import TrainingFlops, Work
+
+logger = logging.getLogger(__name__)
 
 # In a healthy run, a batch of mislabelled pairs reaches several times the usual DPO loss, and training recovers from it.
 # No healthy run has been seen to reach ten times the usual loss.
@@ -218,6 +221,22 @@ class ResumableTrainer(HeldOutTrainer):
         if isinstance(sampler, LengthGroupedSampler):
             return LengthGroupedByEpoch(sampler.batch_size, sampler.lengths, self.args.seed)
         return sampler
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the schedule of the learning rate. A warm-up as long as the run is cut, so that one step has the full rate.
+
+        transformers rounds the warm-up up, and its first step has the rate 0: a run of one step would train nothing.
+        """
+        wanted = self.args.get_warmup_steps(num_training_steps)
+        if wanted >= num_training_steps > 0:
+            self.args.warmup_steps = num_training_steps - 1
+            logger.warning(
+                "A warm-up of %d steps would leave no step of %d with the full learning rate: it is cut to %d",
+                *(wanted, num_training_steps, num_training_steps - 1),
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))

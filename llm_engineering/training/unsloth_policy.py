@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models.base_model import hub_revision, model_path
+from llm_engineering.models.base_model import hub_revision, mend_generation_config, model_path
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
@@ -127,6 +127,7 @@ def _base(model: ModelConfig, settings: Settings, device: Device, method: Method
         fix_tokenizer=False,
     )
     assert isinstance(loaded, PreTrainedModel)
+    mend_generation_config(loaded, model.name_or_path)
     return loaded
 
 

@@ -198,10 +198,11 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
     """
     # Imported only here: schedules import this module, and their `--help` must not wait for torch.
     import torch
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from llm_engineering.models.base_model import load_config
-    from llm_engineering.training.policy import with_shapes
+    from llm_engineering.models.fit import shape_config
 
     config = load_config(recipe.model, settings)
     with torch.device("meta"):
@@ -210,7 +211,7 @@ def volume_bytes(recipe: Recipe, settings: Settings) -> int:
         if recipe.method == "full":
             trained = parameters
         else:
-            adapted = with_shapes(model, recipe.lora)
+            adapted = get_peft_model(model, shape_config(recipe.lora))
             trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     dtype: torch.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     return parameters * dtype.itemsize + trained * (12 * _CHECKPOINTS + 4) + _OTHER_BYTES

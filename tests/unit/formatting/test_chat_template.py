@@ -163,7 +163,7 @@ def test_preflight_names_what_is_missing(base_model):
     from tests.conftest import ROOT
     from tools.plan import preflight
 
-    sets = [f"model.name_or_path={base_model}"]
+    sets = [f"model.name_or_path={base_model}", "formatting.max_length=256"]
     with pytest.raises(RequestError, match="has no chat template.*alpaca"):
         preflight(load_recipe(ROOT / "configs" / "python_reference.yaml", sets))
     recipe, _ = preflight(
@@ -259,3 +259,25 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     expected = [pairs["train"][i][name] for name in ("chosen_ids", "rejected_ids") for i in (0, 1)]
     assert trained == expected
     assert all(ids[-1] == end for ids in trained)
+
+
+def test_the_recipe_can_name_an_end_token_that_is_not_special(base_model, settings, tmp_path):
+    plain = load_tokenizer(ModelConfig(name_or_path=str(base_model)), settings, "alpaca")
+    plain.add_tokens(["[END]"], special_tokens=False)
+    plain.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '[END]\n' }}{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    plain.save_pretrained(tmp_path / "model")
+    model = ModelConfig(name_or_path=str(tmp_path / "model"))
+    with pytest.raises(RequestError, match="end"):
+        check_chat_template(load_tokenizer(model, settings))
+    named = load_tokenizer(model.model_copy(update={"eos_token": "[END]"}), settings)
+    check_chat_template(named)
+    (row,) = render([instruction(1)], named)
+    trained = [token for token in row.labels if token != -100]
+    assert trained[-1] == named.convert_tokens_to_ids("[END]") == named.eos_token_id
+    # The tokenizer that is saved beside the adapter has it too.
+    named.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "adapter")), settings).eos_token == "[END]"
+    with pytest.raises(RequestError, match=r"model.eos_token <eot> is no token of .*special tokens are "):
+        load_tokenizer(model.model_copy(update={"eos_token": "<eot>"}), settings)

@@ -5,11 +5,21 @@ import json
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Regex, normalizers, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_engineering.errors import RequestError
-from llm_engineering.publish.gguf import write_gguf
+from llm_engineering.publish.gguf import check_gguf, write_gguf
+from tests.tiny_models import SIZES, Kind, write_model
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 TEXT = "What is the sum of these 12 numbers?\n\tÄ “quoted” 'tis <|endoftext|> it's   done."
@@ -88,7 +98,10 @@ def test_other_llamas_are_refused(small_llama, tmp_path, changes, words):
 
 
 def test_other_architectures_are_refused(base_model, tmp_path):
-    with pytest.raises(RequestError, match="it is a gpt2, and only plain Llama models are supported"):
+    with pytest.raises(
+        RequestError,
+        match="it is a gpt2, and only plain models of the types llama, mistral, qwen2, qwen3 are supported",
+    ):
         write_gguf(saved(base_model, tmp_path / "model", torch.float32), tmp_path / "model.gguf", "my-model")
 
 
@@ -108,3 +121,76 @@ def test_a_tokenizer_with_a_normalizer_is_refused(small_llama, tmp_path):
     tokenizer.save_pretrained(folder)
     with pytest.raises(RequestError, match="has the normalizer .*Lowercase"):
         write_gguf(folder, tmp_path / "model.gguf", "my-model")
+
+
+def words(digits):
+    """The regular expression of Llama 3 and of Qwen, with the digits that stay together."""
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "digits", "pre"),
+    [
+        (LlamaConfig, {}, "{1,3}", "llama-bpe"),
+        (MistralConfig, {"sliding_window": None}, "{1,3}", "llama-bpe"),
+        (Qwen2Config, {"tie_word_embeddings": True}, "", "qwen2"),
+        (Qwen3Config, {"head_dim": 128}, "", "qwen2"),
+    ],
+)
+def test_other_architectures_have_the_same_logits_and_tokens(config, shape, digits, pre, tmp_path):
+    source = write_model(tmp_path / "source", Kind(config, SIZES | shape))
+    folder = saved(source, tmp_path / "model", torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    split = pre_tokenizers.Split(Regex(words(digits)), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    if pre == "qwen2":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(folder)
+    write_gguf(folder, tmp_path / "model.gguf", "my-model")
+    fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "model.gguf").fields.items()}
+    assert fields["tokenizer.ggml.pre"] == pre
+    if "head_dim" in shape:
+        assert fields["qwen3.attention.key_length"] == fields["qwen3.attention.value_length"] == 128
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[5, 9, 11, 250, 2, 7]])
+    with torch.inference_mode():
+        torch.testing.assert_close(read(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_the_scaling_of_llama_31_is_that_of_transformers(small_llama, tmp_path):
+    scaling = {
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 400,
+    }  # fmt: skip
+    folder = saved(
+        small_llama, tmp_path / "model", torch.float32, rope_parameters=scaling, max_position_embeddings=3200
+    )
+    write_gguf(folder, tmp_path / "model.gguf", "my-model")
+    factors = next(t.data for t in GGUFReader(tmp_path / "model.gguf").tensors if t.name == "rope_freqs.weight")
+    config = AutoConfig.from_pretrained(folder)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    width = config.hidden_size // config.num_attention_heads
+    plain = 500000.0 ** -(torch.arange(0, width, 2) / width)
+    torch.testing.assert_close(plain / torch.tensor(factors), scaled)
+    assert len(set(factors.tolist())) > 2
+
+
+def test_a_window_is_refused_without_weights(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "model", "mistral"))
+    with pytest.raises(RequestError, match="its attention has a window of 16 tokens"):
+        check_gguf(AutoConfig.from_pretrained(tmp_path / "model"), tokenizer)
+
+
+def test_every_end_token_is_written(small_llama, tmp_path, caplog):
+    folder = saved(small_llama, tmp_path / "model", torch.float32)
+    end = AutoTokenizer.from_pretrained(folder).eos_token_id
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 7, 8, 9]}))
+    write_gguf(folder, tmp_path / "model.gguf", "my-model")
+    fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "model.gguf").fields.items()}
+    assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [end, 7, 8]
+    assert "Left out: [9]" in caplog.text

@@ -9,12 +9,16 @@ from datasets import Dataset, DatasetDict, Features, Value
 from zenml.artifact_stores import LocalArtifactStore, LocalArtifactStoreConfig
 from zenml.enums import StackComponentType
 
+from llm_engineering.errors import WorkError
 from steps.materializers import (
+    MANIFEST,
     Directory,
     DirectoryMaterializer,
     HashedPydanticMaterializer,
     HFDatasetMaterializer,
+    check_files,
     file_hashes,
+    is_lost,
 )
 
 
@@ -95,3 +99,17 @@ def test_reading_a_dataset_writes_nothing_to_the_artifact(tmp_path):
     read = materializer.load(DatasetDict)
     assert read["rows"].map(lambda row: {"y": row["x"] + 1})["y"][:] == [2, 3]
     assert file_hashes(str(tmp_path), materializer.artifact_store) == before
+
+
+def test_an_artifact_without_its_files_is_named(tmp_path):
+    folder = tmp_path / "sft_adapter"
+    assert is_lost(str(folder))
+    folder.mkdir()
+    assert is_lost(str(folder))
+    (folder / "weights").write_text("1")
+    (folder / MANIFEST).write_text("00  weights\n")
+    assert not is_lost(str(folder))
+    (folder / MANIFEST).write_text("00  weights\n11  files/config.json\n")
+    with pytest.raises(WorkError, match="The files of an artifact are gone: .*sft_adapter. Restore this folder"):
+        check_files(str(folder))
+    assert not is_lost("s3://bucket/sft_adapter")

@@ -9,7 +9,7 @@ import yaml
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from tools.expected_rows import data_lines
-from tools.plan import planned_steps, preflight, stages_of, tokens_of
+from tools.plan import planned_steps, preflight, print_plan, stages_of, tokens_of
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -311,3 +311,13 @@ def test_the_pipeline_gives_the_prepared_questions_to_the_texts(recipe, monkeypa
     datasets._texts()
     assert given["instructions"] == "prepared questions"
     assert given["arguments"][-1] == made.deriving
+
+
+def test_the_recipe_is_checked_against_the_model_before_a_run_and_by_a_dry_run(recipe, small_llama):
+    unfit = recipe(
+        ["sft"], model={"name_or_path": str(small_llama)}, sft={"lora": {"target_modules": ["qkv_proj"]}},
+        formatting={"chat_template": "alpaca"},
+    )  # fmt: skip
+    for check in (lambda: preflight(unfit), lambda: print_plan("sft", unfit)):
+        with pytest.raises(RequestError, match=r"qkv_proj is no name of a module of this model.* q_proj"):
+            check()

@@ -4,16 +4,23 @@ import importlib.util
 import json
 import logging
 import math
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
+from pydantic import SecretStr
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+from llm_engineering.training import tracking
 from llm_engineering.training.sft import train_sft
-from llm_engineering.training.tracking import TensorBoardRun, Trackers, WandbRun, check_trackers
+from llm_engineering.training.tracking import CometRun, TensorBoardRun, Trackers, WandbRun, check_trackers
 from tests.conftest import ROOT
 
 CONFIG = SFTConfig(
@@ -172,3 +179,46 @@ def test_unknown_tracker_is_refused():
     with pytest.raises(RequestError, match="report_to"):
         load_recipe(recipe, ["tracking.report_to=[mlflow]"])
     assert json.loads(load_recipe(recipe).tracking.model_dump_json())["report_to"] == []
+
+
+@pytest.mark.parametrize("fault", ["nobody listens", "no answer", "no experiment"])
+def test_comet_without_a_connection_is_offline_at_once(fault, settings, monkeypatch, caplog):
+    import comet_ml
+
+    started = []
+    plain_start = comet_ml.start
+
+    def start(**options):
+        started.append(options["online"])
+        return SimpleNamespace(url="", get_key=lambda: "key") if options["online"] else plain_start(**options)
+
+    monkeypatch.setattr(comet_ml, "start", start)
+    monkeypatch.setattr(tracking, "PROBE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/clientlib/"
+        if fault == "nobody listens":
+            server.close()
+        if fault == "no experiment":
+            monkeypatch.setattr(tracking, "_check_reachable", lambda address: None)
+        monkeypatch.setattr(comet_ml.config, "get_backend_address", lambda: address)
+        keyed = settings.model_copy(update={"comet_api_key": SecretStr("x" * 25)})
+        run = CometRun.start(TrackingConfig(comet="auto"), keyed, "name", [])
+    run.log_metrics({"loss": 1.0}, 1)
+    place = run.end()
+    # Without a connection, Comet is not asked for an experiment.
+    assert started == ([True, False] if fault == "no experiment" else [False])
+    assert Path(place["archive"]).is_file()
+    assert "metrics are stored offline instead" in caplog.text
+
+
+def test_any_answer_of_the_server_is_enough():
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(403)
+
+        def log_message(self, *arguments):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.handle_request).start()
+        tracking._check_reachable(f"http://127.0.0.1:{server.server_port}/")

@@ -325,3 +325,17 @@ def test_fields_of_the_library_reach_its_trainer(data, setup, settings, monkeypa
     rates = [entry["learning_rate"] for entry in result.summary["history"] if "learning_rate" in entry]
     assert rates[1] == pytest.approx(config.learning_rate / 2)
     assert any("eval_loss" in entry for entry in result.summary["history"])
+
+
+@pytest.mark.parametrize(("steps", "rates"), [(1, [1e-2]), (2, [0.0, 1e-2]), (3, [0.0, 5e-3, 1e-2])])
+def test_a_warm_up_as_long_as_the_run_is_cut(steps, rates, data, setup, settings, caplog):
+    config = SFTConfig.model_validate(CONFIG.model_dump() | {"max_steps": steps, "warmup_steps": 5})
+    history = train_sft(data, config, setup, settings).summary["history"]
+    assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == pytest.approx(rates)
+    assert f"it is cut to {steps - 1}" in caplog.text
+
+
+def test_a_run_that_changes_no_weight_fails(data, setup, settings):
+    config = SFTConfig.model_validate(CONFIG.model_dump() | {"max_steps": 2, "learning_rate": 1e-60})
+    with pytest.raises(WorkError, match=r"sft trained nothing: after 2 steps .* highest learning rate was 1e-60"):
+        train_sft(data, config, setup, settings)

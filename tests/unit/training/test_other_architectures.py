@@ -1,0 +1,62 @@
+"""Models with dropout from their config, without sdpa, or with a loss of their own: each has the loss of transformers and TRL."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks.architectures import DPO, measure
+from llm_engineering.errors import WorkError
+from llm_engineering.models.base_model import load_model
+from llm_engineering.models.device import choose_device
+from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.training import dpo
+from llm_engineering.training.dpo import train_dpo
+from llm_engineering.training.losses import why_not_from_hidden_states
+from tests.tiny_models import CPU, SIZES, Kind, formatted, training_setup, write_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Use one thread: these small matrices are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["OPT", "BLOOM", "Falcon", "Mixtral"])
+def test_losses_are_those_of_transformers_and_the_merge_is_right(name, tmp_path):
+    found = measure(name, tmp_path)
+    assert found["sft_loss"] == pytest.approx(found["plain_loss"], rel=1e-6)
+    assert found["dpo_first_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert found["merge_difference"] < 1e-5
+
+
+def test_dpo_stops_if_policy_and_reference_differ_in_the_first_step(tmp_path, settings, monkeypatch):
+    from transformers import LlamaConfig
+
+    base = write_model(tmp_path / "model", Kind(LlamaConfig, SIZES | {"attention_dropout": 0.3}))
+    setup = training_setup(base)
+    pairs = formatted("preference", 8, load_tokenizer(setup.model, settings, "alpaca"), tmp_path)
+    monkeypatch.setattr(dpo, "disable_dropout", lambda model: None)
+    with pytest.raises(WorkError, match="the reward margin of the first step must be 0, and it is"):
+        train_dpo(pairs, None, DPO, setup, settings)
+
+
+def test_a_loss_of_the_models_own_needs_its_forward_pass(small_llama, settings, monkeypatch):
+    model = load_model(ModelConfig(name_or_path=str(small_llama)), settings, choose_device(CPU))
+    assert why_not_from_hidden_states(model, CPU) is None
+    plain = model.loss_function
+    monkeypatch.setattr(model, "loss_function", lambda *args, **kwargs: plain(*args, **kwargs) + 0.5, raising=False)
+    assert why_not_from_hidden_states(model, CPU) == "the model adds another loss to that of the tokens"
+
+
+def test_the_recipe_can_switch_the_routers_loss_off(tmp_path, settings):
+    from transformers import MixtralConfig
+
+    base = write_model(tmp_path / "model", Kind(MixtralConfig, SIZES | {"num_local_experts": 4}))
+    model = load_model(ModelConfig(name_or_path=str(base)), settings, choose_device(CPU))
+    assert "the experts' router" in str(why_not_from_hidden_states(model, CPU))
+    assert why_not_from_hidden_states(model, CPU, 0.0) is None

@@ -1,0 +1,106 @@
+"""Checks ZenML's store before it is used: a database that has moved or is damaged, and artifacts whose files are gone."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+
+from llm_engineering.errors import RequestError
+
+logger = logging.getLogger("llm_engineering.run")
+
+_SQLITE = "sqlite:///"
+_DAMAGED = ("malformed", "not a database", "corrupt")
+
+
+def check_database() -> None:
+    """Check that the database that ZenML's settings name is there, and that it is one.
+
+    ZenML would make a new, empty database in the place of one that has moved, and all runs and models would seem to be gone.
+
+    Raises:
+        RequestError: the file is missing or damaged. The message says what to do.
+    """
+    from zenml.utils.io_utils import get_global_config_directory
+
+    config = Path(get_global_config_directory()) / "config.yaml"
+    if not config.is_file():
+        return
+    store = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("store") or {}
+    url = str(store.get("url", ""))
+    if not url.startswith(_SQLITE):
+        return
+    database = Path(url.removeprefix(_SQLITE))
+    if not database.is_file():
+        raise RequestError(
+            f"ZenML's database {database} does not exist, but {config} names it. If the folder has moved, correct the paths in that "
+            f"file, or move the folder back. To start with an empty database, delete {config}."
+        )
+    problem = _problem(database)
+    if problem:
+        raise RequestError(
+            f"ZenML's database {database} is damaged ({problem}). Replace it by a backup; or move it away together with {config}, "
+            "to start with an empty one. The files of all artifacts are still in their folders."
+        )
+
+
+def _problem(database: Path) -> str:
+    """What sqlite says about the structure of a damaged file; empty if it finds nothing, or if another process holds it."""
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=1)
+    try:
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        pages = (
+            connection.execute("PRAGMA page_count").fetchone()[0] * connection.execute("PRAGMA page_size").fetchone()[0]
+        )
+    except sqlite3.OperationalError:
+        return ""
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    finally:
+        connection.close()
+    cut = pages - database.stat().st_size
+    return f"{cut} bytes are missing at its end" if cut > 0 else ""
+
+
+def database_error(error: BaseException) -> str | None:
+    """A sentence for an error of ZenML's database, with the remedy; None for another error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, sqlite3.Error):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    said = str(cause)
+    if "locked" in said:
+        remedy = "Another process holds it for too long. Wait until that process ends, then repeat the command."
+    elif "full" in said or "disk I/O" in said:
+        remedy = "Make room on this disk, then repeat the command: finished steps are not repeated."
+    elif "readonly" in said:
+        remedy = "Make the file and its folder writable for this user."
+    elif any(word in said for word in _DAMAGED):
+        remedy = "The file is damaged. Replace it by a backup; `zenml status` names the file."
+    else:
+        remedy = "Repeat the command with --debug to see where it failed; `zenml status` names the file."
+    return f"ZenML's database refused a request: {said}. {remedy}"
+
+
+def forget_lost() -> None:
+    """Mark the steps whose results have lost their files, so that a run repeats them and does not take them from the cache."""
+    from zenml.client import Client
+    from zenml.utils.pagination_utils import depaginate
+
+    from steps.materializers import is_lost
+
+    made_again: set[str] = set()
+    for artifact in depaginate(Client().list_artifact_versions, size=1000):
+        step_id = artifact.get_hydrated_version().producer_step_run_id if is_lost(artifact.uri) else None
+        if step_id is not None and Client().get_run_step(step_id).cache_expires_at is None:
+            Client().update_step_run(step_id, cache_expires_at=datetime.now(UTC).replace(tzinfo=None))
+            made_again.add(artifact.artifact.name)
+    if made_again:
+        logger.warning(
+            "Files of earlier runs are gone, and will be made again if needed: %s", ", ".join(sorted(made_again))
+        )
