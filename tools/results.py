@@ -329,6 +329,8 @@ def repair_killed() -> None:
     from zenml.models import PipelineRunUpdate, StepRunUpdate
     from zenml.models.v2.misc.exception_info import ExceptionInfo
 
+    from pipelines.registry import forget_if_empty
+
     store = Client().zen_store
     for status in (ExecutionStatus.RUNNING, ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING):
         for run in Client().list_pipeline_runs(status=status, size=1000, hydrate=True).items:
@@ -346,4 +348,5 @@ def repair_killed() -> None:
                     )
                     store.update_run_step(step.id, failed)
             store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
+            forget_if_empty(run)
             logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)
