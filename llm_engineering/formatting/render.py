@@ -50,6 +50,8 @@ def render(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Toke
         WorkError: the template renders a prompt differently once it is answered, or it does not end an answer with the
             end-of-turn token.
     """
+    if not rows:
+        return []
     conversations = [_segments(row, answer, tokenizer) for row in rows for answer in row.answers]
     tokenised = iter(_tokenise(conversations, tokenizer))
     rendered: list[Tokens | Pair | CrossingTokensError] = []
