@@ -5,12 +5,35 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
 LINE_EVERY_S = 5.0
+# The rate is that of the last minute, or of the last item if it took longer. A mean over all items would count a stall,
+# e.g. of a machine that slept, to the end.
+RATE_WINDOW_S = 60.0
+# The bar keeps its width beside a long note. tqdm cuts the end of a line that is wider than the terminal.
+_BAR = "{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, e.g. `1 row` and `1,200 rows`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+class LogHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes log lines to stderr, above a bar that is on the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Clear the bar, write the line, and draw the bar again."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 class Progress:
@@ -28,7 +51,12 @@ class Progress:
         self.note = ""
         self.shown = 0
         self.started = self.last_line = time.monotonic()
-        self.bar = tqdm(total=total, desc=title, file=sys.stderr) if total and sys.stderr.isatty() else None
+        self.recent = deque([(self.started, 0)])
+        self.bar = (
+            tqdm(total=total, desc=title, file=sys.stderr, bar_format=_BAR, dynamic_ncols=True)
+            if total and sys.stderr.isatty()
+            else None
+        )
 
     def advance(self, count: int = 1, note: str = "", *, show: bool = True) -> None:
         """Count `count` more items, with a note, e.g. the cost.
@@ -37,6 +65,9 @@ class Progress:
             show: False if `say` follows with a note about these items, so that no line is printed without the note.
         """
         self.done += count
+        self.recent.append((time.monotonic(), self.done))
+        while len(self.recent) > 2 and self.recent[0][0] < self.recent[-1][0] - RATE_WINDOW_S:
+            self.recent.popleft()
         if note:
             self.note = note
         if self.bar is not None:
@@ -67,7 +98,15 @@ class Progress:
         if self.done == self.shown or now - self.last_line < every_s:
             return
         self.last_line, self.shown = now, self.done
-        rate = self.done / max(now - self.started, 1e-9)
-        left = (self.total - self.done) / rate if rate else 0.0
-        count = f"{self.done} of {self.total}, {rate:.1f} a second, {left:.0f} s left"
+        (start, before), (end, done) = self.recent[0], self.recent[-1]
+        each_s = (end - start) / max(done - before, 1)
+        rate = f"{each_s:.1f} s each" if each_s >= 1 else f"{1 / max(each_s, 1e-9):.1f} a second"
+        count = f"{self.done} of {self.total}, {rate}, {_duration((self.total - self.done) * each_s)} left"
         logger.info("%s: %s%s", self.title, count, f" — {self.note}" if self.note else "")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

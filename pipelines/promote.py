@@ -4,9 +4,9 @@ It is here and not in steps/, because it changes the registry.
 """
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
-from zenml import get_step_context, link_artifact_to_model, log_metadata
+from zenml import add_tags, get_step_context, link_artifact_to_model, log_metadata
 from zenml.client import Client
 from zenml.models import PipelineRunResponse
 
@@ -18,6 +18,9 @@ from pipelines.registry import StaleError, move
 from steps.caching import project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, HashedPydanticMaterializer
+
+# Measures in the metadata of a run and of its last step.
+MEASURES_SHOWN = 5
 
 
 # Never cached: each run has a new model version, which this step moves, even if all other steps come from the cache.
@@ -56,7 +59,32 @@ def promote(
             reason = f"Every rule passed, but {error}. Run the same command again to compare with that."
             decision = decision.model_copy(update={"outcome": "stale", "stage": None, "reason": reason})
     log_artifact("promotion_decision", outcome=decision.outcome, stage=str(decision.stage), reason=decision.reason)
+    # The dashboard shows a run as completed whatever the gate decided, and the metadata of artifacts only with a click.
+    shown = summary(report, recipe, decision)
+    run = context.pipeline_run.id
+    log_metadata(metadata=shown)
+    log_metadata(metadata=shown, run_id_name_or_prefix=run)
+    add_tags(tags=[f"gate {decision.outcome}", *(["not fit"] if unfit else [])], run=run)
     return decision
+
+
+def summary(report: dict[str, Any], recipe: Recipe, decision: PromotionDecision) -> dict[str, Any]:
+    """What a person looks for first: the verdict, the recipe, the base model, and five measures of the newest model.
+
+    Measures that the gate judged come first. They are rounded to four significant digits.
+    """
+    names = dict.fromkeys([*(rule.measure for rule in decision.rules), *report["measures"]])
+    values = {
+        name: report["measures"][name]["models"][report["newest"]]["value"]
+        for name in names
+        if report["newest"] in report["measures"].get(name, {"models": {}})["models"]
+    }
+    return {
+        "verdict": f"{decision.outcome}: {decision.reason}",
+        "recipe": f"{recipe.name} {recipe_hash(recipe)}",
+        "base_model": recipe.model.name_or_path,
+        **{name: float(f"{value:.4g}") for name, value in list(values.items())[:MEASURES_SHOWN]},
+    }
 
 
 def _unfit(run: PipelineRunResponse) -> dict[str, str]:

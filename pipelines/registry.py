@@ -21,7 +21,7 @@ from zenml import log_metadata, save_artifact
 from zenml.client import Client
 from zenml.enums import ArtifactSaveType, ModelStages
 from zenml.exceptions import EntityExistsError
-from zenml.models import ArtifactVersionResponse, ModelVersionResponse
+from zenml.models import ArtifactVersionResponse, ModelVersionResponse, PipelineRunResponse
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.stages import STAGES
@@ -127,6 +127,13 @@ def adapter_of(version: ModelVersionResponse) -> Adapter | None:
             base = ModelConfig(name_or_path=str(facts["base_model"]), revision=str(facts["base_revision"]))
             return Adapter(name, artifact, base)
     return None
+
+
+def forget_if_empty(run: PipelineRunResponse) -> None:
+    """Delete the model version of a run that has ended before it trained a model. The artifacts of the run stay."""
+    version = run.model_version
+    if version is not None and adapter_of(version) is None:
+        Client().delete_model_version(version.id)
 
 
 def stages(model: str) -> Stages:

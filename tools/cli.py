@@ -31,6 +31,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
+from llm_engineering.progress import LogHandler
 
 PROGRAM = "llm-engineering"
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
@@ -206,7 +207,7 @@ def _debug(debug: Annotated[bool, typer.Option("--debug", help="Show the traceba
 
 def start_logging(debug: bool) -> None:
     """Write this project's log as plain lines to stderr, so that stdout contains only results."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = LogHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("llm_engineering")
     logger.setLevel(logging.DEBUG if debug else logging.INFO)

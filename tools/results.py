@@ -80,7 +80,11 @@ class StepLine(BaseModel):
 
 
 class RunResult(BaseModel):
-    """Everything that the tables of a run show."""
+    """Everything that the tables of a run show.
+
+    Attributes:
+        pages: the file of each report, for a browser, by the report's name.
+    """
 
     run_id: str
     run_name: str
@@ -94,6 +98,7 @@ class RunResult(BaseModel):
     promotion: dict[str, Any]
     comet: dict[str, str]
     trackers: dict[str, dict[str, str]]
+    pages: dict[str, str]
     duration_s: float
 
     def as_json(self) -> dict[str, Any]:
@@ -109,6 +114,7 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
     artifacts: dict[str, ArtifactVersionResponse] = {}
     steps: list[StepLine] = []
     reports: dict[str, Any] = {"data": {}, "training": {}}
+    pages: dict[str, str] = {}
     for run in runs:
         pipeline = run.pipeline.name if run.pipeline else "unknown"
         for name, step in sorted(run.steps.items(), key=lambda item: str(item[1].start_time)):
@@ -122,10 +128,15 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
                     if version.artifact.name == "data_report":
                         report = _report(version)
                         reports["data"][report["kind"]] = report
+                        pages[f"data report, {report['kind']} rows"] = _page(version)
                     elif version.artifact.name == "training_report":
                         report = _report(version)
                         reports["training"][report["stage"]] = report
-    evaluation = _report(artifacts["evaluation_report"]) if "evaluation_report" in artifacts else {}
+                        pages[f"training report, {report['stage']}"] = _page(version)
+    evaluation: dict[str, Any] = {}
+    if "evaluation_report" in artifacts:
+        evaluation = _report(artifacts["evaluation_report"])
+        pages["evaluation report"] = _page(artifacts["evaluation_report"])
     decision = artifacts["promotion_decision"].load().model_dump() if "promotion_decision" in artifacts else {}
     training = reports["training"]
     # The reports are in the order in which the stages were trained.
@@ -148,6 +159,7 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
         comet=newest.get("comet", {}),
         # Reports from before TensorBoard and wandb were supported have no `trackers`.
         trackers=newest.get("trackers", {}),
+        pages=pages,
         duration_s=round(duration_s, 1),
     )
 
@@ -205,22 +217,27 @@ def print_table(result: RunResult, file: TextIO) -> None:
             )
         console.print(gate)
         console.print(result.promotion["reason"])
-    places = _table("Where", "What", "Place")
-    for name, artifact in result.artifacts.items():
-        places.add_row(f"{name} v{artifact['version']}", artifact["uri"])
-    for name, place in result.comet.items():
-        places.add_row(f"Comet {name}", place)
+    places = dict(result.pages)
+    # The model of the last stage; `--json` has the places of all artifacts.
+    trained = [name for name in result.artifacts if name.endswith("_adapter")]
+    newest = f"{result.evaluation['newest']}_adapter" if result.evaluation else trained[-1] if trained else ""
+    if newest in result.artifacts:
+        places[f"{newest} v{result.artifacts[newest]['version']}"] = result.artifacts[newest]["uri"]
+    places |= {f"Comet {name}": place for name, place in result.comet.items()}
     for tracker, found in result.trackers.items():
-        for name, place in found.items():
-            places.add_row(f"{tracker} {name}", place)
+        places |= {f"{tracker} {name}": place for name, place in found.items()}
     speed = (
         f", training {result.metrics['tokens_per_second']:.0f} tokens/s"
         if "tokens_per_second" in result.metrics
         else ""
     )
-    places.add_row("run", f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed})")
-    places.add_row("dashboard", "make dashboard")
-    console.print(places)
+    places["run"] = f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed})"
+    places["dashboard"] = "make dashboard"
+    # Lines and no table: a table would break a path into pieces, which cannot be copied or clicked on.
+    console.print("Where", style="bold")
+    width = max(map(len, places))
+    for name, place in places.items():
+        console.print(f"  {name:<{width}}  {place}", soft_wrap=True)
 
 
 def _no_exam(asked: dict[str, Any]) -> str:
@@ -272,6 +289,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _page(version: ArtifactVersionResponse) -> str:
+    """The path of a report's page, or the address of its folder if the store is not on this machine."""
+    page = version.load().path / "report.html"
+    return str(page) if page.is_relative_to(version.uri) else version.uri
+
+
 def _report(version: ArtifactVersionResponse) -> dict[str, Any]:
     folder = version.load().path
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -306,6 +329,8 @@ def repair_killed() -> None:
     from zenml.models import PipelineRunUpdate, StepRunUpdate
     from zenml.models.v2.misc.exception_info import ExceptionInfo
 
+    from pipelines.registry import forget_if_empty
+
     store = Client().zen_store
     for status in (ExecutionStatus.RUNNING, ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING):
         for run in Client().list_pipeline_runs(status=status, size=1000, hydrate=True).items:
@@ -323,4 +348,5 @@ def repair_killed() -> None:
                     )
                     store.update_run_step(step.id, failed)
             store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
+            forget_if_empty(run)
             logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)

@@ -303,22 +303,32 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
     from zenml.exceptions import RunInterruptedException
     from zenml.models import PipelineRunResponse
 
+    from pipelines.registry import forget_if_empty
     from tools.results import this_process
 
+    process = this_process()
     model = Model(name=recipe.name, tags=["llm-engineering"], save_models_to_registry=False)
     configured = pipeline.with_options(
         model=model,
         enable_cache=None if cache else False,
-        extra=this_process(),
+        extra=process,
         # With the other modes, the error names only the failed step and not the cause.
         execution_mode=ExecutionMode.FAIL_FAST,
     )
     logger.info("Running %s", pipeline.name)
     try:
         run = configured(recipe=recipe, inputs=inputs, **arguments)
-    except RunInterruptedException as error:
+    except BaseException as error:
+        started = (
+            Client().list_pipeline_runs(pipeline=pipeline.name, sort_by="desc:created", size=1, hydrate=True).items
+        )
+        # Another process may have started a run meanwhile.
+        if started and started[0].config.extra == process:
+            forget_if_empty(started[0])
         # ZenML raises this error for Ctrl-C inside a step.
-        raise KeyboardInterrupt from error
+        if isinstance(error, RunInterruptedException):
+            raise KeyboardInterrupt from error
+        raise
     assert isinstance(run, PipelineRunResponse)
     return Client().get_pipeline_run(run.id)
 

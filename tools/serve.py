@@ -11,10 +11,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import httpx
 import typer
@@ -22,6 +24,9 @@ import typer
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.loading import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
+
+if TYPE_CHECKING:
+    from llm_engineering.publish.chat_server import ServedModel
 
 logger = logging.getLogger("llm_engineering.serve")
 
@@ -43,7 +48,8 @@ def serve(
 ) -> int:
     """Serve a model with an OpenAI-compatible API on this machine until Ctrl-C.
 
-    The server is vLLM if it is installed and this machine has a CUDA card. Otherwise, it is `transformers serve`.
+    The server is vLLM if it is installed and this machine has a CUDA card. Otherwise, it is `transformers serve`, behind
+    a server that translates requests for chat completions, and refuses those that it cannot answer as OpenAI's API does.
 
     Example: `llm-engineering serve --port 8123`
     """
@@ -51,7 +57,8 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     recipe = load_recipe(config, overrides or ())
-    check_port(port)
+    listener = socket.socket()
+    bind(listener, port, "serve")
 
     from llm_engineering.publish.merge import merged_device
     from llm_engineering.publish.verification import precision
@@ -68,20 +75,52 @@ def serve(
     folder = merged_model(found, recipe, settings)
     vllm = installed_vllm() if device.name == "cuda" else None
     log = settings.llm_output_dir.resolve() / f"serve-{port}.log"
-    with tempfile.TemporaryDirectory(prefix="serve-") as cache:
+    trust = recipe.model.trust_remote_code
+    front: AbstractContextManager[None] = contextlib.nullcontext()
+    with tempfile.TemporaryDirectory(prefix="serve-") as scratch:
         if vllm is not None:
+            listener.close()
+            engine = f"http://{HOST}:{port}"
             command = vllm_command(vllm, folder, recipe.name, port, precision(device.dtype))
         else:
-            link_as_cached(folder, recipe.name, Path(cache))
-            command = transformers_command(recipe.name, port, device.name)
-        if recipe.model.trust_remote_code:
+            from llm_engineering.publish.chat_server import ENGINE_MODEL, ServedModel
+
+            engine_port = free_port()
+            engine = f"http://{HOST}:{engine_port}"
+            Path(scratch, ENGINE_MODEL).symlink_to(folder.resolve())
+            command = transformers_command(ENGINE_MODEL, engine_port, device.name)
+            model = ServedModel.read(folder, recipe.name, engine, settings, trust_remote_code=trust)
+            front = serving_chat(model, listener)
+        if trust:
             command.append("--trust-remote-code")
         logger.info("Starting %s. Its log: %s", Path(command[0]).name, log)
+        shown = f"http://{HOST}:{port}/v1, model {recipe.name}"
         try:
-            run_server(command, f"http://{HOST}:{port}", recipe.name, Path(cache), log)
+            run_server(command, engine, shown, Path(scratch), log, front)
         except KeyboardInterrupt:
             logger.info("The server has stopped.")
     return 0
+
+
+@contextlib.contextmanager
+def serving_chat(model: ServedModel, listener: socket.socket) -> Iterator[None]:
+    """Serve OpenAI's API for a model of `transformers serve` on a bound socket, in a thread."""
+    import uvicorn
+
+    from llm_engineering.publish.chat_server import build_app
+
+    # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
+    config = uvicorn.Config(build_app(model), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(_POLL_S / 10)
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def dashboard(
@@ -114,7 +153,7 @@ def dashboard(
             return 0
 
         with socket.socket() as listener:
-            _bind(listener, port, "dashboard")
+            bind(listener, port, "dashboard")
             log = Path(configuration.config_directory) / "dashboard.log"
             log.parent.mkdir(parents=True, exist_ok=True)
             logging.basicConfig(filename=log, filemode="w", level=logging.WARNING, force=True)
@@ -134,17 +173,20 @@ def dashboard(
     return 0
 
 
-def check_port(port: int) -> None:
-    """Check that a server can listen on the port.
+def free_port() -> int:
+    """A port of this machine that no server uses."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def bind(listener: socket.socket, port: int, command: str) -> None:
+    """Bind a socket to a port of this machine.
 
     Raises:
         RequestError: no server can listen on the port.
     """
-    with socket.socket() as probe:
-        _bind(probe, port, "serve")
-
-
-def _bind(listener: socket.socket, port: int, command: str) -> None:
     # This server may use the port although connections of an earlier server are still in TIME_WAIT.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -155,24 +197,10 @@ def _bind(listener: socket.socket, port: int, command: str) -> None:
         ) from error
 
 
-def link_as_cached(folder: Path, name: str, cache: Path) -> None:
-    """Link the model's files in the layout of the hub's cache, so that clients use the model's name instead of a path.
-
-    https://huggingface.co/docs/huggingface_hub/guides/manage-cache
-    """
-    model = cache / f"models--{name}"
-    snapshot = model / "snapshots" / "served"
-    snapshot.mkdir(parents=True)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text("served")
-    for file in folder.iterdir():
-        (snapshot / file.name).symlink_to(file.resolve())
-
-
-def transformers_command(name: str, port: int, device: str) -> list[str]:
-    """The command of `transformers serve` in this environment. It serves only this model of the cache."""
+def transformers_command(model: str, port: int, device: str) -> list[str]:
+    """The command of `transformers serve` in this environment. It serves only this model, a folder."""
     program = Path(sys.executable).with_name("transformers")
-    return [str(program), "serve", name, "--device", device, "--host", HOST, "--port", str(port)]
+    return [str(program), "serve", model, "--device", device, "--host", HOST, "--port", str(port)]
 
 
 def installed_vllm() -> str | None:
@@ -191,22 +219,34 @@ def vllm_command(program: str, folder: Path, name: str, port: int, dtype: str) -
     return [program, "serve", str(folder), "--served-model-name", name, "--dtype", dtype, *address]
 
 
-def run_server(command: Sequence[str], url: str, name: str, cache: Path, log: Path) -> None:
-    """Start the server, print its address when it answers, and wait for a signal or for the server's end.
+def run_server(
+    command: Sequence[str],
+    url: str,
+    shown: str,
+    folder: Path,
+    log: Path,
+    front: AbstractContextManager[None] = contextlib.nullcontext(),  # noqa: B008 - it has no state
+) -> None:
+    """Start a server in a folder, wait until it answers, and then for a signal or for the server's end.
 
     The server and its child processes end when this function ends. On Linux the server also ends if this process is
     killed with SIGKILL.
+
+    Args:
+        url: the server's own address.
+        shown: the address and the model for requests, which is printed when they can be sent.
+        front: entered while the server answers.
 
     Raises:
         KeyboardInterrupt: a signal ended the server.
         WorkError: the server stopped without a signal; the message has the last lines of its log.
     """
-    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with log.open("w", encoding="utf-8") as output:
         # In its own session, so that Ctrl-C reaches only this process, which then stops the server cleanly.
         server = subprocess.Popen(
             [*_UNDER_THIS, *command],
-            cwd=cache,
+            cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -217,8 +257,9 @@ def run_server(command: Sequence[str], url: str, name: str, cache: Path, log: Pa
         while server.poll() is None and not _answers(f"{url}/health"):
             time.sleep(_POLL_S)
         if server.poll() is None:
-            print(f"Serving: {url}/v1, model {name} (Ctrl-C ends it)", flush=True)
-            server.wait()
+            with front:
+                print(f"Serving: {shown} (Ctrl-C ends it)", flush=True)
+                server.wait()
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES_SHOWN:])
         raise WorkError(f"The server stopped with exit code {server.returncode}. The last lines of {log}:\n{tail}")
     finally:

@@ -26,7 +26,7 @@ from llm_engineering.data.rows import FEATURES, SPLITS, Message, Row, read_row, 
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
 from llm_engineering.errors import RequestError
-from llm_engineering.progress import Progress
+from llm_engineering.progress import Progress, counted
 from llm_engineering.recipe.data_blocks import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def prepare(
             ends[stage] = index.rows
         times.append(time.monotonic())
         if index.rows >= BIG_ROWS:
-            logger.info("Looking for duplicates and leaks among %d rows", index.rows)
+            logger.info("Looking for duplicates and leaks among %s", counted(index.rows, "row"))
         verdicts = judge(index, config, remove_leaks=not inspected)
         times.append(time.monotonic())
         writer = _Writer(kind, valid, raw_findings, index, verdicts, ends, folder)
@@ -145,7 +145,7 @@ def check_splits(splits: DatasetDict, kind: str, ledger: Ledger) -> None:
     if empty:
         few = f", at least {MIN_ROWS} are needed" if rows < MIN_ROWS else ""
         raise RequestError(
-            f"The {kind} dataset has {rows} rows{few}, and the {' and '.join(empty)} split came out empty. Rows of one "
+            f"The {kind} dataset has {counted(rows, 'row')}{few}, and the {' and '.join(empty)} split came out empty. Rows of one "
             "document or prompt go to the same split: add data, or raise data.split.test_fraction and "
             "data.split.validation_fraction."
         )

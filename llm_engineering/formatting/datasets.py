@@ -30,7 +30,7 @@ from llm_engineering.formatting.render import (
     render,
     text_tokens,
 )
-from llm_engineering.progress import Progress
+from llm_engineering.progress import Progress, counted
 from llm_engineering.recipe.data_blocks import FormattingConfig
 
 _IDS = List(Value("int32"))
@@ -300,7 +300,7 @@ def format_splits(
         if not table.rows:
             counts = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             raise RequestError(
-                f"All {len(split)} rows of the {name} split were set aside while formatting ({counts}). "
+                f"All {counted(len(split), 'row')} of the {name} split were set aside while formatting ({counts}). "
                 "If they are over-long, raise formatting.max_length. If the chat template cannot render them, name another "
                 "one in formatting.chat_template, e.g. chatml."
             )

@@ -72,6 +72,8 @@ def render(
     Raises:
         WorkError: there is no chat template, or the end-of-turn text is no token.
     """
+    if not rows:
+        return []
     conversations: list[list[list[Segment]] | UnrenderableError] = []
     for row in rows:
         try:

@@ -23,6 +23,7 @@ from llm_engineering.errors import WorkError
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device, choose_device
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
+from llm_engineering.progress import Progress, counted
 from llm_engineering.publish.verification import (
     HeldoutRow,
     TokenScores,
@@ -90,21 +91,28 @@ def merge(
     if device.attn_implementation == "flash_attention_2":
         # Flash attention has no float32 kernels.
         device = device._replace(attn_implementation="sdpa")
-    logger.info("Merging in float32, saving in %s", precision(dtype))
-    reference, untrained, merged = _merged(trained, rows, device, settings)
+    logger.info(
+        "Merging in float32, saving in %s, and comparing the files with the trained model on %s. This is done once; later "
+        "commands use the same files",
+        precision(dtype),
+        counted(len(rows), "held-out row"),
+    )
+    # The rows go through the base model, the trained one, the saved one, and before rounding the merged one.
+    progress = Progress("rows compared", len(rows) * (3 if dtype == torch.float32 else 4))
+    reference, untrained, merged = _merged(trained, rows, device, settings, progress)
     if dtype != torch.float32:
         # Checked before rounding, so that rounding cannot hide another error.
-        check_same(rows, reference, token_scores(merged, rows))
+        check_same(rows, reference, token_scores(merged, rows, progress))
     ends = end_token_ids(merged, tokenizer)
     merged.generation_config.repetition_penalty = repetition_penalty
     _write(merged, tokenizer, ends, dtype, target)
     try:
-        logger.info("Verifying the saved files on %d held-out rows", len(rows))
         saved = ModelConfig(name_or_path=str(target), trust_remote_code=trained.base.trust_remote_code)
         written = load_model(saved, settings, device._replace(dtype=dtype)).eval()
         _check_weights(written, merged)
         del merged
-        verification = verify(rows, reference, token_scores(written.float(), rows), untrained, dtype)
+        verification = verify(rows, reference, token_scores(written.float(), rows, progress), untrained, dtype)
+        progress.end()
         _check_handling(written, target, tokenizer, ends)
     except WorkError:
         shutil.rmtree(target)
@@ -114,19 +122,19 @@ def merge(
 
 
 def _merged(
-    trained: Trained, rows: Sequence[HeldoutRow], device: Device, settings: Settings
+    trained: Trained, rows: Sequence[HeldoutRow], device: Device, settings: Settings, progress: Progress
 ) -> tuple[list[TokenScores], list[TokenScores], PreTrainedModel]:
     """Scores of the trained model, scores of its base model, and the merged model, all in float32."""
     # Loaded in the precision of training, and then converted to float32 without loss.
     base = load_model(trained.base, settings, device).float().eval()
-    untrained = token_scores(base, rows)
+    untrained = token_scores(base, rows, progress)
     if not trained.is_adapter:
         del base
         folder = ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trained.base.trust_remote_code)
         full = load_model(folder, settings, device._replace(dtype=torch.float32)).eval()
-        return token_scores(full, rows), untrained, full
+        return token_scores(full, rows, progress), untrained, full
     model = PeftModel.from_pretrained(base, str(trained.folder)).eval()
-    reference = token_scores(model, rows)
+    reference = token_scores(model, rows, progress)
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     if base.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
         # Merging into the shared weights would change both layers, but the adapter is on one of them. With two weights,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX
+from llm_engineering.progress import Progress, counted
 
 # In nats. Float32 results that differ only in the order of summation are closer than this; a wrong merge differs by more.
 TOLERANCE = 0.001
@@ -69,7 +70,7 @@ class Verification(BaseModel):
         """The result in words."""
         cost = "" if self.dtype == "float32" else ": this is the cost of rounding; float32 has none"
         return (
-            f"saved in {self.dtype}, {self.same_top} of {self.tokens} answer tokens of {self.rows} held-out rows have the "
+            f"saved in {self.dtype}, {self.same_top} of {self.tokens} answer tokens of {counted(self.rows, 'held-out row')} have the "
             f"same most probable token as the trained model; log-probabilities differ by {self.mean_difference:.4f} nats "
             f"on average and {self.largest_difference:.4f} at most (training changed them by "
             f"{self.mean_training_effect:.3f} on average){cost}"
@@ -81,7 +82,9 @@ def precision(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def token_scores(model: PreTrainedModel | PeftModel, rows: Sequence[HeldoutRow]) -> list[TokenScores]:
+def token_scores(
+    model: PreTrainedModel | PeftModel, rows: Sequence[HeldoutRow], progress: Progress | None = None
+) -> list[TokenScores]:
     """Score the labelled tokens of each row, one row at a time, so that padding has no effect."""
     scores = []
     with torch.inference_mode():
@@ -94,6 +97,8 @@ def token_scores(model: PreTrainedModel | PeftModel, rows: Sequence[HeldoutRow])
             best = log_probs.topk(2, dim=-1)
             own = log_probs.gather(1, labels[answer].unsqueeze(1)).squeeze(1)
             scores.append(TokenScores(own, best.indices[:, 0], best.values[:, 0] - best.values[:, 1]))
+            if progress is not None:
+                progress.advance()
     return scores
 
 

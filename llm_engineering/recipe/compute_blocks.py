@@ -35,7 +35,7 @@ class SageMakerConfig(Block):
     max_wait_s: int | None = Field(None, ge=60, le=2_419_200)
     role: str | None = None
     bucket: str | None = None
-    prefix: str = Field("llm-engineering", pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    prefix: str = Field("llm-engineering", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*/?$")
     image: str | None = None
     kms_key: str | None = None
     vpc: VpcConfig | None = None

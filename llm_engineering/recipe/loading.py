@@ -79,7 +79,8 @@ def name_for(source: str) -> str:
     """A name for the model of a folder, a file or a dataset: the last part of its path."""
     place = source.partition("#")[0].removeprefix("embedded:")
     last = PurePath(place).stem or Path(place).resolve().name
-    return re.sub(r"[^a-zA-Z0-9._-]+", "-", last).strip("._-") or "my-model"
+    name = re.sub(r"[^a-zA-Z0-9._]+", "-", re.sub(r"\.{2,}", ".", last)).removesuffix(".git")
+    return name[:96].strip("._-") or "my-model"
 
 
 def _sources(merged: dict[str, Any]) -> dict[str, str | None]:

@@ -74,7 +74,7 @@ class _FirstBlocks(Block):
     stage before it further, and the first one starts from the base model.
     """
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
+    name: str = Field(max_length=96, pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
     seed: int = Field(42, ge=0)
     chain: list[str] = Field(["sft", "dpo"], min_length=1)
     model: ModelConfig = ModelConfig()
@@ -83,6 +83,17 @@ class _FirstBlocks(Block):
     knowledge: KnowledgeConfig | None = None
     data: DataConfig = DataConfig()
     formatting: FormattingConfig = FormattingConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_repository(cls, name: str) -> str:
+        # The rules of the hub, where the model and its dataset can be published. Servers of models have the same rules.
+        if "--" in name or ".." in name or name.endswith(("-", ".", ".git")):
+            raise ValueError(
+                f"{name} cannot be the name of a model on the hub or at a server: remove `--`, `..`, and `-`, `.` or "
+                "`.git` at the end"
+            )
+        return name
 
 
 # A block for each row of the table of stages.

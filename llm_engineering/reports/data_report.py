@@ -23,6 +23,7 @@ from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import Lengths, format_rows
 from llm_engineering.formatting.template_check import check_chat_template
+from llm_engineering.progress import counted
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.reports.page import histogram, page, paragraph, table, write_report
 
@@ -167,7 +168,7 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         ),
         ("Verdict", paragraph(verdict, "" if data["fit_to_train"] else "warn")),
     ]
-    lead = f"{verdict} {sum(data['rows'].values()):,} rows are left to use: {used or 'none'}."
+    lead = f"{verdict} {counted(sum(data['rows'].values()), 'row')} left to use: {used or 'none'}."
     return page(f"Data report: {data['kind']} rows", lead, sections)
 
 
@@ -245,7 +246,10 @@ def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
     named = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
     problems = []
     if kept < MIN_ROWS:
-        problems.append(f"only {kept} rows are left, and at least {MIN_ROWS} are needed to train and to hold some out")
+        are = "is" if kept == 1 else "are"
+        problems.append(
+            f"only {counted(kept, 'row')} {are} left, and at least {MIN_ROWS} are needed to train and to hold some out"
+        )
     # Drafts that the writer could not use say nothing about the rows that were written. A small model writes several
     # questions for each good one.
     rows, repeated = ledger.read[kind] - ledger.drafts.get(kind, 0), _count(ledger, kind, _HARMLESS)

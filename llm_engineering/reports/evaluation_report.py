@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.statistics import verdict
+from llm_engineering.progress import counted
 from llm_engineering.reports.exam_report import exam_questions, exam_summary
 from llm_engineering.reports.page import NARROW_INCHES, cards, interval, interval_bars, page, paragraph, table
 from llm_engineering.reports.training_report import training_charts
@@ -62,11 +63,11 @@ def _lead(data: Report) -> str:
     difference = loss["differences"][f"{newest}-{other}"]
     word = verdict(difference, loss["better"])
     result = f"is {word} than" if word in ("better", "worse") else "does not differ significantly from"
-    pairs = f" and {data['heldout_pairs']} pairs" if data["heldout_pairs"] else ""
+    pairs = f" and {counted(data['heldout_pairs'], 'pair')}" if data["heldout_pairs"] else ""
     held_out = (
-        f"{data['heldout_rows']} held-out rows{pairs}"
+        f"{counted(data['heldout_rows'], 'held-out row')}{pairs}"
         if has_rows
-        else f"{data['heldout_documents']} held-out documents"
+        else f"{counted(data['heldout_documents'], 'held-out document')}"
     )
     shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
     return _exam_lead(data, newest, other) + (

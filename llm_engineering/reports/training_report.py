@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from llm_engineering.progress import counted
 from llm_engineering.reports.page import line_chart, page, paragraph, table
 
 
@@ -25,7 +26,7 @@ def training_page(summary: Mapping[str, Any]) -> str:
         ("Settings", table(["Key", "Value"], [(key, str(value)) for key, value in facts.items()])),
         ("Choices made for this machine", table(["Choice: reason"], [(line,) for line in summary["device_reasons"]])),
     ]
-    lead = f"{summary['steps']} steps, last training loss {summary['train_loss']:.3f}"
+    lead = f"{counted(summary['steps'], 'step')}, last training loss {summary['train_loss']:.3f}"
     return page(f"Training report: {summary['stage'].upper()}", lead, sections)
 
 

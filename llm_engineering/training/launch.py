@@ -56,7 +56,7 @@ class Ended(NamedTuple):
 def run_processes(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Ended:
     """Run a command once in each environment, and wait until all of these processes have ended.
 
-    Logs their output line by line. Forwards SIGINT and SIGTERM to them as one SIGTERM. When one fails, the others have
+    Logs their output line by line. Forwards SIGINT, SIGTERM and SIGHUP to them as one SIGTERM. When one fails, the others have
     `GRACE_S` seconds to end. No process is left running, even after an exception.
 
     Raises:
@@ -156,7 +156,7 @@ def launch_training(
     Raises:
         RequestError: this machine cannot run the recipe's processes, or a worker process refused the request.
         WorkError: training failed, or one of the processes was killed.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
     """
     compute = job.setup.compute
     check_processes(compute, choose_device(compute))

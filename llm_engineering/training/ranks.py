@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
 from typing import Any, Self, TypeVar, cast
@@ -147,9 +148,10 @@ def _reduced(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.
 
 
 class Interruption(TrainerCallback):
-    """Context manager and callback that turns SIGINT and SIGTERM into a stop with a checkpoint.
+    """Context manager and callback that turns SIGINT, SIGTERM and SIGHUP into a stop with a checkpoint.
 
-    systemd, `docker stop` and the end of a spot machine send SIGTERM. Python delivers signals only to the main thread,
+    systemd, `docker stop` and the end of a spot machine send SIGTERM, and a terminal that is closed sends SIGHUP, which
+    `nohup` ignores. Python delivers signals only to the main thread,
     so in another thread this class handles none. A second signal ends the process at once, without a checkpoint. With a
     launcher, a second signal is ignored: it may be the first one again, sent to all processes by the terminal or systemd
     and then forwarded by the launcher, which kills them if necessary. Processes agree after each step, so that a signal to one of them stops all
@@ -162,7 +164,9 @@ class Interruption(TrainerCallback):
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._handlers[number] = signal.signal(number, self._handle)
         return self
 
@@ -181,7 +185,10 @@ class Interruption(TrainerCallback):
             return
         # Do not use the logger: the signal may have interrupted it in the middle of a line.
         text = f"{self.received.name}: stopping after this step, with a checkpoint; a second signal stops at once\n"
-        os.write(2, text.encode())
+        # A terminal that was closed can no longer be written to.
+        with suppress(OSError):
+            # The line of a bar, and `^C`, are cleared first.
+            os.write(2, ("\r\x1b[K" if os.isatty(2) else "").encode() + text.encode())
 
     def agree(self) -> None:
         """Copy a signal that one process has received to all processes. Every process must call this."""

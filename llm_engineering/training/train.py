@@ -42,6 +42,7 @@ from llm_engineering.models.device import (
     keys_beyond_unsloth,
 )
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer
+from llm_engineering.progress import counted
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, TrainConfig, TrainingSetup
@@ -184,7 +185,7 @@ def run_training(
     Raises:
         RequestError: a checkpoint has another identity, or another process trains the same run.
         WorkError: the loss is not finite or has exploded, or the disk or the GPU memory is full.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved.
     """
     stage, config, setup, folder = run.stage, run.config, run.setup, run.folder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -330,13 +331,15 @@ def _train(
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     rows = len(trainer.train_dataset)  # type: ignore[arg-type]
-    logger.info("%s: %d rows to train on, %s", telemetry.stage, rows, sizes_text(config, compute))
+    logger.info(
+        "%s: %s to train on, %s", telemetry.stage, rows_text(trainer.train_dataset), sizes_text(config, compute)
+    )
     repeated = -rows % (config.per_device_train_batch_size * compute.num_processes)
     if compute.num_processes > 1 and repeated:
         logger.info(
-            "%s: the last step of each epoch repeats %d rows, so that every process has a full batch",
+            "%s: the last step of each epoch repeats %s, so that every process has a full batch",
             telemetry.stage,
-            repeated,
+            counted(repeated, "row"),
         )
     if checkpoint is not None:
         logger.info("%s: resuming from %s", telemetry.stage, checkpoint)
@@ -375,6 +378,15 @@ def _check_trained(stage: str, trainer: ResumableTrainer, before: list[float], c
         f"learning rate was {max(rates, default=0.0):g}. Raise {stage}.learning_rate, or train more steps; with load_best, "
         "the best checkpoint may be one from before the first change."
     )
+
+
+def rows_text(dataset: Dataset) -> str:
+    """The number of rows, e.g. `112 rows, packed into 28,`."""
+    if "seq_lengths" not in dataset.column_names:
+        return counted(len(dataset), "row")
+    # TRL's packing notes the lengths of the rows that it has put into one.
+    rows = sum(map(len, dataset["seq_lengths"]))
+    return f"{counted(rows, 'row')}, packed into {len(dataset)},"
 
 
 def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:

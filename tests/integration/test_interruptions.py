@@ -1,7 +1,10 @@
 """Runs that are interrupted or killed, and resumed."""
 
+import json
 import signal
+import sqlite3
 import time
+from contextlib import closing
 
 
 def wait_for_checkpoint(project, process):
@@ -22,6 +25,13 @@ def assert_saved(project, stderr, name):
     assert list(project.folder.glob(f"outputs/training/*/checkpoints/checkpoint-{saved}/identity.json"))
 
 
+def stored(project, query):
+    """Rows of ZenML's database."""
+    (file,) = project.folder.rglob("zenml.db")
+    with closing(sqlite3.connect(file)) as database:
+        return database.execute(query).fetchall()
+
+
 def test_interrupted_training_resumes(fresh_project):
     """After SIGINT in the middle of training, `--resume` continues from the checkpoint."""
     many = ["--set", "sft.num_train_epochs=12", "--set", "sft.eval_steps=1000"]
@@ -31,6 +41,8 @@ def test_interrupted_training_resumes(fresh_project):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert_saved(fresh_project, stderr, "SIGINT")
+    # The run has trained no model, so it leaves no version.
+    assert stored(fresh_project, "select count(*) from model_version") == [(0,)]
 
     other = fresh_project.run("sft", *many, "--set", "sft.learning_rate=5e-3", "--resume", "last")
     assert other.code == 2
@@ -38,6 +50,18 @@ def test_interrupted_training_resumes(fresh_project):
     resumed = fresh_project.run("sft", *many, "--resume", "last")
     assert resumed.code == 0, resumed.stderr
     assert "resuming from" in resumed.stderr
+    # What the dashboard shows of a run: the verdict, the recipe, the base model, and five measures.
+    shown = dict(
+        stored(
+            fresh_project,
+            "select key, value from run_metadata join run_metadata_resource on run_metadata.id = run_metadata_id "
+            "where resource_type = 'pipeline_run'",
+        )
+    )
+    assert {"verdict", "recipe", "base_model", "heldout_loss"} <= shown.keys()
+    assert len(shown["heldout_loss"]) <= 6
+    outcome = json.loads(shown["verdict"]).partition(":")[0]
+    assert (f"gate {outcome}",) in stored(fresh_project, "select name from tag")
     complete = fresh_project.run("sft", *many, "--resume", "last")
     assert complete.code == 2
     assert "is complete, so there is nothing to resume" in complete.stderr

@@ -19,6 +19,7 @@ from llm_engineering.recipe.settings import Settings
 _RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10, read_timeout=60)
 # One loader for all clients: reading the services' models from disk takes longer than a request.
 _LOADER = create_loader()
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/.+")
 
 
@@ -64,9 +65,10 @@ class Account:
             problems.append(f"the role {role} is not an ARN: set SAGEMAKER_ROLE to arn:aws:iam::<account>:role/<name>")
         if not bucket:
             problems.append("the bucket is missing: set SAGEMAKER_BUCKET in .env to a bucket in that region")
-        elif "/" in bucket:
+        elif not _BUCKET.fullmatch(bucket):
             problems.append(
-                f"the bucket {bucket} is not a bucket name: leave s3:// out, and put folders into compute.sagemaker.prefix"
+                f'the bucket "{bucket}" is not a bucket name, which has small letters, digits, dots and hyphens: leave s3:// '
+                "and spaces out, and put folders into compute.sagemaker.prefix"
             )
         if not image:
             problems.append("the image is missing: `make image` builds it, and prints SAGEMAKER_IMAGE for .env")

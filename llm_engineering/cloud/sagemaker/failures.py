@@ -54,6 +54,7 @@ _RUN: tuple[_Meaning, ...] = (
 )
 _GRANT = "Give these credentials the permissions of docs/aws/launcher.json."
 _RENEW = "Renew the credentials (for example `aws sso login`), and run the same command again."
+_SET_CLOCK = "The clock of this machine is wrong: set it (`timedatectl set-ntp true`), and run the same command again."
 _CORRECT = "Correct the credentials: `aws sts get-caller-identity` shows whether AWS knows them."
 # Remedies by AWS's error code.
 _REMEDIES = {
@@ -61,6 +62,8 @@ _REMEDIES = {
     "compute.sagemaker.fallback_instance_types.",
     "AccessDenied": _GRANT,
     "AccessDeniedException": _GRANT,
+    "RequestTimeTooSkewed": _SET_CLOCK,
+    "RequestExpired": _SET_CLOCK,
     "ExpiredToken": _RENEW,
     "ExpiredTokenException": _RENEW,
     "InvalidClientTokenId": _CORRECT,

@@ -174,6 +174,9 @@ def _checked(fields: str) -> str:
         raise RequestError(
             f'"{fields}" has day-of-month {parts[2]} and day-of-week {parts[4]}, but exactly one of them must be ?: {hint}.'
         )
+    if parts[4] == "L":
+        # The last day of the week. The library knows L only after a day.
+        parts[4] = "SAT"
     try:
         AwsCroniter(" ".join(parts))
     except (AwsCroniterExpressionError, ValueError) as error:

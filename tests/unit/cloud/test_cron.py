@@ -157,3 +157,9 @@ def test_systemd_reads_the_same_time(text):
     shown = subprocess.run(command, capture_output=True, text=True, check=True, env={"TZ": "UTC", "LC_ALL": "C"}).stdout
     (following,) = timing.next_times(NOW, 1)
     assert f"{following.astimezone(UTC):%Y-%m-%d %H:%M}:00 UTC" in shown
+
+
+def test_the_last_day_of_the_week_is_saturday():
+    timing = parse("0 3 ? * L *")
+    assert [time.strftime("%a %d") for time in timing.next_times(NOW, 2)] == ["Sat 28", "Sat 05"]
+    assert crontab_fields(timing) == "0 3 * * 6"

@@ -54,7 +54,18 @@ def test_malformed_values_are_named(monkeypatch):
     with pytest.raises(RequestError) as error:
         Account.resolve(config(role="training", bucket="s3://b/c", image="i"), settings(monkeypatch, aws_region="r"))
     assert "the role training is not an ARN" in str(error.value)
-    assert "s3://b/c is not a bucket name" in str(error.value)
+    assert 'the bucket "s3://b/c" is not a bucket name' in str(error.value)
+    with pytest.raises(RequestError, match='the bucket " my-bucket" is not a bucket name'):
+        Account.resolve(config(), settings(monkeypatch, sagemaker_bucket=" my-bucket"))
+
+
+@pytest.mark.parametrize(("prefix", "valid"), [("a", True), ("a/b/", True), ("a//b", False), ("a/b//", False)])
+def test_a_prefix_has_no_empty_folder(prefix, valid):
+    if valid:
+        assert config(prefix=prefix).prefix == prefix
+    else:
+        with pytest.raises(ValidationError, match="prefix"):
+            config(prefix=prefix)
 
 
 def test_the_recipe_overrides_the_settings(monkeypatch):
@@ -337,6 +348,9 @@ def test_errors_of_aws_are_translated():
     expired = "cannot look: ExpiredToken: The token is expired. Renew the credentials"
     with pytest.raises(WorkError, match=expired), failures.translated("cannot look"):
         raise refused
+    skewed = ClientError({"Error": {"Code": "RequestTimeTooSkewed", "Message": "Too skewed."}}, "PutObject")
+    with pytest.raises(WorkError, match="The clock of this machine is wrong"), failures.translated("cannot look"):
+        raise skewed
     with pytest.raises(RequestError, match="aws configure"), failures.translated("cannot look"):
         raise NoCredentialsError
 

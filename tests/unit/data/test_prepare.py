@@ -265,9 +265,7 @@ def test_no_row_left_says_why(tmp_path):
     with pytest.raises(RequestError, match="No instruction row is left.*2 empty_answer"):
         check_splits(run.prepared.splits, "instruction", run.ledger)
     run = Run(tmp_path, [row(document=document_on("train"))])
-    with pytest.raises(
-        RequestError, match="has 1 rows, at least 20 are needed, and the validation and test split came"
-    ):
+    with pytest.raises(RequestError, match="has 1 row, at least 20 are needed, and the validation and test split came"):
         check_splits(run.prepared.splits, "instruction", run.ledger)
 
 

@@ -349,3 +349,7 @@ def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, t
     assert lengths.kept["train"].total() == 3
     # The over-long row is counted, although it is not kept.
     assert (lengths.all.total(), max(lengths.all) > 64, lengths.turns) == (7, True, {2: 6})
+
+
+def test_no_rows_render_to_none(tokenizer):
+    assert render([], tokenizer) == []

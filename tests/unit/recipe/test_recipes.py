@@ -1,12 +1,18 @@
 """Recipes: `extends`, `--set`, and errors that name the file, the key and the nearest valid key."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import check_name, load_recipe, name_for, recipe_hash
+from llm_engineering.recipe.recipe import Recipe
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 
@@ -171,6 +177,7 @@ def test_shipped_recipes_have_names_of_their_own(recipe):
 
 def test_a_name_is_made_of_the_last_part_of_a_path(tmp_path, monkeypatch):
     places = ["docs/", "/home/me/Acme & Söhne", "s3://bucket/acme/", "a/rows.jsonl", "owner/pairs#train", "--", "%%"]
+    places += ["a--b/", "a..b.txt", "a.git/", "a - b-/"]
     assert [name_for(place) for place in places] == [
         "docs",
         "Acme-S-hne",
@@ -179,7 +186,34 @@ def test_a_name_is_made_of_the_last_part_of_a_path(tmp_path, monkeypatch):
         "pairs",
         "my-model",
         "my-model",
+        "a-b",
+        "a.b",
+        "a",
+        "a-b",
     ]
     (tmp_path / "Here").mkdir()
     monkeypatch.chdir(tmp_path / "Here")
     assert name_for(".") == "Here"
+
+
+@given(st.text("aZ0._-", min_size=1, max_size=100))
+@settings(max_examples=300)
+def test_a_name_is_accepted_if_the_hub_accepts_it(name):
+    try:
+        validate_repo_id(name)
+        # The hub allows names that begin with an underscore; ZenML's and SageMaker's resources do not.
+        allowed = name[0].isalnum()
+    except HFValidationError:
+        allowed = False
+    problem = None
+    try:
+        Recipe.model_validate({"name": name})
+    except ValidationError as error:
+        problem = next((p for p in error.errors() if p["loc"] == ("name",)), None)
+    assert (problem is None) == allowed
+
+
+@pytest.mark.parametrize("name", ["my--model", "v1.", "a..b", "model-", "model.git"])
+def test_a_name_that_cannot_be_served_is_refused(name):
+    with pytest.raises(RequestError, match=f"`name`: {re.escape(name)} cannot be the name of a model on the hub"):
+        load_recipe(LOCAL, [f"name={name}"])

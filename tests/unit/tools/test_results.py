@@ -10,7 +10,7 @@ def test_a_run_without_enough_questions_for_an_exam_says_so_and_what_to_do():
     data = {"instruction": {"kind": "instruction", "stages": stages, "rows": {"train": 40}}}
     result = RunResult(
         run_id="1", run_name="sft", status="completed", pipeline="sft", steps=[], artifacts={}, metrics={}, data=data,
-        evaluation={}, promotion={}, comet={}, trackers={}, duration_s=1.0,
+        evaluation={}, promotion={}, comet={}, trackers={}, pages={}, duration_s=1.0,
     )  # fmt: skip
     shown = io.StringIO()
     print_table(result, shown)
@@ -21,3 +21,18 @@ def test_a_run_without_enough_questions_for_an_exam_says_so_and_what_to_do():
     shown = io.StringIO()
     print_table(result, shown)
     assert "No exam" not in shown.getvalue()
+
+
+def test_each_report_is_a_line_of_its_own_with_its_whole_path():
+    page = f"/{'long/' * 60}report.html"
+    result = RunResult(
+        run_id="1", run_name="sft", status="completed", pipeline="sft", steps=[],
+        artifacts={"sft_adapter": {"version": "3", "uri": f"{page}-adapter"}}, metrics={}, data={},
+        evaluation={}, promotion={}, comet={"url": f"{page}-comet"}, trackers={},
+        pages={"data report, instruction rows": page}, duration_s=1.0,
+    )  # fmt: skip
+    shown = io.StringIO()
+    print_table(result, shown)
+    lines = [line.split("  ", 2) for line in shown.getvalue().splitlines()]
+    assert ["", "data report, instruction rows", page] in lines
+    assert {line[-1].strip() for line in lines} >= {f"{page}-adapter", f"{page}-comet"}

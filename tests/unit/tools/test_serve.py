@@ -6,18 +6,15 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 
 from llm_engineering.errors import RequestError, WorkError
 from tests.conftest import ROOT
 from tools.serve import (
-    check_port,
+    bind,
     installed_vllm,
-    link_as_cached,
     run_server,
     transformers_command,
     vllm_command,
@@ -25,8 +22,8 @@ from tools.serve import (
 
 
 def test_both_servers_listen_only_on_loopback(tmp_path):
-    transformers = transformers_command("my-model", 8123, "cpu")
-    assert transformers[1:] == ["serve", "my-model", "--device", "cpu", "--host", "127.0.0.1", "--port", "8123"]
+    transformers = transformers_command("model", 8123, "cpu")
+    assert transformers[1:] == ["serve", "model", "--device", "cpu", "--host", "127.0.0.1", "--port", "8123"]
     vllm = vllm_command("/bin/vllm", tmp_path, "my-model", 8123, "float32")
     assert vllm[:5] == ["/bin/vllm", "serve", str(tmp_path), "--served-model-name", "my-model"]
     assert vllm[5:] == ["--dtype", "float32", "--host", "127.0.0.1", "--port", "8123"]
@@ -41,26 +38,18 @@ def test_vllm_of_this_environment_is_found_without_a_path(tmp_path, monkeypatch)
     assert installed_vllm() == str(program)
 
 
-def test_the_hub_library_finds_the_model_by_its_name(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    link_as_cached(folder, "my-model", tmp_path / "cache")
-    (repo,) = scan_cache_dir(tmp_path / "cache").repos
-    assert (repo.repo_id, repo.repo_type) == ("my-model", "model")
-    assert list(repo.refs) == ["main"]
-    found = try_to_load_from_cache("my-model", "config.json", cache_dir=tmp_path / "cache", revision="main")
-    assert Path(str(found)).read_text() == "{}"
-
-
 def test_a_port_in_use_is_refused(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(RequestError, match=f"Port {port} cannot be used: Address already in use"):
-            check_port(port)
-    check_port(port)
+        with (
+            socket.socket() as listener,
+            pytest.raises(RequestError, match=f"Port {port} cannot be used: Address already in use"),
+        ):
+            bind(listener, port, "serve")
+    with socket.socket() as listener:
+        bind(listener, port, "serve")
 
 
 def test_a_server_that_fails_shows_its_log(tmp_path):
@@ -89,7 +78,7 @@ from tools.serve import run_server
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 server, port, folder = sys.argv[1:]
 try:
-    run_server([sys.executable, "-c", server, port], f"http://127.0.0.1:{port}", "m", Path(folder), Path(folder, "log"))
+    run_server([sys.executable, "-c", server, port], f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port}/v1", Path(folder), Path(folder, "log"))
 except KeyboardInterrupt:
     pass
 """

@@ -1,5 +1,6 @@
 """Training runs under signals, bad losses, a full disk and full memory; and the checkpoints that they resume from."""
 
+import errno
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from llm_engineering.training.arguments import halved
 from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
 from llm_engineering.training.ranks import Interruption
 from llm_engineering.training.sft import train_sft
+from llm_engineering.training.train import rows_text
 from llm_engineering.training.trainer import EXPLOSION_FACTOR, LossWatch, rows_of
 from tests.tiny_models import logged, training_setup
 from tests.unit.training.steps import during_step
@@ -53,14 +55,14 @@ def data():
     return DatasetDict(train=Dataset.from_list(rows[:24]), validation=Dataset.from_list(rows[24:]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_a_checkpoint_and_the_run_resumes(number, data, setup, settings, monkeypatch, caplog, capfd):
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     with monkeypatch.context() as patch:
         during_step(patch, 3, lambda: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt, match=f"{number.name} in step 3"):
             train_sft(data, CONFIG, setup, settings)
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
     assert f"{number.name}: stopping after this step" in capfd.readouterr().err
     with caplog.at_level(logging.INFO):
         result = train_sft(data, CONFIG, setup, settings)
@@ -75,6 +77,39 @@ def test_second_signal_stops_at_once():
         assert interruption.received is signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """`nohup` starts a program with SIGHUP ignored."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.received is None
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_closed_terminal_does_not_break_the_stop(monkeypatch):
+    def closed(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Interruption() as interruption, monkeypatch.context() as patch:
+        patch.setattr(os, "write", closed)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.received is signal.SIGHUP
+
+
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({"input_ids": [[1], [2]]}, "2 rows"),
+        ({"input_ids": [[1]]}, "1 row"),
+        ({"input_ids": [[1, 2, 3], [4]], "seq_lengths": [[2, 1], [1]]}, "3 rows, packed into 2,"),
+    ],
+)
+def test_packed_rows_are_named_as_such(columns, text):
+    assert rows_text(Dataset.from_dict(columns)) == text
 
 
 def test_no_handler_outside_the_main_thread():
