@@ -190,7 +190,7 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
 
     - weights: float32 for `full`; autocast's half-precision copies count as activations. The device's precision for
       `lora`. For `qlora` 4 bits in linear layers and float32 elsewhere. Adapters are float32.
-    - reference (DPO): a copy of the full model, or of the adapter.
+    - reference (DPO): a copy of the adapter, or of the full model unless it is precomputed.
     - optimiser: AdamW's two moments for each trained weight, in float32 or in 8 bits (arXiv:2110.02861).
     - gradients: float32 for each trained weight. With accumulation they exist during the whole backward pass; without
       it, they grow while the activations are freed.
@@ -206,7 +206,9 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     weights = sizes.weights + (0.0 if method == "full" else trained)
     reference = 0.0
     if isinstance(config, DPOConfig):
-        reference = sizes.weights if method == "full" else trained
+        reference = trained
+        if method == "full":
+            reference = 0.0 if config.precompute_ref_log_probs else sizes.weights
     eight_bits = "8bit" in choose_optimiser(config.optim, device)[0]
     one_layer = sizes.activations / sizes.layers
     activations = sizes.activations + one_layer
