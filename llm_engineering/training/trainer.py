@@ -222,6 +222,16 @@ class ResumableTrainer(HeldOutTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare with the best validation loss so far; with `load_best`, save the step that has a better one.
+
+        transformers saves only multiples of `save_steps`. It would end with an older checkpoint if the best step is none.
+        """
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint under a temporary name, and rename it when it is complete and on the disk."""
         with self.work.timed("save"):
