@@ -205,6 +205,10 @@ class ResumableTrainer(HeldOutTrainer):
         self._step_loss = 0.0
         self._step_ended = True
         self.work = Work()
+        # With several visible cards and one process, transformers would wrap the model in DataParallel and multiply the
+        # batch by the number of cards: half the steps, and twice the loss and the gradient norm, with two cards.
+        arguments = kwargs["args"]
+        arguments._n_gpu = min(arguments.n_gpu, 1)
         super().__init__(*args, **kwargs)
         if self.args.bf16 or self.args.fp16:
             # PEFT would cast every input to its weights' float32, only for autocast to cast it back to half precision.

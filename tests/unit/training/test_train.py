@@ -12,7 +12,7 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, DatasetDict
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
@@ -325,3 +325,17 @@ def test_fields_of_the_library_reach_its_trainer(data, setup, settings, monkeypa
     rates = [entry["learning_rate"] for entry in result.summary["history"] if "learning_rate" in entry]
     assert rates[1] == pytest.approx(config.learning_rate / 2)
     assert any("eval_loss" in entry for entry in result.summary["history"])
+
+
+def test_several_visible_cards_do_not_change_a_run_of_one_process(data, setup, settings, monkeypatch):
+    one_card = train_sft(data, CONFIG, setup, settings)
+    real = TrainingArguments.__post_init__
+
+    def with_two_cards(self):
+        real(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two_cards)
+    two_cards = train_sft(data, CONFIG, setup, settings)
+    for name in ("loss", "grad_norm", "step"):
+        assert logged(two_cards, name) == logged(one_card, name)
