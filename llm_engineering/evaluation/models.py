@@ -13,7 +13,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
@@ -229,9 +229,8 @@ def _add_adapter(model: PeftModel, name: str, folder: Path) -> None:
 
 def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     """Load a full model with the precision, attention and device of the base model."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation
-    )
+    # The class of the base model: it may come from the model's own code, and AutoModel would ask whether to run that.
+    loaded = type(base).from_pretrained(folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation)
     loaded.to(base.device)  # type: ignore[arg-type]
     loaded.eval()
     return loaded
