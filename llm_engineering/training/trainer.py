@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -209,7 +210,17 @@ class ResumableTrainer(HeldOutTrainer):
         # batch by the number of cards: half the steps, and twice the loss and the gradient norm, with two cards.
         arguments = kwargs["args"]
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        super().__init__(*args, **kwargs)
+        # TRL would round an adapter on a quantised base to bf16. Updates smaller than the last bit would be lost, and the
+        # fp16 scaler, on cards without bf16, has no kernel for bf16 gradients. TRL uses the attribute for nothing else.
+        policy = kwargs["model"]
+        if isinstance(policy, PeftModel):
+            policy.is_loaded_in_4bit = False  # type: ignore[assignment]
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if isinstance(policy, PeftModel):
+                # The base model's own value counts again.
+                del policy.is_loaded_in_4bit
         if self.args.bf16 or self.args.fp16:
             # PEFT would cast every input to its weights' float32, only for autocast to cast it back to half precision.
             assert self.model is not None

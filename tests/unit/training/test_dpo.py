@@ -9,10 +9,11 @@ from torch.nn.functional import logsigmoid, softplus
 
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig
+from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
 from llm_engineering.training import dpo
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, save_policy, trained_policy
+from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.train import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import CPU, formatted, logged, training_setup
@@ -198,3 +199,24 @@ def test_precomputed_references_train_the_same(dtype, start, pairs, setup, setti
         losses.append([*logged(result), *logged(result, "eval_loss")])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5 if dtype == "float32" else 1e-3)
     assert len(set(losses[0])) > 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_an_adapter_on_a_quantised_base_stays_in_float32(stage, start, pairs, tokenizer, setup, settings, tmp_path):
+    device = choose_device(setup.compute)
+    policy = trained_policy(setup.model, start, settings, device)
+    # A quantised base needs a card. TRL recognises it by this attribute.
+    policy.get_base_model().is_loaded_in_4bit = True
+    before = {name: weight.clone() for name, weight in policy.named_parameters() if weight.requires_grad}
+    if stage == "sft":
+        rows = formatted("instruction", 4, tokenizer, tmp_path)
+        config = SFTConfig(**STEPS, packing=False)
+        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, tokenizer), policy, config)
+    else:
+        config = DPOConfig(**STEPS)
+        loss = evaluated(config, policy, pairs, tokenizer, setup, settings)
+        assert loss == pytest.approx(math.log(2), abs=1e-6)
+    after = {name: weight for name, weight in policy.named_parameters() if name in before}
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert policy.is_loaded_in_4bit
