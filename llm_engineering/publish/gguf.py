@@ -101,7 +101,11 @@ def _add_model(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, fil
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim or config.hidden_size // heads)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # llama.cpp's default for both lengths is hidden size / heads.
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(head_size)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)

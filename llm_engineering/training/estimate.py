@@ -196,8 +196,8 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
       it, they grow while the activations are freed.
     - activations: the tensors that autograd saves in a forward pass, plus the average of one layer for the gradients in the
       backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
-    - logits: four float32 copies for 128 tokens. A model that needs the logits of whole batches
-      (`why_not_from_hidden_states`) takes more.
+    - logits: four float32 copies for 128 tokens; for all tokens of a batch in DPO with unsloth or with `use_weighting`. A model
+      that needs the logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
 
     The real peak depends on the allocator; benchmarks/estimate compares it with this estimate.
     """
@@ -214,7 +214,10 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     activations = sizes.activations + one_layer
     if config.gradient_checkpointing:
         activations = tokens * sizes.hidden * sizes.hidden_bytes * sizes.layers + one_layer
-    logits = 16.0 * min(tokens, CHUNK) * sizes.vocabulary
+    whole = isinstance(config, DPOConfig) and (
+        device.backend == "unsloth" or config.library_arguments.get("use_weighting", False)
+    )
+    logits = 16.0 * (tokens if whole else min(tokens, CHUNK)) * sizes.vocabulary
     accumulates = config.gradient_accumulation_steps > 1
     gradients = trained if accumulates else max(0.0, trained - activations - logits)
     return Memory(

@@ -49,6 +49,29 @@ def test_batched_scores_equal_scores_row_by_row(model, cpu, settings):
         assert score.log_prob == pytest.approx(sum(expected), abs=1e-4)
 
 
+def test_answers_and_other_questions_stay_in_the_context_of_a_short_model(base_model, cpu, settings, caplog):
+    own = ModelConfig(name_or_path=str(base_model))
+    base = load_model(own, settings, choose_device(cpu))
+    models = Models(base, {}, load_tokenizer(own, settings, "alpaca"), batch_size=4)
+    context = base.config.n_positions
+    overhead = len(prompt_ids([Message(role="user", content="")], models.tokenizer))
+    sizes = (context - overhead - 5, 10, context)
+    prompts = [[Message(role="user", content="#" * size)] for size in sizes]
+    lengths = [len(prompt_ids(prompt, models.tokenizer)) for prompt in prompts]
+    assert lengths[0] < context <= lengths[2]
+    with caplog.at_level("WARNING"):
+        answers = models.answers("base", prompts, 20)
+    assert len(answers[0].ids) <= context - lengths[0]
+    assert answers[1].ids
+    assert answers[2] == ("", False, [])
+    assert "1 prompts fill the context of 512 tokens" in caplog.text
+
+    rows = [([5] * 500 + [7, 8], [-100] * 500 + [7, 8]), ([6, 7] * 200, [-100] + [7] * 399), ([9, 7], [-100, 7])]
+    combined = with_other_questions(rows, context)
+    assert {len(ids) <= context and len(ids) == len(labels) for rows in combined for ids, labels in rows} == {True}
+    assert models.scores("base", combined[0], "loss")[1].tokens == 399
+
+
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, DatasetDict
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
+from llm_engineering.training import ranks
 from llm_engineering.training.arguments import halved
 from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
 from llm_engineering.training.ranks import Interruption
@@ -75,6 +76,24 @@ def test_second_signal_stops_at_once():
         assert interruption.received is signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_during_the_agreement_stops_the_next_step(monkeypatch):
+    arguments, state, control = TrainingArguments("out", use_cpu=True), TrainerState(max_steps=9), TrainerControl()
+    with Interruption() as interruption:
+
+        def maximum(value):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return value
+
+        with monkeypatch.context() as patches:
+            patches.setattr(ranks, "maximum", maximum)
+            interruption.on_step_end(arguments, state, control)
+        # The other processes have not heard of it, so this one may not stop alone.
+        assert not control.should_training_stop
+        interruption.on_step_end(arguments, state, control)
+        assert control.should_training_stop
+        assert interruption.agreed is signal.SIGTERM
 
 
 def test_no_handler_outside_the_main_thread():
