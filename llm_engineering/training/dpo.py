@@ -97,11 +97,12 @@ def dpo_trainer(
     flops, by_row, unpadded = TrainingFlops.of(policy), False, False
     if run.device.backend == "transformers":
         by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
-        reason = why_not_from_hidden_states(policy, run.setup.compute)
-        if config.library_arguments.get("use_weighting"):
-            reason = "use_weighting needs them"
-        if reason is None and not keeps_rows_apart(policy, by_row):
-            reason = "concatenated rows would see each other"
+        with run.device.autocast():
+            reason = why_not_from_hidden_states(policy, run.setup.compute)
+            if config.library_arguments.get("use_weighting"):
+                reason = "use_weighting needs them"
+            if reason is None and not keeps_rows_apart(policy, by_row):
+                reason = "concatenated rows would see each other"
         unpadded = reason is None
         logger.info("logits: %s", f"of whole batches, because {reason}" if reason else "of answers only, in chunks")
 

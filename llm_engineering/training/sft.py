@@ -137,8 +137,9 @@ def sft_trainer(
     flops, by_row, unpadded = TrainingFlops.of(policy), False, False
     if device.backend == "transformers":
         by_row = attend_by_row(policy)
-        unpadded = keeps_rows_apart(policy, by_row)
-        reason = why_not_from_hidden_states(policy, setup.compute)
+        with device.autocast():
+            unpadded = keeps_rows_apart(policy, by_row)
+            reason = why_not_from_hidden_states(policy, setup.compute)
         if reason is None:
             take_loss_from_hidden_states(policy)
         logger.info(

@@ -220,3 +220,31 @@ def test_an_adapter_on_a_quantised_base_stays_in_float32(stage, start, pairs, to
     assert {weight.dtype for weight in after.values()} == {torch.float32}
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert policy.is_loaded_in_4bit
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_full_model_is_probed_in_the_precision_of_training(
+    stage, pairs, tokenizer, setup, settings, tmp_path, monkeypatch
+):
+    """Flash attention, which a CPU cannot run, raises an error for float32 tensors."""
+    seen = set()
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attention(query, key, value, *args, **kwargs):
+        seen.add(value.dtype)
+        return real(query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    setup = setup.model_copy(update={"compute": CPU.model_copy(update={"dtype": "bfloat16"}), "method": "full"})
+    device = choose_device(setup.compute)
+    policy = new_policy(setup.model, LoraConfig(), settings, device, "full")
+    # Without this, the attention of short rows on a CPU is computed by plain matrix products.
+    monkeypatch.setattr("llm_engineering.training.losses.SHORT", 0)
+    if stage == "sft":
+        rows = formatted("instruction", 4, tokenizer, tmp_path)
+        config = SFTConfig(**STEPS, packing=False, method="full")
+        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, tokenizer), policy, config)
+    else:
+        config = DPOConfig(**STEPS, method="full")
+        dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer), policy, config)
+    assert seen == {torch.bfloat16}
