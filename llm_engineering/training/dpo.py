@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import trl
-from accelerate.utils import convert_outputs_to_fp32
+from accelerate.utils import convert_outputs_to_fp32  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, disable_caching, enable_caching, is_caching_enabled
 from peft import PeftModel
 from torch import Tensor
