@@ -22,19 +22,32 @@ from zenml import step
 PROJECT_PACKAGES = ("llm_engineering", "steps", "pipelines")
 # A new version of one of these libraries may change the result of a step.
 LIBRARIES = (
+    "accelerate",
+    "beautifulsoup4",
+    "bitsandbytes",
     "bm25s",
     "datasets",
+    "deepspeed",
     "detect-secrets",
+    "flash-attn",
+    "jinja2",
+    "lm-eval",
     "peft",
     "phonenumberslite",
     "py3langid",
+    "pypdf",
+    "python-docx",
+    "python-pptx",
     "rensa",
     "rouge-score",
     "scipy",
     "semantic-text-splitter",
+    "tokenizers",
     "torch",
     "transformers",
     "trl",
+    "unsloth",
+    "unsloth-zoo",
 )
 
 IMPORT_TIME = "<import time>"
@@ -62,13 +75,21 @@ def code_version(module: str, name: str, files: Sequence[Path] = (), also: tuple
     """
     digest = hashlib.sha256()
     for library in LIBRARIES:
-        digest.update(f"{library}=={importlib.metadata.version(library)}\n".encode())
+        digest.update(f"{library}=={_version(library)}\n".encode())
     for file in files:
         digest.update(file.read_bytes())
     found = reachable(module, name) | (reachable(*also) if also else {})
     for key, node in sorted(found.items()):
         digest.update(f"{key}\n{_dump(node)}\n".encode())
     return digest.hexdigest()[:12]
+
+
+def _version(library: str) -> str:
+    """The installed version; empty for a library of an extra that is not installed."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def reachable(module: str, name: str) -> dict[str, ast.AST]:

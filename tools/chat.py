@@ -146,7 +146,10 @@ def compare(
     found = find_model(recipe, version)
     logger.info("%s", found.described)
     # The tokenizer is saved with the trained model. All models get the chat template of training, as in the evaluation.
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(found.folders[found.name])), settings)
+    folder = str(found.folders[found.name])
+    tokenizer = load_tokenizer(
+        ModelConfig(name_or_path=folder, trust_remote_code=found.base.trust_remote_code), settings
+    )
     base = load_model(found.base, settings, choose_device(recipe.compute.here))
     messages = [Message(role="user", content=prompt)]
     if system is not None:

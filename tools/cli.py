@@ -15,6 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+if sys.platform == "win32":
+    sys.exit(
+        "Error: this project does not run on Windows itself. Run it in WSL (wsl --install), where it runs as on Linux."
+    )
+
 # Set before these libraries are imported, because they read the variables during the import.
 os.environ.setdefault("ZENML_ANALYTICS_OPT_IN", "false")
 os.environ.setdefault("ZENML_LOGGING_VERBOSITY", "CRITICAL")

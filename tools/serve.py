@@ -216,7 +216,9 @@ def vllm_command(program: str, folder: Path, name: str, port: int, dtype: str) -
             precision.
     """
     address = ["--host", HOST, "--port", str(port)]
-    return [program, "serve", str(folder), "--served-model-name", name, "--dtype", dtype, *address]
+    # vLLM ignores `do_sample` in the folder's generation_config.json. Without a temperature there, it would draw samples.
+    greedy = ["--override-generation-config", '{"temperature": 0.0}']
+    return [program, "serve", str(folder), "--served-model-name", name, "--dtype", dtype, *greedy, *address]
 
 
 def run_server(

@@ -69,7 +69,7 @@ def exam(
     folders = found.folders if found is not None else {}
     if found is not None:
         base, template = found.base, None
-        source = ModelConfig(name_or_path=str(folders[found.name]))
+        source = ModelConfig(name_or_path=str(folders[found.name]), trust_remote_code=base.trust_remote_code)
     else:
         base, template = pin_revision(recipe.model), recipe.formatting.chat_template
         source = base

@@ -96,7 +96,7 @@ def _observe_all(
     adapters_of_base = dict(adapters)
     own_tokenizer = None
     if INCUMBENT in adapters:
-        own_tokenizer = incumbent_tokenizer(adapters[INCUMBENT], settings)
+        own_tokenizer = incumbent_tokenizer(adapters[INCUMBENT], setup, settings)
         if not is_compatible(adapters[INCUMBENT], own_tokenizer, tokenizer, setup):
             del adapters_of_base[INCUMBENT]
             ours, theirs = render_for_both(rows, own_tokenizer, setup.max_length)

@@ -18,9 +18,10 @@ from llm_engineering.recipe.training_blocks import ModelConfig, TrainingSetup
 INCUMBENT = "incumbent"
 
 
-def incumbent_tokenizer(folder: Path, settings: Settings) -> PreTrainedTokenizerBase:
+def incumbent_tokenizer(folder: Path, setup: TrainingSetup, settings: Settings) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved with the incumbent, which has the chat template of its training."""
-    return load_tokenizer(ModelConfig(name_or_path=str(folder)), settings)
+    saved = ModelConfig(name_or_path=str(folder), trust_remote_code=setup.model.trust_remote_code)
+    return load_tokenizer(saved, settings)
 
 
 def is_compatible(

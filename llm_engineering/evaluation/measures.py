@@ -18,6 +18,7 @@ from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks
 from llm_engineering.evaluation.models import AnswerScore, Labelled, Models, Sample
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX
+from llm_engineering.models.generate import context_length
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 
 # Kana and Chinese characters have no spaces between words, so each character counts as a word, as is usual for them.
@@ -76,11 +77,16 @@ def question_gain(own: Sequence[AnswerScore], others: Sequence[Sequence[AnswerSc
     return Rows.of(gains, [score.tokens for score in own])
 
 
-def with_other_questions(rows: Sequence[Labelled]) -> list[list[Labelled]]:
+def with_other_questions(rows: Sequence[Labelled], limit: int | None = None) -> list[list[Labelled]]:
     """The rows with other rows' questions: up to three lists, each with all rows.
+
+    A question that does not fit into the context beside the answer loses its beginning.
 
     The questions come from rows at a distance of a quarter, a half and three quarters of all rows, because neighbouring
     rows are often of the same document.
+
+    Args:
+        limit: tokens of the model's context; None if it has no limit.
     """
     borders = [next(index for index, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in rows]
     shifted = []
@@ -89,6 +95,8 @@ def with_other_questions(rows: Sequence[Labelled]) -> list[list[Labelled]]:
         for index, ((ids, labels), border) in enumerate(zip(rows, borders, strict=True)):
             other = (index + shift) % len(rows)
             question = rows[other][0][: borders[other]]
+            if limit is not None:
+                question = question[max(0, len(question) + len(ids) - border - limit) :]
             combined.append(([*question, *ids[border:]], [IGNORE_INDEX] * len(question) + labels[border:]))
         shifted.append(combined)
     return shifted
@@ -168,7 +176,7 @@ def observe(
         scores = _scores(models, name, given.rows, work.ours.rows, 0, f"held-out rows, {shown_as}")
         documents = by_document([row.row for row in given.rows])
         rows["heldout_loss"] = rows["perplexity"] = heldout_loss(scores).in_clusters(documents)
-        others = with_other_questions([row.answers[0] for row in given.rows])
+        others = with_other_questions([row.answers[0] for row in given.rows], context_length(models.model))
     # With a single row there is no other question.
     if others:
         title = f"held-out answers after other questions, {shown_as}"

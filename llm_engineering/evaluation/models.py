@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
@@ -21,13 +23,15 @@ from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Reply
 from llm_engineering.models.base_model import load_model, weights_hash
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.generate import batches_by_length, generate_ids
+from llm_engineering.models.generate import batches_by_length, context_length, generate_ids
 from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 # Name of the file in the output folder.
@@ -177,6 +181,8 @@ class Models:
     ) -> list[Sample]:
         """Answer conversations greedily, in their order, with the chat template of training.
 
+        An answer ends with the model's context. A prompt that fills the context gets an empty answer.
+
         Args:
             title: names the answers in progress lines; if it is empty, no progress is shown.
             batch_size: replaces the batch size of these models, e.g. for very short prompts.
@@ -186,9 +192,17 @@ class Models:
         progress = Progress(title, len(ids) if title else 0)
         with self.use(name) as model:
             ends = end_token_ids(model, self.tokenizer)
+            limit = context_length(model) or sys.maxsize
+            too_long = sum(len(prompt) >= limit for prompt in ids)
+            if too_long:
+                logger.warning("%d prompts fill the context of %d tokens and are not answered", too_long, limit)
             for batch in batches_by_length([len(prompt) for prompt in ids], batch_size or self.batch_size):
-                new = self._answer_batch(name, model, [ids[i] for i in batch], max_new_tokens)
-                for index, answer in zip(batch, new, strict=True):
+                fitting = [i for i in batch if len(ids[i]) < limit]
+                room = min(max_new_tokens, limit - max((len(ids[i]) for i in fitting), default=0))
+                new = self._answer_batch(name, model, [ids[i] for i in fitting], room) if fitting else []
+                found = dict(zip(fitting, new, strict=True))
+                for index in batch:
+                    answer = found.get(index, [])
                     text = str(self.tokenizer.decode(answer, skip_special_tokens=True)).strip()
                     samples[index] = Sample(text, bool(answer) and answer[-1] in ends, answer)
                 if title:
@@ -229,9 +243,8 @@ def _add_adapter(model: PeftModel, name: str, folder: Path) -> None:
 
 def _full_model(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     """Load a full model with the precision, attention and device of the base model."""
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation
-    )
+    # The class of the base model: it may come from the model's own code, and AutoModel would ask whether to run that.
+    loaded = type(base).from_pretrained(folder, dtype=base.dtype, attn_implementation=base.config._attn_implementation)
     loaded.to(base.device)  # type: ignore[arg-type]
     loaded.eval()
     return loaded

@@ -42,6 +42,10 @@ class Device(NamedTuple):
     reasons: list[str]
     backend: Backend = "transformers"
 
+    def autocast(self) -> torch.autocast:
+        """Autocast as in training. A full fine-tune has float32 weights, for which flash attention has no kernels."""
+        return torch.autocast(self.name, self.dtype, enabled=self.dtype != torch.float32)
+
 
 def choose_device(compute: ComputeConfig) -> Device:
     """Resolve each `auto` of the recipe for this machine.

@@ -27,6 +27,12 @@ def batches_by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
+def context_length(model: PreTrainedModel | PeftModel) -> int | None:
+    """Tokens of the model's context; None if it has no limit."""
+    length: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 @dataclass(frozen=True)
 class SharedStart:
     """The beginning that all prompts share, with the model's keys and values of it.

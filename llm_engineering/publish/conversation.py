@@ -16,6 +16,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device
+from llm_engineering.models.generate import context_length
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
@@ -78,7 +79,7 @@ def has_room(
     messages: Sequence[Message], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> bool:
     """Whether a conversation and an answer of `max_new_tokens` fit into the context of the model."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = context_length(model)
     return limit is None or len(prompt_ids(messages, tokenizer)) + max_new_tokens <= limit
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import WorkError
 from llm_engineering.models.base_model import load_model
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 VERIFICATION = "verification.json"
 # Some thousands of answer tokens take seconds, and are more than enough to detect a wrong merge.
 MAX_ROWS = 64
+# Fields of generation_config.json that only sampling reads. transformers refuses to save them beside `do_sample: false`.
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 class Trained(NamedTuple):
@@ -58,8 +60,11 @@ class Trained(NamedTuple):
 
 def merged_device(compute: ComputeConfig) -> Device:
     """The device for a merged model. The precision of its files is `compute.dtype`, or float32 if that is `auto`."""
-    dtype = "float32" if compute.dtype == "auto" else compute.dtype
-    return choose_device(compute.model_copy(update={"dtype": dtype}))
+    if compute.dtype == "auto":
+        # Flash attention has no float32 kernels. Training used it in half precision.
+        attention = "sdpa" if compute.attn_implementation == "flash_attention_2" else compute.attn_implementation
+        compute = compute.model_copy(update={"dtype": "float32", "attn_implementation": attention})
+    return choose_device(compute)
 
 
 def merge(
@@ -87,7 +92,8 @@ def merge(
     """
     if not rows:
         raise WorkError("There is no held-out row to verify the merged model on. Give the recipe a larger test split.")
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder)), settings)
+    trust = trained.base.trust_remote_code
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trust), settings)
     if device.attn_implementation == "flash_attention_2":
         # Flash attention has no float32 kernels.
         device = device._replace(attn_implementation="sdpa")
@@ -153,6 +159,10 @@ def _write(
     for config in (merged.config, merged.generation_config):
         config.eos_token_id = ends
         config.pad_token_id = tokenizer.pad_token_id
+    # The evaluation measured greedy answers. The base model's file may ask for samples.
+    merged.generation_config.do_sample = False
+    for name in _SAMPLING:
+        setattr(merged.generation_config, name, None)
     merged.config._name_or_path = ""
     merged.save_pretrained(target)
     tokenizer.save_pretrained(target)
@@ -177,7 +187,7 @@ def _check_handling(
     written: PreTrainedModel, target: Path, tokenizer: PreTrainedTokenizerBase, ends: list[int]
 ) -> None:
     """Check that the saved files have the chat template and the end tokens of training."""
-    read = AutoTokenizer.from_pretrained(target)
+    read = type(tokenizer).from_pretrained(target)
     assert written.generation_config is not None
     turn = [{"role": "user", "content": "a"}]
     prompts = [t.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) for t in (read, tokenizer)]

@@ -258,8 +258,8 @@ class TrainConfig(LibraryBlock):
     CUDA.
 
     `optim: auto` is 8-bit AdamW on CUDA if bitsandbytes is installed, else torch's AdamW. With `load_best`, or
-    `load_best_model_at_end`, the result is the checkpoint with the lowest validation loss. `early_stopping_patience` is
-    the number of evaluations without a lower loss after which training stops. `warmup_steps` takes the place of
+    `load_best_model_at_end`, the result is the evaluated step with the lowest validation loss; each evaluation that is the
+    best so far writes a checkpoint. `early_stopping_patience` is the number of evaluations without a lower loss after which training stops. `warmup_steps` takes the place of
     `warmup_ratio`. With `eval_strategy: epoch` or `save_strategy: epoch` the number of steps is left out.
     """
 

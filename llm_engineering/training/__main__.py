@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Parse the command line and train; returns the exit code."""
+    if sys.platform == "win32":
+        sys.exit(
+            "Error: training does not run on Windows itself. Run it in WSL (wsl --install), where it runs as on Linux."
+        )
+
     # Parse the command line
     parser = argparse.ArgumentParser(prog="python -m llm_engineering.training", description="Train one stage.")
     parser.add_argument("stage", choices=tuple(STAGES), nargs="?")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.utils import convert_outputs_to_fp32  # type: ignore[import-untyped]
 from datasets import Dataset, DatasetDict, disable_caching, enable_caching, is_caching_enabled
 from peft import PeftModel
 from torch import Tensor
@@ -92,8 +93,11 @@ def dpo_trainer(
         policy: the model to train; its adapter, if it has one, is trainable.
         config: the run's config, perhaps with smaller batches.
     """
-    # TRL keeps the reference of an adapter as a second adapter. A full model needs a second model.
-    reference = None if isinstance(policy, PeftModel) else copy.deepcopy(policy).requires_grad_(False)
+    # TRL keeps the reference of an adapter as a second adapter. A full model needs a second model. If the reference's
+    # log-probabilities are precomputed, the policy itself computes them, because it has not changed yet.
+    precomputed = config.precompute_ref_log_probs
+    needs_second = not isinstance(policy, PeftModel) and not precomputed
+    reference = copy.deepcopy(policy).requires_grad_(False) if needs_second else None
 
     for model in (policy, reference):
         if model is not None:
@@ -104,11 +108,12 @@ def dpo_trainer(
     if run.device.backend == "transformers":
         by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
         router_coefficient = config.library_arguments.get("router_aux_loss_coef")
-        reason = why_not_from_hidden_states(policy, run.setup.compute, router_coefficient)
-        if config.library_arguments.get("use_weighting"):
-            reason = "use_weighting needs them"
-        if reason is None and not keeps_rows_apart(policy, by_row):
-            reason = "concatenated rows would see each other"
+        with run.device.autocast():
+            reason = why_not_from_hidden_states(policy, run.setup.compute, router_coefficient)
+            if config.library_arguments.get("use_weighting"):
+                reason = "use_weighting needs them"
+            if reason is None and not keeps_rows_apart(policy, by_row):
+                reason = "concatenated rows would see each other"
         unpadded = reason is None
         logger.info("logits: %s", f"of whole batches, because {reason}" if reason else "of answers only, in chunks")
 
@@ -119,7 +124,7 @@ def dpo_trainer(
         loss_type=[config.loss_type, *(["sft"] if config.sft_weight else [])],
         loss_weights=[1.0, *([config.sft_weight] if config.sft_weight else [])],
         label_smoothing=config.label_smoothing,
-        precompute_ref_log_probs=config.precompute_ref_log_probs,
+        precompute_ref_log_probs=precomputed,
         # Formatting has already cut or set aside the pairs that are too long, and counted them. TRL cuts nothing.
         max_length=None,
     )
@@ -138,19 +143,16 @@ def dpo_trainer(
             eval_dataset=run.data["validation"].select_columns(columns),
             processing_class=run.tokenizer,
             callbacks=[telemetry] if telemetry else [],
+            unpadded=unpadded,
+            by_row=by_row,
         )
     finally:
         if caching:
             enable_caching()
 
     complete_reference(policy)
-
-    # Use the branch of TRL's code that never computes the logits of a whole batch. TRL names it after Liger, but this
-    # class does not use Liger's CUDA kernels.
-    trainer.use_liger_kernel = unpadded
-    trainer._forward_redirection = _ForwardRedirection()
-    trainer.by_row, trainer.flops = by_row, flops
-    trainer.asks_reference = not config.precompute_ref_log_probs
+    trainer.flops = flops
+    trainer.asks_reference = not precomputed
     return trainer
 
 
@@ -182,22 +184,41 @@ def complete_reference(policy: PreTrainedModel | PeftModel) -> None:
 class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
     """TRL's DPOTrainer with exact resume. It takes pairs that are already tokenised; TRL has no option for them.
 
-    Attributes:
+    Args:
+        unpadded: compute log-probabilities without padding and without the logits of a whole batch.
         by_row: whether the attention of policy and reference takes `row_lengths`.
     """
 
-    by_row = False
+    def __init__(self, *args: Any, unpadded: bool, by_row: bool, **kwargs: Any) -> None:
+        self.unpadded, self.by_row = unpadded, by_row
+        super().__init__(*args, **kwargs)
+        self._choose_branch()
+
+    def _choose_branch(self) -> None:
+        """Use the branch of TRL's code that never computes the logits of a whole batch, if `unpadded`.
+
+        TRL names it after Liger, but this class does not use Liger's CUDA kernels.
+        """
+        self.use_liger_kernel = self.unpadded
+        self._forward_redirection = _ForwardRedirection()
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
-        # TRL calls this in its constructor.
+        # TRL calls this in its constructor. The reference must already be computed as the policy is in training.
         assert isinstance(self.model, PreTrainedModel | PeftModel)
         complete_reference(self.model)
+        self._choose_branch()
         with self.accelerator.autocast():
             rows: Dataset = super()._precompute_ref_logps(dataset, *args, **kwargs)
         return rows
+
+    def _compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        # In training, accelerate converts the logits to float32. It has not wrapped the model yet, and sums of bf16
+        # log-probabilities have two to three digits.
+        computed = model if self.use_liger_kernel else convert_outputs_to_fp32(model)
+        return super()._compute_ref_log_probs(computed, inputs)  # type: ignore[no-untyped-call]
 
     def _get_per_token_logps_and_entropies(
         self, model: torch.nn.Module, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor

@@ -190,14 +190,14 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
 
     - weights: float32 for `full`; autocast's half-precision copies count as activations. The device's precision for
       `lora`. For `qlora` 4 bits in linear layers and float32 elsewhere. Adapters are float32.
-    - reference (DPO): a copy of the full model, or of the adapter.
+    - reference (DPO): a copy of the adapter, or of the full model unless it is precomputed.
     - optimiser: AdamW's two moments for each trained weight, in float32 or in 8 bits (arXiv:2110.02861).
     - gradients: float32 for each trained weight. With accumulation they exist during the whole backward pass; without
       it, they grow while the activations are freed.
     - activations: the tensors that autograd saves in a forward pass, plus the average of one layer for the gradients in the
       backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
-    - logits: four float32 copies for 128 tokens. A model that needs the logits of whole batches
-      (`why_not_from_hidden_states`) takes more.
+    - logits: four float32 copies for 128 tokens; for all tokens of a batch in DPO with unsloth or with `use_weighting`. A model
+      that needs the logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
 
     The real peak depends on the allocator; benchmarks/estimate compares it with this estimate.
     """
@@ -206,13 +206,18 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     weights = sizes.weights + (0.0 if method == "full" else trained)
     reference = 0.0
     if isinstance(config, DPOConfig):
-        reference = sizes.weights if method == "full" else trained
+        reference = trained
+        if method == "full":
+            reference = 0.0 if config.precompute_ref_log_probs else sizes.weights
     eight_bits = "8bit" in choose_optimiser(config.optim, device)[0]
     one_layer = sizes.activations / sizes.layers
     activations = sizes.activations + one_layer
     if config.gradient_checkpointing:
         activations = tokens * sizes.hidden * sizes.hidden_bytes * sizes.layers + one_layer
-    logits = 16.0 * min(tokens, CHUNK) * sizes.vocabulary
+    whole = isinstance(config, DPOConfig) and (
+        device.backend == "unsloth" or config.library_arguments.get("use_weighting", False)
+    )
+    logits = 16.0 * (tokens if whole else min(tokens, CHUNK)) * sizes.vocabulary
     accumulates = config.gradient_accumulation_steps > 1
     gradients = trained if accumulates else max(0.0, trained - activations - logits)
     return Memory(

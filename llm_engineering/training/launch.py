@@ -210,7 +210,9 @@ def _environments(count: int, settings: Settings) -> list[dict[str, str]]:
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }
     if count == 1:
-        return [common]
+        # Libraries would spread one process over all cards that it sees.
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        return [common | {"CUDA_VISIBLE_DEVICES": cards.split(",")[0]}]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     # The default is one thread for each core in every process.

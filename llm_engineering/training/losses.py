@@ -99,9 +99,12 @@ def causal_model(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def _mixed_precision(model: PreTrainedModel) -> torch.autocast:
-    """Autocast to the half precision of some weights, as in training. Without such weights, it changes nothing."""
+    """Autocast to the half precision of some weights, as in training. Without such weights, the caller's autocast holds."""
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
-    return torch.autocast(model.device.type, half, enabled=half is not None)
+    outer = torch.is_autocast_enabled(model.device.type)
+    return torch.autocast(
+        model.device.type, half or torch.get_autocast_dtype(model.device.type), enabled=half is not None or outer
+    )
 
 
 def why_not_from_hidden_states(

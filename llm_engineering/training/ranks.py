@@ -154,12 +154,17 @@ class Interruption(TrainerCallback):
     `nohup` ignores. Python delivers signals only to the main thread,
     so in another thread this class handles none. A second signal ends the process at once, without a checkpoint. With a
     launcher, a second signal is ignored: it may be the first one again, sent to all processes by the terminal or systemd
-    and then forwarded by the launcher, which kills them if necessary. Processes agree after each step, so that a signal to one of them stops all
-    of them at the same step.
+    and then forwarded by the launcher, which kills them if necessary. Processes agree after each step, so that a signal to
+    one of them stops all of them at the same step.
+
+    Attributes:
+        received: the first signal that this process received.
+        agreed: the signal at which all processes stop; set by `agree`.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -191,14 +196,17 @@ class Interruption(TrainerCallback):
             os.write(2, ("\r\x1b[K" if os.isatty(2) else "").encode() + text.encode())
 
     def agree(self) -> None:
-        """Copy a signal that one process has received to all processes. Every process must call this."""
+        """Set `agreed` to a signal that any process has received. Every process must call this.
+
+        A signal that arrives during this call may be too late for it. It stays in `received` for the next call.
+        """
         number = maximum(self.received or 0)
-        self.received = signal.Signals(number) if number else None
+        self.agreed = signal.Signals(number) if number else None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop. Skip the evaluation of this step: the sender of SIGTERM kills the process after a short time."""
         self.agree()
-        if self.received is not None and state.global_step < state.max_steps:
+        if self.agreed is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-            logger.info("%s: saving step %d of %d", self.received.name, state.global_step, state.max_steps)
+            logger.info("%s: saving step %d of %d", self.agreed.name, state.global_step, state.max_steps)

@@ -137,9 +137,10 @@ def sft_trainer(
     flops, by_row, unpadded = TrainingFlops.of(policy), False, False
     if device.backend == "transformers":
         by_row = attend_by_row(policy)
-        unpadded = keeps_rows_apart(policy, by_row)
         router_coefficient = config.library_arguments.get("router_aux_loss_coef")
-        reason = why_not_from_hidden_states(policy, setup.compute, router_coefficient)
+        with device.autocast():
+            unpadded = keeps_rows_apart(policy, by_row)
+            reason = why_not_from_hidden_states(policy, setup.compute, router_coefficient)
         if reason is None:
             take_loss_from_hidden_states(policy)
         logger.info(

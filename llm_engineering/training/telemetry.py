@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,15 +23,18 @@ from llm_engineering.progress import Progress
 from llm_engineering.training.losses import causal_model
 from llm_engineering.training.tracking import Trackers
 
-# Dense half-precision peaks of the tensor cores in FLOP/s, from NVIDIA's data sheets. The first key found in the GPU's
-# name counts, so `H100 PCIe` comes before `H100`.
+# Dense half-precision peaks of the tensor cores in FLOP/s, from NVIDIA's data sheets. The first key whose words are in the
+# GPU's name counts, so `H100 PCIe` comes before `H100`.
 PEAK_FLOPS = {
     "B200": 2250e12,
+    "H200 NVL": 836e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 836e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10G": 70e12,
     "A10": 125e12,
@@ -43,7 +48,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    # `L4` is no word of `NVIDIA L40`. A card for laptops, or the variant `D`, is slower than the card it is named after.
+    return next((peak for known, peak in PEAK_FLOPS.items() if re.search(rf"\b{known}\b(?! Laptop| D\b)", name)), None)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process in bytes: allocated GPU memory with CUDA, resident memory otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux counts in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @dataclass

@@ -351,8 +351,8 @@ def _train(
         except torch.OutOfMemoryError:
             return False
         interruption.agree()
-    if interruption.received is not None:
-        raise KeyboardInterrupt(f"{interruption.received.name} in step {trainer.state.global_step}")
+    if interruption.agreed is not None:
+        raise KeyboardInterrupt(f"{interruption.agreed.name} in step {trainer.state.global_step}")
     return True
 
 

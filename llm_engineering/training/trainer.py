@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -208,7 +209,21 @@ class ResumableTrainer(HeldOutTrainer):
         self._step_loss = 0.0
         self._step_ended = True
         self.work = Work()
-        super().__init__(*args, **kwargs)
+        # With several visible cards and one process, transformers would wrap the model in DataParallel and multiply the
+        # batch by the number of cards: half the steps, and twice the loss and the gradient norm, with two cards.
+        arguments = kwargs["args"]
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        # TRL would round an adapter on a quantised base to bf16. Updates smaller than the last bit would be lost, and the
+        # fp16 scaler, on cards without bf16, has no kernel for bf16 gradients. TRL uses the attribute for nothing else.
+        policy = kwargs["model"]
+        if isinstance(policy, PeftModel):
+            policy.is_loaded_in_4bit = False  # type: ignore[assignment]
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            if isinstance(policy, PeftModel):
+                # The base model's own value counts again.
+                del policy.is_loaded_in_4bit
         if self.args.bf16 or self.args.fp16:
             # PEFT would cast every input to its weights' float32, only for autocast to cast it back to half precision.
             assert self.model is not None
@@ -240,6 +255,16 @@ class ResumableTrainer(HeldOutTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compare with the best validation loss so far; with `load_best`, save the step that has a better one.
+
+        transformers saves only multiples of `save_steps`. It would end with an older checkpoint if the best step is none.
+        """
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write the checkpoint under a temporary name, and rename it when it is complete and on the disk."""

@@ -133,3 +133,10 @@ def test_the_shell_completes_commands_and_choices(typed, found):
     command = [sys.executable, "-m", "tools.cli"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert set(found) <= set(done.stdout.split()), done.stderr
+
+
+def test_windows_is_named_at_the_start():
+    code = "import sys; sys.platform = 'win32'; import tools.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Error: this project does not run on Windows itself. Run it in WSL")

@@ -1,5 +1,8 @@
 """Held-out measures against hand-computed values."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from datasets import Dataset
@@ -44,6 +47,65 @@ def test_batched_scores_equal_scores_row_by_row(model, cpu, settings):
         expected = [float(log_probs[i - 1, label]) for i, label in enumerate(labels) if label != -100]
         assert score.tokens == len(expected)
         assert score.log_prob == pytest.approx(sum(expected), abs=1e-4)
+
+
+def test_answers_and_other_questions_stay_in_the_context_of_a_short_model(base_model, cpu, settings, caplog):
+    own = ModelConfig(name_or_path=str(base_model))
+    base = load_model(own, settings, choose_device(cpu))
+    models = Models(base, {}, load_tokenizer(own, settings, "alpaca"), batch_size=4)
+    context = base.config.n_positions
+    overhead = len(prompt_ids([Message(role="user", content="")], models.tokenizer))
+    sizes = (context - overhead - 5, 10, context)
+    prompts = [[Message(role="user", content="#" * size)] for size in sizes]
+    lengths = [len(prompt_ids(prompt, models.tokenizer)) for prompt in prompts]
+    assert lengths[0] < context <= lengths[2]
+    with caplog.at_level("WARNING"):
+        answers = models.answers("base", prompts, 20)
+    assert len(answers[0].ids) <= context - lengths[0]
+    assert answers[1].ids
+    assert answers[2] == ("", False, [])
+    assert "1 prompts fill the context of 512 tokens" in caplog.text
+
+    rows = [([5] * 500 + [7, 8], [-100] * 500 + [7, 8]), ([6, 7] * 200, [-100] + [7] * 399), ([9, 7], [-100, 7])]
+    combined = with_other_questions(rows, context)
+    assert {len(ids) <= context and len(ids) == len(labels) for rows in combined for ids, labels in rows} == {True}
+    assert models.scores("base", combined[0], "loss")[1].tokens == 399
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_full_model_with_its_own_code_is_measured(tiny_model, cpu, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = shutil.copytree(tiny_model, tmp_path / "own")
+    (folder / "modeling_own.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    config |= {"model_type": "own_llama", "architectures": ["OwnForCausalLM"], "auto_map": classes}
+    (folder / "config.json").write_text(json.dumps(config))
+    own = ModelConfig(name_or_path=str(folder), trust_remote_code=True)
+    device = choose_device(cpu)
+    policy = new_policy(own, LoraConfig(), settings, device, "full")
+    policy.lm_head.weight.data.mul_(3)
+    save_policy(policy, own, tmp_path / "full")
+
+    tokenizer = load_tokenizer(own, settings)
+    models = Models(load_model(own, settings, device), {"sft": tmp_path / "full"}, tokenizer, batch_size=2)
+    rows = [([5, 6, 7, 8, 2], [-100, -100, 7, 8, 2])]
+    with torch.inference_mode():
+        log_probs = policy(torch.tensor([rows[0][0]])).logits[0].double().log_softmax(dim=-1)
+    expected = sum(float(log_probs[i - 1, token]) for i, token in enumerate(rows[0][0]) if i > 1)
+    assert models.scores("sft", rows, "loss")[0].log_prob == pytest.approx(expected, abs=1e-4)
 
 
 def test_question_gain_equals_its_formula_row_by_row(model, cpu, settings):

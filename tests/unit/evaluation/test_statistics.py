@@ -168,6 +168,28 @@ def test_intervals_of_shares_and_their_differences_cover_at_least_the_stated_rat
         assert count >= stats.binom.ppf(0.001, EXPERIMENTS, 0.93), f"{name}: {count} of {EXPERIMENTS}"
 
 
+# Rows of each document in a small held-out split: three documents have most of them.
+UNEVEN = [14, 10, 8, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.2, 0.5])
+def test_losses_of_uneven_documents_are_covered_only_by_intervals_over_documents(correlation):
+    """Losses of a document's rows have a common part. Intervals over rows take it for many observations."""
+    generator = np.random.default_rng(8)
+    numbers = np.repeat(np.arange(len(UNEVEN)), UNEVEN)
+    covered = {"documents": 0, "rows": 0}
+    for experiment in range(EXPERIMENTS):
+        common, own = generator.normal(0, 1, len(UNEVEN))[numbers], generator.normal(0, 1, len(numbers))
+        losses = Rows.of(3 + math.sqrt(correlation) * common + math.sqrt(1 - correlation) * own)
+        bootstrap = Bootstrap(100, 0.95, experiment)
+        found = {"documents": bootstrap.estimate(losses.in_clusters(numbers)), "rows": bootstrap.estimate(losses)}
+        for name, estimate in found.items():
+            covered[name] += estimate.low <= 3 <= estimate.high
+    least = stats.binom.ppf(0.001, EXPERIMENTS, 0.95)
+    assert covered["documents"] >= least, covered
+    assert (covered["rows"] >= least) == (correlation == 0), covered
+
+
 def test_the_loss_of_few_documents_is_covered():
     """Four documents: resamples alone cover the true loss in 0.86 of the experiments instead of 0.95."""
     generator = np.random.default_rng(6)

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -53,6 +54,64 @@ def test_round_trip(small_llama, tmp_path, dtype):
     assert {name: tensor.shape for name, tensor in read.state_dict().items()} == {
         name: tensor.shape for name, tensor in model.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("head_size", [8, 16])
+def test_the_file_computes_the_same_by_the_rules_of_llama_cpp(small_llama, tmp_path, head_size):
+    """The file's own lengths, shapes and rotation give the model's logits, without transformers reading it."""
+    config = LlamaConfig.from_pretrained(small_llama, head_dim=head_size)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    folder = saved(small_llama, tmp_path / "model", torch.float32)
+    model.save_pretrained(folder)
+    write_gguf(folder, tmp_path / "model.gguf", "my-model")
+    ids = [5, 9, 11, 250, 2, 7]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0].double()
+    torch.testing.assert_close(computed(GGUFReader(tmp_path / "model.gguf"), ids), expected, atol=1e-5, rtol=1e-4)
+
+
+def computed(reader, ids):
+    """Logits `(tokens, vocabulary)` of a file of the architecture llama, in float64."""
+    fields = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
+    weights = {t.name.removesuffix(".weight"): torch.from_numpy(t.data.copy()).double() for t in reader.tensors}
+    heads, groups = fields["attention.head_count"], fields["attention.head_count_kv"]
+    # As in llama.cpp: without the key, a head has the hidden size divided by the heads.
+    size = fields.get("attention.key_length", fields["embedding_length"] // heads)
+    angles = torch.outer(
+        torch.arange(len(ids)).double(),
+        fields["rope.freq_base"] ** (-torch.arange(0, fields["rope.dimension_count"], 2).double() / size),
+    )
+
+    def norm(x, name):
+        return (
+            x * (x.pow(2).mean(-1, keepdim=True) + fields["attention.layer_norm_rms_epsilon"]).rsqrt() * weights[name]
+        )
+
+    def rotated(x):
+        # Neighbouring dimensions are a pair.
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack(
+            [even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()], -1
+        ).flatten(-2)
+
+    def split(x, count):
+        return x.view(len(ids), count, size).transpose(0, 1)
+
+    hidden = weights["token_embd"][ids]
+    for layer in range(fields["block_count"]):
+        block = f"blk.{layer}"
+        x = norm(hidden, f"{block}.attn_norm")
+        query = rotated(split(x @ weights[f"{block}.attn_q"].T, heads))
+        key, value = (split(x @ weights[f"{block}.attn_{part}"].T, groups) for part in "kv")
+        key, value = (part.repeat_interleave(heads // groups, dim=0) for part in (rotated(key), value))
+        scores = query @ key.transpose(1, 2) / size**0.5 + torch.full((len(ids),) * 2, -torch.inf).triu(1)
+        attended = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+        hidden = hidden + attended @ weights[f"{block}.attn_output"].T
+        x = norm(hidden, f"{block}.ffn_norm")
+        gated = torch.nn.functional.silu(x @ weights[f"{block}.ffn_gate"].T) * (x @ weights[f"{block}.ffn_up"].T)
+        hidden = hidden + gated @ weights[f"{block}.ffn_down"].T
+    return norm(hidden, "output_norm") @ weights.get("output", weights["token_embd"]).T
 
 
 def test_tokenizer_and_template_are_written(small_llama, tmp_path):

@@ -1,15 +1,18 @@
 """Merging: the saved files hold the trained model, and a difference is refused with its row and size."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraModel, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm_engineering.errors import WorkError
+from llm_engineering.evaluation.models import Models
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.generate import generate_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish import merge as merging
 from llm_engineering.publish.merge import Trained, merge, merged_device
@@ -79,6 +82,30 @@ def test_files_are_complete(model, cpu, settings, tmp_path):
         assert model.name_or_path not in file.read_text()
 
 
+def test_the_merged_model_answers_greedily_as_it_was_measured(small_llama, cpu, settings, tmp_path):
+    base = shutil.copytree(small_llama, tmp_path / "base")
+    sampling = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, top_k=20, min_p=0.05, typical_p=0.9)
+    sampling.save_pretrained(base)
+    model = ModelConfig(name_or_path=str(base))
+    trained = adapter(model, tmp_path / "adapter", settings, cpu, size=0.5)
+    merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged", repetition_penalty=1.1)
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert (written["do_sample"], written["repetition_penalty"]) == (False, 1.1)
+    assert {name: written[name] for name in sampling.to_diff_dict() if written.get(name)}.keys() <= {
+        "transformers_version"
+    }
+    # The default of a server equals the evaluation's answers.
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    prompt = [5, 9, 11, 30]
+    torch.manual_seed(3)
+    served = saved.generate(torch.tensor([prompt]), max_new_tokens=12)[0, len(prompt) :].tolist()
+    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder)), settings)
+    models = Models(load_model(model, settings, choose_device(cpu)), {"sft": trained.folder}, tokenizer, 1, 1.1)
+    with models.use("sft") as measured:
+        options = {"do_sample": False, "repetition_penalty": 1.1}
+        assert served == generate_ids(measured, tokenizer, [prompt], 12, **options)[0]
+
+
 BF16 = ComputeConfig(device="cpu", dtype="bfloat16", attn_implementation="sdpa")
 
 
@@ -93,6 +120,18 @@ def test_an_adapter_on_a_half_precision_base_is_merged_without_loss(model, setti
 def test_the_precision_is_float32_unless_the_recipe_names_another():
     assert merged_device(BF16).dtype == torch.bfloat16
     assert merged_device(ComputeConfig(device="cpu")).dtype == torch.float32
+
+
+def test_a_recipe_that_trains_with_flash_attention_is_merged_and_served_with_sdpa(monkeypatch):
+    for name, answer in (("is_available", True), ("get_device_name", "a card"), ("is_bf16_supported", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    monkeypatch.setattr("llm_engineering.models.device._is_installed", lambda package: True)
+    recipe = ComputeConfig(attn_implementation="flash_attention_2")
+    trains, serves = choose_device(recipe), merged_device(recipe)
+    assert (trains.dtype, trains.attn_implementation) == (torch.bfloat16, "flash_attention_2")
+    assert (serves.dtype, serves.attn_implementation) == (torch.float32, "sdpa")
+    half = merged_device(recipe.model_copy(update={"dtype": "bfloat16"}))
+    assert (half.dtype, half.attn_implementation) == (torch.bfloat16, "flash_attention_2")
 
 
 def test_weights_are_rounded_once_if_the_recipe_asks_for_it(model, settings, tmp_path):

@@ -190,3 +190,17 @@ def test_zenml_serves_stale_results_of_plain_steps_but_not_of_project_steps(tmp_
     )
     states = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("STATES")]
     assert states == [["completed", "completed"], ["cached", "cached"], ["cached", "completed"]], done.stderr
+
+
+@pytest.mark.parametrize(
+    "library", ["accelerate", "bitsandbytes", "jinja2", "lm-eval", "pypdf", "tokenizers", "transformers", "unsloth"]
+)
+def test_another_version_of_a_library_is_another_step(library, project, monkeypatch):
+    from steps import caching
+
+    versions, _ = project
+    before = versions()
+    real = caching.importlib.metadata.version
+    monkeypatch.setattr(caching.importlib.metadata, "version", lambda name: "0.0.1" if name == library else real(name))
+    after = versions()
+    assert all(before[name] != after[name] for name in before)

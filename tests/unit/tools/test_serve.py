@@ -26,7 +26,8 @@ def test_both_servers_listen_only_on_loopback(tmp_path):
     assert transformers[1:] == ["serve", "model", "--device", "cpu", "--host", "127.0.0.1", "--port", "8123"]
     vllm = vllm_command("/bin/vllm", tmp_path, "my-model", 8123, "float32")
     assert vllm[:5] == ["/bin/vllm", "serve", str(tmp_path), "--served-model-name", "my-model"]
-    assert vllm[5:] == ["--dtype", "float32", "--host", "127.0.0.1", "--port", "8123"]
+    greedy = ["--override-generation-config", '{"temperature": 0.0}']
+    assert vllm[5:] == ["--dtype", "float32", *greedy, "--host", "127.0.0.1", "--port", "8123"]
 
 
 def test_vllm_of_this_environment_is_found_without_a_path(tmp_path, monkeypatch):

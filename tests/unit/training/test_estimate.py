@@ -121,6 +121,22 @@ def test_peak_is_the_sum_of_its_parts(config, method, device, expected):
     assert memory.total == sum(expected) + OVERHEAD_BYTES[device.name]
 
 
+def test_dpo_with_unsloth_takes_the_logits_of_a_whole_batch():
+    """TRL's branch without logits is not used there: 16 bytes for each of 2 · 300 tokens and each of 50 logits."""
+    unsloth = CARD._replace(backend="unsloth")
+    weighted = DPO.model_copy(update={"use_weighting": True})
+    assert peak_memory(SHAPES, DPO, CARD, "lora", 2, 300).logits == 16 * 128 * 50
+    assert peak_memory(SHAPES, DPO, unsloth, "lora", 2, 300).logits == 16 * 600 * 50
+    assert peak_memory(SHAPES, LORA, unsloth, "lora", 2, 300).logits == 16 * 128 * 50
+    assert weighted.library_arguments == {"use_weighting": True}
+    assert peak_memory(SHAPES, weighted, CARD, "lora", 2, 300).logits == 16 * 600 * 50
+
+
+def test_a_precomputed_reference_of_a_full_model_takes_no_memory():
+    precomputed = DPO.model_copy(update={"precompute_ref_log_probs": True})
+    assert peak_memory(SHAPES, precomputed, CARD, "full", 2, 10).reference == 0
+
+
 def test_gradients_count_if_activations_are_small():
     found = SHAPES._replace(trained=10_000, activations=8)
     memory = peak_memory(found, LORA, CPU, "full", 1, 1)

@@ -268,6 +268,16 @@ def test_machine_must_have_the_gpus_and_packages_of_the_processes(monkeypatch):
         check_processes(ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=2), cuda)
 
 
+@pytest.mark.parametrize(("visible", "card"), [(None, "0"), ("2,3", "2"), ("GPU-5,GPU-7", "GPU-5"), ("", "")])
+def test_one_worker_process_sees_one_card(visible, card, settings, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    (environment,) = launch._environments(1, settings)
+    assert environment["CUDA_VISIBLE_DEVICES"] == card
+    assert all(one.get("CUDA_VISIBLE_DEVICES") == visible for one in launch._environments(2, settings))
+
+
 def test_transformers_is_not_imported_before_a_job_is_read():
     """unsloth patches transformers, so it must be imported first."""
     code = "import sys, llm_engineering.training.__main__; print('transformers' in sys.modules, 'trl' in sys.modules)"

@@ -1,12 +1,16 @@
 """Training counts its operations, tokens and seconds correctly."""
 
+import resource
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llm_engineering.training.telemetry import TrainingFlops, Work, peak_flops
+from llm_engineering.training.telemetry import TrainingFlops, Work, peak_flops, peak_memory_bytes
 
 LLAMA = LlamaConfig(
     vocab_size=64,
@@ -77,5 +81,19 @@ def test_only_known_cards_have_a_peak(monkeypatch):
     assert peak_flops(card, torch.bfloat16) == 756e12
     assert peak_flops(card, torch.float32) is None
     assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some other card")
-    assert peak_flops(card, torch.bfloat16) is None
+    for name, peak in (
+        ("NVIDIA L40", 181e12), ("NVIDIA L40S", 362e12), ("NVIDIA L4", 121e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12), ("NVIDIA A10G", 70e12), ("NVIDIA H100 NVL", 836e12), ("NVIDIA H100 80GB HBM3", 989e12),
+        ("Tesla T4", 65e12), ("NVIDIA T400", None), ("NVIDIA RTX A1000", None), ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("Some other card", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(card, torch.bfloat16) == peak, name
+
+
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3_000_000))
+    for platform, expected in (("linux", 3_000_000 * 1024), ("darwin", 3_000_000)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert peak_memory_bytes() == expected

@@ -13,10 +13,11 @@ import pytest
 import torch
 import trl
 from datasets import Dataset, DatasetDict
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
+from llm_engineering.training import ranks
 from llm_engineering.training.arguments import halved
 from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
 from llm_engineering.training.ranks import Interruption
@@ -110,6 +111,24 @@ def test_a_closed_terminal_does_not_break_the_stop(monkeypatch):
 )
 def test_packed_rows_are_named_as_such(columns, text):
     assert rows_text(Dataset.from_dict(columns)) == text
+
+
+def test_a_signal_during_the_agreement_stops_the_next_step(monkeypatch):
+    arguments, state, control = TrainingArguments("out", use_cpu=True), TrainerState(max_steps=9), TrainerControl()
+    with Interruption() as interruption:
+
+        def maximum(value):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return value
+
+        with monkeypatch.context() as patches:
+            patches.setattr(ranks, "maximum", maximum)
+            interruption.on_step_end(arguments, state, control)
+        # The other processes have not heard of it, so this one may not stop alone.
+        assert not control.should_training_stop
+        interruption.on_step_end(arguments, state, control)
+        assert control.should_training_stop
+        assert interruption.agreed is signal.SIGTERM
 
 
 def test_no_handler_outside_the_main_thread():
@@ -374,3 +393,17 @@ def test_a_run_that_changes_no_weight_fails(data, setup, settings):
     config = SFTConfig.model_validate(CONFIG.model_dump() | {"max_steps": 2, "learning_rate": 1e-60})
     with pytest.raises(WorkError, match=r"sft trained nothing: after 2 steps .* highest learning rate was 1e-60"):
         train_sft(data, config, setup, settings)
+
+
+def test_several_visible_cards_do_not_change_a_run_of_one_process(data, setup, settings, monkeypatch):
+    one_card = train_sft(data, CONFIG, setup, settings)
+    real = TrainingArguments.__post_init__
+
+    def with_two_cards(self):
+        real(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", with_two_cards)
+    two_cards = train_sft(data, CONFIG, setup, settings)
+    for name in ("loss", "grad_norm", "step"):
+        assert logged(two_cards, name) == logged(one_card, name)
