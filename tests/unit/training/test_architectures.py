@@ -18,7 +18,8 @@ from llm_engineering.data.rows import InstructionRow, Message, instruction_datas
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels
-from llm_engineering.formatting.render import check_chat_template, render
+from llm_engineering.formatting.render import render
+from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
