@@ -99,7 +99,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
     run = prepare_run("sft", rows, SFT, setup, settings)
     torch.manual_seed(setup.seed)
-    found = sft_trainer(run, run.load_policy(), run.config).evaluate()["eval_loss"]
+    found: float = sft_trainer(run, run.load_policy(), run.config).evaluate()["eval_loss"]
     plain = plain_loss(base, rows["validation"], tokenizer.pad_token_id)
 
     sft = train_sft(rows, SFT, setup, settings)

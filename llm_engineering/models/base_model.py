@@ -93,7 +93,7 @@ def fitting_attention(config: PreTrainedConfig, attention: str) -> str:
 
     BLOOM and gpt-oss have neither sdpa nor FlashAttention 2. transformers refuses to load them with one of these.
     """
-    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    model_class: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     # The class of remote code is known only when it is loaded.
     if model_class is None:
         return attention
@@ -150,11 +150,14 @@ def mend_generation_config(loaded: PreTrainedModel, name: str) -> None:
     Some models come with `temperature` without `do_sample`, for example. Loading accepts that, but the first checkpoint
     fails. `max_length` is often 20, an old default, and would cut answers of the trained model, prompt included.
     """
-    found = loaded.generation_config
+    # Models that cannot generate have none.
+    found: Any = loaded.generation_config
     if found is None:
         return
     settings = {key: value for key, value in found.to_diff_dict().items() if value is not None}
-    mode = {key: settings[key] for key in ("do_sample", "num_beams", "return_dict_in_generate") if key in settings}
+    mode: dict[str, Any] = {
+        key: settings[key] for key in ("do_sample", "num_beams", "return_dict_in_generate") if key in settings
+    }
     removed = {
         key: value for key, value in settings.items() if key == "max_length" or _is_refused({**mode, key: value})
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -215,7 +215,7 @@ def _check_targets(base: PreTrainedModel, lora: LoraConfig, name: str) -> None:
             f"lora.layers_to_transform: {name} has the layers 0 to {count - 1}, and no layer {wrong[0]}."
         )
     tokens = more.get("trainable_token_indices") or []
-    rows = base.get_input_embeddings().weight.shape[0]
+    rows = cast(torch.Tensor, base.get_input_embeddings().weight).shape[0]
     for token in [t for part in tokens.values() for t in part] if isinstance(tokens, dict) else tokens:
         if not 0 <= token < rows:
             raise RequestError(

@@ -159,11 +159,12 @@ def _rope_factors(config: PreTrainedConfig) -> torch.Tensor:
     """The divisor of each rotary frequency with Llama 3.1's scaling, as llama.cpp reads it: `(head width / 2,)`."""
     rope = config.rope_parameters
     width, factor, low, high = _head_width(config), rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    frequencies: torch.Tensor = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     # The share of its former speed that a frequency keeps: all above `high` turns within the former context, none below `low`.
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - kept) / factor + kept)).float()
+    kept: torch.Tensor = ((turns - low) / (high - low)).clamp(0, 1)
+    factors: torch.Tensor = 1 / ((1 - kept) / factor + kept)
+    return factors.float()
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str, size: int) -> None:

@@ -266,7 +266,7 @@ class FormattedDPOTrainer(ResumableTrainer, DPOTrainer):
         """Check the newest reward margin, the mean over the pairs of a batch. `tokens` is the mean length of an answer."""
         margin = self._metrics["train"]["rewards/margins"][-1]
         half = self.args.bf16 or self.args.fp16
-        if abs(margin) > self.args.beta * tokens * (_ROUNDED if half else _SUMMED):
+        if abs(margin) > self.beta * tokens * (_ROUNDED if half else _SUMMED):
             raise WorkError(
                 f"DPO starts from its reference, so the reward margin of the first step must be 0, and it is {margin:.4g}: policy "
                 "and reference are not computed alike. Use --set compute.dtype=float32 or "

@@ -156,7 +156,7 @@ class CometRun:
         archives.mkdir(parents=True, exist_ok=True)
         key = settings.comet_api_key.get_secret_value() if online and settings.comet_api_key else None
         if online:
-            _check_reachable(comet_ml.config.get_backend_address())
+            _check_reachable(comet_ml.config.get_backend_address())  # type: ignore[attr-defined]
         experiment = comet_ml.start(
             api_key=key,
             workspace=config.workspace,
