@@ -25,7 +25,7 @@ from llm_engineering.data.conversations import (
 )
 from llm_engineering.data.files import BrokenRecord, Record, printable, shown
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, same_text
 from llm_engineering.data.sources import dataset_hash, open_records
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
@@ -111,8 +111,7 @@ def _prompt_chosen_rejected(value: dict[str, Any]) -> dict[str, list[Message]]:
     if len(chosen) == 1 and len(rejected) == 1:
         return _pair(value, [Message(role="user", content=value["prompt"])], chosen, rejected)
     prompt, chosen, rejected = _split_conversations(chosen, rejected)
-    question = value["prompt"].strip()
-    if all(turn.content.strip() != question for turn in prompt if turn.role == "user"):
+    if not any(same_text(turn.content, value["prompt"]) for turn in prompt if turn.role == "user"):
         raise BadRowError("different_prompts", "`prompt` is no user turn of the two conversations")
     return _pair(value, prompt, chosen, rejected)
 
@@ -132,7 +131,7 @@ def _split_conversations(
             "no_prompt", "its answers have no prompt; if another column holds the prompt, map it in data.columns"
         )
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
         shared += 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -150,8 +149,12 @@ def _pair(
 
 
 def _without_prompt(prompt: list[Message], answer: list[Message]) -> list[Message]:
-    repeats_prompt = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
+    repeats_prompt = len(answer) > len(prompt) and all(map(_same, answer, prompt))
     return answer[len(prompt) :] if repeats_prompt else answer
+
+
+def _same(one: Message, other: Message) -> bool:
+    return one.role == other.role and same_text(one.content, other.content)
 
 
 PREFERENCE_FORMATS = {
