@@ -12,7 +12,7 @@ import httpx
 from datasets import load_dataset, load_dataset_builder, load_from_disk
 from huggingface_hub import HfApi
 
-from llm_engineering.data.files import BrokenRecord, Record, has_known_ending, read_records
+from llm_engineering.data.files import BrokenRecord, Record, has_known_ending, read_records, without_nan
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
 
@@ -171,7 +171,7 @@ def _hub_records(found: Reference) -> Iterator[Record | BrokenRecord]:
     place = 0
     try:
         for place, row in enumerate(rows, start=1):
-            yield Record(dict(row), found.name, f"row {place}")
+            yield Record(without_nan(dict(row)), found.name, f"row {place}")
     except _HUB_ERRORS as error:
         raise WorkError(
             f"Reading {found.name} from the hub broke off after row {place} ({str(error).splitlines()[0]}). Run the "

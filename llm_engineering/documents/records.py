@@ -21,7 +21,6 @@ from llm_engineering.errors import RequestError
 
 TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
 TITLE_FIELDS = ("title", "name", "url", "link", "id")
-_SEPARATORS = ",;\t|"
 
 
 def read_json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
@@ -64,7 +63,7 @@ def read_csv(file: Path, field: str | None) -> tuple[list[Document], list[Quaran
     quarantine: list[Quarantined] = []
     builder = TextBuilder()
     try:
-        rows = list(csv_rows(file, _separator(file)))
+        rows = list(csv_rows(file))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UnreadableError("damaged", f"it is no valid CSV ({error}): correct it, or export it again") from error
     for place, value, reason, detail in rows:
@@ -98,12 +97,3 @@ def _row(file: Path, place: str, value: Mapping[str, Any], field: str | None) ->
         return not_read("no_text_field", file, place, detail)
     title = next((str(value[name]) for name in TITLE_FIELDS if value.get(name)), f"{file.stem} {place}")
     return make_document(f"{file}:{place}", title, text)
-
-
-def _separator(file: Path) -> str:
-    """The character between the columns: the most frequent one of the first line. Spreadsheets often write `;`."""
-    if file.suffix.lower() == ".tsv":
-        return "\t"
-    with file.open(encoding="utf-8-sig", errors="replace") as stream:
-        first = stream.readline()
-    return max(_SEPARATORS, key=first.count)
