@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llm_engineering.data.rows import Message
+from llm_engineering.data.rows import Message, is_blank
 
 _ROLES = {
     "user": "user",
@@ -87,7 +87,7 @@ def with_system(value: dict[str, Any], messages: list[Message]) -> list[Message]
     if not value.get("system"):
         return messages
     system = _turn("system", read_text(value["system"], "system"))
-    return messages if messages[:1] == [system] else [system, *messages]
+    return messages if is_blank(system.content) or messages[:1] == [system] else [system, *messages]
 
 
 def until_last_answer(messages: list[Message]) -> list[Message]:
@@ -117,7 +117,7 @@ def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> 
         raise BadRowError("wrong_role_order", " → ".join(roles))
     last = len(messages) - 1
     for index in range(start, len(messages)):
-        if messages[index].content.strip():
+        if not is_blank(messages[index].content):
             continue
         if index == start:
             raise BadRowError("empty_prompt", "the first user turn is empty")

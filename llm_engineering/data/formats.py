@@ -25,7 +25,7 @@ from llm_engineering.data.conversations import (
 )
 from llm_engineering.data.files import BrokenRecord, Record, printable, shown
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, same_text
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, is_blank, same_text
 from llm_engineering.data.sources import dataset_hash, open_records
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
@@ -51,7 +51,7 @@ def _alpaca_question(value: dict[str, Any], context: str = "input") -> Message:
         return Message(role="user", content=instruction)
     extra = read_text(value[context], context)
     # With an empty `instruction` the question is in `input` alone, and must not begin with two empty lines.
-    parts = [part for part in (instruction, extra) if part.strip()]
+    parts = [part for part in (instruction, extra) if not is_blank(part)]
     return Message(role="user", content="\n\n".join(parts) if parts else instruction)
 
 

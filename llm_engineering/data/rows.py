@@ -34,6 +34,9 @@ MARKS = "".join(mark for mark in map(chr, range(0x20000)) if unicodedata.categor
 # characters counts as one word, as in Unicode's rules for word borders (UAX 29) without a dictionary.
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\W{UNSPACED}]+(?:[{MARKS}]+[^\W{UNSPACED}]*)*")
+# Invisible, although Unicode counts them as letters, symbols or marks: Hangul's fillers, the empty braille pattern, the
+# grapheme joiner and the variation selectors.
+_INVISIBLE = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f" + "".join(map(chr, range(0xFE00, 0xFE10))))
 # Soft hyphens, joiners and byte order marks. They are invisible, and many stand within words.
 _JOINERS = re.compile("[\u00ad\u200c\u200d\u2060\ufeff]+")
 
@@ -153,6 +156,15 @@ def instruction_dataset(rows: Sequence[InstructionRow]) -> Dataset:
 def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
     """Make a dataset of preference rows."""
     return to_dataset([row.record() for row in rows], FEATURES["preference"])
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: it is empty, or has only white space and characters of no width."""
+    return all(
+        # Z is white space. Cc and Cf are control and formatting characters, such as the zero-width space.
+        character in _INVISIBLE or unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs")
+        for character in text
+    )
 
 
 def words(text: str) -> list[str]:

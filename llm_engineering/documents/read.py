@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import is_blank
 from llm_engineering.data.sources import visible_files
 from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
 from llm_engineering.documents.epub import read_epub
@@ -58,9 +59,9 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
         read, rejected = _read(reader, file, config.text_field)
         if name != str(file):
             read = [document.model_copy(update={"source": name}) for document in read]
-        documents += [document for document in read if document.text.strip()]
+        documents += [document for document in read if not is_blank(document.text)]
         quarantine += rejected
-        quarantine += [not_read("empty", file, d.source, "no text") for d in read if not d.text.strip()]
+        quarantine += [not_read("empty", file, d.source, "no text") for d in read if is_blank(d.text)]
     if not documents:
         problems = "; ".join(row.describe() for row in quarantine[:3]) or "the folder holds no file"
         raise RequestError(f"documents.path {config.path} holds no document that can be read: {problems}.")

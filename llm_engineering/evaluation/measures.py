@@ -9,7 +9,7 @@ from typing import NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow, words
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow, is_blank, words
 from llm_engineering.evaluation.checks import Check
 from llm_engineering.evaluation.exam import Exam, cluster_numbers, take_exam
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
@@ -212,7 +212,7 @@ def _behaviour(answers: Sequence[Sample], asked: Sequence[HeldOutRow[Instruction
         "length_ratio": Rows.of(
             [len(answer.ids) for answer in answers], [_first_answer_tokens(row.answers[0]) for row in asked]
         ),
-        "empty": Rows.of([not answer.text for answer in answers]),
+        "empty": Rows.of([is_blank(answer.text) for answer in answers]),
     }
 
 

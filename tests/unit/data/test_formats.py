@@ -52,6 +52,7 @@ INSTRUCTIONS = [
     ("alpaca", {"instruction": "Add", "input": None, "output": "3", "id": 7}, "u:Add", "a:3"),
     ("alpaca", {"instruction": "", "input": "1 + 2?", "output": "3"}, "u:1 + 2?", "a:3"),
     ("alpaca", {"instruction": "Add", "output": "3", "system": "Be brief"}, "s:Be brief|u:Add", "a:3"),
+    ("alpaca", {"instruction": "Add", "input": "\u200b", "output": "3", "system": "\ufeff"}, "u:Add", "a:3"),
     ("alpaca", {"instruction": "Bye", "output": "Ciao", "history": [["Hi", "Yo"]]}, "u:Hi", "a:Yo|u:Bye|a:Ciao"),
     ("alpaca", {"instruction": "Bye", "output": "Ciao", "history": []}, "u:Bye", "a:Ciao"),
     ("alpaca-response", {"instruction": "Add", "response": "3"}, "u:Add", "a:3"),
@@ -186,6 +187,8 @@ def test_csv_rows(tmp_path):
     ("record", "reason", "detail"),
     [
         ({"instruction": " ", "output": "3"}, "empty_prompt", ""),
+        ({"instruction": "\u200b\ufeff", "input": "\u2060", "output": "3"}, "empty_prompt", ""),
+        ({"messages": turns("Hi", "\u200b", "Bye", "Ciao")}, "empty_turn", "turn 2 of 4"),
         ({"instruction": "Add", "output": None}, "null_value", "`output` is null"),
         ({"text": None}, "null_value", "`text` is null"),
         ({"messages": None, "conversations": None}, "null_value", ""),
