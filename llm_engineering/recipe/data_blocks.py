@@ -97,10 +97,14 @@ FormatName = Literal[
     "text-alpaca",
     "text-human-assistant",
     "text-inst",
+    "text-hh",
+    "text-chatml",
+    "text-llama3",
     "prompt-chosen-rejected",
     "chosen-rejected",
     "sharegpt-preference",
     "alpaca-preference",
+    "openai-preference",
 ]
 
 
