@@ -80,10 +80,13 @@ def dataset_files(reference: str) -> list[Path] | None:
 
 
 def visible_files(root: Path) -> list[Path]:
-    """The file itself, or the files in and below a folder, without hidden files and folders, sorted."""
+    """The file itself, or the files in and below a folder, without hidden files and folders, sorted.
+
+    Links to files that do not exist are among them, so that whoever opens them names them.
+    """
     if not root.is_dir():
         return [root]
-    files = (file for file in root.rglob("*") if file.is_file())
+    files = (file for file in root.rglob("*") if file.is_file() or (file.is_symlink() and not file.exists()))
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
 
 
