@@ -1,10 +1,13 @@
 """Chat templates of the recipe: a model is served with the tokens it was trained on, also without its own template."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
+from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.errors import RequestError
-from llm_engineering.formatting.render import check_chat_template, render
+from llm_engineering.formatting.render import check_chat_template, prompt_ids, render
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.tokenizer import (
     TEMPLATES,
@@ -242,3 +245,36 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     expected = [pairs["train"][i][name] for name in ("chosen_ids", "rejected_ids") for i in (0, 1)]
     assert trained == expected
     assert all(ids[-1] == end for ids in trained)
+
+
+# GLM's layout: nothing ends an answer, and the next turn begins with a mark at which the model stops.
+OPEN_ENDED = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_an_answer_that_nothing_ends_gets_the_mark_of_the_next_turn_as_its_end(tmp_path, settings):
+    folder = write_model(tmp_path, "phi3")
+    (folder / "chat_template.jinja").write_text(OPEN_ENDED)
+    model = ModelConfig(name_or_path=str(folder))
+    with pytest.raises(RequestError, match="does not end with the end-of-turn token"):
+        check_chat_template(load_tokenizer(model, settings))
+    ends = load_tokenizer(model, settings).convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+
+    tokenizer = load_tokenizer(model, settings)
+    assert tokenizer.eos_token == "<|user|>"
+    check_chat_template(tokenizer)
+    talk = (("user", "Hello"), ("assistant", "Hi"), ("user", "And?"), ("assistant", "Bye"))
+    turns = [Message(role=role, content=content) for role, content in talk]
+    row = InstructionRow(prompt=turns[:1], completion=turns[1:], source="s", origin="o")
+    (rendered,) = render([row], tokenizer)
+    trained = [label for label in rendered.labels if label != -100]
+    assert tokenizer.decode(trained) == "Hi<|user|>Bye<|user|>"
+    asked = prompt_ids(turns[:3], tokenizer)
+    assert rendered.input_ids[: len(asked)] == asked
+
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "saved")), settings)
+    assert (saved.eos_token, saved.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)
