@@ -1,15 +1,18 @@
 """Reads the turns of a conversation and checks them. Every fault has a short name, which the quarantine counts.
 
-If a text holds a whole conversation, this module cuts it into turns at the marks of the template that wrote it.
+If a text holds a whole conversation, this module cuts it into turns at the marks of the template that wrote it. Several
+answers to one question become pairs.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any, Literal
 
-from llm_engineering.data.rows import Message
+from llm_engineering.data.json_stream import DECODER
+from llm_engineering.data.rows import Message, is_blank
 
 _ROLES = {
     "user": "user",
@@ -72,7 +75,7 @@ def check_read(value: dict[str, Any], read: Collection[str], where: str) -> None
 
 def _is_empty(value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null")
+        return is_blank(value) or value.strip() in ("[]", "{}", "null")
     return value is None or (isinstance(value, list | dict) and not value)
 
 
@@ -97,24 +100,64 @@ def read_messages(value: Any, name: str) -> list[Message]:
     """
     if value is None:
         raise BadRowError("null_value", f"`{name}` is null")
+    value = _from_json(value)
+    if isinstance(value, dict) and isinstance(value.get("messages"), list):
+        value = value["messages"]
     if isinstance(value, dict):
         value = _turns_of_columns(value) or [value]
     if not isinstance(value, list):
-        raise BadRowError("malformed", f"`{name}` is {type(value).__name__}, expected a list of messages")
+        kind = "text that is not JSON" if isinstance(value, str) else type(value).__name__
+        raise BadRowError("malformed", f"`{name}` is {kind}, expected a list of messages")
     if not value:
         raise BadRowError("malformed", f"`{name}` is an empty list")
     return [_message(turn, name) for turn in value]
 
 
 def read_turns(value: Any, name: str, role: str) -> list[Message]:
-    """Read messages, or one text as the message of `role`."""
-    if isinstance(value, (list, dict)):
-        return read_messages(value, name)
+    """Read messages, the JSON text of messages, a dialogue of Human and Assistant, or one text as the message of `role`.
+
+    A dialogue may end with the mark of an answer that is in another column.
+    """
+    if isinstance(value, str) and text_templates(value) == ("text-hh",):
+        turns = read_template(value, "text-hh")
+        return turns[:-1] if not turns[-1].content else turns
+    decoded = _from_json(value)
+    if isinstance(value, (list, dict)) or _is_conversation(decoded):
+        return read_messages(decoded, name)
     return [_turn(role, read_text(value, name))]
+
+
+def read_answer(value: dict[str, Any], name: str) -> list[Message]:
+    """The turns of a record's answer. After a dialogue that ends with `Assistant:`, the answer begins with a space."""
+    answer, prompt = value[name], value.get("prompt")
+    if isinstance(answer, str) and isinstance(prompt, str) and text_templates(prompt) == ("text-hh",):
+        answer = answer if text_templates(answer) else answer.strip()
+    return read_turns(answer, name, "assistant")
+
+
+def _from_json(value: Any) -> Any:
+    """The value of a JSON text; any other value unchanged. CSV and Parquet files often hold a list as its JSON text."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return DECODER.decode(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether a JSON value is a list of turns, or holds one under `messages`. An answer may be JSON, too."""
+    turns = value.get("messages") if isinstance(value, dict) else value
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns)
+    )
 
 
 def read_pairs(value: Any, name: str) -> list[Message]:
     """The turns of LLaMA-Factory's `history`, a list of [question, answer], or messages; empty without a history."""
+    value = _from_json(value)
     if _is_empty(value):
         return []
     if isinstance(value, list) and isinstance(value[0], dict):
@@ -170,7 +213,7 @@ def check_conversation(prompt: Sequence[Message], answer: Sequence[Message]) -> 
         raise BadRowError("wrong_role_order", " → ".join(roles))
     last = len(messages) - 1
     for index in range(start, len(messages)):
-        if messages[index].content.strip():
+        if not is_blank(messages[index].content):
             continue
         if index == start:
             raise BadRowError("empty_prompt", "the first user turn is empty")
@@ -256,14 +299,18 @@ _HUMAN_ASSISTANT = re.compile(r"### (Human|Assistant):")
 _INST = re.compile(r"\[INST\](.*?)\[/INST\](.*?)(?=\[INST\]|\Z)", re.DOTALL)
 _SYSTEM = re.compile(r"\A\s*<<SYS>>(.*?)<</SYS>>", re.DOTALL)
 # A tokenizer wrote these marks when it rendered the text. If an answer kept them, the model would learn them as words.
-_BORDERS = ("<s>", "</s>", "<|endoftext|>")
+_BORDERS = ("<s>", "</s>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>")
+# Anthropic's HH-RLHF writes dialogues so.
+_HH = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+_CHATML_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
+_LLAMA3_TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>(.*?)(?:<\|eot_id\|>|\Z)", re.DOTALL)
 # This sentence before the first heading belongs to Alpaca's template. Any other text there is a system message.
 _ALPACA_PREAMBLE = "Below is an instruction that describes a task"
 
 
 def text_templates(text: str) -> tuple[str, ...]:
     """The names of the templates whose first mark occurs in the text."""
-    return tuple(name for name, mark in _MARKS.items() if mark in text)
+    return tuple(name for name, mark in _MARKS.items() if mark.search(text))
 
 
 def read_template(text: str, name: str) -> list[Message]:
@@ -329,9 +376,102 @@ def _stripped(text: str) -> str:
     return text
 
 
-_MARKS = {"text-alpaca": "### Instruction:", "text-human-assistant": "### Human:", "text-inst": "[INST]"}
+def _dialogue(text: str) -> list[Message]:
+    preamble, *parts = _HH.split(text)
+    turns = [
+        _turn("user" if name == "Human" else "assistant", _stripped(content))
+        for name, content in zip(parts[0::2], parts[1::2], strict=True)
+    ]
+    if not turns or _stripped(preamble):
+        raise BadRowError("malformed", "it does not begin with `Human:`")
+    return turns
+
+
+def _marked(text: str, turn: re.Pattern[str]) -> list[Message]:
+    """The turns between marks that name the role of each."""
+    between = turn.sub("", text)
+    if _stripped(between):
+        raise BadRowError("malformed", f"text stands outside of its turns: {_stripped(between)[:40]!r}")
+    return [_message({"role": match[1], "content": _stripped(match[2])}, "text") for match in turn.finditer(text)]
+
+
+_MARKS = {
+    "text-alpaca": re.compile(r"### Instruction:"),
+    "text-human-assistant": re.compile(r"### Human:"),
+    "text-inst": re.compile(r"\[INST\]"),
+    "text-hh": re.compile(r"\A\s*Human:.*?\n\nAssistant:", re.DOTALL),
+    "text-chatml": re.compile(r"<\|im_start\|>"),
+    "text-llama3": re.compile(r"<\|start_header_id\|>"),
+}
 _READERS: dict[str, Callable[[str], list[Message]]] = {
     "text-alpaca": _alpaca,
     "text-human-assistant": _human_assistant,
     "text-inst": _inst,
+    "text-hh": _dialogue,
+    "text-chatml": partial(_marked, turn=_CHATML_TURN),
+    "text-llama3": partial(_marked, turn=_LLAMA3_TURN),
 }
+
+
+# Columns that hold several answers to one question. Without scores, those of the first three are in order, the best one
+# first, as LLaMA-Factory writes them.
+_ORDERED = ("output", "response", "answer")
+_SEVERAL = (*_ORDERED, "completion", "outputs", "responses", "answers", "completions")
+# Columns of a number for each answer, and keys of it beside an answer, with 1 if more is better and -1 for a rank.
+_SCORES = {"scores": 1, "ratings": 1, "rewards": 1, "ranks": -1}
+_SCORE = {"score": 1, "overall_score": 1, "rating": 1, "reward": 1, "rank": -1}
+_DECODED = {"outputs", "responses", "answers", "completions", *_SCORES}
+_TEXT = ("text", "answer", "response", "content", "output", "completion")
+
+
+def as_pairs(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record with several answers as one record for each pair; a list of the record itself if it has no such answers.
+
+    The best answer is the chosen one, and each answer with a lower score is once the rejected one. `chosen` and `rejected`
+    may also be lists of texts: each text of the one is paired with each of the other.
+
+    Raises:
+        BadRowError: `equal_scores`: no answer is worse than another.
+    """
+    if value.get("chosen") is not None and value.get("rejected") is not None:
+        chosen, rejected = _texts(value["chosen"]), _texts(value["rejected"])
+        return [{**value, "chosen": one, "rejected": other} for one in chosen for other in rejected]
+    # One answer may itself be the JSON text of a list, so only the columns of several answers are decoded.
+    value = {name: _from_json(content) if name in _DECODED else content for name, content in value.items()}
+    name = next((name for name in _SEVERAL if isinstance(value.get(name), list)), None)
+    if name is None:
+        return [value]
+    scored = _scored(value, name)
+    if len(scored) < 2:
+        return [value]
+    scored.sort(key=lambda answer: -answer[1])
+    rest = {key: content for key, content in value.items() if key != name and key not in _SCORES}
+    pairs = [
+        {**rest, "chosen": scored[0][0], "rejected": answer} for answer, score in scored[1:] if score < scored[0][1]
+    ]
+    if not pairs:
+        raise BadRowError("equal_scores", f"its {len(scored)} answers have the same score, so none is a rejected one")
+    return pairs
+
+
+def _scored(value: dict[str, Any], name: str) -> list[tuple[str, float]]:
+    """The answers of a column with their scores, more being better; empty if they are no texts or have no order."""
+    answers = value[name]
+    if all(isinstance(answer, dict) for answer in answers):
+        text, score = (next((k for k in keys if all(k in a for a in answers)), "") for keys in (_TEXT, _SCORE))
+        pairs = [(answer.get(text), answer.get(score)) for answer in answers]
+        sign = _SCORE.get(score, 1)
+    else:
+        column = next((column for column in _SCORES if isinstance(value.get(column), list)), "")
+        scores = value[column] if column else [-n for n in range(len(answers))] if name in _ORDERED else []
+        pairs = list(zip(answers, scores, strict=True)) if len(scores) == len(answers) else []
+        sign = _SCORES.get(column, 1)
+    if not all(isinstance(text, str) and isinstance(score, int | float) for text, score in pairs):
+        return []
+    return [(text, sign * score) for text, score in pairs]
+
+
+def _texts(value: Any) -> list[Any]:
+    """The texts of a list of texts; a list of the value itself if it is anything else."""
+    is_list = isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+    return list(value) if is_list else [value]

@@ -188,10 +188,15 @@ class Verdicts:
         first: dict[int, int] = {}
         for row in rows:
             earlier = first.setdefault(int(self._sides[row]), row)
-            if earlier != row and row not in self._exact:
+            if earlier != row and row not in self._exact and not self._other_comparison(row, earlier):
                 self.match(rule, row, earlier)
                 if rule == "exact_duplicate":
                     self._exact.add(row)
+
+    def _other_comparison(self, row: int, earlier: int) -> bool:
+        """Whether two pairs compare the same answer to the same prompt with different rejected answers."""
+        same = all(self._index.hash(name, row) == self._index.hash(name, earlier) for name in ("prompts", "answers"))
+        return same and self._index.hash("others", row) != self._index.hash("others", earlier)
 
     def conflicts(self, rows: list[int]) -> None:
         """Given rows with the same prompt, mark rows with different answers.

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -55,7 +56,7 @@ def _identifier() -> LanguageIdentifier:
 
 def language_of(text: str) -> str | None:
     """The ISO 639 code of a text's language, judged by its first MAX_CHARS characters; None if it is uncertain."""
-    language, confidence = _identifier().classify(text.strip()[:MAX_CHARS])
+    language, confidence = _identifier().classify(unicodedata.normalize("NFC", text.strip()[:MAX_CHARS]))
     return language if confidence >= MIN_CONFIDENCE and language != _NO_LANGUAGE else None
 
 

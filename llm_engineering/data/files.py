@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 import zlib
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -18,7 +18,16 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_engineering.data.json_stream import JsonError, JsonStream, list_key, rows_of_list
+from llm_engineering.data.json_stream import (
+    DECODER,
+    WINDOW,
+    JsonError,
+    Unreadable,
+    list_key,
+    rows_of_list,
+    rows_of_values,
+    unreadable,
+)
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.errors import RequestError
 
@@ -61,6 +70,14 @@ BATCH_ROWS = 1000
 _ARROW_FILE_MAGIC = b"ARROW1"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NOT_UTF8 = ("not_utf8", "it contains bytes that are not UTF-8 text: convert them, e.g. with iconv")
+_HALF_CHARACTER = (
+    "not_utf8",
+    "it has an escape such as \\ud83d for half of a character (a lone surrogate), as remains if a text is cut within an emoji: "
+    "write the text again",
+)
+_SEPARATORS = ",;\t|"
+# The line with which a spreadsheet names the separator.
+_SEPARATOR_LINE = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 
 
 def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
@@ -84,6 +101,9 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
                 yield BrokenRecord(file, place, reason, detail, shown(value))
             elif isinstance(value, dict):
                 yield Record(value, file, place)
+            elif isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
+                # A conversation that stands alone, without a key.
+                yield Record({"messages": value}, file, place)
             else:
                 detail = f"expected an object, found {type(value).__name__}"
                 yield BrokenRecord(file, place, "malformed", detail, shown(value))
@@ -96,7 +116,7 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
             f"{path} contains bytes that are not {error.encoding} text: {error.reason}. Write the file again."
         ) from error
     except JsonError as error:
-        hint = " If each line is one object, name the file .jsonl." if "extra data" in str(error) else ""
+        hint = " If it holds one object after the other, name the file .jsonl." if "extra data" in str(error) else ""
         raise RequestError(f"{path} is not valid JSON with rows in it: {error}.{hint}") from None
     except csv.Error as error:
         raise RequestError(f"{path} is not valid CSV: {error}. Correct the file.") from error
@@ -148,30 +168,55 @@ def _is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
+def text_encoding(head: bytes) -> str:
+    """The encoding of a text by its first four bytes: UTF-16 or UTF-32 by their mark or by zero bytes, else UTF-8."""
+    if head.startswith((BOM_UTF32_LE, BOM_UTF32_BE)):
+        return "utf-32"
+    if head.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        return "utf-16"
+    # Without a mark, every second byte of a text that begins with a Latin letter or a bracket is zero.
+    if len(head) > 1 and (head[0] == 0) != (head[1] == 0):
+        return "utf-16-be" if head[0] == 0 else "utf-16-le"
+    return "utf-8-sig"
+
+
 def _open_text(path: Path, newline: str) -> TextIO:
     with gzip.open(path) if _is_packed(path) else path.open("rb") as file:
-        is_utf16 = file.read(2) in (BOM_UTF16_LE, BOM_UTF16_BE)
+        encoding = text_encoding(file.read(4))
     # Bytes that are not text become lone surrogates. The readers search for these.
-    encoding, errors = ("utf-16", "surrogatepass") if is_utf16 else ("utf-8-sig", "surrogateescape")
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "surrogatepass"
     if _is_packed(path):
         return gzip.open(path, "rt", encoding=encoding, errors=errors, newline=newline)
     return path.open(encoding=encoding, errors=errors, newline=newline)
 
 
 def _checked(place: str, value: Any, raw: str) -> Item:
-    """The value of a JSON text, or the problem `not_utf8` if the text cannot be written as UTF-8."""
-    clean = is_text(raw)
-    if clean and "\\u" in raw and _SURROGATE.search(raw):
+    """The value of a JSON text, or its problem: Python cannot read it, or it cannot be written as UTF-8."""
+    if isinstance(value, Unreadable):
+        return place, raw, "malformed", value.problem
+    if not is_text(raw):
+        return place, raw, *_NOT_UTF8
+    if "\\u" in raw and _SURROGATE.search(raw):
         try:
-            clean = is_text(json.dumps(value, ensure_ascii=False))
-        except RecursionError:
-            return place, raw, "malformed", "nested too deeply"
-    return (place, value, "", "") if clean else (place, raw, *_NOT_UTF8)
+            if not is_text(json.dumps(value, ensure_ascii=False)):
+                return place, raw, *_HALF_CHARACTER
+        except RecursionError as error:
+            return place, raw, "malformed", unreadable(error).problem
+    return place, value, "", ""
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
-    # Only "\n" ends a line of JSONL. Universal newlines and str.splitlines would also split at other characters.
+    """The lines of JSON Lines; also a list that has this name, and objects that each have several lines."""
+    first, is_last = _first_line(path)
+    if first.startswith("[") and (is_last or not _is_json(first)):
+        yield from _json_list(path)
+        return
     with _open_text(path, newline="\n") as stream:
+        if first == "{":
+            for place, value, raw in rows_of_values(stream):
+                yield _checked(place, value, raw)
+            return
+        # Only "\n" ends a line of JSONL. Universal newlines and str.splitlines would also split at other characters.
         for number, line in enumerate(stream, start=1):
             if line.isspace():
                 continue
@@ -180,18 +225,21 @@ def _jsonl(path: Path) -> Iterator[Item]:
                 yield place, line, *_NOT_UTF8
                 continue
             try:
-                value = json.loads(line)
-            # ValueError: broken JSON, and an integer with more digits than Python converts.
+                value = DECODER.decode(line)
             except (ValueError, RecursionError) as error:
-                yield place, line, "malformed", str(error)
-            else:
-                yield _checked(place, value, line)
+                value = unreadable(error)
+            yield _checked(place, value, line)
 
 
 def _json(path: Path) -> Iterator[Item]:
-    with _open_text(path, newline="") as stream:
-        if not JsonStream(stream).peek():
-            return
+    """The items of a list; also JSON Lines that have this name."""
+    first, is_last = _first_line(path)
+    if not first:
+        return
+    yield from _jsonl(path) if first.startswith("{") and not is_last and _is_json(first) else _json_list(path)
+
+
+def _json_list(path: Path) -> Iterator[Item]:
     with _open_text(path, newline="") as stream:
         key = list_key(stream)
     with _open_text(path, newline="") as stream:
@@ -199,21 +247,52 @@ def _json(path: Path) -> Iterator[Item]:
             yield _checked(place, value, raw)
 
 
-def csv_rows(path: Path, separator: str = ",") -> Iterator[Item]:
+def _first_line(path: Path) -> tuple[str, bool]:
+    """The first line with text, without white space around it, and whether only white space follows it.
+
+    Of a line of more than WINDOW characters, only the first part is returned.
+    """
+    with _open_text(path, newline="\n") as stream:
+        first = ""
+        while not first and (line := stream.readline(WINDOW)):
+            first = line.strip()
+        while line := stream.readline(WINDOW):
+            if line.strip():
+                return first, False
+    return first, True
+
+
+def _is_json(text: str) -> bool:
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        return not isinstance(error, json.JSONDecodeError)
+    return True
+
+
+def csv_rows(path: Path) -> Iterator[Item]:
     """Yield place, value, reason and detail of every row; reason and detail are empty if the row has no problem.
+
+    The separator is the one that gives the first line the most columns: spreadsheets also write `;` and tabs.
 
     Raises:
         csv.Error, UnicodeDecodeError, OSError: the file is damaged, or is not a CSV file.
     """
     with _open_text(path, newline="") as stream:
+        first = stream.readline()
+        named = _SEPARATOR_LINE.fullmatch(first)
+        separator = named[1] if named else max(_SEPARATORS, key=lambda mark: _columns(first, mark))
+        if not named:
+            stream.seek(0)
         reader = csv.reader(stream, delimiter=separator, strict=True)
         header = next(reader, [])
         if not all(map(is_text, header)):
             raise csv.Error("its first line, the names of the columns, is not UTF-8 text")
-        if len(set(header)) < len(header):
-            raise csv.Error(f"two columns have the same name ({', '.join(header)})")
+        names = [name for name in header if name.strip()]
+        if len(set(names)) < len(names):
+            raise csv.Error(f"two columns have the same name ({', '.join(names)})")
         while True:
-            place = f"line {reader.line_num + 1}"
+            place = f"line {reader.line_num + (2 if named else 1)}"
             try:
                 cells = next(reader, None)
             except csv.Error as error:
@@ -223,15 +302,28 @@ def csv_rows(path: Path, separator: str = ",") -> Iterator[Item]:
                 continue
             if cells is None:
                 return
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                detail = f"{len(cells)} cells, and the first line names {len(header)} columns"
-                yield place, ",".join(cells), "malformed", detail
-            elif not is_text("".join(cells)):
-                yield place, ",".join(cells), *_NOT_UTF8
-            else:
-                yield place, dict(zip(header, cells, strict=True)), "", ""
+            if cells:
+                yield _csv_row(place, header, cells, separator)
+
+
+def _columns(line: str, separator: str) -> int:
+    """The number of columns of a line with this separator; 0 if text would follow the closing mark of a quoted cell."""
+    try:
+        return len(next(csv.reader([line], delimiter=separator, strict=True), []))
+    except csv.Error:
+        return 0
+
+
+def _csv_row(place: str, header: list[str], cells: list[str], separator: str) -> Item:
+    """A row as an object. Spreadsheets write empty cells under columns without a name: these are left out."""
+    text = separator.join(cells)
+    if any(cells[len(header) :]) or any(name.strip() for name in header[len(cells) :]):
+        return place, text, "malformed", f"{len(cells)} cells, and the first line names {len(header)} columns"
+    if not is_text(text):
+        return place, text, *_NOT_UTF8
+    columns = [name if name.strip() else f"(column {number})" for number, name in enumerate(header, start=1)]
+    named = zip(columns, header, cells, strict=False)
+    return place, {column: cell for column, name, cell in named if cell or name.strip()}, "", ""
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
@@ -288,7 +380,12 @@ def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, Any, str, st
                 elif isinstance(value, Exception):
                     yield place, "", "malformed", str(value)
                 else:
-                    yield place, value, "", ""
+                    yield place, without_nan(value), "", ""
+
+
+def without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null in place of NaN, which pandas writes for an empty cell."""
+    return {name: None if isinstance(value, float) and value != value else value for name, value in row.items()}
 
 
 def _one(row: pa.RecordBatch) -> dict[str, Any] | ValueError | OverflowError:
@@ -299,5 +396,10 @@ def _one(row: pa.RecordBatch) -> dict[str, Any] | ValueError | OverflowError:
     return values[0]
 
 
-_TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {".json": _json, ".jsonl": _jsonl, ".csv": csv_rows}
+_TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+}
 _READERS = {**_TEXT_READERS, ".parquet": parquet_rows, ".arrow": arrow_rows}

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 from llm_engineering.data.conversations import (
     SYSTEM,
     BadRowError,
+    as_pairs,
     check_conversation,
     check_read,
+    read_answer,
     read_messages,
     read_pairs,
     read_template,
@@ -27,7 +29,7 @@ from llm_engineering.data.conversations import (
 )
 from llm_engineering.data.files import BrokenRecord, Record, printable, shown
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, is_blank, same_text
 from llm_engineering.data.sources import dataset_hash, open_records
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
@@ -71,7 +73,7 @@ def _alpaca_question(value: dict[str, Any], context: str = "input") -> Message:
         return Message(role="user", content=instruction)
     extra = read_text(value[context], context)
     # With an empty `instruction` the question is in `input` alone, and must not begin with two empty lines.
-    parts = [part for part in (instruction, extra) if part.strip()]
+    parts = [part for part in (instruction, extra) if not is_blank(part)]
     return Message(role="user", content="\n\n".join(parts) if parts else instruction)
 
 
@@ -96,7 +98,7 @@ def _template(name: str) -> Reader:
 
 def _prompt_completion(value: dict[str, Any]) -> dict[str, list[Message]]:
     prompt = with_system(value, _asked(value, read_turns(value["prompt"], "prompt", "user")))
-    return _divided(prompt, until_last_answer(read_turns(value["completion"], "completion", "assistant")))
+    return _divided(prompt, until_last_answer(read_answer(value, "completion")))
 
 
 def _conversation(value: dict[str, Any], messages: list[Message]) -> dict[str, list[Message]]:
@@ -129,26 +131,26 @@ INSTRUCTION_FORMATS = {
     "text-alpaca": Format(frozenset({"text"}), _template("text-alpaca")),
     "text-human-assistant": Format(frozenset({"text"}), _template("text-human-assistant")),
     "text-inst": Format(frozenset({"text"}), _template("text-inst")),
+    "text-hh": Format(frozenset({"text"}), _template("text-hh")),
+    "text-chatml": Format(frozenset({"text"}), _template("text-chatml")),
+    "text-llama3": Format(frozenset({"text"}), _template("text-llama3")),
 }
 
 
 def _prompt_chosen_rejected(value: dict[str, Any]) -> dict[str, list[Message]]:
     chosen, rejected = _answers(value)
-    if not isinstance(value["prompt"], str):
-        return _pair(value, _asked(value, read_turns(value["prompt"], "prompt", "user")), chosen, rejected)
-    if len(chosen) == 1 and len(rejected) == 1:
-        return _pair(value, _asked(value, [Message(role="user", content=value["prompt"])]), chosen, rejected)
+    question = read_turns(value["prompt"], "prompt", "user")
+    is_text = [turn.content for turn in question] == [value["prompt"]]
+    if not is_text or (len(chosen) == 1 and len(rejected) == 1):
+        return _pair(value, _asked(value, question), chosen, rejected)
     prompt, chosen, rejected = _split_conversations(chosen, rejected)
-    question = value["prompt"].strip()
-    if all(turn.content.strip() != question for turn in prompt if turn.role == "user"):
+    if not any(same_text(turn.content, value["prompt"]) for turn in prompt if turn.role == "user"):
         raise BadRowError("different_prompts", "`prompt` is no user turn of the two conversations")
     return _pair(value, _asked(value, prompt), chosen, rejected)
 
 
 def _answers(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    chosen = until_last_answer(read_turns(value["chosen"], "chosen", "assistant"))
-    rejected = until_last_answer(read_turns(value["rejected"], "rejected", "assistant"))
-    return chosen, rejected
+    return until_last_answer(read_answer(value, "chosen")), until_last_answer(read_answer(value, "rejected"))
 
 
 def _split_conversations(
@@ -160,7 +162,7 @@ def _split_conversations(
             "no_prompt", "its answers have no prompt; if another column holds the prompt, map it in data.columns"
         )
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
         shared += 1
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
@@ -180,8 +182,23 @@ def _pair(
 
 
 def _without_prompt(prompt: list[Message], answer: list[Message]) -> list[Message]:
-    repeats_prompt = len(answer) > len(prompt) and answer[: len(prompt)] == prompt
+    repeats_prompt = len(answer) > len(prompt) and all(map(_same, answer, prompt))
     return answer[len(prompt) :] if repeats_prompt else answer
+
+
+def _same(one: Message, other: Message) -> bool:
+    return one.role == other.role and same_text(one.content, other.content)
+
+
+def _openai_preference(value: dict[str, Any]) -> dict[str, list[Message]]:
+    if isinstance(value["input"], dict) and value["input"].get("tools"):
+        raise BadRowError("tool_call", "`input` offers tools, which are not trained")
+    return _pair(
+        value,
+        read_messages(value["input"], "input"),
+        until_last_answer(read_answer(value, "preferred_output")),
+        until_last_answer(read_answer(value, "non_preferred_output")),
+    )
 
 
 PREFERENCE_FORMATS = {
@@ -198,6 +215,7 @@ PREFERENCE_FORMATS = {
         lambda value: _pair(value, _asked(value, [_alpaca_question(value)]), *_answers(value)),
         _QUESTION,
     ),
+    "openai-preference": Format(frozenset({"input", "preferred_output", "non_preferred_output"}), _openai_preference),
 }
 
 # The format is detected from this many rows at the start.
@@ -253,7 +271,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     if not unmapped:
         raise RequestError(f"{reference} is empty: there is no row in it.")
     _check_mapped(reference, columns, unmapped)
-    peeked = [_renamed(record, columns) for record in unmapped]
+    peeked = list(chain.from_iterable(_pairs(_renamed(record, columns)) for record in unmapped))
     readable = [record for record in peeked if isinstance(record, Record)]
     if not readable:
         problem = next(record for record in peeked if isinstance(record, BrokenRecord)).quarantined("row")
@@ -265,7 +283,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     if len(kinds) > 1:
         raise _ambiguous(reference, sorted(names))
     found = kinds.pop()
-    rest = (_renamed(record, columns) for record in records)
+    rest = chain.from_iterable(_pairs(_renamed(record, columns)) for record in records)
     unread: list[str] = []
     rows = (_row(record, found, required, unread) for record in chain(peeked, rest))
     return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows, unread)
@@ -288,6 +306,20 @@ def _renamed(record: Record | BrokenRecord, columns: dict[str, str]) -> Record |
     renamed = {name: record.value[own] for name, own in columns.items() if own in record.value}
     others = {key: value for key, value in record.value.items() if key not in columns.values()}
     return record._replace(value={**others, **renamed})
+
+
+def _pairs(record: Record | BrokenRecord) -> list[Record | BrokenRecord]:
+    """The records of the pairs of a record with several answers; any other record unchanged."""
+    if isinstance(record, BrokenRecord):
+        return [record]
+    value, file, place = record
+    try:
+        values = as_pairs(value)
+    except BadRowError as error:
+        return [BrokenRecord(file, place, error.reason, error.detail, shown(value))]
+    if len(values) == 1:
+        return [Record(values[0], file, place)]
+    return [Record(one, file, f"{place}, pair {number}") for number, one in enumerate(values, start=1)]
 
 
 def _check_mapped(reference: str, columns: dict[str, str], records: Sequence[Record | BrokenRecord]) -> None:

@@ -8,21 +8,44 @@ number over 64 bits or one byte that is not UTF-8.
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 # Characters to read at a time. For a longer value the window doubles until the value fits.
 WINDOW = 1 << 20
 # If the window cuts off a number or a literal, the decoder's error is at most this many characters before the window's
 # end: the longest literal, `-Infinity`, has nine. A string that is cut off is recognised by its message.
 _CUT_OFF = 16
-_DECODER = json.JSONDecoder()
+# Keys of an object that a message names.
+_SHOWN_KEYS = 5
+# pandas writes NaN for an empty cell.
+DECODER = json.JSONDecoder(parse_constant={"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}.__getitem__)
 _SPACE = re.compile(r"[ \t\r\n]*")
+# The parts of a value that decide where it ends: a whole string, a string that is cut off, a bracket.
+_BORDER = re.compile(r'"(?:[^"\\]|\\.)*+("?)|[\[{]|[\]}]', re.DOTALL)
+_SCALAR = re.compile(r"[^,\]}\s]*")
 
 
 class JsonError(ValueError):
     """The text is not valid JSON, or not a list of rows. The message is a part of a sentence, without a capital."""
+
+
+class Unreadable(NamedTuple):
+    """Stands for a value of valid JSON that Python cannot read: an integer that is too long, or deep nesting."""
+
+    problem: str
+
+
+def unreadable(error: ValueError | RecursionError) -> Unreadable:
+    """Why Python could not read a value."""
+    if isinstance(error, RecursionError):
+        return Unreadable("it is nested too deeply")
+    if isinstance(error, json.JSONDecodeError):
+        return Unreadable(str(error))
+    return Unreadable(f"it holds an integer of more than {sys.get_int_max_str_digits()} digits")
 
 
 class JsonStream:
@@ -59,11 +82,11 @@ class JsonStream:
         return found
 
     def value(self) -> tuple[Any, str]:
-        """Consume the next value. Returns the value and its text."""
+        """Consume the next value. Returns the value, which may be `Unreadable`, and its text."""
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.at)
+                value, end = DECODER.raw_decode(self.text, self.at)
             except json.JSONDecodeError as error:
                 unterminated = "Unterminated string" in error.msg or error.pos >= len(self.text)
                 if (unterminated or error.pos >= len(self.text) - _CUT_OFF) and self._more():
@@ -71,7 +94,7 @@ class JsonStream:
                 problem = "the file ends in the middle of a value" if unterminated else error.msg
                 raise self._error(problem) from None
             except (ValueError, RecursionError) as error:
-                raise self._error(str(error)) from None
+                value, end = unreadable(error), self._end_of_value()
             # A number at the end of the window may continue in the next one.
             if end == len(self.text) and self._more():
                 continue
@@ -110,6 +133,34 @@ class JsonStream:
         if self.peek():
             raise self._error("extra data after the first value")
 
+    @property
+    def line(self) -> int:
+        """The number of the line with the next character."""
+        return self.lines + self.text.count("\n", 0, self.at)
+
+    def _end_of_value(self) -> int:
+        """Where the next value ends, found by its brackets and quotation marks alone."""
+        while (end := self._border()) is None:
+            if not self._more():
+                raise self._error("the file ends in the middle of a value")
+        return end
+
+    def _border(self) -> int | None:
+        """Where the next value ends; None if the window cuts it off."""
+        if self.text[self.at] not in '[{"':
+            scalar = _SCALAR.match(self.text, self.at)
+            return scalar.end() if scalar and scalar.end() < len(self.text) else None
+        depth = 0
+        for border in _BORDER.finditer(self.text, self.at):
+            if border[0][0] == '"':
+                if not border[1]:
+                    return None
+            else:
+                depth += 1 if border[0] in "[{" else -1
+            if not depth:
+                return border.end()
+        return None
+
     def _more(self) -> bool:
         self.lines += self.text.count("\n", 0, self.at)
         self.text = self.text[self.at :]
@@ -119,7 +170,19 @@ class JsonStream:
         return bool(chunk)
 
     def _error(self, problem: str) -> JsonError:
-        return JsonError(f"{problem} (line {self.lines + self.text.count(chr(10), 0, self.at)})")
+        return JsonError(f"{problem} (line {self.line})")
+
+
+def rows_of_values(stream: TextIO, window: int = WINDOW) -> Iterator[tuple[str, Any, str]]:
+    """The place, value and text of every value of a text that has one value after the other.
+
+    Raises:
+        JsonError: the text is not valid JSON.
+    """
+    json_text = JsonStream(stream, window)
+    while json_text.peek():
+        place = f"line {json_text.line}"
+        yield place, *json_text.value()
 
 
 def rows_of_list(stream: TextIO, key: str | None, window: int = WINDOW) -> Iterator[tuple[str, Any, str]]:
@@ -165,17 +228,23 @@ def list_key(stream: TextIO, window: int = WINDOW) -> str | None:
     if first != "{":
         value, _ = json_text.value()
         raise JsonError(f"it holds a single {type(value).__name__}: expected a list of rows")
-    lists = []
+    lists, keys = [], []
     for key in json_text.entries():
+        keys.append(key)
         if json_text.peek() != "[":
             json_text.value()
         elif sum(1 for _ in json_text.items()):
             lists.append(key)
     json_text.end()
     if len(lists) != 1:
-        found = ", ".join(f"`{key}`" for key in lists) or "none"
+        found = f"{len(lists)} lists ({_named(lists)})" if lists else f"no list under its keys ({_named(keys)})"
+        advice = "" if lists else ". If each of its values is a row, write the values as a list"
         raise JsonError(
-            f"it holds an object with {len(lists)} lists ({found}): expected a list of rows, "
-            "or an object with exactly one"
+            f"it holds an object with {found}: expected a list of rows, or an object with exactly one{advice}"
         )
     return lists[0]
+
+
+def _named(keys: list[str]) -> str:
+    shown = ", ".join(f"`{key[:40]}`" for key in keys[:_SHOWN_KEYS])
+    return f"{shown} and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else shown or "none"

@@ -115,9 +115,11 @@ def _open_evaluation(reference: str) -> OpenedDataset | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings inside a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
+    """All strings inside a JSON value, which may be nested more deeply than Python functions can be."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, dict | list):
+            waiting += inner.values() if isinstance(inner, dict) else inner

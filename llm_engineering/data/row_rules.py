@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
-from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, Row, TextRow
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, Row, TextRow, is_blank
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
 from llm_engineering.recipe.data_blocks import RulesConfig
 
@@ -24,9 +24,6 @@ QUOTE_CHARS = 80
 NOT_GENERATED = frozenset({"human", "unknown", "document", REPLAY, ""})
 # A prompt of at least this many characters is assumed to contain the text that it mentions.
 LONG_PROMPT_CHARS = 400
-# Invisible, although Unicode counts them as letters, symbols or marks: Hangul's fillers, the empty braille pattern, the
-# grapheme joiner and the variation selectors.
-_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f" + "".join(map(chr, range(0xFE00, 0xFE10))))
 
 
 class Finding(NamedTuple):
@@ -141,16 +138,9 @@ def _masked(row: RowT, find: Callable[[str], list[Private]]) -> RowT:
 def _empty_answer(row: Row) -> str:
     for field, messages in _fields(row).items():
         answers = _answers(messages)
-        if field != "prompt" and (not answers or any(_is_blank(answer) for answer in answers)):
+        if field != "prompt" and (not answers or any(is_blank(answer) for answer in answers)):
             return f"{field}: an answer without any visible character"
     return ""
-
-
-def _is_blank(text: str) -> bool:
-    # Z is white space. Cc and Cf are control and formatting characters, such as the zero-width space.
-    return all(
-        character in _BLANK or unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs") for character in text
-    )
 
 
 def _chosen_equals_rejected(row: Row) -> str:

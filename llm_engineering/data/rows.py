@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,9 +28,18 @@ FEATURES: dict[str, Features] = {
     "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
     "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
 }
-# Chinese, Japanese and Korean write no spaces between words, so each of their characters counts as one word.
-_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+# Accents that follow their letter, and the vowel signs of Hindi, Arabic or Thai. `\w` does not match them. Later planes
+# have none.
+MARKS = "".join(mark for mark in map(chr, range(0x20000)) if unicodedata.category(mark)[0] == "M")
+# Scripts with few or no spaces between words: Thai and Lao, Burmese, Khmer, Chinese, Japanese, Korean. Each of their
+# characters counts as one word, as in Unicode's rules for word borders (UAX 29) without a dictionary.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_WORD = re.compile(rf"[{UNSPACED}][{MARKS}]*|[^\W{UNSPACED}]+(?:[{MARKS}]+[^\W{UNSPACED}]*)*")
+# Invisible, although Unicode counts them as letters, symbols or marks: Hangul's fillers, the empty braille pattern, the
+# grapheme joiner and the variation selectors.
+_INVISIBLE = frozenset("\u115f\u1160\u3164\uffa0\u2800\u034f" + "".join(map(chr, range(0xFE00, 0xFE10))))
+# Soft hyphens, joiners and byte order marks. They are invisible, and many stand within words.
+_JOINERS = re.compile("[\u00ad\u200c\u200d\u2060\ufeff]+")
 
 
 class Message(BaseModel):
@@ -177,8 +187,23 @@ def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
     return to_dataset([row.record() for row in rows], FEATURES["preference"])
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text has no visible character: it is empty, or has only white space and characters of no width."""
+    return all(
+        # Z is white space. Cc and Cf are control and formatting characters, such as the zero-width space.
+        character in _INVISIBLE or unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Zs")
+        for character in text
+    )
+
+
 def words(text: str) -> list[str]:
-    """The words of a text in lower case and without punctuation; in scripts without spaces, its characters."""
+    """The words of a text in lower case and without punctuation; in scripts without spaces, its characters.
+
+    Unicode writes many characters in several ways, for example `é` as one character or as two. All ways of writing a
+    text have the same words (normal form NFKC).
+    """
+    if not text.isascii():
+        text = _JOINERS.sub("", unicodedata.normalize("NFKC", text))
     return _WORD.findall(text.lower())
 
 
@@ -187,10 +212,15 @@ def normalised(text: str) -> str:
     return " ".join(words(text))
 
 
+def same_text(one: str, other: str) -> bool:
+    """Whether two texts are equal but for the Unicode form of their characters and for white space around them."""
+    return one == other or unicodedata.normalize("NFC", one).strip() == unicodedata.normalize("NFC", other).strip()
+
+
 def folded(messages: Sequence[Message]) -> str:
     """The normalised text of messages; the text itself if it consists of punctuation."""
     text = "\n".join(message.content for message in messages)
-    return normalised(text) or text
+    return normalised(text) or unicodedata.normalize("NFKC", text)
 
 
 def written_as(row: Row) -> str:

@@ -12,7 +12,7 @@ import httpx
 from datasets import load_dataset, load_dataset_builder, load_from_disk
 from huggingface_hub import HfApi
 
-from llm_engineering.data.files import BrokenRecord, Record, has_known_ending, read_records
+from llm_engineering.data.files import BrokenRecord, Record, has_known_ending, read_records, without_nan
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
 
@@ -80,10 +80,13 @@ def dataset_files(reference: str) -> list[Path] | None:
 
 
 def visible_files(root: Path) -> list[Path]:
-    """The file itself, or the files in and below a folder, without hidden files and folders, sorted."""
+    """The file itself, or the files in and below a folder, without hidden files and folders, sorted.
+
+    Links to files that do not exist are among them, so that whoever opens them names them.
+    """
     if not root.is_dir():
         return [root]
-    files = (file for file in root.rglob("*") if file.is_file())
+    files = (file for file in root.rglob("*") if file.is_file() or (file.is_symlink() and not file.exists()))
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
 
 
@@ -171,7 +174,7 @@ def _hub_records(found: Reference) -> Iterator[Record | BrokenRecord]:
     place = 0
     try:
         for place, row in enumerate(rows, start=1):
-            yield Record(dict(row), found.name, f"row {place}")
+            yield Record(without_nan(dict(row)), found.name, f"row {place}")
     except _HUB_ERRORS as error:
         raise WorkError(
             f"Reading {found.name} from the hub broke off after row {place} ({str(error).splitlines()[0]}). Run the "

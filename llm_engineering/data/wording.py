@@ -7,6 +7,7 @@ and Japanese. They favour precision: an answer in other words or in another lang
 from __future__ import annotations
 
 import re
+import unicodedata
 
 # Verbs that follow "I cannot" in a refusal. If any verb could follow, "I cannot believe it" would be a refusal.
 _DO = (
@@ -82,7 +83,7 @@ def refusal(answer: str) -> str:
 
     Only the beginning counts: an answer that quotes or explains a refusal is no refusal.
     """
-    match = _REFUSAL.match(answer[:_OPENING_CHARS])
+    match = _REFUSAL.match(unicodedata.normalize("NFC", answer[:_OPENING_CHARS]))
     return match.group().strip() if match else ""
 
 
@@ -124,7 +125,7 @@ def unfinished(answer: str) -> str:
     at least MIN_WORDS words and ends with a comma or a word such as `the`, or has an earlier sentence with a full stop.
     It also counts if it has at least MIN_WORDS_OF_A_NEW_PARAGRAPH words and follows a line that ends with a full stop.
     """
-    text = answer.rstrip()
+    text = unicodedata.normalize("NFC", answer.rstrip())
     if ("```" in text or "~~~" in text) and _open_fence(text):
         return "a code block is not closed"
     # Every character except a letter and a comma can end an answer: full stops, quotation marks, brackets, emoji, digits.
@@ -223,6 +224,7 @@ def mention_of_passage(prompt: str) -> str:
 
 def mention_of_text(prompt: str) -> str:
     """The words with which a prompt mentions a text, whether it contains the text or not; empty for all other prompts."""
+    prompt = unicodedata.normalize("NFC", prompt)
     folded = prompt.casefold()
     if not any(hint in folded for hint in _HINTS):
         return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import is_blank
 
 # Control characters, and the surrogates that cannot be written as UTF-8. Libraries return both from damaged files.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
@@ -85,7 +86,7 @@ class TextBuilder:
     def add(self, text: str, separator: str = "\n\n") -> None:
         """Add a paragraph, or continue the last one with the separator " " or "". Empty texts are not added."""
         text = _UNPRINTABLE.sub("", text)
-        if not text.strip():
+        if is_blank(text):
             return
         if self._pieces:
             self._pieces.append(separator)

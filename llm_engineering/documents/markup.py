@@ -6,16 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bs4 import BeautifulSoup
+from bs4.dammit import EncodingDetector
 from bs4.element import NavigableString, PreformattedString, Tag
 
+from llm_engineering.data.files import text_encoding
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.documents.document import Document, TextBuilder, folded, heading, table_text
 
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _NO_TEXT = ("script", "style", "nav", "header", "footer", "noscript", "template", "title", "svg")
+# A header or footer in one of these belongs to it, and not to the page.
+_SECTIONS = ("article", "section", "main", "blockquote")
 _BLOCKS = frozenset([
     "address", "article", "aside", "blockquote", "body", "caption", "center", "dd", "details", "div", "dl", "dt",
-    "fieldset", "figcaption", "figure", "form", "hr", "html", "legend", "li", "main", "ol", "p", "section", "summary",
+    "fieldset", "figcaption", "figure", "footer", "form", "header", "hr", "html", "legend", "li", "main", "ol", "p", "section", "summary",
     "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul",
 ])  # fmt: skip
 # In a table with such elements, the cells are places on the page.
@@ -30,19 +34,33 @@ def read_html(file: Path, _field: str | None) -> tuple[list[Document], list[Quar
     """Read a page.
 
     Raises:
-        UnicodeDecodeError: the file is not UTF-8.
+        UnicodeDecodeError: the file is not in the encoding that it declares, or declares none and is not UTF-8.
+        LookupError: no encoding has the declared name.
     """
-    soup = BeautifulSoup(file.read_text(encoding="utf-8-sig"), "html.parser")
+    soup = BeautifulSoup(_decoded(file.read_bytes()), "html.parser")
     title = folded(soup.title.get_text()) if soup.title else ""
     builder = TextBuilder()
     add_html(soup, builder)
     return [builder.document(str(file), title or file.stem)], []
 
 
+def _decoded(page: bytes) -> str:
+    """The text of a page, by its byte order mark or else by the encoding that it declares."""
+    encoding = text_encoding(page[:4])
+    declared = EncodingDetector.find_declared_encoding(page, is_html=True) if encoding == "utf-8-sig" else None
+    # Browsers read these two names as Windows' Latin alphabet, and writers mean it.
+    latin = declared in ("iso-8859-1", "us-ascii")
+    return page.decode("cp1252" if latin else declared or encoding).removeprefix("\ufeff")
+
+
 def add_html(soup: BeautifulSoup, builder: TextBuilder) -> None:
-    """Add the text of a page, without scripts, styles, navigation, header and footer, which are removed from the soup."""
+    """Add the text of a page, without scripts, styles, navigation, and the page's header and footer.
+
+    These are removed from the soup. The header of an article has its title, so it stays.
+    """
     for element in soup(_NO_TEXT):
-        element.decompose()
+        if element.name not in ("header", "footer") or not element.find_parent(_SECTIONS):
+            element.decompose()
     for block in _blocks(soup):
         builder.add(block)
 

@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from llm_engineering.data.files import text_encoding
 from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import is_blank
 from llm_engineering.data.sources import visible_files
 from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
 from llm_engineering.documents.epub import read_epub
@@ -58,9 +60,9 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
         read, rejected = _read(reader, file, config.text_field)
         if name != str(file):
             read = [document.model_copy(update={"source": name}) for document in read]
-        documents += [document for document in read if document.text.strip()]
+        documents += [document for document in read if not is_blank(document.text)]
         quarantine += rejected
-        quarantine += [not_read("empty", file, d.source, "no text") for d in read if not d.text.strip()]
+        quarantine += [not_read("empty", file, d.source, "no text") for d in read if is_blank(d.text)]
     if not documents:
         problems = "; ".join(row.describe() for row in quarantine[:3]) or "the folder holds no file"
         raise RequestError(f"documents.path {config.path} holds no document that can be read: {problems}.")
@@ -84,9 +86,13 @@ def _read(reader: Reader, file: Path, field: str | None) -> tuple[list[Document]
     except UnreadableError as error:
         problem = not_read(error.reason, file, "whole file", error.detail)
     except UnicodeDecodeError as error:
-        problem = not_read("not_utf8", file, f"byte {error.start}", "convert it, e.g. with iconv")
+        detail = f"its bytes are not {error.encoding} text: convert it, e.g. with iconv"
+        problem = not_read("not_utf8", file, f"byte {error.start}", detail)
     except OSError as error:
         problem = not_read("unreadable", file, "whole file", str(error))
+        if file.is_symlink() and not file.exists():
+            detail = f"it is a link to {file.readlink()}, which does not exist"
+            problem = not_read("broken_link", file, "whole file", detail)
     except Exception as error:
         # The libraries that read these formats raise whatever the bytes of a damaged file lead to.
         logger.debug("%s cannot be read", file, exc_info=True)
@@ -166,7 +172,9 @@ def _python_reference() -> tuple[list[Document], list[Quarantined]]:
 
 
 def _plain(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    return [make_document(str(file), file.stem, file.read_text(encoding="utf-8-sig"))], []
+    content = file.read_bytes()
+    text = content.decode(text_encoding(content[:4])).removeprefix("\ufeff")
+    return [make_document(str(file), file.stem, text.replace("\r\n", "\n").replace("\r", "\n"))], []
 
 
 _READERS: dict[str, Reader] = {

@@ -20,8 +20,9 @@ from llm_engineering.documents.document import (
 from llm_engineering.errors import RequestError
 
 TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
+# Nested fields that a message names.
+_SHOWN_FIELDS = 5
 TITLE_FIELDS = ("title", "name", "url", "link", "id")
-_SEPARATORS = ",;\t|"
 
 
 def read_json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
@@ -64,7 +65,7 @@ def read_csv(file: Path, field: str | None) -> tuple[list[Document], list[Quaran
     quarantine: list[Quarantined] = []
     builder = TextBuilder()
     try:
-        rows = list(csv_rows(file, _separator(file)))
+        rows = list(csv_rows(file))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UnreadableError("damaged", f"it is no valid CSV ({error}): correct it, or export it again") from error
     for place, value, reason, detail in rows:
@@ -91,19 +92,31 @@ def _row(file: Path, place: str, value: Mapping[str, Any], field: str | None) ->
         raise RequestError(
             f"{file}, {place} has several text fields ({', '.join(names)}): choose one with documents.text_field."
         )
-    text = value.get(names[0]) if names else None
+    text = _under(value, names[0]) if names else None
     if not isinstance(text, str):
-        expected = field or " or ".join(TEXT_FIELDS)
-        detail = f"no text under {expected}; it has {', '.join(map(str, value)) or 'no key'}"
-        return not_read("no_text_field", file, place, detail)
+        return not_read("no_text_field", file, place, _no_text(value, field))
     title = next((str(value[name]) for name in TITLE_FIELDS if value.get(name)), f"{file.stem} {place}")
     return make_document(f"{file}:{place}", title, text)
 
 
-def _separator(file: Path) -> str:
-    """The character between the columns: the most frequent one of the first line. Spreadsheets often write `;`."""
-    if file.suffix.lower() == ".tsv":
-        return "\t"
-    with file.open(encoding="utf-8-sig", errors="replace") as stream:
-        first = stream.readline()
-    return max(_SEPARATORS, key=first.count)
+def _under(value: Mapping[str, Any], field: str) -> Any:
+    """The value of a key, or of the keys of a path such as `content.body`; None if there is none."""
+    if field in value:
+        return value[field]
+    first, dot, rest = field.partition(".")
+    inner = value.get(first)
+    return _under(inner, rest) if dot and isinstance(inner, Mapping) else None
+
+
+def _no_text(value: Mapping[str, Any], field: str | None) -> str:
+    nested = [
+        f"{name}.{key}"
+        for name, inner in value.items()
+        if isinstance(inner, Mapping)
+        for key, text in inner.items()
+        if isinstance(text, str)
+    ]
+    detail = f"no text under {field or ' or '.join(TEXT_FIELDS)}; it has {', '.join(map(str, value)) or 'no key'}"
+    if nested:
+        detail += f". Its texts are in objects: set documents.text_field to {' or '.join(nested[:_SHOWN_FIELDS])}"
+    return detail

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from llm_engineering.data.files import BrokenRecord
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import REPLAY, TextRow, split_key, split_of
+from llm_engineering.data.rows import REPLAY, TextRow, is_blank, split_key, split_of
 from llm_engineering.data.sources import open_records
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import Passage
@@ -95,7 +95,7 @@ def _texts(path: str) -> Iterator[TextRow | Quarantined]:
             continue
         value, file, place = record
         name, text = f"{file.rpartition('/')[2]}:{place}", value.get("text")
-        if isinstance(text, str) and text.strip():
+        if isinstance(text, str) and not is_blank(text):
             yield TextRow(text=text, source=name, origin=REPLAY)
         else:
             detail = f"it has the columns {', '.join(value) or '(none)'}"

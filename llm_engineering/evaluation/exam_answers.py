@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence, Set
 from itertools import takewhile
 
-from llm_engineering.data.rows import words
+from llm_engineering.data.rows import MARKS, UNSPACED, words
 
 # A longer sentence names too much to be the answer to a question about one fact.
 MAX_WORDS = 25
@@ -55,8 +55,10 @@ _FUNCTION_WORDS = set(
 _HEDGES = {"or", "either"}
 _NEGATIONS = {"not", "never", "neither", "nor", "without"}
 
-_WORD = r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\d_]\w*(?:'\w+)*"
-_TOKEN = re.compile(rf"(?P<number>[-−]?\d+(?:[.,]\d+)*)(?P<suffix>[^\W\d_]+|%)?|(?P<word>{_WORD})|(?P<mark>[^\w\s])")
+_WORD = rf"[{UNSPACED}][{MARKS}]*|[^\W\d_{UNSPACED}]\w*(?:[{MARKS}]+\w*)*(?:'\w+)*"
+_TOKEN = re.compile(
+    rf"(?P<number>[-−]?\d+(?:[.,]\d+)*)(?P<suffix>[^\W\d_]+|%)?|(?P<word>{_WORD})|(?P<mark>[^\w\s{MARKS}])"
+)
 # The end of a sentence, but not the dot of an initial or of a common abbreviation.
 _END = re.compile(
     r"\n|(?<!\b[A-Z])(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bNo)(?<!\bca)[.!?。！？]+(?=\s|$)"

@@ -25,7 +25,7 @@ def read_json_lines(path: str | Path, key: str, row_class: type[RowT]) -> list[t
     """
     file = Path(path).expanduser()
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise RequestError(f"{key} {path}: there is no such file.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from typing import NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow, is_blank, words
 from llm_engineering.evaluation.checks import Check
 from llm_engineering.evaluation.exam import Exam, cluster_numbers, take_exam
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
@@ -21,9 +20,6 @@ from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models.generate import context_length
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 
-# Kana and Chinese characters have no spaces between words, so each character counts as a word, as is usual for them.
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 NGRAM = 4
 
 
@@ -31,7 +27,7 @@ class _Words(Tokenizer):  # type: ignore[misc]
     """Splits text of any script into words. The library's own tokenizer keeps only a to z and 0 to 9."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(text.lower())
+        return words(text.replace("_", " "))
 
 
 _SCORER = RougeScorer(["rougeL"], tokenizer=_Words())
@@ -224,7 +220,7 @@ def _behaviour(answers: Sequence[Sample], asked: Sequence[HeldOutRow[Instruction
         "length_ratio": Rows.of(
             [len(answer.ids) for answer in answers], [_first_answer_tokens(row.answers[0]) for row in asked]
         ),
-        "empty": Rows.of([not answer.text for answer in answers]),
+        "empty": Rows.of([is_blank(answer.text) for answer in answers]),
     }
 
 

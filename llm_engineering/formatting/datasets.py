@@ -5,6 +5,7 @@ Over-long rows are cut or quarantined, and texts are divided. Rows that spell sp
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -16,7 +17,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, Row, TextRow, read_row, written_as
+from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Row, TextRow, read_row, written_as
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.control_tokens import ControlTokens
@@ -52,6 +53,7 @@ class FormattedRow(NamedTuple):
         rejected: the quarantine record, or None.
         truncated: what was cut off, or empty.
         respaced: whether the chat template changed the white space of an answer.
+        rule: how it was cut: `truncated` at the end, or `oldest_turns_dropped`.
     """
 
     row: Row
@@ -60,6 +62,7 @@ class FormattedRow(NamedTuple):
     rejected: Quarantined | None
     truncated: str = ""
     respaced: bool = False
+    rule: str = "truncated"
 
 
 class Trained(NamedTuple):
@@ -115,7 +118,7 @@ class Lengths:
             self.respaced += formatted.respaced
             if formatted.truncated:
                 names = {"id": row.id, "source": row.source}
-                self.truncated.write({**names, "rule": "truncated", "detail": formatted.truncated})
+                self.truncated.write({**names, "rule": formatted.rule, "detail": formatted.truncated})
             self.turns[len(row.prompt) + len(row.answers[0])] += 1
             if kept.total() <= SAMPLE_ROWS:
                 self.samples.append((split, row))
@@ -149,7 +152,52 @@ def format_rows(
                 detail = f"its text spells {token}, which the tokenizer would read as the token itself"
                 yield _set_aside(row, stage, "special_token_in_text", detail)
             else:
-                yield _fitted(row, stage, next(rendered), config)
+                formatted = _fitted(row, stage, next(rendered), config)
+                if config.over_long == "drop_oldest_turns" and formatted.length and formatted.rejected is not None:
+                    formatted = _with_newest_turns(row, formatted, stage, tokenizer, config)
+                yield formatted
+
+
+def _with_newest_turns(
+    row: Row, over_long: FormattedRow, stage: str, tokenizer: PreTrainedTokenizerBase, config: FormattingConfig
+) -> FormattedRow:
+    """Format an over-long row without as few of its oldest exchanges as possible; as before if its last one does not fit.
+
+    The system message stays. The records have the id of the whole row.
+    """
+    shorter = [_without_exchanges(row, count) for count in range(1, _exchanges(row))]
+    formatted: dict[int, FormattedRow] = {}
+
+    def fits(number: int) -> bool:
+        formatted[number] = _fitted(
+            shorter[number], stage, render([shorter[number]], tokenizer, config.max_length)[0], config
+        )
+        return formatted[number].rejected is None
+
+    number = bisect_left(range(len(shorter)), True, key=fits)
+    if number == len(shorter):
+        return over_long
+    detail = f"it has {over_long.length} tokens or more, formatting.max_length is {config.max_length}: without its first {number + 1} exchanges"
+    records = [{**record, "id": row.id, "truncated": True} for record in formatted[number].records]
+    return FormattedRow(row, records, over_long.length, None, detail, rule="oldest_turns_dropped")
+
+
+def _exchanges(row: Row) -> int:
+    """The number of user turns with an answer."""
+    turns = [*row.prompt, *row.answers[0]] if isinstance(row, InstructionRow) else row.prompt
+    return sum(turn.role == "user" for turn in turns)
+
+
+def _without_exchanges(row: Row, count: int) -> Row:
+    """The row without its `count` oldest user turns and their answers."""
+    start = 1 if row.prompt[0].role == "system" else 0
+    kept = len(row.prompt) - start - 2 * count
+    if kept > 0:
+        return row.model_copy(update={"prompt": [*row.prompt[:start], *row.prompt[start + 2 * count :]]})
+    # The prompt ends with a user turn. What is left to drop begins with its answer.
+    assert isinstance(row, InstructionRow)
+    rest = row.completion[-kept:]
+    return row.model_copy(update={"prompt": [*row.prompt[:start], rest[0]], "completion": rest[1:]})
 
 
 def _fitted(row: Row, stage: str, tokens: Rendered, config: FormattingConfig) -> FormattedRow:
@@ -179,7 +227,7 @@ def _fitted(row: Row, stage: str, tokens: Rendered, config: FormattingConfig) ->
     if config.over_long == "raise":
         raise WorkError(
             f"Row {row.id} ({row.source}) is over-long: {detail}, and the recipe has formatting.over_long: raise. "
-            "Raise max_length, shorten the row, or set over_long to drop or truncate."
+            "Raise max_length, shorten the row, or set over_long to drop, drop_oldest_turns or truncate."
         )
     if config.over_long == "truncate" and fits_prompt:
         cut = _cut(tokens, config.max_length)
@@ -188,7 +236,7 @@ def _fitted(row: Row, stage: str, tokens: Rendered, config: FormattingConfig) ->
             return _set_aside(row, stage, "over_long", detail, length)
         detail += "; the rest is cut off, and the end of its answer is not trained"
         return FormattedRow(row, [_record(row, cut, config, truncated=True)], length, None, detail, tokens.respaced)
-    return _set_aside(row, stage, "over_long" if fits_prompt else "no_trained_token", detail, length)
+    return _set_aside(row, stage, "over_long" if fits_prompt else "over_long_prompt", detail, length)
 
 
 def _fitted_answers(row: Row, stage: str, answers: Sequence[Tokens], config: FormattingConfig) -> FormattedRow:

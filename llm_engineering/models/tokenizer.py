@@ -7,12 +7,14 @@ answer with the tokenizer's own end token.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import hub_options, model_path
@@ -37,9 +39,10 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
     Raises:
         RequestError: there is no such template, neither the recipe nor the model has one, or `eos_token` is no token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings))
+    path, options = model_path(model, settings), hub_options(model, settings)
+    tokenizer = AutoTokenizer.from_pretrained(path, **options)
     # This may change the end token, from which the pad token must differ.
-    set_chat_template(tokenizer, chat_template)
+    set_chat_template(tokenizer, chat_template, _generation_ends(path, options, tokenizer))
     if model.eos_token is not None:
         if model.eos_token not in tokenizer.get_vocab():
             raise RequestError(
@@ -69,6 +72,16 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
             f"rows: {some}. Remove them from tokenizer.json and tokenizer_config.json, or enlarge the embedding with "
             "model.resize_token_embeddings, and save model and tokenizer together."
         )
+
+
+def _generation_ends(path: str | Path, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens at which the model's generation_config.json stops; none if the model has no such file."""
+    try:
+        ids = GenerationConfig.from_pretrained(path, **options).eos_token_id
+    except OSError:
+        return []
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(ids) if token is not None]
 
 
 def end_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,11 +150,12 @@ def with_fixed_date(template: str) -> str:
     return fixed
 
 
-def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> None:
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, ends: Sequence[str] = ()) -> None:
     """Set the tokenizer's chat template with a fixed date, and the end token that the template writes after an answer.
 
     Args:
         chat_template: None keeps the template that the tokenizer has.
+        ends: the tokens at which the model's own generation stops.
 
     Raises:
         RequestError: there is no such template, its date cannot be fixed, or `chat_template` is None and the tokenizer has no
@@ -161,26 +175,35 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         )
     if isinstance(tokenizer.chat_template, str):
         tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
-    _set_end_of_turn(tokenizer)
+    _set_end_of_turn(tokenizer, ends)
 
 
 _ANSWER = "This is an answer."
 
 
-def _set_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make the special token that the chat template writes after an answer the end token.
+def _set_end_of_turn(tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) -> None:
+    """Make the token that the chat template writes after an answer the end token.
 
     Some tokenizers name the token that ends a document, but their template ends an answer with another one: Gemma's name
-    `<eos>` and write `<end_of_turn>`, those of Qwen2.5's base models name `<|endoftext|>` and write `<|im_end|>`.
+    `<eos>` and write `<end_of_turn>`, those of Qwen2.5's base models name `<|endoftext|>` and write `<|im_end|>`. GLM's
+    templates write nothing after the last answer, and the model stops at the mark of the next turn, `<|user|>`. The template
+    then gets this mark as its end, so that the model learns to write it.
     """
-    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
+    turns = [("user", "A question."), ("assistant", _ANSWER), ("user", "Another question.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
     try:
-        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        after, before_next = (
+            str(tokenizer.apply_chat_template(shown, tokenize=False)).rpartition(_ANSWER)[2]
+            for shown in (messages[:2], messages)
+        )
     except jinja2.TemplateError:
         # `check_chat_template` refuses this template before a run.
         return
-    _, found, after = rendered.rpartition(_ANSWER)
-    if not found or str(tokenizer.eos_token) in after:
+    if str(tokenizer.eos_token) in after:
         return
-    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    tokenizer.eos_token = next((token for token in special if after.startswith(token)), tokenizer.eos_token)
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    if after.strip():
+        tokenizer.eos_token = next((t for t in (*ends, *special) if after.startswith(t)), tokenizer.eos_token)
+    elif mark := next((t for t in ends if before_next.strip().startswith(t)), None):
+        tokenizer.eos_token = mark
+        tokenizer.chat_template = f"{tokenizer.chat_template}{{% if messages[-1].role == 'assistant' and not add_generation_prompt %}}{mark}{{% endif %}}"

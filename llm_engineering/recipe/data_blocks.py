@@ -97,10 +97,14 @@ FormatName = Literal[
     "text-alpaca",
     "text-human-assistant",
     "text-inst",
+    "text-hh",
+    "text-chatml",
+    "text-llama3",
     "prompt-chosen-rejected",
     "chosen-rejected",
     "sharegpt-preference",
     "alpaca-preference",
+    "openai-preference",
 ]
 
 
@@ -221,11 +225,12 @@ class FormattingConfig(Block):
 
     `chat_template` is null for the model's own template, a name (`alpaca`, `chatml`, `human_assistant`, `llama3`), or the
     path of a Jinja file. A row of more than `max_length` tokens is dropped, cut (`truncate`: its end of turn is then not
-    trained), or an error (`raise`). With `train_on_prompt` every token of a row is trained; the held-out loss is still
+    trained), shortened (`drop_oldest_turns`: without the oldest user turns and their answers, until it fits), or an error
+    (`raise`). With `train_on_prompt` every token of a row is trained; the held-out loss is still
     that of the answers.
     """
 
     max_length: int = Field(512, ge=8)
-    over_long: Literal["drop", "truncate", "raise"] = "drop"
+    over_long: Literal["drop", "truncate", "drop_oldest_turns", "raise"] = "drop"
     chat_template: str | None = None
     train_on_prompt: bool = False

@@ -79,7 +79,7 @@ def write_data_report(
     kept = sum(lengths.kept.values(), Counter())
     reasons = ledger.by_reason(kind)
     truncated = lengths.truncated.dataset()
-    findings = _counts(tables["findings"], "rule") | ({"truncated": len(truncated)} if len(truncated) else {})
+    findings = _counts(tables["findings"], "rule") | _counts(truncated, "rule")
     over = sum(count for length, count in lengths.all.items() if length > max_length)
     share_over = round(over / max(1, lengths.all.total()), 4)
     why = _unfit_reasons(kind, ledger, kept.total() - lengths.replayed, leaked)
@@ -96,9 +96,9 @@ def write_data_report(
         "tokens_to_train": round((epochs or 0) * sum(counts.tokens for counts in lengths.trained.values())),
         "max_length": max_length,
         "share_over_max_length": share_over,
-        "truncated": len(truncated),
+        "truncated": findings.get("truncated", 0),
         "ended_at_last_sentence": lengths.ended,
-        "share_truncated": round(len(truncated) / max(1, kept.total()), 4),
+        "share_truncated": round(findings.get("truncated", 0) / max(1, kept.total()), 4),
         "turns": {str(turns): count for turns, count in sorted(lengths.turns.items())},
         "findings": findings,
         "unread_columns": {stage: names for stage, names in ledger.unread.items() if names},
@@ -219,6 +219,11 @@ def _guidance(kind: str, lengths: Lengths, share_over: float, max_length: int, f
         lines.append(
             f"{findings['truncated']:,} rows were cut at formatting.max_length ({max_length} tokens), so the end of their "
             "answers is not trained. Raise max_length, or set formatting.over_long to drop."
+        )
+    if "oldest_turns_dropped" in findings:
+        lines.append(
+            f"{findings['oldest_turns_dropped']:,} rows were longer than formatting.max_length ({max_length} tokens) and lost "
+            "their oldest turns."
         )
     if lengths.ended:
         lines.append(

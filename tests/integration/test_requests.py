@@ -63,7 +63,7 @@ def test_all_rows_dropped(fresh_project):
     run = fresh_project.run("sft", "--set", "formatting.max_length=8")
     assert run.code == 2
     assert "rows of the train split were set aside while formatting" in run.stderr
-    assert "no_trained_token" in run.stderr
+    assert "over_long_prompt" in run.stderr
     assert "Traceback" not in run.stderr
 
 

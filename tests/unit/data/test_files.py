@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.files import BrokenRecord, Record, read_records
-from llm_engineering.data.json_stream import JsonError, JsonStream, list_key, rows_of_list
+from llm_engineering.data.json_stream import JsonError, JsonStream, Unreadable, list_key, rows_of_list
 from llm_engineering.data.sources import dataset_hash, open_records
 from llm_engineering.errors import RequestError
 from tests.unit.data.written import ROWS, write
@@ -108,7 +108,7 @@ def test_the_rows_around_a_bad_row_of_a_json_file_are_read(tmp_path):
     assert problems(file) == [("[0]", "not_utf8"), ("[1]", "not_utf8"), ("[2]", "malformed")]
     numbers = [record.value["a"] for record in read_records(file) if isinstance(record, Record)]
     assert numbers[1:] == [123456789012345678901234567890, 1.5]
-    assert [type(number) for number in numbers] == [float, int, float]
+    assert [type(number) for number in numbers] == [type(None), int, float]
 
 
 def test_csv_rows_with_a_wrong_number_of_cells_are_set_aside(tmp_path):
@@ -144,22 +144,28 @@ def test_parquet_text_that_is_not_utf8_is_set_aside(tmp_path):
         (
             "rows.txt",
             b"x",
-            r"in no known format \(.txt\)\. Convert it to one of .json, .jsonl, .csv, .parquet, .arrow;",
+            r"in no known format \(.txt\)\. Convert it to one of .json, .jsonl, .csv, .tsv, .parquet, .arrow;",
         ),
         ("rows", b"x", r"in no known format \(no ending\)"),
         (
             "rows.parquet.gz",
             b"x",
-            r"in no known format \(.parquet.gz\)\. .* .json, .jsonl, .csv files can also be compressed as .gz",
+            r"in no known format \(.parquet.gz\)\. .* .json, .jsonl, .csv, .tsv files can also be compressed as .gz",
         ),
         ("rows.json", b"{", "expected a key in double quotes|the file ends"),
         ("rows.json", b'[{"a": 1}, {"a": 2}, {"a" 3}]', r"Expecting ':' delimiter \(line 1\), after \[1\]"),
         ("rows.json", b'[{"a": 1},\n\n {"a": "x', r"the file ends in the middle of a value \(line 3\), after \[0\]"),
         ("rows.json", b'[{"a": 1}', r"expected `,` or `\]`, found the end of the file"),
         ("rows.json", b'[{"a": 1}] x', "extra data"),
-        ("rows.json", b'{"a": 1}\n{"a": 2}', "If each line is one object, name the file .jsonl"),
+        ("rows.json", b'{\n"a": 1\n}\n{\n"a": 2\n}', "If it holds one object after the other, name the file .jsonl"),
+        ("rows.jsonl", b'{\n"a": 1\n}\n{\n"a"', "the file ends|expected `:`"),
         ("rows.json", b'{"a": [1], "b": [2]}', r"2 lists \(`a`, `b`\)"),
-        ("rows.json", b'{"a": []}', r"0 lists \(none\)"),
+        ("rows.json", b'{"a": []}', r"no list under its keys \(`a`\)"),
+        (
+            "rows.json",
+            b'{"q1": {"a": "b"}, "q2": {"a": "c"}}',
+            "If each of its values is a row, write the values as a list",
+        ),
         ("rows.json", b'"text"', "holds a single str"),
         ("rows.csv", b'a,b\n1,2\n"x,y\n', "line 3 opens a quoted cell that is never closed"),
         ("rows.csv", b"a,a\n1,2\n", "two columns have the same name"),
@@ -318,3 +324,82 @@ def test_the_hash_changes_with_the_content(tmp_path):
     write(file, ROWS[:1])
     assert dataset_hash(str(file)) != before[0]
     assert dataset_hash(str(folder)) != before[1]
+
+
+@pytest.mark.parametrize("broken", ["9" * 5000, '{"n": [' + "9" * 5000 + ', "]}"]}', "[" * 100_000 + "]" * 100_000])
+@pytest.mark.parametrize("window", [8, 1 << 20])
+def test_an_item_that_python_cannot_read_costs_no_other_item(broken, window):
+    text = f'{{"meta": {{"x": {broken}}}, "rows": [{{"a": 1}}, {broken}, {{"a": "x]"}}]}}'
+    assert list_key(io.StringIO(text), window) == "rows"
+    items = list(rows_of_list(io.StringIO(text), "rows", window))
+    assert [(items[0][1], items[2][1])] == [({"a": 1}, {"a": "x]"})]
+    assert isinstance(items[1][1], Unreadable)
+    assert items[1][2] == broken
+
+
+def test_items_that_python_cannot_read_are_set_aside_with_their_place(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text(f'[{{"a": 1}}, {{"a": {"9" * 5000}}}, {{"a": {"[" * 9000}{"]" * 9000}}}, {{"a": 2}}]')
+    assert [record.value for record in read_records(file) if isinstance(record, Record)] == [{"a": 1}, {"a": 2}]
+    broken = [record for record in read_records(file) if isinstance(record, BrokenRecord)]
+    assert [(r.place, r.reason) for r in broken] == [("[1]", "malformed"), ("[2]", "malformed")]
+    assert "more than 4300 digits" in broken[0].detail
+    assert "nested too deeply" in broken[1].detail
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.jsonl", '[\n  {"a": "1"},\n  {"a": "2"}\n]\n'),
+        ("rows.jsonl", '[{"a": "1"},\n {"a": "2"}]'),
+        ("rows.jsonl", '\n[{"a": "1"}, {"a": "2"}]\n\n'),
+        ("rows.jsonl", '{\n  "a": "1"\n}\n{\n  "a": "2"\n}\n'),
+        ("rows.json", '{"a": "1"}\n{"a": "2"}\n'),
+        ("rows.csv", '"a";"b, c, d"\n1;\n2;\n'),
+        ("rows.csv", "a|b\n1|\n2|\n"),
+        ("rows.csv", "sep=;\na;b\n1;\n2;\n"),
+        ("rows.tsv", "a\tb\n1\t\n2\t\n"),
+        ("rows.csv", "a,b,,\n1,,,\n2,\n"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32"])
+def test_the_content_decides_how_a_file_is_read(tmp_path, name, text, encoding):
+    file = tmp_path / name
+    file.write_bytes(text.encode(encoding))
+    assert [record.value["a"] for record in read_records(file)] == ["1", "2"]
+    assert all(isinstance(record, Record) for record in read_records(file))
+
+
+def test_lines_that_are_lists_are_conversations_or_malformed(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('[{"role": "user", "content": "x"}]\n[1, 2]\n[]\n')
+    first, *others = read_records(file)
+    assert first.value == {"messages": [{"role": "user", "content": "x"}]}
+    assert [(r.place, r.reason) for r in others] == [("line 2", "malformed"), ("line 3", "malformed")]
+
+
+def test_a_cell_under_no_column_name_is_kept_if_it_holds_text(tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text(",a,\n0,x,\n1,y,note\n2,z,,more\n")
+    *good, bad = read_records(file)
+    assert [record.value for record in good] == [
+        {"(column 1)": "0", "a": "x"},
+        {"(column 1)": "1", "a": "y", "(column 3)": "note"},
+    ]
+    assert (bad.place, bad.reason) == ("line 4", "malformed")
+
+
+def test_nan_is_null_in_every_container(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": NaN, "b": [{"c": NaN}]}')
+    assert values(tmp_path / "rows.jsonl") == [{"a": None, "b": [{"c": None}]}]
+    pq.write_table(pa.table({"a": [float("nan"), 1.5]}), tmp_path / "rows.parquet")
+    assert values(tmp_path / "rows.parquet") == [{"a": None}, {"a": 1.5}]
+
+
+def test_half_a_character_is_no_encoding_error(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": "\\ud83d"}\n{"a": "\xff"}\n')
+    half, bytes_ = read_records(file)
+    assert half.reason == bytes_.reason == "not_utf8"
+    assert "half of a character" in half.detail
+    assert "iconv" in bytes_.detail

@@ -46,6 +46,14 @@ ALPACA_TEXT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n3</s>"
 )
+CHATML_TEXT = (
+    "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nCiao<|im_end|>\n"
+)
+LLAMA3_TEXT = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHello<|eot_id|>"
+)
 INST_TEXT = "<s>[INST] <<SYS>>\nBe brief\n<</SYS>>\n\nHi [/INST] Hello </s><s>[INST] Bye [/INST] Ciao </s>"
 
 INSTRUCTIONS = [
@@ -54,6 +62,7 @@ INSTRUCTIONS = [
     ("alpaca", {"instruction": "Add", "input": None, "output": "3", "id": 7}, "u:Add", "a:3"),
     ("alpaca", {"instruction": "", "input": "1 + 2?", "output": "3"}, "u:1 + 2?", "a:3"),
     ("alpaca", {"instruction": "Add", "output": "3", "system": "Be brief"}, "s:Be brief|u:Add", "a:3"),
+    ("alpaca", {"instruction": "Add", "input": "\u200b", "output": "3", "system": "\ufeff"}, "u:Add", "a:3"),
     ("alpaca", {"instruction": "Bye", "output": "Ciao", "history": [["Hi", "Yo"]]}, "u:Hi", "a:Yo|u:Bye|a:Ciao"),
     ("alpaca", {"instruction": "Bye", "output": "Ciao", "history": []}, "u:Bye", "a:Ciao"),
     ("alpaca-response", {"instruction": "Add", "response": "3"}, "u:Add", "a:3"),
@@ -102,6 +111,23 @@ INSTRUCTIONS = [
     ),
     ("text-inst", {"text": INST_TEXT}, "s:Be brief|u:Hi", "a:Hello|u:Bye|a:Ciao"),
     ("text-inst", {"text": "[INST]Hi[/INST]Hello"}, "u:Hi", "a:Hello"),
+    (
+        "text-hh",
+        {"text": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Bye\n\nAssistant: Ciao"},
+        "u:Hi",
+        "a:Hello|u:Bye|a:Ciao",
+    ),
+    ("text-chatml", {"text": CHATML_TEXT}, "s:Be brief|u:Hi", "a:Hello|u:Bye|a:Ciao"),
+    ("text-chatml", {"text": "<|im_start|>user\nHi<|im_end|><|im_start|>assistant\nHello"}, "u:Hi", "a:Hello"),
+    ("text-llama3", {"text": LLAMA3_TEXT}, "u:Hi", "a:Hello"),
+    # JSON text in a column
+    ("messages", {"messages": json.dumps(turns("Hi", "Hello"))}, "u:Hi", "a:Hello"),
+    ("sharegpt", {"conversations": json.dumps(gpt("Hi", "Hello"))}, "u:Hi", "a:Hello"),
+    ("messages", {"messages": json.dumps({"messages": turns("Hi", "Hello")})}, "u:Hi", "a:Hello"),
+    ("prompt-completion", {"prompt": json.dumps(turns("Hi")), "completion": "[1, 2]"}, "u:Hi", "a:[1, 2]"),
+    ("prompt-completion", {"prompt": "Human: Hi\n\nAssistant:", "completion": "Hello"}, "u:Hi", "a:Hello"),
+    ("alpaca", {"instruction": "Bye", "output": "Ciao", "history": '[["Hi", "Yo"]]'}, "u:Hi", "a:Yo|u:Bye|a:Ciao"),
+    ("alpaca", {"instruction": "Sort", "output": '["a", "b"]'}, "u:Sort", 'a:["a", "b"]'),
 ]
 
 
@@ -115,6 +141,7 @@ def test_instruction_formats(tmp_path, name, record, prompt, completion, ending,
     assert texts_of(rows[0].completion) == completion.split("|")
 
 
+HH = "\n\nHuman: Yo\n\nAssistant: What\n\nHuman: Hi\n\nAssistant:"
 PREFERENCES = [
     ("prompt-chosen-rejected", {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}, "u:Hi"),
     (
@@ -161,6 +188,30 @@ PREFERENCES = [
         {"instruction": "Hi", "input": "you", "chosen": "Hello", "rejected": "Go away"},
         "u:Hi\n\nyou",
     ),
+    ("alpaca-preference", {"instruction": "Hi", "input": "", "output": ["Hello", "Go away"]}, "u:Hi"),
+    ("prompt-chosen-rejected", {"prompt": "Hi", "responses": ["Go away", "Hello"], "scores": [1, 2.5]}, "u:Hi"),
+    (
+        "prompt-chosen-rejected",
+        {"prompt": "Hi", "answers": [{"answer": "Go away", "rank": 2}, {"answer": "Hello", "rank": 1}]},
+        "u:Hi",
+    ),
+    ("chosen-rejected", {"chosen": HH + "Hello", "rejected": HH + "Go away"}, "u:Yo|a:What|u:Hi"),
+    ("prompt-chosen-rejected", {"prompt": HH, "chosen": " Hello", "rejected": " Go away"}, "u:Yo|a:What|u:Hi"),
+    ("prompt-chosen-rejected", {"prompt": HH, "chosen": HH + "Hello", "rejected": HH + "Go away"}, "u:Yo|a:What|u:Hi"),
+    (
+        "chosen-rejected",
+        {"chosen": json.dumps({"messages": turns("Hi", "Hello")}), "rejected": json.dumps(turns("Hi", "Go away"))},
+        "u:Hi",
+    ),
+    (
+        "openai-preference",
+        {
+            "input": {"messages": turns("Yo", "What", "Hi"), "tools": [], "parallel_tool_calls": True},
+            "preferred_output": turns("Hello", first="assistant"),
+            "non_preferred_output": turns("Go away", first="assistant"),
+        },
+        "u:Yo|a:What|u:Hi",
+    ),
 ]
 
 
@@ -172,6 +223,45 @@ def test_preference_formats(tmp_path, name, record, prompt, ending, kind):
     assert found == name
     parts = [texts_of(part) for part in (rows[0].prompt, rows[0].chosen, rows[0].rejected)]
     assert parts == [prompt.split("|"), ["a:Hello"], ["a:Go away"]]
+
+
+@pytest.mark.parametrize(
+    ("record", "pairs"),
+    [
+        ({"instruction": "Hi", "output": ["A", "B", "C"]}, ["A>B", "A>C"]),
+        ({"prompt": "Hi", "responses": ["A", "B", "C", "D"], "scores": [1, 3, 2, 3]}, ["B>C", "B>A"]),
+        ({"prompt": "Hi", "responses": '["A", "B"]', "ranks": "[2, 1]"}, ["B>A"]),
+        ({"prompt": "Hi", "completions": [{"response": "A", "score": 1}, {"response": "B", "score": 2}]}, ["B>A"]),
+        ({"prompt": "Hi", "chosen": ["A"], "rejected": ["B", "C"]}, ["A>B", "A>C"]),
+        ({"prompt": "Hi", "chosen": "A", "rejected": ["B"]}, ["A>B"]),
+    ],
+)
+def test_several_answers_become_pairs(tmp_path, record, pairs):
+    _, rows = opened(tmp_path, [record], None)
+    assert [f"{row.chosen[0].content}>{row.rejected[0].content}" for row in rows] == pairs
+    assert len({row.source for row in rows}) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"prompt": "Hi", "responses": ["A", "B"], "scores": [1, 1]}, "equal_scores"),
+        ({"prompt": "Hi", "responses": ["A", "B"], "scores": [1]}, "malformed"),
+        ({"prompt": "Hi", "responses": ["A", "B"]}, "malformed"),
+    ],
+)
+def test_answers_without_an_order_become_no_pairs(tmp_path, record, reason):
+    good = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}
+    _, rows = opened(tmp_path, [good, record], "preference")
+    assert [row.reason for row in rows[1:]] == [reason]
+
+
+def test_pairs_with_tools_are_set_aside(tmp_path):
+    pair = {"preferred_output": "A", "non_preferred_output": "B"}
+    messages = {"messages": turns("Hi")}
+    _, rows = opened(tmp_path, [{"input": messages | more, **pair} for more in ({}, {"tools": [{"type": "f"}]})], None)
+    assert rows[0].chosen[0].content == "A"
+    assert rows[1].reason == "tool_call"
 
 
 def test_every_format_has_a_test_and_a_name_in_the_recipe():
@@ -188,6 +278,19 @@ def test_csv_rows(tmp_path):
     ("record", "reason", "detail"),
     [
         ({"instruction": " ", "output": "3"}, "empty_prompt", ""),
+        ({"instruction": "\u200b\ufeff", "input": "\u2060", "output": "3"}, "empty_prompt", ""),
+        ({"messages": turns("Hi", "\u200b", "Bye", "Ciao")}, "empty_turn", "turn 2 of 4"),
+        (
+            {"text": "Note: <|im_start|>user\nHi<|im_end|><|im_start|>assistant\nYo"},
+            "malformed",
+            "stands outside of its turns",
+        ),
+        (
+            {"text": "Human: Hi\n\nAssistant: Yo\n\nHuman: a\n\nHuman: b\n\nAssistant: c"},
+            "wrong_role_order",
+            "user → user",
+        ),
+        ({"messages": "[{'role': 'user'}]"}, "malformed", "text that is not JSON"),
         ({"instruction": "Add", "output": None}, "null_value", "`output` is null"),
         ({"text": None}, "null_value", "`text` is null"),
         ({"messages": None, "conversations": None}, "null_value", ""),
@@ -213,7 +316,7 @@ def test_csv_rows(tmp_path):
         ({"messages": turns("Hi", [{"type": "image_url", "image_url": "x"}])}, "content_parts", ""),
         ({"messages": turns("Hi", [])}, "content_parts", ""),
         ({"messages": []}, "malformed", "empty list"),
-        ({"messages": "Hi"}, "malformed", "`messages` is str"),
+        ({"messages": "Hi"}, "malformed", "`messages` is text that is not JSON"),
         ({"messages": ["Hi"]}, "malformed", "a turn that is str"),
         ({"messages": [{"speaker": "user"}]}, "malformed", "neither `from` nor `role`"),
         ({"messages": [{"role": "user"}]}, "malformed", "without `content`"),

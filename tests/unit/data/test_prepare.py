@@ -240,6 +240,12 @@ def test_conflicting_answers_are_reported_and_kept_by_default(tmp_path):
     assert dropped.set_aside() == {"3": "conflicting_answers"}
 
 
+def test_pairs_of_one_answer_with_several_worse_ones_are_no_duplicates(tmp_path):
+    worse = {"1": "No.", "2": "I will not say.", "3": "no"}
+    run = Run(tmp_path, [pair(FOX, answer, source=source) for source, answer in worse.items()])
+    assert run.set_aside() == {"3": "near_duplicate"}
+
+
 def test_pairs_conflict_where_one_prefers_what_another_rejects(tmp_path):
     rows = [
         pair("A longer answer.", "Short.", source="1"),

@@ -28,7 +28,7 @@ def test_a_folder_with_every_format(tmp_path, caplog):
         ("no_text_field", "docs[2]"),
         ("malformed", "line 2"),
         ("unknown_format", "whole file"),
-        ("not_utf8", "byte 0"),
+        ("not_utf8", "byte 2"),
     }
     # A person who starts a run sees at once which files are missing from it.
     assert "Not read, 4 in all" in caplog.text
@@ -42,6 +42,67 @@ def test_two_text_fields_need_a_choice(tmp_path):
         read_documents(DocumentsConfig(path=str(file)))
     documents, _ = read_documents(DocumentsConfig(path=str(file), text_field="content"))
     assert [d.text for d in documents] == ["b"]
+
+
+def test_a_text_in_an_object_is_read_by_its_path(tmp_path):
+    file = tmp_path / "d.json"
+    file.write_text(json.dumps([{"content": {"Body": "a", "Title": "t"}}, {"content.Body": "b"}, {"content": "c"}]))
+    documents, quarantine = read_documents(DocumentsConfig(path=str(file), text_field="content.Body"))
+    assert [d.text for d in documents] == ["a", "b"]
+    assert [(q.reason, q.place) for q in quarantine] == [("no_text_field", "[2]")]
+    file.write_text(json.dumps([{"content": {"Body": "a"}}]))
+    with pytest.raises(RequestError, match=r"Its texts are in objects: set documents\.text_field to content\.Body"):
+        read_documents(DocumentsConfig(path=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "Grüße\r\nText".encode("utf-16")),
+        ("a.md", "Grüße\nText".encode("utf-16-be")),
+        ("a.txt", "Grüße\nText".encode("utf-32")),
+        ("a.csv", '\ufefftext\n"Grüße\nText"\n'.encode("utf-16-le")),
+        ("a.html", "<meta charset=iso-8859-1><p>Grüße<br>Text".encode("cp1252")),
+        ("a.html", '<?xml version="1.0" encoding="iso-8859-15"?><p>Grüße<br>Text</p>'.encode("iso-8859-15")),
+        ("a.htm", "<meta charset=windows-1251><p>Grüße<br>Text".encode("utf-8-sig")),
+        ("a.htm", "<p>Grüße<br>Text".encode("utf-16")),
+    ],
+)
+def test_documents_are_read_in_their_encoding(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    documents, _ = read_documents(DocumentsConfig(path=str(tmp_path)))
+    assert [d.text.split() for d in documents] == [["Grüße", "Text"]]
+
+
+def test_a_page_that_is_not_in_its_declared_encoding_is_set_aside(tmp_path):
+    (tmp_path / "a.html").write_bytes("<meta charset=utf-8><p>Grüße".encode("latin-1"))
+    (tmp_path / "b.html").write_bytes(b"<meta charset=klingon><p>Text")
+    (tmp_path / "c.txt").write_text("Text")
+    documents, quarantine = read_documents(DocumentsConfig(path=str(tmp_path)))
+    assert [d.title for d in documents] == ["c"]
+    assert [q.reason for q in quarantine] == ["not_utf8", "damaged"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("Text")
+    (tmp_path / "b.txt").symlink_to("gone.txt")
+    config = DocumentsConfig(path=str(tmp_path))
+    documents, quarantine = read_documents(config)
+    assert [d.text for d in documents] == ["Text"]
+    assert [(q.reason, q.detail) for q in quarantine] == [
+        ("broken_link", "it is a link to gone.txt, which does not exist")
+    ]
+    before = documents_hash(config)
+    (tmp_path / "gone.txt").write_text("Text")
+    assert documents_hash(config) != before
+
+
+def test_the_header_of_an_article_stays_and_that_of_the_page_goes(tmp_path):
+    (tmp_path / "a.html").write_text(
+        "<header>Site</header><article><header><h1>Title</h1>By Ann</header><p>Text</p><nav>Up</nav></article><footer>Ltd</footer>"
+    )
+    documents, _ = read_documents(DocumentsConfig(path=str(tmp_path)))
+    assert documents[0].text == "# Title\n\nBy Ann\n\nText"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from llm_engineering.evaluation.exam_answers import abstains, answers_right, fir
         ("Esther Tollow founded Ondrel in 1971 and led it for years.", "Esther Tollow"),
         ("Esther Tollow's work", "Tollow"),
         ("Café Zoë", "cafe zoe"),
+        ("यह किताब है।", "किताब"),
         ("Sure! It is Varnholt. It is by the sea.", "Varnholt"),
         ("Who founded it? Esther Tollow.", "Esther Tollow"),
         ("It was St. Ives.", "St. Ives"),
@@ -106,6 +107,8 @@ def test_an_accepted_answer_in_other_writing_is_right(answer, accepted):
         ("Not in Oskby, Varnholt", "Varnholt"),
         ("Varnholt, or in Dunvey", "Varnholt"),
         ("The documents do not say whether it is Varnholt", "Varnholt"),
+        # The words differ in a vowel sign.
+        ("यह काल है।", "कल"),
     ],
 )
 def test_another_answer_a_part_of_it_or_a_list_is_wrong(answer, accepted):

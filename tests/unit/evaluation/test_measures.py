@@ -32,6 +32,11 @@ def test_english_scores_equal_those_of_the_library_tokenizer(answer, reference):
         ("Список изменяем", "Список это последовательность", 2 / 5),
         ("列表是可变的", "列表是序列", 2 * 3 / 11),
         ("Die größte Zahl", "die größte", 4 / 5),
+        ("Gro\u0308ßte Zahl", "größte Zahl", 1.0),
+        # These words share letters, and differ in their vowel signs. Without the signs they would be equal.
+        ("कल", "काल", 0.0),
+        ("किताब नई है", "कागज़ नई है", 2 / 3),
+        ("ที่", "ทู่", 0.0),
     ],
 )
 def test_other_scripts_are_split_into_words(answer, reference, expected):

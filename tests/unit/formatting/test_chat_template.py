@@ -1,9 +1,11 @@
 """Chat templates of the recipe: a model is served with the tokens it was trained on, also without its own template."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
-from llm_engineering.data.rows import Message
+from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import prompt_ids, render
 from llm_engineering.formatting.template_check import check_chat_template
@@ -281,3 +283,36 @@ def test_the_recipe_can_name_an_end_token_that_is_not_special(base_model, settin
     assert load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "adapter")), settings).eos_token == "[END]"
     with pytest.raises(RequestError, match=r"model.eos_token <eot> is no token of .*special tokens are "):
         load_tokenizer(model.model_copy(update={"eos_token": "<eot>"}), settings)
+
+
+# GLM's layout: nothing ends an answer, and the next turn begins with a mark at which the model stops.
+OPEN_ENDED = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_an_answer_that_nothing_ends_gets_the_mark_of_the_next_turn_as_its_end(tmp_path, settings):
+    folder = write_model(tmp_path, "phi3")
+    (folder / "chat_template.jinja").write_text(OPEN_ENDED)
+    model = ModelConfig(name_or_path=str(folder))
+    with pytest.raises(RequestError, match="does not end with the end-of-turn token"):
+        check_chat_template(load_tokenizer(model, settings))
+    ends = load_tokenizer(model, settings).convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+
+    tokenizer = load_tokenizer(model, settings)
+    assert tokenizer.eos_token == "<|user|>"
+    check_chat_template(tokenizer)
+    talk = (("user", "Hello"), ("assistant", "Hi"), ("user", "And?"), ("assistant", "Bye"))
+    turns = [Message(role=role, content=content) for role, content in talk]
+    row = InstructionRow(prompt=turns[:1], completion=turns[1:], source="s", origin="o")
+    (rendered,) = render([row], tokenizer)
+    trained = [label for label in rendered.labels if label != -100]
+    assert tokenizer.decode(trained) == "Hi<|user|>Bye<|user|>"
+    asked = prompt_ids(turns[:3], tokenizer)
+    assert rendered.input_ids[: len(asked)] == asked
+
+    tokenizer.save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "saved")), settings)
+    assert (saved.eos_token, saved.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)

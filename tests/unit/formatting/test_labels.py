@@ -67,7 +67,7 @@ def test_a_conversation_cut_between_two_answers_ends_with_the_first(tokenizer):
 def test_a_prompt_is_never_cut(tokenizer):
     long = row("long " * 90, "Hi")
     start = len(prompt_ids(long.prompt, tokenizer))
-    assert cut(long, "instruction", tokenizer, start).rejected.reason == "no_trained_token"
+    assert cut(long, "instruction", tokenizer, start).rejected.reason == "over_long_prompt"
     one = cut(row("long " * 90, "Hi there"), "instruction", tokenizer, start + 1)
     assert sum(label != -100 for label in one.records[0]["labels"]) == 1
 
@@ -76,7 +76,7 @@ def test_answers_of_a_cut_pair_are_neither_empty_nor_the_same(tokenizer):
     start = len(prompt_ids([message("user", "Hello")], tokenizer))
     record = cut(pair("Hello", "Yes " * 90, "No " * 90), "preference", tokenizer, start + 1).records[0]
     assert len(record["chosen_ids"]) == len(record["rejected_ids"]) == 1
-    assert cut(pair("Hello", "Yes " * 90, "No"), "preference", tokenizer, start).rejected.reason == "no_trained_token"
+    assert cut(pair("Hello", "Yes " * 90, "No"), "preference", tokenizer, start).rejected.reason == "over_long_prompt"
     alike = cut(pair("Hello", "Yes " * 90, "Yes " * 80), "preference", tokenizer, start + 5).rejected
     assert (alike.reason, "both answers are the same" in alike.detail) == ("over_long", True)
 
@@ -199,3 +199,44 @@ def test_a_pair_that_was_cut_is_marked_as_truncated(tokenizer, tmp_path):
     data, _ = format_splits({"train": pairs, "validation": pairs}, "preference", tokenizer, config, tmp_path, ledger)
     check_labels(data, tokenizer)
     assert data["train"]["truncated"][:] == [True, False]
+
+
+def newest(one, kind, tokenizer, max_length):
+    config = FormattingConfig(max_length=max_length, over_long="drop_oldest_turns")
+    (formatted,) = format_rows([one], kind, tokenizer, config)
+    return formatted
+
+
+def talk(*contents):
+    return [message(("user", "assistant")[number % 2], content) for number, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize("first", [1, 3, 5])
+@pytest.mark.parametrize("system", [[], [message("system", "Be brief.")]])
+def test_an_over_long_conversation_loses_as_few_of_its_oldest_turns_as_possible(tokenizer, first, system):
+    turns = talk("One?", "1 " * 30, "Two?", "2", "Three?", "3 " * 5)
+    whole = InstructionRow(prompt=[*system, *turns[:first]], completion=turns[first:], source="s", origin="o")
+    kept = InstructionRow(prompt=[*system, *turns[2:3]], completion=turns[3:], source="s", origin="o")
+    if first == 5:
+        kept = InstructionRow(prompt=[*system, *turns[2:5]], completion=turns[5:], source="s", origin="o")
+    (expected,) = render([kept], tokenizer)
+    formatted = newest(whole, "instruction", tokenizer, len(expected.input_ids))
+    assert formatted.records[0]["input_ids"] == expected.input_ids
+    assert formatted.records[0]["labels"] == expected.labels
+    assert formatted.records[0]["id"] == whole.id
+    assert (formatted.rule, "without its first 1 exchanges" in formatted.truncated) == ("oldest_turns_dropped", True)
+    shorter = newest(whole, "instruction", tokenizer, len(expected.input_ids) - 1)
+    assert "without its first 2 exchanges" in shorter.truncated
+    assert tokenizer.decode(shorter.records[0]["input_ids"]).count("Three?") == 1
+    assert newest(whole, "instruction", tokenizer, 8).rejected.reason.startswith("over_long")
+
+
+def test_an_over_long_pair_loses_the_oldest_turns_of_its_prompt(tokenizer):
+    prompt = talk("One?", "1 " * 90, "Two?", "2 " * 90, "Three?")
+    chosen, rejected = [message("assistant", "3")], [message("assistant", "4")]
+    whole = PreferenceRow(prompt=prompt, chosen=chosen, rejected=rejected, source="s", origin="o")
+    formatted = newest(whole, "preference", tokenizer, 64)
+    assert formatted.row.prompt == prompt[4:]
+    assert formatted.records[0]["prompt_ids"] == prompt_ids(prompt[4:], tokenizer)
+    single = PreferenceRow(prompt=talk("1 " * 90), chosen=chosen, rejected=rejected, source="s", origin="o")
+    assert newest(single, "preference", tokenizer, 64).rejected.reason == "over_long_prompt"

@@ -281,7 +281,7 @@ def test_over_long_and_special_rows_are_set_aside_by_name(tokenizer):
     formatted = list(format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64)))
     assert [f.row for f in formatted if f.rejected is None] == rows[:1]
     quarantine = [f.rejected for f in formatted if f.rejected is not None]
-    assert [q.reason for q in quarantine] == ["over_long", "special_token_in_text", "no_trained_token"]
+    assert [q.reason for q in quarantine] == ["over_long", "special_token_in_text", "over_long_prompt"]
     assert "max_length is 64" in quarantine[0].detail
     with pytest.raises(WorkError, match="is over-long.*over_long: raise"):
         list(format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64, over_long="raise")))
