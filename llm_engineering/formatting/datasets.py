@@ -165,6 +165,8 @@ def _with_newest_turns(
 
     The system message stays. The records have the id of the whole row.
     """
+    # Texts are cut into pieces instead.
+    assert not isinstance(row, TextRow)
     shorter = [_without_exchanges(row, count) for count in range(1, _exchanges(row))]
     formatted: dict[int, FormattedRow] = {}
 
@@ -188,7 +190,7 @@ def _exchanges(row: Row) -> int:
     return sum(turn.role == "user" for turn in turns)
 
 
-def _without_exchanges(row: Row, count: int) -> Row:
+def _without_exchanges(row: InstructionRow | PreferenceRow, count: int) -> InstructionRow | PreferenceRow:
     """The row without its `count` oldest user turns and their answers."""
     start = 1 if row.prompt[0].role == "system" else 0
     kept = len(row.prompt) - start - 2 * count
