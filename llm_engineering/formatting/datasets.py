@@ -17,7 +17,16 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Row, TextRow, read_row, written_as
+from llm_engineering.data.rows import (
+    AT_LAST_SENTENCE,
+    REPLAY,
+    InstructionRow,
+    PreferenceRow,
+    Row,
+    TextRow,
+    read_row,
+    written_as,
+)
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.control_tokens import ControlTokens
