@@ -411,7 +411,8 @@ _READERS: dict[str, Callable[[str], list[Message]]] = {
     "text-chatml": partial(_marked, turn=_CHATML_TURN),
     "text-llama3": partial(_marked, turn=_LLAMA3_TURN),
 }
-
+# The formats of texts that hold a whole conversation.
+TEXT_FORMATS = tuple(_READERS)
 
 # Columns that hold several answers to one question. Without scores, those of the first three are in order, the best one
 # first, as LLaMA-Factory writes them.

@@ -23,6 +23,7 @@ from llm_engineering.data.json_stream import (
     WINDOW,
     JsonError,
     Unreadable,
+    is_json,
     list_key,
     rows_of_list,
     rows_of_values,
@@ -208,7 +209,7 @@ def _checked(place: str, value: Any, raw: str) -> Item:
 def _jsonl(path: Path) -> Iterator[Item]:
     """The lines of JSON Lines; also a list that has this name, and objects that each have several lines."""
     first, is_last = _first_line(path)
-    if first.startswith("[") and (is_last or not _is_json(first)):
+    if first.startswith("[") and (is_last or not is_json(first)):
         yield from _json_list(path)
         return
     with _open_text(path, newline="\n") as stream:
@@ -236,7 +237,7 @@ def _json(path: Path) -> Iterator[Item]:
     first, is_last = _first_line(path)
     if not first:
         return
-    yield from _jsonl(path) if first.startswith("{") and not is_last and _is_json(first) else _json_list(path)
+    yield from _jsonl(path) if first.startswith("{") and not is_last and is_json(first) else _json_list(path)
 
 
 def _json_list(path: Path) -> Iterator[Item]:
@@ -260,14 +261,6 @@ def _first_line(path: Path) -> tuple[str, bool]:
             if line.strip():
                 return first, False
     return first, True
-
-
-def _is_json(text: str) -> bool:
-    try:
-        DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        return not isinstance(error, json.JSONDecodeError)
-    return True
 
 
 def csv_rows(path: Path) -> Iterator[Item]:

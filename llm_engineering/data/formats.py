@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llm_engineering.data.conversations import (
     SYSTEM,
+    TEXT_FORMATS,
     BadRowError,
     as_pairs,
     check_conversation,
@@ -128,12 +129,7 @@ INSTRUCTION_FORMATS = {
     "messages": Format(frozenset({"messages"}), _messages("messages")),
     "sharegpt": Format(frozenset({"conversations"}), _messages("conversations")),
     "prompt-completion": Format(frozenset({"prompt", "completion"}), _prompt_completion, _HISTORY),
-    "text-alpaca": Format(frozenset({"text"}), _template("text-alpaca")),
-    "text-human-assistant": Format(frozenset({"text"}), _template("text-human-assistant")),
-    "text-inst": Format(frozenset({"text"}), _template("text-inst")),
-    "text-hh": Format(frozenset({"text"}), _template("text-hh")),
-    "text-chatml": Format(frozenset({"text"}), _template("text-chatml")),
-    "text-llama3": Format(frozenset({"text"}), _template("text-llama3")),
+    **{name: Format(frozenset({"text"}), _template(name)) for name in TEXT_FORMATS},
 }
 
 
@@ -149,8 +145,10 @@ def _prompt_chosen_rejected(value: dict[str, Any]) -> dict[str, list[Message]]:
     return _pair(value, _asked(value, prompt), chosen, rejected)
 
 
-def _answers(value: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    return until_last_answer(read_answer(value, "chosen")), until_last_answer(read_answer(value, "rejected"))
+def _answers(
+    value: dict[str, Any], chosen: str = "chosen", rejected: str = "rejected"
+) -> tuple[list[Message], list[Message]]:
+    return until_last_answer(read_answer(value, chosen)), until_last_answer(read_answer(value, rejected))
 
 
 def _split_conversations(
@@ -193,12 +191,8 @@ def _same(one: Message, other: Message) -> bool:
 def _openai_preference(value: dict[str, Any]) -> dict[str, list[Message]]:
     if isinstance(value["input"], dict) and value["input"].get("tools"):
         raise BadRowError("tool_call", "`input` offers tools, which are not trained")
-    return _pair(
-        value,
-        read_messages(value["input"], "input"),
-        until_last_answer(read_answer(value, "preferred_output")),
-        until_last_answer(read_answer(value, "non_preferred_output")),
-    )
+    chosen, rejected = _answers(value, "preferred_output", "non_preferred_output")
+    return _pair(value, read_messages(value["input"], "input"), chosen, rejected)
 
 
 PREFERENCE_FORMATS = {
@@ -317,9 +311,8 @@ def _pairs(record: Record | BrokenRecord) -> list[Record | BrokenRecord]:
         values = as_pairs(value)
     except BadRowError as error:
         return [BrokenRecord(file, place, error.reason, error.detail, shown(value))]
-    if len(values) == 1:
-        return [Record(values[0], file, place)]
-    return [Record(one, file, f"{place}, pair {number}") for number, one in enumerate(values, start=1)]
+    places = [place] if len(values) == 1 else [f"{place}, pair {number}" for number in range(1, len(values) + 1)]
+    return [Record(one, file, where) for one, where in zip(values, places, strict=True)]
 
 
 def _check_mapped(reference: str, columns: dict[str, str], records: Sequence[Record | BrokenRecord]) -> None:

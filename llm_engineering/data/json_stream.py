@@ -48,6 +48,15 @@ def unreadable(error: ValueError | RecursionError) -> Unreadable:
     return Unreadable(f"it holds an integer of more than {sys.get_int_max_str_digits()} digits")
 
 
+def is_json(text: str) -> bool:
+    """Whether a text is valid JSON, though Python may be unable to read it."""
+    try:
+        DECODER.decode(text)
+    except (ValueError, RecursionError) as error:
+        return not isinstance(error, json.JSONDecodeError)
+    return True
+
+
 class JsonStream:
     """Reads a JSON text from its start to its end, one value at a time.
 

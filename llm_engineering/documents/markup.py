@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def read_html(file: Path, _field: str | None) -> tuple[list[Document], list[Quar
 def _decoded(page: bytes) -> str:
     """The text of a page, by its byte order mark or else by the encoding that it declares."""
     encoding = text_encoding(page[:4])
-    declared = EncodingDetector.find_declared_encoding(page, is_html=True) if encoding == "utf-8-sig" else None
+    has_mark = page.startswith(BOM_UTF8) or encoding != "utf-8-sig"
+    declared = None if has_mark else EncodingDetector.find_declared_encoding(page, is_html=True)
     # Browsers read these two names as Windows' Latin alphabet, and writers mean it.
     latin = declared in ("iso-8859-1", "us-ascii")
     return page.decode("cp1252" if latin else declared or encoding).removeprefix("\ufeff")
