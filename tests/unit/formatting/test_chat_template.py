@@ -296,7 +296,7 @@ def test_an_answer_that_nothing_ends_gets_the_mark_of_the_next_turn_as_its_end(t
     folder = write_model(tmp_path, "phi3")
     (folder / "chat_template.jinja").write_text(OPEN_ENDED)
     model = ModelConfig(name_or_path=str(folder))
-    with pytest.raises(RequestError, match="does not end with the end-of-turn token"):
+    with pytest.raises(RequestError, match="does not end its answer with the end-of-turn token"):
         check_chat_template(load_tokenizer(model, settings))
     ends = load_tokenizer(model, settings).convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
