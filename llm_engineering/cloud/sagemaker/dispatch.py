@@ -142,8 +142,8 @@ class _Stage:
         different = differences(self._identity_of(description), json.loads(json.dumps(self.identity)))
         if different:
             raise RequestError(
-                f"Job {name} does other work: it differs in {', '.join(different)}. Use the recipe and the data that it "
-                "was started with, or leave --attach out."
+                f"Job {name} does other work: it differs in {', '.join(different)}. Use the recipe, the data and "
+                "the code that it was started with, or leave --attach out."
             )
         if description["TrainingJobStatus"] in ("Failed", "Stopped"):
             raise RequestError(
@@ -190,6 +190,13 @@ class _Stage:
 
     def start(self, types: Sequence[str]) -> dict[str, Any]:
         """Upload the inputs and create a job on the first of these instance types that the quota allows."""
+        for other in self.names.running_others(self.client):
+            logger.warning(
+                "Job %s of this recipe and stage still runs, and differs in data, settings or code. It is not followed, and "
+                "it is paid until it ends. `aws sagemaker stop-training-job --training-job-name %s` stops it",
+                other,
+                other,
+            )
         number = 1 if self.former is None else self.names.number(self.former["TrainingJobName"]) + 1
         name = self.names.name(number)
         channels = {**self.upload(), "job": self._upload_job(name)}

@@ -19,7 +19,7 @@ from botocore import exceptions
 from botocore.exceptions import ClientError, HTTPClientError
 from datasets import DatasetDict
 
-from llm_engineering.cloud.sagemaker.s3 import folder_hash
+from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_hash, folder_hash
 from llm_engineering.training.job import Job
 from llm_engineering.training.train import dataset_digests
 
@@ -44,7 +44,7 @@ _LAST_LINES_S = 1.0
 
 
 def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
-    """Everything that decides what a job computes: recipe, model, data, and the adapter or model it starts from.
+    """Everything that decides what a job computes: recipe, model, data, the adapter or model it starts from, and the code.
 
     The machines and the trackers are left out, because they do not change the result.
     """
@@ -54,6 +54,7 @@ def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
         job.stage: job.config,
         "dataset": dataset_digests(data),
         "start": folder_hash(job.start) if job.start else None,
+        "code": code_hash(PROJECT_ROOT),
     }
 
 
@@ -92,6 +93,13 @@ class JobNames:
         names = [summary["TrainingJobName"] for page in pages for summary in page["TrainingJobSummaries"]]
         ours = [name for name in names if re.search(rf"{re.escape(self.part)}\d+$", name)]
         return describe(client, max(ours, key=self.number)) if ours else None
+
+    def running_others(self, client: Any) -> list[str]:
+        """The running jobs of the same recipe and stage whose identity is another one."""
+        start = self.name(1).removesuffix(f"{self.part}0001") + f"-{self.stage}-"
+        pages = client.get_paginator("list_training_jobs").paginate(NameContains=start, StatusEquals="InProgress")
+        names = [summary["TrainingJobName"] for page in pages for summary in page["TrainingJobSummaries"]]
+        return [name for name in names if re.fullmatch(rf"{start}[0-9a-f]{{12}}-\d+", name) and self.part not in name]
 
 
 def describe(client: Any, name: str) -> dict[str, Any]:

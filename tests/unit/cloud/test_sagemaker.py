@@ -192,6 +192,7 @@ class Client:
         return self
 
     def paginate(self, **asked):
+        assert asked.get("StatusEquals", "InProgress") == "InProgress"
         found = [{"TrainingJobName": name} for name in self.names if asked["NameContains"] in name]
         return [{"TrainingJobSummaries": found[i : i + 2]} for i in range(0, len(found), 2)]
 
@@ -205,6 +206,13 @@ def test_the_newest_job_has_the_highest_number():
     others = ["tiny-dpo-0123456789ab-0099", "tiny-sft-0123456789ab-0099-hyperparameter-tuning"]
     assert names.newest(Client(*own, *others))["TrainingJobName"] == "tiny-sft-0123456789ab-0010"
     assert names.newest(Client(*others)) is None
+
+
+def test_running_jobs_of_the_same_recipe_and_stage_with_another_identity_are_found():
+    names = jobs.JobNames("tiny", "sft", "0123456789ab")
+    other = "tiny-sft-ba9876543210-0001"
+    listed = [names.name(1), other, "very-tiny-sft-ba9876543210-0001", "tiny-dpo-ba9876543210-0001", "tiny-sft-x-0001"]
+    assert names.running_others(Client(*listed)) == [other]
 
 
 def job(**compute):
@@ -229,6 +237,23 @@ def test_the_identity_depends_on_the_work_and_not_on_the_machine(tmp_path):
     from_one = jobs.job_identity(started, ROWS)
     (tmp_path / "adapter.safetensors").write_bytes(b"2")
     assert jobs.job_identity(started, ROWS) != from_one
+
+
+def test_the_identity_depends_on_the_code_that_the_job_runs(checkout, monkeypatch):
+    """Not on files that the job does not run, such as the documentation, so an edit there does not start a second job."""
+    for file in ("llm_engineering/train.py", "docker/training.lock", "docs/page.md"):
+        (checkout / file).parent.mkdir(exist_ok=True)
+        (checkout / file).write_text("one")
+    git(checkout, "add", "-A")
+    monkeypatch.setattr(jobs, "PROJECT_ROOT", checkout)
+    former = jobs.job_identity(job(**ELSEWHERE), ROWS)
+    (checkout / "docs" / "page.md").write_text("two")
+    assert jobs.job_identity(job(**ELSEWHERE), ROWS) == former
+    for file in ("llm_engineering/train.py", "docker/training.lock"):
+        (checkout / file).write_text("two")
+        changed = jobs.job_identity(job(**ELSEWHERE), ROWS)
+        assert jobs.JobNames.of("tiny", "sft", changed) != jobs.JobNames.of("tiny", "sft", former)
+        former = changed
 
 
 def test_instance_types_are_tried_in_order_and_once():
