@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import Problem, problems, tried, trust_problems
-from llm_engineering.cloud.sagemaker.request import INPUTS, training_job_request
+from llm_engineering.cloud.sagemaker.request import INPUTS, machines, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import upload_code
 from llm_engineering.cloud.schedules import local_schedules
 from llm_engineering.cloud.schedules.alerts import topic_problems
@@ -103,8 +103,8 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
     # All files of the schedule are in one folder, which is removed with the schedule.
     account = replace(account, prefix=account.key("schedules", name))
     job = job_recipe(recipe, account.bucket, account.client("s3"))
-    if config.fallback_instance_types:
-        logger.info("The schedule starts only %s: it does not try fallback_instance_types", config.instance_type)
+    if len(machines(config)) > 1:
+        logger.info("The schedule starts only %s: it does not try the fallback types or on demand", machines(config)[0])
     logger.info(
         "Each run costs at most %.1f hours of %s%s (compute.sagemaker.max_run_s)",
         config.max_run_s / 3600,

@@ -34,6 +34,7 @@ class FakeSageMaker(FakeAWS):
         quotas: applied service quotas by name; a job that exceeds its quota is refused.
         default_quotas: default quotas by name, for quotas that are not among the applied ones.
         fails_to_start: FailureReason by instance type, for jobs that fail after their creation (no capacity, no image).
+        no_capacity: names of quotas, for jobs that wait for their machines without an end.
         denied: actions that iam:SimulatePrincipalPolicy denies, as `service:Action`.
         environment: variables of the jobs, besides those of SageMaker and of the request.
         starting_s: seconds until a job gets its machines.
@@ -50,6 +51,7 @@ class FakeSageMaker(FakeAWS):
         }
         self.default_quotas: dict[str, float] = {}
         self.fails_to_start: dict[str, str] = {}
+        self.no_capacity: set[str] = set()
         self.denied: set[str] = set()
         self.environment: dict[str, str] = {}
         self.starting_s = 0.0

@@ -215,6 +215,29 @@ def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):
         stage.dispatch()
 
 
+def test_a_job_that_waits_too_long_gives_way_to_the_next_type_and_then_to_on_demand(fake, stage, tmp_path, caplog):
+    caplog.set_level("INFO")
+    machines = {"fallback_instance_types": ["ml.g5.2xlarge"], "fallback_on_demand": True, "max_pending_s": 1}
+    compute = stage.job.setup.compute
+    allowed = compute.model_copy(update={"sagemaker": compute.sagemaker.model_copy(update=machines)})
+    setup = stage.job.setup.model_copy(update={"compute": allowed})
+    fake.no_capacity |= {f"{kind} for spot training job usage" for kind in ("ml.g5.xlarge", "ml.g5.2xlarge")}
+    (tmp_path / "image.lock").write_text("boto3==0.1")
+    with pytest.raises(WorkError, match="The image was built from another"):
+        stage.dispatch(setup=setup)
+    asked = fake.asked("sagemaker", "CreateTrainingJob")
+    assert [(a["ResourceConfig"]["InstanceType"], a["EnableManagedSpotTraining"]) for a in asked] == [
+        ("ml.g5.xlarge", True),
+        ("ml.g5.2xlarge", True),
+        ("ml.g5.xlarge", False),
+    ]
+    assert [job.status for job in fake.jobs.values()] == ["Stopped", "Stopped", "Failed"]
+    assert len({a["CheckpointConfig"]["S3Uri"] for a in asked}) == 1
+    assert "Starting. Insufficient capacity error from EC2 while launching, retrying!" in caplog.text
+    assert "has waited for ml.g5.2xlarge for more than 1 s (compute.sagemaker.max_pending_s)" in caplog.text
+    assert "trying ml.g5.xlarge on demand" in caplog.text
+
+
 def test_two_clients_and_ctrl_c(fake, stage, monkeypatch, caplog):
     """A job that another process created under the same name is followed; Ctrl-C without a terminal stops it."""
     fake.starting_s = NEVER_S

@@ -25,7 +25,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 
 from llm_engineering.cloud.container import secret_object
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.request import instance_types
+from llm_engineering.cloud.sagemaker.request import machines
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.recipe import Recipe
@@ -372,7 +372,7 @@ def _type_problems(config: SageMakerConfig, account: Account) -> Iterator[Proble
     """Check that SageMaker knows the instance types, and that EC2 lists them for the region."""
     known = get_session().get_service_model("sagemaker").shape_for("TrainingInstanceType").enum
     asked = {}
-    for instance_type in instance_types(config):
+    for instance_type in dict.fromkeys(machine.instance_type for machine in machines(config)):
         if instance_type in known:
             asked[instance_type.removeprefix("ml.")] = instance_type
             continue
@@ -400,14 +400,13 @@ def _type_problems(config: SageMakerConfig, account: Account) -> Iterator[Proble
 
 def _quota_problems(config: SageMakerConfig, account: Account) -> Iterator[Problem]:
     """Check that the quotas allow the recipe's machines. If only a fallback type's quota is too small, this is a warning."""
-    use = "spot training" if config.use_spot else "training"
-    names = {instance_type: f"{instance_type} for {use} job usage" for instance_type in instance_types(config)}
+    names = {m: f"{m.instance_type} for {'spot ' if m.spot else ''}training job usage" for m in machines(config)}
     quotas = _quotas("list_service_quotas", account)
     if not set(names.values()) <= quotas.keys():
         # A quota that was never changed may be listed only among the default quotas.
         quotas = _quotas("list_aws_default_service_quotas", account) | quotas
-    for instance_type, name in names.items():
-        is_fallback = instance_type != config.instance_type
+    for machine, name in names.items():
+        is_fallback = machine != machines(config)[0]
         if name not in quotas:
             yield Problem(
                 f"There is no quota `{name}` in {account.region}: SageMaker does not offer this type for training there",

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, s3
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.request import instance_types, training_job_request, types_after
+from llm_engineering.cloud.sagemaker.request import Machine, machines, machines_after, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import code_archive
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
@@ -66,7 +66,7 @@ def test_the_recipe_overrides_the_settings(monkeypatch):
     assert found.uri("code", "x") == "s3://own/a/b/code/x"
 
 
-def request(machines, owner=None):
+def request(kind, owner=None):
     return training_job_request(
         "a-job",
         ["python", "-m", "llm_engineering.training"],
@@ -74,22 +74,22 @@ def request(machines, owner=None):
         {},
         "s3://b/checkpoints/a-job",
         "s3://b/results",
-        machines,
+        kind,
         owner or account(),
         {"own": "tag"},
     )
 
 
 @pytest.mark.parametrize(
-    "machines",
+    "kind",
     [
         config(),
         config(use_spot=False),
         config(vpc={"subnets": ["subnet-1"], "security_group_ids": ["sg-1"]}, tags={"team": "x"}, instance_count=2),
     ],
 )
-def test_botocore_accepts_the_requests(machines):
-    made = request(machines, account(kms_key="arn:aws:kms:eu-west-1:123456789012:key/k", secret="the-name"))
+def test_botocore_accepts_the_requests(kind):
+    made = request(kind, account(kms_key="arn:aws:kms:eu-west-1:123456789012:key/k", secret="the-name"))
     model = botocore.session.get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob")
     assert ParamValidator().validate(made, model.input_shape).generate_report() == ""
     algorithm = made["AlgorithmSpecification"]
@@ -257,11 +257,21 @@ def test_the_identity_depends_on_the_code_that_the_job_runs(checkout, monkeypatc
 
 
 def test_instance_types_are_tried_in_order_and_once():
-    machines = config(fallback_instance_types=["ml.g6.2xlarge", "ml.g5.2xlarge", "ml.g5.4xlarge"])
-    assert instance_types(machines) == ["ml.g5.2xlarge", "ml.g6.2xlarge", "ml.g5.4xlarge"]
-    assert types_after(machines, "ml.g6.2xlarge") == ["ml.g5.4xlarge"]
-    assert types_after(machines, "ml.g5.4xlarge") == []
-    assert types_after(machines, "ml.other.large") == []
+    spot = config(fallback_instance_types=["ml.g6.2xlarge", "ml.g5.2xlarge", "ml.g5.4xlarge"])
+    assert machines(spot) == [(kind, True) for kind in ("ml.g5.2xlarge", "ml.g6.2xlarge", "ml.g5.4xlarge")]
+    assert machines_after(spot, Machine("ml.g6.2xlarge", True)) == [("ml.g5.4xlarge", True)]
+    assert machines_after(spot, Machine("ml.g5.4xlarge", True)) == []
+    assert machines_after(spot, Machine("ml.other.large", True)) == []
+    assert machines(config(use_spot=False)) == [("ml.g5.2xlarge", False)]
+
+
+def test_on_demand_comes_after_all_spot_types_if_the_recipe_allows_it():
+    allowed = config(fallback_instance_types=["ml.g6.2xlarge"], fallback_on_demand=True)
+    kinds = ["ml.g5.2xlarge", "ml.g6.2xlarge"]
+    assert machines(allowed) == [(kind, spot) for spot in (True, False) for kind in kinds]
+    assert machines_after(allowed, Machine("ml.g5.2xlarge", False)) == [("ml.g6.2xlarge", False)]
+    with pytest.raises(ValidationError, match="no effect with use_spot false"):
+        config(use_spot=False, fallback_on_demand=True)
 
 
 def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
@@ -415,9 +425,9 @@ def test_the_setup_of_a_local_recipe_is_its_evaluation_setup():
 
 
 def test_several_machines_need_a_setup_without_a_shared_disk():
-    machines = {"instance_type": "ml.g5.12xlarge", "instance_count": 2}
+    two = {"instance_type": "ml.g5.12xlarge", "instance_count": 2}
     with pytest.raises(ValidationError, match="disk that all processes see"):
-        ComputeConfig(target="sagemaker", sagemaker=machines, num_processes=2, distributed="fsdp2")
+        ComputeConfig(target="sagemaker", sagemaker=two, num_processes=2, distributed="fsdp2")
     keys = ["compute.sagemaker.instance_count=2", "compute.num_processes=2", "compute.backend=transformers"]
     with pytest.raises(RequestError, match="load_best reads the best checkpoint in every process"):
         load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [*keys, "sft.load_best=true"])
