@@ -1,12 +1,13 @@
 """The entry of a training container: python -m llm_engineering.cloud.container COMMAND …
 
 Compares the installed versions with the lock of the image, reads the job's secret, sets torchrun's variables if the job
-has several machines, runs COMMAND, forwards SIGTERM to it, and writes the reason of a failure into SageMaker's file.
+has several machines, deletes old checkpoints from S3, runs COMMAND, forwards SIGTERM to it, and writes the reason of a failure into SageMaker's file.
 
 | environment variable | meaning |
 |---|---|
 | `LLM_IMAGE_LOCK` | the lock that the image was built from, as a path in the project; the image sets it |
 | `LLM_SECRET` | the name of a secret in Secrets Manager: a JSON object of environment variables for COMMAND |
+| `LLM_CHECKPOINTS_URI` | the address to which SageMaker copies `/opt/ml/checkpoints` |
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 from packaging.requirements import InvalidRequirement, Requirement
 
+from llm_engineering.cloud.old_checkpoints import CHECKPOINTS_URI, deleting_old_checkpoints
 from llm_engineering.errors import INTERRUPTED, RequestError
 
 LOCK = "LLM_IMAGE_LOCK"
@@ -55,7 +57,10 @@ def main() -> int:
         write_reason(ML, f"Error: {error}")
         return error.exit_code
     environment = {**os.environ, **secrets, **torchrun_variables(ML)}
-    code, received, last_lines = _run(command, environment, secrets.values())
+    # One machine is enough: all of them share the address of the checkpoints.
+    uri = os.environ.get(CHECKPOINTS_URI) if is_first_machine(ML) else None
+    with deleting_old_checkpoints(uri, ML / "checkpoints"):
+        code, received, last_lines = _run(command, environment, secrets.values())
     if code not in (0, INTERRUPTED) and received is None:
         write_reason(ML, reason(last_lines, code))
     return code if code >= 0 else 128 - code
@@ -138,6 +143,11 @@ def secret_object(text: str) -> dict[str, str] | None:
         return None
     is_object = isinstance(secret, dict) and all(isinstance(value, str) for value in secret.values())
     return secret if is_object else None
+
+
+def is_first_machine(ml: Path) -> bool:
+    """Whether this is the only machine, or the first one, which writes the checkpoints."""
+    return torchrun_variables(ml).get("PET_NODE_RANK", "0") == "0"
 
 
 def torchrun_variables(ml: Path) -> dict[str, str]:

@@ -238,6 +238,19 @@ def test_a_job_that_waits_too_long_gives_way_to_the_next_type_and_then_to_on_dem
     assert "trying ml.g5.xlarge on demand" in caplog.text
 
 
+def test_a_corrected_setting_of_the_same_length_reaches_the_job_of_the_same_name(fake, stage):
+    fake.quotas.clear()
+    for run in ("a", "b"):
+        with pytest.raises(WorkError, match="ResourceLimitExceeded"):
+            stage.dispatch(parameters={"run_id": run})
+        asked = fake.asked("sagemaker", "CreateTrainingJob")[-1]
+        uris = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in asked["InputDataConfig"]}
+        bucket, _, key = uris["job"].removeprefix("s3://").partition("/")
+        job = json.loads(fake.client("s3").get_object(Bucket=bucket, Key=f"{key}job.json")["Body"].read())
+        assert job["parameters"] == {"run_id": run}
+    assert len({asked["TrainingJobName"] for asked in fake.asked("sagemaker", "CreateTrainingJob")}) == 1
+
+
 def test_two_clients_and_ctrl_c(fake, stage, monkeypatch, caplog):
     """A job that another process created under the same name is followed; Ctrl-C without a terminal stops it."""
     fake.starting_s = NEVER_S
@@ -323,6 +336,7 @@ LAUNCHER_UNTESTED = {
     "servicequotas:ListAWSDefaultServiceQuotas": "a quota that was never changed, where only its default is listed",
 }
 JOB_UNTESTED = {
+    "s3:DeleteObject": "old checkpoints, once a minute",
     "s3:AbortMultipartUpload": "SageMaker, where a large upload fails",
     "logs:DescribeLogStreams": "SageMaker, as its documentation lists for execution roles",
     "cloudwatch:PutMetricData": "SageMaker, load of processor and card",

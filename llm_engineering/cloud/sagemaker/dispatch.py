@@ -293,7 +293,8 @@ class _Stage:
             job = self.job.model_copy(update={"setup": setup, **places})
             (folder / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
             (folder / "identity.json").write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
-            return upload_folder(self.account, folder, "jobs", name)
+            # Another start of this name may have other settings of the trackers, which the identity does not cover.
+            return upload_folder(self.account, folder, "jobs", name, folder_hash(folder))
 
     def facts(self, description: dict[str, Any]) -> dict[str, Any]:
         """Name, status and machines of a job, and its seconds and cost when it has ended; keys begin with `sagemaker_`."""

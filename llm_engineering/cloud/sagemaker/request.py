@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from llm_engineering.cloud.container import SECRET
+from llm_engineering.cloud.old_checkpoints import CHECKPOINTS_URI
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 
@@ -85,6 +86,7 @@ def training_job_request(
         "Environment": {
             "AWS_DEFAULT_REGION": account.region,
             "LLM_OUTPUT_DIR": CHECKPOINTS,
+            CHECKPOINTS_URI: checkpoint_uri,
             # The job's volume: the image's own disk is too small for a large model.
             "LLM_CACHE_DIR": "/tmp/llm-engineering",  # noqa: S108
             "HF_HOME": "/tmp/huggingface",  # noqa: S108

@@ -37,7 +37,7 @@ def folder_hash(folder: Path) -> str:
 def upload_folder(account: Account, folder: Path, *place: str) -> str:
     """Upload a folder's files below the key `<prefix>/<place>/`; returns that address.
 
-    Files that S3 already has with the same length are skipped, so an interrupted upload can be resumed. `place` should
+    Files that S3 already has with the same length are skipped, so an interrupted upload can be resumed. `place` must
     therefore contain a hash of the folder.
     """
     s3 = account.client("s3")
