@@ -155,9 +155,10 @@ def stack(
 
 
 def tag(target: str) -> str:
-    """The tag of an image: its target and the hash of its lock file, which decides its content."""
-    lock = PROJECT_ROOT / "docker" / f"{target}.lock"
-    return f"{target}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:12]}"
+    """The tag of an image: its target and the hash of the lock and the Dockerfile, which decide its content."""
+    folder = PROJECT_ROOT / "docker"
+    content = (folder / "Dockerfile").read_bytes() + (folder / f"{target}.lock").read_bytes()
+    return f"{target}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def _repository(ecr: Any, name: str) -> str:

@@ -18,11 +18,13 @@ from dotenv import dotenv_values
 from pydantic import SecretStr
 
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.preflight import Problem, problems, tried, trust_problems
-from llm_engineering.cloud.sagemaker.request import INPUTS, training_job_request
-from llm_engineering.cloud.sagemaker.s3 import upload_code
+from llm_engineering.cloud.sagemaker.preflight import problems
+from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, tried, with_policies
+from llm_engineering.cloud.sagemaker.request import INPUTS, machines, training_job_request
+from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, upload_code
+from llm_engineering.cloud.sagemaker.trust import put_policy, trust_problems
 from llm_engineering.cloud.schedules import local_schedules
-from llm_engineering.cloud.schedules.alerts import topic_problems
+from llm_engineering.cloud.schedules.alerts import PREFIX, topic_problems
 from llm_engineering.cloud.schedules.cron import Timing
 from llm_engineering.cloud.schedules.eventbridge import EXECUTION
 from llm_engineering.cloud.schedules.job_recipe import RECIPE_CHANNEL, RECIPE_FILE, JobRecipe, is_loopback, job_recipe
@@ -99,12 +101,12 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
     # cannot replace it, because it has no ZenML.
     account = Account.resolve(config.model_copy(update={"image": image or "none"}), settings)
     server = _server(session)
-    _check(recipe, account, settings, session, server)
+    _check(name, recipe, account, settings, session, server)
     # All files of the schedule are in one folder, which is removed with the schedule.
     account = replace(account, prefix=account.key("schedules", name))
     job = job_recipe(recipe, account.bucket, account.client("s3"))
-    if config.fallback_instance_types:
-        logger.info("The schedule starts only %s: it does not try fallback_instance_types", config.instance_type)
+    if len(machines(config)) > 1:
+        logger.info("The schedule starts only %s: it does not try the fallback types or on demand", machines(config)[0])
     logger.info(
         "Each run costs at most %.1f hours of %s%s (compute.sagemaker.max_run_s)",
         config.max_run_s / 3600,
@@ -227,7 +229,9 @@ def _upload_recipe(account: Account, job: JobRecipe) -> str:
     return account.uri("recipe", version) + "/"
 
 
-def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.Session, server: Server) -> None:
+def _check(
+    name: str, recipe: Recipe, account: Account, settings: Settings, session: boto3.Session, server: Server
+) -> None:
     """Check everything that the schedule and its jobs need in the AWS account.
 
     Raises:
@@ -235,19 +239,20 @@ def _check(recipe: Recipe, account: Account, settings: Settings, session: boto3.
     """
     needed = [STORE_API_KEY] if server.has_logins else []
     # The job has no .env. So each secret that is set here must also be in the job's secret.
-    needed += [name.upper() for name, value in dict(settings).items() if isinstance(value, SecretStr)]
+    needed += [key.upper() for key, value in dict(settings).items() if isinstance(value, SecretStr)]
     found = [*_setting_problems(settings)]
     if settings.scheduler_role is not None:
         role = settings.scheduler_role
-        found += tried(
-            f"The role {role}", partial(trust_problems, session.client("iam"), role, _SCHEDULER, "scheduler")
-        )
+        group = f"arn:{account.partition}:scheduler:{account.region}:{account.number}:schedule-group/{PREFIX}{name}"
+        trust = partial(trust_problems, session.client("iam"), role, _SCHEDULER, group, "scheduler")
+        found += tried(f"The role {role}", trust)
     if settings.notify_sns_topic is not None:
         topic = settings.notify_sns_topic
         found += tried(f"The topic {topic}", partial(topic_problems, session, topic))
     # The function `problems` would look up the S3 address as a model name on the hub. So for a model in S3, this check
     # uses the default model instead, and the job checks the real one.
     in_s3 = recipe.model.name_or_path.startswith("s3://")
+    found = with_policies(found, account, settings, PROJECT_ROOT)
     found += problems(
         recipe.model_copy(update={"model": ModelConfig()}) if in_s3 else recipe, account, settings, needed
     )
@@ -264,9 +269,12 @@ def _setting_problems(settings: Settings) -> Iterator[Problem]:
             "The image for retraining is not set", "Build it with `make image`, and set SAGEMAKER_RETRAIN_IMAGE in .env"
         )
     if settings.scheduler_role is None:
+        role = "llm-engineering-scheduler"
         yield Problem(
             "The role for EventBridge Scheduler is not set",
-            "Create one from docs/aws/scheduler-trust.json and scheduler.json, and set SCHEDULER_ROLE in .env to its ARN",
+            f"Create one with `aws iam create-role --role-name {role} --assume-role-policy-document "
+            f"file://{POLICIES}/scheduler-trust.json` and `{put_policy(role, 'scheduler')}`, and set SCHEDULER_ROLE in .env to "
+            "its ARN",
         )
 
 

@@ -1,12 +1,14 @@
 """The entry of a training container: python -m llm_engineering.cloud.container COMMAND …
 
 Compares the installed versions with the lock of the image, reads the job's secret, sets torchrun's variables if the job
-has several machines, runs COMMAND, forwards SIGTERM to it, and writes the reason of a failure into SageMaker's file.
+has several machines, and chooses CUDA's libraries for the machine's driver. Then it runs COMMAND, forwards SIGTERM to it,
+deletes old checkpoints from S3 meanwhile, and writes the reason of a failure into SageMaker's file.
 
 | environment variable | meaning |
 |---|---|
 | `LLM_IMAGE_LOCK` | the lock that the image was built from, as a path in the project; the image sets it |
 | `LLM_SECRET` | the name of a secret in Secrets Manager: a JSON object of environment variables for COMMAND |
+| `LLM_CHECKPOINTS_URI` | the address to which SageMaker copies `/opt/ml/checkpoints` |
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,13 +29,18 @@ from types import FrameType
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import Version
 
+from llm_engineering.cloud.old_checkpoints import CHECKPOINTS_URI, deleting_old_checkpoints
 from llm_engineering.errors import INTERRUPTED, RequestError
 
 LOCK = "LLM_IMAGE_LOCK"
 SECRET = "LLM_SECRET"
 
 ML = Path("/opt/ml")
+# CUDA's libraries for machines with an older driver, and the file in which a driver names its version.
+_COMPAT = Path("/usr/local/cuda/compat")
+_DRIVER = Path("/proc/driver/nvidia/version")
 # FailureReason shows at most this number of characters of the file.
 _REASON_CHARACTERS = 1024
 _REASON_LINES = 20
@@ -54,8 +62,11 @@ def main() -> int:
         print(f"Error: {error}", file=sys.stderr)
         write_reason(ML, f"Error: {error}")
         return error.exit_code
-    environment = {**os.environ, **secrets, **torchrun_variables(ML)}
-    code, received, last_lines = _run(command, environment, secrets.values())
+    environment = {**os.environ, **secrets, **torchrun_variables(ML), **cuda_variables(_COMPAT, _DRIVER)}
+    # One machine is enough: all of them share the address of the checkpoints.
+    uri = os.environ.get(CHECKPOINTS_URI) if is_first_machine(ML) else None
+    with deleting_old_checkpoints(uri, ML / "checkpoints"):
+        code, received, last_lines = _run(command, environment, secrets.values())
     if code not in (0, INTERRUPTED) and received is None:
         write_reason(ML, reason(last_lines, code))
     return code if code >= 0 else 128 - code
@@ -140,6 +151,11 @@ def secret_object(text: str) -> dict[str, str] | None:
     return secret if is_object else None
 
 
+def is_first_machine(ml: Path) -> bool:
+    """Whether this is the only machine, or the first one, which writes the checkpoints."""
+    return torchrun_variables(ml).get("PET_NODE_RANK", "0") == "0"
+
+
 def torchrun_variables(ml: Path) -> dict[str, str]:
     """The environment variables that tell torchrun about the other machines; empty for a single machine.
 
@@ -162,6 +178,27 @@ def torchrun_variables(ml: Path) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": interface,
         "GLOO_SOCKET_IFNAME": interface,
     }
+
+
+def cuda_variables(compat: Path, driver: Path) -> dict[str, str]:
+    """The environment variable that puts CUDA's compatibility libraries before an older driver's; empty otherwise.
+
+    On a newer driver these libraries would not work.
+
+    Args:
+        compat: the folder of the libraries. The name of `libcuda.so.580.82.07` has the version.
+        driver: the file with the version of the machine's driver; missing on a machine without cards.
+    """
+    if not driver.is_file():
+        return {}
+    module = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", driver.read_text(encoding="utf-8"))
+    libraries = [re.fullmatch(r"libcuda\.so\.(\d+(?:\.\d+)+)", path.name) for path in compat.glob("libcuda.so.*")]
+    versions = [Version(library[1]) for library in libraries if library]
+    if module is None or not versions or Version(module[1]) >= max(versions):
+        return {}
+    print(f"The driver {module[1]} is older than CUDA's {max(versions)}: {compat} is used.", flush=True)
+    paths = [str(compat), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
 
 
 def _run(

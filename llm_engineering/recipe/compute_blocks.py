@@ -22,14 +22,17 @@ class SageMakerConfig(Block):
 
     `role`, `bucket` and `image` belong to an account rather than to a recipe. If they are None, the settings
     `SAGEMAKER_ROLE`, `SAGEMAKER_BUCKET` and `SAGEMAKER_IMAGE` apply. `fallback_instance_types` are tried in order if the
-    type before has no capacity. `max_wait_s` limits the wait for spot capacity and the run together; None means twice
-    `max_run_s`.
+    type before has no capacity, and then, with `fallback_on_demand`, all types in the same order without spot. A job that
+    waits longer than `max_pending_s` for its machines is stopped if there is another type to try. `max_wait_s` limits the
+    wait for spot capacity and the run together; None means twice `max_run_s`.
     """
 
     instance_type: str = Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")
     fallback_instance_types: list[str] = Field(default_factory=list)
     instance_count: int = Field(1, ge=1)
     use_spot: bool = True
+    fallback_on_demand: bool = False
+    max_pending_s: int = Field(3600, ge=1, le=2_419_200)
     volume_size_gb: int = Field(100, ge=1, le=16384)  # SageMaker's bounds
     max_run_s: int = Field(86_400, ge=60, le=2_419_200)  # SageMaker's default and bound: a day, 28 days
     max_wait_s: int | None = Field(None, ge=60, le=2_419_200)
@@ -45,6 +48,8 @@ class SageMakerConfig(Block):
     def _times(self) -> Self:
         if self.max_wait_s is not None and not self.use_spot:
             raise ValueError("max_wait_s is the wait for spot capacity, and use_spot is false: remove it")
+        if self.fallback_on_demand and not self.use_spot:
+            raise ValueError("fallback_on_demand has no effect with use_spot false: remove it")
         if self.max_wait_s is not None and self.max_wait_s < self.max_run_s:
             raise ValueError(
                 f"max_wait_s {self.max_wait_s} is less than max_run_s {self.max_run_s}, but it includes the run: raise "

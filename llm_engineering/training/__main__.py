@@ -167,9 +167,13 @@ def _train_job(file: Path, output: Path | None) -> None:
 
 
 def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> None:
-    """Copy the adapter, the report, and the trackers' files. Below `trackers`, these keep their relative paths."""
-    for folder in (result.adapter, result.report):
-        shutil.copytree(folder, output / folder.name, dirs_exist_ok=True)
+    """Move the adapter, and copy the report and the trackers' files. Below `trackers`, these keep their relative paths.
+
+    A copied adapter, which may be a full model, would lie twice on the disk, and in S3.
+    """
+    shutil.rmtree(output / result.adapter.name, ignore_errors=True)
+    shutil.move(result.adapter, output / result.adapter.name)
+    shutil.copytree(result.report, output / result.report.name, dirs_exist_ok=True)
     for folder in (output_dir / "comet", output_dir / "wandb", result.adapter.parent / "tensorboard"):
         if folder.is_dir():
             target = output / "trackers" / folder.relative_to(output_dir)

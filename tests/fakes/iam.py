@@ -12,6 +12,7 @@ from tests.fakes.sagemaker import BUCKET, ROLE
 
 PLACES = {
     "ACCOUNT": ACCOUNT, "REGION": REGION, "BUCKET": BUCKET, "JOB_ROLE_ARN": ROLE, "SECRET": "llm",
+    "REPOSITORY": "llm-engineering", "SECRET_KMS_KEY_ARN": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/2",
     "KMS_KEY_ARN": f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1", "SCHEDULER_ROLE_ARN": f"arn:aws:iam::{ACCOUNT}:role/scheduler", "TOPIC_ARN": f"arn:aws:sns:{REGION}:{ACCOUNT}:retraining",
 }  # fmt: skip
 

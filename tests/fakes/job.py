@@ -86,6 +86,10 @@ class Job:
             raise
 
     def _run(self) -> None:
+        if self.quota in self.fake.no_capacity:
+            self.transitions[-1]["StatusMessage"] = "Insufficient capacity error from EC2 while launching, retrying!"
+            self._order(600.0)
+            return self._end("Stopped")
         order = self._order(self.fake.starting_s)
         refused = self.fake.fails_to_start.get(self.request["ResourceConfig"]["InstanceType"])
         if refused and order is None:

@@ -4,8 +4,10 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
+from llm_engineering.cloud.sagemaker.trust import listed
 from tests.fakes.aws import ACCOUNT, REGION, Error, FakeAWS, running_aws
 from tests.fakes.job import Job
 from tests.fakes.machine import LOG_GROUP, why_no_jobs
@@ -34,7 +36,9 @@ class FakeSageMaker(FakeAWS):
         quotas: applied service quotas by name; a job that exceeds its quota is refused.
         default_quotas: default quotas by name, for quotas that are not among the applied ones.
         fails_to_start: FailureReason by instance type, for jobs that fail after their creation (no capacity, no image).
+        no_capacity: names of quotas, for jobs that wait for their machines without an end.
         denied: actions that iam:SimulatePrincipalPolicy denies, as `service:Action`.
+        rights: statements of the job's role. With None the simulator allows every action of it that is not denied.
         environment: variables of the jobs, besides those of SageMaker and of the request.
         starting_s: seconds until a job gets its machines.
         grace_s: seconds from SIGTERM to SIGKILL; SageMaker's are 120.
@@ -50,7 +54,9 @@ class FakeSageMaker(FakeAWS):
         }
         self.default_quotas: dict[str, float] = {}
         self.fails_to_start: dict[str, str] = {}
+        self.no_capacity: set[str] = set()
         self.denied: set[str] = set()
+        self.rights: list[dict[str, Any]] | None = None
         self.environment: dict[str, str] = {}
         self.starting_s = 0.0
         self.grace_s = 20.0
@@ -161,9 +167,19 @@ class FakeSageMaker(FakeAWS):
         return page | ({"NextToken": str(start + 2)} if start + 2 < len(quotas) else {})
 
     def _simulate(self, asked: dict[str, Any]) -> str:
+        rights = self.rights if asked["PolicySourceArn"] == ROLE else None
+
+        def decide(action: str, resource: str) -> str:
+            has_right = rights is None or any(
+                action in listed(statement["Action"])
+                and any(fnmatchcase(resource, pattern) for pattern in listed(statement["Resource"]))
+                for statement in rights
+            )
+            return "allowed" if has_right and action not in self.denied else "implicitDeny"
+
         results = "".join(
             f"<member><EvalActionName>{action}</EvalActionName><EvalResourceName>{resource}</EvalResourceName>"
-            f"<EvalDecision>{'implicitDeny' if action in self.denied else 'allowed'}</EvalDecision></member>"
+            f"<EvalDecision>{decide(action, resource)}</EvalDecision></member>"
             for action in asked["ActionNames"]
             for resource in asked.get("ResourceArns") or ["*"]
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -9,14 +10,16 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError
 
-from llm_engineering.cloud.sagemaker import preflight
+from llm_engineering.cloud.sagemaker import machine_checks
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.preflight import check, problems, trusts
+from llm_engineering.cloud.sagemaker.preflight import check, problems
+from llm_engineering.cloud.sagemaker.trust import trusts
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from tests.conftest import ROOT
+from tests.fakes.iam import policy
 from tests.fakes.sagemaker import ACCOUNT, BUCKET, IMAGE, ROLE, FakeSageMaker, running_sagemaker
 
 BLOCK = (
@@ -89,16 +92,12 @@ def no_repository(fake: FakeSageMaker) -> None:
     [
         (lambda f: f.fail("sts", "GetCallerIdentity", "ExpiredToken"), "refused (ExpiredToken)", "aws sso login"),
         (no_role, "There is no role training", "aws iam create-role --role-name training"),
-        (no_trust, "does not let sagemaker.amazonaws.com assume it", "docs/aws/job-trust.json"),
+        (no_trust, "does not let sagemaker.amazonaws.com assume it", "/aws/job-trust.json"),
         (lambda f: f.denied.add("iam:PassRole"), "user/launcher may not pass the role", "iam:PassRole"),
         (lambda f: f.client("s3").delete_bucket(Bucket=BUCKET), "There is no bucket", f"aws s3 mb s3://{BUCKET}"),
         (lambda f: f.forbid("s3", "PutObject"), "cannot be written to", "s3:PutObject"),
         (no_image, "has no image", "make image"),
         (no_repository, "There is no repository llm-engineering", "make image"),
-        (lambda f: f.quotas.update({"ml.g5.2xlarge for spot training job usage": 0.0}),
-         "is 0, but the recipe asks for 1", "request-service-quota-increase --service-code sagemaker --quota-code L-00000003"
-         " --desired-value 1 --region eu-west-1"),
-        (lambda f: f.quotas.pop("ml.g5.2xlarge for spot training job usage"), "There is no quota", "another region"),
     ],
 )  # fmt: skip
 def test_each_problem_of_the_account(fake, recipe, break_it, what, remedy):
@@ -137,42 +136,69 @@ def test_without_credentials_nothing_else_is_asked(fake, recipe, monkeypatch):
 
 def test_unknown_instance_types(fake, small_llama):
     typo = make_recipe(small_llama, "compute.sagemaker.instance_type=ml.g5.2xlarg")
-    unknown, no_quota = found(typo)
-    assert "trains on no ml.g5.2xlarg" in unknown.what
-    assert "ml.g5.2xlarge" in unknown.remedy
-    assert "no quota" in no_quota.what
-    # Known, but not in this region: by moto's copy of EC2's list.
-    fake.quotas["ml.p6-b300.48xlarge for spot training job usage"] = 1.0
-    far = make_recipe(small_llama, "compute.sagemaker.instance_type=ml.p6-b300.48xlarge")
-    the_one(far, "eu-west-1 has no ml.p6-b300.48xlarge", "Choose another")
+    the_one(typo, "trains on no ml.g5.2xlarg", "ml.g5.2xlarge")
 
 
-def test_on_demand_asks_another_quota_and_a_fallback_only_warns(fake, small_llama):
-    fake.quotas["ml.g5.2xlarge for training job usage"] = 0.0
-    fake.quotas["ml.g5.xlarge for spot training job usage"] = 0.0
-    the_one(make_recipe(small_llama), "ml.g5.xlarge for spot", "request-service-quota-increase", is_warning=True)
-    the_one(make_recipe(small_llama, "compute.sagemaker.use_spot=false"), "`ml.g5.2xlarge for training", "L-00000002")
+# Known, but not in this region, by moto's copy of EC2's list.
+FAR = "compute.sagemaker.instance_type=ml.p6-b300.48xlarge"
 
 
-def test_a_quota_that_is_listed_among_the_defaults_only(fake, recipe):
+def test_a_recipe_is_refused_only_if_none_of_its_types_can_start(fake, small_llama):
+    first, second = (f"ml.g5.{size} for spot training job usage" for size in ("2xlarge", "xlarge"))
+    request = "request-service-quota-increase --service-code sagemaker --quota-code"
+    fake.quotas[first] = 0.0
+    the_one(make_recipe(small_llama), f"The quota `{first}` is 0", f"{request} L-00000003", is_warning=True)
+    alone = make_recipe(small_llama, "compute.sagemaker.fallback_instance_types=[]")
+    the_one(alone, "is 0, but the recipe asks for 1", f"{request} L-00000003 --desired-value 1 --region eu-west-1")
+    del fake.quotas[first]
+    the_one(alone, f"There is no quota `{first}`", "another region")
+    # A type without quota, and one that the region does not have: neither can start.
+    fake.quotas |= {first: 4.0, second: 0.0, "ml.p6-b300.48xlarge for spot training job usage": 1.0}
+    assert [problem.is_warning for problem in found(make_recipe(small_llama, FAR))] == [False, False]
+    fake.quotas[second] = 1.0
+    the_one(make_recipe(small_llama, FAR), "eu-west-1 has no ml.p6-b300.48xlarge", "Choose another", is_warning=True)
+
+
+def test_on_demand_asks_another_quota(fake, small_llama):
+    for kind in ("ml.g5.2xlarge", "ml.g5.xlarge"):
+        fake.quotas[f"{kind} for spot training job usage"] = 0.0
+    assert [problem.is_warning for problem in found(make_recipe(small_llama))] == [False, False]
+    assert found(make_recipe(small_llama, "compute.sagemaker.use_spot=false")) == []
+    allowed = make_recipe(small_llama, "compute.sagemaker.fallback_on_demand=true")
+    assert [problem.is_warning for problem in found(allowed)] == [True, True]
+
+
+def test_a_quota_that_is_listed_among_the_defaults_only(fake, small_llama):
+    recipe = make_recipe(small_llama, "compute.sagemaker.fallback_instance_types=[]")
     name = "ml.g5.2xlarge for spot training job usage"
     del fake.quotas[name]
     fake.default_quotas |= {name: 0.0, "ml.g5.xlarge for spot training job usage": 0.0}
-    # The quota of the fallback type was raised, and the raised value counts.
     the_one(recipe, f"The quota `{name}` is 0", "L-00000000")
     fake.default_quotas[name] = 1.0
     assert found(recipe) == []
 
 
 def test_a_volume_that_is_too_small(fake, small_llama, monkeypatch):
-    small = make_recipe(small_llama, "compute.sagemaker.volume_size_gb=10")
+    fake.quotas["ml.m5.xlarge for spot training job usage"] = 1.0
+    volume = ("compute.sagemaker.instance_type=ml.m5.xlarge", "compute.sagemaker.volume_size_gb=10")
+    small = make_recipe(small_llama, *volume)
     the_one(small, "volume_size_gb 10 is too small", "Set it to 13 or more")
     # A float32 Llama: 4 bytes for each published weight; 12 · 3 and 4 for each trained weight.
     full = make_recipe(small_llama, "sft.method=full")
     from transformers import AutoModelForCausalLM
 
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(small_llama).parameters())
-    assert preflight.volume_bytes(full, Settings()) == weights * (4 + 36 + 4) + 10 * 2**30
+    assert machine_checks.volume_bytes(full, Settings()) == weights * (4 + 36 + 4) + 10 * 2**30
+
+
+def test_local_disks_take_the_place_of_a_volume(fake, small_llama, monkeypatch):
+    """ml.g5.2xlarge has 450 GB of them and ml.g5.xlarge 250 GB."""
+    assert found(make_recipe(small_llama, "compute.sagemaker.volume_size_gb=10")) == []
+    assert found(make_recipe(small_llama, "compute.sagemaker.volume_size_gb=250")) == []
+    large = make_recipe(small_llama, "compute.sagemaker.volume_size_gb=500")
+    the_one(large, "ml.g5.2xlarge has 450 GB and ml.g5.xlarge has 250 GB", "Set it to 250, or")
+    monkeypatch.setattr(machine_checks, "volume_bytes", lambda *a: 300 * 10**9)
+    the_one(make_recipe(small_llama), "ml.g5.xlarge has 250 GB of local disk, but", "a larger disk")
 
 
 def test_a_wait_that_is_less_than_the_run_is_refused_with_the_recipe(small_llama):
@@ -190,7 +216,7 @@ def test_a_gated_model_needs_a_token_in_the_secret(fake, recipe, monkeypatch):
     gated = SimpleNamespace(gated="manual", private=False)
     monkeypatch.setattr(HfApi, "model_info", lambda *a, **k: gated)
     monkeypatch.setattr(HfApi, "auth_check", lambda *a, **k: None)
-    monkeypatch.setattr(preflight, "volume_bytes", lambda *a: 0)
+    monkeypatch.setattr(machine_checks, "volume_bytes", lambda *a: 0)
     monkeypatch.setenv("HF_TOKEN", "hf_planted_token")
     the_one(recipe, "needs HF_TOKEN, but SAGEMAKER_SECRET is not set", "aws secretsmanager create-secret")
     secret(fake, monkeypatch, '{"COMET_API_KEY": "planted"}')
@@ -220,7 +246,8 @@ def test_several_problems_come_in_one_list(fake, small_llama, monkeypatch):
     fake.quotas["ml.g5.2xlarge for spot training job usage"] = 0.0
     fake.forbid("ec2", "DescribeInstanceTypeOfferings")
     monkeypatch.setenv("SAGEMAKER_BUCKET", "no-such-bucket")
-    recipe = make_recipe(small_llama, "compute.sagemaker.volume_size_gb=10")
+    disk = "compute.sagemaker.volume_size_gb=500"
+    recipe = make_recipe(small_llama, disk, "compute.sagemaker.fallback_instance_types=[]")
     settings = Settings()
     with pytest.raises(RequestError) as error:
         check(recipe, Account.resolve(recipe.compute.sagemaker, settings), settings)
@@ -233,10 +260,11 @@ def test_several_problems_come_in_one_list(fake, small_llama, monkeypatch):
     ("service", "operation", "what"),
     [
         ("iam", "GetRole", f"The role {ROLE}"),
-        ("iam", "SimulatePrincipalPolicy", "The right to pass the role"),
+        ("iam", "SimulatePrincipalPolicy", "What you and the role may do"),
         ("s3", "HeadBucket", f"The bucket {BUCKET}"),
         ("ecr", "DescribeImages", f"The image {IMAGE}"),
         ("ec2", "DescribeInstanceTypeOfferings", "The instance types in eu-west-1"),
+        ("ec2", "DescribeInstanceTypes", "The disk space of the instance types"),
         ("servicequotas", "ListServiceQuotas", "The service quota"),
         ("secretsmanager", "GetSecretValue", "The secret"),
     ],
@@ -247,15 +275,104 @@ def test_a_check_that_is_forbidden_is_a_warning(fake, recipe, monkeypatch, servi
     the_one(recipe, f"{what} could not be checked: these credentials may not do {operation}", "launcher.json", True)
 
 
-def test_trust_policies_in_their_several_forms():
-    def policy(**changes):
-        return {"Statement": {"Effect": "Allow", "Action": "sts:AssumeRole", **changes}}
+TRUSTED = {"Effect": "Allow", "Action": "sts:AssumeRole", "Principal": {"Service": "sagemaker.amazonaws.com"}}
+JOB = f"arn:aws:sagemaker:eu-west-1:{ACCOUNT}:training-job/tiny-sft-000000000000-0001"
 
+
+def trusted(**changes):
+    return trusts({"Statement": {**TRUSTED, **changes}}, "sagemaker.amazonaws.com", JOB)
+
+
+def test_trust_policies_in_their_several_forms():
     sagemaker = "sagemaker.amazonaws.com"
-    assert trusts(policy(Principal={"Service": ["ec2.amazonaws.com", sagemaker]}), sagemaker)
-    assert trusts(policy(Principal="*"), sagemaker)
-    assert not trusts(policy(Principal={"AWS": "arn:aws:iam::123456789012:root"}), sagemaker)
-    assert not trusts(policy(Principal={"Service": sagemaker}, Effect="Deny"), sagemaker)
+    assert trusted(Principal={"Service": ["ec2.amazonaws.com", sagemaker]})
+    assert trusted(Principal="*")
+    assert not trusted(Principal={"AWS": "arn:aws:iam::123456789012:root"})
+    assert not trusted(Effect="Deny")
+    assert trusted(Action="sts:*")
+    assert trusted(Action=["sts:TagSession", "sts:Assume*"])
+    assert not trusted(Action="sts:AssumeRoleWithWebIdentity")
+    deny = {"Effect": "Deny", "Action": "*", "Principal": "*"}
+    assert not trusts({"Statement": [TRUSTED, deny]}, sagemaker, JOB)
+
+
+@pytest.mark.parametrize(
+    ("condition", "answer"),
+    [
+        ({"StringEquals": {"aws:SourceAccount": ACCOUNT}}, True),
+        ({"StringEquals": {"AWS:sourceaccount": ["111122223333", ACCOUNT]}}, True),
+        ({"StringEquals": {"aws:SourceAccount": "<ACCOUNT>"}}, False),
+        ({"StringNotEquals": {"aws:SourceAccount": ACCOUNT}}, False),
+        ({"ArnLike": {"aws:SourceArn": f"arn:aws:sagemaker:*:{ACCOUNT}:*"}}, True),
+        ({"ArnLike": {"aws:SourceArn": "arn:aws:sagemaker:us-east-1:*:*"}}, False),
+        ({"StringLike": {"aws:SourceArn": f"*:{ACCOUNT}:training-job/*"}}, True),
+        ({"StringEquals": {"sts:ExternalId": "x"}}, False),
+        ({"StringEqualsIfExists": {"sts:ExternalId": "x"}}, True),
+        ({"StringEquals": {"aws:SourceOrgID": "o-1"}}, None),
+        ({"StringEquals": {"aws:SourceAccount": "1", "aws:SourceOrgID": "o-1"}}, False),
+    ],
+)
+def test_the_conditions_of_a_trust_policy_count(condition, answer):
+    assert trusted(Condition=condition) is answer
+
+
+def test_a_trust_policy_with_its_placeholders_is_refused_and_the_remedy_names_a_filled_one(fake, recipe):
+    """The policies of docs/aws, put into the account as they are, or as the remedies name them."""
+
+    def trust(text: str) -> None:
+        fake.client("iam").update_assume_role_policy(RoleName="training", PolicyDocument=text)
+
+    trust((ROOT / "docs" / "aws" / "job-trust.json").read_text())
+    (problem,) = found(recipe)
+    file = Path(problem.remedy.partition("file://")[2].rstrip("`"))
+    assert file.parent == Settings().llm_output_dir / "aws"
+    trust(file.read_text())
+    assert found(recipe) == []
+    # Whether the account is in an organisation is not known here.
+    condition = {"StringEquals": {"aws:SourceOrgID": "o-1"}}
+    trust(json.dumps({"Version": "2012-10-17", "Statement": [TRUSTED | {"Condition": condition}]}))
+    the_one(recipe, "depends on its conditions", "job-trust.json", is_warning=True)
+
+
+def test_the_rights_of_the_role_are_checked_and_its_policy_is_enough(fake, small_llama, monkeypatch):
+    secret(fake, monkeypatch, '{"HF_TOKEN": "planted"}')
+    vpc = "compute.sagemaker.vpc={subnets: [subnet-1], security_group_ids: [sg-1]}"
+    recipe = make_recipe(small_llama, vpc)
+    fake.rights = [*policy("job"), *policy("job-vpc")]
+    assert found(recipe) == []
+    fake.rights = []
+    missing = found(recipe)
+    said = "\n".join(map(str, missing))
+    for action in ("s3:ListBucket", "s3:GetObject", "logs:PutLogEvents", "ecr:BatchGetImage", "secretsmanager:GetSecretValue",
+                   "ec2:CreateNetworkInterface"):  # fmt: skip
+        assert action in said
+    assert [problem.what for problem in missing if problem.is_warning] == [
+        f"The role training may not do s3:DeleteObject on arn:aws:s3:::{BUCKET}/llm-engineering/checkpoints/job/file"
+    ]
+    # The commands of the remedies, as they are, repair the role.
+    for file in {problem.remedy.partition("file://")[2].rstrip("`") for problem in missing}:
+        fake.rights += json.loads(Path(file).read_text())["Statement"]
+    assert found(recipe) == []
+
+
+def test_the_keys_of_the_secret_and_of_the_uploads_are_checked(fake, recipe, monkeypatch):
+    kms = fake.client("kms")
+    key = kms.create_key()["KeyMetadata"]
+    fake.client("secretsmanager").create_secret(Name="llm", SecretString="{}", KmsKeyId=key["KeyId"])
+    monkeypatch.setenv("SAGEMAKER_SECRET", "llm")
+    fake.rights = [*policy("job"), *policy("secret-kms", SECRET_KMS_KEY_ARN=key["Arn"])]
+    assert found(recipe) == []
+    fake.rights = policy("job")
+    the_one(recipe, "may not do kms:Decrypt with the key of the secret llm", key["Arn"], is_warning=True)
+    fake.rights = None
+    kms.disable_key(KeyId=key["KeyId"])
+    the_one(recipe, "of the secret llm is Disabled", "aws kms enable-key")
+    monkeypatch.delenv("SAGEMAKER_SECRET")
+    cloud = recipe.compute.sagemaker.model_copy(update={"kms_key": "alias/nothing"})
+    compute = recipe.compute.model_copy(update={"sagemaker": cloud})
+    fake.client("s3").get_bucket_location(Bucket=BUCKET)
+    missing = [problem.what for problem in found(recipe.model_copy(update={"compute": compute}))]
+    assert "There is no key alias/nothing, which compute.sagemaker.kms_key names" in missing
 
 
 def test_the_command(fake, small_llama, fresh_project):

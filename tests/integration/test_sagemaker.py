@@ -215,6 +215,42 @@ def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):
         stage.dispatch()
 
 
+def test_a_job_that_waits_too_long_gives_way_to_the_next_type_and_then_to_on_demand(fake, stage, tmp_path, caplog):
+    caplog.set_level("INFO")
+    machines = {"fallback_instance_types": ["ml.g5.2xlarge"], "fallback_on_demand": True, "max_pending_s": 1}
+    compute = stage.job.setup.compute
+    allowed = compute.model_copy(update={"sagemaker": compute.sagemaker.model_copy(update=machines)})
+    setup = stage.job.setup.model_copy(update={"compute": allowed})
+    fake.no_capacity |= {f"{kind} for spot training job usage" for kind in ("ml.g5.xlarge", "ml.g5.2xlarge")}
+    (tmp_path / "image.lock").write_text("boto3==0.1")
+    with pytest.raises(WorkError, match="The image was built from another"):
+        stage.dispatch(setup=setup)
+    asked = fake.asked("sagemaker", "CreateTrainingJob")
+    assert [(a["ResourceConfig"]["InstanceType"], a["EnableManagedSpotTraining"]) for a in asked] == [
+        ("ml.g5.xlarge", True),
+        ("ml.g5.2xlarge", True),
+        ("ml.g5.xlarge", False),
+    ]
+    assert [job.status for job in fake.jobs.values()] == ["Stopped", "Stopped", "Failed"]
+    assert len({a["CheckpointConfig"]["S3Uri"] for a in asked}) == 1
+    assert "Starting. Insufficient capacity error from EC2 while launching, retrying!" in caplog.text
+    assert "has waited for ml.g5.2xlarge for more than 1 s (compute.sagemaker.max_pending_s)" in caplog.text
+    assert "trying ml.g5.xlarge on demand" in caplog.text
+
+
+def test_a_corrected_setting_of_the_same_length_reaches_the_job_of_the_same_name(fake, stage):
+    fake.quotas.clear()
+    for run in ("a", "b"):
+        with pytest.raises(WorkError, match="ResourceLimitExceeded"):
+            stage.dispatch(parameters={"run_id": run})
+        asked = fake.asked("sagemaker", "CreateTrainingJob")[-1]
+        uris = {c["ChannelName"]: c["DataSource"]["S3DataSource"]["S3Uri"] for c in asked["InputDataConfig"]}
+        bucket, _, key = uris["job"].removeprefix("s3://").partition("/")
+        job = json.loads(fake.client("s3").get_object(Bucket=bucket, Key=f"{key}job.json")["Body"].read())
+        assert job["parameters"] == {"run_id": run}
+    assert len({asked["TrainingJobName"] for asked in fake.asked("sagemaker", "CreateTrainingJob")}) == 1
+
+
 def test_two_clients_and_ctrl_c(fake, stage, monkeypatch, caplog):
     """A job that another process created under the same name is followed; Ctrl-C without a terminal stops it."""
     fake.starting_s = NEVER_S
@@ -300,6 +336,7 @@ LAUNCHER_UNTESTED = {
     "servicequotas:ListAWSDefaultServiceQuotas": "a quota that was never changed, where only its default is listed",
 }
 JOB_UNTESTED = {
+    "s3:DeleteObject": "old checkpoints, once a minute",
     "s3:AbortMultipartUpload": "SageMaker, where a large upload fails",
     "logs:DescribeLogStreams": "SageMaker, as its documentation lists for execution roles",
     "cloudwatch:PutMetricData": "SageMaker, load of processor and card",

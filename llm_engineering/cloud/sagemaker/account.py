@@ -21,6 +21,10 @@ _RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeo
 _LOADER = create_loader()
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/.+")
+_ECR = re.compile(
+    r"(?P<registry>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
+    r"(?P<repository>[a-z0-9][a-z0-9._/-]*)(:(?P<tag>[\w.-]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,21 @@ class Account:
         session = get_session()
         session.register_component("data_loader", _LOADER)
         return boto3.Session(botocore_session=session, region_name=self.region).client(service, config=_RETRIES)
+
+    @property
+    def partition(self) -> str:
+        """The second part of ARNs, such as `aws`."""
+        return self.role.split(":")[1]
+
+    @property
+    def number(self) -> str:
+        """The account of the job's role: twelve digits."""
+        return self.role.split(":")[4]
+
+    @property
+    def image_parts(self) -> re.Match[str] | None:
+        """The groups `registry`, `region`, `repository`, `tag` and `digest`; None if the image is not in ECR."""
+        return _ECR.fullmatch(self.image)
 
     def uri(self, *parts: str) -> str:
         """An address below the prefix: `s3://bucket/prefix/a/b`."""

@@ -19,7 +19,14 @@ from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.failures import explain, is_capacity, translated
 from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
-from llm_engineering.cloud.sagemaker.request import INPUTS, RESULTS, instance_types, training_job_request, types_after
+from llm_engineering.cloud.sagemaker.request import (
+    INPUTS,
+    RESULTS,
+    Machine,
+    machines,
+    machines_after,
+    training_job_request,
+)
 from llm_engineering.cloud.sagemaker.s3 import fetch_results, folder_hash, is_there, upload_code, upload_folder
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
@@ -77,30 +84,41 @@ def dispatch_training(
     stage = _Stage(job, data, settings, recipe)
     with translated("SageMaker's jobs cannot be looked up"):
         current = stage.attached() or stage.unfinished()
+    is_found = current is not None
     if current is None:
         with translated(f"The inputs of {job.stage} cannot be uploaded"):
             stage.upload()
     with Signals() as signals:
         if current is None:
             with translated(f"A job for {job.stage} cannot be started"):
-                current = stage.start(instance_types(stage.config))
+                current = stage.start(machines(stage.config))
         while True:
             record(stage.facts(current))
-            log = JobLog(stage.account.client("logs"), current["TrainingJobName"])
-            with translated(f"Job {current['TrainingJobName']} keeps running, but cannot be followed"):
-                current = follow(stage.client, log, current["TrainingJobName"], signals)
+            name, tried = current["TrainingJobName"], Machine.of(current)
+            remaining, has_waited = machines_after(stage.config, tried), False
+            log = JobLog(stage.account.client("logs"), name, from_end=is_found)
+            with translated(f"Job {name} keeps running, but cannot be followed"):
+                current = follow(stage.client, log, name, signals, stage.config.max_pending_s if remaining else None)
+                if jobs.is_running(current):
+                    logger.warning(
+                        "Job %s has waited for %s for more than %d s (compute.sagemaker.max_pending_s): stopping it",
+                        name,
+                        tried,
+                        stage.config.max_pending_s,
+                    )
+                    jobs.stop(stage.client, name)
+                    current = follow(stage.client, log, name, signals)
+                    has_waited = current["TrainingJobStatus"] == "Stopped"
             record(stage.facts(current))
             if current["TrainingJobStatus"] == "Completed":
                 break
-            tried = current["ResourceConfig"]["InstanceType"]
-            remaining = types_after(stage.config, tried) if is_capacity(current) else []
-            if not remaining:
+            if not remaining or not (has_waited or is_capacity(current)):
                 raise explain(current, list(log.last))
             if signals.received is not None:
                 raise KeyboardInterrupt("no job was started on the next instance type")
             logger.warning("No capacity of %s: trying %s", tried, remaining[0])
             with translated(f"A job for {job.stage} cannot be started"):
-                stage.former = current
+                stage.former, is_found = current, False
                 current = stage.start(remaining)
     logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current))
     with translated(f"The results of job {current['TrainingJobName']} cannot be downloaded"):
@@ -142,8 +160,8 @@ class _Stage:
         different = differences(self._identity_of(description), json.loads(json.dumps(self.identity)))
         if different:
             raise RequestError(
-                f"Job {name} does other work: it differs in {', '.join(different)}. Use the recipe and the data that it "
-                "was started with, or leave --attach out."
+                f"Job {name} does other work: it differs in {', '.join(different)}. Use the recipe, the data and "
+                "the code that it was started with, or leave --attach out."
             )
         if description["TrainingJobStatus"] in ("Failed", "Stopped"):
             raise RequestError(
@@ -175,7 +193,7 @@ class _Stage:
         if status == "Stopping":
             logger.info("Job %s is being stopped: waiting for its last checkpoint", name)
             with Signals() as signals:
-                self.former = follow(self.client, JobLog(self.account.client("logs"), name), name, signals)
+                self.former = follow(self.client, JobLog(self.account.client("logs"), name, True), name, signals)
         if self.former["TrainingJobStatus"] != "Completed":
             logger.info("Job %s did not complete: a new job resumes from its newest checkpoint", name)
             return None
@@ -188,30 +206,37 @@ class _Stage:
         logger.info("Job %s of %s did this work: downloading its results", name, when)
         return self.former
 
-    def start(self, types: Sequence[str]) -> dict[str, Any]:
-        """Upload the inputs and create a job on the first of these instance types that the quota allows."""
+    def start(self, choices: Sequence[Machine]) -> dict[str, Any]:
+        """Upload the inputs and create a job on the first of these machines that the quota allows."""
+        for other in self.names.running_others(self.client):
+            logger.warning(
+                "Job %s of this recipe and stage still runs, and differs in data, settings or code. It is not followed, and "
+                "it is paid until it ends. `aws sagemaker stop-training-job --training-job-name %s` stops it",
+                other,
+                other,
+            )
         number = 1 if self.former is None else self.names.number(self.former["TrainingJobName"]) + 1
         name = self.names.name(number)
         channels = {**self.upload(), "job": self._upload_job(name)}
         tags = {jobs.STAGE: self.job.stage, jobs.IDENTITY: self.names.digest, jobs.RECIPE: self.recipe}
         requests = {
-            kind: training_job_request(
+            machine: training_job_request(
                 name,
                 self._command(),
                 channels,
                 {},
                 self._checkpoints(name),
                 self.account.uri("results"),
-                self.config.model_copy(update={"instance_type": kind}),
+                self.config.model_copy(update={"instance_type": machine.instance_type, "use_spot": machine.spot}),
                 self.account,
                 tags,
             )
-            for kind in types
+            for machine in choices
         }
         description, is_new = jobs.create_first(self.client, requests)
-        kind, spot = description["ResourceConfig"]["InstanceType"], " (spot)" if self.config.use_spot else ""
+        kind, spot = Machine.of(description)
         started = "started on" if is_new else "was started by another process; following it, on"
-        logger.info("Job %s %s %d x %s%s", name, started, self.config.instance_count, kind, spot)
+        logger.info("Job %s %s %d x %s%s", name, started, self.config.instance_count, kind, " (spot)" if spot else "")
         return description
 
     def _command(self) -> list[str]:
@@ -268,7 +293,8 @@ class _Stage:
             job = self.job.model_copy(update={"setup": setup, **places})
             (folder / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
             (folder / "identity.json").write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
-            return upload_folder(self.account, folder, "jobs", name)
+            # Another start of this name may have other settings of the trackers, which the identity does not cover.
+            return upload_folder(self.account, folder, "jobs", name, folder_hash(folder))
 
     def facts(self, description: dict[str, Any]) -> dict[str, Any]:
         """Name, status and machines of a job, and its seconds and cost when it has ended; keys begin with `sagemaker_`."""

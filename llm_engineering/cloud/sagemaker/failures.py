@@ -135,7 +135,7 @@ def _cause(description: dict[str, Any], reason: str) -> tuple[str, str]:
         )
     if description["SecondaryStatus"] == "MaxWaitTimeExceeded":
         return f"Waiting for spot machines and running took more than {stopping['MaxWaitTimeInSeconds']} s.", (
-            f"{resumes} Raise compute.sagemaker.max_wait_s, name fallback_instance_types, or set use_spot to false."
+            f"{resumes} Raise compute.sagemaker.max_wait_s, name fallback_instance_types, or set fallback_on_demand."
         )
     if description["TrainingJobStatus"] == "Stopped":
         return "It was stopped, but not by this command.", resumes
@@ -146,7 +146,7 @@ def _cause(description: dict[str, Any], reason: str) -> tuple[str, str]:
         "role": description["RoleArn"],
         "bucket": description["OutputDataConfig"]["S3OutputPath"],
         "spot": " on the spot market" if spot else "",
-        "on_demand": ", or set compute.sagemaker.use_spot to false" if spot else "",
+        "on_demand": ", or set compute.sagemaker.fallback_on_demand" if spot else "",
     }
     has_run = reason.startswith("AlgorithmError")
     # SageMaker itself may also report a full disk or too little memory.

@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, Self
 
@@ -19,7 +20,8 @@ from botocore import exceptions
 from botocore.exceptions import ClientError, HTTPClientError
 from datasets import DatasetDict
 
-from llm_engineering.cloud.sagemaker.s3 import folder_hash
+from llm_engineering.cloud.sagemaker.request import Machine
+from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_hash, folder_hash
 from llm_engineering.training.job import Job
 from llm_engineering.training.train import dataset_digests
 
@@ -39,12 +41,14 @@ _NAME_CHARACTERS = 63
 _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 15.0
 _FACTOR = 1.4
+# Secondary states of a job that waits for its machines, at its start or after an interruption.
+_PENDING = ("Starting", "Pending", "LaunchingMLInstances", "Interrupted", "Restarting")
 # CloudWatch shows a line some seconds after it was written.
 _LAST_LINES_S = 1.0
 
 
 def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
-    """Everything that decides what a job computes: recipe, model, data, and the adapter or model it starts from.
+    """Everything that decides what a job computes: recipe, model, data, the adapter or model it starts from, and the code.
 
     The machines and the trackers are left out, because they do not change the result.
     """
@@ -54,6 +58,7 @@ def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
         job.stage: job.config,
         "dataset": dataset_digests(data),
         "start": folder_hash(job.start) if job.start else None,
+        "code": code_hash(PROJECT_ROOT),
     }
 
 
@@ -93,6 +98,13 @@ class JobNames:
         ours = [name for name in names if re.search(rf"{re.escape(self.part)}\d+$", name)]
         return describe(client, max(ours, key=self.number)) if ours else None
 
+    def running_others(self, client: Any) -> list[str]:
+        """The running jobs of the same recipe and stage whose identity is another one."""
+        start = self.name(1).removesuffix(f"{self.part}0001") + f"-{self.stage}-"
+        pages = client.get_paginator("list_training_jobs").paginate(NameContains=start, StatusEquals="InProgress")
+        names = [summary["TrainingJobName"] for page in pages for summary in page["TrainingJobSummaries"]]
+        return [name for name in names if re.fullmatch(rf"{start}[0-9a-f]{{12}}-\d+", name) and self.part not in name]
+
 
 def describe(client: Any, name: str) -> dict[str, Any]:
     """DescribeTrainingJob's answer."""
@@ -122,26 +134,36 @@ def is_running(description: Mapping[str, Any]) -> bool:
     return description["TrainingJobStatus"] not in ("Completed", "Failed", "Stopped")
 
 
-def create_first(client: Any, requests: Mapping[str, dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """Create a job with the first request whose instance type the account's quota allows.
+def pending_s(description: Mapping[str, Any]) -> float:
+    """Seconds for which a job has been waiting for its machines; 0 if it has them."""
+    since = None
+    for state in reversed(description.get("SecondaryStatusTransitions", [])):
+        if state["Status"] not in _PENDING:
+            break
+        since = state["StartTime"]
+    return (datetime.now(UTC) - since).total_seconds() if since is not None else 0.0
+
+
+def create_first(client: Any, requests: Mapping[Machine, dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """Create a job with the first request whose machine the account's quota allows.
 
     Args:
-        requests: at least one request, by instance type, in the order in which they are tried.
+        requests: at least one request, by machine, in the order in which they are tried.
 
     Returns:
         The job, and whether it is new: another process may have created a job of this name in the meantime.
 
     Raises:
-        ClientError: AWS refuses. If every quota is too small, the error for the last type.
+        ClientError: AWS refuses. If every quota is too small, the error for the last machine.
     """
     last = list(requests)[-1]
-    for instance_type, request in requests.items():
+    for machine, request in requests.items():
         try:
             client.create_training_job(**request)
         except client.exceptions.ResourceLimitExceeded as error:
-            if instance_type == last:
+            if machine == last:
                 raise
-            logger.warning("The quota for %s is too small. %s", instance_type, error.response["Error"]["Message"])
+            logger.warning("The quota for %s is too small. %s", machine, error.response["Error"]["Message"])
         except client.exceptions.ResourceInUse:
             return describe(client, request["TrainingJobName"]), False
         else:
@@ -150,28 +172,47 @@ def create_first(client: Any, requests: Mapping[str, dict[str, Any]]) -> tuple[d
 
 
 class JobLog:
-    """The log of a job in CloudWatch. It has one stream for each machine, and new streams after a restart.
+    """The states of a job, and its log in CloudWatch, which has one stream for each machine and new ones after a restart.
+
+    Args:
+        from_end: begin with the last `LAST_LINES` lines of each stream that exists at the first call of `read`.
 
     Attributes:
         last: the last `LAST_LINES` lines that were read.
     """
 
-    def __init__(self, client: Any, job: str) -> None:
+    def __init__(self, client: Any, job: str, from_end: bool = False) -> None:
         self.client = client
         self.job = job
+        self.from_end = from_end
         self.last: deque[str] = deque(maxlen=LAST_LINES)
         self._tokens: dict[str, str | None] = {}
+        self._unread: list[str] = []
+        self._states: list[tuple[str, str]] = []
+
+    def states(self, description: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """The states since the last call, with their messages, and former states whose message has changed.
+
+        SageMaker reports missing capacity as another message of the state `Starting`.
+        """
+        transitions = description.get("SecondaryStatusTransitions", [])
+        states = [(state["Status"], state.get("StatusMessage", "").rstrip(".")) for state in transitions]
+        new = [state for i, state in enumerate(states) if state not in self._states[i : i + 1]]
+        self._states = states
+        return new
 
     def read(self) -> list[str]:
-        """The lines since the last call, stream by stream; with several machines, each line has its machine's name."""
+        """The lines since the last call, stream by stream; with several machines, each line has its machine's name.
+
+        If a request fails, the next call also returns the lines that were read before it.
+        """
         for stream in self._streams():
             self._tokens.setdefault(stream, None)
         machines = {_machine(stream) for stream in self._tokens}
-        lines = [
-            f"{_machine(stream)}: {line}" if len(machines) > 1 else line
-            for stream in sorted(self._tokens)
-            for line in self._new(stream)
-        ]
+        for stream in sorted(self._tokens):
+            self._read_stream(stream, f"{_machine(stream)}: " if len(machines) > 1 else "")
+        self.from_end = False
+        lines, self._unread = self._unread, []
         self.last.extend(lines)
         return lines
 
@@ -187,21 +228,22 @@ class JobLog:
                 return []
             raise
 
-    def _new(self, stream: str) -> list[str]:
-        lines: list[str] = []
+    def _read_stream(self, stream: str, start: str) -> None:
         while True:
             token = self._tokens[stream]
+            is_end = self.from_end and token is None
             page = self.client.get_log_events(
                 logGroupName=GROUP,
                 logStreamName=stream,
-                startFromHead=True,
+                startFromHead=not is_end,
                 **({"nextToken": token} if token else {}),
+                **({"limit": LAST_LINES} if is_end else {}),
             )
-            lines += [event["message"].rstrip() for event in page["events"]]
+            self._unread += [start + event["message"].rstrip() for event in page["events"]]
             self._tokens[stream] = page["nextForwardToken"]
             # At the end of a stream, CloudWatch returns the token of the request.
             if page["nextForwardToken"] == token:
-                return lines
+                return
 
 
 def _machine(stream: str) -> str:
@@ -268,8 +310,11 @@ class Signals:
         return not answer.strip().lower().startswith("d")
 
 
-def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, Any]:
+def follow(client: Any, log: JobLog, name: str, signals: Signals, max_pending_s: float | None = None) -> dict[str, Any]:
     """Log the states and the log lines of a job until it ends; returns DescribeTrainingJob's last answer.
+
+    Args:
+        max_pending_s: return also when the job has waited for its machines for this time; the job then still runs.
 
     If the connection is lost, the requests are repeated until AWS answers.
 
@@ -277,7 +322,7 @@ def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, A
         KeyboardInterrupt: a signal stopped the job, or detached this process from it.
         ClientError, BotoCoreError: AWS refuses a request.
     """
-    shown, wait, stopping, lost = 0, _FIRST_WAIT_S, False, False
+    wait, stopping, lost = _FIRST_WAIT_S, False, False
     while True:
         try:
             description = describe(client, name)
@@ -292,16 +337,18 @@ def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, A
             lost = True
         else:
             lost = False
-            transitions = description.get("SecondaryStatusTransitions", [])
-            for state in transitions[shown:]:
-                logger.info("%s: %s. %s", name, state["Status"], state.get("StatusMessage", "").rstrip("."))
+            states = log.states(description)
+            for status, message in states:
+                logger.info("%s: %s. %s", name, status, message)
             for line in lines:
                 logger.info("%s", line)
-            if lines or len(transitions) > shown:
-                shown, wait = len(transitions), _FIRST_WAIT_S
+            if lines or states:
+                wait = _FIRST_WAIT_S
             if not is_running(description):
                 if stopping and description["TrainingJobStatus"] == "Stopped":
                     raise KeyboardInterrupt(f"job {name} was stopped")
+                return description
+            if max_pending_s is not None and not stopping and pending_s(description) > max_pending_s:
                 return description
         if signals.received is not None:
             if stopping:
@@ -314,13 +361,16 @@ def follow(client: Any, log: JobLog, name: str, signals: Signals) -> dict[str, A
                 raise KeyboardInterrupt(f"detached from job {name}")
             stopping = True
             signals.answered()
-            _stop(client, name)
+            logger.warning(
+                "Stopping job %s: it saves a checkpoint within two minutes. Ctrl-C again leaves at once", name
+            )
+            stop(client, name)
         signals.wait(wait)
         wait = min(wait * _FACTOR, _LONGEST_WAIT_S)
 
 
-def _stop(client: Any, name: str) -> None:
-    logger.warning("Stopping job %s: it saves a checkpoint within two minutes. Ctrl-C again leaves at once", name)
+def stop(client: Any, name: str) -> None:
+    """Ask SageMaker to stop a job."""
     try:
         client.stop_training_job(TrainingJobName=name)
     except ClientError as error:

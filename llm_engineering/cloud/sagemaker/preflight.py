@@ -1,63 +1,38 @@
 """Checks everything that can make a SageMaker job fail, before it starts, and reports all problems at once.
 
-`problems` calls the checks. They are defined below it, in the order of the calls. If the account's policies forbid a check,
-or the network prevents it, a warning takes its place.
+`problems` calls the checks. If the account's policies forbid a check, or the network prevents it, a warning takes its place.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import boto3
 import httpx
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-from botocore.session import get_session
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from llm_engineering.cloud.container import secret_object
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.request import instance_types
+from llm_engineering.cloud.sagemaker.machine_checks import machine_problems
+from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, tried, with_policies
+from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
+from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
+from llm_engineering.cloud.sagemaker.trust import trust_problems
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 
 logger = logging.getLogger(__name__)
 
-_SAGEMAKER = "sagemaker.amazonaws.com"
 _TOKEN = "HF_TOKEN"
-# Error codes of missing permissions. The answer to S3's HeadBucket has only the HTTP status.
-_FORBIDDEN = frozenset({"AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "AuthorizationError", "403"})
-_ECR = re.compile(
-    r"(?P<registry>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
-    r"(?P<repository>[a-z0-9][a-z0-9._/-]*)(:(?P<tag>[\w.-]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
-)
-_GIB = 2**30
-# training/train.py keeps two checkpoints while it writes a third.
-_CHECKPOINTS = 3
-# Disk space for data, caches and the libraries' own files.
-_OTHER_BYTES = 10 * _GIB
-
-
-class Problem(NamedTuple):
-    """A reason why a job would fail. A warning means that the job may start late, or that a check could not run."""
-
-    what: str
-    remedy: str
-    is_warning: bool = False
-
-    def __str__(self) -> str:
-        return f"{'Warning: ' if self.is_warning else ''}{self.what}. {self.remedy}."
 
 
 def check(recipe: Recipe, account: Account, settings: Settings) -> None:
@@ -92,44 +67,20 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
             "compute.target sagemaker: make preflight CONFIG=configs/sagemaker_8b.yaml"
         )
     needs_token, found = _model_problems(recipe.model, settings)
-    found += _volume_problems(recipe, config, settings)
     caller = _region_problem(account.region) or _caller(account)
     if isinstance(caller, Problem):
         return [caller, *found]
     needed = {*secrets, *([_TOKEN] if needs_token else [])}
-    return [
-        *tried(f"The role {account.role}", partial(_role_problems, account, caller)),
-        *tried("The right to pass the role", partial(_pass_role_problems, account, caller)),
+    found = [
+        *tried(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
+        *tried("What you and the role may do", partial(right_problems, config, account, caller)),
         *tried(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
         *tried(f"The image {account.image}", partial(_image_problems, account)),
-        *tried(f"The instance types in {account.region}", partial(_type_problems, config, account)),
-        *tried("The service quota", partial(_quota_problems, config, account)),
+        *machine_problems(recipe, config, account, settings),
         *tried("The secret", partial(_secret_problems, account, needed)),
         *found,
     ]
-
-
-def tried(subject: str, check: Callable[[], Iterator[Problem]]) -> list[Problem]:
-    """Run a check of the account and return its problems.
-
-    If AWS forbids a request or cannot be reached, the check ends. A warning is added to the problems found before.
-    """
-    found: list[Problem] = []
-    try:
-        for problem in check():
-            found.append(problem)  # noqa: PERF402 — extend would lose the problems before an error
-    except ClientError as error:
-        code = _code(error)
-        if code in _FORBIDDEN:
-            reason = f"these credentials may not do {error.operation_name}"
-        else:
-            reason = f"{error.operation_name} answered {code}: {error.response['Error'].get('Message', '')}"
-        remedy = "Use the policy docs/aws/launcher.json, which allows every check, or check this yourself"
-        found.append(Problem(f"{subject} could not be checked: {reason.rstrip(': .')}", remedy, is_warning=True))
-    except BotoCoreError as error:
-        reason = str(error).rstrip(".")
-        found.append(Problem(f"{subject} could not be checked: {reason}", "Check the network", is_warning=True))
-    return found
+    return with_policies(found, account, settings, PROJECT_ROOT)
 
 
 def _model_problems(model: ModelConfig, settings: Settings) -> tuple[bool, list[Problem]]:
@@ -163,60 +114,6 @@ def _model_problems(model: ModelConfig, settings: Settings) -> tuple[bool, list[
     return True, [Problem(what, remedy)]
 
 
-def _volume_problems(recipe: Recipe, config: SageMakerConfig, settings: Settings) -> Iterator[Problem]:
-    """Check that the disk of the job is large enough."""
-    size = config.volume_size_gb
-    try:
-        needed = volume_bytes(recipe, settings)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        yield Problem(
-            f"The size of {recipe.model.name_or_path} is not known: {reason}",
-            f"Make sure that compute.sagemaker.volume_size_gb {size} is enough for it",
-            is_warning=True,
-        )
-        return
-    if needed > size * _GIB:
-        yield Problem(
-            f"compute.sagemaker.volume_size_gb {size} is too small: model, checkpoints and results take about "
-            f"{needed / _GIB:.0f} GB",
-            f"Set it to {math.ceil(needed * 1.2 / _GIB)} or more",
-        )
-
-
-def volume_bytes(recipe: Recipe, settings: Settings) -> int:
-    """Bytes that a job needs on its disk, computed from the model's config, without its weights.
-
-    The sum of:
-    - the base model: its parameters times the bytes of `config.dtype` (bfloat16 if the config names none);
-    - three checkpoints: 12 bytes for each trained parameter (float32 weight and AdamW's two moments);
-    - the result: 4 bytes for each trained parameter;
-    - 10 GiB for data and caches.
-
-    Raises:
-        OSError, ValueError: the model's config cannot be loaded.
-    """
-    # Imported only here: schedules import this module, and their `--help` must not wait for torch.
-    import torch
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from llm_engineering.models.base_model import load_config
-    from llm_engineering.models.fit import shape_config
-
-    config = load_config(recipe.model, settings)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-        parameters: int = sum(parameter.numel() for parameter in model.parameters())
-        if recipe.method == "full":
-            trained = parameters
-        else:
-            adapted = get_peft_model(model, shape_config(recipe.lora))
-            trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    dtype: torch.dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    return parameters * dtype.itemsize + trained * (12 * _CHECKPOINTS + 4) + _OTHER_BYTES
-
-
 def _region_problem(region: str) -> Problem | None:
     """Check that boto3 lists the region as a region of SageMaker."""
     session = boto3.Session()
@@ -237,79 +134,24 @@ def _caller(account: Account) -> str | Problem:
         return Problem("No AWS credentials are found", remedy)
     except ClientError as error:
         remedy = "Renew them: `aws sso login`, or new access keys"
-        return Problem(f"The AWS credentials are refused ({_code(error)})", remedy)
+        return Problem(f"The AWS credentials are refused ({error_code(error)})", remedy)
     except BotoCoreError as error:
         remedy = "Check the network, AWS_REGION, and the profile in ~/.aws/config"
         return Problem(f"AWS cannot be reached: {str(error).rstrip('.')}", remedy)
 
 
-def _role_problems(account: Account, caller: str) -> Iterator[Problem]:
+def _role_problems(recipe: Recipe, account: Account, caller: str) -> Iterator[Problem]:
     """Check that the job's role exists, is in the caller's account, and trusts SageMaker."""
-    own, role_account = caller.split(":")[4], account.role.split(":")[4]
-    if own != role_account:
+    own = caller.split(":")[4]
+    if own != account.number:
         yield Problem(
-            f"The role {account.role} is in account {role_account}, but the credentials belong to account {own}",
+            f"The role {account.role} is in account {account.number}, but the credentials belong to account {own}",
             "Set SAGEMAKER_ROLE to a role of the same account, or AWS_PROFILE to a profile of the other account",
         )
         return
-    yield from trust_problems(account.client("iam"), account.role, _SAGEMAKER, "job")
-
-
-def trust_problems(iam: Any, role: str, service: str, policies: str) -> Iterator[Problem]:
-    """Check that a role exists and lets a service assume it.
-
-    Args:
-        iam: a boto3 client.
-        role: the ARN of the role.
-        service: the service's principal, such as `sagemaker.amazonaws.com`.
-        policies: the role's files are `docs/aws/<policies>.json` and `docs/aws/<policies>-trust.json`.
-    """
-    name, trust = role.rpartition("/")[2], f"docs/aws/{policies}-trust.json"
-    try:
-        document = iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"]
-    except iam.exceptions.NoSuchEntityException:
-        create = f"aws iam create-role --role-name {name} --assume-role-policy-document file://{trust}"
-        yield Problem(
-            f"There is no role {name}", f"Create it with `{create}`, and add the policy docs/aws/{policies}.json"
-        )
-        return
-    if not trusts(document, service):
-        yield Problem(
-            f"The role {name} does not let {service} assume it",
-            f"Run `aws iam update-assume-role-policy --role-name {name} --policy-document file://{trust}`",
-        )
-
-
-def trusts(document: dict[str, Any], service: str) -> bool:
-    """Whether a trust policy lets a service assume its role. Conditions are ignored."""
-    for statement in listed(document["Statement"]):
-        principal = statement.get("Principal", {})
-        # A principal that is a string is "*": everybody.
-        services = listed(principal.get("Service", [])) if isinstance(principal, dict) else [service]
-        allowed = statement["Effect"] == "Allow" and "sts:AssumeRole" in listed(statement["Action"])
-        if allowed and service in services:
-            return True
-    return False
-
-
-def _pass_role_problems(account: Account, caller: str) -> Iterator[Problem]:
-    """Check with IAM's policy simulator that the caller may pass the role to SageMaker."""
-    kind, _, name = caller.split(":", 5)[5].partition("/")
-    if kind == "root":
-        return
-    iam = account.client("iam")
-    if kind == "assumed-role":
-        # The simulator accepts a role, but not a session of a role.
-        caller = iam.get_role(RoleName=name.partition("/")[0])["Role"]["Arn"]
-    service = {"ContextKeyName": "iam:PassedToService", "ContextKeyValues": [_SAGEMAKER], "ContextKeyType": "string"}
-    answer = iam.simulate_principal_policy(
-        PolicySourceArn=caller, ActionNames=["iam:PassRole"], ResourceArns=[account.role], ContextEntries=[service]
-    )
-    if any(result["EvalDecision"] != "allowed" for result in answer["EvaluationResults"]):
-        yield Problem(
-            f"{caller} may not pass the role {account.role} to SageMaker",
-            "Allow it iam:PassRole on that role: docs/aws/launcher.json has the statement",
-        )
+    job = f"training-job/{recipe.name}-{recipe.chain[0]}-{'0' * 12}-0001"
+    source = f"arn:{account.partition}:sagemaker:{account.region}:{account.number}:{job}"
+    yield from trust_problems(account.client("iam"), account.role, SAGEMAKER, source, "job")
 
 
 def _bucket_problems(account: Account) -> Iterator[Problem]:
@@ -319,7 +161,7 @@ def _bucket_problems(account: Account) -> Iterator[Problem]:
         region = s3.head_bucket(Bucket=account.bucket).get("BucketRegion")
     except ClientError as error:
         region = error.response["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region")
-        if _code(error) == "404":
+        if error_code(error) == "404":
             command = f"aws s3 mb s3://{account.bucket} --region {account.region}"
             yield Problem(f"There is no bucket {account.bucket}", f"Create it with `{command}`")
             return
@@ -334,7 +176,7 @@ def _bucket_problems(account: Account) -> Iterator[Problem]:
     try:
         s3.put_object(Bucket=account.bucket, Key=account.key("writable"), Body=b"", **account.encryption)
     except ClientError as error:
-        if _code(error) not in _FORBIDDEN:
+        if error_code(error) not in FORBIDDEN:
             raise
         yield Problem(
             f"s3://{account.bucket}/{account.prefix}/ cannot be written to",
@@ -345,7 +187,7 @@ def _bucket_problems(account: Account) -> Iterator[Problem]:
 
 def _image_problems(account: Account) -> Iterator[Problem]:
     """Check that the image is in ECR, in the job's region."""
-    parts = _ECR.fullmatch(account.image)
+    parts = account.image_parts
     if parts is None:
         yield Problem(
             f"The image {account.image} is not in Amazon ECR, and SageMaker takes images only from there",
@@ -367,69 +209,6 @@ def _image_problems(account: Account) -> Iterator[Problem]:
         yield Problem(f"There is no repository {repository} in ECR in {account.region}", "`make image` creates it")
     except ecr.exceptions.ImageNotFoundException:
         yield Problem(f"The repository {repository} has no image {account.image}", "`make image` pushes it")
-
-
-def _type_problems(config: SageMakerConfig, account: Account) -> Iterator[Problem]:
-    """Check that SageMaker knows the instance types, and that EC2 lists them for the region."""
-    known = get_session().get_service_model("sagemaker").shape_for("TrainingInstanceType").enum
-    asked = {}
-    for instance_type in instance_types(config):
-        if instance_type in known:
-            asked[instance_type.removeprefix("ml.")] = instance_type
-            continue
-        near = get_close_matches(instance_type, known, n=3)
-        hint = f"perhaps {' or '.join(near)} is meant" if near else "https://aws.amazon.com/sagemaker/pricing/"
-        yield Problem(f"SageMaker trains on no {instance_type}", f"Correct compute.sagemaker: {hint}")
-    if not asked:
-        return
-    # SageMaker does not list the types of a region. EC2 lists them, without the prefix `ml.`.
-    pages = account.client("ec2").get_paginator("describe_instance_type_offerings")
-    filters = [{"Name": "instance-type", "Values": sorted(asked)}]
-    offered = {
-        offering["InstanceType"]
-        for page in pages.paginate(LocationType="region", Filters=filters)
-        for offering in page["InstanceTypeOfferings"]
-    }
-    for name, instance_type in asked.items():
-        if name not in offered:
-            yield Problem(
-                f"{account.region} has no {instance_type}",
-                "Choose another compute.sagemaker.instance_type, or a region that has it "
-                f"(`aws ec2 describe-instance-type-offerings --filters Name=instance-type,Values={name} --region …`)",
-            )
-
-
-def _quota_problems(config: SageMakerConfig, account: Account) -> Iterator[Problem]:
-    """Check that the quotas allow the recipe's machines. If only a fallback type's quota is too small, this is a warning."""
-    use = "spot training" if config.use_spot else "training"
-    names = {instance_type: f"{instance_type} for {use} job usage" for instance_type in instance_types(config)}
-    quotas = _quotas("list_service_quotas", account)
-    if not set(names.values()) <= quotas.keys():
-        # A quota that was never changed may be listed only among the default quotas.
-        quotas = _quotas("list_aws_default_service_quotas", account) | quotas
-    for instance_type, name in names.items():
-        is_fallback = instance_type != config.instance_type
-        if name not in quotas:
-            yield Problem(
-                f"There is no quota `{name}` in {account.region}: SageMaker does not offer this type for training there",
-                "Choose another type in compute.sagemaker, or another region",
-                is_fallback,
-            )
-            continue
-        value, code = quotas[name]
-        if value < config.instance_count:
-            yield Problem(
-                f"The quota `{name}` is {value:.0f}, but the recipe asks for {config.instance_count}",
-                f"Run `aws service-quotas request-service-quota-increase --service-code sagemaker --quota-code {code} "
-                f"--desired-value {config.instance_count} --region {account.region}`; Amazon answers in minutes to days",
-                is_fallback,
-            )
-
-
-def _quotas(operation: str, account: Account) -> dict[str, tuple[float, str]]:
-    """SageMaker's quotas: value and code by name."""
-    pages = account.client("service-quotas").get_paginator(operation).paginate(ServiceCode="sagemaker")
-    return {quota["QuotaName"]: (quota["Value"], quota["QuotaCode"]) for page in pages for quota in page["Quotas"]}
 
 
 def _secret_problems(account: Account, needed: Iterable[str]) -> Iterator[Problem]:
@@ -461,13 +240,3 @@ def _secret_problems(account: Account, needed: Iterable[str]) -> Iterator[Proble
     missing = [name for name in names if not variables.get(name)]
     if missing:
         yield Problem(f"The secret {secret} lacks {' and '.join(missing)}", f"Add it: {put}")
-
-
-def listed(value: Any) -> list[Any]:
-    """A field of an IAM policy as a list, because a policy may contain a single item in place of a list."""
-    return value if isinstance(value, list) else [value]
-
-
-def _code(error: ClientError) -> str:
-    """The service's error code, or the HTTP status for a HEAD request, whose answer has no error code."""
-    return str(error.response["Error"]["Code"])

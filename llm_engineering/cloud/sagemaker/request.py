@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from llm_engineering.cloud.container import SECRET
+from llm_engineering.cloud.old_checkpoints import CHECKPOINTS_URI
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 
@@ -19,6 +20,21 @@ _START = (
     "mkdir -p /opt/ml/project && cd /opt/ml/project && tar -xzf /opt/ml/input/data/code/*.tar.gz && "
     'exec python -m llm_engineering.cloud.container "$@"'
 )
+
+
+class Machine(NamedTuple):
+    """A kind of machine that a job may get."""
+
+    instance_type: str
+    spot: bool
+
+    @classmethod
+    def of(cls, description: Mapping[str, Any]) -> Self:
+        """The machine of a job, from DescribeTrainingJob's answer."""
+        return cls(description["ResourceConfig"]["InstanceType"], bool(description.get("EnableManagedSpotTraining")))
+
+    def __str__(self) -> str:
+        return self.instance_type if self.spot else f"{self.instance_type} on demand"
 
 
 def training_job_request(
@@ -70,6 +86,7 @@ def training_job_request(
         "Environment": {
             "AWS_DEFAULT_REGION": account.region,
             "LLM_OUTPUT_DIR": CHECKPOINTS,
+            CHECKPOINTS_URI: checkpoint_uri,
             # The job's volume: the image's own disk is too small for a large model.
             "LLM_CACHE_DIR": "/tmp/llm-engineering",  # noqa: S108
             "HF_HOME": "/tmp/huggingface",  # noqa: S108
@@ -86,15 +103,20 @@ def training_job_request(
     return request
 
 
-def instance_types(config: SageMakerConfig) -> list[str]:
-    """The recipe's instance types, in the order in which they are tried."""
-    return list(dict.fromkeys([config.instance_type, *config.fallback_instance_types]))
+def machines(config: SageMakerConfig) -> list[Machine]:
+    """The recipe's machines, in the order in which they are tried."""
+    types = list(dict.fromkeys([config.instance_type, *config.fallback_instance_types]))
+    return [
+        Machine(kind, spot)
+        for spot in ((True, False) if config.fallback_on_demand else (config.use_spot,))
+        for kind in types
+    ]
 
 
-def types_after(config: SageMakerConfig, tried: str) -> list[str]:
-    """The instance types that remain after one had no capacity."""
-    types = instance_types(config)
-    return types[types.index(tried) + 1 :] if tried in types else []
+def machines_after(config: SageMakerConfig, tried: Machine) -> list[Machine]:
+    """The machines that remain after one had no capacity."""
+    found = machines(config)
+    return found[found.index(tried) + 1 :] if tried in found else []
 
 
 def _channel(name: str, uri: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def folder_hash(folder: Path) -> str:
 def upload_folder(account: Account, folder: Path, *place: str) -> str:
     """Upload a folder's files below the key `<prefix>/<place>/`; returns that address.
 
-    Files that S3 already has with the same length are skipped, so an interrupted upload can be resumed. `place` should
+    Files that S3 already has with the same length are skipped, so an interrupted upload can be resumed. `place` must
     therefore contain a hash of the folder.
     """
     s3 = account.client("s3")
@@ -140,24 +140,13 @@ def code_archive(root: Path) -> bytes:
     Raises:
         RequestError: `root` is not a git checkout.
     """
-    command = ["git", "-C", str(root), "ls-files", "-z"]
-    try:
-        listed = subprocess.run(command, capture_output=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RequestError(
-            f"{root} is not a git checkout, but a job gets the files that git tracks. Clone the project, or run `git init` "
-            "and `git add` there."
-        ) from error
     buffer = io.BytesIO()
     with (
         gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
-        for name in sorted(filter(None, listed.stdout.decode().split("\0"))):
+        for name in _tracked(root):
             path = root / name
-            # Skip tracked files that were deleted, and folders of submodules.
-            if not path.is_symlink() and not path.is_file():
-                continue
             member = archive.gettarinfo(path, name)
             member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
             member.mode = 0o755 if member.mode & 0o100 else 0o644
@@ -167,3 +156,30 @@ def code_archive(root: Path) -> bytes:
             else:
                 archive.addfile(member)
     return buffer.getvalue()
+
+
+def code_hash(root: Path) -> str:
+    """Hash the code that a training job runs into 16 hex digits: the tracked files of the library, and the image's lock.
+
+    Raises:
+        RequestError: `root` is not a git checkout.
+    """
+    digest = hashlib.sha256()
+    for name in _tracked(root, "llm_engineering", "docker/training.lock"):
+        digest.update(f"{name}\0{hashlib.sha256((root / name).read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _tracked(root: Path, *places: str) -> list[str]:
+    """The names of the files that git tracks below `root`, or only those in some of its folders, as they are on disk."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--", *places]
+    try:
+        listed = subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RequestError(
+            f"{root} is not a git checkout, but a job gets the files that git tracks. Clone the project, or run `git init` "
+            "and `git add` there."
+        ) from error
+    names = sorted(filter(None, listed.stdout.decode().split("\0")))
+    # Skip tracked files that were deleted, and folders of submodules.
+    return [name for name in names if (root / name).is_symlink() or (root / name).is_file()]

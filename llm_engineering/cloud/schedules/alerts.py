@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import boto3
 
-from llm_engineering.cloud.sagemaker.preflight import Problem, listed
+from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem
+from llm_engineering.cloud.sagemaker.trust import listed
 from llm_engineering.cloud.schedules.run_records import job_prefix
 from llm_engineering.errors import WorkError
 
@@ -100,5 +101,6 @@ def topic_problems(session: boto3.Session, topic: str) -> Iterator[Problem]:
     set_policy = f"aws sns set-topic-attributes --topic-arn {topic} --attribute-name Policy"
     yield Problem(
         f"The topic {topic} does not let EventBridge publish to it",
-        f"Add the statement of docs/aws/topic.json to its policy: `{set_policy} --attribute-value file://topic.json`",
+        f"Add the statements of {POLICIES}/topic.json to its policy. If it has no other policy, "
+        f"`{set_policy} --attribute-value file://{POLICIES}/topic.json` does this",
     )

@@ -106,6 +106,31 @@ def test_a_single_machine_needs_no_variables(tmp_path):
     assert container.torchrun_variables(tmp_path) == {}
 
 
+@pytest.mark.parametrize(
+    ("driver", "used"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\n", True),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@x)\n", True),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build  (root@x)\n", False),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  600.10  Sun May 12 19:39:15 UTC 2030\n", False),
+    ],
+)
+def test_compatibility_libraries_are_used_only_with_an_older_driver(driver, used, tmp_path, monkeypatch):
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/before")
+    (tmp_path / "compat").mkdir()
+    for name in ("libcuda.so", "libcuda.so.1", "libcuda.so.580.82.07", "libnvidia-nvvm.so.999.1"):
+        (tmp_path / "compat" / name).touch()
+    (tmp_path / "version").write_text(driver + "GCC version:  gcc version 12.2.0\n")
+    found = container.cuda_variables(tmp_path / "compat", tmp_path / "version")
+    assert found == ({"LD_LIBRARY_PATH": f"{tmp_path / 'compat'}:/before"} if used else {})
+
+
+def test_machines_without_cards_and_images_without_the_libraries_need_no_variables(tmp_path):
+    assert container.cuda_variables(tmp_path, tmp_path / "version") == {}
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun\n")
+    assert container.cuda_variables(tmp_path, tmp_path / "version") == {}
+
+
 def test_the_reason_is_the_last_error_line():
     lines = ["Error: the first\n", "Error: the second\n", "noise of torchrun\n"]
     assert container.reason(lines, 1) == "Error: the second"

@@ -1,8 +1,10 @@
 """Following a job: new lines of its log, lost connections, and the meaning of Ctrl-C."""
 
 import io
+import logging
 import os
 import signal
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
@@ -21,6 +23,8 @@ class Logs:
 
     def __init__(self):
         self.streams = None
+        # Called for each page, one after another; a function may raise.
+        self.refused_pages = []
 
     def get_paginator(self, operation):
         assert operation == "describe_log_streams"
@@ -33,9 +37,16 @@ class Logs:
         yield from ({"logStreams": [{"logStreamName": name}]} for name in names)
 
     def get_log_events(self, **asked):
-        assert asked["startFromHead"]
-        start = int(asked.get("nextToken", "0"))
-        lines = self.streams[asked["logStreamName"]][start : start + 2]
+        if self.refused_pages:
+            self.refused_pages.pop(0)()
+        stream = self.streams[asked["logStreamName"]]
+        if asked["startFromHead"]:
+            start = int(asked.get("nextToken", "0"))
+            lines = stream[start : start + 2]
+        else:
+            assert "nextToken" not in asked
+            start = max(0, len(stream) - asked["limit"])
+            lines = stream[start:]
         return {"events": [{"message": line} for line in lines], "nextForwardToken": str(start + len(lines))}
 
 
@@ -51,6 +62,32 @@ def test_each_read_returns_the_new_lines():
     # After an interruption the job writes to a new stream.
     logs.streams["a-job/algo-1-99"] = ["7"]
     assert log.read() == ["7"]
+
+
+def throttle():
+    raise refused("ThrottlingException")
+
+
+def test_no_line_is_lost_if_a_later_page_is_throttled():
+    logs = Logs()
+    logs.streams = {"j/algo-1-17": ["1", "2", "3", "4", "5"], "j/algo-2-17": ["x"]}
+    log = JobLog(logs, "j")
+    logs.refused_pages = [lambda: None, lambda: None, throttle]
+    with pytest.raises(ClientError):
+        log.read()
+    assert log.read() == ["algo-1: 1", "algo-1: 2", "algo-1: 3", "algo-1: 4", "algo-1: 5", "algo-2: x"]
+    assert log.read() == []
+
+
+def test_a_job_that_was_found_shows_the_end_of_its_log_and_then_every_line():
+    logs = Logs()
+    logs.streams = {"j/algo-1-17": [str(number) for number in range(200)]}
+    log = JobLog(logs, "j", from_end=True)
+    assert log.read() == [str(number) for number in range(150, 200)]
+    logs.streams["j/algo-1-17"] += ["a", "b", "c"]
+    # The stream of a restarted job is new, so it is shown from its beginning.
+    logs.streams["j/algo-1-99"] = [str(number) for number in range(60)]
+    assert log.read() == ["a", "b", "c", *map(str, range(60))]
 
 
 def test_lines_of_several_machines_have_names_and_the_last_lines_are_kept():
@@ -102,6 +139,61 @@ def test_following_waits_while_the_connection_is_lost(caplog):
     job = Job("InProgress", lost, lost, refused("ServiceUnavailable", 503), refused("ThrottlingException"), "Completed")
     assert followed(job)["TrainingJobStatus"] == "Completed"
     assert caplog.text.count("AWS cannot be reached") == 1
+
+
+class Waiting(Job):
+    """A job with a list of states in each answer: pairs of a state and its message; each state began `ago` seconds ago."""
+
+    def __init__(self, *answers, ago=0.0):
+        super().__init__(*answers)
+        self.began = datetime.now(UTC) - timedelta(seconds=ago)
+
+    def describe_training_job(self, **asked):
+        states = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        status = states[-1][0]
+        return {
+            "TrainingJobName": asked["TrainingJobName"],
+            "TrainingJobStatus": status if status == "Completed" else "InProgress",
+            "SecondaryStatusTransitions": [
+                {"Status": state, "StatusMessage": message, "StartTime": self.began} for state, message in states
+            ],
+        }
+
+
+def test_a_changed_message_of_a_state_is_shown_and_an_unchanged_one_only_once(caplog):
+    caplog.set_level(logging.INFO)
+    preparing = ("Starting", "Preparing the instances")
+    retrying = ("Starting", "Insufficient capacity error from EC2, retrying!")
+    followed(Waiting([preparing], [preparing], [retrying], [retrying], [retrying, ("Completed", "Done")]))
+    assert [line.partition(": ")[2] for line in caplog.messages] == [
+        "Starting. Preparing the instances",
+        "Starting. Insufficient capacity error from EC2, retrying!",
+        "Completed. Done",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("states", "waits"),
+    [
+        ([("Starting", "")], True),
+        ([("Starting", ""), ("Training", ""), ("Interrupted", ""), ("Starting", "")], True),
+        ([("Starting", ""), ("Downloading", "")], False),
+        ([("Starting", ""), ("Training", "")], False),
+    ],
+)
+def test_only_a_job_without_its_machines_waits(states, waits):
+    description = Waiting(states, ago=100.0).describe_training_job(TrainingJobName="j")
+    assert (jobs.pending_s(description) > 99) == waits
+
+
+def test_following_ends_with_a_job_that_waits_too_long_only_if_there_is_a_bound():
+    def job():
+        return Waiting([("Starting", "")], [("Starting", "")], [("Completed", "")], ago=100.0)
+
+    with Signals() as signals:
+        assert follow(job(), JobLog(Logs(), "j"), "j", signals, 90)["TrainingJobStatus"] == "InProgress"
+        assert follow(job(), JobLog(Logs(), "j"), "j", signals, 110)["TrainingJobStatus"] == "Completed"
+        assert follow(job(), JobLog(Logs(), "j"), "j", signals)["TrainingJobStatus"] == "Completed"
 
 
 def test_following_ends_when_aws_refuses():

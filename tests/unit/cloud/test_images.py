@@ -10,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from llm_engineering.cloud import container
 from llm_engineering.cloud.container import LOCK, check_versions
 from llm_engineering.errors import RequestError
 from tests.conftest import ROOT
@@ -38,6 +39,16 @@ IMAGE = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine"
          "implementation_name": "cpython"}  # fmt: skip
 
 
+def test_the_image_has_compilers_and_the_compatibility_libraries_of_torchs_cuda():
+    """inductor needs g++. The libraries are those of the CUDA version that torch's wheels bring."""
+    stages = instructions()
+    (install,) = [line for line in stages["base"] if "apt-get install" in line]
+    assert {"gcc", "g++"} <= set(install.split())
+    major, minor = pins("docker/training.lock")["nvidia-cuda-runtime"].split(".")[:2]
+    assert f"cuda-compat-{major}-{minor}" in stages["cuda"][1].split()
+    assert f"COPY --from=cuda /usr/local/cuda-{major}.{minor}/compat {container._COMPAT}" in stages["base"]
+
+
 def pins(lock: str) -> dict[str, str]:
     """Versions by package name."""
     found = [Requirement(line) for line in (ROOT / lock).read_text().splitlines()]
@@ -50,7 +61,7 @@ def pins(lock: str) -> dict[str, str]:
 
 def test_each_target_installs_its_lock_and_names_it():
     stages = instructions()
-    assert list(stages) == ["base", "training", "retrain"]
+    assert list(stages) == ["cuda", "base", "training", "retrain"]
     for target in aws.TARGETS:
         copied = [line.split()[1] for line in stages[target] if line.startswith("COPY")]
         assert copied == [f"{target}.lock"]
@@ -141,11 +152,13 @@ def run(*arguments: str) -> int:
     return cli.main(["cloud", "image", *arguments])
 
 
-def test_the_tag_changes_with_the_lock(tmp_path, monkeypatch):
+def test_the_tag_changes_with_the_lock_and_the_dockerfile(tmp_path, monkeypatch):
     (tmp_path / "docker").mkdir()
     monkeypatch.setattr(aws, "PROJECT_ROOT", tmp_path)
-    (tmp_path / "docker" / "training.lock").write_text("torch==1\n")
-    before = aws.tag("training")
-    (tmp_path / "docker" / "training.lock").write_text("torch==2\n")
-    assert re.fullmatch(r"training-[0-9a-f]{12}", before)
-    assert aws.tag("training") != before
+    tags = set()
+    for lock, dockerfile in (("torch==1\n", "FROM a"), ("torch==2\n", "FROM a"), ("torch==2\n", "FROM b")):
+        (tmp_path / "docker" / "training.lock").write_text(lock)
+        (tmp_path / "docker" / "Dockerfile").write_text(dockerfile)
+        tags.add(aws.tag("training"))
+    assert len(tags) == 3
+    assert all(re.fullmatch(r"training-[0-9a-f]{12}", tag) for tag in tags)

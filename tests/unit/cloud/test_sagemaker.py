@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, s3
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.request import instance_types, training_job_request, types_after
+from llm_engineering.cloud.sagemaker.request import Machine, machines, machines_after, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import code_archive
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
@@ -77,7 +77,7 @@ def test_the_recipe_overrides_the_settings(monkeypatch):
     assert found.uri("code", "x") == "s3://own/a/b/code/x"
 
 
-def request(machines, owner=None):
+def request(kind, owner=None):
     return training_job_request(
         "a-job",
         ["python", "-m", "llm_engineering.training"],
@@ -85,22 +85,22 @@ def request(machines, owner=None):
         {},
         "s3://b/checkpoints/a-job",
         "s3://b/results",
-        machines,
+        kind,
         owner or account(),
         {"own": "tag"},
     )
 
 
 @pytest.mark.parametrize(
-    "machines",
+    "kind",
     [
         config(),
         config(use_spot=False),
         config(vpc={"subnets": ["subnet-1"], "security_group_ids": ["sg-1"]}, tags={"team": "x"}, instance_count=2),
     ],
 )
-def test_botocore_accepts_the_requests(machines):
-    made = request(machines, account(kms_key="arn:aws:kms:eu-west-1:123456789012:key/k", secret="the-name"))
+def test_botocore_accepts_the_requests(kind):
+    made = request(kind, account(kms_key="arn:aws:kms:eu-west-1:123456789012:key/k", secret="the-name"))
     model = botocore.session.get_session().get_service_model("sagemaker").operation_model("CreateTrainingJob")
     assert ParamValidator().validate(made, model.input_shape).generate_report() == ""
     algorithm = made["AlgorithmSpecification"]
@@ -203,6 +203,7 @@ class Client:
         return self
 
     def paginate(self, **asked):
+        assert asked.get("StatusEquals", "InProgress") == "InProgress"
         found = [{"TrainingJobName": name} for name in self.names if asked["NameContains"] in name]
         return [{"TrainingJobSummaries": found[i : i + 2]} for i in range(0, len(found), 2)]
 
@@ -216,6 +217,13 @@ def test_the_newest_job_has_the_highest_number():
     others = ["tiny-dpo-0123456789ab-0099", "tiny-sft-0123456789ab-0099-hyperparameter-tuning"]
     assert names.newest(Client(*own, *others))["TrainingJobName"] == "tiny-sft-0123456789ab-0010"
     assert names.newest(Client(*others)) is None
+
+
+def test_running_jobs_of_the_same_recipe_and_stage_with_another_identity_are_found():
+    names = jobs.JobNames("tiny", "sft", "0123456789ab")
+    other = "tiny-sft-ba9876543210-0001"
+    listed = [names.name(1), other, "very-tiny-sft-ba9876543210-0001", "tiny-dpo-ba9876543210-0001", "tiny-sft-x-0001"]
+    assert names.running_others(Client(*listed)) == [other]
 
 
 def job(**compute):
@@ -242,12 +250,39 @@ def test_the_identity_depends_on_the_work_and_not_on_the_machine(tmp_path):
     assert jobs.job_identity(started, ROWS) != from_one
 
 
+def test_the_identity_depends_on_the_code_that_the_job_runs(checkout, monkeypatch):
+    """Not on files that the job does not run, such as the documentation, so an edit there does not start a second job."""
+    for file in ("llm_engineering/train.py", "docker/training.lock", "docs/page.md"):
+        (checkout / file).parent.mkdir(exist_ok=True)
+        (checkout / file).write_text("one")
+    git(checkout, "add", "-A")
+    monkeypatch.setattr(jobs, "PROJECT_ROOT", checkout)
+    former = jobs.job_identity(job(**ELSEWHERE), ROWS)
+    (checkout / "docs" / "page.md").write_text("two")
+    assert jobs.job_identity(job(**ELSEWHERE), ROWS) == former
+    for file in ("llm_engineering/train.py", "docker/training.lock"):
+        (checkout / file).write_text("two")
+        changed = jobs.job_identity(job(**ELSEWHERE), ROWS)
+        assert jobs.JobNames.of("tiny", "sft", changed) != jobs.JobNames.of("tiny", "sft", former)
+        former = changed
+
+
 def test_instance_types_are_tried_in_order_and_once():
-    machines = config(fallback_instance_types=["ml.g6.2xlarge", "ml.g5.2xlarge", "ml.g5.4xlarge"])
-    assert instance_types(machines) == ["ml.g5.2xlarge", "ml.g6.2xlarge", "ml.g5.4xlarge"]
-    assert types_after(machines, "ml.g6.2xlarge") == ["ml.g5.4xlarge"]
-    assert types_after(machines, "ml.g5.4xlarge") == []
-    assert types_after(machines, "ml.other.large") == []
+    spot = config(fallback_instance_types=["ml.g6.2xlarge", "ml.g5.2xlarge", "ml.g5.4xlarge"])
+    assert machines(spot) == [(kind, True) for kind in ("ml.g5.2xlarge", "ml.g6.2xlarge", "ml.g5.4xlarge")]
+    assert machines_after(spot, Machine("ml.g6.2xlarge", True)) == [("ml.g5.4xlarge", True)]
+    assert machines_after(spot, Machine("ml.g5.4xlarge", True)) == []
+    assert machines_after(spot, Machine("ml.other.large", True)) == []
+    assert machines(config(use_spot=False)) == [("ml.g5.2xlarge", False)]
+
+
+def test_on_demand_comes_after_all_spot_types_if_the_recipe_allows_it():
+    allowed = config(fallback_instance_types=["ml.g6.2xlarge"], fallback_on_demand=True)
+    kinds = ["ml.g5.2xlarge", "ml.g6.2xlarge"]
+    assert machines(allowed) == [(kind, spot) for spot in (True, False) for kind in kinds]
+    assert machines_after(allowed, Machine("ml.g5.2xlarge", False)) == [("ml.g6.2xlarge", False)]
+    with pytest.raises(ValidationError, match="no effect with use_spot false"):
+        config(use_spot=False, fallback_on_demand=True)
 
 
 def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
@@ -404,9 +439,9 @@ def test_the_setup_of_a_local_recipe_is_its_evaluation_setup():
 
 
 def test_several_machines_need_a_setup_without_a_shared_disk():
-    machines = {"instance_type": "ml.g5.12xlarge", "instance_count": 2}
+    two = {"instance_type": "ml.g5.12xlarge", "instance_count": 2}
     with pytest.raises(ValidationError, match="disk that all processes see"):
-        ComputeConfig(target="sagemaker", sagemaker=machines, num_processes=2, distributed="fsdp2")
+        ComputeConfig(target="sagemaker", sagemaker=two, num_processes=2, distributed="fsdp2")
     keys = ["compute.sagemaker.instance_count=2", "compute.num_processes=2", "compute.backend=transformers"]
     with pytest.raises(RequestError, match="load_best reads the best checkpoint in every process"):
         load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [*keys, "sft.load_best=true"])

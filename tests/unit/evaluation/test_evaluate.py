@@ -207,7 +207,9 @@ def test_the_incumbent_answers_with_its_own_template(setup, settings, rows, tmp_
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(adapters["incumbent"])), settings)
     base = load_model(setup.model, settings, choose_device(setup.compute))
     models = Models(base, {"it": adapters["incumbent"]}, tokenizer, batch_size=3)
-    own = heldout_loss(models.scores("it", [tuple(tokens) for tokens in render(ROWS, tokenizer)], "loss")).value
+    own = heldout_loss(
+        models.scores("it", [(tokens.input_ids, tokens.labels) for tokens in render(ROWS, tokenizer)], "loss")
+    ).value
     assert report["metrics"]["heldout_loss_incumbent"] == pytest.approx(own, abs=1e-5)
     assert report["metrics"]["heldout_loss_sft"] != pytest.approx(own, abs=1e-4)
 
@@ -220,7 +222,7 @@ def test_an_incumbent_with_another_tokenizer_is_measured_per_token_of_this_recip
     config = ModelConfig(name_or_path=str(tiny_model))
     tokenizer = load_tokenizer(config, settings)
     models = Models(load_model(config, settings, choose_device(setup.compute)), {}, tokenizer, batch_size=3)
-    scores = models.scores("base", [tuple(tokens) for tokens in render(ROWS, tokenizer)], "loss")
+    scores = models.scores("base", [(tokens.input_ids, tokens.labels) for tokens in render(ROWS, tokenizer)], "loss")
     ours = sum(label != -100 for row in rows.rows for label in row.answers[0][1])
     assert sum(score.tokens for score in scores) < ours
     expected = -sum(score.log_prob for score in scores) / ours

@@ -150,9 +150,10 @@ def test_pairs_without_an_answer_are_not_those_of_the_exam(write, candidates, do
     made = prepared(candidates, written)
     file = written.path / "exam.jsonl"
     arguments = (made, documents, ModelConfig(), None, CPU, ClientConfig(), PreferenceWriting(unanswerable=20), 1, UNIT)
+    questions = InstructionWriting(questions="fact")
 
     def without_answer(folder):
-        pairs = data.generate_preferences.entrypoint(*arguments, None, folder)["rows"]
+        pairs = data.generate_preferences.entrypoint(*arguments, questions, None, folder)["rows"]
         return [pair["prompt"][0]["content"] for pair in pairs if "no document answers it" in pair["origin"]]
 
     usual = without_answer(None)
