@@ -142,10 +142,9 @@ def _add_model(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str, fil
     writer.add_head_count_kv(config.num_key_value_heads)
     width = _head_width(config)
     writer.add_rope_dimension_count(width)
-    if width * heads != config.hidden_size:
-        # The default of both is hidden size / heads.
-        writer.add_key_length(width)
-        writer.add_value_length(width)
+    # Readers have different defaults: llama.cpp takes hidden size / heads, and transformers 128 for Qwen3.
+    writer.add_key_length(width)
+    writer.add_value_length(width)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)

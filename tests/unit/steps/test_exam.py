@@ -149,7 +149,7 @@ def test_pairs_without_an_answer_are_not_those_of_the_exam(write, candidates, do
     written = run()
     made = prepared(candidates, written)
     file = written.path / "exam.jsonl"
-    arguments = (made, documents, ModelConfig(), None, CPU, ClientConfig(), PreferenceWriting(unanswerable=20), 1, UNIT)
+    arguments = (made, documents, ModelConfig(), None, CPU, ClientConfig(), PreferenceWriting(unanswerable=10), 1, UNIT)
     questions = InstructionWriting(questions="fact")
 
     def without_answer(folder):
@@ -157,7 +157,7 @@ def test_pairs_without_an_answer_are_not_those_of_the_exam(write, candidates, do
         return [pair["prompt"][0]["content"] for pair in pairs if "no document answers it" in pair["origin"]]
 
     usual = without_answer(None)
-    assert len(usual) == 20
+    assert len(usual) == 10
     lines = [{"question": question, "kind": "unanswerable"} for question in usual]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert not set(usual) & set(without_answer(Directory(path=written.path)))
