@@ -53,7 +53,8 @@ class Progress:
         self.started = self.last_line = time.monotonic()
         self.recent = deque([(self.started, 0)])
         self.bar = (
-            tqdm(total=total, desc=title, file=sys.stderr, bar_format=_BAR, dynamic_ncols=True)
+            # TQDM_DISABLE, which the command line sets where stderr is no terminal, is for the bars of libraries.
+            tqdm(total=total, desc=title, file=sys.stderr, bar_format=_BAR, dynamic_ncols=True, disable=False)
             if total and sys.stderr.isatty()
             else None
         )

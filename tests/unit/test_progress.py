@@ -88,14 +88,19 @@ def test_slow_items_have_the_rate_of_the_last_one(clock, caplog):
 
 
 class Terminal(io.StringIO):
-    """A terminal of 80 columns."""
-
     def isatty(self):
         return True
 
 
-def test_the_bar_keeps_its_width_beside_a_long_note(monkeypatch):
+@pytest.fixture
+def columns(monkeypatch):
+    """A terminal of 80 columns. tqdm reads the two variables only if both are set."""
     monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+
+
+@pytest.mark.usefixtures("columns")
+def test_the_bar_keeps_its_width_beside_a_long_note():
     with contextlib.redirect_stderr(Terminal()) as terminal:
         shown = Progress("sft steps", 10)
         shown.advance(5, "loss 1.234, " * 20)
@@ -105,6 +110,7 @@ def test_the_bar_keeps_its_width_beside_a_long_note(monkeypatch):
     assert any(re.search(r"50%\|[█#]{10} {10}\| 5/10 ", line) for line in drawn)
 
 
+@pytest.mark.usefixtures("columns")
 def test_a_log_line_stands_above_the_bar():
     with contextlib.redirect_stderr(Terminal()) as terminal:
         handler = LogHandler()
