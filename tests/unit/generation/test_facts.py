@@ -12,6 +12,7 @@ from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.prompts import FACT_EXAMPLES, PROMPT_FILES, read_prompt
 from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Completer, Reply, Sampling
+from llm_engineering.models import generate
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import compute_shared_start, generate_ids
@@ -195,6 +196,14 @@ def test_completions_equal_those_of_each_prompt_alone(model):
     completed = model.complete(PROMPTS, Sampling(8), "questions")
     assert [answer.text for answer in completed] == expected
     assert isinstance(model, Completer)
+
+
+def test_no_beginning_is_shared_if_attention_to_it_would_differ(model, monkeypatch):
+    """A model may attend in a way of its own, e.g. with a bias, which its call of the attention does not show."""
+    attend = generate._attend
+    monkeypatch.setattr(generate, "_attend", lambda *args, **options: attend(*args, **{**options, "scaling": 0.5}))
+    assert compute_shared_start(model.model, [model.tokenizer(prompt)["input_ids"] for prompt in PROMPTS]) is None
+    assert model.model.config._attn_implementation == "sdpa"
 
 
 def test_one_prompt_is_completed_too(model):
