@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import hub_options, model_path
+from llm_engineering.models.new_tokens import add_new_tokens
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
@@ -27,20 +28,22 @@ _UNUSED_TOKENS = ("pad", "reserved", "unused")
 
 
 def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, and set its chat template and its pad token.
+    """Load the tokenizer, add the new tokens, and set its chat template and its pad token.
 
-    The pad token is an existing token of the model: a new token would need a larger embedding, in training and in
-    every server of the model. It differs from the end token if the model has another special token. GPT-2 has none, so
+    The pad token is an existing token of the model, unless one of the new tokens is named so: a new token would need a
+    larger embedding, in training and in every server of the model. It differs from the end token if the model has another special token. GPT-2 has none, so
     its end token is also its pad token, and code in this project recognises padding by its position, never by its id.
 
     Args:
         chat_template: the recipe's `formatting.chat_template`; None for the model's own.
 
     Raises:
-        RequestError: there is no such template, neither the recipe nor the model has one, or `eos_token` is no token.
+        RequestError: there is no such template, neither the recipe nor the model has one, `eos_token` is no token, or a new
+            token is one already.
     """
     path, options = model_path(model, settings), hub_options(model, settings)
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    add_new_tokens(tokenizer, model)
     # This may change the end token, from which the pad token must differ.
     set_chat_template(tokenizer, chat_template, _generation_ends(path, options, tokenizer))
     if model.eos_token is not None:
@@ -52,19 +55,24 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
         tokenizer.eos_token = model.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
-        others = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
-        reserved = [t for t in others if any(word in t.lower() for word in _UNUSED_TOKENS)]
+        found = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
+        reserved = [t for t in found if any(word in t.lower() for word in _UNUSED_TOKENS)]
+        others = [t for t in found if t not in model.added_tokens]
         tokenizer.pad_token = next(iter([*reserved, *others]), tokenizer.eos_token)
     return tokenizer
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, new: Sequence[str] = ()) -> None:
     """Check that each token has a row in the model's embedding, which has `rows`.
+
+    Args:
+        new: tokens that get a row when the model is loaded.
 
     Raises:
         RequestError: some tokens have none. A text with one of them, or padding with it, would fail.
     """
-    without = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    vocabulary = tokenizer.get_vocab().items()
+    without = sorted((index, token) for token, index in vocabulary if index >= rows and token not in new)
     if without:
         some = ", ".join(f"{token} ({index})" for index, token in without[:5])
         raise RequestError(
