@@ -172,8 +172,9 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     _check_client(recipe)
     checks = check_requirements(recipe.evaluation, Settings())
     exam = check_exam(recipe)
+    model = pin_revision(recipe.model)
     recipe = recipe.model_copy(
-        update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, Settings())}
     )
     _check_tokenizer(recipe)
     check_model(recipe)

@@ -112,8 +112,9 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     from llm_engineering.training.launch import launch_training
 
     # Pin the model and the chat template
+    model = pin_revision(recipe.model)
     recipe = recipe.model_copy(
-        update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, Settings())}
     )
     settings = Settings()
     settings.check_writable()
