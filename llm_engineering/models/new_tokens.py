@@ -42,7 +42,8 @@ def add_new_tokens(tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> li
         tokenizer.init_kwargs.pop(key, None)
         if tokens:
             tokenizer.init_kwargs[key] = tokens
-    return [tokenizer.convert_tokens_to_ids(token) for token in model.added_tokens]
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    return [vocabulary[token] for token in model.added_tokens]
 
 
 def add_rows(loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:

@@ -119,9 +119,13 @@ def save_policy(
         return
     policy.peft_config["default"].base_model_name_or_path = model.name_or_path
     policy.peft_config["default"].revision = model.revision
-    # As in `_forget_base`.
-    embeddings = {"save_embedding_layers": False} if model.added_tokens else {}
-    policy.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights, **embeddings)
+    policy.save_pretrained(
+        str(folder),
+        selected_adapters=["default"],
+        state_dict=weights,
+        # As in `_forget_base`.
+        save_embedding_layers=False if model.added_tokens else "auto",
+    )
     # PEFT writes a model card that is only an empty template.
     (folder / "README.md").unlink(missing_ok=True)
     if hasattr(policy, "start_weights"):
