@@ -57,15 +57,17 @@ def inspect(
     recipe = load_recipe(config, overrides or ())
 
     from llm_engineering.models.base_model import pin_revision
-    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.reports.data_report import inspect_file
 
     settings = Settings()
     settings.check_writable()
-    tokenizer = load_tokenizer(pin_revision(recipe.model), settings, recipe.formatting.chat_template)
+    model = pin_revision(recipe.model)
+    formatting = pin_chat_template(recipe.formatting, model, settings)
+    tokenizer = load_tokenizer(model, settings, formatting.chat_template)
     folder = settings.llm_output_dir / "inspect" / Path(file).name.partition(".")[0]
-    report = inspect_file(file, against, tokenizer, recipe.data, recipe.formatting, folder)
+    report = inspect_file(file, against, tokenizer, recipe.data, formatting, folder)
     _print_report(report, folder)
     if as_json:
         print(json.dumps(report))

@@ -172,8 +172,9 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     _check_client(recipe)
     checks = check_requirements(recipe.evaluation, Settings())
     exam = check_exam(recipe)
+    model = pin_revision(recipe.model)
     recipe = recipe.model_copy(
-        update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, Settings())}
     )
     _check_tokenizer(recipe)
     check_model(recipe)
@@ -258,18 +259,21 @@ def _checked(recipe: Recipe, device: Device) -> Device:
     """Check the method and the optimisers, and choose the backend."""
     for stage in recipe.chain:
         check_training(stage, recipe.method, recipe.block(stage).optim, device)
-    return choose_backend(device, recipe.compute, recipe.method, adapter_keys=recipe.lora.beyond_unsloth)
+    keys, new = recipe.lora.beyond_unsloth, recipe.model.added_tokens
+    return choose_backend(device, recipe.compute, recipe.method, adapter_keys=keys, new_tokens=new)
 
 
 def _check_tokenizer(recipe: Recipe) -> None:
-    """Check the chat template.
+    """Check the chat template, the end token and the new tokens.
 
     The embedded model's own template is known to be correct. It is not checked, so that the model is unpacked only
     when a step needs it.
     """
-    if recipe.model.name_or_path != EMBEDDED_MODEL or recipe.formatting.chat_template is not None:
+    is_known = recipe.model.name_or_path == EMBEDDED_MODEL and not recipe.model.added_tokens
+    if not is_known or recipe.formatting.chat_template is not None:
         tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
-        check_rows(tokenizer, load_config(recipe.model, Settings()).get_text_config().vocab_size)
+        rows = load_config(recipe.model, Settings()).get_text_config().vocab_size
+        check_rows(tokenizer, rows, recipe.model.added_tokens)
         for note in check_chat_template(tokenizer):
             logger.warning("%s", note)
 

@@ -44,7 +44,7 @@ def exam(
     from llm_engineering.evaluation.models import BASE, Models, Sample
     from llm_engineering.evaluation.statistics import Bootstrap
     from llm_engineering.models.base_model import pin_revision
-    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.recipe.training_blocks import ModelConfig
     from llm_engineering.reports.exam_report import exam_page
@@ -71,7 +71,8 @@ def exam(
         base, template = found.base, None
         source = ModelConfig(name_or_path=str(folders[found.name]), trust_remote_code=base.trust_remote_code)
     else:
-        base, template = pin_revision(recipe.model), recipe.formatting.chat_template
+        base = pin_revision(recipe.model)
+        template = pin_chat_template(recipe.formatting, base, settings).chat_template
         source = base
     tokenizer = load_tokenizer(source, settings, template)
     models = Models.load(base, folders, tokenizer, recipe.evaluation, recipe.compute.here, settings)

@@ -22,6 +22,7 @@ from zenml.utils.pagination_utils import depaginate
 from llm_engineering.data.storage import stream_records
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.new_tokens import with_added_tokens
 from llm_engineering.publish.merge import MAX_ROWS, Trained, merge, merged_device
 from llm_engineering.publish.verification import HeldoutRow, Verification, precision
 from llm_engineering.recipe.recipe import Recipe
@@ -161,7 +162,7 @@ def find_model(recipe: Recipe, number: str | None) -> Found:
     adapters = {name: version.get_artifact(f"{name}_adapter") for name in STAGES}
     folders = {name: adapter.load().path for name, adapter in adapters.items() if adapter is not None}
     base = newest.base.model_copy(update={"trust_remote_code": recipe.model.trust_remote_code})
-    return Found(version, newest.name, folders, base)
+    return Found(version, newest.name, folders, with_added_tokens(base, folders[newest.name]))
 
 
 def _promoted(model: str) -> ModelVersionResponse:

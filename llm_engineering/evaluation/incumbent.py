@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.new_tokens import with_added_tokens
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.settings import Settings
@@ -79,8 +80,9 @@ def _base(folder: Path, setup: TrainingSetup) -> ModelConfig | None:
     if not file.is_file():
         return None
     adapter = json.loads(file.read_text(encoding="utf-8"))
-    return ModelConfig(
+    base = ModelConfig(
         name_or_path=adapter["base_model_name_or_path"],
         revision=adapter.get("revision"),
         trust_remote_code=setup.model.trust_remote_code,
     )
+    return with_added_tokens(base, folder)

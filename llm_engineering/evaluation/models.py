@@ -123,6 +123,7 @@ class Models:
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
         revision = base.revision or weights_hash(Path(base.name_or_path))
         identity = f"{base.name_or_path}@{revision} on {device.name} in {device.dtype}, {versions}"
+        identity += f", new tokens {base.added_tokens}" if base.added_tokens else ""
         identities = {BASE: identity} | {name: f"{identity}, {weights_hash(path)}" for name, path in adapters.items()}
         stored = StoredAnswers(AnswerStore(settings.llm_output_dir / STORE_FILE), identities)
         model = load_model(base, settings, device)

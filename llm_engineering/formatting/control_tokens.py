@@ -9,6 +9,7 @@ from itertools import chain
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Row
+from llm_engineering.models.new_tokens import PLAIN
 
 # How control tokens are written: <|user|>, <｜User｜>, [INST], |||EMAIL|||. A mere tag such as <table> or <think> is none.
 _BRACKETED = re.compile(r"[<\[|].+[>\]|]", re.DOTALL)
@@ -23,6 +24,8 @@ class ControlTokens:
     tokenizers also add tokens for ordinary text: white space, HTML tags, words of a field. They do not count, but for a tag
     that the chat template writes.
 
+    The recipe's `model.new_tokens` are for the data, so they count only where the chat template writes them.
+
     In an answer, tags that open and close, such as `<think>` and `</think>`, are a part of what the model has to write.
     """
 
@@ -31,7 +34,10 @@ class ControlTokens:
         plain = {token.content for token in added if not token.special and token.content.strip()}
         marked = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         template = str(tokenizer.chat_template or "")
-        control = {t for t in plain if _BRACKETED.fullmatch(t) and (t in template or not _TAG.fullmatch(t))}
+        new = set(tokenizer.init_kwargs.get(PLAIN, ()))
+        control = {
+            t for t in plain if _BRACKETED.fullmatch(t) and (t in template or not (t in new or _TAG.fullmatch(t)))
+        }
         names = {match[1] for token in plain if (match := _TAG.fullmatch(token))}
         pairs = {tag for name in names for tag in (f"<{name}>", f"</{name}>") if {f"<{name}>", f"</{name}>"} <= plain}
         # Llama 3 has hundreds, so one pattern finds all of them in one pass.

@@ -58,7 +58,10 @@ Rendered = Tokens | list[Tokens] | Pair | UnrenderableError
 
 
 def render(
-    rows: Sequence[InstructionRow | PreferenceRow], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    rows: Sequence[InstructionRow | PreferenceRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    drops: bool = False,
 ) -> list[Rendered]:
     """Token ids of rows, tokenised as one batch.
 
@@ -66,8 +69,10 @@ def render(
     generates those of the answer.
 
     Args:
-        max_length: tokens after which the later turns of a conversation need not be rendered; None renders all. To render
-            all of them takes time that is quadratic in the turns.
+        max_length: tokens after which the later turns of a conversation need not be rendered; None renders all. To find
+            where its answers begin and end takes time that is quadratic in the turns that are rendered.
+        drops: whether longer conversations are dropped. If one is clearly longer, only its first answer is labelled,
+            which takes time that is linear in the turns up to this length.
 
     Raises:
         WorkError: there is no chat template, or the end-of-turn text is no token.
@@ -77,7 +82,7 @@ def render(
     conversations: list[list[list[Segment]] | UnrenderableError] = []
     for row in rows:
         try:
-            conversations.append(_conversations(row, tokenizer, max_length))
+            conversations.append(_conversations(row, _Limit(tokenizer, max_length, drops)))
         except UnrenderableError as error:
             conversations.append(error)
     whole = [part for parts in conversations if not isinstance(parts, UnrenderableError) for part in parts]
@@ -118,6 +123,18 @@ def text_tokens(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase) -> 
     return [Tokens(tokens, list(tokens)) for tokens in ids]
 
 
+def whole_length(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """About how many tokens a row has, of a pair with the longer answer; None if the template refuses it.
+
+    It is rendered once, so this takes time that is linear in its turns. The sum of the labelled pieces can differ a little.
+    """
+    try:
+        texts = [_checked(tokenizer, [*row.prompt, *answer], add_generation_prompt=False) for answer in row.answers]
+    except UnrenderableError:
+        return None
+    return max(map(len, _encode(texts, tokenizer)))
+
+
 def prompt_length(tokens: Tokens) -> int:
     """Tokens before the first trained one."""
     return next(i for i, label in enumerate(tokens.labels) if label != IGNORE_INDEX)
@@ -128,19 +145,16 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) 
     return _encode([_apply(tokenizer, messages, add_generation_prompt=True)], tokenizer)[0]
 
 
-def _conversations(
-    row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> list[list[Segment]]:
+def _conversations(row: InstructionRow | PreferenceRow, limit: _Limit) -> list[list[Segment]]:
     """The segments of each conversation that a row becomes: one, one for each answer, or the two of a pair."""
     if isinstance(row, PreferenceRow):
-        return [_segments(row.prompt, answer, _Limit(tokenizer, max_length)) for answer in row.answers]
+        return [_segments(row.prompt, answer, limit.fresh()) for answer in row.answers]
     try:
-        return [_segments(row.prompt, row.completion, _Limit(tokenizer, max_length))]
+        return [_segments(row.prompt, row.completion, limit.fresh())]
     except UnrenderableError as error:
         rows = row.by_answer()
         if error.reason != "template_changes_prompt" or len(rows) == 1:
             raise
-    limit = _Limit(tokenizer, max_length)
     conversations = []
     for one in rows:
         conversations.append(_segments(one.prompt, one.completion, limit))
@@ -150,11 +164,16 @@ def _conversations(
 
 
 class _Limit:
-    """Tells when a growing text has passed a number of tokens, without counting them each time that it grows."""
+    """Tells when a growing text has passed a number of tokens, without counting them each time that it grows.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+    Args:
+        drops: whether what passes it is dropped, so that its labels do not matter.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, drops: bool) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.drops = drops
         self.passed = False
         self.found = 0
         self._next = max_length or 0
@@ -164,6 +183,31 @@ class _Limit:
         if self.max_length is not None and len(text) >= self._next:
             self._next = len(text) * 3 // 2
             self.passed = len(_encode([text], self.tokenizer)[0]) > self.max_length
+
+    def fresh(self) -> _Limit:
+        """The same limit for another text."""
+        return _Limit(self.tokenizer, self.max_length, self.drops)
+
+    def clearly_passed(
+        self, prompt: Sequence[Message], completion: Sequence[Message]
+    ) -> tuple[list[Message], str] | None:
+        """The first turns of a conversation and their text, if they are clearly longer and are dropped; else None.
+
+        A whole text can have a few tokens fewer or more than its pieces. A fourth more than `max_length` is clearly longer.
+        """
+        # An odd number of turns ends with an answer. It doubles, which keeps the work linear.
+        count = 5 if self.drops and self.max_length is not None else len(completion)
+        while count < len(completion):
+            count = min(2 * count - 1, len(completion))
+            messages = [*prompt, *completion[:count]]
+            try:
+                text = _checked(self.tokenizer, messages, add_generation_prompt=False)
+            except UnrenderableError:
+                # The turns before may be too long already.
+                return None
+            if len(_encode([text], self.tokenizer)[0]) > (self.max_length or 0) * 5 // 4 + 16:
+                return messages, text
+        return None
 
 
 def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _Limit) -> list[Segment]:
@@ -190,6 +234,12 @@ def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _
             segments += [Segment(asked[len(done) :], False), answer]
             done = asked + answer.text
             limit.check(done)
+            # Where the later turns are dropped anyway, they are rendered at once.
+            longer = limit.clearly_passed(prompt, completion) if len(segments) == 2 and not limit.passed else None
+            if longer is not None:
+                messages, asked = longer
+                segments.append(Segment(asked[len(done) :], False))
+                limit.passed = True
             if limit.passed:
                 break
         messages.append(message)

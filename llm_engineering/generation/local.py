@@ -71,6 +71,8 @@ class LocalModel:
         device = choose_device(compute)
         tokenizer = load_tokenizer(model, settings, chat_template)
         identity = f"{model.name_or_path}@{model.revision} in {str(device.dtype).removeprefix('torch.')}"
+        if model.added_tokens:
+            identity += f", new tokens {model.added_tokens}"
         if chat_template is not None:
             identity += f", chat template {hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:12]}"
         store = AnswerStore(settings.llm_output_dir / STORE_FILE)
@@ -80,7 +82,7 @@ class LocalModel:
         if (trained / "adapter_config.json").is_file():
             adapted = PeftModel.from_pretrained(load_model(model, settings, device), str(trained))
             return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size)
-        full = model.model_copy(update={"name_or_path": str(trained)})
+        full = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
         return cls(load_model(full, settings, device), tokenizer, identity, store, batch_size)
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:

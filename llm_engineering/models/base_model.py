@@ -25,6 +25,7 @@ from transformers import (
 
 from llm_engineering.errors import RequestError
 from llm_engineering.models.device import Device
+from llm_engineering.models.new_tokens import add_rows
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 
@@ -103,7 +104,7 @@ def fitting_attention(config: PreTrainedConfig, attention: str) -> str:
 
 
 def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
-    """Load the base model onto the device, in the device's precision.
+    """Load the base model onto the device, in the device's precision, with rows for the new tokens.
 
     Args:
         four_bits: store the linear layers in 4 bits (NF4 with double quantisation, as in QLoRA, Dettmers et al. 2023,
@@ -126,6 +127,10 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
         **quantised,
     )
     mend_generation_config(loaded, model.name_or_path)
+    if model.added_tokens:
+        add_rows(
+            loaded, AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings)), model
+        )
     if not four_bits:
         loaded.to(device.name)  # type: ignore[arg-type]
     return loaded

@@ -134,19 +134,25 @@ def check_processes(compute: ComputeConfig, device: Device) -> None:
 
 
 def choose_backend(
-    device: Device, compute: ComputeConfig, method: Method, *, adapter_keys: Sequence[str] = ()
+    device: Device,
+    compute: ComputeConfig,
+    method: Method,
+    *,
+    adapter_keys: Sequence[str] = (),
+    new_tokens: Sequence[str] = (),
 ) -> Device:
     """Add the backend and its reason to the device. Does not import unsloth.
 
     Args:
         adapter_keys: keys of the adapter that unsloth does not have.
+        new_tokens: the tokens that are added to the model.
 
     Raises:
         RequestError: the recipe asks for unsloth, and this machine or another key of the recipe rules it out.
     """
     if compute.backend == "transformers":
         return device
-    problem = _unsloth_problem(compute, device, method, adapter_keys)
+    problem = _unsloth_problem(compute, device, method, adapter_keys, new_tokens)
     if problem and compute.backend == "unsloth":
         raise RequestError(
             f"compute.backend is unsloth, but {problem}. Change that, or use --set compute.backend=transformers."
@@ -189,7 +195,9 @@ def needs_own_process(compute: ComputeConfig) -> bool:
     return compute.backend == "unsloth"
 
 
-def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, adapter_keys: Sequence[str]) -> str:
+def _unsloth_problem(
+    compute: ComputeConfig, device: Device, method: Method, adapter_keys: Sequence[str], new_tokens: Sequence[str]
+) -> str:
     """Why unsloth cannot train this here, as the end of a sentence; empty if it can."""
     if device.name != "cuda":
         return "it needs a CUDA card" + ("" if torch.cuda.is_available() else ", and torch finds none")
@@ -202,6 +210,8 @@ def _unsloth_problem(compute: ComputeConfig, device: Device, method: Method, ada
         return f"the installed version needs {conflict}"
     if adapter_keys:
         return f"it has no sft.lora.{adapter_keys[0]}"
+    if new_tokens:
+        return f"it does not train the new token {new_tokens[0]}"
     if method == "full" and compute.backend == "auto":
         return "its kernels speed up adapters, and sft.method is full"
     if device.dtype == torch.float32:

@@ -11,7 +11,7 @@ import peft
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -67,8 +67,13 @@ def check_fit(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
             )
     if recipe.method == "full":
         return base
+    adapter = shape_config(recipe.lora)
     with torch.device("meta"):
-        policy = with_adapter(base, shape_config(recipe.lora), recipe.lora, name)
+        if new := len(recipe.model.added_tokens):
+            rows = len(cast(torch.Tensor, base.get_input_embeddings().weight))
+            base.resize_token_embeddings(rows + new, mean_resizing=False)
+            train_rows(adapter, base, list(range(rows, rows + new)))
+        policy = with_adapter(base, adapter, recipe.lora, name)
     _log_left_out(policy)
     return policy
 
@@ -157,6 +162,32 @@ def shape_config(lora: LoraConfig) -> peft.LoraConfig:
     config = lora_config(lora)
     config.velora_config = None
     return config
+
+
+def train_rows(config: peft.LoraConfig, base: PreTrainedModel, tokens: list[int]) -> None:
+    """Let the adapter train these tokens' rows of the input and output embeddings, unless it trains both embeddings whole.
+
+    Raises:
+        RequestError: the adapter trains one of the embeddings whole and the other one not, or has a LoRA of an embedding.
+    """
+    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    names = [next(name for name, module in base.named_modules() if module is end) for end in ends]
+    whole = [name for name in names if name.endswith(tuple(config.modules_to_save or ()))]
+    if not whole:
+        targets = config.target_modules if isinstance(config.target_modules, set | list) else []
+        if any(name.endswith(tuple(targets)) for name in names):
+            raise RequestError(
+                f"lora.target_modules names an embedding, and the rows of new tokens are trained as they are. Remove it, or "
+                f"train both embeddings whole with lora.modules_to_save: [{', '.join(map(_kind, names))}]."
+            )
+        # PEFT trains the rows of tied embeddings as one.
+        trained = names[:1] if base.config.tie_word_embeddings else names
+        config.trainable_token_indices = dict.fromkeys(trained, tokens)
+    elif len(whole) < len(names) and not config.ensure_weight_tying:
+        raise RequestError(
+            f"lora.modules_to_save trains {whole[0]}, and the new tokens need both embeddings. Name "
+            f"{' and '.join(map(_kind, names))} there, or none of them: then only the rows of the new tokens are trained."
+        )
 
 
 def with_adapter(base: PreTrainedModel, config: peft.LoraConfig, lora: LoraConfig, name: str) -> PeftModel:
@@ -263,9 +294,21 @@ def _check_adapter(policy: PeftModel, lora: LoraConfig) -> None:
         )
     if more.get("ensure_weight_tying") and not model.config.tie_word_embeddings:
         raise RequestError("lora.ensure_weight_tying has no effect: the model's embeddings are not tied. Remove it.")
+    for wrapper in model.modules():
+        if isinstance(wrapper, TrainableTokensWrapper):
+            _check_token_rows(wrapper.original_module)
     name = next(name for name, module in model.named_modules() if module is embeddings[0])
     if more.get("ensure_weight_tying") and more.get("modules_to_save") and not name.endswith("embed_tokens"):
         raise RequestError(
             f"lora.ensure_weight_tying: PEFT ties only embeddings that are named embed_tokens, and this model's are "
             f"{name}. Remove the key; the model is then merged with separate input and output embeddings."
+        )
+
+
+def _check_token_rows(layer: nn.Module) -> None:
+    """Check that PEFT can train some rows of an embedding, for `trainable_token_indices` or new tokens."""
+    if getattr(layer, "bias", None) is not None:
+        raise RequestError(
+            "The output layer of this model has a bias, which PEFT leaves out where it trains some rows of the layer. Train "
+            "the embeddings whole with lora.modules_to_save."
         )

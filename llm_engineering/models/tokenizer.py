@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import hub_options, model_path
+from llm_engineering.models.new_tokens import add_new_tokens
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
@@ -27,20 +28,22 @@ _UNUSED_TOKENS = ("pad", "reserved", "unused")
 
 
 def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, and set its chat template and its pad token.
+    """Load the tokenizer, add the new tokens, and set its chat template and its pad token.
 
-    The pad token is an existing token of the model: a new token would need a larger embedding, in training and in
-    every server of the model. It differs from the end token if the model has another special token. GPT-2 has none, so
+    The pad token is an existing token of the model, unless one of the new tokens is named so: a new token would need a
+    larger embedding, in training and in every server of the model. It differs from the end token if the model has another special token. GPT-2 has none, so
     its end token is also its pad token, and code in this project recognises padding by its position, never by its id.
 
     Args:
         chat_template: the recipe's `formatting.chat_template`; None for the model's own.
 
     Raises:
-        RequestError: there is no such template, neither the recipe nor the model has one, or `eos_token` is no token.
+        RequestError: there is no such template, neither the recipe nor the model has one, `eos_token` is no token, or a new
+            token is one already.
     """
     path, options = model_path(model, settings), hub_options(model, settings)
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    add_new_tokens(tokenizer, model)
     # This may change the end token, from which the pad token must differ.
     set_chat_template(tokenizer, chat_template, _generation_ends(path, options, tokenizer))
     if model.eos_token is not None:
@@ -52,19 +55,24 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
         tokenizer.eos_token = model.eos_token
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         special = (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())
-        others = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
-        reserved = [t for t in others if any(word in t.lower() for word in _UNUSED_TOKENS)]
+        found = [t for t in (tokenizer.unk_token, *special) if t and t != tokenizer.eos_token]
+        reserved = [t for t in found if any(word in t.lower() for word in _UNUSED_TOKENS)]
+        others = [t for t in found if t not in model.added_tokens]
         tokenizer.pad_token = next(iter([*reserved, *others]), tokenizer.eos_token)
     return tokenizer
 
 
-def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, new: Sequence[str] = ()) -> None:
     """Check that each token has a row in the model's embedding, which has `rows`.
+
+    Args:
+        new: tokens that get a row when the model is loaded.
 
     Raises:
         RequestError: some tokens have none. A text with one of them, or padding with it, would fail.
     """
-    without = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    vocabulary = tokenizer.get_vocab().items()
+    without = sorted((index, token) for token, index in vocabulary if index >= rows and token not in new)
     if without:
         some = ", ".join(f"{token} ({index})" for index, token in without[:5])
         raise RequestError(
@@ -119,14 +127,38 @@ def template_text(chat_template: str) -> str:
     return text
 
 
-def pin_chat_template(formatting: FormattingConfig) -> FormattingConfig:
-    """Replace the template's name or path by its text.
+def pin_chat_template(
+    formatting: FormattingConfig, model: ModelConfig | None = None, settings: Settings | None = None
+) -> FormattingConfig:
+    """Replace the template's name or path by its text, with `template_date` in it.
 
-    A run does this before its first step: all steps use the same text, and a changed file counts as a changed recipe.
+    A run does this before its first step: all steps use the same text, and a changed file or date counts as a changed recipe.
+
+    Args:
+        model: has the template if the recipe names none; None leaves the date of the model's own template to the run.
+
+    Raises:
+        RequestError: there is no such template, or it asks for no date although `template_date` is set.
     """
-    if formatting.chat_template is None:
+    text = template_text(formatting.chat_template) if formatting.chat_template is not None else None
+    chosen = formatting.template_date
+    if text is None and chosen is not None and model is not None:
+        assert settings is not None
+        tokenizer = AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings))
+        if tokenizer.chat_template is None:
+            raise _without_template(tokenizer)
+        text = str(tokenizer.get_chat_template())
+    if text is None:
         return formatting
-    return formatting.model_copy(update={"chat_template": template_text(formatting.chat_template)})
+    if chosen is not None:
+        dated = with_fixed_date(text, chosen)
+        if dated == text:
+            raise RequestError(
+                f"formatting.template_date {chosen} has no effect, because the chat template does not ask for today's date "
+                "with strftime_now. Remove the key."
+            )
+        text = dated
+    return formatting.model_copy(update={"chat_template": text, "template_date": None})
 
 
 # The date that a chat template writes where it asks for today's. It is the one that Llama 3.2's template writes where it
@@ -135,19 +167,26 @@ TEMPLATE_DATE = date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
-def with_fixed_date(template: str) -> str:
-    """The template with TEMPLATE_DATE in place of each call of `strftime_now`.
+def with_fixed_date(template: str, fixed: date = TEMPLATE_DATE) -> str:
+    """The template with a date in place of each call of `strftime_now`, also for servers that do not have this function.
 
     Raises:
         RequestError: the template calls it with another argument than a text.
     """
-    fixed = _TODAY.sub(lambda call: repr(TEMPLATE_DATE.strftime(call[2])), template)
-    if re.search(r"strftime_now\s*\(", fixed):
+    template = _TODAY.sub(lambda call: repr(fixed.strftime(call[2])), template)
+    if re.search(r"strftime_now\s*\(", template):
         raise RequestError(
             "The chat template writes today's date in a format that it computes, so prompts would change from day to day. "
             "Write a date into a copy of the template, and name its file in formatting.chat_template."
         )
-    return fixed
+    return re.sub(r"strftime_now\s+is\s+(not\s+)?defined", lambda test: "false" if test[1] else "true", template)
+
+
+def _without_template(tokenizer: PreTrainedTokenizerBase) -> RequestError:
+    return RequestError(
+        f"The tokenizer of {tokenizer.name_or_path} has no chat template, so conversations cannot be rendered for it. "
+        f"Choose one: {_CHOICES}."
+    )
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None, ends: Sequence[str] = ()) -> None:
@@ -169,12 +208,14 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | N
         is_ours = text in [template_text(name) for name in TEMPLATES]
         tokenizer.chat_template = "{{ bos_token }}" + text if has_bos and is_ours else text
     elif tokenizer.chat_template is None:
-        raise RequestError(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so conversations cannot be rendered for it. "
-            f"Choose one: {_CHOICES}."
-        )
-    if isinstance(tokenizer.chat_template, str):
-        tokenizer.chat_template = with_fixed_date(tokenizer.chat_template)
+        raise _without_template(tokenizer)
+    named = tokenizer.chat_template
+    # Some models have several templates by name.
+    tokenizer.chat_template = (
+        {name: with_fixed_date(text) for name, text in named.items()}
+        if isinstance(named, dict)
+        else with_fixed_date(named)
+    )
     _set_end_of_turn(tokenizer, ends)
 
 

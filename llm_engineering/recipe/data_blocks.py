@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -224,7 +225,8 @@ class FormattingConfig(Block):
     """How rows become token ids.
 
     `chat_template` is null for the model's own template, a name (`alpaca`, `chatml`, `human_assistant`, `llama3`), or the
-    path of a Jinja file. A row of more than `max_length` tokens is dropped, cut (`truncate`: its end of turn is then not
+    path of a Jinja file. `template_date` is the date that the template writes where it asks for today's (`strftime_now`); null
+    is 26 July 2024, the date of Llama 3.2's template. A row of more than `max_length` tokens is dropped, cut (`truncate`: its end of turn is then not
     trained), shortened (`drop_oldest_turns`: without the oldest user turns and their answers, until it fits), or an error
     (`raise`). With `train_on_prompt` every token of a row is trained; the held-out loss is still
     that of the answers.
@@ -233,4 +235,5 @@ class FormattingConfig(Block):
     max_length: int = Field(512, ge=8)
     over_long: Literal["drop", "truncate", "drop_oldest_turns", "raise"] = "drop"
     chat_template: str | None = None
+    template_date: date | None = None
     train_on_prompt: bool = False

@@ -254,11 +254,42 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
         for name in self.chain:
             config = self.block(name)
             embeddings = config.embedding_learning_rate if isinstance(config, CPTConfig) else None
-            if embeddings is not None and self.method != "full" and not _trains_embeddings(self.lora):
+            trains = self.method == "full" or _trains_embeddings(self.lora) or bool(self.model.added_tokens)
+            if embeddings is not None and not trains:
                 raise ValueError(
                     f"{name}.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or "
                     f"set {first}.lora.modules_to_save to [embed_tokens, lm_head], or {first}.method to full"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _new_tokens(self) -> Self:
+        if not self.model.added_tokens:
+            return self
+        key, first, compute = (
+            f"model.{'new_tokens' if self.model.new_tokens else 'new_special_tokens'}",
+            self.chain[0],
+            self.compute,
+        )
+        if self.method == "qlora":
+            raise ValueError(
+                f"{key} with {first}.method qlora would be trained in bf16, as TRL trains all weights on a quantised base "
+                f"model, and bf16 loses small updates of whole rows: set {first}.method to lora, or remove the tokens"
+            )
+        if self.lora.library_arguments.get("trainable_token_indices"):
+            raise ValueError(
+                f"{key} and {first}.lora.trainable_token_indices cannot be combined: remove one of them, or train the whole "
+                f"embeddings with {first}.lora.modules_to_save"
+            )
+        if compute.backend == "unsloth":
+            raise ValueError(
+                f"compute.backend unsloth does not train {key}: use transformers, or auto, or remove the tokens"
+            )
+        if compute.distributed == "fsdp2" or compute.zero_stage == 3:
+            raise ValueError(
+                f"{key} changes the embeddings when the model is loaded, which was not tested with sharded weights: use "
+                "compute.distributed ddp, or deepspeed with zero_stage 1 or 2"
+            )
         return self
 
     @model_validator(mode="after")

@@ -21,12 +21,34 @@ class ModelConfig(Block):
 
     `eos_token` is the token that ends an answer, if it is neither the tokenizer's own nor the special token that the chat
     template writes after an answer, which is found without this key.
+
+    `new_tokens` and `new_special_tokens` are added to the tokenizer, and get a row in the embeddings that is trained. A row
+    starts as the mean of the rows of the tokens that spelt the word before. The data may spell `new_tokens`. Special tokens
+    belong to the chat template: a row of the data that spells one is set aside, and answers are shown without them.
     """
 
     name_or_path: str = EMBEDDED_MODEL
     revision: str | None = None
     trust_remote_code: bool = False
     eos_token: str | None = None
+    new_tokens: list[str] = Field(default_factory=list)
+    new_special_tokens: list[str] = Field(default_factory=list)
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """All tokens that are added to the tokenizer, in the order of their ids."""
+        return [*self.new_tokens, *self.new_special_tokens]
+
+    @model_validator(mode="after")
+    def _tokens(self) -> Self:
+        for token in self.added_tokens:
+            if not token or token != token.strip():
+                raise ValueError(
+                    f"the new token {token!r} is empty, or begins or ends with white space: write it without spaces around it"
+                )
+            if self.added_tokens.count(token) > 1:
+                raise ValueError(f"the new token {token} is named twice: remove one of them")
+        return self
 
 
 _PROCESSES = "the block compute says how many processes train, and how they share the work"

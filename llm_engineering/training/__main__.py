@@ -33,7 +33,7 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import Method
+from llm_engineering.recipe.training_blocks import Method, ModelConfig
 from llm_engineering.training.job import RESULT_FILE, Job, Result, read_job, write_failure
 
 # Nothing at the top of this module imports transformers, because unsloth must be imported before it.
@@ -105,15 +105,16 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     # Import the backend, before transformers
     is_launched = "WORLD_SIZE" in os.environ
     if is_launched:
-        _import_backend(recipe.compute, recipe.method, config.model_dump(), arguments.adapter)
+        _import_backend(recipe.compute, recipe.method, config.model_dump(), recipe.model, arguments.adapter)
     from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import pin_chat_template
     from llm_engineering.training import ranks
     from llm_engineering.training.launch import launch_training
 
     # Pin the model and the chat template
+    model = pin_revision(recipe.model)
     recipe = recipe.model_copy(
-        update={"model": pin_revision(recipe.model), "formatting": pin_chat_template(recipe.formatting)}
+        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, Settings())}
     )
     settings = Settings()
     settings.check_writable()
@@ -143,7 +144,7 @@ def _train_job(file: Path, output: Path | None) -> None:
     """Train a job as one of its processes. Write the result, or the error, to `output` or beside the job."""
     # Read the job, and import its backend before transformers
     job = read_job(file)
-    _import_backend(job.setup.compute, job.setup.method, job.config, job.start)
+    _import_backend(job.setup.compute, job.setup.method, job.config, job.setup.model, job.start)
     from llm_engineering.training import ranks
 
     # Train
@@ -180,13 +181,16 @@ def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> Non
             shutil.copytree(folder, target, dirs_exist_ok=True, symlinks=True)
 
 
-def _import_backend(compute: ComputeConfig, method: Method, config: Mapping[str, Any], start: Path | None) -> None:
+def _import_backend(
+    compute: ComputeConfig, method: Method, config: Mapping[str, Any], model: ModelConfig, start: Path | None
+) -> None:
     """Import unsloth if it is the backend: it patches transformers, so it must be imported first."""
     from llm_engineering.models.device import choose_backend, choose_device, import_backend, keys_beyond_unsloth
     from llm_engineering.recipe.training_blocks import LoraConfig, beyond_unsloth
 
     keys = keys_beyond_unsloth(start) if start else beyond_unsloth(config["lora"] or LoraConfig().model_dump())
-    device = choose_backend(choose_device(compute), compute, method, adapter_keys=keys)
+    device = choose_device(compute)
+    device = choose_backend(device, compute, method, adapter_keys=keys, new_tokens=model.added_tokens)
     import_backend(device, Settings().llm_cache_dir)
 
 

@@ -10,11 +10,12 @@ import peft
 import torch
 from peft import PeftModel, get_peft_model_state_dict, prepare_model_for_kbit_training
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from llm_engineering.models.base_model import load_model
+from llm_engineering.models.base_model import hub_options, load_model, model_path
 from llm_engineering.models.device import Device
-from llm_engineering.models.fit import lora_config, with_adapter
+from llm_engineering.models.fit import lora_config, train_rows, with_adapter
+from llm_engineering.models.new_tokens import add_new_tokens
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.training import unsloth_policy
@@ -44,7 +45,11 @@ def new_policy(
         return _full_model(model, settings, device)
     config = lora_config(lora)
     base = _base(model, settings, device, method, config.modules_to_save)
+    if model.added_tokens:
+        tokenizer = AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings))
+        train_rows(config, base, add_new_tokens(tokenizer, model))
     policy = with_adapter(base, config, lora, model.name_or_path)
+    _forget_base(policy, model)
     if lora.moves_base_weights:
         # The same after a restart: it follows from the base weights and the seed.
         weights = get_peft_model_state_dict(policy)
@@ -84,7 +89,15 @@ def trained_policy(
         return _full_model(folder, settings, device)
     saved = peft.LoraConfig.from_pretrained(str(trained))
     base = _base(model, settings, device, method, saved.modules_to_save)
-    return PeftModel.from_pretrained(base, str(trained), is_trainable=True)
+    policy = PeftModel.from_pretrained(base, str(trained), is_trainable=True)
+    _forget_base(policy, model)
+    return policy
+
+
+def _forget_base(policy: PeftModel, model: ModelConfig) -> None:
+    """Prevent that checkpoints have the whole embeddings, which PEFT saves if the base model's files have other sizes."""
+    if model.added_tokens:
+        policy.peft_config["default"].base_model_name_or_path = ""
 
 
 def save_policy(
@@ -106,7 +119,13 @@ def save_policy(
         return
     policy.peft_config["default"].base_model_name_or_path = model.name_or_path
     policy.peft_config["default"].revision = model.revision
-    policy.save_pretrained(str(folder), selected_adapters=["default"], state_dict=weights)
+    policy.save_pretrained(
+        str(folder),
+        selected_adapters=["default"],
+        state_dict=weights,
+        # As in `_forget_base`.
+        save_embedding_layers=False if model.added_tokens else "auto",
+    )
     # PEFT writes a model card that is only an empty template.
     (folder / "README.md").unlink(missing_ok=True)
     if hasattr(policy, "start_weights"):

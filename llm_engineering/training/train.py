@@ -156,7 +156,9 @@ def prepare_run(
     if start is None:
         config = config.model_copy(update={"method": method, "lora": lora})
     adapter_keys = keys_beyond_unsloth(start) if start else lora.beyond_unsloth
-    device = choose_backend(choose_device(setup.compute), setup.compute, method, adapter_keys=adapter_keys)
+    new = setup.model.added_tokens
+    device = choose_device(setup.compute)
+    device = choose_backend(device, setup.compute, method, adapter_keys=adapter_keys, new_tokens=new)
 
     model = load_config(setup.model, settings)
     attention = fitting_attention(model, device.attn_implementation)
@@ -166,7 +168,7 @@ def prepare_run(
 
     # Load the tokenizer
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    check_rows(tokenizer, model.get_text_config().vocab_size)
+    check_rows(tokenizer, model.get_text_config().vocab_size, new)
 
     # Check the optimiser and the labels
     check_training(stage, method, config.optim, device)

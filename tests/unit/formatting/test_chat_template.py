@@ -132,6 +132,38 @@ def test_a_template_writes_the_same_date_every_day(model, settings):
         load_tokenizer(model, settings, text.replace("'%d %b %Y'", "m.role"))
 
 
+def test_the_recipe_can_name_the_date_that_a_template_writes(base_model, settings, tmp_path):
+    """As Llama 3.2's template: it asks for the date where it can, and writes its own where it cannot."""
+    text = (
+        "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = 'never' %}{% endif %}"
+        "{% for m in messages %}{{ m.role + day + m.content + eos_token }}{% endfor %}"
+    )
+    own = AutoTokenizer.from_pretrained(base_model)
+    own.chat_template = text
+    own.save_pretrained(tmp_path / "model")
+    model = ModelConfig(name_or_path=str(tmp_path / "model"))
+    dated = FormattingConfig.model_validate({"template_date": "2026-01-31"})
+    # A job on another machine pins the template of its model.
+    assert pin_chat_template(dated) == dated
+    for formatting in (dated, dated.model_copy(update={"chat_template": text})):
+        pinned = pin_chat_template(formatting, model, settings)
+        assert pin_chat_template(pinned, model, settings) == pinned
+        tokenizer = load_tokenizer(model, settings, pinned.chat_template)
+        assert tokenizer.decode(prompt_ids([Message(**ASKED[0])], tokenizer)).startswith("user31 Jan 2026What is it?")
+        # Also where a server has no such function.
+        assert "strftime_now" not in tokenizer.chat_template
+        tokenizer.save_pretrained(tmp_path / "adapter")
+        saved = load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "adapter")), settings)
+        assert saved.chat_template == tokenizer.chat_template
+    with pytest.raises(RequestError, match="template_date 2026-01-31 has no effect"):
+        pin_chat_template(dated.model_copy(update={"chat_template": "alpaca"}), model, settings)
+    # One of several templates
+    several = load_tokenizer(model, settings)
+    several.chat_template = {"default": text, "tool_use": text}
+    set_chat_template(several, None)
+    assert "26 Jul 2024" in several.apply_chat_template(ASKED, tokenize=False)
+
+
 def test_the_pad_token_is_one_that_the_model_has(base_model, settings, tmp_path):
     plain = load_tokenizer(ModelConfig(name_or_path=str(base_model)), settings, "alpaca")
     assert plain.pad_token == plain.eos_token

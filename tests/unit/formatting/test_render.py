@@ -222,10 +222,31 @@ def test_later_turns_of_a_conversation_that_is_too_long_are_not_rendered(tokeniz
     apply = rendering._apply
     monkeypatch.setattr(rendering, "_apply", lambda *args, **named: applied.append(args) or apply(*args, **named))
     many = [message("assistant" if number % 2 else "user", f"Turn {number}") for number in range(400)]
-    (found,) = format_rows([row(many[:1], many[1:])], "instruction", tokenizer, FormattingConfig(max_length=128))
+    long = row(many[:1], many[1:])
+
+    def work(max_length, over_long="drop"):
+        """The turns that all renders together go through."""
+        applied.clear()
+        (found,) = format_rows(
+            [long], "instruction", tokenizer, FormattingConfig(max_length=max_length, over_long=over_long)
+        )
+        return sum(len(arguments[1]) for arguments in applied), found
+
+    turns, found = work(128)
     assert found.rejected.reason == "over_long"
     assert "at least" in found.rejected.detail
-    assert len(applied) < 100
+    # 10 and 80 turns fill the lengths. To label the 80 turns, the renders go through 80 × 80 turns together.
+    assert turns < 50
+    assert work(1024)[0] < 600
+    # A cut row is labelled, which takes more, but not of the turns that are cut off.
+    cut, found = work(128, "truncate")
+    assert found.records
+    assert cut < 1000
+    # The rows without some of the oldest turns are counted, and only the one that fits and its neighbours are labelled.
+    shortened, found = work(512, "drop_oldest_turns")
+    assert len(found.records[0]["input_ids"]) <= 512
+    assert found.rule == "oldest_turns_dropped"
+    assert shortened < 9 * 400 + work(512, "truncate")[0]
 
 
 def test_answers_whose_white_space_the_template_changes_are_counted(tokenizer):

@@ -110,6 +110,21 @@ def test_fields_of_training_guides_are_taken():
             ["compute.num_processes=2", "compute.distributed=fsdp2", "sft.lora.init_lora_weights=pissa"],
             "not tested with sharded weights",
         ),
+        (["model.new_tokens=[a, ' b']"], "the new token ' b' is empty, or begins or ends with white space"),
+        (["model.new_tokens=[a]", "model.new_special_tokens=[a]"], "the new token a is named twice"),
+        (
+            ["model.new_tokens=[a]", "sft.method=qlora"],
+            "model.new_tokens with sft.method qlora .* set sft.method to lora",
+        ),
+        (["model.new_tokens=[a]", "sft.lora.trainable_token_indices=[5]"], "cannot be combined: remove one of them"),
+        (
+            ["model.new_special_tokens=[a]", "compute.backend=unsloth"],
+            "unsloth does not train model.new_special_tokens",
+        ),
+        (
+            ["compute.num_processes=2", "compute.distributed=fsdp2", "model.new_tokens=[a]"],
+            "model.new_tokens changes the embeddings .* not tested with sharded weights",
+        ),
     ],
 )
 def test_wrong_fields_are_refused_with_a_sentence(override, message):

@@ -313,6 +313,18 @@ def test_the_pipeline_gives_the_prepared_questions_to_the_texts(recipe, monkeypa
     assert given["arguments"][-1] == made.deriving
 
 
+def test_new_tokens_are_checked_against_the_model_before_a_run(recipe, small_llama):
+    def planned(chain, token, **lora):
+        model = {"name_or_path": str(small_llama), "new_tokens": [token]}
+        return recipe(chain, model=model, sft={"lora": lora}, formatting={"chat_template": "chatml"})
+
+    assert preflight(planned(["sft"], "<tool>"))[0].setup.model.added_tokens == ["<tool>"]
+    with pytest.raises(RequestError, match="names a, which is a token of"):
+        preflight(planned(["sft"], "a"))
+    with pytest.raises(RequestError, match="the new tokens need both embeddings"):
+        preflight(planned(["sft"], "<tool>", modules_to_save=["lm_head"]))
+
+
 def test_the_recipe_is_checked_against_the_model_before_a_run_and_by_a_dry_run(recipe, small_llama):
     unfit = recipe(
         ["sft"], model={"name_or_path": str(small_llama)}, sft={"lora": {"target_modules": ["qkv_proj"]}},

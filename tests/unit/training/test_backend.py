@@ -74,6 +74,11 @@ def test_recipe_that_unsloth_cannot_train_uses_transformers_or_is_refused(change
         choose_backend(device, ComputeConfig(**changes, backend="unsloth"), method, adapter_keys=keys)
 
 
+def test_new_tokens_are_trained_with_transformers(installed):
+    chosen = choose_backend(CARD, ComputeConfig(), "lora", new_tokens=["<tool>"])
+    assert chosen.reasons[-1].endswith("unsloth is not used, because it does not train the new token <tool>")
+
+
 def test_full_fine_tuning_uses_unsloth_only_if_the_recipe_names_it(installed):
     assert choose_backend(CARD, ComputeConfig(), "full").backend == "transformers"
     assert choose_backend(CARD, ComputeConfig(backend="unsloth"), "full").backend == "unsloth"
