@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from llm_engineering.errors import RequestError
+from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
@@ -108,6 +108,9 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     Args:
         four_bits: store the linear layers in 4 bits (NF4 with double quantisation, as in QLoRA, Dettmers et al. 2023,
             arXiv:2305.14314). They compute in the device's precision.
+
+    Raises:
+        WorkError: the model does not fit on the card.
     """
     quantised: dict[str, Any] = {}
     if four_bits:
@@ -127,8 +130,20 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     )
     mend_generation_config(loaded, model.name_or_path)
     if not four_bits:
-        loaded.to(device.name)  # type: ignore[arg-type]
+        _move(loaded, model.name_or_path, device)
     return loaded
+
+
+def _move(loaded: PreTrainedModel, name: str, device: Device) -> None:
+    try:
+        loaded.to(device.name)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        size = sum(parameter.nbytes for parameter in loaded.parameters()) / 1e9
+        raise WorkError(
+            f"{name} takes {size:.1f} GB in {str(device.dtype).removeprefix('torch.')}, and the card has less memory free. Stop "
+            "other programs that use the card, use --set compute.dtype=bfloat16 if this is not the precision already, a "
+            "smaller model, or --set compute.device=cpu."
+        ) from error
 
 
 def check_generation_config(model: ModelConfig, settings: Settings) -> None:
