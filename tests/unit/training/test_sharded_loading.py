@@ -18,20 +18,23 @@ from tests.tiny_models import CPU, training_setup
 
 FSDP2 = ComputeConfig(num_processes=2, distributed="fsdp2")
 ZERO_2, ZERO_3 = (ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=stage) for stage in (2, 3))
+STEPS = {"learning_rate": 1e-3, "num_train_epochs": 1, "eval_steps": 2, "save_steps": 2}
+BATCH = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}
+SFT, DPO = SFTConfig(**STEPS, **BATCH), DPOConfig(**STEPS, **BATCH)
 CARD = Device("cuda", torch.bfloat16, "sdpa", [])
 
 
 @pytest.mark.parametrize(
     ("compute", "config", "shards"),
     [
-        (ComputeConfig(num_processes=2), SFTConfig(), False),
-        (ZERO_2, SFTConfig(), False),
-        (ZERO_3, SFTConfig(), True),
-        (FSDP2, SFTConfig(method="full"), True),
-        (FSDP2, DPOConfig(), True),
+        (ComputeConfig(num_processes=2), SFT, False),
+        (ZERO_2, SFT, False),
+        (ZERO_3, SFT, True),
+        (FSDP2, SFT.model_copy(update={"method": "full"}), True),
+        (FSDP2, DPO, True),
         # TRL takes the reference's weights whole.
-        (FSDP2, DPOConfig(method="full"), False),
-        (ZERO_3, DPOConfig(precompute_ref_log_probs=True), False),
+        (FSDP2, DPO.model_copy(update={"method": "full"}), False),
+        (ZERO_3, DPO.model_copy(update={"precompute_ref_log_probs": True}), False),
     ],
 )
 def test_shards_are_loaded_where_the_weights_and_the_reference_are_sharded(compute, config, shards, tmp_path):
@@ -51,8 +54,7 @@ def test_zero_3_is_known_while_the_model_is_loaded_and_no_longer(tmp_path, monke
             made.append((values, weakref.ref(self)))
 
     monkeypatch.setattr(arguments, "TrainingArguments", Arguments)
-    config = SFTConfig(per_device_train_batch_size=3, gradient_accumulation_steps=5)
-    with sharded_loading(config, training_setup(tmp_path, ZERO_3), CARD):
+    with sharded_loading(SFT, training_setup(tmp_path, ZERO_3), CARD):
         gc.collect()
         ((values, reference),) = made
         assert reference() is not None
@@ -60,7 +62,7 @@ def test_zero_3_is_known_while_the_model_is_loaded_and_no_longer(tmp_path, monke
     assert values["deepspeed"]["zero_optimization"]["stage"] == 3
     sizes = (values["per_device_train_batch_size"], values["gradient_accumulation_steps"], values["bf16"])
     assert sizes == (3, 5, True)
-    with sharded_loading(config, training_setup(tmp_path, CPU), CARD):
+    with sharded_loading(SFT, training_setup(tmp_path, CPU), CARD):
         assert len(made) == 1
 
 
