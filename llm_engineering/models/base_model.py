@@ -22,8 +22,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.distributed.utils import is_local_dist_rank_0
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 
-from llm_engineering.errors import RequestError
+from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import Device
 from llm_engineering.models.new_tokens import add_rows
 from llm_engineering.recipe.settings import Settings
@@ -106,9 +108,14 @@ def fitting_attention(config: PreTrainedConfig, attention: str) -> str:
 def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
     """Load the base model onto the device, in the device's precision, with rows for the new tokens.
 
+    While `sharded_loading` is open, the model stays on the processor (FSDP2), or is sharded over the cards (ZeRO-3).
+
     Args:
         four_bits: store the linear layers in 4 bits (NF4 with double quantisation, as in QLoRA, Dettmers et al. 2023,
             arXiv:2305.14314). They compute in the device's precision.
+
+    Raises:
+        WorkError: the model does not fit on the card.
     """
     quantised: dict[str, Any] = {}
     if four_bits:
@@ -119,10 +126,14 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
             bnb_4bit_compute_dtype=device.dtype,
         )
         quantised = {"quantization_config": quantisation, "device_map": {"": torch.cuda.current_device()}}
+    config = load_config(model, settings)
+    attention = fitting_attention(config, device.attn_implementation)
+    if is_fsdp_enabled() and not is_local_dist_rank_0():
+        return _without_weights(config, device.dtype, attention, model.trust_remote_code)
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model_path(model, settings),
         dtype=device.dtype,
-        attn_implementation=fitting_attention(load_config(model, settings), device.attn_implementation),
+        attn_implementation=attention,
         **hub_options(model, settings),
         **quantised,
     )
@@ -131,9 +142,38 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
         add_rows(
             loaded, AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings)), model
         )
-    if not four_bits:
-        loaded.to(device.name)  # type: ignore[arg-type]
+    # FSDP2 moves each shard when training starts, and ZeRO-3 has done so while loading.
+    if not (four_bits or is_fsdp_enabled() or is_deepspeed_zero3_enabled()):
+        _move(loaded, model.name_or_path, device)
     return loaded
+
+
+def _without_weights(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Build a model of zeros, which take no memory until they are written. Reads no weights.
+
+    FSDP2 replaces the zeros by this process's shard of the main process's weights. transformers itself would read all
+    weights in every process, and then replace them by zeros.
+    """
+    with torch.device("meta"):
+        model_class = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    empty: PreTrainedModel = model_class.from_pretrained(
+        None, config=config, state_dict={}, dtype=dtype, attn_implementation=attention
+    )
+    return empty
+
+
+def _move(loaded: PreTrainedModel, name: str, device: Device) -> None:
+    try:
+        loaded.to(device.name)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        size = sum(parameter.nbytes for parameter in loaded.parameters()) / 1e9
+        raise WorkError(
+            f"{name} takes {size:.1f} GB in {str(device.dtype).removeprefix('torch.')}, and the card has less memory free. Stop "
+            "other programs that use the card, use --set compute.dtype=bfloat16 if this is not the precision already, a "
+            "smaller model, or --set compute.device=cpu."
+        ) from error
 
 
 def check_generation_config(model: ModelConfig, settings: Settings) -> None:

@@ -3,6 +3,8 @@
 The merge computes and saves in float32, because half precision loses updates smaller than half the last bit of a weight.
 If the recipe names a smaller precision, the merged weights are rounded once, and the change of the
 log-probabilities is measured on held-out rows.
+
+The merge itself needs the memory of one weight file (`shards`). The comparison needs that of one model in float32.
 """
 
 from __future__ import annotations
@@ -18,12 +20,21 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 
-from llm_engineering.errors import WorkError
+from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device, choose_device
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.progress import Progress, counted
+from llm_engineering.publish.shards import (
+    ShardedMerge,
+    empty_model,
+    other_weights,
+    rounded,
+    weight_files,
+    write_parts,
+)
 from llm_engineering.publish.verification import (
     HeldoutRow,
     TokenScores,
@@ -36,6 +47,7 @@ from llm_engineering.publish.verification import (
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.training.estimate import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -79,21 +91,31 @@ def merge(
     """Write the merged model with tokenizer, chat template and end tokens to `target`, and verify it.
 
     Two things are verified: the merged model equals the trained model, and the written weights are the merged weights
-    rounded to `dtype`. This needs four to six bytes of memory for each parameter.
+    rounded to `dtype`.
 
     Args:
         rows: held-out rows; each is computed three or four times.
-        device: with the precision of the base model in training.
+        device: with the precision of the base model in training. The rows are computed on the processor if the model does
+            not fit on the card in float32.
         dtype: the precision of the written weights.
         repetition_penalty: written to generation_config.json, as the default for requests.
 
     Raises:
-        WorkError: the merged model differs from the trained model; `target` is then removed.
+        RequestError: the memory is too small.
+        WorkError: the merged model differs from the trained model, or the memory became full; `target` is then removed.
     """
     if not rows:
         raise WorkError("There is no held-out row to verify the merged model on. Give the recipe a larger test split.")
     trust = trained.base.trust_remote_code
+    saved = ModelConfig(name_or_path=str(target), trust_remote_code=trust)
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trust), settings)
+    source = trained.base if trained.is_adapter else _full(trained)
+    empty = empty_model(source, trained.folder if trained.is_adapter else None, settings)
+    # The weights of a full model are those of training, in float32.
+    sharded = ShardedMerge(empty, weight_files(source, settings), device.dtype if trained.is_adapter else torch.float32)
+    # In memory, the merged model is compared with its files, which are loaded beside it.
+    copies = 1 if sharded.obstacle is None else 2
+    device = _device_with_room(device, copies * 4 * sum(p.numel() for p in sharded.plain.parameters()))
     if device.attn_implementation == "flash_attention_2":
         # Flash attention has no float32 kernels.
         device = device._replace(attn_implementation="sdpa")
@@ -103,44 +125,103 @@ def merge(
         precision(dtype),
         counted(len(rows), "held-out row"),
     )
-    # The rows go through the base model, the trained one, the saved one, and before rounding the merged one.
+    # The rows go through the base model, the trained one, the merged one, and the rounded one.
     progress = Progress("rows compared", len(rows) * (3 if dtype == torch.float32 else 4))
-    reference, untrained, merged = _merged(trained, rows, device, settings, progress)
-    if dtype != torch.float32:
-        # Checked before rounding, so that rounding cannot hide another error.
-        check_same(rows, reference, token_scores(merged, rows, progress))
-    ends = end_token_ids(merged, tokenizer)
-    merged.generation_config.repetition_penalty = repetition_penalty
-    _write(merged, tokenizer, ends, dtype, target)
     try:
-        saved = ModelConfig(name_or_path=str(target), trust_remote_code=trained.base.trust_remote_code)
-        written = load_model(saved, settings, device._replace(dtype=dtype)).eval()
-        _check_weights(written, merged)
-        del merged
-        verification = verify(rows, reference, token_scores(written.float(), rows, progress), untrained, dtype)
+        # Score the base model and the trained one
+        model, untrained = _trained_model(trained, rows, device, settings, progress)
+        reference = token_scores(model, rows, progress)
+
+        # Merge
+        if sharded.obstacle is None:
+            sharded.plain.generation_config = model.generation_config
+            del model
+            plain = sharded.plain
+            write_parts(sharded.parts(), target)
+        else:
+            logger.info("Merging in memory and not file by file, because %s", sharded.obstacle)
+            plain = _merge_in_memory(model)
+            plain.save_pretrained(target)
+            _check_weights(load_model(saved, settings, device._replace(dtype=torch.float32)), plain)
+            del model
+            plain.to("meta")
+        ends = end_token_ids(plain, tokenizer)
+        _write_settings(plain, tokenizer, ends, repetition_penalty, torch.float32, target)
+
+        # Verify the merged model, before rounding can hide an error
+        written = load_model(saved, settings, device._replace(dtype=torch.float32)).eval()
+        scores = token_scores(written, rows, progress)
+        check_same(rows, reference, scores)
+
+        # Round, and measure the change
+        if dtype != torch.float32:
+            del written
+            write_parts(rounded(target, dtype), target)
+            _write_settings(plain, tokenizer, ends, repetition_penalty, dtype, target)
+            written = load_model(saved, settings, device._replace(dtype=dtype)).float().eval()
+            scores = token_scores(written, rows, progress)
+        verification = verify(rows, reference, scores, untrained, dtype)
         progress.end()
         _check_handling(written, target, tokenizer, ends)
-    except WorkError:
-        shutil.rmtree(target)
-        raise
+    except (WorkError, torch.OutOfMemoryError) as error:
+        shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, WorkError):
+            raise
+        raise WorkError(
+            "The memory of the card became full while the merged model was compared with the trained one in float32. Stop "
+            "other programs that use the card, or compare on the processor: --set compute.device=cpu"
+        ) from error
     (target / VERIFICATION).write_text(json.dumps(verification.model_dump(), indent=2) + "\n", encoding="utf-8")
     return verification
 
 
-def _merged(
+def _full(trained: Trained) -> ModelConfig:
+    return ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trained.base.trust_remote_code)
+
+
+def _device_with_room(device: Device, needed: int) -> Device:
+    """The device, or the processor if the card has not `needed` bytes of free memory.
+
+    Raises:
+        RequestError: the machine has not the memory either.
+    """
+    if device.name == "cuda" and free_memory(device) < needed:
+        logger.info(
+            "The merged model is compared on the processor: in float32 this takes %s, and the card has %s free",
+            *(_gigabytes(needed), _gigabytes(free_memory(device))),
+        )
+        device = device._replace(name="cpu")
+    if device.name == "cpu" and free_memory(device) < needed:
+        raise RequestError(
+            f"The merged model is compared with the trained one in float32, which takes {_gigabytes(needed)} of memory, and "
+            f"this machine has {_gigabytes(free_memory(device))} free. Close other programs, or run this command on a "
+            "machine with more memory."
+        )
+    return device
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _trained_model(
     trained: Trained, rows: Sequence[HeldoutRow], device: Device, settings: Settings, progress: Progress
-) -> tuple[list[TokenScores], list[TokenScores], PreTrainedModel]:
-    """Scores of the trained model, scores of its base model, and the merged model, all in float32."""
+) -> tuple[PreTrainedModel | PeftModel, list[TokenScores]]:
+    """The trained model, not merged, and the scores of its base model, both in float32."""
     # Loaded in the precision of training, and then converted to float32 without loss.
     base = load_model(trained.base, settings, device).float().eval()
     untrained = token_scores(base, rows, progress)
-    if not trained.is_adapter:
-        del base
-        folder = ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trained.base.trust_remote_code)
-        full = load_model(folder, settings, device._replace(dtype=torch.float32)).eval()
-        return token_scores(full, rows, progress), untrained, full
-    model = PeftModel.from_pretrained(base, str(trained.folder)).eval()
-    reference = token_scores(model, rows, progress)
+    if trained.is_adapter:
+        return PeftModel.from_pretrained(base, str(trained.folder)).eval(), untrained
+    del base
+    return load_model(_full(trained), settings, device._replace(dtype=torch.float32)).eval(), untrained
+
+
+def _merge_in_memory(model: Any) -> PreTrainedModel:
+    """Merge the adapter of a `PeftModel`. A full model stays what it is."""
+    if not isinstance(model, PeftModel):
+        return model  # type: ignore[no-any-return]
+    base: Any = model.get_base_model()
     ends = [base.get_input_embeddings(), base.get_output_embeddings()]
     if base.config.tie_word_embeddings and any(isinstance(end, LoraLayer) for end in ends):
         # Merging into the shared weights would change both layers, but the adapter is on one of them. With two weights,
@@ -148,28 +229,39 @@ def _merged(
         output: Any = ends[1].get_base_layer() if isinstance(ends[1], LoraLayer) else ends[1]
         output.weight = torch.nn.Parameter(output.weight.clone())
     merged: PreTrainedModel = model.merge_and_unload(safe_merge=True)
-    return reference, untrained, merged
+    return merged
 
 
-def _write(
-    merged: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: list[int], dtype: torch.dtype, target: Path
+def _write_settings(
+    plain: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    repetition_penalty: float,
+    dtype: torch.dtype,
+    target: Path,
 ) -> None:
-    assert merged.generation_config is not None
-    merged.to(dtype)  # type: ignore[arg-type]
-    for config in (merged.config, merged.generation_config):
+    """Write everything except the weights: configuration, generation settings, tokenizer, and code from the hub."""
+    assert plain.generation_config is not None
+    for config in (plain.config, plain.generation_config):
         config.eos_token_id = ends
         config.pad_token_id = tokenizer.pad_token_id
     # The evaluation measured greedy answers. The base model's file may ask for samples.
-    merged.generation_config.do_sample = False
+    plain.generation_config.do_sample = False
     for name in _SAMPLING:
-        setattr(merged.generation_config, name, None)
-    merged.config._name_or_path = ""
-    merged.save_pretrained(target)
+        setattr(plain.generation_config, name, None)
+    plain.generation_config.repetition_penalty = repetition_penalty
+    plain.config._name_or_path = ""
+    plain.config.dtype = precision(dtype)
+    plain.config.architectures = [type(plain).__name__]
+    if plain.is_remote_code():
+        custom_object_save(plain, target, config=plain.config)
+    plain.config.save_pretrained(target)
+    plain.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
 def _check_weights(written: PreTrainedModel, merged: PreTrainedModel) -> None:
-    """Check that the files hold exactly the merged weights, as they were rounded."""
+    """Check that the files hold exactly the merged weights."""
     saved, expected = written.state_dict(), merged.state_dict()
     different = [
         name
@@ -177,10 +269,7 @@ def _check_weights(written: PreTrainedModel, merged: PreTrainedModel) -> None:
         if name not in saved or name not in expected or not torch.equal(saved[name].float(), expected[name].float())
     ]
     if different:
-        raise WorkError(
-            f"The model is not registered: the saved weights are not those of the merged model, at {different[0]} and "
-            f"{len(different) - 1} others. Check the disk, and run the same command again."
-        )
+        raise other_weights(different)
 
 
 def _check_handling(

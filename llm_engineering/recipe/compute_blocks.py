@@ -118,6 +118,11 @@ class ComputeConfig(Block):
         return self
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether each process keeps only a part of the weights."""
+        return self.distributed == "fsdp2" or self.zero_stage == 3
+
+    @property
     def in_job(self) -> ComputeConfig:
         """The `compute` block for the process inside the training job.
 

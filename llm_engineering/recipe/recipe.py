@@ -442,12 +442,12 @@ class Recipe(_StageBlocks):  # type: ignore[misc]
                 f"{best[0]}.load_best reads the best checkpoint in every process, but only the first machine has it on its "
                 "disk: set load_best to false, or compute.sagemaker.instance_count to 1"
             )
-        if self.method == "qlora" and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
+        if self.method == "qlora" and compute.shards_weights:
             raise ValueError(
                 f"{first}.method qlora keeps its weights in 4 bits, which cannot be sharded here: use compute.distributed ddp, "
                 "or deepspeed with zero_stage 1 or 2"
             )
-        if self.lora.moves_base_weights and (compute.distributed == "fsdp2" or compute.zero_stage == 3):
+        if self.lora.moves_base_weights and compute.shards_weights:
             raise ValueError(
                 f"{first}.lora.init_lora_weights moves a part of the base weights into the adapter, which was not tested with "
                 "sharded weights: use compute.distributed ddp, or deepspeed with zero_stage 1 or 2, or another start value"

@@ -126,7 +126,7 @@ def why_not_from_hidden_states(
         return "an adapter wraps the output layer"
     if isinstance(head, AuxiliaryTrainingWrapper):
         return "the adapter trains a copy of the output layer"
-    if compute.distributed == "fsdp2" or compute.zero_stage == 3:
+    if compute.shards_weights:
         return "the output weights are sharded"
     if not isinstance(head, nn.Linear) or getattr(head, "bias", None) is not None:
         return "the output layer is not a plain matrix"

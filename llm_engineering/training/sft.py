@@ -22,7 +22,6 @@ from llm_engineering.training.arguments import training_arguments
 from llm_engineering.training.job import Job, TrainingResult
 from llm_engineering.training.losses import (
     attend_by_row,
-    keeps_rows_apart,
     row_lengths,
     take_loss_from_hidden_states,
     why_not_from_hidden_states,
@@ -138,8 +137,8 @@ def sft_trainer(
     if device.backend == "transformers":
         by_row = attend_by_row(policy)
         router_coefficient = config.library_arguments.get("router_aux_loss_coef")
+        unpadded = run.keeps_rows_apart(policy, by_row)
         with device.autocast():
-            unpadded = keeps_rows_apart(policy, by_row)
             reason = why_not_from_hidden_states(policy, setup.compute, router_coefficient)
         if reason is None:
             take_loss_from_hidden_states(policy)

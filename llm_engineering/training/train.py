@@ -32,7 +32,7 @@ from transformers import (
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.labels import check_labels, label_views
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models.base_model import fitting_attention, load_config, weights_hash
+from llm_engineering.models.base_model import fitting_attention, load_config, load_model, weights_hash
 from llm_engineering.models.device import (
     Device,
     check_training,
@@ -47,9 +47,18 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import LoraConfig, Method, TrainConfig, TrainingSetup
 from llm_engineering.training import ranks
-from llm_engineering.training.arguments import device_facts, effective_batch, halved, sizes_text, whole_weights
+from llm_engineering.training.arguments import (
+    device_facts,
+    effective_batch,
+    halved,
+    loads_shards,
+    sharded_loading,
+    sizes_text,
+    whole_weights,
+)
 from llm_engineering.training.checkpoints import check_resumable, newest_complete, run_lock
 from llm_engineering.training.job import SUMMARY_FILE, TrainingResult
+from llm_engineering.training.losses import attend_by_row, keeps_rows_apart
 from llm_engineering.training.policy import new_policy, save_policy, trained_policy
 from llm_engineering.training.ranks import Interruption
 from llm_engineering.training.telemetry import TelemetryCallback, Work, peak_flops, peak_memory_bytes
@@ -111,10 +120,27 @@ class TrainingRun(Generic[Config]):
         """Load the model to train: the model of the stage before, or the base model, with a fresh adapter if it has one."""
         loading = Loading(self.setup.max_length, self.config.gradient_checkpointing, self.setup.seed)
         setup, device = self.setup, self.device
-        if self.start is not None:
-            return trained_policy(setup.model, self.start, self.settings, device, self.method, loading)
-        lora = self.config.lora or LoraConfig()
-        return new_policy(setup.model, lora, self.settings, device, self.method, loading)
+        with sharded_loading(self.config, setup, device):
+            if self.start is not None:
+                return trained_policy(setup.model, self.start, self.settings, device, self.method, loading)
+            lora = self.config.lora or LoraConfig()
+            return new_policy(setup.model, lora, self.settings, device, self.method, loading)
+
+    def keeps_rows_apart(self, policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
+        """Whether concatenated rows do not attend to each other (`losses.keeps_rows_apart`).
+
+        If the weights are sharded, the main process tries it with the whole model in its own memory.
+        """
+        if not loads_shards(self.config, self.setup):
+            with self.device.autocast():
+                return keeps_rows_apart(policy, by_row)
+        found = False
+        if ranks.is_main():
+            # FlashAttention has no kernels for processors.
+            device = self.device._replace(name="cpu", attn_implementation=fitting_attention(policy.config, "sdpa"))
+            whole = load_model(self.setup.model, self.settings, device)
+            found = keeps_rows_apart(whole, by_row and attend_by_row(whole))
+        return ranks.from_main(found)
 
     @cached_property
     def folder(self) -> Path:

@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import DatasetDict, concatenate_datasets
 from safetensors.torch import load_file
-from transformers import Trainer
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, modeling_utils
 
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -69,7 +71,42 @@ def no_memory():
     Trainer.training_step = training_step
 
 
-def one_rank(place, port, folder, stage, config, data, start, sabotage):
+def fsdp_on_a_processor():
+    """Let accelerate shard here: it knows FSDP only on cards. In all processes but the first, no weights of the base may be read."""
+    real = AcceleratorState.__init__
+
+    def initialise(self, *args, fsdp_plugin=None, **kwargs):
+        real(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = initialise
+    if ranks.rank() > 0:
+        modeling_utils.safe_open = None
+
+
+def note_shards(folder):
+    """Note the bytes of this process's weights when training begins, and of the whole model."""
+    real = telemetry.TelemetryCallback.on_train_begin
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        weights = list(model.parameters())
+        assert all(isinstance(weight, DTensor) for weight in weights)
+        own = sum(weight.to_local().nbytes for weight in weights)
+        whole = sum(weight.nbytes for weight in weights)
+        (folder / f"bytes-{ranks.rank()}.json").write_text(json.dumps([own, whole]))
+        real(self, args, state, control, model=model, **kwargs)
+
+    telemetry.TelemetryCallback.on_train_begin = on_train_begin
+
+
+def sharded(folder):
+    fsdp_on_a_processor()
+    note_shards(folder)
+
+
+def one_rank(place, port, folder, stage, config, data, start, sabotage, distributed):
     """Train as one process of a run, and write the outcome to `outcome-RANK.json` in `folder`."""
     rank, count = place
     torch.set_num_threads(1)
@@ -86,6 +123,8 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage):
         tracking=TrackingConfig(comet="off"),
         seed=7,
     )
+    # The recipe refuses fsdp2 on a processor.
+    setup = setup.model_copy(update={"compute": compute.model_copy(update={"distributed": distributed})})
     rows = DatasetDict.load_from_disk(str(data / stage))
     settings = Settings(llm_output_dir=folder)
     ranks.join(compute, "cpu")
@@ -128,12 +167,12 @@ def run(data):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llm_engineering.training.launch", "tests.integration.test_processes"])
 
-    def start(folder, config, count=2, start=None, sabotage=None):
+    def start(folder, config, count=2, start=None, sabotage=None, distributed="ddp"):
         folder.mkdir(exist_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         stage = "sft" if isinstance(config, SFTConfig) else "dpo"
-        arguments = (port, folder, stage, config, data, start, sabotage or {})
+        arguments = (port, folder, stage, config, data, start, sabotage or {}, distributed)
         processes = [context.Process(target=one_rank, args=((rank, count), *arguments)) for rank in range(count)]
         for process in processes:
             process.start()
@@ -181,6 +220,28 @@ def test_two_processes_train_like_one(config, run, sft_adapter, tmp_path):
     sizes = {outcome["summary"]["effective_batch"] for outcome in (one, *two)}
     assert len(sizes) == 1
     assert two[0]["summary"]["num_processes"] == 2
+
+
+FULL = SFT.model_copy(update={"method": "full", "learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize("config", [PACKED, FULL, DPO], ids=["packed", "full", "dpo"])
+def test_shards_of_weights_that_one_process_has_read_train_like_one_process(config, run, sft_adapter, tmp_path):
+    start = sft_adapter if config is DPO else None
+    (one,) = run(tmp_path / "one", config, count=1, start=start)
+    folder = tmp_path / "two"
+    sabotage = dict.fromkeys((0, 1), (sharded, (folder,)))
+    two = run(folder, smaller(config), start=start, sabotage=sabotage, distributed="fsdp2")
+    assert [outcome["end"] for outcome in two] == ["done", "done"]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        assert history(two[0], name) == pytest.approx(history(one, name), abs=1e-4), name
+    file = "model.safetensors" if config is FULL else "adapter_model.safetensors"
+    weights = [load_file(Path(outcome["adapter"]) / file) for outcome in (one, two[0])]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+    for rank in (0, 1):
+        own, whole = json.loads((folder / f"bytes-{rank}.json").read_text())
+        assert own == pytest.approx(whole / 2, rel=0.05)
 
 
 def test_signal_to_one_process_stops_both_and_the_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path):

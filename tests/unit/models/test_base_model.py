@@ -5,8 +5,10 @@ import logging
 import shutil
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
-from llm_engineering.errors import RequestError
+from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import check_generation_config, load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.recipe.training_blocks import ModelConfig
@@ -53,3 +55,14 @@ def test_generation_settings_that_cannot_be_read_are_refused(small_llama, settin
     (folder / "generation_config.json").write_text(json.dumps({"num_return_sequences": 3}))
     with pytest.raises(RequestError, match="model cannot be used: Greedy methods .* Correct the file"):
         check_generation_config(model, settings)
+
+
+def test_a_model_that_does_not_fit_on_the_card_is_named_with_its_size(small_llama, settings, cpu, monkeypatch):
+    def no_memory(self, *arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", no_memory)
+    with pytest.raises(
+        WorkError, match=r"takes 0\.0 GB in float32, and the card has less memory free\. .*compute.dtype=bf"
+    ):
+        load_model(ModelConfig(name_or_path=str(small_llama)), settings, choose_device(cpu))

@@ -5,16 +5,18 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraModel, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from llm_engineering.errors import WorkError
+from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.models import Models
 from llm_engineering.models.base_model import load_model
-from llm_engineering.models.device import choose_device
+from llm_engineering.models.device import Device, choose_device
 from llm_engineering.models.generate import generate_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish import merge as merging
+from llm_engineering.publish import shards
 from llm_engineering.publish.merge import Trained, merge, merged_device
 from llm_engineering.publish.verification import HeldoutRow, TokenScores, check_same, token_scores, verify
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -161,13 +163,14 @@ def test_training_that_is_rounded_away_is_refused(model, settings, tmp_path):
 def test_a_small_mistake_is_refused_in_every_precision(model, settings, tmp_path, monkeypatch, dtype):
     """The update of one of fourteen matrices is missing, which is less than rounding to bfloat16 may cost."""
     trained = adapter(model, tmp_path / "adapter", settings, BF16, size=0.5)
-    merge_and_unload = LoraModel.merge_and_unload
+    merge_layer = shards.ShardedMerge._merge_layer
 
-    def all_but_one(lora, **arguments):
-        torch.nn.init.zeros_(lora.model.model.layers[0].self_attn.k_proj.lora_B["default"].weight)
-        return merge_and_unload(lora, **arguments)
+    def all_but_one(self, name):
+        if name == "model.layers.0.self_attn.k_proj":
+            torch.nn.init.zeros_(self.layers[name].lora_B["default"].weight)
+        return merge_layer(self, name)
 
-    monkeypatch.setattr(LoraModel, "merge_and_unload", all_but_one)
+    monkeypatch.setattr(shards.ShardedMerge, "_merge_layer", all_but_one)
     with pytest.raises(WorkError, match=r"on held-out row row-\d"):
         merge(trained, ROWS, choose_device(BF16), dtype, settings, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
@@ -175,20 +178,66 @@ def test_a_small_mistake_is_refused_in_every_precision(model, settings, tmp_path
 
 def test_corrupt_files_are_refused(model, cpu, settings, tmp_path, monkeypatch):
     trained = adapter(model, tmp_path / "adapter", settings, cpu, size=0.5)
-    write = merging._write
 
-    def write_corrupt(merged, *arguments):
-        weight = merged.model.layers[1].mlp.down_proj.weight
-        former = weight.detach().clone()
-        with torch.no_grad():
-            weight[0, 0] += 1e-3
-            write(merged, *arguments)
-            weight.copy_(former)
+    def save_corrupt(weights, *arguments, **options):
+        name = "model.layers.1.mlp.down_proj.weight"
+        save_file(weights | {name: weights[name] + 1e-6}, *arguments, **options)
 
-    monkeypatch.setattr(merging, "_write", write_corrupt)
+    monkeypatch.setattr(shards, "save_file", save_corrupt)
     with pytest.raises(
         WorkError, match=r"saved weights are not .* at model.layers.1.mlp.down_proj.weight and 0 others"
     ):
+        merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_files_that_the_merge_in_memory_wrote_are_compared_too(model, cpu, settings, tmp_path, monkeypatch):
+    trained = adapter(model, tmp_path / "adapter", settings, cpu, size=0.5)
+    monkeypatch.setattr(shards.ShardedMerge, "obstacle", "a test wants it")
+    merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged")
+    save_pretrained = LlamaForCausalLM.save_pretrained
+
+    def save_corrupt(merged, folder):
+        weight = merged.model.layers[1].mlp.down_proj.weight
+        with torch.no_grad():
+            weight += 1e-6
+            save_pretrained(merged, folder)
+            weight -= 1e-6
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", save_corrupt)
+    with pytest.raises(
+        WorkError, match=r"saved weights are not .* at model.layers.1.mlp.down_proj.weight and 0 others"
+    ):
+        merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "corrupt")
+    assert not (tmp_path / "corrupt").exists()
+
+
+def test_a_model_that_does_not_fit_on_the_card_is_compared_on_the_processor(model, settings, tmp_path, monkeypatch):
+    free = {"cuda": 2_000_000_000, "cpu": 40_000_000_000}
+    monkeypatch.setattr(merging, "free_memory", lambda device: free[device.name])
+    card = Device("cuda", torch.bfloat16, "sdpa", [])
+    assert merging._device_with_room(card, 1_900_000_000).name == "cuda"
+    assert merging._device_with_room(card, 32_000_000_000) == card._replace(name="cpu")
+    with pytest.raises(
+        RequestError, match=r"takes 41\.0 GB of memory, and this machine has 40\.0 GB free\. Close other"
+    ):
+        merging._device_with_room(card, 41_000_000_000)
+    # Nothing is computed for a model that does not fit.
+    trained = adapter(model, tmp_path / "adapter", settings, BF16)
+    free["cpu"] = 1000
+    monkeypatch.setattr(merging, "load_model", None)
+    with pytest.raises(RequestError, match="in float32, which takes 0.0 GB of memory"):
+        merge(trained, ROWS, choose_device(BF16), torch.float32, settings, tmp_path / "merged")
+
+
+def test_full_memory_on_the_card_is_told_with_what_to_do(model, cpu, settings, tmp_path, monkeypatch):
+    trained = adapter(model, tmp_path / "adapter", settings, cpu)
+
+    def no_memory(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(merging, "check_same", no_memory)
+    with pytest.raises(WorkError, match="memory of the card became full .* --set compute.device=cpu"):
         merge(trained, ROWS, choose_device(cpu), torch.float32, settings, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
