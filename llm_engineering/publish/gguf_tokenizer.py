@@ -29,7 +29,7 @@ _CASED_WORDS = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # What a tokenizer that only looks like SentencePiece's would change: spaces, digits, compatible forms, unknown characters.
-_PROBE = "  Two  spaces,\ttabs\n\n and 1234 words: naïve café e\u0301 ﬁ ① Ａ 漢字 🦙 it's. "
+_PROBE = "Two  spaces,\ttabs\n\n and 1234 words: naïve café e\u0301 ﬁ ① Ａ 漢字 🦙 it's. "
 
 
 class Kind(NamedTuple):
@@ -53,7 +53,8 @@ def _split(words: str) -> list[dict[str, Any]]:
 
 
 # Steps, normalizers, and whether a whole word that is a token is used without merging. llama.cpp's qwen2 does not normalize,
-# so a text in NFC has the same tokens, and another one may not. Its tekken tells upper from lower case in ASCII only.
+# so a text in NFC has the same tokens, and another one may not. Its tekken splits words of scripts with combining marks, such
+# as Devanagari and Thai, at other places.
 _PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], tuple[Any, ...], bool]] = {
     "gpt-2": ([_BYTE_LEVEL], _NO_NORMALIZER, False),
     "smollm": ([_DIGITS, _BYTE_LEVEL], _NO_NORMALIZER, False),
@@ -76,6 +77,7 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> Kind:
         raise _refusal(f"its tokens {', '.join(trimming[:5])} take the spaces around them, and llama.cpp's do not")
     model = parts["model"]
     if model["type"] == "BPE" and model["byte_fallback"]:
+        _check_merges(parts)
         return Kind("llama", "default", _has_space_prefix(tokenizer, parts))
     before = parts["pre_tokenizer"] or {}
     steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
@@ -91,15 +93,34 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> Kind:
     )
 
 
-def _refusal(reason: str) -> RequestError:
-    return RequestError(
-        f"This model cannot be written as GGUF here: {reason}. Export it as safetensors and convert it with llama.cpp's "
-        "convert_hf_to_gguf.py."
-    )
+def _refusal(
+    reason: str, remedy: str = "Export it as safetensors and convert it with llama.cpp's convert_hf_to_gguf.py."
+) -> RequestError:
+    return RequestError(f"This model cannot be written as GGUF here: {reason}. {remedy}")
 
 
 def _is_trimming(token: dict[str, Any]) -> bool:
     return bool(token["lstrip"] or token["rstrip"] or token["single_word"])
+
+
+def _check_merges(parts: dict[str, Any]) -> None:
+    """Check that any two tokens that make up a third one can be merged, as in SentencePiece, whose files list no merges.
+
+    Raises:
+        RequestError: some cannot, as in a tokenizer that another library trained.
+    """
+    added = {token["content"] for token in parts["added_tokens"]}
+    vocabulary = parts["model"]["vocab"].keys() - added
+    merges = {tuple(pair) for pair in parts["model"]["merges"]}
+    for token in vocabulary & {left + right for left, right in merges}:
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            if pair[0] in vocabulary and pair[1] in vocabulary and pair not in merges:
+                raise _refusal(
+                    f"its tokenizer has bytes for unknown characters like SentencePiece's, but no merge of {pair[0]} and "
+                    f"{pair[1]}, and llama.cpp would merge them",
+                    "llama.cpp has no tokenizer of this kind. Export it as safetensors.",
+                )
 
 
 def _has_space_prefix(tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any]) -> bool:
@@ -119,7 +140,9 @@ def _has_space_prefix(tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any])
             return bool(prefixes)
     raise _refusal(
         "its tokenizer is like SentencePiece's, but gives a conversation other tokens than llama.cpp's, because of the "
-        f"normalizer {json.dumps(parts['normalizer'])[:200]} or the pre-tokenizer {json.dumps(parts['pre_tokenizer'])[:200]}"
+        f"normalizer {json.dumps(parts['normalizer'])[:200]} or the pre-tokenizer {json.dumps(parts['pre_tokenizer'])[:200]}",
+        "If it puts a space only before the first word of a text, train with a chat template that begins with the token "
+        "that begins a text, e.g. formatting.chat_template: alpaca. Otherwise, export it as safetensors.",
     )
 
 
