@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -69,6 +69,8 @@ def byte_level(kind, *steps, ignore_merges=False, normalizer=None):
         vocab_size=360, special_tokens=list(tokens), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    if kind == "llama3":
+        begins(tokenizer, tokens[0])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=tokens[0], eos_token=tokens[-1], chat_template=template
     )
@@ -81,18 +83,39 @@ def regex(pattern):
 
 def pieces(*tokens):
     """Vocabulary and merges as in SentencePiece: any two tokens that make up a third one can be merged."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    first = [*tokens, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trained.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=420, special_tokens=first))
-    vocabulary = trained.get_vocab()
-    merges = [
-        (token[:cut], token[cut:])
-        for token in sorted(set(vocabulary) - set(first), key=vocabulary.get)
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    letters = sorted(set("".join(SENTENCES)) - {" "})
+    # By score. "this" becomes t·h·is, and from the left it would become t·hi·s.
+    words = [
+        "is",
+        "hi",
+        "he",
+        "▁t",
+        "▁the",
+        "um",
+        "▁▁",
+        "▁▁▁",
+        "\n\n",
+        "▁is",
+        "▁s",
+        "▁sum",
+        "be",
+        "ber",
+        "12",
+        "▁12",
+        "34",
+        "It",
+        "'s",
     ]
-    return {"vocab": vocabulary, "merges": merges}
+    known = [*tokens, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, *words]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(known))}
+    splits = [(word[:cut], word[cut:]) for word in dict.fromkeys(words) for cut in range(1, len(word))]
+    return {"vocab": vocabulary, "merges": [pair for pair in splits if vocabulary.keys() >= set(pair)]}
+
+
+def begins(tokenizer, token):
+    """Let a tokenizer write a token before each text."""
+    special = [(token, tokenizer.token_to_id(token))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", special_tokens=special)
 
 
 def mistral():
@@ -108,6 +131,7 @@ def old_llama():
     tokenizer = Tokenizer(models.BPE(**pieces("<unk>", "<s>", "</s>"), byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    begins(tokenizer, "<s>")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=KINDS["mistral"].template
     )
@@ -115,10 +139,11 @@ def old_llama():
 
 def gemma():
     _, _, tokens, template = KINDS["gemma3"]
-    known = pieces("<pad>", "<unk>", "<mask>", *tokens, "\n\n", "▁▁")
+    known = pieces("<pad>", "<unk>", "<mask>", *tokens)
     tokenizer = GemmaTokenizer(**known)
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     tokenizer.add_tokens([AddedToken("\n\n", normalized=False), AddedToken("▁▁", normalized=True)])
+    begins(tokenizer.backend_tokenizer, tokens[0])
     tokenizer.chat_template = template
     return tokenizer
 
