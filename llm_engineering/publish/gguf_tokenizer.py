@@ -76,7 +76,8 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> Kind:
     if trimming:
         raise _refusal(f"its tokens {', '.join(trimming[:5])} take the spaces around them, and llama.cpp's do not")
     model = parts["model"]
-    if model["type"] == "BPE" and model["byte_fallback"]:
+    # GGUF files of byte-level tokenizers are loaded with `byte_fallback`, too, but without its tokens.
+    if model["type"] == "BPE" and model["byte_fallback"] and "<0x00>" in model["vocab"]:
         _check_merges(parts)
         return Kind("llama", "default", _has_space_prefix(tokenizer, parts))
     before = parts["pre_tokenizer"] or {}
