@@ -88,7 +88,7 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> Kind:
         if model["type"] == "BPE" and same:
             return Kind("gpt2", name, False)
     raise _refusal(
-        f"its tokenizer has the model {model['type']}, the normalizer {json.dumps(parts['normalizer'])[:200]} and the "
+        f"its tokenizer has the model {model['type']} (ignore_merges: {model.get('ignore_merges')}), the normalizer {json.dumps(parts['normalizer'])[:200]} and the "
         f"pre-tokenizer {json.dumps(steps)[:200]}, but only those of {', '.join(_PRE_TOKENIZERS)} and SentencePiece's BPE "
         "are supported"
     )

@@ -108,7 +108,7 @@ def test_other_architectures_are_refused(base_model, tmp_path):
         ("pre_tokenizer", pre_tokenizers.Whitespace(), "the normalizer null and the pre-tokenizer .*Whitespace"),
         ("normalizer", normalizers.Lowercase(), "the normalizer .*Lowercase"),
         # A byte-level BPE that uses whole words without merging, which llama.cpp does with the words of Llama 3 only.
-        ("model", models.BPE(ignore_merges=True), "the model BPE"),
+        ("model", models.BPE(ignore_merges=True), r"the model BPE \(ignore_merges: True\)"),
         ("model", models.WordLevel({"a": 0}), "the model WordLevel"),
     ],
 )
