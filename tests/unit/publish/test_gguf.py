@@ -1,26 +1,19 @@
-"""GGUF files that transformers reads back with the same tokens, template and logits; unsupported models are refused."""
+"""What GGUF files contain, and which models are refused. test_gguf_llama_cpp.py reads the files with llama.cpp."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 from gguf import GGUFReader
-from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_engineering.errors import RequestError
 from llm_engineering.publish.gguf import check_gguf, write_gguf
-from tests.tiny_models import SIZES, Kind, write_model
+from llm_engineering.publish.gguf_tokenizer import tokenizer_kind
+from tests.tiny_models import SIZES, write_model
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 TEXT = "What is the sum of these 12 numbers?\n\tÄ “quoted” 'tis <|endoftext|> it's   done."
@@ -56,64 +49,6 @@ def test_round_trip(small_llama, tmp_path, dtype):
     }
 
 
-@pytest.mark.parametrize("head_size", [8, 16])
-def test_the_file_computes_the_same_by_the_rules_of_llama_cpp(small_llama, tmp_path, head_size):
-    """The file's own lengths, shapes and rotation give the model's logits, without transformers reading it."""
-    config = LlamaConfig.from_pretrained(small_llama, head_dim=head_size)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    folder = saved(small_llama, tmp_path / "model", torch.float32)
-    model.save_pretrained(folder)
-    write_gguf(folder, tmp_path / "model.gguf", "my-model")
-    ids = [5, 9, 11, 250, 2, 7]
-    with torch.inference_mode():
-        expected = model(torch.tensor([ids])).logits[0].double()
-    torch.testing.assert_close(computed(GGUFReader(tmp_path / "model.gguf"), ids), expected, atol=1e-5, rtol=1e-4)
-
-
-def computed(reader, ids):
-    """Logits `(tokens, vocabulary)` of a file of the architecture llama, in float64."""
-    fields = {name.removeprefix("llama."): field.contents() for name, field in reader.fields.items()}
-    weights = {t.name.removesuffix(".weight"): torch.from_numpy(t.data.copy()).double() for t in reader.tensors}
-    heads, groups = fields["attention.head_count"], fields["attention.head_count_kv"]
-    # As in llama.cpp: without the key, a head has the hidden size divided by the heads.
-    size = fields.get("attention.key_length", fields["embedding_length"] // heads)
-    angles = torch.outer(
-        torch.arange(len(ids)).double(),
-        fields["rope.freq_base"] ** (-torch.arange(0, fields["rope.dimension_count"], 2).double() / size),
-    )
-
-    def norm(x, name):
-        return (
-            x * (x.pow(2).mean(-1, keepdim=True) + fields["attention.layer_norm_rms_epsilon"]).rsqrt() * weights[name]
-        )
-
-    def rotated(x):
-        # Neighbouring dimensions are a pair.
-        even, odd = x[..., ::2], x[..., 1::2]
-        return torch.stack(
-            [even * angles.cos() - odd * angles.sin(), even * angles.sin() + odd * angles.cos()], -1
-        ).flatten(-2)
-
-    def split(x, count):
-        return x.view(len(ids), count, size).transpose(0, 1)
-
-    hidden = weights["token_embd"][ids]
-    for layer in range(fields["block_count"]):
-        block = f"blk.{layer}"
-        x = norm(hidden, f"{block}.attn_norm")
-        query = rotated(split(x @ weights[f"{block}.attn_q"].T, heads))
-        key, value = (split(x @ weights[f"{block}.attn_{part}"].T, groups) for part in "kv")
-        key, value = (part.repeat_interleave(heads // groups, dim=0) for part in (rotated(key), value))
-        scores = query @ key.transpose(1, 2) / size**0.5 + torch.full((len(ids),) * 2, -torch.inf).triu(1)
-        attended = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
-        hidden = hidden + attended @ weights[f"{block}.attn_output"].T
-        x = norm(hidden, f"{block}.ffn_norm")
-        gated = torch.nn.functional.silu(x @ weights[f"{block}.ffn_gate"].T) * (x @ weights[f"{block}.ffn_up"].T)
-        hidden = hidden + gated @ weights[f"{block}.ffn_down"].T
-    return norm(hidden, "output_norm") @ weights.get("output", weights["token_embd"]).T
-
-
 def test_tokenizer_and_template_are_written(small_llama, tmp_path):
     folder = saved(small_llama, tmp_path / "model", torch.float32)
     write_gguf(folder, tmp_path / "model.gguf", "my-model")
@@ -143,7 +78,10 @@ def test_tied_embedding_is_written_once(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rotary positions are scaled"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            r"rotary positions are scaled \(dynamic\)",
+        ),
         ({"attention_bias": True}, "its layers have biases"),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
     ],
@@ -159,66 +97,97 @@ def test_other_llamas_are_refused(small_llama, tmp_path, changes, words):
 def test_other_architectures_are_refused(base_model, tmp_path):
     with pytest.raises(
         RequestError,
-        match="it is a gpt2, and only plain models of the types llama, mistral, qwen2, qwen3 are supported",
+        match="it is a gpt2, and only plain models of the types llama, mistral, qwen2, qwen3, gemma3_text are supported",
     ):
         write_gguf(saved(base_model, tmp_path / "model", torch.float32), tmp_path / "model.gguf", "my-model")
 
 
-def test_an_unknown_pre_tokenizer_is_refused(small_llama, tmp_path):
-    folder = saved(small_llama, tmp_path / "model", torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(RequestError, match="has the normalizer null and the pre-tokenizer .*Whitespace"):
-        write_gguf(folder, tmp_path / "model.gguf", "my-model")
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("pre_tokenizer", pre_tokenizers.Whitespace(), "the normalizer null and the pre-tokenizer .*Whitespace"),
+        ("normalizer", normalizers.Lowercase(), "the normalizer .*Lowercase"),
+        # A byte-level BPE that uses whole words without merging, which llama.cpp does with the words of Llama 3 only.
+        ("model", models.BPE(ignore_merges=True), r"the model BPE \(ignore_merges: True\)"),
+        ("model", models.WordLevel({"a": 0}), "the model WordLevel"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_refused(base_model, part, value, words):
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer_kind(tokenizer)
+    setattr(tokenizer.backend_tokenizer, part, value)
+    with pytest.raises(RequestError, match=words):
+        tokenizer_kind(tokenizer)
 
 
-def test_a_tokenizer_with_a_normalizer_is_refused(small_llama, tmp_path):
-    folder = saved(small_llama, tmp_path / "model", torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(RequestError, match="has the normalizer .*Lowercase"):
-        write_gguf(folder, tmp_path / "model.gguf", "my-model")
+def test_tokens_that_take_the_spaces_around_them_are_refused(base_model):
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
+    with pytest.raises(RequestError, match="its tokens <mask> take the spaces around them"):
+        tokenizer_kind(tokenizer)
 
 
-def words(digits):
-    """The regular expression of Llama 3 and of Qwen, with the digits that stay together."""
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
+ANSWER = "{{ bos_token }}{% for m in messages %}[INST]{{ m.content }}{{ eos_token }}{% endfor %}"
+TOKENS = ["<unk>", "<s>", "</s>", "[INST]", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc", "ab", "bc", "abc"]
+MERGES = [("a", "b"), ("b", "c"), ("ab", "c"), ("a", "bc")]
+
+
+def sentencepiece(scheme, template=ANSWER, merges=MERGES):
+    """A tokenizer like SentencePiece's with a rule that says where a space is put before a text."""
+    vocabulary = {token: index for index, token in enumerate(TOKENS)}
+    bpe = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    bpe.add_special_tokens(TOKENS[:4])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", chat_template=template)
+
+
+@pytest.mark.parametrize(("scheme", "has_prefix"), [("always", True), ("first", False), ("never", False)])
+def test_spaces_are_put_before_the_parts_of_a_conversation_as_in_transformers(scheme, has_prefix):
+    assert tokenizer_kind(sentencepiece(scheme)) == ("llama", "default", has_prefix)
 
 
 @pytest.mark.parametrize(
-    ("config", "shape", "digits", "pre"),
+    ("scheme", "template"),
     [
-        (LlamaConfig, {}, "{1,3}", "llama-bpe"),
-        (MistralConfig, {"sliding_window": None}, "{1,3}", "llama-bpe"),
-        (Qwen2Config, {"tie_word_embeddings": True}, "", "qwen2"),
-        (Qwen3Config, {"head_dim": 128}, "", "qwen2"),
+        # The first part begins with a space, and the second one, after an end token, does not.
+        ("first", ANSWER.removeprefix("{{ bos_token }}[INST]").replace("[INST]", "").removeprefix("{{ bos_token }}")),
+        # transformers puts no second space before the first part; llama.cpp would.
+        ("always", ANSWER.replace("[INST]{{", "[INST]{{ ' ' if loop.first }}{{")),
     ],
 )
-def test_other_architectures_have_the_same_logits_and_tokens(config, shape, digits, pre, tmp_path):
-    source = write_model(tmp_path / "source", Kind(config, SIZES | shape))
-    folder = saved(source, tmp_path / "model", torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    split = pre_tokenizers.Split(Regex(words(digits)), "isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    if pre == "qwen2":
-        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    tokenizer.save_pretrained(folder)
-    write_gguf(folder, tmp_path / "model.gguf", "my-model")
-    fields = {name: field.contents() for name, field in GGUFReader(tmp_path / "model.gguf").fields.items()}
-    assert fields["tokenizer.ggml.pre"] == pre
-    if "head_dim" in shape:
-        assert fields["qwen3.attention.key_length"] == fields["qwen3.attention.value_length"] == 128
-    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.tensor([[5, 9, 11, 250, 2, 7]])
-    with torch.inference_mode():
-        torch.testing.assert_close(read(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-5)
+def test_a_space_at_the_start_of_some_parts_only_is_refused(scheme, template):
+    with pytest.raises(RequestError, match="train with a chat template that begins with the token"):
+        tokenizer_kind(sentencepiece(scheme, template))
+
+
+def test_merges_that_are_not_those_of_sentencepiece_are_refused():
+    with pytest.raises(RequestError, match="but no merge of a and bc, and llama.cpp would merge them"):
+        tokenizer_kind(sentencepiece("never", merges=MERGES[:3]))
+
+
+GEMMA = SIZES | {"num_hidden_layers": 6, "head_dim": 16, "query_pre_attn_scalar": 16, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"layer_types": ["full_attention"] * 6}, "differs from Gemma 3 in its windows"),
+        ({"query_pre_attn_scalar": 8}, "how it scales scores"),
+        ({"final_logit_softcapping": 30.0}, "how it scales scores"),
+        ({"use_bidirectional_attention": True}, "differs from Gemma 3"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            "differs from Gemma 3",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}}, "are scaled .dynamic"),
+        ({"hidden_activation": "gelu"}, "its activation is gelu"),
+    ],
+)
+def test_a_gemma_that_llama_cpp_does_not_know_is_refused(base_model, changes, words):
+    config = Gemma3TextConfig(**GEMMA | changes)
+    with pytest.raises(RequestError, match=words) if words else contextlib.nullcontext():
+        check_gguf(config, AutoTokenizer.from_pretrained(base_model))
 
 
 def test_the_scaling_of_llama_31_is_that_of_transformers(small_llama, tmp_path):
