@@ -157,7 +157,8 @@ def _split_conversations(
     """Split two whole conversations into the turns that both begin with, and the rest of each."""
     if len(chosen) == 1 or len(rejected) == 1:
         raise BadRowError(
-            "no_prompt", "its answers have no prompt; if another column holds the prompt, map it in data.columns"
+            "no_prompt",
+            "its answers have no prompt; if the column NAME holds the prompt, set data.columns.prompt=NAME",
         )
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
@@ -433,5 +434,5 @@ def _unknown(reference: str, kind: str | None, required: str | None, first: Reco
     return UnknownFormatError(
         f"{reference} is in no known {f'{kind} ' if kind else ''}format: its first row has the columns {present}. Known "
         f"formats are {known}. A `text` must follow the template of its format. Map other column names with "
-        "data.columns."
+        "data.columns, e.g. --set data.columns.prompt=NAME."
     )

@@ -8,8 +8,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
+
+import yaml
 
 from llm_engineering.data.files import text_encoding
 from llm_engineering.data.ledger import Quarantined
@@ -34,6 +37,8 @@ Reader = Callable[[Path, str | None], tuple[list[Document], list[Quarantined]]]
 _NAMED = 5
 # How the names of files begin that Office keeps beside open documents.
 _LOCK = "~$"
+# Properties of a Markdown file in YAML, between lines of three dashes at its start.
+_FRONT_MATTER = re.compile(r"---[ \t]*\n(.*?)^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.MULTILINE | re.DOTALL)
 # The embedded handbook: documents, the questions of its exam, and general questions.
 HANDBOOK = Path(__file__).parent / "handbook"
 
@@ -172,15 +177,32 @@ def _python_reference() -> tuple[list[Document], list[Quarantined]]:
 
 
 def _plain(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    return [make_document(str(file), file.stem, _decoded(file))], []
+
+
+def _markdown(file: Path, _field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    """Read a text without its front matter, which can name the title. Text between two rules stays."""
+    text = _decoded(file)
+    if block := _FRONT_MATTER.match(text):
+        try:
+            properties = yaml.safe_load(block[1])
+        except yaml.YAMLError:
+            properties = None
+        if isinstance(properties, dict) and not any(" " in str(name) for name in properties):
+            return [make_document(str(file), str(properties.get("title") or file.stem), text[block.end() :])], []
+    return [make_document(str(file), file.stem, text)], []
+
+
+def _decoded(file: Path) -> str:
     content = file.read_bytes()
     text = content.decode(text_encoding(content[:4])).removeprefix("\ufeff")
-    return [make_document(str(file), file.stem, text.replace("\r\n", "\n").replace("\r", "\n"))], []
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 _READERS: dict[str, Reader] = {
     ".txt": _plain,
-    ".md": _plain,
-    ".markdown": _plain,
+    ".md": _markdown,
+    ".markdown": _markdown,
     ".rst": _plain,
     ".html": read_html,
     ".htm": read_html,

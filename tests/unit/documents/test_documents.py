@@ -35,6 +35,17 @@ def test_a_folder_with_every_format(tmp_path, caplog):
     assert "f.bin, whole file: unknown_format" in caplog.text
 
 
+def test_the_properties_of_a_markdown_file_are_not_text(tmp_path):
+    (tmp_path / "a.md").write_text("---\r\ntitle: Ships\r\ntags: [port]\r\n---\r\n\r\n# Harbour\r\n")
+    (tmp_path / "b.md").write_text("---\nA text between two rules: it stays.\n---\nMore.")
+    (tmp_path / "c.md").write_text("---\nOnly words\n---\nMore.")
+    (tmp_path / "d.md").write_text("Text\n\n---\na: b\n---\n")
+    documents, _ = read_documents(DocumentsConfig(path=str(tmp_path)))
+    assert [(d.title, d.text.strip()[:9]) for d in documents] == [
+        ("Ships", "# Harbour"), ("b", "---\nA tex"), ("c", "---\nOnly "), ("d", "Text\n\n---"),
+    ]  # fmt: skip
+
+
 def test_two_text_fields_need_a_choice(tmp_path):
     file = tmp_path / "d.json"
     file.write_text(json.dumps([{"text": "a", "content": "b"}]))
