@@ -33,8 +33,10 @@ def list_versions(
     """
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
+    from tools.results import repair_killed
     from tools.versions import all_versions
 
+    repair_killed()
     versions = [_described(version) for version in all_versions(recipe.name)[:limit]]
     if as_json:
         print(json.dumps({"model": recipe.name, "versions": versions}))

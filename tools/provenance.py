@@ -94,7 +94,8 @@ def verify(
     """
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
-    from tools.versions import find_version, linked_artifacts, with_origins
+    from pipelines.repeats import linked_artifacts
+    from tools.versions import find_version, with_origins
 
     found = find_version(recipe.name, version)
     artifacts = list(with_origins(linked_artifacts(found)))

@@ -110,6 +110,7 @@ def run(
         from tools import results
         from tools.store import forget_lost
 
+        results.repair_killed()
         forget_lost()
         if own is not None and not own.is_new(recipe, inputs):
             return own.skip("no new data")
@@ -120,8 +121,7 @@ def run(
             warn_if_unused(attach)
         result = results.collect(runs, time.monotonic() - started)
         if own is not None:
-            version = runs[-1].model_version
-            own.judged(result.run_id, version.number if version else None, result.promotion)
+            own.judged(result.run_id, result.model_version, result.promotion)
         results.print_table(result, sys.stderr if as_json else sys.stdout)
         if as_json:
             print(json.dumps(result.as_json()))
@@ -303,7 +303,7 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
     from zenml.exceptions import RunInterruptedException
     from zenml.models import PipelineRunResponse
 
-    from pipelines.registry import forget_if_empty
+    from pipelines.repeats import settle_version
     from tools.results import this_process
 
     process = this_process()
@@ -324,12 +324,13 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
         )
         # Another process may have started a run meanwhile.
         if started and started[0].config.extra == process:
-            forget_if_empty(started[0])
+            settle_version(started[0])
         # ZenML raises this error for Ctrl-C inside a step.
         if isinstance(error, RunInterruptedException):
             raise KeyboardInterrupt from error
         raise
     assert isinstance(run, PipelineRunResponse)
+    settle_version(Client().get_pipeline_run(run.id))
     return Client().get_pipeline_run(run.id)
 
 

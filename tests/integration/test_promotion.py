@@ -24,28 +24,52 @@ def stages(models: Run) -> dict[int, str | None]:
 
 @pytest.fixture(scope="module")
 def own(tiny_model, unused, tmp_path_factory) -> Project:
-    """A project with three versions of a model: 1 is in production, 2 was judged against it, and 3 is stale."""
+    """A project with three versions of a model: 1 is in production, 2 was judged against it, and 3 is stale.
+
+    Two runs repeat version 1, before and after it is promoted.
+    """
     project = make_project(tmp_path_factory.mktemp("promotion"), tiny_model, unused)
     project.first = project.run("sft")
     assert project.first.code == 0, project.first.stderr
+    project.repeated = project.run("sft")
     (project.promoted,) = call(project, ["promote", "1", "--note", "the first version"])
-    project.second = project.run("sft")
-    assert project.second.code == 0, project.second.stderr
-    project.third = project.script("tests.integration.stale", str(project.recipe))
-    assert project.third.code == 0, project.third.stderr
+    project.compared = project.run("sft")
+    project.second = project.run("sft", "--set", "sft.learning_rate=1e-3")
+    project.third = project.script("tests.integration.stale", str(project.recipe), "sft.learning_rate=5e-3")
+    for run in (project.repeated, project.compared, project.second, project.third):
+        assert run.code == 0, run.stderr
     return project
 
 
-def test_a_model_that_passes_goes_to_staging_and_an_equal_one_fails(own):
+def ran(run: Run) -> list[str]:
+    """The steps that did not come from the cache."""
+    lines = [line for line in run.stderr.splitlines() if "│ sft: " in line and "completed" in line]
+    return [line.split()[2] for line in lines]
+
+
+def test_a_model_that_passes_goes_to_staging_and_a_worse_one_fails(own):
     assert "Every rule passed, so the model is promoted to staging." in own.first.stderr
     assert "Version 1 is in production" in own.second.stderr
     assert "Not promoted, version 1 stays in production." in own.second.stderr
-    assert "heldout_loss better than incumbent by more than 0: 0.0000" in " ".join(own.second.stderr.split())
-    # The incumbent changed, so the evaluation ran again. Everything before it came from the cache.
-    ran = [line for line in own.second.stderr.splitlines() if "│ sft: " in line and "completed" in line]
-    assert [line.split()[2] for line in ran] == ["evaluate_sft", "promote"]
-    metrics = own.second.json["metrics"]
+    assert "heldout_loss better than incumbent by more than 0: -" in " ".join(own.second.stderr.split())
+
+
+def test_a_cached_repeat_belongs_to_the_version_that_has_its_model(own):
+    assert ran(own.repeated) == ["promote"]
+    # The model in production changed, so the evaluation ran again. It compared version 1 with itself.
+    assert ran(own.compared) == ["evaluate_sft", "promote"]
+    metrics = own.compared.json["metrics"]
     assert metrics["heldout_loss_incumbent"] == pytest.approx(metrics["heldout_loss_sft"])
+    assert "Nothing changes: this is the model of version 1, which is in production." in own.compared.stderr
+    for run in (own.repeated, own.compared):
+        assert "No new version: tiny version 1 has this model already, and the run belongs to it." in run.stderr
+        assert run.json["model_version"] == 1
+    assert "No new version" not in own.first.stderr
+    assert own.second.json["model_version"] == 2
+    # The table has the version of every run, and the change to staging is recorded once.
+    assert own.command("runs").stdout.count("tiny 1 ") == 3
+    (lineage,) = call(own, ["lineage", "1", "--json"])
+    assert [change["action"] for change in lineage.json["changes"]][:2] == ["stage", "promote"]
 
 
 def test_a_run_is_stale_if_production_changed_meanwhile(own):
