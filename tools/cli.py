@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 
 
 GROUPS = {
-    "models": "List, promote, check, export and publish the versions of a recipe's model.",
+    "models": "List, promote, check, delete, export and publish the versions of a recipe's model.",
     "schedule": "Retrain at fixed times, as a SageMaker job or with a timer on this machine.",
     "cloud": "Prepare an AWS account for SageMaker jobs.",
 }
@@ -101,6 +101,11 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry("models rollback", "model_stages:rollback", "Move the previous production version back to production."),
         Entry("models lineage", "provenance:lineage", "Show where a model version comes from, with hashes."),
         Entry("models verify", "provenance:verify", "Check the files of a model version against the recorded hashes."),
+        Entry(
+            "models delete",
+            "deletion:delete",
+            "Delete a model version and what only this version uses, after showing the disk that this frees.",
+        ),
         Entry("models export", "handover:export", "Merge, verify and register a model, and write its files."),
         Entry("models push", "handover:push", "Publish a merged, verified model on the Hugging Face Hub."),
     ],

@@ -350,6 +350,17 @@ def is_alive(run: PipelineRunResponse) -> bool | None:
         return False
 
 
+def unfinished() -> list[PipelineRunResponse]:
+    """The runs that have not ended, as far as ZenML knows."""
+    from zenml.client import Client
+    from zenml.enums import ExecutionStatus
+
+    states = (ExecutionStatus.RUNNING, ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING)
+    return [
+        run for status in states for run in Client().list_pipeline_runs(status=status, size=1000, hydrate=True).items
+    ]
+
+
 def repair_killed() -> None:
     """Mark runs as failed if their process was killed before it could do so."""
     from zenml.client import Client
@@ -360,21 +371,20 @@ def repair_killed() -> None:
     from pipelines.repeats import settle_version
 
     store = Client().zen_store
-    for status in (ExecutionStatus.RUNNING, ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING):
-        for run in Client().list_pipeline_runs(status=status, size=1000, hydrate=True).items:
-            if is_alive(run) is not False:
-                continue
-            process = run.config.extra[_PROCESS]
-            reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without reporting a result"
-            steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
-            for step in steps:
-                if not step.status.is_finished:
-                    failed = StepRunUpdate(
-                        status=ExecutionStatus.FAILED,
-                        end_time=datetime.now(UTC).replace(tzinfo=None),
-                        exception_info=ExceptionInfo(traceback=reason, message=reason),
-                    )
-                    store.update_run_step(step.id, failed)
-            store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
-            settle_version(run)
-            logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)
+    for run in unfinished():
+        if is_alive(run) is not False:
+            continue
+        process = run.config.extra[_PROCESS]
+        reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without reporting a result"
+        steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
+        for step in steps:
+            if not step.status.is_finished:
+                failed = StepRunUpdate(
+                    status=ExecutionStatus.FAILED,
+                    end_time=datetime.now(UTC).replace(tzinfo=None),
+                    exception_info=ExceptionInfo(traceback=reason, message=reason),
+                )
+                store.update_run_step(step.id, failed)
+        store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
+        settle_version(run)
+        logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)

@@ -1,7 +1,9 @@
 """Promotion, rollback, lineage and verification with a small model, and processes that promote at the same time."""
 
 import json
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,49 @@ def test_verify_names_changed_lost_and_added_files(own):
         for file, content in former.items():
             file.write_bytes(content)
         added.unlink()
+
+
+def test_a_deleted_version_frees_the_disk_and_keeps_what_other_versions_use(own):
+    """Version 2 has a merged model, and its data is that of version 1."""
+    exported, lineage, production, unanswered, wrong = call(
+        own,
+        ["export", "--version", "2"],
+        ["lineage", "2", "--json"],
+        ["delete", "1", "--yes"],
+        ["delete", "2"],
+        ["delete", "9", "--yes"],
+    )
+    merged = Path(exported.stdout.strip())
+    assert merged.is_dir(), exported.stderr
+    refused = {
+        "tiny version 1 is in production, and is not deleted. First move another version there": production,
+        "Delete tiny version 2? There is no terminal to ask on. Add --yes (with make: ARGS=--yes).": unanswered,
+        "There is no version 9 of tiny": wrong,
+    }
+    for words, run in refused.items():
+        assert run.code == 2, run.stderr
+        assert words in run.stderr
+    assert "merged_model v1" in unanswered.stdout
+    assert "Deleting it frees " in unanswered.stdout
+
+    places = {artifact["name"]: Path(artifact["uri"]) for artifact in lineage.json["artifacts"]}
+    answers = own.folder / "outputs" / "evaluation_answers.jsonl"
+    before = {"bytes": answers.stat().st_size, "files": sorted(own.folder.rglob("*.safetensors"))}
+    deleted, listed, verified = call(own, ["delete", "2", "--yes"], ["list", "--json"], ["verify", "1"])
+    assert deleted.code == 0, deleted.stderr
+    assert "tiny version 2 is deleted, and " in deleted.stdout
+    assert stages(listed) == {1: "production", 3: None}
+    # Version 1 still has all of its artifacts, with the data that version 2 had too.
+    assert verified.code == 0, verified.stdout + verified.stderr
+    gone = {name for name, place in places.items() if not place.is_dir()}
+    assert gone == {"sft_adapter", "training_report", "evaluation_report", "promotion_decision"}
+    assert not merged.exists()
+    assert 0 < answers.stat().st_size < before["bytes"]
+    assert len(before["files"]) - len(list(own.folder.rglob("*.safetensors"))) == 2
+    (database,) = own.folder.rglob("zenml.db")
+    with closing(sqlite3.connect(database)) as connection:
+        uris = {uri for (uri,) in connection.execute("select uri from artifact_version")}
+    assert {name for name, place in places.items() if str(place) not in uris} == gone
 
 
 def test_only_one_of_several_processes_promotes_at_the_same_time(fresh_project):
