@@ -176,7 +176,7 @@ def _newest(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVe
         RequestError: no version has one.
     """
     from pipelines.repeats import last_used
-    from tools.versions import all_versions
+    from tools.model_versions.versions import all_versions
 
     # The newest artifact may not be the last one used: a run can reuse an older one from the cache.
     for version in sorted(all_versions(recipe.name), key=last_used, reverse=True):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from zenml.models import PipelineRunResponse
 
     from pipelines.inputs import Inputs
-    from tools.scheduled import Scheduled
+    from tools.scheduling.scheduled import Scheduled
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -96,7 +96,9 @@ def run(
         recipe = load_recipe(config, overrides or ())
         check_name(config, overrides or ())
         # These imports are slow, so they come after the recipe has been checked.
-        from tools.plan import preflight, print_plan, stages_of, warn_of_memory
+        from tools.forecast import warn_of_memory
+        from tools.plan import print_plan, stages_of
+        from tools.readiness import preflight
 
         stages = stages_of(pipeline, recipe)
         if dry_run:
@@ -108,7 +110,7 @@ def run(
         warn_of_memory(recipe, stages)
         prepare_zenml()
         from tools import results
-        from tools.store import forget_lost
+        from tools.zenml_store import forget_lost
 
         results.repair_killed()
         forget_lost()
@@ -129,7 +131,7 @@ def run(
 
     if scheduled is None:
         return work(None)
-    from tools.scheduled import Scheduled
+    from tools.scheduling.scheduled import Scheduled
 
     return Scheduled(scheduled).run(work)
 

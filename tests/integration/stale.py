@@ -14,7 +14,7 @@ def main() -> None:
     from llm_engineering.recipe.loading import load_recipe
     from pipelines import chain
     from tools import results, run
-    from tools.plan import preflight
+    from tools.readiness import preflight
 
     recipe, inputs = preflight(load_recipe(sys.argv[1], sys.argv[2:]))
     ended = run._start(chain.stage_pipeline("sft"), recipe, inputs, True, stage="sft")

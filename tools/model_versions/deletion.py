@@ -59,7 +59,7 @@ def delete(
     """
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
-    from tools.versions import find_version
+    from tools.model_versions.versions import find_version
 
     found = find_version(recipe.name, version)
     others = [other for other in _all_versions() if other.id != found.id]
@@ -85,7 +85,7 @@ def _all_versions() -> list[ModelVersionResponse]:
     from zenml.client import Client
     from zenml.utils.pagination_utils import depaginate
 
-    from tools.versions import all_versions
+    from tools.model_versions.versions import all_versions
 
     return [version for model in depaginate(Client().list_models) for version in all_versions(model.name)]
 
@@ -97,8 +97,8 @@ def _check(version: ModelVersionResponse, others: list[ModelVersionResponse]) ->
         RequestError: it is in production or staging, another version was trained from it, or a run is in progress.
     """
     from pipelines.registry import adapter_of, stages
+    from tools.model_versions.versions import with_origins
     from tools.results import repair_killed, unfinished
-    from tools.versions import with_origins
 
     name = f"{version.model.name} version {version.number}"
     state = stages(version.model.name)
@@ -137,7 +137,7 @@ def _unused(version: ModelVersionResponse, others: list[ModelVersionResponse]) -
     from llm_engineering.recipe.settings import Settings
     from pipelines.repeats import linked_artifacts
     from steps.materializers import is_lost
-    from tools.versions import with_origins
+    from tools.model_versions.versions import with_origins
 
     own = list(with_origins(linked_artifacts(version)))
     kept = {
@@ -215,7 +215,7 @@ def _delete(version: ModelVersionResponse, unused: Unused) -> None:
     from zenml.client import Client
 
     from llm_engineering.generation.store import delete_answers
-    from tools.versions import producer
+    from tools.model_versions.versions import producer
 
     client: Any = Client()
     for file in unused.answers:

@@ -14,7 +14,7 @@ from pipelines.inputs import Inputs
 from tests.conftest import ROOT
 from tests.fakes.aws import ACCOUNT, REGION, FakeAWS, running_aws
 from tools.cli import prepare_zenml
-from tools.scheduled import Scheduled, fingerprint
+from tools.scheduling.scheduled import Scheduled, fingerprint
 
 # By default, ZenML takes its source root from the main module, which is outside the project if pytest runs in a worker.
 prepare_zenml()
