@@ -139,7 +139,7 @@ def _unused(version: ModelVersionResponse, others: list[ModelVersionResponse]) -
     from steps.materializers import is_lost
     from tools.model_versions.versions import with_origins
 
-    own = list(with_origins(linked_artifacts(version)))
+    own = list(with_origins([*linked_artifacts(version), *_made_for(version)]))
     kept = {
         artifact.id: artifact for artifact in with_origins([a for other in others for a in linked_artifacts(other)])
     }
@@ -164,6 +164,17 @@ def _unused(version: ModelVersionResponse, others: list[ModelVersionResponse]) -
         weights=weights,
         shared=len(own) - len(artifacts),
     )
+
+
+def _made_for(version: ModelVersionResponse) -> list[ArtifactVersionResponse]:
+    """The results of a version's runs. Those of a repeat of the version in production are not linked to the version."""
+    from zenml.client import Client
+    from zenml.utils.pagination_utils import depaginate
+
+    links = depaginate(Client().list_model_version_pipeline_run_links, model_version_id=version.id)
+    runs = [Client().get_pipeline_run(link.pipeline_run.id) for link in links]
+    steps = [step for run in runs for step in run.steps.values()]
+    return [artifact for step in steps for outputs in step.outputs.values() for artifact in outputs]
 
 
 def _store(artifact: ArtifactVersionResponse) -> BaseArtifactStore:
