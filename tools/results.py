@@ -165,7 +165,7 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
     if newest:
         metrics["tokens_per_second"] = newest["tokens_per_second"]
     last = runs[-1]
-    version = version_of(last)
+    model = version_of(last)
     return RunResult(
         run_id=str(last.id),
         run_name=last.name,
@@ -182,9 +182,9 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
         trackers=newest.get("trackers", {}),
         pages=pages,
         duration_s=round(duration_s, 1),
-        model=version.model.name if version else "",
-        model_version=version.number if version else None,
-        repeats=version is not None and last.model_version is None,
+        model=model.model.name if model else "",
+        model_version=model.number if model else None,
+        repeats=model is not None and last.model_version is None,
     )
 
 

@@ -200,7 +200,7 @@ def test_a_deleted_version_frees_the_disk_and_keeps_what_other_versions_use(own)
     merged = Path(exported.stdout.strip())
     assert merged.is_dir(), exported.stderr
     refused = {
-        "tiny version 1 is in production, and is not deleted. First move another version there": production,
+        "tiny version 1 cannot be deleted. It is in production: first move another version there": production,
         "Delete tiny version 2? There is no terminal to ask on. Add --yes (with make: ARGS=--yes).": unanswered,
         "There is no version 9 of tiny": wrong,
     }

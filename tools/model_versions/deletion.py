@@ -101,32 +101,28 @@ def _check(version: ModelVersionResponse, others: list[ModelVersionResponse]) ->
     from tools.results import repair_killed, unfinished
 
     name = f"{version.model.name} version {version.number}"
-    state = stages(version.model.name)
-    if state.production and state.production[-1].id == version.id:
-        raise RequestError(
-            f"{name} is in production, and is not deleted. First move another version there: `make rollback`, or "
-            "`make promote VERSION=…`."
-        )
-    if state.staging is not None and state.staging.id == version.id:
-        raise RequestError(
-            f"{name} is in staging, and is not deleted. The next version that passes its gate takes its place there."
-        )
     repair_killed()
     running = unfinished()
     if running:
         raise RequestError(
             f"Run {running[0].name} is in progress, and may use files of {name}. Repeat the command when the run has ended."
         )
+    reasons = []
+    state = stages(version.model.name)
+    if state.production and state.production[-1].id == version.id:
+        reasons.append("It is in production: first move another version there, with `make rollback` or `make promote`.")
+    if state.staging is not None and state.staging.id == version.id:
+        reasons.append("It is in staging: the next version that passes its gate takes its place there.")
     adapter = adapter_of(version)
     for other in others:
         theirs = adapter_of(other)
         if adapter is None or theirs is None or theirs.artifact.id == adapter.artifact.id:
             continue
         if adapter.artifact.id in {origin.id for origin in with_origins([theirs.artifact])}:
-            raise RequestError(
-                f"{other.model.name} version {other.number} was trained from {name}, which is not deleted, because it is part of "
-                f"its origin. Delete version {other.number} first."
-            )
+            trained = f"{other.model.name} version {other.number}"
+            reasons.append(f"{trained} was trained from it, and its origin must stay: first delete {trained}.")
+    if reasons:
+        raise RequestError(f"{name} cannot be deleted. {' '.join(reasons)}")
 
 
 def _unused(version: ModelVersionResponse, others: list[ModelVersionResponse]) -> Unused:

@@ -64,7 +64,7 @@ def print_table(rows: Sequence[Row], now: datetime) -> None:
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
 
 
-def as_json(row: Row, now: datetime) -> dict[str, Any]:
+def row_json(row: Row, now: datetime) -> dict[str, Any]:
     """A schedule in the JSON that `--json` prints. Its keys are part of the public interface."""
     following = row.next_time(now)
     return {

@@ -24,7 +24,7 @@ from llm_engineering.recipe.loading import check_name, load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides
-from tools.scheduling.listing import Row, Schedule, print_table, where
+from tools.scheduling.listing import Row, Schedule, print_table, row_json, where
 
 logger = logging.getLogger("llm_engineering.schedule")
 
@@ -138,7 +138,7 @@ def list_schedules(
             missed = eventbridge.missed(cloud, found[0] if found else None, now)
             rows.append(Row(cloud, "paused" if cloud.paused else "active", found, missed))
     if as_json:
-        print(json.dumps([as_json(row, now) for row in rows]))
+        print(json.dumps([row_json(row, now) for row in rows]))
     else:
         print_table(rows, now)
     return 0
