@@ -71,12 +71,16 @@ def delete(
         print("Nothing was deleted.")
         return 0
     try:
-        _delete(found, unused)
+        recorded = _delete(found, unused)
     except OSError as error:
         raise WorkError(
             f"{name} was deleted in part: {error}. Make the file writable, then repeat the command to delete the rest."
         ) from error
     print(f"{name} is deleted, and {unused.size / MB:.1f} MB are free.")
+    if recorded:
+        print(
+            f"ZenML's server still lists {recorded} artifacts, because recorded runs used them. Their files are deleted."
+        )
     return 0
 
 
@@ -217,8 +221,12 @@ def _confirmed(question: str) -> bool:
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _delete(version: ModelVersionResponse, unused: Unused) -> None:
-    """Delete the answers, the artifacts with their files, and the version last: the command can be repeated until then."""
+def _delete(version: ModelVersionResponse, unused: Unused) -> int:
+    """Delete the answers, the artifacts with their files, and the version last: the command can be repeated until then.
+
+    Returns:
+        The number of artifacts whose records a server keeps.
+    """
     from zenml.client import Client
 
     from llm_engineering.generation.store import delete_answers
@@ -232,10 +240,15 @@ def _delete(version: ModelVersionResponse, unused: Unused) -> None:
         # A later run must not take this result from the cache.
         if step is not None and step.cache_expires_at is None:
             client.update_step_run(step.id, cache_expires_at=datetime.now(UTC).replace(tzinfo=None))
+    recorded = 0
     for artifact, _ in unused.artifacts:
         store = _store(artifact)
         if store.exists(artifact.uri):
             store.rmtree(artifact.uri)
-        # The client refuses artifacts of runs that are recorded. The records of the runs stay, without this artifact.
-        client.zen_store.delete_artifact_version(artifact.id)
+        try:
+            # Not the client's method, which refuses artifacts of recorded runs, as a server does.
+            client.zen_store.delete_artifact_version(artifact.id)
+        except ValueError:
+            recorded += 1
     client.delete_model_version(version.id)
+    return recorded
