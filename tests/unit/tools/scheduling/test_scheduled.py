@@ -94,6 +94,14 @@ def test_run_is_skipped_if_nothing_has_changed_since_the_last_one(tmp_path, monk
     assert webhook.received == []
 
 
+def test_a_repeat_of_the_version_in_production_counts_as_promoted(tmp_path, monkeypatch, recipe, webhook):
+    place = tmp_path / "weekly"
+    for name, stage in (("a", "production"), ("b", None)):
+        inputs = INPUTS.model_copy(update={"documents": name})
+        run(place, monkeypatch, name, judged(recipe, inputs, {**PASSED, "stage": stage}))
+    assert verdicts(place) == ["promoted: version 4", "promoted: version 4"]
+
+
 def test_a_run_compares_itself_with_the_last_run_that_judged_a_model(tmp_path, monkeypatch, recipe, webhook):
     place = tmp_path / "weekly"
     failed = {**PASSED, "outcome": "failed", "stage": None, "rules": [{"name": "loss better", "verdict": "failed"}]}
