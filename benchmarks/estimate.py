@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Sequence
@@ -44,6 +43,7 @@ from llm_engineering.recipe.training_blocks import (
 from llm_engineering.training import estimate
 from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.sft import sft_trainer
+from llm_engineering.training.telemetry import peak_resident_bytes
 from llm_engineering.training.train import TrainingRun
 
 # glibc, malloc.h
@@ -196,13 +196,13 @@ def _train(case: Case, gives_back: bool, sender: Any) -> None:
         trainer.rows = data["train"]
         trainer.add_callback(clock)
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_resident_bytes()
     tokens = batch[0] * batch[1] * case.accumulation
     reached = tokens * estimate.flops_per_token(shapes, config, case.method, case.length) / min(clock.seconds)
     sender.send(
         {
             "before_mib": round(before / 2**20),
-            "peak_mib": round(peak),
+            "peak_mib": round(peak / 2**20),
             "estimated_mib": round(memory.total / 2**20),
             "overhead_mib": round(memory.overhead / 2**20),
             "share_of_matmul_rate": reached / rate,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 
 from benchmarks.training_settings import BATCH, BETA, LEARNING_RATE, LORA, MAX_LENGTH, SEED
@@ -87,11 +86,11 @@ def main() -> None:
     trainer.train()
     seconds = time.perf_counter() - started
     trainer.save_model(f"{arguments.output}/adapter")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+    # Imported last: a plain script has none of this project's code while it trains.
+    from llm_engineering.training.telemetry import peak_memory_bytes
+
     figures = {"seconds": seconds, "steps": trainer.state.global_step, **clock.figures()}
-    print(json.dumps({**figures, "peak_memory_bytes": peak}))
+    print(json.dumps({**figures, "peak_memory_bytes": peak_memory_bytes()}))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
 from pipelines.registry import StaleError, move
+from pipelines.repeats import earlier_version, in_production
 from steps.caching import project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, HashedPydanticMaterializer
@@ -23,7 +24,7 @@ from steps.materializers import Directory, HashedPydanticMaterializer
 MEASURES_SHOWN = 5
 
 
-# Never cached: each run has a new model version, which this step moves, even if all other steps come from the cache.
+# Never cached: the rules or the model in production may have changed, even if all other steps come from the cache.
 @project_step(output_materializers=HashedPydanticMaterializer, enable_cache=False)
 def promote(
     evaluation_report: Directory,
@@ -33,6 +34,9 @@ def promote(
     adapters: list[str],
 ) -> Annotated[PromotionDecision, "promotion_decision"]:
     """Apply the gate to this run's measures. If it passes, move the run's model version to a stage.
+
+    If all training came from the cache, an earlier version has this model, and is moved and gets the measures. If that one
+    is in production, it was compared with itself, and nothing changes.
 
     Args:
         incumbent: the version in production when the run began. If production has changed since, nothing is moved.
@@ -48,13 +52,18 @@ def promote(
     }
     context = get_step_context()
     unfit = _unfit(Client().get_pipeline_run(context.pipeline_run.id))
-    log_metadata(metadata=facts | ({UNFIT: unfit} if unfit else {}), infer_model=True)
-    for version in adapters:
-        link_artifact_to_model(Client().get_artifact_version(version), context.model)
+    for number in adapters:
+        link_artifact_to_model(Client().get_artifact_version(number), context.model)
+    own = Client().get_model_version(None, context.model.id)
+    version = earlier_version(own) or own
+    if in_production(version, incumbent):
+        reason = f"Nothing changes: this is the model of version {version.number}, which is in production."
+        decision = decision.model_copy(update={"stage": None, "reason": reason})
+    else:
+        log_metadata(metadata=facts | ({UNFIT: unfit} if unfit else {}), model_version_id=version.id)
     if decision.stage is not None:
-        own = Client().get_model_version(None, context.model.id)
         try:
-            move(own, decision.stage, incumbent, f"gate of run {context.pipeline_run.name}", decision.reason)
+            move(version, decision.stage, incumbent, f"gate of run {context.pipeline_run.name}", decision.reason)
         except StaleError as error:
             reason = f"Every rule passed, but {error}. Run the same command again to compare with that."
             decision = decision.model_copy(update={"outcome": "stale", "stage": None, "reason": reason})

@@ -21,7 +21,7 @@ from zenml import log_metadata, save_artifact
 from zenml.client import Client
 from zenml.enums import ArtifactSaveType, ModelStages
 from zenml.exceptions import EntityExistsError
-from zenml.models import ArtifactVersionResponse, ModelVersionResponse, PipelineRunResponse
+from zenml.models import ArtifactVersionResponse, ModelVersionResponse
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.stages import STAGES
@@ -129,13 +129,6 @@ def adapter_of(version: ModelVersionResponse) -> Adapter | None:
     return None
 
 
-def forget_if_empty(run: PipelineRunResponse) -> None:
-    """Delete the model version of a run that has ended before it trained a model. The artifacts of the run stay."""
-    version = run.model_version
-    if version is not None and adapter_of(version) is None:
-        Client().delete_model_version(version.id)
-
-
 def stages(model: str) -> Stages:
     """The state after the last change, without versions that were deleted since then."""
     try:
@@ -164,7 +157,7 @@ def history(model: str) -> list[Change]:
 
 
 def move(version: ModelVersionResponse, stage: str, incumbent: int | None, by: str, note: str) -> Stages:
-    """Move a version to `staging` or `production`.
+    """Move a version to `staging` or `production`. Nothing is recorded if it is in this stage already.
 
     Args:
         incumbent: the version that was in production when this one was judged; None if there was none.
@@ -227,6 +220,8 @@ def _change(
     while True:
         state = stages(model)
         production, staging = update(state)
+        if (production, staging) == (state.production, state.staging):
+            return state
         moved = staging if action == "stage" else production[-1]
         assert moved is not None
         at = datetime.now(UTC)

@@ -83,7 +83,7 @@ def chat(
     sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()
     prepare_zenml()
-    from tools.versions import find_model, merged_model
+    from tools.model_versions.versions import find_model, merged_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
@@ -141,7 +141,7 @@ def compare(
     sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()
     prepare_zenml()
-    from tools.versions import find_model
+    from tools.model_versions.versions import find_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)

@@ -74,7 +74,7 @@ class Entry(NamedTuple):
 
 
 GROUPS = {
-    "models": "List, promote, check, export and publish the versions of a recipe's model.",
+    "models": "List, promote, check, delete, export and publish the versions of a recipe's model.",
     "schedule": "Retrain at fixed times, as a SageMaker job or with a timer on this machine.",
     "cloud": "Prepare an AWS account for SageMaker jobs.",
 }
@@ -96,22 +96,45 @@ COMMANDS: dict[str, list[Entry]] = {
             "exam", "take_exam:exam", "Ask the base model and the trained models the recipe's exam, without training."
         ),
         Entry("serve", "serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."),
-        Entry("models list", "model_stages:list_versions", "List the versions of a model."),
-        Entry("models promote", "model_stages:promote", "Move a model version to production."),
-        Entry("models rollback", "model_stages:rollback", "Move the previous production version back to production."),
-        Entry("models lineage", "provenance:lineage", "Show where a model version comes from, with hashes."),
-        Entry("models verify", "provenance:verify", "Check the files of a model version against the recorded hashes."),
-        Entry("models export", "handover:export", "Merge, verify and register a model, and write its files."),
-        Entry("models push", "handover:push", "Publish a merged, verified model on the Hugging Face Hub."),
+        Entry("models list", "model_versions.model_stages:list_versions", "List the versions of a model."),
+        Entry("models promote", "model_versions.model_stages:promote", "Move a model version to production."),
+        Entry(
+            "models rollback",
+            "model_versions.model_stages:rollback",
+            "Move the previous production version back to production.",
+        ),
+        Entry(
+            "models lineage", "model_versions.provenance:lineage", "Show where a model version comes from, with hashes."
+        ),
+        Entry(
+            "models verify",
+            "model_versions.provenance:verify",
+            "Check the files of a model version against the recorded hashes.",
+        ),
+        Entry(
+            "models delete",
+            "model_versions.deletion:delete",
+            "Delete a model version and what only this version uses, after showing the disk that this frees.",
+        ),
+        Entry(
+            "models export",
+            "model_versions.handover:export",
+            "Merge, verify and register a model, and write its files.",
+        ),
+        Entry(
+            "models push", "model_versions.handover:push", "Publish a merged, verified model on the Hugging Face Hub."
+        ),
     ],
     "Schedules and cloud": [
-        Entry("schedule create", "schedule:create", "Create a schedule."),
-        Entry("schedule list", "schedule:list_schedules", "List schedules with their next and last runs."),
-        Entry("schedule change", "schedule:change", "Change the time or the recipe of a schedule."),
-        Entry("schedule pause", "schedule:pause", "Pause a schedule, so that it starts no more runs."),
-        Entry("schedule resume", "schedule:resume", "Resume a paused schedule."),
-        Entry("schedule run", "schedule:run_now", "Start a run of a schedule now."),
-        Entry("schedule remove", "schedule:remove", "Remove a schedule and everything that was created for it."),
+        Entry("schedule create", "scheduling.schedule:create", "Create a schedule."),
+        Entry("schedule list", "scheduling.schedule:list_schedules", "List schedules with their next and last runs."),
+        Entry("schedule change", "scheduling.schedule:change", "Change the time or the recipe of a schedule."),
+        Entry("schedule pause", "scheduling.schedule:pause", "Pause a schedule, so that it starts no more runs."),
+        Entry("schedule resume", "scheduling.schedule:resume", "Resume a paused schedule."),
+        Entry("schedule run", "scheduling.schedule:run_now", "Start a run of a schedule now."),
+        Entry(
+            "schedule remove", "scheduling.schedule:remove", "Remove a schedule and everything that was created for it."
+        ),
         Entry("cloud preflight", "aws:preflight", "Check what a SageMaker job of a recipe needs."),
         Entry("cloud image", "aws:image", "Build the images of SageMaker jobs and push them to ECR."),
         Entry("cloud stack", "aws:stack", "Register a ZenML stack that stores artifacts in S3."),
@@ -228,7 +251,7 @@ def prepare_zenml() -> None:
     from zenml.logger import ZenMLConsoleHandler
     from zenml.utils.source_utils import set_custom_source_root
 
-    from tools.store import check_database
+    from tools.zenml_store import check_database
 
     check_database()
     set_custom_source_root(str(PROJECT_ROOT))
@@ -252,7 +275,7 @@ def exit_code(work: Callable[[], int], debug: bool) -> int:
     except Exception as error:  # An unexpected error is printed with a hint how to see its traceback.
         if debug:
             traceback.print_exc()
-        from tools.store import database_error
+        from tools.zenml_store import database_error
 
         sentence = database_error(error)
         if sentence is not None:

@@ -172,19 +172,16 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def _newest(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVersionResponse]:
-    """The newest model version with a dataset of this kind, and the dataset.
+    """The model version of the last run that has a dataset of this kind, and the dataset.
 
     Raises:
         RequestError: no version has one.
     """
-    from zenml.client import Client
+    from pipelines.repeats import last_used
+    from tools.model_versions.versions import all_versions
 
     # The newest artifact may not be the last one used: a run can reuse an older one from the cache.
-    try:
-        versions = Client().list_model_versions(model=recipe.name, sort_by="desc:number", size=100).items
-    except KeyError:
-        versions = []
-    for version in versions:
+    for version in sorted(all_versions(recipe.name), key=last_used, reverse=True):
         artifact = version.get_artifact(f"{kind}_dataset")
         if artifact is not None:
             return version, artifact

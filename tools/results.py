@@ -42,6 +42,8 @@ def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum numb
     from zenml.client import Client
 
     prepare_zenml()
+    from pipelines.repeats import version_of
+
     repair_killed()
     runs = Client().list_pipeline_runs(sort_by="desc:created", size=limit, hydrate=True).items
     if not runs:
@@ -56,7 +58,7 @@ def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum numb
             if run.end_time and run.start_time and not killed
             else ""
         )
-        version = run.model_version
+        version = version_of(run)
         table.add_row(
             run.name,
             run.pipeline.name if run.pipeline else "",
@@ -84,6 +86,9 @@ class RunResult(BaseModel):
 
     Attributes:
         pages: the file of each report, for a browser, by the report's name.
+        model: the name of the model.
+        model_version: the number of the model's version; None if there is none.
+        repeats: whether that version is of an earlier run, because this run made no new model.
     """
 
     run_id: str
@@ -100,16 +105,31 @@ class RunResult(BaseModel):
     trackers: dict[str, dict[str, str]]
     pages: dict[str, str]
     duration_s: float
+    model: str = ""
+    model_version: int | None = None
+    repeats: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """The JSON object that `--json` prints. Its keys are part of the public interface."""
-        names = {"run_id", "status", "pipeline", "artifacts", "metrics", "comet", "trackers", "duration_s"}
+        names = {
+            "run_id",
+            "status",
+            "pipeline",
+            "artifacts",
+            "metrics",
+            "comet",
+            "trackers",
+            "duration_s",
+            "model_version",
+        }
         return self.model_dump(include=names)
 
 
 def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult:
     """Collect steps, artifacts and reports of the runs. Of two artifacts with the same name, the later one counts."""
     from zenml.enums import ExecutionStatus
+
+    from pipelines.repeats import version_of
 
     artifacts: dict[str, ArtifactVersionResponse] = {}
     steps: list[StepLine] = []
@@ -145,6 +165,7 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
     if newest:
         metrics["tokens_per_second"] = newest["tokens_per_second"]
     last = runs[-1]
+    model = version_of(last)
     return RunResult(
         run_id=str(last.id),
         run_name=last.name,
@@ -161,6 +182,9 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
         trackers=newest.get("trackers", {}),
         pages=pages,
         duration_s=round(duration_s, 1),
+        model=model.model.name if model else "",
+        model_version=model.number if model else None,
+        repeats=model is not None and last.model_version is None,
     )
 
 
@@ -217,6 +241,10 @@ def print_table(result: RunResult, file: TextIO) -> None:
             )
         console.print(gate)
         console.print(result.promotion["reason"])
+    if result.repeats:
+        console.print(
+            f"No new version: {result.model} version {result.model_version} has this model already, and the run belongs to it."
+        )
     places = dict(result.pages)
     # The model of the last stage; `--json` has the places of all artifacts.
     trained = [name for name in result.artifacts if name.endswith("_adapter")]
@@ -322,6 +350,17 @@ def is_alive(run: PipelineRunResponse) -> bool | None:
         return False
 
 
+def unfinished() -> list[PipelineRunResponse]:
+    """The runs that have not ended, as far as ZenML knows."""
+    from zenml.client import Client
+    from zenml.enums import ExecutionStatus
+
+    states = (ExecutionStatus.RUNNING, ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING)
+    return [
+        run for status in states for run in Client().list_pipeline_runs(status=status, size=1000, hydrate=True).items
+    ]
+
+
 def repair_killed() -> None:
     """Mark runs as failed if their process was killed before it could do so."""
     from zenml.client import Client
@@ -329,24 +368,23 @@ def repair_killed() -> None:
     from zenml.models import PipelineRunUpdate, StepRunUpdate
     from zenml.models.v2.misc.exception_info import ExceptionInfo
 
-    from pipelines.registry import forget_if_empty
+    from pipelines.repeats import settle_version
 
     store = Client().zen_store
-    for status in (ExecutionStatus.RUNNING, ExecutionStatus.INITIALIZING, ExecutionStatus.PROVISIONING):
-        for run in Client().list_pipeline_runs(status=status, size=1000, hydrate=True).items:
-            if is_alive(run) is not False:
-                continue
-            process = run.config.extra[_PROCESS]
-            reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without reporting a result"
-            steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
-            for step in steps:
-                if not step.status.is_finished:
-                    failed = StepRunUpdate(
-                        status=ExecutionStatus.FAILED,
-                        end_time=datetime.now(UTC).replace(tzinfo=None),
-                        exception_info=ExceptionInfo(traceback=reason, message=reason),
-                    )
-                    store.update_run_step(step.id, failed)
-            store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
-            forget_if_empty(run)
-            logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)
+    for run in unfinished():
+        if is_alive(run) is not False:
+            continue
+        process = run.config.extra[_PROCESS]
+        reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without reporting a result"
+        steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
+        for step in steps:
+            if not step.status.is_finished:
+                failed = StepRunUpdate(
+                    status=ExecutionStatus.FAILED,
+                    end_time=datetime.now(UTC).replace(tzinfo=None),
+                    exception_info=ExceptionInfo(traceback=reason, message=reason),
+                )
+                store.update_run_step(step.id, failed)
+        store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
+        settle_version(run)
+        logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from zenml.models import PipelineRunResponse
 
     from pipelines.inputs import Inputs
-    from tools.scheduled import Scheduled
+    from tools.scheduling.scheduled import Scheduled
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -96,7 +96,9 @@ def run(
         recipe = load_recipe(config, overrides or ())
         check_name(config, overrides or ())
         # These imports are slow, so they come after the recipe has been checked.
-        from tools.plan import preflight, print_plan, stages_of, warn_of_memory
+        from tools.forecast import warn_of_memory
+        from tools.plan import print_plan, stages_of
+        from tools.readiness import preflight
 
         stages = stages_of(pipeline, recipe)
         if dry_run:
@@ -108,8 +110,9 @@ def run(
         warn_of_memory(recipe, stages)
         prepare_zenml()
         from tools import results
-        from tools.store import forget_lost
+        from tools.zenml_store import forget_lost
 
+        results.repair_killed()
         forget_lost()
         if own is not None and not own.is_new(recipe, inputs):
             return own.skip("no new data")
@@ -120,8 +123,7 @@ def run(
             warn_if_unused(attach)
         result = results.collect(runs, time.monotonic() - started)
         if own is not None:
-            version = runs[-1].model_version
-            own.judged(result.run_id, version.number if version else None, result.promotion)
+            own.judged(result.run_id, result.model_version, result.promotion)
         results.print_table(result, sys.stderr if as_json else sys.stdout)
         if as_json:
             print(json.dumps(result.as_json()))
@@ -129,7 +131,7 @@ def run(
 
     if scheduled is None:
         return work(None)
-    from tools.scheduled import Scheduled
+    from tools.scheduling.scheduled import Scheduled
 
     return Scheduled(scheduled).run(work)
 
@@ -303,7 +305,7 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
     from zenml.exceptions import RunInterruptedException
     from zenml.models import PipelineRunResponse
 
-    from pipelines.registry import forget_if_empty
+    from pipelines.repeats import settle_version
     from tools.results import this_process
 
     process = this_process()
@@ -324,12 +326,13 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
         )
         # Another process may have started a run meanwhile.
         if started and started[0].config.extra == process:
-            forget_if_empty(started[0])
+            settle_version(started[0])
         # ZenML raises this error for Ctrl-C inside a step.
         if isinstance(error, RunInterruptedException):
             raise KeyboardInterrupt from error
         raise
     assert isinstance(run, PipelineRunResponse)
+    settle_version(Client().get_pipeline_run(run.id))
     return Client().get_pipeline_run(run.id)
 
 

@@ -68,7 +68,7 @@ def serve(
     settings.check_writable()
     device = merged_device(recipe.compute.here)
     prepare_zenml()
-    from tools.versions import find_model, merged_model
+    from tools.model_versions.versions import find_model, merged_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from llm_engineering.recipe.recipe import Recipe
-    from tools.versions import Found
+    from tools.model_versions.versions import Found
 
 logger = logging.getLogger("llm_engineering.exam")
 
@@ -101,7 +101,7 @@ def exam(
 def _found(recipe: Recipe, version: str | None) -> Found | None:
     """The version that was asked for, or the promoted one; None if no version is promoted."""
     from pipelines.registry import stages
-    from tools.versions import find_model
+    from tools.model_versions.versions import find_model
 
     if version is None:
         held = stages(recipe.name)
@@ -120,7 +120,7 @@ def _written(found: Found | None) -> Path:
         RequestError: there is no version, its run has written no exam, or the documents gave too few questions for one.
     """
     from llm_engineering.evaluation.exam import EXAM_FILE
-    from tools.versions import newest_artifacts
+    from tools.model_versions.versions import newest_artifacts
 
     artifact = newest_artifacts(found.version).get("exam") if found is not None else None
     if artifact is None:

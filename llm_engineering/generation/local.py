@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_engineering.generation.store import STORE_FILE, AnswerStore
+from llm_engineering.generation.store import STORE_FILE, AnswerStore, key_of
 from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
 from llm_engineering.models.base_model import load_model, weights_hash
 from llm_engineering.models.device import choose_device
@@ -33,6 +33,7 @@ class LocalModel:
     Args:
         identity: everything besides the request that the answers depend on: the model, its revision and precision,
             and the chat template if the recipe sets one.
+        weights: hash of the weights if the model was trained here; None for a base model.
     """
 
     writes_json = False
@@ -46,12 +47,14 @@ class LocalModel:
         identity: str,
         store: AnswerStore,
         batch_size: int,
+        weights: str | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.identity = identity
         self.store = store
         self.batch_size = batch_size
+        self.weights = weights
 
     @classmethod
     def load(
@@ -78,12 +81,13 @@ class LocalModel:
         store = AnswerStore(settings.llm_output_dir / STORE_FILE)
         if trained is None:
             return cls(load_model(model, settings, device), tokenizer, identity, store, batch_size)
-        identity += f", trained {weights_hash(trained)[:12]}"
+        weights = weights_hash(trained)
+        identity += f", trained {weights[:12]}"
         if (trained / "adapter_config.json").is_file():
             adapted = PeftModel.from_pretrained(load_model(model, settings, device), str(trained))
-            return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size)
+            return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size, weights)
         full = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
-        return cls(load_model(full, settings, device), tokenizer, identity, store, batch_size)
+        return cls(load_model(full, settings, device), tokenizer, identity, store, batch_size, weights)
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
         """Answer every request, in order. No request fails. Progress lines count `what`, e.g. `questions`."""
@@ -120,7 +124,8 @@ class LocalModel:
         # Greedy answers do not depend on the seed.
         seed = sampling.seed if sampling.temperature else 0
         settings = [self.identity, sampling.max_new_tokens, list(sampling.stop), sampling.temperature, seed, *banned]
-        return hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24]
+        digest = hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24]
+        return key_of(digest, self.weights)
 
     def _first_tokens(self, words: Sequence[str]) -> list[int]:
         """The first token of each word, as it stands after a space, in small letters, and with a capital."""
@@ -164,7 +169,9 @@ class LocalModel:
         with self.store:
             for batch in missing:
                 tokens = [without[key] for key in batch] if without else []
-                new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), start, tokens)
+                new = self._generate(
+                    [prompts[key] for key in batch], sampling, int(batch[0].partition("-")[0], 16), start, tokens
+                )
                 self.store.add(dict(zip(batch, new, strict=True)))
                 progress.advance(len(batch))
         replies = [self.store.answers[key] for key in keys]

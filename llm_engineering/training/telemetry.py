@@ -107,6 +107,11 @@ def peak_memory_bytes() -> int:
     """Peak memory of this process in bytes: allocated GPU memory with CUDA, resident memory otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process in bytes."""
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

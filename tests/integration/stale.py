@@ -1,6 +1,6 @@
 """Runs a pipeline without the model in production, as if a version had been promoted during the run.
 
-Usage: python -m tests.integration.stale recipe.yaml. It prints the tables of the run.
+Usage: python -m tests.integration.stale recipe.yaml [KEY=VALUE ...]. It prints the tables of the run.
 """
 
 import sys
@@ -14,9 +14,9 @@ def main() -> None:
     from llm_engineering.recipe.loading import load_recipe
     from pipelines import chain
     from tools import results, run
-    from tools.plan import preflight
+    from tools.readiness import preflight
 
-    recipe, inputs = preflight(load_recipe(sys.argv[1]))
+    recipe, inputs = preflight(load_recipe(sys.argv[1], sys.argv[2:]))
     ended = run._start(chain.stage_pipeline("sft"), recipe, inputs, True, stage="sft")
     results.print_table(results.collect([ended], 0.0), sys.stdout)
 

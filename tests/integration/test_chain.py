@@ -62,6 +62,13 @@ def test_dpo_starts_from_the_registered_sft_model(finished_run, dpo_run):
         assert name in metrics
 
 
+def test_a_version_that_another_was_trained_from_is_not_deleted(project, dpo_run):
+    run = project.command("models", "delete", "1", "--yes", "--config", str(project.recipe))
+    assert run.code == 2
+    assert "tiny version 1 cannot be deleted." in run.stderr
+    assert "tiny version 2 was trained from it, and its origin must stay: first delete tiny version 2." in run.stderr
+
+
 def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     process = project.command("runs", "--limit", "5")
     assert process.code == 0

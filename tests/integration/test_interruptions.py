@@ -84,6 +84,7 @@ def test_killed_run_is_detected_and_resumes(fresh_project):
     listed = fresh_project.command("runs")
     assert "failed (killed)" in listed.stdout
     assert "--resume" in listed.stderr
+    assert stored(fresh_project, "select count(*) from model_version") == [(0,)]
     again = fresh_project.command("runs")
     assert "failed (killed)" in again.stdout
     assert "was killed" not in again.stderr

@@ -1,7 +1,9 @@
 """Promotion, rollback, lineage and verification with a small model, and processes that promote at the same time."""
 
 import json
+import sqlite3
 import subprocess
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,28 +26,52 @@ def stages(models: Run) -> dict[int, str | None]:
 
 @pytest.fixture(scope="module")
 def own(tiny_model, unused, tmp_path_factory) -> Project:
-    """A project with three versions of a model: 1 is in production, 2 was judged against it, and 3 is stale."""
+    """A project with three versions of a model: 1 is in production, 2 was judged against it, and 3 is stale.
+
+    Two runs repeat version 1, before and after it is promoted.
+    """
     project = make_project(tmp_path_factory.mktemp("promotion"), tiny_model, unused)
     project.first = project.run("sft")
     assert project.first.code == 0, project.first.stderr
+    project.repeated = project.run("sft")
     (project.promoted,) = call(project, ["promote", "1", "--note", "the first version"])
-    project.second = project.run("sft")
-    assert project.second.code == 0, project.second.stderr
-    project.third = project.script("tests.integration.stale", str(project.recipe))
-    assert project.third.code == 0, project.third.stderr
+    project.compared = project.run("sft")
+    project.second = project.run("sft", "--set", "sft.learning_rate=1e-3")
+    project.third = project.script("tests.integration.stale", str(project.recipe), "sft.learning_rate=5e-3")
+    for run in (project.repeated, project.compared, project.second, project.third):
+        assert run.code == 0, run.stderr
     return project
 
 
-def test_a_model_that_passes_goes_to_staging_and_an_equal_one_fails(own):
+def ran(run: Run) -> list[str]:
+    """The steps that did not come from the cache."""
+    lines = [line for line in run.stderr.splitlines() if "│ sft: " in line and "completed" in line]
+    return [line.split()[2] for line in lines]
+
+
+def test_a_model_that_passes_goes_to_staging_and_a_worse_one_fails(own):
     assert "Every rule passed, so the model is promoted to staging." in own.first.stderr
     assert "Version 1 is in production" in own.second.stderr
     assert "Not promoted, version 1 stays in production." in own.second.stderr
-    assert "heldout_loss better than incumbent by more than 0: 0.0000" in " ".join(own.second.stderr.split())
-    # The incumbent changed, so the evaluation ran again. Everything before it came from the cache.
-    ran = [line for line in own.second.stderr.splitlines() if "│ sft: " in line and "completed" in line]
-    assert [line.split()[2] for line in ran] == ["evaluate_sft", "promote"]
-    metrics = own.second.json["metrics"]
+    assert "heldout_loss better than incumbent by more than 0: -" in " ".join(own.second.stderr.split())
+
+
+def test_a_cached_repeat_belongs_to_the_version_that_has_its_model(own):
+    assert ran(own.repeated) == ["promote"]
+    # The model in production changed, so the evaluation ran again. It compared version 1 with itself.
+    assert ran(own.compared) == ["evaluate_sft", "promote"]
+    metrics = own.compared.json["metrics"]
     assert metrics["heldout_loss_incumbent"] == pytest.approx(metrics["heldout_loss_sft"])
+    assert "Nothing changes: this is the model of version 1, which is in production." in own.compared.stderr
+    for run in (own.repeated, own.compared):
+        assert "No new version: tiny version 1 has this model already, and the run belongs to it." in run.stderr
+        assert run.json["model_version"] == 1
+    assert "No new version" not in own.first.stderr
+    assert own.second.json["model_version"] == 2
+    # The table has the version of every run, and the change to staging is recorded once.
+    assert own.command("runs").stdout.count("tiny 1 ") == 3
+    (lineage,) = call(own, ["lineage", "1", "--json"])
+    assert [change["action"] for change in lineage.json["changes"]][:2] == ["stage", "promote"]
 
 
 def test_a_run_is_stale_if_production_changed_meanwhile(own):
@@ -159,6 +185,49 @@ def test_verify_names_changed_lost_and_added_files(own):
         for file, content in former.items():
             file.write_bytes(content)
         added.unlink()
+
+
+def test_a_deleted_version_frees_the_disk_and_keeps_what_other_versions_use(own):
+    """Version 2 has a merged model, and its data is that of version 1."""
+    exported, lineage, production, unanswered, wrong = call(
+        own,
+        ["export", "--version", "2"],
+        ["lineage", "2", "--json"],
+        ["delete", "1", "--yes"],
+        ["delete", "2"],
+        ["delete", "9", "--yes"],
+    )
+    merged = Path(exported.stdout.strip())
+    assert merged.is_dir(), exported.stderr
+    refused = {
+        "tiny version 1 cannot be deleted. It is in production: first move another version there": production,
+        "Delete tiny version 2? There is no terminal to ask on. Add --yes (with make: ARGS=--yes).": unanswered,
+        "There is no version 9 of tiny": wrong,
+    }
+    for words, run in refused.items():
+        assert run.code == 2, run.stderr
+        assert words in run.stderr
+    assert "merged_model v1" in unanswered.stdout
+    assert "Deleting it frees " in unanswered.stdout
+
+    places = {artifact["name"]: Path(artifact["uri"]) for artifact in lineage.json["artifacts"]}
+    answers = own.folder / "outputs" / "evaluation_answers.jsonl"
+    before = {"bytes": answers.stat().st_size, "files": sorted(own.folder.rglob("*.safetensors"))}
+    deleted, listed, verified = call(own, ["delete", "2", "--yes"], ["list", "--json"], ["verify", "1"])
+    assert deleted.code == 0, deleted.stderr
+    assert "tiny version 2 is deleted, and " in deleted.stdout
+    assert stages(listed) == {1: "production", 3: None}
+    # Version 1 still has all of its artifacts, with the data that version 2 had too.
+    assert verified.code == 0, verified.stdout + verified.stderr
+    gone = {name for name, place in places.items() if not place.is_dir()}
+    assert gone == {"sft_adapter", "training_report", "evaluation_report", "promotion_decision"}
+    assert not merged.exists()
+    assert 0 < answers.stat().st_size < before["bytes"]
+    assert len(before["files"]) - len(list(own.folder.rglob("*.safetensors"))) == 2
+    (database,) = own.folder.rglob("zenml.db")
+    with closing(sqlite3.connect(database)) as connection:
+        uris = {uri for (uri,) in connection.execute("select uri from artifact_version")}
+    assert {name for name, place in places.items() if str(place) not in uris} == gone
 
 
 def test_only_one_of_several_processes_promotes_at_the_same_time(fresh_project):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tools.cli
-import tools.schedule_job
+import tools.scheduling.schedule_job
 from llm_engineering.cloud.schedules.run_records import RunRecord
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
@@ -29,8 +29,8 @@ from tests.integration.schedules import (  # noqa: F401
     put_secret,
     settings_of,
 )
-from tools import schedule
-from tools.schedule_job import Server
+from tools.scheduling import schedule
+from tools.scheduling.schedule_job import Server
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def fake(account, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(Settings.model_config, "env_file", None)
     server = Server("https://zenml.example.org", "stack-id", "project-id", has_logins=True)
-    monkeypatch.setattr(tools.schedule_job, "_server", lambda session: server)
+    monkeypatch.setattr(tools.scheduling.schedule_job, "_server", lambda session: server)
     put_secret(account, {"ZENML_STORE_API_KEY": "planted-key-4711"})
     account.client("s3").put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=b"{}")
     account.client("s3").put_object(Bucket=BUCKET, Key="model/config.json", Body=b"{}")

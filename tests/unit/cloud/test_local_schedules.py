@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tools.cli
-import tools.schedule
+import tools.scheduling.schedule
 from llm_engineering.cloud.schedules import crontab, local_schedules, systemd
 from llm_engineering.cloud.schedules.cron import parse_timing
 from llm_engineering.cloud.schedules.local_schedules import LocalSchedule

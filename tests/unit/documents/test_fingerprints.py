@@ -5,7 +5,7 @@ import hashlib
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.read import HANDBOOK
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, DocumentsConfig
-from tools.provenance import differing
+from tools.model_versions.provenance import differing
 
 
 def test_each_file_has_its_hash(tmp_path):

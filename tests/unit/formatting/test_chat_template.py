@@ -195,7 +195,7 @@ def test_the_token_that_the_template_writes_after_an_answer_is_the_end_token(set
 def test_preflight_names_what_is_missing(base_model):
     from llm_engineering.recipe.loading import load_recipe
     from tests.conftest import ROOT
-    from tools.plan import preflight
+    from tools.readiness import preflight
 
     sets = [f"model.name_or_path={base_model}", "formatting.max_length=256"]
     with pytest.raises(RequestError, match="has no chat template.*alpaca"):

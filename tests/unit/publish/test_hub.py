@@ -13,7 +13,7 @@ from llm_engineering.data.rows import InstructionRow, Message, instruction_datas
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.publish.hub import check_secrets, public_rows, publish, push_dataset
 from tests.fakes.hub import Repo, running_hub
-from tools.handover import _is_ours
+from tools.model_versions.handover import _is_ours
 
 TOKEN = SecretStr("hf_planted")
 

@@ -9,7 +9,9 @@ import yaml
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from tools.expected_rows import data_lines
-from tools.plan import planned_steps, preflight, print_plan, stages_of, tokens_of
+from tools.forecast import tokens_of
+from tools.plan import planned_steps, print_plan, stages_of
+from tools.readiness import preflight
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}

@@ -24,8 +24,10 @@ from llm_engineering.training.estimate import (
     shapes,
 )
 from tests.conftest import ROOT
-from tools import plan
-from tools.plan import _check_machine, estimate_lines, stages_of, tokens_of, warn_of_memory
+from tools import forecast
+from tools.forecast import estimate_lines, tokens_of, warn_of_memory
+from tools.plan import stages_of
+from tools.readiness import _check_machine
 
 CPU = Device("cpu", torch.float32, "sdpa", [])
 CARD = Device("cuda", torch.bfloat16, "sdpa", [])
@@ -211,7 +213,7 @@ def test_dry_run_shows_needed_memory_time_and_free_memory(small_llama, monkeypat
     assert "WARNING" not in text
     assert estimate_lines(own, stages_of("datasets", own)) == []
 
-    monkeypatch.setattr(plan, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(forecast, "free_memory", lambda device: 2**20)
     text = "\n".join(estimate_lines(own, ["dpo"]))
     assert "WARNING: dpo may need" in text
     assert "lower dpo.per_device_train_batch_size and raise dpo.gradient_accumulation_steps by the same factor" in text

@@ -10,7 +10,14 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llm_engineering.training.telemetry import TrainingFlops, Work, peak_flops, peak_memory_bytes
+from llm_engineering.training.telemetry import (
+    TrainingFlops,
+    Work,
+    peak_flops,
+    peak_memory_bytes,
+    peak_resident_bytes,
+)
+from tests.conftest import ROOT
 
 LLAMA = LlamaConfig(
     vocab_size=64,
@@ -96,4 +103,11 @@ def test_peak_memory_is_in_bytes_on_every_system(monkeypatch):
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3_000_000))
     for platform, expected in (("linux", 3_000_000 * 1024), ("darwin", 3_000_000)):
         monkeypatch.setattr(sys, "platform", platform)
-        assert peak_memory_bytes() == expected
+        assert peak_memory_bytes() == peak_resident_bytes() == expected
+
+
+def test_only_the_helper_reads_the_systems_unit():
+    """Other code would have to know that Linux counts in KiB and macOS in bytes."""
+    packages = ("llm_engineering", "steps", "pipelines", "tools", "benchmarks")
+    files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
+    assert [file.name for file in files if "ru_maxrss" in file.read_text(encoding="utf-8")] == ["telemetry.py"]

@@ -5,36 +5,32 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import boto3
 import typer
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
-from rich.console import Console
-from rich.table import Table
 
 from llm_engineering.cloud.sagemaker.failures import translated
 from llm_engineering.cloud.schedules import eventbridge, local_schedules
 from llm_engineering.cloud.schedules.cron import Timing, parse_timing
 from llm_engineering.cloud.schedules.eventbridge import CloudSchedule
 from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
-from llm_engineering.cloud.schedules.run_records import RunRecord
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import check_name, load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides
+from tools.scheduling.listing import Row, Schedule, print_table, row_json, where
 
 logger = logging.getLogger("llm_engineering.schedule")
 
 # A name has no double hyphen, because in the names of jobs a double hyphen follows the schedule's name.
 _NAME = re.compile(r"[a-zA-Z0-9]+(-[a-zA-Z0-9]+)*")
 
-Schedule = LocalSchedule | CloudSchedule
 Place = Literal["sagemaker", "local"]
 Name = Annotated[
     str | None,
@@ -69,26 +65,6 @@ Documents = Annotated[
 Stop = Annotated[bool, typer.Option("--stop", help="Also stop a run in progress.")]
 
 
-class Row(NamedTuple):
-    """One row of the table.
-
-    Attributes:
-        state: `active`, `paused` or `lost`.
-        runs: the last runs, the newest first.
-        missed: the time of a start for which no job was created; None if there is no such start.
-    """
-
-    schedule: Schedule
-    state: str
-    runs: list[RunRecord]
-    missed: datetime | None
-
-    def next_time(self, now: datetime) -> datetime | None:
-        """The time of the next start in UTC; None if the schedule is not active."""
-        times = self.schedule.timing.next_times(now, 1, self.schedule.created) if self.state == "active" else []
-        return times[0].astimezone(UTC) if times else None
-
-
 def create(
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
@@ -117,11 +93,11 @@ def create(
         name = name or re.sub(r"[^a-zA-Z0-9]+", "-", recipe.name).strip("-")
         _check_name(name)
         if local:
-            from tools.schedule_job import write_local
+            from tools.scheduling.schedule_job import write_local
 
             write_local(name, timing, recipe, _folder(settings), None)
         else:
-            from tools.schedule_job import job_request
+            from tools.scheduling.schedule_job import job_request
 
             session = _session(settings)
             eventbridge.check_free(session, name)
@@ -162,9 +138,9 @@ def list_schedules(
             missed = eventbridge.missed(cloud, found[0] if found else None, now)
             rows.append(Row(cloud, "paused" if cloud.paused else "active", found, missed))
     if as_json:
-        print(json.dumps([_as_json(row, now) for row in rows]))
+        print(json.dumps([row_json(row, now) for row in rows]))
     else:
-        _print_table(rows, now)
+        print_table(rows, now)
     return 0
 
 
@@ -200,11 +176,11 @@ def change(
         timing = parse_timing(cron or found.timing.expression, timezone or found.timing.timezone, datetime.now(UTC))
         recipe = _recipe(config, overrides, documents) if config else None
         if isinstance(found, LocalSchedule):
-            from tools.schedule_job import write_local
+            from tools.scheduling.schedule_job import write_local
 
             write_local(found.name, timing, recipe, _folder(settings), found)
         else:
-            from tools.schedule_job import job_request
+            from tools.scheduling.schedule_job import job_request
 
             session = _session(settings)
             request = found.request if recipe is None else job_request(found.name, recipe, settings, session)
@@ -294,7 +270,7 @@ def _find(name: str | None, target: Place | None, settings: Settings) -> Schedul
     wanted = [schedule for schedule in found if name in (None, schedule.name)]
     if len(wanted) == 1:
         return wanted[0]
-    names = ", ".join(f"{schedule.name} ({_where(schedule)})" for schedule in found)
+    names = ", ".join(f"{schedule.name} ({where(schedule)})" for schedule in found)
     if not wanted:
         remedy = f"Existing schedules: {names}." if names else 'Create one: make schedule CRON="0 3 ? * SUN *"'
         raise RequestError(f"There is no schedule{f' {name}' if name else ''}. {remedy}")
@@ -360,52 +336,3 @@ def _session(settings: Settings) -> boto3.Session:
             "No AWS region is set: set AWS_REGION in .env, or use TARGET=local for a schedule on this machine."
         )
     return session
-
-
-def _print_table(rows: Sequence[Row], now: datetime) -> None:
-    """Print a line for each schedule and each of its last runs."""
-    if not rows:
-        print('There are no schedules. Create one: make schedule CRON="0 3 ? * SUN *"')
-        return
-    table = Table("Schedule", "Where", "State", "When", "Next (UTC)", "Last runs (UTC)", "Verdict")
-    for row in rows:
-        following = row.next_time(now)
-        lines = [(f"{record.began:%Y-%m-%d %H:%M}", record.verdict) for record in row.runs]
-        if row.missed is not None:
-            lines.insert(0, (f"{row.missed.astimezone(UTC):%Y-%m-%d %H:%M}", "no job was started: see CloudTrail"))
-        began, verdict = lines[0] if lines else ("none yet", "")
-        timing = row.schedule.timing
-        table.add_row(
-            row.schedule.name,
-            _where(row.schedule),
-            row.state,
-            f"{timing.expression} {timing.timezone}",
-            f"{following:%Y-%m-%d %H:%M}" if following else "",
-            began,
-            verdict,
-        )
-        for began, verdict in lines[1:]:
-            table.add_row("", "", "", "", "", began, verdict)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
-
-
-def _as_json(row: Row, now: datetime) -> dict[str, Any]:
-    """A schedule in the JSON that `--json` prints. Its keys are part of the public interface."""
-    following = row.next_time(now)
-    return {
-        "name": row.schedule.name,
-        "where": _where(row.schedule),
-        "state": row.state,
-        "expression": row.schedule.timing.expression,
-        "timezone": row.schedule.timing.timezone,
-        "next": following.isoformat() if following else None,
-        "missed": row.missed.astimezone(UTC).isoformat() if row.missed else None,
-        "runs": [{**record.model_dump(mode="json"), "verdict": record.verdict} for record in row.runs],
-    }
-
-
-def _where(schedule: Schedule) -> str:
-    """The place of the runs, for the table: this machine or SageMaker."""
-    if isinstance(schedule, LocalSchedule):
-        return f"this machine ({schedule.keeper})"
-    return f"sagemaker ({schedule.request['ResourceConfig']['InstanceType']})"

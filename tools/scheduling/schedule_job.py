@@ -36,7 +36,7 @@ from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import ModelConfig
-from tools.plan import CODE_VARIABLE, code_version
+from tools.readiness import CODE_VARIABLE, code_version
 
 logger = logging.getLogger("llm_engineering.schedule")
 

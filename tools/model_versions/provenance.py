@@ -45,7 +45,7 @@ def lineage(
     """
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
-    from tools.versions import find_version
+    from tools.model_versions.versions import find_version
 
     found = _lineage(recipe.name, find_version(recipe.name, version))
     if as_json:
@@ -94,7 +94,8 @@ def verify(
     """
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
-    from tools.versions import find_version, linked_artifacts, with_origins
+    from pipelines.repeats import linked_artifacts
+    from tools.model_versions.versions import find_version, with_origins
 
     found = find_version(recipe.name, version)
     artifacts = list(with_origins(linked_artifacts(found)))
@@ -126,7 +127,7 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
         RequestError: the version has no model.
     """
     from pipelines.registry import adapter_of, history
-    from tools.versions import newest_artifacts, producer, sources_of, with_origins
+    from tools.model_versions.versions import newest_artifacts, producer, sources_of, with_origins
 
     adapter = adapter_of(version)
     if adapter is None:
@@ -225,7 +226,7 @@ def _sources(artifact: Any) -> Iterator[Finding]:
     from llm_engineering.documents.fingerprints import recipe_fingerprints
     from llm_engineering.evaluation.exam import exam_hash
     from llm_engineering.evaluation.requirements import files_hash
-    from tools.versions import sources_of
+    from tools.model_versions.versions import sources_of
 
     name = artifact.artifact.name
     then = sources_of(artifact)

@@ -9,7 +9,7 @@ import yaml
 
 from llm_engineering.errors import RequestError
 from tools.cli import exit_code, prepare_zenml
-from tools.store import check_database, forget_lost
+from tools.zenml_store import check_database, forget_lost
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pipelines.inputs import Inputs
 from tests.conftest import ROOT
 from tests.fakes.aws import ACCOUNT, REGION, FakeAWS, running_aws
 from tools.cli import prepare_zenml
-from tools.scheduled import Scheduled, fingerprint
+from tools.scheduling.scheduled import Scheduled, fingerprint
 
 # By default, ZenML takes its source root from the main module, which is outside the project if pytest runs in a worker.
 prepare_zenml()
@@ -92,6 +92,14 @@ def test_run_is_skipped_if_nothing_has_changed_since_the_last_one(tmp_path, monk
         assert run(place, monkeypatch, name, judged(recipe, inputs)) == 0
     assert verdicts(place) == ["staged: version 4", "skipped: no new data", "staged: version 4"]
     assert webhook.received == []
+
+
+def test_a_repeat_of_the_version_in_production_counts_as_promoted(tmp_path, monkeypatch, recipe, webhook):
+    place = tmp_path / "weekly"
+    for name, stage in (("a", "production"), ("b", None)):
+        inputs = INPUTS.model_copy(update={"documents": name})
+        run(place, monkeypatch, name, judged(recipe, inputs, {**PASSED, "stage": stage}))
+    assert verdicts(place) == ["promoted: version 4", "promoted: version 4"]
 
 
 def test_a_run_compares_itself_with_the_last_run_that_judged_a_model(tmp_path, monkeypatch, recipe, webhook):

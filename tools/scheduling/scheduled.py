@@ -79,7 +79,8 @@ class Scheduled:
         """Record the gate's decision; `decision` is a PromotionDecision dumped to a dict."""
         outcome = {"failed": "gate failed", "stale": "stale"}.get(decision["outcome"])
         if outcome is None:
-            outcome = "promoted" if decision["stage"] == "production" else "staged"
+            # A version that passed and was not moved is in production already.
+            outcome = "staged" if decision["stage"] == "staging" else "promoted"
         if outcome == "gate failed":
             reason = "; ".join(rule["name"] for rule in decision["rules"] if rule["verdict"] == "failed")
         else:

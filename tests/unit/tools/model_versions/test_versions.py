@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from tools import versions
+from tools.model_versions import versions
 
 
 def test_the_model_in_production_is_no_origin_of_the_one_that_is_compared_with_it(monkeypatch):

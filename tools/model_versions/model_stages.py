@@ -33,8 +33,10 @@ def list_versions(
     """
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
-    from tools.versions import all_versions
+    from tools.model_versions.versions import all_versions
+    from tools.results import repair_killed
 
+    repair_killed()
     versions = [_described(version) for version in all_versions(recipe.name)[:limit]]
     if as_json:
         print(json.dumps({"model": recipe.name, "versions": versions}))
@@ -82,7 +84,7 @@ def promote(
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
     from pipelines.registry import StaleError, adapter_of, move, person, stages
-    from tools.versions import find_version
+    from tools.model_versions.versions import find_version
 
     found = find_version(recipe.name, version)
     production = stages(recipe.name).production
@@ -142,7 +144,7 @@ def rollback(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, note:
 def _described(version: Any) -> dict[str, Any]:
     """A model version as a row of the table; `measures` are those of the last model that its run trained."""
     from pipelines.registry import adapter_of
-    from tools.versions import newest_artifacts
+    from tools.model_versions.versions import newest_artifacts
 
     adapter = adapter_of(version)
     facts = version.run_metadata

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zenml.models import ArtifactVersionResponse
 
     from llm_engineering.publish.model_card import DatasetFacts, ModelCardFacts
-    from tools.versions import Found
+    from tools.model_versions.versions import Found
 
 logger = logging.getLogger("llm_engineering.export")
 
@@ -56,7 +56,7 @@ def export(
     settings = Settings()
     settings.check_writable()
     prepare_zenml()
-    from tools.versions import copy_model, find_model, merged_model
+    from tools.model_versions.versions import copy_model, find_model, merged_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
@@ -125,7 +125,7 @@ def push(
     check_repo_id(repo_id)
     find_token(settings.hf_token)
     prepare_zenml()
-    from tools.versions import find_model, merged_model
+    from tools.model_versions.versions import find_model, merged_model
 
     found = find_model(recipe, version)
     base = base_licence(found.base.name_or_path, hub)
@@ -158,7 +158,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     from llm_engineering.publish.merge import VERIFICATION
     from llm_engineering.publish.model_card import ModelCardFacts
     from llm_engineering.publish.verification import Verification
-    from tools.versions import newest_artifacts
+    from tools.model_versions.versions import newest_artifacts
 
     number = found.version.number
     try:

@@ -30,6 +30,7 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import ModelConfig
 from pipelines.registry import adapter_of, stages
+from pipelines.repeats import linked_artifacts
 from steps.materializers import Directory, DirectoryMaterializer, is_lost
 
 logger = logging.getLogger("llm_engineering.versions")
@@ -90,13 +91,6 @@ def find_version(model: str, number: str) -> ModelVersionResponse:
         f"There is no version {number} of {model}" if number.strip() else "VERSION is missing, for example VERSION=1"
     )
     raise RequestError(f"{problem}. {existing}. `make models` lists all versions.")
-
-
-def linked_artifacts(version: ModelVersionResponse) -> list[ArtifactVersionResponse]:
-    """All artifacts of the run that created a version, new or from the cache, sorted by name."""
-    links = depaginate(Client().list_model_version_artifact_links, model_version_id=version.id, hydrate=True)
-    found = {link.artifact_version.id: link.artifact_version for link in links}
-    return sorted(found.values(), key=lambda artifact: (artifact.artifact.name, int(artifact.version)))
 
 
 def newest_artifacts(version: ModelVersionResponse) -> dict[str, ArtifactVersionResponse]:

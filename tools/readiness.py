@@ -1,0 +1,221 @@
+"""Checks everything that a run needs before it starts, pins the model's revision, and hashes the inputs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.preflight import check
+from llm_engineering.data.formats import dataset_hash, open_dataset
+from llm_engineering.data.load import check_evaluation
+from llm_engineering.documents.read import documents_hash
+from llm_engineering.documents.replay import check_replayed_instructions
+from llm_engineering.documents.texts import check_replay
+from llm_engineering.evaluation.requirements import check_exam, check_requirements
+from llm_engineering.formatting.template_check import check_chat_template
+from llm_engineering.generation.open import check_access
+from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
+from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
+from llm_engineering.models.fit import check_fit
+from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
+from llm_engineering.recipe.data_blocks import DataConfig
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
+from llm_engineering.recipe.loading import recipe_hash
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stages import STAGES
+from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, PackedConfig
+from llm_engineering.training.cpt import check_trained_embeddings
+from llm_engineering.training.tracking import check_trackers
+from llm_engineering.training.unsloth_policy import check_packable
+from pipelines.inputs import Inputs
+from tools.cli import PROJECT_ROOT
+
+logger = logging.getLogger("llm_engineering.run")
+
+# Environment variable of a scheduled job with the commit of its code. The job has the files, but not the git history.
+CODE_VARIABLE = "LLM_CODE_VERSION"
+# Keys of the client that change how answers are fetched, but not the answers.
+_HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
+
+
+def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
+    """Check everything that a run needs; returns the recipe with the model's exact revision, and hashes of its inputs.
+
+    Raises:
+        RequestError: a file or model is missing, the format of a dataset is unknown, a folder cannot be written to,
+            or this machine lacks something that the recipe needs.
+    """
+    Settings().check_writable()
+    uses_unsloth = _check_machine(recipe)
+    check_trackers(recipe.tracking)
+    if recipe.compute.sagemaker is not None:
+        check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
+    data = recipe.data
+    documents = documents_hash(recipe.documents) if recipe.reads_documents else None
+    instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
+    preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    replay = None
+    if data.replay is not None:
+        check_replay(data.replay)
+        replay = dataset_hash(data.replay.path)
+    replay_instructions = check_replayed_instructions(data.replay_instructions)
+    check_evaluation(data.decontaminate_against)
+    evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
+    _check_client(recipe)
+    checks = check_requirements(recipe.evaluation, Settings())
+    exam = check_exam(recipe)
+    model = pin_revision(recipe.model)
+    recipe = recipe.model_copy(
+        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, Settings())}
+    )
+    _check_tokenizer(recipe)
+    check_model(recipe)
+    for stage in recipe.chain:
+        config = recipe.block(stage)
+        if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
+            check_packable(load_config(recipe.model, Settings()).model_type, stage)
+    unused = [stage for stage in STAGES if getattr(recipe, stage) is not None and stage not in recipe.chain]
+    if unused:
+        logger.info("Not used, because chain is %s: %s", ", ".join(recipe.chain), ", ".join(unused))
+    shared = {
+        "inputs": [documents if recipe.learns_from_documents else None, instructions, evaluation],
+        "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),
+        "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
+        **recipe.model_dump(mode="json", include={"model", "seed", "formatting"}),
+        "documents": recipe.documents.model_dump() if recipe.learns_from_documents else None,
+        "data": recipe.data.checks.model_dump(),
+    }
+    return recipe, Inputs(
+        documents=documents,
+        instructions=instructions,
+        preferences=preferences,
+        replay=replay,
+        replay_instructions=replay_instructions,
+        evaluation=evaluation,
+        checks=checks,
+        exam=exam,
+        recipes=_stage_hashes(
+            recipe,
+            shared,
+            {"preferences": preferences, "replay": replay, "replay_instructions": replay_instructions},
+        ),
+        code=code_version(),
+    )
+
+
+def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | None]) -> dict[str, str]:
+    """For each stage, the hash of everything that decides its result, with all stages before it.
+
+    Args:
+        shared: what decides the result of every stage.
+        own: hashes of the files that only the stages of one kind of rows read.
+    """
+    hashes: dict[str, str] = {}
+    decided = dict(shared)
+    for stage in recipe.chain:
+        decided[stage] = recipe.block(stage).model_dump(mode="json")
+        if STAGES[stage].rows == "preference":
+            decided["preferences"] = own["preferences"]
+        # Pairs are written for the instructions that are left after duplicates, also those of general rows, are dropped.
+        if STAGES[stage].rows == "instruction" or (STAGES[stage].rows == "preference" and not own["preferences"]):
+            decided["replay_instructions"] = own["replay_instructions"]
+        # Its questions are left out of training.
+        if STAGES[stage].rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
+            decided["exam"] = recipe.exam.model_dump(include={"questions", "max_new_tokens"})
+        if STAGES[stage].rows == "text" and recipe.deriving is not None:
+            deriving = recipe.deriving
+            decided["rewritings"] = [deriving.writing.model_dump(mode="json"), deriving.tokens, deriving.epochs]
+            decided["replay_instructions"] = own["replay_instructions"]
+        if STAGES[stage].rows == "text":
+            decided["replay"] = [own["replay"], recipe.data.replay.model_dump() if recipe.data.replay else None]
+        hashes[stage] = recipe_hash(decided)
+    return hashes
+
+
+def _check_machine(recipe: Recipe) -> bool:
+    """Check the device, the processes and the method of training; returns whether unsloth will be the backend.
+
+    For SageMaker this is True only if the recipe says `backend: unsloth`. With `backend: auto` the job decides, because
+    only the job can inspect its machine.
+    """
+    compute = recipe.compute
+    if compute.target == "sagemaker":
+        choose_device(compute.one_process)
+        return compute.backend == "unsloth"
+    device = choose_device(compute)
+    check_processes(compute, device)
+    return checked_device(recipe, device).backend == "unsloth"
+
+
+def checked_device(recipe: Recipe, device: Device) -> Device:
+    """Check the method and the optimisers, and choose the backend."""
+    for stage in recipe.chain:
+        check_training(stage, recipe.method, recipe.block(stage).optim, device)
+    keys, new = recipe.lora.beyond_unsloth, recipe.model.added_tokens
+    return choose_backend(device, recipe.compute, recipe.method, adapter_keys=keys, new_tokens=new)
+
+
+def _check_tokenizer(recipe: Recipe) -> None:
+    """Check the chat template, the end token and the new tokens.
+
+    The embedded model's own template is known to be correct. It is not checked, so that the model is unpacked only
+    when a step needs it.
+    """
+    is_known = recipe.model.name_or_path == EMBEDDED_MODEL and not recipe.model.added_tokens
+    if not is_known or recipe.formatting.chat_template is not None:
+        tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
+        rows = load_config(recipe.model, Settings()).get_text_config().vocab_size
+        check_rows(tokenizer, rows, recipe.model.added_tokens)
+        for note in check_chat_template(tokenizer):
+            logger.warning("%s", note)
+
+
+def check_model(recipe: Recipe) -> None:
+    """Check the recipe against the model's configuration, without its weights.
+
+    Raises:
+        RequestError: the model cannot be trained as the recipe says.
+    """
+    if recipe.model.name_or_path != EMBEDDED_MODEL:
+        check_generation_config(recipe.model, Settings())
+    trained = check_fit(recipe, load_config(recipe.model, Settings()))
+    if recipe.cpt is not None and "cpt" in recipe.chain and recipe.cpt.embedding_learning_rate is not None:
+        check_trained_embeddings(trained)
+
+
+def _check_client(recipe: Recipe) -> None:
+    """Send the endpoint one small request, if the recipe uses one to write questions, answers or rejected answers."""
+    writing = recipe.generation
+    if recipe.data.instructions is None:
+        check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
+    elif writing.rewritings:
+        check_access(writing.part(ClientConfig), Settings(), writing.rewriting_max_new_tokens, "text")
+    elif recipe.data.preferences is None and writing.rejected_by == "client":
+        check_access(writing.part(ClientConfig), Settings(), writing.rejected_max_new_tokens, None)
+
+
+def code_version() -> str:
+    """The commit of this project, with `+changes` if files differ from it; CODE_VARIABLE, if set, takes precedence."""
+    if os.environ.get(CODE_VARIABLE):
+        return os.environ[CODE_VARIABLE]
+    git = ["git", "-C", str(PROJECT_ROOT)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {importlib.metadata.version('llm-engineering')}, not a git checkout"
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -> str | None:
+    """Open the datasets, so that an unreadable one is refused now; returns their hash, or None without datasets."""
+    named = [reference for reference in references if reference is not None]
+    for reference in named:
+        open_dataset(reference, kind, config)
+    return "-".join(map(dataset_hash, named)) or None

@@ -1,0 +1,1 @@
+"""The commands of the group `schedule`, and a scheduled run."""
