@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.distributed.utils import is_local_dist_rank_0
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import Device

@@ -110,9 +110,12 @@ def merge(
     saved = ModelConfig(name_or_path=str(target), trust_remote_code=trust)
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trust), settings)
     source = trained.base if trained.is_adapter else _full(trained)
-    empty = empty_model(source, trained.folder if trained.is_adapter else None, settings)
+    # The adapter does not fit on an empty model without the rows of the new tokens.
+    adapter = trained.folder if trained.is_adapter and not source.added_tokens else None
+    empty = empty_model(source, adapter, settings)
     # The weights of a full model are those of training, in float32.
-    sharded = ShardedMerge(empty, weight_files(source, settings), device.dtype if trained.is_adapter else torch.float32)
+    read_in = device.dtype if trained.is_adapter else torch.float32
+    sharded = ShardedMerge(empty, weight_files(source, settings), read_in, bool(source.added_tokens))
     # In memory, the merged model is compared with its files, which are loaded beside it.
     copies = 1 if sharded.obstacle is None else 2
     device = _device_with_room(device, copies * 4 * sum(p.numel() for p in sharded.plain.parameters()))
@@ -136,7 +139,7 @@ def merge(
         if sharded.obstacle is None:
             sharded.plain.generation_config = model.generation_config
             del model
-            plain = sharded.plain
+            plain: PreTrainedModel = sharded.plain
             write_parts(sharded.parts(), target)
         else:
             logger.info("Merging in memory and not file by file, because %s", sharded.obstacle)
@@ -144,7 +147,7 @@ def merge(
             plain.save_pretrained(target)
             _check_weights(load_model(saved, settings, device._replace(dtype=torch.float32)), plain)
             del model
-            plain.to("meta")
+            plain.to("meta")  # type: ignore[arg-type]
         ends = end_token_ids(plain, tokenizer)
         _write_settings(plain, tokenizer, ends, repetition_penalty, torch.float32, target)
 
@@ -254,7 +257,7 @@ def _write_settings(
     plain.config.dtype = precision(dtype)
     plain.config.architectures = [type(plain).__name__]
     if plain.is_remote_code():
-        custom_object_save(plain, target, config=plain.config)
+        custom_object_save(plain, target, config=plain.config)  # type: ignore[arg-type]
     plain.config.save_pretrained(target)
     plain.generation_config.save_pretrained(target)
     tokenizer.save_pretrained(target)

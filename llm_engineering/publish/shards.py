@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
 
 from llm_engineering.errors import WorkError
 from llm_engineering.models.base_model import hub_options, load_config, model_path
@@ -70,9 +71,13 @@ class ShardedMerge:
         model: of `empty_model`; the merge consumes it.
         files: the weight files of the base model, or of the full model.
         dtype: the precision of the base model in training, to which its weights are rounded first.
+        new_tokens: whether training has added rows to the embeddings, which the files do not have.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, files: list[Path], dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, files: list[Path], dtype: torch.dtype, new_tokens: bool = False
+    ) -> None:
+        self.new_tokens = new_tokens
         self.plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.dtype = dtype
         self.layers = _changed_layers(self.plain)
@@ -89,6 +94,8 @@ class ShardedMerge:
     @property
     def obstacle(self) -> str | None:
         """Why this model cannot be merged file by file, as the end of a sentence; None if it can."""
+        if self.new_tokens:
+            return "its embeddings have rows for new tokens"
         if not self.places:
             return "its weights are not in safetensors files"
         kept = self.plain._keep_in_fp32_modules_strict or self.plain._keep_in_fp32_modules
