@@ -3,30 +3,14 @@
 import logging
 
 import pytest
-import transformers
 from transformers import GPTJConfig
 
 from benchmarks.architectures import ARCHITECTURES
 from llm_engineering.errors import RequestError
-from llm_engineering.models.fit import check_fit, on_meta, table_of_positions
+from llm_engineering.models.fit import on_meta, table_of_positions
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer
-from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import ModelConfig
-from tests.conftest import ROOT
-
-
-def config_of(name, **changes):
-    class_name, shape = ARCHITECTURES[name]
-    return getattr(transformers, class_name)(**{"vocab_size": 300, "pad_token_id": None, **shape, **changes})
-
-
-def judged(name, *overrides, **changes):
-    """Check `configs/local.yaml` with some keys changed against a model."""
-    recipe = load_recipe(ROOT / "configs" / "local.yaml", ["model.name_or_path=my/model", *overrides])
-    return check_fit(recipe, config_of(name, **changes))
-
-
-UNPACKED = ("cpt.packing=false", "sft.packing=false")
+from tests.cases.refusals import UNPACKED, config_of, judged
 
 
 @pytest.mark.parametrize(
