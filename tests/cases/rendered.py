@@ -211,9 +211,9 @@ TEMPLATES: list[Case] = [
     ),
     FigureCase("renders of a row of 2,000 turns", renders_of_many_turns, 1, 20, before="2000"),
     DataCase(
-        "an answer of a million characters",
+        "an answer of 200,000 characters",
         "a.jsonl",
-        lines({"instruction": "Go on", "output": "word " * 200_000}, {"instruction": "Who?", "output": "She."}),
+        lines({"instruction": "Go on", "output": "word " * 40_000}, {"instruction": "Who?", "output": "She."}),
         "alpaca: 2 read, 1 kept, 1 over_long",
     ),
     DataCase(

@@ -65,6 +65,10 @@ def test_layers_and_experts_without_an_adapter_are_named(caplog):
     with caplog.at_level(logging.INFO):
         judged("Phi-3", "cpt.lora.target_modules=[o_proj]")
         judged("gpt-oss")
+    with_head = len(caplog.records)
+    with caplog.at_level(logging.INFO):
+        judged("Qwen2", "cpt.lora.modules_to_save=[embed_tokens,lm_head]")
+    assert not [record for record in caplog.records[with_head:] if "none on" in record.getMessage()]
     assert "adapters on o_proj, and none on down_proj, gate_up_proj, qkv_proj" in caplog.text
     assert "the experts' weights get no adapter (down_proj, gate_up_proj)" in caplog.text
 
