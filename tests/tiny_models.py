@@ -108,7 +108,7 @@ KINDS = {
 def write_model(folder: Path, kind: str | Kind) -> Path:
     """Save a model of a kind, or of one of `KINDS`, and its tokenizer. Its random weights are the same in each call."""
     config, shape, tokens, template = KINDS[kind] if isinstance(kind, str) else kind
-    tokenizer = _tokenizer(tokens, template)
+    tokenizer = tiny_tokenizer(tokens, template)
     torch.manual_seed(0)
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     model = AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), **shape, **ends))
@@ -117,7 +117,8 @@ def write_model(folder: Path, kind: str | Kind) -> Path:
     return folder
 
 
-def _tokenizer(tokens: tuple[str, ...], template: str | None) -> PreTrainedTokenizerBase:
+def tiny_tokenizer(tokens: tuple[str, ...], template: str | None) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer. The first token begins a text, the last one ends it."""
     bytes_to_tokens = Tokenizer(models.BPE())
     bytes_to_tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytes_to_tokens.decoder = decoders.ByteLevel()

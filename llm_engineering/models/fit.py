@@ -11,7 +11,7 @@ import peft
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -128,7 +128,8 @@ def _log_left_out(policy: PeftModel) -> None:
         if isinstance(m, nn.Linear | Conv1D | LoraLayer) and m is not head
     ]
     adapted = {_kind(name) for name, m in layers if isinstance(m, LoraLayer)}
-    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoraLayer))
+    trained = LoraLayer | AuxiliaryTrainingWrapper
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, trained))
     left_out = {_kind(name) for name, m in layers if not name.startswith(inside)} - adapted
     if left_out:
         logger.info("lora: adapters on %s, and none on %s", ", ".join(sorted(adapted)), ", ".join(sorted(left_out)))

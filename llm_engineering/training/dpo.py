@@ -38,7 +38,8 @@ from llm_engineering.training.trainer import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
-# Largest differences between two computations of the same log-probability, in nats: in float32, and in half precision.
+# Largest differences between two computations of the same log-probability, in nats a token: in float32, and in half precision,
+# where an answer of SmolLM2 differs by up to 0.02 between a row alone and a row in a batch.
 _SUMMED = 1e-4
 _ROUNDED = 5e-2
 

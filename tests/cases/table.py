@@ -1,60 +1,13 @@
-"""The table of cases: an input, the recipe's settings for it, and the expected verdict.
-
-A verdict is one line. For a dataset it is the format, the rows that were read and kept, and the reasons of the others; for
-documents the number that was read and the reasons of the others; for a wrong request a part of the message.
-"""
+"""Inputs of datasets and documents: comparisons of texts, damaged items, containers, formats and encodings."""
 
 from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from llm_engineering.data.rows import words
 from llm_engineering.evaluation.measures import rouge_l
-
-
-class DataCase(NamedTuple):
-    """A dataset that `inspect` reads.
-
-    Attributes:
-        name: what the case shows.
-        file: the name of the file.
-        content: the file; text is written as UTF-8.
-        expected: the verdict.
-        data: settings of the recipe's block `data`.
-        formatting: settings of the block `formatting`.
-        against: an evaluation file in JSON lines whose rows are searched for in the dataset.
-    """
-
-    name: str
-    file: str
-    content: str | bytes
-    expected: str
-    data: dict[str, Any] | None = None
-    formatting: dict[str, Any] | None = None
-    against: str = ""
-
-
-class DocumentCase(NamedTuple):
-    """A folder of documents: the content of each file by its name; None for a link to a file that does not exist."""
-
-    name: str
-    files: dict[str, str | bytes | None]
-    expected: str
-    text_field: str | None = None
-
-
-class CallCase(NamedTuple):
-    """A function and the text of its result."""
-
-    name: str
-    call: Callable[[], Any]
-    expected: str
-
-
-Case = DataCase | DocumentCase | CallCase
+from tests.cases.case import CallCase, Case, DataCase, DocumentCase, lines, turns
 
 QUESTIONS = {
     "Où se trouve la vieille forge de Brécy?": "Derrière l'église, près du pont de pierre.",
@@ -73,19 +26,9 @@ TALK = [
 ZERO_WIDTH = "\u200b\u2060\ufeff"
 
 
-def turns(*contents: str) -> list[dict[str, str]]:
-    """Turns of user and assistant."""
-    return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
-
-
 def rows() -> list[dict[str, str]]:
     """Three rows in the format alpaca."""
     return [{"instruction": question, "output": answer} for question, answer in QUESTIONS.items()]
-
-
-def lines(*records: Any) -> str:
-    """Records as JSON lines."""
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def form(name: str, text: str) -> str:
@@ -100,6 +43,7 @@ COMPARISON: list[Case] = [
         lines(*rows()),
         "alpaca: 3 read, 3 kept, 3 leaked",
         against=form("NFD", lines(*rows())),
+        before="alpaca: 3 read, 3 kept, 1 leaked",
     ),
     DataCase(
         "full-width letters leak",
@@ -107,23 +51,31 @@ COMPARISON: list[Case] = [
         lines(*rows()),
         "alpaca: 3 read, 3 kept, 1 leaked",
         against=lines({"instruction": "Ｗｈｉｃｈ ferry leaves Norrhaven before sunrise?", "output": "None."}),
+        before="alpaca: 3 read, 3 kept, 0 leaked",
     ),
     DataCase(
         "a row and its decomposed form are duplicates",
         "a.jsonl",
         lines(rows()[0]) + form("NFD", lines(rows()[0])) + lines(*rows()[1:]),
         "alpaca: 4 read, 3 kept, 1 near_duplicate",
+        before="alpaca: 4 read, 4 kept",
     ),
     DataCase(
         "a pair repeats its prompt in another form",
         "a.jsonl",
         lines({"chosen": turns("Où est-il né?", "À Brécy."), "rejected": turns(form("NFD", "Où est-il né?"), "Loin.")}),
         "chosen-rejected: 1 read, 1 kept",
+        before="chosen-rejected: 1 read, 0 kept, 1 different_prompts",
     ),
-    CallCase("vowel signs belong to their word in Hindi", lambda: words("हिन्दी की किताब"), "['हिन्दी', 'की', 'किताब']"),
-    CallCase("marks belong to their letter in Thai", lambda: words("ที่นี่"), "['ที่', 'นี่']"),
+    CallCase(
+        "vowel signs belong to their word in Hindi",
+        lambda: words("हिन्दी की किताब"),
+        "['हिन्दी', 'की', 'किताब']",
+        before="['ह', 'न', 'द', 'क', 'क', 'त', 'ब']",
+    ),
+    CallCase("marks belong to their letter in Thai", lambda: words("ที่นี่"), "['ที่', 'นี่']", before="['ท', 'น']"),
     CallCase("ROUGE-L of words that differ in a vowel sign", lambda: rouge_l("कल", "काल"), "0.0"),
-    CallCase("ROUGE-L of one text in two forms", lambda: rouge_l("größer", form("NFD", "größer")), "1.0"),
+    CallCase("ROUGE-L of one text in two forms", lambda: rouge_l("größer", form("NFD", "größer")), "1.0", before="0.0"),
 ]
 
 ITEMS: list[Case] = [
@@ -132,18 +84,21 @@ ITEMS: list[Case] = [
         "a.json",
         f'[{lines(rows()[0])}, {{"n": {"7" * 5000}}}, {lines(rows()[1])}]',
         "alpaca: 3 read, 2 kept, 1 malformed",
+        before="is not valid JSON: Exceeds the limit (4300 digits) for integer string conversion",
     ),
     DataCase(
         "deep nesting in one item",
         "a.json",
         f"[{lines(rows()[0])}, {'[' * 9000}{']' * 9000}, {lines(rows()[1])}]",
         "alpaca: 3 read, 2 kept, 1 malformed",
+        before="is not valid JSON: maximum recursion depth exceeded",
     ),
     DataCase(
         "a long integer beside the rows",
         "a.json",
         f'{{"seed": {"7" * 5000}, "rows": {json.dumps(rows())}}}',
         "alpaca: 3 read, 3 kept",
+        before="is not valid JSON: Exceeds the limit (4300 digits) for integer string conversion",
     ),
     DataCase(
         "a long integer in a line",
@@ -165,6 +120,7 @@ EMPTY: list[Case] = [
         "a.jsonl",
         lines(*rows(), {"instruction": ZERO_WIDTH, "output": "x"}),
         "alpaca: 4 read, 3 kept, 1 empty_prompt",
+        before="alpaca: 4 read, 4 kept",
     ),
     DataCase(
         "an answer without a visible character",
@@ -177,8 +133,14 @@ EMPTY: list[Case] = [
         "a.jsonl",
         lines({"messages": turns("Who?", ZERO_WIDTH, "And?", "She.")}, {"messages": turns(*TALK)}),
         "messages: 2 read, 1 kept, 1 empty_turn",
+        before="messages: 2 read, 1 kept, 1 empty_answer",
     ),
-    DocumentCase("a document without a visible character", {"a.txt": ZERO_WIDTH, "b.txt": "Text"}, "1 read, 1 empty"),
+    DocumentCase(
+        "a document without a visible character",
+        {"a.txt": ZERO_WIDTH, "b.txt": "Text"},
+        "1 read, 1 empty",
+        before="2 read",
+    ),
 ]
 
 LENGTH: list[Case] = [
@@ -188,6 +150,7 @@ LENGTH: list[Case] = [
         lines(PAIR, {**PAIR, "prompt": "Who? " * 90}),
         "prompt-chosen-rejected: 2 read, 1 kept, 1 over_long_prompt",
         formatting={"max_length": 64},
+        before="prompt-chosen-rejected: 2 read, 1 kept, 1 no_trained_token",
     ),
     DataCase(
         "an answer is over-long",
@@ -202,37 +165,87 @@ LENGTH: list[Case] = [
         lines({"messages": turns("Well? " * 60, "So. " * 60, *TALK)}),
         "messages: 1 read, 1 kept, 1 oldest_turns_dropped",
         formatting={"max_length": 96, "over_long": "drop_oldest_turns"},
+        before="the setting is unknown",
     ),
 ]
 
 CONTAINERS: list[Case] = [
-    DataCase("a list in .jsonl", "a.jsonl", json.dumps(rows(), indent=1), "alpaca: 3 read, 3 kept"),
-    DataCase("a list on one line of .jsonl", "a.jsonl", json.dumps(rows()), "alpaca: 3 read, 3 kept"),
+    DataCase(
+        "a list in .jsonl",
+        "a.jsonl",
+        json.dumps(rows(), indent=1),
+        "alpaca: 3 read, 3 kept",
+        before="no row can be read: line 1 is malformed, Expecting value",
+    ),
+    DataCase(
+        "a list on one line of .jsonl",
+        "a.jsonl",
+        json.dumps(rows()),
+        "alpaca: 3 read, 3 kept",
+        before="no row can be read: line 1 is malformed, expected an object, found list",
+    ),
     DataCase(
         "objects of several lines",
         "a.jsonl",
         "\n".join(json.dumps(row, indent=1) for row in rows()),
         "alpaca: 3 read, 3 kept",
+        before="no row can be read: line 1 is malformed, Expecting property name enclosed in double quotes",
     ),
-    DataCase("JSON lines in .json", "a.json", lines(*rows()), "alpaca: 3 read, 3 kept"),
+    DataCase(
+        "JSON lines in .json",
+        "a.json",
+        lines(*rows()),
+        "alpaca: 3 read, 3 kept",
+        before="is not valid JSON: extra data after the first value",
+    ),
     DataCase(
         "a list of bare conversations",
         "a.json",
         json.dumps([turns(*TALK), turns("Who?", "She.")]),
         "messages: 2 read, 2 kept",
+        before="no row can be read: [0] is malformed, expected an object, found list",
     ),
     DataCase(
-        "records by their names", "a.json", json.dumps({"r1": rows()[0], "r2": rows()[1]}), "write the values as a list"
+        "records by their names",
+        "a.json",
+        json.dumps({"r1": rows()[0], "r2": rows()[1]}),
+        "write the values as a list",
+        before="it holds an object with 0 lists (none)",
     ),
-    DataCase("UTF-16 without a mark", "a.jsonl", lines(*rows()).encode("utf-16-le"), "alpaca: 3 read, 3 kept"),
-    DataCase("UTF-16 table", "a.csv", "instruction\toutput\nWho?\tShe.\n".encode("utf-16"), "alpaca: 1 read, 1 kept"),
-    DataCase("semicolons", "a.csv", '"instruction";"output"\n"Who, when?";"She; at noon."\n', "alpaca: 1 read, 1 kept"),
-    DataCase("tabs", "a.tsv", "instruction\toutput\nWho, when?\tShe.\n", "alpaca: 1 read, 1 kept"),
+    DataCase(
+        "UTF-16 without a mark",
+        "a.jsonl",
+        lines(*rows()).encode("utf-16-le"),
+        "alpaca: 3 read, 3 kept",
+        before="no row can be read: line 1 is not_utf8, it contains bytes that are not UTF-8 text",
+    ),
+    DataCase(
+        "UTF-16 table",
+        "a.csv",
+        "instruction\toutput\nWho?\tShe.\n".encode("utf-16"),
+        "alpaca: 1 read, 1 kept",
+        before="is in no known format",
+    ),
+    DataCase(
+        "semicolons",
+        "a.csv",
+        '"instruction";"output"\n"Who, when?";"She; at noon."\n',
+        "alpaca: 1 read, 1 kept",
+        before="is not valid CSV: ',' expected after '\"'. Correct the file",
+    ),
+    DataCase(
+        "tabs",
+        "a.tsv",
+        "instruction\toutput\nWho, when?\tShe.\n",
+        "alpaca: 1 read, 1 kept",
+        before="is in no known format (.tsv)",
+    ),
     DataCase(
         "unnamed columns of a spreadsheet",
         "a.csv",
         "instruction,output,,\nWho?,She.,,\nWhen?,At noon.\n",
         "alpaca: 2 read, 2 kept",
+        before="two columns have the same name (instruction, output, , )",
     ),
     DataCase(
         "two columns of one name",
@@ -245,6 +258,7 @@ CONTAINERS: list[Case] = [
         "a.json",
         '[{"instruction": "Who?", "input": NaN, "output": "She."}, {"instruction": NaN, "output": "x"}]',
         "alpaca: 2 read, 1 kept, 1 null_value",
+        before="alpaca: 2 read, 0 kept, 2 not_text",
     ),
 ]
 
@@ -257,6 +271,7 @@ FORMATS: list[Case] = [
         "a.jsonl",
         lines({"chosen": f"{HH} Since noon.", "rejected": f"{HH} Ask somebody else."}),
         "chosen-rejected: 1 read, 1 kept",
+        before="chosen-rejected: 1 read, 0 kept, 1 no_prompt",
     ),
     DataCase(
         "HH-RLHF with a prompt",
@@ -275,30 +290,35 @@ FORMATS: list[Case] = [
             }
         ),
         "openai-preference: 1 read, 1 kept",
+        before="is in no known format",
     ),
     DataCase(
         "ranked answers",
         "a.json",
         json.dumps([{"instruction": "Who keeps it?", "output": ["Two sisters keep it.", "Somebody.", "No."]}]),
         "alpaca-preference: 2 read, 2 kept",
+        before="alpaca: 1 read, 0 kept, 1 not_text",
     ),
     DataCase(
         "scored answers",
         "a.jsonl",
         lines({"prompt": "Who?", "responses": ["No.", "She, since May."], "scores": [2, 9]}),
         "prompt-chosen-rejected: 1 read, 1 kept",
+        before="is in no known format",
     ),
     DataCase(
         "equal scores",
         "a.jsonl",
         lines(PAIR, {"prompt": "Who?", "responses": ["A", "B"], "scores": [1, 1]}),
         "prompt-chosen-rejected: 2 read, 1 kept, 1 equal_scores",
+        before="prompt-chosen-rejected: 2 read, 1 kept, 1 malformed",
     ),
     DataCase(
         "several rejected answers",
         "a.jsonl",
         lines({**PAIR, "rejected": ["I will not say.", "Nobody."]}),
         "prompt-chosen-rejected: 2 read, 2 kept",
+        before="prompt-chosen-rejected: 1 read, 0 kept, 1 malformed",
     ),
     DataCase(
         "one answer that is JSON",
@@ -306,18 +326,26 @@ FORMATS: list[Case] = [
         lines({"instruction": "Sort b, a", "output": '["a", "b"]'}),
         "alpaca: 1 read, 1 kept",
     ),
-    DataCase("ChatML as text", "a.jsonl", lines({"text": CHATML}), "text-chatml: 1 read, 1 kept"),
+    DataCase(
+        "ChatML as text",
+        "a.jsonl",
+        lines({"text": CHATML}),
+        "text-chatml: 1 read, 1 kept",
+        before="is in no known format",
+    ),
     DataCase(
         "text around ChatML",
         "a.jsonl",
         lines({"text": CHATML}, {"text": f"Look: {CHATML}"}),
         "text-chatml: 2 read, 1 kept, 1 malformed",
+        before="is in no known format",
     ),
     DataCase(
         "messages as JSON text in a table",
         "a.csv",
         'messages\n"' + json.dumps(turns(*TALK)).replace('"', '""') + '"\n',
         "messages: 1 read, 1 kept",
+        before="messages: 1 read, 0 kept, 1 malformed",
     ),
     DataCase(
         "messages as Python text",
@@ -327,28 +355,42 @@ FORMATS: list[Case] = [
         + json.dumps(turns(*TALK)).replace('"', '""')
         + '"\n',
         "messages: 2 read, 1 kept, 1 malformed",
+        before="messages: 2 read, 0 kept, 2 malformed",
     ),
 ]
 
 DOCUMENTS: list[Case] = [
     DocumentCase(
-        "UTF-16 documents", {"a.txt": "Grüße".encode("utf-16"), "b.md": "Grüße".encode("utf-16-be")}, "2 read"
+        "UTF-16 documents",
+        {"a.txt": "Grüße".encode("utf-16"), "b.md": "Grüße".encode("utf-16-be")},
+        "2 read",
+        before="no document can be read: not_utf8",
     ),
-    DocumentCase("a declared charset", {"a.html": "<meta charset=iso-8859-1><p>Grüße".encode("latin-1")}, "1 read"),
+    DocumentCase(
+        "a declared charset",
+        {"a.html": "<meta charset=iso-8859-1><p>Grüße".encode("latin-1")},
+        "1 read",
+        before="no document can be read: not_utf8",
+    ),
     DocumentCase(
         "a charset that is not the declared one",
         {"a.html": "<meta charset=utf-8><p>Grüße".encode("latin-1"), "b.txt": "x"},
         "1 read, 1 not_utf8",
     ),
-    DocumentCase("a link to nothing", {"a.txt": "Text", "b.txt": None}, "1 read, 1 broken_link"),
+    DocumentCase("a link to nothing", {"a.txt": "Text", "b.txt": None}, "1 read, 1 broken_link", before="1 read"),
     DocumentCase(
-        "a text in an object", {"a.json": json.dumps([{"page": {"body": "Text"}}])}, "1 read", text_field="page.body"
+        "a text in an object",
+        {"a.json": json.dumps([{"page": {"body": "Text"}}])},
+        "1 read",
+        text_field="page.body",
+        before="no document can be read: no_text_field",
     ),
     DocumentCase(
         "a text in an object without its path",
         {"a.json": json.dumps([{"page": {"body": "Text"}}])},
         "set documents.text_field to page.body",
+        before="no document can be read: no_text_field",
     ),
 ]
 
-CASES: list[Case] = [*COMPARISON, *ITEMS, *EMPTY, *LENGTH, *CONTAINERS, *FORMATS, *DOCUMENTS]
+INPUTS: list[Case] = [*COMPARISON, *ITEMS, *EMPTY, *LENGTH, *CONTAINERS, *FORMATS, *DOCUMENTS]

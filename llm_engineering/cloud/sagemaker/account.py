@@ -19,6 +19,7 @@ from llm_engineering.recipe.settings import Settings
 _RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10, read_timeout=60)
 # One loader for all clients: reading the services' models from disk takes longer than a request.
 _LOADER = create_loader()
+_REGION = re.compile(r"[a-z0-9-]+")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/.+")
 _ECR = re.compile(
@@ -61,6 +62,10 @@ class Account:
         problems = []
         if not region:
             problems.append("the region is missing: set AWS_REGION in .env, or `region` in ~/.aws/config")
+        elif not _REGION.fullmatch(region):
+            problems.append(
+                f'the region "{region}" is not the name of a region: set AWS_REGION to one such as eu-west-1'
+            )
         if not role:
             problems.append(
                 "the job's role is missing: set SAGEMAKER_ROLE in .env to its ARN (docs/aws has its policy)"

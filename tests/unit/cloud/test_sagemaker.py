@@ -57,6 +57,8 @@ def test_malformed_values_are_named(monkeypatch):
     assert 'the bucket "s3://b/c" is not a bucket name' in str(error.value)
     with pytest.raises(RequestError, match='the bucket " my-bucket" is not a bucket name'):
         Account.resolve(config(), settings(monkeypatch, sagemaker_bucket=" my-bucket"))
+    with pytest.raises(RequestError, match='the region "eu-west-1 " is not the name of a region'):
+        Account.resolve(config(), settings(monkeypatch, aws_region="eu-west-1 "))
 
 
 @pytest.mark.parametrize(("prefix", "valid"), [("a", True), ("a/b/", True), ("a//b", False), ("a/b//", False)])

@@ -1,12 +1,25 @@
 """Every case of `python -m tests.cases` gets its expected verdict."""
 
 import pytest
+import torch
 
-from tests.cases.__main__ import agrees, verdict
-from tests.cases.table import CASES
+from tests.cases.__main__ import CASES
+from tests.cases.case import FigureCase, agrees, verdict
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Use one thread: these small matrices are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+QUICK = [case for case in CASES if not (isinstance(case, FigureCase) and case.slow)]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=[case.name for case in QUICK])
 def test_each_input_gets_its_expected_verdict(case, tmp_path, tokenizer):
     got = verdict(case, tmp_path, tokenizer)
     assert agrees(case, got), got

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.coverage import ALONE, DOCUMENTS, FACTS, FREQUENT, HALF, RARE, count_covered
 from llm_engineering.evaluation.statistics import Bootstrap, Rows
 from llm_engineering.reports.page import interval
 
@@ -126,25 +127,6 @@ def test_the_seed_decides_and_one_row_has_no_interval():
     assert Bootstrap(500, 0.95, 7).difference(rows, rows)[:3] == (0.0, 0.0, 0.0)
 
 
-def pairs(generator, cells, sizes, correlation):
-    """Answers of two models, right (1) or wrong (0), to questions in clusters.
-
-    A row copies its cluster's pair of answers with a probability of the root of `correlation`, so that this is the
-    correlation within clusters.
-
-    Args:
-        cells: shares of the rows that both models, the first alone, the second alone and neither have right.
-    """
-    numbers = np.repeat(np.arange(len(sizes)), sizes)
-    common, own = generator.choice(4, len(sizes), p=cells), generator.choice(4, len(numbers), p=cells)
-    cell = np.where(generator.random(len(numbers)) < math.sqrt(correlation), common[numbers], own)
-    return Rows.of(cell < 2).in_clusters(numbers), Rows.of(cell % 2 == 0).in_clusters(numbers)
-
-
-FACTS, DOCUMENTS, ALONE = [2] * 80, [1, 2, 3, 4, 6, 8, 12, 20], [1] * 40
-HALF, RARE, FREQUENT = (0.35, 0.15, 0.1, 0.4), (0.01, 0.01, 0.02, 0.96), (0.94, 0.03, 0.01, 0.02)
-
-
 @pytest.mark.parametrize("cells", [HALF, RARE, FREQUENT])
 @pytest.mark.parametrize(
     ("sizes", "correlation"),
@@ -155,16 +137,7 @@ def test_intervals_of_shares_and_their_differences_cover_at_least_the_stated_rat
 
     400 experiments are allowed to miss a little more often. Resamples alone cover a share of 0.02 in half of them.
     """
-    generator = np.random.default_rng(5)
-    share, difference = cells[0] + cells[1], cells[1] - cells[2]
-    covered = {"share": 0, "difference": 0}
-    for experiment in range(EXPERIMENTS):
-        first, second = pairs(generator, cells, sizes, correlation)
-        bootstrap = Bootstrap(100, 0.95, experiment)
-        found = {"share": bootstrap.estimate(first), "difference": bootstrap.difference(first, second)}
-        for name, truth in (("share", share), ("difference", difference)):
-            covered[name] += found[name].low <= truth <= found[name].high
-    for name, count in covered.items():
+    for name, count in count_covered(cells, sizes, correlation, EXPERIMENTS).items():
         assert count >= stats.binom.ppf(0.001, EXPERIMENTS, 0.93), f"{name}: {count} of {EXPERIMENTS}"
 
 

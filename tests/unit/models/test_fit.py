@@ -3,30 +3,14 @@
 import logging
 
 import pytest
-import transformers
 from transformers import GPTJConfig
 
 from benchmarks.architectures import ARCHITECTURES
 from llm_engineering.errors import RequestError
-from llm_engineering.models.fit import check_fit, on_meta, table_of_positions
+from llm_engineering.models.fit import on_meta, table_of_positions
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer
-from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.training_blocks import ModelConfig
-from tests.conftest import ROOT
-
-
-def config_of(name, **changes):
-    class_name, shape = ARCHITECTURES[name]
-    return getattr(transformers, class_name)(**{"vocab_size": 300, "pad_token_id": None, **shape, **changes})
-
-
-def judged(name, *overrides, **changes):
-    """Check `configs/local.yaml` with some keys changed against a model."""
-    recipe = load_recipe(ROOT / "configs" / "local.yaml", ["model.name_or_path=my/model", *overrides])
-    return check_fit(recipe, config_of(name, **changes))
-
-
-UNPACKED = ("cpt.packing=false", "sft.packing=false")
+from tests.cases.refusals import UNPACKED, config_of, judged
 
 
 @pytest.mark.parametrize(
@@ -81,6 +65,10 @@ def test_layers_and_experts_without_an_adapter_are_named(caplog):
     with caplog.at_level(logging.INFO):
         judged("Phi-3", "cpt.lora.target_modules=[o_proj]")
         judged("gpt-oss")
+    with_head = len(caplog.records)
+    with caplog.at_level(logging.INFO):
+        judged("Qwen2", "cpt.lora.modules_to_save=[embed_tokens,lm_head]")
+    assert not [record for record in caplog.records[with_head:] if "none on" in record.getMessage()]
     assert "adapters on o_proj, and none on down_proj, gate_up_proj, qkv_proj" in caplog.text
     assert "the experts' weights get no adapter (down_proj, gate_up_proj)" in caplog.text
 
