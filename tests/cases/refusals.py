@@ -36,7 +36,7 @@ from llm_engineering.training.policy import new_policy
 from llm_engineering.training.ranks import Interruption
 from tests.cases.case import CallCase, Case, turns
 from tests.tiny_models import CPU, SIZES, Kind, tiny_tokenizer, training_setup, write_model
-from tools.store import check_database
+from tools.zenml_store import check_database
 
 LOCAL = Path(__file__).resolve().parents[2] / "configs" / "local.yaml"
 UNPACKED = ("cpt.packing=false", "sft.packing=false")
