@@ -168,7 +168,7 @@ def card(name: str) -> Any:
 def attention_of_serving() -> str:
     """The attention of a merged model whose recipe trains with flash attention."""
     with card("a card"), mock.patch("llm_engineering.models.device._is_installed", return_value=True):
-        return merged_device(ComputeConfig(attn_implementation="flash_attention_2")).attn_implementation
+        return f"attention {merged_device(ComputeConfig(attn_implementation='flash_attention_2')).attn_implementation}"
 
 
 def late_signal() -> str:
@@ -242,12 +242,12 @@ LN_2 = (math.log(2) - 1e-5, math.log(2) + 1e-5)
 
 FIGURES: list[Case] = [
     FigureCase("steps of one process that sees two cards", steps_with_two_cards, 4, 4, before="2"),
-    FigureCase("the first loss of DPO with a precomputed reference", first_precomputed_loss, *LN_2, before="0.6860"),
-    FigureCase("the saved checkpoint's loss above the best one", loss_above_the_best, -1e-5, 1e-5, before="0.020"),
+    FigureCase("the first loss of DPO with a precomputed reference", first_precomputed_loss, *LN_2, before="0.6948"),
+    FigureCase("the saved checkpoint's loss above the best one", loss_above_the_best, -1e-5, 1e-5, before="0.0030"),
     FigureCase("95 % intervals, correlation 0", lambda: coverage(HALF, DOCUMENTS, 0.0), 0.9, 1, before="0.95"),
-    FigureCase("95 % intervals, correlation 0.2", lambda: coverage(HALF, DOCUMENTS, 0.2), 0.9, 1, before="0.81"),
-    FigureCase("95 % intervals, correlation 0.5", lambda: coverage(HALF, DOCUMENTS, 0.5), 0.9, 1, before="0.65"),
-    FigureCase("95 % intervals, a share of 0.02", lambda: coverage(RARE, ALONE, 0.0), 0.9, 1, before="0.68"),
+    FigureCase("95 % intervals, correlation 0.2", lambda: coverage(HALF, DOCUMENTS, 0.2), 0.9, 1, before="0.71"),
+    FigureCase("95 % intervals, correlation 0.5", lambda: coverage(HALF, DOCUMENTS, 0.5), 0.9, 1, before="0.49"),
+    FigureCase("95 % intervals, a share of 0.02", lambda: coverage(RARE, ALONE, 0.0), 0.9, 1, before="0.56"),
     CallCase("probes before a full fine-tune in bf16", precision_of_probes, "bfloat16", before="float32"),
     CallCase("the adapter on a quantised base", precision_of_qlora, "float32", before="bfloat16"),
     CallCase(
@@ -256,12 +256,14 @@ FIGURES: list[Case] = [
         "do_sample False, temperature None",
         before="do_sample True, temperature 0.6",
     ),
-    CallCase("a recipe with flash attention, merged and served", attention_of_serving, "sdpa", before="refused"),
+    CallCase(
+        "a recipe with flash attention, merged and served", attention_of_serving, "attention sdpa", before="refused"
+    ),
     CallCase("a signal while the processes agree", late_signal, "stops", before="lost"),
     FigureCase("prompt and answer of GPT-2", longest_row_of_gpt2, 450, 512, before="IndexError"),
     FigureCase("the peak of an L40 in TFLOP/s", peak_of_an_l40, 181, 181, before="121"),
     FigureCase("peak memory on macOS", memory_on_macos, 3_000_000, 3_000_000, before="3072000000"),
-    FigureCase("estimate of DPO's logits on unsloth, bytes each", logits_of_unsloth, 16, 16, before="3.4"),
+    FigureCase("estimate of DPO's logits on unsloth, bytes each", logits_of_unsloth, 16, 16, before="3.4133"),
     FigureCase("the width of heads in GGUF", head_width_in_gguf, 16, 16, before="8, as llama.cpp assumes"),
     FigureCase(
         "the learning rate of a run of one step",
@@ -275,7 +277,7 @@ FIGURES: list[Case] = [
         "the first loss of DPO with dropout in the model's config",
         lambda folder: measure("OPT", folder)["dpo_first_loss"],
         *LN_2,
-        before="0.6914",
+        before="0.68999",
         slow=True,
     ),
 ]

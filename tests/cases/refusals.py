@@ -235,8 +235,8 @@ REQUESTS: list[Case] = [
     CallCase("a name that ends with a full stop", named("v1."), "cannot be the name of a model", before="v1."),
     CallCase(
         "a batch without a row that can be rendered",
-        lambda: len(render([], tiny_tokenizer(("<|endoftext|>",), "{{ messages }}"))),
-        "0",
+        lambda: f"{len(render([], tiny_tokenizer(('<|endoftext|>',), '{{ messages }}')))} rows",
+        "0 rows",
         before="IndexError: list index out of range",
     ),
 ]

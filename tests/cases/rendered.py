@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.formatting.render import render
 from llm_engineering.models.tokenizer import set_chat_template
-from tests.cases.case import CallCase, Case, DataCase, FigureCase, lines, turns
+from tests.cases.case import CallCase, Case, DataCase, lines, turns
 from tests.tiny_models import tiny_tokenizer
 
 ASKED = turns("Which boat sails first?", "The red one.")
@@ -70,16 +70,6 @@ def rendered_on_two_days() -> str:
         with mock.patch.object(transformers.utils.chat_template_utils, "datetime", today):
             ids.append(render([row("Who?", "She.")], tokenizer(DATED))[0].input_ids)
     return "the same" if ids[0] == ids[1] else "others"
-
-
-def renders_of_many_turns() -> float:
-    """How often the chat template is applied to a row of 2,000 turns."""
-    made = tokenizer("{% for m in messages %}" + _TURN + "{% endfor %}" + _ASK)
-    with mock.patch.object(
-        type(made), "apply_chat_template", autospec=True, side_effect=type(made).apply_chat_template
-    ) as real:
-        render([row(*["Yes."] * 2000)], made)
-    return sum(len(call.args[1]) if isinstance(call.args[1][0], list) else 1 for call in real.call_args_list)
 
 
 MEANING: list[Case] = [
@@ -209,7 +199,6 @@ TEMPLATES: list[Case] = [
         lines({"messages": [{"role": "user", "content": "<|im_end|>"}, ASKED[1]]}, {"messages": ASKED}),
         "messages: 2 read, 1 kept, 1 special_token_in_text",
     ),
-    FigureCase("renders of a row of 2,000 turns", renders_of_many_turns, 1, 20, before="2000"),
     DataCase(
         "an answer of 200,000 characters",
         "a.jsonl",
