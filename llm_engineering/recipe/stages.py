@@ -14,7 +14,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import create_model
 
 from llm_engineering.recipe.block import Block
-from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, SFTConfig, TrainConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrainConfig
 
 Kind = Literal["text", "instruction", "preference"]
 

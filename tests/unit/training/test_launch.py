@@ -15,12 +15,14 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import Device, check_processes, choose_optimiser
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-from llm_engineering.training import launch, ranks
-from llm_engineering.training.job import Job, read_job, write_failure
-from llm_engineering.training.launch import Ended, launch_training, run_processes
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
+from llm_engineering.training.processes import launch, ranks
+from llm_engineering.training.processes.job import Job, read_job, write_failure
+from llm_engineering.training.processes.launch import Ended, launch_training, run_processes
 from llm_engineering.training.sft import train_sft_job
-from llm_engineering.training.trainer import evaluation_batches
+from llm_engineering.training.trainer.validation_loss import evaluation_batches
 from tests.conftest import ROOT
 from tests.renew_references import STEPS
 
@@ -78,8 +80,8 @@ time.sleep(600)
 def test_process_does_not_outlive_its_launcher():
     launches = """
 import os, subprocess, sys, time
-from llm_engineering.training import ranks
-child = "from llm_engineering.training import ranks; ranks.end_with_launcher(); print('here', flush=True); import time; time.sleep(600)"
+from llm_engineering.training.processes import ranks
+child = "from llm_engineering.training.processes import ranks; ranks.end_with_launcher(); print('here', flush=True); import time; time.sleep(600)"
 env = os.environ | {ranks.LAUNCHER: str(os.getpid())}
 print(subprocess.Popen([sys.executable, "-c", child], env=env).pid, flush=True)
 time.sleep(600)

@@ -10,13 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llm_engineering.training.telemetry import (
-    TrainingFlops,
-    Work,
-    peak_flops,
-    peak_memory_bytes,
-    peak_resident_bytes,
-)
+from llm_engineering.training.telemetry.flops import TrainingFlops, peak_flops
+from llm_engineering.training.telemetry.work import Work, peak_memory_bytes, peak_resident_bytes
 from tests.conftest import ROOT
 
 LLAMA = LlamaConfig(

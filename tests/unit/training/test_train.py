@@ -16,14 +16,15 @@ from datasets import Dataset, DatasetDict
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
-from llm_engineering.training import ranks
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training.arguments import halved
-from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
-from llm_engineering.training.ranks import Interruption
+from llm_engineering.training.processes import ranks
+from llm_engineering.training.processes.ranks import Interruption, run_lock
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.train import rows_text
-from llm_engineering.training.trainer import EXPLOSION_FACTOR, LossWatch, rows_of
+from llm_engineering.training.trainer.checkpoints import newest_complete, publish
+from llm_engineering.training.trainer.loss_watch import EXPLOSION_FACTOR, LossWatch, rows_of
 from tests.tiny_models import logged, training_setup
 from tests.unit.training.steps import during_step
 
