@@ -1,4 +1,4 @@
-"""The keys of a recipe, and what follows from several of its blocks. `recipe.py` has the checks between the blocks."""
+"""The blocks of a recipe, and what follows from several of them. `recipe.py` has the checks between the blocks."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ _StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | Non
 
 
 class RecipeKeys(_StageBlocks):  # type: ignore[misc]
-    """All blocks of a recipe."""
+    """The blocks of a recipe, and what follows from several of them."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
     exam: ExamConfig | None = None
