@@ -85,7 +85,7 @@ _StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | Non
 
 
 class RecipeKeys(_StageBlocks):  # type: ignore[misc]
-    """The blocks of a recipe, and what follows from several of them."""
+    """A whole recipe."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
     exam: ExamConfig | None = None
