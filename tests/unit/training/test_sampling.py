@@ -11,7 +11,7 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import SFTConfig
-from llm_engineering.training import sft
+from llm_engineering.training import training_run
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
 from llm_engineering.training.trainer.resumable import LengthGroupedByEpoch
@@ -52,7 +52,7 @@ def batches(data, setup, settings, strategy):
 
 def test_grouped_batches_have_every_row_and_less_padding(data, setup, settings, monkeypatch):
     """The model is treated as one that mixes concatenated rows, so that batches are padded."""
-    monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: False)
+    monkeypatch.setattr(training_run, "keeps_rows_apart", lambda policy, by_row: False)
     padded = {}
     for strategy in ("random", "group_by_length"):
         made = batches(data, setup, settings, strategy)
