@@ -26,7 +26,7 @@ from llm_engineering.recipe.stages import STAGES, Kind
 
 
 class Recipe(RecipeKeys):
-    """Keys of two blocks that contradict each other are refused."""
+    """A whole recipe. Keys of two blocks that contradict each other are refused."""
 
     @model_validator(mode="after")
     def _stages(self) -> Self:

@@ -85,7 +85,7 @@ _StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | Non
 
 
 class RecipeKeys(_StageBlocks):  # type: ignore[misc]
-    """A whole recipe."""
+    """The blocks of a recipe."""
 
     evaluation: EvaluationConfig = EvaluationConfig()
     exam: ExamConfig | None = None
