@@ -29,11 +29,12 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import sft_trainer, train_sft
-from llm_engineering.training.train import prepare_run
+from llm_engineering.training.training_run import prepare_run
 from tests.tiny_models import CPU, SIZES, Kind, formatted, logged, training_setup, write_model
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"

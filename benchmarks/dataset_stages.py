@@ -31,8 +31,8 @@ from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.storage import work_folder
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 RESULTS = Path(__file__).with_suffix(".json")
 

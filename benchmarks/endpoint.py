@@ -21,8 +21,8 @@ from llm_engineering.generation.open import open_client
 from llm_engineering.generation.types import Answer, Messages, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 CONCURRENCY = 32
 LATENCY_S = (0.3, 0.7)

@@ -30,21 +30,15 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.fit import lora_config
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import (
-    DPOConfig,
-    LoraConfig,
-    Method,
-    ModelConfig,
-    SFTConfig,
-    TrackingConfig,
-    TrainingSetup,
-)
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.training import estimate
 from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.sft import sft_trainer
-from llm_engineering.training.telemetry import peak_resident_bytes
-from llm_engineering.training.train import TrainingRun
+from llm_engineering.training.telemetry.work import peak_resident_bytes
+from llm_engineering.training.training_run import TrainingRun
 
 # glibc, malloc.h
 _M_MMAP_THRESHOLD = -3

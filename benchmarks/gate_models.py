@@ -20,9 +20,10 @@ from llm_engineering.models.base_model import load_model, pin_revision
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training.policy import new_policy, save_policy
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import training_setup, write_model

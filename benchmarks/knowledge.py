@@ -62,7 +62,7 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.training.cpt import train_cpt
-from llm_engineering.training.job import TrainingResult
+from llm_engineering.training.processes.job import TrainingResult
 from llm_engineering.training.sft import train_sft
 
 RESULTS = Path(__file__).parent / "results" / "knowledge.json"

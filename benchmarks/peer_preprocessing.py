@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import Shares, write_rows
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 
 PEER = "llamafactory==0.9.5"
 DRIVER = Path(__file__).with_name("llamafactory_driver.py")

@@ -87,7 +87,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     trainer.save_model(f"{arguments.output}/adapter")
     # Imported last: a plain script has none of this project's code while it trains.
-    from llm_engineering.training.telemetry import peak_memory_bytes
+    from llm_engineering.training.telemetry.work import peak_memory_bytes
 
     figures = {"seconds": seconds, "steps": trainer.state.global_step, **clock.figures()}
     print(json.dumps({**figures, "peak_memory_bytes": peak_memory_bytes()}))

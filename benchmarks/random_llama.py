@@ -27,9 +27,9 @@ from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.fit import lora_config
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import DocumentsConfig, FormattingConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
-from llm_engineering.training.telemetry import TrainingFlops
+from llm_engineering.training.telemetry.flops import TrainingFlops
 
 FACTS = "facts.json"
 

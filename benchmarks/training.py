@@ -127,8 +127,8 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     from llm_engineering.models.base_model import model_path, pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig
+    from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
-    from llm_engineering.recipe.training_blocks import ModelConfig
 
     if data:
         path = folder / "loaded.arrow"
@@ -200,8 +200,8 @@ def _bare() -> dict[str, Any]:
     from llm_engineering.models.base_model import load_model, pin_revision
     from llm_engineering.models.device import choose_device
     from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
-    from llm_engineering.recipe.training_blocks import ModelConfig
 
     device = choose_device(ComputeConfig())
     model = load_model(pin_revision(ModelConfig()), Settings(), device)
@@ -230,15 +230,10 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
 
     from llm_engineering.models.base_model import pin_revision
     from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
     from llm_engineering.recipe.settings import Settings
-    from llm_engineering.recipe.training_blocks import (
-        DPOConfig,
-        LoraConfig,
-        ModelConfig,
-        SFTConfig,
-        TrackingConfig,
-        TrainingSetup,
-    )
+    from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+    from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
     from llm_engineering.training.dpo import train_dpo
     from llm_engineering.training.sft import train_sft
 
@@ -291,8 +286,8 @@ def _losses(folder: Path) -> dict[str, float]:
     from llm_engineering.models.device import choose_device
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
-    from llm_engineering.recipe.training_blocks import ModelConfig
 
     model, settings = pin_revision(ModelConfig()), Settings()
     names = ("plain_sft", "ours_sft", "plain_dpo", "ours_dpo")

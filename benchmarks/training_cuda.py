@@ -204,8 +204,10 @@ def _reason(code: int, log: str) -> str:
 def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
     from llm_engineering.models.device import choose_backend, choose_device, import_backend
     from llm_engineering.recipe.compute_blocks import ComputeConfig
+    from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
     from llm_engineering.recipe.settings import Settings
-    from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+    from llm_engineering.recipe.stage_blocks import SFTConfig
+    from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 
     compute = ComputeConfig.model_validate({"backend": side.split("_")[1]})
     checkpointing = side != "ours_transformers"
@@ -265,7 +267,7 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
 def _card(cpu: bool) -> dict[str, Any]:
     import torch
 
-    from llm_engineering.training.telemetry import peak_flops
+    from llm_engineering.training.telemetry.flops import peak_flops
 
     if cpu:
         return {"name": None, "peak_flops": None}

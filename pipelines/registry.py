@@ -24,8 +24,8 @@ from zenml.exceptions import EntityExistsError
 from zenml.models import ArtifactVersionResponse, ModelVersionResponse
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import ModelConfig
 from steps.materializers import HashedPydanticMaterializer
 
 Action = Literal["stage", "promote", "rollback"]

@@ -55,9 +55,9 @@ from llm_engineering.recipe.data_blocks import (
 )
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
-from llm_engineering.recipe.recipe import DerivingSetup
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 from llm_engineering.reports.data_report import check_fit, write_data_report
 from steps.caching import project_step
 from steps.exam import questions_of, record_exam, the_exam

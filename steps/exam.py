@@ -19,8 +19,8 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DocumentsConfig, SplitConfig
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 from steps.caching import project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer

@@ -13,8 +13,8 @@ from llm_engineering.recipe.stages import Stage
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.page import write_page
 from llm_engineering.reports.training_report import training_page
-from llm_engineering.training.job import Job, TrainingResult
-from llm_engineering.training.launch import launch_training
+from llm_engineering.training.processes.job import Job, TrainingResult
+from llm_engineering.training.processes.launch import launch_training
 from steps.caching import code_version, project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer

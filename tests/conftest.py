@@ -13,8 +13,8 @@ import tools.cli  # noqa: F401
 from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 from tests.tiny_models import write_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -10,7 +10,7 @@ from typing import Any
 
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, logged, training_setup, write_model

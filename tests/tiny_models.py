@@ -23,8 +23,9 @@ from llm_engineering.data.rows import FEATURES, InstructionRow, Message, Prefere
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
-from llm_engineering.recipe.training_blocks import ModelConfig, TrackingConfig, TrainingSetup
-from llm_engineering.training.job import TrainingResult
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
+from llm_engineering.training.processes.job import TrainingResult
 
 END = "<|endoftext|>"
 CPU = ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")

@@ -135,8 +135,8 @@ def compare(
     from llm_engineering.models.device import choose_device
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
+    from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
-    from llm_engineering.recipe.training_blocks import ModelConfig
 
     sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()

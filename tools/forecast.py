@@ -16,8 +16,9 @@ from llm_engineering.models.base_model import load_config
 from llm_engineering.models.device import Device, choose_device
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stage_blocks import DPOConfig
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import DPOConfig, TrainConfig
+from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.estimate import (
     UTILISATION,
     Memory,

@@ -26,12 +26,13 @@ from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_cha
 from llm_engineering.recipe.data_blocks import DataConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import recipe_hash
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, PackedConfig
 from llm_engineering.training.cpt import check_trained_embeddings
-from llm_engineering.training.tracking import check_trackers
+from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT

@@ -45,8 +45,8 @@ def exam(
     from llm_engineering.evaluation.statistics import Bootstrap
     from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+    from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
-    from llm_engineering.recipe.training_blocks import ModelConfig
     from llm_engineering.reports.exam_report import exam_page
     from llm_engineering.reports.page import write_report
 

@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from llm_engineering.recipe.block import Block
-from llm_engineering.recipe.library_fields import LibraryBlock, Schema
+from llm_engineering.recipe.block import Block, LibraryBlock, Schema
 from llm_engineering.recipe.recipe import Recipe
 
 FOLDER = Path(__file__).parent

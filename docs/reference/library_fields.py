@@ -18,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import peft
 import trl
 
-from llm_engineering.recipe.library_fields import FILE, Schema
+from llm_engineering.recipe.block import FILE, Schema
 
 CLASSES: dict[str, type[Any]] = {
     "trl.SFTConfig": trl.SFTConfig,

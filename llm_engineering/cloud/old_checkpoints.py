@@ -17,7 +17,7 @@ from typing import Any
 import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 
-from llm_engineering.training.checkpoints import PARTIAL
+from llm_engineering.training.trainer.checkpoints import PARTIAL
 
 # Environment variable with the address to which SageMaker copies the folder of the checkpoints.
 CHECKPOINTS_URI = "LLM_CHECKPOINTS_URI"

@@ -13,8 +13,9 @@ from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.new_tokens import with_added_tokens
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import TrainingSetup
 
 INCUMBENT = "incumbent"
 

@@ -28,8 +28,8 @@ from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 logger = logging.getLogger(__name__)
 

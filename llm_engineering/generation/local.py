@@ -21,8 +21,8 @@ from llm_engineering.models.generate import SharedStart, batches_by_length, comp
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Client, Transport
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 
 def open_client(

@@ -29,8 +29,8 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import Device
 from llm_engineering.models.new_tokens import add_rows
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.training_blocks import Method, beyond_unsloth
+from llm_engineering.recipe.model_blocks import Method, beyond_unsloth
 
 Backend = Literal["transformers", "unsloth"]
 # Packages that some values of `optim` need and that are not installed with the project. A key is how such values begin.

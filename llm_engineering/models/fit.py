@@ -18,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import fitting_attention
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import LoraConfig, PackedConfig
 
 logger = logging.getLogger(__name__)
 

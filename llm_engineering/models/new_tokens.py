@@ -14,7 +14,7 @@ import torch
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 
 # The keys of the recipe's block `model`, and of tokenizer_config.json: tokens of ordinary text, and special tokens.
 PLAIN, SPECIAL = "new_tokens", "new_special_tokens"

@@ -20,8 +20,8 @@ from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import hub_options, model_path
 from llm_engineering.models.new_tokens import add_new_tokens
 from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 # Tokens with these words in their names never occur in texts.
 _UNUSED_TOKENS = ("pad", "reserved", "unused")

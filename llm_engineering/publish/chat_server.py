@@ -27,8 +27,8 @@ from llm_engineering.data.rows import Message
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.chat_request import ApiError, ChatRequest, read_request
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 # The name of the model's folder at the engine.
 ENGINE_MODEL = "model"

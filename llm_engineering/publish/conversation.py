@@ -18,8 +18,8 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device
 from llm_engineering.models.generate import context_length
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 # A drawn seed is short enough to type again.
 _MAX_SEED = 2**32 - 1

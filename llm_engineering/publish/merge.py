@@ -45,8 +45,8 @@ from llm_engineering.publish.verification import (
     verify,
 )
 from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 from llm_engineering.training.estimate import free_memory
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from llm_engineering.publish.dataset_card import card_template, public_name
 from llm_engineering.publish.verification import Verification
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, HubConfig, ModelHubConfig
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
 # Licences of the model and the documents that come with the project.
 _LICENCES = {EMBEDDED_MODEL: "apache-2.0", EMBEDDED_DOCUMENTS: "psf-2.0", EMBEDDED_HANDBOOK: "apache-2.0"}

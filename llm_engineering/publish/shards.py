@@ -26,8 +26,8 @@ from transformers.utils.hub import cached_file
 from llm_engineering.errors import WorkError
 from llm_engineering.models.base_model import hub_options, load_config, model_path
 from llm_engineering.models.fit import on_meta
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 
 
 def weight_files(model: ModelConfig, settings: Settings) -> list[Path]:

@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.block import LibraryBlock
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS
-from llm_engineering.recipe.library_fields import LibraryBlock
 from llm_engineering.recipe.recipe import Recipe
 
 

@@ -1,8 +1,9 @@
 """The table of training stages.
 
-A stage is a kind of rows, a block of the recipe, and a function that trains. To add a stage, write a file with its block
-and its function, and add a row to `STAGES`. The recipe, the pipelines, the command line, dispatch and evaluation read the
-table. It is in this package, the lowest one, because the recipe gets a block for each stage.
+A stage is a kind of rows, a block of the recipe, and a function that trains. To add a stage, write its block in
+`stage_blocks.py` and its function in a file of `training/`, and add a row to `STAGES`. The recipe, the pipelines, the
+command line, dispatch and evaluation read the table. It is in this package, the lowest one, because the recipe gets a
+block for each stage.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import create_model
 
 from llm_engineering.recipe.block import Block
-from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, SFTConfig, TrainConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrainConfig
 
 Kind = Literal["text", "instruction", "preference"]
 

@@ -1,1 +1,1 @@
-"""SFT and DPO with TRL. Imports no document, no generation, no ZenML."""
+"""Training with TRL, a file for each stage. Imports no document, no generation, no ZenML."""

@@ -31,14 +31,14 @@ from datasets import DatasetDict, load_from_disk
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.model_blocks import Method, ModelConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import Method, ModelConfig
-from llm_engineering.training.job import RESULT_FILE, Job, Result, read_job, write_failure
+from llm_engineering.training.processes.job import RESULT_FILE, Job, Result, read_job, write_failure
 
 # Nothing at the top of this module imports transformers, because unsloth must be imported before it.
 if TYPE_CHECKING:
-    from llm_engineering.training.job import TrainingResult
+    from llm_engineering.training.processes.job import TrainingResult
 
 
 def main() -> int:
@@ -108,8 +108,8 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
         _import_backend(recipe.compute, recipe.method, config.model_dump(), recipe.model, arguments.adapter)
     from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import pin_chat_template
-    from llm_engineering.training import ranks
-    from llm_engineering.training.launch import launch_training
+    from llm_engineering.training.processes import ranks
+    from llm_engineering.training.processes.launch import launch_training
 
     # Pin the model and the chat template
     model = pin_revision(recipe.model)
@@ -145,7 +145,7 @@ def _train_job(file: Path, output: Path | None) -> None:
     # Read the job, and import its backend before transformers
     job = read_job(file)
     _import_backend(job.setup.compute, job.setup.method, job.config, job.setup.model, job.start)
-    from llm_engineering.training import ranks
+    from llm_engineering.training.processes import ranks
 
     # Train
     ranks.end_with_launcher()
@@ -186,7 +186,7 @@ def _import_backend(
 ) -> None:
     """Import unsloth if it is the backend: it patches transformers, so it must be imported first."""
     from llm_engineering.models.device import choose_backend, choose_device, import_backend, keys_beyond_unsloth
-    from llm_engineering.recipe.training_blocks import LoraConfig, beyond_unsloth
+    from llm_engineering.recipe.model_blocks import LoraConfig, beyond_unsloth
 
     keys = keys_beyond_unsloth(start) if start else beyond_unsloth(config["lora"] or LoraConfig().model_dump())
     device = choose_device(compute)
@@ -197,7 +197,7 @@ def _import_backend(
 def _train(job: Job) -> TrainingResult:
     """Train a job as one of its processes."""
     from llm_engineering.models.device import check_processes, choose_device
-    from llm_engineering.training import ranks
+    from llm_engineering.training.processes import ranks
 
     assert job.data is not None
     device = choose_device(job.setup.compute)

@@ -13,11 +13,13 @@ from torch import nn
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import CPTConfig, TrainingSetup
-from llm_engineering.training.job import Job, TrainingResult
+from llm_engineering.recipe.stage_blocks import CPTConfig
+from llm_engineering.recipe.training_blocks import TrainingSetup
+from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.sft import FormattedSFTTrainer, sft_trainer
-from llm_engineering.training.telemetry import TelemetryCallback
-from llm_engineering.training.train import prepare_run, run_training
+from llm_engineering.training.telemetry.work import TelemetryCallback
+from llm_engineering.training.train import run_training
+from llm_engineering.training.training_run import prepare_run
 
 
 def train_cpt(

@@ -21,9 +21,9 @@ from trl.models.utils import _ForwardRedirection
 
 from llm_engineering.errors import WorkError
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, TrainingSetup
+from llm_engineering.recipe.stage_blocks import DPOConfig
+from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.training.arguments import training_arguments
-from llm_engineering.training.job import Job, TrainingResult
 from llm_engineering.training.losses import (
     attend_by_row,
     causal_model,
@@ -32,9 +32,12 @@ from llm_engineering.training.losses import (
     token_log_probs,
     why_not_from_hidden_states,
 )
-from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
-from llm_engineering.training.train import TrainingRun, prepare_run, run_training
-from llm_engineering.training.trainer import ResumableTrainer
+from llm_engineering.training.processes.job import Job, TrainingResult
+from llm_engineering.training.telemetry.flops import TrainingFlops
+from llm_engineering.training.telemetry.work import TelemetryCallback
+from llm_engineering.training.train import run_training
+from llm_engineering.training.trainer.resumable import ResumableTrainer
+from llm_engineering.training.training_run import TrainingRun, prepare_run
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from llm_engineering.models.base_model import fitting_attention
 from llm_engineering.models.device import Device, choose_optimiser
 from llm_engineering.models.fit import on_meta, shape_config
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, Method, TrainConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, Method
+from llm_engineering.recipe.stage_blocks import DPOConfig
+from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.losses import CHUNK
 from llm_engineering.training.policy import in_float32
 

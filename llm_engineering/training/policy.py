@@ -16,8 +16,8 @@ from llm_engineering.models.base_model import hub_options, load_model, model_pat
 from llm_engineering.models.device import Device
 from llm_engineering.models.fit import lora_config, train_rows, with_adapter
 from llm_engineering.models.new_tokens import add_new_tokens
+from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.training import unsloth_policy
 from llm_engineering.training.unsloth_policy import Loading
 

@@ -17,18 +17,21 @@ from trl import SFTTrainer
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import PackedConfig, SFTConfig, TrainingSetup
+from llm_engineering.recipe.stage_blocks import PackedConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.training.arguments import training_arguments
-from llm_engineering.training.job import Job, TrainingResult
 from llm_engineering.training.losses import (
     attend_by_row,
     row_lengths,
     take_loss_from_hidden_states,
     why_not_from_hidden_states,
 )
-from llm_engineering.training.telemetry import TelemetryCallback, TrainingFlops
-from llm_engineering.training.train import TrainingRun, prepare_run, run_training
-from llm_engineering.training.trainer import ResumableTrainer
+from llm_engineering.training.processes.job import Job, TrainingResult
+from llm_engineering.training.telemetry.flops import TrainingFlops
+from llm_engineering.training.telemetry.work import TelemetryCallback
+from llm_engineering.training.train import run_training
+from llm_engineering.training.trainer.resumable import ResumableTrainer
+from llm_engineering.training.training_run import TrainingRun, prepare_run
 from llm_engineering.training.unsloth_policy import check_packable, check_packed
 
 logger = logging.getLogger(__name__)

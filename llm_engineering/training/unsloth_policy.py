@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import hub_revision, mend_generation_config, model_path
 from llm_engineering.models.device import Device
+from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import LoraConfig, Method, ModelConfig
 
 # unsloth passes the starts of packed rows to the decoders of these types. Other types run transformers' forward.
 FAST_MODELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")

@@ -15,8 +15,8 @@ from pathlib import Path
 import tools.cli  # noqa: F401  It sets the variables that libraries read when they are imported.
 from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 from tests.cases.case import Case, agrees, verdict
 from tests.cases.figures import FIGURES
 from tests.cases.refusals import MACHINES, MODELS, REQUESTS

@@ -28,17 +28,21 @@ from llm_engineering.publish.gguf import write_gguf
 from llm_engineering.publish.merge import Trained, merge, merged_device
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig, TrainConfig
-from llm_engineering.training import losses, ranks
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrainConfig
+from llm_engineering.training import losses
 from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.estimate import Shapes, peak_memory
-from llm_engineering.training.job import TrainingResult
 from llm_engineering.training.policy import new_policy, save_policy, trained_policy
-from llm_engineering.training.ranks import Interruption
+from llm_engineering.training.processes import ranks
+from llm_engineering.training.processes.job import TrainingResult
+from llm_engineering.training.processes.ranks import Interruption
 from llm_engineering.training.sft import sft_trainer, train_sft
-from llm_engineering.training.telemetry import peak_flops, peak_memory_bytes
-from llm_engineering.training.train import TrainingRun
+from llm_engineering.training.telemetry.flops import peak_flops
+from llm_engineering.training.telemetry.work import peak_memory_bytes
+from llm_engineering.training.training_run import TrainingRun
 from tests.cases.case import CallCase, Case, FigureCase
 from tests.renew_references import STEPS
 from tests.tiny_models import CPU, SIZES, Kind, formatted, logged, tiny_tokenizer, training_setup, write_model

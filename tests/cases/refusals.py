@@ -30,10 +30,10 @@ from llm_engineering.models.tokenizer import check_rows
 from llm_engineering.publish.chat_request import ApiError, read_request
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import LoraConfig
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.ranks import Interruption
+from llm_engineering.training.processes.ranks import Interruption
 from tests.cases.case import CallCase, Case, turns
 from tests.tiny_models import CPU, SIZES, Kind, tiny_tokenizer, training_setup, write_model
 from tools.zenml_store import check_database

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llm_engineering.models.base_model import model_path, pin_revision
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 from tests.fakes.scripted_endpoint import ScriptedEndpoint, error, scripted
 from tests.integration.conftest import ROOT
 from tests.integration.preloaded import Forked
@@ -32,7 +32,7 @@ from llm_engineering.generation.open import open_client
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, GenerationConfig, InstructionWriting
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 generation, count, folder = json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 config = GenerationConfig.model_validate(generation)
 names = ["".join(chr(97 + int(digit)) for digit in f"{i:05d}") for i in range(count)]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, LoraConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 from tests.tiny_models import training_setup
@@ -40,13 +41,13 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     """
     from datasets import Dataset, DatasetDict
 
-    from llm_engineering.training import telemetry
     from llm_engineering.training.cpt import train_cpt
     from llm_engineering.training.dpo import train_dpo
     from llm_engineering.training.sft import train_sft
+    from llm_engineering.training.telemetry import work
 
     torch.set_num_threads(1)
-    step_end = telemetry.TelemetryCallback.on_step_end
+    step_end = work.TelemetryCallback.on_step_end
     saved = torch.save
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -66,8 +67,8 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
             os.kill(os.getpid(), signal.SIGKILL)
 
     last = {"step": 0}
-    telemetry.TelemetryCallback.on_step_end = on_step_end
-    telemetry.TelemetryCallback.on_train_end = on_train_end
+    work.TelemetryCallback.on_step_end = on_step_end
+    work.TelemetryCallback.on_train_end = on_train_end
     torch.save = save
     rows = [
         {"id": f"r{i}", "input_ids": [1, *range(20 + i, 30 + 2 * i), 2], "labels": [-100] * 4 + [*range(23 + i, 30 + 2 * i), 2]}

@@ -20,12 +20,15 @@ from transformers import Trainer, modeling_utils
 
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, ModelConfig, SFTConfig, TrackingConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
-from llm_engineering.training import ranks, telemetry
 from llm_engineering.training.dpo import train_dpo
+from llm_engineering.training.processes import ranks
 from llm_engineering.training.sft import train_sft
+from llm_engineering.training.telemetry import work
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 from tests.tiny_models import formatted, write_model
@@ -53,14 +56,14 @@ def poison(step, row):
 
 def signal_at(step):
     """Send SIGTERM to this process at the end of a step."""
-    real = telemetry.TelemetryCallback.on_step_end
+    real = work.TelemetryCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self, args, state, control, **kwargs)
 
-    telemetry.TelemetryCallback.on_step_end = on_step_end
+    work.TelemetryCallback.on_step_end = on_step_end
 
 
 def no_memory():
@@ -88,7 +91,7 @@ def fsdp_on_a_processor():
 
 def note_shards(folder):
     """Note the bytes of this process's weights when training begins, and of the whole model."""
-    real = telemetry.TelemetryCallback.on_train_begin
+    real = work.TelemetryCallback.on_train_begin
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         weights = list(model.parameters())
@@ -98,7 +101,7 @@ def note_shards(folder):
         (folder / f"bytes-{ranks.rank()}.json").write_text(json.dumps([own, whole]))
         real(self, args, state, control, model=model, **kwargs)
 
-    telemetry.TelemetryCallback.on_train_begin = on_train_begin
+    work.TelemetryCallback.on_train_begin = on_train_begin
 
 
 def sharded(folder):
@@ -165,7 +168,7 @@ def run(data):
     The fork server has imported everything.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llm_engineering.training.launch", "tests.integration.test_processes"])
+    context.set_forkserver_preload(["llm_engineering.training.processes.launch", "tests.integration.test_processes"])
 
     def start(folder, config, count=2, start=None, sabotage=None, distributed="ddp"):
         folder.mkdir(exist_ok=True)

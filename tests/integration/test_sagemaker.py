@@ -23,10 +23,11 @@ from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import CPTConfig, ModelConfig
-from llm_engineering.training.job import Job
-from llm_engineering.training.launch import launch_training
+from llm_engineering.recipe.stage_blocks import CPTConfig
+from llm_engineering.training.processes.job import Job
+from llm_engineering.training.processes.launch import launch_training
 from llm_engineering.training.sft import train_sft_job
 from tests.conftest import ROOT
 from tests.fakes.iam import actions, assert_allowed, policy

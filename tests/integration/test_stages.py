@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 from tests.integration.conftest import ROOT, Project, Run, make_project
 from tests.tiny_models import formatted
 from tools.make import GIVEN

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from llm_engineering.recipe.training_blocks import SFTConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
 
 
 class ToyConfig(SFTConfig):
@@ -20,7 +20,8 @@ class ToyConfig(SFTConfig):
 def train_toy_job(job, data, settings):
     """Train a job of the stage in this process."""
     from llm_engineering.training.sft import sft_trainer
-    from llm_engineering.training.train import prepare_run, run_training
+    from llm_engineering.training.train import run_training
+    from llm_engineering.training.training_run import prepare_run
 
     config = ToyConfig.model_validate(job.config)
     config = config.model_copy(update={"learning_rate": config.times * config.learning_rate})

@@ -16,9 +16,9 @@ from rich.table import Table
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
 
 # The artifacts from which the lineage is followed back. All other artifacts of the version are among their origins.

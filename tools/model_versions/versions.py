@@ -25,10 +25,10 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.new_tokens import with_added_tokens
 from llm_engineering.publish.merge import MAX_ROWS, Trained, merge, merged_device
 from llm_engineering.publish.verification import HeldoutRow, Verification, precision
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.recipe.training_blocks import ModelConfig
 from pipelines.registry import adapter_of, stages
 from pipelines.repeats import linked_artifacts
 from steps.materializers import Directory, DirectoryMaterializer, is_lost

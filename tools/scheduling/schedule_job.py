@@ -33,9 +33,9 @@ from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, job_prefix
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.loading import recipe_hash
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig
 from tools.readiness import CODE_VARIABLE, code_version
 
 logger = logging.getLogger("llm_engineering.schedule")

@@ -32,7 +32,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.loading import differences
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.training.job import Job, TrainingResult
+from llm_engineering.training.processes.job import Job, TrainingResult
 
 logger = logging.getLogger(__name__)
 

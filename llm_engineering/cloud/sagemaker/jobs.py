@@ -22,8 +22,8 @@ from datasets import DatasetDict
 
 from llm_engineering.cloud.sagemaker.request import Machine
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_hash, folder_hash
-from llm_engineering.training.job import Job
-from llm_engineering.training.train import dataset_digests
+from llm_engineering.training.processes.job import Job
+from llm_engineering.training.training_run import dataset_digests
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,9 @@ from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.trust import trust_problems
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
 
 logger = logging.getLogger(__name__)
 

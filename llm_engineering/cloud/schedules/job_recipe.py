@@ -20,8 +20,8 @@ from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK
 from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL
 
 # The channel with the recipe and its files, and the name of the recipe in it.
 RECIPE_CHANNEL = "recipe"

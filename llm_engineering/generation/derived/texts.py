@@ -20,7 +20,7 @@ from llm_engineering.generation.derived.by_rule import rewrite_by_rule
 from llm_engineering.generation.facts import distinct_trigrams
 from llm_engineering.generation.types import Client
 from llm_engineering.recipe.data_blocks import FormattingConfig, SplitConfig
-from llm_engineering.recipe.recipe import DerivingSetup
+from llm_engineering.recipe.recipe_keys import DerivingSetup
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainingSetup
-from llm_engineering.training.job import Job
+from llm_engineering.training.processes.job import Job
 from tests.conftest import ROOT
 
 ROLE = "arn:aws:iam::123456789012:role/training"

@@ -23,7 +23,8 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, PromotionConfig
-from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, TrackingConfig, TrainingSetup
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.training.policy import new_policy, save_policy
 from tests.tiny_models import instruction, pair, text

@@ -13,7 +13,7 @@ from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.generation.open import open_client
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, JudgeConfig
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.fakes.scripted_endpoint import ScriptedEndpoint, completion
 
 BOOTSTRAP = Bootstrap(500, 0.95, 3)

@@ -13,7 +13,7 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, LmEvalConfig
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 
 TASK = """
 task: lamps

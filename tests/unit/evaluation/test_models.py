@@ -23,7 +23,7 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import generate_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
-from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.policy import new_policy, save_policy
 from tests.tiny_models import pair
 

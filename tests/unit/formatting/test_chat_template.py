@@ -19,14 +19,9 @@ from llm_engineering.models.tokenizer import (
     template_text,
 )
 from llm_engineering.recipe.data_blocks import FormattingConfig
-from llm_engineering.recipe.training_blocks import (
-    DPOConfig,
-    LoraConfig,
-    ModelConfig,
-    SFTConfig,
-    TrackingConfig,
-    TrainingSetup,
-)
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, instruction, write_model
@@ -260,12 +255,12 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     """The batches that the trainers make: the end of each answer is trained, the padding after it is not. Batches of SFT
     have none where the model keeps rows `apart`."""
     from llm_engineering.models.device import choose_device
-    from llm_engineering.training import sft
+    from llm_engineering.training import sft, training_run
     from llm_engineering.training.dpo import dpo_trainer
     from llm_engineering.training.policy import new_policy
-    from llm_engineering.training.train import TrainingRun
+    from llm_engineering.training.training_run import TrainingRun
 
-    monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: apart)
+    monkeypatch.setattr(training_run, "keeps_rows_apart", lambda policy, by_row: apart)
     tokenizer = load_tokenizer(model, settings, "alpaca")
     end = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == end

@@ -168,7 +168,9 @@ def test_a_wrong_pair_is_named(tokenizer, change, words):
 
 
 def test_training_refuses_a_dataset_with_wrong_labels(base_model, cpu, settings):
-    from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
+    from llm_engineering.recipe.model_blocks import ModelConfig
+    from llm_engineering.recipe.stage_blocks import SFTConfig
+    from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
     from llm_engineering.training.sft import train_sft
 
     setup = TrainingSetup(

@@ -12,7 +12,7 @@ from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import text_tokens
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import FormattingConfig
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.tiny_models import write_model
 
 

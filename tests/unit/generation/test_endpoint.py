@@ -21,7 +21,7 @@ from llm_engineering.generation.store import AnswerStore, answers_of, delete_ans
 from llm_engineering.generation.types import Answer, Reply, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, GenerationConfig
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.fakes.scripted_endpoint import Response, ScriptedEndpoint, completion, error
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)

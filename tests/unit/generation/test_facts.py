@@ -18,7 +18,7 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import compute_shared_start, generate_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.generation_blocks import InstructionWriting
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.tiny_models import CPU, write_model
 
 SENTENCE = "The rope of the Amber Bell was spun by Odo Renn out of nettle yarn."

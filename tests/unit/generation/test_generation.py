@@ -19,7 +19,7 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.generation_blocks import InstructionWriting, PreferenceWriting
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 
 PASSAGE = "A generator function suspends its execution at each yield expression and goes on from there when asked."
 

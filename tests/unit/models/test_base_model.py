@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import check_generation_config, load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 
 
 @pytest.mark.parametrize(

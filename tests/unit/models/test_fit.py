@@ -9,7 +9,7 @@ from benchmarks.architectures import ARCHITECTURES
 from llm_engineering.errors import RequestError
 from llm_engineering.models.fit import on_meta, table_of_positions
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.cases.refusals import UNPACKED, config_of, judged
 
 

@@ -20,7 +20,7 @@ from llm_engineering.publish import shards
 from llm_engineering.publish.merge import Trained, merge, merged_device
 from llm_engineering.publish.verification import HeldoutRow, TokenScores, check_same, token_scores, verify
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.policy import new_policy, save_policy
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"

@@ -13,7 +13,7 @@ from llm_engineering.publish.model_card import (
 from llm_engineering.publish.verification import Verification
 from llm_engineering.recipe.data_blocks import ModelHubConfig
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import EMBEDDED_MODEL, ModelConfig
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 
 LOSS = {
     "title": "Held-out loss",

@@ -13,7 +13,7 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.publish import shards
 from llm_engineering.publish.shards import ShardedMerge, empty_model, rounded, weight_files, write_parts
-from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.policy import new_policy, save_policy
 from tests.tiny_models import CPU, KINDS, write_model
 

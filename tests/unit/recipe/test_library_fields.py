@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.library_fields import fields_of
+from llm_engineering.recipe.block import fields_of
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from tests.conftest import ROOT
 
 LOCAL = ROOT / "configs" / "python_reference.yaml"

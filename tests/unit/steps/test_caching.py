@@ -100,8 +100,9 @@ def test_steps_reach_the_code_that_decides_their_result():
 
     training = reachable("steps.training", "train") | reachable(*STAGES["sft"].train)
     assert "llm_engineering.training.arguments.training_arguments" in training
-    assert "llm_engineering.training.telemetry.TelemetryCallback" in training
-    assert "llm_engineering.recipe.training_blocks.DPOConfig" not in training
+    assert "llm_engineering.training.telemetry.work.TelemetryCallback" in training
+    assert "llm_engineering.recipe.stage_blocks.SFTConfig" in training
+    assert "llm_engineering.recipe.stage_blocks.DPOConfig" not in training
     assert not any("recipe.stages" in name for name in training)
     assert not any(".documents." in name or ".generation." in name for name in training)
     assert "llm_engineering.generation.instructions.instruction_problem" in reachable(

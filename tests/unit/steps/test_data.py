@@ -23,8 +23,8 @@ from llm_engineering.recipe.data_blocks import (
 )
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, TextWriting
-from llm_engineering.recipe.recipe import DerivingSetup
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.reports.training_rows import tokens_read
 from tools.cli import prepare_zenml
 

@@ -12,7 +12,7 @@ from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, SplitConfig
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from steps.materializers import Directory
 from tests.tiny_models import CPU
 from tools.cli import prepare_zenml

@@ -7,7 +7,7 @@ from llm_engineering.generation.prompts import FACT_EXAMPLES
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.tiny_models import CPU
 from tools.cli import prepare_zenml
 

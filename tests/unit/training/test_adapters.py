@@ -18,13 +18,14 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training import train
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.estimate import shapes
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import train_sft
-from llm_engineering.training.telemetry import TrainingFlops
+from llm_engineering.training.telemetry.flops import TrainingFlops
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import CPU, formatted, logged, training_setup, write_model
 from tests.unit.training.steps import during_step

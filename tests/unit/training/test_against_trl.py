@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.models.tokenizer import load_tokenizer, template_text
-from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
 from llm_engineering.training.cpt import train_cpt
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft

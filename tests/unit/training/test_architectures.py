@@ -28,7 +28,7 @@ from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.losses import (
     attend_by_row,

@@ -15,22 +15,13 @@ from safetensors.torch import load_file
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models import device as devices
-from llm_engineering.models.device import (
-    Device,
-    choose_backend,
-    choose_device,
-    keys_beyond_unsloth,
-    needs_own_process,
-)
+from llm_engineering.models.device import Device, choose_backend, choose_device, keys_beyond_unsloth, needs_own_process
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import (
-    DPOConfig,
-    LoraConfig,
-    SFTConfig,
-)
-from llm_engineering.training import train
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.training import training_run
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.unsloth_policy import check_packable, check_packed
@@ -167,7 +158,7 @@ def setup(small_llama):
 def fake(monkeypatch):
     """Train with a fake unsloth on the CPU."""
     monkeypatch.setitem(sys.modules, "unsloth", fake_unsloth.module())
-    monkeypatch.setattr(train, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+    monkeypatch.setattr(training_run, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
     return fake_unsloth.CALLS
 
 
@@ -255,7 +246,7 @@ def test_packed_lengths_must_be_those_of_the_rows():
 
 
 def test_training_without_the_early_import_is_refused(setup, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
+    monkeypatch.setattr(training_run, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows = formatted("instruction", 4, tokenizer, tmp_path)
@@ -274,13 +265,14 @@ from unsloth.models.rl import _patch_trl_rl_trainers_impl
 for name in ("sft_trainer", "dpo_trainer"):
     _patch_trl_rl_trainers_impl(name)
 import transformers
-from llm_engineering.training import dpo, sft, trainer
+from llm_engineering.training import dpo, sft
+from llm_engineering.training.trainer.resumable import ResumableTrainer
 stages = (sft.FormattedSFTTrainer, dpo.FormattedDPOTrainer)
-own = [n for n, f in vars(trainer.ResumableTrainer).items() if inspect.isfunction(f) and hasattr(transformers.Trainer, n)]
+own = [n for n, f in vars(ResumableTrainer).items() if inspect.isfunction(f) and hasattr(transformers.Trainer, n)]
 print(json.dumps({
     "bases": [[base.__name__ for base in stage.__mro__] for stage in stages],
     "overridden": own,
-    "lost": [n for stage in stages for n in own if getattr(stage, n) is not getattr(trainer.ResumableTrainer, n)],
+    "lost": [n for stage in stages for n in own if getattr(stage, n) is not getattr(ResumableTrainer, n)],
     "prepared": dpo.DPOTrainer._prepare_dataset is not None,
     "counted": ["_total_train_tokens" in inspect.getsource(stage.__mro__[4]) for stage in stages],
     "from_pretrained": list(inspect.signature(unsloth.FastLanguageModel.from_pretrained).parameters),

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.training_blocks import CPTConfig, DPOConfig, LoraConfig, SFTConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
 from llm_engineering.training import cpt
 from llm_engineering.training.cpt import embedding_parameters, train_cpt
 from llm_engineering.training.dpo import train_dpo

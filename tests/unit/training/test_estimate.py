@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training.estimate import (
     NF4_BYTES,
     OVERHEAD_BYTES,

@@ -9,10 +9,11 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.training_blocks import LoraConfig, ModelConfig, SFTConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
-from llm_engineering.training.train import TrainingRun
+from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import FOLDER, STEPS, losses
 from tests.tiny_models import formatted, logged, training_setup
 

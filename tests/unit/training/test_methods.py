@@ -15,15 +15,12 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import check_training, choose_device, choose_optimiser
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import (
-    DPOConfig,
-    LoraConfig,
-    SFTConfig,
-)
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.sft import train_sft
-from llm_engineering.training.trainer import ResumableTrainer
+from llm_engineering.training.trainer.resumable import ResumableTrainer
 from tests.conftest import ROOT
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import formatted, logged, training_setup

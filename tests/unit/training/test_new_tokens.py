@@ -24,7 +24,8 @@ from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, ModelConfig, SFTConfig
+from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training import train
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.policy import new_policy

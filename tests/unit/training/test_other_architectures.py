@@ -10,7 +10,7 @@ from llm_engineering.errors import WorkError
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.training import dpo
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.losses import why_not_from_hidden_states

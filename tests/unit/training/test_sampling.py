@@ -9,12 +9,13 @@ from llm_engineering.errors import RequestError
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
-from llm_engineering.training import sft
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
+from llm_engineering.training import training_run
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
-from llm_engineering.training.train import TrainingRun
-from llm_engineering.training.trainer import LengthGroupedByEpoch
+from llm_engineering.training.trainer.resumable import LengthGroupedByEpoch
+from llm_engineering.training.training_run import TrainingRun
 from tests.conftest import ROOT
 from tests.tiny_models import training_setup
 from tests.unit.training.steps import during_step
@@ -51,7 +52,7 @@ def batches(data, setup, settings, strategy):
 
 def test_grouped_batches_have_every_row_and_less_padding(data, setup, settings, monkeypatch):
     """The model is treated as one that mixes concatenated rows, so that batches are padded."""
-    monkeypatch.setattr(sft, "keeps_rows_apart", lambda policy, by_row: False)
+    monkeypatch.setattr(training_run, "keeps_rows_apart", lambda policy, by_row: False)
     padded = {}
     for strategy in ("random", "group_by_length"):
         made = batches(data, setup, settings, strategy)

@@ -1,29 +1,26 @@
 """Training runs under signals, bad losses, a full disk and full memory; and the checkpoints that they resume from."""
 
-import errno
 import json
 import logging
 import os
 import shutil
 import signal
-import threading
 from collections import namedtuple
 
 import pytest
 import torch
 import trl
 from datasets import Dataset, DatasetDict
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.training_blocks import LoraConfig, SFTConfig
-from llm_engineering.training import ranks
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training.arguments import halved
-from llm_engineering.training.checkpoints import newest_complete, publish, run_lock
-from llm_engineering.training.ranks import Interruption
+from llm_engineering.training.processes.ranks import run_lock
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.train import rows_text
-from llm_engineering.training.trainer import EXPLOSION_FACTOR, LossWatch, rows_of
+from llm_engineering.training.trainer.checkpoints import newest_complete, publish
 from tests.tiny_models import logged, training_setup
 from tests.unit.training.steps import during_step
 
@@ -72,35 +69,6 @@ def test_signal_saves_a_checkpoint_and_the_run_resumes(number, data, setup, sett
     assert (train_sft(data, CONFIG, setup, settings).adapter / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_second_signal_stops_at_once():
-    with Interruption() as interruption:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert interruption.received is signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_an_ignored_hangup_stays_ignored():
-    """`nohup` starts a program with SIGHUP ignored."""
-    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert interruption.received is None
-    finally:
-        signal.signal(signal.SIGHUP, former)
-
-
-def test_a_closed_terminal_does_not_break_the_stop(monkeypatch):
-    def closed(*_):
-        raise OSError(errno.EIO, "Input/output error")
-
-    with Interruption() as interruption, monkeypatch.context() as patch:
-        patch.setattr(os, "write", closed)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert interruption.received is signal.SIGHUP
-
-
 @pytest.mark.parametrize(
     ("columns", "text"),
     [
@@ -111,38 +79,6 @@ def test_a_closed_terminal_does_not_break_the_stop(monkeypatch):
 )
 def test_packed_rows_are_named_as_such(columns, text):
     assert rows_text(Dataset.from_dict(columns)) == text
-
-
-def test_a_signal_during_the_agreement_stops_the_next_step(monkeypatch):
-    arguments, state, control = TrainingArguments("out", use_cpu=True), TrainerState(max_steps=9), TrainerControl()
-    with Interruption() as interruption:
-
-        def maximum(value):
-            os.kill(os.getpid(), signal.SIGTERM)
-            return value
-
-        with monkeypatch.context() as patches:
-            patches.setattr(ranks, "maximum", maximum)
-            interruption.on_step_end(arguments, state, control)
-        # The other processes have not heard of it, so this one may not stop alone.
-        assert not control.should_training_stop
-        interruption.on_step_end(arguments, state, control)
-        assert control.should_training_stop
-        assert interruption.agreed is signal.SIGTERM
-
-
-def test_no_handler_outside_the_main_thread():
-    before = signal.getsignal(signal.SIGTERM)
-    seen = []
-
-    def enter():
-        with Interruption():
-            seen.append(signal.getsignal(signal.SIGTERM))
-
-    thread = threading.Thread(target=enter)
-    thread.start()
-    thread.join()
-    assert seen == [before]
 
 
 def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, settings, tmp_path, monkeypatch):
@@ -254,37 +190,6 @@ def test_infinite_gradient_norm_stops_the_run(data, setup, settings, monkeypatch
     monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, model, grad_norm: torch.tensor(float("inf")))
     with pytest.raises(WorkError, match=r"step 1: the norm of the gradient is inf.*\(id r\d+\)"):
         train_sft(data, CONFIG, setup, settings)
-
-
-def test_loss_is_compared_with_the_highest_running_median():
-    watch = LossWatch()
-    assert [watch.problem(2.0) for _ in range(8)] == [""] * 8
-    # Forty steps later the median is 0.01. A loss of 3 is a hard row and not an explosion.
-    assert [watch.problem(0.01) for _ in range(40)] == [""] * 40
-    assert watch.problem(3.0) == ""
-    assert watch.problem(2.0 * EXPLOSION_FACTOR) == ""
-    assert watch.problem(2.0 * EXPLOSION_FACTOR + 0.1) == "the loss is 20.1, and its median was 2 before"
-    assert watch.problem(float("inf")) == "the loss is inf"
-    fresh = LossWatch()
-    assert [fresh.problem(loss) for loss in (0.1, 50.0, 0.1)] == ["", "", ""]
-
-
-def test_rows_of_packed_padded_and_paired_batches_are_named():
-    rows = Dataset.from_list([{"id": f"r{i}", "input_ids": [i, i + 1, i + 2]} for i in range(4)])
-    packed = {
-        "input_ids": torch.tensor([[3, 4, 5, 1, 2, 3]]),
-        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
-    }
-    assert rows_of([packed], rows) == "1 (id r1), 3 (id r3)"
-    padded = {"input_ids": torch.tensor([[2, 3, 4, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
-    assert rows_of([packed, padded], rows) == "1 (id r1), 2 (id r2), 3 (id r3)"
-    pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3, 4]}])
-    batch = {
-        "input_ids": torch.tensor([[1, 2, 0], [1, 3, 4]]),
-        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
-        "completion_mask": torch.tensor([[0, 1, 0], [0, 1, 1]]),
-    }
-    assert rows_of([batch], pairs) == "0"
 
 
 def test_full_disk_ends_the_run_before_a_checkpoint_is_written(data, setup, settings, monkeypatch):

@@ -22,13 +22,15 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import DPOConfig, LoraConfig, SFTConfig, TrackingConfig
-from llm_engineering.training.checkpoints import newest_complete
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.sft import train_sft
-from llm_engineering.training.train import TrainingRun
+from llm_engineering.training.trainer.checkpoints import newest_complete
+from llm_engineering.training.training_run import TrainingRun
 from tests.tiny_models import logged, training_setup
 
 STEPS = {
@@ -185,7 +187,7 @@ def test_same_recipe_and_seed_give_the_same_bytes(sft_data, setup, settings):
 def test_interrupted_run_resumes_and_ends_like_an_uninterrupted_one(
     stage, sft_data, dpo_data, sft_adapter, setup, settings, monkeypatch, caplog
 ):
-    from llm_engineering.training import telemetry
+    from llm_engineering.training.telemetry import work
 
     config = (SFT if stage == "sft" else DPO).model_copy(update={"num_train_epochs": 2})
 
@@ -198,17 +200,17 @@ def test_interrupted_run_resumes_and_ends_like_an_uninterrupted_one(
     expected = (whole.adapter / "adapter_model.safetensors").read_bytes()
     shutil.rmtree(whole.adapter.parent)
 
-    real = telemetry.TelemetryCallback.on_step_end
+    real = work.TelemetryCallback.on_step_end
 
     def die_after_step_5(self, args, state, control, **kwargs):
         real(self, args, state, control, **kwargs)
         if state.global_step == 5:
             raise Killed
 
-    monkeypatch.setattr(telemetry.TelemetryCallback, "on_step_end", die_after_step_5)
+    monkeypatch.setattr(work.TelemetryCallback, "on_step_end", die_after_step_5)
     with pytest.raises(Killed):
         train()
-    monkeypatch.setattr(telemetry.TelemetryCallback, "on_step_end", real)
+    monkeypatch.setattr(work.TelemetryCallback, "on_step_end", real)
     # The newest checkpoint is incomplete: resume skips it with a warning.
     checkpoints = whole.adapter.parent / "checkpoints"
     shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")

@@ -19,8 +19,8 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DocumentsConfig, FormattingConfig, SplitConfig
 from llm_engineering.recipe.generation_blocks import BY_ENDPOINT, BY_RULE, ClientConfig, TextWriting
-from llm_engineering.recipe.recipe import DerivingSetup
-from llm_engineering.recipe.training_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.recipe_keys import DerivingSetup
 
 TEXT = "# Lamps\n\nThe Kelp Lamp is made in Ibbersea. Frank Whin runs Ibbersea.\n\n# Mills\n\nThe mill of Oskby grinds for Ondrel."
 SPLIT = SplitConfig(validation_fraction=0.1, test_fraction=0.4)

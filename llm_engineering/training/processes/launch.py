@@ -26,10 +26,9 @@ from datasets import DatasetDict
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.models.device import check_processes, choose_device, needs_own_process
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.training import ranks
-from llm_engineering.training.checkpoints import run_lock
-from llm_engineering.training.job import RESULT_FILE, SUMMARY_FILE, Job, Result, TrainingResult, read_failures
-from llm_engineering.training.ranks import Interruption
+from llm_engineering.training.processes import ranks
+from llm_engineering.training.processes.job import RESULT_FILE, SUMMARY_FILE, Job, Result, TrainingResult, read_failures
+from llm_engineering.training.processes.ranks import Interruption, run_lock
 
 logger = logging.getLogger(__name__)
 

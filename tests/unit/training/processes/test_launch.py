@@ -15,12 +15,13 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import Device, check_processes, choose_optimiser
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-from llm_engineering.training import launch, ranks
-from llm_engineering.training.job import Job, read_job, write_failure
-from llm_engineering.training.launch import Ended, launch_training, run_processes
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.stage_blocks import SFTConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
+from llm_engineering.training.processes import launch, ranks
+from llm_engineering.training.processes.job import Job, read_job, write_failure
+from llm_engineering.training.processes.launch import Ended, launch_training, run_processes
 from llm_engineering.training.sft import train_sft_job
-from llm_engineering.training.trainer import evaluation_batches
 from tests.conftest import ROOT
 from tests.renew_references import STEPS
 
@@ -78,8 +79,8 @@ time.sleep(600)
 def test_process_does_not_outlive_its_launcher():
     launches = """
 import os, subprocess, sys, time
-from llm_engineering.training import ranks
-child = "from llm_engineering.training import ranks; ranks.end_with_launcher(); print('here', flush=True); import time; time.sleep(600)"
+from llm_engineering.training.processes import ranks
+child = "from llm_engineering.training.processes import ranks; ranks.end_with_launcher(); print('here', flush=True); import time; time.sleep(600)"
 env = os.environ | {ranks.LAUNCHER: str(os.getpid())}
 print(subprocess.Popen([sys.executable, "-c", child], env=env).pid, flush=True)
 time.sleep(600)
@@ -91,22 +92,6 @@ time.sleep(600)
     launcher.wait()
     psutil.wait_procs([child], timeout=30)
     assert not child.is_running()
-
-
-@pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 13])
-@pytest.mark.parametrize("size", [1, 2, 5])
-@pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_every_row_is_evaluated_once(rows, size, count):
-    parts = [evaluation_batches(rows, size, rank, count) for rank in range(count)]
-    shared = parts[0][1]
-    own = [batches[: len(batches) - shared] for batches, _ in parts]
-    rest = [batches[len(batches) - shared :] for batches, _ in parts]
-    assert all(batches == rest[0] for batches in rest)
-    once = sorted(row for batches in [*own, rest[0]] for batch in batches for row in batch)
-    assert once == list(range(rows))
-    # In each round, all processes evaluate the same number of rows.
-    assert len({tuple(len(batch) for batch in batches) for batches, _ in parts}) == 1
-    assert all(len(batch) <= size for batches, _ in parts for batch in batches)
 
 
 @pytest.fixture

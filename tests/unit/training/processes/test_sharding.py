@@ -11,9 +11,10 @@ from llm_engineering.models import base_model
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device, choose_device
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.training_blocks import DPOConfig, ModelConfig, SFTConfig
-from llm_engineering.training import arguments
-from llm_engineering.training.arguments import distributed_arguments, loads_shards, sharded_loading
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.training.processes import sharding
+from llm_engineering.training.processes.sharding import distributed_arguments, loads_shards, sharded_loading
 from tests.tiny_models import CPU, training_setup
 
 FSDP2 = ComputeConfig(num_processes=2, distributed="fsdp2")
@@ -53,7 +54,7 @@ def test_zero_3_is_known_while_the_model_is_loaded_and_no_longer(tmp_path, monke
         def __init__(self, **values):
             made.append((values, weakref.ref(self)))
 
-    monkeypatch.setattr(arguments, "TrainingArguments", Arguments)
+    monkeypatch.setattr(sharding, "TrainingArguments", Arguments)
     with sharded_loading(SFT, training_setup(tmp_path, ZERO_3), CARD):
         gc.collect()
         ((values, reference),) = made

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +21,6 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "identity.json"
 # A checkpoint is written under this name, and renamed when it is complete.
 PARTIAL = ".partial"
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Lock a run's folder for this process. The system releases the lock when the process ends for any reason.
-
-    Raises:
-        RequestError: another process has the lock.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(
-                f"Another process trains the same run in {folder}. Wait until it ends, or stop it first."
-            ) from error
-        yield
 
 
 def publish(partial: Path, final: Path, identity: Mapping[str, Any]) -> None:

@@ -16,11 +16,13 @@ from pydantic import SecretStr
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.training_blocks import ModelConfig, SFTConfig, TrackingConfig, TrainingSetup
-from llm_engineering.training import tracking
+from llm_engineering.recipe.stage_blocks import SFTConfig
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.training.sft import train_sft
-from llm_engineering.training.tracking import CometRun, TensorBoardRun, Trackers, WandbRun, check_trackers
+from llm_engineering.training.telemetry import tracking
+from llm_engineering.training.telemetry.tracking import CometRun, TensorBoardRun, Trackers, WandbRun, check_trackers
 from tests.conftest import ROOT
 
 CONFIG = SFTConfig(

@@ -1,4 +1,4 @@
-"""Coordinates the processes of one training run: ranks, collective operations, and signals that stop all processes.
+"""Coordinates the processes of one training run: ranks, collective operations, the run's lock, and signals that stop all.
 
 The environment variables are those of torchrun and accelerate: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT.
 With one process, collective operations return their input.
@@ -6,13 +6,16 @@ With one process, collective operations return their input.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self, TypeVar, cast
 
@@ -145,6 +148,24 @@ def _reduced(values: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.
     if world_size() > 1:
         dist.all_reduce(reduced, operation)
     return reduced
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Lock a run's folder for this process. The system releases the lock when the process ends for any reason.
+
+    Raises:
+        RequestError: another process has the lock.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RequestError(
+                f"Another process trains the same run in {folder}. Wait until it ends, or stop it first."
+            ) from error
+        yield
 
 
 class Interruption(TrainerCallback):

@@ -1,8 +1,7 @@
-"""Adds three things to TRL's trainers: complete checkpoints, exact resume, and a stop before a broken step.
+"""The base class of all stages' trainers: complete checkpoints, exact resume, and a stop before a broken step.
 
-- `LossWatch` detects a loss that has exploded, and `rows_of` finds the rows of a batch.
-- `HeldOutTrainer` computes a validation loss that depends neither on the batch size nor on the number of processes.
-- `ResumableTrainer` writes each checkpoint completely or not at all. A resumed run ends with the same bytes.
+A checkpoint is written completely or not at all, and a resumed run ends with the same bytes. `validation_loss.py` computes
+the validation loss, and `loss_watch.py` finds the broken steps.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 import logging
 import math
 import shutil
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,161 +18,19 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints, sort_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from llm_engineering.errors import WorkError
-from llm_engineering.training import ranks
-from llm_engineering.training.checkpoints import PARTIAL, check_space, publish, size
-from llm_engineering.training.telemetry import TrainingFlops, Work
+from llm_engineering.training.processes import ranks
+from llm_engineering.training.telemetry.flops import TrainingFlops
+from llm_engineering.training.telemetry.work import Work
+from llm_engineering.training.trainer.checkpoints import PARTIAL, check_space, publish, size
+from llm_engineering.training.trainer.loss_watch import LossWatch, rows_of
+from llm_engineering.training.trainer.validation_loss import HeldOutTrainer
 
 logger = logging.getLogger(__name__)
-
-# In a healthy run, a batch of mislabelled pairs reaches several times the usual DPO loss, and training recovers from it.
-# No healthy run has been seen to reach ten times the usual loss.
-EXPLOSION_FACTOR = 10.0
-# The running median covers the last 32 steps. It starts after 8 steps.
-MEDIAN_STEPS = 32
-FIRST_MEDIAN_STEPS = 8
-_NAMED_ROWS = 16
-
-
-class LossWatch:
-    """Compares the loss of each step with the highest running median so far.
-
-    The current median would be too strict: the DPO loss can fall by orders of magnitude, and then a single hard pair
-    is far above it although nothing is wrong.
-    """
-
-    def __init__(self) -> None:
-        self.recent: list[float] = []
-        self.highest_median = 0.0
-
-    def problem(self, loss: float) -> str:
-        """Describe what is wrong with the loss of the next step. If nothing is, record the loss and return ""."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if self.highest_median and loss > EXPLOSION_FACTOR * self.highest_median:
-            return f"the loss is {loss:.4g}, and its median was {self.highest_median:.4g} before"
-        self.recent = [*self.recent, loss][-MEDIAN_STEPS:]
-        if len(self.recent) >= FIRST_MEDIAN_STEPS:
-            self.highest_median = max(self.highest_median, statistics.median(self.recent))
-        return ""
-
-
-def rows_of(batches: list[Mapping[str, Any]], rows: Dataset) -> str:
-    """List the rows in some batches: index in the training split, and id.
-
-    Finds the rows by their tokens, because collating drops ids and packing mixes rows.
-    """
-    wanted = {sequence for batch in batches for sequence in _sequences(batch)}
-    named = []
-    for index, row in enumerate(rows):
-        tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]
-        if tuple(tokens) in wanted:
-            named.append(f"{index} (id {row['id']})" if "id" in row else str(index))
-    more = f" and {len(named) - _NAMED_ROWS} more" if len(named) > _NAMED_ROWS else ""
-    return ", ".join(named[:_NAMED_ROWS]) + more
-
-
-def _sequences(batch: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
-    """Token ids of each row of a batch; for a pair, its prompt and chosen answer."""
-    ids = batch["input_ids"]
-    if "attention_mask" not in batch:
-        # Concatenated rows, `(1, tokens)`: the position ids start again at each row.
-        starts = torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist()
-        return [tuple(ids[0, start:end].tolist()) for start, end in zip(starts, [*starts[1:], None], strict=True)]
-    # `(rows, tokens)` with padding; TRL stacks the rejected answers below the chosen ones.
-    count = len(ids) // 2 if "completion_mask" in batch else len(ids)
-    return [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids[:count], batch["attention_mask"], strict=False)]
-
-
-def evaluation_batches(rows: int, size: int, rank: int, processes: int) -> tuple[list[list[int]], int]:
-    """Choose the rows that a process evaluates.
-
-    Gathering needs batches of equal size in all processes. So each process gets the same number of rows, and the
-    remainder, fewer than `processes` rows, goes to all processes in shared batches at the end.
-
-    Returns:
-        Batches of at most `size` row indices, and the number of shared batches among them.
-    """
-    divisible = rows - rows % processes
-    own, rest = range(rank, divisible, processes), range(divisible, rows)
-    batches = [[list(part[i : i + size]) for i in range(0, len(part), size)] for part in (own, rest)]
-    return batches[0] + batches[1], len(batches[1])
-
-
-class HeldOutTrainer(Trainer):
-    """Weights the loss of each evaluation batch by its trained tokens or pairs. transformers weights all batches alike.
-
-    In several processes it counts each row once. accelerate repeats the first rows to fill the last batches.
-    """
-
-    # Set by TRL: metrics of each batch since the last log entry, under `train` and `eval`.
-    _metrics: Any
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._shared_batches = 0
-        self._losses: list[torch.Tensor] = []
-        self._weights: list[int] = []
-        super().__init__(*args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader[Any]:
-        """The batches that this process evaluates."""
-        if ranks.world_size() == 1:
-            return super().get_eval_dataloader(eval_dataset)
-        rows = self._remove_unused_columns(self.eval_dataset, description="Evaluation")
-        batches, self._shared_batches = evaluation_batches(
-            len(rows), self.args.eval_batch_size, ranks.rank(), ranks.world_size()
-        )
-        return DataLoader(
-            rows,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            pin_memory=self.args.dataloader_pin_memory,
-            # A loader draws a seed when it starts. If it drew from the global generator, an evaluation would change the
-            # dropout of the next steps.
-            generator=torch.Generator(),
-        )
-
-    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss of a batch, and record it with the batch's weight."""
-        # TRL stacks rejected answers below the chosen ones.
-        weight = int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else len(inputs["input_ids"]) // 2
-        predicted = super().prediction_step(model, inputs, *args, **kwargs)
-        assert predicted[0] is not None
-        self._losses.append(predicted[0])
-        self._weights.append(weight)
-        return predicted
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate. The loss and TRL's other metrics become means over tokens (SFT) or pairs (DPO)."""
-        self._losses, self._weights = [], []
-        # If the current training batch is the last of its epoch, accelerate would drop evaluated rows, because it takes
-        # them for padding of that batch. The entry None prevents this.
-        state = self.accelerator.gradient_state
-        loaders = state.dataloader_references
-        state.dataloader_references = [*loaders, None]
-        try:
-            output = super().evaluation_loop(*args, **kwargs)
-        finally:
-            state.dataloader_references = loaders
-        # The mean over processes is the mean over tokens or pairs: transformers scales each loss by the tokens of all
-        # processes, and each process has the same number of pairs.
-        losses = ranks.total(torch.stack(self._losses)) / ranks.world_size()
-        weights = ranks.total(torch.tensor(self._weights))
-        if self._shared_batches:
-            weights[-self._shared_batches :] /= ranks.world_size()
-        shares = weights / weights.sum()
-        assert output.metrics is not None
-        output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = float((losses * shares).sum())
-        for name, values in self._metrics["eval"].items():
-            if len(values) == len(shares):
-                self._metrics["eval"][name] = [float((torch.tensor(values, dtype=torch.float64) * shares).sum())]
-        return output
-
 
 _WINDOW_FILE = "log_window.json"
 # Weights, AdamW's two moments, and DPO's reference.

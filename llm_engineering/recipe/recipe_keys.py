@@ -1,0 +1,196 @@
+"""The blocks of a recipe, and what follows from several of them. `recipe.py` has the checks between the blocks."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.data_blocks import (
+    DataConfig,
+    DocumentsConfig,
+    FormattingConfig,
+    KnowledgeConfig,
+    ModelHubConfig,
+)
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig, PromotionConfig
+from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, ClientConfig, GenerationConfig, TextWriting
+from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
+from llm_engineering.recipe.stages import STAGES, Kind, with_stages
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainConfig, TrainingSetup
+
+
+class DerivingSetup(Block):
+    """What decides the rewritings of the documents.
+
+    Attributes:
+        tokens: the most tokens to train on, see `KnowledgeConfig`; None without a limit.
+        epochs: epochs of all stages on rows of a kind together, by the kind: `text` and `instruction`.
+    """
+
+    writing: TextWriting
+    client: ClientConfig
+    model: ModelConfig
+    compute: ComputeConfig
+    formatting: FormattingConfig
+    tokens: int | None
+    epochs: dict[Kind, float]
+
+
+class _FirstBlocks(Block):
+    """`chain` names the training stages in their order; each has a block of its name. A stage trains the model of the
+    stage before it further, and the first one starts from the base model.
+    """
+
+    name: str = Field(max_length=96, pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")
+    seed: int = Field(42, ge=0)
+    chain: list[str] = Field(["sft", "dpo"], min_length=1)
+    model: ModelConfig = ModelConfig()
+    documents: DocumentsConfig = DocumentsConfig()
+    generation: GenerationConfig = GenerationConfig()
+    knowledge: KnowledgeConfig | None = None
+    data: DataConfig = DataConfig()
+    formatting: FormattingConfig = FormattingConfig()
+
+    @field_validator("chain")
+    @classmethod
+    def _known_stages(cls, chain: list[str]) -> list[str]:
+        for name in chain:
+            if name not in STAGES:
+                near = get_close_matches(name, STAGES, n=1)
+                known = f"did you mean {near[0]}" if near else f"the stages are {', '.join(STAGES)}"
+                raise ValueError(f"there is no stage {name}: {known}")
+        twice = next((name for name in chain if chain.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the stage {twice} is named twice: remove one of them")
+        return chain
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_repository(cls, name: str) -> str:
+        # The rules of the hub, where the model and its dataset can be published. Servers of models have the same rules.
+        if "--" in name or ".." in name or name.endswith(("-", ".", ".git")):
+            raise ValueError(
+                f"{name} cannot be the name of a model on the hub or at a server: remove `--`, `..`, and `-`, `.` or "
+                "`.git` at the end"
+            )
+        return name
+
+
+# A block for each row of the table of stages.
+_StageBlocks: Any = with_stages("_StageBlocks", lambda stage: (stage.block | None, None), _FirstBlocks)
+
+
+class RecipeKeys(_StageBlocks):  # type: ignore[misc]
+    """The blocks of a recipe."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    exam: ExamConfig | None = None
+    promotion: PromotionConfig
+    compute: ComputeConfig = ComputeConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    hub: ModelHubConfig | None = None
+
+    def block(self, stage: str) -> TrainConfig:
+        """The block of a stage of the chain."""
+        found = getattr(self, stage)
+        assert isinstance(found, TrainConfig)
+        return found
+
+    def chain_to(self, stage: str) -> list[str]:
+        """The stages of the chain up to and with `stage`."""
+        chain: list[str] = self.chain
+        return chain[: chain.index(stage) + 1]
+
+    def trained_with(self, stage: str) -> list[str]:
+        """The stages that a run of `stage` trains, in order: the stages on texts directly before it, and `stage`.
+
+        A model that has only read the documents is not what a user asks for, so it gets no run of its own unless the
+        user names its stage.
+        """
+        stages = self.chain_to(stage)
+        first = len(stages) - 1
+        while first > 0 and STAGES[stages[first - 1]].rows == "text":
+            first -= 1
+        return stages[first:]
+
+    def kinds(self, stage: str) -> list[Kind]:
+        """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
+
+        A preference stage is evaluated on instruction rows too.
+        """
+        trained = {STAGES[name].rows for name in self.chain_to(stage)}
+        needed = trained | ({"instruction"} if "preference" in trained else set())
+        kinds: tuple[Kind, ...] = ("text", "instruction", "preference")
+        return [kind for kind in kinds if kind in needed]
+
+    @property
+    def method(self) -> Method:
+        """What is trained: all weights, or an adapter. The first stage of the chain decides."""
+        return self.block(self.chain[0]).method or "lora"
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter of the chain."""
+        return self.block(self.chain[0]).lora or LoraConfig()
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether a run reads `documents`: to learn from them, or to find passages for the exam."""
+        return self.learns_from_documents or (self.exam is not None and self.exam.retrieval_passages > 0)
+
+    @property
+    def learns_from_documents(self) -> bool:
+        """Whether training depends on `documents`: a stage trains on them, or instructions are written from them."""
+        return self.data.instructions is None or any(STAGES[name].rows == "text" for name in self.chain)
+
+    @property
+    def setup(self) -> TrainingSetup:
+        """The keys that all training stages share."""
+        return TrainingSetup(
+            model=self.model,
+            method=self.method,
+            max_length=self.formatting.max_length,
+            chat_template=self.formatting.chat_template,
+            train_on_prompt=self.formatting.train_on_prompt,
+            compute=self.compute,
+            tracking=self.tracking,
+            seed=self.seed,
+        )
+
+    @property
+    def deriving(self) -> DerivingSetup | None:
+        """What decides the rewritings; None if there are none, and no limit of tokens to check."""
+        if not self.generation.rewritings and self.knowledge is None:
+            return None
+        tokens = self.knowledge.tokens if self.knowledge is not None else None
+        epochs: dict[Kind, float] = {"text": 0.0, "instruction": 0.0}
+        for stage in self.chain:
+            kind = STAGES[stage].rows
+            if kind in epochs:
+                epochs[kind] += self.block(stage).num_train_epochs
+        return DerivingSetup(
+            writing=self.generation.part(TextWriting),
+            client=self.generation.part(ClientConfig) if self.generation.client != "local" else ClientConfig(),
+            model=self.model,
+            compute=self.compute.one_process,
+            formatting=self.formatting,
+            tokens=tokens,
+            epochs=epochs,
+        )
+
+    @property
+    def derives_from_questions(self) -> bool:
+        """Whether the texts depend on the instructions: rewritings are made of them, or their tokens are counted."""
+        counted = self.knowledge is not None and any(STAGES[name].rows == "instruction" for name in self.chain)
+        return counted or (
+            self.generation.client == "local" and any(kind in FROM_QUESTIONS for kind in self.generation.rewritings)
+        )
+
+    @property
+    def evaluation_setup(self) -> TrainingSetup:
+        """The same keys for evaluation, which always runs in one process on this machine."""
+        return self.setup.model_copy(update={"compute": self.compute.one_process})

@@ -1,0 +1,1 @@
+"""What a run measures while it trains, and the trackers that get the numbers."""
