@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from llm_engineering.data.formats import open_dataset
+from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
