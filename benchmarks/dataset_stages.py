@@ -23,9 +23,9 @@ from typing import Any
 import psutil
 from datasets import DatasetDict
 
+from benchmarks.alpaca_rows import write_rows
 from benchmarks.machine import machine
 from benchmarks.peer_preprocessing import compare, options
-from benchmarks.rows import write_rows
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import prepare

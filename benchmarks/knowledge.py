@@ -32,7 +32,8 @@ from typing import Any, NamedTuple, cast
 
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from benchmarks.gate import NEWEST, Gate, Values, rate, values_of
+from benchmarks.gate import Gate
+from benchmarks.knowledge_figures import RECIPE, SWAPPED, Key, arms_table, decisions
 from benchmarks.knowledge_small import TemplateWriter, small_recipe
 from benchmarks.knowledge_world import COMPANIES, World, make_world
 from benchmarks.machine import machine, show
@@ -45,7 +46,7 @@ from llm_engineering.documents.passages import chunks, cut_passages
 from llm_engineering.documents.read import read_documents
 from llm_engineering.documents.replay import replayed_instructions
 from llm_engineering.documents.texts import sentence_rows
-from llm_engineering.evaluation.exam import RETRIEVAL, Exam, ExamRow, open_exam, take_exam
+from llm_engineering.evaluation.exam import RETRIEVAL, Exam, open_exam, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.generation.facts import generate_facts
@@ -56,7 +57,7 @@ from llm_engineering.models.base_model import load_model, pin_revision
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import DocumentsConfig
-from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES, ExamConfig
+from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
@@ -67,9 +68,6 @@ from llm_engineering.training.sft import train_sft
 
 RESULTS = Path(__file__).parent / "results" / "knowledge.json"
 ARMS = (BASE, BASE + RETRIEVAL, "passages", "documents", "recipe", "recipe" + RETRIEVAL, "swapped")
-RECIPE, SWAPPED = "recipe", "swapped"
-# The arms whose models the gate must refuse, and the recipe, which it should promote.
-JUDGED = (RECIPE, "passages", SWAPPED)
 TOKENS = (20_000, 60_000, 200_000)
 # Of the tokens of a chain of both stages, the share of the first one. On the handbook the recipe trains 25,000 and 55,000.
 _CPT_SHARE = 0.3
@@ -94,13 +92,6 @@ TRAINED = {
     RECIPE: Arm({"cpt": _CPT_SHARE, "sft": 1 - _CPT_SHARE}),
     SWAPPED: Arm({"cpt": _CPT_SHARE, "sft": 1 - _CPT_SHARE}, swapped=True),
 }
-
-
-class Key(NamedTuple):
-    """An arm as it is measured: `tokens` is None without training."""
-
-    arm: str
-    tokens: int | None
 
 
 @dataclass(frozen=True)
@@ -257,68 +248,12 @@ def measure(bench: Bench, seeds: Sequence[int], tokens: Sequence[int], arms: Seq
     gate = Gate.of(bench.recipe)
     exams = [bench.exam(seed) for seed in seeds]
     return {
-        "arms": _table(gate, exams, found),
-        "gate": _decisions(gate, exams, found),
+        "arms": arms_table(gate, exams, found),
+        "gate": decisions(gate, exams, found),
         "swapped_facts_said": _swapped_facts(bench, seeds, found),
         "questions_also_trained": _trained_questions(bench, seeds, exams, models),
         "seeds": list(seeds),
     }
-
-
-def _table(gate: Gate, exams: Sequence[Exam], found: Mapping[Key, Sequence[Mapping[str, str]]]) -> list[dict[str, Any]]:
-    """A row for each arm: its measures, and the paired differences to the base model and to the recipe."""
-    exam, bootstrap = pooled(exams), gate.bootstrap
-    values = {
-        key: values_of(exam, {f"{n} {id_}": text for n, one in enumerate(answers) for id_, text in one.items()})
-        for key, answers in found.items()
-    }
-    rows = []
-    for key, own in values.items():
-        row: dict[str, Any] = {**key._asdict(), "measures": {}, "minus_base": {}, "recipe_minus": {}}
-        recipe = values.get(Key(RECIPE, key.tokens), {}) if key.arm != RECIPE else {}
-        for name, measured in own.items():
-            row["measures"][name] = bootstrap.estimate(measured)._asdict()
-            if key.arm != BASE:
-                row["minus_base"][name] = bootstrap.difference(measured, values[Key(BASE, None)][name])._asdict()
-            if name in recipe:
-                row["recipe_minus"][name] = bootstrap.difference(recipe[name], measured)._asdict()
-        row["accuracy_by_seed"] = [
-            round(values_of(one, answers)[EXAM_MEASURES["single"]].value, 4)
-            for one, answers in zip(exams, found[key], strict=True)
-        ]
-        rows.append(row)
-    return rows
-
-
-def pooled(exams: Sequence[Exam]) -> Exam:
-    """The exams of all seeds as one. Ids and facts get the number of their seed.
-
-    The same general question is asked after each seed, so its answers are one cluster.
-    """
-    rows: list[ExamRow] = []
-    for number, exam in enumerate(exams):
-        for row in exam.rows:
-            facts = [row.id] if row.kind == "control" else [f"{number} {fact}" for fact in row.facts]
-            rows.append(row.model_copy(update={"id": f"{number} {row.id}", "facts": facts}))
-    return Exam(rows, [[] for _ in rows], exams[0].max_new_tokens)
-
-
-def _decisions(
-    gate: Gate, exams: Sequence[Exam], found: Mapping[Key, Sequence[Mapping[str, str]]]
-) -> list[dict[str, Any]]:
-    """The gate's decisions on each model of some arms, by its rules for a run that ends with sft."""
-    decisions = []
-    for key, answers in found.items():
-        if key.arm not in JUDGED:
-            continue
-        outcomes = []
-        for exam, base, own in zip(exams, found[Key(BASE, None)], answers, strict=True):
-            values: dict[str, Values] = {BASE: values_of(exam, base), NEWEST: values_of(exam, own)}
-            outcomes.append(gate.decide(values))
-        failed = [[rule.name for rule in decision.rules if rule.verdict == "failed"] for decision in outcomes]
-        promoted = sum(decision.passed for decision in outcomes)
-        decisions.append({**key._asdict(), **rate(promoted, len(outcomes)), "failed_rules": failed})
-    return decisions
 
 
 def _swapped_facts(

@@ -20,8 +20,8 @@ from steps.data import (
     read_documents,
 )
 from steps.evaluation import evaluate
-from steps.exam import write_exam
 from steps.training import train_step
+from steps.written_exam import write_exam
 
 
 @pipeline

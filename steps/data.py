@@ -34,7 +34,7 @@ from llm_engineering.evaluation.exam import read_exam
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.abstention import generate_abstentions
-from llm_engineering.generation.derived.texts import Derived, derive_texts, text_diversity
+from llm_engineering.generation.derived.rewritings import Derived, derive_texts, text_diversity
 from llm_engineering.generation.derived.two_hop import two_hop_questions
 from llm_engineering.generation.facts import diversity, generate_facts
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
@@ -60,9 +60,9 @@ from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.reports.data_report import check_fit, write_data_report
 from steps.caching import project_step
-from steps.exam import questions_of, record_exam, the_exam
 from steps.logging import log_rows
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
+from steps.written_exam import questions_of, record_exam, the_exam
 
 _TEXT = Value("string")
 # The temperature of questions in new wordings. With it 467 of 1,046 questions about the handbook were usable, and 388 of these new.

@@ -27,9 +27,9 @@ from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.reports.page import write_report
 from llm_engineering.reports.training_rows import count_wordings, tokens_read
 from steps.caching import project_step
-from steps.exam import the_exam
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
+from steps.written_exam import the_exam
 
 
 def _with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:

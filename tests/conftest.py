@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def settings(tmp_path, monkeypatch) -> Settings:
 def cpu() -> ComputeConfig:
     """The same arithmetic on every machine."""
     return ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes with one thread: small matrices are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

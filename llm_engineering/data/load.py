@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from llm_engineering.data.files import Record
-from llm_engineering.data.formats import OpenedDataset, UnknownFormatError, open_dataset
+from llm_engineering.data.formats.detection import OpenedDataset, UnknownFormatError, open_dataset
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import FEATURES, Row
 from llm_engineering.data.similarity import EvaluationIndex

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llm_engineering.data.formats import open_dataset
+from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import REPLAY, Row
 from llm_engineering.data.sources import dataset_hash

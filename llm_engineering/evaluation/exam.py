@@ -15,12 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import bm25s
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llm_engineering.data.rows import Message, normalised
+from llm_engineering.data.rows import Message, normalised, words
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.read import HANDBOOK
-from llm_engineering.documents.retrieval import retrieve
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.exam_answers import abstains, answers_right
 from llm_engineering.evaluation.json_lines import read_json_lines, refuse
@@ -225,6 +225,20 @@ def open_exam(config: ExamConfig, passages: Sequence[Passage]) -> Exam:
         for index, best in zip(asked, found, strict=True):
             retrieved[index] = best
     return Exam(rows, retrieved, config.max_new_tokens)
+
+
+def retrieve(questions: Sequence[str], passages: Sequence[Passage], count: int) -> list[list[Passage]]:
+    """The `count` best passages of each question by BM25, the best one first. Words are compared without case.
+
+    The ranking is Lucene's variant of BM25 (Kamphuis et al. 2020, arXiv:1911.07540), with k1 1.5 and b 0.75, the
+    library's defaults. There must be a question and a passage.
+    """
+    index = bm25s.BM25()
+    # The title names the subject, which a passage from the middle of a document may not.
+    index.index([words(f"{passage.title} {passage.text}") for passage in passages], show_progress=False)
+    asked = [words(question) for question in questions]
+    found, _ = index.retrieve(asked, k=min(count, len(passages)), show_progress=False)
+    return [[passages[number] for number in row] for row in found.tolist()]
 
 
 def take_exam(

@@ -6,7 +6,9 @@ import re
 import pytest
 
 from benchmarks import knowledge
-from benchmarks.knowledge import ARMS, RECIPE, TRAINED, Bench, Key, measure, open_small_bench, pooled
+from benchmarks.gate import Gate
+from benchmarks.knowledge import ARMS, TRAINED, Bench, measure, open_small_bench
+from benchmarks.knowledge_figures import RECIPE, Key, arms_table, decisions, pooled
 from benchmarks.knowledge_world import FACTS, QUESTIONS, TWO_HOP, UNANSWERABLE, WORDINGS, make_world
 from llm_engineering.evaluation.exam import Exam
 from llm_engineering.evaluation.exam_answers import answers_right
@@ -122,12 +124,12 @@ def test_right_answers_count_and_answers_of_swapped_documents_are_found(bench):
     right = {row.id: row.answers[0] if row.answers else "" for row in exam.rows}
     wrong = {id_: swapped[id_].answers[0] if id_ in swapped and swapped[id_].answers else "" for id_ in blank}
     found = {Key("base", None): [blank], Key("recipe", 9): [right], Key("swapped", 9): [wrong]}
-    gate = knowledge.Gate.of(bench.recipe)
-    rows = {row["arm"]: row for row in knowledge._table(gate, [exam], found)}
+    gate = Gate.of(bench.recipe)
+    rows = {row["arm"]: row for row in arms_table(gate, [exam], found)}
     assert rows["recipe"]["measures"]["exam_accuracy"]["value"] == 1
     assert rows["swapped"]["measures"]["exam_accuracy"]["value"] == 0
     assert rows["swapped"]["recipe_minus"]["exam_accuracy"]["low"] > 0
-    promoted = {row["arm"]: row["promoted"] for row in knowledge._decisions(gate, [exam], found)}
+    promoted = {row["arm"]: row["promoted"] for row in decisions(gate, [exam], found)}
     assert promoted == {"recipe": 1, "swapped": 0}
     assert knowledge._swapped_facts(bench, [SEED], found) == {"9": 1.0}
 

@@ -1,21 +1,11 @@
 """Every case of `python -m tests.cases` gets its expected verdict."""
 
 import pytest
-import torch
 
 from tests.cases.__main__ import CASES
 from tests.cases.case import FigureCase, agrees, verdict
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: these small matrices are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = [case for case in CASES if not (isinstance(case, FigureCase) and case.slow)]
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.rows import write_rows
+from benchmarks.alpaca_rows import write_rows
 from llm_engineering.data import examine, similarity
 from llm_engineering.data.dataset_rules import length_bounds, rare_languages
 from llm_engineering.data.ledger import Ledger

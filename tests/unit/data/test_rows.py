@@ -4,9 +4,9 @@ import unicodedata
 
 import pytest
 
-from llm_engineering.data.conversations import BadRowError
 from llm_engineering.data.examine import language_of
-from llm_engineering.data.formats import PREFERENCE_FORMATS
+from llm_engineering.data.formats.conversations import BadRowError
+from llm_engineering.data.formats.known_formats import PREFERENCE_FORMATS
 from llm_engineering.data.rows import InstructionRow, Message, folded, normalised, words
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished

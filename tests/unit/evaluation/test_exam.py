@@ -6,7 +6,6 @@ import pytest
 
 from llm_engineering.documents.passages import chunks
 from llm_engineering.documents.read import read_documents
-from llm_engineering.documents.retrieval import retrieve
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.evaluate import evaluate, exam_measures
 from llm_engineering.evaluation.exam import (
@@ -17,6 +16,7 @@ from llm_engineering.evaluation.exam import (
     exam_report,
     open_exam,
     read_exam,
+    retrieve,
     take_exam,
 )
 from llm_engineering.evaluation.gate import decide

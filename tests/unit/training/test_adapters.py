@@ -15,7 +15,6 @@ from llm_engineering.evaluation.measures import heldout_loss
 from llm_engineering.evaluation.models import Models, labelled_rows
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.model_blocks import LoraConfig
@@ -27,7 +26,7 @@ from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import CPU, formatted, logged, training_setup, write_model
+from tests.tiny_models import CPU, logged, training_setup, write_model
 from tests.unit.training.steps import during_step
 
 STEPS = REFERENCE_STEPS | {"max_steps": 3, "save_steps": 3, "eval_steps": 3}
@@ -87,21 +86,6 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
-def tokenizer(folders, settings):
-    return load_tokenizer(training_setup(folders["llama"]).model, settings, "alpaca")
-
-
-@pytest.fixture
-def rows(tokenizer, tmp_path):
-    return formatted("instruction", 8, tokenizer, tmp_path)
-
-
-@pytest.fixture
-def pairs(tokenizer, tmp_path):
-    return formatted("preference", 8, tokenizer, tmp_path)
-
-
-@pytest.fixture
 def trained(monkeypatch):
     """Logits of the models as they are in memory at the end of training."""
     logits, save = [], train.save_policy
@@ -131,7 +115,7 @@ def test_every_field_is_tried():
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
-    case, folders, rows, pairs, tokenizer, settings, trained, tmp_path
+    case, folders, rows, pairs, alpaca_tokenizer, settings, trained, tmp_path
 ):
     kind, lora = CASES[case]
     setup, device = training_setup(folders[kind]), choose_device(CPU)
@@ -160,7 +144,7 @@ def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
     assert (first["loss"], first["rewards/margins"]) == (pytest.approx(math.log(2), abs=1e-5), 0)
 
     # Evaluation loads both beside each other
-    models = Models(base, {"sft": sft.adapter, "dpo": dpo.adapter}, tokenizer, batch_size=2)
+    models = Models(base, {"sft": sft.adapter, "dpo": dpo.adapter}, alpaca_tokenizer, batch_size=2)
     for name, logits in (("dpo", trained[1]), ("sft", trained[0]), ("base", untrained)):
         with models.use(name) as model:
             torch.testing.assert_close(model(input_ids=IDS).logits, logits, atol=1e-4, rtol=1e-4)
@@ -203,7 +187,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, lora, folders, rows, pair
     assert (resumed.adapter / "adapter_model.safetensors").read_bytes() == expected
 
 
-def test_the_best_checkpoint_is_converted(rows, tokenizer, folders, settings):
+def test_the_best_checkpoint_is_converted(rows, alpaca_tokenizer, folders, settings):
     """The learning rate grows until it ruins the model, so the last checkpoint is not the best."""
     setup = training_setup(folders["tied"])
     spoilt = {"learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.9, "num_train_epochs": 3}
@@ -214,7 +198,7 @@ def test_the_best_checkpoint_is_converted(rows, tokenizer, folders, settings):
     losses = logged(result, "eval_loss")
     assert losses.index(min(losses)) < len(losses) - 1
     base = load_model(setup.model, settings, choose_device(CPU))
-    models = Models(base, {"sft": result.adapter}, tokenizer, batch_size=4)
+    models = Models(base, {"sft": result.adapter}, alpaca_tokenizer, batch_size=4)
     measured = heldout_loss(models.scores("sft", labelled_rows(rows["validation"]), "loss")).value
     assert measured == pytest.approx(min(losses), abs=1e-4)
 

@@ -26,6 +26,8 @@ from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, instruction, logged, pair, text, training_setup
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = 20
 # Every row is shorter, and a packed row of this length holds two rows. So each case has ten steps of two rows.
 MAX_LENGTH = 320
@@ -45,15 +47,6 @@ ADAPTER: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-line
 # For each value of each step. Losses, gradient norms and log-probabilities differ by 4e-7 at most, which is three last bits
 # of float32. Rewards are small differences of log-probabilities, so their absolute difference counts: 1e-7 at most.
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: these small matrices are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Case(NamedTuple):

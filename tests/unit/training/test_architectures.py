@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from llm_engineering.data.formats import open_dataset
+from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
@@ -42,6 +42,8 @@ from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
 from tests.tiny_models import CPU, KINDS, WINDOW, logged, write_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ARCHITECTURES = ("llama3", "qwen3", "gemma3", "mistral", "phi3", "gpt2")
 # Sliding windows are not the plain causal triangle, so these models keep their masks.
 WITH_WINDOWS = ("gemma3", "mistral", "phi3")
@@ -61,15 +63,6 @@ RECIPES = [
     ("zephyr_7b", "mistral"),
 ]
 CONFIGS = ROOT / "configs"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: these small matrices are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

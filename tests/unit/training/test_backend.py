@@ -28,7 +28,7 @@ from llm_engineering.training.unsloth_policy import check_packable, check_packed
 from tests.conftest import ROOT
 from tests.fakes import unsloth as fake_unsloth
 from tests.renew_references import STEPS
-from tests.tiny_models import formatted, training_setup
+from tests.tiny_models import formatted
 
 CARD = Device("cuda", torch.bfloat16, "sdpa", ["device cuda: a card"])
 
@@ -147,11 +147,6 @@ def test_unsloth_is_imported_before_the_libraries_that_it_patches(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "first\n"
-
-
-@pytest.fixture
-def setup(small_llama):
-    return training_setup(small_llama)
 
 
 @pytest.fixture

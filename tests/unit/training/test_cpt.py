@@ -17,8 +17,10 @@ from llm_engineering.training import cpt
 from llm_engineering.training.cpt import embedding_parameters, train_cpt
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, logged, training_setup
+from tests.tiny_models import formatted, logged
 from tests.unit.training.steps import during_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = {
     "learning_rate": 1e-2,
@@ -30,20 +32,6 @@ STEPS = {
 }
 CONFIG = CPTConfig(**STEPS, per_device_train_batch_size=2, packing=False)
 ROWS = 12
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: these small matrices are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def setup(small_llama):
-    return training_setup(small_llama)
 
 
 @pytest.fixture

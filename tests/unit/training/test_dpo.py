@@ -8,7 +8,6 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training import dpo
@@ -17,28 +16,13 @@ from llm_engineering.training.policy import new_policy, save_policy, trained_pol
 from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import CPU, formatted, logged, training_setup
+from tests.tiny_models import CPU, formatted, logged
 
 # All validation pairs are one batch, because AOT compares the pairs of a batch.
 STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2, "per_device_eval_batch_size": 4}
 BETA, EPSILON, TAU = 0.5, 0.1, 0.05
 # Of the weights that make a policy differ from its reference by some nats in each answer.
 SPREAD = 4.0
-
-
-@pytest.fixture
-def setup(small_llama):
-    return training_setup(small_llama)
-
-
-@pytest.fixture
-def tokenizer(setup, settings):
-    return load_tokenizer(setup.model, settings, "alpaca")
-
-
-@pytest.fixture
-def pairs(tokenizer, tmp_path):
-    return formatted("preference", 8, tokenizer, tmp_path)
 
 
 @pytest.fixture
@@ -140,7 +124,7 @@ def evaluated(config, policy, pairs, tokenizer, setup, settings, seed=None):
     return trainer.evaluate()["eval_loss"]
 
 
-def test_every_loss_has_the_value_of_its_formula(start, pairs, tokenizer, setup, settings):
+def test_every_loss_has_the_value_of_its_formula(start, pairs, alpaca_tokenizer, setup, settings):
     named = DPOConfig.model_fields["loss_type"].annotation.__args__
     assert set(named) == set(FORMULAS)
     measured = {}
@@ -150,7 +134,7 @@ def test_every_loss_has_the_value_of_its_formula(start, pairs, tokenizer, setup,
         options = {"label_smoothing": smoothing, "precompute_ref_log_probs": len(measured) % 2 == 1}
         config = DPOConfig(**STEPS, **options, beta=BETA, loss_type=name)
         policy = trained_policy(setup.model, start, settings, choose_device(setup.compute))
-        measured[name] = evaluated(config, policy, pairs, tokenizer, setup, settings, seed=1)
+        measured[name] = evaluated(config, policy, pairs, alpaca_tokenizer, setup, settings, seed=1)
     batch = Pairs(policy, pairs["validation"])
     expected = {name: float(FORMULAS[name](batch).mean()) for name in named}
     assert measured == pytest.approx(expected, rel=1e-5)
@@ -164,7 +148,7 @@ def test_every_loss_has_the_value_of_its_formula(start, pairs, tokenizer, setup,
 @pytest.mark.parametrize("unpadded", [True, False], ids=["answers", "logits"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_precomputed_reference_in_bf16_is_the_policy_before_training(
-    method, unpadded, start, pairs, tokenizer, setup, settings, monkeypatch
+    method, unpadded, start, pairs, alpaca_tokenizer, setup, settings, monkeypatch
 ):
     if not unpadded:
         monkeypatch.setattr(dpo, "keeps_rows_apart", lambda policy, by_row: False)
@@ -176,18 +160,18 @@ def test_a_precomputed_reference_in_bf16_is_the_policy_before_training(
     }[method]
     for precomputed in (False, True):
         config = DPOConfig(**STEPS, precompute_ref_log_probs=precomputed, method=method)
-        loss = evaluated(config, load(), pairs, tokenizer, setup, settings)
+        loss = evaluated(config, load(), pairs, alpaca_tokenizer, setup, settings)
         assert loss == pytest.approx(math.log(2), abs=1e-5), precomputed
 
 
 @pytest.mark.parametrize(("precomputed", "kept"), [(False, True), (True, False)])
 def test_a_full_model_keeps_a_second_model_only_if_each_step_asks_it(
-    precomputed, kept, pairs, tokenizer, setup, settings
+    precomputed, kept, pairs, alpaca_tokenizer, setup, settings
 ):
     device = choose_device(setup.compute)
     config = DPOConfig(**STEPS, precompute_ref_log_probs=precomputed, method="full")
     policy = new_policy(setup.model, LoraConfig(), settings, device, "full")
-    trainer = dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer), policy, config)
+    trainer = dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, alpaca_tokenizer), policy, config)
     assert (trainer.ref_model is not None) == kept
 
 
@@ -203,19 +187,21 @@ def test_precomputed_references_train_the_same(dtype, start, pairs, setup, setti
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_an_adapter_on_a_quantised_base_stays_in_float32(stage, start, pairs, tokenizer, setup, settings, tmp_path):
+def test_an_adapter_on_a_quantised_base_stays_in_float32(
+    stage, start, pairs, alpaca_tokenizer, setup, settings, tmp_path
+):
     device = choose_device(setup.compute)
     policy = trained_policy(setup.model, start, settings, device)
     # A quantised base needs a card. TRL recognises it by this attribute.
     policy.get_base_model().is_loaded_in_4bit = True
     before = {name: weight.clone() for name, weight in policy.named_parameters() if weight.requires_grad}
     if stage == "sft":
-        rows = formatted("instruction", 4, tokenizer, tmp_path)
+        rows = formatted("instruction", 4, alpaca_tokenizer, tmp_path)
         config = SFTConfig(**STEPS, packing=False)
-        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, tokenizer), policy, config)
+        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, alpaca_tokenizer), policy, config)
     else:
         config = DPOConfig(**STEPS)
-        loss = evaluated(config, policy, pairs, tokenizer, setup, settings)
+        loss = evaluated(config, policy, pairs, alpaca_tokenizer, setup, settings)
         assert loss == pytest.approx(math.log(2), abs=1e-6)
     after = {name: weight for name, weight in policy.named_parameters() if name in before}
     assert {weight.dtype for weight in after.values()} == {torch.float32}
@@ -225,7 +211,7 @@ def test_an_adapter_on_a_quantised_base_stays_in_float32(stage, start, pairs, to
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_full_model_is_probed_in_the_precision_of_training(
-    stage, pairs, tokenizer, setup, settings, tmp_path, monkeypatch
+    stage, pairs, alpaca_tokenizer, setup, settings, tmp_path, monkeypatch
 ):
     """Flash attention, which a CPU cannot run, raises an error for float32 tensors."""
     seen = set()
@@ -242,10 +228,10 @@ def test_a_full_model_is_probed_in_the_precision_of_training(
     # Without this, the attention of short rows on a CPU is computed by plain matrix products.
     monkeypatch.setattr("llm_engineering.training.losses.SHORT", 0)
     if stage == "sft":
-        rows = formatted("instruction", 4, tokenizer, tmp_path)
+        rows = formatted("instruction", 4, alpaca_tokenizer, tmp_path)
         config = SFTConfig(**STEPS, packing=False, method="full")
-        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, tokenizer), policy, config)
+        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, alpaca_tokenizer), policy, config)
     else:
         config = DPOConfig(**STEPS, method="full")
-        dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer), policy, config)
+        dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, alpaca_tokenizer), policy, config)
     assert seen == {torch.bfloat16}

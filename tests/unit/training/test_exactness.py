@@ -15,12 +15,7 @@ from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
 from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import FOLDER, STEPS, losses
-from tests.tiny_models import formatted, logged, training_setup
-
-
-@pytest.fixture
-def setup(small_llama):
-    return training_setup(small_llama)
+from tests.tiny_models import formatted, logged
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from llm_engineering.evaluation.models import Models, labelled_rows
 from llm_engineering.models import device as devices
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import check_training, choose_device, choose_optimiser
-from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
@@ -23,30 +22,10 @@ from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from tests.conftest import ROOT
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import formatted, logged, training_setup
+from tests.tiny_models import logged
 from tests.unit.training.steps import during_step
 
 STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2}
-
-
-@pytest.fixture
-def setup(small_llama):
-    return training_setup(small_llama)
-
-
-@pytest.fixture
-def tokenizer(setup, settings):
-    return load_tokenizer(setup.model, settings, "alpaca")
-
-
-@pytest.fixture
-def rows(tokenizer, tmp_path):
-    return formatted("instruction", 8, tokenizer, tmp_path)
-
-
-@pytest.fixture
-def pairs(tokenizer, tmp_path):
-    return formatted("preference", 8, tokenizer, tmp_path)
 
 
 def trained_sft(rows, setup, settings, **changes):
@@ -62,7 +41,7 @@ def test_rslora_scales_by_the_root_of_r(setup, settings):
 
 
 @pytest.mark.parametrize("method", ["dora", "full"])
-def test_dpo_starts_from_the_sft_model_of_its_method(method, rows, pairs, tokenizer, setup, settings):
+def test_dpo_starts_from_the_sft_model_of_its_method(method, rows, pairs, alpaca_tokenizer, setup, settings):
     changes = {"method": "full"} if method == "full" else {"lora": LoraConfig(use_dora=True)}
     setup = setup.model_copy(update={"method": changes.get("method", "lora")})
     sft = trained_sft(rows, setup, settings, **changes)
@@ -77,14 +56,14 @@ def test_dpo_starts_from_the_sft_model_of_its_method(method, rows, pairs, tokeni
 
     device = choose_device(setup.compute)
     base = load_model(setup.model, settings, device)
-    models = Models(base, {"sft": sft.adapter, "dpo": dpo.adapter}, tokenizer, batch_size=2)
+    models = Models(base, {"sft": sft.adapter, "dpo": dpo.adapter}, alpaca_tokenizer, batch_size=2)
     heldout = labelled_rows(rows["validation"])
     measured = {name: heldout_loss(models.scores(name, heldout, "loss")).value for name in models.names}
     assert measured["base"] > measured["sft"] + 0.1
     assert len({round(loss, 6) for loss in measured.values()}) == 3
     # Evaluation measures the weights that were saved.
     again = trained_policy(setup.model, sft.adapter, settings, device, setup.method)
-    alone = Models(again, {}, tokenizer, batch_size=2)
+    alone = Models(again, {}, alpaca_tokenizer, batch_size=2)
     alone.names, alone.model = ["sft"], again.eval()
     ids = torch.tensor([heldout[0][0]])
     with torch.inference_mode(), models.use("sft") as model:

@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 
 from benchmarks.architectures import DPO, measure
 from llm_engineering.errors import WorkError
@@ -16,14 +15,7 @@ from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.losses import why_not_from_hidden_states
 from tests.tiny_models import CPU, SIZES, Kind, formatted, training_setup, write_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: these small matrices are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["OPT", "BLOOM", "Falcon", "Mixtral"])

@@ -24,19 +24,12 @@ from llm_engineering.training.trainer.checkpoints import newest_complete, publis
 from tests.tiny_models import logged, training_setup
 from tests.unit.training.steps import during_step
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = SFTConfig(
     learning_rate=1e-2, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1,
     save_steps=2, eval_steps=2, logging_steps=1, packing=False,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread: these small matrices are slower on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

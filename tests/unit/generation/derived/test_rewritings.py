@@ -12,7 +12,7 @@ from llm_engineering.documents.texts import sentence_rows
 from llm_engineering.generation.derived.by_endpoint import prompt_file, rewrite_by_endpoint
 from llm_engineering.generation.derived.by_rule import rewrite_by_rule
 from llm_engineering.generation.derived.claims import missing_claims
-from llm_engineering.generation.derived.texts import derive_texts, in_rounds, text_diversity
+from llm_engineering.generation.derived.rewritings import derive_texts, in_rounds, text_diversity
 from llm_engineering.generation.prompts import PROMPT_FILES, read_prompt
 from llm_engineering.generation.types import Answer, Failure
 from llm_engineering.models.tokenizer import load_tokenizer

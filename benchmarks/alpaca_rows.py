@@ -1,4 +1,4 @@
-"""Writes made-up Alpaca rows with a known number of faults: python -m benchmarks.rows FILE --rows N [--seed S]"""
+"""Writes made-up Alpaca rows with a known number of faults: python -m benchmarks.alpaca_rows FILE --rows N [--seed S]"""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def _word_table(rng: np.random.Generator) -> np.ndarray[Any, Any]:
 
 def main() -> None:
     """Write a file and print the counts."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rows", description="Write made-up Alpaca rows.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.alpaca_rows", description="Write made-up Alpaca rows.")
     parser.add_argument("file", type=Path)
     parser.add_argument("--rows", type=int, default=20_000, help="number of lines (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks.rows import Shares, write_rows
+from benchmarks.alpaca_rows import Shares, write_rows
 
 LINES = 10_000  # more than two chunks of rows
 

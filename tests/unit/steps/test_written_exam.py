@@ -19,7 +19,7 @@ from tools.cli import prepare_zenml
 
 prepare_zenml()
 
-from steps import data, exam  # noqa: E402 — ZenML looks for the project when steps are imported
+from steps import data, written_exam  # noqa: E402 — ZenML looks for the project when steps are imported
 
 TOWNS = ("Alba", "Brano", "Corvo", "Delmo", "Elvas", "Fanto", "Gavro", "Holma", "Istra", "Jorvo", "Kelda", "Lomna")
 WORDINGS = ("Where was the bell of {} cast?", "Which town made the oldest bell of {}?", "Who rings {}?", "Who sees {}?")
@@ -77,16 +77,16 @@ def candidates(settings):
 def write(documents, candidates, monkeypatch):
     """A function that writes an exam, and the facts that the steps log."""
     logged = {}
-    for module in (exam, data):
+    for module in (written_exam, data):
         monkeypatch.setattr(module, "open_client", lambda *arguments: Writer(reads))
-    monkeypatch.setattr(exam, "log_artifact", lambda name, **facts: logged.update(facts))
+    monkeypatch.setattr(written_exam, "log_artifact", lambda name, **facts: logged.update(facts))
     monkeypatch.setattr(data, "log_rows", lambda *arguments, **facts: logged.update(facts))
     reads = True
 
     def run(can_read=True):
         nonlocal reads
         reads = can_read
-        return exam.write_exam.entrypoint(
+        return written_exam.write_exam.entrypoint(
             candidates, documents, UNIT, ModelConfig(), None, CPU, ClientConfig(), InstructionWriting(questions="fact"),
             GENERATED, SplitConfig(validation_fraction=1e-9, test_fraction=1e-9), 1,
         )  # fmt: skip

@@ -6,212 +6,21 @@ The columns of a record decide its format. A dataset that fits two formats is re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
-from llm_engineering.data.conversations import (
-    SYSTEM,
-    TEXT_FORMATS,
-    BadRowError,
-    as_pairs,
-    check_conversation,
-    check_read,
-    read_answer,
-    read_messages,
-    read_pairs,
-    read_template,
-    read_text,
-    read_turns,
-    text_templates,
-    until_last_answer,
-    with_system,
-)
 from llm_engineering.data.files import BrokenRecord, Record, printable, shown
+from llm_engineering.data.formats.conversations import BadRowError, check_read, read_text
+from llm_engineering.data.formats.known_formats import INSTRUCTION_FORMATS, ORIGINS, PREFERENCE_FORMATS
+from llm_engineering.data.formats.several_answers import as_pairs
+from llm_engineering.data.formats.text_templates import text_templates
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, is_blank, same_text
-from llm_engineering.data.sources import dataset_hash, open_records
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, Row
+from llm_engineering.data.sources import open_records
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
-
-__all__ = ["OpenedDataset", "dataset_hash", "open_dataset"]
-
-# The first of these columns with a text says who wrote the answer.
-_ORIGINS = ("origin", "model", "generator")
-# Reads the messages of a record: `prompt` and `completion`, or `prompt`, `chosen` and `rejected`. Each answer begins with
-# an assistant turn.
-Reader = Callable[[dict[str, Any]], dict[str, list[Message]]]
-
-
-class Format(NamedTuple):
-    """A format.
-
-    Attributes:
-        columns: the columns that identify it.
-        read: reads a record with these columns.
-        also: other columns that `read` uses, beside the system message.
-    """
-
-    columns: frozenset[str]
-    read: Reader
-    also: frozenset[str] = frozenset()
-
-    @property
-    def reads(self) -> frozenset[str]:
-        """All columns that a row is made of."""
-        return self.columns | self.also | _COMMON
-
-
-# Every format reads these columns. `label` is only read where it says that the answer is a good one.
-_COMMON = frozenset({*SYSTEM, "document", *_ORIGINS})
-
-
-def _alpaca_question(value: dict[str, Any], context: str = "input") -> Message:
-    """The user turn: `instruction` and, if it is present, the column `context`."""
-    instruction = read_text(value["instruction"], "instruction")
-    if value.get(context) is None:
-        return Message(role="user", content=instruction)
-    extra = read_text(value[context], context)
-    # With an empty `instruction` the question is in `input` alone, and must not begin with two empty lines.
-    parts = [part for part in (instruction, extra) if not is_blank(part)]
-    return Message(role="user", content="\n\n".join(parts) if parts else instruction)
-
-
-def _alpaca(answer: str, context: str = "input") -> Reader:
-    def read(value: dict[str, Any]) -> dict[str, list[Message]]:
-        turns = [
-            *_asked(value, [_alpaca_question(value, context)]),
-            Message(role="assistant", content=read_text(value[answer], answer)),
-        ]
-        return _conversation(value, turns)
-
-    return read
-
-
-def _messages(name: str) -> Reader:
-    return lambda value: _conversation(value, read_messages(value[name], name))
-
-
-def _template(name: str) -> Reader:
-    return lambda value: _conversation(value, read_template(read_text(value["text"], "text"), name))
-
-
-def _prompt_completion(value: dict[str, Any]) -> dict[str, list[Message]]:
-    prompt = with_system(value, _asked(value, read_turns(value["prompt"], "prompt", "user")))
-    return _divided(prompt, until_last_answer(read_answer(value, "completion")))
-
-
-def _conversation(value: dict[str, Any], messages: list[Message]) -> dict[str, list[Message]]:
-    return _divided([], until_last_answer(with_system(value, messages)))
-
-
-def _divided(prompt: list[Message], messages: list[Message]) -> dict[str, list[Message]]:
-    """Cut a conversation before its first trained answer in `messages`."""
-    first = next(index for index, message in enumerate(messages) if message.is_trained)
-    prompt, completion = [*prompt, *messages[:first]], messages[first:]
-    check_conversation(prompt, completion)
-    return {"prompt": prompt, "completion": completion}
-
-
-def _asked(value: dict[str, Any], prompt: list[Message]) -> list[Message]:
-    """The turns of `history`, and the prompt."""
-    return [*read_pairs(value.get("history"), "history"), *prompt]
-
-
-_HISTORY = frozenset({"history"})
-_QUESTION = frozenset({"history", "input"})
-INSTRUCTION_FORMATS = {
-    "alpaca": Format(frozenset({"instruction", "output"}), _alpaca("output"), _QUESTION),
-    "alpaca-response": Format(frozenset({"instruction", "response"}), _alpaca("response"), _QUESTION),
-    "alpaca-answer": Format(frozenset({"instruction", "answer"}), _alpaca("answer"), _QUESTION),
-    "dolly": Format(frozenset({"instruction", "context", "response"}), _alpaca("response", "context"), _HISTORY),
-    "messages": Format(frozenset({"messages"}), _messages("messages")),
-    "sharegpt": Format(frozenset({"conversations"}), _messages("conversations")),
-    "prompt-completion": Format(frozenset({"prompt", "completion"}), _prompt_completion, _HISTORY),
-    **{name: Format(frozenset({"text"}), _template(name)) for name in TEXT_FORMATS},
-}
-
-
-def _prompt_chosen_rejected(value: dict[str, Any]) -> dict[str, list[Message]]:
-    chosen, rejected = _answers(value)
-    question = read_turns(value["prompt"], "prompt", "user")
-    is_text = [turn.content for turn in question] == [value["prompt"]]
-    if not is_text or (len(chosen) == 1 and len(rejected) == 1):
-        return _pair(value, _asked(value, question), chosen, rejected)
-    prompt, chosen, rejected = _split_conversations(chosen, rejected)
-    if not any(same_text(turn.content, value["prompt"]) for turn in prompt if turn.role == "user"):
-        raise BadRowError("different_prompts", "`prompt` is no user turn of the two conversations")
-    return _pair(value, _asked(value, prompt), chosen, rejected)
-
-
-def _answers(
-    value: dict[str, Any], chosen: str = "chosen", rejected: str = "rejected"
-) -> tuple[list[Message], list[Message]]:
-    return until_last_answer(read_answer(value, chosen)), until_last_answer(read_answer(value, rejected))
-
-
-def _split_conversations(
-    chosen: list[Message], rejected: list[Message]
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """Split two whole conversations into the turns that both begin with, and the rest of each."""
-    if len(chosen) == 1 or len(rejected) == 1:
-        raise BadRowError(
-            "no_prompt",
-            "its answers have no prompt; if the column NAME holds the prompt, set data.columns.prompt=NAME",
-        )
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and _same(chosen[shared], rejected[shared]):
-        shared += 1
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _pair(
-    value: dict[str, Any], prompt: list[Message], chosen: list[Message], rejected: list[Message]
-) -> dict[str, list[Message]]:
-    chosen, rejected = _without_prompt(prompt, chosen), _without_prompt(prompt, rejected)
-    if chosen[0].role != "assistant" or rejected[0].role != "assistant":
-        raise BadRowError("different_prompts", "the conversations of the two answers do not begin with the same turns")
-    if not all(turn.is_trained for turn in (*chosen, *rejected) if turn.role == "assistant"):
-        raise BadRowError("loss_weight", "a part of its answers has the weight 0; pairs compare whole answers")
-    prompt = with_system(value, prompt)
-    check_conversation(prompt, chosen)
-    check_conversation(prompt, rejected)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _without_prompt(prompt: list[Message], answer: list[Message]) -> list[Message]:
-    repeats_prompt = len(answer) > len(prompt) and all(map(_same, answer, prompt))
-    return answer[len(prompt) :] if repeats_prompt else answer
-
-
-def _same(one: Message, other: Message) -> bool:
-    return one.role == other.role and same_text(one.content, other.content)
-
-
-def _openai_preference(value: dict[str, Any]) -> dict[str, list[Message]]:
-    if isinstance(value["input"], dict) and value["input"].get("tools"):
-        raise BadRowError("tool_call", "`input` offers tools, which are not trained")
-    chosen, rejected = _answers(value, "preferred_output", "non_preferred_output")
-    return _pair(value, read_messages(value["input"], "input"), chosen, rejected)
-
-
-PREFERENCE_FORMATS = {
-    "prompt-chosen-rejected": Format(frozenset({"prompt", "chosen", "rejected"}), _prompt_chosen_rejected, _HISTORY),
-    "chosen-rejected": Format(
-        frozenset({"chosen", "rejected"}), lambda value: _pair(value, *_split_conversations(*_answers(value)))
-    ),
-    "sharegpt-preference": Format(
-        frozenset({"conversations", "chosen", "rejected"}),
-        lambda value: _pair(value, read_messages(value["conversations"], "conversations"), *_answers(value)),
-    ),
-    "alpaca-preference": Format(
-        frozenset({"instruction", "chosen", "rejected"}),
-        lambda value: _pair(value, _asked(value, [_alpaca_question(value)]), *_answers(value)),
-        _QUESTION,
-    ),
-    "openai-preference": Format(frozenset({"input", "preferred_output", "non_preferred_output"}), _openai_preference),
-}
 
 # The format is detected from this many rows at the start.
 PEEKED_ROWS = 100
@@ -397,7 +206,7 @@ def _format_of(value: dict[str, Any], kind: str, required: str | None) -> str:
 
 
 def _origin(value: dict[str, Any]) -> str:
-    names = (value.get(key) for key in _ORIGINS)
+    names = (value.get(key) for key in ORIGINS)
     return next((name for name in names if name and isinstance(name, str)), "unknown")
 
 
