@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _run(config: str, documents: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tools.cli", "retrain", "--config", config, "--json"]
+    command = [sys.executable, "-m", "tools.cli", "run", "retrain", "--config", config, "--json"]
     for key, value in (("name", NAME), ("documents.path", documents), ("exam.path", EXAM)):
         command += ["--set", f"{key}={value}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
