@@ -44,7 +44,7 @@ from llm_engineering.data.storage import work_folder
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks, cut_passages
 from llm_engineering.documents.read import read_documents
-from llm_engineering.documents.replay import replayed_instructions
+from llm_engineering.documents.replay import balanced_instructions
 from llm_engineering.documents.texts import sentence_rows
 from llm_engineering.evaluation.exam import RETRIEVAL, Exam, open_exam, take_exam
 from llm_engineering.evaluation.models import BASE, Models
@@ -216,10 +216,9 @@ class Bench:
             rows = list(sentence_rows(passages))
         else:
             kind = "instruction"
-            general = [
-                r for r in replayed_instructions(recipe.data.replay_instructions) if isinstance(r, InstructionRow)
-            ]
-            rows = [*self.questions(arm.questions, arm.swapped, seed), *general]
+            asked = self.questions(arm.questions, arm.swapped, seed)
+            general = balanced_instructions(recipe.data.replay_instructions, len(asked), seed)
+            rows = [*asked, *(row for row in general if isinstance(row, InstructionRow))]
         candidates = to_dataset([row.record() for row in rows], FEATURES[kind])
         prepared = prepare(candidates, kind, recipe.data.checks, Ledger(), work_folder())
         train: Dataset = concatenate_datasets([part for part in prepared.splits.values() if len(part)])

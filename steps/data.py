@@ -28,7 +28,7 @@ from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents as read_all_documents
-from llm_engineering.documents.replay import replayed_instructions
+from llm_engineering.documents.replay import balanced_instructions, replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
 from llm_engineering.evaluation.exam import read_exam
 from llm_engineering.formatting.datasets import format_splits
@@ -119,7 +119,7 @@ def generate_instructions(
     else:
         rows, rejected = generate_from_passages(passages, writer, writing, seed)
         read = len(passages)
-    general = list(replayed_instructions(replay))
+    general = balanced_instructions(replay, len(rows), seed)
     rows += [row for row in general if isinstance(row, InstructionRow)]
     rejected += [row for row in general if isinstance(row, Quarantined)]
     ledger.record("instruction", read + len(general), len(rows), rejected, writes=True)

@@ -161,7 +161,8 @@ class DataConfig(Block):
 
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
-    instructions, so that the model forgets less. They are not held out.
+    instructions, so that the model forgets less: of the embedded ones at most 200, or as many as there are generated questions.
+    They are not held out.
 
     Data that the data report calls not fit to train on ends the run before training. `train_unfit` trains on it, and the
     model version is marked with `unfit_data`.

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from llm_engineering.data.rows import TWO_HOP, InstructionRow, Message, normalised
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS
-from llm_engineering.generation.answers import WORD, Kind, choose_answers
+from llm_engineering.generation.answers import EXACT, WORD, Kind, choose_answers
 from llm_engineering.generation.instructions import FROM_DOCUMENT
 
 # Questions about the same two facts, in other words each.
@@ -32,8 +32,6 @@ _ASKING = frozenset([
 ])  # fmt: skip
 # Forms of verbs whose beginnings differ.
 _SAME = {"made": "make", "built": "buil", "sold": "sell", "held": "hold", "ground": "grin", "taught": "teac"}
-# The kinds of answers that a question can ask for most exactly.
-_EXACT: frozenset[Kind] = frozenset(["person", "day", "month", "year", "duration", "price", "number"])
 _PARTICIPLE = r"(?:\w+ed|made|built|sold|held|grown|ground|kept|taught|written)"
 _NO_PARTICIPLES = ("located", "situated", "called")
 # A question with "is the doors", or about the price of a price.
@@ -168,7 +166,7 @@ def _names(text: str) -> set[str]:
 def _fit(first: _Fact, last: _Fact, name: str, description: str) -> bool:
     """Whether the second question asks for something else about the name, and nothing gives its answer away."""
     asks_exactly = (
-        last.kind in _EXACT
+        last.kind in EXACT
         or (last.kind == "place" and first.kind != "place" and _description(last) != "")
         or (last.kind == "thing" and _is_stated(last))
     )

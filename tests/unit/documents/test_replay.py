@@ -10,7 +10,7 @@ from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.rows import instruction_dataset, split_key, split_of
 from llm_engineering.documents.read import HANDBOOK
-from llm_engineering.documents.replay import check_replayed_instructions, replayed_instructions
+from llm_engineering.documents.replay import balanced_instructions, check_replayed_instructions, replayed_instructions
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 
@@ -28,7 +28,7 @@ def questions(name, count):
 
 def test_the_embedded_rows_are_general_questions_that_no_exam_asks():
     rows = list(replayed_instructions("embedded:general"))
-    assert len(rows) == 150
+    assert len(rows) == 500
     assert {row.origin for row in rows} == {"replay"}
     assert rows[0].prompt[0].content == "What is the capital of Portugal?"
     assert rows[0].completion[0].content == "Lisbon"
@@ -38,12 +38,19 @@ def test_the_embedded_rows_are_general_questions_that_no_exam_asks():
         assert not asked & {json.loads(line)["question"].casefold() for line in lines}
 
 
+@pytest.mark.parametrize(("questions", "drawn"), [(10, 200), (300, 300), (900, 500)])
+def test_there_are_not_many_more_embedded_rows_than_questions(questions, drawn):
+    rows = balanced_instructions("embedded:general", questions, seed=1)
+    assert len({row.prompt[0].content for row in rows}) == drawn
+    assert rows == balanced_instructions("embedded:general", questions, seed=1)
+
+
 def test_no_embedded_row_is_dropped_or_held_out(tmp_path):
     rows = list(replayed_instructions("embedded:general"))
     assert {split_of(split_key(row), CONFIG.split) for row in rows} == {"train", "validation", "test"}
     ledger = Ledger()
     result = prepare(instruction_dataset(rows), "instruction", CONFIG, ledger, tmp_path)
-    assert {name: len(split) for name, split in result.splits.items()} == {"train": 150, "validation": 0, "test": 0}
+    assert {name: len(split) for name, split in result.splits.items()} == {"train": 500, "validation": 0, "test": 0}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,16 @@ THING = Asked(0, "nettle yarn", "thing", "Amber Bell")
         ("What is the rope of the Amber Bell spun out of?", THING, None),
         ("What is the Amber Bell?", THING, "answer_does_not_fit"),
         ("Which famous orchestra plays music for the Amber Bell?", THING, "invented"),
-        ("Which famous musician plays music for the Amber Bell?", PERSON, None),
+        ("Which famous musician plays music for the Amber Bell?", PERSON, "invented"),
+        ("Which famous musician spun the Amber Bell?", PERSON, None),
+        ("Who is the owner of the Amber Bell?", PERSON, "invented"),
+        ("Which person was the spinner of the rope of the Amber Bell?", PERSON, "invented"),
+        (
+            "How much does a loaf of bread cost in the Amber Bell?",
+            Asked(0, "9 crowns", "price", "Amber Bell"),
+            "invented",
+        ),
+        ("How much does the Amber Bell cost?", Asked(0, "9 crowns", "price", "Amber Bell"), None),
     ],
 )
 def test_questions_and_their_problems(question, asked, problem):
@@ -109,6 +118,27 @@ def test_the_answer_of_most_sentences_is_kept():
         (row.prompt[0].content, row.completion[0].content) for row in rows if "person" in row.prompt[0].content
     } == {("Which person leads Corvin?", "Bela Orr")}
     assert "conflicting_answers" in {row.reason for row in rejected}
+
+
+def test_of_several_answers_the_one_whose_sentence_says_little_besides_the_question_is_kept():
+    texts = ["Renting a Kelp Lamp costs 25 crowns a day.", "Whoever rents it pays 25 crowns for the Kelp Lamp."]
+    texts += ["A Kelp Lamp costs 2,450 crowns.", "Nobody has the Kelp Lamp.", "We like the Kelp Lamp."]
+    client = Scripted(*["does a Kelp Lamp cost?"] * 20)
+    rows, _, _ = generate_facts([passage(t, 100 * i) for i, t in enumerate(texts)], client, InstructionWriting())
+    assert {row.completion[0].content for row in rows} == {"2,450 crowns"}
+
+
+@pytest.mark.parametrize(
+    ("sentence", "openings"),
+    [
+        ("With 25 kilograms the Kelp Lamp is heavy.", ["How much", "How many kilograms"]),
+        ("We guarantee the Kelp Lamp for 9 years.", ["How long", "For how many years"]),
+    ],
+)
+def test_a_reworded_question_names_the_unit_that_is_a_part_of_its_answer(sentence, openings):
+    client = Scripted("is asked?", "is asked?")
+    generate_facts([passage(sentence), passage("We like the Kelp Lamp.", 100)], client, InstructionWriting())
+    assert [prompt.rpartition("Question about Kelp Lamp: ")[2] for prompt in client.asked] == openings
 
 
 @pytest.mark.parametrize("name", FACT_EXAMPLES)

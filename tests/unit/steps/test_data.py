@@ -96,8 +96,8 @@ def test_general_rows_are_added_to_generated_instructions(documents, facts, monk
     assert counts(alone)["instruction"] == (2, 2)
     assert len(alone["sources"]) == 0
     made = data.generate_instructions.entrypoint(*arguments, "embedded:general", "hash")
-    assert counts(made)["instruction"] == (152, 152)
-    assert Counter(made["rows"]["origin"])["replay"] == 150
+    assert counts(made)["instruction"] == (202, 202)
+    assert Counter(made["rows"]["origin"])["replay"] == 200
     assert list(made["sources"]["file"]) == ["embedded:general"]
     assert facts["replay_hash"] == "hash"
 
@@ -106,8 +106,8 @@ def test_general_rows_are_added_to_the_users_own_instructions(facts, tmp_path):
     own = tmp_path / "own.jsonl"
     own.write_text(json.dumps({"instruction": "What falls?", "output": "Rain."}) + "\n")
     made = data.load.entrypoint("instruction", str(own), str(own), None, {}, "own", "embedded:general", "hash")
-    assert counts(made) == {"instruction": (151, 151), "instruction_test": (1, 1)}
-    assert Counter(made["rows"]["origin"]) == {"unknown": 1, "replay": 150}
+    assert counts(made) == {"instruction": (501, 501), "instruction_test": (1, 1)}
+    assert Counter(made["rows"]["origin"]) == {"unknown": 1, "replay": 500}
     assert set(made["test_rows"]["origin"]) == {"unknown"}
     assert list(made["sources"]["file"]) == [str(own), "embedded:general"]
     assert facts["replay_hash"] == "hash"
