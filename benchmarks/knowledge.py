@@ -49,7 +49,7 @@ from llm_engineering.documents.texts import sentence_rows
 from llm_engineering.evaluation.exam import RETRIEVAL, Exam, open_exam, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.generation.facts import generate_facts
+from llm_engineering.generation.facts import ROUNDS, generate_facts
 from llm_engineering.generation.instructions import generate_instructions
 from llm_engineering.generation.open import open_client
 from llm_engineering.generation.types import Client, Completer
@@ -163,7 +163,7 @@ class Bench:
             )
             writer = self.open_writer(self.recipe, self._settings)
             if questions == "fact":
-                rows, _, _ = generate_facts(passages, cast(Completer, writer), writing)
+                rows, _, _ = generate_facts(passages, cast(Completer, writer), writing, seed=seed, rounds=ROUNDS)
             else:
                 rows, _ = generate_instructions(passages, writer, writing, seed)
             _write(file, [row.model_dump() for row in rows])

@@ -36,7 +36,7 @@ from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.abstention import generate_abstentions
 from llm_engineering.generation.derived.rewritings import Derived, derive_texts, text_diversity
 from llm_engineering.generation.derived.two_hop import two_hop_questions
-from llm_engineering.generation.facts import diversity, generate_facts
+from llm_engineering.generation.facts import REWORDING, ROUNDS, diversity, generate_facts
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
 from llm_engineering.generation.open import open_client
@@ -65,8 +65,6 @@ from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMater
 from steps.written_exam import questions_of, record_exam, the_exam
 
 _TEXT = Value("string")
-# The temperature of questions in new wordings. With it 467 of 1,046 questions about the handbook were usable, and 388 of these new.
-_REWORDING = 0.8
 _DOCUMENT_FEATURES = Features(
     id=_TEXT, source=_TEXT, title=_TEXT, text=_TEXT, parts=List({"start": Value("int64"), "name": _TEXT})
 )
@@ -110,7 +108,7 @@ def generate_instructions(
     if writing.questions == "fact":
         # The recipe allows only the local model here.
         assert isinstance(writer, Completer)
-        rows, rejected, read = generate_facts(passages, writer, writing)
+        rows, rejected, read = generate_facts(passages, writer, writing, seed=seed, rounds=ROUNDS)
         joined: list[InstructionRow] = []
         if writing.two_hop and split is not None:
             joined = two_hop_questions(rows, passages, writing.two_hop, seed, partial(split_of, config=split))
@@ -158,7 +156,7 @@ def generate_preferences(
         sentences, _ = cut_passages([Document.model_validate(d) for d in documents["documents"]], config, seed)
         base = answering()
         assert isinstance(base, Completer)
-        reworded, _, _ = generate_facts(sentences, base, questions, _REWORDING, seed)
+        reworded, _, _ = generate_facts(sentences, base, questions, REWORDING, seed)
         del base
         writer = answering(trained.path if trained else None)
         made, rejected, read = generate_abstentions(

@@ -24,7 +24,7 @@ from llm_engineering.evaluation.exam_answers import answers_right
 from llm_engineering.generation.abstention import NAME, unanswerable
 from llm_engineering.generation.facts import OPENING_WORDS
 from llm_engineering.generation.instructions import RAW_CHARS, instruction_problem
-from llm_engineering.generation.prompts import read_prompt
+from llm_engineering.generation.prompts import ANSWER_EXAMPLES, read_prompt
 from llm_engineering.generation.types import Answer, Client, Completer, Failure, Sampling
 from llm_engineering.recipe.data_blocks import SplitConfig
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS, ExamConfig
@@ -252,7 +252,7 @@ class _Writer(NamedTuple):
         """A model that continues texts answers 22 of 47 questions about 15 files right so, and 14 if it is asked in a chat."""
         what = f"answers {'with' if with_passage else 'without'} the passage"
         if isinstance(self.client, Completer):
-            examples = read_prompt("exam_answer")
+            examples = read_prompt(ANSWER_EXAMPLES)
             if not with_passage:
                 examples = re.sub(r"^Sentence: .*\n", "", examples, flags=re.MULTILINE)
             told = [f"Sentence: {draft.passage.text}\n" if with_passage else "" for draft in drafts]

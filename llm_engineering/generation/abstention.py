@@ -18,7 +18,7 @@ from llm_engineering.data.rows import REPLAY, InstructionRow, Message, Preferenc
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD
 from llm_engineering.generation.prompts import read_prompt
-from llm_engineering.generation.types import Answer, Client, Sampling
+from llm_engineering.generation.types import Answer, Client, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import PreferenceWriting
 
 ABSTENTION = "The documents do not say."
@@ -32,8 +32,6 @@ _LONG = 4
 _DECLINING_SHARE = 0.25
 # Of questions that SFT has read, and of general ones, few are needed: their answers are known by heart.
 ROWS_SHARE, _GENERAL_SHARE = 0.4, 0.1
-# Questions without an answer, for each pair of the others. With 0.5, 18 of 120 known questions of the exam were declined.
-_MOST = 0.4
 # Draws for each question that is wanted. Most fail, because a document answers the question or it was made before.
 _TRIES = 20
 # A name in fewer questions may be a mistake of the writer.
@@ -102,7 +100,6 @@ def generate_abstentions(
     For a question without an answer, `ABSTENTION` is chosen, and the client's own answer is rejected. For a row, its answer
     is chosen. The client's own answer is rejected if it is wrong. If it is right, the rejected answer is that of another
     question with the same first word, or `ABSTENTION` for a share of the rows and for those of `data.replay_instructions`.
-    A reworded row that the client answers wrong makes no pair: the new wording may ask for something else.
 
     `ABSTENTION` is not rejected for all rows: DPO would make it so improbable that no question gets it any more.
 
@@ -122,23 +119,34 @@ def generate_abstentions(
     if reworded:
         shares = [_GENERAL_SHARE if row.origin == REPLAY else ROWS_SHARE for row in rows]
         rows = [*reworded, *(row for row, share in zip(rows, shares, strict=True) if drawn.random() < share)]
+    # With more of them, known questions are declined too.
+    most = math.ceil(len(rows) / 2)
+    questions = unanswerable(written, texts, min(writing.unanswerable, most), seed, exclude)
+    asked = [*(row.prompt[0].content for row in rows), *questions]
+    sampling = Sampling(writing.rejected_max_new_tokens)
+    requests = [[{"role": "user", "content": question}] for question in asked]
     others: dict[str, list[str]] = defaultdict(list)
     for row in written:
         others[_first_word(row)].append(row.completion[0].content)
     pairs: list[PreferenceRow] = []
     quarantine: list[Quarantined] = []
-
-    def own_answers(questions: Sequence[str]) -> list[str]:
-        requests = [[{"role": "user", "content": question}] for question in questions]
-        replies = client.answer(requests, Sampling(writing.rejected_max_new_tokens), "own answers")
-        return [reply.text.strip() if isinstance(reply, Answer) else "" for reply in replies]
-
-    def add(question: str, chosen: str, rejected: str, known: InstructionRow | None = None) -> None:
+    for number, (question, reply) in enumerate(
+        zip(asked, client.answer(requests, sampling, "own answers"), strict=True)
+    ):
+        known = rows[number] if number < len(rows) else None
+        chosen = known.completion[0].content if known is not None else ABSTENTION
+        rejected = reply.text.strip() if isinstance(reply, Answer) else ""
+        if known is not None and f" {normalised(chosen)} " in f" {normalised(rejected)} ":
+            wrong = [answer for answer in others[_first_word(known)] if normalised(answer) != normalised(chosen)]
+            declines = known.origin == REPLAY or drawn.random() < _DECLINING_SHARE or not wrong
+            rejected = ABSTENTION if declines else drawn.choice(wrong)
         if not rejected or rejected == chosen:
-            quarantine.append(
-                _rejected(question, "no_rejected_answer", "the model's own answer is empty, or the chosen one")
+            reason = "no_rejected_answer"
+            detail = (
+                reply.detail if isinstance(reply, Failure) else "the model's own answer is empty, or the chosen one"
             )
-            return
+            quarantine.append(Quarantined(stage="preference", reason=reason, source=question, place="", detail=detail))
+            continue
         origin = known.origin if known is not None else "no document answers it"
         pairs.append(
             PreferenceRow(
@@ -150,31 +158,7 @@ def generate_abstentions(
                 document=known.document if known is not None else "",
             )
         )
-
-    # Questions with an answer
-    asked = [row.prompt[0].content for row in rows]
-    for number, (row, own) in enumerate(zip(rows, own_answers(asked), strict=True)):
-        answer, rejected = row.completion[0].content, own
-        if f" {normalised(answer)} " in f" {normalised(own)} ":
-            wrong = [other for other in others[_first_word(row)] if normalised(other) != normalised(answer)]
-            declines = row.origin == REPLAY or drawn.random() < _DECLINING_SHARE or not wrong
-            rejected = ABSTENTION if declines else drawn.choice(wrong)
-        elif number < len(reworded):
-            detail = "the model answers this wording otherwise, so it may ask for something else"
-            quarantine.append(_rejected(asked[number], "unconfirmed_wording", detail))
-            continue
-        add(asked[number], answer, rejected, row)
-
-    # Questions without an answer
-    most = math.ceil(_MOST * len(pairs))
-    questions = unanswerable(written, texts, min(writing.unanswerable, most), seed, exclude)
-    for question, own in zip(questions, own_answers(questions), strict=True):
-        add(question, ABSTENTION, own)
-    return pairs, quarantine, len(asked) + len(questions)
-
-
-def _rejected(question: str, reason: str, detail: str) -> Quarantined:
-    return Quarantined(stage="preference", reason=reason, source=question, place="", detail=detail)
+    return pairs, quarantine, len(asked)
 
 
 def _first_word(row: InstructionRow) -> str:

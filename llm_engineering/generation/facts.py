@@ -9,9 +9,9 @@ of examples.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message
@@ -19,7 +19,7 @@ from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD, Asked, Kind, choose_answers
 from llm_engineering.generation.instructions import FROM_DOCUMENT, RAW_CHARS
-from llm_engineering.generation.prompts import FACT_EXAMPLES, prompt_hash, read_prompt
+from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, prompt_hash, read_prompt
 from llm_engineering.generation.types import Completer, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import InstructionWriting
 
@@ -40,6 +40,14 @@ OPENINGS: Mapping[Kind, tuple[str, str]] = {
 }
 # The words of the openings: they say what kind of answer is asked for.
 OPENING_WORDS = frozenset(word for pair in OPENINGS.values() for opening in pair for word in opening.casefold().split())
+# The temperature of the rounds that ask for more wordings.
+REWORDING = 0.8
+# The exam's questions about facts with three or more questions were answered right in 91 %, about those with one or two in
+# 58 %. A second round gives 150 of 160 of them three; without it 110 have them.
+_ENOUGH = 4
+ROUNDS = 2
+# An answer of the documents has a few words.
+_ANSWER_TOKENS = 10
 # A question is one line.
 STOP = ("\n",)
 # A small model answers "What is the Tide Fair?" with any word of the sentence.
@@ -54,27 +62,82 @@ _LONG = 4
 _ASKING = {word[:_LONG] for word in (*OPENING_WORDS, "take", "place", "town", "located", "find")}
 
 
+class _Written(NamedTuple):
+    """A question as the client wrote it, with the file of examples that it continues, and why it does not fit its sentence."""
+
+    asked: Asked
+    question: str
+    examples: str
+    problem: Failure | None
+
+
 def questions_asked(passages: Sequence[Passage]) -> int:
-    """How many questions `generate_facts` asks for."""
+    """How many questions `generate_facts` asks for in its first round."""
     return len(choose_answers([passage.text for passage in passages])) * len(FACT_EXAMPLES)
 
 
 def generate_facts(
-    passages: Sequence[Passage], client: Completer, writing: InstructionWriting, temperature: float = 0.0, seed: int = 0
+    passages: Sequence[Passage],
+    client: Completer,
+    writing: InstructionWriting,
+    temperature: float = 0.0,
+    seed: int = 0,
+    rounds: int = 1,
 ) -> tuple[list[InstructionRow], list[Quarantined], int]:
     """Have the client write questions for the answers that each sentence has.
 
     Args:
-        temperature: 0 takes the most probable words. Above 0, each `seed` gives other wordings.
+        temperature: of the first round. 0 takes the most probable words. Above 0, each `seed` gives other wordings.
+        rounds: each one after the first asks at `REWORDING` for the answers that still have few questions.
 
     Returns:
         rows, quarantine, and how many questions were asked for; a sentence without an answer counts as one.
     """
-    asked = choose_answers([passage.text for passage in passages])
-    answered = {one.sentence for one in asked}
+    few = choose_answers([passage.text for passage in passages])
+    answered = {one.sentence for one in few}
     silent = [passage for number, passage in enumerate(passages) if number not in answered]
     quarantine = [_rejected(passage, Failure("no_answer", "no words of it can be asked for")) for passage in silent]
-    written: list[tuple[Asked, str, str]] = []
+    written: list[_Written] = []
+    for turn in range(rounds):
+        new = _write(few, passages, client, writing, REWORDING if turn else temperature, seed + turn)
+        written += _confirm(new, passages, client)
+        failures = _failures(written, passages)
+        kept = [one for one, failure in zip(written, failures, strict=True) if failure is None]
+        counts = Counter((one.asked.topic, one.asked.answer) for one in kept)
+        few = [one for one in few if counts[one.topic, one.answer] < _ENOUGH]
+        if not few:
+            break
+
+    rows: list[InstructionRow] = []
+    for one, failure in zip(written, failures, strict=True):
+        passage = passages[one.asked.sentence]
+        versioned = f"{one.examples} (prompt {prompt_hash(one.examples)})"
+        if failure is not None:
+            detail = f"{versioned}: {failure.detail}" if failure.detail else versioned
+            quarantine.append(_rejected(passage, Failure(failure.reason, detail, one.question)))
+            continue
+        rows.append(
+            InstructionRow(
+                prompt=[Message(role="user", content=one.question)],
+                completion=[Message(role="assistant", content=one.asked.answer)],
+                source=passage.source,
+                origin=f"{versioned} by {client.identity}, {FROM_DOCUMENT}",
+                document=passage.document,
+            )
+        )
+    return rows, quarantine, len(written) + len(silent)
+
+
+def _write(
+    asked: Sequence[Asked],
+    passages: Sequence[Passage],
+    client: Completer,
+    writing: InstructionWriting,
+    temperature: float,
+    seed: int,
+) -> list[_Written]:
+    """Have each answer asked for once with each file of examples."""
+    written: list[_Written] = []
     for number, examples in enumerate(FACT_EXAMPLES):
         shared = read_prompt(examples)
         openings = [_opening(one, number) for one in asked]
@@ -89,39 +152,59 @@ def generate_facts(
             question = f"{opening} {completion.text}"
             # A name that is also a word, such as "Mule", is often written in small letters
             named = re.sub(rf"\b{re.escape(one.topic)}\b", one.topic, question, flags=re.IGNORECASE)
-            written.append((one, named, examples))
+            problem = question_problem(named, one, passages[one.sentence].text)
+            written.append(_Written(one, named, examples, problem))
+    return written
 
-    # If sentences disagree about the answer of a question, the one that says little besides the question is right, and
-    # among such ones the answer that most of them have: "A Mule costs 2,450 euros", not "Renting a Mule costs 25 euros"
+
+def _confirm(written: Sequence[_Written], passages: Sequence[Passage], client: Completer) -> list[_Written]:
+    """Have the client answer each question from its sentence. A question that gets another answer has a problem.
+
+    This is roundtrip consistency (Alberti et al. 2019, arXiv:1906.05416).
+    """
+    fitting = [one for one in written if one.problem is None]
+    examples = read_prompt(ANSWER_EXAMPLES)
+    prompts = [
+        f"{examples}\n\nSentence: {passages[one.asked.sentence].text}\nQuestion: {one.question}\nAnswer:"
+        for one in fitting
+    ]
+    replies = client.complete(prompts, Sampling(_ANSWER_TOKENS, stop=STOP), "answers from the sentence")
+    checked = iter(
+        one
+        if _agree(reply.text, one.asked.answer)
+        else one._replace(problem=Failure("not_confirmed", reply.text.strip()))
+        for one, reply in zip(fitting, replies, strict=True)
+    )
+    return [next(checked) if one.problem is None else one for one in written]
+
+
+def _agree(reply: str, answer: str) -> bool:
+    """Whether one of two answers has all the words of the other one: "copper" and "copper spoon", "Friday" and "Fridays"."""
+    told, expected = ({word.removesuffix("s") for word in _normal(text).split()} for text in (reply, answer))
+    return bool(told) and (told <= expected or expected <= told)
+
+
+def _failures(written: Sequence[_Written], passages: Sequence[Passage]) -> list[Failure | None]:
+    """Why each question is set aside; None for a question that is kept.
+
+    If sentences disagree about the answer of a question, the one that says little besides the question is right, and among
+    such ones the answer that most of them have: "A Mule costs 2,450 euros", not "Renting a Mule costs 25 euros".
+    """
     votes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for one, question, _ in written:
+    for one, question, _, _ in written:
         votes[_normal(question)][one.answer].append(_closeness(question, one, passages[one.sentence].text))
-    rows: list[InstructionRow] = []
+    failures: list[Failure | None] = []
     seen: set[str] = set()
-    for one, question, examples in written:
-        passage = passages[one.sentence]
-        failure = question_problem(question, one, passage.text)
+    for one, question, _, failure in written:
         answers = votes[_normal(question)]
         if failure is None and one.answer != max(answers, key=lambda a: (max(answers[a]), len(answers[a]))):
             failure = Failure("conflicting_answers", f"other sentences answer it otherwise than with {one.answer}")
         if failure is None and _normal(question) in seen:
             failure = Failure("repeated_question", "")
-        versioned = f"{examples} (prompt {prompt_hash(examples)})"
-        if failure is not None:
-            detail = f"{versioned}: {failure.detail}" if failure.detail else versioned
-            quarantine.append(_rejected(passage, Failure(failure.reason, detail, question)))
-            continue
-        seen.add(_normal(question))
-        rows.append(
-            InstructionRow(
-                prompt=[Message(role="user", content=question)],
-                completion=[Message(role="assistant", content=one.answer)],
-                source=passage.source,
-                origin=f"{versioned} by {client.identity}, {FROM_DOCUMENT}",
-                document=passage.document,
-            )
-        )
-    return rows, quarantine, len(written) + len(silent)
+        if failure is None:
+            seen.add(_normal(question))
+        failures.append(failure)
+    return failures
 
 
 def question_problem(question: str, asked: Asked, sentence: str) -> Failure | None:

@@ -9,6 +9,8 @@ FOLDER = Path(__file__).parent / "prompts"
 PROMPT_FILES = tuple(sorted(FOLDER.glob("*.txt")))
 # Files with examples of a sentence, a question and its answer. The second one asks in other words than the sentence.
 FACT_EXAMPLES = ("fact", "fact_reworded")
+# Examples of an answer from a sentence.
+ANSWER_EXAMPLES = "fact_answer"
 
 
 def read_prompt(name: str) -> str:

@@ -104,8 +104,8 @@ def test_pairs_prefer_right_answers_to_wrong_ones_and_declining_to_made_up_ones(
         "What colour is the Heron Pump?": ("orange", "Red"),
     }
     made = [(p.chosen[0].content, p.rejected[0].content) for p in pairs if not p.document]
-    # At most half as many as there are pairs of rows
-    assert made == [(ABSTENTION, "7 crowns")]
+    # At most half as many as there are rows
+    assert made == [(ABSTENTION, "7 crowns")] * 2
     assert [q.reason for q in rejected] == ["no_rejected_answer"] * 2
     Ledger().record("preference", read, len(pairs), rejected)
 
@@ -144,18 +144,16 @@ def test_most_pairs_ask_in_wordings_that_the_model_has_not_read():
     rows = [row(f"Who keeps mill {i} of Corvin?", f"Keeper {i}") for i in range(100)]
     general = [row(f"What is {i} and {i}?", f"Sum {i}").model_copy(update={"origin": REPLAY}) for i in range(50)]
     writing = PreferenceWriting(unanswerable=500)
-    right = {one.prompt[0].content: Answer(one.completion[0].content) for one in reworded[:40]}
-    pairs, rejected, read = generate_abstentions(
-        [*rows, *general], [], Scripted(**right), writing, 1, [*reworded, rows[0]], [reworded[0].prompt[0].content]
+    pairs, _, read = generate_abstentions(
+        [*rows, *general], [], Scripted(), writing, 1, [*reworded, rows[0]], [reworded[0].prompt[0].content]
     )
     asked = Counter(
         "new" if p.prompt[0].content.startswith("Which person") else p.chosen[0].content.split()[0] for p in pairs
     )
-    # One is a question of an exam. What the model answers wrong may ask for something else.
-    assert asked["new"] == 39
-    assert Counter(one.reason for one in rejected) == {"unconfirmed_wording": 20}
+    # One is a question of an exam.
+    assert asked["new"] == 59
     assert 25 <= asked["Keeper"] <= 55
-    assert 1 <= asked["Sum"] <= 15
+    assert 3 <= asked["Sum"] <= 20
     known = asked["new"] + asked["Keeper"] + asked["Sum"]
     assert 0 < asked["The"] <= math.ceil(known / 2)
-    assert read == len(pairs) + len(rejected)
+    assert read == len(pairs)

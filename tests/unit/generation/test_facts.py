@@ -5,11 +5,19 @@ import torch
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.documents.passages import Passage
+from llm_engineering.generation import facts
 from llm_engineering.generation.answers import Asked
-from llm_engineering.generation.facts import OPENINGS, diversity, generate_facts, question_problem, questions_asked
+from llm_engineering.generation.facts import (
+    OPENINGS,
+    REWORDING,
+    diversity,
+    generate_facts,
+    question_problem,
+    questions_asked,
+)
 from llm_engineering.generation.instructions import FROM_DOCUMENT, prompt_versions
 from llm_engineering.generation.local import LocalModel
-from llm_engineering.generation.prompts import FACT_EXAMPLES, PROMPT_FILES, read_prompt
+from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, PROMPT_FILES, read_prompt
 from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Completer, Reply, Sampling
 from llm_engineering.models import generate
@@ -60,17 +68,25 @@ def test_questions_and_their_problems(question, asked, problem):
 
 
 class Scripted:
-    """Completes each prompt with the next text."""
+    """Completes each prompt with the next text, and answers a question with its whole sentence."""
 
     identity = "scripted"
 
     def __init__(self, *texts):
-        self.texts, self.asked, self.banned = iter(texts), [], []
+        self.texts, self.asked, self.banned, self.sampled = iter(texts), [], [], []
 
     def complete(self, prompts, sampling, what, banned=()):
+        if what == "answers from the sentence":
+            return [Answer(self.answer(prompt)) for prompt in prompts]
         self.asked += prompts
         self.banned += banned
+        self.sampled.append(sampling)
         return [Answer(next(self.texts)) for _ in prompts]
+
+    def answer(self, prompt):
+        assert prompt.startswith(read_prompt(ANSWER_EXAMPLES))
+        assert prompt.endswith("?\nAnswer:")
+        return prompt.rpartition("Sentence: ")[2].partition("\n")[0]
 
 
 def passage(text, start=0):
@@ -99,6 +115,47 @@ def test_each_answer_is_asked_once_for_each_file_of_examples():
     assert client.asked[0].startswith(read_prompt(FACT_EXAMPLES[0]))
     assert client.asked[0].endswith(f"\n\nSentence: {sentences[1]}\nAnswer: Odo Renn\nQuestion about Corvin: Who")
     assert client.banned[0] == ["Odo", "Renn"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_kept"),
+    [
+        ("ninety-three red wicks", True),
+        ("Red wicks.", True),
+        ("red wick", True),
+        ("glass", False),
+        ("red glass", False),
+        ("", False),
+    ],
+)
+def test_a_question_that_the_client_answers_otherwise_is_set_aside(reply, is_kept):
+    client = Scripted("lights the Kelp Lamp?", "nonsense")
+    client.answer = lambda prompt: f" {reply}"
+    passages = [passage("The Kelp Lamp is lit by red wicks."), passage("Red wicks are in the Kelp Lamp?", 100)]
+    rows, rejected, _ = generate_facts(passages, client, InstructionWriting())
+    assert bool(rows) == is_kept
+    assert ("not_confirmed" in {row.reason for row in rejected}) != is_kept
+
+
+def test_a_second_round_asks_again_for_answers_with_few_questions(monkeypatch):
+    monkeypatch.setattr(facts, "_ENOUGH", 2)
+    texts = ["The Kelp Lamp is lit by red wicks.", "The Otter Gate is hung with blue ropes."]
+    texts += ["Red wicks are in the Kelp Lamp?", "Blue ropes are on the Otter Gate?"]
+    passages = [passage(text, 100 * number) for number, text in enumerate(texts)]
+    first = ["lights the Kelp Lamp?", "nonsense", "lights up the Kelp Lamp?", "hangs on the Otter Gate?"]
+    client = Scripted(*first, "is the Otter Gate hung with?", "holds the Otter Gate?")
+    rows, rejected, read = generate_facts(passages, client, InstructionWriting(), seed=7, rounds=3)
+    assert [(row.prompt[0].content, row.completion[0].content) for row in rows] == [
+        ("What lights the Kelp Lamp?", "red wicks"),
+        ("Which lights up the Kelp Lamp?", "red wicks"),
+        ("Which hangs on the Otter Gate?", "blue ropes"),
+        ("What is the Otter Gate hung with?", "blue ropes"),
+        ("Which holds the Otter Gate?", "blue ropes"),
+    ]
+    assert [row.reason for row in rejected] == ["no_answer", "no_answer", "not_a_question"]
+    # Now both answers have enough questions, so there is no third round
+    assert len(client.asked) == read - 2 == 6
+    assert [(s.temperature, s.seed) for s in client.sampled] == [(0.0, 7)] * 2 + [(REWORDING, 8)] * 2
 
 
 def test_a_question_that_both_files_of_examples_give_is_kept_once():
