@@ -31,8 +31,8 @@ _MIN_LANGUAGE_SHARE = 0.02
 # Where a document has a larger share of a held-out split, the measures tell more about it than about the other documents.
 MAX_DOCUMENT_SHARE = 0.25
 OVER_QUARTER = "document_over_quarter"
-# The correlation of the rows of a document.
-_CORRELATION = 0.1
+# The assumed correlation of values of rows of one document, to compare many rows of few documents with fewer, balanced rows.
+_CORRELATION = 0.2
 
 
 def length_bounds(lengths: NDArray[np.uint32]) -> tuple[float, float]:

@@ -298,14 +298,14 @@ def test_rows_stay_in_their_split_when_data_is_added(tmp_path):
         ([40, *[1] * 30], 10),
         # No document has more than a quarter.
         ([5, 5, 5, 5], None),
-        ([8, 6, 6, 4, 27], None),
+        ([8, 6, 6, 4, *[1] * 27], None),
         # Three documents have more than a quarter each, whatever is set aside.
         ([9, 9, 9], None),
         ([1], None),
         ([], None),
-        # Four documents would keep 4 rows each. The variance of a mean would rise from 41 / 576 = 0.071 to 0.081.
+        # Four documents would keep 4 rows each. The variance of a mean would rise from 49.6 / 576 = 0.086 to 0.100.
         ([8, 6, 6, 4], None),
-        # Five documents would keep 2, 2, 2, 1 and 1 rows: from 0.036 to 0.134.
+        # Five documents would keep 2, 2, 2, 1 and 1 rows: from 0.068 to 0.144.
         ([100, 100, 100, 1, 1], None),
     ],
 )
@@ -349,10 +349,11 @@ def test_documents_that_are_added_to_a_held_out_split_change_neither_its_rows_no
 
 
 def test_a_row_that_another_rule_drops_does_not_count_for_its_document(tmp_path):
-    rows = of_documents("test", [5, 5, 5, 5]) + of_documents("validation", [2])
-    repeated = [r.model_copy(update={"source": f"again {i}"}) for i, r in enumerate(rows[:5])]
+    rows = of_documents("test", [5, 5, 5, 5, 5]) + of_documents("validation", [2])
+    # With the repeated rows the first document would have 15 of 35 rows, and keep 6.
+    repeated = [r.model_copy(update={"source": f"again {i}"}) for i, r in enumerate(rows[:5] * 2)]
     run = Run(tmp_path, rows + repeated)
-    assert run.ledger.by_reason("instruction") == {"exact_duplicate": 5}
+    assert run.ledger.by_reason("instruction") == {"exact_duplicate": 10}
 
 
 def test_the_same_question_in_another_case_goes_to_the_same_split(tmp_path):
