@@ -340,7 +340,8 @@ def test_rows_over_a_quarter_of_a_held_out_split_are_set_aside_by_name(tmp_path)
 
 def test_documents_that_are_added_to_a_held_out_split_change_neither_its_rows_nor_training(tmp_path):
     rows = of_documents("test", [60, 4, 4, 4, 4, 4]) + of_documents("validation", [2]) + of_documents("train", [5])
-    before = Run(tmp_path, rows)
+    (tmp_path / "before").mkdir()
+    before = Run(tmp_path / "before", rows)
     after = Run(tmp_path, rows[::-1] + of_documents("test", [4, 4], first=6))
     # 9 of 9 + 7 * 4 = 37 rows is less than a quarter.
     assert len(after.sources("test")) == 37
