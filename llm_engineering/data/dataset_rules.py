@@ -1,4 +1,4 @@
-"""Judges rows by comparing them with the other rows: duplicates, leaks across splits, conflicts, outliers.
+"""Judges rows by comparing them with the other rows: duplicates, leaks across splits, conflicts, outliers, large documents.
 
 The hashes of the rows are in files; memory holds about 30 bytes for each row.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,11 @@ _FENCE = 3.0
 _MIN_ROWS = 100
 # A language with a smaller share of the rows is probably there by accident.
 _MIN_LANGUAGE_SHARE = 0.02
+# Where a document has a larger share of a held-out split, the measures tell more about it than about the other documents.
+MAX_DOCUMENT_SHARE = 0.25
+OVER_QUARTER = "document_over_quarter"
+# The assumed correlation of values of rows of one document, to compare many rows of few documents with fewer, balanced rows.
+_CORRELATION = 0.2
 
 
 def length_bounds(lengths: NDArray[np.uint32]) -> tuple[float, float]:
@@ -52,14 +58,41 @@ def rare_languages(languages: Sequence[str], counts: NDArray[np.int64]) -> set[s
     return {name for name, count in known.items() if count < _MIN_LANGUAGE_SHARE * known.total()}
 
 
-_HASHES = ("ids", "prompts", "answers", "others")
+def document_limit(counts: Sequence[int]) -> int | None:
+    """The most rows of a document that a held-out split keeps, so that no document has more than a quarter of the kept rows.
+
+    Args:
+        counts: rows of each document of the split; 1 for a row without a document.
+
+    Returns:
+        None if all rows are kept: no document has more than a quarter of them, or there are fewer than four documents, or
+        a mean over the kept rows would vary more than one over all rows, because the other documents are too small.
+    """
+
+    def over(limit: int) -> bool:
+        return limit > MAX_DOCUMENT_SHARE * sum(min(count, limit) for count in counts)
+
+    largest = max(counts, default=0)
+    limit = bisect_left(range(1, largest + 1), True, key=over)
+    if limit in (0, largest) or _variance([min(count, limit) for count in counts]) > _variance(counts):
+        return None
+    return limit
+
+
+def _variance(counts: Sequence[int]) -> float:
+    """The variance of a mean over documents of so many rows, if a single row has variance 1."""
+    return sum(count * (1 + _CORRELATION * (count - 1)) for count in counts) / sum(counts) ** 2
+
+
+_HASHES = ("ids", "prompts", "answers", "others", "documents")
 
 
 class Verdict(NamedTuple):
     """The verdict of one rule on a row.
 
     Attributes:
-        rule: the name of the rule; for leaks `leaks_into_validation` or `leaks_into_test`.
+        rule: the name of the rule; for leaks `leaks_into_validation` or `leaks_into_test`; for rows of a document that has
+            too many of a held-out split, OVER_QUARTER.
         other: the row that it is compared with, or -1.
         drops: whether the row is quarantined; otherwise it is reported.
     """
@@ -145,12 +178,14 @@ class Verdicts:
         by_row: the verdicts on each row that has any.
         clusters: the rows of each cluster of duplicates.
         leaked: held-out rows that also occur in an earlier split of `SPLITS`.
+        limits: `document_limit` of each held-out split that has one, by its index in `SPLITS`.
     """
 
     def __init__(self, index: RowIndex, config: DataConfig, remove_leaks: bool) -> None:
         self.by_row: dict[int, list[Verdict]] = {}
         self.clusters: list[list[int]] = []
         self.leaked: set[int] = set()
+        self.limits: dict[int, int] = {}
         self._index = index
         self._rules = config.rules
         self._remove_leaks = remove_leaks
@@ -212,6 +247,30 @@ class Verdicts:
             elif 0 not in rejected and answers[row] in rejected:
                 self.match("conflicting_answers", row, rejected[answers[row]])
 
+    def balance(self) -> None:
+        """Set rows aside of documents that have more than a quarter of the rows of a held-out split.
+
+        The rows with the smallest ids stay, so rows that are added elsewhere do not change which ones.
+        """
+        dropped = np.zeros(self._index.rows, bool)
+        dropped[[row for row in self.by_row if self.drop_of(row) is not None]] = True
+        documents: dict[int, list[list[int]]] = {}
+        for group in groups(self._index.folder / "documents"):
+            if not self._index.hash("documents", int(group[0])):
+                continue
+            kept = group[(self._sides[group] > 0) & ~dropped[group]].tolist()
+            if kept:
+                documents.setdefault(int(self._sides[kept[0]]), []).append(kept)
+        for side, found in documents.items():
+            sizes = [len(rows) for rows in found]
+            others = int(((self._sides == side) & ~dropped).sum()) - sum(sizes)
+            limit = document_limit([*sizes, *[1] * others])
+            if limit is not None:
+                self.limits[side] = limit
+                for rows in found:
+                    for row in sorted(rows, key=lambda row: self._index.hash("ids", row))[limit:]:
+                        self.by_row.setdefault(row, []).append(Verdict(OVER_QUARTER, -1, True))
+
     def outliers(self) -> None:
         """Mark rows of unusual length, and rows in a rare language."""
         lengths = self._index.column("lengths")
@@ -250,4 +309,5 @@ def judge(index: RowIndex, config: DataConfig, remove_leaks: bool) -> Verdicts:
             verdicts.leaks(group.tolist())
             verdicts.conflicts(rows)
     verdicts.outliers()
+    verdicts.balance()
     return verdicts

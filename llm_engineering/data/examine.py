@@ -73,6 +73,7 @@ class Examined(NamedTuple):
         findings: for each report of a rule, the position in `kept`, the rule and the detail.
         ids, prompts, answers, others: hashes of the row, its prompt, its answer (the chosen one of a pair), and its
             rejected answer (0 for instruction rows).
+        documents: hashes of the names of the rows' documents; 0 for a row without one.
         sides: the split, as an index into `SPLITS`.
         generated: 1 if a model wrote a part of the row, else 0.
         lengths: characters of prompt and answer.
@@ -86,6 +87,7 @@ class Examined(NamedTuple):
     prompts: NDArray[np.uint64]
     answers: NDArray[np.uint64]
     others: NDArray[np.uint64]
+    documents: NDArray[np.uint64]
     sides: NDArray[np.uint8]
     generated: NDArray[np.uint8]
     lengths: NDArray[np.uint32]
@@ -148,6 +150,7 @@ class Examiner:
             prompts=np.array([_hash(folded(row.prompt or row.answers[0])) for row in kept], np.uint64),
             answers=np.array([_hash(folded(row.answers[0])) for row in kept], np.uint64),
             others=np.array([_hash(folded(row.answers[1])) if row.answers[1:] else 0 for row in kept], np.uint64),
+            documents=np.array([_hash(row.document) if row.document else 0 for row in kept], np.uint64),
             sides=np.array(sides, np.uint8),
             generated=np.array([is_generated(row) for row in kept], np.uint8),
             lengths=np.array([len(text) for text in texts], np.uint32),

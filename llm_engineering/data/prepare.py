@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Features, Value
 
-from llm_engineering.data.dataset_rules import RowIndex, Verdict, Verdicts, judge
+from llm_engineering.data.dataset_rules import OVER_QUARTER, RowIndex, Verdict, Verdicts, judge
 from llm_engineering.data.examine import Examiner, examine
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.private import redacted
@@ -269,6 +269,12 @@ class _Writer:
             return "far shorter or longer than the other rows"
         if verdict.rule == "language_outlier":
             return f"in {self.languages[int(self.codes[row])]}, unlike nearly all other rows"
+        if verdict.rule == OVER_QUARTER:
+            side = int(self.sides[row])
+            limit = counted(self.verdicts.limits[side], "row")
+            return (
+                f"the {SPLITS[side]} split keeps {limit} of each document, so that none has more than a quarter of it"
+            )
         other = self._source(verdict.other)
         if verdict.rule == "exact_duplicate":
             return f"first seen at {other}"

@@ -20,6 +20,7 @@ from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import (
     AT_LAST_SENTENCE,
     REPLAY,
+    SPLITS,
     InstructionRow,
     PreferenceRow,
     Row,
@@ -85,13 +86,14 @@ class Trained(NamedTuple):
 class Lengths:
     """Counts the lengths of rows in tokens and in turns, and lists the rows that were cut.
 
-    Memory holds one number for each distinct length.
+    Memory holds one number for each distinct length, and for each document of a held-out split.
 
     Attributes:
         kept: rows of each split, and pieces of texts, by their length after cutting.
         all: rows by their length before cutting, quarantined rows included.
         turns: kept rows by their turns.
         trained: kept rows of the training split, or pieces of texts, and their tokens, by `written_as`.
+        documents: kept rows, or pieces of texts, of each held-out split by their document; "" for those without one.
         replayed: kept rows, or pieces of texts, of general datasets, which are trained on beside the data.
         ended: kept pairs whose rejected answer was cut and ends at its last whole sentence.
         respaced: kept rows in which the chat template changed the white space of an answer.
@@ -104,6 +106,7 @@ class Lengths:
         self.all: Counter[int] = Counter()
         self.turns: Counter[int] = Counter()
         self.trained: dict[str, Trained] = {}
+        self.documents: dict[str, Counter[str]] = {}
         self.replayed = 0
         self.ended = 0
         self.respaced = 0
@@ -123,6 +126,8 @@ class Lengths:
                 before = self.trained.get(written_as(row), Trained(0, 0))
                 tokens = sum(map(_trained_length, formatted.records))
                 self.trained[written_as(row)] = Trained(before.rows + len(formatted.records), before.tokens + tokens)
+            elif split in SPLITS:
+                self.documents.setdefault(split, Counter())[row.document] += len(formatted.records)
             self.replayed += len(formatted.records) if row.origin == REPLAY else 0
             self.ended += row.origin.endswith(AT_LAST_SENTENCE)
             self.respaced += formatted.respaced

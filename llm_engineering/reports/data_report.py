@@ -15,27 +15,25 @@ from datasets import Dataset, DatasetDict
 from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
+from llm_engineering.data.dataset_rules import OVER_QUARTER
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
 from llm_engineering.data.prepare import MIN_ROWS, prepare
-from llm_engineering.data.rows import AT_LAST_SENTENCE, Message, Row, read_row
+from llm_engineering.data.rows import Message, Row, read_row
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import Lengths, format_rows
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.progress import counted
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
+from llm_engineering.reports.data_advice import advice, held_out
 from llm_engineering.reports.page import histogram, page, paragraph, table, write_report
 
 # A file that loses more than this share of its rows is damaged, or is not what its owner thinks it is.
 MAX_SHARE_SET_ASIDE = 0.5
-# LIMA (arXiv:2305.11206) tunes on 1,000 selected rows. From fewer rows a model learns a style rather than a subject.
-FEW_ROWS = 1000
-# Above this share, the length limit decides what the model learns.
-MAX_SHARE_OVER_LENGTH = 0.1
 _CLUSTERS_SHOWN = 12
-# Reasons that do not count against a file: the row is elsewhere in it.
-_HARMLESS = ("exact_duplicate", "near_duplicate")
+# Reasons that do not count against a file: the row is elsewhere in it, or is a good row that the split has no place for.
+_HARMLESS = ("exact_duplicate", "near_duplicate", OVER_QUARTER)
 
 
 def token_counts(lengths: Counter[int]) -> dict[str, float]:
@@ -91,6 +89,7 @@ def write_data_report(
         },
         "rows": {name: counts.total() for name, counts in lengths.kept.items()},
         "tokens": token_counts(kept),
+        "held_out": {name: held_out(counts) for name, counts in lengths.documents.items() if any(counts)},
         "trained": {name: counts._asdict() for name, counts in lengths.trained.items()},
         "epochs": epochs,
         "tokens_to_train": round((epochs or 0) * sum(counts.tokens for counts in lengths.trained.values())),
@@ -107,7 +106,7 @@ def write_data_report(
         "near_duplicates": reasons.get("near_duplicate", 0),
         "leaks": {side: reasons.get(f"leaks_into_{side}", 0) for side in ("validation", "test")},
         "leaked_into_test": leaked,
-        "guidance": [*_guidance(kind, lengths, share_over, max_length, findings), *template],
+        "guidance": [*advice(kind, lengths, share_over, max_length, findings), *template],
         "fit_to_train": not why,
         "why": why,
     }
@@ -150,6 +149,16 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         ("Advice", Markup("").join(paragraph(line) for line in data["guidance"])),
         ("Length in tokens", histogram(lengths.all, "tokens per row", data["max_length"]) + paragraph(over)),
         ("To train on", _trained(data)),
+        (
+            "Held-out documents",
+            _table_or_none(
+                ["Split", "Rows", "Documents", "Document with most rows", "Its rows", "Its share"],
+                [
+                    (name, s["rows"], s["documents"], s["largest"], s["largest_rows"], f"{s['largest_share']:.0%}")
+                    for name, s in data["held_out"].items()
+                ],
+            ),
+        ),
         ("Turns", table(["Messages", "Rows"], [(int(turns), count) for turns, count in data["turns"].items()])),
         ("Findings in kept rows", _table_or_none(["Rule", "Rows"], list(data["findings"].items()))),
         (
@@ -193,52 +202,6 @@ def _clusters(clusters: Dataset) -> Markup:
     shown = [r for r in clusters.select(range(min(len(clusters), 200))) if r["cluster"] < _CLUSTERS_SHOWN]
     rows = [(r["cluster"] + 1, r["source"], r["split"], r["fate"]) for r in shown]
     return _table_or_none(["Cluster", "Source", "Split", "Result"], rows)
-
-
-def _guidance(kind: str, lengths: Lengths, share_over: float, max_length: int, findings: dict[str, int]) -> list[str]:
-    lines = []
-    train = lengths.kept.get("train", sum(lengths.kept.values(), Counter())).total()
-    if train < FEW_ROWS and kind != "text":
-        lines.append(
-            f"{train:,} rows are left to train on. They are enough to learn a style of answering; to learn a subject, "
-            f"use {FEW_ROWS:,} or more good rows."
-        )
-    test = lengths.kept.get("test", Counter()).total()
-    if test:
-        # The 95 % interval of a share of n rows is widest at one half: 1.96 sqrt(0.25 / n).
-        lines.append(
-            f"{test:,} test rows are left: a percentage measured on them has a 95 % interval of up to "
-            f"±{98 / test**0.5:.0f} points."
-        )
-    if share_over > MAX_SHARE_OVER_LENGTH and kind != "text":
-        lines.append(
-            f"{share_over:.0%} of the rows are longer than formatting.max_length ({max_length} tokens): raise it if "
-            "memory allows."
-        )
-    if "truncated" in findings:
-        lines.append(
-            f"{findings['truncated']:,} rows were cut at formatting.max_length ({max_length} tokens), so the end of their "
-            "answers is not trained. Raise max_length, or set formatting.over_long to drop."
-        )
-    if "oldest_turns_dropped" in findings:
-        lines.append(
-            f"{findings['oldest_turns_dropped']:,} rows were longer than formatting.max_length ({max_length} tokens) and lost "
-            "their oldest turns."
-        )
-    if lengths.ended:
-        lines.append(
-            f"{lengths.ended:,} rejected answers reached generation.rejected_max_new_tokens and were {AT_LAST_SENTENCE}. Raise "
-            "it to have whole answers."
-        )
-    if lengths.respaced:
-        lines.append(
-            f"In {lengths.respaced:,} rows the chat template changed the white space of an answer, e.g. removed it at the start, "
-            "so the model learns the answer without it. formatting.chat_template: chatml leaves answers as they are."
-        )
-    for rule, what in (("secret", "keys or passwords"), ("personal_data", "e-mail addresses or phone numbers")):
-        if rule in findings:
-            lines.append(f"{findings[rule]:,} findings of {what}: set data.rules.{rule} to mask or drop.")
-    return lines or ["There is nothing to change."]
 
 
 def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:

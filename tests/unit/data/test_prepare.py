@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from benchmarks.alpaca_rows import write_rows
 from llm_engineering.data import examine, similarity
-from llm_engineering.data.dataset_rules import length_bounds, rare_languages
+from llm_engineering.data.dataset_rules import document_limit, length_bounds, rare_languages
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import check_splits, prepare
@@ -285,6 +285,76 @@ def test_rows_stay_in_their_split_when_data_is_added(tmp_path):
         sides.setdefault(r.document, set()).add(after[r.id])
     assert all(len(names) == 1 for names in sides.values())
     assert set(after.values()) == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit"),
+    [
+        # 6 of 6 + 5 * 4 = 26 rows is less than a quarter; 7 of 27 is more.
+        ([60, 4, 4, 4, 4, 4], 6),
+        # Two large documents: 7 of 7 + 7 + 5 + 5 + 4 = 28 rows is a quarter.
+        ([20, 12, 5, 5, 4], 7),
+        # Rows without a document count: 10 of 10 + 30 rows is a quarter.
+        ([40, *[1] * 30], 10),
+        # No document has more than a quarter.
+        ([5, 5, 5, 5], None),
+        ([8, 6, 6, 4, *[1] * 27], None),
+        # Three documents have more than a quarter each, whatever is set aside.
+        ([9, 9, 9], None),
+        ([1], None),
+        ([], None),
+        # Four documents would keep 4 rows each. The variance of a mean would rise from 49.6 / 576 = 0.086 to 0.100.
+        ([8, 6, 6, 4], None),
+        # Five documents would keep 2, 2, 2, 1 and 1 rows: from 0.068 to 0.144.
+        ([100, 100, 100, 1, 1], None),
+    ],
+)
+def test_no_document_has_more_than_a_quarter_of_a_held_out_split_where_fewer_rows_tell_as_much(counts, limit):
+    assert document_limit(counts) == limit
+
+
+def of_documents(side, counts, first=0):
+    """Rows of documents of the split `side`, as many of each as `counts` says."""
+    return [
+        row(f"What is {side} {n}.{i}?", f"It is number {n * 1000 + i}.", f"{side} {n}.{i}", document_on(side, n))
+        for n, count in enumerate(counts, first)
+        for i in range(count)
+    ]
+
+
+def test_rows_over_a_quarter_of_a_held_out_split_are_set_aside_by_name(tmp_path):
+    train = of_documents("train", [50, 1])
+    rows = of_documents("test", [60, 4, 4, 4, 4, 4]) + of_documents("validation", [8, 6, 6, 4]) + train
+    run = Run(tmp_path, rows)
+    kept = Counter(r["document"] for r in run.prepared.splits["test"])
+    assert kept == {document_on("test", 0): 6} | {document_on("test", n): 4 for n in range(1, 6)}
+    assert run.ledger.by_reason("instruction") == {"document_over_quarter": 54}
+    assert all(q.source.startswith("test 0.") for q in run.quarantine)
+    assert {q.detail for q in run.quarantine} == {
+        "the test split keeps 6 rows of each document, so that none has more than a quarter of it"
+    }
+    # The split that would tell less, and the training split, stay as they are.
+    assert len(run.sources("validation")) == 24
+    assert run.sources("train") == sorted(r.source for r in train)
+
+
+def test_documents_that_are_added_to_a_held_out_split_change_neither_its_rows_nor_training(tmp_path):
+    rows = of_documents("test", [60, 4, 4, 4, 4, 4]) + of_documents("validation", [2]) + of_documents("train", [5])
+    (tmp_path / "before").mkdir()
+    before = Run(tmp_path / "before", rows)
+    after = Run(tmp_path, rows[::-1] + of_documents("test", [4, 4], first=6))
+    # 9 of 9 + 7 * 4 = 37 rows is less than a quarter.
+    assert len(after.sources("test")) == 37
+    assert set(before.sources("test")) < set(after.sources("test"))
+    assert before.sources("train", "validation") == after.sources("train", "validation")
+
+
+def test_a_row_that_another_rule_drops_does_not_count_for_its_document(tmp_path):
+    rows = of_documents("test", [5, 5, 5, 5, 5]) + of_documents("validation", [2])
+    # With the repeated rows the first document would have 15 of 35 rows, and keep 6.
+    repeated = [r.model_copy(update={"source": f"again {i}"}) for i, r in enumerate(rows[:5] * 2)]
+    run = Run(tmp_path, rows + repeated)
+    assert run.ledger.by_reason("instruction") == {"exact_duplicate": 10}
 
 
 def test_the_same_question_in_another_case_goes_to_the_same_split(tmp_path):

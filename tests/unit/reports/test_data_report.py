@@ -14,22 +14,23 @@ def aside(count, reason):
     return [Quarantined(stage="instruction", reason=reason, source="s", place=str(i)) for i in range(count)]
 
 
-def instruction(number, origin="o"):
+def instruction(number, origin="o", document=""):
     return InstructionRow(
         prompt=[Message(role="user", content=f"What is {number}?")],
         completion=[Message(role="assistant", content="It is this.")],
         source="s",
         origin=origin,
+        document=document,
     )
 
 
-def reported(folder, ledger, rows):
-    """The report about formatted rows of three tokens."""
+def reported(folder, ledger, rows, held_out=()):
+    """The report about formatted rows of three tokens: of the training split, and as pairs of a split and a row."""
     lengths = Lengths()
-    for row in rows:
+    for split, row in [*(("train", row) for row in rows), *held_out]:
         ids = {"prompt_ids": [1], "chosen_ids": [2, 3], "rejected_ids": [2]}
         record = ids if isinstance(row, PreferenceRow) else {"input_ids": [1, 2, 3]}
-        lengths.add("train", FormattedRow(row, [record], 3, None))
+        lengths.add(split, FormattedRow(row, [record], 3, None))
     columns = {
         "findings": ("id", "source", "rule", "detail"),
         "clusters": ("cluster", "source", "split", "fate"),
@@ -115,3 +116,37 @@ def test_answers_that_end_at_their_last_sentence_are_counted(tmp_path):
     report = reported(tmp_path, ledger, rows)
     assert report["ended_at_last_sentence"] == 7
     assert any("7 rejected answers reached generation.rejected_max_new_tokens" in line for line in report["guidance"])
+
+
+def test_a_document_with_more_than_a_quarter_of_a_held_out_split_is_named(tmp_path):
+    ledger = Ledger()
+    ledger.record("instruction", 68, 48, aside(20, "document_over_quarter"))
+    held_out = [("validation", "a.md"), ("validation", "a.md"), *[("test", "b.md")] * 3, *[("test", "c.md")] * 2]
+    held_out += [("test", ""), ("test", "d.md"), ("test", "e.md")]
+    found = [(split, instruction(number, document=document)) for number, (split, document) in enumerate(held_out)]
+    report = reported(tmp_path, ledger, map(instruction, range(38)), found)
+    # A row without a document is one of the split's rows, and none of its documents.
+    assert report["held_out"] == {
+        "validation": {"rows": 2, "documents": 1, "largest": "a.md", "largest_rows": 2, "largest_share": 1.0},
+        "test": {"rows": 8, "documents": 4, "largest": "b.md", "largest_rows": 3, "largest_share": 0.375},
+    }
+    named = [line for line in report["guidance"] if "depend on this document" in line]
+    assert named == [
+        "a.md has 2 of the 2 validation rows (100%; 1 document in this split), so the results depend on this document more "
+        "than on others. Add documents, or raise data.split.validation_fraction.",
+        "b.md has 3 of the 8 test rows (38%; 4 documents in this split), so the results depend on this document more "
+        "than on others. Add documents, or raise data.split.test_fraction.",
+    ]
+    assert "Document with most rows" in (tmp_path / "report.html").read_text()
+    # One row fewer is a quarter.
+    del found[2]
+    found.append(("test", instruction(99, document="f.md")))
+    report = reported(tmp_path, ledger, map(instruction, range(38)), found)
+    assert report["held_out"]["test"]["largest_share"] == 0.25
+    assert not any("test rows (25%" in line for line in report["guidance"])
+
+
+def test_good_rows_that_a_held_out_split_has_no_place_for_do_not_make_data_unfit(tmp_path):
+    ledger = Ledger()
+    ledger.record("instruction", 100, 40, aside(60, "document_over_quarter"))
+    assert reported(tmp_path, ledger, map(instruction, range(40)))["fit_to_train"]
