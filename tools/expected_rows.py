@@ -11,20 +11,22 @@ from llm_engineering.data.prepare import MIN_ROWS
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents
 from llm_engineering.generation.abstention import ROWS_SHARE
-from llm_engineering.generation.facts import questions_asked
+from llm_engineering.generation.facts import ROUNDS, questions_asked
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
 from llm_engineering.recipe.generation_blocks import GenerationConfig
 from llm_engineering.recipe.recipe import Recipe
 
 # English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
 CHARACTERS_PER_TOKEN = 4
-# The share of questions of the embedded model that were usable: 168 of 320 about passages of the Python reference, and 437
-# of 1,018 about facts of the handbook. Endpoints have larger models, so all of their questions are expected.
-USABLE = {"passage": 0.5, "fact": 0.4}
-# Questions of a generated exam for each question that is asked for: 24 of 280 about the files of examples/company. An endpoint
+# The share of questions of the embedded model that were usable: 168 of 320 about passages of the Python reference, and 383
+# of at most 2,012 about facts of the handbook. Endpoints have larger models, so all of their questions are expected.
+USABLE = {"passage": 0.5, "fact": 0.19}
+# Questions of a generated exam for each question that is asked for: 24 of at most 560 about the files of examples/company. An endpoint
 # writes one for each passage, and all are expected to be usable.
-EXAM_SHARE = {"passage": 1.0, "fact": 0.08}
+EXAM_SHARE = {"passage": 1.0, "fact": 0.04}
 
+# Questions in new words for each question about the handbook: 265 and 383.
+_REWORDED = 0.7
 # How many tokens the rewritings of a kind have for each token of the documents, measured on the embedded handbook for
 # those by rule. An endpoint's are estimated by what their prompts ask for.
 TEXT_OF_KIND = {"faq": 1.2, "dialogue": 2.1, "list": 1.3, "reordered": 1.0, "summary": 0.5, "reworded": 1.0}
@@ -83,8 +85,8 @@ def _pairs(writing: GenerationConfig, most: int, expected: int) -> list[str]:
         limit = writing.max_preferences or most
         return _rows("preference", min(most, limit), min(expected, limit), "one pair for each instruction row")
     how = f"questions in new wordings, a share of the instruction rows, and at most {writing.unanswerable} questions without an answer"
-    # All questions may be written in new words, and all rows may be drawn.
-    known, expected_known = 2 * most, math.floor(expected * (1 + ROWS_SHARE))
+    # All answers may get a question in new words, and all rows may be drawn.
+    known, expected_known = most + most // ROUNDS, math.floor(expected * (_REWORDED + ROWS_SHARE))
     unanswered = [min(writing.unanswerable, math.ceil(number / 2)) for number in (known, expected_known)]
     return _rows("preference", known + unanswered[0], expected_known + unanswered[1], how)
 

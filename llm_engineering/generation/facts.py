@@ -1,9 +1,9 @@
 """Writes questions about single facts: each passage is a sentence, and the answer is a few words of it.
 
 A small base model writes poor questions when it is asked to, and better ones when it continues examples. It gets the answer
-and the first words of the question, and it may not write the words of the answer. Of the embedded model's questions about the
-handbook 40 % are then usable and new; where the model chose the answer, 23 % were. Each answer is asked for once with each file
-of examples.
+and the first words of the question, and it may not write the words of the answer. Each answer is asked for once with each file of
+examples. Then the model answers each question from its sentence, and one that gets another answer is set aside. Answers that
+have few questions by then are asked for again.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class _Written(NamedTuple):
 
 
 def questions_asked(passages: Sequence[Passage]) -> int:
-    """How many questions `generate_facts` asks for in its first round."""
-    return len(choose_answers([passage.text for passage in passages])) * len(FACT_EXAMPLES)
+    """How many questions `generate_facts` asks for at most, in `ROUNDS` rounds."""
+    return len(choose_answers([passage.text for passage in passages])) * len(FACT_EXAMPLES) * ROUNDS
 
 
 def generate_facts(

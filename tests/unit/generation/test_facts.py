@@ -111,7 +111,7 @@ def test_each_answer_is_asked_once_for_each_file_of_examples():
         ("answer_in_question", passages[1].place, "instruction"),
     ]
     Ledger().record("instruction", read, len(rows), rejected)
-    assert questions_asked(passages[1:]) == read - 1 == len(client.asked)
+    assert questions_asked(passages[1:]) == 2 * len(client.asked) == 2 * (read - 1)
     assert client.asked[0].startswith(read_prompt(FACT_EXAMPLES[0]))
     assert client.asked[0].endswith(f"\n\nSentence: {sentences[1]}\nAnswer: Odo Renn\nQuestion about Corvin: Who")
     assert client.banned[0] == ["Odo", "Renn"]
