@@ -131,7 +131,7 @@ def compare(
 
     from llm_engineering.data.rows import Message
     from llm_engineering.evaluation.models import Models
-    from llm_engineering.models.base_model import load_model
+    from llm_engineering.models.base_model import check_unchanged, load_model
     from llm_engineering.models.device import choose_device
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
@@ -150,6 +150,7 @@ def compare(
     tokenizer = load_tokenizer(
         ModelConfig(name_or_path=folder, trust_remote_code=found.base.trust_remote_code), settings
     )
+    check_unchanged(found.base)
     base = load_model(found.base, settings, choose_device(recipe.compute.here))
     messages = [Message(role="user", content=prompt)]
     if system is not None:

@@ -6,6 +6,7 @@ for a wrong recipe take about a second. Import this module before ZenML: it sets
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -277,13 +278,36 @@ def exit_code(work: Callable[[], int], debug: bool) -> int:
             traceback.print_exc()
         from tools.zenml_store import database_error
 
-        sentence = database_error(error)
+        sentence = database_error(error) or limit_error(error)
         if sentence is not None:
             print(f"Error: {sentence}", file=sys.stderr)
             return 1
         hint = "" if debug else " Run the command again with --debug (ARGS=--debug) to see the traceback."
         print(f"Error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
         return 1
+
+
+_FULL = "Make room on this disk, then repeat the command: finished work is kept."
+# What the system says at one of its limits, and the remedy.
+_LIMITS = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EMFILE: "Raise the limit of open files (`ulimit -n 4096`), then repeat the command: finished work is kept.",
+}
+
+
+def limit_error(error: BaseException) -> str | None:
+    """A sentence for an error at a limit of the system, with the remedy; None for another error.
+
+    The system's words are searched for, because libraries put them into errors of their own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for number, remedy in _LIMITS.items():
+            if os.strerror(number) in str(cause):
+                return f"{str(cause).rstrip('.')}. {remedy}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 if __name__ == "__main__":

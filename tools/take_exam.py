@@ -43,7 +43,7 @@ def exam(
     from llm_engineering.evaluation.exam import exam_report, open_exam, take_exam, with_written
     from llm_engineering.evaluation.models import BASE, Models, Sample
     from llm_engineering.evaluation.statistics import Bootstrap
-    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.base_model import check_unchanged, pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
     from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
@@ -69,6 +69,7 @@ def exam(
     folders = found.folders if found is not None else {}
     if found is not None:
         base, template = found.base, None
+        check_unchanged(base)
         source = ModelConfig(name_or_path=str(folders[found.name]), trust_remote_code=base.trust_remote_code)
     else:
         base = pin_revision(recipe.model)

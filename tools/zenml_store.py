@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.settings import check_folder
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -23,12 +24,14 @@ def check_database() -> None:
     ZenML would make a new, empty database in the place of one that has moved, and all runs and models would seem to be gone.
 
     Raises:
-        RequestError: the file is missing or damaged. The message says what to do.
+        RequestError: the file is missing or damaged, or it cannot be made. The message says what to do.
     """
     from zenml.utils.io_utils import get_global_config_directory
 
     config = Path(get_global_config_directory()) / "config.yaml"
     if not config.is_file():
+        # ZenML makes its settings and a database.
+        check_folder(config.parent, "ZENML_CONFIG_PATH", "the environment")
         return
     store = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("store") or {}
     url = str(store.get("url", ""))

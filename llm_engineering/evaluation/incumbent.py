@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.models import BASE, Models
-from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.base_model import check_unchanged
 from llm_engineering.models.new_tokens import with_added_tokens
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
@@ -58,20 +58,13 @@ def load_incumbent(
     if base is None:
         full = ModelConfig(name_or_path=str(folder), trust_remote_code=setup.model.trust_remote_code)
         return Models.load(full, {}, tokenizer, config, setup.compute, settings), BASE
-    is_folder = (base.revision or "").startswith("folder-")
     try:
-        current = pin_revision(base.model_copy(update={"revision": None})) if is_folder else base
-        if current.revision != base.revision:
-            raise WorkError(
-                f"The model in production cannot be measured: it was trained on {base.name_or_path} with the content "
-                f"{base.revision}, and the folder has changed since (now {current.revision}). Restore the former files, "
-                "or take the model out of production."
-            )
+        check_unchanged(base)
         return Models.load(base, {INCUMBENT: folder}, tokenizer, config, setup.compute, settings), INCUMBENT
     except (RequestError, OSError) as error:
         raise WorkError(
-            f"The model in production cannot be measured, because its base model {base.name_or_path} cannot be loaded: "
-            f"{error} Restore it, or take the model out of production."
+            f"The model in production cannot be measured on its base model {base.name_or_path}: {error} Or take the model out "
+            "of production."
         ) from error
 
 

@@ -70,6 +70,32 @@ def pin_revision(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"revision": commit})
 
 
+def check_unchanged(model: ModelConfig) -> None:
+    """Check that the base model of a trained model is still the one that it was trained on.
+
+    A model of the hub is pinned to a commit, so only a folder and the embedded model can change.
+
+    Args:
+        model: the base model with the revision of the training.
+
+    Raises:
+        RequestError: the folder is missing, its files have changed, or another version of the embedded model is installed.
+    """
+    name, then = model.name_or_path, str(model.revision)
+    if name != EMBEDDED_MODEL and not then.startswith("folder-"):
+        return
+    if name != EMBEDDED_MODEL and not Path(name).expanduser().is_dir():
+        raise RequestError(
+            f"The base model {name} of the trained model is missing. Move its folder back, or put a symbolic link there."
+        )
+    now = pin_revision(model.model_copy(update={"revision": None})).revision
+    if now != then:
+        raise RequestError(
+            f"The base model {name} has changed since the training: it was {then}, and now it is {now}. On other weights the "
+            "trained model would answer differently. Restore the former files with their times, or train again."
+        )
+
+
 def model_path(model: ModelConfig, settings: Settings) -> str:
     """The folder or hub id that transformers loads. Unpacks the embedded model on its first use."""
     if model.name_or_path == EMBEDDED_MODEL:

@@ -47,13 +47,26 @@ class Settings(BaseSettings):
             RequestError: a folder cannot be created or written to.
         """
         for variable, folder in (("LLM_CACHE_DIR", self.llm_cache_dir), ("LLM_OUTPUT_DIR", self.llm_output_dir)):
-            probe = folder / f".writable-{os.getpid()}"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise RequestError(
-                    f"The folder {folder} cannot be written to ({error.strerror}). "
-                    f"Set {variable} to a folder that you can write to, in the environment or in .env."
-                ) from error
+            check_folder(folder, variable, "the environment or in .env")
+
+
+def check_folder(folder: Path, variable: str, place: str) -> None:
+    """Create a folder and write to it.
+
+    Args:
+        variable: the environment variable that names the folder.
+        place: where to set the variable.
+
+    Raises:
+        RequestError: the folder cannot be created or written to.
+    """
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RequestError(
+            f"The folder {folder} cannot be written to ({error.strerror}). "
+            f"Set {variable} to a folder that you can write to, in {place}."
+        ) from error

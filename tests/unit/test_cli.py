@@ -101,8 +101,15 @@ def test_a_wrong_option_prints_one_line_and_exits_with_2(arguments, words, capsy
         (WorkError("It failed."), 1, "Error: It failed."),
         (KeyboardInterrupt(), 130, "run the same command again to continue"),
         (ValueError("unforeseen"), 1, "Error: ValueError: unforeseen Run the command again with --debug"),
+        (
+            OSError(28, "No space left on device", "a.bin"),
+            1,
+            "No space left on device: 'a.bin'. Make room on this disk",
+        ),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 1, "Make room on this disk"),
+        (OSError(24, "Too many open files"), 1, "Raise the limit of open files (`ulimit -n 4096`)"),
     ],
-    ids=["request", "work", "interrupted", "unforeseen"],
+    ids=["request", "work", "interrupted", "unforeseen", "full", "full, wrapped", "open files"],
 )
 def test_exit_codes(raised, code, words, monkeypatch, capsys):
     def fail(*arguments):

@@ -63,9 +63,10 @@ def export(
     if is_gguf:
         from transformers import AutoTokenizer
 
-        from llm_engineering.models.base_model import load_config
+        from llm_engineering.models.base_model import check_unchanged, load_config
         from llm_engineering.publish.gguf import check_gguf
 
+        check_unchanged(found.base)
         # Before the merge, which takes minutes. Training changes neither.
         check_gguf(load_config(found.base, settings), AutoTokenizer.from_pretrained(found.folders[found.name]))
     folder = merged_model(found, recipe, settings)

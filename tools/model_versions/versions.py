@@ -21,6 +21,7 @@ from zenml.utils.pagination_utils import depaginate
 
 from llm_engineering.data.storage import stream_records
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.models.base_model import check_unchanged
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.new_tokens import with_added_tokens
 from llm_engineering.publish.merge import MAX_ROWS, Trained, merge, merged_device
@@ -177,7 +178,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     `merged_model`.
 
     Raises:
-        RequestError: the version has no held-out rows for the verification.
+        RequestError: the version has no held-out rows for the verification, or its base model is missing or has changed.
         WorkError: the merged model differs from the trained model. It is then not registered.
     """
     dtype = merged_device(recipe.compute.here).dtype
@@ -185,6 +186,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     registered = _registered(found, precision(dtype), penalty)
     if registered is not None:
         return registered
+    check_unchanged(found.base)
     rows_of = [name for name, stage in STAGES.items() if stage.rows != "preference"]
     versions = (found.version.get_artifact(f"formatted_{name}") for name in reversed(rows_of))
     formatted = next((version for version in versions if version is not None), None)

@@ -8,7 +8,20 @@ from contextlib import contextmanager
 from typing import Any
 
 from boto3.exceptions import Boto3Error
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    LoginError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    SSOError,
+    TokenRetrievalError,
+)
+from botocore.exceptions import (
+    ConnectionError as LostConnectionError,
+)
 
 from llm_engineering.errors import RequestError, WorkError
 
@@ -62,16 +75,31 @@ _REMEDIES = {
     "compute.sagemaker.fallback_instance_types.",
     "AccessDenied": _GRANT,
     "AccessDeniedException": _GRANT,
+    # S3 answers HEAD requests without a code.
+    "403": _GRANT,
+    "400": _RENEW,
     "RequestTimeTooSkewed": _SET_CLOCK,
     "RequestExpired": _SET_CLOCK,
     "ExpiredToken": _RENEW,
     "ExpiredTokenException": _RENEW,
+    "InvalidToken": _RENEW,
+    "TokenRefreshRequired": _RENEW,
+    "AuthFailure": _CORRECT,
+    "InvalidAccessKeyId": _CORRECT,
     "InvalidClientTokenId": _CORRECT,
+    "InvalidSignatureException": _CORRECT,
+    "SignatureDoesNotMatch": _CORRECT,
     "UnrecognizedClientException": _CORRECT,
     "NoSuchBucket": "Correct SAGEMAKER_BUCKET, or create the bucket.",
     "ValidationException": "Correct the value that it names, in the block compute.sagemaker or in .env.",
-    "ThrottlingException": "Wait a minute, and run the same command again.",
 }
+_CHECK = "`make preflight` checks everything that a job needs."
+# With a wrong clock, a signature is refused with the same codes as with a wrong key.
+_WRONG_CLOCK = re.compile(r"Signature (expired|not yet current)")
+# Codes of the services for "too many requests" and for a request that arrived too slowly.
+_BUSY = re.compile(r"Throttl|TooManyRequests|SlowDown|RequestLimitExceeded|RequestTimeout")
+# The tools themselves find that a login has ended, before a request is sent.
+_LOST_LOGINS = (CredentialRetrievalError, LoginError, SSOError, TokenRetrievalError)
 
 
 @contextmanager
@@ -91,13 +119,36 @@ def translated(what: str) -> Iterator[None]:
         raise RequestError(
             f"{what}: AWS credentials are missing. Set them: `aws configure` or `aws sso login`."
         ) from error
-    except ClientError as error:
-        code, message = error.response["Error"]["Code"], error.response["Error"]["Message"].rstrip(".")
-        remedy = _REMEDIES.get(code, "`make preflight` checks everything that a job needs.")
-        raise WorkError(f"{what}: {code}: {message}. {remedy}") from error
-    except (BotoCoreError, Boto3Error) as error:
-        reason = str(error).rstrip(".")
-        raise WorkError(f"{what}: {reason}. Check the network, and run the same command again.") from error
+    except (ClientError, BotoCoreError, Boto3Error) as error:
+        # A refused upload has AWS's answer as its context.
+        wrapped = isinstance(error, Boto3Error) and isinstance(error.__context__, ClientError)
+        cause: BaseException | None = error.__context__ if wrapped else error
+        if isinstance(cause, ClientError):
+            answer = cause.response["Error"]
+            reason = f"{answer['Code']}: {answer['Message']}"
+        else:
+            reason = str(cause)
+        raise WorkError(f"{what}: {reason.rstrip('. ')}. {_remedy(cause)}") from error
+
+
+def _remedy(error: BaseException | None) -> str:
+    if is_temporary(error):
+        busy = isinstance(error, ClientError)
+        return f"{'Wait a minute' if busy else 'Check the network'}, and run the same command again."
+    if isinstance(error, _LOST_LOGINS):
+        return _RENEW
+    if not isinstance(error, ClientError):
+        return _CHECK
+    answer = error.response["Error"]
+    return _SET_CLOCK if _WRONG_CLOCK.search(answer["Message"]) else _REMEDIES.get(answer["Code"], _CHECK)
+
+
+def is_temporary(error: BaseException | None) -> bool:
+    """Whether the same request to AWS may succeed later: the network or the service failed, or it is too busy."""
+    if not isinstance(error, ClientError):
+        return isinstance(error, (LostConnectionError, HTTPClientError, Boto3Error))
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or status == 429 or bool(_BUSY.search(error.response["Error"]["Code"]))
 
 
 def is_capacity(description: dict[str, Any]) -> bool:

@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Any, Self
 
-from botocore import exceptions
-from botocore.exceptions import ClientError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError
 from datasets import DatasetDict
 
+from llm_engineering.cloud.sagemaker.failures import is_temporary
 from llm_engineering.cloud.sagemaker.request import Machine
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_hash, folder_hash
 from llm_engineering.training.processes.job import Job
@@ -329,8 +329,8 @@ def follow(client: Any, log: JobLog, name: str, signals: Signals, max_pending_s:
             if not is_running(description):
                 signals.wait(_LAST_LINES_S)
             lines = log.read()
-        except (exceptions.ConnectionError, HTTPClientError, ClientError) as error:
-            if not _is_temporary(error):
+        except (BotoCoreError, ClientError) as error:
+            if not is_temporary(error):
                 raise
             if not lost:
                 logger.warning("AWS cannot be reached (%s). Job %s keeps running; trying again", error, name)
@@ -377,11 +377,3 @@ def stop(client: Any, name: str) -> None:
         # SageMaker refuses to stop a job that has ended in the meantime.
         if error.response["Error"]["Code"] != "ValidationException":
             raise
-
-
-def _is_temporary(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    if not isinstance(error, ClientError):
-        return True
-    status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-    return status >= 500 or error.response["Error"]["Code"] in ("ThrottlingException", "Throttling")

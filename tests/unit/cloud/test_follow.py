@@ -7,7 +7,7 @@ import signal
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from botocore.exceptions import ClientError, EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError, UnauthorizedSSOTokenError
 
 from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
@@ -134,9 +134,11 @@ def followed(job):
         return follow(job, JobLog(Logs(), "a-job"), "a-job", signals)
 
 
-def test_following_waits_while_the_connection_is_lost(caplog):
+def test_following_waits_while_the_connection_is_lost_or_aws_is_busy(caplog):
     lost = EndpointConnectionError(endpoint_url="https://sagemaker")
-    job = Job("InProgress", lost, lost, refused("ServiceUnavailable", 503), refused("ThrottlingException"), "Completed")
+    throttled = map(refused, ["ThrottlingException", "RequestThrottledException", "TooManyRequestsException"])
+    slow = (refused("RequestTimeout"), refused("SomethingNew", 429))
+    job = Job("InProgress", lost, lost, refused("ServiceUnavailable", 503), *throttled, *slow, "Completed")
     assert followed(job)["TrainingJobStatus"] == "Completed"
     assert caplog.text.count("AWS cannot be reached") == 1
 
@@ -199,6 +201,8 @@ def test_following_ends_with_a_job_that_waits_too_long_only_if_there_is_a_bound(
 def test_following_ends_when_aws_refuses():
     with pytest.raises(ClientError):
         followed(Job("InProgress", refused("ExpiredToken")))
+    with pytest.raises(UnauthorizedSSOTokenError):
+        followed(Job("InProgress", UnauthorizedSSOTokenError()))
 
 
 def interrupted(answer="InProgress", number=signal.SIGINT):

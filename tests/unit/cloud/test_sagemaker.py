@@ -9,7 +9,15 @@ from datetime import UTC, datetime
 import botocore.session
 import pytest
 import regex
-from botocore.exceptions import ClientError, NoCredentialsError
+from boto3.exceptions import S3UploadFailedError
+from botocore.exceptions import (
+    ClientError,
+    CredentialRetrievalError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ProfileNotFound,
+    UnauthorizedSSOTokenError,
+)
 from botocore.validate import ParamValidator
 from datasets import Dataset, DatasetDict
 from pydantic import ValidationError
@@ -378,16 +386,48 @@ def test_only_a_job_without_a_free_machine_is_tried_with_another_type():
     assert not failures.is_capacity(ended("Stopped", "MaxRuntimeExceeded"))
 
 
-def test_errors_of_aws_are_translated():
-    refused = ClientError(
-        {"Error": {"Code": "ExpiredToken", "Message": "The token is expired."}}, "DescribeTrainingJob"
-    )
-    expired = "cannot look: ExpiredToken: The token is expired. Renew the credentials"
-    with pytest.raises(WorkError, match=expired), failures.translated("cannot look"):
-        raise refused
-    skewed = ClientError({"Error": {"Code": "RequestTimeTooSkewed", "Message": "Too skewed."}}, "PutObject")
-    with pytest.raises(WorkError, match="The clock of this machine is wrong"), failures.translated("cannot look"):
-        raise skewed
+def refusal(code, message="It is refused.", status=400):
+    answer = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, "DescribeTrainingJob")
+
+
+def refused_upload(code):
+    try:
+        raise refusal(code)
+    except ClientError as error:
+        with pytest.raises(S3UploadFailedError) as raised:
+            raise S3UploadFailedError(f"Failed to upload a to b: {error}")  # noqa: B904 — as boto3 does
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (refusal("ExpiredToken"), "cannot look: ExpiredToken: It is refused. Renew the credentials"),
+        (refusal("400", "Bad Request"), "400: Bad Request. Renew the credentials"),
+        (refused_upload("ExpiredToken"), "cannot look: ExpiredToken: It is refused. Renew the credentials"),
+        (UnauthorizedSSOTokenError(), "Renew the credentials"),
+        (CredentialRetrievalError(provider="process", error_msg="ended"), "Renew the credentials"),
+        (refusal("RequestTimeTooSkewed"), "The clock of this machine is wrong"),
+        (
+            refusal("InvalidSignatureException", "Signature expired: 1 is now earlier than 2"),
+            "The clock of this machine",
+        ),
+        (refusal("SignatureDoesNotMatch", "Signature not yet current: 2 is still later than 1"), "The clock of this"),
+        (refusal("InvalidSignatureException", "The signature does not match"), "Correct the credentials"),
+        (refusal("TooManyRequestsException", status=429), "Wait a minute"),
+        (EndpointConnectionError(endpoint_url="https://a"), "Check the network"),
+        (S3UploadFailedError("The connection was lost"), "Check the network"),
+        (ProfileNotFound(profile="team"), "`make preflight` checks"),
+    ],
+)
+def test_errors_of_aws_have_a_remedy(error, remedy):
+    with pytest.raises(WorkError) as raised, failures.translated("cannot look"):
+        raise error
+    assert remedy in str(raised.value)
+
+
+def test_missing_credentials_are_a_wrong_request():
     with pytest.raises(RequestError, match="aws configure"), failures.translated("cannot look"):
         raise NoCredentialsError
 

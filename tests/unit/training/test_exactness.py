@@ -4,13 +4,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
-from llm_engineering.recipe.stage_blocks import SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer, train_sft
 from llm_engineering.training.training_run import TrainingRun
@@ -33,6 +35,27 @@ def test_accumulated_batches_train_like_one(rows, setup, settings):
         histories.append(logged(result))
     assert len(histories[0]) == 4
     assert histories[0] == pytest.approx(histories[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_gradient_checkpointing_changes_neither_losses_nor_adapters(stage, rows, pairs, setup, settings):
+    """The dropout of the adapter has to be the same when a layer is computed again."""
+    results = []
+    for checkpointing in (False, True):
+        steps = STEPS | {"gradient_checkpointing": checkpointing}
+        if stage == "sft":
+            config = SFTConfig(**steps, packing=False, lora=LoraConfig(r=4, lora_dropout=0.2))
+            result = train_sft(rows, config, setup, settings)
+        else:
+            result = train_dpo(pairs, None, DPOConfig(**steps), setup, settings)
+        results.append((logged(result), load_file(result.adapter / "adapter_model.safetensors")))
+    (losses, adapter), (same_losses, same_adapter) = results
+    assert len(losses) > 1
+    assert same_losses == pytest.approx(losses, abs=1e-6)
+    for name, weight in adapter.items():
+        assert torch.allclose(same_adapter[name], weight, atol=1e-6), name
+        # lora_B begins with zeros, and stays so without a gradient.
+        assert weight.any(), name
 
 
 def token_losses(model, batch):
