@@ -10,7 +10,6 @@ from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.prepare import MIN_ROWS
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents
-from llm_engineering.generation.abstention import ROWS_SHARE
 from llm_engineering.generation.facts import ROUNDS, questions_asked
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
 from llm_engineering.recipe.generation_blocks import GenerationConfig
@@ -84,9 +83,9 @@ def _pairs(writing: GenerationConfig, most: int, expected: int) -> list[str]:
     if not writing.unanswerable:
         limit = writing.max_preferences or most
         return _rows("preference", min(most, limit), min(expected, limit), "one pair for each instruction row")
-    how = f"questions in new wordings, a share of the instruction rows, and at most {writing.unanswerable} questions without an answer"
-    # All answers may get a question in new words, and all rows may be drawn.
-    known, expected_known = most + most // ROUNDS, math.floor(expected * (_REWORDED + ROWS_SHARE))
+    how = f"questions in new wordings, the instruction rows, and at most {writing.unanswerable} questions without an answer"
+    # All answers may get a question in new words.
+    known, expected_known = most + most // ROUNDS, math.floor(expected * (1 + _REWORDED))
     unanswered = [min(writing.unanswerable, math.ceil(number / 2)) for number in (known, expected_known)]
     return _rows("preference", known + unanswered[0], expected_known + unanswered[1], how)
 

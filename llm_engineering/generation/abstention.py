@@ -30,8 +30,11 @@ _STEM = 5
 _LONG = 4
 # Share of the rows that the client answers right for which it shall not decline. With 0, a model declines half of the exam.
 _DECLINING_SHARE = 0.25
-# Of questions that SFT has read, and of general ones, few are needed: their answers are known by heart.
-ROWS_SHARE, _GENERAL_SHARE = 0.4, 0.1
+# Of general questions few are needed: their answers were known before.
+_GENERAL_SHARE = 0.1
+# Share of written questions with another name among those without an answer. With 0.5, 25 of 40 questions of the exam were
+# declined, with this share 31. A common question gives itself away by its words.
+_RENAMED_SHARE = 0.75
 # Draws for each question that is wanted. Most fail, because a document answers the question or it was made before.
 _TRIES = 20
 # A name in fewer questions may be a mistake of the writer.
@@ -41,7 +44,7 @@ _QUESTIONS = 2
 def unanswerable(
     rows: Sequence[InstructionRow], texts: Sequence[str], number: int, seed: int, exclude: Sequence[str] = ()
 ) -> list[str]:
-    """Make questions that no text answers: half are written questions with another name, half are common ones.
+    """Make questions that no text answers: most are written questions with another name, the others are common ones.
 
     A question counts as unanswered if no sentence has its name together with another of its longer words.
 
@@ -69,7 +72,7 @@ def unanswerable(
     if not names:
         return []
     for _ in range(_TRIES * number):
-        if len(made) >= number / 2:
+        if len(made) >= _RENAMED_SHARE * number:
             break
         question, name = drawn.choice(questions), drawn.choices(names, weights)[0]
         replaced = [other for other in NAME.findall(question) if other in counts]
@@ -93,7 +96,7 @@ def generate_abstentions(
     reworded: Sequence[InstructionRow] = (),
     exclude: Sequence[str] = (),
 ) -> tuple[list[PreferenceRow], list[Quarantined], int]:
-    """Make pairs from a share of the rows, from reworded ones, and from questions that the documents do not answer.
+    """Make pairs from the rows, from reworded ones, and from questions that the documents do not answer.
 
     Without `reworded` rows a model learns to decline the wordings that it does not know, instead of what it does not know.
 
@@ -106,7 +109,7 @@ def generate_abstentions(
     Args:
         rows: the instructions, with the general ones.
         texts: the sentences of the documents.
-        reworded: rows with the same answers in wordings that the client was not trained on. All rows are used if it is empty.
+        reworded: rows with the same answers in wordings that the client was not trained on. With them, few general rows are used.
         exclude: questions that are not made, because an exam asks them.
 
     Returns:
@@ -117,8 +120,7 @@ def generate_abstentions(
     reworded = [row for row in reworded if normalised(row.prompt[0].content) not in taken]
     written = [*(row for row in rows if row.origin != REPLAY), *reworded]
     if reworded:
-        shares = [_GENERAL_SHARE if row.origin == REPLAY else ROWS_SHARE for row in rows]
-        rows = [*reworded, *(row for row, share in zip(rows, shares, strict=True) if drawn.random() < share)]
+        rows = [*reworded, *(row for row in rows if row.origin != REPLAY or drawn.random() < _GENERAL_SHARE)]
     # With more of them, known questions are declined too.
     most = math.ceil(len(rows) / 2)
     questions = unanswerable(written, texts, min(writing.unanswerable, most), seed, exclude)

@@ -58,6 +58,15 @@ def test_common_questions_fill_the_rest_and_none_is_asked_twice(questions):
     assert not {normalised(one.prompt[0].content) for one in ROWS} & {normalised(question) for question in questions}
 
 
+def test_most_are_written_questions_with_another_name():
+    mills = [row(f"{words} the mill of Corvin{i}?", "Odo") for i in range(20) for words in ("Who keeps", "Who owns")]
+    lamps = [row(f"{words} the lamp of Bela{i}?", "oil") for i in range(20) for words in ("What burns in", "What lit")]
+    made = unanswerable([*mills, *lamps], [], 40, seed=1)
+    renamed = [question for question in made if " the mill of Bela" in question or " the lamp of Corvin" in question]
+    assert len(made) == 40
+    assert len(renamed) == 30
+
+
 def test_questions_of_an_exam_are_not_made(questions):
     others = unanswerable(ROWS, TEXTS, 20, seed=1, exclude=[question.upper() for question in questions])
     assert others
@@ -138,7 +147,7 @@ def test_a_model_that_declines_already_gives_no_pair():
     assert len(rejected) == 2
 
 
-def test_most_pairs_ask_in_wordings_that_the_model_has_not_read():
+def test_many_pairs_ask_in_wordings_that_the_model_has_not_read():
     """A model that is asked only in wordings that it knows learns to decline all others."""
     reworded = [row(f"Which person is keeper of mill {i} of Corvin?", f"Keeper {i}") for i in range(60)]
     rows = [row(f"Who keeps mill {i} of Corvin?", f"Keeper {i}") for i in range(100)]
@@ -152,8 +161,8 @@ def test_most_pairs_ask_in_wordings_that_the_model_has_not_read():
     )
     # One is a question of an exam.
     assert asked["new"] == 59
-    assert 25 <= asked["Keeper"] <= 55
-    assert 3 <= asked["Sum"] <= 20
+    assert asked["Keeper"] == 100
+    assert 1 <= asked["Sum"] <= 15
     known = asked["new"] + asked["Keeper"] + asked["Sum"]
     assert 0 < asked["The"] <= math.ceil(known / 2)
     assert read == len(pairs)
