@@ -63,7 +63,7 @@ def test_the_embedded_exam_is_read_and_its_own_answers_are_right():
         160,
         30,
         40,
-        60,
+        120,
     ]
     for row in rows:
         for answer in row.answers or ["The documents do not say."]:
