@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from llm_engineering.recipe.settings import Settings
 from tests.tiny_models import write_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A store for each test process: the user's stays as it is, and no two processes create one at the same time.
+_STORE = tempfile.TemporaryDirectory(prefix="zenml-")
+os.environ |= {"ZENML_CONFIG_PATH": _STORE.name, "ZENML_LOCAL_STORES_PATH": _STORE.name}
 # As in the tools: ZenML sets the root logger to what they ask of it, which is CRITICAL.
 logging.getLogger("llm_engineering").setLevel(logging.INFO)
 ROOT = Path(__file__).resolve().parent.parent
