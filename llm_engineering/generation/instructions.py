@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
-from llm_engineering.generation.prompts import FACT_EXAMPLES, prompt_hash, read_prompt
+from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, prompt_hash, read_prompt
 from llm_engineering.generation.question_rules import is_contentless, points_at_text
 from llm_engineering.generation.types import Answer, Client, Failure, Messages, Sampling
 from llm_engineering.recipe.generation_blocks import InstructionWriting, Style
@@ -106,7 +106,7 @@ def generate_instructions(
 def prompt_versions(client: Client, writing: InstructionWriting) -> dict[str, str]:
     """The hash of every prompt that the recipe uses, by the name of its file."""
     if writing.questions == "fact":
-        return {file: prompt_hash(file) for file in FACT_EXAMPLES}
+        return {file: prompt_hash(file) for file in (*FACT_EXAMPLES, ANSWER_EXAMPLES)}
     names: list[str] = [style for style, weight in writing.styles.items() if weight]
     if writing.answers == "model":
         names.append("answer")

@@ -1,9 +1,11 @@
 """The step that generates instructions counts every question about a fact."""
 
+from collections import Counter
+
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.generation.prompts import FACT_EXAMPLES
+from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
@@ -21,11 +23,12 @@ SENTENCE = "The Amber Bell of Corvin was cast long ago by the smith Odo Renn, wh
 class Asked:
     identity = "scripted"
 
-    def complete(self, prompts, sampling, what, banned):
-        return [Answer("cast the Amber Bell?") for _ in prompts]
+    def complete(self, prompts, sampling, what, banned=()):
+        text = "Odo Renn" if what == "answers from the sentence" else "cast the Amber Bell?"
+        return [Answer(text) for _ in prompts]
 
 
-def test_each_sentence_counts_once_for_each_file_of_examples(monkeypatch):
+def test_each_answer_counts_once_for_each_file_of_examples_and_round(monkeypatch):
     logged = []
     monkeypatch.setattr(steps.data, "open_client", lambda *arguments: Asked())
     monkeypatch.setattr(steps.data, "log_rows", lambda *arguments, **facts: logged.append(facts["prompts"]))
@@ -50,6 +53,8 @@ def test_each_sentence_counts_once_for_each_file_of_examples(monkeypatch):
         "Which person cast the Amber Bell?",
     ]
     counts = {count["stage"]: (count["read"], count["kept"]) for count in made["counts"]}
-    assert counts["instruction"] == (4, 2)
-    assert [row["reason"] for row in made["quarantine"]] == ["answer_in_question"] * 2
-    assert tuple(logged[0]) == FACT_EXAMPLES
+    # Two answers, two files, two rounds. The second round writes the same questions again.
+    assert counts["instruction"] == (8, 2)
+    reasons = Counter(row["reason"] for row in made["quarantine"])
+    assert reasons == {"not_confirmed": 4, "repeated_question": 2}
+    assert tuple(logged[0]) == (*FACT_EXAMPLES, ANSWER_EXAMPLES)
