@@ -60,8 +60,10 @@ class Completer:
     identity = "template"
 
     def complete(self, prompts, sampling, what, banned=()):
+        if what == "answers from the sentence":
+            return [Answer(prompt.rpartition("Sentence: ")[2].partition("\n")[0]) for prompt in prompts]
         topics = [prompt.rpartition("Question about ")[2].rpartition(": ")[0] for prompt in prompts]
-        return [Answer(f"is it at {topic} in case {number}?") for number, topic in enumerate(topics, start=5000)]
+        return [Answer(f"has {topic} {number}?") for number, topic in enumerate(topics, start=5000)]
 
 
 def test_there_are_fifteen_files_in_seven_formats(files):
