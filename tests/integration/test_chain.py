@@ -140,12 +140,6 @@ def test_the_evaluation_reports_intervals(project, dpo_run):
     assert "Training of dpo" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_chat_uses_the_promoted_model(project, dpo_run):
-    answer = project.command("chat", "--config", str(project.recipe), "--prompt", "Hi", "--max-new-tokens", "4")
-    assert answer.code == 0, answer.stderr
-    assert "tiny version" in answer.stderr
-
-
 def test_documents_to_datasets_with_the_real_model(fresh_project):
     """The embedded model generates questions for passages of the embedded corpus."""
     run = fresh_project.command(

@@ -24,7 +24,10 @@ QUESTION = "Where does the number 7 stand?"
 
 @dataclass
 class Handed:
-    """The results of the commands, and the folder of the export."""
+    """The results of the commands, and the folder of the export.
+
+    The export merges version 1, so no other module may do this before with the project that they share.
+    """
 
     output: Path
     export: Run
@@ -158,6 +161,12 @@ def test_a_conversation_on_a_terminal(project, handed):
         os.close(controller)
     assert process.returncode == 0, stderr
     assert stderr.count("[the answer was cut at 3 tokens") == 2
+
+
+def test_chat_uses_the_promoted_model(project, handed):
+    answer = project.command("chat", "--config", str(project.recipe), "--prompt", "Hi", "--max-new-tokens", "4")
+    assert answer.code == 0, answer.stderr
+    assert "tiny version" in answer.stderr
 
 
 def test_chat_without_question_and_terminal_is_refused(project):
