@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A dataset after reading: its kind (`instruction` or `preference`), the name of its format, and its rows."""
+    """A dataset after reading: its kind (`instruction`, `preference` or `prompt`), the name of its format, and its rows."""
 
     kind: str
     format: str
@@ -42,7 +42,7 @@ def load_rows(
     """Read all rows of a dataset into an Arrow file. Rows that cannot be read are quarantined.
 
     Args:
-        kind: `instruction` or `preference`; None detects it.
+        kind: `instruction`, `preference` or `prompt`; None detects it.
         path: the file to write.
         suffix: text after the kind in the name of the ledger's stage, e.g. `_test`.
         more: rows of another source, which follow those of the dataset.
@@ -108,10 +108,14 @@ def _open_evaluation(reference: str) -> OpenedDataset | None:
     """The rows of an evaluation file, or None if its format is unknown."""
     try:
         # Not the recipe's DataConfig: its `columns` map the names of another dataset.
-        return open_dataset(reference, None, DataConfig())
+        opened = open_dataset(reference, None, DataConfig())
     except UnknownFormatError:
+        opened = None
+    # A benchmark has columns beside its questions, such as choices.
+    if opened is None or opened.kind == "prompt":
         logger.info("%s is in no known format: each of its texts is compared alone", reference)
         return None
+    return opened
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -86,7 +86,7 @@ class RulesConfig(Block):
     secret: PrivateAction = "report"
 
 
-# The formats of instruction and of preference datasets, as llm_engineering.data.formats reads them.
+# The formats of instructions, of preferences and of prompts, as llm_engineering.data.formats reads them.
 FormatName = Literal[
     "alpaca",
     "alpaca-response",
@@ -106,6 +106,9 @@ FormatName = Literal[
     "sharegpt-preference",
     "alpaca-preference",
     "openai-preference",
+    "prompt",
+    "question",
+    "prompt-messages",
 ]
 
 
@@ -159,6 +162,9 @@ class ReplayConfig(Block):
 class DataConfig(Block):
     """The user's own datasets, which replace the generated ones, and how rows are checked and split.
 
+    `prompts` are what the stages with rewards ask: questions, with or without accepted answers. Without a file, they are
+    the questions of the instructions, whose answers are accepted.
+
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
     instructions, so that the model forgets less: of the embedded ones at most 200, or as many as there are generated questions.
@@ -172,6 +178,8 @@ class DataConfig(Block):
     preferences: str | None = None
     test_instructions: str | None = None
     test_preferences: str | None = None
+    prompts: str | None = None
+    test_prompts: str | None = None
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     replay: ReplayConfig | None = None
@@ -193,6 +201,8 @@ class DataConfig(Block):
             "preferences",
             "test_instructions",
             "test_preferences",
+            "prompts",
+            "test_prompts",
             "format",
             "columns",
             "replay",
@@ -204,7 +214,7 @@ class DataConfig(Block):
 
     @model_validator(mode="after")
     def _own_test_split(self) -> Self:
-        for kind in ("instructions", "preferences"):
+        for kind in ("instructions", "preferences", "prompts"):
             if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
                 raise ValueError(f"test_{kind} is set, but {kind} is not: set {kind} too, or remove test_{kind}")
         return self
