@@ -129,10 +129,10 @@ def whole_length(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedToken
     It is rendered once, so this takes time that is linear in its turns. The sum of the labelled pieces can differ a little.
     """
     try:
-        texts = [_checked(tokenizer, [*row.prompt, *answer], add_generation_prompt=False) for answer in row.answers]
+        texts = [checked_text(tokenizer, [*row.prompt, *answer], add_generation_prompt=False) for answer in row.answers]
     except UnrenderableError:
         return None
-    return max(map(len, _encode(texts, tokenizer)))
+    return max(map(len, encode(texts, tokenizer)))
 
 
 def prompt_length(tokens: Tokens) -> int:
@@ -142,7 +142,7 @@ def prompt_length(tokens: Tokens) -> int:
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the prompt that ends with `messages`. Training, evaluation and serving use the same."""
-    return _encode([_apply(tokenizer, messages, add_generation_prompt=True)], tokenizer)[0]
+    return encode([_apply(tokenizer, messages, add_generation_prompt=True)], tokenizer)[0]
 
 
 def _conversations(row: InstructionRow | PreferenceRow, limit: _Limit) -> list[list[Segment]]:
@@ -182,7 +182,7 @@ class _Limit:
         """Count the tokens of the text if it is half as long again as when they were last counted."""
         if self.max_length is not None and len(text) >= self._next:
             self._next = len(text) * 3 // 2
-            self.passed = len(_encode([text], self.tokenizer)[0]) > self.max_length
+            self.passed = len(encode([text], self.tokenizer)[0]) > self.max_length
 
     def fresh(self) -> _Limit:
         """The same limit for another text."""
@@ -201,11 +201,11 @@ class _Limit:
             count = min(2 * count - 1, len(completion))
             messages = [*prompt, *completion[:count]]
             try:
-                text = _checked(self.tokenizer, messages, add_generation_prompt=False)
+                text = checked_text(self.tokenizer, messages, add_generation_prompt=False)
             except UnrenderableError:
                 # The turns before may be too long already.
                 return None
-            if len(_encode([text], self.tokenizer)[0]) > (self.max_length or 0) * 5 // 4 + 16:
+            if len(encode([text], self.tokenizer)[0]) > (self.max_length or 0) * 5 // 4 + 16:
                 return messages, text
         return None
 
@@ -226,8 +226,8 @@ def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _
     done = asked = ""
     for message in completion:
         if message.is_trained:
-            asked = _checked(tokenizer, messages, add_generation_prompt=True)
-            answered = _checked(tokenizer, [*messages, message], add_generation_prompt=False)
+            asked = checked_text(tokenizer, messages, add_generation_prompt=True)
+            answered = checked_text(tokenizer, [*messages, message], add_generation_prompt=False)
             answer = _answer(asked, answered, message, str(tokenizer.eos_token))
             if not asked.startswith(done):
                 raise _changed_prompt()
@@ -247,7 +247,7 @@ def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _
         raise UnrenderableError("no_answer", "it has no assistant turn, so no token of it would be trained")
     # The turns of earlier prompts of the same row have been found in those.
     for message in messages[limit.found :]:
-        if message.role != "assistant" and not _contains(asked, message.content):
+        if message.role != "assistant" and not contains_text(asked, message.content):
             raise UnrenderableError("template_drops_text", f"the chat template leaves out its {message.role} text")
     limit.found = len(messages)
     return segments
@@ -284,12 +284,12 @@ def _answer(asked: str, answered: str, message: Message, end: str) -> Segment:
     text = text[: place + len(end)]
     written = opened.group() + text if opened else text
     for name, part in zip(("answer", "reasoning"), message.texts, strict=False):
-        if not _contains(written, part):
+        if not contains_text(written, part):
             raise UnrenderableError("template_drops_text", f"the chat template leaves out a part of its {name}")
     return Segment(text, True, respaced=message.content not in written)
 
 
-def _contains(text: str, part: str) -> bool:
+def contains_text(text: str, part: str) -> bool:
     """Whether a text contains another one, however the two are spaced."""
     return part in text or "".join(part.split()) in "".join(text.split())
 
@@ -302,7 +302,7 @@ def _changed_prompt() -> UnrenderableError:
     )
 
 
-def _checked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def checked_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     # A template can fail like any program, e.g. where it joins text and nothing.
     try:
         return _apply(tokenizer, messages, add_generation_prompt)
@@ -314,7 +314,7 @@ def _tokenise(
     conversations: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tokens | UnrenderableError]:
     if _is_joinable(tokenizer):
-        ids = iter(_encode([segment.text for segments in conversations for segment in segments], tokenizer))
+        ids = iter(encode([segment.text for segments in conversations for segment in segments], tokenizer))
         pieces: Iterable[list[list[int]] | UnrenderableError] = (
             [next(ids) for _ in segments] for segments in conversations
         )
@@ -345,7 +345,7 @@ def _tokenise_whole(
     texts = ["".join(segment.text for segment in segments[:count]) for count in range(1, len(segments) + 1)]
     parts: list[list[int]] = []
     done: list[int] = []
-    for whole in _encode(texts, tokenizer):
+    for whole in encode(texts, tokenizer):
         if whole[: len(done)] != done:
             return UnrenderableError(
                 "crossing_tokens", "its answer begins with white space that the tokenizer joins to the prompt"
@@ -357,11 +357,11 @@ def _tokenise_whole(
 
 def _is_joinable(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the concatenated tokens of two texts decode to the concatenated texts."""
-    first, second = _encode(["a", "b"], tokenizer)
+    first, second = encode(["a", "b"], tokenizer)
     return str(tokenizer.decode(first + second)) == "ab"
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     # A tokenizer cannot read an empty batch.
     if not texts:
         return []

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK
-from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.generation_blocks import JudgeConfig
 from llm_engineering.recipe.stages import STAGES, with_stages
 
 
@@ -62,21 +62,6 @@ GENERATED_EXAM = "generated"
 # If a model answers 6 of 10 questions right and the base model none, the interval of the difference spans 0.16 to 0.83. Fewer
 # questions say nothing.
 MIN_QUESTIONS = 10
-
-
-class JudgeConfig(ClientConfig):
-    """The model that judges pairs of answers, always at temperature 0. The keys are those of `generation`."""
-
-    max_new_tokens: int = Field(64, ge=16)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _greedy(cls, keys: Any) -> Any:
-        # This runs first. Otherwise ClientConfig's own validator would report `temperature` first, and advise the user
-        # to choose another client.
-        if isinstance(keys, dict) and keys.get("temperature") is not None:
-            raise ValueError("temperature has no effect: a judge answers at temperature 0. Remove it")
-        return keys
 
 
 class LmEvalConfig(Block):

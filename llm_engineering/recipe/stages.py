@@ -18,7 +18,7 @@ from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 
-Kind = Literal["text", "instruction", "preference"]
+Kind = Literal["text", "instruction", "preference", "prompt"]
 
 
 class Stage(NamedTuple):

@@ -1,0 +1,198 @@
+"""Rewards: how good a completion of a prompt is, as a number."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm_engineering.data.exam_answers import answers_right, named_in
+from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.recipe.reward_blocks import RewardConfig, RewardedConfig
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.training_blocks import TrainingSetup
+
+logger = logging.getLogger(__name__)
+
+
+class Completion(NamedTuple):
+    """What a model answered to a prompt.
+
+    Attributes:
+        text: without special tokens and without white space around it.
+        stopped: whether it ended by itself.
+        tokens: its number of tokens, with the end token.
+    """
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+# A formatted prompt: `id`, `prompt` (messages), `prompt_ids` and `answers`.
+PromptRecord = Mapping[str, Any]
+Score = Callable[[Sequence[PromptRecord], Sequence[Completion]], list[float]]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward of the recipe.
+
+    Attributes:
+        name: its name in logs and reports.
+        weight: its factor in the weighted sum.
+        score: takes prompts and a completion of each, and returns a number for each.
+    """
+
+    name: str
+    weight: float
+    score: Score
+
+
+def open_rewards(config: RewardedConfig, setup: TrainingSetup, settings: Settings) -> list[Reward]:
+    """Open the rewards of a stage, in the order of the recipe.
+
+    Raises:
+        RequestError: the file or the function of an own reward is missing, or the judge cannot be opened.
+    """
+    return [
+        Reward(name, reward.weight, _score_of(reward, setup, settings))
+        for name, reward in zip(config.reward_names, config.rewards, strict=True)
+    ]
+
+
+def weighted_sums(
+    rewards: Sequence[Reward], rows: Sequence[PromptRecord], completions: Sequence[Completion]
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The weighted sum of the rewards of each completion, and each reward without its weight by its name."""
+    scores = {reward.name: reward.score(rows, completions) for reward in rewards}
+    sums = [sum(reward.weight * scores[reward.name][place] for reward in rewards) for place in range(len(rows))]
+    return sums, scores
+
+
+def _score_of(config: RewardConfig, setup: TrainingSetup, settings: Settings) -> Score:
+    if config.own_function is not None:
+        return partial(_own, config.use, own_function(config))
+    if config.use == "length":
+        return partial(_length, config.target, config.longest)
+    if config.use == "format":
+        assert config.pattern is not None
+        return partial(_format, re.compile(config.pattern))
+    return {"exact_answer": _exact_answer, "contains": _contains, "stopped": _stopped}[config.use]
+
+
+def _exact_answer(rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
+    return [
+        float(answers_right(completion.text, row["answers"], row["prompt"][-1]["content"]))
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+
+
+def _contains(rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
+    return [
+        float(any(named_in(completion.text, answer) for answer in row["answers"]))
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+
+
+def _stopped(rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
+    return [float(completion.stopped) for completion in completions]
+
+
+def _length(
+    target: int | None, longest: int | None, rows: Sequence[PromptRecord], completions: Sequence[Completion]
+) -> list[float]:
+    lengths = [completion.tokens for completion in completions]
+    if target is not None:
+        return [max(0.0, 1 - abs(length - target) / target) for length in lengths]
+    assert longest is not None
+    return [min(1.0, max(0.0, 2 - length / longest)) for length in lengths]
+
+
+def _format(pattern: re.Pattern[str], rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
+    return [float(pattern.fullmatch(completion.text) is not None) for completion in completions]
+
+
+def own_function(config: RewardConfig) -> Callable[..., Any]:
+    """Load the user's own function. Its file is run.
+
+    Raises:
+        RequestError: the file is missing or fails, it has no such function, or the function does not take completions and
+            rows.
+    """
+    assert config.own_function is not None
+    file, name = config.own_function
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise RequestError(f"The reward {config.use}: there is no file {file}.")
+    # The name is that of no module, so that the file cannot take the place of one.
+    spec = importlib.util.spec_from_file_location(f"own_reward_{code_hash(path)}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RequestError(
+            f"The reward {config.use}: {file} fails when it is loaded, with {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise RequestError(f"The reward {config.use}: {file} has no function {name}.")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError:
+        raise RequestError(
+            f"The reward {config.use}: {name} must take two arguments, a list of completions and a list of rows."
+        ) from None
+    found: Callable[..., Any] = function
+    return found
+
+
+def code_hash(path: Path) -> str:
+    """Hash (twelve hex digits) of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def reward_files(config: RewardedConfig) -> dict[str, str]:
+    """The hash of each file with a reward of the user's own, by its path.
+
+    Raises:
+        RequestError: a file or a function is missing.
+    """
+    hashes = {}
+    for reward in config.rewards:
+        if reward.own_function is not None:
+            own_function(reward)
+            hashes[reward.own_function[0]] = code_hash(Path(reward.own_function[0]).expanduser())
+    return hashes
+
+
+def _own(
+    use: str, function: Callable[..., Any], rows: Sequence[PromptRecord], completions: Sequence[Completion]
+) -> list[float]:
+    try:
+        scores = function(list(completions), [dict(row) for row in rows])
+    except Exception as error:
+        raise WorkError(f"The reward {use} failed with {type(error).__name__}: {error}") from error
+    if not isinstance(scores, Sequence) or isinstance(scores, str):
+        raise WorkError(
+            f"The reward {use} returned {type(scores).__name__}: it must return a list with a number for each completion."
+        )
+    if len(scores) != len(completions):
+        raise WorkError(
+            f"The reward {use} returned {len(scores)} numbers for {len(completions)} completions: it must return one for each."
+        )
+    wrong = next((s for s in scores if not isinstance(s, int | float) or not math.isfinite(s)), None)
+    if wrong is not None:
+        raise WorkError(
+            f"The reward {use} returned {wrong!r} for a completion: it must return a finite number for each."
+        )
+    return [float(score) for score in scores]
