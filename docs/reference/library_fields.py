@@ -23,6 +23,8 @@ from llm_engineering.recipe.block import FILE, Schema
 CLASSES: dict[str, type[Any]] = {
     "trl.SFTConfig": trl.SFTConfig,
     "trl.DPOConfig": trl.DPOConfig,
+    "trl.GRPOConfig": trl.GRPOConfig,
+    "trl.RLOOConfig": trl.RLOOConfig,
     "peft.LoraConfig": peft.LoraConfig,
 }
 _NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}

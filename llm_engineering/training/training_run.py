@@ -139,8 +139,10 @@ def prepare_run(
         config = config.model_copy(update={"method": method, "lora": lora})
     adapter_keys = keys_beyond_unsloth(start) if start else lora.beyond_unsloth
     new = setup.model.added_tokens
-    device = choose_device(setup.compute)
-    device = choose_backend(device, setup.compute, method, adapter_keys=adapter_keys, new_tokens=new)
+    device, compute = choose_device(setup.compute), setup.compute
+    if not config.trains_with_unsloth:
+        compute = compute.model_copy(update={"backend": "transformers"})
+    device = choose_backend(device, compute, method, adapter_keys=adapter_keys, new_tokens=new)
 
     model = load_config(setup.model, settings)
     attention = fitting_attention(model, device.attn_implementation)
