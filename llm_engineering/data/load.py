@@ -1,4 +1,4 @@
-"""Reads a dataset of any known format into an Arrow file, and indexes evaluation files."""
+"""Reads a dataset of any known format into an Arrow file, makes prompts of instructions, and indexes evaluation files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets import Dataset
 from llm_engineering.data.files import Record
 from llm_engineering.data.formats.detection import OpenedDataset, UnknownFormatError, open_dataset
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import FEATURES, Row
+from llm_engineering.data.rows import FEATURES, REPLAY, InstructionRow, PromptRow, Row
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.sources import open_records
 from llm_engineering.data.storage import TableWriter
@@ -63,6 +63,27 @@ def load_rows(
     ledger.record(stage, read, table.rows)
     ledger.unread[stage] = opened.unread
     return Loaded(opened.kind, opened.format, table.dataset())
+
+
+def prompts_of(rows: Sequence[InstructionRow], stage: str) -> tuple[list[PromptRow], list[Quarantined]]:
+    """A prompt of the question of each row, whose answer is the accepted one. General rows are set aside.
+
+    Args:
+        stage: the stage under which the quarantine counts them.
+    """
+    detail = "a row of data.replay_instructions is only for instructions"
+    prompts = [
+        PromptRow(
+            prompt=row.prompt,
+            answers=[row.completion[0].content],
+            source=row.source,
+            origin=row.origin,
+            document=row.document,
+        )
+        for row in rows
+        if row.origin != REPLAY
+    ]
+    return prompts, [Quarantined.of_row(row, stage, REPLAY, detail) for row in rows if row.origin == REPLAY]
 
 
 def load_evaluation(references: list[str], n: int, questions: Sequence[str] = ()) -> EvaluationIndex | None:

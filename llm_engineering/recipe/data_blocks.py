@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from itertools import combinations
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -123,14 +124,18 @@ class HubConfig(Block):
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
     instruction_repo_id: str | None = None
     preference_repo_id: str | None = None
+    prompt_repo_id: str | None = None
     private: bool = True
 
     @model_validator(mode="after")
     def _one_repo_each(self) -> Self:
-        if self.instruction_repo_id is not None and self.instruction_repo_id == self.preference_repo_id:
-            raise ValueError(
-                "instruction_repo_id and preference_repo_id are the same, so one would overwrite the other: name two repositories"
-            )
+        kinds = ("instruction", "preference", "prompt")
+        named = [kind for kind in kinds if getattr(self, f"{kind}_repo_id") is not None]
+        for one, other in combinations(named, 2):
+            if getattr(self, f"{one}_repo_id") == getattr(self, f"{other}_repo_id"):
+                raise ValueError(
+                    f"{one}_repo_id and {other}_repo_id are the same, so one would overwrite the other: name two repositories"
+                )
         return self
 
 

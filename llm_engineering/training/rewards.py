@@ -18,7 +18,7 @@ from llm_engineering.data.exam_answers import answers_right, named_in
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation.open import open_client
 from llm_engineering.generation.types import Answer, Client, Sampling
-from llm_engineering.recipe.reward_blocks import RewardConfig, RewardedConfig
+from llm_engineering.recipe.reward_blocks import RewardConfig, RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainingSetup
 
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 # What the judge grades where the recipe has no criterion.
 CRITERION = "The answer is right, complete and to the point."
+GRADE_FIELD = "grade"
 _GRADE = re.compile(r"\W*(10|\d)(?:\.0+)?(?:\s*(?:/|out of)\s*10)?\W*")
 
 
@@ -63,7 +64,7 @@ class Reward:
     score: Score
 
 
-def open_rewards(config: RewardedConfig, setup: TrainingSetup, settings: Settings) -> list[Reward]:
+def open_rewards(config: RewardSet, setup: TrainingSetup, settings: Settings) -> list[Reward]:
     """Open the rewards of a stage, in the order of the recipe.
 
     Raises:
@@ -90,7 +91,7 @@ def _score_of(config: RewardConfig, setup: TrainingSetup, settings: Settings) ->
     if config.judge is not None:
         client = open_client(config.judge, setup.model, setup.compute.one_process, settings, setup.chat_template)
         sampling = Sampling(
-            config.judge.max_new_tokens, 0.0, setup.seed, json_field="grade" if client.writes_json else None
+            config.judge.max_new_tokens, 0.0, setup.seed, json_field=GRADE_FIELD if client.writes_json else None
         )
         return partial(_judge, client, sampling, config.criterion or CRITERION)
     if config.use == "length":
@@ -215,7 +216,7 @@ def code_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def reward_files(config: RewardedConfig) -> dict[str, str]:
+def reward_files(config: RewardSet) -> dict[str, str]:
     """The hash of each file with a reward of the user's own, by its path.
 
     Raises:
