@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import create_model
 
 from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 
@@ -51,6 +52,8 @@ _ROWS = (
     Stage("sft", "instruction", SFTConfig, (f"{_TRAINING}.sft", "train_sft_job"), "supervised fine-tuning"),
     # The reference of a preference stage is the model that it starts from.
     Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo_job"), "direct preference optimisation"),
+    Stage("rloo", "prompt", RLOOConfig, (f"{_TRAINING}.rloo", "train_rloo_job"), "REINFORCE leave-one-out on rewards"),
+    Stage("grpo", "prompt", GRPOConfig, (f"{_TRAINING}.grpo", "train_grpo_job"), "group relative policy optimisation"),
 )
 STAGES = {stage.name: stage for stage in _ROWS}
 # The stage whose formatted rows the evaluation reads, if no stage of the chain has rows of this kind.

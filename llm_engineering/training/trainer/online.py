@@ -44,9 +44,7 @@ def check_prompts(run: TrainingRun[OnlineConfig]) -> None:
             prompts for one generation step.
     """
     stage, config = run.stage, run.config
-    context = getattr(
-        load_config(run.setup.model, run.settings).get_text_config(), "max_position_embeddings", None
-    )
+    context = getattr(load_config(run.setup.model, run.settings).get_text_config(), "max_position_embeddings", None)
     longest = max(len(ids) for split in ("train", "validation") for ids in run.data[split]["prompt_ids"])
     if context is not None and longest + config.max_completion_length > context:
         room = context - longest
@@ -56,7 +54,10 @@ def check_prompts(run: TrainingRun[OnlineConfig]) -> None:
             f"{config.max_completion_length} it exceeds the context of {run.setup.model.name_or_path}, {context} tokens: "
             f"{fitting}lower formatting.max_length."
         )
-    prompts, rows = config.generation_batch(run.setup.compute.num_processes) // config.num_generations, len(run.data["train"])
+    prompts, rows = (
+        config.generation_batch(run.setup.compute.num_processes) // config.num_generations,
+        len(run.data["train"]),
+    )
     if rows < prompts:
         raise RequestError(
             f"A generation step of {stage} takes {prompts} prompts, and the training split has {rows}: lower "
@@ -217,7 +218,8 @@ class OnlineTrainer(ResumableTrainer):
         if self._flat_steps < min(FLAT_STEPS, planned):
             return
         means = ", ".join(
-            f"{name} {value:.3g}" for name, value in zip(self.reward_func_names, rewards.mean(dim=0).tolist(), strict=True)
+            f"{name} {value:.3g}"
+            for name, value in zip(self.reward_func_names, rewards.mean(dim=0).tolist(), strict=True)
         )
         example = self._shown["last"][0]
         raise WorkError(
@@ -264,9 +266,7 @@ class OnlineTrainer(ResumableTrainer):
         self._step = state["trained_rows"] // self.args.per_device_train_batch_size
         first, *others = state["batches"]
         whole = {
-            name: value
-            if value is None or value.ndim == 0
-            else torch.cat([value, *(batch[name] for batch in others)])
+            name: value if value is None or value.ndim == 0 else torch.cat([value, *(batch[name] for batch in others)])
             for name, value in first.items()
         }
         self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
