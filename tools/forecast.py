@@ -118,7 +118,8 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
         return tokens / (1 - replayed), " and ".join(
             [f"the size of {len(parts)} {'sentences' if by_sentence else 'documents'}", *beside]
         )
-    own = recipe.data.instructions if kind == "instruction" else recipe.data.preferences
+    data = recipe.data
+    own = {"instruction": data.instructions, "preference": data.preferences, "prompt": data.prompts}[kind]
     if own is not None:
         return _own_tokens(own, share)
     if recipe.data.instructions is not None:

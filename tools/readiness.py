@@ -17,6 +17,7 @@ from llm_engineering.data.sources import dataset_hash
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
+from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
@@ -36,10 +37,12 @@ from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWr
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.cpt import check_trained_embeddings
+from llm_engineering.training.rewards import GRADE_FIELD, reward_files
 from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
@@ -69,6 +72,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
     preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
+    rewards = check_rewards(recipe)
     replay = None
     if data.replay is not None:
         check_replay(data.replay)
@@ -78,6 +83,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
     checks = check_requirements(recipe.evaluation, Settings())
+    checks = "-".join(filter(None, [checks, *rewards.values()])) or None
     exam = check_exam(recipe)
     model = pin_revision(recipe.model)
     recipe = recipe.model_copy(
@@ -104,6 +110,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         documents=documents,
         instructions=instructions,
         preferences=preferences,
+        prompts=prompts,
         replay=replay,
         replay_instructions=replay_instructions,
         evaluation=evaluation,
@@ -112,13 +119,42 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         recipes=_stage_hashes(
             recipe,
             shared,
-            {"preferences": preferences, "replay": replay, "replay_instructions": replay_instructions},
+            {
+                "preferences": preferences,
+                "prompts": prompts,
+                "rewards": rewards,
+                "replay": replay,
+                "replay_instructions": replay_instructions,
+            },
         ),
         code=code_version(),
     )
 
 
-def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | None]) -> dict[str, str]:
+def check_rewards(recipe: Recipe) -> dict[str, str]:
+    """Load the rewards of the user's own, and ask each judge; returns the hash of each file with a reward by its path.
+
+    Raises:
+        RequestError: a file or a function is missing, or a judge cannot be reached.
+    """
+    hashes: dict[str, str] = {}
+    for stage in recipe.chain:
+        block = recipe.block(stage)
+        if not isinstance(block, RewardedConfig):
+            continue
+        hashes |= reward_files(block)
+        for reward in block.rewards:
+            if reward.judge is not None:
+                try:
+                    check_access(reward.judge, Settings(), reward.judge.max_new_tokens, GRADE_FIELD)
+                except RequestError as error:
+                    raise RequestError(
+                        f"{stage}.rewards, judge (read generation.* as its block judge): {error}"
+                    ) from error
+    return hashes
+
+
+def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -> dict[str, str]:
     """For each stage, the hash of everything that decides its result, with all stages before it.
 
     Args:
@@ -131,8 +167,11 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | N
         decided[stage] = recipe.block(stage).model_dump(mode="json")
         if STAGES[stage].rows == "preference":
             decided["preferences"] = own["preferences"]
-        # Pairs are written for the instructions that are left after duplicates, also those of general rows, are dropped.
-        if STAGES[stage].rows == "instruction" or (STAGES[stage].rows == "preference" and not own["preferences"]):
+        if STAGES[stage].rows == "prompt":
+            decided["prompts"], decided["rewards"] = own["prompts"], own["rewards"]
+        # Pairs and prompts are made of the instructions that are left after duplicates, also those of general rows, are dropped.
+        made = {"preference": "preferences", "prompt": "prompts"}.get(STAGES[stage].rows)
+        if STAGES[stage].rows == "instruction" or (made is not None and not own[made]):
             decided["replay_instructions"] = own["replay_instructions"]
         # Its questions are left out of training.
         if STAGES[stage].rows != "text" and recipe.exam is not None and recipe.exam.is_generated:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import PromptRow
+from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import UnrenderableError, checked_text, contains_text, prompt_ids
 
 
@@ -37,3 +39,24 @@ def prompt_tokens(
         else:
             found.append(PromptTokens(prompt_ids(row.prompt, tokenizer)))
     return found
+
+
+def check_accepted(formatted: Mapping[str, Dataset], rewards: Sequence[str]) -> None:
+    """Check that the prompts of every split have accepted answers, if rewards compare with them.
+
+    Args:
+        formatted: the splits of formatted prompts.
+        rewards: the rewards that compare.
+
+    Raises:
+        RequestError: no prompt of a split has one.
+    """
+    if not rewards:
+        return
+    for name, split in formatted.items():
+        if not any(split["answers"]):
+            raise RequestError(
+                f"The rewards {' and '.join(rewards)} compare with accepted answers, and no prompt of the {name} split has "
+                "one. Add a column `answer` or `answers` to data.prompts, or name yours with data.columns.answer, or choose "
+                "other rewards."
+            )

@@ -132,7 +132,7 @@ def whole_length(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedToken
         texts = [checked_text(tokenizer, [*row.prompt, *answer], add_generation_prompt=False) for answer in row.answers]
     except UnrenderableError:
         return None
-    return max(map(len, encode(texts, tokenizer)))
+    return max(map(len, _encode(texts, tokenizer)))
 
 
 def prompt_length(tokens: Tokens) -> int:
@@ -142,7 +142,7 @@ def prompt_length(tokens: Tokens) -> int:
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of the prompt that ends with `messages`. Training, evaluation and serving use the same."""
-    return encode([_apply(tokenizer, messages, add_generation_prompt=True)], tokenizer)[0]
+    return _encode([_apply(tokenizer, messages, add_generation_prompt=True)], tokenizer)[0]
 
 
 def _conversations(row: InstructionRow | PreferenceRow, limit: _Limit) -> list[list[Segment]]:
@@ -182,7 +182,7 @@ class _Limit:
         """Count the tokens of the text if it is half as long again as when they were last counted."""
         if self.max_length is not None and len(text) >= self._next:
             self._next = len(text) * 3 // 2
-            self.passed = len(encode([text], self.tokenizer)[0]) > self.max_length
+            self.passed = len(_encode([text], self.tokenizer)[0]) > self.max_length
 
     def fresh(self) -> _Limit:
         """The same limit for another text."""
@@ -205,7 +205,7 @@ class _Limit:
             except UnrenderableError:
                 # The turns before may be too long already.
                 return None
-            if len(encode([text], self.tokenizer)[0]) > (self.max_length or 0) * 5 // 4 + 16:
+            if len(_encode([text], self.tokenizer)[0]) > (self.max_length or 0) * 5 // 4 + 16:
                 return messages, text
         return None
 
@@ -303,7 +303,7 @@ def _changed_prompt() -> UnrenderableError:
 
 
 def checked_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    # A template can fail like any program, e.g. where it joins text and nothing.
+    """The text of messages. A template can fail like any program, e.g. where it joins text and nothing."""
     try:
         return _apply(tokenizer, messages, add_generation_prompt)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
@@ -314,7 +314,7 @@ def _tokenise(
     conversations: Sequence[Sequence[Segment]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Tokens | UnrenderableError]:
     if _is_joinable(tokenizer):
-        ids = iter(encode([segment.text for segments in conversations for segment in segments], tokenizer))
+        ids = iter(_encode([segment.text for segments in conversations for segment in segments], tokenizer))
         pieces: Iterable[list[list[int]] | UnrenderableError] = (
             [next(ids) for _ in segments] for segments in conversations
         )
@@ -345,7 +345,7 @@ def _tokenise_whole(
     texts = ["".join(segment.text for segment in segments[:count]) for count in range(1, len(segments) + 1)]
     parts: list[list[int]] = []
     done: list[int] = []
-    for whole in encode(texts, tokenizer):
+    for whole in _encode(texts, tokenizer):
         if whole[: len(done)] != done:
             return UnrenderableError(
                 "crossing_tokens", "its answer begins with white space that the tokenizer joins to the prompt"
@@ -357,11 +357,11 @@ def _tokenise_whole(
 
 def _is_joinable(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the concatenated tokens of two texts decode to the concatenated texts."""
-    first, second = encode(["a", "b"], tokenizer)
+    first, second = _encode(["a", "b"], tokenizer)
     return str(tokenizer.decode(first + second)) == "ab"
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     # A tokenizer cannot read an empty batch.
     if not texts:
         return []

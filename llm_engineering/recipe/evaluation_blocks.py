@@ -39,12 +39,16 @@ MEASURES = {
     "repetition": Measure("Repeated 4-grams", "share of an answer", "lower"),
     "length_ratio": Measure("Length against the reference", "ratio of tokens", None),
     "empty": Measure("Empty answers", "share of answers", "lower"),
+    "reward": Measure("Reward", "weighted sum", "higher"),
     "checks": Measure("Own check", "share passed", "higher"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
 }
 # The prefix of the measures of lm-eval's tasks. For each of these measures, the evaluation report states whether higher
 # or lower is better.
 TASK_MEASURE = "lm_eval_"
+# The weighted sum of the rewards of a stage, and the prefix of each single one. A run without such a stage has none.
+REWARD = "reward"
+REWARD_PREFIX = "reward_"
 # Measures over preference pairs, and over documents. A run without a stage that trains on them has none.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
 DOCUMENT_MEASURES = ("document_loss",)
@@ -108,7 +112,9 @@ class EvaluationConfig(Block):
         return self
 
     def computes(self, measure: str) -> bool:
-        """Whether this evaluation computes a measure."""
+        """Whether this evaluation computes a measure. A stage's block says which single rewards there are."""
+        if measure.startswith(REWARD_PREFIX):
+            return True
         if measure.startswith(TASK_MEASURE):
             return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
         optional = {"checks": self.checks, "judge_win_rate": self.judge}
@@ -225,10 +231,12 @@ class PromotionConfig(_StageRules):  # type: ignore[misc]
             path, measure = rule.path, rule.measure
             if measure in MEASURES and MEASURES[measure].better is None:
                 raise ValueError(f"{path}: neither a higher nor a lower {measure} is better: remove the rule")
-            if measure not in MEASURES and not measure.startswith(TASK_MEASURE):
+            if measure not in MEASURES and not measure.startswith((TASK_MEASURE, REWARD_PREFIX)):
                 near = get_close_matches(measure, MEASURES, n=1, cutoff=0.5)
                 known = (
-                    f"did you mean {near[0]}?" if near else f"the measures are {', '.join(MEASURES)} and lm_eval_<task>"
+                    f"did you mean {near[0]}?"
+                    if near
+                    else f"the measures are {', '.join(MEASURES)}, reward_<name> and lm_eval_<task>"
                 )
                 raise ValueError(f"{path}: there is no measure {measure}; {known}")
         return self

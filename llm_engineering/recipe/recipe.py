@@ -16,12 +16,15 @@ from llm_engineering.recipe.evaluation_blocks import (
     EXAM_MEASURES,
     GENERATED_EXAM,
     PAIR_MEASURES,
+    REWARD,
+    REWARD_PREFIX,
     RulePath,
 )
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, MIN_JSON_TOKENS
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe_keys import RecipeKeys
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, PackedConfig
 from llm_engineering.recipe.stages import STAGES, Kind
 
@@ -120,7 +123,8 @@ class Recipe(RecipeKeys):
     def _gates(self) -> Self:
         for stage in self.chain:
             if self.promotion.rules(stage) is None:
-                measure = "heldout_loss" if "instruction" in self.kinds(stage) else "document_loss"
+                kinds = self.kinds(stage)
+                measure = "heldout_loss" if "instruction" in kinds else "document_loss" if "text" in kinds else REWARD
                 raise ValueError(
                     f"promotion.{stage} is missing: say what a model that ends with {stage} must reach, e.g. "
                     f"{{better_than: {{base: {{{measure}: 0.0}}, incumbent: {{{measure}: 0.0}}}}}}"
@@ -135,6 +139,7 @@ class Recipe(RecipeKeys):
                 )
             kinds = self.kinds(rule.run)
             needed = next((kind for kind, names in _MEASURED_ON.items() if rule.measure in names), "instruction")
+            needed = "prompt" if rule.measure.startswith(REWARD_PREFIX) else needed
             if rule.measure in EXAM_MEASURES.values():
                 self._check_exam_rule(rule)
             elif needed not in kinds:
@@ -143,12 +148,24 @@ class Recipe(RecipeKeys):
                     f"promotion.{rule.path}: a run that ends with {rule.run} has no held-out {_HELD_OUT[needed]} to "
                     f"measure {rule.measure} on: {f'move the rule to promotion.{fitting}' if fitting else 'remove the rule'}"
                 )
+            if rule.measure.startswith(REWARD_PREFIX):
+                self._check_reward_rule(rule)
             if rule.than in STAGES and rule.than not in self.chain_to(rule.run)[:-1]:
                 raise ValueError(
                     f"promotion.{rule.path}: a run that ends with {rule.run} has no {rule.than} model before it to compare "
                     f"with: remove the key {rule.than}"
                 )
         return self
+
+    def _check_reward_rule(self, rule: RulePath) -> None:
+        block = self.rewarded(rule.run)
+        assert block is not None
+        names = [REWARD_PREFIX + name for name in block.reward_names]
+        if rule.measure not in names:
+            raise ValueError(
+                f"promotion.{rule.path} names {rule.measure}, and the rewards of a run that ends with {rule.run} are "
+                f"{', '.join(names)}: name one of them, or {REWARD}, their weighted sum"
+            )
 
     def _check_exam_rule(self, rule: RulePath) -> None:
         if rule.measure == EXAM_MEASURES["multi_hop"] and self.exam is not None and self.exam.is_generated:
@@ -258,6 +275,18 @@ class Recipe(RecipeKeys):
                 "passage"
             )
         compute = self.compute
+        for stage in self.chain:
+            block = self.block(stage)
+            here = (
+                next((r.use for r in block.rewards if r.own_function or r.judge), None)
+                if isinstance(block, RewardedConfig)
+                else None
+            )
+            if here is not None and compute.target == "sagemaker":
+                raise ValueError(
+                    f"{stage}.rewards names {here}, and a job on SageMaker has neither your files nor the judge's key: use "
+                    "compute.target local, or other rewards"
+                )
         if compute.device == "cpu" and compute.dtype == "float16":
             raise ValueError(
                 "compute.dtype float16 does not train on compute.device cpu: use bfloat16 or float32, or auto"
@@ -319,8 +348,12 @@ class Recipe(RecipeKeys):
         return self
 
 
-_MEASURED_ON: dict[Kind, tuple[str, ...]] = {"text": DOCUMENT_MEASURES, "preference": PAIR_MEASURES}
-_HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs"}
+_MEASURED_ON: dict[Kind, tuple[str, ...]] = {
+    "text": DOCUMENT_MEASURES,
+    "preference": PAIR_MEASURES,
+    "prompt": (REWARD,),
+}
+_HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs", "prompt": "prompts"}
 
 
 def _trains_embeddings(lora: LoraConfig) -> bool:

@@ -91,11 +91,10 @@ class RewardConfig(Block):
         return self
 
 
-class RewardedConfig(TrainConfig):
-    """The keys of the stages that train on rewards.
-
-    The model answers the prompts, `rewards` score each answer, and the weighted sum is what training raises.
-    `trust_reward_code` allows rewards of your own: their files run as a part of training, so read them first.
+class RewardSet(Block):
+    """The rewards of a stage. The model answers the prompts, `rewards` score each answer, and the weighted sum is what
+    training raises. `trust_reward_code` allows rewards of your own: their files run as a part of training and evaluation,
+    so read them first.
     """
 
     rewards: list[RewardConfig] = Field(min_length=1)
@@ -132,3 +131,12 @@ class RewardedConfig(TrainConfig):
         if own is None and self.trust_reward_code:
             raise ValueError("trust_reward_code has no effect, because rewards names no file of your own: remove it")
         return self
+
+
+class RewardedConfig(RewardSet, TrainConfig):
+    """The keys of the stages that train on rewards."""
+
+    @property
+    def reward_set(self) -> RewardSet:
+        """The rewards alone, for evaluation."""
+        return RewardSet(rewards=self.rewards, trust_reward_code=self.trust_reward_code)

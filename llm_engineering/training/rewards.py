@@ -16,11 +16,18 @@ from typing import Any, NamedTuple
 
 from llm_engineering.data.exam_answers import answers_right, named_in
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.reward_blocks import RewardConfig, RewardedConfig
+from llm_engineering.generation.open import open_client
+from llm_engineering.generation.types import Answer, Client, Sampling
+from llm_engineering.recipe.reward_blocks import RewardConfig, RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainingSetup
 
 logger = logging.getLogger(__name__)
+
+# What the judge grades where the recipe has no criterion.
+CRITERION = "The answer is right, complete and to the point."
+GRADE_FIELD = "grade"
+_GRADE = re.compile(r"\W*(10|\d)(?:\.0+)?(?:\s*(?:/|out of)\s*10)?\W*")
 
 
 class Completion(NamedTuple):
@@ -57,7 +64,7 @@ class Reward:
     score: Score
 
 
-def open_rewards(config: RewardedConfig, setup: TrainingSetup, settings: Settings) -> list[Reward]:
+def open_rewards(config: RewardSet, setup: TrainingSetup, settings: Settings) -> list[Reward]:
     """Open the rewards of a stage, in the order of the recipe.
 
     Raises:
@@ -81,44 +88,91 @@ def weighted_sums(
 def _score_of(config: RewardConfig, setup: TrainingSetup, settings: Settings) -> Score:
     if config.own_function is not None:
         return partial(_own, config.use, own_function(config))
+    if config.judge is not None:
+        client = open_client(config.judge, setup.model, setup.compute.one_process, settings, setup.chat_template)
+        sampling = Sampling(
+            config.judge.max_new_tokens, 0.0, setup.seed, json_field=GRADE_FIELD if client.writes_json else None
+        )
+        return partial(_judge, client, sampling, config.criterion or CRITERION)
     if config.use == "length":
-        return partial(_length, config.target, config.longest)
+        return partial(_each, partial(_length, config.target, config.longest))
     if config.use == "format":
         assert config.pattern is not None
-        return partial(_format, re.compile(config.pattern))
-    return {"exact_answer": _exact_answer, "contains": _contains, "stopped": _stopped}[config.use]
+        return partial(_each, partial(_format, re.compile(config.pattern)))
+    return partial(_each, {"exact_answer": _exact_answer, "contains": _contains, "stopped": _stopped}[config.use])
 
 
-def _exact_answer(rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
-    return [
-        float(answers_right(completion.text, row["answers"], row["prompt"][-1]["content"]))
-        for row, completion in zip(rows, completions, strict=True)
-    ]
-
-
-def _contains(rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
-    return [
-        float(any(named_in(completion.text, answer) for answer in row["answers"]))
-        for row, completion in zip(rows, completions, strict=True)
-    ]
-
-
-def _stopped(rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
-    return [float(completion.stopped) for completion in completions]
-
-
-def _length(
-    target: int | None, longest: int | None, rows: Sequence[PromptRecord], completions: Sequence[Completion]
+def _each(
+    score: Callable[[PromptRecord, Completion], float],
+    rows: Sequence[PromptRecord],
+    completions: Sequence[Completion],
 ) -> list[float]:
-    lengths = [completion.tokens for completion in completions]
+    return [float(score(row, completion)) for row, completion in zip(rows, completions, strict=True)]
+
+
+def _exact_answer(row: PromptRecord, completion: Completion) -> bool:
+    return answers_right(completion.text, row["answers"], row["prompt"][-1]["content"])
+
+
+def _contains(row: PromptRecord, completion: Completion) -> bool:
+    return any(named_in(completion.text, answer) for answer in row["answers"])
+
+
+def _stopped(_: PromptRecord, completion: Completion) -> bool:
+    return completion.stopped
+
+
+def _length(target: int | None, longest: int | None, _: PromptRecord, completion: Completion) -> float:
     if target is not None:
-        return [max(0.0, 1 - abs(length - target) / target) for length in lengths]
+        return max(0.0, 1 - abs(completion.tokens - target) / target)
     assert longest is not None
-    return [min(1.0, max(0.0, 2 - length / longest)) for length in lengths]
+    return min(1.0, max(0.0, 2 - completion.tokens / longest))
 
 
-def _format(pattern: re.Pattern[str], rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
-    return [float(pattern.fullmatch(completion.text) is not None) for completion in completions]
+def _format(pattern: re.Pattern[str], _: PromptRecord, completion: Completion) -> bool:
+    return pattern.fullmatch(completion.text) is not None
+
+
+def _judge(
+    client: Client,
+    sampling: Sampling,
+    criterion: str,
+    rows: Sequence[PromptRecord],
+    completions: Sequence[Completion],
+) -> list[float]:
+    """The judge's grades. A completion whose grade cannot be read gets 0, and a warning says how many there are."""
+    requests = [
+        [{"role": "user", "content": _judge_prompt(row, completion, criterion)}]
+        for row, completion in zip(rows, completions, strict=True)
+    ]
+    try:
+        replies = client.answer(requests, sampling, "grades")
+    except WorkError as error:
+        raise WorkError(f"The reward judge (read generation.* as its block judge): {error}") from error
+    grades = [_GRADE.fullmatch(reply.text) if isinstance(reply, Answer) else None for reply in replies]
+    unread = grades.count(None)
+    if unread == len(rows):
+        raise WorkError(
+            f"The reward judge: none of {unread} replies of {client.identity} is a grade from 0 to 10. Name another model, or "
+            "another criterion."
+        )
+    if unread:
+        logger.warning("The reward judge: %d of %d replies are no grade, and count as 0", unread, len(rows))
+    return [float(match[1]) / 10 if match else 0.0 for match in grades]
+
+
+def _judge_prompt(row: PromptRecord, completion: Completion, criterion: str) -> str:
+    turns = row["prompt"]
+    question = (
+        turns[0]["content"] if len(turns) == 1 else "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    )
+    accepted = "".join(f"\nAccepted answer: {answer}" for answer in row["answers"])
+    return (
+        "You grade an answer to a question.\n\n"
+        f"Question:\n{question}\n{accepted}\n\nAnswer:\n{completion.text}\n\n"
+        f"What counts: {criterion}\nGive a whole number from 0 (not at all) to 10 (fully). Give the number alone, with no other "
+        "word."
+    )
 
 
 def own_function(config: RewardConfig) -> Callable[..., Any]:
@@ -135,7 +189,8 @@ def own_function(config: RewardConfig) -> Callable[..., Any]:
         raise RequestError(f"The reward {config.use}: there is no file {file}.")
     # The name is that of no module, so that the file cannot take the place of one.
     spec = importlib.util.spec_from_file_location(f"own_reward_{code_hash(path)}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -161,7 +216,7 @@ def code_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
-def reward_files(config: RewardedConfig) -> dict[str, str]:
+def reward_files(config: RewardSet) -> dict[str, str]:
     """The hash of each file with a reward of the user's own, by its path.
 
     Raises:
