@@ -22,7 +22,14 @@ from llm_engineering.evaluation.requirements import check_exam, check_requiremen
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
 from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
-from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
+from llm_engineering.models.device import (
+    Device,
+    check_processes,
+    check_training,
+    check_vllm,
+    choose_backend,
+    choose_device,
+)
 from llm_engineering.models.fit import check_fit
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
 from llm_engineering.recipe.data_blocks import DataConfig
@@ -197,7 +204,10 @@ def _check_machine(recipe: Recipe) -> bool:
 def checked_device(recipe: Recipe, device: Device) -> Device:
     """Check the method and the optimisers, and choose the backend."""
     for stage in recipe.chain:
-        check_training(stage, recipe.method, recipe.block(stage).optim, device)
+        config = recipe.block(stage)
+        check_training(stage, recipe.method, config.optim, device)
+        if config.library_arguments.get("use_vllm"):
+            check_vllm(stage, device)
     keys, new = recipe.lora.beyond_unsloth, recipe.model.added_tokens
     return choose_backend(device, recipe.compute, recipe.method, adapter_keys=keys, new_tokens=new)
 

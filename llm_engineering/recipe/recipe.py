@@ -22,6 +22,7 @@ from llm_engineering.recipe.evaluation_blocks import (
 )
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, MIN_JSON_TOKENS
 from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe_keys import RecipeKeys
 from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, PackedConfig
@@ -230,6 +231,30 @@ class Recipe(RecipeKeys):
                 "documents.passage_min_chars has no effect with documents.unit sentence, because a sentence may be short: "
                 "remove it, or set documents.unit to passage"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _online(self) -> Self:
+        compute = self.compute
+        for stage in self.chain:
+            config = self.block(stage)
+            if not isinstance(config, OnlineConfig):
+                continue
+            problem = config.generation_problem(stage, compute)
+            if problem:
+                raise ValueError(problem)
+            if compute.shards_weights:
+                raise ValueError(
+                    f"{stage} generates completions with the whole weights in each process: use compute.distributed ddp, or "
+                    "deepspeed with zero_stage 1 or 2"
+                )
+            if compute.backend == "unsloth":
+                raise ValueError(
+                    f"compute.backend unsloth does not train {stage}: use auto, which trains {stage} with transformers and "
+                    "the other stages with unsloth where it is installed"
+                )
+            if config.library_arguments.get("use_vllm") and compute.device == "cpu":
+                raise ValueError(f"{stage}.use_vllm needs CUDA, and compute.device is cpu: remove it, or use auto")
         return self
 
     @model_validator(mode="after")
