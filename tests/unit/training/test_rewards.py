@@ -4,15 +4,16 @@ import logging
 
 import pytest
 
+from llm_engineering.documents.fingerprints import reward_fingerprints
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation.types import Answer, Failure
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
-from llm_engineering.recipe.reward_blocks import RewardSet
+from llm_engineering.recipe.reward_blocks import RewardConfig, RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.training import rewards as module
-from llm_engineering.training.rewards import Completion, open_rewards, reward_files, weighted_sums
+from llm_engineering.training.rewards import Completion, open_rewards, own_function, weighted_sums
 
 SETUP = TrainingSetup(
     model=ModelConfig(), max_length=64, compute=ComputeConfig(device="cpu"), tracking=TrackingConfig(), seed=0
@@ -139,7 +140,7 @@ def test_what_an_own_function_returns_is_checked(tmp_path, body, words):
 def test_an_own_function_that_cannot_be_used_is_refused_before_training(tmp_path, code, name, words):
     reward = own(tmp_path, code, name)
     with pytest.raises(RequestError, match=words):
-        reward_files(RewardSet.model_validate({"rewards": [reward], "trust_reward_code": True}))
+        own_function(RewardConfig.model_validate(reward))
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -148,11 +149,11 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_the_hash_of_an_own_function_changes_with_its_file(tmp_path):
-    rewards = RewardSet.model_validate({"rewards": [own(tmp_path)], "trust_reward_code": True})
-    first = reward_files(rewards)
+    rewards = [RewardConfig.model_validate(own(tmp_path)), RewardConfig(use="stopped")]
+    first = reward_fingerprints(rewards)
     own(tmp_path, FLAT + "\n")
-    assert first.keys() == reward_files(rewards).keys() == {str(tmp_path / "own.py")}
-    assert first != reward_files(rewards)
+    assert first.keys() == reward_fingerprints(rewards).keys() == {str(tmp_path / "own.py")}
+    assert first != reward_fingerprints(rewards)
 
 
 class Grader:
