@@ -33,6 +33,7 @@ def read(*rewards, **keys):
         ([{"use": "judge", "judge": {"client": "openai", "model": "m", "temperature": 1}}], "temperature 0"),
         ([{"use": "stopped", "weight": 0}, {"use": "contains", "weight": 0.0}], "no weight other than 0"),
         ([{"use": "stopped", "weight": float("inf")}], "finite"),
+        ([{"use": "a.py:stopped_2"}, {"use": "stopped"}, {"use": "stopped"}], "the name stopped_2"),
         ([{"use": "own.py:good"}], "whose code would run as a part of training"),
     ],
 )
