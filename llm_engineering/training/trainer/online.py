@@ -150,9 +150,11 @@ class OnlineTrainer(ResumableTrainer):
         self._rows = inputs
         # A prompt without messages: TRL then decodes completions as text, and looks for no calls of tools in them.
         output: dict[str, Any] = super()._generate_and_score_completions([{"prompt": ""} for _ in inputs])  # type: ignore[misc]
-        # TRL's own share depends on how advantages are scaled, and in RLOO on the KL divergence.
-        self._metrics["train" if training else "eval"]["frac_reward_zero_std"][-1] = self._flat_share
+        # In evaluation a group has one completion, which has no spread.
+        self._metrics["eval"].pop("frac_reward_zero_std", None)
         if training:
+            # TRL's own share depends on how advantages are scaled, and in RLOO on the KL divergence.
+            self._metrics["train"]["frac_reward_zero_std"][-1] = self._flat_share
             seconds = time.perf_counter() - started
             self.work.seconds["generate"] += seconds
             self.work.seconds["forward_backward"] -= seconds
@@ -181,12 +183,10 @@ class OnlineTrainer(ResumableTrainer):
         scores = [reward.score(self._rows, written) for reward in self.rewards]
         device = self.accelerator.device
         rewards: torch.Tensor = gather(torch.tensor(scores, dtype=torch.float32, device=device).T.contiguous())
-        weights = torch.tensor(self.args.reward_weights, device=device)
-        group = self.num_generations if self.model.training else 1
-        groups = (rewards @ weights).view(-1, group)
-        flat = torch.isclose(groups.amax(dim=1), groups.amin(dim=1))
-        self._flat_share = float(flat.float().mean())
         if self.model.training:
+            groups = (rewards @ torch.tensor(self.args.reward_weights, device=device)).view(-1, self.num_generations)
+            flat = torch.isclose(groups.amax(dim=1), groups.amin(dim=1))
+            self._flat_share = float(flat.float().mean())
             self._show(written, scores)
             self._check_spread(rewards)
         return rewards
@@ -259,9 +259,14 @@ class OnlineTrainer(ResumableTrainer):
         torch.save(state, _completions_file(Path(output_dir)))
 
     def restore_window(self, checkpoint: Path) -> dict[str, Any]:
-        """Restore also the completions in use. The batches may have become smaller."""
+        """Restore also the completions in use, and those that the report shows."""
         window = super().restore_window(checkpoint)
         self._flat_steps, self._shown = window["flat_steps"], window["shown"]
+        self._restore_completions(checkpoint)
+        return window
+
+    def _restore_completions(self, checkpoint: Path) -> None:
+        """Restore the completions in use. The batches may have become smaller since."""
         state = torch.load(_completions_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
         self._step = state["trained_rows"] // self.args.per_device_train_batch_size
         first, *others = state["batches"]
@@ -270,7 +275,6 @@ class OnlineTrainer(ResumableTrainer):
             for name, value in first.items()
         }
         self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
-        return window
 
 
 def _completions_file(checkpoint: Path) -> Path:
