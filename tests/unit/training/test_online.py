@@ -228,7 +228,7 @@ def test_the_summary_has_completions_of_the_first_and_the_last_generation_step(s
     assert "eval_reward" in result.summary["history"][-2]
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -238,11 +238,11 @@ def test_a_run_resumes_inside_the_use_of_its_completions(stage, setup, settings,
     whole = TRAIN[stage](prompts, None, config, setup, settings)
 
     def stop():
-        raise Stop
+        raise StoppedError
 
     with monkeypatch.context() as context:
         during_step(context, 3, stop)
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             TRAIN[stage](prompts, None, config, setup, settings)
     resumed = TRAIN[stage](prompts, None, config, setup, settings)
     # The completions of four steps are generated before the first and the fifth step.
