@@ -238,6 +238,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         recipe.documents if retrieves else None,
         datasets.exam(),
         rewards=rewarded.reward_set if rewarded is not None else None,
+        reward_code=inputs.rewards,
         max_completion_length=getattr(rewarded, "max_completion_length", None),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,

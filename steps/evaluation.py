@@ -69,6 +69,7 @@ def evaluate(
     prompt_dataset: DatasetDict | None = None,
     rewards: RewardSet | None = None,
     max_completion_length: int | None = None,
+    reward_code: dict[str, str] | None = None,
     incumbent: Directory | None = None,
     epochs: dict[str, float] | None = None,
     **adapters: Directory | None,
@@ -84,6 +85,7 @@ def evaluate(
         documents: the documents. Both are None if nothing is retrieved.
         epochs: the epochs of the stages on texts and instructions.
         rewards: those of the last stage on prompts, whose answers have at most `max_completion_length` tokens.
+        reward_code: hashes of the files of own rewards, so that a changed file runs this step again.
     """
     # Join the held-out rows of each kind
     formatted = {

@@ -8,6 +8,8 @@ from datasets import DatasetDict
 from zenml import get_step_context, log_metadata
 
 from llm_engineering.cloud.sagemaker.dispatch import dispatch_training
+from llm_engineering.documents.fingerprints import reward_fingerprints
+from llm_engineering.recipe.reward_blocks import RewardConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import Stage
 from llm_engineering.recipe.training_blocks import TrainingSetup
@@ -56,6 +58,7 @@ def train(
 
     # Write the page, and log what a person would filter by
     summary = result.summary
+    code = reward_fingerprints([RewardConfig.model_validate(reward) for reward in config.get("rewards", [])])
     write_page(result.report, training_page(summary))
     log_artifact(
         f"{stage}_adapter",
@@ -65,6 +68,7 @@ def train(
         **{name: summary[name] for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes")},
         **{f"comet_{name}": value for name, value in summary["comet"].items()},
         **summary.get("sagemaker", {}),
+        **({"reward_code": code} if code else {}),
     )
     return Directory(path=result.adapter), Directory(path=result.report)
 

@@ -14,6 +14,7 @@ from llm_engineering.cloud.sagemaker.preflight import check
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.data.sources import dataset_hash
+from llm_engineering.documents.fingerprints import reward_fingerprints
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
@@ -42,7 +43,7 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.cpt import check_trained_embeddings
-from llm_engineering.training.rewards import GRADE_FIELD, reward_files
+from llm_engineering.training.rewards import GRADE_FIELD, own_function
 from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
@@ -83,7 +84,6 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
     checks = check_requirements(recipe.evaluation, Settings())
-    checks = "-".join(filter(None, [checks, *rewards.values()])) or None
     exam = check_exam(recipe)
     model = pin_revision(recipe.model)
     recipe = recipe.model_copy(
@@ -115,6 +115,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         replay_instructions=replay_instructions,
         evaluation=evaluation,
         checks=checks,
+        rewards=rewards,
         exam=exam,
         recipes=_stage_hashes(
             recipe,
@@ -142,8 +143,10 @@ def check_rewards(recipe: Recipe) -> dict[str, str]:
         block = recipe.block(stage)
         if not isinstance(block, RewardedConfig):
             continue
-        hashes |= reward_files(block)
+        hashes |= reward_fingerprints(block.rewards)
         for reward in block.rewards:
+            if reward.own_function is not None:
+                own_function(reward)
             if reward.judge is not None:
                 try:
                     check_access(reward.judge, Settings(), reward.judge.max_new_tokens, GRADE_FIELD)

@@ -121,7 +121,7 @@ def limits(kind: str, own: bool, rules: RulesConfig) -> list[str]:
         sentences = ["The rows are an existing dataset. Rules checked them; nobody reviewed them for this release."]
     elif kind == "text":
         sentences = ["The texts are documents as they are. Rules checked them; nobody reviewed them for this release."]
-    elif kind == "instruction":
+    elif kind in ("instruction", "prompt"):
         sentences = [
             "A model wrote the questions. The answers were cut from documents or written by a model, as `origin` says.",
             "Rules checked the rows; nobody reviewed them.",

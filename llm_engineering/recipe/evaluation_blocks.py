@@ -68,6 +68,11 @@ GENERATED_EXAM = "generated"
 MIN_QUESTIONS = 10
 
 
+def is_reward(measure: str) -> bool:
+    """Whether a measure is a single reward of a stage, e.g. `reward_stopped`."""
+    return measure.startswith(REWARD_PREFIX) and measure not in MEASURES
+
+
 class LmEvalConfig(Block):
     """Tasks of lm-eval, from the library or from the YAML files in the folder `include_path`.
 
@@ -113,7 +118,7 @@ class EvaluationConfig(Block):
 
     def computes(self, measure: str) -> bool:
         """Whether this evaluation computes a measure. A stage's block says which single rewards there are."""
-        if measure.startswith(REWARD_PREFIX):
+        if is_reward(measure):
             return True
         if measure.startswith(TASK_MEASURE):
             return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
@@ -231,7 +236,7 @@ class PromotionConfig(_StageRules):  # type: ignore[misc]
             path, measure = rule.path, rule.measure
             if measure in MEASURES and MEASURES[measure].better is None:
                 raise ValueError(f"{path}: neither a higher nor a lower {measure} is better: remove the rule")
-            if measure not in MEASURES and not measure.startswith((TASK_MEASURE, REWARD_PREFIX)):
+            if measure not in MEASURES and not measure.startswith(TASK_MEASURE) and not is_reward(measure):
                 near = get_close_matches(measure, MEASURES, n=1, cutoff=0.5)
                 known = (
                     f"did you mean {near[0]}?"

@@ -19,6 +19,7 @@ from llm_engineering.recipe.evaluation_blocks import (
     REWARD,
     REWARD_PREFIX,
     RulePath,
+    is_reward,
 )
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, MIN_JSON_TOKENS
 from llm_engineering.recipe.model_blocks import LoraConfig
@@ -139,7 +140,7 @@ class Recipe(RecipeKeys):
                 )
             kinds = self.kinds(rule.run)
             needed = next((kind for kind, names in _MEASURED_ON.items() if rule.measure in names), "instruction")
-            needed = "prompt" if rule.measure.startswith(REWARD_PREFIX) else needed
+            needed = "prompt" if is_reward(rule.measure) else needed
             if rule.measure in EXAM_MEASURES.values():
                 self._check_exam_rule(rule)
             elif needed not in kinds:
@@ -148,7 +149,7 @@ class Recipe(RecipeKeys):
                     f"promotion.{rule.path}: a run that ends with {rule.run} has no held-out {_HELD_OUT[needed]} to "
                     f"measure {rule.measure} on: {f'move the rule to promotion.{fitting}' if fitting else 'remove the rule'}"
                 )
-            if rule.measure.startswith(REWARD_PREFIX):
+            if is_reward(rule.measure):
                 self._check_reward_rule(rule)
             if rule.than in STAGES and rule.than not in self.chain_to(rule.run)[:-1]:
                 raise ValueError(

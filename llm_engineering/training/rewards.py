@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import inspect
 import logging
@@ -187,8 +186,8 @@ def own_function(config: RewardConfig) -> Callable[..., Any]:
     path = Path(file).expanduser()
     if not path.is_file():
         raise RequestError(f"The reward {config.use}: there is no file {file}.")
-    # The name is that of no module, so that the file cannot take the place of one.
-    spec = importlib.util.spec_from_file_location(f"own_reward_{code_hash(path)}", path)
+    # The module is not entered in sys.modules, so that the file cannot take the place of another one.
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -209,25 +208,6 @@ def own_function(config: RewardConfig) -> Callable[..., Any]:
         ) from None
     found: Callable[..., Any] = function
     return found
-
-
-def code_hash(path: Path) -> str:
-    """Hash (twelve hex digits) of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-
-
-def reward_files(config: RewardSet) -> dict[str, str]:
-    """The hash of each file with a reward of the user's own, by its path.
-
-    Raises:
-        RequestError: a file or a function is missing.
-    """
-    hashes = {}
-    for reward in config.rewards:
-        if reward.own_function is not None:
-            own_function(reward)
-            hashes[reward.own_function[0]] = code_hash(Path(reward.own_function[0]).expanduser())
-    return hashes
 
 
 def _own(

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from zenml import save_artifact
 from zenml.client import Client
@@ -20,6 +20,7 @@ from zenml.models import ArtifactVersionResponse, ModelVersionResponse, StepRunR
 from zenml.utils.pagination_utils import depaginate
 
 from llm_engineering.data.storage import stream_records
+from llm_engineering.documents.fingerprints import ADAPTER
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import check_unchanged
 from llm_engineering.models.device import choose_device
@@ -39,6 +40,8 @@ logger = logging.getLogger("llm_engineering.versions")
 # Name of the input with the model in production. The evaluation only compares with it, so it is not an origin of the
 # version.
 COMPARED_WITH = "incumbent"
+# Metadata of an adapter: the hashes of the files with rewards of the user's own.
+REWARD_CODE = "reward_code"
 # Artifacts that are made from the user's files.
 SOURCED = ("documents", "text_candidates", "instruction_candidates", "preference_candidates", "prompt_candidates")
 MERGED = "merged_model"
@@ -130,6 +133,8 @@ def sources_of(artifact: ArtifactVersionResponse) -> dict[str, str]:
     Raises:
         WorkError: the artifact's files are damaged or missing.
     """
+    if artifact.artifact.name.endswith(ADAPTER):
+        return dict(cast("dict[str, str]", artifact.run_metadata.get(REWARD_CODE, {})))
     if artifact.artifact.name not in SOURCED:
         return {}
     try:

@@ -82,7 +82,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     if not unmapped:
         raise RequestError(f"{reference} is empty: there is no row in it.")
     _check_mapped(reference, columns, unmapped)
-    peeked = list(chain.from_iterable(_pairs(_renamed(record, columns)) for record in unmapped))
+    peeked = list(chain.from_iterable(_pairs(_renamed(record, columns), kind) for record in unmapped))
     readable = [record for record in peeked if isinstance(record, Record)]
     if not readable:
         problem = next(record for record in peeked if isinstance(record, BrokenRecord)).quarantined("row")
@@ -94,7 +94,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     if len(kinds) > 1:
         raise _ambiguous(reference, sorted(names))
     found = kinds.pop()
-    rest = chain.from_iterable(_pairs(_renamed(record, columns)) for record in records)
+    rest = chain.from_iterable(_pairs(_renamed(record, columns), kind) for record in records)
     unread: list[str] = []
     rows = (_row(record, found, required, unread) for record in chain(peeked, rest))
     return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows, unread)
@@ -119,9 +119,9 @@ def _renamed(record: Record | BrokenRecord, columns: dict[str, str]) -> Record |
     return record._replace(value={**others, **renamed})
 
 
-def _pairs(record: Record | BrokenRecord) -> list[Record | BrokenRecord]:
-    """The records of the pairs of a record with several answers; any other record unchanged."""
-    if isinstance(record, BrokenRecord):
+def _pairs(record: Record | BrokenRecord, kind: str | None) -> list[Record | BrokenRecord]:
+    """The records of the pairs of a record with several answers; any other record unchanged. A prompt accepts all of them."""
+    if isinstance(record, BrokenRecord) or kind == "prompt":
         return [record]
     value, file, place = record
     try:
