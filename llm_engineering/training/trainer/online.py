@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import load_config
@@ -143,6 +144,16 @@ class OnlineTrainer(ResumableTrainer):
         # The loss is about 0 in each step, because the advantages of a group add up to 0. So its size says nothing.
         self._watch = LossWatch(factor=math.inf)
         self.flops, self.asks_reference = TrainingFlops.of(policy), beta > 0
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptsByEpoch:
+        """TRL's sampler, with the order of each epoch from its number."""
+        return PromptsByEpoch(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            seed=self.args.seed,
+        )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         assert self.model is not None
@@ -275,6 +286,24 @@ class OnlineTrainer(ResumableTrainer):
             for name, value in first.items()
         }
         self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
+
+
+class PromptsByEpoch(RepeatSampler):
+    """TRL's sampler of whole groups, with an order that depends only on the seed and the epoch.
+
+    TRL draws each epoch's order from one generator, which a resumed run begins anew: it would train the first epoch's
+    prompts again.
+    """
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch. accelerate calls it before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        yield from super().__iter__()
 
 
 def _completions_file(checkpoint: Path) -> Path:

@@ -25,7 +25,7 @@ from tests.unit.training.steps import during_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS, STEPS = 6, 6
+ROWS, STEPS = 8, 6
 PATTERN = "(?s).*[a-z].*"
 # Two prompts with two completions each in a step; a generation step fills two steps, and its completions are used twice.
 SHARED = {
@@ -252,6 +252,16 @@ def test_a_run_resumes_inside_the_use_of_its_completions(stage, setup, settings,
     assert resumed.summary["completions"] == whole.summary["completions"]
 
 
+def test_the_order_of_an_epoch_is_the_same_in_a_resumed_run():
+    whole, resumed = (online.PromptsByEpoch(range(12), mini_repeat_count=2, batch_size=3, seed=7) for _ in range(2))
+    first = list(whole)
+    for sampler in (whole, resumed):
+        sampler.set_epoch(1)
+    second = list(whole)
+    assert second == list(resumed) != first
+    assert sorted(second) == sorted(first)
+
+
 def test_smaller_batches_take_over_the_stored_completions(setup, settings, prompts, tmp_path):
     trainer = begun(made_trainer("grpo", prompts, setup, settings))
     batch = [dict(prompts["train"][place]) for place in (0, 0, 1, 1, 2, 2, 3, 3)]
@@ -301,7 +311,7 @@ def test_a_completion_must_fit_the_context(setup, settings, prompts):
 
 
 def test_a_generation_step_needs_enough_prompts(setup, settings, prompts):
-    with pytest.raises(RequestError, match="takes 16 prompts, and the training split has 6"):
+    with pytest.raises(RequestError, match="takes 16 prompts, and the training split has 8"):
         train_grpo(prompts, None, ours("grpo", steps_per_generation=8), setup, settings)
 
 
