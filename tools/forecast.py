@@ -14,6 +14,7 @@ from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import load_config
 from llm_engineering.models.device import Device, choose_device
+from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import DPOConfig
@@ -181,13 +182,20 @@ def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, de
 
 def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: float, device: Device) -> str:
     known = tokens_of(recipe, stage)
-    length = recipe.formatting.max_length
+    length = batch_shape(config, recipe.formatting.max_length)[1]
     flops = flops_per_token(found, config, recipe.method, length)
     speed = rate * UTILISATION[device.name] / flops
     how = (
         f"{speed:,.0f} tokens a second, from {flops / 1e9:.2f} GFLOP a token and {UTILISATION[device.name]:.0%} of the "
         f"{rate / 1e9:,.0f} GFLOP a second that matrix products reach here"
     )
+    if isinstance(config, OnlineConfig):
+        how += "; generating a token takes longer than its operations"
+        if config.max_steps < 0:
+            return f"about {how}; the number of completions is known only after the data is formatted"
+        completions = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+        tokens = completions * length
+        return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens: {how}"
     if known is None:
         return f"about {how}; the number of tokens is known only after the data is formatted"
     epoch, source = known

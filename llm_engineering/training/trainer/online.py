@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
-from trl.trainer.utils import split_tensor_dict
+from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import load_config
@@ -144,15 +145,27 @@ class OnlineTrainer(ResumableTrainer):
         self._watch = LossWatch(factor=math.inf)
         self.flops, self.asks_reference = TrainingFlops.of(policy), beta > 0
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptsByEpoch:
+        """TRL's sampler, with the order of each epoch from its number."""
+        return PromptsByEpoch(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            seed=self.args.seed,
+        )
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         assert self.model is not None
         training, started = self.model.training, time.perf_counter()
         self._rows = inputs
         # A prompt without messages: TRL then decodes completions as text, and looks for no calls of tools in them.
         output: dict[str, Any] = super()._generate_and_score_completions([{"prompt": ""} for _ in inputs])  # type: ignore[misc]
-        # TRL's own share depends on how advantages are scaled, and in RLOO on the KL divergence.
-        self._metrics["train" if training else "eval"]["frac_reward_zero_std"][-1] = self._flat_share
+        # In evaluation a group has one completion, which has no spread.
+        self._metrics["eval"].pop("frac_reward_zero_std", None)
         if training:
+            # TRL's own share depends on how advantages are scaled, and in RLOO on the KL divergence.
+            self._metrics["train"]["frac_reward_zero_std"][-1] = self._flat_share
             seconds = time.perf_counter() - started
             self.work.seconds["generate"] += seconds
             self.work.seconds["forward_backward"] -= seconds
@@ -181,12 +194,10 @@ class OnlineTrainer(ResumableTrainer):
         scores = [reward.score(self._rows, written) for reward in self.rewards]
         device = self.accelerator.device
         rewards: torch.Tensor = gather(torch.tensor(scores, dtype=torch.float32, device=device).T.contiguous())
-        weights = torch.tensor(self.args.reward_weights, device=device)
-        group = self.num_generations if self.model.training else 1
-        groups = (rewards @ weights).view(-1, group)
-        flat = torch.isclose(groups.amax(dim=1), groups.amin(dim=1))
-        self._flat_share = float(flat.float().mean())
         if self.model.training:
+            groups = (rewards @ torch.tensor(self.args.reward_weights, device=device)).view(-1, self.num_generations)
+            flat = torch.isclose(groups.amax(dim=1), groups.amin(dim=1))
+            self._flat_share = float(flat.float().mean())
             self._show(written, scores)
             self._check_spread(rewards)
         return rewards
@@ -259,9 +270,14 @@ class OnlineTrainer(ResumableTrainer):
         torch.save(state, _completions_file(Path(output_dir)))
 
     def restore_window(self, checkpoint: Path) -> dict[str, Any]:
-        """Restore also the completions in use. The batches may have become smaller."""
+        """Restore also the completions in use, and those that the report shows."""
         window = super().restore_window(checkpoint)
         self._flat_steps, self._shown = window["flat_steps"], window["shown"]
+        self._restore_completions(checkpoint)
+        return window
+
+    def _restore_completions(self, checkpoint: Path) -> None:
+        """Restore the completions in use. The batches may have become smaller since."""
         state = torch.load(_completions_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
         self._step = state["trained_rows"] // self.args.per_device_train_batch_size
         first, *others = state["batches"]
@@ -270,7 +286,24 @@ class OnlineTrainer(ResumableTrainer):
             for name, value in first.items()
         }
         self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
-        return window
+
+
+class PromptsByEpoch(RepeatSampler):
+    """TRL's sampler of whole groups, with an order that depends only on the seed and the epoch.
+
+    TRL draws each epoch's order from one generator, which a resumed run begins anew: it would train the first epoch's
+    prompts again.
+    """
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch. accelerate calls it before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        yield from super().__iter__()
 
 
 def _completions_file(checkpoint: Path) -> Path:
