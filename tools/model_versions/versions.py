@@ -20,7 +20,6 @@ from zenml.models import ArtifactVersionResponse, ModelVersionResponse, StepRunR
 from zenml.utils.pagination_utils import depaginate
 
 from llm_engineering.data.storage import stream_records
-from llm_engineering.documents.fingerprints import ADAPTER
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import check_unchanged
 from llm_engineering.models.device import choose_device
@@ -42,6 +41,8 @@ logger = logging.getLogger("llm_engineering.versions")
 COMPARED_WITH = "incumbent"
 # The kinds of rows with which a merged model is compared with the trained one, in the order of preference.
 _VERIFIED_WITH = ("instruction", "text", "prompt")
+# The end of the names of adapters, after the stage.
+ADAPTER = "_adapter"
 # Metadata of an adapter: the hashes of the files with rewards of the user's own.
 REWARD_CODE = "reward_code"
 # Artifacts that are made from the user's files.
