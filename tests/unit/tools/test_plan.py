@@ -101,7 +101,7 @@ def test_prompts_are_the_users_own_or_made_of_instructions(recipe):
     of_rows = made(["sft", "grpo"])
     prompts = ["collect_prompts", "prepare_prompts"]
     assert planned_steps("grpo", of_rows) == [*WRITTEN, *prompts, "format_sft", *trained]
-    assert any(line.startswith("Rows: prompt, at") for line in data_lines(of_rows, "grpo"))
+    assert any(line.startswith("Rows: prompt, ") for line in data_lines(of_rows, "grpo"))
 
 
 def test_the_files_of_prompts_and_own_rewards_decide_a_stage(recipe, tmp_path):
