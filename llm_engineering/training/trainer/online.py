@@ -137,6 +137,8 @@ class OnlineTrainer(ResumableTrainer):
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if isinstance(policy, PeftModel) and "ref" in policy.peft_config:
             complete_reference(policy)
+            # The copy has the dropout of the adapter's configuration.
+            disable_dropout(policy)
         self.reward_func_names = [reward.name for reward in rewards]
         self.eos_token_ids = ends
         if not arguments.use_vllm:
@@ -275,6 +277,13 @@ class OnlineTrainer(ResumableTrainer):
         self._flat_steps, self._shown = window["flat_steps"], window["shown"]
         self._restore_completions(checkpoint)
         return window
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # As in DPO: of a checkpoint with a reference in a subfolder, transformers loads only the reference.
+        if isinstance(self.model, PeftModel):
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            self.model.set_adapter("default")
 
     def _restore_completions(self, checkpoint: Path) -> None:
         """Restore the completions in use. The batches may have become smaller since."""

@@ -100,12 +100,13 @@ def test_losses_are_those_of_plain_trl(stage, method, small_llama, setup, settin
         "entropy",
         "completions/mean_length",
     ):
-        values = [entry[name] for entry in expected]
+        # A reward is logged in the step that generates.
+        values = [entry[name] for entry in expected if name in entry]
         assert logged(result, name) == pytest.approx(values, rel=RELATIVE, abs=ABSOLUTE), name
     # The second use of the completions has another loss, and the policy has moved away from the reference.
     losses = [entry["loss"] for entry in expected]
     assert max(abs(loss) for loss in losses) > 1e-3
-    assert expected[-1]["kl"] != 0
+    assert [entry["kl"] for entry in expected if "kl" in entry][-1] != 0
 
     # A reward with the wrong sign has other losses, already in the first update.
     wrong = ours(stage, method, rewards=[{**OURS["rewards"][0], "weight": -1.0}, OURS["rewards"][1]])
