@@ -27,6 +27,7 @@ FEATURES: dict[str, Features] = {
     "text": Features({**_ORIGIN, "text": Value("string")}),
     "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
     "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
+    "labelled": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES, "label": Value("bool")}),
 }
 # Accents that follow their letter, and the vowel signs of Hindi, Arabic or Thai. `\w` does not match them. Later planes
 # have none.
@@ -153,10 +154,29 @@ class PreferenceRow(_Row):
         """The chosen answer, then the rejected one."""
         return [self.chosen, self.rejected]
 
+    def labelled(self) -> list[LabelledRow]:
+        """The chosen answer as a good one, and the rejected answer as a bad one."""
+        shared = self.model_dump(include={"source", "origin", "document", "prompt"})
+        return [
+            LabelledRow(**shared, completion=answer, label=label)
+            for answer, label in ((self.chosen, True), (self.rejected, False))
+        ]
+
+
+class LabelledRow(InstructionRow):
+    """An answer that somebody judged: `label` says whether it is a good one. The label is that of the whole completion."""
+
+    label: bool
+
 
 Row = TextRow | InstructionRow | PreferenceRow
 # The class of the rows of each kind.
-ROW_CLASSES: dict[str, type[Row]] = {"text": TextRow, "instruction": InstructionRow, "preference": PreferenceRow}
+ROW_CLASSES: dict[str, type[Row]] = {
+    "text": TextRow,
+    "instruction": InstructionRow,
+    "preference": PreferenceRow,
+    "labelled": LabelledRow,
+}
 # The origin of rows of `data.replay` and `data.replay_instructions`. They are only trained on.
 REPLAY = "replay"
 # The start of the origin of questions that need two facts.
@@ -224,7 +244,9 @@ def folded(messages: Sequence[Message]) -> str:
 
 
 def written_as(row: Row) -> str:
-    """What a row is, as reports count it: `documents`, a kind of rewriting, `questions`, `two_hop`, `general` or `pairs`.
+    """What a row is, as reports count it.
+
+    `documents`, a kind of rewriting, `questions`, `two_hop`, `general`, `pairs`, `good answers` or `bad answers`.
 
     The `origin` of a derived row begins with its kind.
     """
@@ -235,6 +257,8 @@ def written_as(row: Row) -> str:
         return "documents" if row.origin == "document" else first
     if isinstance(row, PreferenceRow):
         return "pairs"
+    if isinstance(row, LabelledRow):
+        return "good answers" if row.label else "bad answers"
     return first if first == TWO_HOP else "questions"
 
 
