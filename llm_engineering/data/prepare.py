@@ -279,7 +279,11 @@ class _Writer:
         if verdict.rule == "exact_duplicate":
             return f"first seen at {other}"
         if verdict.rule == "conflicting_answers":
-            what = "the same answer with the other label" if self.kind == "labelled" else "another answer to the same prompt"
+            what = (
+                "the same answer with the other label"
+                if self.kind == "labelled"
+                else "another answer to the same prompt"
+            )
             return f"the row at {other} has {what}"
         cluster = self.cluster_of.get(row, [])
         rest = list(islice((one for one in cluster if one not in (row, verdict.other)), _NAMED))

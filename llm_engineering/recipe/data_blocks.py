@@ -120,14 +120,18 @@ class HubConfig(Block):
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
     instruction_repo_id: str | None = None
     preference_repo_id: str | None = None
+    labelled_repo_id: str | None = None
     private: bool = True
 
     @model_validator(mode="after")
     def _one_repo_each(self) -> Self:
-        if self.instruction_repo_id is not None and self.instruction_repo_id == self.preference_repo_id:
-            raise ValueError(
-                "instruction_repo_id and preference_repo_id are the same, so one would overwrite the other: name two repositories"
-            )
+        names: dict[str, str] = {}
+        for key in ("instruction_repo_id", "preference_repo_id", "labelled_repo_id"):
+            repo = getattr(self, key)
+            if repo is not None and names.setdefault(repo, key) != key:
+                raise ValueError(
+                    f"{names[repo]} and {key} are the same, so one would overwrite the other: name two repositories"
+                )
         return self
 
 
@@ -160,6 +164,8 @@ class DataConfig(Block):
     """The user's own datasets, which replace the generated ones, and how rows are checked and split.
 
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
+    `labelled` has single answers in a format of instructions, with a column `label` that says whether the answer is a good
+    one; without it, the answers of pairs are good if they are chosen and bad if they are rejected.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
     instructions, so that the model forgets less: of the embedded ones at most 200, or as many as there are generated questions.
     They are not held out.
@@ -172,6 +178,8 @@ class DataConfig(Block):
     preferences: str | None = None
     test_instructions: str | None = None
     test_preferences: str | None = None
+    labelled: str | None = None
+    test_labelled: str | None = None
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     replay: ReplayConfig | None = None
@@ -193,6 +201,8 @@ class DataConfig(Block):
             "preferences",
             "test_instructions",
             "test_preferences",
+            "labelled",
+            "test_labelled",
             "format",
             "columns",
             "replay",
@@ -204,7 +214,7 @@ class DataConfig(Block):
 
     @model_validator(mode="after")
     def _own_test_split(self) -> Self:
-        for kind in ("instructions", "preferences"):
+        for kind in ("instructions", "preferences", "labelled"):
             if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
                 raise ValueError(f"test_{kind} is set, but {kind} is not: set {kind} too, or remove test_{kind}")
         return self

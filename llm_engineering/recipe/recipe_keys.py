@@ -120,11 +120,13 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
 
-        A preference stage is evaluated on instruction rows too.
+        A stage on preferences or labelled answers is evaluated on instruction rows too. Without the user's own, labelled
+        answers are made of preferences.
         """
         trained = {STAGES[name].rows for name in self.chain_to(stage)}
-        needed = trained | ({"instruction"} if "preference" in trained else set())
-        kinds: tuple[Kind, ...] = ("text", "instruction", "preference")
+        needed = trained | ({"instruction"} if trained & {"preference", "labelled"} else set())
+        needed |= {"preference"} if "labelled" in trained and self.data.labelled is None else set()
+        kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "labelled")
         return [kind for kind in kinds if kind in needed]
 
     @property

@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 from pydantic import create_model
 
 from llm_engineering.recipe.block import Block
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 
-Kind = Literal["text", "instruction", "preference"]
+Kind = Literal["text", "instruction", "preference", "labelled"]
 
 
 class Stage(NamedTuple):
@@ -51,10 +51,16 @@ _ROWS = (
     Stage("sft", "instruction", SFTConfig, (f"{_TRAINING}.sft", "train_sft_job"), "supervised fine-tuning"),
     # The reference of a preference stage is the model that it starts from.
     Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo_job"), "direct preference optimisation"),
+    Stage("kto", "labelled", KTOConfig, (f"{_TRAINING}.kto", "train_kto_job"), "Kahneman-Tversky optimisation"),
 )
 STAGES = {stage.name: stage for stage in _ROWS}
 # The stage whose formatted rows the evaluation reads, if no stage of the chain has rows of this kind.
 FIRST_OF_KIND: dict[str, str] = {stage.rows: stage.name for stage in reversed(_ROWS)}
+
+
+def rows_of(kind: str) -> str:
+    """The name of the rows of a kind in steps and keys, e.g. `instructions`."""
+    return kind if kind == "labelled" else f"{kind}s"
 
 
 def with_stages(name: str, field: Callable[[Stage], tuple[Any, Any]], base: type[Block] = Block) -> Any:

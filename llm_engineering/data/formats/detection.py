@@ -101,7 +101,8 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     rest = chain.from_iterable(_pairs(_renamed(record, columns)) for record in records)
     unread: list[str] = []
     rows = (_row(record, found, required, unread) for record in chain(peeked, rest))
-    return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows, unread)
+    shown = " and ".join(name for name, _ in names.most_common()) + (" with labels" if found == "labelled" else "")
+    return OpenedDataset(found, shown, rows, unread)
 
 
 def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:
@@ -261,9 +262,7 @@ def _unknown(reference: str, kind: str | None, required: str | None, first: Reco
             f"it under data.{_kind(other[0])}s."
         )
     known = "; ".join(
-        f"{name}: {', '.join(sorted(columns))}"
-        for name, (columns, _, _) in _FORMATS.items()
-        if _is_of(name, kind)
+        f"{name}: {', '.join(sorted(columns))}" for name, (columns, _, _) in _FORMATS.items() if _is_of(name, kind)
     )
     return UnknownFormatError(
         f"{reference} is in no known {f'{kind} ' if kind else ''}format: its first row has the columns {present}. Known "

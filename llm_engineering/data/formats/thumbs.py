@@ -55,5 +55,7 @@ def judged(fields: dict[str, list[Message]], format_name: str) -> dict[str, list
     if format_name != "prompt-completion":
         prompt, completion = [*prompt, *completion[:-1]], completion[-1:]
     if not all(turn.is_trained for turn in completion if turn.role == "assistant"):
-        raise BadRowError("loss_weight", "a part of its completion has the weight 0; a label judges the whole completion")
+        raise BadRowError(
+            "loss_weight", "a part of its completion has the weight 0; a label judges the whole completion"
+        )
     return {"prompt": prompt, "completion": completion}

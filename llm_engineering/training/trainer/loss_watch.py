@@ -50,7 +50,8 @@ def rows_of(batches: list[Mapping[str, Any]], rows: Dataset) -> str:
     wanted = {sequence for batch in batches for sequence in _sequences(batch)}
     named = []
     for index, row in enumerate(rows):
-        tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]
+        answer = "completion_ids" if "completion_ids" in row else "chosen_ids"
+        tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row[answer]
         if tuple(tokens) in wanted:
             named.append(f"{index} (id {row['id']})" if "id" in row else str(index))
     more = f" and {len(named) - _NAMED_ROWS} more" if len(named) > _NAMED_ROWS else ""
@@ -65,5 +66,5 @@ def _sequences(batch: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
         starts = torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist()
         return [tuple(ids[0, start:end].tolist()) for start, end in zip(starts, [*starts[1:], None], strict=True)]
     # `(rows, tokens)` with padding; TRL stacks the rejected answers below the chosen ones.
-    count = len(ids) // 2 if "completion_mask" in batch else len(ids)
+    count = len(ids) // 2 if "completion_mask" in batch and "label" not in batch else len(ids)
     return [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids[:count], batch["attention_mask"], strict=False)]

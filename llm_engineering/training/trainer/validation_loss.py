@@ -29,7 +29,7 @@ def evaluation_batches(rows: int, size: int, rank: int, processes: int) -> tuple
 
 
 class HeldOutTrainer(Trainer):
-    """Weights the loss of each evaluation batch by its trained tokens or pairs. transformers weights all batches alike.
+    """Weights the loss of each evaluation batch by its trained tokens, pairs or labelled answers. transformers weights all batches alike.
 
     In several processes it counts each row once. accelerate repeats the first rows to fill the last batches.
     """
@@ -63,8 +63,11 @@ class HeldOutTrainer(Trainer):
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss of a batch, and record it with the batch's weight."""
-        # TRL stacks rejected answers below the chosen ones.
-        weight = int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else len(inputs["input_ids"]) // 2
+        if "labels" in inputs:
+            weight = int((inputs["labels"][..., 1:] != -100).sum())
+        else:
+            # TRL stacks the rejected answers of pairs below the chosen ones.
+            weight = len(inputs["input_ids"]) if "label" in inputs else len(inputs["input_ids"]) // 2
         predicted = super().prediction_step(model, inputs, *args, **kwargs)
         assert predicted[0] is not None
         self._losses.append(predicted[0])
