@@ -62,6 +62,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
     preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    labelled = _datasets([data.labelled, data.test_labelled], "labelled", data)
     replay = None
     if data.replay is not None:
         check_replay(data.replay)
@@ -97,6 +98,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         documents=documents,
         instructions=instructions,
         preferences=preferences,
+        labelled=labelled,
         replay=replay,
         replay_instructions=replay_instructions,
         evaluation=evaluation,
@@ -105,7 +107,12 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         recipes=_stage_hashes(
             recipe,
             shared,
-            {"preferences": preferences, "replay": replay, "replay_instructions": replay_instructions},
+            {
+                "preferences": preferences,
+                "labelled": labelled,
+                "replay": replay,
+                "replay_instructions": replay_instructions,
+            },
         ),
         code=code_version(),
     )
@@ -122,19 +129,23 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | N
     decided = dict(shared)
     for stage in recipe.chain:
         decided[stage] = recipe.block(stage).model_dump(mode="json")
-        if STAGES[stage].rows == "preference":
+        rows = STAGES[stage].rows
+        from_pairs = recipe.data.made_of(rows) == "preference"
+        if rows == "labelled" and not from_pairs:
+            decided["labelled"] = own["labelled"]
+        if from_pairs:
             decided["preferences"] = own["preferences"]
         # Pairs are written for the instructions that are left after duplicates, also those of general rows, are dropped.
-        if STAGES[stage].rows == "instruction" or (STAGES[stage].rows == "preference" and not own["preferences"]):
+        if rows == "instruction" or (from_pairs and not own["preferences"]):
             decided["replay_instructions"] = own["replay_instructions"]
         # Its questions are left out of training.
-        if STAGES[stage].rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
+        if rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
             decided["exam"] = recipe.exam.model_dump(include={"questions", "max_new_tokens"})
-        if STAGES[stage].rows == "text" and recipe.deriving is not None:
+        if rows == "text" and recipe.deriving is not None:
             deriving = recipe.deriving
             decided["rewritings"] = [deriving.writing.model_dump(mode="json"), deriving.tokens, deriving.epochs]
             decided["replay_instructions"] = own["replay_instructions"]
-        if STAGES[stage].rows == "text":
+        if rows == "text":
             decided["replay"] = [own["replay"], recipe.data.replay.model_dump() if recipe.data.replay else None]
         hashes[stage] = recipe_hash(decided)
     return hashes

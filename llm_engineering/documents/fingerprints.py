@@ -58,6 +58,8 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
         return dataset_fingerprints([data.replay.path if data.replay is not None else None])
     if artifact == "instruction_candidates":
         return dataset_fingerprints([data.instructions, data.test_instructions, data.replay_instructions])
+    if artifact == "labelled_candidates":
+        return dataset_fingerprints([data.labelled, data.test_labelled])
     return dataset_fingerprints([data.preferences, data.test_preferences])
 
 

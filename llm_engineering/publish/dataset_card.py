@@ -18,7 +18,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import SPLITS
 from llm_engineering.recipe.data_blocks import HubConfig, RulesConfig
 
-Kind = Literal["instruction", "preference"]
+Kind = Literal["instruction", "preference", "labelled"]
 OWN_DATASET = "none: own dataset"
 MAX_ORIGINS = 10
 
@@ -32,7 +32,12 @@ _SIZES = [
     (100_000_000, "10M<n<100M"),
     (1_000_000_000, "100M<n<1B"),
 ]
-_USES = {"instruction": "supervised fine-tuning", "preference": "preference optimisation (DPO)"}
+_USES = {
+    "instruction": "supervised fine-tuning",
+    "preference": "preference optimisation (DPO)",
+    "labelled": "preference optimisation (KTO)",
+}
+_TAGS = {"instruction": "sft", "preference": "dpo", "labelled": "kto"}
 _COLUMNS = {
     "id": "hash of the row's content",
     "source": "file and place, or document and characters, from which the row was made",
@@ -42,6 +47,7 @@ _COLUMNS = {
     "completion": "messages to learn, starting with an assistant turn",
     "chosen": "the better answer, as messages",
     "rejected": "the worse answer, as messages",
+    "label": "whether the completion is a good answer",
 }
 
 
@@ -121,6 +127,12 @@ def limits(kind: str, own: bool, rules: RulesConfig) -> list[str]:
             "A model wrote the questions. The answers were cut from documents or written by a model, as `origin` says.",
             "Rules checked the rows; nobody reviewed them.",
         ]
+    elif kind == "labelled":
+        sentences = [
+            "A model wrote the bad answers; the good answers are those of the instruction dataset.",
+            "The origin of an answer decides its label: nobody judged the answers.",
+            "Rules checked the rows; nobody reviewed them.",
+        ]
     else:
         sentences = [
             "A model wrote the rejected answers; the chosen answers are those of the instruction dataset.",
@@ -163,7 +175,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         "size_categories": [size],
         "tags": [
             "llm-engineering",
-            "sft" if facts.kind == "instruction" else "dpo",
+            _TAGS[facts.kind],
             *([] if facts.model == OWN_DATASET else ["synthetic"]),
         ],
         "configs": [

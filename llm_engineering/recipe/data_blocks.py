@@ -193,6 +193,15 @@ class DataConfig(Block):
     split: SplitConfig = SplitConfig()
     hub: HubConfig | None = None
 
+    def made_of(self, kind: str) -> str:
+        """The kind of rows that are read or generated for a kind: without the user's own, labelled answers are made of pairs."""
+        return "preference" if kind == "labelled" and self.labelled is None else kind
+
+    def own(self, kind: str) -> str | None:
+        """The user's own dataset that the rows of a kind are made of; None if there is none."""
+        own = {"instruction": self.instructions, "preference": self.preferences, "labelled": self.labelled}
+        return own.get(self.made_of(kind))
+
     @property
     def checks(self) -> DataConfig:
         """The keys that decide how rows are checked and split, without the keys that say where rows come from."""

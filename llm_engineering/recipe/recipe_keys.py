@@ -125,7 +125,7 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
         """
         trained = {STAGES[name].rows for name in self.chain_to(stage)}
         needed = trained | ({"instruction"} if trained & {"preference", "labelled"} else set())
-        needed |= {"preference"} if "labelled" in trained and self.data.labelled is None else set()
+        needed |= {"preference"} if any(self.data.made_of(kind) == "preference" for kind in trained) else set()
         kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "labelled")
         return [kind for kind in kinds if kind in needed]
 

@@ -40,7 +40,7 @@ logger = logging.getLogger("llm_engineering.versions")
 # version.
 COMPARED_WITH = "incumbent"
 # Artifacts that are made from the user's files.
-SOURCED = ("documents", "text_candidates", "instruction_candidates", "preference_candidates")
+SOURCED = ("documents", "text_candidates", "instruction_candidates", "preference_candidates", "labelled_candidates")
 MERGED = "merged_model"
 
 
@@ -187,7 +187,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     if registered is not None:
         return registered
     check_unchanged(found.base)
-    rows_of = [name for name, stage in STAGES.items() if stage.rows != "preference"]
+    rows_of = [name for name, stage in STAGES.items() if stage.rows in ("text", "instruction")]
     versions = (found.version.get_artifact(f"formatted_{name}") for name in reversed(rows_of))
     formatted = next((version for version in versions if version is not None), None)
     if formatted is None:
