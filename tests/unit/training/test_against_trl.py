@@ -257,7 +257,9 @@ def test_losses_are_those_of_plain_trl(case, small_llama, settings, tmp_path):
 
     assert len(expected) == STEPS
     for name in ("loss", "grad_norm", "learning_rate", *stage.values):
-        values = [entry[name] for entry in expected]
+        # A batch of KTO may have only good or only bad answers.
+        values = [entry[name] for entry in expected if name in entry]
+        assert len(values) > STEPS // 2
         assert logged(result, name) == pytest.approx(values, rel=RELATIVE, abs=ABSOLUTE), name
     # Training has changed the losses by far more than the tolerances.
     assert abs(expected[-1]["loss"] / expected[0]["loss"] - 1) > 1e-2

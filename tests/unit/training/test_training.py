@@ -14,7 +14,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
+from llm_engineering.data.rows import (
+    FEATURES,
+    InstructionRow,
+    Message,
+    PreferenceRow,
+    instruction_dataset,
+    preference_dataset,
+    to_dataset,
+)
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.models.base_model import load_model
@@ -24,9 +32,10 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
+from llm_engineering.training.kto import train_kto
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer.checkpoints import newest_complete
@@ -42,6 +51,8 @@ STEPS = {
 }
 SFT = SFTConfig(**STEPS, per_device_train_batch_size=1, packing=True)
 DPO = DPOConfig(**STEPS, per_device_train_batch_size=2)
+# As many steps as DPO: two answers of each pair.
+KTO = KTOConfig(**STEPS, per_device_train_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,7 @@ def sft_data(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def dpo_data(tokenizer, tmp_path_factory):
+def pair_splits():
     rows = [
         PreferenceRow(
             prompt=[Message(role="user", content=f"What is {i} plus {i}?")],
@@ -83,8 +94,22 @@ def dpo_data(tokenizer, tmp_path_factory):
         )
         for i in range(12)
     ]
-    splits = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
-    return formatted(splits, "preference", preference_dataset, tokenizer, tmp_path_factory.mktemp("preference"))
+    return {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
+
+
+@pytest.fixture(scope="module")
+def dpo_data(pair_splits, tokenizer, tmp_path_factory):
+    return formatted(pair_splits, "preference", preference_dataset, tokenizer, tmp_path_factory.mktemp("preference"))
+
+
+@pytest.fixture(scope="module")
+def kto_data(pair_splits, tokenizer, tmp_path_factory):
+    splits = {name: [row for pair in pairs for row in pair.labelled()] for name, pairs in pair_splits.items()}
+
+    def dataset(rows):
+        return to_dataset([row.record() for row in rows], FEATURES["labelled"])
+
+    return formatted(splits, "labelled", dataset, tokenizer, tmp_path_factory.mktemp("labelled"))
 
 
 @pytest.fixture(scope="module")
@@ -183,17 +208,19 @@ def test_same_recipe_and_seed_give_the_same_bytes(sft_data, setup, settings):
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
 def test_interrupted_run_resumes_and_ends_like_an_uninterrupted_one(
-    stage, sft_data, dpo_data, sft_adapter, setup, settings, monkeypatch, caplog
+    stage, sft_data, dpo_data, kto_data, sft_adapter, setup, settings, monkeypatch, caplog
 ):
     from llm_engineering.training.telemetry import work
 
-    config = (SFT if stage == "sft" else DPO).model_copy(update={"num_train_epochs": 2})
+    config = {"sft": SFT, "dpo": DPO, "kto": KTO}[stage].model_copy(update={"num_train_epochs": 2})
 
     def train():
         if stage == "sft":
             return train_sft(sft_data, config, setup, settings)
+        if stage == "kto":
+            return train_kto(kto_data, sft_adapter, config, setup, settings)
         return train_dpo(dpo_data, sft_adapter, config, setup, settings)
 
     whole = train()
