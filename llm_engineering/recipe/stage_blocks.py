@@ -157,7 +157,12 @@ class KTOConfig(ReferenceConfig):
 
     config_class = "trl.KTOConfig"
     refused: ClassVar[dict[str, str]] = {
-        **ReferenceConfig.refused,
+        # TRL's class for KTO has fewer fields than the others.
+        **{
+            k: v
+            for k, v in ReferenceConfig.refused.items()
+            if k not in ("truncation_mode", "padding_free", "pad_token")
+        },
         "train_sampling_strategy": "rows are shuffled once with the seed, because the KL divergence of a batch is estimated "
         "from its own answers",
     }
