@@ -134,14 +134,14 @@ class ReferenceTrainer(ResumableTrainer):
         complete_reference(self.model)
         self._choose_branch()
         with self.accelerator.autocast():
-            rows: Dataset = super()._precompute_ref_logps(dataset, *args, **kwargs)
+            rows: Dataset = super()._precompute_ref_logps(dataset, *args, **kwargs)  # type: ignore[misc]
         return rows
 
     def _compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         # In training, accelerate converts the logits to float32. It has not wrapped the model yet, and sums of bf16
         # log-probabilities have two to three digits.
         computed = model if self.use_liger_kernel else convert_outputs_to_fp32(model)
-        return super()._compute_ref_log_probs(computed, inputs)  # type: ignore[no-untyped-call]
+        return super()._compute_ref_log_probs(computed, inputs)  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(
         self, model: torch.nn.Module, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor

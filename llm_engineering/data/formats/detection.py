@@ -106,7 +106,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
 
 
 def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:
-    known = frozenset().union(*_MAPPABLE.values())
+    known: frozenset[str] = frozenset().union(*_MAPPABLE.values())
     for name in mapping:
         if name not in known:
             raise RequestError(
@@ -197,11 +197,12 @@ def _row(record: Record | BrokenRecord, kind: str, required: str | None, unread:
         reads = format_.reads | set(LABELS if kind == "labelled" else ())
         names = [printable(name) for name in value if name not in reads]
         unread += [name for name in names if name not in unread][: _UNREAD_NAMED - len(unread)]
-        messages = format_.read(value)
+        messages, label = format_.read(value), {}
         if kind == "labelled":
-            messages = {**judged(messages, name), "label": read_label(value)}
+            messages, label = judged(messages, name), {"label": read_label(value)}
         fields = {
             **messages,
+            **label,
             "source": printable(f"{file.rpartition('/')[2]}:{place}"),
             "origin": _origin(value),
             "document": _document(value),
