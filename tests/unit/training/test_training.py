@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -14,15 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import (
-    FEATURES,
-    InstructionRow,
-    Message,
-    PreferenceRow,
-    instruction_dataset,
-    preference_dataset,
-    to_dataset,
-)
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.models.base_model import load_model
@@ -32,10 +23,9 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
-from llm_engineering.training.kto import train_kto
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer.checkpoints import newest_complete
@@ -51,8 +41,6 @@ STEPS = {
 }
 SFT = SFTConfig(**STEPS, per_device_train_batch_size=1, packing=True)
 DPO = DPOConfig(**STEPS, per_device_train_batch_size=2)
-# As many steps as DPO: two answers of each pair.
-KTO = KTOConfig(**STEPS, per_device_train_batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +71,7 @@ def sft_data(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair_splits():
+def dpo_data(tokenizer, tmp_path_factory):
     rows = [
         PreferenceRow(
             prompt=[Message(role="user", content=f"What is {i} plus {i}?")],
@@ -94,22 +82,8 @@ def pair_splits():
         )
         for i in range(12)
     ]
-    return {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
-
-
-@pytest.fixture(scope="module")
-def dpo_data(pair_splits, tokenizer, tmp_path_factory):
-    return formatted(pair_splits, "preference", preference_dataset, tokenizer, tmp_path_factory.mktemp("preference"))
-
-
-@pytest.fixture(scope="module")
-def kto_data(pair_splits, tokenizer, tmp_path_factory):
-    splits = {name: [row for pair in pairs for row in pair.labelled()] for name, pairs in pair_splits.items()}
-
-    def dataset(rows):
-        return to_dataset([row.record() for row in rows], FEATURES["labelled"])
-
-    return formatted(splits, "labelled", dataset, tokenizer, tmp_path_factory.mktemp("labelled"))
+    splits = {"train": rows[:8], "validation": rows[8:10], "test": rows[10:]}
+    return formatted(splits, "preference", preference_dataset, tokenizer, tmp_path_factory.mktemp("preference"))
 
 
 @pytest.fixture(scope="module")
@@ -196,59 +170,12 @@ def test_dpo_prefers_the_chosen_answer(sft_adapter, dpo_data, setup, settings):
     assert not (result.adapter / "ref").exists()
 
 
-class Killed(BaseException):
-    """Simulates a kill, because no code catches this class."""
-
-
 def test_same_recipe_and_seed_give_the_same_bytes(sft_data, setup, settings):
     first = train_sft(sft_data, SFT, setup, settings)
     weights = (first.adapter / "adapter_model.safetensors").read_bytes()
     torch.rand(3)  # The random state before the run must not matter.
     again = train_sft(sft_data, SFT, setup, settings)
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights
-
-
-@pytest.mark.parametrize("stage", ["sft", "dpo", "kto"])
-def test_interrupted_run_resumes_and_ends_like_an_uninterrupted_one(
-    stage, sft_data, dpo_data, kto_data, sft_adapter, setup, settings, monkeypatch, caplog
-):
-    from llm_engineering.training.telemetry import work
-
-    config = {"sft": SFT, "dpo": DPO, "kto": KTO}[stage].model_copy(update={"num_train_epochs": 2})
-
-    def train():
-        if stage == "sft":
-            return train_sft(sft_data, config, setup, settings)
-        if stage == "kto":
-            return train_kto(kto_data, sft_adapter, config, setup, settings)
-        return train_dpo(dpo_data, sft_adapter, config, setup, settings)
-
-    whole = train()
-    expected = (whole.adapter / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(whole.adapter.parent)
-
-    real = work.TelemetryCallback.on_step_end
-
-    def die_after_step_5(self, args, state, control, **kwargs):
-        real(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise Killed
-
-    monkeypatch.setattr(work.TelemetryCallback, "on_step_end", die_after_step_5)
-    with pytest.raises(Killed):
-        train()
-    monkeypatch.setattr(work.TelemetryCallback, "on_step_end", real)
-    # The newest checkpoint is incomplete: resume skips it with a warning.
-    checkpoints = whole.adapter.parent / "checkpoints"
-    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")
-    optimizer = checkpoints / "checkpoint-5" / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:1000])
-
-    with caplog.at_level(logging.INFO):
-        again = train()
-    assert again.summary["resumed_from"] == "checkpoint-4"
-    assert "checkpoint-5: optimizer.pt is missing or incomplete" in caplog.text
-    assert (again.adapter / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_another_learning_rate_is_another_run(sft_data, setup, settings):
