@@ -30,7 +30,7 @@ $(COMMANDS): .venv/ready
 ##@ Run pipelines
 run-sft:  ## train and evaluate an SFT adapter on documents or on your own data: [CONFIG=…]
 run-dpo:  ## train and evaluate a DPO adapter on top of the SFT adapter
-run:  ## train and evaluate a stage of the recipe's chain: STAGE=cpt|sft|dpo
+run:  ## train and evaluate a stage of the recipe's chain: STAGE=cpt|sft|dpo|kto
 retrain:  ## all stages of the chain as one run
 datasets:  ## generate the datasets of the chain without training
 runs:  ## list the last runs
@@ -38,7 +38,7 @@ dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
 
 ##@ Datasets
 inspect:  ## report on a dataset file: DATA=rows.jsonl
-push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference
+push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference|labelled
 
 ##@ Models
 chat:  ## talk to the promoted model, or ask one question: [PROMPT="Who founded Ondrel?"]

@@ -1,5 +1,6 @@
 """The pipelines: documents → datasets → the stages of the recipe's chain → evaluation → promotion."""
 
+from functools import partial
 from typing import Any
 
 from zenml import pipeline
@@ -8,7 +9,7 @@ from zenml.client import Client
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
-from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
+from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
 from pipelines.inputs import Inputs
 from pipelines.promote import promote
 from steps.data import (
@@ -17,6 +18,7 @@ from steps.data import (
     format_rows,
     generate_instructions,
     generate_preferences,
+    label_preferences,
     load,
     prepare,
     read_documents,
@@ -59,6 +61,7 @@ def step_of(name: str) -> Any:
         collect_texts,
         generate_instructions,
         generate_preferences,
+        label_preferences,
         collect_prompts,
         write_exam,
         promote,
@@ -80,8 +83,14 @@ class _Datasets:
     def of(self, kind: str, start: Any = None) -> Any:
         """The dataset of a kind, checked and split. `start` is the adapter that the stage starts from, if it has one."""
         if kind not in self._made:
-            make = {"text": self._texts, "instruction": self._candidates, "prompt": self._prompts}.get(kind)
-            candidates = make() if make else self._preferences(start)
+            make = {
+                "text": self._texts,
+                "instruction": self._candidates,
+                "preference": partial(self._preferences, start),
+                "labelled": partial(self._labelled, start),
+                "prompt": self._prompts,
+            }
+            candidates = make[kind]()
             step = prepare.with_options(substitutions={"kind": kind})
             self._made[kind] = step(
                 kind,
@@ -92,7 +101,7 @@ class _Datasets:
                 self.inputs.exam,
                 # The exam asks about the documents, so they stay whole.
                 self.exam() if kind != "text" else None,
-                id=f"prepare_{kind}s",
+                id=f"prepare_{rows_of(kind)}",
             )
         return self._made[kind]
 
@@ -178,6 +187,12 @@ class _Datasets:
             ),
         )
 
+    def _labelled(self, start: Any) -> Any:
+        data = self.recipe.data
+        if data.labelled is not None:
+            return self._own("labelled", data.labelled, data.test_labelled, self.inputs.labelled)
+        return label_preferences(self.of("preference", start), data.test_preferences is not None)
+
     def _prompts(self) -> Any:
         data = self.recipe.data
         if data.prompts is not None:
@@ -188,7 +203,7 @@ class _Datasets:
         data = self.recipe.data
         step = load.with_options(substitutions={"kind": kind})
         replay = (data.replay_instructions, self.inputs.replay_instructions) if kind == "instruction" else (None, None)
-        return step(kind, path, test_path, data.format, data.columns, content_hash, *replay, id=f"load_{kind}s")
+        return step(kind, path, test_path, data.format, data.columns, content_hash, *replay, id=f"load_{rows_of(kind)}")
 
 
 def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbent: Any) -> None:
@@ -243,8 +258,9 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
         epochs={s: recipe.block(s).num_train_epochs for s in chain if STAGES[s].rows in ("text", "instruction")},
-        **{f"formatted_{kind}": rows for kind, rows in formatted.items()},
-        **{f"{kind}_dataset": datasets.of(kind) for kind in formatted},
+        # Nothing is measured on labelled answers.
+        **{f"formatted_{kind}": rows for kind, rows in formatted.items() if kind != "labelled"},
+        **{f"{kind}_dataset": datasets.of(kind) for kind in formatted if kind != "labelled"},
         **{f"{stage}_adapter": adapter for stage, adapter in adapters.items()},
         id=f"evaluate_{last}",
     )

@@ -7,8 +7,8 @@ class Inputs(BaseModel):
     """Inputs of a run that are not in its recipe. Files are hashes, so that a changed file is a changed parameter.
 
     Attributes:
-        documents, instructions, preferences, prompts, replay, replay_instructions: hash of the files that the recipe names, with their test splits;
-            None if it names none.
+        documents, instructions, preferences, labelled, prompts, replay, replay_instructions: hash of the files that the recipe
+            names, with their test splits; None if it names none.
         evaluation: hash of the files in `data.decontaminate_against`; None if there are none.
         checks: hash of the user's own check and the folder of lm-eval's tasks; None if there are none.
         rewards: hash of each file with rewards of the user's own, by its path.
@@ -23,6 +23,7 @@ class Inputs(BaseModel):
     instructions: str | None
     preferences: str | None
     prompts: str | None = None
+    labelled: str | None = None
     replay: str | None
     replay_instructions: str | None = None
     evaluation: str | None

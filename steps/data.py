@@ -20,6 +20,7 @@ from llm_engineering.data.rows import (
     instruction_dataset,
     instruction_row,
     preference_dataset,
+    preference_row,
     prompt_dataset,
     split_of,
     to_dataset,
@@ -187,6 +188,29 @@ def collect_prompts(dataset: DatasetDict) -> Annotated[DatasetDict, "prompt_cand
         ledger.record(stage, len(rows), len(prompts), rejected)
         candidates[name] = prompt_dataset(prompts)
     log_rows("prompt_candidates", ledger, "prompt")
+    return DatasetDict(**candidates, **ledger.datasets())
+
+
+@project_step(output_materializers=HFDatasetMaterializer)
+def label_preferences(dataset: DatasetDict, has_own_test: bool) -> Annotated[DatasetDict, "labelled_candidates"]:
+    """Make two labelled answers of each pair of the preference dataset: the chosen one is good, the rejected one is bad.
+
+    `has_own_test` says whether the test split is the user's own; its answers stay in a test split.
+    """
+    ledger = Ledger.load(dataset)
+    own_test = ["test"] if has_own_test else []
+    parts = {"rows": [name for name in SPLITS if name not in own_test], "test_rows": own_test}
+    answers = {
+        part: [row for name in names for pair in dataset[name] for row in preference_row(pair).labelled()]
+        for part, names in parts.items()
+        if names
+    }
+    for part, rows in answers.items():
+        ledger.record("labelled" if part == "rows" else "labelled_test", len(rows), len(rows))
+    log_rows("labelled_candidates", ledger, "labelled")
+    candidates = {
+        part: to_dataset([row.record() for row in rows], FEATURES["labelled"]) for part, rows in answers.items()
+    }
     return DatasetDict(**candidates, **ledger.datasets())
 
 

@@ -1,4 +1,4 @@
-"""Rewrites the losses in tests/unit/training/references with those of small runs: python -m tests.renew_references
+"""Rewrites the losses in tests/unit/training/trainer/references with those of small runs: python -m tests.renew_references
 
 Run it only after an intended change of the losses, and explain the change in the commit.
 """

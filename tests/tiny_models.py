@@ -19,7 +19,16 @@ from transformers import (
 )
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import FEATURES, InstructionRow, Message, PreferenceRow, PromptRow, TextRow, to_dataset
+from llm_engineering.data.rows import (
+    FEATURES,
+    InstructionRow,
+    LabelledRow,
+    Message,
+    PreferenceRow,
+    PromptRow,
+    TextRow,
+    to_dataset,
+)
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
@@ -167,6 +176,11 @@ def pair(number: int) -> PreferenceRow:
     )
 
 
+def labelled(number: int) -> LabelledRow:
+    """A question, and a good or a bad answer of one of three lengths."""
+    return pair(number // 2).labelled()[number % 2]
+
+
 def question(number: int) -> PromptRow:
     """A question with an accepted answer."""
     return PromptRow(
@@ -179,7 +193,9 @@ def question(number: int) -> PromptRow:
 
 def formatted(kind: str, count: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DatasetDict:
     """`count` formatted rows for training, and four for validation."""
-    make = {"text": text, "instruction": instruction, "preference": pair, "prompt": question}[kind]
+    make = {"text": text, "instruction": instruction, "preference": pair, "labelled": labelled, "prompt": question}[
+        kind
+    ]
     records = [make(number).record() for number in range(count + 4)]
     ledger = Ledger()
     ledger.record(kind, len(records), len(records))

@@ -28,6 +28,7 @@ logger = logging.getLogger("llm_engineering.dataset")
 FORMATTED = {
     "instruction": ["formatted_sft"],
     "preference": ["formatted_dpo"],
+    "labelled": ["formatted_kto"],
     "prompt": ["formatted_rloo", "formatted_grpo"],
 }
 
@@ -81,10 +82,10 @@ def inspect(
 
 def push_dataset(
     kind: Annotated[
-        Literal["instruction", "preference", "prompt"],
+        Literal["instruction", "preference", "labelled", "prompt"],
         typer.Argument(
-            help="Dataset to publish: instruction (questions with answers), preference (pairs of answers) or prompt "
-            "(questions with accepted answers)."
+            help="Dataset to publish: instruction (questions with answers), preference (pairs of answers), labelled (good and "
+            "bad answers) or prompt (questions with accepted answers)."
         ),
     ],
     config: Config = DEFAULT_RECIPE,
@@ -139,7 +140,8 @@ def push_dataset(
     if not allow_secrets:
         check_secrets(dataset, masked=made_with.data.rules.secret == "mask")
     places = [made_with.model.name_or_path, made_with.documents.path]
-    own = (made_with.data.instructions, made_with.data.preferences, made_with.data.prompts)
+    data = made_with.data
+    own = (data.instructions, data.preferences, data.labelled, data.prompts)
     places += [place for place in own if place is not None]
     rows = public_rows(dataset, places)
     facts = _facts(kind, version, dataset_version, made_with, hub, dataset, rows)
@@ -223,7 +225,9 @@ def _parameters(dataset: ArtifactVersionResponse) -> dict[str, Any]:
 
 def _deciding(recipe: Recipe, kind: str) -> dict[str, Any]:
     """The keys of a recipe that decide the rows of a dataset."""
-    other = {key for name in ("preference", "prompt") if name != kind for key in (f"{name}s", f"test_{name}s")}
+    others = {"instruction": ("preferences", "labelled", "prompts"), "preference": ("labelled", "prompts")}
+    others |= {"labelled": ("prompts",), "prompt": ("preferences", "labelled")}
+    other = {key for name in others[kind] for key in (name, f"test_{name}")}
     return {
         "seed": recipe.seed,
         # Without the revision: only the stored recipe has it, because it is pinned when a run starts.
@@ -245,8 +249,8 @@ def _facts(
     """The facts for the dataset card, from the metadata of the runs."""
     from llm_engineering.publish import dataset_card
 
-    own = getattr(made_with.data, f"{kind}s")
-    candidates = version.get_artifact(f"{kind}_candidates")
+    own = made_with.data.own(kind)
+    candidates = version.get_artifact(f"{made_with.data.made_of(kind)}_candidates")
     formatted = next(filter(None, map(version.get_artifact, FORMATTED[kind])), None)
     recorded = candidates.run_metadata if candidates else {}
     # Generated pairs come from the instructions, so the prompts are recorded with those.

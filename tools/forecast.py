@@ -119,8 +119,7 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
         return tokens / (1 - replayed), " and ".join(
             [f"the size of {len(parts)} {'sentences' if by_sentence else 'documents'}", *beside]
         )
-    data = recipe.data
-    own = {"instruction": data.instructions, "preference": data.preferences, "prompt": data.prompts}[kind]
+    own = recipe.data.own(kind)
     if own is not None:
         return _own_tokens(own, share)
     if recipe.data.instructions is not None:
@@ -132,7 +131,7 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
     if writing.answers == "model" and writing.answer_max_new_tokens is not None:
         answers = [float(writing.answer_max_new_tokens)] * len(passages)
     prompt = writing.question_max_new_tokens + TEMPLATE_TOKENS
-    if kind == "preference":
+    if kind in ("preference", "labelled"):
         answers = [
             2 * prompt + answer + writing.rejected_max_new_tokens for answer in answers[: writing.max_preferences]
         ]

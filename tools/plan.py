@@ -6,7 +6,7 @@ import yaml
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
+from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
 from tools.expected_rows import data_lines
 from tools.forecast import estimate_lines, first_line
 from tools.readiness import check_model
@@ -55,14 +55,15 @@ def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
 
 def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
     """The steps that make the dataset of a kind."""
-    data = recipe.data
-    own = {"instruction": data.instructions, "preference": data.preferences, "prompt": data.prompts}.get(kind)
+    own, source = recipe.data.own(kind), recipe.data.made_of(kind)
+    if source != kind:
+        return [*_dataset_steps(source, recipe), "label_preferences", "prepare_labelled"]
     reading = ["read_documents"] if kind == "text" or recipe.data.instructions is None else []
     make = f"collect_{kind}s" if kind in ("text", "prompt") else f"generate_{kind}s"
     exam = ["write_exam"] if kind == "instruction" and _writes_exam(recipe) else []
     if kind == "text" and recipe.derives_from_questions:
         reading = list(dict.fromkeys([*reading, *_dataset_steps("instruction", recipe)]))
-    return [*([f"load_{kind}s"] if own is not None else [*reading, make]), *exam, f"prepare_{kind}s"]
+    return [*([f"load_{rows_of(kind)}"] if own is not None else [*reading, make]), *exam, f"prepare_{rows_of(kind)}"]
 
 
 def _writes_exam(recipe: Recipe) -> bool:

@@ -72,6 +72,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
     preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    labelled = _datasets([data.labelled, data.test_labelled], "labelled", data)
     prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
     rewards = check_rewards(recipe)
     replay = None
@@ -109,6 +110,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         documents=documents,
         instructions=instructions,
         preferences=preferences,
+        labelled=labelled,
         prompts=prompts,
         replay=replay,
         replay_instructions=replay_instructions,
@@ -121,6 +123,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
             shared,
             {
                 "preferences": preferences,
+                "labelled": labelled,
                 "prompts": prompts,
                 "rewards": rewards,
                 "replay": replay,
@@ -167,22 +170,26 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
     decided = dict(shared)
     for stage in recipe.chain:
         decided[stage] = recipe.block(stage).model_dump(mode="json")
-        if STAGES[stage].rows == "preference":
+        rows = STAGES[stage].rows
+        from_pairs = recipe.data.made_of(rows) == "preference"
+        if rows == "labelled" and not from_pairs:
+            decided["labelled"] = own["labelled"]
+        if from_pairs:
             decided["preferences"] = own["preferences"]
-        if STAGES[stage].rows == "prompt":
+        if rows == "prompt":
             decided["prompts"], decided["rewards"] = own["prompts"], own["rewards"]
         # Pairs and prompts are made of the instructions that are left after duplicates, also those of general rows, are dropped.
-        made = {"preference": "preferences", "prompt": "prompts"}.get(STAGES[stage].rows)
-        if STAGES[stage].rows == "instruction" or (made is not None and not own[made]):
+        made = "preferences" if from_pairs else "prompts" if rows == "prompt" else None
+        if rows == "instruction" or (made is not None and not own[made]):
             decided["replay_instructions"] = own["replay_instructions"]
         # Its questions are left out of training.
-        if STAGES[stage].rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
+        if rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
             decided["exam"] = recipe.exam.model_dump(include={"questions", "max_new_tokens"})
-        if STAGES[stage].rows == "text" and recipe.deriving is not None:
+        if rows == "text" and recipe.deriving is not None:
             deriving = recipe.deriving
             decided["rewritings"] = [deriving.writing.model_dump(mode="json"), deriving.tokens, deriving.epochs]
             decided["replay_instructions"] = own["replay_instructions"]
-        if STAGES[stage].rows == "text":
+        if rows == "text":
             decided["replay"] = [own["replay"], recipe.data.replay.model_dump() if recipe.data.replay else None]
         hashes[stage] = recipe_hash(decided)
     return hashes

@@ -25,6 +25,7 @@ CLASSES: dict[str, type[Any]] = {
     "trl.DPOConfig": trl.DPOConfig,
     "trl.GRPOConfig": trl.GRPOConfig,
     "trl.RLOOConfig": trl.RLOOConfig,
+    "trl.KTOConfig": trl.KTOConfig,
     "peft.LoraConfig": peft.LoraConfig,
 }
 _NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}

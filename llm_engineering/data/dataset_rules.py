@@ -113,7 +113,7 @@ class RowIndex:
         self.bands = [folder / f"band-{k}" for k in range(band_count(config.near_duplicate_threshold))]
         self.rows = 0
         self.languages: dict[str, int] = {}
-        columns = ("sides", "lengths", "codes", "counts", "generated", "source_bytes")
+        columns = ("sides", "labels", "lengths", "codes", "counts", "generated", "source_bytes")
         self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
         names = [*(folder / name for name in (*_HASHES, "shingles", "sources")), *self.bands]
         self._stack = ExitStack()
@@ -136,6 +136,7 @@ class RowIndex:
         codes = [self.languages.setdefault(name, len(self.languages)) for name in batch.languages]
         self._parts["codes"].append(np.array(codes, np.uint16))
         self._parts["sides"].append(batch.sides)
+        self._parts["labels"].append(batch.labels)
         self._parts["lengths"].append(batch.lengths)
         self._parts["counts"].append(batch.sketches.counts)
         self._parts["generated"].append(batch.generated)
@@ -145,7 +146,7 @@ class RowIndex:
         self.rows += len(batch.sides)
 
     def column(self, name: str) -> NDArray[Any]:
-        """One value for each row: `sides`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`."""
+        """One value for each row: `sides`, `labels`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`."""
         if len(self._parts[name]) > 1:
             self._parts[name] = [np.concatenate(self._parts[name])]
         return self._parts[name][0] if self._parts[name] else np.empty(0, np.uint32)
@@ -190,6 +191,7 @@ class Verdicts:
         self._rules = config.rules
         self._remove_leaks = remove_leaks
         self._sides = index.column("sides")
+        self._labels = index.column("labels")
         self._generated = index.column("generated")
         self._exact: set[int] = set()
 
@@ -219,10 +221,10 @@ class Verdicts:
                     self.by_row.setdefault(row, []).append(leak)
 
     def duplicates(self, rows: Iterable[int], rule: str) -> None:
-        """Given similar rows, mark all but the first of each split as duplicates. Skips exact duplicates."""
-        first: dict[int, int] = {}
+        """Given similar rows, mark all but the first of each split and label as duplicates. Skips exact duplicates."""
+        first: dict[tuple[int, int], int] = {}
         for row in rows:
-            earlier = first.setdefault(int(self._sides[row]), row)
+            earlier = first.setdefault((int(self._sides[row]), int(self._labels[row])), row)
             if earlier != row and row not in self._exact and not self._other_comparison(row, earlier):
                 self.match(rule, row, earlier)
                 if rule == "exact_duplicate":
@@ -236,9 +238,16 @@ class Verdicts:
     def conflicts(self, rows: list[int]) -> None:
         """Given rows with the same prompt, mark rows with different answers.
 
-        Pairs are marked if the chosen answer of one is the rejected answer of another.
+        Pairs are marked if the chosen answer of one is the rejected answer of another, and bad answers if they are also
+        good ones.
         """
         answers = {row: self._index.hash("answers", row) for row in rows}
+        if self._labels[rows[0]]:
+            good = {answers[row]: row for row in rows if self._labels[row] == 2}
+            for row in rows:
+                if self._labels[row] == 1 and answers[row] in good:
+                    self.match("conflicting_answers", row, good[answers[row]])
+            return
         rejected = {self._index.hash("others", row): row for row in rows}
         for row in rows:
             # Instruction rows have no rejected answer: its hash is 0.

@@ -27,6 +27,7 @@ from llm_engineering.data.rows import (
     FEATURES,
     REPLAY,
     SPLITS,
+    LabelledRow,
     Row,
     TextRow,
     folded,
@@ -75,6 +76,7 @@ class Examined(NamedTuple):
             rejected answer (0 for instruction rows).
         documents: hashes of the names of the rows' documents; 0 for a row without one.
         sides: the split, as an index into `SPLITS`.
+        labels: 2 for a good answer, 1 for a bad one, 0 for a row without a label.
         generated: 1 if a model wrote a part of the row, else 0.
         lengths: characters of prompt and answer.
         languages: ISO 639-1 codes; empty if the language is uncertain.
@@ -89,6 +91,7 @@ class Examined(NamedTuple):
     others: NDArray[np.uint64]
     documents: NDArray[np.uint64]
     sides: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
     generated: NDArray[np.uint8]
     lengths: NDArray[np.uint32]
     languages: list[str]
@@ -152,6 +155,7 @@ class Examiner:
             others=np.array([_hash(folded(row.answers[1])) if row.answers[1:] else 0 for row in kept], np.uint64),
             documents=np.array([_hash(row.document) if row.document else 0 for row in kept], np.uint64),
             sides=np.array(sides, np.uint8),
+            labels=np.array([1 + row.label if isinstance(row, LabelledRow) else 0 for row in kept], np.uint8),
             generated=np.array([is_generated(row) for row in kept], np.uint8),
             lengths=np.array([len(text) for text in texts], np.uint32),
             languages=[(language_of(text) or "") if detects_language else "" for text in texts],

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A dataset after reading: its kind (`instruction`, `preference` or `prompt`), the name of its format, and its rows."""
+    """A dataset after reading: its kind, the name of its format, and its rows."""
 
     kind: str
     format: str
@@ -42,7 +42,7 @@ def load_rows(
     """Read all rows of a dataset into an Arrow file. Rows that cannot be read are quarantined.
 
     Args:
-        kind: `instruction`, `preference` or `prompt`; None detects it.
+        kind: `instruction`, `preference`, `labelled` or `prompt`; None detects it.
         path: the file to write.
         suffix: text after the kind in the name of the ledger's stage, e.g. `_test`.
         more: rows of another source, which follow those of the dataset.

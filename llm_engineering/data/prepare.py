@@ -84,7 +84,7 @@ def prepare(
 
     Args:
         kind: the kind of the rows. It is also the stage in the ledger. The user's own test split has the
-            stage `instruction_test` or `preference_test`.
+            stage of its kind and `_test`, e.g. `instruction_test`.
         folder: the folder for the files of all passes.
         own_test: the user's own test split; `candidates` are then split into training and validation.
         evaluation: rows that training rows must not share n-grams with (`data.decontaminate_against`).
@@ -279,7 +279,12 @@ class _Writer:
         if verdict.rule == "exact_duplicate":
             return f"first seen at {other}"
         if verdict.rule == "conflicting_answers":
-            return f"the row at {other} has another answer to the same prompt"
+            what = (
+                "the same answer with the other label"
+                if self.kind == "labelled"
+                else "another answer to the same prompt"
+            )
+            return f"the row at {other} has {what}"
         cluster = self.cluster_of.get(row, [])
         rest = list(islice((one for one in cluster if one not in (row, verdict.other)), _NAMED))
         more = f", with {', '.join(map(self._source, rest))}" if rest else ""

@@ -12,7 +12,17 @@ from itertools import zip_longest
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
-from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, PromptRow, Row, TextRow, is_blank
+from llm_engineering.data.rows import (
+    REPLAY,
+    InstructionRow,
+    LabelledRow,
+    Message,
+    PreferenceRow,
+    PromptRow,
+    Row,
+    TextRow,
+    is_blank,
+)
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
 from llm_engineering.recipe.data_blocks import RulesConfig
 
@@ -102,6 +112,11 @@ def _answers(messages: Sequence[Message]) -> list[str]:
     return [message.content for message in messages if message.is_trained]
 
 
+def _wanted(row: Row) -> list[str]:
+    """The answers that a model should give: not those that are rejected or labelled as bad."""
+    return [] if isinstance(row, LabelledRow) and not row.label else _answers(row.answers[0])
+
+
 def _private(row: Row, find: Callable[[str], list[Private]]) -> list[tuple[str, str]]:
     """Field and kind of everything private in a row."""
     return [
@@ -187,12 +202,12 @@ def _essence(text: str) -> Iterator[str]:
 
 
 def _refusal(row: Row) -> str:
-    opening = next(filter(None, map(refusal, _answers(row.answers[0]))), "")
+    opening = next(filter(None, map(refusal, _wanted(row))), "")
     return f"begins with “{opening[:QUOTE_CHARS]}”" if opening else ""
 
 
 def _truncated_answer(row: Row) -> str:
-    for answer in _answers(row.answers[0]):
+    for answer in _wanted(row):
         problem = unfinished(answer)
         if problem:
             # Redact before cutting: half of a key or address matches no pattern.

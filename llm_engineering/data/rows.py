@@ -28,6 +28,7 @@ FEATURES: dict[str, Features] = {
     "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
     "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
     "prompt": Features({**_ORIGIN, "prompt": _MESSAGES, "answers": List(_TEXT)}),
+    "labelled": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES, "label": Value("bool")}),
 }
 # Accents that follow their letter, and the vowel signs of Hindi, Arabic or Thai. `\w` does not match them. Later planes
 # have none.
@@ -154,6 +155,20 @@ class PreferenceRow(_Row):
         """The chosen answer, then the rejected one."""
         return [self.chosen, self.rejected]
 
+    def labelled(self) -> list[LabelledRow]:
+        """The chosen answer as a good one, and the rejected answer as a bad one."""
+        shared = self.model_dump(include={"source", "origin", "document", "prompt"})
+        return [
+            LabelledRow(**shared, completion=answer, label=label)
+            for answer, label in ((self.chosen, True), (self.rejected, False))
+        ]
+
+
+class LabelledRow(InstructionRow):
+    """An answer that somebody judged: `label` says whether it is a good one. The label is that of the whole completion."""
+
+    label: bool
+
 
 class PromptRow(_Row):
     """A prompt that the model answers itself, and a reward scores its answer.
@@ -178,6 +193,7 @@ ROW_CLASSES: dict[str, type[Row]] = {
     "instruction": InstructionRow,
     "preference": PreferenceRow,
     "prompt": PromptRow,
+    "labelled": LabelledRow,
 }
 # The origin of rows of `data.replay` and `data.replay_instructions`. They are only trained on.
 REPLAY = "replay"
@@ -251,8 +267,9 @@ def folded(messages: Sequence[Message]) -> str:
 
 
 def written_as(row: Row) -> str:
-    """What a row is, as reports count it: `documents`, a kind of rewriting, `questions`, `two_hop`, `general`, `pairs`
-    or `prompts`.
+    """What a row is, as reports count it.
+
+    `documents`, a kind of rewriting, `questions`, `two_hop`, `general`, `pairs`, `prompts`, `good answers` or `bad answers`.
 
     The `origin` of a derived row begins with its kind.
     """
@@ -265,6 +282,8 @@ def written_as(row: Row) -> str:
         return "pairs"
     if isinstance(row, PromptRow):
         return "prompts"
+    if isinstance(row, LabelledRow):
+        return "good answers" if row.label else "bad answers"
     return first if first == TWO_HOP else "questions"
 
 

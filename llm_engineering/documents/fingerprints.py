@@ -60,6 +60,8 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
         return dataset_fingerprints([data.instructions, data.test_instructions, data.replay_instructions])
     if artifact == "prompt_candidates":
         return dataset_fingerprints([data.prompts, data.test_prompts])
+    if artifact == "labelled_candidates":
+        return dataset_fingerprints([data.labelled, data.test_labelled])
     return dataset_fingerprints([data.preferences, data.test_preferences])
 
 

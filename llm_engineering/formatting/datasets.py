@@ -23,6 +23,7 @@ from llm_engineering.data.rows import (
     REPLAY,
     SPLITS,
     InstructionRow,
+    LabelledRow,
     PreferenceRow,
     PromptRow,
     Row,
@@ -55,6 +56,13 @@ _PROMPT_FEATURES = Features(
     {**_ROW, "prompt_ids": _IDS, "prompt": FEATURES["prompt"]["prompt"], "answers": FEATURES["prompt"]["answers"]}
 )
 _PAIR_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
+_LABELLED_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "completion_ids": _IDS, "label": Value("bool")})
+_FEATURES = {
+    "text": _TOKEN_FEATURES,
+    "instruction": _TOKEN_FEATURES,
+    "preference": _PAIR_FEATURES,
+    "labelled": _LABELLED_FEATURES,
+}
 _FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), Value("string")))
 SAMPLE_ROWS = 5
 _BATCH_ROWS = 256
@@ -150,6 +158,8 @@ def _trained_length(record: Mapping[str, Any]) -> int:
         return len(record["input_ids"])
     if "answers" in record:
         return len(record["prompt_ids"])
+    if "completion_ids" in record:
+        return len(record["prompt_ids"]) + len(record["completion_ids"])
     return len(record["prompt_ids"]) + max(len(record["chosen_ids"]), len(record["rejected_ids"]))
 
 
@@ -335,6 +345,11 @@ def _piece_records(row: TextRow, tokens: Tokens, max_length: int) -> list[dict[s
 def _record(
     row: Row, tokens: Tokens | Pair | PromptTokens, config: FormattingConfig, truncated: bool
 ) -> dict[str, Any]:
+    if isinstance(row, LabelledRow):
+        assert isinstance(tokens, Tokens)
+        start = prompt_length(tokens)
+        ids = {"prompt_ids": tokens.input_ids[:start], "completion_ids": tokens.input_ids[start:]}
+        return {"id": row.id, "truncated": truncated, **ids, "label": row.label}
     record: dict[str, Any] = {"id": row.id, "truncated": truncated, **tokens._asdict()}
     del record["respaced"]
     if isinstance(row, PromptRow):
@@ -361,8 +376,9 @@ def format_splits(
     """Format the splits of a dataset, and count the lengths of their rows.
 
     Instruction rows get the columns `input_ids`, `labels` (-100 for tokens that are not trained) and `prompt_tokens` (the
-    tokens before the first answer); preference rows get `prompt_ids`, `chosen_ids` and `rejected_ids`; prompts get
-    `prompt_ids`, `prompt` (messages) and `answers` (accepted ones). `truncated` marks a row that was cut. In the split `test` only answers have labels, even with `train_on_prompt`, so that losses are
+    tokens before the first answer); preference rows get `prompt_ids`, `chosen_ids` and `rejected_ids`; labelled rows get
+    `prompt_ids`, `completion_ids` and `label`; prompts get `prompt_ids`, `prompt` (messages) and `answers` (accepted ones).
+    `truncated` marks a row that was cut. In the split `test` only answers have labels, even with `train_on_prompt`, so that losses are
     comparable.
 
     Text rows get `input_ids` and `labels` of every token; a text of more than `max_length` tokens becomes several rows.
@@ -379,7 +395,6 @@ def format_splits(
     own_test = f"{kind}_test"
     stages = {name: own_test if name == "test" and own_test in ledger.kept else kind for name in splits}
     to_row = partial(read_row, kind=kind)
-    features = {"preference": _PAIR_FEATURES, "prompt": _PROMPT_FEATURES}.get(kind, _TOKEN_FEATURES)
     datasets = DatasetDict()
     lengths = Lengths()
     kept: dict[str, int] = {}
@@ -388,7 +403,7 @@ def format_splits(
         reasons: Counter[str] = Counter()
         kept[name] = 0
         labelled = config.model_copy(update={"train_on_prompt": config.train_on_prompt and name != "test"})
-        with TableWriter(folder / f"formatted-{name}.arrow", features) as table:
+        with TableWriter(folder / f"formatted-{name}.arrow", _FEATURES[kind]) as table:
             for formatted in format_rows(map(to_row, stream_records(split)), kind, tokenizer, labelled):
                 lengths.add(name, formatted)
                 if formatted.rejected is None:

@@ -22,11 +22,12 @@ def check_labels(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, train_on
     - No token of the prompt is trained, or, with `train_on_prompt`, every token of the row is. Without a column
       `prompt_tokens`, the tokens before the first trained one are the prompt, and there must be at least one.
     - Every trained answer ends with the end-of-turn token, except the last answer of a `truncated` row.
-    - A pair has a prompt and two different, non-empty answers. A prompt alone is not empty.
+    - A pair has a prompt and two different, non-empty answers; a row with a label has a prompt and a non-empty completion. A
+      prompt alone is not empty.
 
     Args:
-        data: splits of instruction rows (`input_ids`, `labels`) or of pairs (`prompt_ids`, `chosen_ids`,
-            `rejected_ids`).
+        data: splits of instruction rows (`input_ids`, `labels`), of pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`), or
+            of rows with a label (`prompt_ids`, `completion_ids`, `label`).
 
     Raises:
         WorkError: names the first wrong row and its problem.
@@ -34,12 +35,7 @@ def check_labels(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, train_on
     end = int(tokenizer.eos_token_id)
     for split in TRAINED_SPLITS:
         for number, row in enumerate(data[split].with_format("numpy")):
-            if "answers" in row:
-                problem = "" if len(row["prompt_ids"]) else "it has no prompt"
-            elif "chosen_ids" in row:
-                problem = _pair_problem(row, end)
-            else:
-                problem = _row_problem(row, end, train_on_prompt)
+            problem = _answers_problem(row, end) if "prompt_ids" in row else _row_problem(row, end, train_on_prompt)
             if problem:
                 name = f" ({row['id']})" if "id" in row else ""
                 raise WorkError(
@@ -70,16 +66,21 @@ def _row_problem(row: dict[str, Any], end: int, train_on_prompt: bool) -> str:
     return ""
 
 
-def _pair_problem(row: dict[str, Any], end: int) -> str:
-    chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+def _answers_problem(row: dict[str, Any], end: int) -> str:
+    """What is wrong with a pair, or with a row that has a label."""
     if not len(row["prompt_ids"]):
         return "it has no prompt"
-    for name, ids in (("chosen", chosen), ("rejected", rejected)):
-        if not len(ids):
-            return f"its {name} answer is empty"
-        if ids[-1] != end and not row.get("truncated", False):
-            return f"its {name} answer does not end with the end-of-turn token"
-    return "its chosen and rejected answers are the same" if np.array_equal(chosen, rejected) else ""
+    answers = {"chosen answer": "chosen_ids", "rejected answer": "rejected_ids", "completion": "completion_ids"}
+    for name, column in answers.items():
+        if column not in row:
+            continue
+        if not len(row[column]):
+            return f"its {name} is empty"
+        if row[column][-1] != end and not row.get("truncated", False):
+            return f"its {name} does not end with the end-of-turn token"
+    if "chosen_ids" in row and np.array_equal(row["chosen_ids"], row["rejected_ids"]):
+        return "its chosen and rejected answers are the same"
+    return ""
 
 
 def label_views(

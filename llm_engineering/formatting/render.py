@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, Row, TextRow
+from llm_engineering.data.rows import InstructionRow, LabelledRow, Message, PreferenceRow, Row, TextRow
 from llm_engineering.errors import WorkError
 from llm_engineering.models.tokenizer import TEMPLATE_DATE
 
@@ -146,8 +146,11 @@ def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _conversations(row: InstructionRow | PreferenceRow, limit: _Limit) -> list[list[Segment]]:
-    """The segments of each conversation that a row becomes: one, one for each answer, or the two of a pair."""
-    if isinstance(row, PreferenceRow):
+    """The segments of each conversation that a row becomes: one, one for each answer, or the two of a pair.
+
+    A completion with a label stays whole, because the label is that of the whole.
+    """
+    if isinstance(row, PreferenceRow | LabelledRow):
         return [_segments(row.prompt, answer, limit.fresh()) for answer in row.answers]
     try:
         return [_segments(row.prompt, row.completion, limit.fresh())]

@@ -18,7 +18,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import SPLITS
 from llm_engineering.recipe.data_blocks import HubConfig, RulesConfig
 
-Kind = Literal["instruction", "preference", "prompt"]
+Kind = Literal["instruction", "preference", "labelled", "prompt"]
 OWN_DATASET = "none: own dataset"
 MAX_ORIGINS = 10
 
@@ -35,8 +35,10 @@ _SIZES = [
 _USES = {
     "instruction": "supervised fine-tuning",
     "preference": "preference optimisation (DPO)",
+    "labelled": "preference optimisation (KTO)",
     "prompt": "reinforcement learning with rewards (GRPO, RLOO)",
 }
+_TAGS = {"instruction": "sft", "preference": "dpo", "labelled": "kto", "prompt": "grpo"}
 _COLUMNS = {
     "id": "hash of the row's content",
     "source": "file and place, or document and characters, from which the row was made",
@@ -47,6 +49,7 @@ _COLUMNS = {
     "chosen": "the better answer, as messages",
     "rejected": "the worse answer, as messages",
     "answers": "the accepted answers, as texts",
+    "label": "whether the completion is a good answer",
 }
 
 
@@ -126,6 +129,12 @@ def limits(kind: str, own: bool, rules: RulesConfig) -> list[str]:
             "A model wrote the questions. The answers were cut from documents or written by a model, as `origin` says.",
             "Rules checked the rows; nobody reviewed them.",
         ]
+    elif kind == "labelled":
+        sentences = [
+            "A model wrote the bad answers; the good answers are those of the instruction dataset.",
+            "The origin of an answer decides its label: nobody judged the answers.",
+            "Rules checked the rows; nobody reviewed them.",
+        ]
     else:
         sentences = [
             "A model wrote the rejected answers; the chosen answers are those of the instruction dataset.",
@@ -168,7 +177,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         "size_categories": [size],
         "tags": [
             "llm-engineering",
-            {"instruction": "sft", "preference": "dpo", "prompt": "grpo"}[facts.kind],
+            _TAGS[facts.kind],
             *([] if facts.model == OWN_DATASET else ["synthetic"]),
         ],
         "configs": [

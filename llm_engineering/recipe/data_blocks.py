@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import date
-from itertools import combinations
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -125,16 +124,17 @@ class HubConfig(Block):
     instruction_repo_id: str | None = None
     preference_repo_id: str | None = None
     prompt_repo_id: str | None = None
+    labelled_repo_id: str | None = None
     private: bool = True
 
     @model_validator(mode="after")
     def _one_repo_each(self) -> Self:
-        kinds = ("instruction", "preference", "prompt")
-        named = [kind for kind in kinds if getattr(self, f"{kind}_repo_id") is not None]
-        for one, other in combinations(named, 2):
-            if getattr(self, f"{one}_repo_id") == getattr(self, f"{other}_repo_id"):
+        names: dict[str, str] = {}
+        for key in ("instruction_repo_id", "preference_repo_id", "labelled_repo_id", "prompt_repo_id"):
+            repo = getattr(self, key)
+            if repo is not None and names.setdefault(repo, key) != key:
                 raise ValueError(
-                    f"{one}_repo_id and {other}_repo_id are the same, so one would overwrite the other: name two repositories"
+                    f"{names[repo]} and {key} are the same, so one would overwrite the other: name two repositories"
                 )
         return self
 
@@ -171,6 +171,8 @@ class DataConfig(Block):
     the questions of the instructions, whose answers are accepted.
 
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
+    `labelled` has single answers in a format of instructions, with a column `label` that says whether the answer is a good
+    one; without it, the answers of pairs are good if they are chosen and bad if they are rejected.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
     instructions, so that the model forgets less: of the embedded ones at most 200, or as many as there are generated questions.
     They are not held out.
@@ -187,6 +189,8 @@ class DataConfig(Block):
     test_preferences: str | None = None
     prompts: str | None = None
     test_prompts: str | None = None
+    labelled: str | None = None
+    test_labelled: str | None = None
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     replay: ReplayConfig | None = None
@@ -201,6 +205,15 @@ class DataConfig(Block):
     split: SplitConfig = SplitConfig()
     hub: HubConfig | None = None
 
+    def made_of(self, kind: str) -> str:
+        """The kind of rows that are read or generated for a kind: without the user's own, labelled answers are made of pairs."""
+        return "preference" if kind == "labelled" and self.labelled is None else kind
+
+    def own(self, kind: str) -> str | None:
+        """The user's own dataset that the rows of a kind are made of; None if there is none."""
+        own = {"instruction": self.instructions, "preference": self.preferences, "labelled": self.labelled}
+        return own.get(self.made_of(kind))
+
     @property
     def checks(self) -> DataConfig:
         """The keys that decide how rows are checked and split, without the keys that say where rows come from."""
@@ -211,6 +224,8 @@ class DataConfig(Block):
             "test_preferences",
             "prompts",
             "test_prompts",
+            "labelled",
+            "test_labelled",
             "format",
             "columns",
             "replay",
@@ -222,7 +237,7 @@ class DataConfig(Block):
 
     @model_validator(mode="after")
     def _own_test_split(self) -> Self:
-        for kind in ("instructions", "preferences", "prompts"):
+        for kind in ("instructions", "preferences", "labelled", "prompts"):
             if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
                 raise ValueError(f"test_{kind} is set, but {kind} is not: set {kind} too, or remove test_{kind}")
         return self

@@ -91,6 +91,7 @@ def _sources(merged: dict[str, Any]) -> dict[str, str | None]:
         "data.instructions": data.get("instructions"),
         "data.preferences": data.get("preferences"),
         "data.prompts": data.get("prompts"),
+        "data.labelled": data.get("labelled"),
     }
 
 

@@ -26,7 +26,7 @@ from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe_keys import RecipeKeys
 from llm_engineering.recipe.reward_blocks import RewardedConfig
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, PackedConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, PackedConfig, ReferenceConfig
 from llm_engineering.recipe.stages import STAGES, Kind
 
 
@@ -317,7 +317,7 @@ class Recipe(RecipeKeys):
                     f"{stage}.optim {config.optim} has a state that is not sharded with compute.distributed "
                     f"{compute.distributed}: use auto or adamw_torch, or compute.distributed ddp"
                 )
-            if not isinstance(config, DPOConfig):
+            if not isinstance(config, ReferenceConfig):
                 continue
             if config.library_arguments.get("sync_ref_model") and self.method != "full":
                 raise ValueError(

@@ -121,12 +121,14 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
 
-        A preference stage is evaluated on instruction rows too. Without the user's own, prompts are made of instructions.
+        A stage on preferences or labelled answers is evaluated on instruction rows too. Without the user's own, labelled
+        answers are made of preferences, and prompts of instructions.
         """
         trained = {STAGES[name].rows for name in self.chain_to(stage)}
-        needed = trained | ({"instruction"} if "preference" in trained else set())
+        needed = trained | ({"instruction"} if trained & {"preference", "labelled"} else set())
+        needed |= {"preference"} if any(self.data.made_of(kind) == "preference" for kind in trained) else set()
         needed |= {"instruction"} if "prompt" in trained and self.data.prompts is None else set()
-        kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "prompt")
+        kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "labelled", "prompt")
         return [kind for kind in kinds if kind in needed]
 
     @property

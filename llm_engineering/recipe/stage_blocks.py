@@ -92,31 +92,42 @@ DPOLoss = Literal[
 ]
 
 
-class DPOConfig(TrainConfig):
-    """Direct preference optimisation with TRL's DPOTrainer; the reference is the model that the stage starts from.
+class ReferenceConfig(TrainConfig):
+    """The keys of the stages that compare the model with a reference, which is the model that the stage starts from.
 
-    With `precompute_ref_log_probs` the reference runs once before training, instead of in every step. `sft_weight` adds
-    the SFT loss of the chosen answers with this weight (Pang et al. 2024, arXiv:2404.19733). Without it, a chosen answer
-    that the model would never give stays improbable: DPO is content when the rejected one becomes less probable still.
+    With `precompute_ref_log_probs` the reference runs once before training, instead of in every step.
     """
 
-    config_class = "trl.DPOConfig"
     refused: ClassVar[dict[str, str]] = {
         **REFUSED_TRL,
         "disable_dropout": "policy and reference run without dropout, so that only their weights differ",
-        "loss_weights": "a run has one loss, loss_type, to which sft_weight adds the SFT loss",
-        "train_sampling_strategy": "pairs are drawn at random",
     }
 
     beta: float = Field(0.1, gt=0)
-    loss_type: DPOLoss = "sigmoid"
-    sft_weight: float = Field(0.0, ge=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     precompute_ref_log_probs: bool = False
 
     def needs_whole_weights(self, method: Method) -> bool:
         """TRL takes whole weights for the reference of a full fine-tune, and for log-probabilities that are precomputed."""
         return self.precompute_ref_log_probs or method == "full"
+
+
+class DPOConfig(ReferenceConfig):
+    """Direct preference optimisation with TRL's DPOTrainer; the reference is the model that the stage starts from.
+
+    `sft_weight` adds the SFT loss of the chosen answers with this weight (Pang et al. 2024, arXiv:2404.19733). Without it, a chosen answer
+    that the model would never give stays improbable: DPO is content when the rejected one becomes less probable still.
+    """
+
+    config_class = "trl.DPOConfig"
+    refused: ClassVar[dict[str, str]] = {
+        **ReferenceConfig.refused,
+        "loss_weights": "a run has one loss, loss_type, to which sft_weight adds the SFT loss",
+        "train_sampling_strategy": "pairs are drawn at random",
+    }
+
+    loss_type: DPOLoss = "sigmoid"
+    sft_weight: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
 
     @model_validator(mode="after")
     def _loss(self) -> Self:
@@ -131,5 +142,40 @@ class DPOConfig(TrainConfig):
         if loss in ("aot", "aot_unpaired") and self.per_device_train_batch_size == 1:
             raise ValueError(
                 f"loss_type {loss} compares the sorted pairs of a batch: per_device_train_batch_size must be above 1"
+            )
+        return self
+
+
+class KTOConfig(ReferenceConfig):
+    """Kahneman-Tversky optimisation with TRL's KTOTrainer; the reference is the model that the stage starts from.
+
+    Each row is one answer and a label, good or bad. `desirable_weight` and `undesirable_weight` are the weights of the losses
+    of good and of bad answers. Their weighted numbers should be between 1:1 and 4:3 (Ethayarajh et al. 2024,
+    arXiv:2402.01306, equation 8); the run prints them. `loss_type: apo_zero_unpaired` (D'Oosterlinck et al. 2024,
+    arXiv:2408.06266) needs no estimate of the KL divergence, and so one forward pass of the model and one of the reference less.
+    """
+
+    config_class = "trl.KTOConfig"
+    refused: ClassVar[dict[str, str]] = {
+        # TRL's class for KTO has fewer fields than the others.
+        **{
+            k: v
+            for k, v in ReferenceConfig.refused.items()
+            if k not in ("truncation_mode", "padding_free", "pad_token")
+        },
+        "train_sampling_strategy": "rows are shuffled once with the seed, because the KL divergence of a batch is estimated "
+        "from its own answers",
+    }
+
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable_weight: float = Field(1.0, gt=0)
+    undesirable_weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _batch(self) -> Self:
+        if self.loss_type == "kto" and self.per_device_train_batch_size == 1:
+            raise ValueError(
+                "loss_type kto estimates the KL divergence from the other answers of a batch: per_device_train_batch_size must "
+                "be above 1, and should be 4 or more; or set loss_type to apo_zero_unpaired"
             )
         return self

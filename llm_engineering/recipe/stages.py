@@ -16,10 +16,10 @@ from pydantic import create_model
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 
-Kind = Literal["text", "instruction", "preference", "prompt"]
+Kind = Literal["text", "instruction", "preference", "labelled", "prompt"]
 
 
 class Stage(NamedTuple):
@@ -52,12 +52,18 @@ _ROWS = (
     Stage("sft", "instruction", SFTConfig, (f"{_TRAINING}.sft", "train_sft_job"), "supervised fine-tuning"),
     # The reference of a preference stage is the model that it starts from.
     Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo_job"), "direct preference optimisation"),
+    Stage("kto", "labelled", KTOConfig, (f"{_TRAINING}.kto", "train_kto_job"), "Kahneman-Tversky optimisation"),
     Stage("rloo", "prompt", RLOOConfig, (f"{_TRAINING}.rloo", "train_rloo_job"), "REINFORCE leave-one-out on rewards"),
     Stage("grpo", "prompt", GRPOConfig, (f"{_TRAINING}.grpo", "train_grpo_job"), "group relative policy optimisation"),
 )
 STAGES = {stage.name: stage for stage in _ROWS}
 # The stage whose formatted rows the evaluation reads, if no stage of the chain has rows of this kind.
 FIRST_OF_KIND: dict[str, str] = {stage.rows: stage.name for stage in reversed(_ROWS)}
+
+
+def rows_of(kind: str) -> str:
+    """The name of the rows of a kind in steps and keys, e.g. `instructions`."""
+    return kind if kind == "labelled" else f"{kind}s"
 
 
 def with_stages(name: str, field: Callable[[Stage], tuple[Any, Any]], base: type[Block] = Block) -> Any:

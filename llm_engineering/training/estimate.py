@@ -21,7 +21,7 @@ from llm_engineering.models.device import Device, choose_optimiser
 from llm_engineering.models.fit import on_meta, shape_config
 from llm_engineering.recipe.model_blocks import LoraConfig, Method
 from llm_engineering.recipe.online_blocks import OnlineConfig, RLOOConfig
-from llm_engineering.recipe.stage_blocks import DPOConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, ReferenceConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.losses import CHUNK
 from llm_engineering.training.policy import in_float32
@@ -199,14 +199,14 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
 
     - weights: float32 for `full`; autocast's half-precision copies count as activations. The device's precision for
       `lora`. For `qlora` 4 bits in linear layers and float32 elsewhere. Adapters are float32.
-    - reference (DPO, and GRPO and RLOO with a `beta`): a copy of the adapter, or of the full model unless it is precomputed.
+    - reference (DPO, KTO, and GRPO and RLOO with a `beta`): a copy of the adapter, or of the full model unless it is precomputed.
     - optimiser: AdamW's two moments for each trained weight, in float32 or in 8 bits (arXiv:2110.02861).
     - gradients: float32 for each trained weight. With accumulation they exist during the whole backward pass; without
       it, they grow while the activations are freed.
     - activations: the tensors that autograd saves in a forward pass, plus the average of one layer for the gradients in the
       backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
       GRPO and RLOO need no activations while they generate, but the keys and values of a generation step.
-    - logits: four float32 copies for 128 tokens; for all tokens of a batch in DPO with unsloth or with `use_weighting`, and
+    - logits: four float32 copies for 128 tokens; for all tokens of a batch in DPO and KTO with unsloth, or with `use_weighting`, and
       for all tokens of completions in GRPO and RLOO. A model
       that needs the logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
 
@@ -216,7 +216,7 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     trained = 4.0 * sizes.trained
     weights = sizes.weights + (0.0 if method == "full" else trained)
     reference = 0.0
-    if isinstance(config, DPOConfig):
+    if isinstance(config, ReferenceConfig):
         reference = trained
         if method == "full":
             reference = 0.0 if config.precompute_ref_log_probs else sizes.weights
@@ -228,7 +228,7 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     activations = sizes.activations + one_layer
     if config.gradient_checkpointing:
         activations = tokens * sizes.hidden * sizes.hidden_bytes * sizes.layers + one_layer
-    whole = isinstance(config, DPOConfig) and (
+    whole = isinstance(config, ReferenceConfig) and (
         device.backend == "unsloth" or config.library_arguments.get("use_weighting", False)
     )
     logits = 16.0 * (tokens if whole else min(tokens, CHUNK)) * sizes.vocabulary
@@ -250,15 +250,17 @@ def flops_per_token(sizes: Shapes, config: TrainConfig, method: Method, length: 
     A forward pass takes 2 operations for each weight that a token is multiplied with (Kaplan et al. 2020,
     arXiv:2001.08361, section 2.1). Attention takes 4 operations for each earlier token and each unit of attention width;
     on average half of the row is earlier. A backward pass takes the same again for the gradients of activations, and,
-    without an adapter, once more for the gradients of weights. Gradient checkpointing adds a forward pass. DPO's
-    reference adds another, unless it is precomputed. GRPO and RLOO add one to generate, one for the log-probabilities before
-    the update, and with a `beta` one of the reference.
+    without an adapter, once more for the gradients of weights. Gradient checkpointing adds a forward pass. The
+    reference of DPO or KTO adds another, unless it is precomputed. KTO's estimate of the KL divergence adds one of the
+    model and one of the reference. GRPO and RLOO add one to generate, one for the log-probabilities before the update, and with a
+    `beta` one of the reference.
     """
     attention = 4 * sizes.attention_width * length / 2
     passes = 3.0 if method == "full" else 2.0
     passes += 1.0 if config.gradient_checkpointing else 0.0
-    reference = isinstance(config, DPOConfig) and not config.precompute_ref_log_probs
-    passes += 1.0 if reference else 0.0
+    reference = isinstance(config, ReferenceConfig) and not config.precompute_ref_log_probs
+    estimates = isinstance(config, KTOConfig) and config.loss_type == "kto"
+    passes += (1.0 if reference else 0.0) * (2.0 if estimates else 1.0) + (1.0 if estimates else 0.0)
     if isinstance(config, OnlineConfig):
         passes += 3.0 if config.beta else 2.0
     # Attention has no weights: both of its operands are activations, and each needs a gradient.

@@ -267,14 +267,16 @@ def rows_text(dataset: Dataset) -> str:
 
 def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:
     """`(input_ids, labels)` of the first rows, and of each answer of the first pairs. Prompts alone have no labels."""
-    if not {"input_ids", "chosen_ids"} & set(split.column_names):
+    if "answers" in split.column_names:
         return []
-    if "chosen_ids" not in split.column_names:
+    if "prompt_ids" not in split.column_names:
         return [(row["input_ids"], row["labels"]) for row in split.take(min(_LABEL_ROWS, len(split)))]
+    is_pair = "chosen_ids" in split.column_names
+    answers, count = (("chosen_ids", "rejected_ids"), _LABEL_PAIRS) if is_pair else (("completion_ids",), _LABEL_ROWS)
     return [
-        (pair["prompt_ids"] + pair[name], [IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[name])
-        for pair in split.take(min(_LABEL_PAIRS, len(split)))
-        for name in ("chosen_ids", "rejected_ids")
+        (row["prompt_ids"] + row[name], [IGNORE_INDEX] * len(row["prompt_ids"]) + row[name])
+        for row in split.take(min(count, len(split)))
+        for name in answers
     ]
 
 

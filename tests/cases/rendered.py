@@ -80,7 +80,7 @@ MEANING: list[Case] = [
             {"prompt": "Who?", "completion": "She.", "label": True},
             {"prompt": "When?", "completion": "No.", "label": False},
         ),
-        "prompt-completion: 2 read, 1 kept, 1 label",
+        "prompt-completion with labels: 2 read, 2 kept",
         before="prompt-completion: 2 read, 2 kept",
     ),
     DataCase(

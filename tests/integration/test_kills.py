@@ -15,7 +15,7 @@ import torch
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 from tests.tiny_models import training_setup
@@ -45,7 +45,7 @@ ONLINE = {
 
 
 def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None, stage: str = "sft") -> None:
-    """Train SFT, DPO on the adapter `sft`, or another stage in this process, and copy the last checkpoint of a finished run.
+    """Train SFT, DPO or KTO on the adapter `sft`, or another stage in this process, and copy the last checkpoint of a finished run.
 
     Kills this process after the step `kill_at`, or with `in_save` while it saves that step.
     """
@@ -54,6 +54,7 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     from llm_engineering.training.cpt import train_cpt
     from llm_engineering.training.dpo import train_dpo
     from llm_engineering.training.grpo import train_grpo
+    from llm_engineering.training.kto import train_kto
     from llm_engineering.training.rloo import train_rloo
     from llm_engineering.training.sft import train_sft
     from llm_engineering.training.telemetry import work
@@ -86,7 +87,17 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
         {"id": f"r{i}", "input_ids": [1, *range(20 + i, 30 + 2 * i), 0], "labels": [-100] * 4 + [*range(23 + i, 30 + 2 * i), 0]}
         for i in range(16)
     ]  # fmt: skip
-    if stage in ("grpo", "rloo"):
+    if stage == "kto":
+        rows = [
+            {
+                "id": f"r{i}",
+                "prompt_ids": [1, 20 + i // 2],
+                "completion_ids": [*range(30, 33 + i), 0],
+                "label": i % 2 == 0,
+            }
+            for i in range(16)
+        ]
+    elif stage in ("grpo", "rloo"):
         rows = [
             {
                 "id": f"r{i}",
@@ -120,10 +131,12 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     elif sft is None:
         result = train_sft(data, CONFIG, setup, settings)
     else:
-        config = DPOConfig.model_validate(
-            CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
-        )
-        result = train_dpo(data, sft, config, setup, settings)
+        config = CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
+        if stage == "kto":
+            config |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+            result = train_kto(data, sft, KTOConfig.model_validate(config), setup, settings)
+        else:
+            result = train_dpo(data, sft, DPOConfig.model_validate(config), setup, settings)
     (outputs / "summary.json").write_text(json.dumps(result.summary))
     shutil.copytree(result.adapter, outputs / "adapter", dirs_exist_ok=True)
 
@@ -137,7 +150,7 @@ def run(small_llama):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            *(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "grpo", "rloo")),
+            *(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "kto", "grpo", "rloo")),
             "tests.integration.test_kills",
         ]
     )
@@ -186,13 +199,14 @@ def test_five_kills_change_nothing(run, whole, tmp_path):
     assert_equal(tmp_path, whole)
 
 
-def test_killed_dpo_ends_like_an_uninterrupted_one(run, whole, tmp_path):
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_killed_stage_with_a_reference_ends_like_an_uninterrupted_one(stage, run, whole, tmp_path):
     start, untouched, killed = whole / "adapter", tmp_path / "untouched", tmp_path / "killed"
     untouched.mkdir()
-    assert run(untouched, sft=start) == 0
+    assert run(untouched, sft=start, stage=stage) == 0
     for step in (5, 15):
-        assert run(killed, kill_at=step, sft=start) == -signal.SIGKILL
-    assert run(killed, sft=start) == 0
+        assert run(killed, kill_at=step, sft=start, stage=stage) == -signal.SIGKILL
+    assert run(killed, sft=start, stage=stage) == 0
     assert json.loads((killed / "summary.json").read_text())["resumed_from"] == "checkpoint-14"
     assert_equal(killed, untouched)
 

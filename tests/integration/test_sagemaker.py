@@ -25,7 +25,7 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import CPTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, KTOConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.processes.job import Job
 from llm_engineering.training.processes.launch import launch_training
@@ -342,6 +342,17 @@ def test_cpt_trains_in_a_job_and_sft_starts_from_its_adapter(fake, stage, tmp_pa
     assert_close(*weights)
     assert all(weight.any() for name, weight in weights[0].items() if "lora_B" in name)
     assert [name.split("-")[1] for name in fake.jobs] == ["cpt", "sft"]
+    assert {job.status for job in fake.jobs.values()} == {"Completed"}
+
+
+def test_kto_trains_in_a_job(fake, stage, tmp_path):
+    tokenizer = load_tokenizer(stage.job.setup.model, Settings(), "chatml")
+    stage.data = formatted("labelled", 8, tokenizer, tmp_path)
+    config = {k: v for k, v in stage.job.config.items() if k not in ("packing", "train_sampling_strategy")}
+    config = KTOConfig.model_validate({**config, "num_train_epochs": 1, "per_device_train_batch_size": 4})
+    result = stage.dispatch(stage="kto", config=config.model_dump())
+    assert (result.summary["stage"], result.summary["steps"]) == ("kto", 1)
+    assert result.adapter.joinpath("adapter_model.safetensors").is_file()
     assert {job.status for job in fake.jobs.values()} == {"Completed"}
 
 

@@ -183,7 +183,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     limits = [
         limit
         for kind in kinds
-        for limit in data_card.limits(kind, _own_dataset(made_with, kind) is not None, made_with.data.rules)
+        for limit in data_card.limits(kind, made_with.data.own(kind) is not None, made_with.data.rules)
     ]
     return ModelCardFacts(
         recipe=made_with,
@@ -203,11 +203,6 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     )
 
 
-def _own_dataset(recipe: Recipe, kind: str) -> str | None:
-    data = recipe.data
-    return {"instruction": data.instructions, "preference": data.preferences, "prompt": data.prompts}.get(kind)
-
-
 def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
     from llm_engineering.publish.dataset_card import public_name
     from llm_engineering.publish.model_card import DatasetFacts
@@ -215,9 +210,11 @@ def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse],
     dataset = own[f"{kind}_dataset"]
     facts: Any = dataset.run_metadata
     # Generated pairs are made from the instructions, so both have the same origin.
-    source = _own_dataset(recipe, kind)
+    source = recipe.data.own(kind)
     origin = (
-        own[f"{kind}_candidates"] if source is not None else own.get("documents", own.get("instruction_candidates"))
+        own[f"{recipe.data.made_of(kind)}_candidates"]
+        if source is not None
+        else own.get("documents", own.get("instruction_candidates"))
     )
     assert origin is not None
     return DatasetFacts(

@@ -154,7 +154,7 @@ def _described(version: Any) -> dict[str, Any]:
     measures = {k.removesuffix(ending): v for k, v in facts.items() if k.endswith(ending)} if ending else {}
     data = {
         name: artifacts[f"{name}_dataset"]
-        for name in ("instruction", "preference", "prompt")
+        for name in ("instruction", "preference", "labelled", "prompt")
         if f"{name}_dataset" in artifacts
     }
     return {

@@ -46,7 +46,14 @@ ADAPTER = "_adapter"
 # Metadata of an adapter: the hashes of the files with rewards of the user's own.
 REWARD_CODE = "reward_code"
 # Artifacts that are made from the user's files.
-SOURCED = ("documents", "text_candidates", "instruction_candidates", "preference_candidates", "prompt_candidates")
+SOURCED = (
+    "documents",
+    "text_candidates",
+    "instruction_candidates",
+    "preference_candidates",
+    "labelled_candidates",
+    "prompt_candidates",
+)
 MERGED = "merged_model"
 
 

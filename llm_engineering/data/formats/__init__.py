@@ -1,1 +1,1 @@
-"""Formats of instruction and preference datasets: which one a record has, and how it is read."""
+"""Formats of instruction, preference and labelled datasets: which one a record has, and how it is read."""

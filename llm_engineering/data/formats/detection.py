@@ -21,6 +21,7 @@ from llm_engineering.data.formats.known_formats import (
 )
 from llm_engineering.data.formats.several_answers import as_pairs
 from llm_engineering.data.formats.text_templates import text_templates
+from llm_engineering.data.formats.thumbs import LABELS, judged, label_of, read_label
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import ROW_CLASSES, Row
 from llm_engineering.data.sources import open_records
@@ -29,14 +30,20 @@ from llm_engineering.recipe.data_blocks import DataConfig
 
 # The format is detected from this many rows at the start.
 PEEKED_ROWS = 100
-_FORMATS_OF = {"instruction": INSTRUCTION_FORMATS, "preference": PREFERENCE_FORMATS, "prompt": PROMPT_FORMATS}
-_FORMATS = {name: format_ for formats in _FORMATS_OF.values() for name, format_ in formats.items()}
-_KIND = {name: kind for kind, formats in _FORMATS_OF.items() for name in formats}
+_FORMATS = INSTRUCTION_FORMATS | PREFERENCE_FORMATS | PROMPT_FORMATS
+# The formats of each kind. A row with a label is one of instructions and a column `label`.
+_OF_KIND = {
+    "instruction": INSTRUCTION_FORMATS,
+    "preference": PREFERENCE_FORMATS,
+    "labelled": INSTRUCTION_FORMATS,
+    "prompt": PROMPT_FORMATS,
+}
 # The columns that data.columns can map, by the kind of the dataset.
 _MAPPABLE = {
     kind: frozenset({"input", "system", "history", "document", "origin"}).union(*(f.columns for f in formats.values()))
-    for kind, formats in _FORMATS_OF.items()
+    for kind, formats in _OF_KIND.items()
 }
+_MAPPABLE["labelled"] |= {"label"}
 _MAPPABLE["prompt"] |= {"answer", "answers"}
 # The data report names this many of the columns that no row was made of.
 _UNREAD_NAMED = 50
@@ -50,7 +57,7 @@ class OpenedDataset(NamedTuple):
     """A dataset whose format is known.
 
     Attributes:
-        kind: `instruction`, `preference` or `prompt`.
+        kind: `instruction`, `preference`, `labelled` or `prompt`.
         format: the formats of its first rows, e.g. `alpaca`, or `alpaca and messages`.
         rows: a row or a quarantine record for every record of the dataset, read from the file on demand.
         unread: the first _UNREAD_NAMED columns that no format read, among the rows so far.
@@ -67,15 +74,16 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
 
     Args:
         reference: a file, a folder, or a hub id; `#name` after it selects one of several splits.
-        kind: `instruction`, `preference` or `prompt`; None detects it.
-        config: `format` requires a format (a format of the other kind is ignored: it belongs to the recipe's other
+        kind: `instruction`, `preference`, `labelled` or `prompt`; None detects it: rows of instructions are `labelled` if
+            one of the first has a label.
+        config: `format` requires a format (a format of another kind is ignored: it belongs to the recipe's other
             dataset). `columns` maps standard column names to those of the file.
 
     Raises:
         RequestError: the dataset is missing, empty or damaged, its format is unknown or ambiguous, or it lacks a mapped
             column. If a file is damaged further inside, `rows` raises the error when it reaches the damage.
     """
-    required = config.format if config.format and kind in (None, _KIND[config.format]) else None
+    required = config.format if config.format and _is_of(config.format, kind) else None
     columns = _columns_of(config.columns, kind)
     records = open_records(reference)
     unmapped = list(islice(records, PEEKED_ROWS))
@@ -90,14 +98,22 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     names = Counter(chain.from_iterable(_detected(reference, record, kind, required) for record in readable))
     if not names:
         raise _unknown(reference, kind, required, readable[0])
-    kinds = {_KIND[name] for name in names}
+    kinds = set(map(_kind, names))
     if len(kinds) > 1:
         raise _ambiguous(reference, sorted(names))
-    found = kinds.pop()
+    found = kind or kinds.pop()
+    if kind is None and found == "instruction" and any(label_of(record.value) is not None for record in readable):
+        found = "labelled"
+    if kind == "labelled" and not any(record.value.get(name) is not None for record in readable for name in LABELS):
+        raise RequestError(
+            f"{reference} has no column `label` in its first rows, which says whether an answer is a good one. Map the column of "
+            "another name, e.g. --set data.columns.label=NAME, or name the dataset under data.instructions."
+        )
     rest = chain.from_iterable(_pairs(_renamed(record, columns), kind) for record in records)
     unread: list[str] = []
     rows = (_row(record, found, required, unread) for record in chain(peeked, rest))
-    return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows, unread)
+    shown = " and ".join(name for name, _ in names.most_common()) + (" with labels" if found == "labelled" else "")
+    return OpenedDataset(found, shown, rows, unread)
 
 
 def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:
@@ -155,7 +171,7 @@ def _detected(reference: str, record: Record, kind: str | None, required: str | 
 def _fitting(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
     """The formats of a kind that fit a record's columns. A column whose value is null counts as absent."""
     fitting = _formats_with(tuple([name for name, content in value.items() if content is not None]))
-    prompts = tuple([name for name in fitting if _KIND[name] == "prompt"])
+    prompts = tuple([name for name in fitting if name in PROMPT_FORMATS])
     if kind == "prompt":
         return prompts
     names = tuple([name for name in fitting if name not in prompts])
@@ -163,11 +179,22 @@ def _fitting(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
         # Templates come last, because many datasets have their own columns and also the same row rendered as `text`.
         names = text_templates(value["text"])
     # Prompts need one column, which rows with an answer have too.
-    return tuple([name for name in names if kind in (None, _KIND[name])]) or (prompts if kind is None else ())
+    return tuple([name for name in names if _is_of(name, kind)]) or (prompts if kind is None else ())
 
 
 def _fitting_with_nulls(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
-    return tuple(name for name in _formats_with(tuple(value)) if kind in (None, _KIND[name]))
+    return tuple(name for name in _formats_with(tuple(value)) if _is_of(name, kind))
+
+
+def _is_of(name: str, kind: str | None) -> bool:
+    """Whether a format is one of a kind; of any kind for None."""
+    return kind is None or name in _OF_KIND[kind]
+
+
+def _kind(name: str) -> str:
+    if name in PROMPT_FORMATS:
+        return "prompt"
+    return "preference" if name in PREFERENCE_FORMATS else "instruction"
 
 
 @lru_cache(maxsize=1024)
@@ -183,17 +210,23 @@ def _row(record: Record | BrokenRecord, kind: str, required: str | None, unread:
         return record.quarantined(kind)
     value, file, place = record
     try:
-        format_ = _FORMATS[_format_of(value, kind, required)]
-        names = [printable(name) for name in value if name not in format_.reads]
+        name = _format_of(value, kind, required)
+        format_ = _FORMATS[name]
+        reads = format_.reads | set(LABELS if kind == "labelled" else ())
+        names = [printable(name) for name in value if name not in reads]
         unread += [name for name in names if name not in unread][: _UNREAD_NAMED - len(unread)]
+        messages, label = format_.read(value), {}
+        if kind == "labelled":
+            messages, label = judged(messages, name), {"label": read_label(value)}
         fields = {
-            **format_.read(value),
+            **messages,
+            **label,
             "source": printable(f"{file.rpartition('/')[2]}:{place}"),
             "origin": _origin(value),
             "document": _document(value),
         }
         # A label of KTO's that is true says that the answer is a good one.
-        check_read(value, {*format_.reads, "label"} if value.get("label") is True else format_.reads, "it")
+        check_read(value, {*reads, "label"} if value.get("label") is True else reads, "it")
     except BadRowError as error:
         return BrokenRecord(file, place, error.reason, error.detail, shown(value)).quarantined(kind)
     return ROW_CLASSES[kind].model_validate(fields)
@@ -204,7 +237,7 @@ def _format_of(value: dict[str, Any], kind: str, required: str | None) -> str:
     if len(names) > 1:
         raise BadRowError("malformed", f"it can be read as {' or as '.join(names)}: name one in data.format")
     names = names or _fitting_with_nulls(value, kind)
-    if not names and kind == "instruction" and "text" in value:
+    if not names and kind != "preference" and "text" in value:
         read_text(value["text"], "text")
         raise BadRowError("malformed", "its `text` is written in no known template")
     if not names:
@@ -242,15 +275,13 @@ def _unknown(reference: str, kind: str | None, required: str | None, first: Reco
             f"first row has {present}. Name another format, or map columns with data.columns."
         )
     other = _fitting(first.value, None)
-    if other and _KIND[other[0]] != "prompt":
+    if other and other[0] not in PROMPT_FORMATS:
         return RequestError(
-            f"{reference} is in no known {kind} format: it holds {_KIND[other[0]]} rows ({' or as '.join(other)}). Name "
-            f"it under data.{_KIND[other[0]]}s."
+            f"{reference} is in no known {kind} format: it holds {_kind(other[0])} rows ({' or as '.join(other)}). Name "
+            f"it under data.{_kind(other[0])}s."
         )
     known = "; ".join(
-        f"{name}: {', '.join(sorted(columns))}"
-        for name, (columns, _, _) in _FORMATS.items()
-        if kind in (None, _KIND[name])
+        f"{name}: {', '.join(sorted(columns))}" for name, (columns, _, _) in _FORMATS.items() if _is_of(name, kind)
     )
     return UnknownFormatError(
         f"{reference} is in no known {f'{kind} ' if kind else ''}format: its first row has the columns {present}. Known "

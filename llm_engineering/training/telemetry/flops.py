@@ -57,7 +57,7 @@ class TrainingFlops:
         body: operations per token in all matrices except the output matrix.
         head: operations per trained token in the output matrix.
         attention: operations per squared row length.
-        forward: share of a forward pass in the total, for DPO's reference.
+        forward: share of a forward pass in the total, for the passes of a reference.
     """
 
     body: float
@@ -89,7 +89,7 @@ class TrainingFlops:
         forward = 2 * sum(sizes.values()) / (body + head)
         return cls(body, head, attention, forward)
 
-    def step(self, lengths: Sequence[int], trained_tokens: int, reference: bool = False) -> float:
-        """FLOPs of forward and backward over rows of these lengths; `reference` adds a forward pass."""
+    def step(self, lengths: Sequence[int], trained_tokens: int, forwards: int = 0) -> float:
+        """FLOPs of forward and backward over rows of these lengths, and of `forwards` more forward passes."""
         flops = self.body * sum(lengths) + self.head * trained_tokens + self.attention * sum(n * n for n in lengths)
-        return flops * (1 + self.forward if reference else 1)
+        return flops * (1 + forwards * self.forward)

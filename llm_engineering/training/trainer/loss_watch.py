@@ -51,7 +51,8 @@ def rows_of(batches: list[Mapping[str, Any] | list[dict[str, Any]]], rows: Datas
     wanted = {sequence for batch in batches for sequence in _sequences(batch)}
     named = []
     for index, row in enumerate(rows):
-        tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row.get("chosen_ids", [])
+        answer = next((name for name in ("completion_ids", "chosen_ids") if name in row), None)
+        tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + (row[answer] if answer else [])
         if tuple(tokens) in wanted:
             named.append(f"{index} (id {row['id']})" if "id" in row else str(index))
     more = f" and {len(named) - _NAMED_ROWS} more" if len(named) > _NAMED_ROWS else ""
@@ -68,5 +69,5 @@ def _sequences(batch: Mapping[str, torch.Tensor] | list[dict[str, Any]]) -> list
         starts = torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist()
         return [tuple(ids[0, start:end].tolist()) for start, end in zip(starts, [*starts[1:], None], strict=True)]
     # `(rows, tokens)` with padding; TRL stacks the rejected answers below the chosen ones.
-    count = len(ids) // 2 if "completion_mask" in batch else len(ids)
+    count = len(ids) // 2 if "completion_mask" in batch and "label" not in batch else len(ids)
     return [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids[:count], batch["attention_mask"], strict=False)]

@@ -21,11 +21,11 @@ from llm_engineering.models.base_model import load_config
 from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.training.arguments import training_arguments
-from llm_engineering.training.dpo import complete_reference, disable_dropout
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.rewards import Completion, Reward
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.trainer.loss_watch import LossWatch
+from llm_engineering.training.trainer.reference import complete_reference, disable_dropout
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from llm_engineering.training.training_run import TrainingRun
 
@@ -145,7 +145,7 @@ class OnlineTrainer(ResumableTrainer):
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = ends
         # The loss is about 0 in each step, because the advantages of a group add up to 0. So its size says nothing.
         self._watch = LossWatch(factor=math.inf)
-        self.flops, self.asks_reference = TrainingFlops.of(policy), beta > 0
+        self.flops, self.forwards = TrainingFlops.of(policy), 2 if beta > 0 else 1
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptsByEpoch:
         """TRL's sampler, with the order of each epoch from its number."""

@@ -33,7 +33,7 @@ from llm_engineering.training.trainer.validation_loss import HeldOutTrainer
 logger = logging.getLogger(__name__)
 
 _WINDOW_FILE = "log_window.json"
-# Weights, AdamW's two moments, and DPO's reference.
+# Weights, AdamW's two moments, and the reference of DPO or KTO.
 _COPIES = 4
 # Tokenizer, scheduler and random states. Gemma's tokenizer alone has 33 MB.
 _SMALL_FILES_BYTES = 64 * 2**20
@@ -46,14 +46,14 @@ class ResumableTrainer(HeldOutTrainer):
         identity: stored in each checkpoint (`TrainingRun.identity`).
         rows: the training split with its ids, to name the rows of a broken batch.
         flops: floating-point operations that training this model takes.
-        asks_reference: whether each step also runs a reference model.
+        forwards: forward passes of a step besides that of training, e.g. of a reference.
         work: tokens, operations and seconds of this process so far.
     """
 
     identity: Mapping[str, Any]
     rows: Dataset
     flops: TrainingFlops
-    asks_reference = False
+    forwards = 0
     # Set by TRL: tokens of all steps so far.
     _total_train_tokens: int
 
@@ -223,7 +223,7 @@ class ResumableTrainer(HeldOutTrainer):
         self.work.tokens += int(tokens)
         self.work.computed_tokens += int(computed)
         # Not summed: MFU compares it with the peak of this process's own GPU.
-        self.work.flops += self.flops.step(lengths, trained_tokens, self.asks_reference)
+        self.work.flops += self.flops.step(lengths, trained_tokens, self.forwards)
         return int(tokens)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,7 +29,7 @@ def evaluation_batches(rows: int, size: int, rank: int, processes: int) -> tuple
 
 
 class HeldOutTrainer(Trainer):
-    """Weights the loss of each evaluation batch by its trained tokens or pairs. transformers weights all batches alike.
+    """Weights the loss of each evaluation batch by its trained tokens, pairs or labelled answers. transformers weights all batches alike.
 
     In several processes it counts each row once. accelerate repeats the first rows to fill the last batches.
     """
@@ -71,8 +71,11 @@ class HeldOutTrainer(Trainer):
         return predicted
 
     def _weight(self, inputs: Any) -> int:
-        """The trained tokens of a batch, or its pairs: TRL stacks rejected answers below the chosen ones."""
-        return int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else len(inputs["input_ids"]) // 2
+        """The trained tokens of a batch, its answers with labels, or its pairs."""
+        if "labels" in inputs:
+            return int((inputs["labels"][..., 1:] != -100).sum())
+        # TRL stacks the rejected answers of pairs below the chosen ones.
+        return len(inputs["input_ids"]) if "label" in inputs else len(inputs["input_ids"]) // 2
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate. The loss and TRL's other metrics become means over tokens (SFT) or pairs (DPO)."""

@@ -7,7 +7,14 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset, preference_dataset
+from llm_engineering.data.rows import (
+    InstructionRow,
+    LabelledRow,
+    Message,
+    PreferenceRow,
+    instruction_dataset,
+    preference_dataset,
+)
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels
@@ -53,6 +60,29 @@ def test_a_cut_answer_is_trained_without_its_end(tokenizer):
     assert (formatted.records[0]["truncated"], formatted.records[0]["prompt_tokens"]) == (True, start)
     assert "the end of its answer is not trained" in formatted.truncated
     assert formatted.length == len(whole.input_ids)
+
+
+def test_an_answer_with_a_label_is_a_prompt_and_a_completion(tokenizer):
+    one = row("Hello", "Hi there")
+    judged = LabelledRow.model_validate(one.model_dump() | {"label": False})
+    (formatted,) = format_rows([judged], "labelled", tokenizer, FormattingConfig(train_on_prompt=True))
+    (whole,) = render([one], tokenizer)
+    (record,) = formatted.records
+    start = len(prompt_ids(one.prompt, tokenizer))
+    assert record["prompt_ids"] == whole.input_ids[:start]
+    assert record["completion_ids"] == whole.input_ids[start:]
+    assert record["completion_ids"][-1] == tokenizer.eos_token_id
+    assert record["label"] is False
+    shorter = cut(judged, "labelled", tokenizer, start + 2).records[0]
+    assert (shorter["completion_ids"], shorter["truncated"]) == (whole.input_ids[start : start + 2], True)
+    for wrong, words in (
+        ({"prompt_ids": []}, "it has no prompt"),
+        ({"completion_ids": []}, "its completion is empty"),
+        ({"completion_ids": [5]}, "its completion does not end"),
+    ):
+        split = Dataset.from_list([{**record, **wrong}])
+        with pytest.raises(WorkError, match=words):
+            check_labels(DatasetDict(train=split, validation=split), tokenizer)
 
 
 def test_a_conversation_cut_between_two_answers_ends_with_the_first(tokenizer):

@@ -50,6 +50,16 @@ def test_a_chain_has_its_blocks_in_its_order(tmp_path):
     assert whole.block("cpt").learning_rate == 1e-3
     assert whole.reads_documents
     assert load_recipe(LOCAL).chain == ["sft", "dpo"]
+    judged = {
+        "kto": {**STEPS, "learning_rate": 1e-4, "loss_type": "apo_zero_unpaired", "eval_steps": 5, "save_steps": 5}
+    }
+    gate = {"kto": bounds("preference_accuracy")}
+    # Without the user's own, labelled answers are made of pairs, on which the run is measured too.
+    assert recipe(tmp_path, ["sft", "kto"], gate, **judged).kinds("kto") == ["instruction", "preference", "labelled"]
+    own = {"data": {"labelled": "thumbs.jsonl"}}
+    refused(tmp_path, ["a run that ends with kto has no held-out pairs"], ["sft", "kto"], gate, **judged, **own)
+    gate = {"kto": bounds("heldout_loss")}
+    assert recipe(tmp_path, ["sft", "kto"], gate, **judged, **own).kinds("kto") == ["instruction", "labelled"]
     alone = recipe(tmp_path, ["dpo"], {"dpo": NO_SFT})
     assert alone.kinds("dpo") == ["instruction", "preference"]
     assert alone.method == "lora"
@@ -59,7 +69,7 @@ def test_a_chain_has_its_blocks_in_its_order(tmp_path):
     ("chain", "words"),
     [
         (["cpt", "dpoo"], ["there is no stage dpoo: did you mean dpo"]),
-        (["xyz"], ["there is no stage xyz: the stages are cpt, sft, dpo"]),
+        (["xyz"], ["there is no stage xyz: the stages are cpt, sft, dpo, kto"]),
         (["sft", "dpo", "sft"], ["the stage sft is named twice: remove one of them"]),
         ([], ["chain"]),
     ],

@@ -16,13 +16,16 @@ from tools.readiness import preflight
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
 CPT = {"learning_rate": 1e-3, **STEPS, "eval_steps": 10, "save_steps": 10}
+KTO = {**CPT, "per_device_train_batch_size": 2}
 GATE = {"better_than": {"base": {"document_loss": 0.0}, "incumbent": {"document_loss": 0.0}}}
+KTO_GATE = {"better_than": {"base": {"heldout_loss": 0.0}, "incumbent": {"heldout_loss": 0.0}}}
 # The gates of the default recipe without the rules about the model of sft.
 NO_SFT = {"better_than": {"sft": {"preference_margin": None}}, "not_worse_than": {"sft": {"heldout_loss": None}}}
 
 TEXTS = ["read_documents", "collect_texts", "prepare_texts"]
 WRITTEN = ["read_documents", "generate_instructions", "prepare_instructions"]
 ANSWERED = ["generate_preferences", "prepare_preferences"]
+LABELLED = ["label_preferences", "prepare_labelled"]
 
 
 @pytest.fixture
@@ -44,7 +47,8 @@ def recipe(tmp_path, small_llama):
             "compute": {"device": "cpu"},
             "chain": chain,
             "cpt": CPT,
-            "promotion": gates,
+            "kto": KTO,
+            "promotion": gates | {"kto": KTO_GATE},
         }
         for key, value in blocks.items():
             content[key] = {**content.get(key, {}), **value}
@@ -62,6 +66,8 @@ def recipe(tmp_path, small_llama):
         (["sft"], "sft", [*WRITTEN, "format_sft", "train_sft"]),
         # Evaluation reads the held-out questions, formatted as sft does it.
         (["dpo"], "dpo", [*WRITTEN, *ANSWERED, "format_dpo", "train_dpo", "format_sft"]),
+        # Pairs, of which the answers are made, are measured too.
+        (["kto"], "kto", [*WRITTEN, *ANSWERED, *LABELLED, "format_kto", "train_kto", "format_sft", "format_dpo"]),
         (["cpt", "sft"], "cpt", [*TEXTS, "format_cpt", "train_cpt"]),
         (["cpt", "sft"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "train_cpt", "format_sft", "train_sft"]),
         (["cpt", "sft", "dpo"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "train_cpt", "format_sft", "train_sft"]),
@@ -123,6 +129,28 @@ def test_the_files_of_prompts_and_own_rewards_decide_a_stage(recipe, tmp_path):
     own.unlink()
     with pytest.raises(RequestError, match="there is no file"):
         preflight(made)
+
+
+def test_own_labelled_answers_are_loaded_and_decide_the_stage_of_their_kind(recipe, tmp_path):
+    thumbs = tmp_path / "thumbs.jsonl"
+    thumbs.write_text(json.dumps({"prompt": "Hi", "completion": "Yo", "label": True}) + "\n")
+    made = recipe(["sft", "kto"], data={"labelled": str(thumbs)})
+    steps = planned_steps("kto", made)
+    assert steps[-7:] == [
+        "load_labelled",
+        "prepare_labelled",
+        "format_sft",
+        "format_kto",
+        "train_kto",
+        "evaluate_kto",
+        "promote",
+    ]
+    assert "generate_preferences" not in steps
+    assert tokens_of(made, "kto")[1] == "the size of thumbs.jsonl"
+    before = hashes(made)
+    thumbs.write_text(thumbs.read_text().replace("true", "false"))
+    after = hashes(made)
+    assert [stage for stage in before if after[stage] != before[stage]] == ["kto"]
 
 
 def test_a_pipeline_trains_a_stage_of_the_chain_or_all(recipe):

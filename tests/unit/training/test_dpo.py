@@ -10,7 +10,7 @@ from torch.nn.functional import logsigmoid, softplus
 from llm_engineering.models.device import choose_device
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training import dpo
+from llm_engineering.training import reference as shared
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, save_policy, trained_policy
 from llm_engineering.training.sft import sft_trainer
@@ -151,7 +151,7 @@ def test_a_precomputed_reference_in_bf16_is_the_policy_before_training(
     method, unpadded, start, pairs, alpaca_tokenizer, setup, settings, monkeypatch
 ):
     if not unpadded:
-        monkeypatch.setattr(dpo, "keeps_rows_apart", lambda policy, by_row: False)
+        monkeypatch.setattr(shared, "keeps_rows_apart", lambda policy, by_row: False)
     setup = setup.model_copy(update={"compute": CPU.model_copy(update={"dtype": "bfloat16"}), "method": method})
     device = choose_device(setup.compute)
     load = {

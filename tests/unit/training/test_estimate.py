@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
-from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, SFTConfig
 from llm_engineering.training.estimate import (
     NF4_BYTES,
     OVERHEAD_BYTES,
     Shapes,
+    batch_shape,
     flops_per_token,
     matmul_rate,
     peak_memory,
@@ -38,6 +39,7 @@ STEPS = {
 }  # fmt: skip
 LORA = SFTConfig(**STEPS)
 DPO = DPOConfig(**STEPS)
+KTO = KTOConfig(**STEPS)
 # Sizes of the Llama in tests/tiny_models: two layers of width 32, four heads of size 8, two key heads, an MLP of width
 # 64, 281 tokens.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
@@ -116,6 +118,7 @@ def test_big_model_needs_no_memory_to_be_estimated():
         # the reference: a second adapter, or a second model
         (DPO, "lora", CPU, (1400, 400, 0, 800, 10000, 16000)),
         (DPO, "full", CARD, (1000, 1000, 0, 800, 10000, 16000)),
+        (KTO, "lora", CPU, (1400, 400, 0, 800, 10000, 16000)),
     ],
 )
 def test_peak_is_the_sum_of_its_parts(config, method, device, expected):
@@ -168,6 +171,11 @@ def test_operations_depend_on_the_passes_through_the_model():
     assert flops_per_token(SHAPES, checkpointed, "full", 10) == 4 * forward
     assert flops_per_token(SHAPES, DPO, "lora", 10) == 3 * forward + attention
     assert flops_per_token(SHAPES, precomputed, "lora", 10) == 2 * forward + attention
+    # The estimate of the KL divergence takes a pass of the model and one of the reference.
+    unpaired = KTO.model_copy(update={"loss_type": "apo_zero_unpaired"})
+    assert flops_per_token(SHAPES, KTO, "lora", 10) == 5 * forward + attention
+    assert flops_per_token(SHAPES, unpaired, "lora", 10) == 3 * forward + attention
+    assert batch_shape(KTO, 10) == (2, 10)
 
 
 def test_real_peaks_are_within_a_quarter():

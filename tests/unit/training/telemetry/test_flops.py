@@ -48,7 +48,7 @@ def test_frozen_weights_take_two_thirds_of_the_operations():
 
 def test_reference_adds_a_forward_pass():
     flops = TrainingFlops(body=6, head=0, attention=0, forward=1 / 3)
-    assert flops.step([10, 5], 0, reference=True) == 6 * 15 + 2 * 15
+    assert flops.step([10, 5], 0, forwards=1) == 6 * 15 + 2 * 15
 
 
 def test_only_known_cards_have_a_peak(monkeypatch):

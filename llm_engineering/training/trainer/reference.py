@@ -1,0 +1,197 @@
+"""What the stages with a reference share: the model as it is before the stage, kept beside the one that is trained."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import convert_outputs_to_fp32  # type: ignore[import-untyped]
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedModel
+from trl.models.utils import _ForwardRedirection
+
+from llm_engineering.errors import WorkError
+from llm_engineering.recipe.stage_blocks import ReferenceConfig
+from llm_engineering.training.losses import (
+    attend_by_row,
+    causal_model,
+    keeps_rows_apart,
+    row_lengths,
+    token_log_probs,
+    why_not_from_hidden_states,
+)
+from llm_engineering.training.trainer.resumable import ResumableTrainer
+from llm_engineering.training.training_run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=ReferenceConfig)
+
+# Largest differences between two computations of the same log-probability, in nats a token: in float32, and in half precision,
+# where an answer of SmolLM2 differs by up to 0.02 between a row alone and a row in a batch.
+_SUMMED = 1e-4
+_ROUNDED = 5e-2
+
+
+def frozen_copy(policy: PreTrainedModel | PeftModel, precomputed: bool) -> PreTrainedModel | PeftModel | None:
+    """Switch dropout off, and copy a full model as the reference.
+
+    TRL keeps the reference of an adapter as a second adapter. If the reference's log-probabilities are precomputed, the
+    policy itself computes them, because it has not changed yet. Both need no copy.
+    """
+    needs_second = not isinstance(policy, PeftModel) and not precomputed
+    reference = copy.deepcopy(policy).requires_grad_(False) if needs_second else None
+    for model in (policy, reference):
+        if model is not None:
+            disable_dropout(model)
+    return reference
+
+
+def savings(
+    run: TrainingRun[Config],
+    policy: PreTrainedModel | PeftModel,
+    reference: PreTrainedModel | PeftModel | None,
+    config: Config,
+) -> tuple[bool, bool]:
+    """Find out which computations can be saved with this model: the values of `by_row` and `unpadded`, see `ReferenceTrainer`."""
+    if run.device.backend != "transformers":
+        return False, False
+    by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
+    with run.device.autocast():
+        reason = why_not_from_hidden_states(
+            policy, run.setup.compute, config.library_arguments.get("router_aux_loss_coef")
+        )
+        if config.library_arguments.get("use_weighting"):
+            reason = "use_weighting needs them"
+        if reason is None and not keeps_rows_apart(policy, by_row):
+            reason = "concatenated rows would see each other"
+    logger.info("logits: %s", f"of whole batches, because {reason}" if reason else "of answers only, in chunks")
+    return by_row, reason is None
+
+
+def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
+    """Set every probability of dropout to 0, so that policy and reference are equal in the first step.
+
+    TRL disables only modules of the class Dropout. OPT, Llama and others read a number from their config into a module, and
+    Falcon reads it from the config in each forward pass.
+    """
+    for part in (*model.modules(), causal_model(model).config.get_text_config()):
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or isinstance(part, _DropoutNd)):
+                setattr(part, name, 0.0)
+
+
+def complete_reference(policy: PreTrainedModel | PeftModel) -> None:
+    """Copy the weights that TRL leaves out when it copies the adapter `default` to `ref`.
+
+    TRL copies modules, such as `lora_A.default.weight`. The adapter of an embedding, and single trained tokens, are
+    parameters, such as `lora_embedding_A.default`.
+    """
+    if isinstance(policy, PeftModel):
+        weights = dict(policy.named_parameters())
+        for name, weight in weights.items():
+            if name.endswith(".default"):
+                weights[f"{name.removesuffix('default')}ref"].data.copy_(weight.data)
+
+
+class ReferenceTrainer(ResumableTrainer):
+    """Base class of the trainers with a reference. It must come before TRL's trainer in the list of bases.
+
+    The rows are already tokenised; TRL has no option for them.
+
+    Args:
+        unpadded: compute log-probabilities without padding and without the logits of a whole batch.
+        by_row: whether the attention of policy and reference takes `row_lengths`.
+    """
+
+    # Set by TRL.
+    beta: float
+
+    def __init__(self, *args: Any, unpadded: bool, by_row: bool, **kwargs: Any) -> None:
+        self.unpadded, self.by_row = unpadded, by_row
+        super().__init__(*args, **kwargs)
+        self._choose_branch()
+
+    def _choose_branch(self) -> None:
+        """Use the branch of TRL's code that never computes the logits of a whole batch, if `unpadded`.
+
+        TRL names it after Liger, but this class does not use Liger's CUDA kernels.
+        """
+        self.use_liger_kernel = self.unpadded
+        self._forward_redirection = _ForwardRedirection()
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        return dataset
+
+    def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        # TRL calls this in its constructor. The reference must already be computed as the policy is in training.
+        assert isinstance(self.model, PreTrainedModel | PeftModel)
+        complete_reference(self.model)
+        self._choose_branch()
+        with self.accelerator.autocast():
+            rows: Dataset = super()._precompute_ref_logps(dataset, *args, **kwargs)  # type: ignore[misc]
+        return rows
+
+    def _compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        # In training, accelerate converts the logits to float32. It has not wrapped the model yet, and sums of bf16
+        # log-probabilities have two to three digits.
+        computed = model if self.use_liger_kernel else convert_outputs_to_fp32(model)
+        return super()._compute_ref_log_probs(computed, inputs)  # type: ignore[misc]
+
+    def _get_per_token_logps_and_entropies(
+        self, model: torch.nn.Module, model_kwargs: dict[str, Any], input_ids: Tensor, completion_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Log-probabilities for TRL's branch without logits, `(rows, length - 1)`; 0 outside the answers.
+
+        Concatenates the rows without their padding. The entropies are zeros, because they are not computed.
+        """
+        inner = causal_model(self.accelerator.unwrap_model(model))
+        real = model_kwargs["attention_mask"].bool()
+        position_ids = (real.cumsum(dim=1) - 1)[real].unsqueeze(0)
+        lengths = {"row_lengths": row_lengths(position_ids)} if self.by_row else {}
+        with self.accelerator.autocast():
+            outputs = inner.base_model(
+                input_ids=input_ids[real].unsqueeze(0), position_ids=position_ids, use_cache=False, **lengths
+            )
+            answered = completion_mask.bool()
+            answered[:, 0] = False
+            # The position before a token predicts it. It is in the same row, because each row starts with its prompt.
+            places = (real.flatten().cumsum(dim=0) - 1).view_as(real)[answered]
+            head = inner.get_output_embeddings().weight
+            answer_log_probs = token_log_probs(outputs.last_hidden_state[0, places - 1], head, input_ids[answered])
+        log_probs = answer_log_probs.new_zeros(answered.shape).masked_scatter(answered, answer_log_probs)[:, 1:]
+        return log_probs, torch.zeros_like(log_probs), outputs
+
+    def _count_batch(self, inputs: dict[str, Any]) -> None:
+        mask = inputs["attention_mask"]
+        computed = int(mask.sum()) if self.use_liger_kernel else mask.numel()
+        self.count(mask.sum(dim=1).tolist(), int(inputs["completion_mask"].sum()), computed)
+
+    def _check_reward(self, stage: str, name: str, reward: float, tokens: float) -> None:
+        """Check a reward of the first step, a mean over the rows of a batch. `tokens` is the length of an answer.
+
+        Raises:
+            WorkError: it is not 0, so policy and reference differ.
+        """
+        half = self.args.bf16 or self.args.fp16
+        if abs(reward) > self.beta * tokens * (_ROUNDED if half else _SUMMED):
+            raise WorkError(
+                f"{stage.upper()} starts from its reference, so the {name} of the first step must be 0, and it is {reward:.4g}: "
+                "policy and reference are not computed alike. Use --set compute.dtype=float32 or "
+                f"--set {stage}.precompute_ref_log_probs=false; if the error stays, this model cannot be trained with "
+                f"{stage.upper()} here."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # If a checkpoint has adapters in subfolders, transformers loads only these. It would load the reference but not
+        # the policy, and the policy would silently start over.
+        if not isinstance(self.model, PeftModel):
+            return
+        self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+        self.model.set_adapter("default")
