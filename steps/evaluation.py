@@ -140,6 +140,7 @@ def evaluate(
     folder = Path(tempfile.mkdtemp())
     write_report(folder, data, evaluation_page(data, training))
     hashes = {"files_hash": files_hash, "exam_hash": exam_hash}
-    files = {name: value for name, value in hashes.items() if value is not None}
+    files: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
+    files |= {"reward_code": reward_code} if reward_code else {}
     log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"], **files)
     return Directory(path=folder)

@@ -14,7 +14,6 @@ from llm_engineering.cloud.sagemaker.preflight import check
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.data.sources import dataset_hash
-from llm_engineering.documents.fingerprints import reward_fingerprints
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
@@ -43,7 +42,7 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.cpt import check_trained_embeddings
-from llm_engineering.training.rewards import GRADE_FIELD, own_function
+from llm_engineering.training.rewards import GRADE_FIELD, own_function, reward_files
 from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
@@ -143,7 +142,6 @@ def check_rewards(recipe: Recipe) -> dict[str, str]:
         block = recipe.block(stage)
         if not isinstance(block, RewardedConfig):
             continue
-        hashes |= reward_fingerprints(block.rewards)
         for reward in block.rewards:
             if reward.own_function is not None:
                 own_function(reward)
@@ -154,6 +152,7 @@ def check_rewards(recipe: Recipe) -> dict[str, str]:
                     raise RequestError(
                         f"{stage}.rewards, judge (read generation.* as its block judge): {error}"
                     ) from error
+        hashes |= reward_files(block)
     return hashes
 
 

@@ -14,10 +14,7 @@ from llm_engineering.documents.read import documents_hash, named_files
 from llm_engineering.documents.replay import EMBEDDED_FILE
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, DocumentsConfig
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.reward_blocks import RewardConfig, RewardedConfig
 
-# The end of the names of adapters, after the stage.
-ADAPTER = "_adapter"
 _FEATURES = Features({"file": Value("string"), "sha256": Value("string")})
 
 
@@ -48,14 +45,8 @@ def dataset_fingerprints(references: Sequence[str | None]) -> dict[str, str]:
     return found
 
 
-def reward_fingerprints(rewards: Sequence[RewardConfig]) -> dict[str, str]:
-    """SHA-256 of each file with a reward of the user's own."""
-    files = [reward.own_function[0] for reward in rewards if reward.own_function is not None]
-    return _fingerprints({file: Path(file).expanduser() for file in files})
-
-
 def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
-    """Present hashes of the sources of `documents`, of the candidates of a kind of rows, or of the rewards of an adapter.
+    """Present hashes of the sources of `documents`, or of the candidates of a kind of rows.
 
     Raises:
         RequestError: a source is missing.
@@ -63,9 +54,6 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
     data = recipe.data
     if artifact == "documents":
         return document_fingerprints(recipe.documents)
-    if artifact.endswith(ADAPTER):
-        block = recipe.block(artifact.removesuffix(ADAPTER))
-        return reward_fingerprints(block.rewards if isinstance(block, RewardedConfig) else [])
     if artifact == "text_candidates":
         return dataset_fingerprints([data.replay.path if data.replay is not None else None])
     if artifact == "instruction_candidates":

@@ -122,6 +122,10 @@ class RewardSet(Block):
     def _weights(self) -> Self:
         if not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards has no weight other than 0, so nothing would be learned: set one to 1")
+        names = self.reward_names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two rewards have the name {twice} in reports: rename your function")
         own = next((reward.use for reward in self.rewards if reward.own_function is not None), None)
         if own is not None and not self.trust_reward_code:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import inspect
 import logging
@@ -208,6 +209,16 @@ def own_function(config: RewardConfig) -> Callable[..., Any]:
         ) from None
     found: Callable[..., Any] = function
     return found
+
+
+def reward_files(config: RewardSet) -> dict[str, str]:
+    """SHA-256 of each file with a reward of the user's own, by its path; `missing` for a file that is not there."""
+    files = [reward.own_function[0] for reward in config.rewards if reward.own_function is not None]
+    contents = {file: Path(file).expanduser() for file in files}
+    return {
+        file: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+        for file, path in contents.items()
+    }
 
 
 def _own(

@@ -14,7 +14,6 @@ from datasets import DatasetDict
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_engineering.documents.fingerprints import reward_fingerprints
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.models.base_model import fitting_attention, load_config, load_model, weights_hash
 from llm_engineering.models.device import (
@@ -35,6 +34,7 @@ from llm_engineering.training.losses import attend_by_row, keeps_rows_apart
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.processes.sharding import loads_shards, sharded_loading
+from llm_engineering.training.rewards import reward_files
 from llm_engineering.training.unsloth_policy import Loading
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -74,11 +74,7 @@ class TrainingRun(Generic[Config]):
             "device": device_facts(self.device),
             "dataset": dataset_digests(self.data),
             "reference": weights_hash(self.start) if self.start else "",
-            **(
-                {"reward_code": reward_fingerprints(self.config.rewards)}
-                if isinstance(self.config, RewardedConfig)
-                else {}
-            ),
+            **({"reward_code": reward_files(self.config)} if isinstance(self.config, RewardedConfig) else {}),
         }
 
     @property

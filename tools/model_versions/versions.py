@@ -20,7 +20,6 @@ from zenml.models import ArtifactVersionResponse, ModelVersionResponse, StepRunR
 from zenml.utils.pagination_utils import depaginate
 
 from llm_engineering.data.storage import stream_records
-from llm_engineering.documents.fingerprints import ADAPTER
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import check_unchanged
 from llm_engineering.models.device import choose_device
@@ -40,6 +39,10 @@ logger = logging.getLogger("llm_engineering.versions")
 # Name of the input with the model in production. The evaluation only compares with it, so it is not an origin of the
 # version.
 COMPARED_WITH = "incumbent"
+# The kinds of rows with which a merged model is compared with the trained one, in the order of preference.
+_VERIFIED_WITH = ("instruction", "text", "prompt")
+# The end of the names of adapters, after the stage.
+ADAPTER = "_adapter"
 # Metadata of an adapter: the hashes of the files with rewards of the user's own.
 REWARD_CODE = "reward_code"
 # Artifacts that are made from the user's files.
@@ -192,16 +195,19 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     if registered is not None:
         return registered
     check_unchanged(found.base)
-    rows_of = [name for name, stage in STAGES.items() if stage.rows in ("text", "instruction")]
-    versions = (found.version.get_artifact(f"formatted_{name}") for name in reversed(rows_of))
+    rows_of = [name for kind in _VERIFIED_WITH for name, stage in STAGES.items() if stage.rows == kind]
+    versions = (found.version.get_artifact(f"formatted_{name}") for name in rows_of)
     formatted = next((version for version in versions if version is not None), None)
     if formatted is None:
         raise RequestError(
             f"Version {found.version.number} has no held-out rows (artifact formatted_…), so its merged model cannot be "
             "verified. Choose another version: `make models` lists all versions."
         )
-    records = islice(stream_records(formatted.load()["test"]), MAX_ROWS)
-    rows = [HeldoutRow(record["id"], record["input_ids"], record["labels"]) for record in records]
+    formatted_rows = formatted.load()["test"]
+    records = islice(stream_records(formatted_rows), MAX_ROWS)
+    # A prompt has no answer, so the model is compared on its own tokens.
+    keys = ("prompt_ids", "prompt_ids") if "prompt_ids" in formatted_rows.column_names else ("input_ids", "labels")
+    rows = [HeldoutRow(record["id"], *(record[key] for key in keys)) for record in records]
     trained = Trained(found.base, found.folders[found.name])
     with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
         target = Path(temporary, "model")

@@ -4,7 +4,6 @@ import logging
 
 import pytest
 
-from llm_engineering.documents.fingerprints import reward_fingerprints
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation.types import Answer, Failure
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -13,7 +12,7 @@ from llm_engineering.recipe.reward_blocks import RewardConfig, RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.training import rewards as module
-from llm_engineering.training.rewards import Completion, open_rewards, own_function, weighted_sums
+from llm_engineering.training.rewards import Completion, open_rewards, own_function, reward_files, weighted_sums
 
 SETUP = TrainingSetup(
     model=ModelConfig(), max_length=64, compute=ComputeConfig(device="cpu"), tracking=TrackingConfig(), seed=0
@@ -149,11 +148,11 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_the_hash_of_an_own_function_changes_with_its_file(tmp_path):
-    rewards = [RewardConfig.model_validate(own(tmp_path)), RewardConfig(use="stopped")]
-    first = reward_fingerprints(rewards)
+    rewards = RewardSet.model_validate({"rewards": [own(tmp_path), {"use": "stopped"}], "trust_reward_code": True})
+    first = reward_files(rewards)
     own(tmp_path, FLAT + "\n")
-    assert first.keys() == reward_fingerprints(rewards).keys() == {str(tmp_path / "own.py")}
-    assert first != reward_fingerprints(rewards)
+    assert first.keys() == reward_files(rewards).keys() == {str(tmp_path / "own.py")}
+    assert first != reward_files(rewards)
 
 
 class Grader:
