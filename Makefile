@@ -102,6 +102,7 @@ bench: .venv/ready-dev  ## run the benchmarks (some hours)
 	$(MAKE_PY) -m benchmarks.estimate
 	$(MAKE_PY) -m benchmarks.training
 	$(MAKE_PY) -m benchmarks.chain
+	$(MAKE_PY) -m benchmarks.rl
 	$(MAKE_PY) -m benchmarks.shuffled
 	$(MAKE_PY) -m benchmarks.gate
 	$(MAKE_PY) -m benchmarks.gate --arms

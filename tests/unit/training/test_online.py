@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.tokenizer import template_text
 from llm_engineering.recipe.compute_blocks import ComputeConfig
+from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.training.grpo import grpo_trainer, train_grpo
 from llm_engineering.training.rewards import open_rewards
 from llm_engineering.training.rloo import rloo_trainer, train_rloo
 from llm_engineering.training.trainer import online
 from llm_engineering.training.training_run import prepare_run
+from tests.conftest import ROOT
 from tests.tiny_models import formatted, logged, question
 from tests.unit.training.steps import during_step
 
@@ -290,6 +292,20 @@ def test_generation_steps_hold_whole_groups(changes, compute, words):
     problem = ours("grpo", **changes).generation_problem("grpo", ComputeConfig(**compute))
     assert words in problem
     assert bool(problem) == bool(words)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["grpo.num_generations=3"], "grpo.num_generations to 2 or 4 or 8 or 16 or 32"),
+        (["compute.distributed=fsdp2", "compute.num_processes=2", "compute.device=cuda"], "the whole weights in each process"),
+        (["compute.backend=unsloth"], "compute.backend unsloth does not train grpo"),
+        (["grpo.use_vllm=true", "compute.device=cpu"], "grpo.use_vllm needs CUDA"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_cannot_generate_is_refused(overrides, words):
+    with pytest.raises(RequestError, match=words):
+        load_recipe(ROOT / "configs" / "grpo_arithmetic.yaml", overrides)
 
 
 @pytest.mark.parametrize("number", [0, 1])
