@@ -145,7 +145,7 @@ class OnlineTrainer(ResumableTrainer):
             self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = ends
         # The loss is about 0 in each step, because the advantages of a group add up to 0. So its size says nothing.
         self._watch = LossWatch(factor=math.inf)
-        self.flops, self.forwards = TrainingFlops.of(policy), 2 if beta > 0 else 1
+        self.flops, self.forwards = TrainingFlops.of(policy), int(beta > 0)
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptsByEpoch:
         """TRL's sampler, with the order of each epoch from its number."""
