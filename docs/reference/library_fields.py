@@ -23,6 +23,7 @@ from llm_engineering.recipe.block import FILE, Schema
 CLASSES: dict[str, type[Any]] = {
     "trl.SFTConfig": trl.SFTConfig,
     "trl.DPOConfig": trl.DPOConfig,
+    "trl.RewardConfig": trl.RewardConfig,
     "peft.LoraConfig": peft.LoraConfig,
 }
 _NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}

@@ -133,3 +133,25 @@ class DPOConfig(TrainConfig):
                 f"loss_type {loss} compares the sorted pairs of a batch: per_device_train_batch_size must be above 1"
             )
         return self
+
+
+class RewardConfig(TrainConfig):
+    """A reward model with TRL's RewardTrainer: its score of the chosen answer rises above that of the rejected one.
+
+    The loss is -log sigmoid(chosen - rejected) (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, section 3.5). It
+    says nothing about the level of the rewards: `center_rewards_coefficient` adds the square of the sum of both, so that rewards
+    stay near 0 (Eisenstein et al. 2023, arXiv:2312.09244, equation 2; 0.01 is usual). The stage makes a model that scores
+    answers and writes none, so a later stage starts from the last stage before it that writes.
+    """
+
+    config_class = "trl.RewardConfig"
+    refused: ClassVar[dict[str, str]] = {
+        **REFUSED_TRL,
+        "chat_template_path": "formatting.chat_template is the template of every stage",
+        "eos_token": "model.eos_token names the token that ends an answer",
+        "pad_to_multiple_of": "pairs are padded to the longest answer of a batch",
+        "padding_free": "pairs are padded to the longest answer of a batch",
+        "train_sampling_strategy": "pairs are drawn at random",
+    }
+
+    center_rewards_coefficient: float | None = Field(None, ge=0)
