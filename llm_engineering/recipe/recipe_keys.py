@@ -120,10 +120,11 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
 
-        A preference stage is evaluated on instruction rows too.
+        A preference stage is evaluated on instruction rows too, unless it makes a reward model.
         """
         trained = {STAGES[name].rows for name in self.chain_to(stage)}
-        needed = trained | ({"instruction"} if "preference" in trained else set())
+        answers = "preference" in trained and STAGES[stage].policy
+        needed = trained | ({"instruction"} if answers else set())
         kinds: tuple[Kind, ...] = ("text", "instruction", "preference")
         return [kind for kind in kinds if kind in needed]
 

@@ -54,7 +54,9 @@ _ROWS = (
     Stage("sft", "instruction", SFTConfig, (f"{_TRAINING}.sft", "train_sft_job"), "supervised fine-tuning"),
     # The reference of a preference stage is the model that it starts from.
     Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo_job"), "direct preference optimisation"),
-    Stage("reward", "preference", RewardConfig, (f"{_TRAINING}.reward", "train_reward_job"), "reward model", policy=False),
+    Stage(
+        "reward", "preference", RewardConfig, (f"{_TRAINING}.reward", "train_reward_job"), "reward model", policy=False
+    ),
 )
 STAGES = {stage.name: stage for stage in _ROWS}
 # The stage whose formatted rows the evaluation reads, if no stage of the chain has rows of this kind.

@@ -31,10 +31,12 @@ def training_page(summary: Mapping[str, Any]) -> str:
 
 
 def training_charts(history: Sequence[Mapping[str, float]], width: float = 7) -> list[tuple[str, Markup]]:
-    """Charts of the loss, and for DPO of the reward margin, with their headings; `width` is in inches."""
+    """Charts of the loss, of DPO's reward margin and of a reward model's accuracy, with headings; `width` is in inches."""
     measures = [("loss", "Loss", "loss")]
     if _curve(history, "rewards/margins"):
         measures.append(("rewards/margins", "Reward margin (chosen minus rejected)", "margin"))
+    if _curve(history, "accuracy"):
+        measures.append(("accuracy", "Pairs whose chosen answer has the higher reward", "share"))
     charts = []
     for key, title, label in measures:
         curves = {"training": _curve(history, key), "validation": _curve(history, f"eval_{key}")}

@@ -98,13 +98,13 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
             f"The recipe's chain is {', '.join(recipe.chain)}, without {stage}. Add it, or name another stage."
         )
     config = recipe.block(stage)
-    before = recipe.chain_to(stage)[:-1]
+    before = [name for name in recipe.chain_to(stage)[:-1] if STAGES[name].policy]
     if before and not (arguments.adapter and any(arguments.adapter.glob("*.safetensors"))):
         raise RequestError(f"{stage} starts from the model of {before[-1]}. Name its folder with --adapter.")
 
     # Import the backend, before transformers
     is_launched = "WORLD_SIZE" in os.environ
-    if is_launched:
+    if is_launched and STAGES[stage].policy:
         _import_backend(recipe.compute, recipe.method, config.model_dump(), recipe.model, arguments.adapter)
     from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import pin_chat_template
@@ -144,7 +144,8 @@ def _train_job(file: Path, output: Path | None) -> None:
     """Train a job as one of its processes. Write the result, or the error, to `output` or beside the job."""
     # Read the job, and import its backend before transformers
     job = read_job(file)
-    _import_backend(job.setup.compute, job.setup.method, job.config, job.setup.model, job.start)
+    if STAGES[job.stage].policy:
+        _import_backend(job.setup.compute, job.setup.method, job.config, job.setup.model, job.start)
     from llm_engineering.training.processes import ranks
 
     # Train
@@ -184,7 +185,10 @@ def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> Non
 def _import_backend(
     compute: ComputeConfig, method: Method, config: Mapping[str, Any], model: ModelConfig, start: Path | None
 ) -> None:
-    """Import unsloth if it is the backend: it patches transformers, so it must be imported first."""
+    """Import unsloth if it is the backend: it patches transformers, so it must be imported first.
+
+    It trains no reward models.
+    """
     from llm_engineering.models.device import choose_backend, choose_device, import_backend, keys_beyond_unsloth
     from llm_engineering.recipe.model_blocks import LoraConfig, beyond_unsloth
 

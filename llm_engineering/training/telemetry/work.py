@@ -143,7 +143,7 @@ class TelemetryCallback(TrainerCallback):
             entry |= self.work.rates(self.logged, self.peak_flops)
             self.logged = self.work.copy()
             entry["peak_memory_bytes"] = peak_memory_bytes()
-        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins")
+        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins", "accuracy")
         # Training and evaluation have separate entries. The progress line shows the newest value of each name.
         self.newest |= {name: entry[name] for name in (*names, "tokens_per_second", "mfu") if name in entry}
         if self.newest and self.progress is not None:
