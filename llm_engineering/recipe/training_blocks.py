@@ -77,7 +77,7 @@ _REFUSED_ARGUMENTS = {
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
 }
-# Fields that both SFTConfig and DPOConfig of TRL have.
+# Fields that the config classes of TRL share.
 REFUSED_TRL = {
     **_REFUSED_ARGUMENTS,
     "model_init_kwargs": "the blocks model and compute say how the model is loaded",

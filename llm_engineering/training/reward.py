@@ -5,6 +5,7 @@ The model before gets a head that scores in place of the one that predicts token
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,20 +119,19 @@ def reward_trainer(
         max_length=None,
     )
 
-    # Make the trainer
-    pad = padding_token(run.tokenizer)
+    # Make the trainer. TRL and transformers take the model's padding token from the tokenizer, also when training begins.
+    tokenizer = copy.deepcopy(run.tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_token(tokenizer))
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     trainer = FormattedRewardTrainer(
         model=model,
         args=arguments,
-        data_collator=PairCollator(pad_token_id=pad),
+        data_collator=PairCollator(pad_token_id=tokenizer.pad_token_id),
         train_dataset=run.data["train"].select_columns(columns),
         eval_dataset=run.data["validation"].select_columns(columns),
-        processing_class=run.tokenizer,
+        processing_class=tokenizer,
         callbacks=[telemetry] if telemetry else [],
     )
-    # TRL sets the tokenizer's pad token, which may be the end token (`padding_token`).
-    model.config.get_text_config().pad_token_id = pad
     trainer.flops = TrainingFlops.of(model)
     return trainer
 

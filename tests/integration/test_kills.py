@@ -14,7 +14,7 @@ import torch
 
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, RewardConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 from tests.tiny_models import training_setup
@@ -35,7 +35,7 @@ CPT = CPTConfig.model_validate({
 
 
 def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None, stage: str = "sft") -> None:
-    """Train SFT, DPO on the adapter `sft`, or cpt in this process, and copy the last checkpoint of a finished run.
+    """Train SFT, DPO or a reward model on the adapter `sft`, or cpt in this process, and copy the last checkpoint of a finished run.
 
     Kills this process after the step `kill_at`, or with `in_save` while it saves that step.
     """
@@ -43,6 +43,7 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
 
     from llm_engineering.training.cpt import train_cpt
     from llm_engineering.training.dpo import train_dpo
+    from llm_engineering.training.reward import train_reward
     from llm_engineering.training.sft import train_sft
     from llm_engineering.training.telemetry import work
 
@@ -94,10 +95,13 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     elif sft is None:
         result = train_sft(data, CONFIG, setup, settings)
     else:
-        config = DPOConfig.model_validate(
-            CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
-        )
-        result = train_dpo(data, sft, config, setup, settings)
+        keys = CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
+        if stage == "reward":
+            # Dropout stays on, so that the resumed run needs its random state.
+            config = RewardConfig.model_validate(keys | {"disable_dropout": False})
+            result = train_reward(data, sft, config, setup, settings)
+        else:
+            result = train_dpo(data, sft, DPOConfig.model_validate(keys), setup, settings)
     (outputs / "summary.json").write_text(json.dumps(result.summary))
     shutil.copytree(result.adapter, outputs / "adapter", dirs_exist_ok=True)
 
@@ -110,7 +114,7 @@ def run(tiny_model):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["llm_engineering.training.cpt", "llm_engineering.training.dpo", "tests.integration.test_kills"]
+        [*(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "reward")), "tests.integration.test_kills"]
     )
 
     def start(
@@ -157,13 +161,14 @@ def test_five_kills_change_nothing(run, whole, tmp_path):
     assert_equal(tmp_path, whole)
 
 
-def test_killed_dpo_ends_like_an_uninterrupted_one(run, whole, tmp_path):
+@pytest.mark.parametrize("stage", ["dpo", "reward"])
+def test_a_killed_stage_on_pairs_ends_like_an_uninterrupted_one(run, whole, tmp_path, stage):
     start, untouched, killed = whole / "adapter", tmp_path / "untouched", tmp_path / "killed"
     untouched.mkdir()
-    assert run(untouched, sft=start) == 0
+    assert run(untouched, sft=start, stage=stage) == 0
     for step in (5, 15):
-        assert run(killed, kill_at=step, sft=start) == -signal.SIGKILL
-    assert run(killed, sft=start) == 0
+        assert run(killed, kill_at=step, sft=start, stage=stage) == -signal.SIGKILL
+    assert run(killed, sft=start, stage=stage) == 0
     assert json.loads((killed / "summary.json").read_text())["resumed_from"] == "checkpoint-14"
     assert_equal(killed, untouched)
 
