@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from datasets import DatasetDict
@@ -114,3 +115,25 @@ def test_best_of_refuses_a_reward_model_of_another_chat_template(trained):
     other = load_tokenizer(ModelConfig(name_or_path=setup.model.name_or_path), settings, "chatml")
     with pytest.raises(RequestError, match="another tokenizer or chat template"):
         BestOf.load(setup.model, result.adapter, other, setup.compute, settings, 4)
+
+
+def test_the_rows_of_new_tokens_that_sft_has_trained_come_along(tmp_path):
+    """Also where the output layer shares its weights with the input embedding: a reward model has only the latter."""
+    setup = training_setup(write_model(tmp_path / "model", "qwen3"), chat_template=None)
+    setup = setup.model_copy(update={"model": setup.model.model_copy(update={"new_special_tokens": ["<x>"]})})
+    settings = Settings(llm_output_dir=tmp_path / "outputs")
+    tokenizer = load_tokenizer(setup.model, settings)
+    rows = formatted("instruction", 4, tokenizer, tmp_path)
+    new = tokenizer.convert_tokens_to_ids("<x>")
+    rows = rows.map(lambda row: {name: [*row[name], new, row[name][-1]] for name in ("input_ids", "labels")})
+    sft = train_sft(rows, SFTConfig(**STEPS, packing=False), setup, settings)
+    result = train_reward(
+        formatted("preference", 4, tokenizer, tmp_path), sft.adapter, RewardConfig(**STEPS), setup, settings
+    )
+    before, after = (peft.load_peft_weights(str(trained.adapter)) for trained in (sft, result))
+    (name,) = (name for name in before if "trainable_tokens" in name)
+    assert before[name].any()
+    assert after[name].shape == before[name].shape
+    plain = setup.model.model_copy(update={"new_special_tokens": []})
+    model = RewardModel.load(plain, result.adapter, tokenizer, setup.compute, settings)
+    assert len(set(model.scores([[5, new, 2], [5, 6, 2]]))) == 2
