@@ -113,7 +113,14 @@ def compare(
     overrides: Overrides = None,
     version: Version = None,
     max_new_tokens: MaxNewTokens = 200,
-    temperature: Temperature | None = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="0 always chooses the most probable token. With 0.7 to 1, answers vary. Default: 0, and 0.8 with --best-of.",
+        ),
+    ] = None,
     top_p: TopP = 1.0,
     seed: Seed = None,
     system: System = None,
