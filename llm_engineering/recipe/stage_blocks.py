@@ -146,11 +146,11 @@ class RewardConfig(TrainConfig):
 
     config_class = "trl.RewardConfig"
     refused: ClassVar[dict[str, str]] = {
-        **REFUSED_TRL,
+        # TRL's RewardConfig has neither of the two.
+        **{name: reason for name, reason in REFUSED_TRL.items() if name not in ("padding_free", "truncation_mode")},
         "chat_template_path": "formatting.chat_template is the template of every stage",
         "eos_token": "model.eos_token names the token that ends an answer",
         "pad_to_multiple_of": "pairs are padded to the longest answer of a batch",
-        "padding_free": "pairs are padded to the longest answer of a batch",
         "train_sampling_strategy": "pairs are drawn at random",
     }
 

@@ -10,7 +10,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.block import fields_of
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
-from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, RewardConfig, SFTConfig
 from tests.conftest import ROOT
 
 LOCAL = ROOT / "configs" / "python_reference.yaml"
@@ -22,7 +22,7 @@ def test_the_file_is_that_of_the_installed_library():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("block", [SFTConfig, DPOConfig, LoraConfig])
+@pytest.mark.parametrize("block", [SFTConfig, DPOConfig, RewardConfig, LoraConfig])
 def test_every_field_is_a_key_or_is_refused_with_a_reason(block):
     known = fields_of(block.config_class).keys()
     # `load_best` is the recipe's name for it.
