@@ -6,7 +6,7 @@
 from functools import partial
 from typing import Annotated, Any
 
-from datasets import DatasetDict, Features, List, Value
+from datasets import DatasetDict, Features, List, Value, concatenate_datasets
 
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.load import load_evaluation, load_rows
@@ -23,7 +23,8 @@ from llm_engineering.data.rows import (
     split_of,
     to_dataset,
 )
-from llm_engineering.data.storage import work_folder
+from llm_engineering.data.storage import stream_records, work_folder
+from llm_engineering.data.wordings import OTHER_WORDING, other_wordings
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.passages import cut_passages
@@ -150,6 +151,8 @@ def generate_preferences(
     """
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
+    # Pairs need each question once.
+    rows = [row for row in rows if not row.origin.startswith(OTHER_WORDING)]
     texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
     answering = partial(open_client, client, model, compute, Settings(), chat_template)
     if config is not None and questions is not None and documents is not None:
@@ -282,11 +285,17 @@ def prepare(
     own_test = candidates.get("test_rows")
     prepared = prepare_rows(candidates["rows"], kind, checks, ledger, work_folder(), own_test, evaluation)
     check_splits(prepared.splits, kind, ledger)
-    facts: dict[str, Any] = {name: len(part) for name, part in prepared.splits.items()}
+    splits = prepared.splits
+    if kind == "instruction" and checks.wordings:
+        trained = [instruction_row(record) for record in stream_records(splits["train"])]
+        others = other_wordings(trained, checks.wordings, evaluation)
+        ledger.add(kind, len(others))
+        splits["train"] = concatenate_datasets([splits["train"], instruction_dataset(others)])
+    facts: dict[str, Any] = {name: len(part) for name, part in splits.items()}
     hashes = {"evaluation_hash": evaluation_hash, "exam_hash": exam_hash}
     facts |= {name: digest for name, digest in hashes.items() if digest is not None}
     log_rows(f"{kind}_dataset", ledger, kind, **facts)
-    return DatasetDict(**prepared.splits, **prepared.tables(), **ledger.datasets())
+    return DatasetDict(**splits, **prepared.tables(), **ledger.datasets())
 
 
 @project_step(output_materializers={"formatted_{stage}": HFDatasetMaterializer, "data_report": DirectoryMaterializer})

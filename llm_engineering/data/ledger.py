@@ -115,6 +115,11 @@ class Ledger:
         self.read.setdefault(stage, read)
         self.kept[stage] = kept
 
+    def add(self, stage: str, rows: int) -> None:
+        """Count rows that are added to those that the last pass kept."""
+        self.read[stage] += rows
+        self.kept[stage] += rows
+
     def by_reason(self, stage: str) -> dict[str, int]:
         """Quarantined rows of a stage by reason, most frequent first."""
         return dict(self.reasons.get(stage, Counter()).most_common())

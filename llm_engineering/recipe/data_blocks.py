@@ -164,6 +164,8 @@ class DataConfig(Block):
     instructions, so that the model forgets less: of the embedded ones at most 200, or as many as there are generated questions.
     They are not held out.
 
+    Up to `wordings` other wordings of each question are trained too. Rules write them, for short English questions.
+
     Data that the data report calls not fit to train on ends the run before training. `train_unfit` trains on it, and the
     model version is marked with `unfit_data`.
     """
@@ -181,6 +183,7 @@ class DataConfig(Block):
     decontaminate_against: list[str] = Field(default_factory=list)
     decontaminate_ngram: int = Field(13, ge=1)
     strict: bool = False
+    wordings: int = Field(0, ge=0)
     train_unfit: bool = False
     split: SplitConfig = SplitConfig()
     hub: HubConfig | None = None

@@ -9,6 +9,7 @@ from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import FEATURES, TextRow, split_of, to_dataset
+from llm_engineering.data.wordings import OTHER_WORDING
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.generation.types import Answer
@@ -129,6 +130,30 @@ def test_rows_that_are_not_fit_are_refused_before_training(settings, facts, monk
     formatted, _ = data.format_rows.entrypoint(*arguments, True)
     assert sum(map(len, formatted.values())) == 12
     assert facts[UNFIT].startswith("only 12 rows are left")
+
+
+def test_other_wordings_are_rows_for_training_alone(settings, facts, tmp_path):
+    rows, exam = tmp_path / "rows.jsonl", tmp_path / "exam.jsonl"
+    lines = [{"instruction": f"Where is lamp {'i' * i} located?", "output": f"Hall {i}"} for i in range(30)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = [f"What is the location of lamp {'i' * i}?" for i in range(30)]
+    exam_rows = [{"id": f"{i}", "question": q, "answers": ["Hall"], "facts": [f"{i}"]} for i, q in enumerate(asked)]
+    exam.write_text("".join(json.dumps(line) + "\n" for line in exam_rows))
+    candidates = data.load.entrypoint("instruction", str(rows), None, None, {}, "hash", None, None)
+    checks = DataConfig(rules=RulesConfig(near_duplicate="off"), split=SplitConfig(test_fraction=0.3), wordings=2)
+    made = data.prepare.entrypoint("instruction", candidates, checks, None, ExamConfig(path=str(exam)), "hash")
+    trained = 30 - len(made["validation"]) - len(made["test"])
+    assert Counter(origin.startswith(OTHER_WORDING) for origin in made["train"]["origin"]) == {
+        False: trained,
+        True: trained,
+    }
+    assert not any(
+        origin.startswith(OTHER_WORDING) for name in ("validation", "test") for origin in made[name]["origin"]
+    )
+    questions = {prompt[0]["content"] for prompt in made["train"]["prompt"]}
+    assert len(questions) == 2 * trained
+    assert not questions & set(asked)
+    assert counts(made) == {"instruction": (30 + trained, 30 + trained)}
 
 
 def test_a_model_version_names_the_stages_whose_data_is_not_fit():
