@@ -79,7 +79,7 @@ class LoraConfig(LibraryBlock):
 
     config_class = "peft.LoraConfig"
     refused: ClassVar[dict[str, str]] = {
-        "task_type": "the stage decides it: a reward model scores rows, and every other model predicts tokens",
+        "task_type": "the stage decides it: reward scores rows, and every other stage predicts tokens",
         "peft_type": "this block is for LoRA only",
         "auto_mapping": _SAVED_WITH_ADAPTER,
         "peft_version": _SAVED_WITH_ADAPTER,

@@ -82,7 +82,7 @@ def test_fields_of_training_guides_are_taken():
         (["sft.load_best=true", "sft.save_strategy=epoch", "sft.save_steps=null"], "must be the same"),
         (["dpo.sync_ref_model=true"], "choose sft.method full"),
         (["sft.lora.modules_to_safe=[lm_head]"], "Did you mean `sft.lora.modules_to_save`?"),
-        (["sft.lora.task_type=CAUSAL_LM"], "`sft.lora.task_type` cannot be set: every model here"),
+        (["sft.lora.task_type=CAUSAL_LM"], "`sft.lora.task_type` cannot be set: the stage decides it"),
         (["sft.lora.bias=all"], "`sft.lora.bias` cannot be all: .*lora_bias"),
         (["sft.lora.init_lora_weights=eva"], "`sft.lora.init_lora_weights` cannot be eva: .*before training"),
         (["sft.lora.init_lora_weights=lora_ga"], "cannot be lora_ga"),
