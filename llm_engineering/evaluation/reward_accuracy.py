@@ -99,6 +99,7 @@ def reward_accuracy(
     rows = Rows.of([high > low for high, low in zip(chosen, rejected, strict=True)])
     rows = rows.in_clusters(by_document([pair.row for pair in pairs]))
     found = bootstrap.estimate(rows)
-    above = Estimate(found.value - CHANCE, *(None if end is None else end - CHANCE for end in found[1:3]), found.n)
+    low, high = (None if end is None else end - CHANCE for end in (found.low, found.high))
+    above = Estimate(found.value - CHANCE, low, high, found.n)
     models = {BASE: Estimate(CHANCE, None, None, found.n), stage: found}
     return entry(MEASURES[REWARD_MEASURE], models, {f"{stage}-{BASE}": above}) | {"clusters": len(rows.units[0])}

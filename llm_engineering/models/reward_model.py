@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -146,7 +147,7 @@ def with_reward_adapter(base: PreTrainedModel, config: peft.LoraConfig, trained:
     config.task_type = peft.TaskType.SEQ_CLS
     config.inference_mode = False
     if trained is None:
-        return get_peft_model(base, config)  # type: ignore[return-value]
+        return get_peft_model(base, config)
     config.modules_to_save = [
         part for part in config.modules_to_save or [] if any(name.endswith(part) for name in names)
     ] or None
@@ -166,7 +167,8 @@ def with_reward_adapter(base: PreTrainedModel, config: peft.LoraConfig, trained:
         for name, weight in peft.load_peft_weights(str(trained), device="cpu").items()
         if name.removeprefix(_PREFIX).startswith(parts)
     }
-    unread = set_peft_model_state_dict(policy, weights).unexpected_keys
+    loaded: Any = set_peft_model_state_dict(policy, weights)
+    unread: list[str] = loaded.unexpected_keys
     if unread:
         raise RequestError(f"The adapter {trained} does not fit a model that scores: it has {unread[0]}.")
-    return policy  # type: ignore[return-value]
+    return policy

@@ -27,7 +27,7 @@ class BestOf(NamedTuple):
 
     rewards: RewardModel
     tokenizer: PreTrainedTokenizerBase
-    count: int
+    number: int
 
     @classmethod
     def load(
@@ -37,7 +37,7 @@ class BestOf(NamedTuple):
         tokenizer: PreTrainedTokenizerBase,
         compute: ComputeConfig,
         settings: Settings,
-        count: int,
+        number: int,
     ) -> BestOf:
         """Load the reward model.
 
@@ -56,7 +56,7 @@ class BestOf(NamedTuple):
                 "The reward model was trained with another tokenizer or chat template than the models that answer, so it cannot "
                 "read their answers. Name a reward model of the same base model and formatting.chat_template."
             )
-        return cls(RewardModel.load(base, folder, own, compute, settings), tokenizer, count)
+        return cls(RewardModel.load(base, folder, own, compute, settings), tokenizer, number)
 
     def answer(
         self, model: Any, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling, **options: Any
@@ -72,7 +72,7 @@ class BestOf(NamedTuple):
         torch.manual_seed(sampling.seed)
         with torch.inference_mode():
             answers = generate_ids(
-                model, self.tokenizer, [prompt] * self.count, max_new_tokens, **sampling.options, **options
+                model, self.tokenizer, [prompt] * self.number, max_new_tokens, **sampling.options, **options
             )
         rewards = self.rewards.scores([prompt + answer for answer in answers])
         best = answers[rewards.index(max(rewards))]

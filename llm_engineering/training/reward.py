@@ -143,14 +143,14 @@ class PairCollator(DataCollatorForPreference):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Stack the chosen rows above the rejected ones, each a prompt with its answer, padded on the right."""
         rows = [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in examples]
-        return super().torch_call(rows)  # type: ignore[no-any-return]
+        return super().torch_call(rows)
 
 
 class FormattedRewardTrainer(ResumableTrainer, RewardTrainer):
     """TRL's RewardTrainer with exact resume."""
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
+        self._signature_columns: Any = ["prompt_ids", "chosen_ids", "rejected_ids"]
 
     def compute_loss(
         self,
