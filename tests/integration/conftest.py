@@ -112,6 +112,8 @@ def make_project(folder: Path, model: Path, template: "Project | None" = None) -
             shutil.copytree(template.folder / name, folder / name)
         config = folder / "zenml" / "config.yaml"
         config.write_text(config.read_text().replace(str(template.folder), str(folder)))
+        # The copy is up to date. ZenML would read all its migrations in each command, to find this out.
+        env["DISABLE_DATABASE_MIGRATION"] = "true"
     return Project(folder, recipe, env)
 
 

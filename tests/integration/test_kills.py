@@ -72,7 +72,7 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     work.TelemetryCallback.on_train_end = on_train_end
     torch.save = save
     rows = [
-        {"id": f"r{i}", "input_ids": [1, *range(20 + i, 30 + 2 * i), 2], "labels": [-100] * 4 + [*range(23 + i, 30 + 2 * i), 2]}
+        {"id": f"r{i}", "input_ids": [1, *range(20 + i, 30 + 2 * i), 0], "labels": [-100] * 4 + [*range(23 + i, 30 + 2 * i), 0]}
         for i in range(16)
     ]  # fmt: skip
     if sft is not None:
@@ -80,15 +80,15 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
             {
                 "id": f"r{i}",
                 "prompt_ids": [1, 20 + i],
-                "chosen_ids": [*range(30, 33 + i), 2],
-                "rejected_ids": [40 + i, 2],
+                "chosen_ids": [*range(30, 33 + i), 0],
+                "rejected_ids": [40 + i, 0],
             }
             for i in range(16)
         ]
     if stage == "cpt":
         rows = [row | {"labels": row["input_ids"]} for row in rows]
     data = DatasetDict(train=Dataset.from_list(rows[:12]), validation=Dataset.from_list(rows[12:]))
-    setup = training_setup(model, max_length=64, chat_template=None)
+    setup = training_setup(model, max_length=64)
     settings = Settings(llm_output_dir=outputs)
     if stage == "cpt":
         result = train_cpt(data, CPT, setup, settings)
@@ -107,7 +107,7 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model):
+def run(small_llama):
     """A function that runs `train` in a forked process and returns its exit code.
 
     The fork server has imported everything and computed nothing.
@@ -120,7 +120,7 @@ def run(tiny_model):
     def start(
         outputs: Path, kill_at: int | None = None, in_save: bool = False, sft: Path | None = None, stage: str = "sft"
     ) -> int | None:
-        process = context.Process(target=train, args=(tiny_model, outputs, kill_at, in_save, sft, stage))
+        process = context.Process(target=train, args=(small_llama, outputs, kill_at, in_save, sft, stage))
         process.start()
         process.join(120)
         return process.exitcode

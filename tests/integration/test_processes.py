@@ -33,7 +33,8 @@ from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 from tests.tiny_models import formatted, write_model
 
-STEPS = {"learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "eval_steps": 2, "save_steps": 2}
+STEPS = {"learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
+         "per_device_eval_batch_size": 2}  # fmt: skip
 SFT = SFTConfig(**STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, packing=False)
 PACKED = SFTConfig(**STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=2, packing=True)
 DPO = DPOConfig(**STEPS, per_device_train_batch_size=4, gradient_accumulation_steps=1)
@@ -188,10 +189,26 @@ def run(data):
 
 
 @pytest.fixture(scope="module")
-def sft_adapter(run, tmp_path_factory):
-    (outcome,) = run(tmp_path_factory.mktemp("adapter"), SFT, count=1)
-    assert outcome["end"] == "done", outcome
-    return Path(outcome["adapter"])
+def alone(run, tmp_path_factory):
+    """A function that trains a config in one process, once for each config; returns the outcome. DPO starts from SFT."""
+    outcomes = []
+
+    def train(config):
+        for known, outcome in outcomes:
+            if known == config:
+                return outcome
+        start = Path(train(SFT)["adapter"]) if config is DPO else None
+        (outcome,) = run(tmp_path_factory.mktemp("one"), config, count=1, start=start)
+        assert outcome["end"] == "done", outcome
+        outcomes.append((config, outcome))
+        return outcome
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(alone):
+    return Path(alone(SFT)["adapter"])
 
 
 def history(outcome, *names):
@@ -206,10 +223,9 @@ def smaller(config):
 
 
 @pytest.mark.parametrize("config", [SFT, PACKED, DPO], ids=["sft", "packed", "dpo"])
-def test_two_processes_train_like_one(config, run, sft_adapter, tmp_path):
+def test_two_processes_train_like_one(config, run, alone, sft_adapter, tmp_path):
     start = sft_adapter if config is DPO else None
-    config = config.model_copy(update={"per_device_eval_batch_size": 2})
-    (one,) = run(tmp_path / "one", config, count=1, start=start)
+    one = alone(config)
     two = run(tmp_path / "two", smaller(config), start=start)
     assert [outcome["end"] for outcome in two] == ["done", "done"]
     for names in (("loss",), ("grad_norm",), ("learning_rate",), ("eval_loss",), ("num_tokens",)):
@@ -229,9 +245,9 @@ FULL = SFT.model_copy(update={"method": "full", "learning_rate": 1e-3})
 
 
 @pytest.mark.parametrize("config", [PACKED, FULL, DPO], ids=["packed", "full", "dpo"])
-def test_shards_of_weights_that_one_process_has_read_train_like_one_process(config, run, sft_adapter, tmp_path):
+def test_shards_of_weights_that_one_process_has_read_train_like_one_process(config, run, alone, sft_adapter, tmp_path):
     start = sft_adapter if config is DPO else None
-    (one,) = run(tmp_path / "one", config, count=1, start=start)
+    one = alone(config)
     folder = tmp_path / "two"
     sabotage = dict.fromkeys((0, 1), (sharded, (folder,)))
     two = run(folder, smaller(config), start=start, sabotage=sabotage, distributed="fsdp2")

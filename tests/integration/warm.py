@@ -1,15 +1,36 @@
 """Work that every command of ZenML would repeat. The fork server imports this module last, and its processes inherit the results."""
 
 import gc
+from importlib import import_module
+from pathlib import Path
 
+import torch
 from sqlalchemy.orm import configure_mappers
+from transformers import LlamaConfig
+from zenml.utils.source_utils import set_custom_source_root
 
+from llm_engineering.data.examine import language_of
+from llm_engineering.models.device import Device
+from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.stages import STAGES
+from llm_engineering.training.estimate import shapes
 from steps.caching import code_version
+from tests.tiny_models import SIZES
 
 # The relations between the classes of ZenML's store.
 configure_mappers()
+# The steps. As in `prepare_zenml`, they need a source root; the commands set their own.
+set_custom_source_root(str(Path(__file__).parents[2]))
+for module in ("pipelines.chain", "pipelines.repeats"):
+    import_module(module)
+set_custom_source_root(None)
 # The syntax trees of the project's modules, which are cached.
-code_version("pipelines.chain", "stage_pipeline")
+for stage in STAGES.values():
+    code_version("steps.training", "train", also=stage.train)
+# The model that identifies languages.
+language_of("The language of this sentence is English.")
+# Torch's tables of operators for fake tensors. These have no values, so nothing is computed.
+shapes(LlamaConfig(vocab_size=300, **SIZES), "lora", LoraConfig(), Device("cpu", torch.float32, "sdpa", []), 1, 8)
 # A garbage collection in a forked process would visit a million objects of the libraries, and so copy their memory.
 gc.collect()
 gc.freeze()

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -171,57 +170,12 @@ def test_dpo_prefers_the_chosen_answer(sft_adapter, dpo_data, setup, settings):
     assert not (result.adapter / "ref").exists()
 
 
-class Killed(BaseException):
-    """Simulates a kill, because no code catches this class."""
-
-
 def test_same_recipe_and_seed_give_the_same_bytes(sft_data, setup, settings):
     first = train_sft(sft_data, SFT, setup, settings)
     weights = (first.adapter / "adapter_model.safetensors").read_bytes()
     torch.rand(3)  # The random state before the run must not matter.
     again = train_sft(sft_data, SFT, setup, settings)
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights
-
-
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_interrupted_run_resumes_and_ends_like_an_uninterrupted_one(
-    stage, sft_data, dpo_data, sft_adapter, setup, settings, monkeypatch, caplog
-):
-    from llm_engineering.training.telemetry import work
-
-    config = (SFT if stage == "sft" else DPO).model_copy(update={"num_train_epochs": 2})
-
-    def train():
-        if stage == "sft":
-            return train_sft(sft_data, config, setup, settings)
-        return train_dpo(dpo_data, sft_adapter, config, setup, settings)
-
-    whole = train()
-    expected = (whole.adapter / "adapter_model.safetensors").read_bytes()
-    shutil.rmtree(whole.adapter.parent)
-
-    real = work.TelemetryCallback.on_step_end
-
-    def die_after_step_5(self, args, state, control, **kwargs):
-        real(self, args, state, control, **kwargs)
-        if state.global_step == 5:
-            raise Killed
-
-    monkeypatch.setattr(work.TelemetryCallback, "on_step_end", die_after_step_5)
-    with pytest.raises(Killed):
-        train()
-    monkeypatch.setattr(work.TelemetryCallback, "on_step_end", real)
-    # The newest checkpoint is incomplete: resume skips it with a warning.
-    checkpoints = whole.adapter.parent / "checkpoints"
-    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-5")
-    optimizer = checkpoints / "checkpoint-5" / "optimizer.pt"
-    optimizer.write_bytes(optimizer.read_bytes()[:1000])
-
-    with caplog.at_level(logging.INFO):
-        again = train()
-    assert again.summary["resumed_from"] == "checkpoint-4"
-    assert "checkpoint-5: optimizer.pt is missing or incomplete" in caplog.text
-    assert (again.adapter / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_another_learning_rate_is_another_run(sft_data, setup, settings):

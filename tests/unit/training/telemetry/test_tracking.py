@@ -42,17 +42,18 @@ def events(folder):
 
 @pytest.fixture(scope="module")
 def data():
-    rows = [{"id": f"r{i}", "input_ids": [1, *range(20 + i, 28 + i), 2]} for i in range(20)]
+    rows = [{"id": f"r{i}", "input_ids": [1, *range(20 + i, 28 + i), 0]} for i in range(20)]
     for row in rows:
         row["labels"] = [-100] * 4 + row["input_ids"][4:]
     return DatasetDict(train=Dataset.from_list(rows[:16]), validation=Dataset.from_list(rows[16:]))
 
 
 @pytest.fixture
-def setup(tiny_model, cpu):
+def setup(small_llama, cpu):
     return TrainingSetup(
-        model=ModelConfig(name_or_path=str(tiny_model), revision="test"),
+        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
         max_length=64,
+        chat_template="alpaca",
         compute=cpu,
         tracking=TrackingConfig(comet="off"),
         seed=7,
