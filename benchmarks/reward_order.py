@@ -1,6 +1,6 @@
 """Measures whether a reward model orders pairs that it was not trained on:
 
-    python -m benchmarks.reward_order [--write]        # about eight minutes on one core
+    python -m benchmarks.reward_order [--write]        # about seven minutes on one core
 
 The pairs are made of the general questions that come with the project, and not of an exam. The right answer is chosen, and the
 answer of another question is rejected. Every answer is chosen in one pair and rejected in another one, so a model that scores the

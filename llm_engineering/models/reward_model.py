@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,7 +73,13 @@ class RewardModel:
         if not (folder / "adapter_config.json").is_file():
             full = ModelConfig(name_or_path=str(folder), trust_remote_code=model.trust_remote_code)
             return cls(load_model(full, settings, device, scores=True), device, pad, batch_size)
-        base = load_model(with_added_tokens(model, folder), settings, device, scores=True)
+        # transformers would warn that the base model's files have no head. The adapter has it.
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            base = load_model(with_added_tokens(model, folder), settings, device, scores=True)
+        finally:
+            transformers.logging.set_verbosity(level)
         head_in_float32(base)
         return cls(PeftModel.from_pretrained(base, str(folder)), device, pad, batch_size)
 
