@@ -7,10 +7,12 @@ from zenml.client import Client
 
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
 from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
 from pipelines.inputs import Inputs
 from pipelines.promote import promote
 from steps.data import (
+    collect_prompts,
     collect_texts,
     format_rows,
     generate_instructions,
@@ -52,7 +54,15 @@ def step_of(name: str) -> Any:
     """The step with this name in a run, e.g. `prepare_texts` or `train_sft`."""
     if name.startswith("train_"):
         return train_step(STAGES[name.removeprefix("train_")])
-    alone = (read_documents, collect_texts, generate_instructions, generate_preferences, write_exam, promote)
+    alone = (
+        read_documents,
+        collect_texts,
+        generate_instructions,
+        generate_preferences,
+        collect_prompts,
+        write_exam,
+        promote,
+    )
     shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate}
     return next((step for step in alone if step.name == name), None) or shared[name.partition("_")[0]]
 
@@ -70,7 +80,7 @@ class _Datasets:
     def of(self, kind: str, start: Any = None) -> Any:
         """The dataset of a kind, checked and split. `start` is the adapter that the stage starts from, if it has one."""
         if kind not in self._made:
-            make = {"text": self._texts, "instruction": self._candidates}.get(kind)
+            make = {"text": self._texts, "instruction": self._candidates, "prompt": self._prompts}.get(kind)
             candidates = make() if make else self._preferences(start)
             step = prepare.with_options(substitutions={"kind": kind})
             self._made[kind] = step(
@@ -168,6 +178,12 @@ class _Datasets:
             ),
         )
 
+    def _prompts(self) -> Any:
+        data = self.recipe.data
+        if data.prompts is not None:
+            return self._own("prompt", data.prompts, data.test_prompts, self.inputs.prompts)
+        return collect_prompts(self.of("instruction"))
+
     def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:
         data = self.recipe.data
         step = load.with_options(substitutions={"kind": kind})
@@ -211,6 +227,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         if kind not in formatted:
             formatted[kind] = _format(recipe, FIRST_OF_KIND[kind], kind, datasets.of(kind))
     retrieves = recipe.exam is not None and recipe.exam.retrieval_passages > 0
+    rewarded = recipe.rewarded(last)
     evaluation = evaluate(
         report,
         chain,
@@ -221,6 +238,9 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         inputs.exam,
         recipe.documents if retrieves else None,
         datasets.exam(),
+        rewards=rewarded.reward_set if rewarded is not None else None,
+        reward_code=inputs.rewards,
+        max_completion_length=getattr(rewarded, "max_completion_length", None),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
         epochs={s: recipe.block(s).num_train_epochs for s in chain if STAGES[s].rows in ("text", "instruction")},
@@ -234,8 +254,22 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
 
 def _format(recipe: Recipe, stage: str, kind: str, dataset: Any) -> Any:
     step = format_rows.with_options(substitutions={"stage": stage})
-    epochs = recipe.block(stage).num_train_epochs if stage in recipe.chain else None
+    block = recipe.block(stage) if stage in recipe.chain else None
+    epochs = block.num_train_epochs if block is not None else None
+    comparing = (
+        [reward.use for reward in block.rewards if reward.use in NEED_ANSWERS]
+        if isinstance(block, RewardedConfig)
+        else []
+    )
     formatted, _ = step(
-        stage, kind, dataset, recipe.model, recipe.formatting, recipe.data.train_unfit, epochs, id=f"format_{stage}"
+        stage,
+        kind,
+        dataset,
+        recipe.model,
+        recipe.formatting,
+        recipe.data.train_unfit,
+        epochs,
+        comparing,
+        id=f"format_{stage}",
     )
     return formatted

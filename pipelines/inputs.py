@@ -7,10 +7,11 @@ class Inputs(BaseModel):
     """Inputs of a run that are not in its recipe. Files are hashes, so that a changed file is a changed parameter.
 
     Attributes:
-        documents, instructions, preferences, replay, replay_instructions: hash of the files that the recipe names, with their test splits;
+        documents, instructions, preferences, prompts, replay, replay_instructions: hash of the files that the recipe names, with their test splits;
             None if it names none.
         evaluation: hash of the files in `data.decontaminate_against`; None if there are none.
         checks: hash of the user's own check and the folder of lm-eval's tasks; None if there are none.
+        rewards: hash of each file with rewards of the user's own, by its path.
         exam: hash of the exam's questions; None if there is no exam.
         recipes: for each stage, the hash of everything that decides its result.
         adapters: for each stage that an earlier run has trained, the id of its adapter's version.
@@ -21,10 +22,12 @@ class Inputs(BaseModel):
     documents: str | None
     instructions: str | None
     preferences: str | None
+    prompts: str | None = None
     replay: str | None
     replay_instructions: str | None = None
     evaluation: str | None
     checks: str | None
+    rewards: dict[str, str] = Field(default_factory=dict)
     exam: str | None = None
     recipes: dict[str, str]
     code: str

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from datasets import DatasetDict, Features, List, Value, concatenate_datasets
 
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.load import load_evaluation, load_rows
+from llm_engineering.data.load import load_evaluation, load_rows, prompts_of
 from llm_engineering.data.prepare import check_splits
 from llm_engineering.data.prepare import prepare as prepare_rows
 from llm_engineering.data.rows import (
@@ -20,6 +20,7 @@ from llm_engineering.data.rows import (
     instruction_dataset,
     instruction_row,
     preference_dataset,
+    prompt_dataset,
     split_of,
     to_dataset,
 )
@@ -33,6 +34,7 @@ from llm_engineering.documents.replay import balanced_instructions, replayed_ins
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
 from llm_engineering.evaluation.exam import read_exam
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.formatting.prompt_rows import check_accepted
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.abstention import generate_abstentions
 from llm_engineering.generation.derived.rewritings import Derived, derive_texts, text_diversity
@@ -175,6 +177,20 @@ def generate_preferences(
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
+def collect_prompts(dataset: DatasetDict) -> Annotated[DatasetDict, "prompt_candidates"]:
+    """Make a prompt of the question of each instruction row. Held-out questions stay held out."""
+    ledger = Ledger.load(dataset)
+    candidates = DatasetDict()
+    for name, stage, splits in (("rows", "prompt", SPLITS[:2]), ("test_rows", "prompt_test", SPLITS[2:])):
+        rows = [instruction_row(record) for split in splits for record in dataset[split]]
+        prompts, rejected = prompts_of(rows, stage)
+        ledger.record(stage, len(rows), len(prompts), rejected)
+        candidates[name] = prompt_dataset(prompts)
+    log_rows("prompt_candidates", ledger, "prompt")
+    return DatasetDict(**candidates, **ledger.datasets())
+
+
+@project_step(output_materializers=HFDatasetMaterializer)
 def collect_texts(
     documents: DatasetDict,
     config: DocumentsConfig,
@@ -307,16 +323,19 @@ def format_rows(
     formatting: FormattingConfig,
     train_unfit: bool,
     epochs: float | None = None,
+    comparing: list[str] | None = None,
 ) -> tuple[Annotated[DatasetDict, "formatted_{stage}"], Annotated[Directory, "data_report"]]:
     """Render and label the rows of a stage, and write the data report. Rows that are not fit to train on are refused.
 
-    `epochs` is how often the stage reads the rows; None if the run only evaluates with them.
+    `epochs` is how often the stage reads the rows; None if the run only evaluates with them. `comparing` are the rewards
+    of the stage that compare with accepted answers.
     """
     ledger = Ledger.load(dataset)
     folder = work_folder()
     splits = {name: dataset[name] for name in SPLITS}
     tokenizer = load_tokenizer(model, Settings(), formatting.chat_template)
     formatted, lengths = format_splits(splits, kind, tokenizer, formatting, folder, ledger)
+    check_accepted(formatted, comparing or [])
     # Texts have no chat template.
     template = check_chat_template(tokenizer) if kind != "text" else []
     report = write_data_report(

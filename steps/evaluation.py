@@ -13,6 +13,7 @@ from llm_engineering.data.rows import instruction_row
 from llm_engineering.data.storage import stream_records
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks
+from llm_engineering.evaluation.evaluate import Rewarding
 from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
 from llm_engineering.evaluation.exam import open_exam
 from llm_engineering.evaluation.heldout import held_out
@@ -21,6 +22,7 @@ from llm_engineering.evaluation.judge import PROMPT_FILE
 from llm_engineering.evaluation.reward_accuracy import evaluate_reward
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig
+from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
@@ -65,6 +67,11 @@ def evaluate(
     instruction_dataset: DatasetDict | None = None,
     formatted_preference: DatasetDict | None = None,
     preference_dataset: DatasetDict | None = None,
+    formatted_prompt: DatasetDict | None = None,
+    prompt_dataset: DatasetDict | None = None,
+    rewards: RewardSet | None = None,
+    max_completion_length: int | None = None,
+    reward_code: dict[str, str] | None = None,
     incumbent: Directory | None = None,
     epochs: dict[str, float] | None = None,
     **adapters: Directory | None,
@@ -81,10 +88,22 @@ def evaluate(
         cut: how the documents are cut into the passages that the exam's retrieval finds.
         documents: the documents. Both are None if nothing is retrieved.
         epochs: the epochs of the stages on texts and instructions.
+        rewards: those of the last stage on prompts, whose answers have at most `max_completion_length` tokens.
+        reward_code: hashes of the files of own rewards, so that a changed file runs this step again.
     """
     # Join the held-out rows of each kind
-    formatted = {"text": formatted_text, "instruction": formatted_instruction, "preference": formatted_preference}
-    rows = {"text": text_dataset, "instruction": instruction_dataset, "preference": preference_dataset}
+    formatted = {
+        "text": formatted_text,
+        "instruction": formatted_instruction,
+        "preference": formatted_preference,
+        "prompt": formatted_prompt,
+    }
+    rows = {
+        "text": text_dataset,
+        "instruction": instruction_dataset,
+        "preference": preference_dataset,
+        "prompt": prompt_dataset,
+    }
     heldout = held_out(
         {kind: data["test"] for kind, data in formatted.items() if data is not None},
         {kind: data["test"] for kind, data in rows.items() if data is not None},
@@ -116,7 +135,8 @@ def evaluate(
     trained = {stage: adapters[f"{stage}_adapter"] for stage in chain if STAGES[stage].policy}
     trained |= {INCUMBENT: incumbent}
     folders = {name: model.path for name, model in trained.items() if model is not None}
-    data = evaluate_models(folders, heldout, config, setup, Settings(), questions)
+    rewarding = Rewarding(rewards, max_completion_length) if rewards is not None and max_completion_length else None
+    data = evaluate_models(folders, heldout, config, setup, Settings(), questions, rewarding)
 
     # Add what training read
     train = {
@@ -135,6 +155,7 @@ def evaluate(
     # Write the page
     write_report(folder, data, evaluation_page(data, training))
     hashes = {"files_hash": files_hash, "exam_hash": exam_hash}
-    files = {name: value for name, value in hashes.items() if value is not None}
+    files: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
+    files |= {"reward_code": reward_code} if reward_code else {}
     log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"], **files)
     return Directory(path=folder)

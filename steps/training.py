@@ -8,6 +8,7 @@ from datasets import DatasetDict
 from zenml import get_step_context, log_metadata
 
 from llm_engineering.cloud.sagemaker.dispatch import dispatch_training
+from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import Stage
 from llm_engineering.recipe.training_blocks import TrainingSetup
@@ -15,6 +16,7 @@ from llm_engineering.reports.page import write_page
 from llm_engineering.reports.training_report import training_page
 from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.processes.launch import launch_training
+from llm_engineering.training.rewards import reward_files
 from steps.caching import code_version, project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
@@ -56,6 +58,8 @@ def train(
 
     # Write the page, and log what a person would filter by
     summary = result.summary
+    rewards = {key: config[key] for key in RewardSet.model_fields if key in config}
+    code = reward_files(RewardSet.model_validate(rewards)) if rewards else {}
     write_page(result.report, training_page(summary))
     log_artifact(
         f"{stage}_adapter",
@@ -65,6 +69,7 @@ def train(
         **{name: summary[name] for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes")},
         **{f"comet_{name}": value for name, value in summary["comet"].items()},
         **summary.get("sagemaker", {}),
+        **({"reward_code": code} if code else {}),
     )
     return Directory(path=result.adapter), Directory(path=result.report)
 

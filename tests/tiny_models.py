@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import FEATURES, InstructionRow, Message, PreferenceRow, TextRow, to_dataset
+from llm_engineering.data.rows import FEATURES, InstructionRow, Message, PreferenceRow, PromptRow, TextRow, to_dataset
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
@@ -167,9 +167,19 @@ def pair(number: int) -> PreferenceRow:
     )
 
 
+def question(number: int) -> PromptRow:
+    """A question with an accepted answer."""
+    return PromptRow(
+        prompt=[Message(role="user", content=f"What is {number}?" + " Is it?" * (number % 2))],
+        answers=[f"It is {number}."],
+        source="s",
+        origin="o",
+    )
+
+
 def formatted(kind: str, count: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> DatasetDict:
     """`count` formatted rows for training, and four for validation."""
-    make = {"text": text, "instruction": instruction, "preference": pair}[kind]
+    make = {"text": text, "instruction": instruction, "preference": pair, "prompt": question}[kind]
     records = [make(number).record() for number in range(count + 4)]
     ledger = Ledger()
     ledger.record(kind, len(records), len(records))

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llm_engineering.dataset")
 
-FORMATTED = {"instruction": "formatted_sft", "preference": "formatted_dpo"}
+# The formatted rows of each kind, by the stages of which a chain may have one.
+FORMATTED = {
+    "instruction": ["formatted_sft"],
+    "preference": ["formatted_dpo"],
+    "prompt": ["formatted_rloo", "formatted_grpo"],
+}
 
 
 def inspect(
@@ -76,9 +81,10 @@ def inspect(
 
 def push_dataset(
     kind: Annotated[
-        Literal["instruction", "preference"],
+        Literal["instruction", "preference", "prompt"],
         typer.Argument(
-            help="Dataset to publish: instruction (questions with answers) or preference (pairs of answers)."
+            help="Dataset to publish: instruction (questions with answers), preference (pairs of answers) or prompt "
+            "(questions with accepted answers)."
         ),
     ],
     config: Config = DEFAULT_RECIPE,
@@ -112,8 +118,7 @@ def push_dataset(
             "The recipe names no licence for publishing the data. Add one, for example "
             "--set data.hub.license=cc-by-4.0 (`other` if it has no short name)."
         )
-    named = hub.instruction_repo_id if kind == "instruction" else hub.preference_repo_id
-    repo_id = repo or named
+    repo_id = repo or getattr(hub, f"{kind}_repo_id")
     if repo_id is None:
         raise RequestError(
             f"The repository for the {kind} dataset is not set: add --repo owner/name, or "
@@ -134,7 +139,8 @@ def push_dataset(
     if not allow_secrets:
         check_secrets(dataset, masked=made_with.data.rules.secret == "mask")
     places = [made_with.model.name_or_path, made_with.documents.path]
-    places += [place for place in (made_with.data.instructions, made_with.data.preferences) if place is not None]
+    own = (made_with.data.instructions, made_with.data.preferences, made_with.data.prompts)
+    places += [place for place in own if place is not None]
     rows = public_rows(dataset, places)
     facts = _facts(kind, version, dataset_version, made_with, hub, dataset, rows)
 
@@ -217,7 +223,7 @@ def _parameters(dataset: ArtifactVersionResponse) -> dict[str, Any]:
 
 def _deciding(recipe: Recipe, kind: str) -> dict[str, Any]:
     """The keys of a recipe that decide the rows of a dataset."""
-    other = {"preferences", "test_preferences"} if kind == "instruction" else set()
+    other = {key for name in ("preference", "prompt") if name != kind for key in (f"{name}s", f"test_{name}s")}
     return {
         "seed": recipe.seed,
         # Without the revision: only the stored recipe has it, because it is pinned when a run starts.
@@ -239,9 +245,9 @@ def _facts(
     """The facts for the dataset card, from the metadata of the runs."""
     from llm_engineering.publish import dataset_card
 
-    own = made_with.data.instructions if kind == "instruction" else made_with.data.preferences
+    own = getattr(made_with.data, f"{kind}s")
     candidates = version.get_artifact(f"{kind}_candidates")
-    formatted = version.get_artifact(FORMATTED[kind])
+    formatted = next(filter(None, map(version.get_artifact, FORMATTED[kind])), None)
     recorded = candidates.run_metadata if candidates else {}
     # Generated pairs come from the instructions, so the prompts are recorded with those.
     instructions = version.get_artifact("instruction_candidates")

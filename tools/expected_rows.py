@@ -74,6 +74,8 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
         lines += _rows("instruction", most, expected, how)
         if "preference" in kinds and data.preferences is None:
             lines += _pairs(writing, most, expected)
+        if "prompt" in kinds and data.prompts is None:
+            lines += _rows("prompt", most, expected, "one prompt for each instruction row")
         if recipe.exam is not None and recipe.exam.is_generated:
             lines += _exam(recipe.exam.questions, math.floor(most * EXAM_SHARE[writing.questions]))
     return lines

@@ -14,6 +14,7 @@ from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import load_config
 from llm_engineering.models.device import Device, choose_device
+from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
@@ -118,7 +119,8 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
         return tokens / (1 - replayed), " and ".join(
             [f"the size of {len(parts)} {'sentences' if by_sentence else 'documents'}", *beside]
         )
-    own = recipe.data.instructions if kind == "instruction" else recipe.data.preferences
+    data = recipe.data
+    own = {"instruction": data.instructions, "preference": data.preferences, "prompt": data.prompts}[kind]
     if own is not None:
         return _own_tokens(own, share)
     if recipe.data.instructions is not None:
@@ -181,13 +183,20 @@ def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, de
 
 def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: float, device: Device) -> str:
     known = tokens_of(recipe, stage)
-    length = recipe.formatting.max_length
+    length = batch_shape(config, recipe.formatting.max_length)[1]
     flops = flops_per_token(found, config, recipe.method, length)
     speed = rate * UTILISATION[device.name] / flops
     how = (
         f"{speed:,.0f} tokens a second, from {flops / 1e9:.2f} GFLOP a token and {UTILISATION[device.name]:.0%} of the "
         f"{rate / 1e9:,.0f} GFLOP a second that matrix products reach here"
     )
+    if isinstance(config, OnlineConfig):
+        how += "; generating a token takes longer than its operations"
+        if config.max_steps < 0:
+            return f"about {how}; the number of completions is known only after the data is formatted"
+        completions = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
+        tokens = completions * length
+        return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens: {how}"
     if known is None:
         return f"about {how}; the number of tokens is known only after the data is formatted"
     epoch, source = known

@@ -55,9 +55,10 @@ def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
 
 def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
     """The steps that make the dataset of a kind."""
-    own = {"instruction": recipe.data.instructions, "preference": recipe.data.preferences}.get(kind)
+    data = recipe.data
+    own = {"instruction": data.instructions, "preference": data.preferences, "prompt": data.prompts}.get(kind)
     reading = ["read_documents"] if kind == "text" or recipe.data.instructions is None else []
-    make = "collect_texts" if kind == "text" else f"generate_{kind}s"
+    make = f"collect_{kind}s" if kind in ("text", "prompt") else f"generate_{kind}s"
     exam = ["write_exam"] if kind == "instruction" and _writes_exam(recipe) else []
     if kind == "text" and recipe.derives_from_questions:
         reading = list(dict.fromkeys([*reading, *_dataset_steps("instruction", recipe)]))

@@ -17,11 +17,19 @@ from llm_engineering.data.sources import dataset_hash
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
+from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
 from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
-from llm_engineering.models.device import Device, check_processes, check_training, choose_backend, choose_device
+from llm_engineering.models.device import (
+    Device,
+    check_processes,
+    check_training,
+    check_vllm,
+    choose_backend,
+    choose_device,
+)
 from llm_engineering.models.fit import check_fit
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
 from llm_engineering.recipe.data_blocks import DataConfig
@@ -29,10 +37,12 @@ from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWr
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.cpt import check_trained_embeddings
+from llm_engineering.training.rewards import GRADE_FIELD, own_function, reward_files
 from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
@@ -62,6 +72,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
     preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
+    prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
+    rewards = check_rewards(recipe)
     replay = None
     if data.replay is not None:
         check_replay(data.replay)
@@ -97,21 +109,54 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         documents=documents,
         instructions=instructions,
         preferences=preferences,
+        prompts=prompts,
         replay=replay,
         replay_instructions=replay_instructions,
         evaluation=evaluation,
         checks=checks,
+        rewards=rewards,
         exam=exam,
         recipes=_stage_hashes(
             recipe,
             shared,
-            {"preferences": preferences, "replay": replay, "replay_instructions": replay_instructions},
+            {
+                "preferences": preferences,
+                "prompts": prompts,
+                "rewards": rewards,
+                "replay": replay,
+                "replay_instructions": replay_instructions,
+            },
         ),
         code=code_version(),
     )
 
 
-def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | None]) -> dict[str, str]:
+def check_rewards(recipe: Recipe) -> dict[str, str]:
+    """Load the rewards of the user's own, and ask each judge; returns the hash of each file with a reward by its path.
+
+    Raises:
+        RequestError: a file or a function is missing, or a judge cannot be reached.
+    """
+    hashes: dict[str, str] = {}
+    for stage in recipe.chain:
+        block = recipe.block(stage)
+        if not isinstance(block, RewardedConfig):
+            continue
+        for reward in block.rewards:
+            if reward.own_function is not None:
+                own_function(reward)
+            if reward.judge is not None:
+                try:
+                    check_access(reward.judge, Settings(), reward.judge.max_new_tokens, GRADE_FIELD)
+                except RequestError as error:
+                    raise RequestError(
+                        f"{stage}.rewards, judge (read generation.* as its block judge): {error}"
+                    ) from error
+        hashes |= reward_files(block)
+    return hashes
+
+
+def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -> dict[str, str]:
     """For each stage, the hash of everything that decides its result, with all stages before it.
 
     Args:
@@ -124,8 +169,11 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, str | N
         decided[stage] = recipe.block(stage).model_dump(mode="json")
         if STAGES[stage].rows == "preference":
             decided["preferences"] = own["preferences"]
-        # Pairs are written for the instructions that are left after duplicates, also those of general rows, are dropped.
-        if STAGES[stage].rows == "instruction" or (STAGES[stage].rows == "preference" and not own["preferences"]):
+        if STAGES[stage].rows == "prompt":
+            decided["prompts"], decided["rewards"] = own["prompts"], own["rewards"]
+        # Pairs and prompts are made of the instructions that are left after duplicates, also those of general rows, are dropped.
+        made = {"preference": "preferences", "prompt": "prompts"}.get(STAGES[stage].rows)
+        if STAGES[stage].rows == "instruction" or (made is not None and not own[made]):
             decided["replay_instructions"] = own["replay_instructions"]
         # Its questions are left out of training.
         if STAGES[stage].rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
@@ -158,7 +206,10 @@ def _check_machine(recipe: Recipe) -> bool:
 def checked_device(recipe: Recipe, device: Device) -> Device:
     """Check the method and the optimisers, and choose the backend."""
     for stage in recipe.chain:
-        check_training(stage, recipe.method, recipe.block(stage).optim, device)
+        config = recipe.block(stage)
+        check_training(stage, recipe.method, config.optim, device)
+        if config.library_arguments.get("use_vllm"):
+            check_vllm(stage, device)
     keys, new = recipe.lora.beyond_unsloth, recipe.model.added_tokens
     return choose_backend(device, recipe.compute, recipe.method, adapter_keys=keys, new_tokens=new)
 

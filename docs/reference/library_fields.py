@@ -24,6 +24,8 @@ CLASSES: dict[str, type[Any]] = {
     "trl.SFTConfig": trl.SFTConfig,
     "trl.DPOConfig": trl.DPOConfig,
     "trl.RewardConfig": trl.RewardConfig,
+    "trl.GRPOConfig": trl.GRPOConfig,
+    "trl.RLOOConfig": trl.RLOOConfig,
     "peft.LoraConfig": peft.LoraConfig,
 }
 _NAMES = {int: "integer", float: "number", bool: "boolean", str: "string", type(None): "null"}

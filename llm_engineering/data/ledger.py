@@ -24,8 +24,8 @@ class Quarantined(BaseModel):
     """A document, passage or row that was read and not kept.
 
     Attributes:
-        stage: `document`, `passage`, `text`, `instruction` or `preference`; `instruction_test` or `preference_test` for the
-            user's own test split.
+        stage: `document`, `passage`, `text`, `instruction`, `preference` or `prompt`; `instruction_test` and the like for
+            the user's own test split.
         reason: the short name that is counted, e.g. `empty_answer`.
         source: the file or document it comes from.
         place: the place in the source, e.g. `line 7` or `characters 120-560`.

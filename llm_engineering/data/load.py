@@ -1,4 +1,4 @@
-"""Reads a dataset of any known format into an Arrow file, and indexes evaluation files."""
+"""Reads a dataset of any known format into an Arrow file, makes prompts of instructions, and indexes evaluation files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datasets import Dataset
 from llm_engineering.data.files import Record
 from llm_engineering.data.formats.detection import OpenedDataset, UnknownFormatError, open_dataset
 from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import FEATURES, Row
+from llm_engineering.data.rows import FEATURES, REPLAY, InstructionRow, PromptRow, Row
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.sources import open_records
 from llm_engineering.data.storage import TableWriter
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """A dataset after reading: its kind (`instruction` or `preference`), the name of its format, and its rows."""
+    """A dataset after reading: its kind (`instruction`, `preference` or `prompt`), the name of its format, and its rows."""
 
     kind: str
     format: str
@@ -42,7 +42,7 @@ def load_rows(
     """Read all rows of a dataset into an Arrow file. Rows that cannot be read are quarantined.
 
     Args:
-        kind: `instruction` or `preference`; None detects it.
+        kind: `instruction`, `preference` or `prompt`; None detects it.
         path: the file to write.
         suffix: text after the kind in the name of the ledger's stage, e.g. `_test`.
         more: rows of another source, which follow those of the dataset.
@@ -63,6 +63,27 @@ def load_rows(
     ledger.record(stage, read, table.rows)
     ledger.unread[stage] = opened.unread
     return Loaded(opened.kind, opened.format, table.dataset())
+
+
+def prompts_of(rows: Sequence[InstructionRow], stage: str) -> tuple[list[PromptRow], list[Quarantined]]:
+    """A prompt of the question of each row, whose answer is the accepted one. General rows are set aside.
+
+    Args:
+        stage: the stage under which the quarantine counts them.
+    """
+    detail = "a row of data.replay_instructions is only for instructions"
+    prompts = [
+        PromptRow(
+            prompt=row.prompt,
+            answers=[row.completion[0].content],
+            source=row.source,
+            origin=row.origin,
+            document=row.document,
+        )
+        for row in rows
+        if row.origin != REPLAY
+    ]
+    return prompts, [Quarantined.of_row(row, stage, REPLAY, detail) for row in rows if row.origin == REPLAY]
 
 
 def load_evaluation(references: list[str], n: int, questions: Sequence[str] = ()) -> EvaluationIndex | None:
@@ -108,10 +129,14 @@ def _open_evaluation(reference: str) -> OpenedDataset | None:
     """The rows of an evaluation file, or None if its format is unknown."""
     try:
         # Not the recipe's DataConfig: its `columns` map the names of another dataset.
-        return open_dataset(reference, None, DataConfig())
+        opened = open_dataset(reference, None, DataConfig())
     except UnknownFormatError:
+        opened = None
+    # A benchmark has columns beside its questions, such as choices.
+    if opened is None or opened.kind == "prompt":
         logger.info("%s is in no known format: each of its texts is compared alone", reference)
         return None
+    return opened
 
 
 def _texts(value: Any) -> Iterator[str]:

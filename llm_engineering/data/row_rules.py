@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from llm_engineering.data.private import Private, masked, personal_data, redacted, secrets
-from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, Row, TextRow, is_blank
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, PromptRow, Row, TextRow, is_blank
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
 from llm_engineering.recipe.data_blocks import RulesConfig
 
@@ -73,8 +73,10 @@ def check_row(row: RowT, rules: RulesConfig) -> Checked[RowT]:
             row = _masked(row, find)
             detail = f"masked: {detail}"
         findings.append(Finding(rule, detail))
-    # The other rules are about questions and their answers.
+    # The other rules are about questions and answers to train on. Accepted answers are only compared with.
     rules_of_content = _CONTENT_RULES[:1] if isinstance(row, TextRow) else _CONTENT_RULES
+    if isinstance(row, PromptRow):
+        rules_of_content = _CONTENT_RULES[-1:]
     for rule, judge in rules_of_content:
         action = getattr(rules, rule)
         detail = "" if action == "off" else judge(row)
@@ -91,6 +93,8 @@ def _fields(row: Row) -> dict[str, list[Message]]:
         return {"text": row.answers[0]}
     if isinstance(row, InstructionRow):
         return {"prompt": row.prompt, "completion": row.completion}
+    if isinstance(row, PromptRow):
+        return {"prompt": row.prompt, "accepted": [Message(role="assistant", content=text) for text in row.accepted]}
     return {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
 
 
@@ -132,6 +136,8 @@ def _masked(row: RowT, find: Callable[[str], list[Private]]) -> RowT:
     }
     if isinstance(row, TextRow):
         update = {"text": update["text"][0].content}
+    if isinstance(row, PromptRow):
+        update["accepted"] = [message.content for message in update["accepted"]]
     return cast("RowT", row.model_copy(update=update))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llm_engineering.recipe.data_blocks import SplitConfig
 
@@ -27,6 +27,7 @@ FEATURES: dict[str, Features] = {
     "text": Features({**_ORIGIN, "text": Value("string")}),
     "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
     "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
+    "prompt": Features({**_ORIGIN, "prompt": _MESSAGES, "answers": List(_TEXT)}),
 }
 # Accents that follow their letter, and the vowel signs of Hindi, Arabic or Thai. `\w` does not match them. Later planes
 # have none.
@@ -100,7 +101,7 @@ class _Row(BaseModel):
 
     def record(self) -> dict[str, Any]:
         """The row as a record of a dataset."""
-        return {"id": self.id, **self.model_dump()}
+        return {"id": self.id, **self.model_dump(by_alias=True)}
 
 
 class TextRow(_Row):
@@ -154,9 +155,30 @@ class PreferenceRow(_Row):
         return [self.chosen, self.rejected]
 
 
-Row = TextRow | InstructionRow | PreferenceRow
+class PromptRow(_Row):
+    """A prompt that the model answers itself, and a reward scores its answer.
+
+    Attributes:
+        accepted: the accepted answers, the usual one first; may be empty. Its column in datasets is `answers`.
+    """
+
+    prompt: list[Message]
+    accepted: list[str] = Field(alias="answers")
+
+    @property
+    def answers(self) -> list[list[Message]]:
+        """The first accepted answer; an answer without turns if there is none."""
+        return [[Message(role="assistant", content=text) for text in self.accepted[:1]]]
+
+
+Row = TextRow | InstructionRow | PreferenceRow | PromptRow
 # The class of the rows of each kind.
-ROW_CLASSES: dict[str, type[Row]] = {"text": TextRow, "instruction": InstructionRow, "preference": PreferenceRow}
+ROW_CLASSES: dict[str, type[Row]] = {
+    "text": TextRow,
+    "instruction": InstructionRow,
+    "preference": PreferenceRow,
+    "prompt": PromptRow,
+}
 # The origin of rows of `data.replay` and `data.replay_instructions`. They are only trained on.
 REPLAY = "replay"
 # The start of the origin of questions that need two facts.
@@ -185,6 +207,11 @@ def instruction_dataset(rows: Sequence[InstructionRow]) -> Dataset:
 def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
     """Make a dataset of preference rows."""
     return to_dataset([row.record() for row in rows], FEATURES["preference"])
+
+
+def prompt_dataset(rows: Sequence[PromptRow]) -> Dataset:
+    """Make a dataset of prompts."""
+    return to_dataset([row.record() for row in rows], FEATURES["prompt"])
 
 
 def is_blank(text: str) -> bool:
@@ -224,7 +251,8 @@ def folded(messages: Sequence[Message]) -> str:
 
 
 def written_as(row: Row) -> str:
-    """What a row is, as reports count it: `documents`, a kind of rewriting, `questions`, `two_hop`, `general` or `pairs`.
+    """What a row is, as reports count it: `documents`, a kind of rewriting, `questions`, `two_hop`, `general`, `pairs`
+    or `prompts`.
 
     The `origin` of a derived row begins with its kind.
     """
@@ -235,6 +263,8 @@ def written_as(row: Row) -> str:
         return "documents" if row.origin == "document" else first
     if isinstance(row, PreferenceRow):
         return "pairs"
+    if isinstance(row, PromptRow):
+        return "prompts"
     return first if first == TWO_HOP else "questions"
 
 

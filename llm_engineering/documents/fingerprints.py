@@ -58,6 +58,8 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
         return dataset_fingerprints([data.replay.path if data.replay is not None else None])
     if artifact == "instruction_candidates":
         return dataset_fingerprints([data.instructions, data.test_instructions, data.replay_instructions])
+    if artifact == "prompt_candidates":
+        return dataset_fingerprints([data.prompts, data.test_prompts])
     return dataset_fingerprints([data.preferences, data.test_preferences])
 
 

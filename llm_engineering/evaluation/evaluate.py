@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_engineering.evaluation.checks import Check, check_report, read_checks
 from llm_engineering.evaluation.exam import Exam, exam_report
@@ -17,10 +17,26 @@ from llm_engineering.evaluation.models import BASE, Models, Sample
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.generation.open import open_client
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.evaluation_blocks import MEASURES, TASK_MEASURE, EvaluationConfig, Measure
+from llm_engineering.recipe.evaluation_blocks import (
+    MEASURES,
+    REWARD,
+    REWARD_PREFIX,
+    TASK_MEASURE,
+    EvaluationConfig,
+    Measure,
+)
+from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
+from llm_engineering.training.rewards import Reward, open_rewards
+
+
+class Rewarding(NamedTuple):
+    """The rewards of a stage, and the longest answer that it scored, in tokens."""
+
+    rewards: RewardSet
+    max_completion_length: int
 
 
 def evaluate(
@@ -30,6 +46,7 @@ def evaluate(
     setup: TrainingSetup,
     settings: Settings,
     exam: Exam | None = None,
+    rewarding: Rewarding | None = None,
 ) -> dict[str, Any]:
     """Measure the base model and each trained model, and return the report as a JSON object.
 
@@ -38,18 +55,19 @@ def evaluate(
             if a model is in production. The incumbent may have another base model and another chat template.
         rows: rows that no model was trained on.
         exam: questions about the documents; None if the recipe has no exam.
+        rewarding: the rewards of the last stage that trains on some; None if there is none.
 
     Raises:
-        RequestError: the file `evaluation.checks` is missing or has a bad line.
+        RequestError: an own reward cannot be loaded; the file `evaluation.checks` is missing or has a bad line.
         WorkError: the incumbent cannot be loaded, a task of lm-eval cannot run, or the judge does not answer.
     """
     checks = read_checks(config.checks) if config.checks is not None else []
-    work, observations = _observe_all(adapters, rows, checks, exam, config, setup, settings)
+    work, observations = _observe_all(adapters, rows, checks, exam, rewarding, config, setup, settings)
     newest = newest_of(adapters)
     bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, setup.seed)
     taken = {arm: answers for found in observations.values() for arm, answers in found.exam.items()}
     measures = exam_measures(exam, taken, newest, bootstrap) if exam is not None else {}
-    measures |= _measures(observations, newest, bootstrap)
+    measures |= _measures(observations, newest, bootstrap, work.rewards)
     judged = None
     if config.judge is not None and work.indices:
         client = open_client(config.judge, setup.model, setup.compute, settings, setup.chat_template)
@@ -63,6 +81,7 @@ def evaluate(
         "heldout_rows": len(work.ours.rows),
         "heldout_pairs": len(work.ours.pairs),
         "heldout_documents": len(work.ours.texts),
+        "heldout_prompts": len(work.prompts),
         "left_out": work.ours.left_out,
         "generated_rows": len(work.indices),
         "confidence": config.confidence,
@@ -72,6 +91,7 @@ def evaluate(
         "measures": measures,
         "exam": exam_report(exam, taken, newest, setup.seed) if exam is not None else None,
         "samples": _samples(observations, work)[: config.sample_answers],
+        "rewards": _rewarded(observations, work, config.sample_answers) if work.rewards else None,
         "judge": judged,
         "lm_eval": _lm_eval(observations, config),
         "checks": check_report(checks, {n: o.check_answers for n, o in observations.items()}) if checks else None,
@@ -83,6 +103,7 @@ def _observe_all(
     rows: HeldOut,
     checks: Sequence[Check],
     exam: Exam | None,
+    rewarding: Rewarding | None,
     config: EvaluationConfig,
     setup: TrainingSetup,
     settings: Settings,
@@ -105,6 +126,12 @@ def _observe_all(
     # A model that has only read the documents was not taught to answer, and its exam takes as long as any other.
     readers = frozenset(name for name in adapters if name != newest and name in STAGES and STAGES[name].rows == "text")
     work = Work(ours, indices, checks, exam, frozenset({BASE, newest}), readers)
+    if rewarding is not None:
+        work = work._replace(
+            prompts=[ours.prompts[index] for index in draw_indices(ours.prompts, config.generated_rows, setup.seed)],
+            rewards=open_rewards(rewarding.rewards, setup, settings),
+            max_completion_length=rewarding.max_completion_length,
+        )
 
     def observe_base_and_adapters() -> dict[str, Observation]:
         # A function, so that the base model's memory is freed before the incumbent's base model is loaded.
@@ -138,13 +165,19 @@ def exam_measures(
     }
 
 
-def _measures(observations: Mapping[str, Observation], newest: str, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Every measure of this evaluation, in the order of `MEASURES`, then lm-eval's tasks."""
+def _measures(
+    observations: Mapping[str, Observation], newest: str, bootstrap: Bootstrap, rewards: Sequence[Reward]
+) -> dict[str, Any]:
+    """Every measure of this evaluation, in the order of `MEASURES`, then the single rewards, then lm-eval's tasks."""
     measures: dict[str, Any] = {}
     for key, measure in MEASURES.items():
         if key in observations[newest].rows:
             values = {name: found.rows[key] for name, found in observations.items()}
             measures[key] = compare(measure, values, newest, bootstrap, TRANSFORMS.get(key))
+    for reward in rewards:
+        values = {name: found.rows[REWARD_PREFIX + reward.name] for name, found in observations.items()}
+        measure = Measure(f"Reward: {reward.name}", "mean", "higher" if reward.weight >= 0 else "lower")
+        measures[REWARD_PREFIX + reward.name] = compare(measure, values, newest, bootstrap)
     tasks = observations[newest].tasks
     if tasks is not None:
         for task in tasks.rows:
@@ -168,6 +201,31 @@ def _samples(observations: Mapping[str, Observation], work: Work) -> list[dict[s
         }
         for number, row in enumerate(work.asked)
     ]
+
+
+def _rewarded(observations: Mapping[str, Observation], work: Work, shown: int) -> dict[str, Any]:
+    """The report's `rewards`: their weights, and the first answers with the scores of each."""
+    return {
+        "weights": {reward.name: reward.weight for reward in work.rewards},
+        "rows": [
+            {
+                "prompt": row.prompt[-1].content,
+                "accepted": row.accepted,
+                "answers": {
+                    name: {
+                        "text": found.rewarded[number].text,
+                        "stopped": found.rewarded[number].stopped,
+                        "reward": float(found.rows[REWARD].totals[number]),
+                        "scores": {
+                            r.name: float(found.rows[REWARD_PREFIX + r.name].totals[number]) for r in work.rewards
+                        },
+                    }
+                    for name, found in observations.items()
+                },
+            }
+            for number, (row, _) in enumerate(work.prompts[:shown])
+        ],
+    }
 
 
 def _questions(work: Work) -> list[Question]:

@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal, Self
 import bm25s
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llm_engineering.data.exam_answers import abstains, answers_right
 from llm_engineering.data.rows import Message, normalised, words
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.read import HANDBOOK
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.exam_answers import abstains, answers_right
 from llm_engineering.evaluation.json_lines import read_json_lines, refuse
 from llm_engineering.evaluation.models import Models, Sample
 from llm_engineering.evaluation.statistics import Rows

@@ -11,13 +11,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, PromptRow, TextRow
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.models import Labelled, labelled_answer
 from llm_engineering.formatting.datasets import pieces
 from llm_engineering.formatting.render import Pair, Tokens, UnrenderableError, render, text_tokens
 
-RowT = TypeVar("RowT", TextRow, InstructionRow, PreferenceRow)
+RowT = TypeVar("RowT", TextRow, InstructionRow, PreferenceRow, PromptRow)
 _TurnsT = TypeVar("_TurnsT", InstructionRow, PreferenceRow)
 
 
@@ -36,9 +36,10 @@ class HeldOutRow(NamedTuple, Generic[RowT]):
 
 
 class HeldOut(NamedTuple):
-    """The held-out instruction rows, and the pairs and texts, if there are any.
+    """The held-out instruction rows, and the pairs, texts and prompts, if there are any.
 
     Attributes:
+        prompts: each prompt with its formatted record, which rewards read.
         left_out: number of rows and pairs left out because not every model's tokenizer can render them.
     """
 
@@ -46,6 +47,7 @@ class HeldOut(NamedTuple):
     pairs: list[HeldOutRow[PreferenceRow]]
     texts: Sequence[HeldOutRow[TextRow]] = ()
     left_out: int = 0
+    prompts: Sequence[tuple[PromptRow, dict[str, Any]]] = ()
 
 
 def held_out(formatted: Mapping[str, Dataset], rows: Mapping[str, Dataset]) -> HeldOut:
@@ -78,7 +80,8 @@ def held_out(formatted: Mapping[str, Dataset], rows: Mapping[str, Dataset]) -> H
         )
         for pair, record in _joined("preference", formatted, rows, PreferenceRow)
     ]
-    return HeldOut(instructions, preferences, list(texts.values()))
+    prompts = list(_joined("prompt", formatted, rows, PromptRow))
+    return HeldOut(instructions, preferences, list(texts.values()), prompts=prompts)
 
 
 def _joined(
@@ -92,7 +95,7 @@ def _joined(
         yield by_id[record["id"]], record
 
 
-def draw_indices(rows: Sequence[HeldOutRow[InstructionRow]], count: int, seed: int) -> list[int]:
+def draw_indices(rows: Sequence[Any], count: int, seed: int) -> list[int]:
     """Draw the indices of the rows that every model answers. The first rows would all be of one document."""
     return sorted(random.Random(seed).sample(range(len(rows)), min(count, len(rows))))
 
@@ -114,8 +117,8 @@ def render_for_both(ours: HeldOut, tokenizer: PreTrainedTokenizerBase, max_lengt
             "model in production cannot be compared. Set formatting.over_long to drop: then no row is truncated."
         )
     left_out = len(ours.rows) - len(rows) + len(ours.pairs) - len(pairs)
-    return HeldOut(rows, pairs, ours.texts, left_out), HeldOut(
-        their_rows, their_pairs, _texts_for(ours.texts, tokenizer, max_length), left_out
+    return HeldOut(rows, pairs, ours.texts, left_out, ours.prompts), HeldOut(
+        their_rows, their_pairs, _texts_for(ours.texts, tokenizer, max_length), left_out, ours.prompts
     )
 
 

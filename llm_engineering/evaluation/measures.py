@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, TextRow, is_blank, words
+from llm_engineering.data.rows import InstructionRow, PromptRow, Row, is_blank, words
 from llm_engineering.evaluation.checks import Check
 from llm_engineering.evaluation.exam import Exam, cluster_numbers, take_exam
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
@@ -18,7 +18,8 @@ from llm_engineering.evaluation.models import AnswerScore, Labelled, Models, Sam
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models.generate import context_length
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.evaluation_blocks import REWARD, REWARD_PREFIX, EvaluationConfig
+from llm_engineering.training.rewards import Completion, Reward, weighted_sums
 
 NGRAM = 4
 
@@ -47,7 +48,7 @@ def repetition(ids: Sequence[int]) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def by_document(rows: Sequence[InstructionRow | PreferenceRow | TextRow]) -> list[int]:
+def by_document(rows: Sequence[Row]) -> list[int]:
     """The cluster of each row: its document. A row without a document is one of its own."""
     return cluster_numbers([[row.document or number] for number, row in enumerate(rows)])
 
@@ -118,6 +119,9 @@ class Work(NamedTuple):
         exam: the questions about the documents; None if the recipe has no exam.
         retrieving: the models that take the exam also with passages of the documents.
         unexamined: the models that take no exam.
+        prompts: prompts with their formatted records, whose answers the rewards score.
+        rewards: those of the last stage on rewards; may be empty.
+        max_completion_length: the longest answer to a prompt, in tokens.
     """
 
     ours: HeldOut
@@ -126,6 +130,9 @@ class Work(NamedTuple):
     exam: Exam | None = None
     retrieving: frozenset[str] = frozenset()
     unexamined: frozenset[str] = frozenset()
+    prompts: Sequence[tuple[PromptRow, Mapping[str, Any]]] = ()
+    rewards: Sequence[Reward] = ()
+    max_completion_length: int = 0
 
     @property
     def asked(self) -> list[InstructionRow]:
@@ -143,6 +150,7 @@ class Observation:
         check_answers: the answers to the prompts of the checks.
         tasks: the results of lm-eval; None if the recipe has no tasks.
         exam: the answers to the exam, of the model and perhaps of the model with retrieval, by name.
+        rewarded: the answers to the work's prompts.
     """
 
     rows: dict[str, Rows]
@@ -150,6 +158,7 @@ class Observation:
     check_answers: list[str]
     tasks: TaskResults | None
     exam: dict[str, dict[int, Sample]]
+    rewarded: list[Sample]
 
 
 def observe(
@@ -192,6 +201,11 @@ def observe(
     if asked:
         documents = by_document([row.row for row in asked])
         rows |= {key: found.in_clusters(documents) for key, found in _behaviour(answers, asked).items()}
+    rewarded: list[Sample] = []
+    if work.prompts:
+        prompts = [row.prompt for row, _ in work.prompts]
+        rewarded = models.answers(name, prompts, work.max_completion_length, f"answers to prompts, {shown_as}")
+        rows |= _rewards(rewarded, work)
     check_answers: list[str] = []
     if work.checks:
         prompts = [check.messages for check in work.checks]
@@ -207,7 +221,16 @@ def observe(
     taken = {}
     if work.exam is not None and shown_as not in work.unexamined:
         taken = take_exam(models, name, shown_as, work.exam, shown_as in work.retrieving)
-    return Observation(rows, answers, check_answers, tasks, taken)
+    return Observation(rows, answers, check_answers, tasks, taken, rewarded)
+
+
+def _rewards(answers: Sequence[Sample], work: Work) -> dict[str, Rows]:
+    """The weighted sum of the rewards of each answer, and each single reward."""
+    completions = [Completion(answer.text, answer.stopped, len(answer.ids)) for answer in answers]
+    sums, scores = weighted_sums(work.rewards, [record for _, record in work.prompts], completions)
+    documents = by_document([row for row, _ in work.prompts])
+    values = {REWARD: sums, **{REWARD_PREFIX + name: found for name, found in scores.items()}}
+    return {measure: Rows.of(found).in_clusters(documents) for measure, found in values.items()}
 
 
 def _behaviour(answers: Sequence[Sample], asked: Sequence[HeldOutRow[InstructionRow]]) -> dict[str, Rows]:

@@ -19,10 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import (
     AT_LAST_SENTENCE,
+    FEATURES,
     REPLAY,
     SPLITS,
     InstructionRow,
     PreferenceRow,
+    PromptRow,
     Row,
     TextRow,
     read_row,
@@ -31,6 +33,7 @@ from llm_engineering.data.rows import (
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.control_tokens import ControlTokens
+from llm_engineering.formatting.prompt_rows import PromptTokens, prompt_tokens
 from llm_engineering.formatting.render import (
     IGNORE_INDEX,
     Pair,
@@ -48,6 +51,9 @@ from llm_engineering.recipe.data_blocks import FormattingConfig
 _IDS = List(Value("int32"))
 _ROW = {"id": Value("string"), "truncated": Value("bool")}
 _TOKEN_FEATURES = Features({**_ROW, "input_ids": _IDS, "labels": _IDS, "prompt_tokens": Value("int32")})
+_PROMPT_FEATURES = Features(
+    {**_ROW, "prompt_ids": _IDS, "prompt": FEATURES["prompt"]["prompt"], "answers": FEATURES["prompt"]["answers"]}
+)
 _PAIR_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
 _FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), Value("string")))
 SAMPLE_ROWS = 5
@@ -134,7 +140,7 @@ class Lengths:
             if formatted.truncated:
                 names = {"id": row.id, "source": row.source}
                 self.truncated.write({**names, "rule": formatted.rule, "detail": formatted.truncated})
-            self.turns[len(row.prompt) + len(row.answers[0])] += 1
+            self.turns[len(row.prompt) + (0 if isinstance(row, PromptRow) else len(row.answers[0]))] += 1
             if kept.total() <= SAMPLE_ROWS:
                 self.samples.append((split, row))
 
@@ -142,6 +148,8 @@ class Lengths:
 def _trained_length(record: Mapping[str, Any]) -> int:
     if "input_ids" in record:
         return len(record["input_ids"])
+    if "answers" in record:
+        return len(record["prompt_ids"])
     return len(record["prompt_ids"]) + max(len(record["chosen_ids"]), len(record["rejected_ids"]))
 
 
@@ -160,16 +168,29 @@ def format_rows(
         special = [control.spelt_in(row) for row in batch]
         rest = [row for row, token in zip(batch, special, strict=True) if not token]
         texts = [row for row in rest if isinstance(row, TextRow)]
-        turns = [row for row in rest if not isinstance(row, TextRow)]
+        prompts = [row for row in rest if isinstance(row, PromptRow)]
+        turns = [row for row in rest if not isinstance(row, TextRow | PromptRow)]
         drops = config.over_long != "truncate"
-        rendered = iter(text_tokens(texts, tokenizer) if texts else render(turns, tokenizer, config.max_length, drops))
+        # All rows are of one kind.
+        rendered = iter(
+            [
+                *(text_tokens(texts, tokenizer) if texts else []),
+                *prompt_tokens(prompts, tokenizer),
+                *render(turns, tokenizer, config.max_length, drops),
+            ]
+        )
         for row, token in zip(batch, special, strict=True):
             if token:
                 detail = f"its text spells {token}, which the tokenizer would read as the token itself"
                 yield _set_aside(row, stage, "special_token_in_text", detail)
             else:
                 formatted = _fitted(row, stage, next(rendered), config)
-                if config.over_long == "drop_oldest_turns" and formatted.length and formatted.rejected is not None:
+                if (
+                    config.over_long == "drop_oldest_turns"
+                    and not isinstance(row, PromptRow)
+                    and formatted.length
+                    and formatted.rejected is not None
+                ):
                     formatted = _with_newest_turns(row, formatted, stage, tokenizer, config)
                 yield formatted
 
@@ -182,7 +203,7 @@ def _with_newest_turns(
     The system message stays. The records have the id of the whole row.
     """
     # Texts are cut into pieces instead.
-    assert not isinstance(row, TextRow)
+    assert isinstance(row, InstructionRow | PreferenceRow)
     shorter = [_without_exchanges(row, count) for count in range(1, _exchanges(row))]
     formatted: dict[int, FormattedRow] = {}
 
@@ -227,7 +248,7 @@ def _without_exchanges(row: InstructionRow | PreferenceRow, count: int) -> Instr
     return row.model_copy(update={"prompt": [*row.prompt[:start], rest[0]], "completion": rest[1:]})
 
 
-def _fitted(row: Row, stage: str, tokens: Rendered, config: FormattingConfig) -> FormattedRow:
+def _fitted(row: Row, stage: str, tokens: Rendered | PromptTokens, config: FormattingConfig) -> FormattedRow:
     if isinstance(row, TextRow):
         assert isinstance(tokens, Tokens)
         return FormattedRow(row, _piece_records(row, tokens, config.max_length), len(tokens.input_ids), None)
@@ -237,6 +258,8 @@ def _fitted(row: Row, stage: str, tokens: Rendered, config: FormattingConfig) ->
         return _fitted_answers(row, stage, tokens, config)
     if isinstance(tokens, Tokens):
         start, length = prompt_length(tokens), len(tokens.input_ids)
+    elif isinstance(tokens, PromptTokens):
+        start = length = len(tokens.prompt_ids)
     else:
         start = len(tokens.prompt_ids)
         length = start + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
@@ -256,7 +279,7 @@ def _fitted(row: Row, stage: str, tokens: Rendered, config: FormattingConfig) ->
             f"Row {row.id} ({row.source}) is over-long: {detail}, and the recipe has formatting.over_long: raise. "
             "Raise max_length, shorten the row, or set over_long to drop, drop_oldest_turns or truncate."
         )
-    if config.over_long == "truncate" and fits_prompt:
+    if config.over_long == "truncate" and fits_prompt and not isinstance(tokens, PromptTokens):
         cut = _cut(tokens, config.max_length)
         if isinstance(cut, Pair) and cut.chosen_ids == cut.rejected_ids:
             detail += ", and both answers are the same up to that length"
@@ -309,9 +332,13 @@ def _piece_records(row: TextRow, tokens: Tokens, max_length: int) -> list[dict[s
     ]
 
 
-def _record(row: Row, tokens: Tokens | Pair, config: FormattingConfig, truncated: bool) -> dict[str, Any]:
+def _record(
+    row: Row, tokens: Tokens | Pair | PromptTokens, config: FormattingConfig, truncated: bool
+) -> dict[str, Any]:
     record: dict[str, Any] = {"id": row.id, "truncated": truncated, **tokens._asdict()}
     del record["respaced"]
+    if isinstance(row, PromptRow):
+        record |= {name: row.record()[name] for name in ("prompt", "answers")}
     if isinstance(tokens, Tokens):
         record["prompt_tokens"] = prompt_length(tokens)
         if config.train_on_prompt:
@@ -334,8 +361,8 @@ def format_splits(
     """Format the splits of a dataset, and count the lengths of their rows.
 
     Instruction rows get the columns `input_ids`, `labels` (-100 for tokens that are not trained) and `prompt_tokens` (the
-    tokens before the first answer); preference rows get `prompt_ids`, `chosen_ids` and `rejected_ids`. `truncated` marks
-    a row that was cut. In the split `test` only answers have labels, even with `train_on_prompt`, so that losses are
+    tokens before the first answer); preference rows get `prompt_ids`, `chosen_ids` and `rejected_ids`; prompts get
+    `prompt_ids`, `prompt` (messages) and `answers` (accepted ones). `truncated` marks a row that was cut. In the split `test` only answers have labels, even with `train_on_prompt`, so that losses are
     comparable.
 
     Text rows get `input_ids` and `labels` of every token; a text of more than `max_length` tokens becomes several rows.
@@ -352,7 +379,7 @@ def format_splits(
     own_test = f"{kind}_test"
     stages = {name: own_test if name == "test" and own_test in ledger.kept else kind for name in splits}
     to_row = partial(read_row, kind=kind)
-    features = _PAIR_FEATURES if kind == "preference" else _TOKEN_FEATURES
+    features = {"preference": _PAIR_FEATURES, "prompt": _PROMPT_FEATURES}.get(kind, _TOKEN_FEATURES)
     datasets = DatasetDict()
     lengths = Lengths()
     kept: dict[str, int] = {}

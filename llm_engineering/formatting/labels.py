@@ -22,7 +22,7 @@ def check_labels(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, train_on
     - No token of the prompt is trained, or, with `train_on_prompt`, every token of the row is. Without a column
       `prompt_tokens`, the tokens before the first trained one are the prompt, and there must be at least one.
     - Every trained answer ends with the end-of-turn token, except the last answer of a `truncated` row.
-    - A pair has a prompt and two different, non-empty answers.
+    - A pair has a prompt and two different, non-empty answers. A prompt alone is not empty.
 
     Args:
         data: splits of instruction rows (`input_ids`, `labels`) or of pairs (`prompt_ids`, `chosen_ids`,
@@ -34,7 +34,12 @@ def check_labels(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, train_on
     end = int(tokenizer.eos_token_id)
     for split in TRAINED_SPLITS:
         for number, row in enumerate(data[split].with_format("numpy")):
-            problem = _pair_problem(row, end) if "chosen_ids" in row else _row_problem(row, end, train_on_prompt)
+            if "answers" in row:
+                problem = "" if len(row["prompt_ids"]) else "it has no prompt"
+            elif "chosen_ids" in row:
+                problem = _pair_problem(row, end)
+            else:
+                problem = _row_problem(row, end, train_on_prompt)
             if problem:
                 name = f" ({row['id']})" if "id" in row else ""
                 raise WorkError(

@@ -129,7 +129,7 @@ def whole_length(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedToken
     It is rendered once, so this takes time that is linear in its turns. The sum of the labelled pieces can differ a little.
     """
     try:
-        texts = [_checked(tokenizer, [*row.prompt, *answer], add_generation_prompt=False) for answer in row.answers]
+        texts = [checked_text(tokenizer, [*row.prompt, *answer], add_generation_prompt=False) for answer in row.answers]
     except UnrenderableError:
         return None
     return max(map(len, _encode(texts, tokenizer)))
@@ -201,7 +201,7 @@ class _Limit:
             count = min(2 * count - 1, len(completion))
             messages = [*prompt, *completion[:count]]
             try:
-                text = _checked(self.tokenizer, messages, add_generation_prompt=False)
+                text = checked_text(self.tokenizer, messages, add_generation_prompt=False)
             except UnrenderableError:
                 # The turns before may be too long already.
                 return None
@@ -226,8 +226,8 @@ def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _
     done = asked = ""
     for message in completion:
         if message.is_trained:
-            asked = _checked(tokenizer, messages, add_generation_prompt=True)
-            answered = _checked(tokenizer, [*messages, message], add_generation_prompt=False)
+            asked = checked_text(tokenizer, messages, add_generation_prompt=True)
+            answered = checked_text(tokenizer, [*messages, message], add_generation_prompt=False)
             answer = _answer(asked, answered, message, str(tokenizer.eos_token))
             if not asked.startswith(done):
                 raise _changed_prompt()
@@ -247,7 +247,7 @@ def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _
         raise UnrenderableError("no_answer", "it has no assistant turn, so no token of it would be trained")
     # The turns of earlier prompts of the same row have been found in those.
     for message in messages[limit.found :]:
-        if message.role != "assistant" and not _contains(asked, message.content):
+        if message.role != "assistant" and not contains_text(asked, message.content):
             raise UnrenderableError("template_drops_text", f"the chat template leaves out its {message.role} text")
     limit.found = len(messages)
     return segments
@@ -284,12 +284,12 @@ def _answer(asked: str, answered: str, message: Message, end: str) -> Segment:
     text = text[: place + len(end)]
     written = opened.group() + text if opened else text
     for name, part in zip(("answer", "reasoning"), message.texts, strict=False):
-        if not _contains(written, part):
+        if not contains_text(written, part):
             raise UnrenderableError("template_drops_text", f"the chat template leaves out a part of its {name}")
     return Segment(text, True, respaced=message.content not in written)
 
 
-def _contains(text: str, part: str) -> bool:
+def contains_text(text: str, part: str) -> bool:
     """Whether a text contains another one, however the two are spaced."""
     return part in text or "".join(part.split()) in "".join(text.split())
 
@@ -302,8 +302,8 @@ def _changed_prompt() -> UnrenderableError:
     )
 
 
-def _checked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    # A template can fail like any program, e.g. where it joins text and nothing.
+def checked_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """The text of messages. A template can fail like any program, e.g. where it joins text and nothing."""
     try:
         return _apply(tokenizer, messages, add_generation_prompt)
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:

@@ -108,6 +108,21 @@ def check_training(stage: str, method: str, optim: str, device: Device) -> None:
         )
 
 
+def check_vllm(stage: str, device: Device) -> None:
+    """Check that a stage with `use_vllm` can generate with vLLM in its process.
+
+    Raises:
+        RequestError: CUDA or the package vllm is missing.
+    """
+    installed = _is_installed("vllm")
+    if device.name != "cuda" or not installed:
+        why = "torch finds no CUDA card here" if installed else "the package vllm is not installed"
+        raise RequestError(
+            f"{stage}.use_vllm needs CUDA and the package vllm, and {why}. Use --set {stage}.use_vllm=false, which generates "
+            "with transformers."
+        )
+
+
 def check_processes(compute: ComputeConfig, device: Device) -> None:
     """Check that this machine can run the training processes of the recipe.
 

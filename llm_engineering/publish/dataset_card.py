@@ -18,7 +18,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import SPLITS
 from llm_engineering.recipe.data_blocks import HubConfig, RulesConfig
 
-Kind = Literal["instruction", "preference"]
+Kind = Literal["instruction", "preference", "prompt"]
 OWN_DATASET = "none: own dataset"
 MAX_ORIGINS = 10
 
@@ -32,7 +32,11 @@ _SIZES = [
     (100_000_000, "10M<n<100M"),
     (1_000_000_000, "100M<n<1B"),
 ]
-_USES = {"instruction": "supervised fine-tuning", "preference": "preference optimisation (DPO)"}
+_USES = {
+    "instruction": "supervised fine-tuning",
+    "preference": "preference optimisation (DPO)",
+    "prompt": "reinforcement learning with rewards (GRPO, RLOO)",
+}
 _COLUMNS = {
     "id": "hash of the row's content",
     "source": "file and place, or document and characters, from which the row was made",
@@ -42,6 +46,7 @@ _COLUMNS = {
     "completion": "messages to learn, starting with an assistant turn",
     "chosen": "the better answer, as messages",
     "rejected": "the worse answer, as messages",
+    "answers": "the accepted answers, as texts",
 }
 
 
@@ -116,7 +121,7 @@ def limits(kind: str, own: bool, rules: RulesConfig) -> list[str]:
         sentences = ["The rows are an existing dataset. Rules checked them; nobody reviewed them for this release."]
     elif kind == "text":
         sentences = ["The texts are documents as they are. Rules checked them; nobody reviewed them for this release."]
-    elif kind == "instruction":
+    elif kind in ("instruction", "prompt"):
         sentences = [
             "A model wrote the questions. The answers were cut from documents or written by a model, as `origin` says.",
             "Rules checked the rows; nobody reviewed them.",
@@ -163,7 +168,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
         "size_categories": [size],
         "tags": [
             "llm-engineering",
-            "sft" if facts.kind == "instruction" else "dpo",
+            {"instruction": "sft", "preference": "dpo", "prompt": "grpo"}[facts.kind],
             *([] if facts.model == OWN_DATASET else ["synthetic"]),
         ],
         "configs": [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from itertools import combinations
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -86,7 +87,7 @@ class RulesConfig(Block):
     secret: PrivateAction = "report"
 
 
-# The formats of instruction and of preference datasets, as llm_engineering.data.formats reads them.
+# The formats of instructions, of preferences and of prompts, as llm_engineering.data.formats reads them.
 FormatName = Literal[
     "alpaca",
     "alpaca-response",
@@ -106,6 +107,9 @@ FormatName = Literal[
     "sharegpt-preference",
     "alpaca-preference",
     "openai-preference",
+    "prompt",
+    "question",
+    "prompt-messages",
 ]
 
 
@@ -120,14 +124,18 @@ class HubConfig(Block):
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
     instruction_repo_id: str | None = None
     preference_repo_id: str | None = None
+    prompt_repo_id: str | None = None
     private: bool = True
 
     @model_validator(mode="after")
     def _one_repo_each(self) -> Self:
-        if self.instruction_repo_id is not None and self.instruction_repo_id == self.preference_repo_id:
-            raise ValueError(
-                "instruction_repo_id and preference_repo_id are the same, so one would overwrite the other: name two repositories"
-            )
+        kinds = ("instruction", "preference", "prompt")
+        named = [kind for kind in kinds if getattr(self, f"{kind}_repo_id") is not None]
+        for one, other in combinations(named, 2):
+            if getattr(self, f"{one}_repo_id") == getattr(self, f"{other}_repo_id"):
+                raise ValueError(
+                    f"{one}_repo_id and {other}_repo_id are the same, so one would overwrite the other: name two repositories"
+                )
         return self
 
 
@@ -159,6 +167,9 @@ class ReplayConfig(Block):
 class DataConfig(Block):
     """The user's own datasets, which replace the generated ones, and how rows are checked and split.
 
+    `prompts` are what the stages with rewards ask: questions, with or without accepted answers. Without a file, they are
+    the questions of the instructions, whose answers are accepted.
+
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
     instructions, so that the model forgets less: of the embedded ones at most 200, or as many as there are generated questions.
@@ -174,6 +185,8 @@ class DataConfig(Block):
     preferences: str | None = None
     test_instructions: str | None = None
     test_preferences: str | None = None
+    prompts: str | None = None
+    test_prompts: str | None = None
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     replay: ReplayConfig | None = None
@@ -196,6 +209,8 @@ class DataConfig(Block):
             "preferences",
             "test_instructions",
             "test_preferences",
+            "prompts",
+            "test_prompts",
             "format",
             "columns",
             "replay",
@@ -207,7 +222,7 @@ class DataConfig(Block):
 
     @model_validator(mode="after")
     def _own_test_split(self) -> Self:
-        for kind in ("instructions", "preferences"):
+        for kind in ("instructions", "preferences", "prompts"):
             if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
                 raise ValueError(f"test_{kind} is set, but {kind} is not: set {kind} too, or remove test_{kind}")
         return self

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK
-from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.generation_blocks import JudgeConfig
 from llm_engineering.recipe.stages import STAGES, with_stages
 
 
@@ -40,12 +40,16 @@ MEASURES = {
     "repetition": Measure("Repeated 4-grams", "share of an answer", "lower"),
     "length_ratio": Measure("Length against the reference", "ratio of tokens", None),
     "empty": Measure("Empty answers", "share of answers", "lower"),
+    "reward": Measure("Reward", "weighted sum", "higher"),
     "checks": Measure("Own check", "share passed", "higher"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
 }
 # The prefix of the measures of lm-eval's tasks. For each of these measures, the evaluation report states whether higher
 # or lower is better.
 TASK_MEASURE = "lm_eval_"
+# The weighted sum of the rewards of a stage, and the prefix of each single one. A run without such a stage has none.
+REWARD = "reward"
+REWARD_PREFIX = "reward_"
 # Measures over preference pairs, and over documents. A run without a stage that trains on them has none.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
 DOCUMENT_MEASURES = ("document_loss",)
@@ -67,19 +71,9 @@ GENERATED_EXAM = "generated"
 MIN_QUESTIONS = 10
 
 
-class JudgeConfig(ClientConfig):
-    """The model that judges pairs of answers, always at temperature 0. The keys are those of `generation`."""
-
-    max_new_tokens: int = Field(64, ge=16)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _greedy(cls, keys: Any) -> Any:
-        # This runs first. Otherwise ClientConfig's own validator would report `temperature` first, and advise the user
-        # to choose another client.
-        if isinstance(keys, dict) and keys.get("temperature") is not None:
-            raise ValueError("temperature has no effect: a judge answers at temperature 0. Remove it")
-        return keys
+def is_reward(measure: str) -> bool:
+    """Whether a measure is a single reward of a stage, e.g. `reward_stopped`."""
+    return measure.startswith(REWARD_PREFIX) and measure not in MEASURES
 
 
 class LmEvalConfig(Block):
@@ -126,7 +120,9 @@ class EvaluationConfig(Block):
         return self
 
     def computes(self, measure: str) -> bool:
-        """Whether this evaluation computes a measure."""
+        """Whether this evaluation computes a measure. A stage's block says which single rewards there are."""
+        if is_reward(measure):
+            return True
         if measure.startswith(TASK_MEASURE):
             return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
         optional = {"checks": self.checks, "judge_win_rate": self.judge}
@@ -272,10 +268,12 @@ class PromotionConfig(_StageRules):  # type: ignore[misc]
             path, measure = rule.path, rule.measure
             if measure in MEASURES and MEASURES[measure].better is None:
                 raise ValueError(f"{path}: neither a higher nor a lower {measure} is better: remove the rule")
-            if measure not in MEASURES and not measure.startswith(TASK_MEASURE):
+            if measure not in MEASURES and not measure.startswith(TASK_MEASURE) and not is_reward(measure):
                 near = get_close_matches(measure, MEASURES, n=1, cutoff=0.5)
                 known = (
-                    f"did you mean {near[0]}?" if near else f"the measures are {', '.join(MEASURES)} and lm_eval_<task>"
+                    f"did you mean {near[0]}?"
+                    if near
+                    else f"the measures are {', '.join(MEASURES)}, reward_<name> and lm_eval_<task>"
                 )
                 raise ValueError(f"{path}: there is no measure {measure}; {known}")
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
@@ -66,6 +66,21 @@ class ClientConfig(Block):
         if self.max_cost_usd is not None and self.prices is None:
             raise ValueError("max_cost_usd needs `prices`, the cost of a token: set both, or remove max_cost_usd")
         return self
+
+
+class JudgeConfig(ClientConfig):
+    """The model that judges or grades answers, always at temperature 0. The keys are those of `generation`."""
+
+    max_new_tokens: int = Field(64, ge=16)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _greedy(cls, keys: Any) -> Any:
+        # This runs first. Otherwise ClientConfig's own validator would report `temperature` first, and advise the user
+        # to choose another client.
+        if isinstance(keys, dict) and keys.get("temperature") is not None:
+            raise ValueError("temperature has no effect: a judge answers at temperature 0. Remove it")
+        return keys
 
 
 Style = Literal["question", "task", "how_to"]

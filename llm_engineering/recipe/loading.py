@@ -90,6 +90,7 @@ def _sources(merged: dict[str, Any]) -> dict[str, str | None]:
         "documents.path": documents.get("path", EMBEDDED_DOCUMENTS),
         "data.instructions": data.get("instructions"),
         "data.preferences": data.get("preferences"),
+        "data.prompts": data.get("prompts"),
     }
 
 

@@ -16,12 +16,17 @@ from llm_engineering.recipe.evaluation_blocks import (
     EXAM_MEASURES,
     GENERATED_EXAM,
     PAIR_MEASURES,
+    REWARD,
     REWARD_MEASURE,
+    REWARD_PREFIX,
     RulePath,
+    is_reward,
 )
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, MIN_JSON_TOKENS
 from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe_keys import RecipeKeys
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, PackedConfig
 from llm_engineering.recipe.stages import STAGES, Kind
 
@@ -147,7 +152,8 @@ class Recipe(RecipeKeys):
     def _gates(self) -> Self:
         for stage in self.chain:
             if self.promotion.rules(stage) is None:
-                measure = "heldout_loss" if "instruction" in self.kinds(stage) else "document_loss"
+                kinds = self.kinds(stage)
+                measure = "heldout_loss" if "instruction" in kinds else "document_loss" if "text" in kinds else REWARD
                 rules = f"base: {{{measure}: 0.0}}, incumbent: {{{measure}: 0.0}}"
                 if not STAGES[stage].policy:
                     rules = f"base: {{{REWARD_MEASURE}: 0.0}}"
@@ -172,6 +178,7 @@ class Recipe(RecipeKeys):
                 raise ValueError(f"promotion.{rule.path} names {rule.measure}, which {has}. Remove the rule")
             kinds = self.kinds(rule.run)
             needed = next((kind for kind, names in _MEASURED_ON.items() if rule.measure in names), "instruction")
+            needed = "prompt" if is_reward(rule.measure) else needed
             if rule.measure in EXAM_MEASURES.values():
                 self._check_exam_rule(rule)
             elif needed not in kinds:
@@ -180,6 +187,8 @@ class Recipe(RecipeKeys):
                     f"promotion.{rule.path}: a run that ends with {rule.run} has no held-out {_HELD_OUT[needed]} to "
                     f"measure {rule.measure} on: {f'move the rule to promotion.{fitting}' if fitting else 'remove the rule'}"
                 )
+            if is_reward(rule.measure):
+                self._check_reward_rule(rule)
             before = [stage for stage in self.chain_to(rule.run)[:-1] if STAGES[stage].policy]
             if rule.than in STAGES and rule.than not in before:
                 raise ValueError(
@@ -187,6 +196,16 @@ class Recipe(RecipeKeys):
                     f"with: remove the key {rule.than}"
                 )
         return self
+
+    def _check_reward_rule(self, rule: RulePath) -> None:
+        block = self.rewarded(rule.run)
+        assert block is not None
+        names = [REWARD_PREFIX + name for name in block.reward_names]
+        if rule.measure not in names:
+            raise ValueError(
+                f"promotion.{rule.path} names {rule.measure}, and the rewards of a run that ends with {rule.run} are "
+                f"{', '.join(names)}: name one of them, or {REWARD}, their weighted sum"
+            )
 
     def _check_exam_rule(self, rule: RulePath) -> None:
         if rule.measure == EXAM_MEASURES["multi_hop"] and self.exam is not None and self.exam.is_generated:
@@ -255,6 +274,30 @@ class Recipe(RecipeKeys):
         return self
 
     @model_validator(mode="after")
+    def _online(self) -> Self:
+        compute = self.compute
+        for stage in self.chain:
+            config = self.block(stage)
+            if not isinstance(config, OnlineConfig):
+                continue
+            problem = config.generation_problem(stage, compute)
+            if problem:
+                raise ValueError(problem)
+            if compute.shards_weights:
+                raise ValueError(
+                    f"{stage} generates completions with the whole weights in each process: use compute.distributed ddp, or "
+                    "deepspeed with zero_stage 1 or 2"
+                )
+            if compute.backend == "unsloth":
+                raise ValueError(
+                    f"compute.backend unsloth does not train {stage}: use auto, which trains {stage} with transformers and "
+                    "the other stages with unsloth where it is installed"
+                )
+            if config.library_arguments.get("use_vllm") and compute.device == "cpu":
+                raise ValueError(f"{stage}.use_vllm needs CUDA, and compute.device is cpu: remove it, or use auto")
+        return self
+
+    @model_validator(mode="after")
     def _cross_checks(self) -> Self:
         writing = self.generation
         writes_json = writing.client != "local" and writing.response_format != "text"
@@ -272,6 +315,18 @@ class Recipe(RecipeKeys):
                 "passage"
             )
         compute = self.compute
+        for stage in self.chain:
+            block = self.block(stage)
+            here = (
+                next((r.use for r in block.rewards if r.own_function or r.judge), None)
+                if isinstance(block, RewardedConfig)
+                else None
+            )
+            if here is not None and compute.target == "sagemaker":
+                raise ValueError(
+                    f"{stage}.rewards names {here}, and a job on SageMaker has neither your files nor the judge's key: use "
+                    "compute.target local, or other rewards"
+                )
         if compute.device == "cpu" and compute.dtype == "float16":
             raise ValueError(
                 "compute.dtype float16 does not train on compute.device cpu: use bfloat16 or float32, or auto"
@@ -333,8 +388,12 @@ class Recipe(RecipeKeys):
         return self
 
 
-_MEASURED_ON: dict[Kind, tuple[str, ...]] = {"text": DOCUMENT_MEASURES, "preference": (*PAIR_MEASURES, REWARD_MEASURE)}
-_HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs"}
+_MEASURED_ON: dict[Kind, tuple[str, ...]] = {
+    "text": DOCUMENT_MEASURES,
+    "preference": (*PAIR_MEASURES, REWARD_MEASURE),
+    "prompt": (REWARD,),
+}
+_HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs", "prompt": "prompts"}
 
 
 def _trains_embeddings(lora: LoraConfig) -> bool:

@@ -19,6 +19,7 @@ from llm_engineering.recipe.data_blocks import (
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig, PromotionConfig
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, ClientConfig, GenerationConfig, TextWriting
 from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stages import STAGES, Kind, with_stages
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainConfig, TrainingSetup
 
@@ -120,12 +121,14 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
 
-        A preference stage is evaluated on instruction rows too, unless it makes a reward model.
+        A preference stage is evaluated on instruction rows too, unless it makes a reward model. Without the user's own, prompts
+        are made of instructions.
         """
         trained = {STAGES[name].rows for name in self.chain_to(stage)}
         answers = "preference" in trained and STAGES[stage].policy
         needed = trained | ({"instruction"} if answers else set())
-        kinds: tuple[Kind, ...] = ("text", "instruction", "preference")
+        needed |= {"instruction"} if "prompt" in trained and self.data.prompts is None else set()
+        kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "prompt")
         return [kind for kind in kinds if kind in needed]
 
     @property
@@ -146,7 +149,13 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     @property
     def learns_from_documents(self) -> bool:
         """Whether training depends on `documents`: a stage trains on them, or instructions are written from them."""
-        return self.data.instructions is None or any(STAGES[name].rows == "text" for name in self.chain)
+        kinds = self.kinds(self.chain[-1])
+        return "text" in kinds or ("instruction" in kinds and self.data.instructions is None)
+
+    def rewarded(self, stage: str) -> RewardedConfig | None:
+        """The block of the last stage on rewards of a run that ends with a stage; None if there is none."""
+        blocks = [self.block(name) for name in self.chain_to(stage)]
+        return next((block for block in reversed(blocks) if isinstance(block, RewardedConfig)), None)
 
     @property
     def setup(self) -> TrainingSetup:

@@ -145,6 +145,8 @@ class RewardConfig(TrainConfig):
     """
 
     config_class = "trl.RewardConfig"
+    # unsloth has kernels for models that predict tokens only.
+    trains_with_unsloth: ClassVar[bool] = False
     refused: ClassVar[dict[str, str]] = {
         # TRL's RewardConfig has neither of the two.
         **{name: reason for name, reason in REFUSED_TRL.items() if name not in ("padding_free", "truncation_mode")},

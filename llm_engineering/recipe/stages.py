@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 from pydantic import create_model
 
 from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, RewardConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 
-Kind = Literal["text", "instruction", "preference"]
+Kind = Literal["text", "instruction", "preference", "prompt"]
 
 
 class Stage(NamedTuple):
@@ -57,6 +58,8 @@ _ROWS = (
     Stage(
         "reward", "preference", RewardConfig, (f"{_TRAINING}.reward", "train_reward_job"), "reward model", policy=False
     ),
+    Stage("rloo", "prompt", RLOOConfig, (f"{_TRAINING}.rloo", "train_rloo_job"), "REINFORCE leave-one-out on rewards"),
+    Stage("grpo", "prompt", GRPOConfig, (f"{_TRAINING}.grpo", "train_grpo_job"), "group relative policy optimisation"),
 )
 STAGES = {stage.name: stage for stage in _ROWS}
 # The stage whose formatted rows the evaluation reads, if no stage of the chain has rows of this kind.

@@ -5,7 +5,7 @@ Field names follow TRL and transformers, so that a recipe reads like their docum
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -107,6 +107,9 @@ class TrainConfig(LibraryBlock):
     best so far writes a checkpoint. `early_stopping_patience` is the number of evaluations without a lower loss after which training stops. `warmup_steps` takes the place of
     `warmup_ratio`. With `eval_strategy: epoch` or `save_strategy: epoch` the number of steps is left out.
     """
+
+    # Whether compute.backend unsloth can train the stage.
+    trains_with_unsloth: ClassVar[bool] = True
 
     method: Method | None = None
     lora: LoraConfig | None = None

@@ -128,7 +128,7 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         for rows in ledger.examples.values()
         for row in rows
     ]
-    answers = ("Chosen", "Rejected") if data["kind"] == "preference" else ("Answer",)
+    answers = {"preference": ("Chosen", "Rejected"), "prompt": ("Accepted answer",)}.get(data["kind"], ("Answer",))
     samples = [(name, row.source, _text(row.prompt), *_answers(row)) for name, row in lengths.samples]
     leaks = [row for row in examples if row[1].startswith("leaks_into") or row[1] == "contaminated"]
     used = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())

@@ -43,6 +43,8 @@ def evaluation_page(data: Report, training: Report | None) -> str:
     if training is not None:
         charts = training_charts(training["history"], NARROW_INCHES)
         sections.append((f"Training of {training['stage']}", cards(charts)))
+    if data.get("rewards"):
+        sections.append(("Rewards", _rewards(data)))
     if data["judge"] is not None:
         sections.append(("Judge", _judge(data["judge"])))
     if data["checks"] is not None:
@@ -58,10 +60,11 @@ def evaluation_page(data: Report, training: Report | None) -> str:
 
 def _lead(data: Report) -> str:
     has_rows = data["heldout_rows"] > 0
-    loss = data["measures"]["heldout_loss" if has_rows else "document_loss"]
+    name = "heldout_loss" if has_rows else "document_loss" if data["heldout_documents"] else "reward"
+    measure = data["measures"][name]
     newest, other = data["newest"], INCUMBENT if INCUMBENT in data["models"] else "base"
-    difference = loss["differences"][f"{newest}-{other}"]
-    word = verdict(difference, loss["better"])
+    difference = measure["differences"][f"{newest}-{other}"]
+    word = verdict(difference, measure["better"])
     result = f"is {word} than" if word in ("better", "worse") else "does not differ significantly from"
     pairs = f" and {counted(data['heldout_pairs'], 'pair')}" if data["heldout_pairs"] else ""
     held_out = (
@@ -70,6 +73,11 @@ def _lead(data: Report) -> str:
         else f"{counted(data['heldout_documents'], 'held-out document')}"
     )
     shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+    if name == "reward":
+        return (
+            f"On {counted(data['heldout_prompts'], 'held-out prompt')}, the reward of the {newest.upper()} model {result} "
+            f"that of {_NAMES[other]}: {shown}."
+        )
     return _exam_lead(data, newest, other) + (
         f"On {held_out}, the loss of the {newest.upper()} model {result} that of "
         f"{_NAMES[other]}: {shown} nats per token."
@@ -115,6 +123,26 @@ def _measures(data: Report) -> Markup:
         body = paragraph(_BETTER[measure["better"]], "small") + interval_bars(bars, measure["unit"])
         charts.append((measure["title"], body))
     return paragraph(note, "small") + cards(charts)
+
+
+def _rewards(data: Report) -> Markup:
+    rewards = data["rewards"]
+    weights = ", ".join(f"{name} with the weight {weight:g}" for name, weight in rewards["weights"].items())
+    note = f"The first of {counted(data['heldout_prompts'], 'held-out prompt')}. Their rewards: {weights}."
+    rows = [
+        (
+            row["prompt"],
+            ", ".join(row["accepted"]),
+            name,
+            row["answers"][name]["text"] or "(empty)",
+            *(f"{score:.2f}" for score in row["answers"][name]["scores"].values()),
+            f"{row['answers'][name]['reward']:.2f}",
+        )
+        for row in rewards["rows"]
+        for name in data["models"]
+    ]
+    head = ["Prompt", "Accepted", "Model", "Answer", *rewards["weights"], "Weighted sum"]
+    return paragraph(note, "small") + table(head, rows)
 
 
 def _judge(judge: Report) -> Markup:

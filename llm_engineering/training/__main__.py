@@ -104,7 +104,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
 
     # Import the backend, before transformers
     is_launched = "WORLD_SIZE" in os.environ
-    if is_launched and STAGES[stage].policy:
+    if is_launched and config.trains_with_unsloth:
         _import_backend(recipe.compute, recipe.method, config.model_dump(), recipe.model, arguments.adapter)
     from llm_engineering.models.base_model import pin_revision
     from llm_engineering.models.tokenizer import pin_chat_template
@@ -144,7 +144,7 @@ def _train_job(file: Path, output: Path | None) -> None:
     """Train a job as one of its processes. Write the result, or the error, to `output` or beside the job."""
     # Read the job, and import its backend before transformers
     job = read_job(file)
-    if STAGES[job.stage].policy:
+    if STAGES[job.stage].block.trains_with_unsloth:
         _import_backend(job.setup.compute, job.setup.method, job.config, job.setup.model, job.start)
     from llm_engineering.training.processes import ranks
 

@@ -21,6 +21,7 @@ from llm_engineering.models.device import Device, choose_optimiser
 from llm_engineering.models.fit import on_meta, shape_config
 from llm_engineering.models.reward_model import with_reward_adapter
 from llm_engineering.recipe.model_blocks import LoraConfig, Method
+from llm_engineering.recipe.online_blocks import OnlineConfig, RLOOConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, RewardConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.losses import CHUNK
@@ -74,6 +75,7 @@ class Shapes(NamedTuple):
         hidden_bytes: bytes of one number of the hidden states.
         vocabulary: number of logits per token.
         attention_width: heads × head size, summed over the layers.
+        cache_width: numbers in the keys and values of a token, summed over the layers.
     """
 
     weights: float
@@ -85,6 +87,7 @@ class Shapes(NamedTuple):
     hidden_bytes: int
     vocabulary: int
     attention_width: int
+    cache_width: int = 0
 
 
 def shapes(
@@ -145,6 +148,10 @@ def shapes(
         hidden_bytes=4 if four_bits or full else hidden.element_size(),
         vocabulary=text.vocab_size,
         attention_width=text.num_hidden_layers * text.num_attention_heads * width,
+        cache_width=2
+        * text.num_hidden_layers
+        * width
+        * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads),
     )
 
 
@@ -205,13 +212,15 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
 
     - weights: float32 for `full`; autocast's half-precision copies count as activations. The device's precision for
       `lora`. For `qlora` 4 bits in linear layers and float32 elsewhere. Adapters are float32.
-    - reference (DPO): a copy of the adapter, or of the full model unless it is precomputed.
+    - reference (DPO, and GRPO and RLOO with a `beta`): a copy of the adapter, or of the full model unless it is precomputed.
     - optimiser: AdamW's two moments for each trained weight, in float32 or in 8 bits (arXiv:2110.02861).
     - gradients: float32 for each trained weight. With accumulation they exist during the whole backward pass; without
       it, they grow while the activations are freed.
     - activations: the tensors that autograd saves in a forward pass, plus the average of one layer for the gradients in the
       backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
-    - logits: none in a reward model; four float32 copies for 128 tokens; for all tokens of a batch in DPO with unsloth or with `use_weighting`. A model
+      GRPO and RLOO need no activations while they generate, but the keys and values of a generation step.
+    - logits: none in a reward model; four float32 copies for 128 tokens; for all tokens of a batch in DPO with unsloth or with `use_weighting`, and
+      for all tokens of completions in GRPO and RLOO. A model
       that needs the logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
 
     The real peak depends on the allocator; benchmarks/estimate compares it with this estimate.
@@ -224,6 +233,9 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
         reference = trained
         if method == "full":
             reference = 0.0 if config.precompute_ref_log_probs else sizes.weights
+    elif isinstance(config, OnlineConfig) and (config.beta or isinstance(config, RLOOConfig)):
+        # TRL's RLOOTrainer copies an adapter even if no KL term needs it.
+        reference = trained if method != "full" else sizes.weights if config.beta else 0.0
     eight_bits = "8bit" in choose_optimiser(config.optim, device)[0]
     one_layer = sizes.activations / sizes.layers
     activations = sizes.activations + one_layer
@@ -235,6 +247,10 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     logits = 16.0 * (tokens if whole else min(tokens, CHUNK)) * sizes.vocabulary
     if isinstance(config, RewardConfig):
         logits = 0.0
+    if isinstance(config, OnlineConfig):
+        logits = 16.0 * rows * config.max_completion_length * sizes.vocabulary
+        cache = config.generation_batch(1) * length * sizes.cache_width * sizes.hidden_bytes
+        activations = max(activations, cache - logits)
     accumulates = config.gradient_accumulation_steps > 1
     gradients = trained if accumulates else max(0.0, trained - activations - logits)
     return Memory(
@@ -250,13 +266,16 @@ def flops_per_token(sizes: Shapes, config: TrainConfig, method: Method, length: 
     arXiv:2001.08361, section 2.1). Attention takes 4 operations for each earlier token and each unit of attention width;
     on average half of the row is earlier. A backward pass takes the same again for the gradients of activations, and,
     without an adapter, once more for the gradients of weights. Gradient checkpointing adds a forward pass. DPO's
-    reference adds another, unless it is precomputed.
+    reference adds another, unless it is precomputed. GRPO and RLOO add one to generate, one for the log-probabilities before
+    the update, and with a `beta` one of the reference.
     """
     attention = 4 * sizes.attention_width * length / 2
     passes = 3.0 if method == "full" else 2.0
     passes += 1.0 if config.gradient_checkpointing else 0.0
     reference = isinstance(config, DPOConfig) and not config.precompute_ref_log_probs
     passes += 1.0 if reference else 0.0
+    if isinstance(config, OnlineConfig):
+        passes += 3.0 if config.beta else 2.0
     # Attention has no weights: both of its operands are activations, and each needs a gradient.
     extra = attention if method != "full" else 0.0
     return passes * (2 * sizes.matmul + attention) + extra
@@ -293,8 +312,10 @@ def free_memory(device: Device) -> int:
 
 
 def batch_shape(config: TrainConfig, max_length: int) -> tuple[int, int]:
-    """Rows and length of the largest batch. A pair is two rows, one for each answer."""
+    """Rows and length of the largest batch. A pair is two rows, one for each answer. A completion follows its prompt."""
     rows = config.per_device_train_batch_size
+    if isinstance(config, OnlineConfig):
+        return rows, max_length + config.max_completion_length
     return (2 * rows if isinstance(config, PAIRS) else rows), max_length
 
 

@@ -58,9 +58,7 @@ def train_reward(
         RequestError: this machine cannot train with this method or optimiser.
         WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
-    # Choose the device, load the tokenizer, check the labels. unsloth has kernels for models that predict tokens only.
-    compute = setup.compute.model_copy(update={"backend": "transformers"})
-    setup = setup.model_copy(update={"compute": compute})
+    # Choose the device, load the tokenizer, check the labels
     run = prepare_run("reward", data, config, setup, settings, start, parameters, resume_from)
 
     # Load the model, and make its trainer

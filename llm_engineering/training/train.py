@@ -126,6 +126,7 @@ def run_training(
         "history": history,
         "labels": label_views(_first_labels(run.data["train"]), run.tokenizer),
         "end_token": str(run.tokenizer.eos_token),
+        **trainer.summary(),
     }
     report = folder / "report"
     if ranks.is_main():
@@ -265,7 +266,9 @@ def rows_text(dataset: Dataset) -> str:
 
 
 def _first_labels(split: Dataset) -> list[tuple[list[int], list[int]]]:
-    """`(input_ids, labels)` of the first rows, and of each answer of the first pairs."""
+    """`(input_ids, labels)` of the first rows, and of each answer of the first pairs. Prompts alone have no labels."""
+    if not {"input_ids", "chosen_ids"} & set(split.column_names):
+        return []
     if "chosen_ids" not in split.column_names:
         return [(row["input_ids"], row["labels"]) for row in split.take(min(_LABEL_ROWS, len(split)))]
     return [

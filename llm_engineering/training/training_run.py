@@ -16,9 +16,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.models.base_model import fitting_attention, load_config, load_model, weights_hash
-from llm_engineering.models.device import Device, check_training, choose_backend, choose_device, keys_beyond_unsloth
+from llm_engineering.models.device import (
+    Device,
+    check_training,
+    check_vllm,
+    choose_backend,
+    choose_device,
+    keys_beyond_unsloth,
+)
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer
 from llm_engineering.recipe.model_blocks import LoraConfig, Method
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainConfig, TrainingSetup
 from llm_engineering.training.arguments import device_facts
@@ -26,6 +34,7 @@ from llm_engineering.training.losses import attend_by_row, keeps_rows_apart
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.processes.sharding import loads_shards, sharded_loading
+from llm_engineering.training.rewards import reward_files
 from llm_engineering.training.unsloth_policy import Loading
 
 Config = TypeVar("Config", bound=TrainConfig)
@@ -65,6 +74,7 @@ class TrainingRun(Generic[Config]):
             "device": device_facts(self.device),
             "dataset": dataset_digests(self.data),
             "reference": weights_hash(self.start) if self.start else "",
+            **({"reward_code": reward_files(self.config)} if isinstance(self.config, RewardedConfig) else {}),
         }
 
     @property
@@ -139,8 +149,10 @@ def prepare_run(
         config = config.model_copy(update={"method": method, "lora": lora})
     adapter_keys = keys_beyond_unsloth(start) if start else lora.beyond_unsloth
     new = setup.model.added_tokens
-    device = choose_device(setup.compute)
-    device = choose_backend(device, setup.compute, method, adapter_keys=adapter_keys, new_tokens=new)
+    device, compute = choose_device(setup.compute), setup.compute
+    if not config.trains_with_unsloth:
+        compute = compute.model_copy(update={"backend": "transformers"})
+    device = choose_backend(device, compute, method, adapter_keys=adapter_keys, new_tokens=new)
 
     model = load_config(setup.model, settings)
     attention = fitting_attention(model, device.attn_implementation)
@@ -154,5 +166,7 @@ def prepare_run(
 
     # Check the optimiser and the labels
     check_training(stage, method, config.optim, device)
+    if config.library_arguments.get("use_vllm"):
+        check_vllm(stage, device)
     check_labels(data, tokenizer, setup.train_on_prompt)
     return TrainingRun(stage, data, config, setup, settings, device, tokenizer, parameters or {}, start, resume_from)

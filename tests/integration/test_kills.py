@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, RewardConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
@@ -33,9 +34,18 @@ CPT = CPTConfig.model_validate({
     "gradient_accumulation_steps": 1,
 })  # fmt: skip
 
+# Completions are generated every four steps, and saved every three: a checkpoint lies inside the use of its completions.
+# Without an `e` is a third of the completions.
+ONLINE = {
+    **CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"}),
+    "rewards": [{"use": "format", "pattern": "[^e]*"}], "num_generations": 2, "max_completion_length": 4,
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 2,
+    "num_train_epochs": 2, "save_steps": 3, "beta": 0.1,
+}  # fmt: skip
+
 
 def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None, stage: str = "sft") -> None:
-    """Train SFT, DPO or a reward model on the adapter `sft`, or cpt in this process, and copy the last checkpoint of a finished run.
+    """Train SFT, DPO or a reward model on the adapter `sft`, or another stage in this process, and copy the last checkpoint of a finished run.
 
     Kills this process after the step `kill_at`, or with `in_save` while it saves that step.
     """
@@ -43,7 +53,9 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
 
     from llm_engineering.training.cpt import train_cpt
     from llm_engineering.training.dpo import train_dpo
+    from llm_engineering.training.grpo import train_grpo
     from llm_engineering.training.reward import train_reward
+    from llm_engineering.training.rloo import train_rloo
     from llm_engineering.training.sft import train_sft
     from llm_engineering.training.telemetry import work
 
@@ -75,7 +87,17 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
         {"id": f"r{i}", "input_ids": [1, *range(20 + i, 30 + 2 * i), 0], "labels": [-100] * 4 + [*range(23 + i, 30 + 2 * i), 0]}
         for i in range(16)
     ]  # fmt: skip
-    if sft is not None:
+    if stage in ("grpo", "rloo"):
+        rows = [
+            {
+                "id": f"r{i}",
+                "prompt_ids": [1, *range(20, 24 + i)],
+                "answers": [],
+                "prompt": [{"role": "user", "content": "?"}],
+            }
+            for i in range(16)
+        ]
+    elif sft is not None:
         rows = [
             {
                 "id": f"r{i}",
@@ -92,6 +114,10 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     settings = Settings(llm_output_dir=outputs)
     if stage == "cpt":
         result = train_cpt(data, CPT, setup, settings)
+    elif stage == "grpo":
+        result = train_grpo(data, sft, GRPOConfig.model_validate(ONLINE), setup, settings)
+    elif stage == "rloo":
+        result = train_rloo(data, sft, RLOOConfig.model_validate(ONLINE), setup, settings)
     elif sft is None:
         result = train_sft(data, CONFIG, setup, settings)
     else:
@@ -114,7 +140,10 @@ def run(small_llama):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        [*(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "reward")), "tests.integration.test_kills"]
+        [
+            *(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "grpo", "reward", "rloo")),
+            "tests.integration.test_kills",
+        ]
     )
 
     def start(
@@ -185,6 +214,25 @@ def test_killed_cpt_ends_like_an_uninterrupted_one(run, tmp_path):
     summary = json.loads((killed / "summary.json").read_text())
     assert summary["resumed_from"] is not None
     assert summary["steps"] == steps
+    assert_equal(killed, untouched)
+
+
+@pytest.mark.parametrize(("stage", "kills"), [("grpo", (7, 17)), ("rloo", (11,))])
+def test_killed_reinforcement_ends_like_an_uninterrupted_one(run, whole, tmp_path, stage, kills):
+    start, untouched, killed = whole / "adapter", tmp_path / "untouched", tmp_path / "killed"
+    untouched.mkdir()
+    assert run(untouched, sft=start, stage=stage) == 0
+    rewards = [entry["reward"] for entry in history(untouched) if "reward" in entry]
+    assert len(set(rewards)) > 1
+    for step in kills:
+        assert run(killed, kill_at=step, sft=start, stage=stage) == -signal.SIGKILL
+    assert run(killed, sft=start, stage=stage) == 0
+    newest = (kills[-1] - 1) // 3 * 3
+    summary, other = (json.loads((folder / "summary.json").read_text()) for folder in (killed, untouched))
+    assert summary["resumed_from"] == f"checkpoint-{newest}"
+    # The completions of the next steps were stored.
+    assert newest % 4
+    assert summary["completions"] == other["completions"]
     assert_equal(killed, untouched)
 
 

@@ -27,6 +27,7 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import CPTConfig, RewardConfig
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.processes.job import Job
 from llm_engineering.training.processes.launch import launch_training
 from llm_engineering.training.sft import train_sft_job
@@ -185,6 +186,30 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
     former, new = fake.jobs.values()
     assert new.name == former.name.replace("-0001", "-0002")
     assert new.request["CheckpointConfig"] != former.request["CheckpointConfig"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_stages_with_rewards_train_in_jobs(fake, model, tmp_path, stage, name):
+    """The job's completions and weights are those of a run on this machine."""
+    (tmp_path / "prompts").mkdir()
+    data = formatted("prompt", 8, load_tokenizer(stage.job.setup.model, Settings(), "chatml"), tmp_path / "prompts")
+    block = STAGES[name].block.model_validate({
+        "rewards": [{"use": "format", "pattern": "(?s).*[a-z].*"}, {"use": "stopped"}], "num_generations": 2,
+        "max_completion_length": 4, "learning_rate": 1e-2, "num_train_epochs": 1, "max_steps": 2,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "eval_steps": 2, "save_steps": 2, "beta": 0.1,
+    })  # fmt: skip
+    stage.data, stage.job = data, stage.job.model_copy(update={"stage": name, "config": block.model_dump()})
+    result = stage.dispatch()
+    assert [job.name.split("-")[1] for job in fake.jobs.values()] == [name]
+    here = stage.job.setup.model_copy(update={"compute": stage.job.setup.compute.in_job})
+    local = STAGES[name].train_function()(
+        stage.job.model_copy(update={"setup": here}), data, Settings(llm_output_dir=tmp_path / "here")
+    )
+    # The job has one thread. More threads add numbers in another order.
+    weights = [load_file(found.adapter / "adapter_model.safetensors") for found in (result, local)]
+    assert_close(*weights, rtol=1e-4, atol=1e-5)
+    assert result.summary["completions"] == local.summary["completions"]
+    assert len(result.summary["completions"]["first"]) > 0
 
 
 def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):

@@ -204,7 +204,8 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
 
 
 def _own_dataset(recipe: Recipe, kind: str) -> str | None:
-    return {"instruction": recipe.data.instructions, "preference": recipe.data.preferences}.get(kind)
+    data = recipe.data
+    return {"instruction": data.instructions, "preference": data.preferences, "prompt": data.prompts}.get(kind)
 
 
 def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:

@@ -160,7 +160,9 @@ def _described(version: Any) -> dict[str, Any]:
     ending = f"_{adapter.name}" if adapter is not None else None
     measures = {k.removesuffix(ending): v for k, v in facts.items() if k.endswith(ending)} if ending else {}
     data = {
-        name: artifacts[f"{name}_dataset"] for name in ("instruction", "preference") if f"{name}_dataset" in artifacts
+        name: artifacts[f"{name}_dataset"]
+        for name in ("instruction", "preference", "prompt")
+        if f"{name}_dataset" in artifacts
     }
     return {
         "version": version.number,

@@ -18,6 +18,7 @@ from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
 
@@ -220,10 +221,21 @@ def _artifact(artifact: Any) -> Iterator[Finding]:
     yield from differing(where, then, now)
 
 
+def _present(recipe: Recipe, artifact: str) -> dict[str, str]:
+    """Present hashes of the files that an artifact was read from, or of the rewards that an adapter was trained on."""
+    from llm_engineering.documents.fingerprints import recipe_fingerprints
+    from llm_engineering.training.rewards import reward_files
+    from tools.model_versions.versions import ADAPTER
+
+    if not artifact.endswith(ADAPTER):
+        return recipe_fingerprints(recipe, artifact)
+    block = recipe.block(artifact.removesuffix(ADAPTER))
+    return reward_files(block) if isinstance(block, RewardedConfig) else {}
+
+
 def _sources(artifact: Any) -> Iterator[Finding]:
     """Compare the user's files that an artifact was read from, or evaluated with, with their recorded hashes."""
     from llm_engineering.data.sources import dataset_hash
-    from llm_engineering.documents.fingerprints import recipe_fingerprints
     from llm_engineering.evaluation.exam import exam_hash
     from llm_engineering.evaluation.requirements import files_hash
     from tools.model_versions.versions import sources_of
@@ -242,7 +254,7 @@ def _sources(artifact: Any) -> Iterator[Finding]:
         return
     try:
         if then:
-            yield from differing(where, then, recipe_fingerprints(recipe, name))
+            yield from differing(where, then, _present(recipe, name))
         elif evaluation is not None:
             if "-".join(map(dataset_hash, recipe.data.decontaminate_against)) != evaluation:
                 yield Finding(where=where, file=", ".join(recipe.data.decontaminate_against), what="changed")

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from zenml import save_artifact
 from zenml.client import Client
@@ -39,8 +39,14 @@ logger = logging.getLogger("llm_engineering.versions")
 # Name of the input with the model in production. The evaluation only compares with it, so it is not an origin of the
 # version.
 COMPARED_WITH = "incumbent"
+# The kinds of rows with which a merged model is compared with the trained one, in the order of preference.
+_VERIFIED_WITH = ("instruction", "text", "prompt")
+# The end of the names of adapters, after the stage.
+ADAPTER = "_adapter"
+# Metadata of an adapter: the hashes of the files with rewards of the user's own.
+REWARD_CODE = "reward_code"
 # Artifacts that are made from the user's files.
-SOURCED = ("documents", "text_candidates", "instruction_candidates", "preference_candidates")
+SOURCED = ("documents", "text_candidates", "instruction_candidates", "preference_candidates", "prompt_candidates")
 MERGED = "merged_model"
 
 
@@ -130,6 +136,8 @@ def sources_of(artifact: ArtifactVersionResponse) -> dict[str, str]:
     Raises:
         WorkError: the artifact's files are damaged or missing.
     """
+    if artifact.artifact.name.endswith(ADAPTER):
+        return dict(cast("dict[str, str]", artifact.run_metadata.get(REWARD_CODE, {})))
     if artifact.artifact.name not in SOURCED:
         return {}
     try:
@@ -230,16 +238,19 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
     if registered is not None:
         return registered
     check_unchanged(found.base)
-    rows_of = [name for name, stage in STAGES.items() if stage.rows != "preference"]
-    versions = (found.version.get_artifact(f"formatted_{name}") for name in reversed(rows_of))
+    rows_of = [name for kind in _VERIFIED_WITH for name, stage in STAGES.items() if stage.rows == kind]
+    versions = (found.version.get_artifact(f"formatted_{name}") for name in rows_of)
     formatted = next((version for version in versions if version is not None), None)
     if formatted is None:
         raise RequestError(
             f"Version {found.version.number} has no held-out rows (artifact formatted_…), so its merged model cannot be "
             "verified. Choose another version: `make models` lists all versions."
         )
-    records = islice(stream_records(formatted.load()["test"]), MAX_ROWS)
-    rows = [HeldoutRow(record["id"], record["input_ids"], record["labels"]) for record in records]
+    formatted_rows = formatted.load()["test"]
+    records = islice(stream_records(formatted_rows), MAX_ROWS)
+    # A prompt has no answer, so the model is compared on its own tokens.
+    keys = ("prompt_ids", "prompt_ids") if "prompt_ids" in formatted_rows.column_names else ("input_ids", "labels")
+    rows = [HeldoutRow(record["id"], *(record[key] for key in keys)) for record in records]
     trained = Trained(found.base, found.folders[found.name])
     with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
         target = Path(temporary, "model")

@@ -92,7 +92,14 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
             problems.append(_local_problem("documents.path", documents.path, bucket))
     named = {
         key: dataset(f"data.{key}", getattr(data, key))
-        for key in ("instructions", "preferences", "test_instructions", "test_preferences")
+        for key in (
+            "instructions",
+            "preferences",
+            "prompts",
+            "test_instructions",
+            "test_preferences",
+            "test_prompts",
+        )
     }
     if data.replay_instructions != EMBEDDED_GENERAL:
         named["replay_instructions"] = dataset("data.replay_instructions", data.replay_instructions)

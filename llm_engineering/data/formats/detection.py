@@ -13,24 +13,31 @@ from typing import Any, NamedTuple
 
 from llm_engineering.data.files import BrokenRecord, Record, printable, shown
 from llm_engineering.data.formats.conversations import BadRowError, check_read, read_text
-from llm_engineering.data.formats.known_formats import INSTRUCTION_FORMATS, ORIGINS, PREFERENCE_FORMATS
+from llm_engineering.data.formats.known_formats import (
+    INSTRUCTION_FORMATS,
+    ORIGINS,
+    PREFERENCE_FORMATS,
+    PROMPT_FORMATS,
+)
 from llm_engineering.data.formats.several_answers import as_pairs
 from llm_engineering.data.formats.text_templates import text_templates
 from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, Row
+from llm_engineering.data.rows import ROW_CLASSES, Row
 from llm_engineering.data.sources import open_records
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 
 # The format is detected from this many rows at the start.
 PEEKED_ROWS = 100
-_FORMATS = INSTRUCTION_FORMATS | PREFERENCE_FORMATS
-_KIND = {**dict.fromkeys(INSTRUCTION_FORMATS, "instruction"), **dict.fromkeys(PREFERENCE_FORMATS, "preference")}
+_FORMATS_OF = {"instruction": INSTRUCTION_FORMATS, "preference": PREFERENCE_FORMATS, "prompt": PROMPT_FORMATS}
+_FORMATS = {name: format_ for formats in _FORMATS_OF.values() for name, format_ in formats.items()}
+_KIND = {name: kind for kind, formats in _FORMATS_OF.items() for name in formats}
 # The columns that data.columns can map, by the kind of the dataset.
 _MAPPABLE = {
     kind: frozenset({"input", "system", "history", "document", "origin"}).union(*(f.columns for f in formats.values()))
-    for kind, formats in (("instruction", INSTRUCTION_FORMATS), ("preference", PREFERENCE_FORMATS))
+    for kind, formats in _FORMATS_OF.items()
 }
+_MAPPABLE["prompt"] |= {"answer", "answers"}
 # The data report names this many of the columns that no row was made of.
 _UNREAD_NAMED = 50
 
@@ -43,7 +50,7 @@ class OpenedDataset(NamedTuple):
     """A dataset whose format is known.
 
     Attributes:
-        kind: `instruction` or `preference`.
+        kind: `instruction`, `preference` or `prompt`.
         format: the formats of its first rows, e.g. `alpaca`, or `alpaca and messages`.
         rows: a row or a quarantine record for every record of the dataset, read from the file on demand.
         unread: the first _UNREAD_NAMED columns that no format read, among the rows so far.
@@ -60,7 +67,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
 
     Args:
         reference: a file, a folder, or a hub id; `#name` after it selects one of several splits.
-        kind: `instruction` or `preference`; None detects it.
+        kind: `instruction`, `preference` or `prompt`; None detects it.
         config: `format` requires a format (a format of the other kind is ignored: it belongs to the recipe's other
             dataset). `columns` maps standard column names to those of the file.
 
@@ -75,7 +82,7 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     if not unmapped:
         raise RequestError(f"{reference} is empty: there is no row in it.")
     _check_mapped(reference, columns, unmapped)
-    peeked = list(chain.from_iterable(_pairs(_renamed(record, columns)) for record in unmapped))
+    peeked = list(chain.from_iterable(_pairs(_renamed(record, columns), kind) for record in unmapped))
     readable = [record for record in peeked if isinstance(record, Record)]
     if not readable:
         problem = next(record for record in peeked if isinstance(record, BrokenRecord)).quarantined("row")
@@ -87,14 +94,14 @@ def open_dataset(reference: str, kind: str | None, config: DataConfig) -> Opened
     if len(kinds) > 1:
         raise _ambiguous(reference, sorted(names))
     found = kinds.pop()
-    rest = chain.from_iterable(_pairs(_renamed(record, columns)) for record in records)
+    rest = chain.from_iterable(_pairs(_renamed(record, columns), kind) for record in records)
     unread: list[str] = []
     rows = (_row(record, found, required, unread) for record in chain(peeked, rest))
     return OpenedDataset(found, " and ".join(name for name, _ in names.most_common()), rows, unread)
 
 
 def _columns_of(mapping: dict[str, str], kind: str | None) -> dict[str, str]:
-    known = _MAPPABLE["instruction"] | _MAPPABLE["preference"]
+    known = frozenset[str]().union(*_MAPPABLE.values())
     for name in mapping:
         if name not in known:
             raise RequestError(
@@ -112,9 +119,9 @@ def _renamed(record: Record | BrokenRecord, columns: dict[str, str]) -> Record |
     return record._replace(value={**others, **renamed})
 
 
-def _pairs(record: Record | BrokenRecord) -> list[Record | BrokenRecord]:
-    """The records of the pairs of a record with several answers; any other record unchanged."""
-    if isinstance(record, BrokenRecord):
+def _pairs(record: Record | BrokenRecord, kind: str | None) -> list[Record | BrokenRecord]:
+    """The records of the pairs of a record with several answers; any other record unchanged. A prompt accepts all of them."""
+    if isinstance(record, BrokenRecord) or kind == "prompt":
         return [record]
     value, file, place = record
     try:
@@ -147,11 +154,16 @@ def _detected(reference: str, record: Record, kind: str | None, required: str | 
 
 def _fitting(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
     """The formats of a kind that fit a record's columns. A column whose value is null counts as absent."""
-    names = _formats_with(tuple([name for name, content in value.items() if content is not None]))
+    fitting = _formats_with(tuple([name for name, content in value.items() if content is not None]))
+    prompts = tuple([name for name in fitting if _KIND[name] == "prompt"])
+    if kind == "prompt":
+        return prompts
+    names = tuple([name for name in fitting if name not in prompts])
     if not names and isinstance(value.get("text"), str):
         # Templates come last, because many datasets have their own columns and also the same row rendered as `text`.
         names = text_templates(value["text"])
-    return tuple([name for name in names if kind in (None, _KIND[name])])
+    # Prompts need one column, which rows with an answer have too.
+    return tuple([name for name in names if kind in (None, _KIND[name])]) or (prompts if kind is None else ())
 
 
 def _fitting_with_nulls(value: dict[str, Any], kind: str | None) -> tuple[str, ...]:
@@ -184,7 +196,7 @@ def _row(record: Record | BrokenRecord, kind: str, required: str | None, unread:
         check_read(value, {*format_.reads, "label"} if value.get("label") is True else format_.reads, "it")
     except BadRowError as error:
         return BrokenRecord(file, place, error.reason, error.detail, shown(value)).quarantined(kind)
-    return InstructionRow.model_validate(fields) if kind == "instruction" else PreferenceRow.model_validate(fields)
+    return ROW_CLASSES[kind].model_validate(fields)
 
 
 def _format_of(value: dict[str, Any], kind: str, required: str | None) -> str:
@@ -230,7 +242,7 @@ def _unknown(reference: str, kind: str | None, required: str | None, first: Reco
             f"first row has {present}. Name another format, or map columns with data.columns."
         )
     other = _fitting(first.value, None)
-    if other:
+    if other and _KIND[other[0]] != "prompt":
         return RequestError(
             f"{reference} is in no known {kind} format: it holds {_KIND[other[0]]} rows ({' or as '.join(other)}). Name "
             f"it under data.{_KIND[other[0]]}s."

@@ -21,9 +21,9 @@ from llm_engineering.data.rows import Message, is_blank, same_text
 
 # The first of these columns with a text says who wrote the answer.
 ORIGINS = ("origin", "model", "generator")
-# Reads the messages of a record: `prompt` and `completion`, or `prompt`, `chosen` and `rejected`. Each answer begins with
-# an assistant turn.
-Reader = Callable[[dict[str, Any]], dict[str, list[Message]]]
+# Reads the messages of a record: `prompt` and `completion`, or `prompt`, `chosen` and `rejected`; each answer begins with
+# an assistant turn. Or reads a `prompt` and the texts of its accepted `answers`.
+Reader = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Format(NamedTuple):
@@ -225,4 +225,43 @@ PREFERENCE_FORMATS = {
         _QUESTION,
     ),
     "openai-preference": Format(frozenset({"input", "preferred_output", "non_preferred_output"}), _openai_preference),
+}
+
+
+def _prompt(name: str) -> Reader:
+    def read(value: dict[str, Any]) -> dict[str, Any]:
+        prompt = with_system(value, _asked(value, _read_turns(value[name], name, "user")))
+        if prompt[-1].role == "assistant":
+            raise BadRowError(
+                "ends_with_answer",
+                f"`{name}` ends with an answer, and a prompt ends with a question: move the answer to the column `answer`",
+            )
+        check_conversation(prompt, [Message(role="assistant", content="")])
+        return {"prompt": prompt, "answers": _accepted(value)}
+
+    return read
+
+
+def _accepted(value: dict[str, Any]) -> list[str]:
+    """The accepted answers of a record: `answer`, or the list `answers`. They may be numbers."""
+    names = [name for name in ("answer", "answers") if value.get(name) is not None]
+    if len(names) > 1:
+        raise BadRowError("malformed", "it has both `answer` and `answers`")
+    found = from_json(value[names[0]]) if names else []
+    # An `answer` that is a JSON object is one text.
+    texts = found if isinstance(found, list) else [value[names[0]]]
+    accepted = [
+        str(text) if isinstance(text, int | float) and not isinstance(text, bool) else read_text(text, names[0])
+        for text in texts
+    ]
+    if any(is_blank(text) for text in accepted):
+        raise BadRowError("empty_answer", f"`{names[0]}` has an answer without any visible character")
+    return accepted
+
+
+_ACCEPTED = frozenset({"answer", "answers", *_HISTORY})
+PROMPT_FORMATS = {
+    "prompt": Format(frozenset({"prompt"}), _prompt("prompt"), _ACCEPTED),
+    "question": Format(frozenset({"question"}), _prompt("question"), _ACCEPTED),
+    "prompt-messages": Format(frozenset({"messages"}), _prompt("messages"), _ACCEPTED),
 }

@@ -39,7 +39,8 @@ class Work:
         tokens: tokens without padding.
         computed_tokens: tokens with padding.
         flops: operations of the model (`TrainingFlops`).
-        seconds: time by part: `data` (waiting for batches), `forward_backward`, `optimizer`, `eval`, `save`.
+        seconds: time by part: `data` (waiting for batches), `generate` (completions and their rewards),
+            `forward_backward`, `optimizer`, `eval`, `save`.
     """
 
     tokens: int = 0
@@ -59,7 +60,7 @@ class Work:
     @property
     def step_seconds(self) -> float:
         """Seconds of training steps, without evaluation and saving."""
-        return sum(self.seconds[part] for part in ("data", "forward_backward", "optimizer"))
+        return sum(self.seconds.get(part, 0.0) for part in ("data", "generate", "forward_backward", "optimizer"))
 
     def rates(self, since: Work, peak: float | None) -> dict[str, float]:
         """Rates between an earlier state and this one; empty if no training step lies between them.
@@ -143,7 +144,10 @@ class TelemetryCallback(TrainerCallback):
             entry |= self.work.rates(self.logged, self.peak_flops)
             self.logged = self.work.copy()
             entry["peak_memory_bytes"] = peak_memory_bytes()
-        names = ("loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins", "accuracy")
+        names = (
+            "loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins", "accuracy",
+            "reward", "eval_reward", "kl", "completions/mean_length",
+        )  # fmt: skip
         # Training and evaluation have separate entries. The progress line shows the newest value of each name.
         self.newest |= {name: entry[name] for name in (*names, "tokens_per_second", "mfu") if name in entry}
         if self.newest and self.progress is not None:

@@ -26,7 +26,8 @@ class LossWatch:
     is far above it although nothing is wrong.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float = EXPLOSION_FACTOR) -> None:
+        self.factor = factor
         self.recent: list[float] = []
         self.highest_median = 0.0
 
@@ -34,7 +35,7 @@ class LossWatch:
         """Describe what is wrong with the loss of the next step. If nothing is, record the loss and return ""."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if self.highest_median and loss > EXPLOSION_FACTOR * self.highest_median:
+        if self.highest_median and loss > self.factor * self.highest_median:
             return f"the loss is {loss:.4g}, and its median was {self.highest_median:.4g} before"
         self.recent = [*self.recent, loss][-MEDIAN_STEPS:]
         if len(self.recent) >= FIRST_MEDIAN_STEPS:
@@ -42,7 +43,7 @@ class LossWatch:
         return ""
 
 
-def rows_of(batches: list[Mapping[str, Any]], rows: Dataset) -> str:
+def rows_of(batches: list[Mapping[str, Any] | list[dict[str, Any]]], rows: Dataset) -> str:
     """List the rows in some batches: index in the training split, and id.
 
     Finds the rows by their tokens, because collating drops ids and packing mixes rows.
@@ -50,15 +51,17 @@ def rows_of(batches: list[Mapping[str, Any]], rows: Dataset) -> str:
     wanted = {sequence for batch in batches for sequence in _sequences(batch)}
     named = []
     for index, row in enumerate(rows):
-        tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row["chosen_ids"]
+        tokens = row["input_ids"] if "input_ids" in row else row["prompt_ids"] + row.get("chosen_ids", [])
         if tuple(tokens) in wanted:
             named.append(f"{index} (id {row['id']})" if "id" in row else str(index))
     more = f" and {len(named) - _NAMED_ROWS} more" if len(named) > _NAMED_ROWS else ""
     return ", ".join(named[:_NAMED_ROWS]) + more
 
 
-def _sequences(batch: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
-    """Token ids of each row of a batch; for a pair, its prompt and chosen answer."""
+def _sequences(batch: Mapping[str, torch.Tensor] | list[dict[str, Any]]) -> list[tuple[int, ...]]:
+    """Token ids of each row of a batch; for a pair, its prompt and chosen answer; for a prompt that gets completions, it."""
+    if isinstance(batch, list):
+        return [tuple(row["prompt_ids"]) for row in batch]
     ids = batch["input_ids"]
     if "attention_mask" not in batch:
         # Concatenated rows, `(1, tokens)`: the position ids start again at each row.

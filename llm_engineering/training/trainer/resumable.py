@@ -60,8 +60,8 @@ class ResumableTrainer(HeldOutTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._writing: Path | None = None
         self._watch = LossWatch()
-        self._batches: list[Mapping[str, Any]] = []
-        self._broken: list[Mapping[str, Any]] = []
+        self._batches: list[Mapping[str, Any] | list[dict[str, Any]]] = []
+        self._broken: list[Mapping[str, Any] | list[dict[str, Any]]] = []
         self._step_loss = 0.0
         self._step_ended = True
         self.work = Work()
@@ -148,9 +148,9 @@ class ResumableTrainer(HeldOutTrainer):
             self.state.best_model_checkpoint = str(final)
         # Gathering waits for all processes, so after it all of them have written their files.
         window = self._window()
-        random_states = ranks.gathered(_own_state(written)) if ranks.several_machines() else []
+        own_files = ranks.gathered(_own_files(written)) if ranks.several_machines() else []
         if ranks.is_main():
-            for name, content in random_states:
+            for name, content in (file for files in own_files for file in files):
                 (written / name).write_bytes(content)
             if is_best:
                 self.state.save_to_json(str(written / "trainer_state.json"))
@@ -165,7 +165,7 @@ class ResumableTrainer(HeldOutTrainer):
             )
         ranks.wait()
         # Delete only now: if the machines share a disk, the main process has published its checkpoint from this folder.
-        if random_states and ranks.is_first_here():
+        if own_files and ranks.is_first_here():
             shutil.rmtree(partial, ignore_errors=True)
 
     def _needed_bytes(self, folder: Path) -> int:
@@ -188,9 +188,13 @@ class ResumableTrainer(HeldOutTrainer):
             "highest_median": self._watch.highest_median,
         }
 
-    def restore_window(self, checkpoint: Path) -> None:
-        """Restore the sums since the last log entry, so that the log equals that of an uninterrupted run."""
-        window = json.loads((checkpoint / _WINDOW_FILE).read_text(encoding="utf-8"))
+    def restore_window(self, checkpoint: Path) -> dict[str, Any]:
+        """Restore the sums since the last log entry, so that the log equals that of an uninterrupted run.
+
+        Returns:
+            What the checkpoint has stored of `_window`.
+        """
+        window: dict[str, Any] = json.loads((checkpoint / _WINDOW_FILE).read_text(encoding="utf-8"))
         self._tr_loss.fill_(window["losses"][ranks.rank()])
         self._total_loss_scalar = window["total_loss"]
         self._globalstep_last_logged = window["last_logged"]
@@ -198,6 +202,11 @@ class ResumableTrainer(HeldOutTrainer):
         self._metrics["train"].update(window["metrics"])
         self._watch.recent = window["recent_losses"]
         self._watch.highest_median = window["highest_median"]
+        return window
+
+    def summary(self) -> dict[str, Any]:
+        """Entries that a stage adds to the training summary."""
+        return {}
 
     def count(self, lengths: Sequence[int], trained_tokens: int, computed_tokens: int) -> int:
         """Add a batch to `work`.
@@ -235,7 +244,8 @@ class ResumableTrainer(HeldOutTrainer):
         """
         if self._step_ended:
             self._batches, self._broken, self._step_loss = [], [], 0.0
-        self._batches.append(dict(inputs))
+        # The loss may remove entries of a batch. The prompts that get completions are a list of rows.
+        self._batches.append(dict(inputs) if isinstance(inputs, dict) else inputs)
         with self.work.timed("forward_backward"):
             loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
             # On a GPU, item() waits until the result is computed.
@@ -258,7 +268,7 @@ class ResumableTrainer(HeldOutTrainer):
             self._stop(f"the norm of the gradient is {float(norm)}", self._batches)
         return norm
 
-    def _stop(self, problem: str, batches: list[Mapping[str, Any]]) -> None:
+    def _stop(self, problem: str, batches: list[Mapping[str, Any] | list[dict[str, Any]]]) -> None:
         named = ", ".join(filter(None, ranks.gathered(rows_of(batches, self.rows))))
         # DeepSpeed updates the weights in the backward pass. No checkpoint has these weights.
         unchanged = "" if self.is_deepspeed_enabled else " The weights were not changed by this step."
@@ -269,10 +279,10 @@ class ResumableTrainer(HeldOutTrainer):
         )
 
 
-def _own_state(checkpoint: Path) -> tuple[str, bytes]:
-    """Name and content of this process's random state, the only file that each process writes for itself."""
-    name = f"rng_state_{ranks.rank()}.pth"
-    return name, (checkpoint / name).read_bytes()
+def _own_files(checkpoint: Path) -> list[tuple[str, bytes]]:
+    """Names and contents of the files that each process writes for itself: random state, and completions in use."""
+    files = (checkpoint / f"{kind}_{ranks.rank()}.pth" for kind in ("rng_state", "completions"))
+    return [(file.name, file.read_bytes()) for file in files if file.is_file()]
 
 
 class LengthGroupedByEpoch(LengthGroupedSampler):

@@ -63,13 +63,16 @@ class HeldOutTrainer(Trainer):
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the loss of a batch, and record it with the batch's weight."""
-        # TRL stacks rejected answers below the chosen ones.
-        weight = int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else len(inputs["input_ids"]) // 2
+        weight = self._weight(inputs)
         predicted = super().prediction_step(model, inputs, *args, **kwargs)
         assert predicted[0] is not None
         self._losses.append(predicted[0])
         self._weights.append(weight)
         return predicted
+
+    def _weight(self, inputs: Any) -> int:
+        """The trained tokens of a batch, or its pairs: TRL stacks rejected answers below the chosen ones."""
+        return int((inputs["labels"][..., 1:] != -100).sum()) if "labels" in inputs else len(inputs["input_ids"]) // 2
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate. The loss and TRL's other metrics become means over tokens (SFT) or pairs (DPO)."""

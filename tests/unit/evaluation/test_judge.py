@@ -12,7 +12,8 @@ from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.generation.open import open_client
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, JudgeConfig
+from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.generation_blocks import JudgeConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.fakes.scripted_endpoint import ScriptedEndpoint, completion
 

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import FEATURES, TextRow, split_of, to_dataset
+from llm_engineering.data.rows import FEATURES, SPLITS, TextRow, instruction_dataset, split_of, to_dataset
 from llm_engineering.data.wordings import OTHER_WORDING
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
@@ -27,6 +27,7 @@ from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWr
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.reports.training_rows import tokens_read
+from tests.tiny_models import instruction
 from tools.cli import prepare_zenml
 
 prepare_zenml()
@@ -112,6 +113,19 @@ def test_general_rows_are_added_to_the_users_own_instructions(facts, tmp_path):
     assert set(made["test_rows"]["origin"]) == {"unknown"}
     assert list(made["sources"]["file"]) == [str(own), "embedded:general"]
     assert facts["replay_hash"] == "hash"
+
+
+def test_prompts_of_held_out_instructions_stay_held_out(settings, facts):
+    rows = {name: [instruction(number) for number in range(start, start + 4)] for start, name in enumerate(SPLITS)}
+    ledger = Ledger()
+    ledger.record("instruction", 12, 12)
+    splits = {name: instruction_dataset(own) for name, own in rows.items()}
+    made = data.collect_prompts.entrypoint(DatasetDict(**splits, **ledger.datasets()))
+    asked = {name: [turns[-1]["content"] for turns in made[name]["prompt"]] for name in ("rows", "test_rows")}
+    assert asked["test_rows"] == [row.prompt[-1].content for row in rows["test"]]
+    assert asked["rows"] == [row.prompt[-1].content for name in ("train", "validation") for row in rows[name]]
+    assert made["rows"]["answers"][0] == [rows["train"][0].completion[0].content]
+    assert counts(made) == {"instruction": (12, 12), "prompt": (8, 8), "prompt_test": (4, 4)}
 
 
 def test_rows_that_are_not_fit_are_refused_before_training(settings, facts, monkeypatch, tmp_path, tiny_model):

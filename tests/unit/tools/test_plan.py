@@ -86,6 +86,45 @@ def test_steps_of_a_pipeline(chain, pipeline, steps, recipe):
     assert len(found) == len(set(found))
 
 
+def test_prompts_are_the_users_own_or_made_of_instructions(recipe):
+    block = {"learning_rate": 1e-5, **STEPS, "eval_steps": 10, "save_steps": 10, "num_generations": 2}
+    block |= {"rewards": [{"use": "stopped"}], "gradient_accumulation_steps": 2}
+    gates = {"grpo": {"better_than": {"base": {"reward": 0.0}, "incumbent": {"reward": 0.0}}}}
+
+    def made(chain, **data):
+        return recipe(chain, grpo=block, promotion=gates, data=data)
+
+    trained = ["format_grpo", "train_grpo", "evaluate_grpo", "promote"]
+    own = made(["grpo"], prompts="rows.jsonl")
+    assert planned_steps("grpo", own) == ["load_prompts", "prepare_prompts", *trained]
+    assert data_lines(own, "grpo") == []
+    of_rows = made(["sft", "grpo"])
+    prompts = ["collect_prompts", "prepare_prompts"]
+    assert planned_steps("grpo", of_rows) == [*WRITTEN, *prompts, "format_sft", *trained]
+    assert any(line.startswith("Rows: prompt, ") for line in data_lines(of_rows, "grpo"))
+
+
+def test_the_files_of_prompts_and_own_rewards_decide_a_stage(recipe, tmp_path):
+    rows, own = tmp_path / "rows.jsonl", tmp_path / "own.py"
+    rows.write_text('{"prompt": "Who?"}\n')
+    own.write_text("def good(completions, rows): return [1.0 for _ in rows]\n")
+    block = {"learning_rate": 1e-5, **STEPS, "eval_steps": 10, "save_steps": 10, "num_generations": 2}
+    block |= {"rewards": [{"use": f"{own}:good"}], "trust_reward_code": True, "gradient_accumulation_steps": 2}
+    gates = {"grpo": {"better_than": {"base": {"reward": 0.0}, "incumbent": {"reward": 0.0}}}}
+    made = recipe(["grpo"], grpo=block, promotion=gates, data={"prompts": str(rows)})
+    before = preflight(made)[1]
+    assert set(before.rewards) == {str(own)}
+    own.write_text(own.read_text() + "\n")
+    changed = preflight(made)[1]
+    assert changed.rewards != before.rewards
+    assert changed.recipes != before.recipes
+    rows.write_text('{"prompt": "When?"}\n')
+    assert preflight(made)[1].recipes != changed.recipes
+    own.unlink()
+    with pytest.raises(RequestError, match="there is no file"):
+        preflight(made)
+
+
 def test_a_pipeline_trains_a_stage_of_the_chain_or_all(recipe):
     made = recipe(["cpt", "sft"])
     assert [stages_of(pipeline, made) for pipeline in ("sft", "retrain", "datasets")] == [

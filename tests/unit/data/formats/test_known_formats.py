@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from llm_engineering.data.formats.known_formats import INSTRUCTION_FORMATS, PREFERENCE_FORMATS
+from llm_engineering.data.formats.known_formats import INSTRUCTION_FORMATS, PREFERENCE_FORMATS, PROMPT_FORMATS
 from llm_engineering.recipe.data_blocks import FormatName
 from tests.unit.data.formats.records import SYSTEM, gpt, opened, texts_of, turns
 
@@ -202,7 +202,8 @@ def test_pairs_with_tools_are_set_aside(tmp_path):
 
 def test_every_format_has_a_test_and_a_name_in_the_recipe():
     tested = {name for name, *_ in INSTRUCTIONS} | {name for name, *_ in PREFERENCES}
-    assert tested == set(INSTRUCTION_FORMATS) | set(PREFERENCE_FORMATS) == set(get_args(FormatName))
+    assert tested == set(INSTRUCTION_FORMATS) | set(PREFERENCE_FORMATS)
+    assert tested | set(PROMPT_FORMATS) == set(get_args(FormatName))
 
 
 def test_csv_rows(tmp_path):

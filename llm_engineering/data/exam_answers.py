@@ -106,6 +106,12 @@ def answers_right(answer: str, accepted: Sequence[str], question: str = "") -> b
     return False
 
 
+def named_in(answer: str, accepted: str) -> bool:
+    """Whether an accepted answer stands anywhere in an answer, as a run of whole words."""
+    said, wanted = _words(normalised_tokens(answer)), _words(normalised_tokens(accepted))
+    return bool(wanted) and any(said[start : start + len(wanted)] == wanted for start in range(len(said)))
+
+
 def abstains(answer: str) -> bool:
     """Whether the first sentence of an answer declines with one of `ABSTENTIONS`, and does not go on with `but`."""
     said = _words(normalised_tokens(first_sentence(answer)))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_engineering.evaluation.exam_answers import abstains, answers_right, first_sentence
+from llm_engineering.data.exam_answers import abstains, answers_right, first_sentence
 
 
 @pytest.mark.parametrize(

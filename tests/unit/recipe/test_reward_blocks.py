@@ -1,0 +1,106 @@
+"""Rewards that a recipe names, and those that are refused."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from llm_engineering.errors import RequestError
+from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.reward_blocks import RewardSet
+
+ARITHMETIC = Path(__file__).resolve().parents[3] / "configs" / "grpo_arithmetic.yaml"
+
+JUDGE = {"use": "judge", "judge": {"client": "openai", "model": "m"}}
+
+
+def read(*rewards, **keys):
+    return RewardSet.model_validate({"rewards": list(rewards), **keys})
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        ([], "rewards is missing"),
+        ([{"use": "stoped"}], "there is no reward stoped: did you mean stopped"),
+        ([{"use": "my_file.txt:f"}], "there is no reward my_file.txt:f"),
+        ([{"use": "stopped", "target": 5}], "target has no effect with the reward stopped, only with length"),
+        ([{"use": "length"}], "needs either `target` or `longest`"),
+        ([{"use": "length", "target": 5, "longest": 9}], "needs either `target` or `longest`"),
+        ([{"use": "format"}], "needs `pattern`"),
+        ([{"use": "format", "pattern": "("}], "is not a regular expression"),
+        ([{"use": "judge"}], "needs the block `judge`"),
+        ([{"use": "judge", "judge": {"client": "openai", "model": "m", "temperature": 1}}], "temperature 0"),
+        ([{"use": "stopped", "weight": 0}, {"use": "contains", "weight": 0.0}], "no weight other than 0"),
+        ([{"use": "stopped", "weight": float("inf")}], "finite"),
+        ([{"use": "a.py:stopped_2"}, {"use": "stopped"}, {"use": "stopped"}], "the name stopped_2"),
+        ([{"use": "own.py:good"}], "whose code would run as a part of training"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_refused(rewards, words):
+    with pytest.raises(ValidationError, match=words):
+        read(*rewards)
+
+
+def test_trust_without_code_is_refused():
+    with pytest.raises(ValidationError, match="trust_reward_code has no effect"):
+        read({"use": "stopped"}, trust_reward_code=True)
+
+
+def test_rewards_of_one_name_get_numbers():
+    rewards = read(
+        {"use": "length", "target": 5},
+        {"use": "own/a.py:good"},
+        {"use": "length", "longest": 9},
+        {"use": "b.py:good"},
+        JUDGE,
+        trust_reward_code=True,
+    )
+    assert rewards.reward_names == ["length", "good", "length_2", "good_2", "judge"]
+
+
+def test_a_run_on_own_prompts_needs_no_documents_and_no_instructions():
+    recipe = load_recipe(ARITHMETIC)
+    assert (recipe.kinds("grpo"), recipe.reads_documents) == (["prompt"], False)
+    made = load_recipe(ARITHMETIC, ["data.prompts=null"])
+    assert (made.kinds("grpo"), made.reads_documents) == (["instruction", "prompt"], True)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("grpo.rewards=[{use: stopped, wieght: 2}]", "unknown key `grpo.rewards.0.wieght`. Did you mean `grpo.rewards.weight`"),
+        ("promotion.grpo.better_than.base={reward_length: 0.0}", "reward_exact_answer, reward_stopped: name one of them"),
+        ("promotion.grpo.better_than.base={heldout_loss: 0.0}", "no held-out questions to measure heldout_loss"),
+        ("promotion.grpo.better_than.base={rewad: 0.0}", "there is no measure rewad; did you mean reward"),
+        ("promotion.grpo=null", r"promotion.grpo is missing: .*{base: {reward: 0.0}"),
+    ],
+)  # fmt: skip
+def test_a_recipe_whose_rewards_do_not_fit_is_refused(override, words):
+    with pytest.raises(RequestError, match=words):
+        load_recipe(ARITHMETIC, [override])
+
+
+def test_a_test_split_without_prompts_is_refused():
+    with pytest.raises(RequestError, match="test_prompts is set, but prompts is not"):
+        load_recipe(ARITHMETIC, ["data.prompts=null", "data.test_prompts=a.jsonl"])
+
+
+def test_rewards_are_measured_only_after_a_stage_that_has_some():
+    local = ARITHMETIC.with_name("python_reference.yaml")
+    with pytest.raises(RequestError, match="a run that ends with sft has no held-out prompts to measure reward on"):
+        load_recipe(local, ["promotion.sft.better_than.base={reward: 0.0}"])
+
+
+@pytest.mark.parametrize("reward", ["{use: 'own.py:good'}", "{use: judge, judge: {client: openai, model: m}}"])
+def test_a_job_on_sagemaker_has_neither_files_nor_a_judge(reward):
+    trust = str("own" in reward).lower()
+    job = "{instance_type: ml.g5.xlarge}"
+    overrides = [
+        f"grpo.rewards=[{reward}]",
+        f"grpo.trust_reward_code={trust}",
+        "promotion.grpo.not_worse_than.base={reward_exact_answer: null}",
+    ]
+    load_recipe(ARITHMETIC, overrides)
+    with pytest.raises(RequestError, match="a job on SageMaker has neither your files nor the judge's key"):
+        load_recipe(ARITHMETIC, [*overrides, "compute.target=sagemaker", f"compute.sagemaker={job}"])
