@@ -236,7 +236,8 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
                 start,
                 id=f"train_{stage}",
             )
-        start = adapters[stage]
+        # A reward model is no start for another stage.
+        start = adapters[stage] if STAGES[stage].policy else start
     for kind in recipe.kinds(last):
         if kind not in formatted:
             formatted[kind] = _format(recipe, FIRST_OF_KIND[kind], kind, datasets.of(kind))

@@ -103,16 +103,17 @@ def incumbent(model: str) -> Incumbent | None:
     """The version in production, or None.
 
     Raises:
-        RequestError: the version has no adapter, because a person set its stage in ZenML.
+        RequestError: the version has no model that writes, because a person set its stage in ZenML.
     """
     production = stages(model).production
     if not production:
         return None
     version = Client().get_model_version(model, production[-1].id)
     adapter = adapter_of(version)
-    if adapter is None:
+    if adapter is None or not STAGES[adapter.name].policy:
+        has = "has no adapter" if adapter is None else "holds a reward model"
         raise RequestError(
-            f"{model} version {version.number} is in production and has no adapter. Promote another version: "
+            f"{model} version {version.number} is in production and {has}. Promote another version: "
             "make promote VERSION=…"
         )
     return Incumbent(version.number, adapter)

@@ -19,6 +19,7 @@ from llm_engineering.evaluation.exam import open_exam
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.judge import PROMPT_FILE
+from llm_engineering.evaluation.reward_accuracy import evaluate_reward
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig
 from llm_engineering.recipe.reward_blocks import RewardSet
@@ -27,6 +28,7 @@ from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.reports.page import write_report
+from llm_engineering.reports.reward_report import reward_page
 from llm_engineering.reports.training_rows import count_wordings, tokens_read
 from steps.caching import project_step
 from steps.logging import log_artifact
@@ -76,6 +78,8 @@ def evaluate(
 ) -> Annotated[Directory, "evaluation_report"]:
     """Measure the base model, the model of each stage and the model in production on held-out rows.
 
+    If the last stage makes a reward model, only this is measured.
+
     Args:
         chain: the stages, in their order.
         files_hash: hash of the files that the evaluation reads, so that a changed file runs this step again.
@@ -105,6 +109,18 @@ def evaluate(
         {kind: data["test"] for kind, data in rows.items() if data is not None},
     )
 
+    # Measure a reward model on pairs only: it answers nothing
+    last = chain[-1]
+    training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
+    folder = Path(tempfile.mkdtemp())
+    if not STAGES[last].policy:
+        scorer = adapters[f"{last}_adapter"]
+        assert scorer is not None
+        data = evaluate_reward(last, scorer.path, heldout.pairs, config, setup, Settings())
+        write_report(folder, data, reward_page(data, training))
+        log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_pairs"])
+        return Directory(path=folder)
+
     # Read the exam, and find the passages for its questions
     passages = []
     if documents is not None and cut is not None:
@@ -116,7 +132,8 @@ def evaluate(
         questions = None
 
     # Evaluate the models
-    trained = {stage: adapters[f"{stage}_adapter"] for stage in chain} | {INCUMBENT: incumbent}
+    trained = {stage: adapters[f"{stage}_adapter"] for stage in chain if STAGES[stage].policy}
+    trained |= {INCUMBENT: incumbent}
     folders = {name: model.path for name, model in trained.items() if model is not None}
     rewarding = Rewarding(rewards, max_completion_length) if rewards is not None and max_completion_length else None
     data = evaluate_models(folders, heldout, config, setup, Settings(), questions, rewarding)
@@ -136,8 +153,6 @@ def evaluate(
             question["wordings"] = number
 
     # Write the page
-    training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
-    folder = Path(tempfile.mkdtemp())
     write_report(folder, data, evaluation_page(data, training))
     hashes = {"files_hash": files_hash, "exam_hash": exam_hash}
     files: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}

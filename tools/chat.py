@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llm_engineering.chat")
 
+# Low temperatures draw the same answer again. Above 1 improbable words spoil the answers.
+BEST_OF_TEMPERATURE = 0.8
+
 MaxNewTokens = Annotated[
     int,
     typer.Option(
@@ -110,20 +113,45 @@ def compare(
     overrides: Overrides = None,
     version: Version = None,
     max_new_tokens: MaxNewTokens = 200,
-    temperature: Temperature = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            metavar="T",
+            help="0 always chooses the most probable token. With 0.7 to 1, answers vary. Default: 0, and 0.8 with --best-of.",
+        ),
+    ] = None,
     top_p: TopP = 1.0,
     seed: Seed = None,
     system: System = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(
+            "--best-of", metavar="N", help="Draw N answers of each model, and show the one with the highest reward."
+        ),
+    ] = None,
+    reward_model: Annotated[
+        str | None,
+        typer.Option(
+            "--reward-model",
+            metavar="VERSION",
+            help="The version with the reward model, of this recipe, or of another one as NAME:VERSION.",
+        ),
+    ] = None,
 ) -> int:
     """Ask the base model and the trained models the same question.
 
-    The answers of the base, SFT and DPO models are shown side by side. All models use the same seed.
+    The answers of the base, SFT and DPO models are shown side by side. All models use the same seed. With --best-of, each model
+    draws several answers at a temperature (0.8 if none is given), and a reward model chooses among them.
 
     Example: `llm-engineering compare --prompt "Who founded Ondrel?"`
     """
     if not prompt.strip():
         raise RequestError('The question is empty. Ask one: make compare PROMPT="Who founded Ondrel?"')
     _check_length(max_new_tokens)
+    if temperature is None:
+        temperature = 0.0 if best_of is None else BEST_OF_TEMPERATURE
+    _check_best_of(best_of, reward_model, temperature)
     recipe = load_recipe(config, overrides or ())
 
     from rich.console import Console
@@ -134,6 +162,7 @@ def compare(
     from llm_engineering.models.base_model import check_unchanged, load_model
     from llm_engineering.models.device import choose_device
     from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.publish.best_of import BestOf
     from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
     from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
@@ -141,7 +170,7 @@ def compare(
     sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()
     prepare_zenml()
-    from tools.model_versions.versions import find_model
+    from tools.model_versions.versions import find_model, find_reward_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
@@ -158,17 +187,25 @@ def compare(
         check_system(messages, tokenizer)
     if not has_room(messages, base, tokenizer, max_new_tokens):
         raise RequestError(f"{_too_long(max_new_tokens)}. Shorten the question, or lower --max-new-tokens.")
+    chooser = None
+    if best_of is not None and reward_model is not None:
+        source, folder_of_rewards = find_reward_model(recipe.name, reward_model, recipe.model.trust_remote_code)
+        chooser = BestOf.load(source, folder_of_rewards, tokenizer, recipe.compute.here, settings, best_of)
     models = Models(base, found.folders, tokenizer, 1, recipe.evaluation.repetition_penalty)
     _log_seed(sampling, seed)
     shown = Table(title=prompt, title_justify="left", title_style="bold")
     answers = []
     for name in models.names:
         logger.info("Asking %s", name)
+        penalty = {"repetition_penalty": models.repetition_penalty}
         with models.use(name) as model:
-            reply = answer(
-                model, tokenizer, messages, max_new_tokens, sampling, repetition_penalty=models.repetition_penalty
-            )
-        end = "complete" if reply.stopped else f"cut at {max_new_tokens} tokens"
+            if chooser is None:
+                reply = answer(model, tokenizer, messages, max_new_tokens, sampling, **penalty)
+                rewarded = ""
+            else:
+                reply, rewards = chooser.answer(model, messages, max_new_tokens, sampling, **penalty)
+                rewarded = f", reward {max(rewards):.2f}, of {len(rewards)} answers from {min(rewards):.2f}"
+        end = ("complete" if reply.stopped else f"cut at {max_new_tokens} tokens") + rewarded
         shown.add_column(name if name == "base" else name.upper(), overflow="fold", ratio=1)
         answers.append((reply.text, end))
     shown.add_row(*(text for text, _ in answers), end_section=True)
@@ -215,6 +252,22 @@ def _read_line() -> str:
 def _check_length(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise RequestError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
+
+
+def _check_best_of(best_of: int | None, reward_model: str | None, temperature: float) -> None:
+    if (best_of is None) != (reward_model is None):
+        raise RequestError(
+            "--best-of and --reward-model belong together: the reward model chooses among the answers, e.g. --best-of 8 "
+            "--reward-model 3. `make models` lists all versions."
+        )
+    if best_of is None:
+        return
+    if best_of < 2:
+        raise RequestError(f"--best-of must be at least 2, not {best_of}: one answer needs no choice.")
+    if temperature == 0:
+        raise RequestError(
+            "--best-of has no effect at temperature 0, where all answers are the same: leave out --temperature."
+        )
 
 
 def _too_long(max_new_tokens: int) -> str:

@@ -17,10 +17,10 @@ from llm_engineering.models.device import Device, choose_device
 from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import DPOConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.estimate import (
+    PAIRS,
     UTILISATION,
     Memory,
     Shapes,
@@ -160,7 +160,8 @@ def _other_device(recipe: Recipe) -> Device:
 def _shapes(recipe: Recipe, stage: str, device: Device) -> Shapes:
     rows, length = batch_shape(recipe.block(stage), recipe.formatting.max_length)
     model = load_config(recipe.model, Settings())
-    return shapes(model, recipe.method, recipe.lora, device, rows, length, recipe.model.trust_remote_code)
+    trust, scores = recipe.model.trust_remote_code, not STAGES[stage].policy
+    return shapes(model, recipe.method, recipe.lora, device, rows, length, trust, scores=scores)
 
 
 def _memory(recipe: Recipe, config: TrainConfig, found: Shapes, device: Device) -> Memory:
@@ -201,7 +202,7 @@ def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: 
     tokens = epoch * config.num_train_epochs
     if config.max_steps > 0:
         batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        tokens = min(tokens, config.max_steps * batch * length * (2 if isinstance(config, DPOConfig) else 1))
+        tokens = min(tokens, config.max_steps * batch * length * (2 if isinstance(config, PAIRS) else 1))
     return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens ({source}): {how}"
 
 

@@ -23,6 +23,7 @@ from llm_engineering.recipe.block import FILE, Schema
 CLASSES: dict[str, type[Any]] = {
     "trl.SFTConfig": trl.SFTConfig,
     "trl.DPOConfig": trl.DPOConfig,
+    "trl.RewardConfig": trl.RewardConfig,
     "trl.GRPOConfig": trl.GRPOConfig,
     "trl.RLOOConfig": trl.RLOOConfig,
     "trl.KTOConfig": trl.KTOConfig,

@@ -95,7 +95,9 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
     ]
     confidence = float(report.get("confidence", CONFIDENCE))
     failed = [rule for rule in rules if rule.verdict == "failed"]
-    stage: Literal["staging", "production"] = "production" if config.auto else "staging"
+    stage: Literal["staging", "production"] | None = "production" if config.auto else "staging"
+    if not STAGES[candidate].policy:
+        stage = None
     return PromotionDecision(
         candidate=candidate,
         incumbent=incumbent,
@@ -147,7 +149,9 @@ def _judge(
     return rule.model_copy(update={"value": value, "low": low, "high": high, "verdict": verdict})
 
 
-def _reason(failed: list[Rule], confidence: float, stage: str, incumbent: int | None) -> str:
+def _reason(failed: list[Rule], confidence: float, stage: str | None, incumbent: int | None) -> str:
+    if not failed and stage is None:
+        return "Every rule passed. A reward model answers nothing, so it is not promoted: name it by its version."
     if not failed:
         return f"Every rule passed, so the model is promoted to {stage}."
     results = [

@@ -16,6 +16,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -132,7 +133,9 @@ def fitting_attention(config: PreTrainedConfig, attention: str) -> str:
     return "eager" if attention == "sdpa" and not model_class._supports_sdpa else attention
 
 
-def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False) -> PreTrainedModel:
+def load_model(
+    model: ModelConfig, settings: Settings, device: Device, four_bits: bool = False, *, scores: bool = False
+) -> PreTrainedModel:
     """Load the base model onto the device, in the device's precision, with rows for the new tokens.
 
     While `sharded_loading` is open, the model stays on the processor (FSDP2), or is sharded over the cards (ZeRO-3).
@@ -140,6 +143,8 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     Args:
         four_bits: store the linear layers in 4 bits (NF4 with double quantisation, as in QLoRA, Dettmers et al. 2023,
             arXiv:2305.14314). They compute in the device's precision.
+        scores: load the decoder with a head `score` that gives a row one number, in place of the head that predicts
+            tokens. If the files have no such head, its weights are random.
 
     Raises:
         WorkError: the model does not fit on the card.
@@ -157,14 +162,17 @@ def load_model(model: ModelConfig, settings: Settings, device: Device, four_bits
     attention = fitting_attention(config, device.attn_implementation)
     if is_fsdp_enabled() and not is_local_dist_rank_0():
         return _without_weights(config, device.dtype, attention, model.trust_remote_code)
-    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    automatic: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    loaded: PreTrainedModel = automatic.from_pretrained(
         model_path(model, settings),
         dtype=device.dtype,
         attn_implementation=attention,
+        **({"num_labels": 1} if scores else {}),
         **hub_options(model, settings),
         **quantised,
     )
-    mend_generation_config(loaded, model.name_or_path)
+    if not scores:
+        mend_generation_config(loaded, model.name_or_path)
     if model.added_tokens:
         add_rows(
             loaded, AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings)), model

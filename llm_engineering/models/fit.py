@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llm_engineering.errors import RequestError
@@ -49,6 +49,7 @@ def check_fit(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
     except (AssertionError, ImportError, ValueError) as error:
         raise RequestError(f"{name} cannot be built as a causal language model: {error}") from error
     _check_positions(recipe, base)
+    _check_scores(recipe, config)
     for stage in recipe.chain:
         block = recipe.block(stage)
         if isinstance(block, PackedConfig) and block.packing and not _takes(base.base_model, "position_ids"):
@@ -79,13 +80,27 @@ def check_fit(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
     return policy
 
 
-def on_meta(config: PreTrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Build a model of meta tensors, which have shapes and no values."""
+def on_meta(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str, trust_remote_code: bool, *, scores: bool = False
+) -> PreTrainedModel:
+    """Build a model of meta tensors, which have shapes and no values; with `scores` as `load_model` does."""
+    automatic: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = automatic.from_config(
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     return model
+
+
+def _check_scores(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Check that transformers has a class with a head that scores, for the stages that make a reward model."""
+    known = AutoModelForSequenceClassification._model_mapping
+    for stage in recipe.chain:
+        if not STAGES[stage].policy and type(config) not in known and not recipe.model.trust_remote_code:
+            raise RequestError(
+                f"{recipe.model.name_or_path} ({config.model_type}) cannot be a reward model, because transformers has no sequence "
+                f"classification for it. Remove {stage} from chain, or train it on another model."
+            )
 
 
 def _takes(module: nn.Module, argument: str) -> bool:

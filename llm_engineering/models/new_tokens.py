@@ -69,7 +69,9 @@ def add_rows(loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model:
     if max(ids) >= len(embedding.weight):
         # The rows that this fills with random numbers are set below.
         loaded.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    layers: list[Any] = [loaded.get_input_embeddings(), loaded.get_output_embeddings()]
+    # A model that scores rows has no output embedding.
+    ends = (loaded.get_input_embeddings(), loaded.get_output_embeddings())
+    layers: list[Any] = [layer for layer in ends if layer is not None]
     with torch.no_grad():
         for weight in (w for layer in layers for w in (layer.weight, getattr(layer, "bias", None)) if w is not None):
             for index, spelt in zip(ids, pieces, strict=True):

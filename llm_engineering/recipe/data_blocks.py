@@ -211,7 +211,12 @@ class DataConfig(Block):
 
     def own(self, kind: str) -> str | None:
         """The user's own dataset that the rows of a kind are made of; None if there is none."""
-        own = {"instruction": self.instructions, "preference": self.preferences, "labelled": self.labelled}
+        own = {
+            "instruction": self.instructions,
+            "preference": self.preferences,
+            "labelled": self.labelled,
+            "prompt": self.prompts,
+        }
         return own.get(self.made_of(kind))
 
     @property

@@ -34,6 +34,7 @@ MEASURES = {
     "document_loss": Measure("Loss on held-out documents", "nats a token", "lower"),
     "preference_accuracy": Measure("Preference accuracy", "share of pairs", "higher"),
     "preference_margin": Measure("Preference margin", "nats a token", "higher"),
+    "reward_accuracy": Measure("Reward accuracy", "share of pairs", "higher"),
     "rouge_l": Measure("ROUGE-L against the reference", "F1", "higher"),
     "stopped": Measure("Answers that end by themselves", "share of answers", "higher"),
     "repetition": Measure("Repeated 4-grams", "share of an answer", "lower"),
@@ -52,6 +53,8 @@ REWARD_PREFIX = "reward_"
 # Measures over preference pairs, and over documents. A run without a stage that trains on them has none.
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
 DOCUMENT_MEASURES = ("document_loss",)
+# The only measure of a run that ends with a reward model: the share of pairs that it orders rightly. Chance is 0.5.
+REWARD_MEASURE = "reward_accuracy"
 # The kinds of questions of an exam, with the measure of each. A recipe without the block `exam` has none.
 EXAM_MEASURES = {
     "single": "exam_accuracy",
@@ -205,6 +208,33 @@ class GateRules(Block):
         return self
 
 
+class RewardGateRules(GateRules):
+    """The bounds for a reward model, all of `better_than.base` and of `reward_accuracy`. The base model stands for chance, 0.5.
+
+    A reward model that passes is not promoted, because it answers nothing: its users name its version.
+    """
+
+    @model_validator(mode="after")
+    def _base_and_incumbent(self) -> Self:
+        named = [
+            (sense, model)
+            for sense in ("better_than", "not_worse_than")
+            for model in type(self.better_than).model_fields
+        ]
+        wrong = next(
+            (f"{sense}.{model}" for sense, model in named if model != "base" and getattr(self, sense).bounds(model)),
+            None,
+        )
+        if wrong is not None:
+            raise ValueError(f"{wrong} has no effect: a reward model is compared with chance, which is base. Remove it")
+        if all(bound is None for bound in self.better_than.base.values()):
+            raise ValueError(
+                f"better_than.base has no measure: a reward model must be better than chance, so add base: {{{REWARD_MEASURE}: "
+                "0.0}"
+            )
+        return self
+
+
 class RulePath(NamedTuple):
     """A rule of the gate: the stage with which its run ends, the other model, the measure, and the path of its key."""
 
@@ -214,7 +244,9 @@ class RulePath(NamedTuple):
     path: str
 
 
-_StageRules: Any = with_stages("_StageRules", lambda _: (GateRules | None, None))
+_StageRules: Any = with_stages(
+    "_StageRules", lambda stage: ((GateRules if stage.policy else RewardGateRules) | None, None)
+)
 
 
 class PromotionConfig(_StageRules):  # type: ignore[misc]

@@ -79,7 +79,7 @@ class LoraConfig(LibraryBlock):
 
     config_class = "peft.LoraConfig"
     refused: ClassVar[dict[str, str]] = {
-        "task_type": "every model here is a causal language model",
+        "task_type": "the stage decides it: reward scores rows, and every other stage predicts tokens",
         "peft_type": "this block is for LoRA only",
         "auto_mapping": _SAVED_WITH_ADAPTER,
         "peft_version": _SAVED_WITH_ADAPTER,

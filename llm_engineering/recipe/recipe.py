@@ -17,6 +17,7 @@ from llm_engineering.recipe.evaluation_blocks import (
     GENERATED_EXAM,
     PAIR_MEASURES,
     REWARD,
+    REWARD_MEASURE,
     REWARD_PREFIX,
     RulePath,
     is_reward,
@@ -68,6 +69,33 @@ class Recipe(RecipeKeys):
                 raise ValueError(
                     f"{name}.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or "
                     f"set {first}.lora.modules_to_save to [embed_tokens, lm_head], or {first}.method to full"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _reward_models(self) -> Self:
+        order = list(STAGES)
+        for place, name in enumerate(self.chain):
+            if STAGES[name].policy:
+                continue
+            later = next((stage for stage in self.chain[place:] if order.index(stage) < order.index(name)), None)
+            if later is not None:
+                raise ValueError(
+                    f"chain has {later} after {name}, and {later} has no use for a reward model: put {name} after {later}"
+                )
+            if place == 0 and self.model.added_tokens:
+                raise ValueError(
+                    f"chain begins with {name}, which does not train the rows of new tokens: put sft before it, or remove the "
+                    "tokens from model"
+                )
+            if self.compute.backend == "unsloth":
+                raise ValueError(
+                    f"compute.backend unsloth trains no reward models: set it to auto, with which {name} uses transformers"
+                )
+            if self.compute.shards_weights:
+                raise ValueError(
+                    f"{name} was not tested with sharded weights: use compute.distributed ddp, or deepspeed with zero_stage 1 "
+                    "or 2"
                 )
         return self
 
@@ -126,9 +154,12 @@ class Recipe(RecipeKeys):
             if self.promotion.rules(stage) is None:
                 kinds = self.kinds(stage)
                 measure = "heldout_loss" if "instruction" in kinds else "document_loss" if "text" in kinds else REWARD
+                rules = f"base: {{{measure}: 0.0}}, incumbent: {{{measure}: 0.0}}"
+                if not STAGES[stage].policy:
+                    rules = f"base: {{{REWARD_MEASURE}: 0.0}}"
                 raise ValueError(
                     f"promotion.{stage} is missing: say what a model that ends with {stage} must reach, e.g. "
-                    f"{{better_than: {{base: {{{measure}: 0.0}}, incumbent: {{{measure}: 0.0}}}}}}"
+                    f"{{better_than: {{{rules}}}}}"
                 )
         for rule in self.promotion.all_rules():
             if rule.run not in self.chain:
@@ -138,6 +169,13 @@ class Recipe(RecipeKeys):
                     f"promotion.{rule.path} names {rule.measure}, which the evaluation of this recipe does not compute: "
                     "add it to the block evaluation, or remove the rule"
                 )
+            if (rule.measure == REWARD_MEASURE) == STAGES[rule.run].policy:
+                has = (
+                    f"is the measure of reward models, and {rule.run} makes none"
+                    if STAGES[rule.run].policy
+                    else f"needs a model that writes, and {rule.run} makes a reward model: its measure is {REWARD_MEASURE}"
+                )
+                raise ValueError(f"promotion.{rule.path} names {rule.measure}, which {has}. Remove the rule")
             kinds = self.kinds(rule.run)
             needed = next((kind for kind, names in _MEASURED_ON.items() if rule.measure in names), "instruction")
             needed = "prompt" if is_reward(rule.measure) else needed
@@ -151,7 +189,8 @@ class Recipe(RecipeKeys):
                 )
             if is_reward(rule.measure):
                 self._check_reward_rule(rule)
-            if rule.than in STAGES and rule.than not in self.chain_to(rule.run)[:-1]:
+            before = [stage for stage in self.chain_to(rule.run)[:-1] if STAGES[stage].policy]
+            if rule.than in STAGES and rule.than not in before:
                 raise ValueError(
                     f"promotion.{rule.path}: a run that ends with {rule.run} has no {rule.than} model before it to compare "
                     f"with: remove the key {rule.than}"
@@ -351,7 +390,7 @@ class Recipe(RecipeKeys):
 
 _MEASURED_ON: dict[Kind, tuple[str, ...]] = {
     "text": DOCUMENT_MEASURES,
-    "preference": PAIR_MEASURES,
+    "preference": (*PAIR_MEASURES, REWARD_MEASURE),
     "prompt": (REWARD,),
 }
 _HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs", "prompt": "prompts"}

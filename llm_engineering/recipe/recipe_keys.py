@@ -121,11 +121,12 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     def kinds(self, stage: str) -> list[Kind]:
         """The kinds of rows that training and evaluating a stage of the chain need, in the order of their making.
 
-        A stage on preferences or labelled answers is evaluated on instruction rows too. Without the user's own, labelled
-        answers are made of preferences, and prompts of instructions.
+        A stage on preferences or labelled answers is evaluated on instruction rows too, unless it makes a reward model. Without
+        the user's own, labelled answers are made of preferences, and prompts of instructions.
         """
         trained = {STAGES[name].rows for name in self.chain_to(stage)}
-        needed = trained | ({"instruction"} if trained & {"preference", "labelled"} else set())
+        answers = trained & {"preference", "labelled"} and STAGES[stage].policy
+        needed = trained | ({"instruction"} if answers else set())
         needed |= {"preference"} if any(self.data.made_of(kind) == "preference" for kind in trained) else set()
         needed |= {"instruction"} if "prompt" in trained and self.data.prompts is None else set()
         kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "labelled", "prompt")

@@ -27,7 +27,7 @@ _OPTIONS = tuple(dict.fromkeys(option for options in REWARDS.values() for option
 _OWN_FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
-class RewardConfig(Block):
+class RewardFunction(Block):
     """A reward: what it looks at, and its weight in the sum.
 
     `use` is a reward of the project or a function of your own, as `path/to/file.py:function`:
@@ -97,7 +97,7 @@ class RewardSet(Block):
     so read them first.
     """
 
-    rewards: list[RewardConfig] = Field(min_length=1)
+    rewards: list[RewardFunction] = Field(min_length=1)
     trust_reward_code: bool = False
 
     @property

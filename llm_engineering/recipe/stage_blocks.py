@@ -179,3 +179,27 @@ class KTOConfig(ReferenceConfig):
                 "be above 1, and should be 4 or more; or set loss_type to apo_zero_unpaired"
             )
         return self
+
+
+class RewardConfig(TrainConfig):
+    """A reward model with TRL's RewardTrainer: its score of the chosen answer rises above that of the rejected one.
+
+    The loss is -log sigmoid(chosen - rejected) (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, section 3.5). It
+    says nothing about the level of the rewards: `center_rewards_coefficient` adds the square of the sum of both, so that rewards
+    stay near 0 (Eisenstein et al. 2023, arXiv:2312.09244, equation 2; 0.01 is usual). The stage makes a model that scores
+    answers and writes none, so a later stage starts from the last stage before it that writes.
+    """
+
+    config_class = "trl.RewardConfig"
+    # unsloth has kernels for models that predict tokens only.
+    trains_with_unsloth: ClassVar[bool] = False
+    refused: ClassVar[dict[str, str]] = {
+        # TRL's RewardConfig has neither of the two.
+        **{name: reason for name, reason in REFUSED_TRL.items() if name not in ("padding_free", "truncation_mode")},
+        "chat_template_path": "formatting.chat_template is the template of every stage",
+        "eos_token": "model.eos_token names the token that ends an answer",
+        "pad_to_multiple_of": "pairs are padded to the longest answer of a batch",
+        "train_sampling_strategy": "pairs are drawn at random",
+    }
+
+    center_rewards_coefficient: float | None = Field(None, ge=0)

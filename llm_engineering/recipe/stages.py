@@ -16,14 +16,14 @@ from pydantic import create_model
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 
 Kind = Literal["text", "instruction", "preference", "labelled", "prompt"]
 
 
 class Stage(NamedTuple):
-    """A training stage. It starts from the model of the stage before it in the recipe's `chain`, or from the base model.
+    """A training stage. It starts from the last model before it in the recipe's `chain` that writes, or from the base model.
 
     Attributes:
         rows: the kind of its training rows, see `llm_engineering.data.rows`.
@@ -31,6 +31,8 @@ class Stage(NamedTuple):
         train: module and name of its function, which takes a `Job`, the formatted rows and the settings, and returns a
             `TrainingResult`. It is imported only when the stage trains, because unsloth must be imported before torch.
         title: what the stage does, in a few words.
+        policy: whether its model writes answers. A reward model scores them: it is no start for other stages, is not
+            promoted, and has measures of its own.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Stage(NamedTuple):
     block: type[TrainConfig]
     train: tuple[str, str]
     title: str
+    policy: bool = True
 
     def train_function(self) -> Callable[..., Any]:
         """Import the function that trains the stage."""
@@ -53,6 +56,9 @@ _ROWS = (
     # The reference of a preference stage is the model that it starts from.
     Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo_job"), "direct preference optimisation"),
     Stage("kto", "labelled", KTOConfig, (f"{_TRAINING}.kto", "train_kto_job"), "Kahneman-Tversky optimisation"),
+    Stage(
+        "reward", "preference", RewardConfig, (f"{_TRAINING}.reward", "train_reward_job"), "reward model", policy=False
+    ),
     Stage("rloo", "prompt", RLOOConfig, (f"{_TRAINING}.rloo", "train_rloo_job"), "REINFORCE leave-one-out on rewards"),
     Stage("grpo", "prompt", GRPOConfig, (f"{_TRAINING}.grpo", "train_grpo_job"), "group relative policy optimisation"),
 )

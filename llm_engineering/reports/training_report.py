@@ -13,6 +13,7 @@ from llm_engineering.reports.page import line_chart, page, paragraph, table
 
 # Beside the loss: key in the history, heading, label of the axis.
 _MORE = [
+    ("accuracy", "Pairs whose chosen answer has the higher reward", "share"),
     ("rewards/margins", "Reward margin (chosen minus rejected)", "margin"),
     ("reward", "Reward", "mean weighted sum"),
     ("frac_reward_zero_std", "Prompts whose completions all have the same reward", "share"),

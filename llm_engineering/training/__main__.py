@@ -98,7 +98,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
             f"The recipe's chain is {', '.join(recipe.chain)}, without {stage}. Add it, or name another stage."
         )
     config = recipe.block(stage)
-    before = recipe.chain_to(stage)[:-1]
+    before = [name for name in recipe.chain_to(stage)[:-1] if STAGES[name].policy]
     if before and not (arguments.adapter and any(arguments.adapter.glob("*.safetensors"))):
         raise RequestError(f"{stage} starts from the model of {before[-1]}. Name its folder with --adapter.")
 
@@ -185,7 +185,10 @@ def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> Non
 def _import_backend(
     compute: ComputeConfig, method: Method, config: Mapping[str, Any], model: ModelConfig, start: Path | None
 ) -> None:
-    """Import unsloth if it is the backend: it patches transformers, so it must be imported first."""
+    """Import unsloth if it is the backend: it patches transformers, so it must be imported first.
+
+    It trains no reward models.
+    """
     from llm_engineering.models.device import choose_backend, choose_device, import_backend, keys_beyond_unsloth
     from llm_engineering.recipe.model_blocks import LoraConfig, beyond_unsloth
 

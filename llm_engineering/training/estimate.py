@@ -19,9 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from llm_engineering.models.base_model import fitting_attention
 from llm_engineering.models.device import Device, choose_optimiser
 from llm_engineering.models.fit import on_meta, shape_config
+from llm_engineering.models.reward_model import with_reward_adapter
 from llm_engineering.recipe.model_blocks import LoraConfig, Method
 from llm_engineering.recipe.online_blocks import OnlineConfig, RLOOConfig
-from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, ReferenceConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, ReferenceConfig, RewardConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.losses import CHUNK
 from llm_engineering.training.policy import in_float32
@@ -36,6 +37,8 @@ OVERHEAD_BYTES = {"cpu": 715 * 2**20, "cuda": 1024 * 2**20}
 # of the GPU's peak (arXiv:2407.21783, table 4); not measured here.
 UTILISATION = {"cpu": 0.6, "cuda": 0.4}
 GIB = 2**30
+# The blocks of the stages on pairs: a row of theirs is two for the model.
+PAIRS = (DPOConfig, RewardConfig)
 
 
 class Memory(NamedTuple):
@@ -95,13 +98,20 @@ def shapes(
     rows: int,
     length: int,
     trust_remote_code: bool = False,
+    *,
+    scores: bool = False,
 ) -> Shapes:
-    """Build the model and its adapter from fake tensors, and run one forward pass of `rows × length` tokens."""
+    """Build the model and its adapter from fake tensors, and run one forward pass of `rows × length` tokens.
+
+    Args:
+        scores: whether the model scores rows, as a reward model, and has no output layer for tokens.
+    """
     full, four_bits = method == "full", method == "qlora"
     # sdpa keeps as many activations as FlashAttention, and does not need a GPU.
     attention = "sdpa" if device.attn_implementation == "flash_attention_2" else device.attn_implementation
     base = on_meta(
-        model, torch.float32 if full else device.dtype, fitting_attention(model, attention), trust_remote_code
+        *(model, torch.float32 if full else device.dtype, fitting_attention(model, attention), trust_remote_code),
+        scores=scores,
     )
     with torch.device("meta"):
         if not full:
@@ -119,7 +129,10 @@ def shapes(
             weights = in_linear * NF4_BYTES + outside * 4.0
         else:
             weights = float(sum(p.nbytes for p in base.parameters()))
-        policy: nn.Module = base if full else get_peft_model(base, shape_config(lora))
+        policy: nn.Module = base
+        if not full:
+            adapter = shape_config(lora)
+            policy = with_reward_adapter(base, adapter, None) if scores else get_peft_model(base, adapter)
     policy.train()
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     activations, hidden = _forward(base, policy, device, rows, length)
@@ -206,7 +219,8 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     - activations: the tensors that autograd saves in a forward pass, plus the average of one layer for the gradients in the
       backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
       GRPO and RLOO need no activations while they generate, but the keys and values of a generation step.
-    - logits: four float32 copies for 128 tokens; for all tokens of a batch in DPO and KTO with unsloth, or with `use_weighting`, and
+    - logits: none in a reward model; four float32 copies for 128 tokens; for all tokens of a batch in DPO and KTO with unsloth, or with
+      `use_weighting`, and
       for all tokens of completions in GRPO and RLOO. A model
       that needs the logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
 
@@ -232,6 +246,8 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
         device.backend == "unsloth" or config.library_arguments.get("use_weighting", False)
     )
     logits = 16.0 * (tokens if whole else min(tokens, CHUNK)) * sizes.vocabulary
+    if isinstance(config, RewardConfig):
+        logits = 0.0
     if isinstance(config, OnlineConfig):
         logits = 16.0 * rows * config.max_completion_length * sizes.vocabulary
         cache = config.generation_batch(1) * length * sizes.cache_width * sizes.hidden_bytes
@@ -303,7 +319,7 @@ def batch_shape(config: TrainConfig, max_length: int) -> tuple[int, int]:
     rows = config.per_device_train_batch_size
     if isinstance(config, OnlineConfig):
         return rows, max_length + config.max_completion_length
-    return (2 * rows if isinstance(config, DPOConfig) else rows), max_length
+    return (2 * rows if isinstance(config, PAIRS) else rows), max_length
 
 
 def remedy(config: TrainConfig, stage: str, method: Method) -> str:

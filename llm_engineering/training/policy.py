@@ -49,12 +49,19 @@ def new_policy(
         tokenizer = AutoTokenizer.from_pretrained(model_path(model, settings), **hub_options(model, settings))
         train_rows(config, base, add_new_tokens(tokenizer, model))
     policy = with_adapter(base, config, lora, model.name_or_path)
-    _forget_base(policy, model)
+    forget_base(policy, model)
     if lora.moves_base_weights:
-        # The same after a restart: it follows from the base weights and the seed.
-        weights = get_peft_model_state_dict(policy)
-        policy.start_weights = {k: v.clone() for k, v in weights.items() if "lora_" in k}  # type: ignore[assignment]
+        remember_start(policy)
     return policy
+
+
+def remember_start(policy: PeftModel) -> None:
+    """Remember the adapter that a part of the base weights was moved into, for `save_policy`.
+
+    It is the same after a restart: it follows from the base weights and the seed.
+    """
+    weights = get_peft_model_state_dict(policy)
+    policy.start_weights = {k: v.clone() for k, v in weights.items() if "lora_" in k}  # type: ignore[assignment]
 
 
 def in_float32(base: PreTrainedModel, modules: Sequence[str] | None) -> None:
@@ -90,11 +97,11 @@ def trained_policy(
     saved = peft.LoraConfig.from_pretrained(str(trained))
     base = _base(model, settings, device, method, saved.modules_to_save)
     policy = PeftModel.from_pretrained(base, str(trained), is_trainable=True)
-    _forget_base(policy, model)
+    forget_base(policy, model)
     return policy
 
 
-def _forget_base(policy: PeftModel, model: ModelConfig) -> None:
+def forget_base(policy: PeftModel, model: ModelConfig) -> None:
     """Prevent that checkpoints have the whole embeddings, which PEFT saves if the base model's files have other sizes."""
     if model.added_tokens:
         policy.peft_config["default"].base_model_name_or_path = ""
@@ -123,7 +130,7 @@ def save_policy(
         str(folder),
         selected_adapters=["default"],
         state_dict=weights,
-        # As in `_forget_base`.
+        # As in `forget_base`.
         save_embedding_layers=False if model.added_tokens else "auto",
     )
     # PEFT writes a model card that is only an empty template.

@@ -18,7 +18,7 @@ from llm_engineering.data.exam_answers import answers_right, named_in
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation.open import open_client
 from llm_engineering.generation.types import Answer, Client, Sampling
-from llm_engineering.recipe.reward_blocks import RewardConfig, RewardSet
+from llm_engineering.recipe.reward_blocks import RewardFunction, RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainingSetup
 
@@ -85,7 +85,7 @@ def weighted_sums(
     return sums, scores
 
 
-def _score_of(config: RewardConfig, setup: TrainingSetup, settings: Settings) -> Score:
+def _score_of(config: RewardFunction, setup: TrainingSetup, settings: Settings) -> Score:
     if config.own_function is not None:
         return partial(_own, config.use, own_function(config))
     if config.judge is not None:
@@ -175,7 +175,7 @@ def _judge_prompt(row: PromptRecord, completion: Completion, criterion: str) -> 
     )
 
 
-def own_function(config: RewardConfig) -> Callable[..., Any]:
+def own_function(config: RewardFunction) -> Callable[..., Any]:
     """Load the user's own function. Its file is run.
 
     Raises:

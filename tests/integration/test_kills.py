@@ -15,7 +15,7 @@ import torch
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
 from tests.tiny_models import training_setup
@@ -45,7 +45,7 @@ ONLINE = {
 
 
 def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None, stage: str = "sft") -> None:
-    """Train SFT, DPO or KTO on the adapter `sft`, or another stage in this process, and copy the last checkpoint of a finished run.
+    """Train a stage in this process, and copy the last checkpoint of a finished run. Some start from the adapter `sft`.
 
     Kills this process after the step `kill_at`, or with `in_save` while it saves that step.
     """
@@ -55,6 +55,7 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     from llm_engineering.training.dpo import train_dpo
     from llm_engineering.training.grpo import train_grpo
     from llm_engineering.training.kto import train_kto
+    from llm_engineering.training.reward import train_reward
     from llm_engineering.training.rloo import train_rloo
     from llm_engineering.training.sft import train_sft
     from llm_engineering.training.telemetry import work
@@ -131,12 +132,16 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     elif sft is None:
         result = train_sft(data, CONFIG, setup, settings)
     else:
-        config = CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
+        keys = CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
         if stage == "kto":
-            config |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-            result = train_kto(data, sft, KTOConfig.model_validate(config), setup, settings)
+            keys |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+            result = train_kto(data, sft, KTOConfig.model_validate(keys), setup, settings)
+        elif stage == "reward":
+            # Dropout stays on, so that the resumed run needs its random state.
+            config = RewardConfig.model_validate(keys | {"disable_dropout": False})
+            result = train_reward(data, sft, config, setup, settings)
         else:
-            result = train_dpo(data, sft, DPOConfig.model_validate(config), setup, settings)
+            result = train_dpo(data, sft, DPOConfig.model_validate(keys), setup, settings)
     (outputs / "summary.json").write_text(json.dumps(result.summary))
     shutil.copytree(result.adapter, outputs / "adapter", dirs_exist_ok=True)
 
@@ -150,7 +155,7 @@ def run(small_llama):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            *(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "kto", "grpo", "rloo")),
+            *(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "kto", "reward", "grpo", "rloo")),
             "tests.integration.test_kills",
         ]
     )
@@ -199,8 +204,8 @@ def test_five_kills_change_nothing(run, whole, tmp_path):
     assert_equal(tmp_path, whole)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto"])
-def test_killed_stage_with_a_reference_ends_like_an_uninterrupted_one(stage, run, whole, tmp_path):
+@pytest.mark.parametrize("stage", ["dpo", "kto", "reward"])
+def test_a_killed_stage_after_sft_ends_like_an_uninterrupted_one(stage, run, whole, tmp_path):
     start, untouched, killed = whole / "adapter", tmp_path / "untouched", tmp_path / "killed"
     untouched.mkdir()
     assert run(untouched, sft=start, stage=stage) == 0

@@ -20,12 +20,13 @@ from llm_engineering.cloud.sagemaker.dispatch import ATTACH, dispatch_training
 from llm_engineering.cloud.sagemaker.jobs import FETCHED, JobNames
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.reward_model import RewardModel
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import CPTConfig, KTOConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, KTOConfig, RewardConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.processes.job import Job
 from llm_engineering.training.processes.launch import launch_training
@@ -354,6 +355,22 @@ def test_kto_trains_in_a_job(fake, stage, tmp_path):
     assert (result.summary["stage"], result.summary["steps"]) == ("kto", 1)
     assert result.adapter.joinpath("adapter_model.safetensors").is_file()
     assert {job.status for job in fake.jobs.values()} == {"Completed"}
+
+
+def test_a_reward_model_trains_in_a_job_from_an_sft_adapter(fake, stage, tmp_path):
+    """The job gets the adapter, and returns a folder that holds a whole reward model."""
+    setup = stage.job.setup
+    sft = stage.dispatch(config={**stage.job.config, "num_train_epochs": 1.0})
+    tokenizer = load_tokenizer(setup.model, Settings(), "chatml")
+    stage.data = formatted("preference", 8, tokenizer, tmp_path)
+    keys = {k: v for k, v in stage.job.config.items() if k in RewardConfig.model_fields and k not in ("method", "lora")}
+    config = RewardConfig.model_validate(keys | {"num_train_epochs": 1.0})
+    result = stage.dispatch(stage="reward", config=config.model_dump(), start=sft.adapter)
+    assert result.summary["stage"] == "reward"
+    here = ComputeConfig(device="cpu", dtype="float32")
+    model = RewardModel.load(setup.model, result.adapter, tokenizer, here, Settings())
+    pair = stage.data["validation"][0]
+    assert len(set(model.scores([pair["prompt_ids"] + pair[name] for name in ("chosen_ids", "rejected_ids")]))) == 2
 
 
 # Actions that the policies allow and the whole chain does not use, with the reason.

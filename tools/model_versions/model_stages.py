@@ -13,6 +13,7 @@ from rich.table import Table
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Note, Overrides, VersionNumber, prepare_zenml
 
 # Measures in the table, under their names in the evaluation report.
@@ -93,10 +94,16 @@ def promote(
         raise RequestError(
             f"{recipe.name} version {now} is already in production. Choose another version: `make models` lists them."
         )
-    if adapter_of(found) is None:
+    adapter = adapter_of(found)
+    if adapter is None:
         raise RequestError(
             f"{recipe.name} version {found.number} has no model, because its run ended before training was complete. "
             "See `make runs`, and choose another version."
+        )
+    if not STAGES[adapter.name].policy:
+        raise RequestError(
+            f"{recipe.name} version {found.number} holds a reward model, which answers nothing, so it is not promoted: name it by "
+            f"its version, e.g. llm-engineering compare --best-of 8 --reward-model {found.number}."
         )
     against = now
     if not force:

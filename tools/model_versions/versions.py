@@ -62,7 +62,7 @@ class Found(NamedTuple):
 
     Attributes:
         name: its last training stage, `dpo` or `sft`.
-        folders: the adapter or full model of each stage, `sft` and perhaps `dpo`.
+        folders: the adapter or full model of each stage that makes a model that writes, `sft` and perhaps `dpo`.
         base: the base model of the training.
     """
 
@@ -160,7 +160,8 @@ def find_model(recipe: Recipe, number: str | None) -> Found:
     """A version by its number; without a number, the version in production, or else in staging.
 
     Raises:
-        RequestError: the version does not exist, no version is promoted, or the version has no trained model.
+        RequestError: the version does not exist, no version is promoted, or the version has no trained model, or holds a
+            reward model.
     """
     version = _promoted(recipe.name) if number is None else find_version(recipe.name, number)
     newest = adapter_of(version)
@@ -169,10 +170,52 @@ def find_model(recipe: Recipe, number: str | None) -> Found:
             f"Version {version.number} of {recipe.name} has no model, because its run ended before training was complete. "
             "Choose another version: `make models` lists all versions."
         )
-    adapters = {name: version.get_artifact(f"{name}_adapter") for name in STAGES}
+    if not STAGES[newest.name].policy:
+        raise RequestError(
+            f"Version {version.number} of {recipe.name} holds a reward model, which scores answers and writes none. Choose another "
+            "version: `make models` lists all versions."
+        )
+    adapters = {name: version.get_artifact(f"{name}_adapter") for name, stage in STAGES.items() if stage.policy}
     folders = {name: adapter.load().path for name, adapter in adapters.items() if adapter is not None}
     base = newest.base.model_copy(update={"trust_remote_code": recipe.model.trust_remote_code})
     return Found(version, newest.name, folders, with_added_tokens(base, folders[newest.name]))
+
+
+def find_reward_model(model: str, number: str, trust_remote_code: bool) -> tuple[ModelConfig, Path]:
+    """A reward model: the base model of its training, and its folder.
+
+    Args:
+        model: the name of the recipe, if `number` does not name another one.
+        number: a version, as `3`, or as `other-recipe:3`.
+
+    Raises:
+        RequestError: the version does not exist, has no reward model, or its base model has changed.
+    """
+    named, _, number = number.rpartition(":")
+    version = find_version(named or model, number)
+    artifact = next(
+        (
+            found
+            for name, stage in STAGES.items()
+            if not stage.policy and (found := version.get_artifact(f"{name}_adapter"))
+        ),
+        None,
+    )
+    if artifact is None:
+        raise RequestError(
+            f"Version {number} of {named or model} has no reward model. Train one with a recipe whose chain has the stage reward: "
+            "make run STAGE=reward"
+        )
+    facts = artifact.run_metadata
+    base = ModelConfig(
+        name_or_path=str(facts["base_model"]),
+        revision=str(facts["base_revision"]),
+        trust_remote_code=trust_remote_code,
+    )
+    folder: Path = artifact.load().path
+    base = with_added_tokens(base, folder)
+    check_unchanged(base)
+    return base, folder
 
 
 def _promoted(model: str) -> ModelVersionResponse:

@@ -145,7 +145,7 @@ class TelemetryCallback(TrainerCallback):
             self.logged = self.work.copy()
             entry["peak_memory_bytes"] = peak_memory_bytes()
         names = (
-            "loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins",
+            "loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "rewards/margins", "accuracy",
             "reward", "eval_reward", "kl", "completions/mean_length",
         )  # fmt: skip
         # Training and evaluation have separate entries. The progress line shows the newest value of each name.

@@ -337,3 +337,65 @@ def test_rewritings_and_the_budget_decide_the_texts(tmp_path):
 )
 def test_rewritings_that_nothing_can_make_are_refused(chain, blocks, words, tmp_path):
     refused(tmp_path, words, chain, **blocks)
+
+
+REWARD = {"learning_rate": 1e-3, **STEPS, "eval_strategy": "epoch", "save_strategy": "epoch"}
+CHANCE = {"better_than": {"base": {"reward_accuracy": 0.0}}}
+
+
+def test_a_run_that_ends_with_a_reward_model_needs_only_pairs(tmp_path):
+    chain = recipe(tmp_path, ["sft", "reward"], {"reward": CHANCE}, reward=REWARD)
+    assert chain.kinds("reward") == ["instruction", "preference"]
+    alone = recipe(tmp_path, ["reward"], {"reward": CHANCE}, reward=REWARD)
+    assert alone.kinds("reward") == ["preference"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (bounds("reward_accuracy"), ["better_than.incumbent has no effect", "compared with chance"]),
+        ({"better_than": {"base": {}}}, ["a reward model must be better than chance", "{reward_accuracy: 0.0}"]),
+        (
+            {"better_than": {"base": {"heldout_loss": 0.0}}},
+            ["promotion.reward.better_than.base names heldout_loss", "its measure is reward_accuracy"],
+        ),
+        (None, ["promotion.reward is missing", "{better_than: {base: {reward_accuracy: 0.0}}}"]),
+    ],
+)
+def test_a_reward_model_is_judged_by_its_accuracy_against_chance(tmp_path, rules, words):
+    refused(tmp_path, words, ["sft", "reward"], {"reward": rules}, reward=REWARD)
+
+
+def test_no_other_stage_is_judged_by_the_accuracy_of_rewards(tmp_path):
+    words = ["promotion.sft.better_than.base names reward_accuracy", "sft makes none"]
+    refused(tmp_path, words, ["sft"], {"sft": bounds("reward_accuracy")})
+
+
+@pytest.mark.parametrize(
+    ("chain", "blocks", "words"),
+    [
+        (["sft", "reward", "dpo"], {}, ["chain has dpo after reward", "put reward after dpo"]),
+        (
+            ["reward"],
+            {"model": {"new_tokens": ["<x>"]}},
+            ["does not train the rows of new tokens", "put sft before it"],
+        ),
+        (["sft", "reward"], {"compute": {"backend": "unsloth"}}, ["unsloth trains no reward models"]),
+        (
+            ["sft", "reward"],
+            {"compute": {"num_processes": 2, "distributed": "fsdp2"}},
+            ["reward was not tested with sharded weights"],
+        ),
+    ],
+)
+def test_what_a_reward_model_does_not_support_is_refused(tmp_path, chain, blocks, words):
+    refused(tmp_path, words, chain, {"reward": CHANCE}, reward=REWARD, **blocks)
+
+
+def test_the_block_takes_the_fields_of_trl_and_refuses_those_of_other_blocks(tmp_path):
+    given = {**REWARD, "center_rewards_coefficient": 0.01, "disable_dropout": False}
+    block = recipe(tmp_path, ["sft", "reward"], {"reward": CHANCE}, reward=given).reward
+    assert block.center_rewards_coefficient == 0.01
+    assert block.library_arguments == {"disable_dropout": False}
+    words = ["reward.eos_token", "model.eos_token names the token"]
+    refused(tmp_path, words, ["sft", "reward"], {"reward": CHANCE}, reward={**REWARD, "eos_token": "x"})

@@ -10,7 +10,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.block import fields_of
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
-from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from tests.conftest import ROOT
 
 LOCAL = ROOT / "configs" / "python_reference.yaml"
@@ -22,7 +22,7 @@ def test_the_file_is_that_of_the_installed_library():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("block", [SFTConfig, DPOConfig, KTOConfig, LoraConfig])
+@pytest.mark.parametrize("block", [SFTConfig, DPOConfig, KTOConfig, RewardConfig, LoraConfig])
 def test_every_field_is_a_key_or_is_refused_with_a_reason(block):
     known = fields_of(block.config_class).keys()
     # `load_best` is the recipe's name for it.
@@ -82,7 +82,7 @@ def test_fields_of_training_guides_are_taken():
         (["sft.load_best=true", "sft.save_strategy=epoch", "sft.save_steps=null"], "must be the same"),
         (["dpo.sync_ref_model=true"], "choose sft.method full"),
         (["sft.lora.modules_to_safe=[lm_head]"], "Did you mean `sft.lora.modules_to_save`?"),
-        (["sft.lora.task_type=CAUSAL_LM"], "`sft.lora.task_type` cannot be set: every model here"),
+        (["sft.lora.task_type=CAUSAL_LM"], "`sft.lora.task_type` cannot be set: the stage decides it"),
         (["sft.lora.bias=all"], "`sft.lora.bias` cannot be all: .*lora_bias"),
         (["sft.lora.init_lora_weights=eva"], "`sft.lora.init_lora_weights` cannot be eva: .*before training"),
         (["sft.lora.init_lora_weights=lora_ga"], "cannot be lora_ga"),

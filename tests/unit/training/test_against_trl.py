@@ -16,14 +16,22 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from llm_engineering.models.tokenizer import load_tokenizer, template_text
-from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from llm_engineering.training.cpt import train_cpt
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.kto import train_kto
+from llm_engineering.training.reward import train_reward
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, instruction, labelled, logged, pair, text, training_setup
 
@@ -153,6 +161,26 @@ def plain_dpo(side, seed):
     )
 
 
+def plain_reward(side, seed):
+    transformers.set_seed(seed)
+    tokenizer = plain_tokenizer(side)
+    # The tiny tokenizer's only special token ends answers. As the pad token, it would hide the ends.
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    folder = side.model if side.case.method == "lora" else side.start
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    if side.case.method == "lora":
+        # The class of the saved adapter would drop the head, so the adapter is loaded into one that trains it.
+        model = get_peft_model(model, LoraConfig(**ADAPTER, task_type="SEQ_CLS", modules_to_save=["score"]))
+        weights = get_peft_model_state_dict(model) | load_peft_weights(str(side.start), device="cpu")
+        set_peft_model_state_dict(model, weights)
+    return trl.RewardTrainer(
+        model=model,
+        args=trl.RewardConfig(**plain_arguments(side, seed), center_rewards_coefficient=0.01),
+        train_dataset=conversations(pair, "prompt", "chosen", "rejected"),
+        processing_class=tokenizer,
+    )
+
+
 # The project's side.
 
 
@@ -189,6 +217,11 @@ def our_kto(side, setup, settings):
     return train_kto(our_rows("labelled", side, setup, settings), side.start, config, setup, settings)
 
 
+def our_reward(side, setup, settings):
+    config = RewardConfig(**our_arguments(side), center_rewards_coefficient=0.01)
+    return train_reward(our_rows("preference", side, setup, settings), side.start, config, setup, settings)
+
+
 class Stage(NamedTuple):
     """A stage on both sides.
 
@@ -220,6 +253,7 @@ STAGES = {
         start="sft",
         values=("kl", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"),
     ),
+    "reward": Stage(plain_reward, our_reward, start="sft", values=("accuracy", "margin", "min_reward", "max_reward")),
 }
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 PACKED = {"packing": True, "per_device_train_batch_size": 1}
@@ -238,6 +272,9 @@ CASES = {
     "kto-full": Case("kto", "full", {}),
     "kto-precomputed": Case("kto", "lora", {"precompute_ref_log_probs": True}),
     "kto-unpaired": Case("kto", "lora", {"loss_type": "apo_zero_unpaired", "desirable_weight": 1.2}),
+    "reward": Case("reward", "lora", {}),
+    "reward-full": Case("reward", "full", {}),
+    "reward-accumulated": Case("reward", "lora", ACCUMULATED),
 }
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
-from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from llm_engineering.training.estimate import (
     NF4_BYTES,
     OVERHEAD_BYTES,
@@ -40,6 +40,7 @@ STEPS = {
 LORA = SFTConfig(**STEPS)
 DPO = DPOConfig(**STEPS)
 KTO = KTOConfig(**STEPS)
+REWARD = RewardConfig(**STEPS)
 # Sizes of the Llama in tests/tiny_models: two layers of width 32, four heads of size 8, two key heads, an MLP of width
 # 64, 281 tokens.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
@@ -119,12 +120,31 @@ def test_big_model_needs_no_memory_to_be_estimated():
         (DPO, "lora", CPU, (1400, 400, 0, 800, 10000, 16000)),
         (DPO, "full", CARD, (1000, 1000, 0, 800, 10000, 16000)),
         (KTO, "lora", CPU, (1400, 400, 0, 800, 10000, 16000)),
+        # no reference and no logits
+        (REWARD, "lora", CPU, (1400, 0, 0, 800, 10000, 0)),
     ],
 )
 def test_peak_is_the_sum_of_its_parts(config, method, device, expected):
     memory = peak_memory(SHAPES, config, device, method, 2, 10)
     assert memory[:-1] == expected
     assert memory.total == sum(expected) + OVERHEAD_BYTES[device.name]
+
+
+def test_a_reward_model_has_no_output_layer_and_two_rows_for_a_pair():
+    sizes = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    writes, scores = (shapes(sizes, "lora", LoraConfig(), CPU, 2, 16, scores=scores) for scores in (False, True))
+    # The output layer of 1,000 · 32 weights in float32 is replaced by a head with two labels, the default of a configuration.
+    assert writes.weights - scores.weights == 4 * (1000 * 32 - 2 * 32)
+    # The head is trained whole.
+    assert scores.trained - writes.trained == 2 * 32
+    assert batch_shape(REWARD, 16) == (2 * REWARD.per_device_train_batch_size, 16)
 
 
 def test_dpo_with_unsloth_takes_the_logits_of_a_whole_batch():

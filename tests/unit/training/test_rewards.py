@@ -8,7 +8,7 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation.types import Answer, Failure
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
-from llm_engineering.recipe.reward_blocks import RewardConfig, RewardSet
+from llm_engineering.recipe.reward_blocks import RewardFunction, RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.training import rewards as module
@@ -139,7 +139,7 @@ def test_what_an_own_function_returns_is_checked(tmp_path, body, words):
 def test_an_own_function_that_cannot_be_used_is_refused_before_training(tmp_path, code, name, words):
     reward = own(tmp_path, code, name)
     with pytest.raises(RequestError, match=words):
-        own_function(RewardConfig.model_validate(reward))
+        own_function(RewardFunction.model_validate(reward))
 
 
 def test_a_missing_file_is_refused(tmp_path):

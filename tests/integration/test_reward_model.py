@@ -1,0 +1,94 @@
+"""A chain that ends with a reward model, as users run it, and the commands that use or refuse its version."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Project, Run, make_project
+
+RECIPE = """
+extends: {recipe}
+name: tiny-reward
+chain: [sft, reward]
+dpo: null
+reward:
+  learning_rate: 1e-2
+  num_train_epochs: 2
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 1
+  eval_strategy: epoch
+  save_strategy: epoch
+promotion:
+  dpo: null
+  reward: {{better_than: {{base: {{reward_accuracy: 0.0}}}}}}
+"""
+
+
+@dataclass
+class Rewarded:
+    """A project after `run reward`, which has trained SFT first."""
+
+    project: Project
+    run: Run
+
+    def command(self, *words: str) -> Run:
+        return self.project.command(*words, "--config", str(self.project.recipe))
+
+
+@pytest.fixture(scope="module")
+def rewarded(tiny_model: Path, unused: Project, tmp_path_factory: pytest.TempPathFactory) -> Rewarded:
+    project = make_project(tmp_path_factory.mktemp("rewarded"), tiny_model, unused)
+    recipe = project.folder / "reward.yaml"
+    recipe.write_text(RECIPE.format(recipe=project.recipe))
+    project.recipe = recipe
+    return Rewarded(project, project.run("reward"))
+
+
+def test_the_reward_model_is_measured_by_pairs_alone_and_not_promoted(rewarded):
+    run = rewarded.run
+    assert run.code == 0, run.stderr
+    assert "No sft model is registered: training it first" in run.stderr
+    metrics = {name for name in run.json["metrics"] if name != "tokens_per_second"}
+    assert metrics == {"reward_accuracy_base", "reward_accuracy_reward"}
+    assert run.json["metrics"]["reward_accuracy_reward"] > 0.5
+    listed = rewarded.command("models", "list", "--json").json["versions"]
+    assert [(version["model"], version["gate"]) for version in listed] == [("reward", "passed"), ("sft", "passed")]
+    assert [version["stage"] for version in listed] == [None, "staging"]
+    report = json.loads(next(rewarded.project.folder.glob("stores/**/evaluation_report/**/report.json")).read_text())
+    assert report["models"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("chat", "--prompt", "Hi", "--version", "2"),
+        ("compare", "--prompt", "Hi", "--version", "2"),
+        ("serve", "--version", "2"),
+        ("models", "export", "--version", "2", "--output", "x"),
+        ("models", "promote", "2"),
+    ],
+    ids=lambda words: "-".join(words[:2]),
+)
+def test_a_command_that_needs_answers_refuses_a_reward_model(rewarded, words):
+    refused = rewarded.command(*words)
+    assert refused.code == 2
+    assert "ersion 2 " in refused.stderr
+    assert "holds a reward model" in refused.stderr
+
+
+def test_compare_shows_the_best_of_several_answers(rewarded):
+    asked = ("compare", "--prompt", "Where does the number 7 stand?", "--max-new-tokens", "4", "--seed", "5")
+    best = ("--best-of", "3", "--reward-model", "2")
+    first, again = (rewarded.command(*asked, *best) for _ in range(2))
+    assert first.code == 0, first.stderr
+    assert first.stdout.count("of 3 answers from") == 2
+    assert again.stdout == first.stdout
+    for wrong, words in (
+        (("--best-of", "3"), "--best-of and --reward-model belong together"),
+        (("--best-of", "3", "--reward-model", "1"), "Version 1 of tiny-reward has no reward model"),
+        ((*best, "--temperature", "0"), "--best-of has no effect at temperature 0"),
+    ):
+        refused = rewarded.command(*asked, *wrong)
+        assert (refused.code, words in refused.stderr) == (2, True), refused.stderr
