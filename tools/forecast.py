@@ -194,7 +194,7 @@ def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: 
         if config.max_steps < 0:
             return f"about {how}; the number of completions is known only after the data is formatted"
         completions = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-        tokens = completions * length
+        tokens = float(completions * length)
         return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens: {how}"
     if known is None:
         return f"about {how}; the number of tokens is known only after the data is formatted"

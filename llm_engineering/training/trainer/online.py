@@ -7,10 +7,10 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather  # type: ignore[import-untyped]
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -29,6 +29,8 @@ from llm_engineering.training.trainer.reference import complete_reference, disab
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from llm_engineering.training.training_run import TrainingRun
 
+Config = TypeVar("Config", bound=OnlineConfig)
+
 # Generation steps without any difference between the rewards of a prompt, from the start of the run, after which it stops.
 # With 32 completions a step, 320 have then been seen: a reward that 1 completion in 100 earns would have been seen with a
 # probability of 96 %. A difference later than this would teach from single lucky completions.
@@ -37,7 +39,7 @@ FLAT_STEPS = 10
 _SHOWN = 4
 
 
-def check_prompts(run: TrainingRun[OnlineConfig]) -> None:
+def check_prompts(run: TrainingRun[Config]) -> None:
     """Check the prompts before the model is loaded.
 
     Raises:
@@ -66,7 +68,7 @@ def check_prompts(run: TrainingRun[OnlineConfig]) -> None:
         )
 
 
-def online_arguments(run: TrainingRun[OnlineConfig], config: OnlineConfig) -> dict[str, Any]:
+def online_arguments(run: TrainingRun[Config], config: OnlineConfig) -> dict[str, Any]:
     """The arguments that trl.GRPOConfig and trl.RLOOConfig share.
 
     Args:
@@ -114,6 +116,15 @@ class OnlineTrainer(ResumableTrainer):
         reference: the frozen start of a full model; None for an adapter, or without a KL term.
     """
 
+    # Set by TRL.
+    args: Any
+    generation_config: Any
+    generation_kwargs: dict[str, Any]
+    num_generations: Any
+    num_iterations: int
+    _step: int
+    _buffered_inputs: Any
+
     def __init__(
         self, *args: Any, stage: str, rewards: Sequence[Reward], reference: PreTrainedModel | None, **kwargs: Any
     ) -> None:
@@ -150,7 +161,7 @@ class OnlineTrainer(ResumableTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> PromptsByEpoch:
         """TRL's sampler, with the order of each epoch from its number."""
         return PromptsByEpoch(
-            data_source=self.train_dataset if dataset is None else dataset,
+            data_source=self.train_dataset if dataset is None else dataset,  # type: ignore[arg-type]
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,
             repeat_count=self.num_iterations * self.args.steps_per_generation,
@@ -311,8 +322,9 @@ class PromptsByEpoch(RepeatSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        assert self.seed is not None
         self.generator.manual_seed(self.seed + self.epoch)
-        yield from super().__iter__()
+        yield from super().__iter__()  # type: ignore[no-untyped-call]
 
 
 def _completions_file(checkpoint: Path) -> Path:
