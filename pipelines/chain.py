@@ -1,5 +1,6 @@
 """The pipelines: documents → datasets → the stages of the recipe's chain → evaluation → promotion."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -83,7 +84,7 @@ class _Datasets:
     def of(self, kind: str, start: Any = None) -> Any:
         """The dataset of a kind, checked and split. `start` is the adapter that the stage starts from, if it has one."""
         if kind not in self._made:
-            make = {
+            make: dict[str, Callable[[], Any]] = {
                 "text": self._texts,
                 "instruction": self._candidates,
                 "preference": partial(self._preferences, start),
