@@ -258,6 +258,8 @@ def test_the_identity_depends_on_the_work_and_not_on_the_machine(tmp_path):
     from_one = jobs.job_identity(started, ROWS)
     (tmp_path / "adapter.safetensors").write_bytes(b"2")
     assert jobs.job_identity(started, ROWS) != from_one
+    scored = started.model_copy(update={"reward_model": tmp_path})
+    assert jobs.job_identity(scored, ROWS) != jobs.job_identity(started, ROWS)
 
 
 def test_the_identity_depends_on_the_code_that_the_job_runs(checkout, monkeypatch):
