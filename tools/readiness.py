@@ -182,7 +182,7 @@ def find_reward_models(recipe: Recipe) -> dict[str, ArtifactVersionResponse]:
         from tools.model_versions.versions import reward_model_artifact
 
         try:
-            found[stage] = reward_model_artifact(recipe.name, named.version)
+            found[stage] = reward_model_artifact(recipe.name, str(named.version))
             folder = found[stage].load().path
             check_base(recipe.model, folder)
             tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)

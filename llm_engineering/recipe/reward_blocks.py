@@ -54,7 +54,7 @@ class RewardFunction(Block):
     pattern: str | None = None
     judge: JudgeConfig | None = None
     criterion: str | None = Field(None, min_length=1)
-    version: str | None = None
+    version: str | int | None = None
 
     @field_validator("version", mode="before")
     @classmethod
@@ -91,7 +91,7 @@ class RewardFunction(Block):
             raise ValueError("the reward length needs either `target` or `longest`, a number of tokens")
         if self.use == "judge" and self.judge is None:
             raise ValueError("the reward judge needs the block `judge`, e.g. judge: {client: openai, model: NAME}")
-        if self.version is not None and not _VERSION.fullmatch(self.version):
+        if self.version is not None and not _VERSION.fullmatch(str(self.version)):
             raise ValueError(
                 f"version {self.version!r} is no version of a model: give a number, e.g. 3, or with the name of another recipe, "
                 "e.g. other-recipe:3"
