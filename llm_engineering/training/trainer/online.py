@@ -207,6 +207,7 @@ class OnlineTrainer(ResumableTrainer):
                 text=str(self.processing_class.decode(ids, skip_special_tokens=True)).strip(),  # type: ignore[union-attr]
                 stopped=bool(ids) and ids[-1] in self.eos_token_ids,
                 tokens=len(ids),
+                ids=ids,
             )
             for ids in completion_ids_list
         ]
