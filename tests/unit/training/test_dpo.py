@@ -10,10 +10,10 @@ from torch.nn.functional import logsigmoid, softplus
 from llm_engineering.models.device import choose_device
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training import reference as shared
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, save_policy, trained_policy
 from llm_engineering.training.sft import sft_trainer
+from llm_engineering.training.trainer import reference as shared
 from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import CPU, formatted, logged

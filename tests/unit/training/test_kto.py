@@ -13,9 +13,9 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import KTOConfig
-from llm_engineering.training import reference
 from llm_engineering.training.kto import balance, batched, kto_trainer, train_kto
 from llm_engineering.training.policy import new_policy
+from llm_engineering.training.trainer import reference
 from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import SIZES, Kind, formatted, logged, training_setup, write_model

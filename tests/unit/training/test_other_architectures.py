@@ -10,9 +10,9 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import ModelConfig
-from llm_engineering.training import reference
 from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.losses import why_not_from_hidden_states
+from llm_engineering.training.trainer import reference
 from tests.tiny_models import CPU, SIZES, Kind, formatted, training_setup, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
