@@ -62,6 +62,7 @@ _FEATURES = {
     "instruction": _TOKEN_FEATURES,
     "preference": _PAIR_FEATURES,
     "labelled": _LABELLED_FEATURES,
+    "prompt": _PROMPT_FEATURES,
 }
 _FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), Value("string")))
 SAMPLE_ROWS = 5
