@@ -1,6 +1,6 @@
 """The pipelines: documents → datasets → the stages of the recipe's chain → evaluation → promotion."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -221,8 +221,12 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
     formatted: dict[str, Any] = {}
     report: Any = None
     start: Any = None
+    # The reward model of the last stage with rewards.
+    scorer: Any = None
     for stage in chain:
-        kind = STAGES[stage].rows
+        kind, block = STAGES[stage].rows, recipe.block(stage)
+        if isinstance(block, RewardedConfig):
+            scorer = _reward_model(recipe, inputs, stage, block, adapters)
         if stage in trained or kind not in formatted:
             rows = _format(recipe, stage, kind, datasets.of(kind, start))
             formatted.setdefault(kind, rows)
@@ -231,10 +235,11 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
                 rows,
                 stage,
                 STAGES[stage].train,
-                recipe.block(stage).model_dump(),
+                block.model_dump(),
                 recipe.setup,
                 inputs.recipes[stage],
                 start,
+                scorer if isinstance(block, RewardedConfig) else None,
                 id=f"train_{stage}",
             )
         # A reward model is no start for another stage.
@@ -256,6 +261,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         datasets.exam(),
         rewards=rewarded.reward_set if rewarded is not None else None,
         reward_code=inputs.rewards,
+        reward_model=scorer,
         max_completion_length=getattr(rewarded, "max_completion_length", None),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
@@ -267,6 +273,18 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         id=f"evaluate_{last}",
     )
     promote(evaluation, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
+
+
+def _reward_model(
+    recipe: Recipe, inputs: Inputs, stage: str, block: RewardedConfig, adapters: Mapping[str, Any]
+) -> Any:
+    """The model of a stage's reward `reward_model`: of the version that it names, or of this chain; None without this reward."""
+    if block.reward_model is None:
+        return None
+    trained = recipe.reward_stage(stage)
+    if block.reward_model.version is not None or trained is None:
+        return Client().get_artifact_version(inputs.reward_models[stage])
+    return adapters[trained]
 
 
 def _format(recipe: Recipe, stage: str, kind: str, dataset: Any) -> Any:

@@ -72,6 +72,7 @@ def evaluate(
     rewards: RewardSet | None = None,
     max_completion_length: int | None = None,
     reward_code: dict[str, str] | None = None,
+    reward_model: Directory | None = None,
     incumbent: Directory | None = None,
     epochs: dict[str, float] | None = None,
     **adapters: Directory | None,
@@ -90,6 +91,7 @@ def evaluate(
         epochs: the epochs of the stages on texts and instructions.
         rewards: those of the last stage on prompts, whose answers have at most `max_completion_length` tokens.
         reward_code: hashes of the files of own rewards, so that a changed file runs this step again.
+        reward_model: the model of the reward `reward_model`; None without this reward.
     """
     # Join the held-out rows of each kind
     formatted = {
@@ -135,7 +137,9 @@ def evaluate(
     trained = {stage: adapters[f"{stage}_adapter"] for stage in chain if STAGES[stage].policy}
     trained |= {INCUMBENT: incumbent}
     folders = {name: model.path for name, model in trained.items() if model is not None}
-    rewarding = Rewarding(rewards, max_completion_length) if rewards is not None and max_completion_length else None
+    rewarding = None
+    if rewards is not None and max_completion_length:
+        rewarding = Rewarding(rewards, max_completion_length, reward_model.path if reward_model else None)
     data = evaluate_models(folders, heldout, config, setup, Settings(), questions, rewarding)
 
     # Add what training read

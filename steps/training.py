@@ -31,6 +31,7 @@ def train(
     setup: TrainingSetup,
     recipe_hash: str,
     start: Directory | None = None,
+    reward_model: Directory | None = None,
 ) -> tuple[Annotated[Directory, "{stage}_adapter"], Annotated[Directory, "training_report"]]:
     """Train a stage on the machine that the recipe names.
 
@@ -40,6 +41,7 @@ def train(
         config: the stage's block of the recipe.
         recipe_hash: covers everything that decides the result; the next stage finds the adapter by it.
         start: the adapter or full model of the stage before.
+        reward_model: the model of the reward `reward_model`; None without this reward.
     """
     # Train
     job = Job(
@@ -48,6 +50,7 @@ def train(
         setup=setup,
         start=start.path if start else None,
         parameters=_lineage(recipe_hash),
+        reward_model=reward_model.path if reward_model else None,
     )
     if setup.compute.target == "local":
         train_job: Callable[..., TrainingResult] = getattr(import_module(function[0]), function[1])

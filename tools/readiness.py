@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import check
@@ -31,6 +31,7 @@ from llm_engineering.models.device import (
     choose_device,
 )
 from llm_engineering.models.fit import check_fit
+from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
 from llm_engineering.recipe.data_blocks import DataConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
@@ -46,7 +47,10 @@ from llm_engineering.training.rewards import GRADE_FIELD, own_function, reward_f
 from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
-from tools.cli import PROJECT_ROOT
+from tools.cli import PROJECT_ROOT, prepare_zenml
+
+if TYPE_CHECKING:
+    from zenml.models import ArtifactVersionResponse
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -91,6 +95,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     )
     _check_tokenizer(recipe)
     check_model(recipe)
+    reward_models = find_reward_models(recipe)
     for stage in recipe.chain:
         config = recipe.block(stage)
         if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
@@ -126,11 +131,13 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
                 "labelled": labelled,
                 "prompts": prompts,
                 "rewards": rewards,
+                "reward_models": {stage: found.content_hash for stage, found in reward_models.items()},
                 "replay": replay,
                 "replay_instructions": replay_instructions,
             },
         ),
         code=code_version(),
+        reward_models={stage: str(found.id) for stage, found in reward_models.items()},
     )
 
 
@@ -159,6 +166,32 @@ def check_rewards(recipe: Recipe) -> dict[str, str]:
     return hashes
 
 
+def find_reward_models(recipe: Recipe) -> dict[str, ArtifactVersionResponse]:
+    """Find the reward models that rewards of the chain name by their version; returns their artifacts by the stage.
+
+    Raises:
+        RequestError: a version does not exist, has no reward model, or has one of another base model or with other tokens.
+    """
+    found: dict[str, ArtifactVersionResponse] = {}
+    for stage in recipe.chain:
+        block = recipe.block(stage)
+        named = block.reward_model if isinstance(block, RewardedConfig) else None
+        if named is None or named.version is None:
+            continue
+        prepare_zenml()
+        from tools.model_versions.versions import reward_model_artifact
+
+        try:
+            found[stage] = reward_model_artifact(recipe.name, str(named.version))
+            folder = found[stage].load().path
+            check_base(recipe.model, folder)
+            tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
+            check_tokens(folder, tokenizer, Settings(), recipe.model.trust_remote_code)
+        except RequestError as error:
+            raise RequestError(f"{stage}.rewards, reward_model, version {named.version}: {error}") from error
+    return found
+
+
 def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -> dict[str, str]:
     """For each stage, the hash of everything that decides its result, with all stages before it.
 
@@ -178,6 +211,8 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
             decided["preferences"] = own["preferences"]
         if rows == "prompt":
             decided["prompts"], decided["rewards"] = own["prompts"], own["rewards"]
+        if stage in own["reward_models"]:
+            decided[f"{stage}_reward_model"] = own["reward_models"][stage]
         # Pairs and prompts are made of the instructions that are left after duplicates, also those of general rows, are dropped.
         made = "preferences" if from_pairs else "prompts" if rows == "prompt" else None
         if rows == "instruction" or (made is not None and not own[made]):

@@ -33,10 +33,11 @@ from llm_engineering.training.rewards import Reward, open_rewards
 
 
 class Rewarding(NamedTuple):
-    """The rewards of a stage, and the longest answer that it scored, in tokens."""
+    """The rewards of a stage, the longest answer that it scored, in tokens, and the folder of its reward model."""
 
     rewards: RewardSet
     max_completion_length: int
+    reward_model: Path | None = None
 
 
 def evaluate(
@@ -129,7 +130,7 @@ def _observe_all(
     if rewarding is not None:
         work = work._replace(
             prompts=[ours.prompts[index] for index in draw_indices(ours.prompts, config.generated_rows, setup.seed)],
-            rewards=open_rewards(rewarding.rewards, setup, settings),
+            rewards=open_rewards(rewarding.rewards, setup, settings, rewarding.reward_model),
             max_completion_length=rewarding.max_completion_length,
         )
 

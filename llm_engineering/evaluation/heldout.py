@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_engineering.data.rows import InstructionRow, PreferenceRow, PromptRow, TextRow
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.models import Labelled, labelled_answer
-from llm_engineering.formatting.datasets import pieces
+from llm_engineering.formatting.columns import pieces
 from llm_engineering.formatting.render import Pair, Tokens, UnrenderableError, render, text_tokens
 
 RowT = TypeVar("RowT", TextRow, InstructionRow, PreferenceRow, PromptRow)

@@ -205,7 +205,7 @@ def observe(
     if work.prompts:
         prompts = [row.prompt for row, _ in work.prompts]
         rewarded = models.answers(name, prompts, work.max_completion_length, f"answers to prompts, {shown_as}")
-        rows |= _rewards(rewarded, work)
+        rows |= _rewards(rewarded, work, given is work.ours)
     check_answers: list[str] = []
     if work.checks:
         prompts = [check.messages for check in work.checks]
@@ -224,9 +224,16 @@ def observe(
     return Observation(rows, answers, check_answers, tasks, taken, rewarded)
 
 
-def _rewards(answers: Sequence[Sample], work: Work) -> dict[str, Rows]:
-    """The weighted sum of the rewards of each answer, and each single reward."""
-    completions = [Completion(answer.text, answer.stopped, len(answer.ids)) for answer in answers]
+def _rewards(answers: Sequence[Sample], work: Work, own_tokens: bool) -> dict[str, Rows]:
+    """The weighted sum of the rewards of each answer, and each single reward.
+
+    Args:
+        own_tokens: whether the model that answered has this recipe's tokenizer.
+    """
+    completions = [
+        Completion(answer.text, answer.stopped, len(answer.ids), answer.ids if own_tokens else None)
+        for answer in answers
+    ]
     sums, scores = weighted_sums(work.rewards, [record for _, record in work.prompts], completions)
     documents = by_document([row for row, _ in work.prompts])
     values = {REWARD: sums, **{REWARD_PREFIX + name: found for name, found in scores.items()}}

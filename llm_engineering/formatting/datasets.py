@@ -13,17 +13,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.rows import (
     AT_LAST_SENTENCE,
-    FEATURES,
     REPLAY,
     SPLITS,
     InstructionRow,
-    LabelledRow,
     PreferenceRow,
     PromptRow,
     Row,
@@ -33,6 +31,7 @@ from llm_engineering.data.rows import (
 )
 from llm_engineering.data.storage import TableWriter, stream_records, work_folder
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.formatting.columns import COLUMNS, piece_records, row_record
 from llm_engineering.formatting.control_tokens import ControlTokens
 from llm_engineering.formatting.prompt_rows import PromptTokens, prompt_tokens
 from llm_engineering.formatting.render import (
@@ -49,21 +48,6 @@ from llm_engineering.formatting.render import (
 from llm_engineering.progress import Progress, counted
 from llm_engineering.recipe.data_blocks import FormattingConfig
 
-_IDS = List(Value("int32"))
-_ROW = {"id": Value("string"), "truncated": Value("bool")}
-_TOKEN_FEATURES = Features({**_ROW, "input_ids": _IDS, "labels": _IDS, "prompt_tokens": Value("int32")})
-_PROMPT_FEATURES = Features(
-    {**_ROW, "prompt_ids": _IDS, "prompt": FEATURES["prompt"]["prompt"], "answers": FEATURES["prompt"]["answers"]}
-)
-_PAIR_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "chosen_ids": _IDS, "rejected_ids": _IDS})
-_LABELLED_FEATURES = Features({**_ROW, "prompt_ids": _IDS, "completion_ids": _IDS, "label": Value("bool")})
-_FEATURES = {
-    "text": _TOKEN_FEATURES,
-    "instruction": _TOKEN_FEATURES,
-    "preference": _PAIR_FEATURES,
-    "labelled": _LABELLED_FEATURES,
-    "prompt": _PROMPT_FEATURES,
-}
 _FINDINGS = Features(dict.fromkeys(("id", "source", "rule", "detail"), Value("string")))
 SAMPLE_ROWS = 5
 _BATCH_ROWS = 256
@@ -262,7 +246,7 @@ def _without_exchanges(row: InstructionRow | PreferenceRow, count: int) -> Instr
 def _fitted(row: Row, stage: str, tokens: Rendered | PromptTokens, config: FormattingConfig) -> FormattedRow:
     if isinstance(row, TextRow):
         assert isinstance(tokens, Tokens)
-        return FormattedRow(row, _piece_records(row, tokens, config.max_length), len(tokens.input_ids), None)
+        return FormattedRow(row, piece_records(row, tokens, config.max_length), len(tokens.input_ids), None)
     if isinstance(tokens, UnrenderableError):
         return _set_aside(row, stage, tokens.reason, str(tokens))
     if isinstance(tokens, list):
@@ -275,7 +259,7 @@ def _fitted(row: Row, stage: str, tokens: Rendered | PromptTokens, config: Forma
         start = len(tokens.prompt_ids)
         length = start + max(len(tokens.chosen_ids), len(tokens.rejected_ids))
     if length <= config.max_length:
-        record = _record(row, tokens, config, truncated=False)
+        record = row_record(row, tokens, config, truncated=False)
         return FormattedRow(row, [record], length, None, respaced=tokens.respaced)
     fits_prompt = start < config.max_length
     # The later turns of a conversation are not rendered once it is too long.
@@ -296,7 +280,7 @@ def _fitted(row: Row, stage: str, tokens: Rendered | PromptTokens, config: Forma
             detail += ", and both answers are the same up to that length"
             return _set_aside(row, stage, "over_long", detail, length)
         detail += "; the rest is cut off, and the end of its answer is not trained"
-        return FormattedRow(row, [_record(row, cut, config, truncated=True)], length, None, detail, tokens.respaced)
+        return FormattedRow(row, [row_record(row, cut, config, truncated=True)], length, None, detail, tokens.respaced)
     return _set_aside(row, stage, "over_long" if fits_prompt else "over_long_prompt", detail, length)
 
 
@@ -325,41 +309,6 @@ def _cut(tokens: Tokens | Pair, max_length: int) -> Tokens | Pair:
     while labels[-1] == IGNORE_INDEX:
         labels.pop()
     return Tokens(tokens.input_ids[: len(labels)], labels)
-
-
-def pieces(ids: list[int], max_length: int) -> list[list[int]]:
-    """Divide a text into the fewest pieces of at most `max_length` tokens, of equal length but for one token."""
-    count = -(-len(ids) // max_length)
-    ends = [len(ids) * (number + 1) // count for number in range(count)]
-    return [ids[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _piece_records(row: TextRow, tokens: Tokens, max_length: int) -> list[dict[str, Any]]:
-    """A record for each piece of a text. The text continues after every piece but the last: these are `truncated`."""
-    parts = pieces(tokens.input_ids, max_length)
-    return [
-        {"id": row.id, "truncated": part is not parts[-1], "input_ids": part, "labels": part, "prompt_tokens": 0}
-        for part in parts
-    ]
-
-
-def _record(
-    row: Row, tokens: Tokens | Pair | PromptTokens, config: FormattingConfig, truncated: bool
-) -> dict[str, Any]:
-    if isinstance(row, LabelledRow):
-        assert isinstance(tokens, Tokens)
-        start = prompt_length(tokens)
-        ids = {"prompt_ids": tokens.input_ids[:start], "completion_ids": tokens.input_ids[start:]}
-        return {"id": row.id, "truncated": truncated, **ids, "label": row.label}
-    record: dict[str, Any] = {"id": row.id, "truncated": truncated, **tokens._asdict()}
-    del record["respaced"]
-    if isinstance(row, PromptRow):
-        record |= {name: row.record()[name] for name in ("prompt", "answers")}
-    if isinstance(tokens, Tokens):
-        record["prompt_tokens"] = prompt_length(tokens)
-        if config.train_on_prompt:
-            record["labels"] = list(tokens.input_ids)
-    return record
 
 
 def _set_aside(row: Row, stage: str, reason: str, detail: str, length: int = 0) -> FormattedRow:
@@ -404,7 +353,7 @@ def format_splits(
         reasons: Counter[str] = Counter()
         kept[name] = 0
         labelled = config.model_copy(update={"train_on_prompt": config.train_on_prompt and name != "test"})
-        with TableWriter(folder / f"formatted-{name}.arrow", _FEATURES[kind]) as table:
+        with TableWriter(folder / f"formatted-{name}.arrow", COLUMNS[kind]) as table:
             for formatted in format_rows(map(to_row, stream_records(split)), kind, tokenizer, labelled):
                 lengths.add(name, formatted)
                 if formatted.rejected is None:

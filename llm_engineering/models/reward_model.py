@@ -23,6 +23,7 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device, choose_device
 from llm_engineering.models.generate import batches_by_length
 from llm_engineering.models.new_tokens import with_added_tokens
+from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.progress import Progress
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -66,8 +67,7 @@ class RewardModel:
         Raises:
             RequestError: the folder holds a model that writes text.
         """
-        if not is_reward_model(folder):
-            raise RequestError(f"{folder} holds no reward model: name the output of a stage `reward`.")
+        _check_scores(folder)
         device = choose_device(compute)
         pad = padding_token(tokenizer)
         if not (folder / "adapter_config.json").is_file():
@@ -116,6 +116,47 @@ def is_reward_model(folder: Path) -> bool:
         return bool(json.loads(adapter.read_text(encoding="utf-8"))["task_type"] == "SEQ_CLS")
     names = json.loads(full.read_text(encoding="utf-8")).get("architectures") or [] if full.is_file() else []
     return any(name.endswith("ForSequenceClassification") for name in names)
+
+
+def _check_scores(folder: Path) -> None:
+    if not is_reward_model(folder):
+        raise RequestError(f"{folder} holds no reward model: name the output of a stage `reward`.")
+
+
+def check_base(model: ModelConfig, folder: Path) -> None:
+    """Check that a reward model belongs to a recipe's base model. A full reward model needs no base model.
+
+    Raises:
+        RequestError: the folder holds no reward model, or one of another base model or another revision.
+    """
+    _check_scores(folder)
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    adapter = json.loads(file.read_text(encoding="utf-8"))
+    base = (adapter["base_model_name_or_path"], adapter.get("revision"))
+    if base != (model.name_or_path, model.revision):
+        name, revision = base
+        raise RequestError(
+            f"The reward model was trained on the base model {name} (revision {revision}), and the recipe's is "
+            f"{model.name_or_path} (revision {model.revision}). Name a reward model of the same base model."
+        )
+
+
+def check_tokens(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, settings: Settings, trust_remote_code: bool = False
+) -> None:
+    """Check that a reward model was trained with a tokenizer and its chat template.
+
+    Raises:
+        RequestError: it was trained with another one, so it cannot read answers in these tokens.
+    """
+    own = load_tokenizer(ModelConfig(name_or_path=str(folder), trust_remote_code=trust_remote_code), settings)
+    if own.chat_template != tokenizer.chat_template or own.get_vocab() != tokenizer.get_vocab():
+        raise RequestError(
+            "The reward model was trained with another tokenizer or chat template than the models that answer, so it cannot "
+            "read their answers. Name a reward model of the same base model and formatting.chat_template."
+        )
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:

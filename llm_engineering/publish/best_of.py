@@ -11,11 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
-from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.generate import generate_ids
-from llm_engineering.models.reward_model import RewardModel
-from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
+from llm_engineering.models.reward_model import RewardModel, check_tokens
+from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.publish.conversation import Reply, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -49,14 +48,8 @@ class BestOf(NamedTuple):
         Raises:
             RequestError: the reward model was trained with other tokens, or with another chat template.
         """
-        saved = ModelConfig(name_or_path=str(folder), trust_remote_code=base.trust_remote_code)
-        own = load_tokenizer(saved, settings)
-        if own.chat_template != tokenizer.chat_template or own.get_vocab() != tokenizer.get_vocab():
-            raise RequestError(
-                "The reward model was trained with another tokenizer or chat template than the models that answer, so it cannot "
-                "read their answers. Name a reward model of the same base model and formatting.chat_template."
-            )
-        return cls(RewardModel.load(base, folder, own, compute, settings), tokenizer, number)
+        check_tokens(folder, tokenizer, settings, base.trust_remote_code)
+        return cls(RewardModel.load(base, folder, tokenizer, compute, settings), tokenizer, number)
 
     def answer(
         self, model: Any, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling, **options: Any

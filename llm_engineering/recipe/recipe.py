@@ -317,16 +317,10 @@ class Recipe(RecipeKeys):
         compute = self.compute
         for stage in self.chain:
             block = self.block(stage)
-            here = (
-                next((r.use for r in block.rewards if r.own_function or r.judge), None)
-                if isinstance(block, RewardedConfig)
-                else None
-            )
-            if here is not None and compute.target == "sagemaker":
-                raise ValueError(
-                    f"{stage}.rewards names {here}, and a job on SageMaker has neither your files nor the judge's key: use "
-                    "compute.target local, or other rewards"
-                )
+            if isinstance(block, RewardedConfig):
+                problem = block.rewards_problem(stage, self.reward_stage(stage), compute)
+                if problem:
+                    raise ValueError(problem)
         if compute.device == "cpu" and compute.dtype == "float16":
             raise ValueError(
                 "compute.dtype float16 does not train on compute.device cpu: use bfloat16 or float32, or auto"

@@ -158,6 +158,10 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
         blocks = [self.block(name) for name in self.chain_to(stage)]
         return next((block for block in reversed(blocks) if isinstance(block, RewardedConfig)), None)
 
+    def reward_stage(self, stage: str) -> str | None:
+        """The last stage before a stage of the chain that trains a reward model; None if there is none."""
+        return next((name for name in reversed(self.chain_to(stage)[:-1]) if not STAGES[name].policy), None)
+
     @property
     def setup(self) -> TrainingSetup:
         """The keys that all training stages share."""

@@ -6,9 +6,10 @@ import re
 from difflib import get_close_matches
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llm_engineering.recipe.block import Block
+from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import JudgeConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 
@@ -20,10 +21,12 @@ REWARDS: dict[str, tuple[str, ...]] = {
     "length": ("target", "longest"),
     "format": ("pattern",),
     "judge": ("judge", "criterion"),
+    "reward_model": ("version",),
 }
 # The rewards that compare a completion with the accepted answers of its prompt.
 NEED_ANSWERS = ("exact_answer", "contains")
 _OPTIONS = tuple(dict.fromkeys(option for options in REWARDS.values() for option in options))
+_VERSION = re.compile(r"([a-zA-Z0-9][a-zA-Z0-9._-]*:)?[1-9]\d*")
 _OWN_FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -40,6 +43,8 @@ class RewardFunction(Block):
       falling linearly to 0 at twice as many.
     - `format`: 1 if the regular expression `pattern` matches the whole completion, else 0.
     - `judge`: the grade from 0 to 1 that the model of the block `judge` gives by the `criterion`, a sentence.
+    - `reward_model`: the score of a reward model, a number without bounds. `version` is a version of the recipe's name, e.g. 3, or
+      of another one, e.g. `other-recipe:3`. Without it, it is the reward model that the chain trains before this stage.
     """
 
     use: str
@@ -49,6 +54,12 @@ class RewardFunction(Block):
     pattern: str | None = None
     judge: JudgeConfig | None = None
     criterion: str | None = Field(None, min_length=1)
+    version: str | int | None = None
+
+    @field_validator("version", mode="before")
+    @classmethod
+    def _version_as_text(cls, version: Any) -> Any:
+        return str(version) if isinstance(version, int) else version
 
     @property
     def own_function(self) -> tuple[str, str] | None:
@@ -80,6 +91,11 @@ class RewardFunction(Block):
             raise ValueError("the reward length needs either `target` or `longest`, a number of tokens")
         if self.use == "judge" and self.judge is None:
             raise ValueError("the reward judge needs the block `judge`, e.g. judge: {client: openai, model: NAME}")
+        if self.version is not None and not _VERSION.fullmatch(str(self.version)):
+            raise ValueError(
+                f"version {self.version!r} is no version of a model: give a number, e.g. 3, or with the name of another recipe, "
+                "e.g. other-recipe:3"
+            )
         if self.use != "format":
             return self
         if self.pattern is None:
@@ -109,6 +125,11 @@ class RewardSet(Block):
             for place, name in enumerate(names)
         ]
 
+    @property
+    def reward_model(self) -> RewardFunction | None:
+        """The reward `reward_model`; None if there is none."""
+        return next((reward for reward in self.rewards if reward.use == "reward_model"), None)
+
     @model_validator(mode="before")
     @classmethod
     def _has_rewards(cls, keys: Any) -> Any:
@@ -122,6 +143,8 @@ class RewardSet(Block):
     def _weights(self) -> Self:
         if not any(reward.weight for reward in self.rewards):
             raise ValueError("rewards has no weight other than 0, so nothing would be learned: set one to 1")
+        if [reward.use for reward in self.rewards].count("reward_model") > 1:
+            raise ValueError("rewards names reward_model twice, and a stage has one reward model: remove one of them")
         names = self.reward_names
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -144,3 +167,22 @@ class RewardedConfig(RewardSet, TrainConfig):
     def reward_set(self) -> RewardSet:
         """The rewards alone, for evaluation."""
         return RewardSet(rewards=self.rewards, trust_reward_code=self.trust_reward_code)
+
+    def rewards_problem(self, stage: str, trained: str | None, compute: ComputeConfig) -> str:
+        """Why these rewards cannot work in a recipe; empty if they can.
+
+        Args:
+            trained: the stage that trains a reward model before this one; None if there is none.
+        """
+        here = next((reward.use for reward in self.rewards if reward.own_function or reward.judge), None)
+        if here is not None and compute.target == "sagemaker":
+            return (
+                f"{stage}.rewards names {here}, and a job on SageMaker has neither your files nor the judge's key: use "
+                "compute.target local, or other rewards"
+            )
+        if self.reward_model is not None and self.reward_model.version is None and trained is None:
+            return (
+                f"{stage}.rewards names reward_model without a version, and chain trains no reward model before {stage}: put reward "
+                f"before {stage}, or name a trained one, e.g. {{use: reward_model, version: 3}}"
+            )
+        return ""

@@ -32,6 +32,7 @@ from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import Method, ModelConfig
+from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.processes.job import RESULT_FILE, Job, Result, read_job, write_failure
@@ -55,6 +56,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--adapter", type=Path, help="the adapter, or full model, of the stage before this one")
+    parser.add_argument("--reward-model", type=Path, help="the reward model of the reward `reward_model`")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--resume-from", type=Path, metavar="DIR", help="a checkpoint of the same run to resume from")
     parser.add_argument("--job", type=Path, metavar="FILE", help="a file that describes the run, instead of a recipe")
@@ -102,11 +104,20 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     if before and not (arguments.adapter and any(arguments.adapter.glob("*.safetensors"))):
         raise RequestError(f"{stage} starts from the model of {before[-1]}. Name its folder with --adapter.")
 
+    scores = isinstance(config, RewardSet) and config.reward_model is not None
+    if scores != (arguments.reward_model is not None):
+        raise RequestError(
+            f"{stage}.rewards names reward_model: name the folder of this model with --reward-model."
+            if scores
+            else f"--reward-model has no effect, because {stage} has no reward reward_model. Leave it out."
+        )
+
     # Import the backend, before transformers
     is_launched = "WORLD_SIZE" in os.environ
     if is_launched and config.trains_with_unsloth:
         _import_backend(recipe.compute, recipe.method, config.model_dump(), recipe.model, arguments.adapter)
     from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.reward_model import check_base
     from llm_engineering.models.tokenizer import pin_chat_template
     from llm_engineering.training.processes import ranks
     from llm_engineering.training.processes.launch import launch_training
@@ -118,6 +129,8 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     )
     settings = Settings()
     settings.check_writable()
+    if arguments.reward_model is not None:
+        check_base(model, arguments.reward_model)
 
     # Train
     job = Job(
@@ -127,6 +140,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
         data=arguments.data,
         start=arguments.adapter,
         resume_from=arguments.resume_from,
+        reward_model=arguments.reward_model,
     )
     if is_launched:
         result = _train(job)

@@ -212,7 +212,8 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
 
     - weights: float32 for `full`; autocast's half-precision copies count as activations. The device's precision for
       `lora`. For `qlora` 4 bits in linear layers and float32 elsewhere. Adapters are float32.
-    - reference (DPO, KTO, and GRPO and RLOO with a `beta`): a copy of the adapter, or of the full model unless it is precomputed.
+    - reference (DPO, KTO, and GRPO and RLOO with a `beta`): a copy of the adapter, or of the full model unless it is precomputed;
+      and the model of the reward `reward_model`.
     - optimiser: AdamW's two moments for each trained weight, in float32 or in 8 bits (arXiv:2110.02861).
     - gradients: float32 for each trained weight. With accumulation they exist during the whole backward pass; without
       it, they grow while the activations are freed.
@@ -237,6 +238,9 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     elif isinstance(config, OnlineConfig) and (config.beta or isinstance(config, RLOOConfig)):
         # TRL's RLOOTrainer copies an adapter even if no KL term needs it.
         reference = trained if method != "full" else sizes.weights if config.beta else 0.0
+    if isinstance(config, OnlineConfig) and config.reward_model is not None:
+        # Its input embedding has the size of the output embedding that it lacks.
+        reference += sizes.matmul * device.dtype.itemsize
     eight_bits = "8bit" in choose_optimiser(config.optim, device)[0]
     one_layer = sizes.activations / sizes.layers
     activations = sizes.activations + one_layer

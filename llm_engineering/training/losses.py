@@ -231,6 +231,29 @@ def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
     return torch.allclose(first, second, rtol=0, atol=1e-3 * float(first.abs().max()))
 
 
+def ignores_left_padding(policy: PreTrainedModel | PeftModel) -> bool:
+    """Whether padding before a row, which the attention mask hides, leaves the row's hidden states as they are.
+
+    This function runs the model on four tokens, alone and after four others. Positions that are learned, as in GPT-2, are
+    counted from the start of the padding if no position ids are passed.
+    """
+    model = causal_model(policy)
+    tokens = torch.arange(4, device=model.device)
+    training = model.training
+    model.eval()
+    with torch.inference_mode(), _mixed_precision(model):
+        alone, padded = (
+            model.base_model(
+                input_ids=torch.cat([padding, tokens]).unsqueeze(0),
+                attention_mask=torch.cat([torch.zeros_like(padding), torch.ones_like(tokens)]).unsqueeze(0),
+                use_cache=False,
+            ).last_hidden_state[0, -4:]
+            for padding in (tokens[:0], tokens)
+        )
+    model.train(training)
+    return torch.allclose(alone, padded, rtol=0, atol=1e-2 * float(alone.abs().max()))
+
+
 def row_lengths(position_ids: Tensor) -> list[int]:
     """Lengths of the rows that are concatenated into one, from its position ids `(1, tokens)`, which start at 0 in each row."""
     starts = (position_ids[0] == 0).nonzero().flatten().tolist()

@@ -37,11 +37,13 @@ class Completion(NamedTuple):
         text: without special tokens and without white space around it.
         stopped: whether it ended by itself.
         tokens: its number of tokens, with the end token.
+        ids: its tokens, with the end token if it ended by itself; None if a model with another tokenizer wrote it.
     """
 
     text: str
     stopped: bool
     tokens: int
+    ids: list[int] | None = None
 
 
 # A formatted prompt: `id`, `prompt` (messages), `prompt_ids` and `answers`.
@@ -64,14 +66,20 @@ class Reward:
     score: Score
 
 
-def open_rewards(config: RewardSet, setup: TrainingSetup, settings: Settings) -> list[Reward]:
+def open_rewards(
+    config: RewardSet, setup: TrainingSetup, settings: Settings, reward_model: Path | None = None
+) -> list[Reward]:
     """Open the rewards of a stage, in the order of the recipe.
 
+    Args:
+        reward_model: the folder of the model of the reward `reward_model`; None without this reward.
+
     Raises:
-        RequestError: the file or the function of an own reward is missing, or the judge cannot be opened.
+        RequestError: the file or the function of an own reward is missing, the judge cannot be opened, or the reward model
+            is missing or was trained with other tokens.
     """
     return [
-        Reward(name, reward.weight, _score_of(reward, setup, settings))
+        Reward(name, reward.weight, _score_of(reward, setup, settings, reward_model))
         for name, reward in zip(config.reward_names, config.rewards, strict=True)
     ]
 
@@ -85,7 +93,9 @@ def weighted_sums(
     return sums, scores
 
 
-def _score_of(config: RewardFunction, setup: TrainingSetup, settings: Settings) -> Score:
+def _score_of(config: RewardFunction, setup: TrainingSetup, settings: Settings, reward_model: Path | None) -> Score:
+    if config.use == "reward_model":
+        return _open_reward_model(reward_model, setup, settings)
     if config.own_function is not None:
         return partial(_own, config.use, own_function(config))
     if config.judge is not None:
@@ -173,6 +183,30 @@ def _judge_prompt(row: PromptRecord, completion: Completion, criterion: str) -> 
         f"What counts: {criterion}\nGive a whole number from 0 (not at all) to 10 (fully). Give the number alone, with no other "
         "word."
     )
+
+
+def _open_reward_model(folder: Path | None, setup: TrainingSetup, settings: Settings) -> Score:
+    # Imported here, because this module is imported before the backend, which must be imported before transformers.
+    from llm_engineering.models.reward_model import RewardModel, check_tokens
+    from llm_engineering.models.tokenizer import load_tokenizer
+
+    if folder is None:
+        raise RequestError("The reward reward_model needs a reward model: name its folder with --reward-model.")
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    check_tokens(folder, tokenizer, settings, setup.model.trust_remote_code)
+    model = RewardModel.load(setup.model, folder, tokenizer, setup.compute, settings)
+
+    def score(rows: Sequence[PromptRecord], completions: Sequence[Completion]) -> list[float]:
+        written = [
+            list(completion.ids)
+            if completion.ids is not None
+            else tokenizer.encode(completion.text, add_special_tokens=False)
+            + [tokenizer.eos_token_id] * completion.stopped
+            for completion in completions
+        ]
+        return model.scores([[*row["prompt_ids"], *ids] for row, ids in zip(rows, written, strict=True)])
+
+    return score
 
 
 def own_function(config: RewardFunction) -> Callable[..., Any]:

@@ -31,6 +31,7 @@ def train_rloo(
     settings: Settings,
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
+    reward_model: Path | None = None,
 ) -> TrainingResult:
     """Train a model further on its own completions of `data["train"]`. The reference is the model as it is before.
 
@@ -39,6 +40,7 @@ def train_rloo(
         start: folder of the adapter, or of the full model, to train; None for the base model.
         parameters: logged by the trackers beside the hyperparameters.
         resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
+        reward_model: folder of the model of the reward `reward_model`; None without this reward.
 
     Raises:
         RequestError: this machine cannot train with this method or optimiser, a reward cannot be opened, or the prompts
@@ -46,9 +48,9 @@ def train_rloo(
         WorkError: the rewards have no differences to learn from, or training fails.
     """
     # Choose the device, load the tokenizer, check the prompts, open the rewards
-    run = prepare_run("rloo", data, config, setup, settings, start, parameters, resume_from)
+    run = prepare_run("rloo", data, config, setup, settings, start, parameters, resume_from, reward_model)
     check_prompts(run)
-    rewards = open_rewards(config, setup, settings)
+    rewards = open_rewards(config, setup, settings, reward_model)
 
     # Load the model, and make its trainer
     def make_trainer(config: RLOOConfig, telemetry: TelemetryCallback) -> FormattedRLOOTrainer:
@@ -61,7 +63,7 @@ def train_rloo(
 def train_rloo_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
     """Run `train_rloo` for a job in this process, which may be one of several."""
     config = RLOOConfig.model_validate(job.config)
-    return train_rloo(data, job.start, config, job.setup, settings, job.parameters, job.resume_from)
+    return train_rloo(data, job.start, config, job.setup, settings, job.parameters, job.resume_from, job.reward_model)
 
 
 class FormattedRLOOTrainer(OnlineTrainer, RLOOTrainer):

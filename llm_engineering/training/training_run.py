@@ -52,6 +52,7 @@ class TrainingRun(Generic[Config]):
         parameters: logged by the trackers beside the hyperparameters: dataset versions, run id.
         start: folder of the adapter or full model that the stage starts from; None for the base model.
         resume_from: checkpoint to resume from instead of the newest one in the run's folder.
+        reward_model: folder of the model of the reward `reward_model`; None without this reward.
     """
 
     stage: str
@@ -64,6 +65,7 @@ class TrainingRun(Generic[Config]):
     parameters: Mapping[str, Any] = field(default_factory=dict)
     start: Path | None = None
     resume_from: Path | None = None
+    reward_model: Path | None = None
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class TrainingRun(Generic[Config]):
             "dataset": dataset_digests(self.data),
             "reference": weights_hash(self.start) if self.start else "",
             **({"reward_code": reward_files(self.config)} if isinstance(self.config, RewardedConfig) else {}),
+            **({"reward_model": weights_hash(self.reward_model)} if self.reward_model else {}),
         }
 
     @property
@@ -135,6 +138,7 @@ def prepare_run(
     start: Path | None = None,
     parameters: Mapping[str, Any] | None = None,
     resume_from: Path | None = None,
+    reward_model: Path | None = None,
 ) -> TrainingRun[Config]:
     """Choose the device, load the tokenizer and check the labels, before any model is loaded.
 
@@ -169,4 +173,6 @@ def prepare_run(
     if config.library_arguments.get("use_vllm"):
         check_vllm(stage, device)
     check_labels(data, tokenizer, setup.train_on_prompt)
-    return TrainingRun(stage, data, config, setup, settings, device, tokenizer, parameters or {}, start, resume_from)
+    return TrainingRun(
+        stage, data, config, setup, settings, device, tokenizer, parameters or {}, start, resume_from, reward_model
+    )

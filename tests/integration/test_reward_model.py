@@ -1,4 +1,4 @@
-"""A chain that ends with a reward model, as users run it, and the commands that use or refuse its version."""
+"""A chain with a reward model, as users run it, and the commands that use or refuse its version."""
 
 import json
 from dataclasses import dataclass
@@ -20,8 +20,20 @@ reward:
   gradient_accumulation_steps: 1
   eval_strategy: epoch
   save_strategy: epoch
+grpo:
+  learning_rate: 1e-3
+  num_train_epochs: 1
+  max_steps: 2
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 1
+  num_generations: 2
+  max_completion_length: 4
+  eval_strategy: epoch
+  save_strategy: epoch
+  rewards: [{{use: reward_model}}]
 promotion:
   dpo: null
+  grpo: {{better_than: {{base: {{reward: 0.0}}}}}}
   reward: {{better_than: {{base: {{reward_accuracy: 0.0}}}}}}
 """
 
@@ -92,3 +104,37 @@ def test_compare_shows_the_best_of_several_answers(rewarded):
     ):
         refused = rewarded.command(*asked, *wrong)
         assert (refused.code, words in refused.stderr) == (2, True), refused.stderr
+
+
+def test_grpo_trains_on_the_reward_model_of_its_chain_or_of_a_version(rewarded):
+    chained = rewarded.project.run("grpo", "--set", "chain=[sft, reward, grpo]")
+    assert chained.code == 0, chained.stderr
+    assert "The stage after reward starts from its adapter" in chained.stderr
+    assert "training it first" not in chained.stderr
+    named = rewarded.project.run(
+        "grpo", "--set", "chain=[sft, grpo]", "--set", "grpo.rewards=[{use: reward_model, version: 2}]"
+    )
+    assert named.code == 0, named.stderr
+    for run in (chained, named):
+        assert {"reward_grpo", "reward_reward_model_base"} <= run.json["metrics"].keys()
+    # The same model scores in both.
+    assert named.json["metrics"]["reward_base"] == chained.json["metrics"]["reward_base"]
+    lineage = rewarded.command("models", "lineage", "4").stdout
+    assert "reward_adapter" in lineage
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["grpo.rewards=[{use: reward_model, version: 1}]"], "Version 1 of tiny-reward has no reward model"),
+        (["grpo.rewards=[{use: reward_model, version: 77}]"], "There is no version 77 of tiny-reward"),
+        (["model.name_or_path=embedded:smollm2-135m-instruct"], "was trained on the base model"),
+        (["formatting.chat_template=alpaca"], "another tokenizer or chat template"),
+        (["grpo.rewards=[{use: reward_model}]"], "chain trains no reward model before grpo"),
+    ],
+)
+def test_a_reward_model_that_cannot_score_is_refused_before_any_work(rewarded, overrides, words):
+    sets = ["chain=[sft, grpo]", "grpo.rewards=[{use: reward_model, version: 2}]", *overrides]
+    refused = rewarded.project.run("grpo", *(word for override in sets for word in ("--set", override)))
+    assert (refused.code, words in refused.stderr) == (2, True), refused.stderr
+    assert "Running" not in refused.stderr

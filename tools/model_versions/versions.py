@@ -191,6 +191,25 @@ def find_reward_model(model: str, number: str, trust_remote_code: bool) -> tuple
     Raises:
         RequestError: the version does not exist, has no reward model, or its base model has changed.
     """
+    artifact = reward_model_artifact(model, number)
+    facts = artifact.run_metadata
+    base = ModelConfig(
+        name_or_path=str(facts["base_model"]),
+        revision=str(facts["base_revision"]),
+        trust_remote_code=trust_remote_code,
+    )
+    folder: Path = artifact.load().path
+    base = with_added_tokens(base, folder)
+    check_unchanged(base)
+    return base, folder
+
+
+def reward_model_artifact(model: str, number: str) -> ArtifactVersionResponse:
+    """The artifact of a reward model; the arguments are those of `find_reward_model`.
+
+    Raises:
+        RequestError: the version does not exist, or has no reward model.
+    """
     named, _, number = number.rpartition(":")
     version = find_version(named or model, number)
     artifact = next(
@@ -206,16 +225,7 @@ def find_reward_model(model: str, number: str, trust_remote_code: bool) -> tuple
             f"Version {number} of {named or model} has no reward model. Train one with a recipe whose chain has the stage reward: "
             "make run STAGE=reward"
         )
-    facts = artifact.run_metadata
-    base = ModelConfig(
-        name_or_path=str(facts["base_model"]),
-        revision=str(facts["base_revision"]),
-        trust_remote_code=trust_remote_code,
-    )
-    folder: Path = artifact.load().path
-    base = with_added_tokens(base, folder)
-    check_unchanged(base)
-    return base, folder
+    return artifact
 
 
 def _promoted(model: str) -> ModelVersionResponse:

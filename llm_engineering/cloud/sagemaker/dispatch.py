@@ -269,10 +269,10 @@ class _Stage:
                 "code": upload_code(self.account),
                 "data": upload_folder(self.account, Path(folder), "data", content),
             }
-        if self.job.start is not None:
-            channels["start"] = upload_folder(self.account, self.job.start, "models", folder_hash(self.job.start))
-        if self._model is not None:
-            channels["model"] = upload_folder(self.account, self._model, "models", folder_hash(self._model))
+        models = {"start": self.job.start, "reward_model": self.job.reward_model, "model": self._model}
+        for channel, model in models.items():
+            if model is not None:
+                channels[channel] = upload_folder(self.account, model, "models", folder_hash(model))
         self._channels = channels
         return channels
 
@@ -287,7 +287,10 @@ class _Stage:
         if self._model is not None:
             model = model.model_copy(update={"name_or_path": f"{INPUTS}/model"})
         setup = self.job.setup.model_copy(update={"compute": self.job.setup.compute.in_job, "model": model})
-        places = {"data": Path(INPUTS, "data"), "start": Path(INPUTS, "start") if self.job.start else None}
+        places = {"data": Path(INPUTS, "data")}
+        places |= {
+            name: Path(INPUTS, name) for name in ("start", "reward_model") if getattr(self.job, name) is not None
+        }
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             job = self.job.model_copy(update={"setup": setup, **places})

@@ -48,7 +48,7 @@ _LAST_LINES_S = 1.0
 
 
 def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
-    """Everything that decides what a job computes: recipe, model, data, the adapter or model it starts from, and the code.
+    """Everything that decides what a job computes: recipe, model, data, the models that it reads, and the code.
 
     The machines and the trackers are left out, because they do not change the result.
     """
@@ -58,6 +58,7 @@ def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
         job.stage: job.config,
         "dataset": dataset_digests(data),
         "start": folder_hash(job.start) if job.start else None,
+        **({"reward_model": folder_hash(job.reward_model)} if job.reward_model else {}),
         "code": code_hash(PROJECT_ROOT),
     }
 

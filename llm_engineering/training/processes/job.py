@@ -44,6 +44,7 @@ class Job(Block):
         start: the folder of the adapter or full model that the stage starts from; None for the base model.
         parameters: logged by the trackers beside the hyperparameters.
         resume_from: checkpoint folder to resume from instead of the newest one.
+        reward_model: the folder of the model of the reward `reward_model`; None if the stage has no such reward.
     """
 
     stage: str
@@ -53,6 +54,7 @@ class Job(Block):
     start: Path | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     resume_from: Path | None = None
+    reward_model: Path | None = None
 
 
 class Result(Block):

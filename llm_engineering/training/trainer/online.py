@@ -21,6 +21,7 @@ from llm_engineering.models.base_model import load_config
 from llm_engineering.models.tokenizer import end_token_ids
 from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.training.arguments import training_arguments
+from llm_engineering.training.losses import ignores_left_padding
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.rewards import Completion, Reward
 from llm_engineering.training.telemetry.flops import TrainingFlops
@@ -135,6 +136,11 @@ class OnlineTrainer(ResumableTrainer):
         # Generation steps without any difference between rewards; None after the first difference.
         self._flat_steps: int | None = 0
         arguments, policy, tokenizer = kwargs["args"], kwargs["model"], kwargs["processing_class"]
+        if not ignores_left_padding(policy):
+            raise RequestError(
+                f"{stage} cannot train {policy.config.model_type}: TRL pads the prompts of a batch on the left and passes no "
+                "positions, and this model would count the padding. Choose a model with rotary positions, or dpo or kto."
+            )
         ends = end_token_ids(policy, tokenizer)
         if arguments.use_vllm:
             arguments.generation_kwargs = {**(arguments.generation_kwargs or {}), "stop_token_ids": ends}
@@ -201,6 +207,7 @@ class OnlineTrainer(ResumableTrainer):
                 text=str(self.processing_class.decode(ids, skip_special_tokens=True)).strip(),  # type: ignore[union-attr]
                 stopped=bool(ids) and ids[-1] in self.eos_token_ids,
                 tokens=len(ids),
+                ids=ids,
             )
             for ids in completion_ids_list
         ]

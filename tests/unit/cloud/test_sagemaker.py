@@ -1,10 +1,12 @@
 """SageMaker jobs: account, request, code archive, names and identity, failures and costs."""
 
 import io
+import json
 import os
 import subprocess
 import tarfile
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import botocore.session
 import pytest
@@ -24,7 +26,7 @@ from pydantic import ValidationError
 
 from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, s3
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.request import Machine, machines, machines_after, training_job_request
+from llm_engineering.cloud.sagemaker.request import INPUTS, Machine, machines, machines_after, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import code_archive
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
@@ -258,6 +260,31 @@ def test_the_identity_depends_on_the_work_and_not_on_the_machine(tmp_path):
     from_one = jobs.job_identity(started, ROWS)
     (tmp_path / "adapter.safetensors").write_bytes(b"2")
     assert jobs.job_identity(started, ROWS) != from_one
+    scored = started.model_copy(update={"reward_model": tmp_path})
+    assert jobs.job_identity(scored, ROWS) != jobs.job_identity(started, ROWS)
+
+
+def test_a_job_gets_the_model_that_it_starts_from_and_its_reward_model(tmp_path, monkeypatch):
+    uploaded = {}
+    monkeypatch.setattr(dispatch, "upload_code", lambda account: "s3://b/code")
+
+    def upload(account, folder, *parts):
+        uploaded[parts[0]] = json.loads((folder / "job.json").read_text()) if parts[0] == "jobs" else folder
+        return f"s3://b/{parts[0]}/{folder.name}"
+
+    monkeypatch.setattr(dispatch, "upload_folder", upload)
+    monkeypatch.setattr(dispatch.Account, "resolve", lambda *_: SimpleNamespace(client=lambda _: None))
+    folders = {name: tmp_path / name for name in ("start", "reward_model")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "adapter.safetensors").write_bytes(b"1")
+    for models in ({}, folders):
+        work = dispatch._Stage(job(**ELSEWHERE).model_copy(update=models), ROWS, Settings(), "tiny")
+        channels = work.upload()
+        work._upload_job("a-name")
+        assert channels.keys() == {"code", "data", *models}
+        found = {name: uploaded["jobs"][name] for name in folders}
+        assert found == {name: f"{INPUTS}/{name}" if name in models else None for name in folders}
 
 
 def test_the_identity_depends_on_the_code_that_the_job_runs(checkout, monkeypatch):

@@ -16,7 +16,8 @@ from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, held_out, render_for_both
 from llm_engineering.evaluation.measures import heldout_loss
 from llm_engineering.evaluation.models import Models
-from llm_engineering.formatting.datasets import format_splits, pieces
+from llm_engineering.formatting.columns import pieces
+from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import render, text_tokens
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device

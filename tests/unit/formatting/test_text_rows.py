@@ -7,7 +7,8 @@ from tokenizers import processors
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import FEATURES, TextRow, to_dataset
 from llm_engineering.errors import WorkError
-from llm_engineering.formatting.datasets import format_rows, format_splits, pieces
+from llm_engineering.formatting.columns import pieces
+from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels
 from llm_engineering.formatting.render import text_tokens
 from llm_engineering.models.tokenizer import load_tokenizer

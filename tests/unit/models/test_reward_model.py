@@ -12,14 +12,16 @@ from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
-from llm_engineering.models.reward_model import RewardModel, is_reward_model, padding_token
+from llm_engineering.models.reward_model import RewardModel, check_base, is_reward_model, padding_token
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.best_of import BestOf
 from llm_engineering.publish.conversation import Sampling
 from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import RewardConfig, SFTConfig
 from llm_engineering.training.reward import train_reward
+from llm_engineering.training.rewards import Completion, open_rewards
 from llm_engineering.training.sft import train_sft
 from tests.tiny_models import formatted, logged, training_setup, write_model
 
@@ -77,6 +79,53 @@ def test_the_reward_is_read_at_the_end_token_also_where_the_tokenizer_pads_with_
     assert row[-1] == tokenizer.eos_token_id
     ended, cut = model.scores([row, row[:-1]])
     assert abs(ended - cut) > 1e-4
+
+
+def scored_by(trained, completions):
+    """What the reward `reward_model` gives completions of the first validation prompt."""
+    setup, settings, _, pairs, result = trained
+    rewards = RewardSet.model_validate({"rewards": [{"use": "reward_model", "weight": 0.5}]})
+    (reward,) = open_rewards(rewards, setup, settings, result.adapter)
+    assert (reward.name, reward.weight) == ("reward_model", 0.5)
+    return reward.score([pairs["validation"][0]] * len(completions), completions)
+
+
+def test_the_reward_of_a_stage_is_the_score_of_the_model(trained):
+    setup, settings, tokenizer, pairs, result = trained
+    pair = pairs["validation"][0]
+    rows = [[*pair["chosen_ids"]], [*pair["rejected_ids"]], [*pair["chosen_ids"]][:-1]]
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in rows]
+    stopped = [True, True, False]
+    written = [Completion(*each, len(ids), ids) for *each, ids in zip(texts, stopped, rows, strict=True)]
+    found = scored_by(trained, written)
+    model = RewardModel.load(setup.model, result.adapter, tokenizer, setup.compute, settings)
+    assert found == model.scores([pair["prompt_ids"] + ids for ids in rows])
+    assert found[0] > found[1]
+    assert abs(found[0] - found[2]) > 1e-4
+
+
+def test_an_answer_in_other_tokens_is_read_as_text_with_the_end_token(trained):
+    tokenizer = trained[2]
+    ids = tokenizer.encode("It is 3.", add_special_tokens=False)
+    ended, cut = [*ids, tokenizer.eos_token_id], ids
+    own = [Completion("It is 3.", True, 9, ended), Completion("It is 3.", False, 8, cut)]
+    other = [completion._replace(ids=None) for completion in own]
+    assert scored_by(trained, other) == scored_by(trained, own)
+    assert len(set(scored_by(trained, own))) == 2
+
+
+def test_a_reward_model_of_another_base_model_or_of_other_tokens_is_refused(trained, small_llama):
+    setup, settings, _, _, result = trained
+    check_base(setup.model, result.adapter)
+    for other in ({"name_or_path": "other"}, {"revision": "later"}):
+        with pytest.raises(RequestError, match="was trained on the base model .*revision test"):
+            check_base(setup.model.model_copy(update=other), result.adapter)
+    with pytest.raises(RequestError, match="holds no reward model"):
+        check_base(setup.model, small_llama)
+    chatml = setup.model_copy(update={"chat_template": "chatml"})
+    rewards = RewardSet.model_validate({"rewards": [{"use": "reward_model"}]})
+    with pytest.raises(RequestError, match="another tokenizer or chat template"):
+        open_rewards(rewards, chatml, settings, result.adapter)
 
 
 def test_a_model_that_writes_is_no_reward_model(trained, small_llama):

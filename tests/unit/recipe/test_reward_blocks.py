@@ -34,6 +34,10 @@ def read(*rewards, **keys):
         ([{"use": "stopped", "weight": 0}, {"use": "contains", "weight": 0.0}], "no weight other than 0"),
         ([{"use": "stopped", "weight": float("inf")}], "finite"),
         ([{"use": "a.py:stopped_2"}, {"use": "stopped"}, {"use": "stopped"}], "the name stopped_2"),
+        ([{"use": "stopped", "version": 3}], "version has no effect with the reward stopped, only with reward_model"),
+        ([{"use": "reward_model", "version": "last"}], "version 'last' is no version of a model"),
+        ([{"use": "reward_model", "version": 0}], "version '0' is no version of a model"),
+        ([{"use": "reward_model"}, {"use": "reward_model", "version": 3}], "names reward_model twice"),
         ([{"use": "own.py:good"}], "whose code would run as a part of training"),
     ],
 )
@@ -90,6 +94,27 @@ def test_rewards_are_measured_only_after_a_stage_that_has_some():
     local = ARITHMETIC.with_name("python_reference.yaml")
     with pytest.raises(RequestError, match="a run that ends with sft has no held-out prompts to measure reward on"):
         load_recipe(local, ["promotion.sft.better_than.base={reward: 0.0}"])
+
+
+SCORED = ["grpo.rewards=[{use: reward_model}]", "promotion.grpo.not_worse_than.base={reward_exact_answer: null}"]
+TRAINED = [
+    "reward={learning_rate: 1e-4, num_train_epochs: 1, per_device_train_batch_size: 1, gradient_accumulation_steps: 1}",
+    "reward.eval_strategy=epoch",
+    "reward.save_strategy=epoch",
+    "promotion.reward={better_than: {base: {reward_accuracy: 0.0}}}",
+]
+
+
+def test_a_reward_model_comes_from_a_stage_before_or_from_a_version():
+    with pytest.raises(RequestError, match="chain trains no reward model before grpo: put reward before grpo"):
+        load_recipe(ARITHMETIC, SCORED)
+    with pytest.raises(RequestError, match="chain trains no reward model before grpo"):
+        load_recipe(ARITHMETIC, [*SCORED, *TRAINED, "chain=[grpo, reward]"])
+    chained = load_recipe(ARITHMETIC, [*SCORED, *TRAINED, "chain=[reward, grpo]"])
+    assert chained.reward_stage("grpo") == "reward"
+    for version in ("3", "other-recipe:3"):
+        named = load_recipe(ARITHMETIC, [*SCORED, f"grpo.rewards=[{{use: reward_model, version: {version}}}]"])
+        assert named.grpo.reward_model.version == version
 
 
 @pytest.mark.parametrize("reward", ["{use: 'own.py:good'}", "{use: judge, judge: {client: openai, model: m}}"])

@@ -8,7 +8,15 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import FEATURES, SPLITS, TextRow, instruction_dataset, split_of, to_dataset
+from llm_engineering.data.rows import (
+    FEATURES,
+    SPLITS,
+    TextRow,
+    instruction_dataset,
+    instruction_row,
+    split_of,
+    to_dataset,
+)
 from llm_engineering.data.wordings import OTHER_WORDING
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
@@ -23,7 +31,7 @@ from llm_engineering.recipe.data_blocks import (
     SplitConfig,
 )
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
-from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, TextWriting
+from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting, TextWriting
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.reports.training_rows import tokens_read
@@ -168,6 +176,20 @@ def test_other_wordings_are_rows_for_training_alone(settings, facts, tmp_path):
     assert len(questions) == 2 * trained
     assert not questions & set(asked)
     assert counts(made) == {"instruction": (30 + trained, 30 + trained)}
+
+
+def test_no_pair_is_made_of_other_wordings(settings, facts, monkeypatch):
+    monkeypatch.setattr(data, "open_client", lambda *arguments: Writer())
+    shared = {"completion": [{"role": "assistant", "content": "A. Pump"}], "source": "a.md"}
+    rows = [
+        instruction_row({**shared, "prompt": [{"role": "user", "content": question}], "origin": origin})
+        for question, origin in (("Who made it?", "human"), ("Which person made it?", f"{OTHER_WORDING}: human"))
+    ]
+    empty = instruction_dataset([])
+    dataset = DatasetDict(train=instruction_dataset(rows), validation=empty, test=empty, **Ledger().datasets())
+    arguments = (ModelConfig(), None, ComputeConfig(), ClientConfig(), PreferenceWriting(), 1)
+    made = data.generate_preferences.entrypoint(dataset, None, *arguments)
+    assert [prompt[0]["content"] for prompt in made["rows"]["prompt"]] == ["Who made it?"]
 
 
 def test_a_model_version_names_the_stages_whose_data_is_not_fit():

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
+from tools import readiness
 from tools.expected_rows import data_lines
 from tools.forecast import tokens_of
 from tools.plan import planned_steps, print_plan, stages_of
@@ -129,6 +131,21 @@ def test_the_files_of_prompts_and_own_rewards_decide_a_stage(recipe, tmp_path):
     own.unlink()
     with pytest.raises(RequestError, match="there is no file"):
         preflight(made)
+
+
+def test_the_files_of_a_named_reward_model_decide_the_stage(recipe, monkeypatch):
+    block = {"learning_rate": 1e-5, **STEPS, "eval_steps": 10, "save_steps": 10, "num_generations": 2}
+    block |= {"rewards": [{"use": "reward_model", "version": 3}], "gradient_accumulation_steps": 2}
+    gates = {"grpo": {"better_than": {"base": {"reward": 0.0}, "incumbent": {"reward": 0.0}}}}
+    made = recipe(["sft", "grpo"], grpo=block, promotion=gates)
+    inputs = []
+    for files in ("one", "two"):
+        found = {"grpo": SimpleNamespace(content_hash=files, id="an-id")}
+        monkeypatch.setattr(readiness, "find_reward_models", lambda _, found=found: found)
+        inputs.append(preflight(made)[1])
+    one, two = inputs
+    assert one.reward_models == {"grpo": "an-id"}
+    assert [stage for stage in one.recipes if one.recipes[stage] != two.recipes[stage]] == ["grpo"]
 
 
 def test_own_labelled_answers_are_loaded_and_decide_the_stage_of_their_kind(recipe, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
+from llm_engineering.recipe.online_blocks import GRPOConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from llm_engineering.training.estimate import (
     NF4_BYTES,
@@ -161,6 +162,16 @@ def test_dpo_with_unsloth_takes_the_logits_of_a_whole_batch():
 def test_a_precomputed_reference_of_a_full_model_takes_no_memory():
     precomputed = DPO.model_copy(update={"precompute_ref_log_probs": True})
     assert peak_memory(SHAPES, precomputed, CARD, "full", 2, 10).reference == 0
+
+
+def test_a_reward_model_adds_its_weights_in_the_precision_of_the_device():
+    named, other = (
+        GRPOConfig.model_validate({**STEPS, "rewards": [{"use": use}], "beta": 0.0})
+        for use in ("reward_model", "stopped")
+    )
+    for device, size in ((CARD, 2), (CPU, 4)):
+        found = [peak_memory(SHAPES, config, device, "lora", 2, 10).reference for config in (named, other)]
+        assert found == [size * SHAPES.matmul, 0]
 
 
 def test_gradients_count_if_activations_are_small():

@@ -22,7 +22,7 @@ from llm_engineering.training.rloo import rloo_trainer, train_rloo
 from llm_engineering.training.trainer import online
 from llm_engineering.training.training_run import prepare_run
 from tests.conftest import ROOT
-from tests.tiny_models import formatted, logged, question
+from tests.tiny_models import formatted, logged, question, write_model
 from tests.unit.training.steps import during_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -335,3 +335,10 @@ def test_a_generation_step_needs_enough_prompts(setup, settings, prompts):
 def test_vllm_is_refused_where_it_is_missing(setup, settings, prompts):
     with pytest.raises(RequestError, match="grpo.use_vllm needs CUDA and the package vllm, and .*use_vllm=false"):
         train_grpo(prompts, None, ours("grpo", use_vllm=True), setup, settings)
+
+
+def test_models_whose_positions_count_the_padding_are_refused(setup, settings, alpaca_tokenizer, tmp_path):
+    model = setup.model.model_copy(update={"name_or_path": str(write_model(tmp_path / "model", "gpt2"))})
+    rows = formatted("prompt", ROWS, alpaca_tokenizer, tmp_path)
+    with pytest.raises(RequestError, match="grpo cannot train gpt2: TRL pads the prompts"):
+        train_grpo(rows, None, ours("grpo"), setup.model_copy(update={"model": model}), settings)
