@@ -180,6 +180,10 @@ def compare(
         ModelConfig(name_or_path=folder, trust_remote_code=found.base.trust_remote_code), settings
     )
     check_unchanged(found.base)
+    chooser = None
+    if best_of is not None and reward_model is not None:
+        source, folder_of_rewards = find_reward_model(recipe.name, reward_model, recipe.model.trust_remote_code)
+        chooser = BestOf.load(source, folder_of_rewards, tokenizer, recipe.compute.here, settings, best_of)
     base = load_model(found.base, settings, choose_device(recipe.compute.here))
     messages = [Message(role="user", content=prompt)]
     if system is not None:
@@ -187,10 +191,6 @@ def compare(
         check_system(messages, tokenizer)
     if not has_room(messages, base, tokenizer, max_new_tokens):
         raise RequestError(f"{_too_long(max_new_tokens)}. Shorten the question, or lower --max-new-tokens.")
-    chooser = None
-    if best_of is not None and reward_model is not None:
-        source, folder_of_rewards = find_reward_model(recipe.name, reward_model, recipe.model.trust_remote_code)
-        chooser = BestOf.load(source, folder_of_rewards, tokenizer, recipe.compute.here, settings, best_of)
     models = Models(base, found.folders, tokenizer, 1, recipe.evaluation.repetition_penalty)
     _log_seed(sampling, seed)
     shown = Table(title=prompt, title_justify="left", title_style="bold")

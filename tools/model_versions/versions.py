@@ -233,7 +233,7 @@ def _promoted(model: str) -> ModelVersionResponse:
     held = state.production[-1] if state.production else state.staging
     if held is None:
         raise RequestError(
-            f"No version of {model} is promoted yet. `make run-sft` or `make run-dpo` promotes a version that passes "
+            f"No version of {model} is promoted yet. A run promotes its version if it passes "
             "its gate. To use another version, add VERSION=…: `make models` lists all versions."
         )
     return Client().get_model_version(model, held.id)
