@@ -252,9 +252,9 @@ def prepare_zenml() -> None:
     from zenml.logger import ZenMLConsoleHandler
     from zenml.utils.source_utils import set_custom_source_root
 
-    from tools.zenml_store import check_database
+    from tools.zenml_store import open_database
 
-    check_database()
+    open_database()
     set_custom_source_root(str(PROJECT_ROOT))
     root = logging.getLogger()
     for handler in [h for h in root.handlers if isinstance(h, ZenMLConsoleHandler)]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +18,32 @@ logger = logging.getLogger("llm_engineering.run")
 
 _SQLITE = "sqlite:///"
 _DAMAGED = ("malformed", "not a database", "corrupt")
+
+
+def open_database() -> None:
+    """Check the database, and have ZenML make it if there is none.
+
+    Other processes wait meanwhile. Two that make the same database at once disturb each other, and one of them fails.
+
+    Raises:
+        RequestError: as `check_database`.
+    """
+    from zenml.client import Client
+    from zenml.utils.io_utils import get_global_config_directory
+
+    folder = Path(get_global_config_directory())
+    if not (folder / "config.yaml").is_file():
+        check_folder(folder, "ZENML_CONFIG_PATH", "the environment")
+    elif not os.access(folder, os.W_OK):
+        # Settings that this user may only read are complete.
+        check_database()
+        return
+    with (folder / "database.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        is_new = not (folder / "config.yaml").is_file()
+        check_database()
+        if is_new:
+            _ = Client().zen_store
 
 
 def check_database() -> None:

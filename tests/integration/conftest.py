@@ -119,10 +119,14 @@ def make_project(folder: Path, model: Path, template: "Project | None" = None) -
 
 @pytest.fixture(scope="session")
 def unused(tiny_model, tmp_path_factory) -> Project:
-    """A project without a run, to be copied. ZenML needs seconds to create a store, and a copy takes no time."""
+    """A project without a run, to be copied. ZenML needs seconds to create a store, and a copy takes no time.
+
+    Two first commands at once make one store.
+    """
     project = make_project(tmp_path_factory.mktemp("unused"), tiny_model)
-    listed = project.command("runs")
-    assert listed.code == 0, listed.stderr
+    for process in [project.start("runs") for _ in range(2)]:
+        listed = _ended(process)
+        assert listed.code == 0, listed.stderr
     return project
 
 
