@@ -32,7 +32,7 @@ from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import Method, ModelConfig
-from llm_engineering.recipe.reward_blocks import RewardSet
+from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.processes.job import RESULT_FILE, Job, Result, read_job, write_failure
@@ -104,7 +104,7 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     if before and not (arguments.adapter and any(arguments.adapter.glob("*.safetensors"))):
         raise RequestError(f"{stage} starts from the model of {before[-1]}. Name its folder with --adapter.")
 
-    scores = isinstance(config, RewardSet) and config.reward_model is not None
+    scores = isinstance(config, RewardedConfig) and config.reward_model is not None
     if scores != (arguments.reward_model is not None):
         raise RequestError(
             f"{stage}.rewards names reward_model: name the folder of this model with --reward-model."

@@ -77,7 +77,7 @@ def dpo_trainer(
     """
     # Make the reference, and find out which computations can be saved with this model
     precomputed = config.precompute_ref_log_probs
-    reference = frozen_copy(policy, precomputed)
+    reference = frozen_copy(policy, needed=not precomputed)
     flops = TrainingFlops.of(policy)
     by_row, unpadded = savings(run, policy, reference, config)
 

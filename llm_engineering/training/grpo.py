@@ -19,7 +19,8 @@ from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.rewards import Reward, open_rewards
 from llm_engineering.training.telemetry.work import TelemetryCallback
 from llm_engineering.training.train import run_training
-from llm_engineering.training.trainer.online import OnlineTrainer, check_prompts, frozen_copy, online_arguments
+from llm_engineering.training.trainer.online import OnlineTrainer, check_prompts, online_arguments
+from llm_engineering.training.trainer.reference import frozen_copy
 from llm_engineering.training.training_run import TrainingRun, prepare_run
 
 
@@ -86,7 +87,7 @@ def grpo_trainer(
     return FormattedGRPOTrainer(
         stage=run.stage,
         rewards=rewards,
-        reference=frozen_copy(policy, config),
+        reference=frozen_copy(policy, needed=config.beta > 0),
         model=policy,
         args=trl.GRPOConfig(**online_arguments(run, config)),
         train_dataset=run.data["train"],

@@ -132,7 +132,7 @@ def kto_trainer(
 
     # Make the reference, and find out which computations can be saved with this model
     precomputed = config.precompute_ref_log_probs
-    reference = frozen_copy(policy, precomputed)
+    reference = frozen_copy(policy, needed=not precomputed)
     flops = TrainingFlops.of(policy)
     by_row, unpadded = savings(run, policy, reference, config)
 

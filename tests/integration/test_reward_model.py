@@ -33,7 +33,7 @@ grpo:
   rewards: [{{use: reward_model}}]
 promotion:
   dpo: null
-  grpo: {{better_than: {{base: {{reward: 0.0}}}}}}
+  grpo: {{better_than: {{base: {{reward: 0.0}}, incumbent: {{reward: 0.0}}}}}}
   reward: {{better_than: {{base: {{reward_accuracy: 0.0}}}}}}
 """
 

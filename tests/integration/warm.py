@@ -3,10 +3,12 @@
 import gc
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from sqlalchemy.orm import configure_mappers
 from transformers import LlamaConfig
+from zenml.config.global_config import GlobalConfiguration
 from zenml.utils.source_utils import set_custom_source_root
 
 from llm_engineering.data.examine import language_of
@@ -19,10 +21,13 @@ from tests.tiny_models import SIZES
 
 # The relations between the classes of ZenML's store.
 configure_mappers()
-# The steps. As in `prepare_zenml`, they need a source root; the commands set their own.
+# The steps. As in `prepare_zenml`, they need a source root; the commands set their own. ZenML would look for a code
+# repository in the store, and so open the store of the user, which the commands would then use too.
 set_custom_source_root(str(Path(__file__).parents[2]))
-for module in ("pipelines.chain", "pipelines.repeats"):
-    import_module(module)
+with patch("zenml.utils.code_repository_utils.find_active_code_repository", return_value=None):
+    for module in ("pipelines.chain", "pipelines.repeats"):
+        import_module(module)
+assert GlobalConfiguration.get_instance() is None
 set_custom_source_root(None)
 # The syntax trees of the project's modules, which are cached.
 for stage in STAGES.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -92,18 +91,6 @@ def online_arguments(run: TrainingRun[Config], config: OnlineConfig) -> dict[str
         "metric_for_best_model": "eval_reward",
         "greater_is_better": True,
     }
-
-
-def frozen_copy(policy: PreTrainedModel | PeftModel, config: OnlineConfig) -> PreTrainedModel | None:
-    """Disable dropout, and copy a full model as the reference. TRL copies an adapter itself.
-
-    Returns:
-        None if no second model is needed.
-    """
-    disable_dropout(policy)
-    if isinstance(policy, PeftModel) or not config.beta:
-        return None
-    return copy.deepcopy(policy).requires_grad_(False)
 
 
 class OnlineTrainer(ResumableTrainer):

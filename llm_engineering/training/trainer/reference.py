@@ -38,14 +38,16 @@ _SUMMED = 1e-4
 _ROUNDED = 5e-2
 
 
-def frozen_copy(policy: PreTrainedModel | PeftModel, precomputed: bool) -> PreTrainedModel | PeftModel | None:
-    """Switch dropout off, and copy a full model as the reference.
+def frozen_copy(policy: PreTrainedModel | PeftModel, needed: bool) -> PreTrainedModel | None:
+    """Switch dropout off, and copy a full model as the reference, if training needs one.
 
     TRL keeps the reference of an adapter as a second adapter. If the reference's log-probabilities are precomputed, the
     policy itself computes them, because it has not changed yet. Both need no copy.
     """
-    needs_second = not isinstance(policy, PeftModel) and not precomputed
-    reference = copy.deepcopy(policy).requires_grad_(False) if needs_second else None
+    reference = None
+    if needed and not isinstance(policy, PeftModel):
+        reference = copy.deepcopy(policy)
+        reference.requires_grad_(False)
     for model in (policy, reference):
         if model is not None:
             disable_dropout(model)
