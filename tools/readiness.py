@@ -13,7 +13,7 @@ from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import check
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
-from llm_engineering.data.sources import dataset_hash
+from llm_engineering.data.sources import dataset_files, dataset_hash
 from llm_engineering.documents.read import documents_hash
 from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
@@ -306,6 +306,20 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return f"version {importlib.metadata.version('llm-engineering')}, not a git checkout"
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def check_local_datasets(recipe: Recipe) -> None:
+    """Open the user's own datasets that lie on this machine. Datasets of the hub are opened when a run starts.
+
+    Raises:
+        RequestError: a file is missing, or its format is unknown.
+    """
+    data = recipe.data
+    kinds = {"instruction": "instructions", "preference": "preferences", "labelled": "labelled", "prompt": "prompts"}
+    for kind, key in kinds.items():
+        for reference in filter(None, (getattr(data, key), getattr(data, f"test_{key}"))):
+            if dataset_files(reference) is not None:
+                open_dataset(reference, kind, data)
 
 
 def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -> str | None:

@@ -419,3 +419,11 @@ def test_the_recipe_is_checked_against_the_model_before_a_run_and_by_a_dry_run(r
     for check in (lambda: preflight(unfit), lambda: print_plan("sft", unfit)):
         with pytest.raises(RequestError, match=r"qkv_proj is no name of a module of this model.* q_proj"):
             check()
+
+
+def test_a_dry_run_refuses_files_that_are_missing_or_in_no_known_format(recipe, tmp_path):
+    unlabelled = tmp_path / "rows.jsonl"
+    unlabelled.write_text('{"prompt": "Hi", "completion": "Yo"}\n')
+    for path, words in ((tmp_path / "none.jsonl", "There is no file"), (unlabelled, "has no column `label`")):
+        with pytest.raises(RequestError, match=words):
+            print_plan("kto", recipe(["sft", "kto"], data={"labelled": str(path)}))
