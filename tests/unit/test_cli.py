@@ -70,8 +70,14 @@ def test_help_describes_a_command_and_shows_an_example(entry):
     [
         (["chatt"], "No such command 'chatt'. Did you mean 'chat'?"),
         (["models", "promot"], "Did you mean 'promote'?"),
-        (["run"], "Missing argument 'pipeline'. Choose from: cpt, sft, dpo, retrain, datasets."),
-        (["run", "sxt"], "'sxt' is not one of 'cpt', 'sft', 'dpo', 'retrain', 'datasets'."),
+        (
+            ["run"],
+            "Missing argument 'pipeline'. Choose from: cpt, sft, dpo, kto, reward, rloo, grpo, retrain, datasets.",
+        ),
+        (
+            ["run", "sxt"],
+            "'sxt' is not one of 'cpt', 'sft', 'dpo', 'kto', 'reward', 'rloo', 'grpo', 'retrain', 'datasets'.",
+        ),
         (["run", "sft", "--confg", "a.yaml"], "--confg"),
         (["runs", "--limit", "0"], "--limit"),
         (["runs", "--limit", "many"], "--limit"),
