@@ -251,7 +251,8 @@ def ignores_left_padding(policy: PreTrainedModel | PeftModel) -> bool:
             for padding in (tokens[:0], tokens)
         )
     model.train(training)
-    return torch.allclose(alone, padded, rtol=0, atol=1e-2 * float(alone.abs().max()))
+    # In bfloat16 SmolLM2 differs by 0.02 of the mean, because rotary positions are rounded; GPT-2 by 0.9.
+    return float((alone - padded).abs().mean()) < 0.1 * float(alone.abs().mean())
 
 
 def row_lengths(position_ids: Tensor) -> list[int]:
