@@ -71,7 +71,7 @@ def check_name(path: str | Path, overrides: Sequence[str] = ()) -> None:
     remedy = f"Add --set name={own}" if place == "--set" else f"Write `name: {own}` in {place}"
     raise RequestError(
         f"{place}: `{changed}` is {value}, and `name` is still {merged['name']}, which {origin['name']} gives to the model of "
-        f"{embedded}. The new model would count as another version of that model. {remedy}, or another name."
+        f"{named[changed] or embedded}. The new model would count as another version of that model. {remedy}, or another name."
     )
 
 

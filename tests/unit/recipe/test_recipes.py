@@ -148,6 +148,12 @@ def test_other_data_under_the_name_of_an_embedded_source_is_refused(overrides, w
         check_name(LOCAL, named)
 
 
+def test_the_model_of_a_recipe_with_rows_of_its_own_is_named_by_them():
+    arithmetic = Path(LOCAL).with_name("grpo_arithmetic.yaml")
+    with pytest.raises(RequestError, match="gives to the model of examples/arithmetic.jsonl"):
+        check_name(arithmetic, ["data.prompts=mine.jsonl"])
+
+
 @pytest.mark.parametrize(
     "overrides",
     [[], ["sft.learning_rate=1e-3"], ["documents.max_passages=5"], ["documents.path=embedded:python-reference"]],
