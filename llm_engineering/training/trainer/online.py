@@ -166,7 +166,10 @@ class OnlineTrainer(ResumableTrainer):
         training, started = self.model.training, time.perf_counter()
         self._rows = inputs
         # A prompt without messages: TRL then decodes completions as text, and looks for no calls of tools in them.
-        output: dict[str, Any] = super()._generate_and_score_completions([{"prompt": ""} for _ in inputs])  # type: ignore[misc]
+        # accelerate enters autocast in the forward pass of training alone. An adapter in float32 on a base in bfloat16 needs it
+        # to generate too.
+        with self.accelerator.autocast():
+            output: dict[str, Any] = super()._generate_and_score_completions([{"prompt": ""} for _ in inputs])  # type: ignore[misc]
         # In evaluation a group has one completion, which has no spread.
         self._metrics["eval"].pop("frac_reward_zero_std", None)
         if training:

@@ -354,3 +354,12 @@ def test_rounded_rotary_positions_count_as_ignoring_the_padding():
     compute = ComputeConfig(device="cpu", dtype="bfloat16")
     model = load_model(pin_revision(ModelConfig()), Settings(), choose_device(compute))
     assert ignores_left_padding(model)
+
+
+@pytest.mark.parametrize("stage", ["grpo", "rloo"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_in_bfloat16(stage, method, setup, settings, prompts):
+    """An adapter is in float32, and the base model in bfloat16."""
+    setup = setup.model_copy(update={"compute": ComputeConfig(device="cpu", dtype="bfloat16")})
+    result = TRAIN[stage](prompts, None, ours(stage, method, max_steps=2), setup, settings)
+    assert result.summary["steps"] == 2
