@@ -27,7 +27,8 @@ SPREAD = 4.0
 
 @pytest.fixture
 def start(setup, settings, tmp_path):
-    """The folder of an adapter whose model differs from the base model."""
+    """The folder of an adapter whose model differs from the base model. It is the same after any other test."""
+    torch.manual_seed(0)
     policy = new_policy(setup.model, LoraConfig(), settings, choose_device(setup.compute))
     move(policy, 0)
     save_policy(policy, setup.model, tmp_path / "start")
