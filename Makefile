@@ -14,7 +14,7 @@ MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
-COMMANDS := run run-sft run-dpo retrain datasets runs dashboard inspect push-dataset chat compare exam serve models \
+COMMANDS := run run-sft run-dpo retrain datasets sweep runs dashboard inspect push-dataset chat compare exam serve models \
   promote rollback lineage verify delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
@@ -33,6 +33,7 @@ run-dpo:  ## train and evaluate a DPO adapter on top of the SFT adapter
 run:  ## train and evaluate a stage of the recipe's chain: STAGE=cpt|sft|dpo|kto
 retrain:  ## all stages of the chain as one run
 datasets:  ## generate the datasets of the chain without training
+sweep:  ## train with many values from the recipe's block sweep, and evaluate the best: CONFIG=… [ARGS="--jobs 2"]
 runs:  ## list the last runs
 dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
 

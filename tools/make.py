@@ -43,6 +43,7 @@ TARGETS = {
     "run-dpo": Target("run dpo", ("CONFIG",)),
     "retrain": Target("run retrain", ("CONFIG",)),
     "datasets": Target("run datasets", ("CONFIG",)),
+    "sweep": Target("sweep", ("CONFIG",)),
     "runs": Target("runs"),
     "dashboard": Target("dashboard"),
     "inspect": Target("inspect", ("CONFIG",), "DATA"),
