@@ -88,7 +88,7 @@ def test_a_decision_on_a_masked_row_is_applied_to_the_unmasked_one():
 
 def test_pairs_are_edited_too():
     asked, good, bad = (
-        Message(role=role, content=text) for role, text in zip(("user", "assistant", "assistant"), "abc")
+        Message(role=role, content=text) for role, text in zip(("user", "assistant", "assistant"), "abc", strict=True)
     )
     pair = PreferenceRow(prompt=[asked], chosen=[good], rejected=[bad], source="s", origin="m")
     new = pair.model_copy(update={"chosen": [Message(role="assistant", content="better")]})
