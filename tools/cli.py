@@ -83,12 +83,19 @@ GROUPS = {
 COMMANDS: dict[str, list[Entry]] = {
     "Run pipelines": [
         Entry("run", "run:run", "Run a stage of the chain, the whole chain, or only the generation of data."),
-        Entry("sweep", "sweep:sweep", "Train a stage with many values of the recipe's keys, and evaluate the best once."),
+        Entry(
+            "sweep", "sweep:sweep", "Train a stage with many values of the recipe's keys, and evaluate the best once."
+        ),
         Entry("runs", "results:runs", "List the last runs."),
         Entry("dashboard", "serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
     ],
     "Datasets": [
         Entry("inspect", "dataset:inspect", "Report on a dataset file without training on it."),
+        Entry(
+            "review",
+            "review:review",
+            "Read, correct and judge data and answers on a page of this machine until Ctrl-C.",
+        ),
         Entry("push-dataset", "dataset:push_dataset", "Publish a dataset of the last run on the Hugging Face Hub."),
     ],
     "Models": [

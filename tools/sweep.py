@@ -34,7 +34,6 @@ from tools.cli import DEFAULT_RECIPE, PROGRAM, Config, Json, Overrides, prepare_
 if TYPE_CHECKING:
     import optuna
 
-    from pipelines.inputs import Inputs
     from tools.results import RunResult
 
 logger = logging.getLogger("llm_engineering.sweep")
@@ -147,7 +146,9 @@ class Sweep:
             return self.study.best_trial
         except ValueError:
             reasons = [str(trial.user_attrs[REASON]) for trial in self.study.trials if REASON in trial.user_attrs]
-            raise WorkError(f"No trial of {self.name} has ended with a validation loss. The last one: {reasons[-1]}") from None
+            raise WorkError(
+                f"No trial of {self.name} has ended with a validation loss. The last one: {reasons[-1]}"
+            ) from None
 
 
 def _open(config: str, overrides: tuple[str, ...]) -> Sweep:
@@ -269,12 +270,16 @@ def repeat(sweep: Sweep, winner: optuna.trial.FrozenTrial) -> list[float]:
         if name not in known:
             number, seed = name.split()
             logger.info("Trial %d again, with the seed %s", winner.number + 1, seed)
-            known[name] = _train(sweep, winner.params, f"{sweep.name}-trial-{int(number) + 1}-seed-{seed}", seed=int(seed))
+            known[name] = _train(
+                sweep, winner.params, f"{sweep.name}-trial-{int(number) + 1}-seed-{seed}", seed=int(seed)
+            )
             sweep.study.set_user_attr(REPEATS, known)
     return [known[name] for name in names]
 
 
-def _train(sweep: Sweep, values: dict[str, Any], name: str, trial_id: int | None = None, seed: int | None = None) -> float:
+def _train(
+    sweep: Sweep, values: dict[str, Any], name: str, trial_id: int | None = None, seed: int | None = None
+) -> float:
     """Train the chain up to the sweep's stage as a run with this name; returns the validation loss.
 
     Raises:
@@ -300,7 +305,9 @@ def _train(sweep: Sweep, values: dict[str, Any], name: str, trial_id: int | None
     (report,) = run.steps[f"train_{sweep.stage}"].outputs["training_report"]
     loss = validation_loss(json.loads((report.load().path / "report.json").read_text(encoding="utf-8")))
     if not math.isfinite(loss):
-        raise WorkError(f"The validation loss of {sweep.stage} is {loss}. Lower the highest learning rate of the ranges.")
+        raise WorkError(
+            f"The validation loss of {sweep.stage} is {loss}. Lower the highest learning rate of the ranges."
+        )
     return loss
 
 

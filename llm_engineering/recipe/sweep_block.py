@@ -119,7 +119,9 @@ class SweepConfig(Block):
         if stage not in chain:
             return f"sweep.stage is {stage}, which is not in the chain ({', '.join(chain)}): name one of its stages"
         if STAGES[stage].rows == "prompt":
-            return f"sweep.stage {stage} learns from rewards and has no validation loss: name another stage of the chain"
+            return (
+                f"sweep.stage {stage} learns from rewards and has no validation loss: name another stage of the chain"
+            )
         for key in self.ranges:
             block, _, name = key.partition(".")
             if block in _FIXED:

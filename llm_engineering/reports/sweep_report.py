@@ -50,7 +50,10 @@ def sweep_page(report: Report) -> str:
     """The whole page."""
     lead, *more = sentences(report)
     sections = [
-        ("What the best of these trials shows", Markup("").join(paragraph(sentence) for sentence in more) + _chance_note()),
+        (
+            "What the best of these trials shows",
+            Markup("").join(paragraph(sentence) for sentence in more) + _chance_note(),
+        ),
         ("The winner on the test split", _measures(report)),
         ("Trials in their order", line_chart(_by_trial(report), "trial", "validation loss")),
         ("Validation loss during training", line_chart(_curves(report), "share of training", "validation loss")),
