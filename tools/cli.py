@@ -106,6 +106,11 @@ COMMANDS: dict[str, list[Entry]] = {
         ),
         Entry("serve", "serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."),
         Entry("models list", "model_versions.model_stages:list_versions", "List the versions of a model."),
+        Entry(
+            "models compare",
+            "model_versions.comparison:compare",
+            "Compare two versions: recipes, data, measures with paired intervals, curves and answers.",
+        ),
         Entry("models promote", "model_versions.model_stages:promote", "Move a model version to production."),
         Entry(
             "models rollback",
