@@ -80,11 +80,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     preferences = _datasets([data.file("preference"), data.test_preferences], "preference", data)
     labelled = _datasets([data.file("labelled"), data.test_labelled], "labelled", data)
     prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
-    people = {
-        kind: take_snapshot(said, snapshots(Settings()))
-        for kind in recipe.kinds(recipe.chain[-1])
-        if (said := said_about(recipe, kind, Settings())) is not None
-    }
+    all_said = {kind: said_about(recipe, kind, Settings()) for kind in recipe.kinds(recipe.chain[-1])}
+    people = {kind: said for kind, said in all_said.items() if said is not None}
     rewards = check_rewards(recipe)
     replay = None
     if data.replay is not None:
@@ -118,7 +115,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         "documents": recipe.documents.model_dump() if recipe.learns_from_documents else None,
         # The weight of people's rows decides only where they are.
         "data": recipe.data.checks.model_dump(exclude={"human_weight"}),
-        **({"people": [people["instruction"], data.human_weight]} if "instruction" in people else {}),
+        **({"people": [people["instruction"].hash, data.human_weight]} if "instruction" in people else {}),
     }
     return recipe, Inputs(
         documents=documents,
@@ -126,7 +123,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         preferences=preferences,
         labelled=labelled,
         prompts=prompts,
-        people=people,
+        people={kind: take_snapshot(said, snapshots(Settings())) for kind, said in people.items()},
         replay=replay,
         replay_instructions=replay_instructions,
         evaluation=evaluation,
@@ -140,7 +137,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
                 "preferences": preferences,
                 "labelled": labelled,
                 "prompts": prompts,
-                "people": {kind: [said, data.human_weight] for kind, said in people.items()},
+                "people": {kind: [said.hash, data.human_weight] for kind, said in people.items()},
                 "rewards": rewards,
                 "reward_models": {stage: found.content_hash for stage, found in reward_models.items()},
                 "replay": replay,

@@ -14,6 +14,7 @@ from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer,
 from llm_engineering.evaluation.judge import Question, judge
 from llm_engineering.evaluation.measures import Observation, Work, by_document, observe
 from llm_engineering.evaluation.models import BASE, Models, Sample
+from llm_engineering.evaluation.row_values import row_values
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.generation.open import open_client
 from llm_engineering.models.tokenizer import load_tokenizer
@@ -90,6 +91,7 @@ def evaluate(
         "seed": setup.seed,
         "metrics": {f"{key}_{name}": e["value"] for key, m in measures.items() for name, e in m["models"].items()},
         "measures": measures,
+        "row_values": row_values(observations[newest], work),
         "exam": exam_report(exam, taken, newest, setup.seed) if exam is not None else None,
         "samples": _samples(observations, work)[: config.sample_answers],
         "rewards": _rewarded(observations, work, config.sample_answers) if work.rewards else None,

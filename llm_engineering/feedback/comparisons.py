@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
+from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
+from llm_engineering.data.private import redacted
 from llm_engineering.data.rows import HUMAN, InstructionRow, Message, PreferenceRow, split_key
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback import journal
@@ -203,16 +205,26 @@ def sessions(folder: Path) -> list[Comparison]:
 def said(folder: Path, kind: str) -> Said:
     """Rows of a kind, made of all verdicts: pairs of answers, and the better answers that reviewers wrote.
 
-    The winner of a question is what more reviewers chose; a tie of their votes makes no pair. A written answer is chosen over
-    both answers, and is an instruction row too.
+    The winner of a question is what more reviewers chose. A written answer is chosen over both answers, and is an instruction
+    row too. A question without a winner and without a written answer is set aside.
     """
     rows: list[HumanRow] = []
+    aside: list[Quarantined] = []
     for session in sessions(folder):
         for number, (key, question) in enumerate(session.questions.items(), 1):
             verdicts = {name: verdict for (asked, name), verdict in session.verdicts.items() if asked == key}
-            if verdicts and kind in ("instruction", "preference"):
-                rows += _rows(session, question, verdicts, kind, f"review {session.id}, question {number}")
-    return Said(rows, [])
+            if not verdicts or kind not in ("instruction", "preference"):
+                continue
+            source = f"review {session.id}, question {number}"
+            made = _rows(session, question, verdicts, kind, source)
+            rows += made
+            if not made and kind == "preference":
+                choices = {verdict.choice for verdict in verdicts.values()}
+                reason = "both_bad" if choices == {"bad"} else "tie"
+                text = redacted(question.prompt[-1].content)[:QUOTED_CHARS]
+                by = "by " + ", ".join(sorted(verdicts))
+                aside.append(Quarantined(stage=kind, reason=reason, source=source, place=key, detail=by, text=text))
+    return Said(rows, [], aside)
 
 
 def _rows(

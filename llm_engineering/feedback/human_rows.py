@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import QUARANTINE_FEATURES, Ledger, Quarantined
 from llm_engineering.data.rows import (
     FEATURES,
     HUMAN,
@@ -72,17 +72,31 @@ class HumanDrop(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What people said about the rows of a kind."""
+    """What people said about the rows of a kind.
+
+    Attributes:
+        aside: what gives no row, with the reason, e.g. a tie.
+    """
 
     rows: list[HumanRow]
     drops: list[HumanDrop]
+    aside: list[Quarantined]
+
+    @property
+    def hash(self) -> str:
+        """Hash of what decides the rows of training, so not of `aside`."""
+        return _hash(json.dumps([[row.record() for row in self.rows], self.drops], sort_keys=True))
 
 
 def take_snapshot(said: Said, folder: Path) -> str:
     """Write what people said to a file in `folder`; returns its hash, which is its name (sixteen hex digits)."""
-    content = {"rows": [row.record() for row in said.rows], "drops": [drop._asdict() for drop in said.drops]}
+    content = {
+        "rows": [row.record() for row in said.rows],
+        "drops": [drop._asdict() for drop in said.drops],
+        "aside": [row.model_dump() for row in said.aside],
+    }
     text = json.dumps(content, sort_keys=True)
-    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    name = _hash(text)
     folder.mkdir(parents=True, exist_ok=True)
     # Replaced as a whole, so that a killed process leaves no half of a file under this name.
     (folder / f"{name}.part").write_text(text, encoding="ascii")
@@ -91,7 +105,7 @@ def take_snapshot(said: Said, folder: Path) -> str:
 
 
 def read_snapshot(name: str, kind: str, folder: Path) -> DatasetDict:
-    """Read a snapshot as the tables `rows`, whose columns are those of the kind and those of `HumanRow`, and `drops`.
+    """Read a snapshot as the tables `rows`, whose columns are those of the kind and those of `HumanRow`, `drops` and `aside`.
 
     Raises:
         WorkError: the file is gone.
@@ -104,7 +118,8 @@ def read_snapshot(name: str, kind: str, folder: Path) -> DatasetDict:
             f"{file}, where this run noted what people said, cannot be read ({error.strerror}). Start the run again."
         ) from error
     features = Features({**FEATURES[kind], **_ABOUT})
-    return DatasetDict(rows=to_dataset(content["rows"], features), drops=to_dataset(content["drops"], _DROP_FEATURES))
+    tables = {"rows": features, "drops": _DROP_FEATURES, "aside": QUARANTINE_FEATURES}
+    return DatasetDict({name: to_dataset(content[name], columns) for name, columns in tables.items()})
 
 
 def facts(human: DatasetDict) -> dict[str, Any]:
@@ -115,6 +130,7 @@ def facts(human: DatasetDict) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "drops": len(drops),
+        "without_a_row": dict(Counter(human["aside"]["reason"]).most_common()),
         "by": dict(names.most_common()),
         "first": times[0],
         "last": times[-1],
@@ -163,7 +179,7 @@ def join(
         ledger.add(stage, len(added))
     own_test = "test_rows" in joined
     taken: dict[str, list[dict[str, Any]]] = {"rows": [], "test_rows": []}
-    aside = []
+    aside = [Quarantined.model_validate(record) for record in human["aside"]]
     for record in new:
         row = read_row(record, kind)
         if own_test and record["held_out"]:
@@ -195,6 +211,10 @@ def repeated(train: Dataset, kind: str, weight: int) -> Dataset:
     people = train.select([place for place, origin in enumerate(train["origin"]) if origin.startswith(HUMAN)])
     records = [{**record, "origin": REPEATED + record["origin"]} for record in stream_records(people)]
     return to_dataset(records * (weight - 1), FEATURES[kind])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _table(records: list[dict[str, Any]], kind: str) -> Dataset:

@@ -50,7 +50,7 @@ def said_about(recipe: Recipe, kind: str, settings: Settings) -> Said | None:
     Raises:
         RequestError: no row can be made of a source, because nobody has said anything yet.
     """
-    rows, drops = [], []
+    rows, drops, aside = [], [], []
     for name in recipe.data.people(kind):
         source = SOURCES[name]
         found = [read(folder_of(name, recipe.name, settings), kind) for read in source.read]
@@ -61,4 +61,5 @@ def said_about(recipe: Recipe, kind: str, settings: Settings) -> Said | None:
             )
         rows += [row for said in found for row in said.rows]
         drops += [drop for said in found for drop in said.drops]
-    return Said(rows, drops) if recipe.data.people(kind) else None
+        aside += [row for said in found for row in said.aside]
+    return Said(rows, drops, aside) if recipe.data.people(kind) else None

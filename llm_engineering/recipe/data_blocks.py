@@ -1,4 +1,5 @@
-"""The recipe's blocks about data: documents, the user's own datasets, rules, splits, formatting and the hub."""
+"""The recipe's blocks about data: documents, the user's own datasets, rules, splits, formatting, the hub and the
+server."""
 
 from __future__ import annotations
 
@@ -155,6 +156,16 @@ class ModelHubConfig(Block):
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
     repo_id: str | None = None
     private: bool = True
+
+
+class ServingConfig(Block):
+    """How `make serve` serves the model.
+
+    With `log_requests` the server writes each request and answer to `served/` in the output folder, with personal data and
+    secrets masked, and takes feedback on its answers.
+    """
+
+    log_requests: bool = False
 
 
 class ReplayConfig(Block):

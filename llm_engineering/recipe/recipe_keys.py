@@ -15,6 +15,7 @@ from llm_engineering.recipe.data_blocks import (
     FormattingConfig,
     KnowledgeConfig,
     ModelHubConfig,
+    ServingConfig,
 )
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig, PromotionConfig
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, ClientConfig, GenerationConfig, TextWriting
@@ -93,6 +94,7 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     promotion: PromotionConfig
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
+    serving: ServingConfig = ServingConfig()
     hub: ModelHubConfig | None = None
 
     def block(self, stage: str) -> TrainConfig:

@@ -61,7 +61,8 @@ def test_pairs_are_what_most_reviewers_chose(session, tmp_path):
     session.judge(split, "Bo", "second")
     session.judge(tied, "Ada", "bad")
     session.judge(written, "Ada", "written", " It is green. ")
-    pairs = comparisons.said(tmp_path, "preference").rows
+    pairs, _, aside = comparisons.said(tmp_path, "preference")
+    assert [row.reason for row in aside] == ["tie", "both_bad"]
     texts = [(row.row.chosen[0].content, row.row.rejected[0].content, row.by, row.about) for row in pairs]
     assert texts == [
         (f"Answer 0 to {won}.", f"Answer 1 to {won}.", "Ada, Bo", "base over version 1 (sft) with retrieval"),

@@ -47,7 +47,7 @@ def turn(text):
 
 
 def stored(tmp_path, rows, drops=(), kind="preference"):
-    return read_snapshot(take_snapshot(Said(list(rows), list(drops)), tmp_path), kind, tmp_path)
+    return read_snapshot(take_snapshot(Said(list(rows), list(drops), []), tmp_path), kind, tmp_path)
 
 
 def candidates(rows, test=()):
@@ -66,15 +66,17 @@ def numbers_in(split):
 
 
 def test_a_snapshot_is_named_by_what_was_said(tmp_path):
-    one, other = Said([judged(1)], []), Said([judged(1)], [HumanDrop("a", "Bo", "2026-01-05", "wrong")])
-    assert take_snapshot(one, tmp_path) == take_snapshot(Said([judged(1)], []), tmp_path)
+    one = Said([judged(1)], [], [])
+    other = Said([judged(1)], [HumanDrop("a", "Bo", "2026-01-05", "wrong")], [])
+    assert take_snapshot(one, tmp_path) == take_snapshot(Said([judged(1)], [], []), tmp_path)
     assert take_snapshot(one, tmp_path) != take_snapshot(other, tmp_path)
-    read = stored(tmp_path, *other)
+    read = stored(tmp_path, other.rows, other.drops)
     assert read["rows"][0]["by"] == "Ada"
     assert read["rows"][0]["id"] == judged(1).row.id
     assert facts(read) == {
         "rows": 1,
         "drops": 1,
+        "without_a_row": {},
         "by": {"Ada": 1, "Bo": 1},
         "first": "2026-01-02",
         "last": "2026-01-05",
