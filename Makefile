@@ -14,7 +14,7 @@ MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
-COMMANDS := run run-sft run-dpo retrain datasets runs dashboard inspect push-dataset chat compare exam serve models \
+COMMANDS := run run-sft run-dpo retrain datasets runs dashboard inspect review push-dataset chat compare exam serve models \
   promote rollback lineage verify delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
@@ -38,6 +38,7 @@ dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
 
 ##@ Datasets
 inspect:  ## report on a dataset file: DATA=rows.jsonl
+review:  ## read, correct and judge data and answers on a page of this machine until Ctrl-C
 push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference|labelled
 
 ##@ Models

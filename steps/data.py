@@ -341,7 +341,7 @@ def prepare(
     """
     ledger = Ledger.load(candidates) if candidates is not None else Ledger()
     if human is not None:
-        candidates = join_people(candidates, human, kind, checks.split, ledger)
+        candidates = join_people(candidates, human, kind, checks, ledger)
     assert candidates is not None
     exam, exam_hash = the_exam(exam, exam_hash, written)
     if kind == "instruction" and written is not None:

@@ -46,6 +46,7 @@ TARGETS = {
     "runs": Target("runs"),
     "dashboard": Target("dashboard"),
     "inspect": Target("inspect", ("CONFIG",), "DATA"),
+    "review": Target("review", ("CONFIG",)),
     "push-dataset": Target("push-dataset", ("CONFIG",), "KIND", "instruction"),
     "chat": Target("chat", ("CONFIG", "VERSION", "PROMPT")),
     "compare": Target("compare", ("CONFIG", "VERSION", "PROMPT")),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_engineering.errors import RequestError
-from llm_engineering.feedback import comparisons
+from llm_engineering.feedback import comparisons, decisions
 from llm_engineering.feedback.human_rows import Said
 from llm_engineering.recipe.data_blocks import REVIEW
 from llm_engineering.recipe.recipe import Recipe
@@ -29,8 +29,14 @@ class Source(NamedTuple):
     remedy: str
 
 
+def _decided(folder: Path, kind: str) -> Said:
+    """The decisions of reviewers on rows of a kind that change them."""
+    found = decisions.current(decisions.stored(folder)).values()
+    return Said([], [one for one in found if one.kind == kind and one.action in ("edit", "drop")], [])
+
+
 SOURCES = {
-    REVIEW: Source("review", (comparisons.said,), "run `make review`"),
+    REVIEW: Source("review", (comparisons.said, _decided), "run `make review`"),
 }
 
 
@@ -50,16 +56,16 @@ def said_about(recipe: Recipe, kind: str, settings: Settings) -> Said | None:
     Raises:
         RequestError: no row can be made of a source, because nobody has said anything yet.
     """
-    rows, drops, aside = [], [], []
+    rows, made, aside = [], [], []
     for name in recipe.data.people(kind):
         source = SOURCES[name]
         found = [read(folder_of(name, recipe.name, settings), kind) for read in source.read]
-        if not any(said.rows or said.drops for said in found):
+        if not any(said.rows or said.decisions for said in found):
             raise RequestError(
                 f"data.{rows_of(kind)} names {name}, and nobody has said anything yet that gives {kind} rows of {recipe.name}: "
                 f"{source.remedy} first, or remove {name} from data.{rows_of(kind)}"
             )
         rows += [row for said in found for row in said.rows]
-        drops += [drop for said in found for drop in said.drops]
+        made += [decision for said in found for decision in said.decisions]
         aside += [row for said in found for row in said.aside]
-    return Said(rows, drops, aside) if recipe.data.people(kind) else None
+    return Said(rows, made, aside) if recipe.data.people(kind) else None

@@ -17,8 +17,8 @@ from llm_engineering.data.rows import (
     split_of,
 )
 from llm_engineering.errors import WorkError
+from llm_engineering.feedback.decisions import Decision, content_of
 from llm_engineering.feedback.human_rows import (
-    HumanDrop,
     HumanRow,
     Said,
     facts,
@@ -31,23 +31,30 @@ from llm_engineering.recipe.data_blocks import DataConfig, SplitConfig
 from tests.tiny_models import instruction, pair
 
 SPLIT = SplitConfig(validation_fraction=0.2, test_fraction=0.3)
+CONFIG = DataConfig(split=SPLIT)
 
 
-def judged(number, split_of_row="train", **changes):
+def judged(number, split_of_row="train"):
     """A pair that Ada made of the answers to a question."""
     row = pair(number)
     row = row.model_copy(
         update={"origin": HUMAN + "review", "document": split_key(row), "chosen": [turn("This answer is better.")]}
     )
-    return HumanRow(row, "Ada", f"2026-01-0{1 + number % 9}", "base over sft", split_of_row == "test", **changes)
+    return HumanRow(row, "Ada", f"2026-01-0{1 + number % 9}", "base over sft", split_of_row == "test")
+
+
+def drop(row_id):
+    return Decision(
+        id=row_id, kind="preference", action="drop", reviewer="Bo", reason="wrong", dataset="set 1", time="2026-01-05"
+    )
 
 
 def turn(text):
     return Message(role="assistant", content=text)
 
 
-def stored(tmp_path, rows, drops=(), kind="preference"):
-    return read_snapshot(take_snapshot(Said(list(rows), list(drops), []), tmp_path), kind, tmp_path)
+def stored(tmp_path, rows, decisions=(), kind="preference"):
+    return read_snapshot(take_snapshot(Said(list(rows), list(decisions), []), tmp_path), kind, tmp_path)
 
 
 def candidates(rows, test=()):
@@ -67,20 +74,20 @@ def numbers_in(split):
 
 def test_a_snapshot_is_named_by_what_was_said(tmp_path):
     one = Said([judged(1)], [], [])
-    other = Said([judged(1)], [HumanDrop("a", "Bo", "2026-01-05", "wrong")], [])
+    other = Said([judged(1)], [drop("a")], [])
     assert take_snapshot(one, tmp_path) == take_snapshot(Said([judged(1)], [], []), tmp_path)
     assert take_snapshot(one, tmp_path) != take_snapshot(other, tmp_path)
-    read = stored(tmp_path, other.rows, other.drops)
+    read = stored(tmp_path, other.rows, other.decisions)
     assert read["rows"][0]["by"] == "Ada"
     assert read["rows"][0]["id"] == judged(1).row.id
     assert facts(read) == {
         "rows": 1,
-        "drops": 1,
+        "decisions": {"drop": 1},
         "without_a_row": {},
         "by": {"Ada": 1, "Bo": 1},
         "first": "2026-01-02",
         "last": "2026-01-05",
-        "about": {"base over sft": 1},
+        "about": {"base over sft": 1, "set 1": 1},
     }
     with pytest.raises(WorkError, match="Start the run again"):
         read_snapshot("none", "preference", tmp_path)
@@ -91,9 +98,9 @@ def test_a_persons_row_stays_and_the_generated_row_that_is_like_it_is_dropped(tm
     same = pair(number).model_copy(update={"chosen": [turn("This answer is better.")], "origin": "model"})
     others = [pair(n) for n in numbers_in("train")[1:4]]
     made, ledger = candidates([same, *others])
-    rows = join(made, stored(tmp_path, [judged(number)]), "preference", SPLIT, ledger)
+    rows = join(made, stored(tmp_path, [judged(number)]), "preference", CONFIG, ledger)
     assert rows["rows"]["origin"] == ["human:review", "model", "o", "o", "o"]
-    prepared = prepare(rows["rows"], "preference", DataConfig(split=SPLIT), ledger, tmp_path)
+    prepared = prepare(rows["rows"], "preference", CONFIG, ledger, tmp_path)
     assert [o for o in prepared.splits["train"]["origin"] if o != "o"] == ["human:review"]
     assert ledger.by_reason("preference")["exact_duplicate"] == 1
     assert ledger.read["preference"] == 5
@@ -104,9 +111,9 @@ def test_a_pair_about_a_held_out_question_is_never_trained_on(tmp_path):
     made, ledger = candidates([pair(n) for n in range(20)])
     # The second one was held out by a split that this recipe no longer has.
     said = [judged(held_out, "test"), judged(trained, "test")]
-    rows = join(made, stored(tmp_path, said), "preference", SPLIT, ledger)
+    rows = join(made, stored(tmp_path, said), "preference", CONFIG, ledger)
     assert ledger.by_reason("preference") == {"held_out_question": 1}
-    splits = prepare(rows["rows"], "preference", DataConfig(split=SPLIT), ledger, tmp_path).splits
+    splits = prepare(rows["rows"], "preference", CONFIG, ledger, tmp_path).splits
     assert {name: part["origin"].count("human:review") for name, part in splits.items()} == {
         "train": 0,
         "validation": 0,
@@ -116,28 +123,25 @@ def test_a_pair_about_a_held_out_question_is_never_trained_on(tmp_path):
 
 def test_with_an_own_test_split_held_out_pairs_join_it(tmp_path):
     made, ledger = candidates([pair(1)], test=[pair(2)])
-    rows = join(made, stored(tmp_path, [judged(3, "test"), judged(4)]), "preference", SPLIT, ledger)
+    rows = join(made, stored(tmp_path, [judged(3, "test"), judged(4)]), "preference", CONFIG, ledger)
     assert [part["origin"].count("human:review") for part in rows.values()] == [1, 1]
     assert ledger.kept == {"preference": 2, "preference_test": 2}
 
 
-def test_edits_replace_rows_and_drops_remove_them(tmp_path):
+def test_edited_rows_come_first_and_dropped_rows_are_set_aside(tmp_path):
     made, ledger = candidates([pair(1), pair(2), pair(3)])
-    said = [judged(1, replaces=pair(1).id), judged(2, replaces="gone")]
-    human = stored(tmp_path, said, [HumanDrop(pair(2).id, "Bo", "2026-01-05", "wrong")])
-    rows = join(made, human, "preference", SPLIT, ledger)["rows"]
-    assert rows["id"] == [judged(1).row.id, pair(3).id]
-    assert ledger.by_reason("preference") == {
-        "edited_by_reviewer": 1,
-        "dropped_by_reviewer": 1,
-        "edited_row_gone": 1,
-    }
-    assert ledger.kept["preference"] == 2
+    content = content_of(judged(3).row)
+    edit = Decision(id=pair(3).id, kind="preference", action="edit", reviewer="Ada", content=content)
+    rows = join(made, stored(tmp_path, [], [edit, drop(pair(2).id)]), "preference", CONFIG, ledger)["rows"]
+    assert rows["id"] == [judged(3).row.id, pair(1).id]
+    assert rows["origin"] == ["human:Ada", "o"]
+    assert ledger.by_reason("preference") == {"dropped_by_reviewer": 1}
+    assert (ledger.read["preference"], ledger.kept["preference"]) == (3, 2)
 
 
 def test_rows_of_people_alone_need_no_candidates(tmp_path):
     ledger = Ledger()
-    rows = join(None, stored(tmp_path, [judged(1), judged(2)]), "preference", SPLIT, ledger)
+    rows = join(None, stored(tmp_path, [judged(1), judged(2)]), "preference", CONFIG, ledger)
     assert len(rows["rows"]) == ledger.kept["preference"] == ledger.read["preference"] == 2
 
 
@@ -162,6 +166,6 @@ def test_a_pair_of_people_is_not_dropped_as_generated(tmp_path):
     )
     generated = refused.model_copy(update={"origin": "model", "prompt": [Message(role="user", content="Who is it?")]})
     made, ledger = candidates([refused, generated])
-    prepare(made["rows"], "preference", DataConfig(split=SPLIT), ledger, tmp_path)
+    prepare(made["rows"], "preference", CONFIG, ledger, tmp_path)
     assert ledger.by_reason("preference") == {"refusal": 1}
     assert ledger.kept["preference"] == 1
