@@ -275,6 +275,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         rewards=rewarded.reward_set if rewarded is not None else None,
         reward_code=inputs.rewards,
         reward_model=scorer,
+        reward_judge=_earlier(inputs, "evaluation"),
         max_completion_length=getattr(rewarded, "max_completion_length", None),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
@@ -296,8 +297,13 @@ def _reward_model(
         return None
     trained = recipe.reward_stage(stage)
     if block.reward_model.version is not None or trained is None:
-        return Client().get_artifact_version(inputs.reward_models[stage])
+        return _earlier(inputs, stage)
     return adapters[trained]
+
+
+def _earlier(inputs: Inputs, user: str) -> Any:
+    """The reward model of an earlier run that a stage or the evaluation names; None if it names none."""
+    return Client().get_artifact_version(inputs.reward_models[user]) if user in inputs.reward_models else None
 
 
 def _format(recipe: Recipe, stage: str, kind: str, dataset: Any) -> Any:

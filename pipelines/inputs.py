@@ -16,7 +16,8 @@ class Inputs(BaseModel):
         exam: hash of the exam's questions; None if there is no exam.
         recipes: for each stage, the hash of everything that decides its result.
         adapters: for each stage that an earlier run has trained, the id of its adapter's version.
-        reward_models: for each stage whose reward `reward_model` names a version, the id of this model's artifact version.
+        reward_models: for each stage whose reward `reward_model` names a version, and for `evaluation` if its `reward_model` is
+            set, the id of this model's artifact version.
         incumbent: the version in production when the run begins; None if there is none.
         code: the project's commit, with `+changes` if files differ from it.
     """

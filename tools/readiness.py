@@ -175,28 +175,32 @@ def check_rewards(recipe: Recipe) -> dict[str, str]:
 
 
 def find_reward_models(recipe: Recipe) -> dict[str, ArtifactVersionResponse]:
-    """Find the reward models that rewards of the chain name by their version; returns their artifacts by the stage.
+    """Find the reward models that the recipe names by their version; returns their artifacts by the stage, or `evaluation`.
 
     Raises:
         RequestError: a version does not exist, has no reward model, or has one of another base model or with other tokens.
     """
-    found: dict[str, ArtifactVersionResponse] = {}
+    named = {"evaluation": recipe.evaluation.reward_model}
     for stage in recipe.chain:
         block = recipe.block(stage)
-        named = block.reward_model if isinstance(block, RewardedConfig) else None
-        if named is None or named.version is None:
+        if isinstance(block, RewardedConfig) and block.reward_model is not None:
+            named[stage] = block.reward_model.version
+    found: dict[str, ArtifactVersionResponse] = {}
+    for user, version in named.items():
+        if version is None:
             continue
         prepare_zenml()
         from tools.model_versions.versions import reward_model_artifact
 
         try:
-            found[stage] = reward_model_artifact(recipe.name, str(named.version))
-            folder = found[stage].load().path
+            found[user] = reward_model_artifact(recipe.name, version)
+            folder = found[user].load().path
             check_base(recipe.model, folder)
             tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
             check_tokens(folder, tokenizer, Settings(), recipe.model.trust_remote_code)
         except RequestError as error:
-            raise RequestError(f"{stage}.rewards, reward_model, version {named.version}: {error}") from error
+            key = "evaluation.reward_model" if user == "evaluation" else f"{user}.rewards, reward_model"
+            raise RequestError(f"{key}, version {version}: {error}") from error
     return found
 
 

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
     from zenml.models import ArtifactVersionResponse
 
+    from llm_engineering.recipe.recipe import Recipe
     from llm_engineering.review.browse import DatasetVersion
+    from llm_engineering.review.drift import Covered
 
 
 def review(
@@ -36,6 +39,7 @@ def review(
 
     import uvicorn
 
+    from llm_engineering.feedback.served import served_folder
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.app import build_app
     from llm_engineering.review.site import Context, Reviews
@@ -50,6 +54,8 @@ def review(
             recipe=recipe.name,
             folder=settings.llm_output_dir.resolve() / "review" / recipe.name,
             list_datasets=lambda: stored_datasets(recipe.name),
+            served=served_folder(settings.llm_output_dir.resolve(), recipe.name),
+            read_covered=lambda: covered_by(recipe),
         )
         context = Context(reviews)
         app = build_app(context, port)
@@ -81,6 +87,31 @@ def stored_datasets(model: str) -> list[DatasetVersion]:
         )
         for artifact in _artifacts(model)
     ]
+
+
+def covered_by(recipe: Recipe) -> Covered:
+    """The passages of a recipe's documents, and the held-out questions of its newest instructions.
+
+    Raises:
+        RequestError: the recipe reads no documents, they have no passage, or no run has made instructions.
+    """
+    from llm_engineering.documents.passages import chunks
+    from llm_engineering.documents.read import read_documents
+    from llm_engineering.review.drift import Covered
+
+    if not recipe.reads_documents:
+        raise RequestError(
+            f"{recipe.name} reads no documents, so nothing says what they do not cover. Set documents.path and exam, or leave out "
+            "data.instructions."
+        )
+    passages = chunks(read_documents(recipe.documents)[0], recipe.documents)
+    newest = next((one for one in _artifacts(recipe.name) if one.artifact.name == "instruction_dataset"), None)
+    heldout = [row["prompt"][-1]["content"] for row in newest.load()["test"]] if newest is not None else []
+    if not passages or not heldout:
+        raise RequestError(
+            f"{recipe.name} has no held-out questions to compare with: create them from documents with `make datasets`."
+        )
+    return Covered(passages, heldout)
 
 
 def _artifacts(model: str) -> Sequence[ArtifactVersionResponse]:

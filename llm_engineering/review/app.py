@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.review.data_pages import add_data_pages
+from llm_engineering.review.drift_page import add_drift_page
 from llm_engineering.review.site import Context
 
 _HEADERS = {
@@ -46,6 +47,7 @@ def build_app(context: Context, port: int) -> FastAPI:
         return RedirectResponse(f"{context.root}/data")
 
     add_data_pages(app, context)
+    add_drift_page(app, context)
     _add_error_pages(app, context)
     return app
 

@@ -16,9 +16,10 @@ from markupsafe import Markup, escape
 from pydantic import AfterValidator
 
 from llm_engineering.review.browse import DatasetVersion
+from llm_engineering.review.drift import Covered
 
 # The pages of the navigation: path and name.
-PAGES = (("data", "Data"),)
+PAGES = (("data", "Data"), ("drift", "Drift"))
 MAX_NAME_CHARS = 80
 # Characters that no font shows: control characters but tab and line feed, those that turn the direction of text, fillers,
 # the tags that hide whole sentences, and lone surrogates, which UTF-8 cannot write. The two joiners U+200C and U+200D are
@@ -63,11 +64,15 @@ class Reviews:
         recipe: the name of the recipe.
         folder: the folder of all reviews of the recipe.
         list_datasets: returns the dataset versions that can be browsed, the newest first.
+        served: the folder of what the recipe's server logs.
+        read_covered: returns what the documents cover.
     """
 
     recipe: str
     folder: Path
     list_datasets: Callable[[], Sequence[DatasetVersion]]
+    served: Path
+    read_covered: Callable[[], Covered]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 from llm_engineering.errors import RequestError
 from llm_engineering.review.app import build_app
 from llm_engineering.review.browse import DatasetVersion
+from llm_engineering.review.drift import Covered
 from llm_engineering.review.site import Context, Reviews, as_typed, visible
 
 PORT = 8240
@@ -19,7 +20,7 @@ OWN = f"http://127.0.0.1:{PORT}"
 @pytest.fixture
 def context(tmp_path):
     hostile = DatasetVersion("a/b?c", "<script>alert(1)</script>\u202e", "2026-01-01", "", "train 1")
-    return Context(Reviews("tiny", tmp_path, lambda: [hostile]))
+    return Context(Reviews("tiny", tmp_path, lambda: [hostile], tmp_path, lambda: Covered([], [])))
 
 
 @pytest.fixture
