@@ -69,6 +69,7 @@ def evaluate(
     max_completion_length: int | None = None,
     reward_code: dict[str, str] | None = None,
     reward_model: Directory | None = None,
+    reward_judge: Directory | None = None,
     incumbent: Directory | None = None,
     epochs: dict[str, float] | None = None,
     **adapters: Directory | None,
@@ -88,6 +89,7 @@ def evaluate(
         rewards: those of the last stage on prompts, whose answers have at most `max_completion_length` tokens.
         reward_code: hashes of the files of own rewards, so that a changed file runs this step again.
         reward_model: the model of the reward `reward_model`; None without this reward.
+        reward_judge: the reward model of `evaluation.reward_model`, which judges answers; None without this key.
     """
     # Join the held-out rows of each kind
     formatted = {
@@ -135,7 +137,8 @@ def evaluate(
     rewarding = None
     if rewards is not None and max_completion_length:
         rewarding = Rewarding(rewards, max_completion_length, reward_model.path if reward_model else None)
-    data = evaluate_models(folders, heldout, config, setup, Settings(), questions, rewarding)
+    judging = reward_judge.path if reward_judge else None
+    data = evaluate_models(folders, heldout, config, setup, Settings(), questions, rewarding, judging)
 
     # Add what training read
     train = {

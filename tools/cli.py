@@ -93,6 +93,11 @@ COMMANDS: dict[str, list[Entry]] = {
     ],
     "Datasets": [
         Entry("inspect", "dataset:inspect", "Report on a dataset file without training on it."),
+        Entry(
+            "review",
+            "review:review",
+            "Read, correct and judge data and answers on a page of this machine until Ctrl-C.",
+        ),
         Entry("push-dataset", "dataset:push_dataset", "Publish a dataset of the last run on the Hugging Face Hub."),
     ],
     "Models": [
