@@ -14,7 +14,7 @@ MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
-COMMANDS := run run-sft run-dpo retrain datasets sweep runs dashboard inspect review push-dataset chat compare exam serve models \
+COMMANDS := run run-sft run-dpo retrain datasets sweep runs dashboard watch inspect review push-dataset chat compare exam serve models \
   compare-versions promote rollback lineage verify delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
@@ -36,6 +36,7 @@ datasets:  ## generate the datasets of the chain without training
 sweep:  ## train with many values from the recipe's block sweep, and evaluate the best: CONFIG=… [ARGS="--jobs 2"]
 runs:  ## list the last runs
 dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
+watch:  ## show the curves of the runs that train on this machine, until Ctrl-C
 
 ##@ Datasets
 inspect:  ## report on a dataset file: DATA=rows.jsonl

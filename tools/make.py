@@ -48,6 +48,7 @@ TARGETS = {
     "sweep": Target("sweep", ("CONFIG",)),
     "runs": Target("runs"),
     "dashboard": Target("dashboard"),
+    "watch": Target("watch"),
     "inspect": Target("inspect", ("CONFIG",), "DATA"),
     "review": Target("review", ("CONFIG",)),
     "push-dataset": Target("push-dataset", ("CONFIG",), "KIND", "instruction"),
