@@ -292,16 +292,21 @@ def _train(
     from tools.run import start
 
     recipe, inputs = preflight(sweep.with_values(values))
-    place = Place(
-        storage=sweep.storage, study=sweep.name, trial=trial_id, stage=sweep.stage, prune_after=sweep.block.prune_after
-    )
+    if trial_id is not None:
+        place = Place(
+            storage=sweep.storage,
+            study=sweep.name,
+            trial=trial_id,
+            stage=sweep.stage,
+            prune_after=sweep.block.prune_after,
+        )
+        os.environ[TRIAL] = place.model_dump_json()
     # ZenML replaces the words in braces.
     named = sweep_trial.with_options(run_name=f"{name}-{{date}}-{{time}}", tags=[f"sweep {sweep.name}"])
-    os.environ[TRIAL] = place.model_dump_json()
     try:
         run = start(named, recipe, inputs, cache=True, versioned=False, stage=sweep.stage, seed=seed)
     finally:
-        del os.environ[TRIAL]
+        os.environ.pop(TRIAL, None)
     (report,) = run.steps[f"train_{sweep.stage}"].outputs["training_report"]
     loss = validation_loss(json.loads((report.load().path / "report.json").read_text(encoding="utf-8")))
     if not math.isfinite(loss):

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
 from llm_engineering.reports.exam_report import RIGHT, WRONG
-from llm_engineering.reports.page import cards, interval, line_chart, page, paragraph, table
+from llm_engineering.reports.page import Verdict, cards, interval, line_chart, page, paragraph, table
 
 Report = Mapping[str, Any]
 # Answers that the page shows.
@@ -23,14 +23,21 @@ def comparison_page(data: Report) -> str:
     names = data["names"]
     nothing = paragraph("Nothing differs.")
     sections = [
-        ("Measures", _measures(data)),
         *_curves(data),
+        ("Measures", _measures(data)),
         ("Recipes", table(["Key", *names], data["recipes"]) if data["recipes"] else nothing),
         ("Data", table(["What", *names], data["data"]) if data["data"] else nothing),
-        (f"{counted(len(data['answers']), 'answer')} side by side", _answers(data)),
+        ("Answers side by side", _answers(data) if data["answers"] else Markup("")),
     ]
     title = f"{data['model']}: {names[0]} and {names[1]}"
-    return page(title, " ".join(sentences(data)), sections)
+    words = [verdict(m["difference"], m["better"]) for m in data["measures"].values() if m["difference"] is not None]
+    better, worse = words.count("better"), words.count("worse")
+    shown = Verdict(
+        f"{names[1].capitalize()}: {better} better, {worse} worse" if words else "Not comparable",
+        "good" if better and not worse else "bad" if worse and not better else "mixed",
+    )
+    facts = {"Model": data["model"], "Compared": " and ".join(names)} | data["facts"]
+    return page(title, sentences(data), sections, facts=facts, verdict=shown)
 
 
 def sentences(data: Report) -> list[str]:

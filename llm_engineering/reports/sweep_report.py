@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
-from llm_engineering.reports.page import interval, line_chart, page, paragraph, table
+from llm_engineering.reports.page import Verdict, interval, line_chart, page, paragraph, table
 
 Report = Mapping[str, Any]
 # Curves of the best trials beside the winner's and that of the recipe's own values.
@@ -37,7 +37,7 @@ def sentences(report: Report) -> list[str]:
         f"{chance['lowest']:.4f}."
     )
     if own["loss"] is not None and own["values"] != winner["values"]:
-        gain, lead = own["loss"] - chance["mean"], chance["mean"] - chance["lowest"]
+        gain, lead = own["loss"] - chance["mean"], _lead_by_chance(report)
         word = "more" if gain > lead else "not more"
         found.append(
             f"The gain over the recipe's own values is {gain:.4f}, measured with the other seeds: {word} than the {lead:.4f} that "
@@ -48,19 +48,32 @@ def sentences(report: Report) -> list[str]:
 
 def sweep_page(report: Report) -> str:
     """The whole page."""
-    lead, *more = sentences(report)
+    own = report["own"]["loss"]
+    gain = own is not None and own - report["chance"]["mean"] > _lead_by_chance(report)
+    words = "The winner leads by more than chance" if gain else "The winner's lead may be chance"
+    facts = {
+        "Sweep": report["sweep"],
+        "Stage": report["stage"],
+        "Trials": str(len(report["trials"])),
+        "Winner": report["version"],
+    }
     sections = [
-        (
-            "What the best of these trials shows",
-            Markup("").join(paragraph(sentence) for sentence in more) + _chance_note(),
-        ),
-        ("The winner on the test split", _measures(report)),
         ("Trials in their order", line_chart(_by_trial(report), "trial", "validation loss")),
         ("Validation loss during training", line_chart(_curves(report), "share of training", "validation loss")),
+        ("The winner on the test split", _measures(report)),
         ("All trials, the best first", _trials(report)),
         ("Ranges", table(["Key", "Values", "In the recipe"], _ranges(report))),
+        ("How chance is measured", _chance_note()),
     ]
-    return page(f"Sweep of {report['stage']}: {report['sweep']}", lead, sections)
+    # Without a trial with the recipe's own values there is no lead.
+    shown = None if own is None else Verdict(words, "good" if gain else "mixed")
+    return page(f"Sweep of {report['stage']}", sentences(report), sections, facts=facts, verdict=shown)
+
+
+def _lead_by_chance(report: Report) -> float:
+    """How far the lowest of equal trials lies below their mean."""
+    lead: float = report["chance"]["mean"] - report["chance"]["lowest"]
+    return lead
 
 
 def _chance_note() -> Markup:

@@ -93,6 +93,7 @@ def _side(version: Any) -> dict[str, Any]:
             facts |= {f"{stage}, set aside: {reason}": count for reason, count in counts["quarantined"].items()}
     return {
         "number": version.number,
+        "made": f"{adapter.name} on {adapter.base.name_or_path}, {version.created:%Y-%m-%d %H:%M}",
         "recipe": _with_defaults(stored),
         "facts": facts,
         "evaluation": _json(own["evaluation_report"]) if "evaluation_report" in own else None,
@@ -123,6 +124,7 @@ def _compared(model: str, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
     both = None not in reports
     return {
         "model": model,
+        "facts": {f"Version {side['number']}": side["made"] for side in sides},
         "names": [f"version {side['number']}" for side in sides],
         "recipes": [[key, *(_shown(_at(recipe, key)) for recipe in recipes)] for key in differences(*recipes)],
         "data": [

@@ -29,20 +29,20 @@ class Place(BaseModel):
 
     Attributes:
         storage: optuna's address of the storage.
-        trial: the id of the trial; None for a repeat of the winner, which is not stopped.
+        trial: the id of the trial.
         stage: the stage whose validation loss decides.
         prune_after: the number of trials that are not stopped; None if none is.
     """
 
     storage: str
     study: str
-    trial: int | None
+    trial: int
     stage: str
     prune_after: int | None
 
 
 class TrialCallback(TrainerCallback):
-    """Evaluates after the last step too, reports each validation loss, and stops training if the pruner says so.
+    """Reports each validation loss, and stops training if the pruner says so.
 
     Losses are compared at the same share of training, in thousandths: trials may have other numbers of steps.
     """
@@ -58,8 +58,7 @@ class TrialCallback(TrainerCallback):
             after = place.prune_after
             pruner = optuna.pruners.NopPruner() if after is None else optuna.pruners.MedianPruner(after)
             self.study = optuna.load_study(study_name=place.study, storage=place.storage, pruner=pruner)
-            if place.trial is not None:
-                self.trial = optuna.trial.Trial(self.study, place.trial)
+            self.trial = optuna.trial.Trial(self.study, place.trial)
 
     def check_rows(self, digest: str) -> None:
         """Check that the validation rows are those of the first trial.
@@ -78,11 +77,6 @@ class TrialCallback(TrainerCallback):
                 "ranges that change the rows from sweep.ranges."
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluate after the last step."""
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
-
     def on_evaluate(
         self,
         args: TrainingArguments,
@@ -94,7 +88,7 @@ class TrialCallback(TrainerCallback):
         """Report the loss. Training that has ended is not stopped."""
         assert metrics is not None
         stops = False
-        if self.trial is not None:
+        if ranks.is_main():
             self.trial.report(metrics["eval_loss"], round(1000 * state.global_step / state.max_steps))
             stops = state.global_step < state.max_steps and self.trial.should_prune()
             if stops:
