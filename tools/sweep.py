@@ -59,8 +59,7 @@ def sweep(
     The lowest validation loss wins. Only the winner is measured on the test split, in a run like any other. After an
     interruption, the same command continues: finished trials are kept, and those that were running are run again.
 
-    Example: `llm-engineering sweep --config configs/local.yaml --set "sweep={ranges: {sft.learning_rate: {low: 1e-5, high:
-    1e-3, log: true}}}"`
+    Example: `llm-engineering sweep --config configs/sweep.yaml --jobs 2`
     """
     found = _open(config, tuple(overrides or ()))
     if WORKER in os.environ:
