@@ -197,9 +197,9 @@ def _nearest(key: str) -> str:
     same_name = [candidate for candidate in valid if candidate.rpartition(".")[2] == name]
     siblings = [c for c in valid if c.rpartition(".")[0] == key.rpartition(".")[0]]
     # Paths in one block begin alike, so only the last parts are compared: first in the same block, then in all blocks.
-    for candidates in (siblings, valid):
+    for candidates, cutoff in ((siblings, 0.6), (valid, 0.65)):
         by_name = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
-        near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, by_name, n=1, cutoff=cutoff)
         if near:
             return f"Did you mean `{by_name[near[0]]}`?"
         if same_name:
