@@ -3,7 +3,9 @@
 import json
 import re
 import signal
+import sqlite3
 import time
+from contextlib import closing
 
 import optuna
 import pytest
@@ -61,12 +63,15 @@ def wait_for(condition, process):
 
 
 def trials(project):
+    """The trials so far. The file is opened with optuna only when the command has made its tables."""
     files = list(project.folder.glob("outputs/sweeps/*/trials.db"))
     if not files:
         return []
-    storage = f"sqlite:///{files[0]}"
-    names = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=names[0], storage=storage).trials if names else []
+    with closing(sqlite3.connect(files[0])) as database:
+        if not database.execute("select 1 from sqlite_master where name = 'alembic_version'").fetchall():
+            return []
+        names = database.execute("select study_name from studies").fetchall()
+    return optuna.load_study(study_name=names[0][0], storage=f"sqlite:///{files[0]}").trials if names else []
 
 
 def running(project):
