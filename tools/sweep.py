@@ -139,8 +139,13 @@ class Sweep:
         """The trial with the lowest validation loss.
 
         Raises:
-            WorkError: no trial has one.
+            WorkError: no trial has one, or one still runs, as for a second after its sweep was killed.
         """
+        running = [str(trial.number + 1) for trial in self.study.trials if trial.state.name == "RUNNING"]
+        if running:
+            raise WorkError(
+                f"Trial {', '.join(running)} of {self.name} still runs in another process. Repeat the command later."
+            )
         try:
             return self.study.best_trial
         except ValueError:
@@ -231,15 +236,14 @@ def next_trial(sweep: Sweep) -> optuna.Trial | None:
 
     study, states = sweep.study, optuna.trial.TrialState
     with _lock(sweep.folder / "trials.lock"):
-        for trial in study.get_trials(states=[states.RUNNING]):
-            if is_running(trial.user_attrs):
+        for begun in study.get_trials(states=[states.RUNNING]):
+            if is_running(begun.user_attrs):
                 continue
-            study.set_user_attr(KILLED, [*study.user_attrs.get(KILLED, []), trial.number])
-            study.tell(trial.number, state=states.FAIL)
-            study.enqueue_trial(trial.params)
-            logger.info("Trial %d was killed, and is run again", trial.number + 1)
-        begun = counted(study)
-        if len(begun) >= sweep.block.trials:
+            study.set_user_attr(KILLED, [*study.user_attrs.get(KILLED, []), begun.number])
+            study.tell(begun.number, state=states.FAIL)
+            study.enqueue_trial(begun.params)
+            logger.info("Trial %d was killed, and is run again", begun.number + 1)
+        if len(counted(study)) >= sweep.block.trials:
             return None
         # A sampler with the same seed would draw the same values again in each process and after each start.
         numbers = [sweep.block.seed, len(study.trials), int(os.environ.get(WORKER, "0"))]

@@ -84,7 +84,7 @@ def compared_answers(first: Report, second: Report) -> list[dict[str, Any]]:
     Exam questions that only one of them answers right come first.
     """
     asked = [_asked(first), _asked(second)]
-    both = [
+    both: list[dict[str, Any]] = [
         {"question": question, "reference": reference, "first": answer, "second": asked[1][question, reference]}
         for (question, reference), answer in asked[0].items()
         if (question, reference) in asked[1]

@@ -109,7 +109,8 @@ def _json(artifact: Any) -> dict[str, Any]:
 def _with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe with all keys; as it was stored, if its schema is another one."""
     try:
-        return Recipe.model_validate(stored).model_dump(mode="json")
+        recipe: dict[str, Any] = Recipe.model_validate(stored).model_dump(mode="json")
+        return recipe
     except ValidationError:
         return dict(stored)
 
