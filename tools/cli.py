@@ -84,7 +84,9 @@ COMMANDS: dict[str, list[Entry]] = {
     "Run pipelines": [
         Entry("run", "run:run", "Run a stage of the chain, the whole chain, or only the generation of data."),
         Entry(
-            "sweep", "sweep:sweep", "Train a stage with many values of the recipe's keys, and evaluate the best once."
+            "sweep",
+            "sweeps.sweep:sweep",
+            "Train a stage with many values of the recipe's keys, and evaluate the best once.",
         ),
         Entry("runs", "results:runs", "List the last runs."),
         Entry("dashboard", "serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
