@@ -46,7 +46,7 @@ TARGETS = {
     "runs": Target("runs"),
     "dashboard": Target("dashboard"),
     "inspect": Target("inspect", ("CONFIG",), "DATA"),
-    "review": Target("review", ("CONFIG",)),
+    "review": Target("review", ("CONFIG",), "DATA"),
     "push-dataset": Target("push-dataset", ("CONFIG",), "KIND", "instruction"),
     "chat": Target("chat", ("CONFIG", "VERSION", "PROMPT")),
     "compare": Target("compare", ("CONFIG", "VERSION", "PROMPT")),

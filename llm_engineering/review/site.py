@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from pydantic import AfterValidator
 
 from llm_engineering.review.browse import DatasetVersion
+from llm_engineering.review.opened_data import Opened
 
 # The pages of the navigation: path and name.
 PAGES = (("data", "Data"),)
@@ -63,11 +64,13 @@ class Reviews:
         recipe: the name of the recipe.
         folder: the folder of all reviews of the recipe.
         list_datasets: returns the dataset versions that can be browsed, the newest first.
+        open_dataset: returns a dataset by the `key` of its version. Raises a RequestError if there is none.
     """
 
     recipe: str
     folder: Path
     list_datasets: Callable[[], Sequence[DatasetVersion]]
+    open_dataset: Callable[[str], Opened]
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,13 @@ class Context:
         return f"/{self.token}"
 
     def page(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """Render a template. Besides `values` it knows `root`, `pages`, `recipe` and `write_secret`."""
-        shared = {"root": self.root, "recipe": self.reviews.recipe, "write_secret": self.write_secret, "pages": PAGES}
+        """Render a template. Besides `values` it knows `root`, `navigation`, `recipe` and `write_secret`."""
+        shared = {
+            "root": self.root,
+            "recipe": self.reviews.recipe,
+            "write_secret": self.write_secret,
+            "navigation": PAGES,
+        }
         return HTMLResponse(_TEMPLATES.get_template(template).render(**shared, **values), status)
 
 

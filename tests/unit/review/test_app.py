@@ -16,10 +16,15 @@ PORT = 8240
 OWN = f"http://127.0.0.1:{PORT}"
 
 
+def open_dataset(key):
+    raise RequestError(f"No dataset {key}. Choose another.")
+
+
 @pytest.fixture
 def context(tmp_path):
     hostile = DatasetVersion("a/b?c", "<script>alert(1)</script>\u202e", "2026-01-01", "", "train 1")
-    return Context(Reviews("tiny", tmp_path, lambda: [hostile]))
+    plain = DatasetVersion("b", "b", "", "", "")
+    return Context(Reviews("tiny", tmp_path, lambda: [hostile, plain], open_dataset))
 
 
 @pytest.fixture
@@ -126,6 +131,7 @@ def test_an_error_is_a_page_with_its_sentence(client, context):
     answer = client.get(f"{context.root}/fails")
     assert answer.status_code == 400
     assert "No &lt;b&gt;such&lt;/b&gt; thing. Choose another." in answer.text
+    assert client.get(f"{context.root}/data/c").status_code == 400
     assert client.get(f"{context.root}/none").status_code == 404
 
 
