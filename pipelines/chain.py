@@ -263,7 +263,6 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
     retrieves = recipe.exam is not None and recipe.exam.retrieval_passages > 0
     rewarded = recipe.rewarded(last)
     evaluation = evaluate(
-        report,
         chain,
         recipe.evaluation,
         recipe.evaluation_setup,
@@ -287,7 +286,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         **{f"{stage}_adapter": adapter for stage, adapter in adapters.items()},
         id=f"evaluate_{last}",
     )
-    promote(evaluation, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
+    promote(evaluation, report, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
 
 
 def _reward_model(

@@ -1,7 +1,6 @@
 """The step that evaluates models on held-out rows."""
 
 import inspect
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,7 @@ from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
-from llm_engineering.reports.evaluation_report import evaluation_page
-from llm_engineering.reports.page import write_report
-from llm_engineering.reports.reward_report import reward_page
+from llm_engineering.reports.page import write_json
 from llm_engineering.reports.training_rows import count_wordings, tokens_read
 from steps.caching import project_step
 from steps.logging import log_artifact
@@ -56,7 +53,6 @@ def _with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
 @project_step(output_materializers=DirectoryMaterializer, files=[PROMPT_FILE])
 @_with_adapters
 def evaluate(
-    training_report: Directory,
     chain: list[str],
     config: EvaluationConfig,
     setup: TrainingSetup,
@@ -124,13 +120,12 @@ def evaluate(
 
     # Measure a reward model on pairs only: it answers nothing
     last = chain[-1]
-    training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
     folder = Path(tempfile.mkdtemp())
     if not STAGES[last].policy:
         scorer = adapters[f"{last}_adapter"]
         assert scorer is not None
         data = evaluate_reward(last, scorer.path, heldout.pairs, config, setup, Settings())
-        write_report(folder, data, reward_page(data, training))
+        write_json(folder, data)
         log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_pairs"])
         return Directory(path=folder)
 
@@ -180,8 +175,8 @@ def evaluate(
         for question, number in zip(data["exam"]["rows"], count_wordings(data["exam"]["rows"], asked), strict=True):
             question["wordings"] = number
 
-    # Write the page
-    write_report(folder, data, evaluation_page(data, training))
+    # Write the report. The gate's step writes its page.
+    write_json(folder, data)
     hashes = {"files_hash": files_hash, "exam_hash": exam_hash}
     files: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
     files |= {"reward_code": reward_code} if reward_code else {}
