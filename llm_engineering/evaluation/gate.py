@@ -137,7 +137,8 @@ def _judge(
         other = f"version {incumbent}, which is in production" if than == "incumbent" else than
         if measure == HUMAN_MEASURE:
             missing = "nobody has compared them on questions that it was not trained on"
-            remedy = f"compare version {version} with {other} by `make review`, then run the same command again"
+            named = f"version {incumbent}" if than == "incumbent" else than
+            remedy = f"compare version {version} with {named} by `make review`, then run the same command again"
             return rule.model_copy(update={"reason": f"{missing}: {remedy}"})
         return rule.model_copy(update={"reason": f"the report does not compare {candidate} with {other}"})
     if measured["better"] is None:

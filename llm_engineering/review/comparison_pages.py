@@ -145,7 +145,7 @@ def add_comparison_pages(app: FastAPI, context: Context, answering: Answering) -
         if found.next_question(reviewer) is not None:
             raise RequestError("The names are shown when you have judged all questions of this comparison.")
         names = [model.described for model in found.models]
-        values = {
+        values: dict[str, Any] = {
             "session": found,
             "names": names,
             "shares": _shares(found, answering.bootstrap),
