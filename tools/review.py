@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from llm_engineering.documents.document import Document
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.browse import DatasetVersion
+    from llm_engineering.review.drift import Covered
     from llm_engineering.review.opened_data import Opened, Rendering
     from llm_engineering.review.site import Reviews
 
@@ -55,6 +56,7 @@ def review(
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.app import build_app
     from llm_engineering.review.site import Context
+    from tools.review_answers import answering
     from tools.serve import HOST, bind
 
     settings = Settings()
@@ -63,6 +65,7 @@ def review(
         bind(listener, port, "review")
         prepare_zenml()
         context = Context(reviews_of(recipe, file, settings))
+        app = build_app(context, port, answering(recipe, settings))
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -70,9 +73,7 @@ def review(
                 print(f"Review: http://{HOST}:{port}{context.root}/ (Ctrl-C ends it)", flush=True)
 
         # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
-        served = uvicorn.Config(
-            build_app(context, port), log_config=None, access_log=False, timeout_graceful_shutdown=2
-        )
+        served = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
         with contextlib.suppress(KeyboardInterrupt):
             Server(served).run(sockets=[listener])
     return 0
@@ -84,16 +85,23 @@ def reviews_of(recipe: Recipe, file: str, settings: Settings) -> Reviews:
     Raises:
         RequestError: the file is missing, empty or in no known format.
     """
+    from llm_engineering.feedback.served import served_folder
     from llm_engineering.review.browse import DatasetVersion
     from llm_engineering.review.opened_data import Rendering, opened_file
     from llm_engineering.review.site import Reviews
 
-    folder = settings.llm_output_dir.resolve() / "review" / recipe.name
+    outputs = settings.llm_output_dir.resolve()
+    folder = outputs / "review" / recipe.name
     rendering = Rendering(functools.cache(lambda: _tokenizer(recipe, settings)), recipe.formatting)
+    shown = functools.partial(
+        Reviews,
+        recipe=recipe.name,
+        folder=folder,
+        served=served_folder(outputs, recipe.name),
+        read_covered=lambda: covered_by(recipe),
+    )
     if not file:
-        return Reviews(
-            recipe=recipe.name,
-            folder=folder,
+        return shown(
             list_datasets=lambda: stored_datasets(recipe.name),
             open_dataset=functools.cache(lambda key: _open_stored(recipe.name, key, rendering)),
         )
@@ -105,7 +113,7 @@ def reviews_of(recipe: Recipe, file: str, settings: Settings) -> Reviews:
             raise RequestError(f"This server reviews {file} only. Start another one for a dataset of a run.")
         return opened
 
-    return Reviews(recipe=recipe.name, folder=folder, list_datasets=lambda: [version], open_dataset=open_file)
+    return shown(list_datasets=lambda: [version], open_dataset=open_file)
 
 
 def stored_datasets(model: str) -> list[DatasetVersion]:
@@ -154,6 +162,31 @@ def _open_stored(model: str, key: str, rendering: Rendering) -> Opened:
 
 def _title(artifact: ArtifactVersionResponse) -> str:
     return f"{artifact.artifact.name.replace('_', ' ')} {artifact.version}"
+
+
+def covered_by(recipe: Recipe) -> Covered:
+    """The passages of a recipe's documents, and the held-out questions of its newest instructions.
+
+    Raises:
+        RequestError: the recipe reads no documents, they have no passage, or no run has made instructions.
+    """
+    from llm_engineering.documents.passages import chunks
+    from llm_engineering.documents.read import read_documents
+    from llm_engineering.review.drift import Covered
+
+    if not recipe.reads_documents:
+        raise RequestError(
+            f"{recipe.name} reads no documents, so nothing says what they do not cover. Set documents.path and exam, or leave out "
+            "data.instructions."
+        )
+    passages = chunks(read_documents(recipe.documents)[0], recipe.documents)
+    newest = next((one for one in _artifacts(recipe.name) if one.artifact.name == "instruction_dataset"), None)
+    heldout = [row["prompt"][-1]["content"] for row in newest.load()["test"]] if newest is not None else []
+    if not passages or not heldout:
+        raise RequestError(
+            f"{recipe.name} has no held-out questions to compare with: create them from documents with `make datasets`."
+        )
+    return Covered(passages, heldout)
 
 
 def _artifacts(model: str) -> list[ArtifactVersionResponse]:

@@ -16,10 +16,11 @@ from markupsafe import Markup, escape
 from pydantic import AfterValidator
 
 from llm_engineering.review.browse import DatasetVersion
+from llm_engineering.review.drift import Covered
 from llm_engineering.review.opened_data import Opened
 
 # The pages of the navigation: path and name.
-PAGES = (("data", "Data"),)
+PAGES = (("data", "Data"), ("compare", "Compare"), ("drift", "Drift"))
 MAX_NAME_CHARS = 80
 # Characters that no font shows: control characters but tab and line feed, those that turn the direction of text, fillers,
 # the tags that hide whole sentences, and lone surrogates, which UTF-8 cannot write. The two joiners U+200C and U+200D are
@@ -64,12 +65,16 @@ class Reviews:
         recipe: the name of the recipe.
         folder: the folder of all reviews of the recipe.
         list_datasets: returns the dataset versions that can be browsed, the newest first.
+        served: the folder of what the recipe's server logs.
+        read_covered: returns what the documents cover.
         open_dataset: returns a dataset by the `key` of its version. Raises a RequestError if there is none.
     """
 
     recipe: str
     folder: Path
     list_datasets: Callable[[], Sequence[DatasetVersion]]
+    served: Path
+    read_covered: Callable[[], Covered]
     open_dataset: Callable[[str], Opened]
 
 

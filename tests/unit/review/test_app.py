@@ -10,26 +10,24 @@ from fastapi.testclient import TestClient
 from llm_engineering.errors import RequestError
 from llm_engineering.review.app import build_app
 from llm_engineering.review.browse import DatasetVersion
-from llm_engineering.review.site import Context, Reviews, as_typed, visible
+from llm_engineering.review.site import Context, as_typed, visible
+from tests.fakes.answering import no_models
+from tests.fakes.reviews import reviews
 
 PORT = 8240
 OWN = f"http://127.0.0.1:{PORT}"
-
-
-def open_dataset(key):
-    raise RequestError(f"No dataset {key}. Choose another.")
 
 
 @pytest.fixture
 def context(tmp_path):
     hostile = DatasetVersion("a/b?c", "<script>alert(1)</script>\u202e", "2026-01-01", "", "train 1")
     plain = DatasetVersion("b", "b", "", "", "")
-    return Context(Reviews("tiny", tmp_path, lambda: [hostile, plain], open_dataset))
+    return Context(reviews(tmp_path, list_datasets=lambda: [hostile, plain]))
 
 
 @pytest.fixture
 def app(context):
-    app = build_app(context, PORT)
+    app = build_app(context, PORT, no_models())
 
     @app.post("/write")
     def write() -> dict[str, bool]:

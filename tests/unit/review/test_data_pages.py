@@ -18,7 +18,9 @@ from llm_engineering.review import data_pages
 from llm_engineering.review.app import build_app
 from llm_engineering.review.browse import DatasetVersion, Table
 from llm_engineering.review.opened_data import Opened, Rendering, opened_file
-from llm_engineering.review.site import Context, Reviews
+from llm_engineering.review.site import Context
+from tests.fakes.answering import no_models
+from tests.fakes.reviews import reviews
 
 ROWS = 100_000
 
@@ -30,9 +32,9 @@ class Site:
         version = DatasetVersion("file", opened.title, "", "", "")
         self.folder = folder
         self.opened = opened
-        context = Context(Reviews("tiny", folder, lambda: [version], lambda key: opened))
+        context = Context(reviews(folder, list_datasets=lambda: [version], open_dataset=lambda _: opened))
         self.root = f"{context.root}/data/file"
-        self.client = TestClient(build_app(context, 8240), base_url="http://127.0.0.1:8240")
+        self.client = TestClient(build_app(context, 8240, no_models()), base_url="http://127.0.0.1:8240")
         self.headers = {"x-review-write": context.write_secret, "content-type": "application/json"}
 
     def get(self, path=""):
