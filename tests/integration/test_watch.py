@@ -77,7 +77,7 @@ def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(
             # The page is not touched from here on: it loads itself again.
             epochs = f"sft.num_train_epochs={EPOCHS}"
             run = fresh_project.start("run", "sft", "--config", str(fresh_project.recipe), "--set", epochs)
-            progress = page.get_by_text(re.compile(r"^sft: step \d+ of \d{3,}, about .* left\.$"))
+            progress = page.get_by_text(re.compile(r"^sft: step [\d,]+ of 2,400, about .* left\.$"))
             expect(progress).to_be_visible(timeout=SECONDS_TO_TRAIN * 1000)
             before = progress.text_content()
             assert before
@@ -92,7 +92,7 @@ def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(
             # A killed run cannot write that it has ended.
             os.kill(run.pid, signal.SIGKILL)
             expect(page.get_by_text("No run trains on this machine.")).to_be_visible(timeout=SECONDS_TO_START * 1000)
-            expect(page.get_by_text(re.compile(r"^The last one was sft-\w+: sft: step \d+ of"))).to_be_visible()
+            expect(page.get_by_text(re.compile(r"^The last one was sft-\w+: sft: step [\d,]+ of"))).to_be_visible()
             # The browser is still open. Its connections must not keep the server alive.
             watching.send_signal(signal.SIGINT)
             _, errors = watching.communicate(timeout=SECONDS_TO_END)
