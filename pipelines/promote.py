@@ -53,7 +53,6 @@ def promote(
         adapters: the versions of the adapters from earlier runs. They are linked to this run's model version too.
     """
     report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
-    decision = decide(report, recipe.promotion, incumbent)
     facts = {
         **report["metrics"],
         "recipe": recipe.model_dump(mode="json"),
@@ -66,6 +65,7 @@ def promote(
         link_artifact_to_model(Client().get_artifact_version(number), context.model)
     own = Client().get_model_version(None, context.model.id)
     version = earlier_version(own) or own
+    decision = decide(report, recipe.promotion, incumbent, version.number)
     if in_production(version, incumbent):
         reason = f"Nothing changes: this is the model of version {version.number}, which is in production."
         decision = decision.model_copy(update={"stage": None, "reason": reason})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -16,9 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.review.comparison_pages import Answering, add_comparison_pages
 from llm_engineering.review.data_pages import add_data_pages
 from llm_engineering.review.drift_page import add_drift_page
 from llm_engineering.review.site import Context
+
+logger = logging.getLogger(__name__)
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -32,11 +36,12 @@ _HEADERS = {
 }
 
 
-def build_app(context: Context, port: int) -> FastAPI:
+def build_app(context: Context, port: int, answering: Answering) -> FastAPI:
     """The application. Its server must listen on loopback only.
 
     Args:
         port: the port of the server, which the `Host` of each request must name.
+        answering: the models of blind comparisons.
     """
     app = FastAPI(openapi_url=None)
     app.add_middleware(Protection, context=context, port=port)
@@ -47,6 +52,7 @@ def build_app(context: Context, port: int) -> FastAPI:
         return RedirectResponse(f"{context.root}/data")
 
     add_data_pages(app, context)
+    add_comparison_pages(app, context, answering)
     add_drift_page(app, context)
     _add_error_pages(app, context)
     return app
@@ -71,6 +77,11 @@ def _add_error_pages(app: FastAPI, context: Context) -> None:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"][1:])
         return failed(request, f"{where}: {problem['msg'].removeprefix('Value error, ')}.", 422)
+
+    @app.exception_handler(Exception)
+    def unexpected(request: Request, error: Exception) -> Response:
+        logger.error("%s failed", request.url.path.removeprefix(context.root), exc_info=error)
+        return failed(request, f"{type(error).__name__}: {error}. The terminal of this server has the traceback.", 500)
 
     @app.exception_handler(HTTPException)
     def no_page(request: Request, error: HTTPException) -> Response:
