@@ -109,6 +109,13 @@ def differences(then: Any, now: Any, prefix: str = "") -> list[str]:
     return [] if then == now else [prefix.rstrip(".")]
 
 
+def value_at(dumped: Any, key: str) -> Any:
+    """The value at the full path of a key in a dumped recipe; None if there is none."""
+    for part in key.split("."):
+        dumped = dumped.get(part) if isinstance(dumped, dict) else None
+    return dumped
+
+
 def _layers(path: Path, overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The files of a recipe, the extended one first, and the overrides, each with its name in messages."""
     yield from _files(path, ())

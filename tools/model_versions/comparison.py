@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.loading import differences, load_recipe
+from llm_engineering.recipe.loading import differences, load_recipe, value_at
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
@@ -127,7 +127,7 @@ def _compared(model: str, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "model": model,
         "facts": {f"Version {side['number']}": side["made"] for side in sides},
         "names": [f"version {side['number']}" for side in sides],
-        "recipes": [[key, *(_shown(_at(recipe, key)) for recipe in recipes)] for key in differences(*recipes)],
+        "recipes": [[key, *(_shown(value_at(recipe, key)) for recipe in recipes)] for key in differences(*recipes)],
         "data": [
             [name, *(str(found.get(name, "none")) for found in facts)]
             for name in dict.fromkeys([*facts[0], *facts[1]])
@@ -140,12 +140,6 @@ def _compared(model: str, sides: Sequence[dict[str, Any]]) -> dict[str, Any]:
         },
         "answers": compared_answers(*reports) if both else [],
     }
-
-
-def _at(recipe: Any, key: str) -> Any:
-    for part in key.split("."):
-        recipe = recipe.get(part) if isinstance(recipe, dict) else None
-    return recipe
 
 
 def _shown(value: Any) -> str:

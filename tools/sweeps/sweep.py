@@ -16,7 +16,7 @@ from rich.table import Table
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.loading import check_name, load_recipe, recipe_hash
 from tools.cli import DEFAULT_RECIPE, PROGRAM, Config, Json, Overrides, prepare_zenml
-from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, locked, own_value, repeat, run_trials, shown_value
+from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, locked, repeat, run_trials, shown_value
 
 if TYPE_CHECKING:
     import optuna
@@ -190,12 +190,11 @@ def _report(sweep: Sweep, winner: optuna.trial.FrozenTrial, repeats: list[float]
         for trial in counted(sweep.study)
     ]
     counts = {state: sum(trial["state"] == state for trial in trials) for state in states.values()}
-    own = {key: own_value(sweep.recipe, key) for key in sweep.block.ranges}
     return {
         "sweep": sweep.name,
         "stage": sweep.stage,
         "ranges": sweep.block.model_dump(mode="json", exclude_defaults=True)["ranges"],
-        "own": {"values": own, "loss": next((trial["loss"] for trial in trials if trial["values"] == own), None)},
+        "own": {"values": sweep.own, "loss": next((t["loss"] for t in trials if t["values"] == sweep.own), None)},
         "counts": counts,
         "winner": {"number": winner.number + 1, "values": winner.params, "loss": winner.value},
         "repeats": repeats,

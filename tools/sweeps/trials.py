@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.loading import load_recipe, value_at
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.sweep_block import Range, SweepConfig
@@ -72,9 +72,15 @@ class Sweep:
         with locked(self.folder / "trials.lock"):
             study = optuna.create_study(study_name=self.name, storage=self.storage, load_if_exists=True)
             if not study.trials:
-                own = {key: own_value(self.recipe, key) for key in self.block.ranges}
-                study.enqueue_trial({key: value for key, value in own.items() if self.block.ranges[key].holds(value)})
+                inside = {key: value for key, value in self.own.items() if self.block.ranges[key].holds(value)}
+                study.enqueue_trial(inside)
         return study
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The recipe's own values; None for a field of a library that the recipe does not set."""
+        dumped = self.recipe.model_dump(mode="json")
+        return {key: value_at(dumped, key) for key in self.block.ranges}
 
     def sets(self, values: dict[str, Any]) -> tuple[str, ...]:
         """The arguments of `--set` with which a run has these values."""
@@ -229,14 +235,6 @@ def _distribution(values: Range) -> optuna.distributions.BaseDistribution:
     if values.whole:
         return IntDistribution(int(values.low), int(values.high), values.log, int(values.step or 1))
     return FloatDistribution(values.low, values.high, values.log, values.step)
-
-
-def own_value(recipe: Recipe, key: str) -> Any:
-    """The recipe's own value of a key; None for a field of a library that the recipe does not set."""
-    value: Any = recipe.model_dump(mode="json")
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
 
 
 def _shown(values: dict[str, Any]) -> str:
