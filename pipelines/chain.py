@@ -14,6 +14,7 @@ from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
 from pipelines.inputs import Inputs
 from pipelines.promote import promote
 from steps.data import (
+    add_human,
     collect_prompts,
     collect_texts,
     format_rows,
@@ -67,7 +68,7 @@ def step_of(name: str) -> Any:
         write_exam,
         promote,
     )
-    shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate}
+    shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate, "add": add_human}
     return next((step for step in alone if step.name == name), None) or shared[name.partition("_")[0]]
 
 
@@ -102,9 +103,16 @@ class _Datasets:
                 self.inputs.exam,
                 # The exam asks about the documents, so they stay whole.
                 self.exam() if kind != "text" else None,
+                *((self._human(kind),) if self.recipe.data.people(kind) else ()),
                 id=f"prepare_{rows_of(kind)}",
             )
         return self._made[kind]
+
+    def _human(self, kind: str) -> Any:
+        """What people had said about the rows of a kind when the run began."""
+        rows = rows_of(kind)
+        step = add_human.with_options(substitutions={"rows": rows})
+        return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
 
     def documents(self) -> Any:
         """The documents; None if the recipe does not read them."""
@@ -152,8 +160,9 @@ class _Datasets:
 
     def _instructions(self) -> Any:
         recipe, data = self.recipe, self.recipe.data
-        if data.instructions is not None:
-            return self._own("instruction", data.instructions, data.test_instructions, self.inputs.instructions)
+        own = data.file("instruction")
+        if own is not None:
+            return self._own("instruction", own, data.test_instructions, self.inputs.instructions)
         return generate_instructions(
             self.documents(),
             recipe.documents,
@@ -170,11 +179,12 @@ class _Datasets:
 
     def _preferences(self, start: Any) -> Any:
         recipe, data = self.recipe, self.recipe.data
-        if data.preferences is not None:
-            return self._own("preference", data.preferences, data.test_preferences, self.inputs.preferences)
+        own = data.file("preference")
+        if own is not None:
+            return self._own("preference", own, data.test_preferences, self.inputs.preferences)
         return generate_preferences(
             self.of("instruction"),
-            self.documents() if data.instructions is None else None,
+            self.documents() if data.file("instruction") is None else None,
             recipe.model,
             recipe.formatting.chat_template,
             recipe.compute.one_process,
@@ -190,8 +200,11 @@ class _Datasets:
 
     def _labelled(self, start: Any) -> Any:
         data = self.recipe.data
-        if data.labelled is not None:
-            return self._own("labelled", data.labelled, data.test_labelled, self.inputs.labelled)
+        own = data.file("labelled")
+        if own is not None:
+            return self._own("labelled", own, data.test_labelled, self.inputs.labelled)
+        if data.people("labelled"):
+            return None
         return label_preferences(self.of("preference", start), data.test_preferences is not None)
 
     def _prompts(self) -> Any:

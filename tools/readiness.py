@@ -19,6 +19,8 @@ from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
+from llm_engineering.feedback.human_rows import take_snapshot
+from llm_engineering.feedback.people import said_about, snapshots
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
 from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
@@ -74,10 +76,12 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
     data = recipe.data
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
-    instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
-    preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
-    labelled = _datasets([data.labelled, data.test_labelled], "labelled", data)
+    instructions = _datasets([data.file("instruction"), data.test_instructions], "instruction", data)
+    preferences = _datasets([data.file("preference"), data.test_preferences], "preference", data)
+    labelled = _datasets([data.file("labelled"), data.test_labelled], "labelled", data)
     prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
+    all_said = {kind: said_about(recipe, kind, Settings()) for kind in recipe.kinds(recipe.chain[-1])}
+    people = {kind: said for kind, said in all_said.items() if said is not None}
     rewards = check_rewards(recipe)
     replay = None
     if data.replay is not None:
@@ -109,7 +113,9 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
         **recipe.model_dump(mode="json", include={"model", "seed", "formatting"}),
         "documents": recipe.documents.model_dump() if recipe.learns_from_documents else None,
-        "data": recipe.data.checks.model_dump(),
+        # The weight of people's rows decides only where they are.
+        "data": recipe.data.checks.model_dump(exclude={"human_weight"}),
+        **({"people": [people["instruction"].hash, data.human_weight]} if "instruction" in people else {}),
     }
     return recipe, Inputs(
         documents=documents,
@@ -117,6 +123,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         preferences=preferences,
         labelled=labelled,
         prompts=prompts,
+        people={kind: take_snapshot(said, snapshots(Settings())) for kind, said in people.items()},
         replay=replay,
         replay_instructions=replay_instructions,
         evaluation=evaluation,
@@ -130,6 +137,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
                 "preferences": preferences,
                 "labelled": labelled,
                 "prompts": prompts,
+                "people": {kind: [said.hash, data.human_weight] for kind, said in people.items()},
                 "rewards": rewards,
                 "reward_models": {stage: found.content_hash for stage, found in reward_models.items()},
                 "replay": replay,
@@ -213,6 +221,9 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
             decided["labelled"] = own["labelled"]
         if from_pairs:
             decided["preferences"] = own["preferences"]
+        made_of = recipe.data.made_of(rows)
+        if made_of in ("preference", "labelled") and made_of in own["people"]:
+            decided[f"people_{made_of}"] = own["people"][made_of]
         if rows == "prompt":
             decided["prompts"], decided["rewards"] = own["prompts"], own["rewards"]
         if stage in own["reward_models"]:
@@ -291,11 +302,11 @@ def check_model(recipe: Recipe) -> None:
 def _check_client(recipe: Recipe) -> None:
     """Send the endpoint one small request, if the recipe uses one to write questions, answers or rejected answers."""
     writing = recipe.generation
-    if recipe.data.instructions is None:
+    if recipe.data.file("instruction") is None:
         check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
     elif writing.rewritings:
         check_access(writing.part(ClientConfig), Settings(), writing.rewriting_max_new_tokens, "text")
-    elif recipe.data.preferences is None and writing.rejected_by == "client":
+    elif recipe.data.file("preference") is None and writing.rejected_by == "client":
         check_access(writing.part(ClientConfig), Settings(), writing.rejected_max_new_tokens, None)
 
 
@@ -321,7 +332,7 @@ def check_local_datasets(recipe: Recipe) -> None:
     data = recipe.data
     kinds = {"instruction": "instructions", "preference": "preferences", "labelled": "labelled", "prompt": "prompts"}
     for kind, key in kinds.items():
-        for reference in filter(None, (getattr(data, key), getattr(data, f"test_{key}"))):
+        for reference in filter(None, (data.file(kind), getattr(data, f"test_{key}"))):
             if dataset_files(reference) is not None:
                 open_dataset(reference, kind, data)
 

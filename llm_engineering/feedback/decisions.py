@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.row_rules import check_row
-from llm_engineering.data.rows import Row, split_key
+from llm_engineering.data.rows import HUMAN, Row, split_key
 from llm_engineering.feedback import journal
 from llm_engineering.recipe.data_blocks import RulesConfig
 
@@ -20,8 +20,6 @@ RowT = TypeVar("RowT", bound=Row)
 FILE = "decisions.jsonl"
 # The reason with which the quarantine counts rows that a reviewer dropped.
 DROPPED = "dropped_by_reviewer"
-# The start of the origin of rows that a person wrote or corrected. The reviewer's name follows.
-HUMAN = "human:"
 
 
 def _now() -> str:
