@@ -269,7 +269,6 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
     retrieves = recipe.exam is not None and recipe.exam.retrieval_passages > 0
     rewarded = recipe.rewarded(last)
     evaluation = evaluate(
-        report,
         chain,
         recipe.evaluation,
         recipe.evaluation_setup,
@@ -285,14 +284,15 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         max_completion_length=getattr(rewarded, "max_completion_length", None),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
+        **({"judged": inputs.judged} if inputs.judged is not None else {}),
         epochs={s: recipe.block(s).num_train_epochs for s in chain if STAGES[s].rows in ("text", "instruction")},
         # Nothing is measured on labelled answers.
         **{f"formatted_{kind}": rows for kind, rows in formatted.items() if kind != "labelled"},
-        **{f"{kind}_dataset": datasets.of(kind) for kind in formatted if kind != "labelled"},
+        **{f"{kind}_dataset": datasets.of(kind) for kind in formatted},
         **{f"{stage}_adapter": adapter for stage, adapter in adapters.items()},
         id=f"evaluate_{last}",
     )
-    promote(evaluation, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
+    promote(evaluation, report, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
 
 
 def _reward_model(

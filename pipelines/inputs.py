@@ -10,6 +10,7 @@ class Inputs(BaseModel):
         documents, instructions, preferences, labelled, prompts, replay, replay_instructions: hash of the files that the recipe
             names, with their test splits; None if it names none.
         people: for each kind of rows that people add to, the hash of what they said.
+        judged: hash of the verdicts of blind comparisons; None if there are none.
         evaluation: hash of the files in `data.decontaminate_against`; None if there are none.
         checks: hash of the user's own check and the folder of lm-eval's tasks; None if there are none.
         rewards: hash of each file with rewards of the user's own, by its path.
@@ -30,6 +31,7 @@ class Inputs(BaseModel):
     replay: str | None
     replay_instructions: str | None = None
     people: dict[str, str] = Field(default_factory=dict)
+    judged: str | None = None
     evaluation: str | None
     checks: str | None
     rewards: dict[str, str] = Field(default_factory=dict)

@@ -70,7 +70,7 @@ from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.reports.data_report import check_fit, write_data_report
 from steps.caching import project_step
-from steps.logging import log_artifact, log_rows
+from steps.logging import log_artifact, log_rows, page_facts
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
 from steps.written_exam import questions_of, record_exam, the_exam
 
@@ -398,7 +398,15 @@ def format_rows(
     # Texts have no chat template.
     template = check_chat_template(tokenizer) if kind != "text" else []
     report = write_data_report(
-        folder / "report", kind, ledger, dataset, lengths, formatting.max_length, epochs=epochs, template=template
+        folder / "report",
+        kind,
+        ledger,
+        dataset,
+        lengths,
+        formatting.max_length,
+        epochs=epochs,
+        template=template,
+        facts=page_facts(model.name_or_path),
     )
     if not train_unfit:
         check_fit(report, folder / "report", Settings().llm_output_dir / "unfit_data" / stage)

@@ -134,7 +134,7 @@ def push_dataset(
 
     check_repo_id(repo_id)
     prepare_zenml()
-    version, dataset_version = _newest(recipe, kind)
+    version, dataset_version = newest_dataset(recipe, kind)
     made_with = _made_with(dataset_version, recipe, kind)
     dataset = dataset_version.load()
     if not allow_secrets:
@@ -179,7 +179,7 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     logger.info("%s", "Fit to train on." if report["fit_to_train"] else f"Not fit to train on: {report['why']}.")
 
 
-def _newest(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVersionResponse]:
+def newest_dataset(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVersionResponse]:
     """The model version of the last run that has a dataset of this kind, and the dataset.
 
     Raises:

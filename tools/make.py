@@ -45,6 +45,7 @@ TARGETS = {
     "datasets": Target("run datasets", ("CONFIG",)),
     "runs": Target("runs"),
     "dashboard": Target("dashboard"),
+    "watch": Target("watch"),
     "inspect": Target("inspect", ("CONFIG",), "DATA"),
     "review": Target("review", ("CONFIG",)),
     "push-dataset": Target("push-dataset", ("CONFIG",), "KIND", "instruction"),

@@ -19,8 +19,9 @@ from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
-from llm_engineering.feedback.human_rows import take_snapshot
-from llm_engineering.feedback.people import said_about, snapshots
+from llm_engineering.feedback.agreement import judged_questions
+from llm_engineering.feedback.human_rows import note, take_snapshot
+from llm_engineering.feedback.people import folder_of, said_about, snapshots
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
 from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
@@ -35,7 +36,7 @@ from llm_engineering.models.device import (
 from llm_engineering.models.fit import check_fit
 from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
-from llm_engineering.recipe.data_blocks import DataConfig
+from llm_engineering.recipe.data_blocks import REVIEW, DataConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
@@ -82,6 +83,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
     all_said = {kind: said_about(recipe, kind, Settings()) for kind in recipe.kinds(recipe.chain[-1])}
     people = {kind: said for kind, said in all_said.items() if said is not None}
+    judged = judged_questions(folder_of(REVIEW, recipe.name, Settings()))
     rewards = check_rewards(recipe)
     replay = None
     if data.replay is not None:
@@ -123,6 +125,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         preferences=preferences,
         labelled=labelled,
         prompts=prompts,
+        judged=note(judged, snapshots(Settings())) if judged else None,
         people={kind: take_snapshot(said, snapshots(Settings())) for kind, said in people.items()},
         replay=replay,
         replay_instructions=replay_instructions,

@@ -58,7 +58,9 @@ def review(
             read_covered=lambda: covered_by(recipe),
         )
         context = Context(reviews)
-        app = build_app(context, port)
+        from tools.review_answers import answering
+
+        app = build_app(context, port, answering(recipe, settings))
 
         class Server(uvicorn.Server):
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -252,6 +252,11 @@ def _search(questions: Sequence[str], passages: Sequence[Passage], count: int) -
     return tuple(index.retrieve(asked, k=min(count, len(passages)), show_progress=False))
 
 
+def with_passages(question: str, passages: Sequence[Passage]) -> str:
+    """A prompt that has passages, each with its title, before the question."""
+    return "\n\n".join([*(f"{found.title}\n{found.text}" for found in passages), question])
+
+
 def take_exam(
     models: Models, name: str, shown_as: str, exam: Exam, with_retrieval: bool
 ) -> dict[str, dict[int, Sample]]:
@@ -267,7 +272,7 @@ def take_exam(
     prompts = {shown_as: {index: row.question for index, row in enumerate(exam.rows)}}
     if with_retrieval and any(exam.retrieved):
         prompts[shown_as + RETRIEVAL] = {
-            index: "\n\n".join([*(f"{found.title}\n{found.text}" for found in exam.retrieved[index]), text])
+            index: with_passages(text, exam.retrieved[index])
             for index, text in prompts[shown_as].items()
             if exam.retrieved[index]
         }

@@ -34,11 +34,13 @@ class Compared(BaseModel):
     """A model of a comparison.
 
     Attributes:
+        key: what the review server finds it by, e.g. `3:sft`.
         name: how it is shown when the names are revealed, e.g. `version 3 (sft)`.
-        identity: `models.identity.model_identity` of its folder, or of the base model.
+        identity: what tells this very model apart from all others, see `evaluation.people.identities`.
         retrieval: whether it answered with passages of the documents in its prompt.
     """
 
+    key: str
     name: str
     identity: str
     retrieval: bool = False
@@ -194,6 +196,12 @@ def start(folder: Path, models: Sequence[Compared], questions: Sequence[Question
     }
     journal.append(path, head)
     return Comparison(path)
+
+
+def drawn(questions: Sequence[Question], count: int, seed: int) -> list[Question]:
+    """`count` questions, drawn with the seed; all of them if there are no more."""
+    different = list({question.id: question for question in questions}.values())
+    return random.Random(seed).sample(different, min(count, len(different)))
 
 
 def sessions(folder: Path) -> list[Comparison]:

@@ -90,6 +90,11 @@ def take_snapshot(said: Said, folder: Path) -> str:
         "decisions": [{**made.model_dump(), "content": json.dumps(made.content)} for made in said.decisions],
         "aside": [row.model_dump() for row in said.aside],
     }
+    return note(content, folder)
+
+
+def note(content: Any, folder: Path) -> str:
+    """Write a JSON value to a file in `folder`; returns its hash, which is its name."""
     text = json.dumps(content, sort_keys=True)
     name = _hash(text)
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,16 +110,28 @@ def read_snapshot(name: str, kind: str, folder: Path) -> DatasetDict:
     Raises:
         WorkError: the file is gone.
     """
+    content = noted(name, folder)
+    tables = {
+        "rows": Features({**FEATURES[kind], **_ABOUT}),
+        "decisions": _DECISION_FEATURES,
+        "aside": QUARANTINE_FEATURES,
+    }
+    return DatasetDict({name: to_dataset(content[name], columns) for name, columns in tables.items()})
+
+
+def noted(name: str, folder: Path) -> Any:
+    """Read what `note` wrote.
+
+    Raises:
+        WorkError: the file is gone.
+    """
     file = folder / f"{name}.json"
     try:
-        content = json.loads(file.read_text(encoding="ascii"))
+        return json.loads(file.read_text(encoding="ascii"))
     except OSError as error:
         raise WorkError(
             f"{file}, where this run noted what people said, cannot be read ({error.strerror}). Start the run again."
         ) from error
-    features = Features({**FEATURES[kind], **_ABOUT})
-    tables = {"rows": features, "decisions": _DECISION_FEATURES, "aside": QUARANTINE_FEATURES}
-    return DatasetDict({name: to_dataset(content[name], columns) for name, columns in tables.items()})
 
 
 def facts(human: DatasetDict) -> dict[str, Any]:

@@ -44,8 +44,11 @@ MEASURES = {
     "reward": Measure("Reward", "weighted sum", "higher"),
     "checks": Measure("Own check", "share passed", "higher"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
+    "human_win_rate": Measure("People, in blind comparisons", "share won", "higher"),
     "reward_model_win_rate": Measure("Reward model", "share won", "higher"),
 }
+# The share of blind comparisons that people decided for a model.
+HUMAN_MEASURE = "human_win_rate"
 # The prefix of the measures of lm-eval's tasks. For each of these measures, the evaluation report states whether higher
 # or lower is better.
 TASK_MEASURE = "lm_eval_"

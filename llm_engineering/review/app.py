@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.review.comparison_pages import Answering, add_comparison_pages
 from llm_engineering.review.data_pages import add_data_pages
 from llm_engineering.review.drift_page import add_drift_page
 from llm_engineering.review.site import Context
@@ -32,11 +33,12 @@ _HEADERS = {
 }
 
 
-def build_app(context: Context, port: int) -> FastAPI:
+def build_app(context: Context, port: int, answering: Answering) -> FastAPI:
     """The application. Its server must listen on loopback only.
 
     Args:
         port: the port of the server, which the `Host` of each request must name.
+        answering: the models of blind comparisons.
     """
     app = FastAPI(openapi_url=None)
     app.add_middleware(Protection, context=context, port=port)
@@ -47,6 +49,7 @@ def build_app(context: Context, port: int) -> FastAPI:
         return RedirectResponse(f"{context.root}/data")
 
     add_data_pages(app, context)
+    add_comparison_pages(app, context, answering)
     add_drift_page(app, context)
     _add_error_pages(app, context)
     return app

@@ -19,7 +19,7 @@ from llm_engineering.review.browse import DatasetVersion
 from llm_engineering.review.drift import Covered
 
 # The pages of the navigation: path and name.
-PAGES = (("data", "Data"), ("drift", "Drift"))
+PAGES = (("data", "Data"), ("compare", "Compare"), ("drift", "Drift"))
 MAX_NAME_CHARS = 80
 # Characters that no font shows: control characters but tab and line feed, those that turn the direction of text, fillers,
 # the tags that hide whole sentences, and lone surrogates, which UTF-8 cannot write. The two joiners U+200C and U+200D are

@@ -19,7 +19,7 @@ from llm_engineering.evaluation.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK
-from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM
+from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import rows_of
@@ -97,6 +97,12 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
             f"{source}, or run `make retrain` here"
             for source in data.people(kind)
         ]
+    problems += [
+        f"promotion.{rule.path} names {HUMAN_MEASURE}, and the comparisons are on this machine, which a job cannot see: remove "
+        "the rule, or run `make retrain` here"
+        for rule in recipe.promotion.all_rules()
+        if rule.measure == HUMAN_MEASURE
+    ]
     kinds = ("instruction", "preference", "labelled", "prompt")
     named = {rows_of(kind): dataset(f"data.{rows_of(kind)}", data.file(kind)) for kind in kinds}
     tests = [f"test_{rows_of(kind)}" for kind in kinds]

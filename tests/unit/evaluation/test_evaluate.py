@@ -1,5 +1,6 @@
 """A whole evaluation of small models: the report, its page, and the model in production."""
 
+import html
 import json
 import math
 
@@ -161,7 +162,9 @@ def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_
     assert page.count("<svg") == len(report["measures"]) + 2
     assert "<script" not in page
     assert 'src="' not in page
-    assert page.count('<div class="answers">') == 2
+    # The answers are closed, and the reference of each is shown on demand. The first one is also the example of the page.
+    assert page.count("<summary>Reference answer</summary>") == 3
+    assert "2. " + html.escape(report["samples"][1]["prompt"]) + "</summary>" in page
 
 
 def test_rows_of_one_document_are_resampled_together(setup, settings, tmp_path):

@@ -8,7 +8,10 @@ from llm_engineering.feedback import comparisons
 from llm_engineering.feedback.comparisons import Compared, own_question, question_of
 from tests.tiny_models import instruction
 
-MODELS = [Compared(name="base", identity="b"), Compared(name="version 1 (sft)", identity="v", retrieval=True)]
+MODELS = [
+    Compared(key="base", name="base", identity="b"),
+    Compared(key="1:sft", name="version 1 (sft)", identity="v", retrieval=True),
+]
 
 
 @pytest.fixture

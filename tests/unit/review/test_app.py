@@ -12,6 +12,7 @@ from llm_engineering.review.app import build_app
 from llm_engineering.review.browse import DatasetVersion
 from llm_engineering.review.drift import Covered
 from llm_engineering.review.site import Context, Reviews, as_typed, visible
+from tests.fakes.answering import no_models
 
 PORT = 8240
 OWN = f"http://127.0.0.1:{PORT}"
@@ -25,7 +26,7 @@ def context(tmp_path):
 
 @pytest.fixture
 def app(context):
-    app = build_app(context, PORT)
+    app = build_app(context, PORT, no_models())
 
     @app.post("/write")
     def write() -> dict[str, bool]:

@@ -13,6 +13,7 @@ from llm_engineering.feedback.served import Asked, ServedLog
 from llm_engineering.review.app import build_app
 from llm_engineering.review.drift import Covered, find_drift
 from llm_engineering.review.site import Context, Reviews
+from tests.fakes.answering import no_models
 
 PORT = 8240
 TOOLS = ("winch", "pump", "lamp", "gate", "stove", "skiff", "flour", "plank")
@@ -39,7 +40,7 @@ def log(tmp_path):
 @pytest.fixture
 def pages(tmp_path, log):
     context = Context(Reviews("tiny", tmp_path, list, log.folder, lambda: COVERED))
-    client = TestClient(build_app(context, PORT), base_url=f"http://127.0.0.1:{PORT}")
+    client = TestClient(build_app(context, PORT, no_models()), base_url=f"http://127.0.0.1:{PORT}")
     return lambda path="": client.get(f"{context.root}/drift{path}")
 
 

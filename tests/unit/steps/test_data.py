@@ -65,6 +65,7 @@ def facts(settings, monkeypatch):
     """What the steps log."""
     logged = {}
     monkeypatch.setattr(data, "log_rows", lambda *arguments, **facts: logged.update(facts))
+    monkeypatch.setattr(data, "page_facts", lambda base_model: {"Run": "a run", "Base model": base_model})
     return logged
 
 

@@ -119,7 +119,7 @@ def test_what_people_said_decides_the_stages_that_train_on_it(recipe, settings):
     assert planned_steps("dpo", made)[:5] == [*WRITTEN, "generate_preferences", "add_human_preferences"]
     with pytest.raises(RequestError, match=r"data.preferences names review, and nobody .* run `make review` first"):
         preflight(made)
-    models = [Compared(name="base", identity="b"), Compared(name="sft", identity="s")]
+    models = [Compared(key=name, name=name, identity=name) for name in ("base", "sft")]
     questions = [own_question(f"Who is {n}?", "own") for n in range(2)]
     folder = settings.llm_output_dir / "review" / made.name
     session = comparisons.start(folder, models, questions, "own", seed=1)
