@@ -14,7 +14,7 @@ MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
-COMMANDS := run run-sft run-dpo retrain datasets runs dashboard inspect push-dataset chat compare exam serve models \
+COMMANDS := run run-sft run-dpo retrain datasets runs dashboard watch inspect review push-dataset chat compare exam serve models \
   promote rollback lineage verify delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
@@ -35,9 +35,11 @@ retrain:  ## all stages of the chain as one run
 datasets:  ## generate the datasets of the chain without training
 runs:  ## list the last runs
 dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
+watch:  ## show the curves of the runs that train on this machine, until Ctrl-C
 
 ##@ Datasets
 inspect:  ## report on a dataset file: DATA=rows.jsonl
+review:  ## read, correct and judge data and answers on a page of this machine until Ctrl-C: [DATA=rows.jsonl]
 push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference|labelled
 
 ##@ Models

@@ -102,11 +102,12 @@ class Progress:
         (start, before), (end, done) = self.recent[0], self.recent[-1]
         each_s = (end - start) / max(done - before, 1)
         rate = f"{each_s:.1f} s each" if each_s >= 1 else f"{1 / max(each_s, 1e-9):.1f} a second"
-        count = f"{self.done} of {self.total}, {rate}, {_duration((self.total - self.done) * each_s)} left"
+        count = f"{self.done} of {self.total}, {rate}, {duration((self.total - self.done) * each_s)} left"
         logger.info("%s: %s%s", self.title, count, f" — {self.note}" if self.note else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in the largest unit that tells enough, e.g. `90 s`, `12 min` and `2 h 5 min`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -7,6 +7,7 @@ from typing import Any
 from zenml import pipeline
 from zenml.client import Client
 
+from llm_engineering.recipe.data_blocks import FEEDBACK
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
@@ -14,6 +15,7 @@ from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
 from pipelines.inputs import Inputs
 from pipelines.promote import promote
 from steps.data import (
+    add_human,
     collect_prompts,
     collect_texts,
     format_rows,
@@ -67,7 +69,7 @@ def step_of(name: str) -> Any:
         write_exam,
         promote,
     )
-    shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate}
+    shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate, "add": add_human}
     return next((step for step in alone if step.name == name), None) or shared[name.partition("_")[0]]
 
 
@@ -102,9 +104,21 @@ class _Datasets:
                 self.inputs.exam,
                 # The exam asks about the documents, so they stay whole.
                 self.exam() if kind != "text" else None,
+                *((self._human(kind), *self._asked(kind)) if self.recipe.data.people(kind) else ()),
                 id=f"prepare_{rows_of(kind)}",
             )
         return self._made[kind]
+
+    def _human(self, kind: str) -> Any:
+        """What people had said about the rows of a kind when the run began."""
+        rows = rows_of(kind)
+        step = add_human.with_options(substitutions={"rows": rows})
+        return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
+
+    def _asked(self, kind: str) -> list[Any]:
+        """The instructions, if their held-out questions must be left out of what people asked a served model."""
+        asks = kind != "instruction" and FEEDBACK in self.recipe.data.people(kind)
+        return [self.of("instruction")] if asks and "instruction" in self.recipe.kinds(self.recipe.chain[-1]) else []
 
     def documents(self) -> Any:
         """The documents; None if the recipe does not read them."""
@@ -152,8 +166,9 @@ class _Datasets:
 
     def _instructions(self) -> Any:
         recipe, data = self.recipe, self.recipe.data
-        if data.instructions is not None:
-            return self._own("instruction", data.instructions, data.test_instructions, self.inputs.instructions)
+        own = data.file("instruction")
+        if own is not None:
+            return self._own("instruction", own, data.test_instructions, self.inputs.instructions)
         return generate_instructions(
             self.documents(),
             recipe.documents,
@@ -170,11 +185,12 @@ class _Datasets:
 
     def _preferences(self, start: Any) -> Any:
         recipe, data = self.recipe, self.recipe.data
-        if data.preferences is not None:
-            return self._own("preference", data.preferences, data.test_preferences, self.inputs.preferences)
+        own = data.file("preference")
+        if own is not None:
+            return self._own("preference", own, data.test_preferences, self.inputs.preferences)
         return generate_preferences(
             self.of("instruction"),
-            self.documents() if data.instructions is None else None,
+            self.documents() if data.file("instruction") is None else None,
             recipe.model,
             recipe.formatting.chat_template,
             recipe.compute.one_process,
@@ -190,8 +206,11 @@ class _Datasets:
 
     def _labelled(self, start: Any) -> Any:
         data = self.recipe.data
-        if data.labelled is not None:
-            return self._own("labelled", data.labelled, data.test_labelled, self.inputs.labelled)
+        own = data.file("labelled")
+        if own is not None:
+            return self._own("labelled", own, data.test_labelled, self.inputs.labelled)
+        if data.people("labelled"):
+            return None
         return label_preferences(self.of("preference", start), data.test_preferences is not None)
 
     def _prompts(self) -> Any:
@@ -250,7 +269,6 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
     retrieves = recipe.exam is not None and recipe.exam.retrieval_passages > 0
     rewarded = recipe.rewarded(last)
     evaluation = evaluate(
-        report,
         chain,
         recipe.evaluation,
         recipe.evaluation_setup,
@@ -262,17 +280,19 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         rewards=rewarded.reward_set if rewarded is not None else None,
         reward_code=inputs.rewards,
         reward_model=scorer,
+        reward_judge=_earlier(inputs, "evaluation"),
         max_completion_length=getattr(rewarded, "max_completion_length", None),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
+        **({"judged": inputs.judged} if inputs.judged is not None else {}),
         epochs={s: recipe.block(s).num_train_epochs for s in chain if STAGES[s].rows in ("text", "instruction")},
         # Nothing is measured on labelled answers.
         **{f"formatted_{kind}": rows for kind, rows in formatted.items() if kind != "labelled"},
-        **{f"{kind}_dataset": datasets.of(kind) for kind in formatted if kind != "labelled"},
+        **{f"{kind}_dataset": datasets.of(kind) for kind in formatted},
         **{f"{stage}_adapter": adapter for stage, adapter in adapters.items()},
         id=f"evaluate_{last}",
     )
-    promote(evaluation, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
+    promote(evaluation, report, recipe, inputs.code, inputs.incumbent, list(inputs.adapters.values()))
 
 
 def _reward_model(
@@ -283,8 +303,13 @@ def _reward_model(
         return None
     trained = recipe.reward_stage(stage)
     if block.reward_model.version is not None or trained is None:
-        return Client().get_artifact_version(inputs.reward_models[stage])
+        return _earlier(inputs, stage)
     return adapters[trained]
+
+
+def _earlier(inputs: Inputs, user: str) -> Any:
+    """The reward model of an earlier run that a stage or the evaluation names; None if it names none."""
+    return Client().get_artifact_version(inputs.reward_models[user]) if user in inputs.reward_models else None
 
 
 def _format(recipe: Recipe, stage: str, kind: str, dataset: Any) -> Any:

@@ -4,6 +4,8 @@ It is here and not in steps/, because it changes the registry.
 """
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 from zenml import add_tags, get_step_context, link_artifact_to_model, log_metadata
@@ -14,26 +16,34 @@ from llm_engineering.evaluation.gate import PromotionDecision, decide
 from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import STAGES
+from llm_engineering.reports.evaluation_report import evaluation_page
+from llm_engineering.reports.page import write_page
+from llm_engineering.reports.reward_report import reward_page
 from pipelines.registry import StaleError, move
 from pipelines.repeats import earlier_version, in_production
 from steps.caching import project_step
-from steps.logging import log_artifact
-from steps.materializers import Directory, HashedPydanticMaterializer
+from steps.logging import log_artifact, page_facts
+from steps.materializers import Directory, DirectoryMaterializer, HashedPydanticMaterializer
 
 # Measures in the metadata of a run and of its last step.
 MEASURES_SHOWN = 5
 
 
 # Never cached: the rules or the model in production may have changed, even if all other steps come from the cache.
-@project_step(output_materializers=HashedPydanticMaterializer, enable_cache=False)
+@project_step(
+    output_materializers={"promotion_decision": HashedPydanticMaterializer, "evaluation_page": DirectoryMaterializer},
+    enable_cache=False,
+)
 def promote(
     evaluation_report: Directory,
+    training_report: Directory,
     recipe: Recipe,
     code_version: str,
     incumbent: int | None,
     adapters: list[str],
-) -> Annotated[PromotionDecision, "promotion_decision"]:
-    """Apply the gate to this run's measures. If it passes, move the run's model version to a stage.
+) -> tuple[Annotated[PromotionDecision, "promotion_decision"], Annotated[Directory, "evaluation_page"]]:
+    """Apply the gate to this run's measures. If it passes, move the run's model version to a stage. Write the evaluation's page.
 
     If all training came from the cache, an earlier version has this model, and is moved and gets the measures. If that one
     is in production, it was compared with itself, and nothing changes.
@@ -43,7 +53,6 @@ def promote(
         adapters: the versions of the adapters from earlier runs. They are linked to this run's model version too.
     """
     report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
-    decision = decide(report, recipe.promotion, incumbent)
     facts = {
         **report["metrics"],
         "recipe": recipe.model_dump(mode="json"),
@@ -56,6 +65,7 @@ def promote(
         link_artifact_to_model(Client().get_artifact_version(number), context.model)
     own = Client().get_model_version(None, context.model.id)
     version = earlier_version(own) or own
+    decision = decide(report, recipe.promotion, incumbent, version.number)
     if in_production(version, incumbent):
         reason = f"Nothing changes: this is the model of version {version.number}, which is in production."
         decision = decision.model_copy(update={"stage": None, "reason": reason})
@@ -74,7 +84,13 @@ def promote(
     log_metadata(metadata=shown)
     log_metadata(metadata=shown, run_id_name_or_prefix=run)
     add_tags(tags=[f"gate {decision.outcome}", *(["not fit"] if unfit else [])], run=run)
-    return decision
+    # Write the page. It is not written by the evaluation, which may come from the cache and does not know the gate's decision.
+    training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
+    folder = Path(tempfile.mkdtemp())
+    make_page = evaluation_page if STAGES[report["newest"]].policy else reward_page
+    about = page_facts(recipe.model.name_or_path) | {"Version": str(version.number)}
+    write_page(folder, make_page(report, training, about, decision))
+    return decision, Directory(path=folder)
 
 
 def summary(report: dict[str, Any], recipe: Recipe, decision: PromotionDecision) -> dict[str, Any]:

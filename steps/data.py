@@ -14,9 +14,11 @@ from llm_engineering.data.prepare import check_splits
 from llm_engineering.data.prepare import prepare as prepare_rows
 from llm_engineering.data.rows import (
     FEATURES,
+    REPEATED,
     SPLITS,
     InstructionRow,
     TextRow,
+    folded,
     instruction_dataset,
     instruction_row,
     preference_dataset,
@@ -34,6 +36,10 @@ from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.documents.replay import balanced_instructions, replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
 from llm_engineering.evaluation.exam import read_exam
+from llm_engineering.feedback.human_rows import facts as human_facts
+from llm_engineering.feedback.human_rows import join as join_people
+from llm_engineering.feedback.human_rows import read_snapshot, repeated
+from llm_engineering.feedback.people import snapshots
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.prompt_rows import check_accepted
 from llm_engineering.formatting.template_check import check_chat_template
@@ -64,7 +70,7 @@ from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.reports.data_report import check_fit, write_data_report
 from steps.caching import project_step
-from steps.logging import log_rows
+from steps.logging import log_artifact, log_rows, page_facts
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
 from steps.written_exam import questions_of, record_exam, the_exam
 
@@ -155,7 +161,7 @@ def generate_preferences(
     ledger = Ledger.load(dataset)
     rows = [instruction_row(record) for name in SPLITS for record in dataset[name]]
     # Pairs need each question once.
-    rows = [row for row in rows if not row.origin.startswith(OTHER_WORDING)]
+    rows = [row for row in rows if not row.origin.startswith((OTHER_WORDING, REPEATED))]
     texts = {record["source"]: record["text"] for record in documents["documents"]} if documents else {}
     answering = partial(open_client, client, model, compute, Settings(), chat_template)
     if config is not None and questions is not None and documents is not None:
@@ -184,6 +190,7 @@ def collect_prompts(dataset: DatasetDict) -> Annotated[DatasetDict, "prompt_cand
     candidates = DatasetDict()
     for name, stage, splits in (("rows", "prompt", SPLITS[:2]), ("test_rows", "prompt_test", SPLITS[2:])):
         rows = [instruction_row(record) for split in splits for record in dataset[split]]
+        rows = [row for row in rows if not row.origin.startswith(REPEATED)]
         prompts, rejected = prompts_of(rows, stage)
         ledger.record(stage, len(rows), len(prompts), rejected)
         candidates[name] = prompt_dataset(prompts)
@@ -201,7 +208,14 @@ def label_preferences(dataset: DatasetDict, has_own_test: bool) -> Annotated[Dat
     own_test = ["test"] if has_own_test else []
     parts = {"rows": [name for name in SPLITS if name not in own_test], "test_rows": own_test}
     answers = {
-        part: [row for name in names for pair in dataset[name] for row in preference_row(pair).labelled()]
+        # Repeated pairs would be duplicates here; `prepare` repeats their answers.
+        part: [
+            row
+            for name in names
+            for pair in dataset[name]
+            if not pair["origin"].startswith(REPEATED)
+            for row in preference_row(pair).labelled()
+        ]
         for part, names in parts.items()
         if names
     }
@@ -303,20 +317,37 @@ def load(
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
+def add_human(kind: str, rows: str, snapshot: str) -> Annotated[DatasetDict, "human_{rows}"]:
+    """Read what people had said about the rows of a kind when the run began. `snapshot` is its hash."""
+    human = read_snapshot(snapshot, kind, snapshots(Settings()))
+    log_artifact(f"human_{rows}", **human_facts(human))
+    return human
+
+
+@project_step(output_materializers=HFDatasetMaterializer)
 def prepare(
     kind: str,
-    candidates: DatasetDict,
+    candidates: DatasetDict | None,
     checks: DataConfig,
     evaluation_hash: str | None,
     exam: ExamConfig | None,
     exam_hash: str | None,
     written: Directory | None = None,
+    human: DatasetDict | None = None,
+    instructions: DatasetDict | None = None,
 ) -> Annotated[DatasetDict, "{kind}_dataset"]:
     """Check, judge and split the rows of a kind. No row for training asks a question of the exam.
 
-    `evaluation_hash` is of `data.decontaminate_against`. `written` is the exam that the run has written.
+    `evaluation_hash` is of `data.decontaminate_against`. `written` is the exam that the run has written. `human` are the rows of
+    people, which join the candidates; without candidates they are all rows. None of them that is trained on asks a question of
+    the test split of `instructions`.
     """
-    ledger = Ledger.load(candidates)
+    ledger = Ledger.load(candidates) if candidates is not None else Ledger()
+    if human is not None:
+        tested = instructions["test"] if instructions is not None else []
+        held_out = {folded(instruction_row(record).prompt[-1:]) for record in tested}
+        candidates = join_people(candidates, human, kind, checks, ledger, held_out)
+    assert candidates is not None
     exam, exam_hash = the_exam(exam, exam_hash, written)
     if kind == "instruction" and written is not None:
         record_exam(ledger, written.path)
@@ -331,6 +362,10 @@ def prepare(
         others = other_wordings(trained, checks.wordings, evaluation)
         ledger.add(kind, len(others))
         splits["train"] = concatenate_datasets([splits["train"], instruction_dataset(others)])
+    if checks.human_weight > 1:
+        again = repeated(splits["train"], kind, checks.human_weight)
+        ledger.add(kind, len(again))
+        splits["train"] = concatenate_datasets([splits["train"], again])
     facts: dict[str, Any] = {name: len(part) for name, part in splits.items()}
     hashes = {"evaluation_hash": evaluation_hash, "exam_hash": exam_hash}
     facts |= {name: digest for name, digest in hashes.items() if digest is not None}
@@ -363,7 +398,15 @@ def format_rows(
     # Texts have no chat template.
     template = check_chat_template(tokenizer) if kind != "text" else []
     report = write_data_report(
-        folder / "report", kind, ledger, dataset, lengths, formatting.max_length, epochs=epochs, template=template
+        folder / "report",
+        kind,
+        ledger,
+        dataset,
+        lengths,
+        formatting.max_length,
+        epochs=epochs,
+        template=template,
+        facts=page_facts(model.name_or_path),
     )
     if not train_unfit:
         check_fit(report, folder / "report", Settings().llm_output_dir / "unfit_data" / stage)

@@ -1,7 +1,6 @@
 """The step that evaluates models on held-out rows."""
 
 import inspect
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +18,19 @@ from llm_engineering.evaluation.exam import open_exam
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.judge import PROMPT_FILE
+from llm_engineering.evaluation.people import human_win_rate, identities, trained_questions
 from llm_engineering.evaluation.reward_accuracy import evaluate_reward
+from llm_engineering.evaluation.statistics import Bootstrap
+from llm_engineering.feedback.agreement import Judged
+from llm_engineering.feedback.human_rows import noted
+from llm_engineering.feedback.people import snapshots
 from llm_engineering.recipe.data_blocks import DocumentsConfig
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig
+from llm_engineering.recipe.evaluation_blocks import HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
-from llm_engineering.reports.evaluation_report import evaluation_page
-from llm_engineering.reports.page import write_report
-from llm_engineering.reports.reward_report import reward_page
+from llm_engineering.reports.page import write_json
 from llm_engineering.reports.training_rows import count_wordings, tokens_read
 from steps.caching import project_step
 from steps.logging import log_artifact
@@ -51,7 +53,6 @@ def _with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
 @project_step(output_materializers=DirectoryMaterializer, files=[PROMPT_FILE])
 @_with_adapters
 def evaluate(
-    training_report: Directory,
     chain: list[str],
     config: EvaluationConfig,
     setup: TrainingSetup,
@@ -69,10 +70,13 @@ def evaluate(
     preference_dataset: DatasetDict | None = None,
     formatted_prompt: DatasetDict | None = None,
     prompt_dataset: DatasetDict | None = None,
+    labelled_dataset: DatasetDict | None = None,
+    judged: str | None = None,
     rewards: RewardSet | None = None,
     max_completion_length: int | None = None,
     reward_code: dict[str, str] | None = None,
     reward_model: Directory | None = None,
+    reward_judge: Directory | None = None,
     incumbent: Directory | None = None,
     epochs: dict[str, float] | None = None,
     **adapters: Directory | None,
@@ -88,10 +92,13 @@ def evaluate(
         written: the exam that the run has written from the documents; None if the recipe names a file.
         cut: how the documents are cut into the passages that the exam's retrieval finds.
         documents: the documents. Both are None if nothing is retrieved.
+        labelled_dataset: the labelled answers, whose questions do not count in blind comparisons.
+        judged: hash of what people preferred in blind comparisons when the run began; None if there were none.
         epochs: the epochs of the stages on texts and instructions.
         rewards: those of the last stage on prompts, whose answers have at most `max_completion_length` tokens.
         reward_code: hashes of the files of own rewards, so that a changed file runs this step again.
         reward_model: the model of the reward `reward_model`; None without this reward.
+        reward_judge: the reward model of `evaluation.reward_model`, which judges answers; None without this key.
     """
     # Join the held-out rows of each kind
     formatted = {
@@ -113,13 +120,12 @@ def evaluate(
 
     # Measure a reward model on pairs only: it answers nothing
     last = chain[-1]
-    training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
     folder = Path(tempfile.mkdtemp())
     if not STAGES[last].policy:
         scorer = adapters[f"{last}_adapter"]
         assert scorer is not None
         data = evaluate_reward(last, scorer.path, heldout.pairs, config, setup, Settings())
-        write_report(folder, data, reward_page(data, training))
+        write_json(folder, data)
         log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_pairs"])
         return Directory(path=folder)
 
@@ -140,7 +146,20 @@ def evaluate(
     rewarding = None
     if rewards is not None and max_completion_length:
         rewarding = Rewarding(rewards, max_completion_length, reward_model.path if reward_model else None)
-    data = evaluate_models(folders, heldout, config, setup, Settings(), questions, rewarding)
+    judging = reward_judge.path if reward_judge else None
+    data = evaluate_models(folders, heldout, config, setup, Settings(), questions, rewarding, judging)
+
+    # Add what people preferred
+    if judged is not None:
+        units = [Judged(*unit) for unit in noted(judged, snapshots(Settings()))]
+        models = identities(setup.model, folders)
+        read = [*rows.values(), labelled_dataset]
+        trained_on = {q for splits in read if splits is not None for q in trained_questions(splits)}
+        bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, setup.seed)
+        measure = human_win_rate(units, models, data["newest"], trained_on, bootstrap)
+        if measure is not None:
+            data["measures"][HUMAN_MEASURE] = measure
+            data["metrics"] |= {f"{HUMAN_MEASURE}_{name}": e["value"] for name, e in measure["models"].items()}
 
     # Add what training read
     train = {
@@ -156,8 +175,8 @@ def evaluate(
         for question, number in zip(data["exam"]["rows"], count_wordings(data["exam"]["rows"], asked), strict=True):
             question["wordings"] = number
 
-    # Write the page
-    write_report(folder, data, evaluation_page(data, training))
+    # Write the report. The gate's step writes its page.
+    write_json(folder, data)
     hashes = {"files_hash": files_hash, "exam_hash": exam_hash}
     files: dict[str, Any] = {name: value for name, value in hashes.items() if value is not None}
     files |= {"reward_code": reward_code} if reward_code else {}

@@ -1,10 +1,12 @@
 """Logs metadata that the dashboard and the model registry show."""
 
+from datetime import UTC, datetime
 from typing import Any
 
-from zenml import log_metadata
+from zenml import get_step_context, log_metadata
 
 from llm_engineering.data.ledger import Ledger
+from llm_engineering.recipe.loading import recipe_hash
 
 
 def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
@@ -21,3 +23,22 @@ def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
 def log_artifact(artifact: str, **facts: Any) -> None:
     """Log facts on an output artifact of the running step."""
     log_metadata(metadata=facts, artifact_name=artifact, infer_artifact=True)
+
+
+def page_facts(base_model: str) -> dict[str, str]:
+    """What the head of a report's page says about the run that writes the page.
+
+    A step that comes from the cache keeps its page, which names the earlier run that wrote it.
+    """
+    context = get_step_context()
+    run, model = context.pipeline_run, context.model
+    # As a dict: the class of the recipe would add the code of all stages to the cache key of each.
+    recipe = (run.config.parameters or {})["recipe"]
+    return {
+        "Model": model.name,
+        "Version": str(model.number),
+        "Run": run.name,
+        "Date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "Recipe": f"{recipe['name']} {recipe_hash(recipe)}",
+        "Base model": base_model,
+    }

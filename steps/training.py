@@ -18,7 +18,7 @@ from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.processes.launch import launch_training
 from llm_engineering.training.rewards import reward_files
 from steps.caching import code_version, project_step
-from steps.logging import log_artifact
+from steps.logging import log_artifact, page_facts
 from steps.materializers import Directory, DirectoryMaterializer
 
 
@@ -63,7 +63,8 @@ def train(
     summary = result.summary
     rewards = {key: config[key] for key in RewardSet.model_fields if key in config}
     code = reward_files(RewardSet.model_validate(rewards)) if rewards else {}
-    write_page(result.report, training_page(summary))
+    facts = page_facts(setup.model.name_or_path)
+    write_page(result.report, training_page(summary, facts, setup.model_dump(mode="json")))
     log_artifact(
         f"{stage}_adapter",
         recipe_hash=recipe_hash,

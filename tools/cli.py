@@ -85,9 +85,19 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry("run", "run:run", "Run a stage of the chain, the whole chain, or only the generation of data."),
         Entry("runs", "results:runs", "List the last runs."),
         Entry("dashboard", "serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
+        Entry(
+            "watch",
+            "watch:watch",
+            "Show the curves of the runs that train on this machine in the browser, until Ctrl-C.",
+        ),
     ],
     "Datasets": [
         Entry("inspect", "dataset:inspect", "Report on a dataset file without training on it."),
+        Entry(
+            "review",
+            "review:review",
+            "Read, correct and judge data and answers on a page of this machine until Ctrl-C.",
+        ),
         Entry("push-dataset", "dataset:push_dataset", "Publish a dataset of the last run on the Hugging Face Hub."),
     ],
     "Models": [

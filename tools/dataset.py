@@ -134,14 +134,14 @@ def push_dataset(
 
     check_repo_id(repo_id)
     prepare_zenml()
-    version, dataset_version = _newest(recipe, kind)
+    version, dataset_version = newest_dataset(recipe, kind)
     made_with = _made_with(dataset_version, recipe, kind)
     dataset = dataset_version.load()
     if not allow_secrets:
         check_secrets(dataset, masked=made_with.data.rules.secret == "mask")
     places = [made_with.model.name_or_path, made_with.documents.path]
     data = made_with.data
-    own = (data.instructions, data.preferences, data.labelled, data.prompts)
+    own = map(data.file, ("instruction", "preference", "labelled", "prompt"))
     places += [place for place in own if place is not None]
     rows = public_rows(dataset, places)
     facts = _facts(kind, version, dataset_version, made_with, hub, dataset, rows)
@@ -179,7 +179,7 @@ def _print_report(report: dict[str, Any], folder: Path) -> None:
     logger.info("%s", "Fit to train on." if report["fit_to_train"] else f"Not fit to train on: {report['why']}.")
 
 
-def _newest(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVersionResponse]:
+def newest_dataset(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, ArtifactVersionResponse]:
     """The model version of the last run that has a dataset of this kind, and the dataset.
 
     Raises:
@@ -261,7 +261,7 @@ def _facts(
         name=made_with.name,
         kind=kind,
         hub=hub,
-        documents=dataset_card.public_name(own or made_with.data.instructions or made_with.documents.path),
+        documents=dataset_card.public_name(own or made_with.data.file("instruction") or made_with.documents.path),
         model=dataset_card.OWN_DATASET if own else dataset_card.public_name(str(recorded.get("generated_by", base))),
         prompts={str(name): str(version) for name, version in dict(asked.get("prompts", {})).items()},
         recipe_hash=recipe_hash(made_with),

@@ -43,7 +43,7 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
         RequestError: the documents cannot be read.
     """
     kinds, data = recipe.kinds(last), recipe.data
-    generated = "instruction" in kinds and data.instructions is None
+    generated = "instruction" in kinds and data.file("instruction") is None
     if not generated and "text" not in kinds:
         return []
     documents, unread = read_documents(recipe.documents)
@@ -72,9 +72,9 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
         most += writing.two_hop
         how += f"{', and ' if how else ''}at most {writing.two_hop} questions need two facts" if writing.two_hop else ""
         lines += _rows("instruction", most, expected, how)
-        if "preference" in kinds and data.preferences is None:
+        if "preference" in kinds and data.file("preference") is None:
             lines += _pairs(writing, most, expected)
-        if "labelled" in kinds and data.labelled is None and data.preferences is None:
+        if "labelled" in kinds and data.labelled is None and data.file("preference") is None:
             lines.append("Rows: labelled, two for each preference row")
         if "prompt" in kinds and data.prompts is None:
             lines += _rows("prompt", most, expected, "one prompt for each instruction row")

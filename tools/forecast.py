@@ -122,7 +122,7 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
     own = recipe.data.own(kind)
     if own is not None:
         return _own_tokens(own, share)
-    if recipe.data.instructions is not None:
+    if recipe.data.file("instruction") is not None:
         return None
     writing = recipe.generation
     documents, _ = read_documents(recipe.documents)

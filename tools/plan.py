@@ -63,7 +63,9 @@ def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
     exam = ["write_exam"] if kind == "instruction" and _writes_exam(recipe) else []
     if kind == "text" and recipe.derives_from_questions:
         reading = list(dict.fromkeys([*reading, *_dataset_steps("instruction", recipe)]))
-    return [*([f"load_{rows_of(kind)}"] if own is not None else [*reading, make]), *exam, f"prepare_{rows_of(kind)}"]
+    people = [f"add_human_{rows_of(kind)}"] if recipe.data.people(kind) else []
+    made = [f"load_{rows_of(kind)}"] if own is not None else [] if kind == "labelled" else [*reading, make]
+    return [*made, *exam, *people, f"prepare_{rows_of(kind)}"]
 
 
 def _writes_exam(recipe: Recipe) -> bool:

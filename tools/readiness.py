@@ -19,6 +19,9 @@ from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
+from llm_engineering.feedback.agreement import judged_questions
+from llm_engineering.feedback.human_rows import note, take_snapshot
+from llm_engineering.feedback.people import folder_of, said_about, snapshots
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
 from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
@@ -33,7 +36,7 @@ from llm_engineering.models.device import (
 from llm_engineering.models.fit import check_fit
 from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
-from llm_engineering.recipe.data_blocks import DataConfig
+from llm_engineering.recipe.data_blocks import REVIEW, DataConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
@@ -74,10 +77,13 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
     data = recipe.data
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
-    instructions = _datasets([data.instructions, data.test_instructions], "instruction", data)
-    preferences = _datasets([data.preferences, data.test_preferences], "preference", data)
-    labelled = _datasets([data.labelled, data.test_labelled], "labelled", data)
+    instructions = _datasets([data.file("instruction"), data.test_instructions], "instruction", data)
+    preferences = _datasets([data.file("preference"), data.test_preferences], "preference", data)
+    labelled = _datasets([data.file("labelled"), data.test_labelled], "labelled", data)
     prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
+    all_said = {kind: said_about(recipe, kind, Settings()) for kind in recipe.kinds(recipe.chain[-1])}
+    people = {kind: said for kind, said in all_said.items() if said is not None}
+    judged = judged_questions(folder_of(REVIEW, recipe.name, Settings()))
     rewards = check_rewards(recipe)
     replay = None
     if data.replay is not None:
@@ -109,7 +115,9 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
         **recipe.model_dump(mode="json", include={"model", "seed", "formatting"}),
         "documents": recipe.documents.model_dump() if recipe.learns_from_documents else None,
-        "data": recipe.data.checks.model_dump(),
+        # The weight of people's rows decides only where they are.
+        "data": recipe.data.checks.model_dump(exclude={"human_weight"}),
+        **({"people": [people["instruction"].hash, data.human_weight]} if "instruction" in people else {}),
     }
     return recipe, Inputs(
         documents=documents,
@@ -117,6 +125,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         preferences=preferences,
         labelled=labelled,
         prompts=prompts,
+        judged=note(judged, snapshots(Settings())) if judged else None,
+        people={kind: take_snapshot(said, snapshots(Settings())) for kind, said in people.items()},
         replay=replay,
         replay_instructions=replay_instructions,
         evaluation=evaluation,
@@ -130,6 +140,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
                 "preferences": preferences,
                 "labelled": labelled,
                 "prompts": prompts,
+                "people": {kind: [said.hash, data.human_weight] for kind, said in people.items()},
                 "rewards": rewards,
                 "reward_models": {stage: found.content_hash for stage, found in reward_models.items()},
                 "replay": replay,
@@ -167,28 +178,32 @@ def check_rewards(recipe: Recipe) -> dict[str, str]:
 
 
 def find_reward_models(recipe: Recipe) -> dict[str, ArtifactVersionResponse]:
-    """Find the reward models that rewards of the chain name by their version; returns their artifacts by the stage.
+    """Find the reward models that the recipe names by their version; returns their artifacts by the stage, or `evaluation`.
 
     Raises:
         RequestError: a version does not exist, has no reward model, or has one of another base model or with other tokens.
     """
-    found: dict[str, ArtifactVersionResponse] = {}
+    named = {"evaluation": recipe.evaluation.reward_model}
     for stage in recipe.chain:
         block = recipe.block(stage)
-        named = block.reward_model if isinstance(block, RewardedConfig) else None
-        if named is None or named.version is None:
+        if isinstance(block, RewardedConfig) and block.reward_model is not None:
+            named[stage] = block.reward_model.version
+    found: dict[str, ArtifactVersionResponse] = {}
+    for user, version in named.items():
+        if version is None:
             continue
         prepare_zenml()
         from tools.model_versions.versions import reward_model_artifact
 
         try:
-            found[stage] = reward_model_artifact(recipe.name, str(named.version))
-            folder = found[stage].load().path
+            found[user] = reward_model_artifact(recipe.name, version)
+            folder = found[user].load().path
             check_base(recipe.model, folder)
             tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
             check_tokens(folder, tokenizer, Settings(), recipe.model.trust_remote_code)
         except RequestError as error:
-            raise RequestError(f"{stage}.rewards, reward_model, version {named.version}: {error}") from error
+            key = "evaluation.reward_model" if user == "evaluation" else f"{user}.rewards, reward_model"
+            raise RequestError(f"{key}, version {version}: {error}") from error
     return found
 
 
@@ -209,6 +224,9 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
             decided["labelled"] = own["labelled"]
         if from_pairs:
             decided["preferences"] = own["preferences"]
+        made_of = recipe.data.made_of(rows)
+        if made_of in ("preference", "labelled") and made_of in own["people"]:
+            decided[f"people_{made_of}"] = own["people"][made_of]
         if rows == "prompt":
             decided["prompts"], decided["rewards"] = own["prompts"], own["rewards"]
         if stage in own["reward_models"]:
@@ -287,11 +305,11 @@ def check_model(recipe: Recipe) -> None:
 def _check_client(recipe: Recipe) -> None:
     """Send the endpoint one small request, if the recipe uses one to write questions, answers or rejected answers."""
     writing = recipe.generation
-    if recipe.data.instructions is None:
+    if recipe.data.file("instruction") is None:
         check_access(writing.part(ClientConfig), Settings(), writing.question_max_new_tokens, "instruction")
     elif writing.rewritings:
         check_access(writing.part(ClientConfig), Settings(), writing.rewriting_max_new_tokens, "text")
-    elif recipe.data.preferences is None and writing.rejected_by == "client":
+    elif recipe.data.file("preference") is None and writing.rejected_by == "client":
         check_access(writing.part(ClientConfig), Settings(), writing.rejected_max_new_tokens, None)
 
 
@@ -317,7 +335,7 @@ def check_local_datasets(recipe: Recipe) -> None:
     data = recipe.data
     kinds = {"instruction": "instructions", "preference": "preferences", "labelled": "labelled", "prompt": "prompts"}
     for kind, key in kinds.items():
-        for reference in filter(None, (getattr(data, key), getattr(data, f"test_{key}"))):
+        for reference in filter(None, (data.file(kind), getattr(data, f"test_{key}"))):
             if dataset_files(reference) is not None:
                 open_dataset(reference, kind, data)
 

@@ -156,7 +156,8 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
     evaluation: dict[str, Any] = {}
     if "evaluation_report" in artifacts:
         evaluation = _report(artifacts["evaluation_report"])
-        pages["evaluation report"] = _page(artifacts["evaluation_report"])
+    if "evaluation_page" in artifacts:
+        pages["evaluation report"] = _page(artifacts["evaluation_page"])
     decision = artifacts["promotion_decision"].load().model_dump() if "promotion_decision" in artifacts else {}
     training = reports["training"]
     # The reports are in the order in which the stages were trained.

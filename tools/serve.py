@@ -26,7 +26,11 @@ from llm_engineering.recipe.loading import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
 
 if TYPE_CHECKING:
+    from llm_engineering.feedback.served import ServedLog
     from llm_engineering.publish.chat_server import ServedModel
+    from llm_engineering.recipe.recipe import Recipe
+    from llm_engineering.recipe.settings import Settings
+    from tools.model_versions.versions import Found
 
 logger = logging.getLogger("llm_engineering.serve")
 
@@ -48,8 +52,9 @@ def serve(
 ) -> int:
     """Serve a model with an OpenAI-compatible API on this machine until Ctrl-C.
 
-    The server is vLLM if it is installed and this machine has a CUDA card. Otherwise, it is `transformers serve`, behind
-    a server that translates requests for chat completions, and refuses those that it cannot answer as OpenAI's API does.
+    The server is vLLM if it is installed and this machine has a CUDA card. Otherwise, and with `serving.log_requests`, it is
+    `transformers serve`, behind a server that translates requests for chat completions, and refuses those that it cannot
+    answer as OpenAI's API does.
 
     Example: `llm-engineering serve --port 8123`
     """
@@ -73,7 +78,9 @@ def serve(
     found = find_model(recipe, version)
     logger.info("%s", found.described)
     folder = merged_model(found, recipe, settings)
-    vllm = installed_vllm() if device.name == "cuda" else None
+    request_log = served_log(found, recipe, settings) if recipe.serving.log_requests else None
+    # Only the server in front of `transformers serve` writes the log.
+    vllm = installed_vllm() if device.name == "cuda" and request_log is None else None
     log = settings.llm_output_dir.resolve() / f"serve-{port}.log"
     trust = recipe.model.trust_remote_code
     front: AbstractContextManager[None] = contextlib.nullcontext()
@@ -90,7 +97,7 @@ def serve(
             Path(scratch, ENGINE_MODEL).symlink_to(folder.resolve())
             command = transformers_command(ENGINE_MODEL, engine_port, device.name)
             model = ServedModel.read(folder, recipe.name, engine, settings, trust_remote_code=trust)
-            front = serving_chat(model, listener)
+            front = serving_chat(model, listener, request_log)
         if trust:
             command.append("--trust-remote-code")
         logger.info("Starting %s. Its log: %s", Path(command[0]).name, log)
@@ -102,15 +109,32 @@ def serve(
     return 0
 
 
+def served_log(found: Found, recipe: Recipe, settings: Settings) -> ServedLog:
+    """The log of what a version is asked, and answers."""
+    from llm_engineering.feedback.served import ServedLog, served_folder
+    from tools.model_versions.versions import ADAPTER
+
+    adapter = found.version.get_artifact(found.name + ADAPTER)
+    # `find_model` has found its files.
+    assert adapter is not None
+    folder = served_folder(settings.llm_output_dir.resolve(), recipe.name)
+    logger.info("Requests and answers are written to %s, with personal data and secrets masked.", folder)
+    return ServedLog(folder, found.version.number, str(adapter.content_hash))
+
+
 @contextlib.contextmanager
-def serving_chat(model: ServedModel, listener: socket.socket) -> Iterator[None]:
-    """Serve OpenAI's API for a model of `transformers serve` on a bound socket, in a thread."""
+def serving_chat(model: ServedModel, listener: socket.socket, log: ServedLog | None = None) -> Iterator[None]:
+    """Serve OpenAI's API for a model of `transformers serve` on a bound socket, in a thread.
+
+    Args:
+        log: where requests, answers and feedback are written; None writes nothing.
+    """
     import uvicorn
 
     from llm_engineering.publish.chat_server import build_app
 
     # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
-    config = uvicorn.Config(build_app(model), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(build_app(model, log), log_config=None, access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,13 @@ def exam(
     folder = settings.llm_output_dir / "exam"
     described = found.described if found is not None else f"{base.name_or_path}, without training"
     data = {"model": described, "newest": newest, "measures": measures, "exam": report}
-    write_report(folder, data, exam_page(report, measures, newest, described))
+    facts = {
+        "Model": described,
+        "Date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "Recipe": recipe.name,
+        "Base model": base.name_or_path,
+    }
+    write_report(folder, data, exam_page(report, measures, newest, facts))
     _print(data, recipe.seed, sys.stderr if as_json else sys.stdout)
     logger.info("Every answer: %s", folder / "report.html")
     if as_json:

@@ -55,7 +55,7 @@ class Quarantined(BaseModel):
 
 
 _TEXT = Value("string")
-_QUARANTINE_FEATURES = Features(dict.fromkeys(Quarantined.model_fields, _TEXT))
+QUARANTINE_FEATURES = Features(dict.fromkeys(Quarantined.model_fields, _TEXT))
 _COUNT_FEATURES = Features(
     {"stage": _TEXT, **dict.fromkeys(("read", "kept", "drafts"), Value("int64")), "unread": List(_TEXT)}
 )
@@ -78,7 +78,7 @@ class Ledger:
         self.unread: dict[str, list[str]] = {}
         # Quarantined rows of each stage that earlier calls of `record` have counted.
         self._recorded: Counter[str] = Counter()
-        self._table = TableWriter(work_folder() / "quarantine.arrow", _QUARANTINE_FEATURES)
+        self._table = TableWriter(work_folder() / "quarantine.arrow", QUARANTINE_FEATURES)
 
     def set_aside(self, rows: Iterable[Quarantined]) -> None:
         """Write quarantined rows. The next call of `record` counts them."""

@@ -60,8 +60,8 @@ class Checked(NamedTuple, Generic[RowT]):
 
 
 def is_generated(row: Row) -> bool:
-    """Whether a model wrote the row or a part of it."""
-    return row.origin.strip().casefold() not in NOT_GENERATED
+    """Whether a model wrote the row or a part of it. The origin of a row that a reviewer corrected is `human:` and a name."""
+    return row.origin.partition(":")[0].strip().casefold() not in NOT_GENERATED
 
 
 def check_row(row: RowT, rules: RulesConfig) -> Checked[RowT]:

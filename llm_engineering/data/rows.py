@@ -82,7 +82,7 @@ class _Row(BaseModel):
 
     Attributes:
         source: the file and the place in it, or the document and its characters, that the row was made from.
-        origin: who wrote the answer: `human`, `document`, `replay`, or the name of a model; `unknown` if the file does not say.
+        origin: who wrote the answer: `human`, `human:review`, `human:feedback`, `document`, `replay`, or the name of a model; `unknown` if the file does not say.
         document: the source document; rows of one document go to the same split. Empty if there is none.
     """
 
@@ -197,6 +197,10 @@ ROW_CLASSES: dict[str, type[Row]] = {
 }
 # The origin of rows of `data.replay` and `data.replay_instructions`. They are only trained on.
 REPLAY = "replay"
+# The start of the origin of rows that people made, in reviews or by feedback, e.g. `human:review`.
+HUMAN = "human:"
+# The start of the origin of their repetitions in the train split, see `data.human_weight`.
+REPEATED = "again: "
 # The start of the origin of questions that need two facts.
 TWO_HOP = "two_hop"
 # These functions read a record of a dataset.

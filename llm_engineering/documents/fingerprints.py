@@ -57,12 +57,12 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
     if artifact == "text_candidates":
         return dataset_fingerprints([data.replay.path if data.replay is not None else None])
     if artifact == "instruction_candidates":
-        return dataset_fingerprints([data.instructions, data.test_instructions, data.replay_instructions])
+        return dataset_fingerprints([data.file("instruction"), data.test_instructions, data.replay_instructions])
     if artifact == "prompt_candidates":
         return dataset_fingerprints([data.prompts, data.test_prompts])
     if artifact == "labelled_candidates":
-        return dataset_fingerprints([data.labelled, data.test_labelled])
-    return dataset_fingerprints([data.preferences, data.test_preferences])
+        return dataset_fingerprints([data.file("labelled"), data.test_labelled])
+    return dataset_fingerprints([data.file("preference"), data.test_preferences])
 
 
 def fingerprint_table(fingerprints: dict[str, str]) -> Dataset:

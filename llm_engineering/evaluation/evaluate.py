@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from llm_engineering.evaluation.checks import Check, check_report, read_checks
 from llm_engineering.evaluation.exam import Exam, exam_report
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, render_for_both
 from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_compatible, load_incumbent
-from llm_engineering.evaluation.judge import Question, judge
+from llm_engineering.evaluation.judge import Question, judge, win_rate
 from llm_engineering.evaluation.measures import Observation, Work, by_document, observe
 from llm_engineering.evaluation.models import BASE, Models, Sample
+from llm_engineering.evaluation.row_values import row_values
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
+from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.generation.open import open_client
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import (
@@ -29,7 +33,7 @@ from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainingSetup
-from llm_engineering.training.rewards import Reward, open_rewards
+from llm_engineering.training.rewards import Completion, Reward, open_reward_model, open_rewards
 
 
 class Rewarding(NamedTuple):
@@ -48,6 +52,7 @@ def evaluate(
     settings: Settings,
     exam: Exam | None = None,
     rewarding: Rewarding | None = None,
+    reward_judge: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the base model and each trained model, and return the report as a JSON object.
 
@@ -57,6 +62,7 @@ def evaluate(
         rows: rows that no model was trained on.
         exam: questions about the documents; None if the recipe has no exam.
         rewarding: the rewards of the last stage that trains on some; None if there is none.
+        reward_judge: the folder of the reward model that judges the answers to held-out rows; None without it.
 
     Raises:
         RequestError: an own reward cannot be loaded; the file `evaluation.checks` is missing or has a bad line.
@@ -76,6 +82,15 @@ def evaluate(
         judged, measures["judge_win_rate"] = judge(
             _questions(work), texts, newest, client, config.judge.max_new_tokens, bootstrap
         )
+    rewards: dict[str, list[float]] = {}
+    if reward_judge is not None and work.indices:
+        rewards = _rewards_of_answers(observations, work, reward_judge, setup, settings)
+        # 1 for a win, 0.5 for a tie, 0 for a loss
+        wins = {name: (np.sign(np.subtract(rewards[newest], found)) + 1) / 2 for name, found in rewards.items()}
+        del wins[newest]
+        measures["reward_model_win_rate"] = win_rate(
+            "reward_model_win_rate", wins, newest, by_document(work.asked), bootstrap
+        )
     return {
         "models": list(observations),
         "newest": newest,
@@ -90,8 +105,9 @@ def evaluate(
         "seed": setup.seed,
         "metrics": {f"{key}_{name}": e["value"] for key, m in measures.items() for name, e in m["models"].items()},
         "measures": measures,
+        "row_values": row_values(observations[newest], work),
         "exam": exam_report(exam, taken, newest, setup.seed) if exam is not None else None,
-        "samples": _samples(observations, work)[: config.sample_answers],
+        "samples": _samples(observations, work, rewards)[: config.sample_answers],
         "rewards": _rewarded(observations, work, config.sample_answers) if work.rewards else None,
         "judge": judged,
         "lm_eval": _lm_eval(observations, config),
@@ -190,13 +206,35 @@ def _measures(
     return measures
 
 
-def _samples(observations: Mapping[str, Observation], work: Work) -> list[dict[str, Any]]:
+def _rewards_of_answers(
+    observations: Mapping[str, Observation], work: Work, folder: Path, setup: TrainingSetup, settings: Settings
+) -> dict[str, list[float]]:
+    """The reward of each model's answers to the held-out rows, by the model's name.
+
+    Every answer is encoded again from its text, because a model in production may have other tokens.
+    """
+    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
+    score = open_reward_model(folder, setup, settings)
+    prompts = [{"prompt_ids": prompt_ids(row.prompt, tokenizer)} for row in work.asked]
+    return {
+        name: score(prompts, [Completion(answer.text, answer.stopped, len(answer.ids)) for answer in found.answers])
+        for name, found in observations.items()
+    }
+
+
+def _samples(
+    observations: Mapping[str, Observation], work: Work, rewards: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
     return [
         {
             "prompt": row.prompt[-1].content,
             "reference": row.completion[0].content,
             "answers": {
-                name: {"text": found.answers[number].text, "stopped": found.answers[number].stopped}
+                name: {
+                    "text": found.answers[number].text,
+                    "stopped": found.answers[number].stopped,
+                    **({"reward": rewards[name][number]} if rewards else {}),
+                }
                 for name, found in observations.items()
             },
         }

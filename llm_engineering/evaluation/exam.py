@@ -233,12 +233,28 @@ def retrieve(questions: Sequence[str], passages: Sequence[Passage], count: int) 
     The ranking is Lucene's variant of BM25 (Kamphuis et al. 2020, arXiv:1911.07540), with k1 1.5 and b 0.75, the
     library's defaults. There must be a question and a passage.
     """
+    found, _ = _search(questions, passages, count)
+    return [[passages[number] for number in row] for row in found.tolist()]
+
+
+def best_scores(questions: Sequence[str], passages: Sequence[Passage]) -> list[float]:
+    """The score of the best passage of each question, as `retrieve` ranks them. 0 if they share no word."""
+    _, scores = _search(questions, passages, 1)
+    return [float(row[0]) for row in scores]
+
+
+def _search(questions: Sequence[str], passages: Sequence[Passage], count: int) -> tuple[Any, Any]:
+    """The numbers of the best passages of each question, and their scores: two arrays of `count` columns at most."""
     index = bm25s.BM25()
     # The title names the subject, which a passage from the middle of a document may not.
     index.index([words(f"{passage.title} {passage.text}") for passage in passages], show_progress=False)
     asked = [words(question) for question in questions]
-    found, _ = index.retrieve(asked, k=min(count, len(passages)), show_progress=False)
-    return [[passages[number] for number in row] for row in found.tolist()]
+    return tuple(index.retrieve(asked, k=min(count, len(passages)), show_progress=False))
+
+
+def with_passages(question: str, passages: Sequence[Passage]) -> str:
+    """A prompt that has passages, each with its title, before the question."""
+    return "\n\n".join([*(f"{found.title}\n{found.text}" for found in passages), question])
 
 
 def take_exam(
@@ -256,7 +272,7 @@ def take_exam(
     prompts = {shown_as: {index: row.question for index, row in enumerate(exam.rows)}}
     if with_retrieval and any(exam.retrieved):
         prompts[shown_as + RETRIEVAL] = {
-            index: "\n\n".join([*(f"{found.title}\n{found.text}" for found in exam.retrieved[index]), text])
+            index: with_passages(text, exam.retrieved[index])
             for index, text in prompts[shown_as].items()
             if exam.retrieved[index]
         }

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.recipe.evaluation_blocks import Comparisons, PromotionConfig
+from llm_engineering.recipe.evaluation_blocks import HUMAN_MEASURE, Comparisons, PromotionConfig
 from llm_engineering.recipe.stages import STAGES
 
 Sense = Literal["better", "not_worse"]
@@ -69,7 +69,9 @@ class PromotionDecision(BaseModel):
     reason: str
 
 
-def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | None) -> PromotionDecision:
+def decide(
+    report: Mapping[str, Any], config: PromotionConfig, incumbent: int | None, version: int | None = None
+) -> PromotionDecision:
     """Judge the newest model of an evaluation report by the rules for a run that ends with its stage.
 
     Each rule is judged by the lower end of the interval of the paired gain, so a gain that could be chance does not
@@ -80,6 +82,7 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
         report: `report.json` of the evaluation.
         incumbent: the version that was in production when the run began. If there was none, rules about it are
             skipped; if the report does not measure it, they fail.
+        version: the model's version, which the remedy names if people must compare it first; None without versions.
     """
     candidate = str(report["newest"])
     gate = config.rules(candidate)
@@ -87,7 +90,7 @@ def decide(report: Mapping[str, Any], config: PromotionConfig, incumbent: int | 
     assert gate is not None
     comparisons: dict[Sense, Comparisons] = {"better": gate.better_than, "not_worse": gate.not_worse_than}
     rules = [
-        _judge(report, candidate, sense, than, measure, amount, incumbent)
+        _judge(report, candidate, sense, than, measure, amount, incumbent, version)
         for sense, compared in comparisons.items()
         for than in ("base", *STAGES, "incumbent")
         for measure, amount in compared.bounds(than).items()
@@ -118,6 +121,7 @@ def _judge(
     measure: str,
     amount: float,
     incumbent: int | None,
+    version: int | None,
 ) -> Rule:
     words = f"better than {than} by more than" if sense == "better" else f"not worse than {than} by more than"
     # 0.0 - x instead of -x: a bound of 0 must not become -0.
@@ -131,6 +135,11 @@ def _judge(
     difference = measured.get("differences", {}).get(f"{candidate}-{than}")
     if difference is None:
         other = f"version {incumbent}, which is in production" if than == "incumbent" else than
+        if measure == HUMAN_MEASURE:
+            missing = "nobody has compared them on questions that it was not trained on"
+            named = f"version {incumbent}" if than == "incumbent" else than
+            remedy = f"compare version {version} with {named} by `make review`, then run the same command again"
+            return rule.model_copy(update={"reason": f"{missing}: {remedy}"})
         return rule.model_copy(update={"reason": f"the report does not compare {candidate} with {other}"})
     if measured["better"] is None:
         return rule.model_copy(update={"reason": f"neither a higher nor a lower {measure} is better"})

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from llm_engineering.errors import WorkError
-from llm_engineering.evaluation.statistics import Bootstrap, Rows, entry
+from llm_engineering.evaluation.statistics import Bootstrap, Floats, Rows, entry
 from llm_engineering.generation.types import Answer, Client, Failure, Messages, Sampling
 from llm_engineering.recipe.evaluation_blocks import MEASURES
 
@@ -82,13 +82,8 @@ def judge(
         WorkError: the endpoint refuses the requests, or a cap is reached. Verdicts received so far are stored.
     """
     duels = _duels(questions, answers, newest, client, Sampling(max_new_tokens, 0.0, bootstrap.seed))
-    names = list(duels)
-    wins = {name: duels[name].scores.totals for name in names}
-    shares = {name: 1 - wins[name] for name in names} | {newest: np.mean([wins[name] for name in names], axis=0)}
     documents = [question.document for question in questions]
-    scores = {name: bootstrap.estimate(Rows.of(shares[name]).in_clusters(documents)) for name in answers}
-    lost = {name: Rows.of(1 - wins[name]).in_clusters(documents) for name in names}
-    net = {f"{newest}-{name}": bootstrap.difference(duels[name].scores, lost[name]) for name in names}
+    wins = {name: duel.scores.totals for name, duel in duels.items()}
     report = {
         "model": client.identity,
         "prompt_hash": hashlib.sha256(PROMPT_FILE.read_bytes()).hexdigest()[:12],
@@ -106,7 +101,27 @@ def judge(
             for name, duel in duels.items()
         },
     }
-    return report, entry(MEASURES["judge_win_rate"], scores, net)
+    return report, win_rate("judge_win_rate", wins, newest, documents, bootstrap)
+
+
+def win_rate(
+    measure: str, wins: Mapping[str, Floats], newest: str, documents: Sequence[int], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """A measure's entry in the report: each model's share of wins, and as differences the share of wins minus that of losses.
+
+    The share of the newest model is the mean over all models that it is compared with.
+
+    Args:
+        wins: for each other model by its name, the newest model's result on each row: 1 for a win, 0.5 for a tie, else 0.
+        documents: the number of each row's document.
+    """
+    shares = {name: 1 - won for name, won in wins.items()} | {newest: np.mean(list(wins.values()), axis=0)}
+    rows = {name: Rows.of(share).in_clusters(documents) for name, share in shares.items()}
+    net = {
+        f"{newest}-{name}": bootstrap.difference(Rows.of(won).in_clusters(documents), rows[name])
+        for name, won in wins.items()
+    }
+    return entry(MEASURES[measure], {name: bootstrap.estimate(found) for name, found in rows.items()}, net)
 
 
 def _duels(

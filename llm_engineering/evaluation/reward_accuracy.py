@@ -24,6 +24,12 @@ from llm_engineering.recipe.training_blocks import TrainingSetup
 CHANCE = 0.5
 
 
+def above_chance(share: Estimate) -> Estimate:
+    """A share minus chance, which is a known number, so that the difference has the interval of the share."""
+    low, high = (None if end is None else end - CHANCE for end in (share.low, share.high))
+    return Estimate(share.value - CHANCE, low, high, share.n)
+
+
 def evaluate_reward(
     stage: str,
     folder: Path,
@@ -91,7 +97,7 @@ def reward_accuracy(
     rejected: Sequence[float],
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """The measure's entry in the report. Chance is a known number, so its difference has the interval of the share itself.
+    """The measure's entry in the report.
 
     Args:
         chosen, rejected: the rewards of each pair's answers.
@@ -99,7 +105,7 @@ def reward_accuracy(
     rows = Rows.of([high > low for high, low in zip(chosen, rejected, strict=True)])
     rows = rows.in_clusters(by_document([pair.row for pair in pairs]))
     found = bootstrap.estimate(rows)
-    low, high = (None if end is None else end - CHANCE for end in (found.low, found.high))
-    above = Estimate(found.value - CHANCE, low, high, found.n)
     models = {BASE: Estimate(CHANCE, None, None, found.n), stage: found}
-    return entry(MEASURES[REWARD_MEASURE], models, {f"{stage}-{BASE}": above}) | {"clusters": len(rows.units[0])}
+    return entry(MEASURES[REWARD_MEASURE], models, {f"{stage}-{BASE}": above_chance(found)}) | {
+        "clusters": len(rows.units[0])
+    }

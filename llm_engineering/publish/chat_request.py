@@ -1,4 +1,7 @@
-"""A request for a chat completion, checked against OpenAI's schema: what this server cannot do is refused."""
+"""A request for a chat completion, checked against OpenAI's schema: what this server cannot do is refused.
+
+Feedback on an answer is checked in the same way.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llm_engineering.data.private import redacted
 
 # Values of parameters that ask for nothing. Clients often send them. Other values are refused, because
 # `transformers serve` would ignore them.
@@ -112,22 +117,28 @@ class ChatRequest(_Part):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
+class FeedbackRequest(_Part):
+    """What a person says about an answer.
+
+    Attributes:
+        id: the answer's id.
+        correction: a better answer.
+        user: a pseudonym of the person.
+    """
+
+    id: str
+    thumbs: Literal["up", "down"]
+    correction: Annotated[str, Field(pattern=r"\S", max_length=100_000)] | None = None
+    user: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")] | None = None
+
+
 def read_request(body: bytes) -> ChatRequest:
     """Read and check the body of a request.
 
     Raises:
         ApiError: the body is not a request for a chat completion, or it asks for something that this server cannot do.
     """
-    try:
-        given = json.loads(body)
-        # Half of a surrogate pair is valid JSON, and no text that a tokenizer can read.
-        json.dumps(given, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        message = f"The body of the request is not valid JSON in UTF-8: {error}."
-        raise ApiError(400, message) from None
-    if not isinstance(given, dict):
-        raise ApiError(400, "The body of the request is not a JSON object.")
-    given = _without_nulls(given)
+    given = _without_nulls(_json_object(body))
     for key in [key for key in given if key in NEUTRAL or key in IDENTIFYING]:
         value = given.pop(key)
         if key in NEUTRAL and value not in NEUTRAL[key]:
@@ -147,6 +158,35 @@ def read_request(body: bytes) -> ChatRequest:
     if request.stream_options is not None and not request.stream:
         raise ApiError(400, "'stream_options' needs 'stream': true.", "invalid_parameter_combination", "stream_options")
     return request
+
+
+def read_feedback(body: bytes) -> FeedbackRequest:
+    """Read and check the body of feedback on an answer.
+
+    Raises:
+        ApiError: the body is no feedback, or its `user` is personal data.
+    """
+    try:
+        given = FeedbackRequest.model_validate(_json_object(body))
+    except ValidationError as error:
+        raise _explained(error) from None
+    if given.user is not None and redacted(given.user) != given.user:
+        message = "'user' is personal data, and datasets name it as the origin of rows. Send a pseudonym."
+        raise ApiError(400, message, "invalid_value", "user")
+    return given
+
+
+def _json_object(body: bytes) -> dict[str, Any]:
+    try:
+        given = json.loads(body)
+        # Half of a surrogate pair is valid JSON, and no text that a tokenizer can read.
+        json.dumps(given, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        message = f"The body of the request is not valid JSON in UTF-8: {error}."
+        raise ApiError(400, message) from None
+    if not isinstance(given, dict):
+        raise ApiError(400, "The body of the request is not a JSON object.")
+    return given
 
 
 def _without_nulls(given: dict[str, Any]) -> dict[str, Any]:
@@ -176,4 +216,5 @@ def _explained(error: ValidationError) -> ApiError:
     return ApiError(400, f"Invalid value for '{param}': {problem['msg']}.", "invalid_value", param)
 
 
-_NAMES = {name for model in (ChatRequest, ChatMessage, TextPart, StreamOptions) for name in model.model_fields}
+_MODELS: tuple[type[_Part], ...] = (ChatRequest, ChatMessage, TextPart, StreamOptions, FeedbackRequest)
+_NAMES = {name for model in _MODELS for name in model.model_fields}

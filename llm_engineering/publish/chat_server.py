@@ -10,9 +10,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,9 +25,10 @@ from starlette.exceptions import HTTPException
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
+from llm_engineering.feedback.served import ServedLog
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.publish.chat_request import ApiError, ChatRequest, read_request
+from llm_engineering.publish.chat_request import ApiError, ChatRequest, read_feedback, read_request
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 
@@ -180,8 +182,12 @@ class StopTexts:
         return sent
 
 
-def build_app(model: ServedModel) -> FastAPI:
-    """The server: `/v1/chat/completions`, `/v1/models` and `/health`."""
+def build_app(model: ServedModel, log: ServedLog | None = None) -> FastAPI:
+    """The server: `/v1/chat/completions`, `/v1/models`, `/v1/feedback` and `/health`.
+
+    Args:
+        log: where requests, answers and feedback are written; None writes nothing and takes no feedback.
+    """
     # The environment may name a proxy, which cannot reach this machine's loopback.
     client = httpx.AsyncClient(base_url=model.engine, timeout=None, trust_env=False)  # noqa: S113 - answers take minutes
     # The engine computes one answer at a time, and a seed applies to whatever it computes next.
@@ -203,7 +209,8 @@ def build_app(model: ServedModel) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def refuse_address(request: Request, error: HTTPException) -> JSONResponse:
         message = (
-            f"{error.detail}: {request.method} {request.url.path}. This server has /v1/chat/completions and /v1/models."
+            f"{error.detail}: {request.method} {request.url.path}. This server has /v1/chat/completions, /v1/models "
+            "and /v1/feedback."
         )
         return JSONResponse(ApiError(error.status_code, message).body, error.status_code)
 
@@ -226,7 +233,11 @@ def build_app(model: ServedModel) -> FastAPI:
     async def complete(http: Request) -> Response:
         request = read_request(await http.body())
         chunks = _answer(client, turn, model.engine_request(request), request.stops)
-        start = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model.name}
+        answer_id = f"chatcmpl-{secrets.token_hex(12)}"
+        start = {"id": answer_id, "created": int(time.time()), "model": model.name}
+        if log is not None:
+            messages = [message.rendered for message in request.messages]
+            chunks = _logged(chunks, partial(log.write_answer, answer_id, messages))
         if not request.stream:
             return JSONResponse(await _completion(chunks, start, http))
         # Errors of the engine before the first token still get their status.
@@ -234,12 +245,50 @@ def build_app(model: ServedModel) -> FastAPI:
         usage = request.stream_options is not None and request.stream_options.include_usage
         return StreamingResponse(_events(first, chunks, start, usage), media_type="text/event-stream")
 
+    @app.post("/v1/feedback")
+    async def take_feedback(http: Request) -> dict[str, Any]:
+        given = read_feedback(await http.body())
+        if log is None:
+            message = (
+                "This server does not log its requests, so it takes no feedback on them. Start it with "
+                'make serve ARGS="--set serving.log_requests=true".'
+            )
+            raise ApiError(400, message)
+        if not log.has_answer(given.id):
+            message = f"No answer with the id {given.id!r:.100} was logged. Send the id of an answer of this server."
+            raise ApiError(404, message, "answer_not_found", "id")
+        log.write_feedback(given.id, given.thumbs, given.correction, given.user)
+        return {"id": given.id, "object": "feedback", "created": int(time.time())}
+
     return app
+
+
+async def _logged(
+    chunks: AsyncGenerator[_Chunk], write: Callable[[dict[str, str], str | None, dict[str, int] | None], None]
+) -> AsyncGenerator[_Chunk]:
+    """Pass an answer on, and write it before its last piece is sent, so that feedback always finds it.
+
+    What was computed of an answer that does not come to its end is written too.
+    """
+    answer = {"content": ""}
+    is_written = False
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                for key, text in chunk.delta.items():
+                    answer[key] = answer.get(key, "") + text
+                if chunk.finish_reason is not None:
+                    is_written = True
+                    write(answer, chunk.finish_reason, chunk.usage)
+                yield chunk
+    finally:
+        if not is_written:
+            write(answer, None, None)
 
 
 async def _answer(
     client: httpx.AsyncClient, turn: asyncio.Lock, body: dict[str, Any], stops: list[str]
-) -> AsyncIterator[_Chunk]:
+) -> AsyncGenerator[_Chunk]:
     """Yield the answer of the engine in pieces. Closing the iterator ends the engine's work.
 
     Raises:
@@ -282,13 +331,13 @@ def _engine_failed(why: str) -> ApiError:
     return ApiError(500, f"The model failed: {why[:500]}. The log of `serve` has the details.")
 
 
-async def _completion(chunks: AsyncIterator[_Chunk], start: dict[str, Any], http: Request) -> dict[str, Any]:
+async def _completion(chunks: AsyncGenerator[_Chunk], start: dict[str, Any], http: Request) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
     last = _Chunk({})
     async for last in chunks:
         # Nobody reads the answer any more. Without this, the engine would write it to its end.
         if await http.is_disconnected():
-            await chunks.aclose()  # type: ignore[attr-defined]
+            await chunks.aclose()
             break
         for key, value in last.delta.items():
             message[key] = message[key] + value if key in message else value

@@ -1,4 +1,5 @@
-"""The recipe's blocks about data: documents, the user's own datasets, rules, splits, formatting and the hub."""
+"""The recipe's blocks about data: documents, the user's own datasets, rules, splits, formatting, the hub and the
+server."""
 
 from __future__ import annotations
 
@@ -15,6 +16,10 @@ EMBEDDED_HANDBOOK = "embedded:handbook"
 
 # Metadata of a data report and of a model version: why the data is not fit to train on.
 UNFIT = "unfit_data"
+
+# What people said, which rows are made of like those of a file: in `make review`, and about served answers.
+REVIEW, FEEDBACK = "review", "feedback"
+PEOPLE = (REVIEW, FEEDBACK)
 
 # General questions with their answers, for `data.replay_instructions`. They are others than those of the exam's control.
 EMBEDDED_GENERAL = "embedded:general"
@@ -153,6 +158,16 @@ class ModelHubConfig(Block):
     private: bool = True
 
 
+class ServingConfig(Block):
+    """How `make serve` serves the model.
+
+    With `log_requests` the server writes each request and answer to `served/` in the output folder, with personal data and
+    secrets masked, and takes feedback on its answers.
+    """
+
+    log_requests: bool = False
+
+
 class ReplayConfig(Block):
     """Text of a general dataset that continued pre-training mixes in, so that the model forgets less.
 
@@ -164,13 +179,22 @@ class ReplayConfig(Block):
     share: float = Field(0.1, gt=0, lt=1)
 
 
+def file_among(sources: str | list[str] | None) -> str | None:
+    """The file, folder or hub id in the value of `data.instructions`, `data.preferences` or `data.labelled`; None without one."""
+    named = [sources] if isinstance(sources, str) else sources or []
+    return next((source for source in named if source not in PEOPLE), None)
+
+
 class DataConfig(Block):
-    """The user's own datasets, which replace the generated ones, and how rows are checked and split.
+    """The user's own datasets, which replace the generated ones, what people said, and how rows are checked and split.
 
     `prompts` are what the stages with rewards ask: questions, with or without accepted answers. Without a file, they are
     the questions of the instructions, whose answers are accepted.
 
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
+    `instructions`, `preferences` and `labelled` also take `review`, what people said in `make review`, and `feedback`, what
+    they said about served answers, or a list: `[rows.jsonl, review]`. Their rows stand beside those of the file, or else
+    beside the generated ones; labelled answers of people stand alone. In training, each of their rows counts `human_weight` times.
     `labelled` has single answers in a format of instructions, with a column `label` that says whether the answer is a good
     one; without it, the answers of pairs are good if they are chosen and bad if they are rejected.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
@@ -183,14 +207,15 @@ class DataConfig(Block):
     model version is marked with `unfit_data`.
     """
 
-    instructions: str | None = None
-    preferences: str | None = None
+    instructions: str | list[str] | None = None
+    preferences: str | list[str] | None = None
     test_instructions: str | None = None
     test_preferences: str | None = None
     prompts: str | None = None
     test_prompts: str | None = None
-    labelled: str | None = None
+    labelled: str | list[str] | None = None
     test_labelled: str | None = None
+    human_weight: int = Field(1, ge=1)
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
     replay: ReplayConfig | None = None
@@ -211,13 +236,20 @@ class DataConfig(Block):
 
     def own(self, kind: str) -> str | None:
         """The user's own dataset that the rows of a kind are made of; None if there is none."""
-        own = {
-            "instruction": self.instructions,
-            "preference": self.preferences,
-            "labelled": self.labelled,
-            "prompt": self.prompts,
-        }
-        return own.get(self.made_of(kind))
+        return self.file(self.made_of(kind))
+
+    def file(self, kind: str) -> str | None:
+        """The file, folder or hub id that the recipe names for the rows of a kind; None if it names none."""
+        return self.prompts if kind == "prompt" else file_among(self._sources.get(kind))
+
+    def people(self, kind: str) -> list[str]:
+        """Which of `PEOPLE` the recipe names for the rows of a kind."""
+        named = self._sources.get(kind) or []
+        return [source for source in PEOPLE if source == named or (isinstance(named, list) and source in named)]
+
+    @property
+    def _sources(self) -> dict[str, str | list[str] | None]:
+        return {"instruction": self.instructions, "preference": self.preferences, "labelled": self.labelled}
 
     @property
     def checks(self) -> DataConfig:
@@ -243,8 +275,27 @@ class DataConfig(Block):
     @model_validator(mode="after")
     def _own_test_split(self) -> Self:
         for kind in ("instructions", "preferences", "labelled", "prompts"):
-            if getattr(self, f"test_{kind}") is not None and getattr(self, kind) is None:
+            if getattr(self, f"test_{kind}") is not None and file_among(getattr(self, kind)) is None:
                 raise ValueError(f"test_{kind} is set, but {kind} is not: set {kind} too, or remove test_{kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _people(self) -> Self:
+        for key in ("instructions", "preferences", "labelled"):
+            named = getattr(self, key)
+            if not isinstance(named, list):
+                continue
+            files = [source for source in named if source not in PEOPLE]
+            if not named or len(set(named)) < len(named) or len(files) > 1:
+                raise ValueError(
+                    f"{key} is {named}: a list names at most one file, and {' and '.join(PEOPLE)} once each, e.g. "
+                    f"[rows.jsonl, {FEEDBACK if key == 'labelled' else REVIEW}]"
+                )
+        if REVIEW in self.people("labelled"):
+            raise ValueError(
+                f"labelled: {REVIEW} has no meaning, because reviewers compare two answers and do not label single ones: name "
+                f"{FEEDBACK} for labelled, or {REVIEW} for preferences"
+            )
         return self
 
 

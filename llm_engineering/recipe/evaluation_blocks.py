@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK
 from llm_engineering.recipe.generation_blocks import JudgeConfig
+from llm_engineering.recipe.reward_blocks import VersionName
 from llm_engineering.recipe.stages import STAGES, with_stages
 
 
@@ -43,7 +44,11 @@ MEASURES = {
     "reward": Measure("Reward", "weighted sum", "higher"),
     "checks": Measure("Own check", "share passed", "higher"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
+    "human_win_rate": Measure("People, in blind comparisons", "share won", "higher"),
+    "reward_model_win_rate": Measure("Reward model", "share won", "higher"),
 }
+# The share of blind comparisons that people decided for a model.
+HUMAN_MEASURE = "human_win_rate"
 # The prefix of the measures of lm-eval's tasks. For each of these measures, the evaluation report states whether higher
 # or lower is better.
 TASK_MEASURE = "lm_eval_"
@@ -95,7 +100,8 @@ class EvaluationConfig(Block):
     Every model answers `generated_rows` held-out rows, which are drawn with the seed; the first `sample_answers` of the
     answers are shown. `checks` is a JSONL file of prompts with conditions for their answers. `repetition_penalty`
     (Keskar et al. 2019, arXiv:1909.05858, section 4.1; 1 is none) applies to the answers of all models, also of the base
-    model. The merged model gets it too, so that it is served as it was measured. Intervals of measures that are not shares of
+    model. The merged model gets it too, so that it is served as it was measured. `reward_model` is the version of a reward model
+    that judges the answers, of the recipe's name, e.g. 3, or of another one, e.g. `other-recipe:3`. Intervals of measures that are not shares of
     rows use `bootstrap_samples` resamples.
     """
 
@@ -107,6 +113,7 @@ class EvaluationConfig(Block):
     bootstrap_samples: int = Field(2000, ge=100)
     confidence: float = Field(0.95, ge=0.5, lt=1)
     judge: JudgeConfig | None = None
+    reward_model: VersionName | None = None
     lm_eval: LmEvalConfig | None = None
     checks: str | None = None
 
@@ -125,7 +132,11 @@ class EvaluationConfig(Block):
             return True
         if measure.startswith(TASK_MEASURE):
             return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
-        optional = {"checks": self.checks, "judge_win_rate": self.judge}
+        optional = {
+            "checks": self.checks,
+            "judge_win_rate": self.judge,
+            "reward_model_win_rate": self.reward_model,
+        }
         return optional[measure] is not None if measure in optional else measure in MEASURES
 
 

@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.block import LibraryBlock
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, file_among
 from llm_engineering.recipe.recipe import Recipe
 
 
@@ -88,10 +88,10 @@ def _sources(merged: dict[str, Any]) -> dict[str, str | None]:
     documents, data = merged.get("documents") or {}, merged.get("data") or {}
     return {
         "documents.path": documents.get("path", EMBEDDED_DOCUMENTS),
-        "data.instructions": data.get("instructions"),
-        "data.preferences": data.get("preferences"),
+        "data.instructions": file_among(data.get("instructions")),
+        "data.preferences": file_among(data.get("preferences")),
         "data.prompts": data.get("prompts"),
-        "data.labelled": data.get("labelled"),
+        "data.labelled": file_among(data.get("labelled")),
     }
 
 

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, DocumentsConfig
+from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, PEOPLE, DocumentsConfig
 from llm_engineering.recipe.evaluation_blocks import (
     DOCUMENT_MEASURES,
     EXAM_MEASURES,
@@ -28,7 +28,7 @@ from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe_keys import RecipeKeys
 from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, PackedConfig, ReferenceConfig
-from llm_engineering.recipe.stages import STAGES, Kind
+from llm_engineering.recipe.stages import STAGES, Kind, rows_of
 
 
 class Recipe(RecipeKeys):
@@ -141,10 +141,27 @@ class Recipe(RecipeKeys):
                 "knowledge.tokens limits the texts of cpt, and chain has no stage on text: remove knowledge, or add cpt"
             )
         from_questions = next((kind for kind in self.generation.rewritings if kind in FROM_QUESTIONS), None)
-        if from_questions and self.generation.client == "local" and self.data.instructions is not None:
+        if from_questions and self.generation.client == "local" and self.data.file("instruction") is not None:
             raise ValueError(
                 f"generation.rewritings: {from_questions} is made of generated questions, and data.instructions takes their "
                 "place: remove it, or data.instructions"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _people(self) -> Self:
+        made = self.kinds(self.chain[-1])
+        taken = [kind for kind in _PEOPLE_KINDS if self.data.people(kind)]
+        unused = next((kind for kind in taken if kind not in made), None)
+        if unused is not None:
+            raise ValueError(
+                f"data.{rows_of(unused)} names {' and '.join(self.data.people(unused))}, which has no effect, because no stage of "
+                f"chain needs {unused} rows: remove it, or add a stage"
+            )
+        if self.data.human_weight > 1 and not taken:
+            raise ValueError(
+                f"data.human_weight has no effect, because no rows of people are trained on: add {' or '.join(PEOPLE)} to "
+                "data.instructions, data.preferences or data.labelled, or remove data.human_weight"
             )
         return self
 
@@ -244,10 +261,11 @@ class Recipe(RecipeKeys):
 
     def _check_generated_exam(self) -> None:
         path = f"exam.path {GENERATED_EXAM}"
-        if self.data.instructions is not None:
+        own = self.data.file("instruction")
+        if own is not None:
             raise ValueError(
                 f"{path} writes questions about the documents from which the instructions are generated, and "
-                f"data.instructions is {self.data.instructions}: set exam.path to a file of your own questions, or exam to null"
+                f"data.instructions is {own}: set exam.path to a file of your own questions, or exam to null"
             )
         if "instruction" not in self.kinds(self.chain[-1]):
             raise ValueError(
@@ -301,7 +319,7 @@ class Recipe(RecipeKeys):
     def _cross_checks(self) -> Self:
         writing = self.generation
         writes_json = writing.client != "local" and writing.response_format != "text"
-        if writes_json and self.data.instructions is None:
+        if writes_json and self.data.file("instruction") is None:
             for key, good in (("question_max_new_tokens", 200), ("answer_max_new_tokens", 512)):
                 tokens = getattr(writing, key)
                 if tokens is not None and tokens < MIN_JSON_TOKENS:
@@ -382,6 +400,8 @@ class Recipe(RecipeKeys):
         return self
 
 
+# The kinds of rows that people can add to.
+_PEOPLE_KINDS: tuple[Kind, ...] = ("instruction", "preference", "labelled")
 _MEASURED_ON: dict[Kind, tuple[str, ...]] = {
     "text": DOCUMENT_MEASURES,
     "preference": (*PAIR_MEASURES, REWARD_MEASURE),

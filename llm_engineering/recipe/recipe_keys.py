@@ -15,6 +15,7 @@ from llm_engineering.recipe.data_blocks import (
     FormattingConfig,
     KnowledgeConfig,
     ModelHubConfig,
+    ServingConfig,
 )
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig, PromotionConfig
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, ClientConfig, GenerationConfig, TextWriting
@@ -93,6 +94,7 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     promotion: PromotionConfig
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
+    serving: ServingConfig = ServingConfig()
     hub: ModelHubConfig | None = None
 
     def block(self, stage: str) -> TrainConfig:
@@ -151,7 +153,7 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     def learns_from_documents(self) -> bool:
         """Whether training depends on `documents`: a stage trains on them, or instructions are written from them."""
         kinds = self.kinds(self.chain[-1])
-        return "text" in kinds or ("instruction" in kinds and self.data.instructions is None)
+        return "text" in kinds or ("instruction" in kinds and self.data.file("instruction") is None)
 
     def rewarded(self, stage: str) -> RewardedConfig | None:
         """The block of the last stage on rewards of a run that ends with a stage; None if there is none."""

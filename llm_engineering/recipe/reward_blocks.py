@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from difflib import get_close_matches
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -27,6 +27,21 @@ REWARDS: dict[str, tuple[str, ...]] = {
 NEED_ANSWERS = ("exact_answer", "contains")
 _OPTIONS = tuple(dict.fromkeys(option for options in REWARDS.values() for option in options))
 _VERSION = re.compile(r"([a-zA-Z0-9][a-zA-Z0-9._-]*:)?[1-9]\d*")
+
+
+def _version_name(value: Any) -> Any:
+    """A version as text. YAML reads 3 as a number."""
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(text, str) and not _VERSION.fullmatch(text):
+        raise ValueError(
+            f"{text!r} is no version of a model: give a number, e.g. 3, or with the name of another recipe, e.g. other-recipe:3"
+        )
+    return text
+
+
+# A version of the recipe's name, as `3`, or of another recipe, as `other-recipe:3`.
+VersionName = Annotated[str, BeforeValidator(_version_name, json_schema_input_type=str | int)]
+
 _OWN_FUNCTION = re.compile(r"(?P<file>.+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -54,12 +69,7 @@ class RewardFunction(Block):
     pattern: str | None = None
     judge: JudgeConfig | None = None
     criterion: str | None = Field(None, min_length=1)
-    version: str | int | None = None
-
-    @field_validator("version", mode="before")
-    @classmethod
-    def _version_as_text(cls, version: Any) -> Any:
-        return str(version) if isinstance(version, int) else version
+    version: VersionName | None = None
 
     @property
     def own_function(self) -> tuple[str, str] | None:
@@ -91,11 +101,6 @@ class RewardFunction(Block):
             raise ValueError("the reward length needs either `target` or `longest`, a number of tokens")
         if self.use == "judge" and self.judge is None:
             raise ValueError("the reward judge needs the block `judge`, e.g. judge: {client: openai, model: NAME}")
-        if self.version is not None and not _VERSION.fullmatch(str(self.version)):
-            raise ValueError(
-                f"version {self.version!r} is no version of a model: give a number, e.g. 3, or with the name of another recipe, "
-                "e.g. other-recipe:3"
-            )
         if self.use != "format":
             return self
         if self.pattern is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llm_engineering.data.dataset_rules import OVER_QUARTER
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
 from llm_engineering.data.prepare import MIN_ROWS, prepare
+from llm_engineering.data.reasons import REASONS
 from llm_engineering.data.rows import Message, Row, read_row
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.errors import RequestError
@@ -27,11 +29,22 @@ from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.progress import counted
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.reports.data_advice import advice, held_out
-from llm_engineering.reports.page import histogram, page, paragraph, table, write_report
+from llm_engineering.reports.page import (
+    Verdict,
+    cards,
+    details,
+    funnel,
+    histogram,
+    page,
+    paragraph,
+    table,
+    write_report,
+)
 
 # A file that loses more than this share of its rows is damaged, or is not what its owner thinks it is.
 MAX_SHARE_SET_ASIDE = 0.5
 _CLUSTERS_SHOWN = 12
+_SHOWN_CHARS = 140
 # Reasons that do not count against a file: the row is elsewhere in it, or is a good row that the split has no place for.
 _HARMLESS = ("exact_duplicate", "near_duplicate", OVER_QUARTER)
 
@@ -60,6 +73,7 @@ def write_data_report(
     leaked: int = 0,
     epochs: float | None = None,
     template: Sequence[str] = (),
+    facts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write the report to a folder, and return it as JSON.
 
@@ -72,6 +86,7 @@ def write_data_report(
         leaked: number of rows of an evaluation file that are also in the dataset.
         epochs: how often training reads the rows; None if no stage of the run trains on them.
         template: what `check_chat_template` found.
+        facts: of the run, for the head of the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = sum(lengths.kept.values(), Counter())
@@ -97,6 +112,7 @@ def write_data_report(
         "share_over_max_length": share_over,
         "truncated": findings.get("truncated", 0),
         "ended_at_last_sentence": lengths.ended,
+        "drafts": ledger.drafts.get(kind, 0),
         "share_truncated": round(findings.get("truncated", 0) / max(1, kept.total()), 4),
         "turns": {str(turns): count for turns, count in sorted(lengths.turns.items())},
         "findings": findings,
@@ -113,45 +129,49 @@ def write_data_report(
     _write_lines(folder / "findings.jsonl", chain(stream_records(tables["findings"]), stream_records(truncated)))
     _write_lines(folder / "clusters.jsonl", stream_records(tables["clusters"]))
     _write_lines(folder / "quarantine.jsonl", (row.model_dump() for row in ledger.quarantine()))
-    write_report(folder, data, _page(data, ledger, tables, lengths))
+    write_report(folder, data, _page(data, ledger, tables, lengths, facts or {}))
     return data
 
 
-def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Lengths) -> str:
-    verdict = "Fit to train on." if data["fit_to_train"] else f"Not fit to train on: {data['why']}."
-    stages = [
-        (stage, counts["read"], counts["kept"], ", ".join(f"{r} {n}" for r, n in counts["quarantined"].items()))
+def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Lengths, facts: Mapping[str, str]) -> str:
+    verdict = Verdict("Fit to train on", "good") if data["fit_to_train"] else Verdict("Not fit to train on", "bad")
+    stages = [(stage, counts["read"], counts["kept"]) for stage, counts in data["stages"].items()]
+    reasons = [
+        (stage, reason, count, REASONS.get(reason, ""))
         for stage, counts in data["stages"].items()
+        for reason, count in counts["quarantined"].items()
     ]
-    examples = [
-        (row.stage, row.reason, row.source, row.place, row.detail, row.text[:120])
-        for rows in ledger.examples.values()
-        for row in rows
-    ]
-    answers = {"preference": ("Chosen", "Rejected"), "prompt": ("Accepted answer",)}.get(data["kind"], ("Answer",))
-    samples = [(name, row.source, _text(row.prompt), *_answers(row)) for name, row in lengths.samples]
-    leaks = [row for row in examples if row[1].startswith("leaks_into") or row[1] == "contaminated"]
-    used = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
+    examples = {
+        reason: [(row.stage, row.source, row.place, row.detail, row.text[:120]) for row in rows]
+        for reason, rows in ledger.examples.items()
+    }
+    head = ["Stage", "Source", "Place", "Detail", "Text"]
+    samples = [(name, row.source, _sample(data["kind"], row)) for name, row in lengths.samples]
+    leaks = [row for reason, rows in examples.items() if reason.startswith(("leaks_into", "contam")) for row in rows]
     over = f"{data['share_over_max_length']:.1%} of the rows are longer than max_length ({data['max_length']} tokens)."
     if data["kind"] == "text":
         over += " They are divided into pieces, which are counted below as rows."
     if data["truncated"]:
         over += f" {data['truncated']:,} of the kept rows were truncated to it ({data['share_truncated']:.1%})."
+    lengths_chart = histogram(lengths.all, "tokens per row", data["max_length"])
+    charts = [
+        ("Tokens", lengths_chart + paragraph(over, "small")),
+        ("Turns", histogram(lengths.turns, "turns per row")),
+    ]
+    unread = [
+        paragraph(f"Columns of the {stage} rows that nothing reads: {', '.join(names)}.")
+        for stage, names in data["unread_columns"].items()
+    ]
     sections = [
-        (
-            "Rows read, kept and set aside",
-            table(["Stage", "Read", "Kept", "Set aside, by reason"], stages)
-            + Markup("").join(
-                paragraph(f"Columns of the {stage} rows that nothing reads: {', '.join(names)}.")
-                for stage, names in data["unread_columns"].items()
-            ),
-        ),
+        ("From read to trained", _funnel(data)),
+        ("Lengths", cards([(name, chart) for name, chart in charts if "<svg" in chart])),
         ("Advice", Markup("").join(paragraph(line) for line in data["guidance"])),
-        ("Length in tokens", histogram(lengths.all, "tokens per row", data["max_length"]) + paragraph(over)),
+        ("Read and kept", table(["Stage", "Read", "Kept"], stages) + Markup("").join(unread)),
+        ("Set aside, by reason", table(["Stage", "Reason", "Rows", "What it means"], reasons)),
         ("To train on", _trained(data)),
         (
             "Held-out documents",
-            _table_or_none(
+            table(
                 ["Split", "Rows", "Documents", "Document with most rows", "Its rows", "Its share"],
                 [
                     (name, s["rows"], s["documents"], s["largest"], s["largest_rows"], f"{s['largest_share']:.0%}")
@@ -159,26 +179,60 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
                 ],
             ),
         ),
-        ("Turns", table(["Messages", "Rows"], [(int(turns), count) for turns, count in data["turns"].items()])),
-        ("Findings in kept rows", _table_or_none(["Rule", "Rows"], list(data["findings"].items()))),
+        (
+            "Findings in kept rows",
+            table(["Rule", "Rows", "What it means"], [(n, c, REASONS.get(n, "")) for n, c in data["findings"].items()]),
+        ),
         (
             "Most suspicious rows",
-            _table_or_none(
-                ["Source", "Findings", "Prompt", "Answer"],
-                [(r["source"], r["findings"], r["prompt"], r["answer"]) for r in tables["suspicious"]],
+            Markup("").join(
+                details(f"{row['findings']}: {row['prompt'][:_SHOWN_CHARS]}", paragraph(row["answer"], "answer"))
+                for row in tables["suspicious"]
             ),
         ),
         ("Duplicates", _clusters(tables["clusters"])),
-        ("Leaks and contamination", _table_or_none(["Stage", "Reason", "Source", "Place", "Detail", "Text"], leaks)),
-        ("Sample rows", table(["Split", "Source", "Prompt", *answers], samples)),
+        ("Leaks and contamination", table(head, leaks)),
+        (
+            "Sample rows",
+            Markup("").join(
+                details(f"{split}: {_text(row.prompt or row.answers[0])[:_SHOWN_CHARS]}", shown)
+                for (split, row), (_, _, shown) in zip(lengths.samples, samples, strict=True)
+            ),
+        ),
         (
             "Examples of rows set aside",
-            _table_or_none(["Stage", "Reason", "Source", "Place", "Detail", "Text"], examples),
+            Markup("").join(
+                details(f"{reason}: {REASONS.get(reason, '')}", table(head, rows)) for reason, rows in examples.items()
+            ),
         ),
-        ("Verdict", paragraph(verdict, "" if data["fit_to_train"] else "warn")),
     ]
-    lead = f"{verdict} {counted(sum(data['rows'].values()), 'row')} left to use: {used or 'none'}."
-    return page(f"Data report: {data['kind']} rows", lead, sections)
+    used = ", ".join(f"{count:,} {name}" for name, count in data["rows"].items())
+    counts = data["stages"].get(data["kind"], {"read": 0, "kept": 0})
+    lead = [
+        *([f"The rows are not fit to train on: {data['why']}."] if data["why"] else []),
+        f"{counted(counts['read'], 'row')} read or written, {counts['kept']:,} kept: {used or 'none'}.",
+        data["guidance"][0],
+    ]
+    sample = samples[0][2] if samples else None
+    return page(f"Data report: {data['kind']} rows", lead, sections, facts=facts, verdict=verdict, sample=sample)
+
+
+def _funnel(data: dict[str, Any]) -> Markup:
+    """The rows that were read, those that were no drafts, those that were kept, and those to train on."""
+    counts = data["stages"].get(data["kind"], {"read": 0, "kept": 0})
+    steps = {"read or written": counts["read"]}
+    if data["drafts"]:
+        steps["usable"] = counts["read"] - data["drafts"]
+    return funnel({**steps, "kept": counts["kept"], **{f"for {name}": rows for name, rows in data["rows"].items()}})
+
+
+def _sample(kind: str, row: Row) -> Markup:
+    """A row: the prompt, and below it each answer."""
+    names = {"preference": ("Chosen", "Rejected"), "prompt": ("Accepted answer",), "text": ("Text",)}.get(
+        kind, ("Answer",)
+    )
+    shown = [(name, paragraph(_text(answer))) for name, answer in zip(names, row.answers, strict=True)]
+    return cards([*([("Prompt", paragraph(_text(row.prompt)))] if row.prompt else []), *shown], "stack")
 
 
 def _trained(data: dict[str, Any]) -> Markup:
@@ -189,19 +243,19 @@ def _trained(data: dict[str, Any]) -> Markup:
         for name, counts in data["trained"].items()
     ]
     said = (
-        f"{data['tokens_to_train']:,} tokens in {epochs:g} epochs."
+        f"{data['tokens_to_train']:,} tokens in {epochs:g} epoch{'' if epochs == 1 else 's'}."
         if epochs
         else "No stage of this run trains on them."
     )
     head = ["Rows", "Number", "Tokens in one epoch", *(["Tokens in all epochs"] if epochs else [])]
-    return paragraph(said) + _table_or_none(head, rows)
+    return paragraph(said) + table(head, rows)
 
 
 def _clusters(clusters: Dataset) -> Markup:
     """A table of the rows of the first clusters."""
     shown = [r for r in clusters.select(range(min(len(clusters), 200))) if r["cluster"] < _CLUSTERS_SHOWN]
     rows = [(r["cluster"] + 1, r["source"], r["split"], r["fate"]) for r in shown]
-    return _table_or_none(["Cluster", "Source", "Split", "Result"], rows)
+    return table(["Cluster", "Source", "Split", "Result"], rows)
 
 
 def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
@@ -260,10 +314,6 @@ def check_fit(report: dict[str, Any], folder: Path, kept: Path) -> None:
     )
 
 
-def _table_or_none(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
-    return table(head, rows) if rows else paragraph("None.")
-
-
 def _counts(dataset: Dataset, column: str) -> dict[str, int]:
     return dict(Counter(record[column] for record in stream_records(dataset)).most_common())
 
@@ -278,10 +328,6 @@ def _text(messages: Sequence[Message]) -> str:
     return "\n".join(
         message.content if len(messages) == 1 else f"{message.role}: {message.content}" for message in messages
     )
-
-
-def _answers(row: Row) -> tuple[str, ...]:
-    return tuple(map(_text, row.answers))
 
 
 def inspect_file(
@@ -339,6 +385,7 @@ def inspect_file(
         formatting.max_length,
         prepared.leaked if evaluation else 0,
         template=template,
+        facts={"File": file, "Date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", "Tokenizer": tokenizer.name_or_path},
     )
     return {
         "format": loaded.format,

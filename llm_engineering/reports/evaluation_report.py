@@ -3,48 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
+from llm_engineering.evaluation.gate import PromotionDecision
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
-from llm_engineering.reports.exam_report import exam_questions, exam_summary
-from llm_engineering.reports.page import NARROW_INCHES, cards, interval, interval_bars, page, paragraph, table
+from llm_engineering.reports.exam_report import exam_questions, exam_summary, question
+from llm_engineering.reports.page import (
+    Verdict,
+    cards,
+    details,
+    interval,
+    interval_bars,
+    marked,
+    page,
+    paragraph,
+    table,
+)
 from llm_engineering.reports.training_report import training_charts
 
 Report = Mapping[str, Any]
 _BETTER = {"lower": "lower is better", "higher": "higher is better", None: "neither direction is better"}
+_DIFFERENCES = {INCUMBENT: "What changed since the last promoted run"}
 _NAMES = {"base": "the base model", INCUMBENT: "the model in production"}
 
 
-def evaluation_page(data: Report, training: Report | None) -> str:
+def evaluation_page(
+    data: Report,
+    training: Report | None,
+    facts: Mapping[str, str] | None = None,
+    gate: PromotionDecision | None = None,
+) -> str:
     """The whole page.
 
     Args:
         data: the report as JSON.
         training: the training report of the newest model, if there is one.
+        facts: of the run, for the head of the page.
+        gate: the decision of the gate; None if it has not judged the model.
     """
-    newest = data["newest"]
-    changed = paragraph("No model was in production when this run began.")
-    if INCUMBENT in data["models"]:
-        changed = _differences(data, INCUMBENT)
+    newest, exam = data["newest"], data["exam"]
     others = [name for name in data["models"] if name not in (newest, INCUMBENT)]
-    sections = [("What changed since the last promoted run", changed)]
-    sections += [(f"{newest} against {name}", _differences(data, name)) for name in others]
-    exam = data["exam"]
+    compared = [*([INCUMBENT] if INCUMBENT in data["models"] else []), *others]
+    sections = [("Measures", _measures(data))]
+    if training is not None:
+        sections.append((f"Training of {training['stage']}", cards(training_charts(training["history"]))))
+    sections.append(gate_section(gate))
+    sections += [(_DIFFERENCES.get(name, f"{newest} against {name}"), _differences(data, name)) for name in compared]
     if exam is not None:
         sections.append(("Exam", exam_summary(exam, data["measures"], newest, data.get("trained"))))
-    sections.append(("Measures", _measures(data)))
-    if data.get("trained"):
-        rows = list(data["trained"].items())
-        sections.append(("Tokens trained on", table(["Stage", "Tokens, without those of general rows"], rows)))
-    if training is not None:
-        charts = training_charts(training["history"], NARROW_INCHES)
-        sections.append((f"Training of {training['stage']}", cards(charts)))
-    if data.get("rewards"):
-        sections.append(("Rewards", _rewards(data)))
+    rows = list((data.get("trained") or {}).items())
+    sections.append(("Tokens trained on", table(["Stage", "Tokens, without those of general rows"], rows)))
     if data["judge"] is not None:
         sections.append(("Judge", _judge(data["judge"])))
     if data["checks"] is not None:
@@ -53,19 +65,52 @@ def evaluation_page(data: Report, training: Report | None) -> str:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
     if exam is not None:
         sections.append(("Exam: questions and answers", exam_questions(exam)))
+    if data.get("rewards"):
+        sections.append(("Rewards", _rewards(data)))
     if data["samples"]:
         sections.append(("Answers", _answers(data)))
-    return page("Evaluation report", _lead(data), sections)
+    measured, said = _result(data)
+    lead = [*_exam_lead(data), said, *([gate.reason] if gate is not None else [])]
+    verdict = gate_verdict(gate) if gate is not None else measured
+    return page("Evaluation report", lead, sections, facts=facts, verdict=verdict, sample=_example(data))
 
 
-def _lead(data: Report) -> str:
+def gate_verdict(gate: PromotionDecision) -> Verdict:
+    """The decision of the gate in a few words."""
+    if gate.outcome == "passed":
+        return Verdict(f"Gate passed{f': promoted to {gate.stage}' if gate.stage else ''}", "good")
+    return (
+        Verdict("Gate refused", "bad")
+        if gate.outcome == "failed"
+        else Verdict("Gate passed, but not promoted", "mixed")
+    )
+
+
+def gate_section(gate: PromotionDecision | None) -> tuple[str, Markup]:
+    """The rules of the gate with their numbers, as a section."""
+    rules = gate.rules if gate is not None else []
+    rows = [
+        (
+            rule.name,
+            rule.reason or "" if rule.value is None else interval(rule.value, rule.low, rule.high, sign=True),
+            rule.verdict if rule.verdict == "skipped" else marked(rule.verdict, rule.verdict == "passed"),
+        )
+        for rule in rules
+    ]
+    return "Rules of the gate", table(["Rule", "Measured gain", "Verdict"], rows)
+
+
+def _result(data: Report) -> tuple[Verdict, str]:
+    """How the newest model compares with the one in production, or else with the base model."""
     has_rows = data["heldout_rows"] > 0
     name = "heldout_loss" if has_rows else "document_loss" if data["heldout_documents"] else "reward"
     measure = data["measures"][name]
-    newest, other = data["newest"], INCUMBENT if INCUMBENT in data["models"] else "base"
+    newest, other = data["newest"], _other(data)
     difference = measure["differences"][f"{newest}-{other}"]
     word = verdict(difference, measure["better"])
     result = f"is {word} than" if word in ("better", "worse") else "does not differ significantly from"
+    state: Literal["good", "bad", "mixed"] = "good" if word == "better" else "bad" if word == "worse" else "mixed"
+    found = Verdict(f"The {newest.upper()} model {result} {_NAMES[other]}", state)
     pairs = f" and {counted(data['heldout_pairs'], 'pair')}" if data["heldout_pairs"] else ""
     held_out = (
         f"{counted(data['heldout_rows'], 'held-out row')}{pairs}"
@@ -74,26 +119,38 @@ def _lead(data: Report) -> str:
     )
     shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
     if name == "reward":
-        return (
+        return found, (
             f"On {counted(data['heldout_prompts'], 'held-out prompt')}, the reward of the {newest.upper()} model {result} "
             f"that of {_NAMES[other]}: {shown}."
         )
-    return _exam_lead(data, newest, other) + (
-        f"On {held_out}, the loss of the {newest.upper()} model {result} that of "
-        f"{_NAMES[other]}: {shown} nats per token."
+    return found, (
+        f"On {held_out}, the loss of the {newest.upper()} model {result} that of {_NAMES[other]}: {shown} nats per token."
     )
 
 
-def _exam_lead(data: Report, newest: str, other: str) -> str:
+def _other(data: Report) -> str:
+    return INCUMBENT if INCUMBENT in data["models"] else "base"
+
+
+def _exam_lead(data: Report) -> list[str]:
     """What the two models answer right of the exam's questions about one fact; empty without an exam."""
-    measure = data["measures"].get("exam_accuracy")
+    measure, newest, other = data["measures"].get("exam_accuracy"), data["newest"], _other(data)
     if measure is None or other not in measure["models"]:
-        return ""
+        return []
     right, number = measure["models"], measure["differences"][f"{newest}-{other}"]["n"]
-    return (
+    return [
         f"Of {number} exam questions about one fact, {_NAMES[other]} answers {right[other]['value']:.0%} right, and the "
-        f"{newest.upper()} model {right[newest]['value']:.0%}. "
-    )
+        f"{newest.upper()} model {right[newest]['value']:.0%}."
+    ]
+
+
+def _example(data: Report) -> Markup | None:
+    """The first drawn question of the exam, or else the first answers; None without any."""
+    if data["exam"] is not None:
+        return question(data["exam"], data["exam"]["rows"][data["exam"]["drawn"][0]])
+    if data["samples"]:
+        return _sample(data, data["samples"][0])
+    return None
 
 
 def _differences(data: Report, other: str) -> Markup:
@@ -129,20 +186,21 @@ def _rewards(data: Report) -> Markup:
     rewards = data["rewards"]
     weights = ", ".join(f"{name} with the weight {weight:g}" for name, weight in rewards["weights"].items())
     note = f"The first of {counted(data['heldout_prompts'], 'held-out prompt')}. Their rewards: {weights}."
-    rows = [
-        (
-            row["prompt"],
-            ", ".join(row["accepted"]),
-            name,
-            row["answers"][name]["text"] or "(empty)",
-            *(f"{score:.2f}" for score in row["answers"][name]["scores"].values()),
-            f"{row['answers'][name]['reward']:.2f}",
-        )
-        for row in rewards["rows"]
-        for name in data["models"]
-    ]
-    head = ["Prompt", "Accepted", "Model", "Answer", *rewards["weights"], "Weighted sum"]
-    return paragraph(note, "small") + table(head, rows)
+    body = paragraph(note, "small")
+    for row in rewards["rows"]:
+        answers = [
+            (
+                f"{name}: {answer['reward']:.2f} ("
+                + ", ".join(f"{reward} {score:.2f}" for reward, score in answer["scores"].items())
+                + ")",
+                paragraph(answer["text"] or "(empty)"),
+            )
+            for name in data["models"]
+            for answer in (row["answers"][name],)
+        ]
+        accepted = details("Accepted answers", paragraph(", ".join(row["accepted"]))) if row["accepted"] else ""
+        body += details(row["prompt"], cards(answers, "stack") + accepted)
+    return body
 
 
 def _judge(judge: Report) -> Markup:
@@ -165,12 +223,18 @@ def _judge(judge: Report) -> Markup:
 
 
 def _checks(checks: Report, models: list[str]) -> Markup:
-    rows = [
-        (row["prompt"], *("; ".join(row["answers"][name]["failures"]) or "passed" for name in models))
-        for row in checks["rows"]
-    ]
+    """Each prompt with its marks; the answers and what they fail are shown on demand."""
     passed = ", ".join(f"{name} {count} of {checks['prompts']}" for name, count in checks["passed"].items())
-    return paragraph(f"Passed: {passed}.") + table(["Prompt", *models], rows)
+    body = paragraph(f"Passed: {passed}.")
+    for row in checks["rows"]:
+        answers = [
+            (marked(name, not answer["failures"]), paragraph("; ".join(answer["failures"]) or "passed"))
+            for name in models
+            for answer in (row["answers"][name],)
+        ]
+        marks = Markup("").join(mark for mark, _ in answers)
+        body += details(Markup("{} {}").format(row["prompt"], marks), cards(answers, "stack"))
+    return body
 
 
 def _lm_eval(results: Report) -> Markup:
@@ -194,13 +258,14 @@ def _answers(data: Report) -> Markup:
         f"The first {len(data['samples'])} of the {data['generated_rows']} held-out rows that were drawn with seed "
         f"{data['seed']}. Answers are generated greedily."
     )
-    body = paragraph(note, "small")
-    for number, sample in enumerate(data["samples"], 1):
-        answers = [(name, _answer(sample["answers"][name])) for name in data["models"]]
-        body += Markup("<p><strong>{}. {}</strong></p>{}").format(
-            number, sample["prompt"], cards([("reference", paragraph(sample["reference"])), *answers], "answers")
-        )
-    return body
+    shown = [details(f"{number}. {one['prompt']}", _sample(data, one)) for number, one in enumerate(data["samples"], 1)]
+    return paragraph(note, "small") + Markup("").join(shown)
+
+
+def _sample(data: Report, sample: Report) -> Markup:
+    answers = [(name, _answer(sample["answers"][name])) for name in data["models"]]
+    reference = details("Reference answer", paragraph(sample["reference"]))
+    return paragraph(sample["prompt"], "question") + cards(answers, "stack") + reference
 
 
 def _answer(answer: Report) -> Markup:

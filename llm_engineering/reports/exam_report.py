@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
 from llm_engineering.evaluation.exam import RETRIEVAL
 from llm_engineering.evaluation.statistics import verdict
+from llm_engineering.progress import counted
 from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES
-from llm_engineering.reports.page import interval, page, paragraph, table
+from llm_engineering.reports.page import Verdict, cards, details, interval, marked, page, paragraph, table
 
 Report = Mapping[str, Any]
 KINDS = {
@@ -92,26 +93,52 @@ def _by_wordings(exam: Report, newest: str) -> Markup:
 
 
 def exam_questions(exam: Report) -> Markup:
-    """Every question, its right answer, and each model's answer, marked right or wrong."""
-    rows = []
-    for row in exam["rows"]:
-        accepted = row["accepted"][0] if row["accepted"] else "(none: the documents do not say)"
-        answers = [_marked(row["answers"].get(name)) for name in exam["models"]]
-        found = f" Retrieved: {'; '.join(row['retrieved'])}" if row["retrieved"] else ""
-        documents = (", ".join(row["documents"]) or "(none)") + "." + found
-        rows.append((row["id"], row["question"], KINDS[row["kind"]], accepted, *answers, documents))
-    head = ["Id", "Question", "Kind", "Right answer", *exam["models"], "Documents that state it"]
+    """Every question with each model's mark. Its answers and its right answer are shown on demand."""
     note = (
         f"Answers are generated greedily, with at most {exam['max_new_tokens']} tokens. Only the first sentence is judged, by "
-        "rule. A right answer in other words than the accepted ones counts as wrong."
+        "rule. A right answer in other words than the accepted ones counts as wrong. Click a question to see its answers."
     )
-    return paragraph(note, "small") + table(head, rows)
+    body = paragraph(note, "small")
+    for row in exam["rows"]:
+        marks = Markup("").join(marked(name, answer["right"]) for name, answer in row["answers"].items())
+        body += details(Markup("{} {}").format(row["question"], marks), question(exam, row))
+    return body
 
 
-def exam_page(exam: Report, measures: Mapping[str, Report], newest: str, lead: str) -> str:
-    """The exam as a page of its own."""
+def question(exam: Report, row: Report) -> Markup:
+    """A question of the exam with the answer of each model, and on demand its right answer and its documents."""
+    answers = [
+        (marked(name, row["answers"][name]["right"]), paragraph(row["answers"][name]["text"] or "(empty)"))
+        for name in exam["models"]
+        if name in row["answers"]
+    ]
+    found = [f"Retrieved: {'; '.join(row['retrieved'])}"] if row["retrieved"] else []
+    lines = [
+        "; ".join(row["accepted"]) or "(none: the documents do not say)",
+        f"Question {row['id']}, {KINDS[row['kind']]}. Documents that state it: {', '.join(row['documents']) or '(none)'}.",
+        *found,
+    ]
+    right = details("Right answer", Markup("").join(map(paragraph, lines)))
+    return paragraph(row["question"], "question") + cards(answers, "stack") + right
+
+
+def exam_page(exam: Report, measures: Mapping[str, Report], newest: str, facts: Mapping[str, str]) -> str:
+    """The exam as a page of its own. `facts` are those of the model, for the head of the page."""
+    right = measures.get(EXAM_MEASURES["single"])
+    lead, verdict_shown = [counted(len(exam["rows"]), "question") + "."], None
+    if right is not None and newest != "base":
+        word = verdict(right["differences"][f"{newest}-base"], right["better"])
+        state: Literal["good", "bad", "mixed"] = "good" if word == "better" else "bad" if word == "worse" else "mixed"
+        words = f"{word} than" if word in ("better", "worse") else "not significantly different from"
+        verdict_shown = Verdict(f"{newest.upper()} is {words} the base model", state)
+        lead.append(f"Of the questions about one fact, {_shares(right['models'])}.")
     sections = [("Measures", exam_summary(exam, measures, newest)), ("Questions", exam_questions(exam))]
-    return page("Exam", lead, sections)
+    example = question(exam, exam["rows"][exam["drawn"][0]])
+    return page("Exam", lead, sections, facts=facts, verdict=verdict_shown, sample=example)
+
+
+def _shares(models: Mapping[str, Report]) -> str:
+    return " and ".join(f"{name} answers {estimate['value']:.0%} right" for name, estimate in models.items())
 
 
 def shown_answer(answer: Report) -> str:
@@ -123,10 +150,6 @@ def drawn_title(exam: Report, newest: str, seed: int) -> str:
     """How the questions of the summary were drawn."""
     first = f"; the first is the first drawn that base fails and {newest} passes" if exam["first_learned"] else ""
     return f"{len(exam['drawn'])} exam questions, drawn with seed {seed}{first}"
-
-
-def _marked(answer: Report | None) -> str:
-    return "(not asked)" if answer is None else shown_answer(answer)
 
 
 def _value(estimate: Report | None) -> str:

@@ -7,22 +7,41 @@ from typing import Any
 
 from markupsafe import Markup
 
+from llm_engineering.evaluation.gate import PromotionDecision
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
 from llm_engineering.recipe.evaluation_blocks import REWARD_MEASURE
-from llm_engineering.reports.page import NARROW_INCHES, cards, interval, interval_bars, line_chart, page, paragraph
+from llm_engineering.reports.evaluation_report import gate_section, gate_verdict
+from llm_engineering.reports.page import (
+    Verdict,
+    cards,
+    details,
+    interval,
+    interval_bars,
+    line_chart,
+    marked,
+    page,
+    paragraph,
+)
 from llm_engineering.reports.training_report import training_charts
 
 Report = Mapping[str, Any]
 _BINS = 20
 
 
-def reward_page(data: Report, training: Report | None) -> str:
+def reward_page(
+    data: Report,
+    training: Report | None,
+    facts: Mapping[str, str] | None = None,
+    gate: PromotionDecision | None = None,
+) -> str:
     """The whole page.
 
     Args:
         data: the report as JSON (`evaluate_reward`).
         training: the training report of the reward model, if there is one.
+        facts: of the run, for the head of the page.
+        gate: the decision of the gate; None if it has not judged the model.
     """
     measure, newest = data["measures"][REWARD_MEASURE], data["newest"]
     bars = {
@@ -32,16 +51,20 @@ def reward_page(data: Report, training: Report | None) -> str:
         f"The bracket is a {data['confidence']:.0%} interval over documents, or over pairs that name no document. A model that "
         "orders the pairs at random reaches 0.5."
     )
-    sections = [
-        ("Pairs in the right order", paragraph(note, "small") + interval_bars(bars, measure["unit"])),
+    charts = [
+        ("Pairs in the right order", interval_bars(bars, measure["unit"]) + paragraph(note, "small")),
         ("Rewards", _distribution(data["rewards"])),
     ]
+    sections = [("Measures", cards(charts))]
     if training is not None:
-        sections.append(
-            (f"Training of {training['stage']}", cards(training_charts(training["history"], NARROW_INCHES)))
-        )
-    sections.append(("Pairs", _pairs(data["pairs"])))
-    return page("Evaluation report: reward model", _lead(data), sections)
+        sections.append((f"Training of {training['stage']}", cards(training_charts(training["history"]))))
+    sections += [gate_section(gate), ("Pairs", _pairs(data["pairs"]))]
+    word = verdict(measure["differences"][f"{newest}-base"], measure["better"])
+    above = Verdict("Better than chance", "good") if word == "better" else Verdict("Not better than chance", "bad")
+    shown = gate_verdict(gate) if gate is not None else above
+    lead = [_lead(data), *([gate.reason] if gate is not None else [])]
+    sample = _pair(data["pairs"][0]) if data["pairs"] else None
+    return page("Evaluation report: reward model", lead, sections, facts=facts, verdict=shown, sample=sample)
 
 
 def _lead(data: Report) -> str:
@@ -70,10 +93,20 @@ def _distribution(rewards: Mapping[str, Sequence[float]]) -> Markup:
 
 def _pairs(pairs: Sequence[Report]) -> Markup:
     note = "The first held-out pairs. A reward has no unit: only the difference of two answers to a prompt means something."
-    body = paragraph(note, "small")
-    for number, pair in enumerate(pairs, 1):
-        answers = [
-            (f"{name}: {pair[name]['reward']:+.2f}", paragraph(pair[name]["text"])) for name in ("chosen", "rejected")
-        ]
-        body += Markup("<p><strong>{}. {}</strong></p>{}").format(number, pair["prompt"], cards(answers, "answers"))
-    return body
+    shown = [
+        details(
+            Markup("{} {}").format(
+                pair["prompt"], marked("in order", pair["chosen"]["reward"] > pair["rejected"]["reward"])
+            ),
+            _pair(pair),
+        )
+        for pair in pairs
+    ]
+    return paragraph(note, "small") + Markup("").join(shown)
+
+
+def _pair(pair: Report) -> Markup:
+    answers = [
+        (f"{name}: {pair[name]['reward']:+.2f}", paragraph(pair[name]["text"])) for name in ("chosen", "rejected")
+    ]
+    return paragraph(pair["prompt"], "question") + cards(answers, "stack")

@@ -95,7 +95,7 @@ def weighted_sums(
 
 def _score_of(config: RewardFunction, setup: TrainingSetup, settings: Settings, reward_model: Path | None) -> Score:
     if config.use == "reward_model":
-        return _open_reward_model(reward_model, setup, settings)
+        return open_reward_model(reward_model, setup, settings)
     if config.own_function is not None:
         return partial(_own, config.use, own_function(config))
     if config.judge is not None:
@@ -185,7 +185,12 @@ def _judge_prompt(row: PromptRecord, completion: Completion, criterion: str) -> 
     )
 
 
-def _open_reward_model(folder: Path | None, setup: TrainingSetup, settings: Settings) -> Score:
+def open_reward_model(folder: Path | None, setup: TrainingSetup, settings: Settings) -> Score:
+    """Open a reward model as a reward, which reads only `prompt_ids` of the prompts.
+
+    Raises:
+        RequestError: the folder is None, or the model in it was trained with other tokens.
+    """
     # Imported here, because this module is imported before the backend, which must be imported before transformers.
     from llm_engineering.models.reward_model import RewardModel, check_tokens
     from llm_engineering.models.tokenizer import load_tokenizer

@@ -87,8 +87,10 @@ def test_every_artifact_is_read_back_in_a_fresh_process(project, dpo_run):
     for name in ("sft_adapter", "dpo_adapter"):
         assert "adapter_model.safetensors" in artifacts[name]["files"]
         assert artifacts[name]["metadata"]["base_revision"].startswith("folder-")
-    for name in ("data_report", "training_report", "evaluation_report"):
+    for name in ("data_report", "training_report"):
         assert {"report.json", "report.html"} <= set(artifacts[name]["files"])
+    assert "report.json" in artifacts["evaluation_report"]["files"]
+    assert "report.html" in artifacts["evaluation_page"]["files"]
     assert artifacts["promotion_decision"]["kind"] == "PromotionDecision"
     # Every file of the store is Arrow, safetensors, JSON, HTML or text. None is a pickle.
     endings = {file.suffix for file in (project.folder / "stores").rglob("*") if file.is_file()}
@@ -137,7 +139,12 @@ def test_the_evaluation_reports_intervals(project, dpo_run):
     assert gain["low"] < gain["value"] < gain["high"] < 0
     assert dpo_run.json["metrics"]["heldout_loss_dpo"] == report["measures"]["heldout_loss"]["models"]["dpo"]["value"]
     assert len(report["samples"]) == min(20, report["heldout_rows"])
-    assert "Training of dpo" in (folder / "report.html").read_text(encoding="utf-8")
+    page = Path(dpo_run.json["artifacts"]["evaluation_page"]["uri"], "files", "report.html").read_text(encoding="utf-8")
+    stored = Path(dpo_run.json["artifacts"]["promotion_decision"]["uri"]).glob("*.json")
+    decision = next(found for file in stored if "outcome" in (found := json.loads(file.read_text(encoding="utf-8"))))
+    for words in ("Training of dpo", "heldout_loss better than base by more than 0"):
+        assert words in page
+    assert ("Gate passed" in page, "Gate refused" in page) == (decision["passed"], not decision["passed"])
 
 
 def test_documents_to_datasets_with_the_real_model(fresh_project):

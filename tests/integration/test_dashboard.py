@@ -129,7 +129,7 @@ def test_run_and_its_report_show_in_the_dashboard(
     for step in STEPS:
         expect(page.locator(f".react-flow__node[data-id='step/{step}']").get_by_text(step)).to_be_visible()
 
-    page.locator(".react-flow__node[data-id$='/evaluation_report']").click()
+    page.locator(".react-flow__node[data-id$='/evaluation_page']").click()
     panel = page.get_by_role("dialog")
     panel.get_by_role("tab", name="Visualization").click()
     load = panel.get_by_role("button", name="Load Preview")

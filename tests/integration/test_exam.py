@@ -63,9 +63,10 @@ def test_a_run_takes_the_exam_and_the_gate_refuses_a_model_that_cannot_answer(fr
     assert [place.partition(":characters")[0] for place in first["retrieved"]] == [
         f"{fresh_project.folder}/documents/n.md"
     ]
-    page = (folder / "report.html").read_text(encoding="utf-8")
+    page = Path(run.json["artifacts"]["evaluation_page"]["uri"], "files", "report.html").read_text(encoding="utf-8")
     assert "in wordings that were not trained" in page
-    assert page.count("✗ wrong") >= 2
+    assert page.count("✗ sft") >= 2
+    assert "Gate refused" in page
 
     # A changed question runs the evaluation again, and nothing before it.
     file = fresh_project.folder / "exam.jsonl"

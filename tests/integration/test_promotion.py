@@ -159,7 +159,7 @@ def test_verify_names_changed_lost_and_added_files(own):
     assert "their sources and the base model are unchanged" in untouched.stdout
     places = {artifact["name"]: Path(artifact["uri"]) for artifact in lineage.json["artifacts"]}
     adapter = places["sft_adapter"] / "files" / "adapter_model.safetensors"
-    report = places["evaluation_report"] / "files" / "report.html"
+    report = places["evaluation_page"] / "files" / "report.html"
     instructions = own.folder / "instructions.jsonl"
     former = {file: file.read_bytes() for file in (adapter, report, instructions)}
     adapter.write_bytes(former[adapter][:-1] + bytes([former[adapter][-1] ^ 1]))
@@ -175,7 +175,7 @@ def test_verify_names_changed_lost_and_added_files(own):
         assert as_json.code == as_table.code == 1
         assert {(f["where"], Path(f["file"]).name, f["what"]) for f in as_json.json["found"]} == {
             ("sft_adapter v1", "adapter_model.safetensors", "changed"),
-            ("evaluation_report v1", "report.html", "lost"),
+            ("evaluation_page v1", "report.html", "lost"),
             ("training_report v1", "added.txt", "added"),
             ("formatted_sft v1", "SHA256SUMS", "lost"),
             ("sources of instruction_candidates v1", "instructions.jsonl", "changed"),
@@ -220,7 +220,7 @@ def test_a_deleted_version_frees_the_disk_and_keeps_what_other_versions_use(own)
     # Version 1 still has all of its artifacts, with the data that version 2 had too.
     assert verified.code == 0, verified.stdout + verified.stderr
     gone = {name for name, place in places.items() if not place.is_dir()}
-    assert gone == {"sft_adapter", "training_report", "evaluation_report", "promotion_decision"}
+    assert gone == {"sft_adapter", "training_report", "evaluation_report", "evaluation_page", "promotion_decision"}
     assert not merged.exists()
     assert 0 < answers.stat().st_size < before["bytes"]
     assert len(before["files"]) - len(list(own.folder.rglob("*.safetensors"))) == 2

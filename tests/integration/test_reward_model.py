@@ -123,9 +123,34 @@ def test_grpo_trains_on_the_reward_model_of_its_chain_or_of_a_version(rewarded):
     assert "reward_adapter" in lineage
 
 
+def test_a_reward_model_judges_the_answers_of_another_stage(rewarded):
+    judged = rewarded.project.run(
+        "sft",
+        *("--set", "chain=[sft]", "--set", "evaluation.reward_model=2"),
+        *("--set", "promotion.sft.better_than.base.reward_model_win_rate=0.0"),
+    )
+    assert judged.code == 0, judged.stderr
+    found = (json.loads(path.read_text()) for path in rewarded.project.folder.glob("stores/**/report.json"))
+    report = next(data for data in found if "reward_model_win_rate" in data.get("measures", {}))
+    rewards = [{name: answer["reward"] for name, answer in row["answers"].items()} for row in report["samples"]]
+    assert len(rewards) == report["generated_rows"]
+    wins = [1.0 if row["sft"] > row["base"] else 0.5 if row["sft"] == row["base"] else 0.0 for row in rewards]
+    share = sum(wins) / len(wins)
+    assert judged.json["metrics"]["reward_model_win_rate_sft"] == pytest.approx(share)
+    assert judged.json["metrics"]["reward_model_win_rate_base"] == pytest.approx(1 - share)
+    net = report["measures"]["reward_model_win_rate"]["differences"]["sft-base"]
+    assert net["value"] == pytest.approx(2 * share - 1)
+    # The gate had a rule on it, whatever its verdict.
+    assert "reward_model_win_rate" in judged.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (
+            ["evaluation.reward_model=1"],
+            "evaluation.reward_model, version 1: Version 1 of tiny-reward has no reward model",
+        ),
         (["grpo.rewards=[{use: reward_model, version: 1}]"], "Version 1 of tiny-reward has no reward model"),
         (["grpo.rewards=[{use: reward_model, version: 77}]"], "There is no version 77 of tiny-reward"),
         (["model.name_or_path=embedded:smollm2-135m-instruct"], "was trained on the base model"),

@@ -219,7 +219,9 @@ def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse],
     assert origin is not None
     return DatasetFacts(
         name=dataset.artifact.name,
-        source=public_name(source or (recipe.data.instructions if kind != "text" else None) or recipe.documents.path),
+        source=public_name(
+            source or (recipe.data.file("instruction") if kind != "text" else None) or recipe.documents.path
+        ),
         hash=str(origin.run_metadata["content_hash"]),
         rows={split: facts[split] for split in ("train", "validation", "test")},
         tokens=int(str(own[formatted].run_metadata["tokens"])) if formatted in own else None,

@@ -1,8 +1,8 @@
 """One run of a schedule. It is skipped if another run of the schedule is in progress, or if nothing has changed.
 
 A run compares itself with the last run of the schedule that judged a model. It looks at the documents, the datasets,
-the evaluation's files, the recipe (without `compute`, `tracking` and `hub`), the base model's revision, and the code of
-the steps. The outcome of every run is recorded.
+what people said, the evaluation's files, the recipe (without `compute`, `tracking`, `serving` and `hub`), the base
+model's revision, and the code of the steps. The outcome of every run is recorded.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def fingerprint(recipe: Recipe, inputs: Inputs) -> str:
     steps = {name: step_of(name) for name in planned_steps("retrain", recipe)}
     return recipe_hash(
         {
-            "recipe": recipe.model_dump(mode="json", exclude={"compute", "tracking", "hub"}),
+            "recipe": recipe.model_dump(mode="json", exclude={"compute", "tracking", "serving", "hub"}),
             "inputs": inputs.model_dump(mode="json", exclude={"code", "incumbent"}),
             "code": {name: step.configuration.environment["CODE_VERSION"] for name, step in steps.items()},
         }

@@ -19,9 +19,10 @@ from llm_engineering.evaluation.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK
-from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM
+from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import rows_of
 
 # The channel with the recipe and its files, and the name of the recipe in it.
 RECIPE_CHANNEL = "recipe"
@@ -90,11 +91,22 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
             documents = documents.model_copy(update={"path": placed("documents.path", documents.path)})
         elif documents.path not in (EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK):
             problems.append(_local_problem("documents.path", documents.path, bucket))
-    named = {
-        key: dataset(f"data.{key}", getattr(data, key))
-        for kind in ("instructions", "preferences", "labelled", "prompts")
-        for key in (kind, f"test_{kind}")
-    }
+    for kind in ("instruction", "preference", "labelled"):
+        problems += [
+            f"data.{rows_of(kind)} names {source}, and what people said is on this machine, which a job cannot see: remove "
+            f"{source}, or run `make retrain` here"
+            for source in data.people(kind)
+        ]
+    problems += [
+        f"promotion.{rule.path} names {HUMAN_MEASURE}, and the comparisons are on this machine, which a job cannot see: remove "
+        "the rule, or run `make retrain` here"
+        for rule in recipe.promotion.all_rules()
+        if rule.measure == HUMAN_MEASURE
+    ]
+    kinds = ("instruction", "preference", "labelled", "prompt")
+    named = {rows_of(kind): dataset(f"data.{rows_of(kind)}", data.file(kind)) for kind in kinds}
+    tests = [f"test_{rows_of(kind)}" for kind in kinds]
+    named |= {key: dataset(f"data.{key}", getattr(data, key)) for key in tests}
     if data.replay_instructions != EMBEDDED_GENERAL:
         named["replay_instructions"] = dataset("data.replay_instructions", data.replay_instructions)
     if data.replay is not None:

@@ -9,12 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_engineering.progress import Progress
+from llm_engineering.training.telemetry.live import LiveHistory
 from llm_engineering.training.telemetry.tracking import Trackers
 
 
@@ -99,12 +101,16 @@ class TelemetryCallback(TrainerCallback):
         self.optimizer_started = 0.0
         self.progress: Progress | None = None
         self.newest: dict[str, float] = {}
+        self.live: LiveHistory | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the progress of the remaining steps."""
+        """Show the progress of the remaining steps, and start the file for `watch`."""
         self.progress = Progress(f"{self.stage} steps", state.max_steps - state.global_step)
+        if state.is_world_process_zero:
+            folder = Path(str(args.output_dir)).parent
+            self.live = LiveHistory(folder, self.stage, state.max_steps, state.log_history)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step. If it is also logged, `on_log` shows it with its losses."""
@@ -117,6 +123,8 @@ class TelemetryCallback(TrainerCallback):
         """Show the last step."""
         if self.progress is not None:
             self.progress.end()
+        if self.live is not None:
+            self.live.end()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -152,4 +160,6 @@ class TelemetryCallback(TrainerCallback):
         self.newest |= {name: entry[name] for name in (*names, "tokens_per_second", "mfu") if name in entry}
         if self.newest and self.progress is not None:
             self.progress.say(", ".join(f"{name} {value:.4g}" for name, value in self.newest.items()))
+        if self.live is not None:
+            self.live.add(entry)
         self.trackers.log_metrics({f"{self.stage}/{name}": value for name, value in entry.items()}, state.global_step)

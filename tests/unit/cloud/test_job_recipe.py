@@ -39,3 +39,11 @@ def test_general_instructions_of_this_machine_are_refused(tmp_path):
     file.write_text(json.dumps({"instruction": "What falls?", "output": "Rain."}) + "\n")
     with pytest.raises(RequestError, match=r"data.replay_instructions .*general.jsonl is on this machine"):
         rewritten(file)
+
+
+def test_what_people_said_is_refused_because_a_job_cannot_see_it():
+    recipe = load_recipe(
+        ROOT / "configs" / "python_reference.yaml", ["data.preferences=[s3://bucket/rows.jsonl, review]"]
+    )
+    with pytest.raises(RequestError, match="data.preferences names review, and what people said is on this machine"):
+        job_recipe(recipe, "bucket", Bucket())

@@ -1,5 +1,6 @@
 """A whole evaluation of small models: the report, its page, and the model in production."""
 
+import html
 import json
 import math
 
@@ -16,6 +17,7 @@ from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, held_out, render_for_both
 from llm_engineering.evaluation.measures import heldout_loss
 from llm_engineering.evaluation.models import Models
+from llm_engineering.evaluation.row_values import OTHER_ROWS, OTHER_TOKENS, UNKNOWN_ROWS, paired
 from llm_engineering.formatting.columns import pieces
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import render, text_tokens
@@ -160,7 +162,9 @@ def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_
     assert page.count("<svg") == len(report["measures"]) + 2
     assert "<script" not in page
     assert 'src="' not in page
-    assert page.count('<div class="answers">') == 2
+    # The answers are closed, and the reference of each is shown on demand. The first one is also the example of the page.
+    assert page.count("<summary>Reference answer</summary>") == 3
+    assert "2. " + html.escape(report["samples"][1]["prompt"]) + "</summary>" in page
 
 
 def test_rows_of_one_document_are_resampled_together(setup, settings, tmp_path):
@@ -366,3 +370,41 @@ def test_the_page_begins_with_the_exam(setup, settings, rows, tmp_path):
     assert "Of 3 exam questions about one fact, the base model answers 0% right, and the SFT model 0%." in str(
         evaluation_page(report, None)
     )
+
+
+def test_two_reports_differ_as_their_models_in_one_evaluation(setup, settings, rows, tmp_path):
+    exam = Exam(
+        [ExamRow(id=str(n), question=f"Where is {n}?", answers=["there"], facts=[f"f{n // 2}"]) for n in range(4)],
+        [[]] * 4,
+        4,
+    )
+    folders = {name: adapter(tmp_path / name, setup, settings, size) for name, size in (("sft", 0.1), ("dpo", 0.3))}
+    both = evaluate(folders, rows, CONFIG, setup, settings, exam)
+    reports = [evaluate({name: folder}, rows, CONFIG, setup, settings, exam) for name, folder in folders.items()]
+    # Rows may come in another order.
+    stored = reports[0]["row_values"]
+    for values in (*stored["ids"].values(), *(found["totals"] for found in stored["measures"].values())):
+        values.reverse()
+    for found in stored["measures"].values():
+        for name in ("weights", "clusters"):
+            found.get(name, []).reverse()
+    compared = paired(*reports)
+    assert compared.keys() == both["measures"].keys()
+    for key, measure in compared.items():
+        assert measure["reason"] == ""
+        assert measure["difference"] == pytest.approx(
+            both["measures"][key]["differences"]["dpo-sft"], rel=1e-3, abs=1e-4
+        )
+    assert compared["heldout_loss"]["difference"]["low"] < compared["heldout_loss"]["difference"]["high"]
+
+    fewer = evaluate({"dpo": folders["dpo"]}, rows._replace(rows=rows.rows[1:]), CONFIG, setup, settings)
+    compared = paired(reports[0], fewer)
+    assert (compared["heldout_loss"]["difference"], compared["heldout_loss"]["reason"]) == (None, OTHER_ROWS)
+    assert compared["preference_margin"]["reason"] == ""
+    reports[1]["row_values"]["measures"]["heldout_loss"]["weights"][0] += 1
+    assert paired(*reports)["perplexity"]["reason"] == OTHER_TOKENS
+    del reports[1]["row_values"]
+    compared = paired(*reports)
+    assert compared["heldout_loss"]["reason"] == UNKNOWN_ROWS
+    # The exam has always been stored with each answer's mark.
+    assert compared["exam_accuracy"]["difference"] is not None

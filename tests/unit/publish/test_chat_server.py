@@ -13,6 +13,7 @@ import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers.cli.serve import Serve
 
+from llm_engineering.feedback.served import ServedLog, read_answers, read_feedback
 from llm_engineering.publish.chat_server import ENGINE_MODEL, ServedModel
 from llm_engineering.recipe.settings import Settings
 from tests.tiny_models import write_model
@@ -50,11 +51,11 @@ def model(tmp_path_factory):
             engine.kill_server()
 
 
-def serve(model):
+def serve(model, log=None):
     """A context that serves the model, and its address."""
     listener = socket.socket()
     bind(listener, 0, "serve")
-    return serving_chat(model, listener), f"http://127.0.0.1:{listener.getsockname()[1]}"
+    return serving_chat(model, listener, log), f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def connect(url):
@@ -193,6 +194,77 @@ def test_messages_that_the_chat_template_cannot_show_are_refused(model, template
         ask(client, messages=[{"role": "system", "content": "Be short."}, *ASKED["messages"]])
 
 
+@pytest.fixture
+def logged(client, model, tmp_path):
+    """A client of a server that logs, and the log. The engine of `client` answers."""
+    log = ServedLog(tmp_path, 3, "abc")
+    serving, url = serve(model, log)
+    with serving, connect(url) as client:
+        yield client, log
+
+
+def give_feedback(client, **body):
+    return client.post("/feedback", cast_to=object, body=body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_is_logged_as_it_was_sent_before_the_client_has_its_end(logged, model, stream):
+    client, log = logged
+    asked = ASKED | {"logit_bias": letters(model.tokenizer), "temperature": 1, "seed": 1, "max_tokens": 9}
+    if stream:
+        chunks = []
+        for chunk in client.chat.completions.create(**asked, stream=True):
+            chunks.append(chunk)
+            if chunk.choices[0].finish_reason:
+                (record,) = read_answers(log.folder)
+        name, text = chunks[0].id, "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    else:
+        completion = client.chat.completions.create(**asked)
+        (record,) = read_answers(log.folder)
+        name, text = completion.id, completion.choices[0].message.content
+    assert text
+    assert (record["id"], record["answer"]["content"], record["finish_reason"]) == (name, text, "length")
+    assert record["messages"] == ASKED["messages"]
+    assert (record["usage"]["prompt_tokens"], record["usage"]["completion_tokens"]) == (PROMPT_TOKENS, 9)
+
+
+def test_feedback_by_the_answers_id_is_written(logged):
+    client, log = logged
+    name = client.chat.completions.create(**ASKED, max_tokens=2).id
+    body = {"id": name, "thumbs": "down", "correction": "A number.", "user": "anna"}
+    assert give_feedback(client, **body)["id"] == name
+    ((said, served),) = read_feedback(log.folder)
+    assert {key: said[key] for key in body} == body
+    assert served["id"] == name
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"id": "chatcmpl-0"}, "id", "No answer with the id 'chatcmpl-0' was logged"),
+        ({"thumbs": "sideways"}, "thumbs", "'thumbs'"),
+        ({"thumbs": None}, "thumbs", "'thumbs'"),
+        ({"correction": " "}, "correction", "'correction'"),
+        ({"stars": 3}, "stars", "not supported"),
+        ({"user": "anna@firma.de"}, "user", "'user'"),
+        ({"user": "212-555-0123"}, "user", "Send a pseudonym"),
+    ],
+)
+def test_wrong_feedback_gets_an_error_object_and_is_not_written(logged, changes, param, words):
+    client, log = logged
+    name = client.chat.completions.create(**ASKED, max_tokens=2).id
+    error = openai.NotFoundError if param == "id" else openai.BadRequestError
+    with pytest.raises(error, match=words) as refusal:
+        give_feedback(client, **{"id": name, "thumbs": "up"} | changes)
+    assert refusal.value.param == param
+    assert read_feedback(log.folder) == []
+
+
+def test_a_server_without_a_log_says_how_to_switch_it_on(client):
+    with pytest.raises(openai.BadRequestError, match="serving.log_requests=true"):
+        give_feedback(client, id="chatcmpl-0", thumbs="up")
+
+
 class Engine(http.server.BaseHTTPRequestHandler):
     """Streams pieces of a long answer until its connection is closed, or fails after the first one."""
 
@@ -217,12 +289,13 @@ class Engine(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def failing(model):
+def failing(model, tmp_path_factory):
     engine = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Engine)
     threading.Thread(target=engine.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    serving, url = serve(replace(model, engine=f"http://127.0.0.1:{engine.server_port}"))
+    log = ServedLog(tmp_path_factory.mktemp("failing"), 3, "abc")
+    serving, url = serve(replace(model, engine=f"http://127.0.0.1:{engine.server_port}"), log)
     with serving, connect(url) as client:
-        yield client
+        yield client, log
     engine.shutdown()
     engine.server_close()
 
@@ -232,21 +305,24 @@ def failing(model):
 )
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_fails_is_an_error_also_within_a_stream(failing, stream, seed, words):
+    client, _ = failing
     with pytest.raises(openai.APIError, match=words):
-        list(failing.chat.completions.create(**ASKED, stream=stream, seed=seed))
+        list(client.chat.completions.create(**ASKED, stream=stream, seed=seed))
 
 
 def test_an_engine_that_refuses_is_a_server_error(failing):
     with pytest.raises(openai.InternalServerError, match="The model failed: data: ") as refusal:
-        failing.chat.completions.create(**ASKED, seed=500, stream=True)
+        failing[0].chat.completions.create(**ASKED, seed=500, stream=True)
     assert refusal.value.type == "server_error"
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_ends_the_engines_work(failing, stream):
+    client, log = failing
+    before = len(read_answers(log.folder))
     Engine.closed.clear()
     body = json.dumps(ASKED | {"stream": stream}).encode()
-    url = httpx.URL(str(failing.base_url))
+    url = httpx.URL(str(client.base_url))
     with socket.create_connection((url.host, url.port)) as connection:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
@@ -255,3 +331,10 @@ def test_a_client_that_leaves_ends_the_engines_work(failing, stream):
         else:
             time.sleep(0.05)
     assert Engine.closed.wait(8)
+    # What was computed until then is logged.
+    for _ in range(400):
+        if len(answers := read_answers(log.folder)) > before:
+            break
+        time.sleep(0.02)
+    assert answers[-1]["answer"]["content"].startswith("a")
+    assert answers[-1]["finish_reason"] is None

@@ -181,6 +181,22 @@ def test_replay_needs_a_stage_that_trains_on_text(tmp_path):
     refused(tmp_path, words, ["sft", "dpo"], data=replay)
 
 
+def test_rows_of_people_stand_beside_those_of_a_file(tmp_path):
+    named = {"preferences": ["rows.jsonl", "review"], "instructions": "review", "human_weight": 3}
+    data = recipe(tmp_path, ["sft", "dpo"], data=named).data
+    assert [data.file(kind) for kind in ("instruction", "preference", "labelled")] == [None, "rows.jsonl", None]
+    assert [data.people(kind) for kind in ("instruction", "preference", "labelled")] == [["review"], ["review"], []]
+    assert data.made_of("labelled") == "preference"
+    assert data.checks.human_weight == 3
+    refused(tmp_path, ["a list names at most one file"], ["sft"], data={"instructions": ["a.jsonl", "b.jsonl"]})
+    refused(tmp_path, ["a list names at most one file"], ["sft"], data={"instructions": []})
+    refused(tmp_path, ["test_instructions is set"], ["sft"], data={"instructions": "review", "test_instructions": "t"})
+    refused(tmp_path, ["labelled: review has no meaning"], ["sft"], data={"labelled": "review"})
+    refused(tmp_path, ["data.human_weight has no effect"], ["sft"], data={"human_weight": 2})
+    words = ["data.preferences names review, which has no effect, because no stage of chain needs preference rows"]
+    refused(tmp_path, words, ["sft"], data={"preferences": "review"})
+
+
 def test_general_instructions_need_a_stage_that_trains_on_instructions(tmp_path):
     replay = {"replay_instructions": "embedded:general"}
     made = recipe(tmp_path, ["cpt", "sft"], data=replay)

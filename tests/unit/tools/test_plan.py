@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from llm_engineering.errors import RequestError
+from llm_engineering.feedback import comparisons
+from llm_engineering.feedback.comparisons import Compared, own_question
 from llm_engineering.recipe.loading import load_recipe
 from tools import readiness
 from tools.expected_rows import data_lines
@@ -110,6 +112,34 @@ def test_prompts_are_the_users_own_or_made_of_instructions(recipe):
     prompts = ["collect_prompts", "prepare_prompts"]
     assert planned_steps("grpo", of_rows) == [*WRITTEN, *prompts, "format_sft", *trained]
     assert any(line.startswith("Rows: prompt, ") for line in data_lines(of_rows, "grpo"))
+
+
+def test_what_people_said_decides_the_stages_that_train_on_it(recipe, settings):
+    made = recipe(["sft", "dpo"], data={"preferences": "review"})
+    assert planned_steps("dpo", made)[:5] == [*WRITTEN, "generate_preferences", "add_human_preferences"]
+    with pytest.raises(RequestError, match=r"data.preferences names review, and nobody .* run `make review` first"):
+        preflight(made)
+    models = [Compared(key=name, name=name, identity=name) for name in ("base", "sft")]
+    questions = [own_question(f"Who is {n}?", "own") for n in range(2)]
+    folder = settings.llm_output_dir / "review" / made.name
+    session = comparisons.start(folder, models, questions, "own", seed=1)
+    for question in session.questions:
+        for model in (0, 1):
+            session.answer(question, model, f"Answer {model}.")
+    first, second = session.questions
+    session.judge(first, "Ada", "first")
+    before = preflight(made)[1]
+    session.judge(second, "Ada", "tie")
+    assert preflight(made)[1].recipes == before.recipes
+    session.judge(second, "Ada", "second")
+    after = preflight(made)[1]
+    assert before.people.keys() == {"preference"}
+    assert after.people != before.people
+    assert after.recipes["sft"] == before.recipes["sft"]
+    assert after.recipes["dpo"] != before.recipes["dpo"]
+    heavier = preflight(recipe(["sft", "dpo"], data={"preferences": "review", "human_weight": 2}))[1]
+    assert heavier.recipes["sft"] == after.recipes["sft"]
+    assert heavier.recipes["dpo"] != after.recipes["dpo"]
 
 
 def test_the_files_of_prompts_and_own_rewards_decide_a_stage(recipe, tmp_path):
