@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from zenml import pipeline
 from zenml.client import Client
 
+from llm_engineering.recipe.data_blocks import FEEDBACK
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
@@ -113,7 +114,7 @@ class _Datasets:
                 self.inputs.exam,
                 # The exam asks about the documents, so they stay whole.
                 self.exam() if kind != "text" else None,
-                *((self._human(kind),) if self.recipe.data.people(kind) else ()),
+                *((self._human(kind), *self._asked(kind)) if self.recipe.data.people(kind) else ()),
                 id=f"prepare_{rows_of(kind)}",
             )
         return self._made[kind]
@@ -123,6 +124,11 @@ class _Datasets:
         rows = rows_of(kind)
         step = add_human.with_options(substitutions={"rows": rows})
         return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
+
+    def _asked(self, kind: str) -> list[Any]:
+        """The instructions, if their held-out questions must be left out of what people asked a served model."""
+        asks = kind != "instruction" and FEEDBACK in self.recipe.data.people(kind)
+        return [self.of("instruction")] if asks and "instruction" in self.recipe.kinds(self.recipe.chain[-1]) else []
 
     def documents(self) -> Any:
         """The documents; None if the recipe does not read them."""
