@@ -39,7 +39,7 @@ watch:  ## show the curves of the runs that train on this machine, until Ctrl-C
 
 ##@ Datasets
 inspect:  ## report on a dataset file: DATA=rows.jsonl
-review:  ## read, correct and judge data and answers on a page of this machine until Ctrl-C
+review:  ## read, correct and judge data and answers on a page of this machine until Ctrl-C: [DATA=rows.jsonl]
 push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference|labelled
 
 ##@ Models

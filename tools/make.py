@@ -47,7 +47,7 @@ TARGETS = {
     "dashboard": Target("dashboard"),
     "watch": Target("watch"),
     "inspect": Target("inspect", ("CONFIG",), "DATA"),
-    "review": Target("review", ("CONFIG",)),
+    "review": Target("review", ("CONFIG",), "DATA"),
     "push-dataset": Target("push-dataset", ("CONFIG",), "KIND", "instruction"),
     "chat": Target("chat", ("CONFIG", "VERSION", "PROMPT")),
     "compare": Target("compare", ("CONFIG", "VERSION", "PROMPT")),

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import socket
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.recipe import Recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
     from zenml.models import ArtifactVersionResponse
 
-    from llm_engineering.recipe.recipe import Recipe
+    from llm_engineering.documents.document import Document
+    from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.browse import DatasetVersion
     from llm_engineering.review.drift import Covered
+    from llm_engineering.review.opened_data import Opened, Rendering
+    from llm_engineering.review.site import Reviews
 
 
 def review(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="[DATA]",
+            help="A file to review, as for `inspect`. Default: the datasets of the recipe's runs.",
+            show_default=False,
+        ),
+    ] = "",
     config: Config = DEFAULT_RECIPE,
     overrides: Overrides = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8240,
@@ -31,7 +45,7 @@ def review(
 
     The printed address contains a secret that is new at each start. Every decision is saved at once.
 
-    Example: `llm-engineering review --port 8300`
+    Example: `llm-engineering review rows.jsonl`
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -39,10 +53,10 @@ def review(
 
     import uvicorn
 
-    from llm_engineering.feedback.served import served_folder
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.app import build_app
-    from llm_engineering.review.site import Context, Reviews
+    from llm_engineering.review.site import Context
+    from tools.review_answers import answering
     from tools.serve import HOST, bind
 
     settings = Settings()
@@ -50,16 +64,7 @@ def review(
     with socket.socket() as listener:
         bind(listener, port, "review")
         prepare_zenml()
-        reviews = Reviews(
-            recipe=recipe.name,
-            folder=settings.llm_output_dir.resolve() / "review" / recipe.name,
-            list_datasets=lambda: stored_datasets(recipe.name),
-            served=served_folder(settings.llm_output_dir.resolve(), recipe.name),
-            read_covered=lambda: covered_by(recipe),
-        )
-        context = Context(reviews)
-        from tools.review_answers import answering
-
+        context = Context(reviews_of(recipe, file, settings))
         app = build_app(context, port, answering(recipe, settings))
 
         class Server(uvicorn.Server):
@@ -68,10 +73,47 @@ def review(
                 print(f"Review: http://{HOST}:{port}{context.root}/ (Ctrl-C ends it)", flush=True)
 
         # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
-        settings_of_server = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        served = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
         with contextlib.suppress(KeyboardInterrupt):
-            Server(settings_of_server).run(sockets=[listener])
+            Server(served).run(sockets=[listener])
     return 0
+
+
+def reviews_of(recipe: Recipe, file: str, settings: Settings) -> Reviews:
+    """What the pages show: a file, or without one the datasets of the recipe's runs.
+
+    Raises:
+        RequestError: the file is missing, empty or in no known format.
+    """
+    from llm_engineering.feedback.served import served_folder
+    from llm_engineering.review.browse import DatasetVersion
+    from llm_engineering.review.opened_data import Rendering, opened_file
+    from llm_engineering.review.site import Reviews
+
+    outputs = settings.llm_output_dir.resolve()
+    folder = outputs / "review" / recipe.name
+    rendering = Rendering(functools.cache(lambda: _tokenizer(recipe, settings)), recipe.formatting)
+    shown = functools.partial(
+        Reviews,
+        recipe=recipe.name,
+        folder=folder,
+        served=served_folder(outputs, recipe.name),
+        read_covered=lambda: covered_by(recipe),
+    )
+    if not file:
+        return shown(
+            list_datasets=lambda: stored_datasets(recipe.name),
+            open_dataset=functools.cache(lambda key: _open_stored(recipe.name, key, rendering)),
+        )
+    opened = opened_file(file, recipe.data, folder, rendering)
+    version = DatasetVersion("file", opened.title, "", "", f"{opened.rows.rows} rows")
+
+    def open_file(key: str) -> Opened:
+        if key != version.key:
+            raise RequestError(f"This server reviews {file} only. Start another one for a dataset of a run.")
+        return opened
+
+    return shown(list_datasets=lambda: [version], open_dataset=open_file)
 
 
 def stored_datasets(model: str) -> list[DatasetVersion]:
@@ -82,13 +124,44 @@ def stored_datasets(model: str) -> list[DatasetVersion]:
     return [
         DatasetVersion(
             key=str(artifact.id),
-            title=f"{artifact.artifact.name.replace('_', ' ')} {artifact.version}",
+            title=_title(artifact),
             created=f"{artifact.created:%Y-%m-%d %H:%M}",
             made_by=artifact.run.name if artifact.producer_pipeline_run_id else "",
-            rows=", ".join(f"{name} {artifact.run_metadata.get(name, '?')}" for name in SPLITS),
+            rows=", ".join(f"{name} {artifact.run_metadata[name]}" for name in SPLITS),
         )
         for artifact in _artifacts(model)
     ]
+
+
+def _open_stored(model: str, key: str, rendering: Rendering) -> Opened:
+    from llm_engineering.review.opened_data import opened_run
+
+    artifact = next((one for one in _artifacts(model) if str(one.id) == key), None)
+    if artifact is None:
+        raise RequestError(f"{model} has no such dataset. Choose one of the list.")
+
+    @functools.cache
+    def documents() -> Dataset | None:
+        from tools.model_versions.versions import with_origins
+
+        found = next((one for one in with_origins([artifact]) if one.artifact.name == "documents"), None)
+        return found.load()["documents"] if found is not None else None
+
+    def document(source: str) -> Document | None:
+        import pyarrow.compute as pc
+
+        from llm_engineering.documents.document import Document
+
+        table = documents()
+        records = table.data.table.filter(pc.field("source") == source).to_pylist() if table is not None else []
+        return Document.model_validate(records[0]) if records else None
+
+    kind = artifact.artifact.name.removesuffix("_dataset")
+    return opened_run(_title(artifact), kind, artifact.load(), document, rendering)
+
+
+def _title(artifact: ArtifactVersionResponse) -> str:
+    return f"{artifact.artifact.name.replace('_', ' ')} {artifact.version}"
 
 
 def covered_by(recipe: Recipe) -> Covered:
@@ -116,7 +189,7 @@ def covered_by(recipe: Recipe) -> Covered:
     return Covered(passages, heldout)
 
 
-def _artifacts(model: str) -> Sequence[ArtifactVersionResponse]:
+def _artifacts(model: str) -> list[ArtifactVersionResponse]:
     from zenml.client import Client
     from zenml.utils.pagination_utils import depaginate
 
@@ -125,3 +198,12 @@ def _artifacts(model: str) -> Sequence[ArtifactVersionResponse]:
     found = depaginate(Client().list_artifact_versions, model=model, sort_by="desc:created", hydrate=True)
     names = {f"{kind}_dataset" for kind in FEATURES}
     return [artifact for artifact in found if artifact.artifact.name in names]
+
+
+def _tokenizer(recipe: Recipe, settings: Settings) -> PreTrainedTokenizerBase:
+    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+
+    model = pin_revision(recipe.model)
+    formatting = pin_chat_template(recipe.formatting, model, settings)
+    return load_tokenizer(model, settings, formatting.chat_template)

@@ -110,6 +110,21 @@ def chunks(documents: Sequence[Document], config: DocumentsConfig) -> list[Passa
     return passages
 
 
+def place_in(document: Document, source: str) -> tuple[int, int] | None:
+    """The characters of a document that a row's source names, as `Passage.source` writes it; None if it names none of them."""
+    place = source.removeprefix(document.source)
+    if characters := re.fullmatch(r":characters (\d+)-(\d+)", place):
+        return int(characters[1]), int(characters[2])
+    part = place.removeprefix(", ")
+    names = [part.name for part in document.parts]
+    # The name of a part may contain " to ".
+    first, _, last = (part, "", part) if part in names else part.partition(" to ")
+    if first not in names or last not in names:
+        return None
+    start, end = document.parts[names.index(first)].start, names.index(last) + 1
+    return start, document.parts[end].start if end < len(names) else len(document.text)
+
+
 def _sentences(documents: Sequence[Document]) -> Iterator[Passage]:
     for document in documents:
         headings = _headings(document)

@@ -134,7 +134,7 @@ def edited_row(row: RowT, decision: Decision) -> RowT:
 
 def content_of(row: Row) -> dict[str, Any]:
     """The content of a row in the columns of its kind, as `Decision.content` stores it."""
-    return row.model_dump(by_alias=True, exclude={"source", "origin", "document"})
+    return row.model_dump(by_alias=True, exclude={"source", "origin", "document"}, exclude_none=True)
 
 
 def _decision_on(row: Row, decisions: Mapping[str, Decision], rules: RulesConfig | None) -> Decision | None:

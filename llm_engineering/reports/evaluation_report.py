@@ -93,7 +93,7 @@ def gate_section(gate: PromotionDecision | None) -> tuple[str, Markup]:
         (
             rule.name,
             rule.reason or "" if rule.value is None else interval(rule.value, rule.low, rule.high, sign=True),
-            rule.verdict,
+            rule.verdict if rule.verdict == "skipped" else marked(rule.verdict, rule.verdict == "passed"),
         )
         for rule in rules
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
@@ -17,7 +16,7 @@ import matplotlib
 matplotlib.use("svg")  # Before pyplot: the default backend looks for a display.
 import matplotlib.pyplot as plt
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
 INK, BLUE, ORANGE, GREY, PALE, LINE = "#111827", "#2563eb", "#ea580c", "#9ca3af", "#93c5fd", "#e5e7eb"
@@ -94,7 +93,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> Markup:
     if not rows:
         return Markup("")
     right = [' class="n"' if isinstance(value, int | float) else "" for value in rows[0]]
-    cells = "".join(f"<th{css}>{html.escape(name)}</th>" for name, css in zip(head, right, strict=True))
+    cells = "".join(f"<th{css}>{escape(name)}</th>" for name, css in zip(head, right, strict=True))
     body = "".join("<tr>" + "".join(_cell(value) for value in row) + "</tr>" for row in rows)
     return Markup(f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>')  # noqa: S704
 
@@ -229,7 +228,7 @@ def _cell(value: Any) -> str:
         return f'<td class="n">{value:.4g}</td>'
     if isinstance(value, int):
         return f'<td class="n">{value:,}</td>'
-    return f"<td>{html.escape(str(value))}</td>"
+    return f"<td>{escape(value)}</td>"
 
 
 def _svg(figure: Any) -> Markup:

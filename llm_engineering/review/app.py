@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from llm_engineering.review.comparison_pages import Answering, add_comparison_pa
 from llm_engineering.review.data_pages import add_data_pages
 from llm_engineering.review.drift_page import add_drift_page
 from llm_engineering.review.site import Context
+
+logger = logging.getLogger(__name__)
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -74,6 +77,11 @@ def _add_error_pages(app: FastAPI, context: Context) -> None:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"][1:])
         return failed(request, f"{where}: {problem['msg'].removeprefix('Value error, ')}.", 422)
+
+    @app.exception_handler(Exception)
+    def unexpected(request: Request, error: Exception) -> Response:
+        logger.error("%s failed", request.url.path.removeprefix(context.root), exc_info=error)
+        return failed(request, f"{type(error).__name__}: {error}. The terminal of this server has the traceback.", 500)
 
     @app.exception_handler(HTTPException)
     def no_page(request: Request, error: HTTPException) -> Response:

@@ -1,8 +1,18 @@
-"""Datasets to browse."""
+"""Tables to browse, filtered and paged in Arrow: only the records of one page become Python objects."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from numpy.typing import NDArray
+
+Positions = NDArray[np.int64]
 
 
 class DatasetVersion(NamedTuple):
@@ -21,3 +31,167 @@ class DatasetVersion(NamedTuple):
     created: str
     made_by: str
     rows: str
+
+
+class Table:
+    """The records of one or several datasets with the same columns, in order, memory-mapped if the datasets are.
+
+    Args:
+        parts: the datasets by name, e.g. the splits.
+    """
+
+    def __init__(self, parts: Mapping[str, Dataset]) -> None:
+        self._batches: list[pa.RecordBatch] = []
+        self.parts: dict[str, range] = {}
+        self.rows = 0
+        for name, dataset in parts.items():
+            whole = dataset if dataset._indices is None else dataset.flatten_indices()
+            self._batches += [batch for batch in whole.data.table.to_batches() if batch.num_rows]
+            self.parts[name] = range(self.rows, self.rows + len(whole))
+            self.rows += len(whole)
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+
+    def records(self, positions: Sequence[int] | Positions) -> list[dict[str, Any]]:
+        """The records at these positions, as Python objects."""
+        found = []
+        for position in positions:
+            batch = int(np.searchsorted(self._starts, position, side="right")) - 1
+            found += self._batches[batch].slice(int(position - self._starts[batch]), 1).to_pylist()
+        return found
+
+    def part_of(self, position: int) -> str:
+        """The name of the dataset that has a position."""
+        return next(name for name, places in self.parts.items() if position in places)
+
+    @property
+    def all(self) -> Positions:
+        """All positions."""
+        return np.arange(self.rows)
+
+    def holding(self, search: str) -> Positions:
+        """The records with a text that holds `search`, in upper or lower case."""
+        return self._where(
+            _any(
+                [
+                    _of_rows(pc.match_substring(texts, search, ignore_case=True), rows, batch)
+                    for texts, rows in _texts(batch)
+                ]
+            )
+            for batch in self._batches
+        )
+
+    def where(self, column: str, *, equals: Collection[str] | None = None, holds: str = "") -> Positions:
+        """The records whose text in a column is one of `equals`, or holds `holds` in upper or lower case."""
+        if equals is not None:
+            values = pa.array(equals, pa.string())
+            return self._where(pc.is_in(batch[column], values) for batch in self._batches)
+        return self._where(pc.match_substring(batch[column], holds, ignore_case=True) for batch in self._batches)
+
+    def counts(self, column: str) -> dict[str, int]:
+        """How often each text stands in a column, the most frequent first."""
+        if not self.rows:
+            return {}
+        found = pc.value_counts(pa.chunked_array([batch[column] for batch in self._batches])).to_pylist()
+        return {entry["values"]: entry["counts"] for entry in sorted(found, key=lambda entry: -entry["counts"])}
+
+    def numbers(self, column: str) -> NDArray[Any]:
+        """A column of numbers."""
+        return np.concatenate([np.empty(0, np.int64), *(batch[column].to_numpy() for batch in self._batches)])
+
+    @cached_property
+    def chars(self) -> NDArray[np.int64]:
+        """The characters of each record's messages, texts and answers."""
+        return np.concatenate([np.empty(0, np.int64), *map(_chars, self._batches)])
+
+    def _where(self, masks: Iterator[Any]) -> Positions:
+        found = [
+            np.flatnonzero(pc.fill_null(mask, False).to_numpy(zero_copy_only=False)) + start
+            for mask, start in zip(masks, self._starts, strict=False)
+        ]
+        return np.concatenate([np.empty(0, np.int64), *found])
+
+
+class Filter(NamedTuple):
+    """Which rows to show; empty fields show all.
+
+    Attributes:
+        search: text that a row holds, in any of its columns.
+        source: text that the source holds.
+        finding: the name of a rule, for the rows that it reports or sets aside.
+        decision: `none`, `any`, or the action of the decision that counts.
+        least, most: characters.
+    """
+
+    search: str = ""
+    split: str = ""
+    source: str = ""
+    finding: str = ""
+    decision: str = ""
+    least: int | None = None
+    most: int | None = None
+
+    def rows(self, table: Table, found: Collection[str], decided: Mapping[str, str], joined_by: str) -> Positions:
+        """The positions of the rows to show, ascending.
+
+        Args:
+            found: the values of the column `joined_by` of the rows that the rule `finding` matched.
+            decided: the action of the decision on each row, by id.
+        """
+        chosen = [np.arange(table.parts[self.split].start, table.parts[self.split].stop) if self.split else table.all]
+        if self.search:
+            chosen.append(table.holding(self.search))
+        if self.source:
+            chosen.append(table.where("source", holds=self.source))
+        if self.finding:
+            chosen.append(table.where(joined_by, equals=found))
+        if self.decision:
+            wanted = [row for row, action in decided.items() if self.decision in ("none", "any", action)]
+            rows = table.where("id", equals=wanted)
+            chosen.append(np.setdiff1d(table.all, rows) if self.decision == "none" else rows)
+        if self.least is not None:
+            chosen.append(np.flatnonzero(table.chars >= self.least))
+        if self.most is not None:
+            chosen.append(np.flatnonzero(table.chars <= self.most))
+        positions = chosen[0]
+        for others in chosen[1:]:
+            positions = np.intersect1d(positions, others, assume_unique=True)
+        return positions
+
+
+def _texts(batch: pa.RecordBatch, content_only: bool = False) -> Iterator[tuple[pa.Array, pa.Array | None]]:
+    """The texts of a batch, column by column, with the row of each text; None if each row has one."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if pa.types.is_string(column.type) and (not content_only or name == "text"):
+            yield column, None
+        elif pa.types.is_list(column.type):
+            rows, inner = pc.list_parent_indices(column), pc.list_flatten(column)
+            if pa.types.is_struct(inner.type):
+                yield from ((pc.struct_field(inner, field), rows) for field in ("content", "reasoning_content"))
+            else:
+                yield inner, rows
+
+
+def _of_rows(matches: pa.Array, rows: pa.Array | None, batch: pa.RecordBatch) -> pa.Array:
+    if rows is None:
+        return pc.fill_null(matches, False)
+    mask = np.zeros(batch.num_rows, bool)
+    mask[rows.filter(matches).to_numpy()] = True
+    return pa.array(mask)
+
+
+def _any(masks: Sequence[pa.Array]) -> pa.Array:
+    whole = masks[0]
+    for mask in masks[1:]:
+        whole = pc.or_(whole, mask)
+    return whole
+
+
+def _chars(batch: pa.RecordBatch) -> NDArray[np.int64]:
+    total = np.zeros(batch.num_rows, np.int64)
+    for texts, rows in _texts(batch, content_only=True):
+        lengths = pc.fill_null(pc.utf8_length(texts), 0).to_numpy()
+        if rows is None:
+            total += lengths
+        else:
+            np.add.at(total, rows.to_numpy(), lengths)
+    return total

@@ -17,6 +17,7 @@ from pydantic import AfterValidator
 
 from llm_engineering.review.browse import DatasetVersion
 from llm_engineering.review.drift import Covered
+from llm_engineering.review.opened_data import Opened
 
 # The pages of the navigation: path and name.
 PAGES = (("data", "Data"), ("compare", "Compare"), ("drift", "Drift"))
@@ -66,6 +67,7 @@ class Reviews:
         list_datasets: returns the dataset versions that can be browsed, the newest first.
         served: the folder of what the recipe's server logs.
         read_covered: returns what the documents cover.
+        open_dataset: returns a dataset by the `key` of its version. Raises a RequestError if there is none.
     """
 
     recipe: str
@@ -73,6 +75,7 @@ class Reviews:
     list_datasets: Callable[[], Sequence[DatasetVersion]]
     served: Path
     read_covered: Callable[[], Covered]
+    open_dataset: Callable[[str], Opened]
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,13 @@ class Context:
         return f"/{self.token}"
 
     def page(self, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-        """Render a template. Besides `values` it knows `root`, `pages`, `recipe` and `write_secret`."""
-        shared = {"root": self.root, "recipe": self.reviews.recipe, "write_secret": self.write_secret, "pages": PAGES}
+        """Render a template. Besides `values` it knows `root`, `navigation`, `recipe` and `write_secret`."""
+        shared = {
+            "root": self.root,
+            "recipe": self.reviews.recipe,
+            "write_secret": self.write_secret,
+            "navigation": PAGES,
+        }
         return HTMLResponse(_TEMPLATES.get_template(template).render(**shared, **values), status)
 
 

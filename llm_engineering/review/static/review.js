@@ -78,6 +78,7 @@ export function onKeys(actions) {
 }
 
 onKeys({ "?": () => help.showModal() });
+for (const button of document.querySelectorAll("[data-help]")) button.addEventListener("click", () => help.showModal());
 help.addEventListener("keydown", (event) => event.key === "?" && help.close());
 // Escape leaves a field, so that the keys work again.
 document.addEventListener("keydown", (event) => event.key === "Escape" && event.target.matches("header input, [type=search]") && event.target.blur());

@@ -1,9 +1,12 @@
 """The verdict of the data report: which data is fit to train on, and what happens to other data."""
 
+import re
+
 import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.reasons import REASONS
 from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import FormattedRow, Lengths
@@ -11,7 +14,11 @@ from llm_engineering.reports.data_report import check_fit, write_data_report
 
 
 def aside(count, reason):
-    return [Quarantined(stage="instruction", reason=reason, source="s", place=str(i)) for i in range(count)]
+    return aside_of("instruction", count, reason)
+
+
+def aside_of(stage, count, reason):
+    return [Quarantined(stage=stage, reason=reason, source="s", place=str(i)) for i in range(count)]
 
 
 def instruction(number, origin="o", document=""):
@@ -97,6 +104,50 @@ def test_data_that_is_not_fit_is_refused_and_its_report_is_kept(tmp_path):
     assert (tmp_path / "kept" / "report.html").read_text() == (tmp_path / "report" / "report.html").read_text()
     check_fit(report | {"why": ""}, tmp_path / "report", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_the_page_shows_at_once_whether_data_is_fit_and_what_became_of_the_rows(tmp_path):
+    ledger = Ledger()
+    ledger.record("preference", 90, 60, aside_of("preference", 30, "not_verbatim"), writes=True)
+    ledger.record("preference", 60, 40, aside_of("preference", 20, "near_duplicate"))
+    rows = [
+        PreferenceRow(
+            prompt=[Message(role="user", content=f"What is {i}?")],
+            chosen=[Message(role="assistant", content=f"The good one, {i}.")],
+            rejected=[Message(role="assistant", content=f"The bad one, {i}.")],
+            source="s",
+            origin="o",
+        )
+        for i in range(40)
+    ]
+    report = reported(tmp_path, ledger, rows[:30], [("test", row) for row in rows[30:]])
+    page = (tmp_path / "report.html").read_text()
+    assert (report["drafts"], '<header class="strip good">' in page, "Fit to train on" in page) == (30, True, True)
+    bars = re.findall(r'<div>([\w ]+)</div><div class="n">(\d+)</div><div class="bar">', page)
+    assert bars == [
+        ("read or written", "90"),
+        ("usable", "60"),
+        ("kept", "40"),
+        ("for train", "30"),
+        ("for test", "10"),
+    ]
+    # The chosen answer stands above the rejected one.
+    assert (
+        page.index("Chosen") < page.index("The good one, 0.") < page.index("Rejected") < page.index("The bad one, 0.")
+    )
+    for reason in ("not_verbatim", "near_duplicate"):
+        assert f"<td>{reason}</td>" in page
+        assert REASONS[reason] in page
+    # Sections without anything to show are left out.
+    assert "Leaks and contamination" not in page
+    assert "Duplicates" not in page
+
+    ledger = Ledger()
+    ledger.record("instruction", 3, 3)
+    reported(tmp_path, ledger, map(instruction, range(3)))
+    page = (tmp_path / "report.html").read_text()
+    assert '<header class="strip bad">' in page
+    assert "The rows are not fit to train on: only 3 rows are left" in page
 
 
 def test_answers_that_end_at_their_last_sentence_are_counted(tmp_path):

@@ -10,9 +10,9 @@ from fastapi.testclient import TestClient
 from llm_engineering.errors import RequestError
 from llm_engineering.review.app import build_app
 from llm_engineering.review.browse import DatasetVersion
-from llm_engineering.review.drift import Covered
-from llm_engineering.review.site import Context, Reviews, as_typed, visible
+from llm_engineering.review.site import Context, as_typed, visible
 from tests.fakes.answering import no_models
+from tests.fakes.reviews import reviews
 
 PORT = 8240
 OWN = f"http://127.0.0.1:{PORT}"
@@ -21,7 +21,8 @@ OWN = f"http://127.0.0.1:{PORT}"
 @pytest.fixture
 def context(tmp_path):
     hostile = DatasetVersion("a/b?c", "<script>alert(1)</script>\u202e", "2026-01-01", "", "train 1")
-    return Context(Reviews("tiny", tmp_path, lambda: [hostile], tmp_path, lambda: Covered([], [])))
+    plain = DatasetVersion("b", "b", "", "", "")
+    return Context(reviews(tmp_path, list_datasets=lambda: [hostile, plain]))
 
 
 @pytest.fixture
@@ -128,6 +129,7 @@ def test_an_error_is_a_page_with_its_sentence(client, context):
     answer = client.get(f"{context.root}/fails")
     assert answer.status_code == 400
     assert "No &lt;b&gt;such&lt;/b&gt; thing. Choose another." in answer.text
+    assert client.get(f"{context.root}/data/c").status_code == 400
     assert client.get(f"{context.root}/none").status_code == 404
 
 

@@ -5,9 +5,9 @@ from fastapi.testclient import TestClient
 
 from llm_engineering.feedback import comparisons
 from llm_engineering.review.app import build_app
-from llm_engineering.review.drift import Covered
-from llm_engineering.review.site import Context, Reviews
+from llm_engineering.review.site import Context
 from tests.fakes.answering import answering
+from tests.fakes.reviews import reviews
 
 PORT = 8240
 HOSTILE = "<script>alert(1)</script> \u202egnp"
@@ -15,7 +15,7 @@ HOSTILE = "<script>alert(1)</script> \u202egnp"
 
 @pytest.fixture
 def context(tmp_path):
-    return Context(Reviews("tiny", tmp_path, list, tmp_path, lambda: Covered([], [])))
+    return Context(reviews(tmp_path))
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from llm_engineering.documents.passages import Passage
 from llm_engineering.feedback.served import Asked, ServedLog
 from llm_engineering.review.app import build_app
 from llm_engineering.review.drift import Covered, find_drift
-from llm_engineering.review.site import Context, Reviews
+from llm_engineering.review.site import Context
 from tests.fakes.answering import no_models
+from tests.fakes.reviews import reviews
 
 PORT = 8240
 TOOLS = ("winch", "pump", "lamp", "gate", "stove", "skiff", "flour", "plank")
@@ -39,7 +40,7 @@ def log(tmp_path):
 
 @pytest.fixture
 def pages(tmp_path, log):
-    context = Context(Reviews("tiny", tmp_path, list, log.folder, lambda: COVERED))
+    context = Context(reviews(tmp_path, served=log.folder, read_covered=lambda: COVERED))
     client = TestClient(build_app(context, PORT, no_models()), base_url=f"http://127.0.0.1:{PORT}")
     return lambda path="": client.get(f"{context.root}/drift{path}")
 

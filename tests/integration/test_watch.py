@@ -1,0 +1,115 @@
+"""The page of `watch` in a real browser, while a real run trains."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+from playwright.sync_api import expect, sync_playwright
+
+from tests.integration.conftest import ROOT, TIMEOUT_S, Project
+
+CHROMIUM = shutil.which("chromium")
+SECONDS_TO_START = 120
+SECONDS_TO_END = 30
+SECONDS_TO_TRAIN = 240
+# A run of this many epochs takes minutes, so it still trains when the page is read. The test ends it.
+EPOCHS = 400
+
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium on the PATH (Debian: apt install chromium)"
+)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def printed_url(process: subprocess.Popen[str]) -> str:
+    """Wait until the command prints the address of its page; returns this address."""
+    assert process.stdout
+    # If the process hangs, it is killed, so that `readline` returns.
+    watchdog = threading.Timer(SECONDS_TO_START, process.kill)
+    watchdog.start()
+    line = process.stdout.readline()
+    watchdog.cancel()
+    found = re.match(r"Watching: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)", line)
+    assert found, f"printed {line!r}; on stderr: {process.stderr.read() if process.stderr else ''}"
+    return found[1]
+
+
+@needs_chromium
+def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(
+    fresh_project: Project, free_port: int
+) -> None:
+    watching = subprocess.Popen(
+        [sys.executable, "-m", "tools.cli", "watch", "--port", str(free_port)],
+        cwd=ROOT,
+        env=fresh_project.env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    run = None
+    try:
+        url = printed_url(watching)
+        # A web site whose name resolves to this machine cannot read the page.
+        assert httpx.get(url, headers={"Host": "evil.example"}, trust_env=False).status_code == 400
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+            page.goto(url)
+            expect(page.get_by_text("No run trains on this machine.")).to_be_visible()
+
+            # The page is not touched from here on: it loads itself again.
+            epochs = f"sft.num_train_epochs={EPOCHS}"
+            run = fresh_project.start("run", "sft", "--config", str(fresh_project.recipe), "--set", epochs)
+            progress = page.get_by_text(re.compile(r"^sft: step [\d,]+ of 2,400, about .* left\.$"))
+            expect(progress).to_be_visible(timeout=SECONDS_TO_TRAIN * 1000)
+            before = progress.text_content()
+            assert before
+            expect(page.get_by_text(before)).not_to_be_visible(timeout=SECONDS_TO_START * 1000)
+            expect(progress).to_be_visible()
+            for heading in ("Loss", "Learning rate", "Speed"):
+                expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
+            assert page.locator("svg").count() == 3
+            expect(page.get_by_role("columnheader", name="validation loss")).to_be_visible()
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+            # A killed run cannot write that it has ended.
+            os.kill(run.pid, signal.SIGKILL)
+            expect(page.get_by_text("No run trains on this machine.")).to_be_visible(timeout=SECONDS_TO_START * 1000)
+            expect(page.get_by_text(re.compile(r"^The last one was sft-\w+: sft: step [\d,]+ of"))).to_be_visible()
+            # The browser is still open. Its connections must not keep the server alive.
+            watching.send_signal(signal.SIGINT)
+            _, errors = watching.communicate(timeout=SECONDS_TO_END)
+            assert (watching.returncode, errors) == (0, "")
+            browser.close()
+    finally:
+        watching.kill()
+        watching.communicate()
+        if run is not None:
+            run.kill()
+            run.communicate(TIMEOUT_S)
+
+
+def test_a_port_in_use_is_refused(fresh_project: Project) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = fresh_project.command("watch", "--port", str(taken.getsockname()[1]))
+    assert done.code == 2
+    assert "make watch ARGS='--port N'" in done.stderr
