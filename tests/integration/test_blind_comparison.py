@@ -152,6 +152,7 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
         page.get_by_role("link", name="Show the names and the result").click()
         row = page.locator("#agreement tr", has_text="Ada and Bo")
         expect(row.locator("td")).to_have_text(["Ada and Bo", "20", *kappa(session)])
+        server.kill()
 
     # The next model is trained on what both agreed on, and one person wrote.
     trained = fresh_project.command(*dpo, "--json")
