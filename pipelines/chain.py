@@ -103,7 +103,7 @@ class _Datasets:
                 self.inputs.exam,
                 # The exam asks about the documents, so they stay whole.
                 self.exam() if kind != "text" else None,
-                *((self._human(kind),) if self.recipe.data.people(kind) else ()),
+                *((self._human(kind), *self._asked(kind)) if self.recipe.data.people(kind) else ()),
                 id=f"prepare_{rows_of(kind)}",
             )
         return self._made[kind]
@@ -113,6 +113,14 @@ class _Datasets:
         rows = rows_of(kind)
         step = add_human.with_options(substitutions={"rows": rows})
         return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
+
+    def _asked(self, kind: str) -> list[Any]:
+        """The instructions, if the run has them: rows of people must not ask their held-out questions."""
+        return (
+            [self.of("instruction")]
+            if kind != "instruction" and "instruction" in self.recipe.kinds(self.recipe.chain[-1])
+            else []
+        )
 
     def documents(self) -> Any:
         """The documents; None if the recipe does not read them."""

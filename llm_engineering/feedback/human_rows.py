@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from llm_engineering.data.rows import (
     REPEATED,
     InstructionRow,
     PreferenceRow,
+    folded,
     read_row,
     to_dataset,
 )
@@ -146,7 +148,12 @@ def facts(human: DatasetDict) -> dict[str, Any]:
 
 
 def join(
-    candidates: DatasetDict | None, human: DatasetDict, kind: str, config: DataConfig, ledger: Ledger
+    candidates: DatasetDict | None,
+    human: DatasetDict,
+    kind: str,
+    config: DataConfig,
+    ledger: Ledger,
+    held_out: Container[str] = (),
 ) -> DatasetDict:
     """Apply the decisions of reviewers to the candidates, and put the rows of people before them.
 
@@ -155,6 +162,7 @@ def join(
 
     Args:
         candidates: the tables `rows` and, for the user's own test split, `test_rows`; None if people made all rows.
+        held_out: the `folded` held-out questions of another dataset. What asks one of them is a row about it.
     """
     decisions = current(_decision(record) for record in human["decisions"])
     parts = {"rows": kind, "test_rows": f"{kind}_test"}
@@ -165,16 +173,16 @@ def join(
         ledger.record(parts[part], len(table), len(applied.rows), applied.rejected)
         first = sorted(applied.rows, key=lambda row: not row.origin.startswith(HUMAN))
         tables[part] = _table([row.record() for row in first], kind)
-    rows = human["rows"]
-    new = rows.select([place for place, held_out in enumerate(rows["held_out"]) if not held_out])
-    detail = "the question is held out for testing, so that its answers are only judged"
     aside = [Quarantined.model_validate(record) for record in human["aside"]]
-    aside += [
-        Quarantined.of_row(read_row(record, kind), kind, "held_out_question", detail)
-        for record in rows
-        if record["held_out"]
-    ]
-    people = _table(list(new), kind)
+    taken = []
+    for record in human["rows"]:
+        row = read_row(record, kind)
+        if record["held_out"] or folded(row.prompt[-1:]) in held_out:
+            detail = "the question is held out for testing, so that its answers are only judged"
+            aside.append(Quarantined.of_row(row, kind, "held_out_question", detail))
+        else:
+            taken.append(record)
+    people = _table(taken, kind)
     tables["rows"] = concatenate_datasets([people, tables["rows"]]) if "rows" in tables else people
     ledger.read.setdefault(kind, 0)
     ledger.kept.setdefault(kind, 0)
