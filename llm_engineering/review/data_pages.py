@@ -142,13 +142,15 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         return {"count": len(made), "decisions": news}
 
     @app.get("/data/{key}")
-    def rows(key: str, wanted: Filtered, page_number: int = 1) -> Response:
+    def rows(key: str, wanted: Filtered, from_row: str = "") -> Response:
         opened = reviews.open_dataset(key)
         made = stored(reviews.folder)
         last = current(made)
         chosen = _chosen(opened, wanted, last)
-        number, pages = _paged(len(chosen), ROWS_ON_PAGE, page_number)
-        shown = chosen[(number - 1) * ROWS_ON_PAGE :][:ROWS_ON_PAGE]
+        # Pages begin at a row and have no numbers: rows leave the list of the undecided ones while they are decided on.
+        start = int(np.searchsorted(chosen, int(from_row) - 1)) if from_row.isdecimal() else 0
+        start = min(start, max(0, len(chosen) - 1))
+        shown = chosen[start:][:ROWS_ON_PAGE]
         return page(
             "rows.html",
             opened,
@@ -160,8 +162,10 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
             decided=len(opened.rows.where("id", equals=last.keys())),
             rules=_merged(opened.findings.counts("rule"), _set_aside_rows(opened)),
             seen=len(made),
-            number=number,
-            pages=pages,
+            start=start,
+            from_row=from_row,
+            earlier=int(chosen[max(0, start - ROWS_ON_PAGE)]) + 1 if start else None,
+            later=int(chosen[start + ROWS_ON_PAGE]) + 1 if start + ROWS_ON_PAGE < len(chosen) else None,
         )
 
     @app.get("/data/{key}/rows/{position}")
@@ -182,7 +186,6 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
             query=_query(wanted),
             earlier=int(chosen[at - 1]) if at else None,
             later=int(chosen[after]) if after < len(chosen) else None,
-            back=at // ROWS_ON_PAGE + 1,
             place=place_of(card.original, document, whole) if document is not None else None,
             original=parts_of(card.original),
             history=[one for one in made if one.id == card.original.id],
@@ -215,6 +218,10 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         (card,) = _cards(opened, [_valid(opened, position)], current(made), None)
         if card.original.id != body.id:
             raise RequestError("The dataset has another row here now. Reload the page.")
+        if not opened.takes_decisions:
+            raise RequestError(
+                f"No run uses decisions on {opened.kind} rows. Correct the documents or rows that they are made of."
+            )
         if card.is_made_later:
             raise RequestError("This row repeats another row in other words. Decide on that row.")
         content = None
