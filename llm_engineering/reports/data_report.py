@@ -146,7 +146,10 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         for reason, rows in ledger.examples.items()
     }
     head = ["Stage", "Source", "Place", "Detail", "Text"]
-    samples = [(name, row.source, _sample(data["kind"], row)) for name, row in lengths.samples]
+    samples = [
+        (f"{split}: {_text(row.prompt or row.answers[0])[:_SHOWN_CHARS]}", _sample(data["kind"], row))
+        for split, row in lengths.samples
+    ]
     leaks = [row for reason, rows in examples.items() if reason.startswith(("leaks_into", "contam")) for row in rows]
     over = f"{data['share_over_max_length']:.1%} of the rows are longer than max_length ({data['max_length']} tokens)."
     if data["kind"] == "text":
@@ -192,13 +195,7 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         ),
         ("Duplicates", _clusters(tables["clusters"])),
         ("Leaks and contamination", table(head, leaks)),
-        (
-            "Sample rows",
-            Markup("").join(
-                details(f"{split}: {_text(row.prompt or row.answers[0])[:_SHOWN_CHARS]}", shown)
-                for (split, row), (_, _, shown) in zip(lengths.samples, samples, strict=True)
-            ),
-        ),
+        ("Sample rows", Markup("").join(details(said, shown) for said, shown in samples)),
         (
             "Examples of rows set aside",
             Markup("").join(
@@ -213,7 +210,7 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         f"{counted(counts['read'], 'row')} read or written, {counts['kept']:,} kept: {used or 'none'}.",
         data["guidance"][0],
     ]
-    sample = samples[0][2] if samples else None
+    sample = samples[0][1] if samples else None
     return page(f"Data report: {data['kind']} rows", lead, sections, facts=facts, verdict=verdict, sample=sample)
 
 
