@@ -146,7 +146,7 @@ def test_run_and_its_report_show_in_the_dashboard(
     expect(answers).not_to_be_in_viewport()
     report.locator("nav").get_by_text("Answers", exact=True).click()
     expect(answers).to_be_in_viewport()
-    report.locator("summary", has_text="1. Where does").click()
+    report.locator("summary", has_text="1. Where does").first.click()
     expect(report.locator("details[open]").get_by_text("Reference answer")).to_be_visible()
 
     # The browser is still open. Its connections must not keep the server alive.
