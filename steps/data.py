@@ -18,6 +18,7 @@ from llm_engineering.data.rows import (
     SPLITS,
     InstructionRow,
     TextRow,
+    folded,
     instruction_dataset,
     instruction_row,
     preference_dataset,
@@ -333,15 +334,19 @@ def prepare(
     exam_hash: str | None,
     written: Directory | None = None,
     human: DatasetDict | None = None,
+    instructions: DatasetDict | None = None,
 ) -> Annotated[DatasetDict, "{kind}_dataset"]:
     """Check, judge and split the rows of a kind. No row for training asks a question of the exam.
 
     `evaluation_hash` is of `data.decontaminate_against`. `written` is the exam that the run has written. `human` are the rows of
-    people, which join the candidates; without candidates they are all rows.
+    people, which join the candidates; without candidates they are all rows. None of them that is trained on asks a question of
+    the test split of `instructions`.
     """
     ledger = Ledger.load(candidates) if candidates is not None else Ledger()
     if human is not None:
-        candidates = join_people(candidates, human, kind, checks, ledger)
+        tested = instructions["test"] if instructions is not None else []
+        held_out = {folded(instruction_row(record).prompt[-1:]) for record in tested}
+        candidates = join_people(candidates, human, kind, checks, ledger, held_out)
     assert candidates is not None
     exam, exam_hash = the_exam(exam, exam_hash, written)
     if kind == "instruction" and written is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from llm_engineering.data.rows import (
     REPEATED,
     InstructionRow,
     PreferenceRow,
+    folded,
     read_row,
     split_key,
     split_of,
@@ -149,7 +151,12 @@ def facts(human: DatasetDict) -> dict[str, Any]:
 
 
 def join(
-    candidates: DatasetDict | None, human: DatasetDict, kind: str, config: DataConfig, ledger: Ledger
+    candidates: DatasetDict | None,
+    human: DatasetDict,
+    kind: str,
+    config: DataConfig,
+    ledger: Ledger,
+    held_out: Container[str] = (),
 ) -> DatasetDict:
     """Apply the decisions of reviewers to the candidates, and put the rows of people before them.
 
@@ -158,6 +165,7 @@ def join(
 
     Args:
         candidates: the tables `rows` and, for the user's own test split, `test_rows`; None if people made all rows.
+        held_out: the `folded` held-out questions of another dataset. What asks one of them is a row about it.
     """
     decisions = current(_decision(record) for record in human["decisions"])
     parts = {"rows": kind, "test_rows": f"{kind}_test"}
@@ -173,10 +181,11 @@ def join(
     aside = [Quarantined.model_validate(record) for record in human["aside"]]
     for record in human["rows"]:
         row = read_row(record, kind)
-        if own_test and record["held_out"]:
+        is_held_out = record["held_out"] or folded(row.prompt[-1:]) in held_out
+        if own_test and is_held_out:
             taken["test_rows"].append(record)
-        elif record["held_out"] and split_of(split_key(row), config.split, own_test) != "test":
-            detail = "the question was held out for testing when it was judged"
+        elif is_held_out and split_of(split_key(row), config.split, own_test) != "test":
+            detail = "the question is held out for testing, or was when it was judged"
             aside.append(Quarantined.of_row(row, kind, "held_out_question", detail))
         else:
             taken["rows"].append(record)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_engineering.errors import RequestError
-from llm_engineering.feedback import comparisons, decisions
+from llm_engineering.feedback import comparisons, decisions, served
 from llm_engineering.feedback.human_rows import Said
-from llm_engineering.recipe.data_blocks import REVIEW
+from llm_engineering.recipe.data_blocks import FEEDBACK, REVIEW
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import rows_of
@@ -37,6 +37,11 @@ def _decided(folder: Path, kind: str) -> Said:
 
 SOURCES = {
     REVIEW: Source("review", (comparisons.said, _decided), "run `make review`"),
+    FEEDBACK: Source(
+        served.FOLDER,
+        (served.said,),
+        'log requests with `make serve ARGS="--set serving.log_requests=true"` and send feedback on the answers',
+    ),
 }
 
 

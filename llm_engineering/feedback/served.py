@@ -6,9 +6,8 @@ anything is written.
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,19 +15,22 @@ from typing import Any, NamedTuple
 
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import LabelledRow, Message, PreferenceRow, normalised
+from llm_engineering.data.rows import HUMAN, InstructionRow, LabelledRow, Message, PreferenceRow, normalised
 from llm_engineering.feedback import journal
+from llm_engineering.feedback.human_rows import HumanRow, Said
 
+# In the output folder.
+FOLDER = "served"
 FEEDBACK_FILE = "feedback.jsonl"
 ANONYMOUS = "anonymous"
 _DAYS = "[0-9]*-[0-9]*-[0-9]*.jsonl"
-# OpenAI's name of the reason for an answer that reached its limit of tokens.
-_CUT = "length"
+# Why an answer ended before its end: it reached its limit of tokens, as OpenAI names it, or its client left.
+_INCOMPLETE = ("length", None)
 
 
 def served_folder(outputs: Path, recipe_name: str) -> Path:
     """The folder of what a recipe's server writes, in the output folder."""
-    return outputs / "served" / recipe_name
+    return outputs / FOLDER / recipe_name
 
 
 @dataclass(frozen=True)
@@ -122,76 +124,64 @@ def read_feedback(folder: Path) -> list[Judged]:
     Raises:
         WorkError: a line of a file is damaged.
     """
-    last = {(said["id"], said["user"]): said for said in journal.read(folder / FEEDBACK_FILE)}
+    last = {(record["id"], record["user"]): record for record in journal.read(folder / FEEDBACK_FILE)}
     answers = {record["id"]: record for record in read_answers(folder)} if last else {}
-    return [Judged(said, answers.get(said["id"])) for said in last.values()]
+    return [Judged(record, answers.get(record["id"])) for record in last.values()]
 
 
-def feedback_hash(folder: Path) -> str | None:
-    """A hash of all feedback that counts, with its answers; None without any. Requests without feedback do not change it."""
-    judged = read_feedback(folder)
-    return hashlib.sha256(json.dumps(judged, sort_keys=True).encode()).hexdigest()[:16] if judged else None
+def said(folder: Path, kind: str) -> Said:
+    """Rows of a kind, made of all feedback.
 
-
-def labelled_rows(folder: Path) -> list[LabelledRow | Quarantined]:
-    """Answers with the label that people gave them, and corrections, which are good answers.
-
-    A good answer that reached its limit of tokens is set aside as `cut_answer`: training would teach to end there.
+    An answer is a labelled row. A correction is chosen over the answer in a pair, a good labelled answer, and an instruction
+    row. An answer that is not complete is neither a good answer nor a rejected one, because training would teach to end
+    there: it is set aside as `cut_answer`.
     """
-    rows: list[LabelledRow | Quarantined] = []
-    for said, served in read_feedback(folder):
-        good = said["thumbs"] == "up"
-        if served is None:
-            rows.append(_aside(said, "labelled", "no_answer"))
-            continue
-        shared = _shared(said, served)
-        if good and served["finish_reason"] in (_CUT, None):
-            rows.append(_aside(said, "labelled", "cut_answer"))
-        else:
-            rows.append(LabelledRow(**shared, completion=[_answer(served)], label=good))
-        if said["correction"] is not None:
-            rows.append(LabelledRow(**shared, completion=[_correction(said)], label=True))
-    return rows
+    rows: list[HumanRow] = []
+    aside: list[Quarantined] = []
+    for feedback, served in read_feedback(folder):
+        reasons = _reasons(feedback, served, kind)
+        aside += [
+            Quarantined(stage=kind, reason=reason, source=FEEDBACK_FILE, place=feedback["id"], detail=detail)
+            for reason, detail in reasons.items()
+        ]
+        if served is not None:
+            made = _rows(feedback, served, kind, is_cut="cut_answer" in reasons)
+            about = f"version {served['version']}"
+            rows += [HumanRow(row, by=feedback["user"], at=feedback["time"], about=about) for row in made]
+    return Said(rows, [], aside)
 
 
-def preference_rows(folder: Path) -> list[PreferenceRow | Quarantined]:
-    """Pairs of a correction, which is chosen, and the answer that it corrects.
-
-    A pair whose answer reached its limit of tokens is set aside as `cut_answer`: it would teach where that limit was.
-    """
-    rows: list[PreferenceRow | Quarantined] = []
-    for said, served in read_feedback(folder):
-        if said["correction"] is None:
-            continue
-        if served is None or served["finish_reason"] in (_CUT, None):
-            rows.append(_aside(said, "preference", "no_answer" if served is None else "cut_answer"))
-        else:
-            shared = _shared(said, served)
-            rows.append(PreferenceRow(**shared, chosen=[_correction(said)], rejected=[_answer(served)]))
-    return rows
+def _reasons(feedback: Mapping[str, Any], served: Mapping[str, Any] | None, kind: str) -> dict[str, str]:
+    """Why a row that the feedback asks for cannot be made, by the reason's name."""
+    has_pair = kind == "preference" and feedback["correction"] is not None
+    has_label = kind == "labelled"
+    if served is None:
+        return {"no_answer": "the log has no answer with this id any more"} if has_pair or has_label else {}
+    if served["finish_reason"] in _INCOMPLETE and (has_pair or (has_label and feedback["thumbs"] == "up")):
+        return {"cut_answer": "the answer reached its limit of tokens, or the client left before its end"}
+    return {}
 
 
-def _shared(said: Mapping[str, Any], served: Mapping[str, Any]) -> dict[str, Any]:
-    prompt = [Message(**message) for message in served["messages"]]
-    return {"prompt": prompt, "source": f"served {said['id']}", "origin": f"human:{said['user']}"}
-
-
-def _answer(served: Mapping[str, Any]) -> Message:
-    return Message(role="assistant", **served["answer"])
-
-
-def _correction(said: Mapping[str, Any]) -> Message:
-    return Message(role="assistant", content=said["correction"])
-
-
-_ASIDE = {
-    "no_answer": "the log has no answer with this id any more",
-    "cut_answer": "the answer is not complete: it reached its limit of tokens, or its client left",
-}
-
-
-def _aside(said: Mapping[str, Any], kind: str, reason: str) -> Quarantined:
-    return Quarantined(stage=kind, reason=reason, source=FEEDBACK_FILE, place=said["id"], detail=_ASIDE[reason])
+def _rows(
+    feedback: Mapping[str, Any], served: Mapping[str, Any], kind: str, is_cut: bool
+) -> Iterator[InstructionRow | PreferenceRow]:
+    shared: dict[str, Any] = {
+        "prompt": [Message(**message) for message in served["messages"]],
+        "source": f"served {feedback['id']}",
+        "origin": HUMAN + feedback["user"],
+    }
+    answer = [Message(role="assistant", **served["answer"])]
+    better = [Message(role="assistant", content=text)] if (text := feedback["correction"]) is not None else None
+    if kind == "labelled" and not is_cut:
+        yield LabelledRow(**shared, completion=answer, label=feedback["thumbs"] == "up")
+    if better is None:
+        return
+    if kind == "labelled":
+        yield LabelledRow(**shared, completion=better, label=True)
+    elif kind == "preference" and not is_cut:
+        yield PreferenceRow(**shared, chosen=better, rejected=answer)
+    elif kind == "instruction":
+        yield InstructionRow(**shared, completion=better)
 
 
 class Asked(NamedTuple):

@@ -11,8 +11,8 @@ from llm_engineering.documents.passages import Passage
 from llm_engineering.evaluation.exam import best_scores
 from llm_engineering.feedback.served import Asked
 
-# Of questions that are written from the documents, this many percent count as not covered. Of 500 general questions, half do
-# for the embedded handbook.
+# Of questions that are written from the documents, this many percent count as not covered. For the embedded handbook, 61 % of
+# 500 general questions do.
 PERCENTILE = 5
 
 

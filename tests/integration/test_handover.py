@@ -131,6 +131,9 @@ def test_the_served_answer_equals_the_answer_of_chat(project, handed):
         )
         assert streamed == answer.choices[0].message.content
 
+        # Requests are not logged unless the recipe says so.
+        assert not (project.folder / "outputs" / "served").exists()
+
         taken = project.command("serve", "--config", str(project.recipe), "--port", str(port))
         assert taken.code == 2
         assert f"Port {port} cannot be used: Address already in use." in taken.stderr

@@ -1,8 +1,8 @@
 """One run of a schedule. It is skipped if another run of the schedule is in progress, or if nothing has changed.
 
 A run compares itself with the last run of the schedule that judged a model. It looks at the documents, the datasets,
-the evaluation's files, the recipe (without `compute`, `tracking`, `serving` and `hub`), the base model's revision, and
-the code of the steps. The outcome of every run is recorded.
+what people said, the evaluation's files, the recipe (without `compute`, `tracking`, `serving` and `hub`), the base
+model's revision, and the code of the steps. The outcome of every run is recorded.
 """
 
 from __future__ import annotations

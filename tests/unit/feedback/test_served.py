@@ -8,14 +8,11 @@ import sys
 
 import pytest
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.feedback.served import (
     ServedLog,
     asked_questions,
-    feedback_hash,
-    labelled_rows,
-    preference_rows,
     read_answers,
+    said,
 )
 from tests.conftest import ROOT
 
@@ -54,20 +51,25 @@ def test_only_the_owner_may_read_the_files(log):
     assert stat.S_IMODE(log.folder.stat().st_mode) == 0o700
 
 
-def test_thumbs_are_labels_and_corrections_are_good_answers_and_pairs(log):
+def test_thumbs_are_labels_and_corrections_are_good_answers_pairs_and_instructions(log):
     answered(log, "a")
     answered(log, "b", "What is 4?")
     log.write_feedback("a", "up", None, "anna")
     log.write_feedback("b", "down", "It follows 3.", None)
-    labelled = [(row.completion[0].content, row.label, row.origin) for row in labelled_rows(log.folder)]
+    labelled = [
+        (one.row.completion[0].content, one.row.label, one.row.origin) for one in said(log.folder, "labelled").rows
+    ]
     assert labelled == [
         ("A number.", True, "human:anna"),
         ("A number.", False, "human:anonymous"),
         ("It follows 3.", True, "human:anonymous"),
     ]
-    (pair,) = preference_rows(log.folder)
-    assert (pair.prompt[0].content, pair.chosen[0].content) == ("What is 4?", "It follows 3.")
-    assert (pair.rejected[0].content, pair.document) == ("A number.", "")
+    (pair,) = said(log.folder, "preference").rows
+    assert (pair.by, pair.about, pair.held_out) == ("anonymous", "version 3", False)
+    assert (pair.row.prompt[0].content, pair.row.chosen[0].content) == ("What is 4?", "It follows 3.")
+    assert (pair.row.rejected[0].content, pair.row.document) == ("A number.", "")
+    (instruction,) = said(log.folder, "instruction").rows
+    assert instruction.row.completion[0].content == "It follows 3."
 
 
 def test_the_last_feedback_of_a_person_on_an_answer_counts(log):
@@ -75,11 +77,8 @@ def test_the_last_feedback_of_a_person_on_an_answer_counts(log):
     log.write_feedback("a", "up", "Three.", "anna")
     log.write_feedback("a", "up", None, "ben")
     log.write_feedback("a", "down", None, "anna")
-    assert [(row.origin, row.label) for row in labelled_rows(log.folder)] == [
-        ("human:anna", False),
-        ("human:ben", True),
-    ]
-    assert preference_rows(log.folder) == []
+    assert [(one.by, one.row.label) for one in said(log.folder, "labelled").rows] == [("anna", False), ("ben", True)]
+    assert said(log.folder, "preference") == ([], [], [])
 
 
 @pytest.mark.parametrize("finish", ["length", None])
@@ -88,11 +87,15 @@ def test_an_incomplete_answer_is_neither_a_good_one_nor_a_rejected_one(log, fini
     answered(log, "b", finish=finish)
     log.write_feedback("a", "up", None, None)
     log.write_feedback("b", "down", "Three.", None)
-    cut, bad, corrected = labelled_rows(log.folder)
-    assert isinstance(cut, Quarantined)
-    assert cut.reason == "cut_answer"
-    assert (bad.label, corrected.label) == (False, True)
-    assert [row.reason for row in preference_rows(log.folder)] == ["cut_answer"]
+    labelled = said(log.folder, "labelled")
+    assert [(one.reason, one.place) for one in labelled.aside] == [("cut_answer", "a")]
+    assert [(one.row.completion[0].content, one.row.label) for one in labelled.rows] == [
+        ("A number.", False),
+        ("Three.", True),
+    ]
+    pairs = said(log.folder, "preference")
+    assert ([one.reason for one in pairs.aside], pairs.rows) == (["cut_answer"], [])
+    assert len(said(log.folder, "instruction").rows) == 1
 
 
 def test_feedback_on_an_answer_whose_log_was_deleted_is_set_aside(log):
@@ -100,7 +103,9 @@ def test_feedback_on_an_answer_whose_log_was_deleted_is_set_aside(log):
     log.write_feedback("a", "down", "Three.", None)
     (day,) = log.folder.glob("2*.jsonl")
     day.unlink()
-    assert [row.reason for row in [*labelled_rows(log.folder), *preference_rows(log.folder)]] == ["no_answer"] * 2
+    for kind in ("labelled", "preference"):
+        found = said(log.folder, kind)
+        assert ([one.reason for one in found.aside], found.rows) == (["no_answer"], [])
 
 
 def test_an_answer_is_known_by_its_id_and_not_by_texts_that_quote_one(log):
@@ -108,18 +113,6 @@ def test_an_answer_is_known_by_its_id_and_not_by_texts_that_quote_one(log):
     assert log.has_answer("a")
     assert not log.has_answer("b")
     assert ServedLog(log.folder, 4, "other").has_answer("a")
-
-
-def test_only_feedback_changes_its_hash(log):
-    assert feedback_hash(log.folder) is None
-    answered(log, "a")
-    assert feedback_hash(log.folder) is None
-    log.write_feedback("a", "up", None, None)
-    first = feedback_hash(log.folder)
-    answered(log, "b")
-    assert feedback_hash(log.folder) == first
-    log.write_feedback("b", "up", None, None)
-    assert feedback_hash(log.folder) != first
 
 
 def test_questions_are_counted_and_follow_ups_left_out(log):

@@ -20,6 +20,8 @@ from llm_engineering.data.rows import (
 from llm_engineering.data.wordings import OTHER_WORDING
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
+from llm_engineering.feedback.human_rows import read_snapshot, take_snapshot
+from llm_engineering.feedback.served import ServedLog, said
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import (
@@ -135,6 +137,26 @@ def test_prompts_of_held_out_instructions_stay_held_out(settings, facts):
     assert asked["rows"] == [row.prompt[-1].content for name in ("train", "validation") for row in rows[name]]
     assert made["rows"]["answers"][0] == [rows["train"][0].completion[0].content]
     assert counts(made) == {"instruction": (12, 12), "prompt": (8, 8), "prompt_test": (4, 4)}
+
+
+def test_thumbs_on_a_held_out_question_are_set_aside(settings, facts, tmp_path):
+    log = ServedLog(tmp_path, 1, "abc")
+    for number in range(40):
+        asked = [{"role": "user", "content": f"What is {number}?"}]
+        log.write_answer(f"n{number}", asked, {"content": f"A number, {number}."}, "stop", None)
+        log.write_feedback(f"n{number}", "up", None, None)
+    human = read_snapshot(take_snapshot(said(tmp_path, "labelled"), tmp_path), "labelled", tmp_path)
+    checks = DataConfig(rules=RulesConfig(near_duplicate="off"))
+    alone = data.prepare.entrypoint("labelled", None, checks, None, None, None, None, human)
+    trained = alone["train"][0]["prompt"][0]["content"]
+    # The question of a generated row is in the split of its document.
+    row = instruction(1)
+    row = row.model_copy(update={"prompt": [row.prompt[-1].model_copy(update={"content": trained.upper()})]})
+    instructions = DatasetDict(test=instruction_dataset([row]))
+    made = data.prepare.entrypoint("labelled", None, checks, None, None, None, None, human, instructions)
+    assert [(one["reason"], one["text"]) for one in made["quarantine"]] == [("held_out_question", trained)]
+    assert counts(made) == {"labelled": (40, 39)}
+    assert len(made["train"]) == len(alone["train"]) - 1
 
 
 def test_rows_that_are_not_fit_are_refused_before_training(settings, facts, monkeypatch, tmp_path, tiny_model):

@@ -8,6 +8,9 @@ import pytest
 
 from llm_engineering.cloud.schedules.notify import notify
 from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place
+from llm_engineering.feedback.human_rows import take_snapshot
+from llm_engineering.feedback.people import said_about, snapshots
+from llm_engineering.feedback.served import ServedLog, served_folder
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.settings import Settings
 from pipelines.inputs import Inputs
@@ -92,6 +95,23 @@ def test_run_is_skipped_if_nothing_has_changed_since_the_last_one(tmp_path, monk
         assert run(place, monkeypatch, name, judged(recipe, inputs)) == 0
     assert verdicts(place) == ["staged: version 4", "skipped: no new data", "staged: version 4"]
     assert webhook.received == []
+
+
+def test_new_feedback_is_new_data_and_a_request_without_feedback_is_not(tmp_path, monkeypatch, webhook, settings):
+    place = tmp_path / "weekly"
+    recipe = load_recipe(ROOT / "configs" / "kto_thumbs.yaml", ["data.labelled=feedback"])
+    log = ServedLog(served_folder(settings.llm_output_dir, recipe.name), 1, "abc")
+
+    def run_after_a_request(name, has_feedback):
+        log.write_answer(name, [{"role": "user", "content": f"Who is {name}?"}], {"content": "Kell."}, "stop", None)
+        if has_feedback:
+            log.write_feedback(name, "up", None, None)
+        people = {"labelled": take_snapshot(said_about(recipe, "labelled", settings), snapshots(settings))}
+        run(place, monkeypatch, name, judged(recipe, INPUTS.model_copy(update={"people": people})))
+
+    for name, has_feedback in (("a", True), ("b", False), ("c", True)):
+        run_after_a_request(name, has_feedback)
+    assert verdicts(place) == ["staged: version 4", "skipped: no new data", "staged: version 4"]
 
 
 def test_a_repeat_of_the_version_in_production_counts_as_promoted(tmp_path, monkeypatch, recipe, webhook):
