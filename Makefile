@@ -8,14 +8,14 @@ MAKE_PY = @$(BIN)/python -m tools.make $@
 
 # Values are passed to Python as environment variables, so that neither make nor a shell expands them. Variables that
 # the environment sets are ignored, except CONFIG and ARGS.
-VARIABLES  := CONFIG ARGS STAGE KIND VERSION NOTE FORMAT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
+VARIABLES  := CONFIG ARGS STAGE KIND VERSION VERSIONS NOTE FORMAT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
 MAKE_GIVEN := $(foreach v,$(VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)),$(if $(value $v),$v)))
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
-COMMANDS := run run-sft run-dpo retrain datasets runs dashboard watch inspect review push-dataset chat compare exam serve models \
-  promote rollback lineage verify delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
+COMMANDS := run run-sft run-dpo retrain datasets sweep runs dashboard watch inspect review push-dataset chat compare exam serve models \
+  compare-versions promote rollback lineage verify delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
 .DEFAULT_GOAL := help
@@ -33,6 +33,7 @@ run-dpo:  ## train and evaluate a DPO adapter on top of the SFT adapter
 run:  ## train and evaluate a stage of the recipe's chain: STAGE=cpt|sft|dpo|kto
 retrain:  ## all stages of the chain as one run
 datasets:  ## generate the datasets of the chain without training
+sweep:  ## train with many values from the recipe's block sweep, and evaluate the best: CONFIG=… [ARGS="--jobs 2"]
 runs:  ## list the last runs
 dashboard:  ## serve ZenML's dashboard on this machine until Ctrl-C
 watch:  ## show the curves of the runs that train on this machine, until Ctrl-C
@@ -48,6 +49,7 @@ compare:  ## ask the base, SFT and DPO models the same question: PROMPT="Who fou
 exam:  ## ask the base and the trained models the questions of the recipe's exam: [VERSION=N]
 serve:  ## serve the promoted model with an OpenAI-compatible API until Ctrl-C
 models:  ## list the versions of the model
+compare-versions:  ## compare two versions, with a page: VERSIONS="3 5"
 promote:  ## move a model version to production: VERSION=… [NOTE="reason"]
 rollback:  ## move the previous production version back to production: [NOTE="reason"]
 lineage:  ## show where a model version comes from, with hashes: VERSION=…

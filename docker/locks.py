@@ -1,7 +1,8 @@
 """Writes the locks of the images from requirements.lock: python docker/locks.py [--check]
 
 The locks have the versions of requirements.lock for Linux on x86-64. `retrain` has the project with all extras except those
-for development. `training` has the packages of training, without ZenML and its dependencies.
+for development. `training` has the packages of training, without ZenML, optuna (a sweep runs where the command runs) and their
+dependencies.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def requirements(target: str) -> list[str]:
     needed: list[str] = [*project["dependencies"]]
     for extra in EXTRAS[target]:
         needed += project["optional-dependencies"][extra]
-    return [line for line in needed if target == "retrain" or not line.startswith("zenml")]
+    return [line for line in needed if target == "retrain" or not line.startswith(("zenml", "optuna"))]
 
 
 def locked(target: str) -> str:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from zenml import pipeline
 from zenml.client import Client
 
-from llm_engineering.recipe.data_blocks import FEEDBACK
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
@@ -48,6 +47,16 @@ def retrain(recipe: Recipe, inputs: Inputs, incumbent: Any = None) -> None:
 def run_stage(recipe: Recipe, inputs: Inputs, stage: str, incumbent: Any = None) -> None:
     """Documents to the evaluated adapter of a stage. The adapters of earlier runs that it needs are in `inputs`."""
     _train_and_judge(recipe, inputs, recipe.trained_with(stage), incumbent)
+
+
+@pipeline
+def sweep_trial(recipe: Recipe, inputs: Inputs, stage: str, seed: int | None = None) -> None:
+    """Train the chain up to a stage, and evaluate nothing: the test split stays untouched.
+
+    Args:
+        seed: replaces the recipe's seed in training alone, so that the data stays the same.
+    """
+    _train(recipe, inputs, recipe.chain_to(stage), seed)
 
 
 def stage_pipeline(stage: str) -> Any:
@@ -116,9 +125,12 @@ class _Datasets:
         return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
 
     def _asked(self, kind: str) -> list[Any]:
-        """The instructions, if their held-out questions must be left out of what people asked a served model."""
-        asks = kind != "instruction" and FEEDBACK in self.recipe.data.people(kind)
-        return [self.of("instruction")] if asks and "instruction" in self.recipe.kinds(self.recipe.chain[-1]) else []
+        """The instructions, if the run has them: rows of people must not ask their held-out questions."""
+        return (
+            [self.of("instruction")]
+            if kind != "instruction" and "instruction" in self.recipe.kinds(self.recipe.chain[-1])
+            else []
+        )
 
     def documents(self) -> Any:
         """The documents; None if the recipe does not read them."""
@@ -226,23 +238,39 @@ class _Datasets:
         return step(kind, path, test_path, data.format, data.columns, content_hash, *replay, id=f"load_{rows_of(kind)}")
 
 
-def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbent: Any) -> None:
-    """Train stages of the chain, evaluate the model of every stage, and judge the last one.
+class _Trained(NamedTuple):
+    """Outputs of the steps up to the last training step.
+
+    Attributes:
+        formatted: the formatted rows of each kind, on which the models are compared: those of the first stage with this kind.
+        report: the training report of the last stage.
+        scorer: the reward model of the last stage with rewards.
+    """
+
+    datasets: _Datasets
+    formatted: dict[str, Any]
+    adapters: dict[str, Any]
+    report: Any
+    scorer: Any
+
+
+def _train(recipe: Recipe, inputs: Inputs, trained: list[str], seed: int | None = None) -> _Trained:
+    """Train stages of the chain.
 
     Args:
         trained: the stages to train. The adapters of the stages before them come from earlier runs.
+        seed: the seed of training, if it is not the recipe's.
     """
-    last = trained[-1]
-    chain = recipe.chain_to(last)
+    setup = recipe.setup if seed is None else recipe.setup.model_copy(update={"seed": seed})
+    # A later stage finds an adapter by this hash, and must not start from one with another seed.
+    ending = "" if seed is None else f"-seed{seed}"
     datasets = _Datasets(recipe, inputs)
     adapters = {stage: Client().get_artifact_version(number) for stage, number in inputs.adapters.items()}
-    # The formatted rows of each kind, on which the models are compared: those of the first stage with this kind.
     formatted: dict[str, Any] = {}
     report: Any = None
     start: Any = None
-    # The reward model of the last stage with rewards.
     scorer: Any = None
-    for stage in chain:
+    for stage in recipe.chain_to(trained[-1]):
         kind, block = STAGES[stage].rows, recipe.block(stage)
         if isinstance(block, RewardedConfig):
             scorer = _reward_model(recipe, inputs, stage, block, adapters)
@@ -255,14 +283,22 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
                 stage,
                 STAGES[stage].train,
                 block.model_dump(),
-                recipe.setup,
-                inputs.recipes[stage],
+                setup,
+                inputs.recipes[stage] + ending,
                 start,
                 scorer if isinstance(block, RewardedConfig) else None,
                 id=f"train_{stage}",
             )
         # A reward model is no start for another stage.
         start = adapters[stage] if STAGES[stage].policy else start
+    return _Trained(datasets, formatted, adapters, report, scorer)
+
+
+def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbent: Any) -> None:
+    """Train stages of the chain, evaluate the model of every stage, and judge the last one."""
+    last = trained[-1]
+    chain = recipe.chain_to(last)
+    datasets, formatted, adapters, report, scorer = _train(recipe, inputs, trained)
     for kind in recipe.kinds(last):
         if kind not in formatted:
             formatted[kind] = _format(recipe, FIRST_OF_KIND[kind], kind, datasets.of(kind))

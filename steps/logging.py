@@ -31,12 +31,13 @@ def page_facts(base_model: str) -> dict[str, str]:
     A step that comes from the cache keeps its page, which names the earlier run that wrote it.
     """
     context = get_step_context()
-    run, model = context.pipeline_run, context.model
+    run = context.pipeline_run
     # As a dict: the class of the recipe would add the code of all stages to the cache key of each.
     recipe = (run.config.parameters or {})["recipe"]
     return {
-        "Model": model.name,
-        "Version": str(model.number),
+        "Model": recipe["name"],
+        # A trial of a sweep makes no version.
+        "Version": str(context.model.number) if run.config.model is not None else "",
         "Run": run.name,
         "Date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "Recipe": f"{recipe['name']} {recipe_hash(recipe)}",

@@ -83,6 +83,11 @@ GROUPS = {
 COMMANDS: dict[str, list[Entry]] = {
     "Run pipelines": [
         Entry("run", "run:run", "Run a stage of the chain, the whole chain, or only the generation of data."),
+        Entry(
+            "sweep",
+            "sweeps.sweep:sweep",
+            "Train a stage with many values of the recipe's keys, and evaluate the best once.",
+        ),
         Entry("runs", "results:runs", "List the last runs."),
         Entry("dashboard", "serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
         Entry(
@@ -108,6 +113,11 @@ COMMANDS: dict[str, list[Entry]] = {
         ),
         Entry("serve", "serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."),
         Entry("models list", "model_versions.model_stages:list_versions", "List the versions of a model."),
+        Entry(
+            "models compare",
+            "model_versions.comparison:compare",
+            "Compare two versions: recipes, data, measures with paired intervals, curves and answers.",
+        ),
         Entry("models promote", "model_versions.model_stages:promote", "Move a model version to production."),
         Entry(
             "models rollback",

@@ -26,12 +26,14 @@ class Target(NamedTuple):
         options: variables that become options of the same name.
         argument: variable that becomes the argument.
         default: value of the argument if the variable is not given.
+        words: whether the argument is several words, one argument each.
     """
 
     command: str
     options: tuple[str, ...] = ()
     argument: str | None = None
     default: str = ""
+    words: bool = False
 
 
 _SCHEDULE = ("NAME", "TARGET")
@@ -43,6 +45,7 @@ TARGETS = {
     "run-dpo": Target("run dpo", ("CONFIG",)),
     "retrain": Target("run retrain", ("CONFIG",)),
     "datasets": Target("run datasets", ("CONFIG",)),
+    "sweep": Target("sweep", ("CONFIG",)),
     "runs": Target("runs"),
     "dashboard": Target("dashboard"),
     "watch": Target("watch"),
@@ -54,6 +57,7 @@ TARGETS = {
     "exam": Target("exam", ("CONFIG", "VERSION")),
     "serve": Target("serve", ("CONFIG", "VERSION")),
     "models": Target("models list", ("CONFIG",)),
+    "compare-versions": Target("models compare", ("CONFIG",), "VERSIONS", words=True),
     "promote": Target("models promote", ("CONFIG", "NOTE"), "VERSION"),
     "rollback": Target("models rollback", ("CONFIG", "NOTE")),
     "lineage": Target("models lineage", ("CONFIG",), "VERSION"),
@@ -95,14 +99,15 @@ def command(target: str, environment: Mapping[str, str]) -> list[str]:
     Raises:
         RequestError: ARGS cannot be split into words.
     """
-    words, options, argument, default = TARGETS[target]
+    words, options, argument, default, several = TARGETS[target]
     given = environment.get(GIVEN, "").split()
     # Joined with "=", because a separate value with a leading hyphen would be read as an option. ARGS come later,
     # because the last value of an option counts.
     named = [f"--{name.lower()}={environment[name]}" for name in options if name in given]
     found = [*words.split(), *named, *extra(environment)]
     if argument is not None:
-        found += ["--", environment[argument] if argument in given else default]
+        value = environment[argument] if argument in given else default
+        found += ["--", *(value.split() if several else [value])]
     return found
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -340,7 +340,12 @@ def this_process() -> dict[str, Any]:
 
 def is_alive(run: PipelineRunResponse) -> bool | None:
     """Whether the process that started a run still runs; None if it is not recorded, or on another host."""
-    process = run.config.extra.get(_PROCESS)
+    return is_running(run.config.extra)
+
+
+def is_running(recorded: Mapping[str, Any]) -> bool | None:
+    """Whether the process that `this_process` recorded still runs; None if there is no record, or one of another host."""
+    process = recorded.get(_PROCESS)
     if process is None or process["host"] != socket.gethostname():
         return None
     try:

@@ -141,7 +141,7 @@ def launch(pipeline: str, recipe: Recipe, inputs: Inputs, cache: bool) -> list[P
     from pipelines import chain
 
     if pipeline == "datasets":
-        return [_start(chain.generate_datasets, recipe, inputs, cache)]
+        return [start(chain.generate_datasets, recipe, inputs, cache)]
     if pipeline == "retrain":
         return [_start_judged(chain.retrain, recipe, inputs, cache)]
     runs = []
@@ -285,7 +285,7 @@ def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **
 
     found = incumbent(recipe.name)
     if found is None:
-        return _start(pipeline, recipe, inputs, cache, **arguments)
+        return start(pipeline, recipe, inputs, cache, **arguments)
     from steps.materializers import is_lost
 
     if is_lost(found.adapter.artifact.uri):
@@ -295,10 +295,13 @@ def _start_judged(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **
         )
     logger.info("Version %d is in production: the new model is compared with it", found.number)
     inputs = inputs.model_copy(update={"incumbent": found.number})
-    return _start(pipeline, recipe, inputs, cache, incumbent=found.adapter.artifact, **arguments)
+    return start(pipeline, recipe, inputs, cache, incumbent=found.adapter.artifact, **arguments)
 
 
-def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **arguments: Any) -> PipelineRunResponse:
+def start(
+    pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, versioned: bool = True, **arguments: Any
+) -> PipelineRunResponse:
+    """Run a pipeline to its end; returns the run. Without `versioned` it makes no version of the model."""
     from zenml import Model
     from zenml.client import Client
     from zenml.enums import ExecutionMode
@@ -309,7 +312,7 @@ def _start(pipeline: Any, recipe: Recipe, inputs: Inputs, cache: bool, **argumen
     from tools.results import this_process
 
     process = this_process()
-    model = Model(name=recipe.name, tags=["llm-engineering"], save_models_to_registry=False)
+    model = Model(name=recipe.name, tags=["llm-engineering"], save_models_to_registry=False) if versioned else None
     configured = pipeline.with_options(
         model=model,
         enable_cache=None if cache else False,

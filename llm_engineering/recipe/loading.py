@@ -109,6 +109,13 @@ def differences(then: Any, now: Any, prefix: str = "") -> list[str]:
     return [] if then == now else [prefix.rstrip(".")]
 
 
+def value_at(dumped: Any, key: str) -> Any:
+    """The value at the full path of a key in a dumped recipe; None if there is none."""
+    for part in key.split("."):
+        dumped = dumped.get(part) if isinstance(dumped, dict) else None
+    return dumped
+
+
 def _layers(path: Path, overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The files of a recipe, the extended one first, and the overrides, each with its name in messages."""
     yield from _files(path, ())
@@ -197,9 +204,9 @@ def _nearest(key: str) -> str:
     same_name = [candidate for candidate in valid if candidate.rpartition(".")[2] == name]
     siblings = [c for c in valid if c.rpartition(".")[0] == key.rpartition(".")[0]]
     # Paths in one block begin alike, so only the last parts are compared: first in the same block, then in all blocks.
-    for candidates in (siblings, valid):
+    for candidates, cutoff in ((siblings, 0.6), (valid, 0.65)):
         by_name = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
-        near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, by_name, n=1, cutoff=cutoff)
         if near:
             return f"Did you mean `{by_name[near[0]]}`?"
         if same_name:

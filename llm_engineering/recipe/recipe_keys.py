@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from llm_engineering.recipe.block import Block
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -22,6 +22,7 @@ from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, ClientConfi
 from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stages import STAGES, Kind, with_stages
+from llm_engineering.recipe.sweep_block import SweepConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainConfig, TrainingSetup
 
 
@@ -96,6 +97,15 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     tracking: TrackingConfig = TrackingConfig()
     serving: ServingConfig = ServingConfig()
     hub: ModelHubConfig | None = None
+    sweep: SweepConfig | None = None
+
+    @model_validator(mode="after")
+    def _comparable_trials(self) -> Self:
+        if self.sweep is not None:
+            problem = self.sweep.problem(self.chain, {stage: self.block(stage) for stage in self.chain})
+            if problem:
+                raise ValueError(problem)
+        return self
 
     def block(self, stage: str) -> TrainConfig:
         """The block of a stage of the chain."""

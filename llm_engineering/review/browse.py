@@ -137,25 +137,29 @@ class Filter(NamedTuple):
             found: the values of the column `joined_by` of the rows that the rule `finding` matched.
             decided: the action of the decision on each row, by id.
         """
-        chosen = [np.arange(table.parts[self.split].start, table.parts[self.split].stop) if self.split else table.all]
+        places = table.parts[self.split] if self.split else range(table.rows)
+        chosen = _mask(table, np.arange(places.start, places.stop))
         if self.search:
-            chosen.append(table.holding(self.search))
+            chosen &= _mask(table, table.holding(self.search))
         if self.source:
-            chosen.append(table.where("source", holds=self.source))
+            chosen &= _mask(table, table.where("source", holds=self.source))
         if self.finding:
-            chosen.append(table.where(joined_by, equals=found))
+            chosen &= _mask(table, table.where(joined_by, equals=found))
         if self.decision:
             wanted = [row for row, action in decided.items() if self.decision in ("none", "any", action)]
-            rows = table.where("id", equals=wanted)
-            chosen.append(np.setdiff1d(table.all, rows) if self.decision == "none" else rows)
+            has_it = _mask(table, table.where("id", equals=wanted))
+            chosen &= ~has_it if self.decision == "none" else has_it
         if self.least is not None:
-            chosen.append(np.flatnonzero(table.chars >= self.least))
+            chosen &= table.chars >= self.least
         if self.most is not None:
-            chosen.append(np.flatnonzero(table.chars <= self.most))
-        positions = chosen[0]
-        for others in chosen[1:]:
-            positions = np.intersect1d(positions, others, assume_unique=True)
-        return positions
+            chosen &= table.chars <= self.most
+        return np.flatnonzero(chosen)
+
+
+def _mask(table: Table, positions: Positions) -> NDArray[np.bool_]:
+    mask = np.zeros(table.rows, bool)
+    mask[positions] = True
+    return mask
 
 
 def _texts(batch: pa.RecordBatch, content_only: bool = False) -> Iterator[tuple[pa.Array, pa.Array | None]]:

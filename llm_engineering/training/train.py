@@ -38,6 +38,7 @@ from llm_engineering.training.telemetry.tracking import Trackers
 from llm_engineering.training.telemetry.work import TelemetryCallback, Work, peak_memory_bytes
 from llm_engineering.training.trainer.checkpoints import check_resumable, newest_complete
 from llm_engineering.training.trainer.resumable import RestoreWindow, ResumableTrainer
+from llm_engineering.training.trainer.trial import open_trial
 from llm_engineering.training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,9 @@ def _train_until_it_fits(
     config = run.config
     newest = newest_complete(checkpoints, run.identity) if ranks.is_main() and not run.resume_from else None
     checkpoint = run.resume_from or ranks.from_main(newest)
+    trial = open_trial(stage)
+    if trial is not None:
+        trial.check_rows(run.identity["dataset"]["validation"])
     while True:
         # Make the trainer
         telemetry = TelemetryCallback(stage, trackers)
@@ -171,7 +175,11 @@ def _train_until_it_fits(
         # Train
         started = time.perf_counter()
         before = _weight_sums(trainer, setup.compute)
+        if trial is not None:
+            trainer.add_callback(trial)
         if _train(trainer, config, setup.compute, telemetry, checkpoint):
+            if trial is not None:
+                trial.end(stage, str(checkpoints), trainer.state.max_steps)
             _check_trained(stage, trainer, before, setup.compute)
             return _Trained(trainer, config, telemetry, checkpoint, time.perf_counter() - started)
 

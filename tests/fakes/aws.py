@@ -2,6 +2,7 @@
 demand."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ from werkzeug.serving import make_server
 
 ACCOUNT = "123456789012"
 REGION = "eu-west-1"
+# moto makes 648 machine images at each reset otherwise, and no test uses one. It reads the variable at a reset.
+os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
 # Services that sign with a name other than boto3's.
 _CLIENT_NAMES = {"servicequotas": "service-quotas", "monitoring": "cloudwatch"}
 

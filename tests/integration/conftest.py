@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.fakes.warm_python import warm_python
 from tests.integration.preloaded import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +117,13 @@ def make_project(folder: Path, model: Path, template: "Project | None" = None) -
         # The copy is up to date. ZenML would read all its migrations in each command, to find this out.
         env["DISABLE_DATABASE_MIGRATION"] = "true"
     return Project(folder, recipe, env)
+
+
+@pytest.fixture(scope="session")
+def job_python() -> Iterator[str]:
+    """The variable PATH of jobs whose `python` has already imported the libraries."""
+    with warm_python() as folder:
+        yield f"{folder}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,9 @@ from typing import IO, Any
 _LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.sql_zen_store",
               "zenml.pipelines.pipeline_definition", "zenml.orchestrators.step_launcher", "zenml.log_stores",
               "zenml.deployers", "zenml.sandboxes", "datasets",
-              "matplotlib.pyplot", "peft", "transformers.trainer", "trl.trainer.dpo_trainer",
-              "trl.trainer.sft_trainer", "llm_engineering.training.sft", "llm_engineering.training.dpo",
+              "matplotlib.pyplot", "peft", "transformers.trainer", "llm_engineering.training.cpt",
+              "llm_engineering.training.sft", "llm_engineering.training.dpo", "llm_engineering.training.kto",
+              "llm_engineering.training.reward", "llm_engineering.training.grpo", "llm_engineering.training.rloo",
               "llm_engineering.evaluation.evaluate", "llm_engineering.generation.endpoint",
               "tests.integration.warm")  # fmt: skip
 

@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Page, Route, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.integration.chromium import (
+    SECONDS_TO_SHOW,
+    SECONDS_TO_START,
+    chromium,
+    first_line,
+    loopback_context,
+    needs_chromium,
+)
 from tests.integration.preloaded import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium")
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 STEPS = ("load_instructions", "train_sft", "evaluate_sft")
-SECONDS_TO_START = 120
 SECONDS_TO_END = 30
-SECONDS_TO_SHOW = 30
-
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium on the PATH (Debian: apt install chromium)"
-)
 
 
 def is_free(port: int) -> bool:
@@ -82,33 +70,14 @@ def dashboard(finished_run: Any, free_port: int) -> Iterator[subprocess.Popen[st
 @pytest.fixture
 def page() -> Iterator[Page]:
     """A browser page of desktop size, which can reach only loopback."""
-    assert CHROMIUM, "CI must have chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
-        page.set_default_timeout(SECONDS_TO_SHOW * 1000)
-        page.route("**/*", loopback_only)
-        yield page
-        browser.close()
-
-
-def loopback_only(route: Route) -> None:
-    """Allow requests to loopback, and abort all others."""
-    if urlsplit(route.request.url).hostname == "127.0.0.1":
-        route.continue_()
-    else:
-        route.abort()
+    with chromium() as browser:
+        yield loopback_context(browser, 1440).new_page()
 
 
 def printed_url(process: subprocess.Popen[str]) -> str:
     """Wait until the dashboard prints the address of the page with the runs; returns this address."""
-    assert process.stdout
     assert process.stderr
-    # If the process hangs, it is killed, so that `readline` returns.
-    watchdog = threading.Timer(SECONDS_TO_START, process.kill)
-    watchdog.start()
-    line = process.stdout.readline()
-    watchdog.cancel()
+    line = first_line(process)
     found = re.match(r"Dashboard: (http://127\.0\.0\.1:\d+/projects/default/runs) ", line)
     assert found, f"printed {line!r} instead of the URL; on stderr: {process.stderr.read()}"
     return found[1]

@@ -46,12 +46,12 @@ NEVER_S = 600.0
 
 
 @pytest.fixture
-def fake(tmp_path):
+def fake(tmp_path, job_python):
     """An account whose image has the versions that are installed here."""
     lock = tmp_path / "image.lock"
     lock.write_text("\n".join(f"{name}=={importlib.metadata.version(name)}" for name in ("boto3", "torch", "trl")))
     with running_sagemaker() as fake:
-        fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1"}
+        fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1", "PATH": job_python}
         yield fake
 
 
@@ -318,7 +318,7 @@ def test_two_machines_train_together(fake, model, tmp_path, monkeypatch):
     for name, value in fake.env().items():
         monkeypatch.setenv(name, value)
     stage = Stage(model, tmp_path, num_processes=2, sagemaker={**MACHINES, "instance_count": 2})
-    config = {**stage.job.config, "num_train_epochs": 5.0, "save_steps": 4}
+    config = {**stage.job.config, "num_train_epochs": 1.0, "save_steps": 4}
     result = stage.dispatch(config=config)
     assert result.summary["num_processes"] == 2
     saved = [key for key in fake.objects() if "/checkpoints/checkpoint-" in key]

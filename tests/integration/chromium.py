@@ -1,0 +1,65 @@
+"""A real browser for the tests of pages. It can reach only loopback."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Route, sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SECONDS_TO_START = 120
+SECONDS_TO_SHOW = 30
+
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium on the PATH (Debian: apt install chromium)"
+)
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    """The browser, until the end of the block."""
+    assert CHROMIUM, "CI must have chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+def loopback_context(browser: Browser, width: int = 1280, height: int = 900, **settings: Any) -> BrowserContext:
+    """A browser profile of its own, for a window of this size."""
+    context = browser.new_context(viewport={"width": width, "height": height}, **settings)
+    context.set_default_timeout(SECONDS_TO_SHOW * 1000)
+    context.route("**/*", _loopback_only)
+    return context
+
+
+def first_line(process: Any) -> str:
+    """The first line that a process prints. A process that prints none in time is killed, so that this returns."""
+    watchdog = threading.Timer(SECONDS_TO_START, process.kill)
+    watchdog.start()
+    line: str = process.stdout.readline()
+    watchdog.cancel()
+    return line
+
+
+def _loopback_only(route: Route) -> None:
+    if urlsplit(route.request.url).hostname == "127.0.0.1":
+        route.continue_()
+    else:
+        route.abort()
