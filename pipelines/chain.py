@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from zenml import pipeline
 from zenml.client import Client
 
-from llm_engineering.recipe.data_blocks import FEEDBACK
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
@@ -126,9 +125,12 @@ class _Datasets:
         return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
 
     def _asked(self, kind: str) -> list[Any]:
-        """The instructions, if their held-out questions must be left out of what people asked a served model."""
-        asks = kind != "instruction" and FEEDBACK in self.recipe.data.people(kind)
-        return [self.of("instruction")] if asks and "instruction" in self.recipe.kinds(self.recipe.chain[-1]) else []
+        """The instructions, if the run has them: rows of people must not ask their held-out questions."""
+        return (
+            [self.of("instruction")]
+            if kind != "instruction" and "instruction" in self.recipe.kinds(self.recipe.chain[-1])
+            else []
+        )
 
     def documents(self) -> Any:
         """The documents; None if the recipe does not read them."""

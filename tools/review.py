@@ -41,9 +41,9 @@ def review(
     overrides: Overrides = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8240,
 ) -> int:
-    """Read rows, decide on them and compare answers, on pages that only this machine can open, until Ctrl-C.
+    """Read, correct and judge data and answers on a page of this machine until Ctrl-C.
 
-    The printed address contains a secret that is new at each start. Every decision is saved at once.
+    Only this machine can open the pages. The printed address contains a secret that is new at each start. Every decision is saved at once.
 
     Example: `llm-engineering review rows.jsonl`
     """

@@ -157,12 +157,14 @@ def _models(model: str) -> list[Model]:
 
 
 def _compared(recipe: Recipe, key: str, retrieval: bool) -> Compared:
-    known = {model.key: model.name for model in _models(recipe.name)}
-    if key not in known:
+    if key not in {model.key for model in _models(recipe.name)}:
         raise RequestError("There is no such model any more: reload the page and choose another one.")
     side = _side(key, recipe, Settings())
-    names = identities(side.base, {} if side.folder is None else {key: side.folder})
-    return Compared(key=key, name=known[key].removeprefix("the "), identity=names[key], retrieval=retrieval)
+    known = identities(side.base, {} if side.folder is None else {key: side.folder})
+    # Without the stage of the registry, which changes.
+    number, _, stage = key.partition(":")
+    name = BASE if key == BASE else f"version {number} ({stage})"
+    return Compared(key=key, name=name, identity=known[key], retrieval=retrieval)
 
 
 def _side(key: str, recipe: Recipe, settings: Settings) -> _Side:

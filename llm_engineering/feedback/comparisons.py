@@ -56,7 +56,7 @@ class Question(BaseModel):
 
     Attributes:
         document: `split_key` of the row that asks it, so that rows about it stay in its split; empty for a reviewer's own.
-        split: the split of this row; empty for a reviewer's own.
+        split: the split of this row; empty for a reviewer's own, but `test` if it is held out.
         reference: the answer of this row, which is shown when the names are revealed.
     """
 
@@ -172,7 +172,7 @@ def start(folder: Path, models: Sequence[Compared], questions: Sequence[Question
     """Begin a session in the folder of a recipe's reviews. The seed shuffles the questions.
 
     Args:
-        asked: where the questions come from: `held-out`, `training` or `own`.
+        asked: where the questions come from: `held-out`, `training`, `own`, or `own held-out`.
 
     Raises:
         RequestError: there are no questions, or the two models are the same.
@@ -285,9 +285,10 @@ def question_of(row: InstructionRow, split: str) -> Question:
     )
 
 
-def own_question(text: str, source: str) -> Question:
-    """A reviewer's own question."""
-    return Question(prompt=[Message(role="user", content=text)], source=source)
+def own_question(text: str, source: str, held_out: bool = False) -> Question:
+    """A reviewer's own question; `held_out` if it is asked to judge models, so that no row is made of it."""
+    prompt = [Message(role="user", content=text)]
+    return Question(prompt=prompt, source=source, split="test" if held_out else "")
 
 
 def _turn(text: str) -> list[Message]:

@@ -25,8 +25,6 @@ from llm_engineering.data.rows import (
     PreferenceRow,
     folded,
     read_row,
-    split_key,
-    split_of,
     to_dataset,
 )
 from llm_engineering.data.storage import stream_records
@@ -50,7 +48,7 @@ class HumanRow:
         by: who said it; several names are separated by commas.
         at: when it was said last, in ISO 8601 and UTC.
         about: what was judged, e.g. the two models whose answers were compared.
-        held_out: whether the question was held out for testing when it was judged. Such a row is never trained on.
+        held_out: whether the question is held out for testing. Such a row is no part of a dataset.
     """
 
     row: InstructionRow | PreferenceRow
@@ -77,10 +75,9 @@ class Said(NamedTuple):
 
     @property
     def hash(self) -> str:
-        """Hash of what decides the rows of training, so not of `aside`."""
-        return _hash(
-            json.dumps([row.record() for row in self.rows] + [d.model_dump() for d in self.decisions], sort_keys=True)
-        )
+        """Hash of what decides the rows of training, so not of `aside` and of rows about held-out questions."""
+        trained = [row.record() for row in self.rows if not row.held_out]
+        return _hash(json.dumps([trained, [made.model_dump() for made in self.decisions]], sort_keys=True))
 
 
 def take_snapshot(said: Said, folder: Path) -> str:
@@ -160,8 +157,8 @@ def join(
 ) -> DatasetDict:
     """Apply the decisions of reviewers to the candidates, and put the rows of people before them.
 
-    What comes first stays if other rows are like it. Rows about held-out questions join the user's own test split; without
-    one, they are set aside if they would be trained on.
+    What comes first stays if other rows are like it. Rows about held-out questions are set aside. In the test split they would
+    change the dataset, and so the model that they judge would be trained again.
 
     Args:
         candidates: the tables `rows` and, for the user's own test split, `test_rows`; None if people made all rows.
@@ -176,26 +173,20 @@ def join(
         ledger.record(parts[part], len(table), len(applied.rows), applied.rejected)
         first = sorted(applied.rows, key=lambda row: not row.origin.startswith(HUMAN))
         tables[part] = _table([row.record() for row in first], kind)
-    own_test = "test_rows" in tables
-    taken: dict[str, list[dict[str, Any]]] = {"rows": [], "test_rows": []}
     aside = [Quarantined.model_validate(record) for record in human["aside"]]
+    taken = []
     for record in human["rows"]:
         row = read_row(record, kind)
-        is_held_out = record["held_out"] or folded(row.prompt[-1:]) in held_out
-        if own_test and is_held_out:
-            taken["test_rows"].append(record)
-        elif is_held_out and split_of(split_key(row), config.split, own_test) != "test":
-            detail = "the question is held out for testing, or was when it was judged"
+        if record["held_out"] or folded(row.prompt[-1:]) in held_out:
+            detail = "the question is held out for testing, so that its answers are only judged"
             aside.append(Quarantined.of_row(row, kind, "held_out_question", detail))
         else:
-            taken["rows"].append(record)
-    for part, stage in parts.items():
-        if part == "rows" or part in tables:
-            people = _table(taken[part], kind)
-            tables[part] = concatenate_datasets([people, tables[part]]) if part in tables else people
-            ledger.read.setdefault(stage, 0)
-            ledger.kept.setdefault(stage, 0)
-            ledger.add(stage, len(people) + (len(aside) if part == "rows" else 0))
+            taken.append(record)
+    people = _table(taken, kind)
+    tables["rows"] = concatenate_datasets([people, tables["rows"]]) if "rows" in tables else people
+    ledger.read.setdefault(kind, 0)
+    ledger.kept.setdefault(kind, 0)
+    ledger.add(kind, len(people) + len(aside))
     ledger.record(kind, ledger.kept[kind], ledger.kept[kind] - len(aside), aside)
     return DatasetDict(tables)
 

@@ -60,7 +60,7 @@ class Start(BaseModel):
     first_retrieval: bool = False
     second: str
     second_retrieval: bool = False
-    asked: Literal["held-out", "training", "own"]
+    asked: Literal["held-out", "training", "own", "own held-out"]
     count: int = Field(20, ge=1, le=MAX_QUESTIONS)
     seed: int = Field(42, ge=0)
     own: list[_QuestionText] = Field(default_factory=list, max_length=MAX_QUESTIONS)
@@ -98,8 +98,9 @@ def add_comparison_pages(app: FastAPI, context: Context, answering: Answering) -
 
     @app.post("/compare/start")
     def start(form: Start) -> dict[str, Any]:
-        if form.asked == "own":
-            questions = [own_question(text, f"own question {n}") for n, text in enumerate(form.own, 1)]
+        if form.asked.startswith("own"):
+            held_out = form.asked != "own"
+            questions = [own_question(text, f"own question {n}", held_out) for n, text in enumerate(form.own, 1)]
         else:
             questions = comparisons.drawn(answering.questions(form.asked), form.count, form.seed)
         sides = ((form.first, form.first_retrieval), (form.second, form.second_retrieval))

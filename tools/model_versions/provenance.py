@@ -23,7 +23,15 @@ from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
 
 # The artifacts from which the lineage is followed back. All other artifacts of the version are among their origins.
-ENDS = ("promotion_decision", "evaluation_report", *(f"{stage}_adapter" for stage in reversed(STAGES)))
+ENDS = (
+    "promotion_decision",
+    "evaluation_page",
+    "evaluation_report",
+    *(f"{stage}_adapter" for stage in reversed(STAGES)),
+)
+
+# Metadata of the artifacts with rows of people.
+PEOPLE_FACTS = ("rows", "by", "first", "last", "about")
 
 
 class Finding(BaseModel):
@@ -75,6 +83,12 @@ def lineage(
         for file, value in files.items():
             sources.add_row(artifact, file, value)
     console.print(sources)
+    if found["people"]:
+        people = _table("What people said", "Artifact", "By, rows of each", "When", "About")
+        for artifact, said in found["people"].items():
+            by, about = (", ".join(f"{name} ({count})" for name, count in said[key].items()) for key in ("by", "about"))
+            people.add_row(artifact, by, f"{said['first'][:16]} to {said['last'][:16]}".replace("T", " "), about)
+        console.print(people)
     if found["changes"]:
         changes = _table("Changes of stage", "When (UTC)", "What", "By", "Note")
         for change in found["changes"]:
@@ -139,7 +153,7 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
     own = newest_artifacts(version)
     chain = list(with_origins([own[name] for name in ENDS if name in own]))
     facts = version.run_metadata
-    artifacts, sources = [], {}
+    artifacts, sources, people = [], {}, {}
     for artifact in chain:
         step = producer(artifact)
         given = [g for versions in step.inputs.values() for g in versions] if step is not None else []
@@ -155,6 +169,9 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
                 "from": [f"{g.artifact.name} v{g.version}" for g in given],
             }
         )
+        if artifact.artifact.name.startswith("human_"):
+            said = artifact.run_metadata
+            people[f"{artifact.artifact.name} v{artifact.version}"] = {name: said[name] for name in PEOPLE_FACTS}
         if recorded := sources_of(artifact):
             sources[f"{artifact.artifact.name} v{artifact.version}"] = recorded
     return {
@@ -170,6 +187,7 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
         "base_revision": adapter.base.revision,
         "artifacts": artifacts,
         "sources": sources,
+        "people": people,
         "changes": [change.model_dump(mode="json") for change in history(model) if change.version == version.number],
     }
 

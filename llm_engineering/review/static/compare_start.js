@@ -4,7 +4,7 @@ import { notice, post, root } from "./review.js";
 const form = document.getElementById("start");
 const own = document.getElementById("own");
 
-form.asked.addEventListener("change", () => (own.hidden = form.asked.value !== "own"));
+form.asked.addEventListener("change", () => (own.hidden = !form.asked.value.startsWith("own")));
 document.getElementById("file").addEventListener("change", async (event) => {
   const [file] = event.target.files;
   if (file) form.own.value = await file.text();
@@ -23,7 +23,7 @@ form.addEventListener("submit", async (event) => {
     asked: form.asked.value,
     count: Number(form.count.value),
     seed: Number(form.seed.value),
-    own: form.asked.value === "own" ? form.own.value.split("\n").filter((line) => line.trim()) : [],
+    own: form.asked.value.startsWith("own") ? form.own.value.split("\n").filter((line) => line.trim()) : [],
   });
   button.disabled = false;
   if (started) location.href = `${root}/compare/${started.session}`;

@@ -106,26 +106,25 @@ def test_a_persons_row_stays_and_the_generated_row_that_is_like_it_is_dropped(tm
     assert ledger.read["preference"] == 5
 
 
-def test_a_pair_about_a_held_out_question_is_never_trained_on(tmp_path):
-    held_out, trained = numbers_in("test")[0], numbers_in("train")[0]
-    made, ledger = candidates([pair(n) for n in range(20)])
-    # The second one was held out by a split that this recipe no longer has.
-    said = [judged(held_out, "test"), judged(trained, "test")]
-    rows = join(made, stored(tmp_path, said), "preference", CONFIG, ledger)
-    assert ledger.by_reason("preference") == {"held_out_question": 1}
-    splits = prepare(rows["rows"], "preference", CONFIG, ledger, tmp_path).splits
-    assert {name: part["origin"].count("human:review") for name, part in splits.items()} == {
-        "train": 0,
-        "validation": 0,
-        "test": 1,
-    }
-
-
-def test_with_an_own_test_split_held_out_pairs_join_it(tmp_path):
+def test_a_pair_about_a_held_out_question_is_no_part_of_a_dataset(tmp_path):
     made, ledger = candidates([pair(1)], test=[pair(2)])
-    rows = join(made, stored(tmp_path, [judged(3, "test"), judged(4)]), "preference", CONFIG, ledger)
-    assert [part["origin"].count("human:review") for part in rows.values()] == [1, 1]
-    assert ledger.kept == {"preference": 2, "preference_test": 2}
+    said = [judged(3, "test"), judged(4)]
+    rows = join(made, stored(tmp_path, said), "preference", CONFIG, ledger)
+    assert rows["rows"]["origin"] == ["human:review", "o"]
+    assert rows["test_rows"]["origin"] == ["o"]
+    assert ledger.by_reason("preference") == {"held_out_question": 1}
+    assert (ledger.read["preference"], ledger.kept["preference"]) == (3, 2)
+    # So the model that was judged is not trained again.
+    assert Said(said, [], []).hash == Said(said[1:], [], []).hash
+
+
+def test_a_row_about_a_row_stays_in_its_split(tmp_path):
+    numbers = {split: numbers_in(split)[0] for split in ("train", "validation", "test")}
+    made, ledger = candidates([pair(n) for n in range(20)])
+    human = stored(tmp_path, [judged(number) for number in numbers.values()])
+    rows = join(made, human, "preference", CONFIG, ledger)["rows"]
+    splits = prepare(rows, "preference", CONFIG, ledger, tmp_path).splits
+    assert {name: part["origin"].count("human:review") for name, part in splits.items()} == dict.fromkeys(numbers, 1)
 
 
 def test_edited_rows_come_first_and_dropped_rows_are_set_aside(tmp_path):
