@@ -1,5 +1,6 @@
 """What unit and integration tests share: the real tokenizer, and a tiny model made here."""
 
+import functools
 import gc
 import logging
 import os
@@ -7,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 
@@ -25,6 +27,8 @@ _STORE = tempfile.TemporaryDirectory(prefix="zenml-")
 os.environ |= {"ZENML_CONFIG_PATH": _STORE.name, "ZENML_LOCAL_STORES_PATH": _STORE.name}
 # As in the tools: ZenML sets the root logger to what they ask of it, which is CRITICAL.
 logging.getLogger("llm_engineering").setLevel(logging.INFO)
+# PEFT and TRL write a model card with every checkpoint. Compiling its template takes longer than a training step.
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 ROOT = Path(__file__).resolve().parent.parent
 
 

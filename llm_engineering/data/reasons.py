@@ -88,6 +88,12 @@ REASONS = {
     "replay": "It is a row of a general dataset, which gets no pair.",
     "request_failed": "The request to the endpoint failed.",
     "too_few_questions": "Too few questions are left for an exam.",
+    # People
+    "both_bad": "The reviewers found both answers bad, and wrote no better one.",
+    "cut_answer": "The answer reached its limit of tokens, and training would teach to end there.",
+    "dropped_by_reviewer": "A reviewer dropped the row.",
+    "held_out_question": "The question was held out for testing when it was judged.",
+    "tie": "The reviewers chose no winner, and wrote no better answer.",
     # Tokens
     "crossing_tokens": "A token crosses the border of prompt and answer, so the labels would be wrong.",
     "no_end_of_turn": "The chat template writes no token that ends the answer.",

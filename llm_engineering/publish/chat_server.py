@@ -237,7 +237,7 @@ def build_app(model: ServedModel, log: ServedLog | None = None) -> FastAPI:
         start = {"id": answer_id, "created": int(time.time()), "model": model.name}
         if log is not None:
             messages = [message.rendered for message in request.messages]
-            chunks = _logged(chunks, partial(log.write_answer, answer_id, messages))
+            chunks = _logged(chunks, partial(_write, log.write_answer, answer_id, messages))
         if not request.stream:
             return JSONResponse(await _completion(chunks, start, http))
         # Errors of the engine before the first token still get their status.
@@ -257,15 +257,28 @@ def build_app(model: ServedModel, log: ServedLog | None = None) -> FastAPI:
         if not log.has_answer(given.id):
             message = f"No answer with the id {given.id!r:.100} was logged. Send the id of an answer of this server."
             raise ApiError(404, message, "answer_not_found", "id")
-        log.write_feedback(given.id, given.thumbs, given.correction, given.user)
+        _write(log.write_feedback, given.id, given.thumbs, given.correction, given.user)
         return {"id": given.id, "object": "feedback", "created": int(time.time())}
 
     return app
 
 
-async def _logged(
-    chunks: AsyncGenerator[_Chunk], write: Callable[[dict[str, str], str | None, dict[str, int] | None], None]
-) -> AsyncGenerator[_Chunk]:
+def _write(write: Callable[..., None], *what: Any) -> None:
+    """Write to the log.
+
+    Raises:
+        ApiError: it cannot be written.
+    """
+    try:
+        write(*what)
+    except OSError as error:
+        message = (
+            f"The log of requests cannot be written ({error.strerror}). Make room on the disk, or serve without it."
+        )
+        raise ApiError(500, message) from error
+
+
+async def _logged(chunks: AsyncGenerator[_Chunk], write: Callable[..., None]) -> AsyncGenerator[_Chunk]:
     """Pass an answer on, and write it before its last piece is sent, so that feedback always finds it.
 
     What was computed of an answer that does not come to its end is written too.

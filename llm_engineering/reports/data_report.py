@@ -146,25 +146,26 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         for reason, rows in ledger.examples.items()
     }
     head = ["Stage", "Source", "Place", "Detail", "Text"]
-    samples = [(name, row.source, _sample(data["kind"], row)) for name, row in lengths.samples]
-    leaks = [row for reason, rows in examples.items() if reason.startswith(("leaks_into", "contam")) for row in rows]
+    samples = [
+        (f"{split}: {_text(row.prompt or row.answers[0])[:_SHOWN_CHARS]}", _sample(data["kind"], row))
+        for split, row in lengths.samples
+    ]
+    leaks = [(why, *row) for why, rows in examples.items() if why.startswith(("leaks_into", "contam")) for row in rows]
     over = f"{data['share_over_max_length']:.1%} of the rows are longer than max_length ({data['max_length']} tokens)."
     if data["kind"] == "text":
         over += " They are divided into pieces, which are counted below as rows."
     if data["truncated"]:
         over += f" {data['truncated']:,} of the kept rows were truncated to it ({data['share_truncated']:.1%})."
     lengths_chart = histogram(lengths.all, "tokens per row", data["max_length"])
-    charts = [
-        ("Tokens", lengths_chart + paragraph(over, "small")),
-        ("Turns", histogram(lengths.turns, "turns per row")),
-    ]
+    turns_chart = histogram(lengths.turns, "turns per row")
+    charts = [("Tokens", lengths_chart + paragraph(over, "small")), ("Turns", turns_chart)]
     unread = [
         paragraph(f"Columns of the {stage} rows that nothing reads: {', '.join(names)}.")
         for stage, names in data["unread_columns"].items()
     ]
     sections = [
         ("From read to trained", _funnel(data)),
-        ("Lengths", cards([(name, chart) for name, chart in charts if "<svg" in chart])),
+        ("Lengths", cards(charts) if lengths_chart else Markup("")),
         ("Advice", Markup("").join(paragraph(line) for line in data["guidance"])),
         ("Read and kept", table(["Stage", "Read", "Kept"], stages) + Markup("").join(unread)),
         ("Set aside, by reason", table(["Stage", "Reason", "Rows", "What it means"], reasons)),
@@ -191,14 +192,8 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
             ),
         ),
         ("Duplicates", _clusters(tables["clusters"])),
-        ("Leaks and contamination", table(head, leaks)),
-        (
-            "Sample rows",
-            Markup("").join(
-                details(f"{split}: {_text(row.prompt or row.answers[0])[:_SHOWN_CHARS]}", shown)
-                for (split, row), (_, _, shown) in zip(lengths.samples, samples, strict=True)
-            ),
-        ),
+        ("Leaks and contamination", table(["Reason", *head], leaks)),
+        ("Sample rows", Markup("").join(details(said, shown) for said, shown in samples)),
         (
             "Examples of rows set aside",
             Markup("").join(
@@ -213,7 +208,7 @@ def _page(data: dict[str, Any], ledger: Ledger, tables: DatasetDict, lengths: Le
         f"{counted(counts['read'], 'row')} read or written, {counts['kept']:,} kept: {used or 'none'}.",
         data["guidance"][0],
     ]
-    sample = samples[0][2] if samples else None
+    sample = samples[0][1] if samples else None
     return page(f"Data report: {data['kind']} rows", lead, sections, facts=facts, verdict=verdict, sample=sample)
 
 

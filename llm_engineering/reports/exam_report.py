@@ -131,14 +131,11 @@ def exam_page(exam: Report, measures: Mapping[str, Report], newest: str, facts: 
         state: Literal["good", "bad", "mixed"] = "good" if word == "better" else "bad" if word == "worse" else "mixed"
         words = f"{word} than" if word in ("better", "worse") else "not significantly different from"
         verdict_shown = Verdict(f"{newest.upper()} is {words} the base model", state)
-        lead.append(f"Of the questions about one fact, {_shares(right['models'])}.")
+        shares = ", ".join(f"{name} {estimate['value']:.0%}" for name, estimate in right["models"].items())
+        lead.append(f"Right answers to questions about one fact: {shares}.")
     sections = [("Measures", exam_summary(exam, measures, newest)), ("Questions", exam_questions(exam))]
     example = question(exam, exam["rows"][exam["drawn"][0]])
     return page("Exam", lead, sections, facts=facts, verdict=verdict_shown, sample=example)
-
-
-def _shares(models: Mapping[str, Report]) -> str:
-    return " and ".join(f"{name} answers {estimate['value']:.0%} right" for name, estimate in models.items())
 
 
 def shown_answer(answer: Report) -> str:

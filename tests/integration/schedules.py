@@ -39,12 +39,12 @@ compute:
 
 
 @pytest.fixture(scope="module")
-def account(tmp_path_factory):
+def account(tmp_path_factory, job_python):
     """An account with a bucket, a topic that EventBridge may publish to, and a secret."""
     lock = tmp_path_factory.mktemp("image") / "image.lock"
     lock.write_text(f"trl=={importlib.metadata.version('trl')}\n")
     with running_sagemaker() as fake:
-        fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1"}
+        fake.environment |= {"LLM_IMAGE_LOCK": str(lock), "HF_HUB_OFFLINE": "1", "PATH": job_python}
         fake.client("sns").create_topic(Name="retraining")
         statement = {"Effect": "Allow", "Principal": {"Service": "scheduler.amazonaws.com"}, "Action": "sts:AssumeRole"}
         trust = json.dumps({"Version": "2012-10-17", "Statement": [statement]})

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -110,6 +110,13 @@ def test_run_and_its_report_show_in_the_dashboard(
     load.click()
     report = panel.frame_locator("iframe[sandbox]")
     expect(report.get_by_text("Held-out loss").first).to_be_visible()
+    # A link to a place in the page would leave it, because the dashboard shows it as the srcdoc of a frame.
+    answers = report.get_by_role("heading", name="Answers", exact=True)
+    expect(answers).not_to_be_in_viewport()
+    report.locator("nav").get_by_text("Answers", exact=True).click()
+    expect(answers).to_be_in_viewport()
+    report.locator("summary", has_text="1. Where does").first.click()
+    expect(report.locator("details[open]").get_by_text("Reference answer")).to_be_visible()
 
     # The browser is still open. Its connections must not keep the server alive.
     dashboard.send_signal(signal.SIGINT)
@@ -117,6 +124,37 @@ def test_run_and_its_report_show_in_the_dashboard(
     assert dashboard.returncode == 0, errors
     assert "Traceback" not in errors
     assert is_free(free_port)
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_reports_fit_a_phone_and_can_be_read_in_the_dark(
+    finished_run: Any, width: int, scheme: Literal["light", "dark"]
+) -> None:
+    with chromium() as browser:
+        page = loopback_context(browser, width, color_scheme=scheme).new_page()
+        for name in ("data_report", "training_report", "evaluation_page"):
+            file = Path(finished_run.result.json["artifacts"][name]["uri"], "files", "report.html")
+            page.set_content(file.read_text(encoding="utf-8"))
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+            paper = lightness(page, "body", "backgroundColor")
+            assert (paper > 0.5) == (scheme == "light")
+            # Text of the page, of its verdict and of its charts stands out from what is behind it.
+            assert abs(lightness(page, "p.lead", "color") - paper) > 0.5, name
+            assert abs(lightness(page, "svg text", "fill") - paper) > 0.5, name
+            behind = lightness(page, ".verdict", "backgroundColor")
+            assert abs(lightness(page, ".verdict", "color") - behind) > 0.4, name
+            # The answers and the recipe are closed.
+            assert page.locator("details").count() > 0
+            assert page.locator("details[open]").count() == 0
+
+
+def lightness(page: Page, selector: str, name: str) -> float:
+    """The lightness of a colour of the first matching element, between 0 and 1."""
+    colour = page.locator(selector).first.evaluate(f"element => getComputedStyle(element).{name}")
+    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
+    return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
 
 
 def test_a_port_in_use_is_refused(finished_run: Any) -> None:

@@ -23,14 +23,17 @@ promotion:
   kto: {{better_than: {{base: {{heldout_loss: 0.0}}, incumbent: {{heldout_loss: 0.0}}}}}}
 """
 DATASETS = """
-import tools.cli, json, steps.materializers
+import tools.cli, json, steps.materializers, sys
 from zenml.client import Client
 rows = {}
 for name in ("human_labelled", "labelled_dataset"):
     found = Client().get_artifact_version(name).load()
     rows[name] = {part: table.to_list() for part, table in found.items()}
 decision = Client().get_artifact_version("promotion_decision").load()
-print(json.dumps({**rows, "decision": decision.model_dump(mode="json")}))
+from llm_engineering.recipe.loading import load_recipe
+from tools.review import covered_by
+passages, heldout = covered_by(load_recipe(sys.argv[1], ["exam.path=embedded:handbook"]))
+print(json.dumps({**rows, "decision": decision.model_dump(mode="json"), "passages": len(passages), "heldout": heldout}))
 """
 
 
@@ -103,7 +106,12 @@ def test_thumbs_become_rows_that_kto_trains_on_and_a_gate_judges(served):
         assert run.json["artifacts"][name] == made.json["artifacts"][name]
     script = project.folder / "datasets.py"
     script.write_text(DATASETS)
-    rows = project.script(str(script)).json
+    rows = project.script(str(script), str(recipe)).json
+
+    # What the page Drift compares with.
+    assert rows["passages"] > 100
+    assert rows["heldout"]
+    assert all(question.startswith("Where does the number ") for question in rows["heldout"])
 
     people = rows["human_labelled"]["rows"]
     assert {row["by"] for row in people} == {"anna"}

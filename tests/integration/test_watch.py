@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import httpx
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
+from tests.integration.chromium import SECONDS_TO_START, chromium, first_line, loopback_context, needs_chromium
 from tests.integration.conftest import ROOT, TIMEOUT_S, Project
 
-CHROMIUM = shutil.which("chromium")
-SECONDS_TO_START = 120
 SECONDS_TO_END = 30
 SECONDS_TO_TRAIN = 240
 # A run of this many epochs takes minutes, so it still trains when the page is read. The test ends it.
 EPOCHS = 400
-
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium on the PATH (Debian: apt install chromium)"
-)
 
 
 @pytest.fixture
@@ -40,12 +33,7 @@ def free_port() -> int:
 
 def printed_url(process: subprocess.Popen[str]) -> str:
     """Wait until the command prints the address of its page; returns this address."""
-    assert process.stdout
-    # If the process hangs, it is killed, so that `readline` returns.
-    watchdog = threading.Timer(SECONDS_TO_START, process.kill)
-    watchdog.start()
-    line = process.stdout.readline()
-    watchdog.cancel()
+    line = first_line(process)
     found = re.match(r"Watching: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)", line)
     assert found, f"printed {line!r}; on stderr: {process.stderr.read() if process.stderr else ''}"
     return found[1]
@@ -68,9 +56,8 @@ def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(
         url = printed_url(watching)
         # A web site whose name resolves to this machine cannot read the page.
         assert httpx.get(url, headers={"Host": "evil.example"}, trust_env=False).status_code == 400
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-            page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")
+        with chromium() as browser:
+            page = loopback_context(browser, 390, color_scheme="dark").new_page()
             page.goto(url)
             expect(page.get_by_text("No run trains on this machine.")).to_be_visible()
 
@@ -97,7 +84,6 @@ def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(
             watching.send_signal(signal.SIGINT)
             _, errors = watching.communicate(timeout=SECONDS_TO_END)
             assert (watching.returncode, errors) == (0, "")
-            browser.close()
     finally:
         watching.kill()
         watching.communicate()

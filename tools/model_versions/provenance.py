@@ -23,7 +23,12 @@ from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
 
 # The artifacts from which the lineage is followed back. All other artifacts of the version are among their origins.
-ENDS = ("promotion_decision", "evaluation_report", *(f"{stage}_adapter" for stage in reversed(STAGES)))
+ENDS = (
+    "promotion_decision",
+    "evaluation_page",
+    "evaluation_report",
+    *(f"{stage}_adapter" for stage in reversed(STAGES)),
+)
 
 # Metadata of the artifacts with rows of people.
 PEOPLE_FACTS = ("rows", "by", "first", "last", "about")

@@ -260,6 +260,15 @@ def test_wrong_feedback_gets_an_error_object_and_is_not_written(logged, changes,
     assert read_feedback(log.folder) == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_log_that_cannot_be_written_is_an_error_object(logged, stream):
+    client, log = logged
+    log.folder.rmdir()
+    log.folder.touch()
+    with pytest.raises(openai.APIError, match="The log of requests cannot be written"):
+        list(client.chat.completions.create(**ASKED, max_tokens=2, stream=stream))
+
+
 def test_a_server_without_a_log_says_how_to_switch_it_on(client):
     with pytest.raises(openai.BadRequestError, match="serving.log_requests=true"):
         give_feedback(client, id="chatcmpl-0", thumbs="up")
