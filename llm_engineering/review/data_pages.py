@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
@@ -13,17 +12,16 @@ from fastapi import Depends, FastAPI
 from fastapi.responses import RedirectResponse, Response
 from pydantic import BaseModel
 
-from llm_engineering.data.rows import Row, read_row
-from llm_engineering.data.wordings import OTHER_WORDING
+from llm_engineering.data.rows import read_row
 from llm_engineering.errors import RequestError
-from llm_engineering.feedback.decisions import Decision, content_of, current, edited_row, store, stored
+from llm_engineering.feedback.decisions import Decision, content_of, current, store, stored
 from llm_engineering.progress import counted
 from llm_engineering.review.browse import Filter, Table
 from llm_engineering.review.opened_data import Opened, write_corrected
+from llm_engineering.review.row_cards import DONE, cards_of, chosen_rows, rules_of
 from llm_engineering.review.row_views import (
     LISTED_CHARS,
     SHOWN_CHARS,
-    Part,
     parts_of,
     place_of,
     token_views,
@@ -36,7 +34,6 @@ RECORDS_ON_PAGE = 50
 CLUSTERS_ON_PAGE = 20
 # Rows of a cluster on a page. A file may repeat one row thousands of times.
 MEMBERS_SHOWN = 12
-DONE = {"accept": "accepted", "edit": "edited", "drop": "dropped", "undo": "reopened"}
 
 
 class Decide(BaseModel):
@@ -54,43 +51,6 @@ class Decide(BaseModel):
     reason: str = ""
     texts: dict[str, str] = {}
     seen: int = 0
-
-
-@dataclass(frozen=True)
-class Card:
-    """A row on a page.
-
-    Attributes:
-        row: the row, with the new texts if it was edited.
-        original: the row as the dataset has it.
-        issues: name and detail of each rule that reports the row or sets it aside.
-        limit: characters after which a text is cut.
-        is_made_later: whether the row was made of another one after the rules, so that no decision can be applied to it.
-    """
-
-    position: int
-    split: str
-    row: Row
-    original: Row
-    chars: int
-    issues: list[tuple[str, str]]
-    decision: Decision | None
-    limit: int
-
-    @property
-    def parts(self) -> list[Part]:
-        """The texts of the row."""
-        return parts_of(self.row)
-
-    @property
-    def is_made_later(self) -> bool:
-        """See the class."""
-        return self.original.origin.startswith(OTHER_WORDING)
-
-    @property
-    def done(self) -> str:
-        """What was decided, for people; empty if nothing was."""
-        return DONE[self.decision.action] if self.decision is not None else ""
 
 
 def read_filter(
@@ -122,7 +82,7 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
     def card_page(key: str, position: int, whole: bool) -> Response:
         opened = reviews.open_dataset(key)
         made = stored(reviews.folder)
-        (card,) = _cards(opened, [_valid(opened, position)], current(made), None if whole else LISTED_CHARS)
+        (card,) = cards_of(opened, [_valid(opened, position)], current(made), None if whole else LISTED_CHARS)
         return context.page("card.html", key=key, opened=opened, card=card, query="")
 
     @app.get("/data")
@@ -142,26 +102,30 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         return {"count": len(made), "decisions": news}
 
     @app.get("/data/{key}")
-    def rows(key: str, wanted: Filtered, page_number: int = 1) -> Response:
+    def rows(key: str, wanted: Filtered, from_row: str = "") -> Response:
         opened = reviews.open_dataset(key)
         made = stored(reviews.folder)
         last = current(made)
-        chosen = _chosen(opened, wanted, last)
-        number, pages = _paged(len(chosen), ROWS_ON_PAGE, page_number)
-        shown = chosen[(number - 1) * ROWS_ON_PAGE :][:ROWS_ON_PAGE]
+        chosen = chosen_rows(opened, wanted, last)
+        # Pages begin at a row and have no numbers: rows leave the list of the undecided ones while they are decided on.
+        start = int(np.searchsorted(chosen, int(from_row) - 1)) if from_row.isdecimal() else 0
+        start = min(start, max(0, len(chosen) - 1))
+        shown = chosen[start:][:ROWS_ON_PAGE]
         return page(
             "rows.html",
             opened,
             key,
-            cards=_cards(opened, shown, last, LISTED_CHARS),
+            cards=cards_of(opened, shown, last, LISTED_CHARS),
             wanted=wanted,
             query=_query(wanted),
             found=len(chosen),
             decided=len(opened.rows.where("id", equals=last.keys())),
-            rules=_merged(opened.findings.counts("rule"), _set_aside_rows(opened)),
+            rules=rules_of(opened),
             seen=len(made),
-            number=number,
-            pages=pages,
+            start=start,
+            from_row=from_row,
+            earlier=int(chosen[max(0, start - ROWS_ON_PAGE)]) + 1 if start else None,
+            later=int(chosen[start + ROWS_ON_PAGE]) + 1 if start + ROWS_ON_PAGE < len(chosen) else None,
         )
 
     @app.get("/data/{key}/rows/{position}")
@@ -169,8 +133,8 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         opened = reviews.open_dataset(key)
         made = stored(reviews.folder)
         last = current(made)
-        (card,) = _cards(opened, [_valid(opened, position)], last, None if whole else SHOWN_CHARS)
-        chosen = _chosen(opened, wanted, last)
+        (card,) = cards_of(opened, [_valid(opened, position)], last, None if whole else SHOWN_CHARS)
+        chosen = chosen_rows(opened, wanted, last)
         at = int(np.searchsorted(chosen, position))
         after = at + 1 if at < len(chosen) and chosen[at] == position else at
         document = opened.document(card.row.document) if card.row.document else None
@@ -182,7 +146,6 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
             query=_query(wanted),
             earlier=int(chosen[at - 1]) if at else None,
             later=int(chosen[after]) if after < len(chosen) else None,
-            back=at // ROWS_ON_PAGE + 1,
             place=place_of(card.original, document, whole) if document is not None else None,
             original=parts_of(card.original),
             history=[one for one in made if one.id == card.original.id],
@@ -197,13 +160,13 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
     @app.get("/data/{key}/rows/{position}/edit")
     def edit_form(key: str, position: int) -> Response:
         opened = reviews.open_dataset(key)
-        (card,) = _cards(opened, [_valid(opened, position)], current(stored(reviews.folder)), None)
+        (card,) = cards_of(opened, [_valid(opened, position)], current(stored(reviews.folder)), None)
         return context.page("edit.html", card=card)
 
     @app.get("/data/{key}/rows/{position}/tokens")
     def tokens(key: str, position: int) -> Response:
         opened = reviews.open_dataset(key)
-        (card,) = _cards(opened, [_valid(opened, position)], current(stored(reviews.folder)), None)
+        (card,) = cards_of(opened, [_valid(opened, position)], current(stored(reviews.folder)), None)
         tokenizer = opened.rendering.tokenizer()
         views, problem = token_views(card.row, opened.kind, tokenizer, opened.rendering.formatting)
         return context.page("tokens.html", views=views, problem=problem, end=tokenizer.eos_token)
@@ -212,9 +175,13 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
     def decide(key: str, position: int, body: Decide) -> dict[str, Any]:
         opened = reviews.open_dataset(key)
         made = stored(reviews.folder)
-        (card,) = _cards(opened, [_valid(opened, position)], current(made), None)
+        (card,) = cards_of(opened, [_valid(opened, position)], current(made), None)
         if card.original.id != body.id:
             raise RequestError("The dataset has another row here now. Reload the page.")
+        if not opened.takes_decisions:
+            raise RequestError(
+                f"No run uses decisions on {opened.kind} rows. Correct the documents or rows that they are made of."
+            )
         if card.is_made_later:
             raise RequestError("This row repeats another row in other words. Decide on that row.")
         content = None
@@ -314,56 +281,6 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
             number=number,
             pages=pages,
         )
-
-
-def _cards(
-    opened: Opened, positions: Sequence[int] | np.ndarray[Any, Any], last: Mapping[str, Decision], limit: int | None
-) -> list[Card]:
-    originals = [read_row(record, opened.kind) for record in opened.rows.records(positions)]
-    keys = [getattr(row, opened.joined_by) for row in originals]
-    issues: dict[str, list[tuple[str, str]]] = {}
-    for record in opened.findings.records(opened.findings.where(opened.joined_by, equals=keys)):
-        issues.setdefault(record[opened.joined_by], []).append((record["rule"], record["detail"]))
-    joined = "place" if opened.joined_by == "id" else "source"
-    for record in opened.quarantine.records(opened.quarantine.where(joined, equals=keys)):
-        issues.setdefault(record[joined], []).append((f"set aside: {record['reason']}", record["detail"]))
-    cards = []
-    for position, original, key in zip(positions, originals, keys, strict=True):
-        decision = last.get(original.id)
-        is_edited = decision is not None and decision.action == "edit"
-        cards.append(
-            Card(
-                position=int(position),
-                split=opened.rows.part_of(int(position)),
-                row=edited_row(original, decision) if decision is not None and is_edited else original,
-                original=original,
-                chars=int(opened.rows.chars[position]),
-                issues=issues.get(key, []),
-                decision=decision,
-                limit=limit or 1 << 62,
-            )
-        )
-    return cards
-
-
-def _chosen(opened: Opened, wanted: Filter, last: Mapping[str, Decision]) -> np.ndarray[Any, Any]:
-    if wanted.split and wanted.split not in opened.rows.parts:
-        raise RequestError(f"The dataset has no split {wanted.split}. Choose one of {', '.join(opened.rows.parts)}.")
-    found: set[str] = set()
-    if wanted.finding:
-        for table, column in ((opened.findings, "rule"), (opened.quarantine, "reason")):
-            joined = "place" if table is opened.quarantine and opened.joined_by == "id" else opened.joined_by
-            found |= {record[joined] for record in table.records(table.where(column, equals=[wanted.finding]))}
-    return wanted.rows(opened.rows, found, {row: one.action for row, one in last.items()}, opened.joined_by)
-
-
-def _set_aside_rows(opened: Opened) -> dict[str, int]:
-    """How many shown rows of a file each rule sets aside. Rows that a run has set aside are not in its dataset."""
-    return {} if opened.corrected is None else opened.quarantine.counts("reason")
-
-
-def _merged(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
-    return {name: one.get(name, 0) + other.get(name, 0) for name in (*one, *other)}
 
 
 def _places(table: Table, ids: Sequence[str]) -> dict[str, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from datasets import Dataset
@@ -10,7 +12,7 @@ from fastapi.testclient import TestClient
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
-from llm_engineering.data.rows import FEATURES
+from llm_engineering.data.rows import FEATURES, TextRow, to_dataset
 from llm_engineering.data.storage import TableWriter
 from llm_engineering.feedback.decisions import current, stored
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
@@ -73,9 +75,13 @@ def site(rows_file, tmp_path, tokenizer):
 def test_a_page_shows_some_rows_with_what_the_rules_say(site):
     page = site.get()
     assert page.count("<article") == data_pages.ROWS_ON_PAGE
-    assert "page 1 of 2" in page
-    assert site.get("?page_number=2").count("<article") == 42 - data_pages.ROWS_ON_PAGE
-    assert site.get("?page_number=99").count("<article") == 42 - data_pages.ROWS_ON_PAGE
+    assert "1 to 25 of 42" in page
+    assert 'rel="next" href="?&amp;from_row=26"' in page
+    last = site.get("?from_row=26")
+    assert last.count("<article") == 42 - data_pages.ROWS_ON_PAGE
+    assert 'rel="prev" href="?&amp;from_row=1"' in last
+    assert 'rel="next"' not in last
+    assert site.get("?from_row=99").count("<article") == 1
     duplicate = site.get("?finding=exact_duplicate")
     assert duplicate.count("<article") == 1
     assert "set aside: exact_duplicate" in duplicate
@@ -132,6 +138,15 @@ def test_decisions_are_stored_shown_and_filtered_by(site):
     assert "Bob dropped it: not true" in site.get("/rows/1")
 
 
+def test_no_undecided_row_is_skipped_while_rows_are_decided(site):
+    first = site.get("?decision=none")
+    following = re.search(r'rel="next" href="\?(.+)"', first)[1].replace("&amp;", "&")
+    for position in range(data_pages.ROWS_ON_PAGE):
+        site.decide(position, "accept")
+    # The 26th of the rows that are left would be the 51st row.
+    assert 'aria-label="Row 26"' in site.get(f"?{following}")
+
+
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
@@ -151,6 +166,17 @@ def test_a_wrong_decision_is_refused_with_a_sentence_and_not_stored(site, body, 
     assert answer.status_code in (400, 422)
     assert problem in answer.json()["error"]
     assert stored(site.folder) == []
+
+
+def test_rows_that_no_run_corrects_are_shown_only(site, tmp_path):
+    shown = Site(replace(site.opened, kind="instruction", corrected=None), tmp_path / "run")
+    assert shown.decide(0, "accept").status_code == 200
+    texts = Table({"train": to_dataset([TextRow(text="t", source="s", origin="m").record()], FEATURES["text"])})
+    shown = Site(replace(site.opened, kind="text", rows=texts, corrected=None), tmp_path / "texts")
+    assert "data-action" not in shown.get()
+    assert "shown only" in shown.get()
+    assert "No run uses decisions on text rows." in shown.decide(0, "accept").json()["error"]
+    assert stored(tmp_path / "texts") == []
 
 
 def test_two_reviewers_are_told_of_each_other_and_the_last_decision_counts(site):
@@ -201,9 +227,9 @@ def test_a_page_of_100_000_rows_reads_one_page_of_them(tmp_path, monkeypatch):
         Table, "records", lambda table, positions: made.append(len(positions)) or records(table, positions)
     )
     site = Site(opened, tmp_path / "reviews")
-    for path in ("", "?search=is+777", "?page_number=3000&decision=none&least=10&most=400", "/rows/99999"):
+    for path in ("", "?search=is+777", "?from_row=75000&decision=none&least=10&most=400", "/rows/99999"):
         made.clear()
         site.get(path)
         assert sum(made) <= data_pages.ROWS_ON_PAGE, path
     assert site.get("?search=is+777").count("<article") == data_pages.ROWS_ON_PAGE
-    assert "page 4000 of 4,000" in site.get("?page_number=4000")
+    assert "99,991 to 100,000 of 100,000" in site.get("?from_row=99991")
