@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 from scipy import integrate, stats
 
+CONFIDENCE = 0.95
 
+
+@cache
 def expected_lowest(n: int) -> float:
     """How many standard deviations the lowest of n normal values lies below their mean, on average.
 
@@ -29,19 +34,24 @@ def by_chance(trials: int, repeats: Sequence[float]) -> dict[str, Any]:
 
     Selection favours trials with a lucky seed, so the lowest loss of a sweep is too good (Dodge et al. 2019,
     arXiv:1909.03004; Bouthillier et al. 2021, arXiv:2103.03098). The repeats were not selected: their mean is an unbiased
-    loss of the winner's recipe, and their spread is the noise of its training.
+    loss of the winner's recipe, and their spread is the noise of its training. Another run of it lies from `low` to `high` with
+    95 % confidence.
 
     Args:
         trials: the number of trials that the lowest was chosen from.
         repeats: the validation losses of the winner's recipe with other seeds, at least two.
     """
-    mean, spread = statistics.fmean(repeats), statistics.stdev(repeats)
+    mean, spread, count = statistics.fmean(repeats), statistics.stdev(repeats), len(repeats)
+    # The prediction interval of one more run: its own noise, and that of the mean.
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread * math.sqrt(1 + 1 / count)
     return {
         "trials": trials,
-        "repeats": len(repeats),
+        "repeats": count,
         "mean": mean,
         "spread": spread,
         "lowest": mean - spread * expected_lowest(trials),
+        "low": mean - half,
+        "high": mean + half,
     }
 
 

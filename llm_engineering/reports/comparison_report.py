@@ -20,10 +20,10 @@ ANSWERS = 20
 
 def comparison_page(data: Report) -> str:
     """The whole page, from the object that `models compare --json` prints."""
-    names = data["names"]
+    names, charts = data["names"], _curves(data)
     nothing = paragraph("Nothing differs.")
     sections = [
-        *_curves(data),
+        ("Curves", cards(charts) if charts else Markup("")),
         ("Measures", _measures(data)),
         ("Recipes", table(["Key", *names], data["recipes"]) if data["recipes"] else nothing),
         ("Data", table(["What", *names], data["data"]) if data["data"] else nothing),

@@ -8,9 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from llm_engineering.evaluation.selection import CONFIDENCE
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
-from llm_engineering.reports.page import Verdict, interval, line_chart, page, paragraph, table
+from llm_engineering.reports.page import Verdict, cards, interval, line_chart, page, paragraph, table
 
 Report = Mapping[str, Any]
 # Curves of the best trials beside the winner's and that of the recipe's own values.
@@ -34,23 +35,27 @@ def sentences(report: Report) -> list[str]:
     )
     found.append(
         f"The lowest of {chance['trials']} runs of this one recipe, which differ in nothing but the seed, would by chance be about "
-        f"{chance['lowest']:.4f}."
+        f"{chance['lowest']:.4f}, {chance['mean'] - chance['lowest']:.4f} below their mean."
     )
     if own["loss"] is not None and own["values"] != winner["values"]:
-        gain, lead = own["loss"] - chance["mean"], _lead_by_chance(report)
-        word = "more" if gain > lead else "not more"
+        place = (
+            "above this, so the winner is better"
+            if _is_better(report)
+            else "not above this, so the difference may be chance"
+        )
         found.append(
-            f"The gain over the recipe's own values is {gain:.4f}, measured with the other seeds: {word} than the {lead:.4f} that "
-            "choosing among equal trials shows."
+            f"With {CONFIDENCE:.0%} confidence one more run of the winner's recipe has a loss from {chance['low']:.4f} to "
+            f"{chance['high']:.4f}. The loss with the recipe's own values is {place}."
         )
     return found
 
 
 def sweep_page(report: Report) -> str:
     """The whole page."""
-    own = report["own"]["loss"]
-    gain = own is not None and own - report["chance"]["mean"] > _lead_by_chance(report)
-    words = "The winner leads by more than chance" if gain else "The winner's lead may be chance"
+    charts = [
+        ("In their order", line_chart(_by_trial(report), "trial", "validation loss")),
+        ("During training", line_chart(_curves(report), "share of training", "validation loss")),
+    ]
     facts = {
         "Sweep": report["sweep"],
         "Stage": report["stage"],
@@ -58,28 +63,38 @@ def sweep_page(report: Report) -> str:
         "Winner": report["version"],
     }
     sections = [
-        ("Trials in their order", line_chart(_by_trial(report), "trial", "validation loss")),
-        ("Validation loss during training", line_chart(_curves(report), "share of training", "validation loss")),
+        ("Validation loss of the trials", cards(charts)),
         ("The winner on the test split", _measures(report)),
         ("All trials, the best first", _trials(report)),
         ("Ranges", table(["Key", "Values", "In the recipe"], _ranges(report))),
         ("How chance is measured", _chance_note()),
     ]
-    # Without a trial with the recipe's own values there is no lead.
-    shown = None if own is None else Verdict(words, "good" if gain else "mixed")
-    return page(f"Sweep of {report['stage']}", sentences(report), sections, facts=facts, verdict=shown)
+    return page(f"Sweep of {report['stage']}", sentences(report), sections, facts=facts, verdict=_verdict(report))
 
 
-def _lead_by_chance(report: Report) -> float:
-    """How far the lowest of equal trials lies below their mean."""
-    lead: float = report["chance"]["mean"] - report["chance"]["lowest"]
-    return lead
+def _verdict(report: Report) -> Verdict | None:
+    """Whether the winner is better than the recipe; None without a trial with the recipe's own values."""
+    own = report["own"]
+    if own["loss"] is None:
+        return None
+    if own["values"] == report["winner"]["values"]:
+        return Verdict("No trial is better than the recipe's own values", "mixed")
+    if _is_better(report):
+        return Verdict("The winner is better than the recipe's own values", "good")
+    return Verdict("The winner's lead may be chance", "mixed")
+
+
+def _is_better(report: Report) -> bool:
+    """Whether the loss with the recipe's own values is above those of the winner's recipe with other seeds."""
+    better: bool = report["own"]["loss"] > report["chance"]["high"]
+    return better
 
 
 def _chance_note() -> Markup:
     note = (
         "The standard deviation is that of the seeds. The lowest of n equal runs lies E(n) of it below their mean on average, where "
-        "E(n) is the mean of the largest of n standard normal values (Tippett 1925)."
+        "E(n) is the mean of the largest of n standard normal values (Tippett 1925). The interval of one more run is Student's "
+        "prediction interval from the repeats."
     )
     return paragraph(note, "small")
 
@@ -125,14 +140,25 @@ def _trials(report: Report) -> Markup:
     rows = [
         (
             str(trial["number"]),
-            *(str(trial["values"].get(key, "")) for key in keys),
+            *(shown_value(trial["values"].get(key)) for key in keys),
             f"{trial['loss']:.4f}" if trial["loss"] is not None else "",
-            f"{trial['state']}: {trial['reason']}" if trial["reason"] else trial["state"],
+            _ended(trial),
             trial["run"],
         )
         for trial in sorted(report["trials"], key=lambda trial: (trial["loss"] is None, trial["loss"]))
     ]
     return table(["Trial", *keys, "Validation loss", "State", "Run"], rows)
+
+
+def _ended(trial: Report) -> str:
+    if trial["state"] == "stopped":
+        return f"stopped at {trial['curve'][-1][0]:.0%} of training"
+    return f"failed: {trial['reason']}" if trial["state"] == "failed" else "complete"
+
+
+def shown_value(value: Any) -> str:
+    """A value as a table shows it; empty for None."""
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _ranges(report: Report) -> list[tuple[str, str, str]]:
@@ -144,5 +170,5 @@ def _ranges(report: Report) -> list[tuple[str, str, str]]:
             scale = ", evenly over orders of magnitude" if values.get("log") else ""
             step = f", in steps of {values['step']}" if values.get("step") else ""
             shown = f"{values['low']} to {values['high']}{step}{scale}"
-        rows.append((key, shown, str(report["own"]["values"][key])))
+        rows.append((key, shown, shown_value(report["own"]["values"][key])))
     return rows

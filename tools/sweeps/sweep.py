@@ -16,7 +16,7 @@ from rich.table import Table
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.loading import check_name, load_recipe, recipe_hash
 from tools.cli import DEFAULT_RECIPE, PROGRAM, Config, Json, Overrides, prepare_zenml
-from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, locked, repeat, run_trials, shown_value
+from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, locked, repeat, run_trials
 
 if TYPE_CHECKING:
     import optuna
@@ -211,7 +211,7 @@ def _report(sweep: Sweep, winner: optuna.trial.FrozenTrial, repeats: list[float]
 
 def _print(report: dict[str, Any], run: RunResult, file: Any) -> None:
     """Print the winner's run as every run, then the trials, and what their best shows."""
-    from llm_engineering.reports.sweep_report import sentences
+    from llm_engineering.reports.sweep_report import sentences, shown_value
     from tools.results import print_table
 
     print_table(run, file)

@@ -120,7 +120,11 @@ def run_trials(sweep: Sweep) -> None:
         trial = next_trial(sweep)
         if trial is None:
             return
-        logger.info("Trial %d: %s", trial.number + 1, _shown(trial.params))
+        shown = ", ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in trial.params.items()
+        )
+        logger.info("Trial %d: %s", trial.number + 1, shown)
         try:
             loss = _train(sweep, trial.params, trial.user_attrs[RUN], trial_id=trial._trial_id)
         except (RequestError, WorkError) as error:
@@ -235,15 +239,6 @@ def _distribution(values: Range) -> optuna.distributions.BaseDistribution:
     if values.whole:
         return IntDistribution(int(values.low), int(values.high), values.log, int(values.step or 1))
     return FloatDistribution(values.low, values.high, values.log, values.step)
-
-
-def _shown(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {shown_value(value)}" for key, value in values.items())
-
-
-def shown_value(value: Any) -> str:
-    """A value as a table shows it; empty for None."""
-    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 @contextmanager
