@@ -308,6 +308,8 @@ def start(
     from zenml.exceptions import RunInterruptedException
     from zenml.models import PipelineRunResponse
 
+    from llm_engineering.recipe.settings import Settings
+    from llm_engineering.training.trainer.checkpoints import remove_finished
     from pipelines.repeats import settle_version
     from tools.results import this_process
 
@@ -336,6 +338,8 @@ def start(
         raise
     assert isinstance(run, PipelineRunResponse)
     settle_version(Client().get_pipeline_run(run.id))
+    # All models are stored, so nothing will resume from the checkpoints.
+    remove_finished(Settings().llm_output_dir / "training")
     return Client().get_pipeline_run(run.id)
 
 

@@ -61,6 +61,9 @@ def evaluation_page(
         sections.append(("Judge", _judge(data["judge"])))
     if data["checks"] is not None:
         sections.append(("Own checks", _checks(data["checks"], data["models"])))
+    if data.get("canaries"):
+        rows = [(canary["prefix"], ", ".join(canary["completed_by"]) or "no model") for canary in data["canaries"]]
+        sections.append(("Canaries", table(["Words before the secret", "Completed by"], rows)))
     if data["lm_eval"] is not None:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
     if exam is not None:

@@ -36,10 +36,10 @@ from llm_engineering.training.processes.sharding import whole_weights
 from llm_engineering.training.telemetry.flops import peak_flops
 from llm_engineering.training.telemetry.tracking import Trackers
 from llm_engineering.training.telemetry.work import TelemetryCallback, Work, peak_memory_bytes
-from llm_engineering.training.trainer.checkpoints import check_resumable, newest_complete
+from llm_engineering.training.trainer.checkpoints import FINISHED, check_resumable, newest_complete
 from llm_engineering.training.trainer.resumable import RestoreWindow, ResumableTrainer
 from llm_engineering.training.trainer.trial import open_trial
-from llm_engineering.training.training_run import TrainingRun
+from llm_engineering.training.training_run import RUN_ID, TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -133,8 +133,11 @@ def run_training(
     if ranks.is_main():
         report.mkdir(parents=True, exist_ok=True)
         (report / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        # The model is saved, so nothing will resume from the checkpoints.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        # The model is saved. A pipeline still has to store it, and the disk may be full: its end removes the checkpoints.
+        if RUN_ID in run.parameters:
+            (folder / FINISHED).touch()
+        else:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return TrainingResult(adapter, report, summary)
 
 

@@ -78,9 +78,7 @@ def export(
 
         write_gguf(folder, output, recipe.name)
     else:
-        copy_model(folder, output)
-        card = render_model_card(card_facts(found, folder, recipe))
-        (output / "README.md").write_text(card, encoding="utf-8")
+        copy_model(folder, render_model_card(card_facts(found, folder, recipe)), output)
     print(output)
     return 0
 

@@ -279,7 +279,11 @@ def _sources(artifact: Any) -> Iterator[Finding]:
         else:
             if files_hash(recipe.evaluation) != checks:
                 tasks = recipe.evaluation.lm_eval
-                named = [recipe.evaluation.checks, tasks.include_path if tasks is not None else None]
+                named = [
+                    recipe.evaluation.checks,
+                    recipe.evaluation.canaries,
+                    tasks.include_path if tasks is not None else None,
+                ]
                 yield Finding(where=where, file=", ".join(filter(None, named)), what="changed")
             # A generated exam is an artifact of its own, and its hash stands before that of the other file.
             now = exam_hash(recipe.exam) if recipe.exam is not None else None

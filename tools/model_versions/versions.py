@@ -304,14 +304,19 @@ def _register(found: Found, folder: Path, verification: Verification, repetition
     return path
 
 
-def copy_model(folder: Path, output: Path) -> None:
-    """Copy the files of a model to a folder.
+def copy_model(folder: Path, card: str, output: Path) -> None:
+    """Copy the files of a model and its card to a folder, which gets its name when all of them are there.
 
     Raises:
         RequestError: the folder cannot be written.
     """
+    partial = output.with_name(f".{output.name}.partial")
     try:
-        shutil.copytree(folder, output, dirs_exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder, partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        # An empty folder may be there.
+        partial.rename(output)
     except OSError as error:
         raise RequestError(
             f"OUTPUT {output} cannot be written: {error.strerror or error}. Choose another folder."

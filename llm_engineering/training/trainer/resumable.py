@@ -161,7 +161,6 @@ class ResumableTrainer(HeldOutTrainer):
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
             )
         ranks.wait()
         # Delete only now: if the machines share a disk, the main process has published its checkpoint from this folder.
@@ -169,7 +168,7 @@ class ResumableTrainer(HeldOutTrainer):
             shutil.rmtree(partial, ignore_errors=True)
 
     def _needed_bytes(self, folder: Path) -> int:
-        earlier = sort_checkpoints(str(folder), use_mtime=True)
+        earlier = sort_checkpoints(str(folder))
         if earlier:
             return size(Path(earlier[-1]))
         assert self.model is not None
