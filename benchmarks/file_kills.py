@@ -93,6 +93,7 @@ def with_faults() -> None:
         library = str(Path(folder) / "file_faults.so")
         subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", library, str(_SOURCE)], check=True)  # noqa: S607
         environment = {**os.environ, "LD_PRELOAD": library, _LIBRARY: library, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
+        environment |= {"TOKENIZERS_PARALLELISM": "false"}
         module = sys.modules["__main__"].__spec__
         assert module is not None
         program = [sys.executable, "-m", module.name, *sys.argv[1:]]
@@ -168,7 +169,12 @@ class Trial:
         self._faults = ctypes.CDLL(os.environ[_LIBRARY])
         self._before = folder.with_suffix(".before")
         self._before.mkdir(parents=True)
-        work.prepare(self._before)
+        # In a process of its own too: a thread that a library starts would be missing in the processes that are forked later.
+        process = os.fork()
+        if process == 0:
+            work.prepare(self._before)
+            os._exit(0)
+        assert os.waitpid(process, 0)[1] == 0, f"{work.name} cannot be prepared"
         self.wanted: tuple[Any, list[str]] | None = None
         for _ in range(2):
             self._clear()

@@ -109,6 +109,11 @@ class ResumableTrainer(HeldOutTrainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # After a checkpoint of the last step, transformers would train one more step if the last step is inside an epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
 
