@@ -161,14 +161,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     from llm_engineering.publish.verification import Verification
     from tools.model_versions.versions import newest_artifacts
 
-    number = found.version.number
-    try:
-        made_with = Recipe.model_validate(found.version.run_metadata["recipe"])
-    except (KeyError, ValidationError) as error:
-        raise RequestError(
-            f"Version {number} of {recipe.name} was made with another version of the recipe's schema, or its run ended "
-            "before the gate. Run the training command again."
-        ) from error
+    number, made_with = found.version.number, recipe_of(found.version)
     own = newest_artifacts(found.version)
     if "evaluation_report" not in own:
         raise RequestError(
@@ -190,7 +183,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
         hub=recipe.hub,
         version=number,
         stage=found.name,
-        datasets=[_dataset(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
+        datasets=[dataset_facts(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
         report=report,
         verification=Verification.model_validate_json((merged / VERIFICATION).read_text(encoding="utf-8")),
         data_limits=list(dict.fromkeys(limits)),
@@ -203,7 +196,29 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     )
 
 
-def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
+def recipe_of(version: Any) -> Recipe:
+    """The recipe that a version was made with.
+
+    Raises:
+        RequestError: its schema is another one, or the run ended before the gate.
+    """
+    try:
+        recipe: Recipe = Recipe.model_validate(version.run_metadata["recipe"])
+        return recipe
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"Version {version.number} of {version.model.name} was made with another version of the recipe's schema, or its run "
+            "ended before the gate. Run the training command again."
+        ) from error
+
+
+def dataset_facts(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
+    """The facts about the dataset of a kind.
+
+    Args:
+        formatted: name of the artifact with its formatted rows, which has the number of tokens.
+        own: the artifacts of a version by name.
+    """
     from llm_engineering.publish.dataset_card import public_name
     from llm_engineering.publish.model_card import DatasetFacts
 
