@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     llm_signing_public_key: Path | None = None
     llm_signing_identity: str | None = None
     llm_signing_issuer: str | None = None
-    # Whether serve, promote, export and push refuse what is not signed.
+    # Whether chat, serve, promote, export and push refuse what is not signed.
     llm_require_signature: bool = False
     llm_cache_dir: Path = Field(default_factory=_cache_home)
     llm_output_dir: Path = Path("outputs")

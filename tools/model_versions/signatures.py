@@ -115,12 +115,12 @@ def signed_model(found: Found, recipe: Recipe, settings: Settings) -> tuple[Path
         WorkError: a signature is refused; and the errors of `merged_model`.
     """
     from llm_engineering.publish import signing
-    from tools.model_versions.versions import merged_artifact
+    from tools.model_versions.versions import merged_model
 
     signed = check_signature(found.version, VERSION, settings)
     is_verified = signed is not None and signing.can_verify(settings)
     before = parts_of(found.version)
-    artifact = merged_artifact(found, recipe, settings)
+    artifact = merged_model(found, recipe, settings)
     part = str(artifact.id)
     if part not in before and is_verified and settings.llm_signing_key is not None:
         sign_part(found.version, part, settings)

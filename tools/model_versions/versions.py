@@ -239,13 +239,7 @@ def _promoted(model: str) -> ModelVersionResponse:
     return Client().get_model_version(model, held.id)
 
 
-def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
-    """The folder of `merged_artifact`."""
-    path: Path = merged_artifact(found, recipe, settings).load().path
-    return path
-
-
-def merged_artifact(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVersionResponse:
+def merged_model(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVersionResponse:
     """The merged model in the precision of `merged_device`.
 
     A merged model is made once for each precision and repetition penalty, and registered as the version's artifact

@@ -57,5 +57,5 @@ def test_a_version_is_merged_only_with_the_base_model_of_its_training(small_llam
         versions.merged_model(found, recipe, settings)
 
     # A registered model needs no base model.
-    merged[0] = SimpleNamespace(load=lambda: SimpleNamespace(path=tmp_path))
-    assert versions.merged_model(found, recipe, settings) == tmp_path
+    merged[0] = "the merged model"
+    assert versions.merged_model(found, recipe, settings) == "the merged model"
