@@ -17,7 +17,7 @@ def main() -> None:
     from tools.readiness import preflight
 
     recipe, inputs = preflight(load_recipe(sys.argv[1], sys.argv[2:]))
-    ended = run._start(chain.stage_pipeline("sft"), recipe, inputs, True, stage="sft")
+    ended = run.start(chain.stage_pipeline("sft"), recipe, inputs, True, stage="sft")
     results.print_table(results.collect([ended], 0.0), sys.stdout)
 
 

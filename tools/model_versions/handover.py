@@ -191,7 +191,9 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     limits = [
         limit
         for kind in kinds
-        for limit in data_card.limits(kind, made_with.data.own(kind) is not None, made_with.data.rules)
+        for limit in data_card.limits(
+            kind, made_with.data.own(kind) is not None, bool(made_with.data.people(kind)), made_with.data.rules
+        )
     ]
     return ModelCardFacts(
         recipe=made_with,
