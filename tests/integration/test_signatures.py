@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from tests.fakes.hub import running_hub
 from tests.integration.conftest import Project, Run, make_project
-from tools.serve import free_port
+from tools.servers.serve import free_port
 
 
 def write_keys(folder: Path, name: str) -> dict[str, str]:
