@@ -64,6 +64,7 @@ TARGETS = {
     "verify": Target("models verify", ("CONFIG",), "VERSION"),
     "replay": Target("models replay", ("CONFIG",), "VERSION"),
     "evidence": Target("models evidence", ("CONFIG",), "VERSION"),
+    "sign": Target("models sign", ("CONFIG",), "VERSION"),
     "delete-version": Target("models delete", ("CONFIG",), "VERSION"),
     "export": Target("models export", ("CONFIG", "VERSION", "FORMAT", "OUTPUT")),
     "push-model": Target("models push", ("CONFIG", "VERSION")),

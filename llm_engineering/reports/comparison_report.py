@@ -148,7 +148,7 @@ def _answers(data: Report) -> Markup:
         body += Markup("<p><strong>{}. {}</strong></p>{}").format(
             number,
             pair["question"],
-            cards([("reference", paragraph(pair["reference"] or "(none)")), *answers], "answers"),
+            cards([("reference", paragraph(pair["reference"] or "(none)")), *answers]),
         )
     return body
 

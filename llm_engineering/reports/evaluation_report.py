@@ -64,7 +64,7 @@ def evaluation_page(
     if data["lm_eval"] is not None:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
     if exam is not None:
-        sections.append(("Exam: questions and answers", exam_questions(exam)))
+        sections.append(("Exam: questions and answers", exam_questions(exam, data["newest"])))
     if data.get("rewards"):
         sections.append(("Rewards", _rewards(data)))
     if data["samples"]:

@@ -62,7 +62,7 @@ def test_versions_with_other_held_out_rows_are_not_compared(versions):
     )
     assert shown.code == 0, shown.stderr
     assert "No measure of version 2 and version 3 can be compared." in shown.stdout
-    assert "the held-out rows differ" in " ".join(shown.stdout.split())
+    assert "comparable:" in shown.stdout
 
 
 def test_a_report_without_values_of_rows_says_so(versions):

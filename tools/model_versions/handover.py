@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,7 +58,8 @@ def export(
     settings = Settings()
     settings.check_writable()
     prepare_zenml()
-    from tools.model_versions.versions import copy_model, find_model, merged_model
+    from tools.model_versions.signatures import VERSION, check_signature, signed_model
+    from tools.model_versions.versions import copy_model, find_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
@@ -66,10 +69,12 @@ def export(
         from llm_engineering.models.base_model import check_unchanged, load_config
         from llm_engineering.publish.gguf import check_gguf
 
+        # Before the files of the version are read.
+        check_signature(found.version, VERSION, settings)
         check_unchanged(found.base)
         # Before the merge, which takes minutes. Training changes neither.
         check_gguf(load_config(found.base, settings), AutoTokenizer.from_pretrained(found.folders[found.name]))
-    folder = merged_model(found, recipe, settings)
+    folder, signature = signed_model(found, recipe, settings)
     if output is None:
         print(folder)
         return 0
@@ -79,6 +84,8 @@ def export(
         write_gguf(folder, output, recipe.name)
     else:
         copy_model(folder, output)
+        for name, file in signature.items():
+            shutil.copy(file, output / name)
         card = render_model_card(card_facts(found, folder, recipe))
         (output / "README.md").write_text(card, encoding="utf-8")
     print(output)
@@ -126,7 +133,8 @@ def push(
     check_repo_id(repo_id)
     find_token(settings.hf_token)
     prepare_zenml()
-    from tools.model_versions.versions import find_model, merged_model
+    from tools.model_versions.signatures import signed_model
+    from tools.model_versions.versions import find_model
 
     found = find_model(recipe, version)
     base = base_licence(found.base.name_or_path, hub)
@@ -136,11 +144,12 @@ def push(
             "Add it to the recipe, for example --set hub.base_license=llama3.1."
         )
     logger.info("Model:       %s", found.described)
-    folder = merged_model(found, recipe, settings)
+    folder, signature = signed_model(found, recipe, settings)
     facts = card_facts(found, folder, recipe)
     logger.info("Licences:    model %s, base model %s", hub.license, base)
     logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
     files: dict[str, bytes | Path] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    files.update(signature)
     files["README.md"] = render_model_card(facts).encode()
     print(publish("model", files, repo_id, private, settings.hf_token, _is_ours))
     return 0
@@ -155,7 +164,6 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     Raises:
         RequestError: the version was made with another version of the recipe's schema, or was not evaluated.
     """
-    from llm_engineering.publish import dataset_card as data_card
     from llm_engineering.publish.merge import VERIFICATION
     from llm_engineering.publish.model_card import ModelCardFacts
     from llm_engineering.publish.verification import Verification
@@ -173,11 +181,6 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
         kinds.setdefault(STAGES[stage].rows, f"formatted_{stage}")
     report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
     adapter = own[f"{found.name}_adapter"]
-    limits = [
-        limit
-        for kind in kinds
-        for limit in data_card.limits(kind, made_with.data.own(kind) is not None, made_with.data.rules)
-    ]
     return ModelCardFacts(
         recipe=made_with,
         hub=recipe.hub,
@@ -186,7 +189,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
         datasets=[dataset_facts(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
         report=report,
         verification=Verification.model_validate_json((merged / VERIFICATION).read_text(encoding="utf-8")),
-        data_limits=list(dict.fromkeys(limits)),
+        data_limits=data_limits(list(kinds), made_with),
         lineage={
             "run": adapter.run.name,
             "recipe": str(found.version.run_metadata["recipe_hash"]),
@@ -210,6 +213,15 @@ def recipe_of(version: Any) -> Recipe:
             f"Version {version.number} of {version.model.name} was made with another version of the recipe's schema, or its run "
             "ended before the gate. Run the training command again."
         ) from error
+
+
+def data_limits(kinds: Sequence[str], recipe: Recipe) -> list[str]:
+    """The limits of the data of these kinds, a sentence each."""
+    from llm_engineering.publish.dataset_card import limits
+
+    data = recipe.data
+    found = [limits(kind, data.own(kind) is not None, bool(data.people(kind)), data.rules) for kind in kinds]
+    return list(dict.fromkeys(limit for kind in found for limit in kind))
 
 
 def dataset_facts(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
@@ -263,4 +275,4 @@ def _is_ours(file: str) -> bool:
 
     `publish` removes such files if this push does not write them. Otherwise old weights would stay and be loaded.
     """
-    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja"))
+    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja", ".sig"))

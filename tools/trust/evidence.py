@@ -12,9 +12,6 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
 
-# The artifacts of a version that hold its signatures.
-SIGNATURES = "signatures"
-
 
 def evidence(
     version: VersionNumber, config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_json: Json = False
@@ -61,7 +58,7 @@ def _gathered(recipe: Recipe, version: Any) -> dict[str, Any]:
     from llm_engineering.publish.bom import base_tokens, compute_facts
     from llm_engineering.publish.model_card import base_licence, data_licence
     from pipelines.registry import adapter_of
-    from tools.model_versions.handover import dataset_facts, recipe_of
+    from tools.model_versions.handover import data_limits, dataset_facts, recipe_of
     from tools.model_versions.provenance import describe, lineage_of
     from tools.model_versions.versions import newest_artifacts
 
@@ -83,11 +80,6 @@ def _gathered(recipe: Recipe, version: Any) -> dict[str, Any]:
     config = load_config(adapter.base, Settings())
     base = on_meta(config, torch.float32, "eager", recipe.model.trust_remote_code)
     name, hub = adapter.base.name_or_path, recipe.hub
-    limits = [
-        limit
-        for kind in kinds
-        for limit in dataset_card.limits(kind, made_with.data.own(kind) is not None, made_with.data.rules)
-    ]
     return {
         "model": {
             "name": recipe.name,
@@ -126,7 +118,7 @@ def _gathered(recipe: Recipe, version: Any) -> dict[str, Any]:
             base_tokens(name, hub),
         ),
         "measures": _measures(own),
-        "limits": list(dict.fromkeys(limits)),
+        "limits": data_limits(list(kinds), made_with),
         "packages": {name: v for environment in environments.values() for name, v in environment["packages"].items()},
         "signatures": _signatures(version),
         "replay": _replay(recipe.name, version.number),
@@ -145,6 +137,7 @@ def _measures(own: dict[str, Any]) -> dict[str, Any]:
 def _signatures(version: Any) -> list[dict[str, str]]:
     """The signatures that are artifacts of the version; empty if it is not signed."""
     from pipelines.repeats import linked_artifacts
+    from tools.model_versions.signatures import SIGNATURES
 
     return [
         {

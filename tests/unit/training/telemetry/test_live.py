@@ -17,7 +17,7 @@ from llm_engineering.training.sft import train_sft
 from llm_engineering.training.telemetry import work
 from llm_engineering.training.telemetry.live import LIVE_FILE, LiveHistory, read_live
 from tests.tiny_models import instruction, training_setup
-from tools.watch import runs, watch_page
+from tools.servers.watch import runs, watch_page
 
 CONFIG = SFTConfig(learning_rate=1e-2, num_train_epochs=2, gradient_accumulation_steps=1, save_steps=2, eval_steps=2,
                    logging_steps=1, per_device_train_batch_size=2, packing=False)  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.serve import HOST, bind
+from tools.servers.serve import HOST, bind
 
 if TYPE_CHECKING:
     from markupsafe import Markup

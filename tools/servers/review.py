@@ -56,8 +56,8 @@ def review(
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.app import build_app
     from llm_engineering.review.site import Context
-    from tools.review_answers import answering
-    from tools.serve import HOST, bind
+    from tools.servers.review_answers import answering
+    from tools.servers.serve import HOST, bind
 
     settings = Settings()
     settings.check_writable()
