@@ -15,7 +15,7 @@ $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
 COMMANDS := run run-sft run-dpo retrain datasets sweep runs dashboard watch inspect review push-dataset chat compare exam serve models \
-  compare-versions promote rollback lineage verify delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
+  compare-versions promote rollback lineage verify sign delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
 .DEFAULT_GOAL := help
@@ -54,6 +54,7 @@ promote:  ## move a model version to production: VERSION=… [NOTE="reason"]
 rollback:  ## move the previous production version back to production: [NOTE="reason"]
 lineage:  ## show where a model version comes from, with hashes: VERSION=…
 verify:  ## check the files of a model version against the recorded hashes: VERSION=…
+sign:  ## sign the adapters, datasets, lineage and merged models of a model version: VERSION=…
 delete-version:  ## delete a model version and what only it uses, after showing the disk that this frees: VERSION=…
 export:  ## write the files of a merged, verified model: [VERSION=N] [FORMAT=gguf] [OUTPUT=path]
 push-model:  ## publish a model on the hub: [VERSION=N]

@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 
 
 GROUPS = {
-    "models": "List, promote, check, delete, export and publish the versions of a recipe's model.",
+    "models": "List, promote, check, sign, delete, export and publish the versions of a recipe's model.",
     "schedule": "Retrain at fixed times, as a SageMaker job or with a timer on this machine.",
     "cloud": "Prepare an AWS account for SageMaker jobs.",
 }
@@ -133,6 +133,11 @@ COMMANDS: dict[str, list[Entry]] = {
             "models verify",
             "model_versions.provenance:verify",
             "Check the files of a model version against the recorded hashes.",
+        ),
+        Entry(
+            "models sign",
+            "model_versions.signatures:sign",
+            "Sign the adapters, datasets, lineage and merged models of a model version.",
         ),
         Entry(
             "models delete",

@@ -62,6 +62,7 @@ TARGETS = {
     "rollback": Target("models rollback", ("CONFIG", "NOTE")),
     "lineage": Target("models lineage", ("CONFIG",), "VERSION"),
     "verify": Target("models verify", ("CONFIG",), "VERSION"),
+    "sign": Target("models sign", ("CONFIG",), "VERSION"),
     "delete-version": Target("models delete", ("CONFIG",), "VERSION"),
     "export": Target("models export", ("CONFIG", "VERSION", "FORMAT", "OUTPUT")),
     "push-model": Target("models push", ("CONFIG", "VERSION")),

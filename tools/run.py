@@ -308,7 +308,10 @@ def start(
     from zenml.exceptions import RunInterruptedException
     from zenml.models import PipelineRunResponse
 
-    from pipelines.repeats import settle_version
+    from llm_engineering.recipe.settings import Settings
+    from pipelines.registry import adapter_of
+    from pipelines.repeats import settle_version, version_of
+    from tools.model_versions.signatures import sign_new
     from tools.results import this_process
 
     process = this_process()
@@ -336,7 +339,11 @@ def start(
         raise
     assert isinstance(run, PipelineRunResponse)
     settle_version(Client().get_pipeline_run(run.id))
-    return Client().get_pipeline_run(run.id)
+    run = Client().get_pipeline_run(run.id)
+    made = version_of(run)
+    if made is not None and adapter_of(made) is not None:
+        sign_new(made, Settings())
+    return run
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,7 +57,8 @@ def export(
     settings = Settings()
     settings.check_writable()
     prepare_zenml()
-    from tools.model_versions.versions import copy_model, find_model, merged_model
+    from tools.model_versions.signatures import VERSION, check_signature, signed_model
+    from tools.model_versions.versions import copy_model, find_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
@@ -66,10 +68,12 @@ def export(
         from llm_engineering.models.base_model import check_unchanged, load_config
         from llm_engineering.publish.gguf import check_gguf
 
+        # Before the files of the version are read.
+        check_signature(found.version, VERSION, settings)
         check_unchanged(found.base)
         # Before the merge, which takes minutes. Training changes neither.
         check_gguf(load_config(found.base, settings), AutoTokenizer.from_pretrained(found.folders[found.name]))
-    folder = merged_model(found, recipe, settings)
+    folder, signature = signed_model(found, recipe, settings)
     if output is None:
         print(folder)
         return 0
@@ -79,6 +83,8 @@ def export(
         write_gguf(folder, output, recipe.name)
     else:
         copy_model(folder, output)
+        for name, file in signature.items():
+            shutil.copy(file, output / name)
         card = render_model_card(card_facts(found, folder, recipe))
         (output / "README.md").write_text(card, encoding="utf-8")
     print(output)
@@ -126,7 +132,8 @@ def push(
     check_repo_id(repo_id)
     find_token(settings.hf_token)
     prepare_zenml()
-    from tools.model_versions.versions import find_model, merged_model
+    from tools.model_versions.signatures import signed_model
+    from tools.model_versions.versions import find_model
 
     found = find_model(recipe, version)
     base = base_licence(found.base.name_or_path, hub)
@@ -136,11 +143,12 @@ def push(
             "Add it to the recipe, for example --set hub.base_license=llama3.1."
         )
     logger.info("Model:       %s", found.described)
-    folder = merged_model(found, recipe, settings)
+    folder, signature = signed_model(found, recipe, settings)
     facts = card_facts(found, folder, recipe)
     logger.info("Licences:    model %s, base model %s", hub.license, base)
     logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
     files: dict[str, bytes | Path] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    files.update(signature)
     files["README.md"] = render_model_card(facts).encode()
     print(publish("model", files, repo_id, private, settings.hf_token, _is_ours))
     return 0
@@ -250,4 +258,4 @@ def _is_ours(file: str) -> bool:
 
     `publish` removes such files if this push does not write them. Otherwise old weights would stay and be loaded.
     """
-    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja"))
+    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja", ".sig"))

@@ -56,7 +56,7 @@ def lineage(
     prepare_zenml()
     from tools.model_versions.versions import find_version
 
-    found = _lineage(recipe.name, find_version(recipe.name, version))
+    found = lineage_of(recipe.name, find_version(recipe.name, version))
     if as_json:
         print(json.dumps(found))
         return 0
@@ -114,10 +114,10 @@ def verify(
 
     found = find_version(recipe.name, version)
     artifacts = list(with_origins(linked_artifacts(found)))
-    findings = [finding for artifact in artifacts for finding in _artifact(artifact)]
+    findings = [finding for artifact in artifacts for finding in changed_files(artifact)]
     damaged = {finding.where for finding in findings}
     for artifact in artifacts:
-        if _name(artifact) not in damaged:
+        if name_of(artifact) not in damaged:
             findings += _sources(artifact)
     findings += _base_model(found)
     if as_json:
@@ -135,7 +135,7 @@ def verify(
     return 1
 
 
-def _lineage(model: str, version: Any) -> dict[str, Any]:
+def lineage_of(model: str, version: Any) -> dict[str, Any]:
     """A model version's artifacts with their origins, back to the documents, and their hashes.
 
     Raises:
@@ -210,13 +210,13 @@ def differing(where: str, then: Mapping[str, str], now: Mapping[str, str]) -> It
             yield Finding(where=where, file=file, what="changed")
 
 
-def _artifact(artifact: Any) -> Iterator[Finding]:
+def changed_files(artifact: Any) -> Iterator[Finding]:
     """Compare the files of an artifact with its manifest, and the manifest with its hash in ZenML's database."""
     from zenml.client import Client
 
     from steps.materializers import MANIFEST, file_hashes
 
-    where, store = _name(artifact), Client().active_stack.artifact_store
+    where, store = name_of(artifact), Client().active_stack.artifact_store
     if artifact.content_hash is None:
         yield Finding(where=where, file="", what="unknown", detail="its hashes were never recorded")
         return
@@ -264,7 +264,7 @@ def _sources(artifact: Any) -> Iterator[Finding]:
     checks, exam = (artifact.run_metadata.get(name) for name in ("files_hash", "exam_hash"))
     if not then and evaluation is None and checks is None and exam is None:
         return
-    where = f"sources of {_name(artifact)}"
+    where = f"sources of {name_of(artifact)}"
     try:
         recipe = Recipe.model_validate((artifact.run.config.parameters or {})["recipe"])
     except (KeyError, ValidationError):
@@ -315,5 +315,6 @@ def _base_model(version: Any) -> Iterator[Finding]:
         yield Finding(where="base model", file=name, what="changed", detail=f"{then}, now {now}")
 
 
-def _name(artifact: Any) -> str:
+def name_of(artifact: Any) -> str:
+    """Name and version of an artifact, as `sft_adapter v3`."""
     return f"{artifact.artifact.name} v{artifact.version}"
