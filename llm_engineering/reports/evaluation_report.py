@@ -111,9 +111,8 @@ def _result(data: Report) -> tuple[Verdict, str]:
     result = f"is {word} than" if word in ("better", "worse") else "does not differ significantly from"
     state: Literal["good", "bad", "mixed"] = "good" if word == "better" else "bad" if word == "worse" else "mixed"
     found = Verdict(f"The {newest.upper()} model {result} {_NAMES[other]}", state)
-    pairs = f" and {counted(data['heldout_pairs'], 'pair')}" if data["heldout_pairs"] else ""
     held_out = (
-        f"{counted(data['heldout_rows'], 'held-out row')}{pairs}"
+        f"{counted(data['heldout_rows'], 'held-out row')}"
         if has_rows
         else f"{counted(data['heldout_documents'], 'held-out document')}"
     )
