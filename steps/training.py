@@ -71,7 +71,10 @@ def train(
         recipe_hash=recipe_hash,
         base_model=setup.model.name_or_path,
         base_revision=str(setup.model.revision),
-        **{name: summary[name] for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes")},
+        **{
+            name: summary[name]
+            for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes", "flops", "environment")
+        },
         **{f"comet_{name}": value for name, value in summary["comet"].items()},
         **summary.get("sagemaker", {}),
         **({"reward_code": code} if code else {}),

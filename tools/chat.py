@@ -86,11 +86,12 @@ def chat(
     sampling = Sampling.checked(temperature, top_p, seed)
     settings = Settings()
     prepare_zenml()
-    from tools.model_versions.versions import find_model, merged_model
+    from tools.model_versions.signatures import signed_model
+    from tools.model_versions.versions import find_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
-    folder = merged_model(found, recipe, settings)
+    folder, _ = signed_model(found, recipe, settings)
     device = merged_device(recipe.compute.here)
     trust = recipe.model.trust_remote_code
     conversation = Conversation(folder, device, settings, max_new_tokens, trust, sampling)

@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 
 
 GROUPS = {
-    "models": "List, promote, check, delete, export and publish the versions of a recipe's model.",
+    "models": "List, promote, check, sign, delete, export and publish the versions of a recipe's model.",
     "schedule": "Retrain at fixed times, as a SageMaker job or with a timer on this machine.",
     "cloud": "Prepare an AWS account for SageMaker jobs.",
 }
@@ -86,13 +86,13 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry(
             "sweep",
             "sweeps.sweep:sweep",
-            "Train a stage with many values of the recipe's keys, and evaluate the best once.",
+            "Train a stage with values from the ranges of the recipe's block `sweep`, and evaluate the best once.",
         ),
         Entry("runs", "results:runs", "List the last runs."),
-        Entry("dashboard", "serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
+        Entry("dashboard", "servers.serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
         Entry(
             "watch",
-            "watch:watch",
+            "servers.watch:watch",
             "Show the curves of the runs that train on this machine in the browser, until Ctrl-C.",
         ),
     ],
@@ -100,7 +100,7 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry("inspect", "dataset:inspect", "Report on a dataset file without training on it."),
         Entry(
             "review",
-            "review:review",
+            "servers.review:review",
             "Read, correct and judge data and answers on a page of this machine until Ctrl-C.",
         ),
         Entry("push-dataset", "dataset:push_dataset", "Publish a dataset of the last run on the Hugging Face Hub."),
@@ -111,7 +111,9 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry(
             "exam", "take_exam:exam", "Ask the base model and the trained models the recipe's exam, without training."
         ),
-        Entry("serve", "serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."),
+        Entry(
+            "serve", "servers.serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."
+        ),
         Entry("models list", "model_versions.model_stages:list_versions", "List the versions of a model."),
         Entry(
             "models compare",
@@ -131,6 +133,21 @@ COMMANDS: dict[str, list[Entry]] = {
             "models verify",
             "model_versions.provenance:verify",
             "Check the files of a model version against the recorded hashes.",
+        ),
+        Entry(
+            "models replay",
+            "trust.replay:replay",
+            "Train a version again from its lineage in a folder of its own, and say what differs.",
+        ),
+        Entry(
+            "models evidence",
+            "trust.evidence:evidence",
+            "Write a page, JSON and a bill of materials that show what a version is made of.",
+        ),
+        Entry(
+            "models sign",
+            "model_versions.signatures:sign",
+            "Sign the adapters, datasets, lineage and merged models of a model version.",
         ),
         Entry(
             "models delete",

@@ -271,5 +271,5 @@ def _facts(
         tokens=int(str(formatted.run_metadata["tokens"])) if formatted else None,
         columns=rows["train"].column_names,
         origins=dataset_card.origins(rows),
-        limits=dataset_card.limits(kind, own is not None, made_with.data.rules),
+        limits=dataset_card.limits(kind, own is not None, bool(made_with.data.people(kind)), made_with.data.rules),
     )

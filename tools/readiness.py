@@ -36,6 +36,7 @@ from llm_engineering.models.device import (
 from llm_engineering.models.fit import check_fit
 from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
+from llm_engineering.publish.signing import check_signer
 from llm_engineering.recipe.data_blocks import REVIEW, DataConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import recipe_hash
@@ -71,7 +72,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
             or this machine lacks something that the recipe needs.
     """
     Settings().check_writable()
-    uses_unsloth = _check_machine(recipe)
+    check_signer(Settings())
+    uses_unsloth = check_machine(recipe)
     check_trackers(recipe.tracking)
     if recipe.compute.sagemaker is not None:
         check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
@@ -248,7 +250,7 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
     return hashes
 
 
-def _check_machine(recipe: Recipe) -> bool:
+def check_machine(recipe: Recipe) -> bool:
     """Check the device, the processes and the method of training; returns whether unsloth will be the backend.
 
     For SageMaker this is True only if the recipe says `backend: unsloth`. With `backend: auto` the job decides, because

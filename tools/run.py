@@ -310,7 +310,9 @@ def start(
 
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.training.trainer.checkpoints import remove_finished
-    from pipelines.repeats import settle_version
+    from pipelines.registry import adapter_of
+    from pipelines.repeats import settle_version, version_of
+    from tools.model_versions.signatures import sign_new
     from tools.results import this_process
 
     process = this_process()
@@ -340,7 +342,11 @@ def start(
     settle_version(Client().get_pipeline_run(run.id))
     # All models are stored, so nothing will resume from the checkpoints.
     remove_finished(Settings().llm_output_dir / "training")
-    return Client().get_pipeline_run(run.id)
+    run = Client().get_pipeline_run(run.id)
+    made = version_of(run)
+    if made is not None and adapter_of(made) is not None:
+        sign_new(made, Settings())
+    return run
 
 
 if __name__ == "__main__":

@@ -118,8 +118,13 @@ def origins(dataset: DatasetDict) -> dict[str, int]:
     return shown | ({"others": rest} if rest else {})
 
 
-def limits(kind: str, own: bool, rules: RulesConfig) -> list[str]:
-    """The limits of the rows, a sentence each. `own`: the rows are the user's own, not generated."""
+def limits(kind: str, own: bool, people: bool, rules: RulesConfig) -> list[str]:
+    """The limits of the rows, a sentence each.
+
+    Args:
+        own: whether the rows are the user's own, not generated.
+        people: whether people wrote or judged some of them, in reviews or by feedback.
+    """
     if own:
         sentences = ["The rows are an existing dataset. Rules checked them; nobody reviewed them for this release."]
     elif kind == "text":
@@ -141,6 +146,9 @@ def limits(kind: str, own: bool, rules: RulesConfig) -> list[str]:
             "The origin of an answer decides whether it is the chosen one: nobody compared the two answers.",
             "Rules checked the pairs; nobody reviewed them.",
         ]
+    if people:
+        sentences = [sentence.replace("nobody", "nobody else") for sentence in sentences]
+        sentences.insert(0, "People wrote or judged the rows of the origin `human`, in reviews or by feedback.")
     for kind_of_data, action in (("Personal data", rules.personal_data), ("Credentials", rules.secret)):
         if action == "off":
             sentences.append(f"{kind_of_data}: not searched for.")

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from pydantic import SecretStr
 
-from llm_engineering.data.rows import SPLITS
+from llm_engineering.data.rows import HUMAN, REPEATED, SPLITS
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.publish.dataset_card import data_file, public_name
 
@@ -180,7 +180,8 @@ def check_secrets(dataset: DatasetDict, masked: bool) -> None:
 
 
 def public_rows(dataset: DatasetDict, places: Sequence[str]) -> DatasetDict:
-    """The splits without the folders of this machine in the columns `source`, `origin` and `document`.
+    """The splits without the folders of this machine in the columns `source`, `origin` and `document`, and without the names of
+    people in `origin`.
 
     Args:
         places: the recipe's model, documents and datasets; paths among them are shortened to their names.
@@ -188,13 +189,13 @@ def public_rows(dataset: DatasetDict, places: Sequence[str]) -> DatasetDict:
     # If the recipe says `~/docs/`, the rows name files below the expanded folder.
     forms = {form for place in places for form in (place.rstrip("/"), str(Path(place).expanduser()))}
     hidden = {form: public_name(form) for form in sorted(forms, key=len, reverse=True) if public_name(form) != form}
-    if not hidden:
-        return DatasetDict({split: dataset[split] for split in SPLITS})
 
     def hide(row: dict[str, Any]) -> dict[str, str]:
         texts = {column: str(row[column]) for column in ("source", "origin", "document")}
         for place, name in hidden.items():
             texts = {column: text.replace(place, name) for column, text in texts.items()}
+        if texts["origin"].removeprefix(REPEATED).startswith(HUMAN):
+            texts["origin"] = HUMAN.rstrip(":")
         return texts
 
     return DatasetDict({split: dataset[split].map(hide, keep_in_memory=True) for split in SPLITS})

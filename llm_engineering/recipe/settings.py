@@ -37,6 +37,14 @@ class Settings(BaseSettings):
     scheduler_role: str | None = None
     notify_sns_topic: str | None = None
     notify_webhook: SecretStr | None = None
+    # Signatures: the path of a private key in PEM format, or `keyless`; and whose signatures count.
+    llm_signing_key: str | None = None
+    llm_signing_password: SecretStr | None = None
+    llm_signing_public_key: Path | None = None
+    llm_signing_identity: str | None = None
+    llm_signing_issuer: str | None = None
+    # Whether chat, serve, promote, export and push refuse what is not signed.
+    llm_require_signature: bool = False
     llm_cache_dir: Path = Field(default_factory=_cache_home)
     llm_output_dir: Path = Path("outputs")
 

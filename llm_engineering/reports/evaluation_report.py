@@ -67,7 +67,7 @@ def evaluation_page(
     if data["lm_eval"] is not None:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
     if exam is not None:
-        sections.append(("Exam: questions and answers", exam_questions(exam)))
+        sections.append(("Exam: questions and answers", exam_questions(exam, data["newest"])))
     if data.get("rewards"):
         sections.append(("Rewards", _rewards(data)))
     if data["samples"]:
@@ -114,9 +114,8 @@ def _result(data: Report) -> tuple[Verdict, str]:
     result = f"is {word} than" if word in ("better", "worse") else "does not differ significantly from"
     state: Literal["good", "bad", "mixed"] = "good" if word == "better" else "bad" if word == "worse" else "mixed"
     found = Verdict(f"The {newest.upper()} model {result} {_NAMES[other]}", state)
-    pairs = f" and {counted(data['heldout_pairs'], 'pair')}" if data["heldout_pairs"] else ""
     held_out = (
-        f"{counted(data['heldout_rows'], 'held-out row')}{pairs}"
+        f"{counted(data['heldout_rows'], 'held-out row')}"
         if has_rows
         else f"{counted(data['heldout_documents'], 'held-out document')}"
     )

@@ -92,17 +92,30 @@ def _by_wordings(exam: Report, newest: str) -> Markup:
     return paragraph(note) + table(["Training questions for the fact", "Exam questions", f"Right, {newest}"], rows)
 
 
-def exam_questions(exam: Report) -> Markup:
-    """Every question with each model's mark. Its answers and its right answer are shown on demand."""
+def exam_questions(exam: Report, newest: str) -> Markup:
+    """Every question with each model's mark, by kind and by whether the newest model answers it right.
+
+    A group shows its questions on demand, and a question its answers and its right answer. The page would have 300 lines
+    otherwise.
+    """
     note = (
         f"Answers are generated greedily, with at most {exam['max_new_tokens']} tokens. Only the first sentence is judged, by "
-        "rule. A right answer in other words than the accepted ones counts as wrong. Click a question to see its answers."
+        "rule. A right answer in other words than the accepted ones counts as wrong. Click a group to see its questions, and a "
+        "question to see its answers."
     )
     body = paragraph(note, "small")
-    for row in exam["rows"]:
-        marks = Markup("").join(marked(name, answer["right"]) for name, answer in row["answers"].items())
-        body += details(Markup("{} {}").format(row["question"], marks), question(exam, row))
+    for kind, words in KINDS.items():
+        for right in (False, True):
+            rows = [row for row in exam["rows"] if row["kind"] == kind and row["answers"][newest]["right"] == right]
+            if rows:
+                title = Markup("{}: {} {}").format(words.capitalize(), len(rows), marked(newest, right))
+                body += details(title, Markup("").join(_listed(exam, row) for row in rows))
     return body
+
+
+def _listed(exam: Report, row: Report) -> Markup:
+    marks = Markup("").join(marked(name, answer["right"]) for name, answer in row["answers"].items())
+    return details(Markup("{} {}").format(row["question"], marks), question(exam, row))
 
 
 def question(exam: Report, row: Report) -> Markup:
@@ -133,7 +146,7 @@ def exam_page(exam: Report, measures: Mapping[str, Report], newest: str, facts: 
         verdict_shown = Verdict(f"{newest.upper()} is {words} the base model", state)
         shares = ", ".join(f"{name} {estimate['value']:.0%}" for name, estimate in right["models"].items())
         lead.append(f"Right answers to questions about one fact: {shares}.")
-    sections = [("Measures", exam_summary(exam, measures, newest)), ("Questions", exam_questions(exam))]
+    sections = [("Measures", exam_summary(exam, measures, newest)), ("Questions", exam_questions(exam, newest))]
     example = question(exam, exam["rows"][exam["drawn"][0]])
     return page("Exam", lead, sections, facts=facts, verdict=verdict_shown, sample=example)
 

@@ -1,1 +1,1 @@
-"""The web application of `make review`. It never imports ZenML: `tools/review.py` passes in what the pages show."""
+"""The web application of `make review`. It never imports ZenML: `tools/servers/review.py` passes in what the pages show."""

@@ -33,6 +33,7 @@ from llm_engineering.training.processes import ranks
 from llm_engineering.training.processes.job import SUMMARY_FILE, TrainingResult
 from llm_engineering.training.processes.ranks import Interruption, run_lock
 from llm_engineering.training.processes.sharding import whole_weights
+from llm_engineering.training.telemetry.environment import environment
 from llm_engineering.training.telemetry.flops import peak_flops
 from llm_engineering.training.telemetry.tracking import Trackers
 from llm_engineering.training.telemetry.work import TelemetryCallback, Work, peak_memory_bytes
@@ -118,7 +119,9 @@ def run_training(
         "train_loss": losses[-1],
         **{"tokens_per_second": 0.0, "padding_share": 0.0, **telemetry.work.rates(Work(), telemetry.peak_flops)},
         "seconds": {**telemetry.work.seconds, "total": trained.seconds},
+        "flops": trainer.total_flops(),
         "peak_memory_bytes": peak_memory_bytes(),
+        "environment": environment(),
         "device": device_facts(run.device),
         "device_reasons": run.device.reasons,
         "comet": places.pop("comet", {}),

@@ -8,7 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tools.serve import HOST, server_environment
+from tools.servers.serve import HOST, server_environment
 
 port = int(sys.argv[1])
 url = f"http://{HOST}:{port}"

@@ -69,11 +69,12 @@ def review(fresh_project, recipe):
         server.kill()
 
 
-def start_comparison(page, server, asked, count, second):
+def start_comparison(page, server, asked, count, second, retrieval=False):
     """Start a comparison of the base model and another one, by the form."""
     page.goto(f"{server.url}/compare")
     page.get_by_label("One model").select_option("base")
     page.get_by_label("The other model").select_option(second)
+    page.get_by_label("with retrieval from the documents").last.set_checked(retrieval)
     page.get_by_label("Questions", exact=True).select_option(asked)
     page.get_by_label("How many").fill(str(count))
     page.get_by_role("button", name="Start").click()
@@ -114,7 +115,7 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
     with open_browser() as page:
         # Ada compares on questions that the model was trained on, and the server is killed after eight of them.
         server = review()
-        key = start_comparison(page, server, "training", 20, "1:sft")
+        key = start_comparison(page, server, "training", 20, "1:sft", retrieval=True)
         assert "sft" not in page.content()
         is_reviewer(page, "Ada")
         (session,) = sessions(folder)
@@ -140,7 +141,7 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
         page.keyboard.press("Control+Enter")
         expect(page.locator("#count")).to_contain_text("20 of 20")
         page.get_by_role("link", name="Show the names and the result").click()
-        expect(page.get_by_role("heading", level=1)).to_have_text("base or version 1 (sft)")
+        expect(page.get_by_role("heading", level=1)).to_have_text("base or version 1 (sft) with retrieval")
         assert list(Comparison(session.path).questions) == order
 
         # Bo has another opinion on every second question.

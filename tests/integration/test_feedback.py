@@ -8,7 +8,7 @@ import pytest
 
 from llm_engineering.feedback.served import read_answers, served_folder
 from tests.integration.conftest import Project, make_project
-from tools.serve import free_port
+from tools.servers.serve import free_port
 
 MAIL, KEY = "anna.berg@firma.de", "ghp_16C7e42F292c6912E7710c838347Ae178B4a"
 QUESTIONS = 36
@@ -31,7 +31,7 @@ for name in ("human_labelled", "labelled_dataset"):
     rows[name] = {part: table.to_list() for part, table in found.items()}
 decision = Client().get_artifact_version("promotion_decision").load()
 from llm_engineering.recipe.loading import load_recipe
-from tools.review import covered_by
+from tools.servers.review import covered_by
 passages, heldout = covered_by(load_recipe(sys.argv[1], ["exam.path=embedded:handbook"]))
 print(json.dumps({**rows, "decision": decision.model_dump(mode="json"), "passages": len(passages), "heldout": heldout}))
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -56,7 +57,8 @@ def export(
     settings = Settings()
     settings.check_writable()
     prepare_zenml()
-    from tools.model_versions.versions import copy_model, find_model, merged_model
+    from tools.model_versions.signatures import VERSION, check_signature, signed_model
+    from tools.model_versions.versions import copy_model, find_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
@@ -66,10 +68,12 @@ def export(
         from llm_engineering.models.base_model import check_unchanged, load_config
         from llm_engineering.publish.gguf import check_gguf
 
+        # Before the files of the version are read.
+        check_signature(found.version, VERSION, settings)
         check_unchanged(found.base)
         # Before the merge, which takes minutes. Training changes neither.
         check_gguf(load_config(found.base, settings), AutoTokenizer.from_pretrained(found.folders[found.name]))
-    folder = merged_model(found, recipe, settings)
+    folder, signature = signed_model(found, recipe, settings)
     if output is None:
         print(folder)
         return 0
@@ -78,7 +82,9 @@ def export(
 
         write_gguf(folder, output, recipe.name)
     else:
-        copy_model(folder, render_model_card(card_facts(found, folder, recipe)), output)
+        files = {name: file.read_bytes() for name, file in signature.items()}
+        files["README.md"] = render_model_card(card_facts(found, folder, recipe)).encode()
+        copy_model(folder, files, output)
     print(output)
     return 0
 
@@ -124,7 +130,8 @@ def push(
     check_repo_id(repo_id)
     find_token(settings.hf_token)
     prepare_zenml()
-    from tools.model_versions.versions import find_model, merged_model
+    from tools.model_versions.signatures import signed_model
+    from tools.model_versions.versions import find_model
 
     found = find_model(recipe, version)
     base = base_licence(found.base.name_or_path, hub)
@@ -134,11 +141,12 @@ def push(
             "Add it to the recipe, for example --set hub.base_license=llama3.1."
         )
     logger.info("Model:       %s", found.described)
-    folder = merged_model(found, recipe, settings)
+    folder, signature = signed_model(found, recipe, settings)
     facts = card_facts(found, folder, recipe)
     logger.info("Licences:    model %s, base model %s", hub.license, base)
     logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
     files: dict[str, bytes | Path] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    files.update(signature)
     files["README.md"] = render_model_card(facts).encode()
     print(publish("model", files, repo_id, private, settings.hf_token, _is_ours))
     return 0
@@ -153,20 +161,12 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     Raises:
         RequestError: the version was made with another version of the recipe's schema, or was not evaluated.
     """
-    from llm_engineering.publish import dataset_card as data_card
     from llm_engineering.publish.merge import VERIFICATION
     from llm_engineering.publish.model_card import ModelCardFacts
     from llm_engineering.publish.verification import Verification
     from tools.model_versions.versions import newest_artifacts
 
-    number = found.version.number
-    try:
-        made_with = Recipe.model_validate(found.version.run_metadata["recipe"])
-    except (KeyError, ValidationError) as error:
-        raise RequestError(
-            f"Version {number} of {recipe.name} was made with another version of the recipe's schema, or its run ended "
-            "before the gate. Run the training command again."
-        ) from error
+    number, made_with = found.version.number, recipe_of(found.version)
     own = newest_artifacts(found.version)
     if "evaluation_report" not in own:
         raise RequestError(
@@ -178,20 +178,15 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
         kinds.setdefault(STAGES[stage].rows, f"formatted_{stage}")
     report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
     adapter = own[f"{found.name}_adapter"]
-    limits = [
-        limit
-        for kind in kinds
-        for limit in data_card.limits(kind, made_with.data.own(kind) is not None, made_with.data.rules)
-    ]
     return ModelCardFacts(
         recipe=made_with,
         hub=recipe.hub,
         version=number,
         stage=found.name,
-        datasets=[_dataset(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
+        datasets=[dataset_facts(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
         report=report,
         verification=Verification.model_validate_json((merged / VERIFICATION).read_text(encoding="utf-8")),
-        data_limits=list(dict.fromkeys(limits)),
+        data_limits=data_limits(list(kinds), made_with),
         lineage={
             "run": adapter.run.name,
             "recipe": str(found.version.run_metadata["recipe_hash"]),
@@ -201,7 +196,38 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     )
 
 
-def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
+def recipe_of(version: Any) -> Recipe:
+    """The recipe that a version was made with.
+
+    Raises:
+        RequestError: its schema is another one, or the run ended before the gate.
+    """
+    try:
+        recipe: Recipe = Recipe.model_validate(version.run_metadata["recipe"])
+        return recipe
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"Version {version.number} of {version.model.name} was made with another version of the recipe's schema, or its run "
+            "ended before the gate. Run the training command again."
+        ) from error
+
+
+def data_limits(kinds: Sequence[str], recipe: Recipe) -> list[str]:
+    """The limits of the data of these kinds, a sentence each."""
+    from llm_engineering.publish.dataset_card import limits
+
+    data = recipe.data
+    found = [limits(kind, data.own(kind) is not None, bool(data.people(kind)), data.rules) for kind in kinds]
+    return list(dict.fromkeys(limit for kind in found for limit in kind))
+
+
+def dataset_facts(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
+    """The facts about the dataset of a kind.
+
+    Args:
+        formatted: name of the artifact with its formatted rows, which has the number of tokens.
+        own: the artifacts of a version by name.
+    """
     from llm_engineering.publish.dataset_card import public_name
     from llm_engineering.publish.model_card import DatasetFacts
 
@@ -246,4 +272,4 @@ def _is_ours(file: str) -> bool:
 
     `publish` removes such files if this push does not write them. Otherwise old weights would stay and be loaded.
     """
-    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja"))
+    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja", ".sig"))

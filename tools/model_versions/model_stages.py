@@ -84,7 +84,9 @@ def promote(
         )
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
+    from llm_engineering.recipe.settings import Settings
     from pipelines.registry import StaleError, adapter_of, move, person, stages
+    from tools.model_versions.signatures import check_signature, parts_of
     from tools.model_versions.versions import find_version
 
     found = find_version(recipe.name, version)
@@ -105,6 +107,9 @@ def promote(
             f"{recipe.name} version {found.number} holds a reward model, which answers nothing, so it is not promoted: name it by "
             f"its version, e.g. llm-engineering compare --best-of 8 --reward-model {found.number}."
         )
+    settings = Settings()
+    for part in parts_of(found):
+        check_signature(found, part, settings)
     against = now
     if not force:
         artifact = found.get_artifact("promotion_decision")

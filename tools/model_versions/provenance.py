@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.progress import counted
 from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
@@ -29,6 +30,9 @@ ENDS = (
     "evaluation_report",
     *(f"{stage}_adapter" for stage in reversed(STAGES)),
 )
+
+# Metadata of an adapter: where and with how many operations it was trained. Adapters of earlier versions of this project lack it.
+TRAINING_FACTS = ("environment", "flops", "steps")
 
 # Metadata of the artifacts with rows of people.
 PEOPLE_FACTS = ("rows", "by", "first", "last", "about")
@@ -56,7 +60,7 @@ def lineage(
     prepare_zenml()
     from tools.model_versions.versions import find_version
 
-    found = _lineage(recipe.name, find_version(recipe.name, version))
+    found = lineage_of(recipe.name, find_version(recipe.name, version))
     if as_json:
         print(json.dumps(found))
         return 0
@@ -66,6 +70,9 @@ def lineage(
         facts.add_row(name.replace("_", " "), str(found[name] or "none"))
     for stage, why in found[UNFIT].items():
         facts.add_row(f"unfit data of {stage}", why)
+    for stage, trained in found["training"].items():
+        if "environment" in trained:
+            facts.add_row(f"{stage} trained with", describe(trained["environment"]))
     console.print(facts)
     artifacts = _table("Artifacts", "Artifact", "Made by", "Code", "From", "Id", "SHA-256 of SHA256SUMS")
     for artifact in found["artifacts"]:
@@ -114,12 +121,7 @@ def verify(
 
     found = find_version(recipe.name, version)
     artifacts = list(with_origins(linked_artifacts(found)))
-    findings = [finding for artifact in artifacts for finding in _artifact(artifact)]
-    damaged = {finding.where for finding in findings}
-    for artifact in artifacts:
-        if _name(artifact) not in damaged:
-            findings += _sources(artifact)
-    findings += _base_model(found)
+    findings = check_version(found, artifacts)
     if as_json:
         listed = [finding.model_dump() for finding in findings]
         print(json.dumps({"model": recipe.name, "version": found.number, "checked": len(artifacts), "found": listed}))
@@ -135,14 +137,24 @@ def verify(
     return 1
 
 
-def _lineage(model: str, version: Any) -> dict[str, Any]:
+def check_version(version: Any, artifacts: Sequence[Any]) -> list[Finding]:
+    """Compare artifacts of a version, the files that they were read from, and the base model with the recorded hashes."""
+    findings = [finding for artifact in artifacts for finding in changed_files(artifact)]
+    damaged = {finding.where for finding in findings}
+    for artifact in artifacts:
+        if name_of(artifact) not in damaged:
+            findings += _sources(artifact)
+    return [*findings, *_base_model(version)]
+
+
+def lineage_of(model: str, version: Any) -> dict[str, Any]:
     """A model version's artifacts with their origins, back to the documents, and their hashes.
 
     Raises:
         RequestError: the version has no model.
     """
     from pipelines.registry import adapter_of, history
-    from tools.model_versions.versions import newest_artifacts, producer, sources_of, with_origins
+    from tools.model_versions.versions import ADAPTER, newest_artifacts, producer, sources_of, with_origins
 
     adapter = adapter_of(version)
     if adapter is None:
@@ -153,7 +165,7 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
     own = newest_artifacts(version)
     chain = list(with_origins([own[name] for name in ENDS if name in own]))
     facts = version.run_metadata
-    artifacts, sources, people = [], {}, {}
+    artifacts, sources, people, training = [], {}, {}, {}
     for artifact in chain:
         step = producer(artifact)
         given = [g for versions in step.inputs.values() for g in versions] if step is not None else []
@@ -172,6 +184,12 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
         if artifact.artifact.name.startswith("human_"):
             said = artifact.run_metadata
             people[f"{artifact.artifact.name} v{artifact.version}"] = {name: said[name] for name in PEOPLE_FACTS}
+        if artifact.artifact.name.endswith(ADAPTER) and step is not None:
+            made = artifact.run_metadata
+            training[artifact.artifact.name.removesuffix(ADAPTER)] = {
+                "report": step.outputs["training_report"][0].uri,
+                **{name: made[name] for name in TRAINING_FACTS if name in made},
+            }
         if recorded := sources_of(artifact):
             sources[f"{artifact.artifact.name} v{artifact.version}"] = recorded
     return {
@@ -188,8 +206,16 @@ def _lineage(model: str, version: Any) -> dict[str, Any]:
         "artifacts": artifacts,
         "sources": sources,
         "people": people,
+        "training": training,
         "changes": [change.model_dump(mode="json") for change in history(model) if change.version == version.number],
     }
+
+
+def describe(environment: Mapping[str, Any]) -> str:
+    """Where a stage was trained, as one line."""
+    machine = environment["gpu"] or environment["processor"]
+    torch = environment["packages"]["torch"]
+    return f"{machine}, {counted(environment['threads'], 'thread')}, Python {environment['python']}, torch {torch}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -210,13 +236,13 @@ def differing(where: str, then: Mapping[str, str], now: Mapping[str, str]) -> It
             yield Finding(where=where, file=file, what="changed")
 
 
-def _artifact(artifact: Any) -> Iterator[Finding]:
+def changed_files(artifact: Any) -> Iterator[Finding]:
     """Compare the files of an artifact with its manifest, and the manifest with its hash in ZenML's database."""
     from zenml.client import Client
 
     from steps.materializers import MANIFEST, file_hashes
 
-    where, store = _name(artifact), Client().active_stack.artifact_store
+    where, store = name_of(artifact), Client().active_stack.artifact_store
     if artifact.content_hash is None:
         yield Finding(where=where, file="", what="unknown", detail="its hashes were never recorded")
         return
@@ -264,7 +290,7 @@ def _sources(artifact: Any) -> Iterator[Finding]:
     checks, exam = (artifact.run_metadata.get(name) for name in ("files_hash", "exam_hash"))
     if not then and evaluation is None and checks is None and exam is None:
         return
-    where = f"sources of {_name(artifact)}"
+    where = f"sources of {name_of(artifact)}"
     try:
         recipe = Recipe.model_validate((artifact.run.config.parameters or {})["recipe"])
     except (KeyError, ValidationError):
@@ -319,5 +345,6 @@ def _base_model(version: Any) -> Iterator[Finding]:
         yield Finding(where="base model", file=name, what="changed", detail=f"{then}, now {now}")
 
 
-def _name(artifact: Any) -> str:
+def name_of(artifact: Any) -> str:
+    """Name and version of an artifact, as `sft_adapter v3`."""
     return f"{artifact.artifact.name} v{artifact.version}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -239,8 +239,8 @@ def _promoted(model: str) -> ModelVersionResponse:
     return Client().get_model_version(model, held.id)
 
 
-def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
-    """The folder of the merged model in the precision of `merged_device`.
+def merged_model(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVersionResponse:
+    """The merged model in the precision of `merged_device`.
 
     A merged model is made once for each precision and repetition penalty, and registered as the version's artifact
     `merged_model`.
@@ -276,7 +276,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> Path:
         return _register(found, target, verification, penalty)
 
 
-def _registered(found: Found, dtype: str, repetition_penalty: float) -> Path | None:
+def _registered(found: Found, dtype: str, repetition_penalty: float) -> ArtifactVersionResponse | None:
     known = Client().list_artifact_versions(
         artifact=MERGED,
         model_version_id=found.version.id,
@@ -285,13 +285,12 @@ def _registered(found: Found, dtype: str, repetition_penalty: float) -> Path | N
         size=1,
         hydrate=True,
     )
-    if not known.items or is_lost(known.items[0].uri):
-        return None
-    folder: Path = known.items[0].load().path
-    return folder
+    return known.items[0] if known.items and not is_lost(known.items[0].uri) else None
 
 
-def _register(found: Found, folder: Path, verification: Verification, repetition_penalty: float) -> Path:
+def _register(
+    found: Found, folder: Path, verification: Verification, repetition_penalty: float
+) -> ArtifactVersionResponse:
     facts = {
         **verification.model_dump(exclude_none=True),
         "stage": found.name,
@@ -300,12 +299,11 @@ def _register(found: Found, folder: Path, verification: Verification, repetition
     saved = save_artifact(Directory(path=folder), MERGED, materializer=DirectoryMaterializer, user_metadata=facts)
     link_artifact_version_to_model_version(saved, found.version)
     logger.info("Registered:  %s version %s", MERGED, saved.version)
-    path: Path = saved.load().path
-    return path
+    return saved
 
 
-def copy_model(folder: Path, card: str, output: Path) -> None:
-    """Copy the files of a model and its card to a folder, which gets its name when all of them are there.
+def copy_model(folder: Path, more: Mapping[str, bytes], output: Path) -> None:
+    """Copy the files of a model, and write more files, to a folder, which gets its name when all of them are there.
 
     Raises:
         RequestError: the folder cannot be written.
@@ -314,7 +312,8 @@ def copy_model(folder: Path, card: str, output: Path) -> None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(folder, partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, content in more.items():
+            (partial / name).write_bytes(content)
         # An empty folder may be there.
         partial.rename(output)
     except OSError as error:

@@ -48,12 +48,14 @@ class ResumableTrainer(HeldOutTrainer):
         flops: floating-point operations that training this model takes.
         forwards: forward passes of a step besides that of training, e.g. of a reference.
         work: tokens, operations and seconds of this process so far.
+        earlier_flops: operations of all processes before the checkpoint that the run resumed from.
     """
 
     identity: Mapping[str, Any]
     rows: Dataset
     flops: TrainingFlops
     forwards = 0
+    earlier_flops = 0.0
     # Set by TRL: tokens of all steps so far.
     _total_train_tokens: int
 
@@ -190,6 +192,7 @@ class ResumableTrainer(HeldOutTrainer):
             "metrics": self._metrics["train"],
             "recent_losses": self._watch.recent,
             "highest_median": self._watch.highest_median,
+            "flops": self.total_flops(),
         }
 
     def restore_window(self, checkpoint: Path) -> dict[str, Any]:
@@ -206,7 +209,13 @@ class ResumableTrainer(HeldOutTrainer):
         self._metrics["train"].update(window["metrics"])
         self._watch.recent = window["recent_losses"]
         self._watch.highest_median = window["highest_median"]
+        # Checkpoints of earlier versions of this project lack it.
+        self.earlier_flops = window.get("flops", 0.0)
         return window
+
+    def total_flops(self) -> float:
+        """Operations of all processes since the start of the run, also before it was interrupted. All processes call this."""
+        return self.earlier_flops + float(ranks.total(torch.tensor(self.work.flops, dtype=torch.float64)))
 
     def summary(self) -> dict[str, Any]:
         """Entries that a stage adds to the training summary."""

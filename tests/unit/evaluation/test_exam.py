@@ -1,6 +1,7 @@
 """The exam: its files, its clusters, retrieval, and its place in report, page and gate."""
 
 import json
+import re
 
 import pytest
 
@@ -197,14 +198,20 @@ def test_the_measures_count_each_kind_and_compare_with_the_newest_model():
     assert not nothing["first_learned"]
     assert "passes" not in drawn_title(nothing, "sft", 3)
 
-    page = exam_summary(report, measures, "sft") + exam_questions(report)
+    page = exam_summary(report, measures, "sft") + exam_questions(report, "sft")
     assert "documents that were trained on, in wordings that were not trained" in page
     right = sum(answer["right"] for row in report["rows"] for answer in row["answers"].values())
     asked = sum(len(row["answers"]) for row in report["rows"])
     assert right == 10
-    # Each mark stands in the line of the question, and above the answer, which is closed like the right answer.
-    assert page.count('<span class="mark good">✓') == 2 * right
-    assert page.count('<span class="mark bad">✗') == 2 * (asked - right)
+    groups = re.findall(r'<summary>[^:<]+: (\d+) <span class="mark (good|bad)">. sft</span></summary>', page)
+    assert sum(int(count) for count, _ in groups) == len(report["rows"])
+    assert sum(int(count) for count, mark in groups if mark == "good") == sum(
+        row["answers"]["sft"]["right"] for row in report["rows"]
+    )
+    marks = [mark for _, mark in groups]
+    # Each mark of an answer stands in the line of the question, and above the answer, which is closed like the right answer.
+    assert page.count('<span class="mark good">✓') == 2 * right + marks.count("good")
+    assert page.count('<span class="mark bad">✗') == 2 * (asked - right) + marks.count("bad")
     assert page.count("<summary>Right answer</summary>") == len(report["rows"])
     assert "Question c1, general." in page
 

@@ -17,7 +17,7 @@ from llm_engineering.feedback.served import ServedLog, read_answers, read_feedba
 from llm_engineering.publish.chat_server import ENGINE_MODEL, ServedModel
 from llm_engineering.recipe.settings import Settings
 from tests.tiny_models import write_model
-from tools.serve import bind, free_port, serving_chat
+from tools.servers.serve import bind, free_port, serving_chat
 
 CONTEXT = 64
 ASKED = {"model": "tiny-model", "messages": [{"role": "user", "content": "What is 3?"}]}

@@ -160,13 +160,16 @@ def test_rare_origins_are_counted_together():
 
 
 def test_limits_say_what_was_searched_for():
-    default = limits("instruction", own=False, rules=RulesConfig())
+    default = limits("instruction", own=False, people=False, rules=RulesConfig())
     assert "A model wrote the questions." in default[0]
     assert "Credentials: searched for with patterns, and left unchanged." in default
-    own = limits("preference", own=True, rules=RulesConfig(secret="off", personal_data="mask"))
+    own = limits("preference", own=True, people=False, rules=RulesConfig(secret="off", personal_data="mask"))
     assert "Credentials: not searched for." in own
     assert "Personal data: searched for with patterns, and masked." in own
     assert not any("A model wrote" in line or "written by a model" in line for line in own)
+    judged = limits("preference", own=False, people=True, rules=RulesConfig())
+    assert "People wrote or judged the rows of the origin `human`" in judged[0]
+    assert any("nobody else reviewed them" in line for line in judged)
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,14 @@ def test_other_findings_are_published(dataset):
     check_secrets(dataset, masked=False)
 
 
+def test_the_names_of_people_are_not_published(dataset):
+    for origin in ("human:Ada", "again: human:Ada"):
+        dataset["train"] = part(1, 2, origin=origin)
+        assert set(public_rows(dataset, [])["train"]["origin"]) == {"human"}
+    dataset["train"] = part(1, 2, origin="a human: the user")
+    assert set(public_rows(dataset, [])["train"]["origin"]) == {"a human: the user"}
+
+
 def test_folders_of_this_machine_are_removed_and_nothing_else_changes(dataset):
     dataset["train"] = part(1, 2, origin="question by /srv/models/tiny@folder-1 in float32, answer from the document")
     rows = public_rows(dataset, ["/srv/models/tiny", "/home/someone/docs/", "embedded:python-reference", "."])

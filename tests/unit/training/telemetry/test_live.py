@@ -17,7 +17,7 @@ from llm_engineering.training.sft import train_sft
 from llm_engineering.training.telemetry import work
 from llm_engineering.training.telemetry.live import LIVE_FILE, LiveHistory, read_live
 from tests.tiny_models import instruction, training_setup
-from tools.watch import runs, watch_page
+from tools.servers.watch import runs, watch_page
 
 CONFIG = SFTConfig(learning_rate=1e-2, num_train_epochs=2, gradient_accumulation_steps=1, save_steps=2, eval_steps=2,
                    logging_steps=1, per_device_train_batch_size=2, packing=False)  # fmt: skip
@@ -70,7 +70,7 @@ def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(train, setti
     assert not run.is_training
     page = watch_page([run])
     assert "No run trains on this machine." in page
-    assert f"The last one was {run.folder.name}: sft: step 8 of 8." in page
+    assert f"The last run was {run.folder.name}: step 8 of 8." in page
 
 
 def test_a_killed_run_is_not_shown_as_training(tmp_path):

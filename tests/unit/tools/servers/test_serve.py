@@ -12,7 +12,7 @@ import pytest
 
 from llm_engineering.errors import RequestError, WorkError
 from tests.conftest import ROOT
-from tools.serve import (
+from tools.servers.serve import (
     bind,
     installed_vllm,
     run_server,
@@ -75,7 +75,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 SERVE = """
 import signal, sys
 from pathlib import Path
-from tools.serve import run_server
+from tools.servers.serve import run_server
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 server, port, folder = sys.argv[1:]
 try:

@@ -56,8 +56,8 @@ def review(
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.app import build_app
     from llm_engineering.review.site import Context
-    from tools.review_answers import answering
-    from tools.serve import HOST, bind
+    from tools.servers.review_answers import answering
+    from tools.servers.serve import HOST, bind
 
     settings = Settings()
     settings.check_writable()
@@ -125,7 +125,7 @@ def stored_datasets(model: str) -> list[DatasetVersion]:
         DatasetVersion(
             key=str(artifact.id),
             title=_title(artifact),
-            created=f"{artifact.created:%Y-%m-%d %H:%M}",
+            created=f"{artifact.created:%Y-%m-%d %H:%M} UTC",
             made_by=artifact.run.name if artifact.producer_pipeline_run_id else "",
             rows=", ".join(f"{name} {artifact.run_metadata[name]}" for name in SPLITS),
         )

@@ -73,11 +73,12 @@ def serve(
     settings.check_writable()
     device = merged_device(recipe.compute.here)
     prepare_zenml()
-    from tools.model_versions.versions import find_model, merged_model
+    from tools.model_versions.signatures import signed_model
+    from tools.model_versions.versions import find_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
-    folder = merged_model(found, recipe, settings)
+    folder, _ = signed_model(found, recipe, settings)
     request_log = served_log(found, recipe, settings) if recipe.serving.log_requests else None
     # Only the server in front of `transformers serve` writes the log.
     vllm = installed_vllm() if device.name == "cuda" and request_log is None else None

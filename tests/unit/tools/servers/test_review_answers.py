@@ -8,7 +8,7 @@ from tools.cli import prepare_zenml
 
 prepare_zenml()
 
-from tools.review_answers import judged_in  # noqa: E402
+from tools.servers.review_answers import judged_in  # noqa: E402
 
 ANSWERS = {"base": "It is red.", "dpo": "It is blue."}
 QUESTIONS = ("Who?", "What?", "When?", "Where?")

@@ -1,0 +1,1 @@
+"""The commands that run a server on loopback until Ctrl-C."""
