@@ -114,7 +114,7 @@ class ResumableTrainer(HeldOutTrainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # After a checkpoint of the last step, transformers would train one more step if the last step is inside an epoch.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
