@@ -15,11 +15,11 @@ $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
 COMMANDS := run run-sft run-dpo retrain datasets sweep runs dashboard watch inspect review push-dataset chat compare exam serve models \
-  compare-versions promote rollback lineage verify sign delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
+  compare-versions promote rollback lineage verify sign replay evidence delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
 .DEFAULT_GOAL := help
-.PHONY: $(COMMANDS) help setup stack-aws bench test lint docs format lock clean
+.PHONY: $(COMMANDS) help setup stack-aws bench test lint audit docs format lock clean
 
 help:  ## list the commands
 	@awk 'BEGIN {FS = ":.*## "} /^##@ / {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,8 @@ rollback:  ## move the previous production version back to production: [NOTE="re
 lineage:  ## show where a model version comes from, with hashes: VERSION=…
 verify:  ## check the files of a model version against the recorded hashes: VERSION=…
 sign:  ## sign the adapters, datasets, lineage and merged models of a model version: VERSION=…
+replay:  ## train a model version again from its lineage, and say what differs: VERSION=…
+evidence:  ## write a page and a bill of materials that show what a model version is made of: VERSION=…
 delete-version:  ## delete a model version and what only it uses, after showing the disk that this frees: VERSION=…
 export:  ## write the files of a merged, verified model: [VERSION=N] [FORMAT=gguf] [OUTPUT=path]
 push-model:  ## publish a model on the hub: [VERSION=N]
@@ -85,11 +87,24 @@ setup: .venv/ready  ## build .venv (the other commands build it when they need i
 test: .venv/ready-dev  ## run the unit and integration tests
 	@OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=536870912 $(BIN)/python -m tools.make $@ -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Keys, tokens and private keys by their form. Random-looking text and words such as `password` are no sign: hashes and code
+# have them everywhere. The excluded tests plant keys of these forms.
+SECRETS := --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString --disable-plugin KeywordDetector \
+  --exclude-files '^tests/(integration/test_feedback|unit/(data/test_(private|row_rules)|feedback/test_served))'
+
 # Hides mkdocs-material's notice about its end of life in 2027, which would appear in every build.
 lint: export NO_MKDOCS_2_WARNING = 1
-lint: .venv/ready-dev  ## check style, types, imports between packages, and links of the manual
+lint: .venv/ready-dev  ## check style, types, imports between packages, secrets, and links of the manual
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	@git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook $(SECRETS)
 	@$(BIN)/mkdocs build --strict --quiet --site-dir build/lint-docs
+
+# An own environment, because the audit needs none of the libraries that it looks up. --strict: a library that cannot be
+# looked up is an error.
+audit:  ## look up the locked libraries in the database of known vulnerabilities
+	@$(PYTHON) -m venv build/audit
+	@build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	@build/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock
 
 format: .venv/ready-dev  ## format the code and apply the fixes of ruff
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -113,6 +128,7 @@ bench: .venv/ready-dev  ## run the benchmarks (some hours)
 	$(MAKE_PY) -m benchmarks.gate --arms
 	$(MAKE_PY) -m benchmarks.knowledge --seeds 1 --tokens 60000
 	$(MAKE_PY) -m benchmarks.company
+	$(MAKE_PY) -m benchmarks.file_kills
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m tools.make $@ -m benchmarks.training_cuda; \
 	else echo "Training on a GPU is not measured, because torch finds no CUDA card."; fi

@@ -17,6 +17,7 @@ from llm_engineering.reports.training_report import training_page
 from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.processes.launch import launch_training
 from llm_engineering.training.rewards import reward_files
+from llm_engineering.training.training_run import RUN_ID
 from steps.caching import code_version, project_step
 from steps.logging import log_artifact, page_facts
 from steps.materializers import Directory, DirectoryMaterializer
@@ -70,7 +71,10 @@ def train(
         recipe_hash=recipe_hash,
         base_model=setup.model.name_or_path,
         base_revision=str(setup.model.revision),
-        **{name: summary[name] for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes")},
+        **{
+            name: summary[name]
+            for name in ("train_loss", "steps", "tokens_per_second", "peak_memory_bytes", "flops", "environment")
+        },
         **{f"comet_{name}": value for name, value in summary["comet"].items()},
         **summary.get("sagemaker", {}),
         **({"reward_code": code} if code else {}),
@@ -89,4 +93,4 @@ def _lineage(recipe_hash: str) -> dict[str, str]:
     context = get_step_context()
     inputs = [version for versions in context.step_run.inputs.values() for version in versions]
     versions = {f"{version.artifact.name}_version": str(version.id) for version in inputs}
-    return {"run_id": str(context.pipeline_run.id), "recipe_hash": recipe_hash, **versions}
+    return {RUN_ID: str(context.pipeline_run.id), "recipe_hash": recipe_hash, **versions}

@@ -135,6 +135,16 @@ COMMANDS: dict[str, list[Entry]] = {
             "Check the files of a model version against the recorded hashes.",
         ),
         Entry(
+            "models replay",
+            "trust.replay:replay",
+            "Train a version again from its lineage in a folder of its own, and say what differs.",
+        ),
+        Entry(
+            "models evidence",
+            "trust.evidence:evidence",
+            "Write a page, JSON and a bill of materials that show what a version is made of.",
+        ),
+        Entry(
             "models sign",
             "model_versions.signatures:sign",
             "Sign the adapters, datasets, lineage and merged models of a model version.",

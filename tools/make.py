@@ -62,6 +62,8 @@ TARGETS = {
     "rollback": Target("models rollback", ("CONFIG", "NOTE")),
     "lineage": Target("models lineage", ("CONFIG",), "VERSION"),
     "verify": Target("models verify", ("CONFIG",), "VERSION"),
+    "replay": Target("models replay", ("CONFIG",), "VERSION"),
+    "evidence": Target("models evidence", ("CONFIG",), "VERSION"),
     "sign": Target("models sign", ("CONFIG",), "VERSION"),
     "delete-version": Target("models delete", ("CONFIG",), "VERSION"),
     "export": Target("models export", ("CONFIG", "VERSION", "FORMAT", "OUTPUT")),

@@ -73,7 +73,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     """
     Settings().check_writable()
     check_signer(Settings())
-    uses_unsloth = _check_machine(recipe)
+    uses_unsloth = check_machine(recipe)
     check_trackers(recipe.tracking)
     if recipe.compute.sagemaker is not None:
         check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
@@ -250,7 +250,7 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
     return hashes
 
 
-def _check_machine(recipe: Recipe) -> bool:
+def check_machine(recipe: Recipe) -> bool:
     """Check the device, the processes and the method of training; returns whether unsloth will be the backend.
 
     For SageMaker this is True only if the recipe says `backend: unsloth`. With `backend: auto` the job decides, because

@@ -309,6 +309,7 @@ def start(
     from zenml.models import PipelineRunResponse
 
     from llm_engineering.recipe.settings import Settings
+    from llm_engineering.training.trainer.checkpoints import remove_finished
     from pipelines.registry import adapter_of
     from pipelines.repeats import settle_version, version_of
     from tools.model_versions.signatures import sign_new
@@ -339,6 +340,8 @@ def start(
         raise
     assert isinstance(run, PipelineRunResponse)
     settle_version(Client().get_pipeline_run(run.id))
+    # All models are stored, so nothing will resume from the checkpoints.
+    remove_finished(Settings().llm_output_dir / "training")
     run = Client().get_pipeline_run(run.id)
     made = version_of(run)
     if made is not None and adapter_of(made) is not None:

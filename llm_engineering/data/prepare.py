@@ -268,7 +268,7 @@ class _Writer:
         if verdict.rule == "length_outlier":
             return "far shorter or longer than the other rows"
         if verdict.rule == "language_outlier":
-            return f"in {self.languages[int(self.codes[row])]}, unlike nearly all other rows"
+            return f"in the language {self.languages[int(self.codes[row])]}, unlike nearly all other rows"
         if verdict.rule == OVER_QUARTER:
             side = int(self.sides[row])
             limit = counted(self.verdicts.limits[side], "row")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llm_engineering.evaluation.canaries import canary_report, read_canaries
 from llm_engineering.evaluation.checks import Check, check_report, read_checks
 from llm_engineering.evaluation.exam import Exam, exam_report
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, render_for_both
@@ -65,7 +66,8 @@ def evaluate(
         reward_judge: the folder of the reward model that judges the answers to held-out rows; None without it.
 
     Raises:
-        RequestError: an own reward cannot be loaded; the file `evaluation.checks` is missing or has a bad line.
+        RequestError: an own reward cannot be loaded; the file `evaluation.checks` or `evaluation.canaries` is missing or
+            has a bad line.
         WorkError: the incumbent cannot be loaded, a task of lm-eval cannot run, or the judge does not answer.
     """
     checks = read_checks(config.checks) if config.checks is not None else []
@@ -112,6 +114,11 @@ def evaluate(
         "judge": judged,
         "lm_eval": _lm_eval(observations, config),
         "checks": check_report(checks, {n: o.check_answers for n, o in observations.items()}) if checks else None,
+        "canaries": canary_report(
+            work.canaries, {n: o.rows["canaries"].totals.tolist() for n, o in observations.items()}
+        )
+        if work.canaries
+        else None,
     }
 
 
@@ -142,7 +149,8 @@ def _observe_all(
     newest = newest_of(adapters)
     # A model that has only read the documents was not taught to answer, and its exam takes as long as any other.
     readers = frozenset(name for name in adapters if name != newest and name in STAGES and STAGES[name].rows == "text")
-    work = Work(ours, indices, checks, exam, frozenset({BASE, newest}), readers)
+    canaries = read_canaries(config.canaries) if config.canaries is not None else []
+    work = Work(ours, indices, checks, exam, frozenset({BASE, newest}), readers, canaries=canaries)
     if rewarding is not None:
         work = work._replace(
             prompts=[ours.prompts[index] for index in draw_indices(ours.prompts, config.generated_rows, setup.seed)],

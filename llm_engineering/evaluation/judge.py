@@ -95,7 +95,7 @@ def judge(
                 "verdicts": {name: sum(pair.count(name) for pair in duel.outcomes) for name in _SCORES},
                 "unparsable": dict(duel.unparsable),
                 "agreement": duel.agreement,
-                "win_rate": bootstrap.estimate(duel.scores)._asdict(),
+                "win_rate": bootstrap.share_won(duel.scores)._asdict(),
                 "outcomes": duel.outcomes,
             }
             for name, duel in duels.items()

@@ -10,6 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 from llm_engineering.data.rows import InstructionRow, PromptRow, Row, is_blank, words
+from llm_engineering.evaluation.canaries import Canary, completed
 from llm_engineering.evaluation.checks import Check
 from llm_engineering.evaluation.exam import Exam, cluster_numbers, take_exam
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
@@ -116,6 +117,7 @@ class Work(NamedTuple):
         ours: the held-out rows, rendered by this recipe.
         indices: the rows that the models answer.
         checks: the user's own checks; may be empty.
+        canaries: planted secrets; may be empty.
         exam: the questions about the documents; None if the recipe has no exam.
         retrieving: the models that take the exam also with passages of the documents.
         unexamined: the models that take no exam.
@@ -133,6 +135,7 @@ class Work(NamedTuple):
     prompts: Sequence[tuple[PromptRow, Mapping[str, Any]]] = ()
     rewards: Sequence[Reward] = ()
     max_completion_length: int = 0
+    canaries: Sequence[Canary] = ()
 
     @property
     def asked(self) -> list[InstructionRow]:
@@ -214,6 +217,8 @@ def observe(
         rows["checks"] = Rows.of(
             [not check.failures(text) for check, text in zip(work.checks, check_answers, strict=True)]
         )
+    if work.canaries:
+        rows["canaries"] = Rows.of(completed(models, name, work.canaries, f"canaries, {shown_as}"))
     tasks = None
     if config.lm_eval is not None:
         with models.use(name) as model:

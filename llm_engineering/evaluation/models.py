@@ -183,7 +183,14 @@ class Models:
         title: str = "",
         batch_size: int | None = None,
     ) -> list[Sample]:
-        """Answer conversations greedily, in their order, with the chat template of training.
+        """Answer conversations with the chat template of training; see `complete`."""
+        ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
+        return self.complete(name, ids, max_new_tokens, title, batch_size)
+
+    def complete(
+        self, name: str, ids: Sequence[list[int]], max_new_tokens: int, title: str = "", batch_size: int | None = None
+    ) -> list[Sample]:
+        """Continue prompts of tokens greedily, in their order.
 
         An answer ends with the model's context. A prompt that fills the context gets an empty answer.
 
@@ -191,7 +198,6 @@ class Models:
             title: names the answers in progress lines; if it is empty, no progress is shown.
             batch_size: replaces the batch size of these models, e.g. for very short prompts.
         """
-        ids = [prompt_ids(messages, self.tokenizer) for messages in prompts]
         samples: dict[int, Sample] = {}
         progress = Progress(title, len(ids) if title else 0)
         with self.use(name) as model:

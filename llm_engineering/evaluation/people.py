@@ -56,12 +56,12 @@ def human_win_rate(
     found = {name: Rows.of(values) for name, values in scores.items() if values}
     if not found:
         return None
-    shares = {name: bootstrap.estimate(Rows.of(1 - rows.totals)) for name, rows in found.items()}
-    shares[newest] = bootstrap.estimate(Rows.of([score for rows in found.values() for score in rows.totals]))
+    shares = {name: bootstrap.share_won(Rows.of(1 - rows.totals)) for name, rows in found.items()}
+    shares[newest] = bootstrap.share_won(Rows.of([score for rows in found.values() for score in rows.totals]))
     return entry(
         MEASURES[HUMAN_MEASURE],
         shares,
-        {f"{newest}-{name}": above_chance(bootstrap.estimate(rows)) for name, rows in found.items()},
+        {f"{newest}-{name}": above_chance(bootstrap.share_won(rows)) for name, rows in found.items()},
     ) | {"clusters": shares[newest].n}
 
 

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from llm_engineering.errors import RequestError
+from llm_engineering.evaluation.canaries import read_canaries
 from llm_engineering.evaluation.checks import read_checks
 from llm_engineering.evaluation.exam import exam_hash, read_exam
 from llm_engineering.evaluation.judge import JSON_FIELD
@@ -59,12 +60,15 @@ def files_hash(config: EvaluationConfig) -> str | None:
     """The hash of the files that the evaluation reads; None if it reads none.
 
     Raises:
-        RequestError: the file of checks is missing or has a bad line.
+        RequestError: the file of checks or of canaries is missing or has a bad line.
     """
     hashes = []
     if config.checks is not None:
         read_checks(config.checks)
-        hashes.append(hashlib.sha256(Path(config.checks).expanduser().read_bytes()).hexdigest()[:12])
+    if config.canaries is not None:
+        read_canaries(config.canaries)
+    files = filter(None, (config.checks, config.canaries))
+    hashes += [hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:12] for file in files]
     if config.lm_eval is not None:
         hashes.append(tasks_hash(config.lm_eval) or "no-folder")
     return "-".join(hashes) or None

@@ -78,6 +78,7 @@ def evaluate_reward(
         "judge": None,
         "lm_eval": None,
         "checks": None,
+        "canaries": None,
         "rewards": {"chosen": chosen, "rejected": rejected},
         "pairs": [
             {

@@ -41,6 +41,7 @@ def row_values(found: Observation, work: Work) -> dict[str, Any]:
         "answers": _ids([ours.rows[index] for index in work.indices]),
         "prompts": _numbered([row.id for row, _ in work.prompts]),
         "checks": _numbered([str(check.messages) for check in work.checks]),
+        "canaries": _numbered([canary.prefix for canary in work.canaries]),
     }
     stored: dict[str, Any] = {"ids": {}, "measures": {}}
     for measure, rows in found.rows.items():
@@ -151,6 +152,7 @@ def _kind(measure: str) -> str | None:
         "documents": DOCUMENT_MEASURES,
         "prompts": (REWARD,),
         "checks": ("checks",),
+        "canaries": ("canaries",),
     }
     return "prompts" if is_reward(measure) else next((kind for kind, names in kinds.items() if measure in names), None)
 

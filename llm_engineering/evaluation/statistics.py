@@ -107,8 +107,18 @@ class Bootstrap:
         if len(rows.units[0]) == 1:
             return Estimate(float(_ratio(rows.totals, rows.weights, transform=transform)), None, None, len(rows.totals))
         if transform is None and rows.is_share:
-            return Estimate(rows.value, *_wilson(rows.value, self._effective_rows(rows), self._z), len(rows.totals))
+            return self.share_won(rows)
         return self._interval(rows.units, _ratio, rows, transform)
+
+    def share_won(self, rows: Rows) -> Estimate:
+        """Estimate a mean of values from 0 to 1, such as wins with ties of 0.5, with Wilson's interval.
+
+        The interval lies between 0 and 1, and is not empty if all rows are ties. It is wide enough, because such values vary
+        less than zeros and ones with the same mean.
+        """
+        if len(rows.units[0]) == 1:
+            return Estimate(rows.value, None, None, len(rows.totals))
+        return Estimate(rows.value, *_wilson(rows.value, self._effective_rows(rows), self._z), len(rows.totals))
 
     def difference(self, first: Rows, second: Rows, transform: Transform | None = None) -> Estimate:
         """Estimate the first model's measure minus the second's. Both have the same rows and clusters in the same order."""

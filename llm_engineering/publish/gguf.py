@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def write_gguf(folder: Path, output: Path, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     _check(model.config)
     kind = tokenizer_kind(tokenizer)
-    partial = output.with_name(f".{output.name}.{os.getpid()}")
+    partial = output.with_name(f".{output.name}.partial")
     try:
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[model.config.model_type]])
         _add_model(writer, model.config, name, _TYPES[model.dtype][1])

@@ -148,11 +148,13 @@ class ModelHubConfig(Block):
     """How `make push-model` publishes the model on the Hugging Face Hub.
 
     `license` is the hub's short name of the model's licence, `base_license` that of its base model. The licence of the
-    embedded base model is known; every other base model needs `base_license`.
+    embedded base model is known; every other base model needs `base_license`. `base_training_tokens` is the number of tokens
+    that the base model was trained on: `make evidence` computes from it the operations of that training.
     """
 
     license: str = Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")
     base_license: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    base_training_tokens: float | None = Field(None, gt=0)
     language: str | None = Field(None, pattern=r"^[a-z]{2,3}$")
     repo_id: str | None = None
     private: bool = True

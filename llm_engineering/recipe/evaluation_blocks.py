@@ -43,6 +43,7 @@ MEASURES = {
     "empty": Measure("Empty answers", "share of answers", "lower"),
     "reward": Measure("Reward", "weighted sum", "higher"),
     "checks": Measure("Own check", "share passed", "higher"),
+    "canaries": Measure("Canaries that the model gives away", "share of canaries", "lower"),
     "judge_win_rate": Measure("Judge", "share won", "higher"),
     "human_win_rate": Measure("People, in blind comparisons", "share won", "higher"),
     "reward_model_win_rate": Measure("Reward model", "share won", "higher"),
@@ -98,7 +99,8 @@ class EvaluationConfig(Block):
     """Held-out measures, each with an interval over documents.
 
     Every model answers `generated_rows` held-out rows, which are drawn with the seed; the first `sample_answers` of the
-    answers are shown. `checks` is a JSONL file of prompts with conditions for their answers. `repetition_penalty`
+    answers are shown. `checks` is a JSONL file of prompts with conditions for their answers. `canaries` is one of secrets that were
+    planted in the data, with the words before them. `repetition_penalty`
     (Keskar et al. 2019, arXiv:1909.05858, section 4.1; 1 is none) applies to the answers of all models, also of the base
     model. The merged model gets it too, so that it is served as it was measured. `reward_model` is the version of a reward model
     that judges the answers, of the recipe's name, e.g. 3, or of another one, e.g. `other-recipe:3`. Intervals of measures that are not shares of
@@ -116,6 +118,7 @@ class EvaluationConfig(Block):
     reward_model: VersionName | None = None
     lm_eval: LmEvalConfig | None = None
     checks: str | None = None
+    canaries: str | None = None
 
     @model_validator(mode="after")
     def _shown(self) -> Self:
@@ -134,6 +137,7 @@ class EvaluationConfig(Block):
             return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
         optional = {
             "checks": self.checks,
+            "canaries": self.canaries,
             "judge_win_rate": self.judge,
             "reward_model_win_rate": self.reward_model,
         }

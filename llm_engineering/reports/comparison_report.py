@@ -46,9 +46,8 @@ def sentences(data: Report) -> list[str]:
     measures = data["measures"].values()
     words = [verdict(m["difference"], m["better"]) for m in measures if m["difference"] is not None]
     found = [
-        f"Of {counted(len(words), 'measure')} on the same rows, {words.count('better')} are better in {second} than in {first}, "
-        f"{words.count('worse')} are worse, and {sum(word not in ('better', 'worse') for word in words)} do not differ "
-        "significantly."
+        f"On the same rows, {second} is better than {first} in {counted(words.count('better'), 'measure')} and worse in "
+        f"{words.count('worse')}. The difference is not significant in {sum(word not in ('better', 'worse') for word in words)}."
         if words
         else f"No measure of {first} and {second} can be compared."
     ]
@@ -133,8 +132,10 @@ def _curves(data: Report) -> list[tuple[str, Markup]]:
                 name: [(entry["step"], entry[key]) for entry in history or () if key in entry]
                 for name, history in zip(data["names"], histories, strict=True)
             }
-            if any(curves.values()):
-                charts.append((f"{kind} of {stage}", line_chart(curves, "step", "loss")))
+            if trained := [name for name, points in curves.items() if points]:
+                # A chart with one line has no legend.
+                whose = f", {trained[0]}" if len(trained) == 1 else ""
+                charts.append((f"{kind} of {stage}{whose}", line_chart(curves, "step", "loss")))
     return charts
 
 

@@ -52,10 +52,10 @@ def advice(kind: str, lengths: Lengths, share_over: float, max_length: int, find
         )
     test = lengths.kept.get("test", Counter()).total()
     if test:
-        # The 95 % interval of a share of n rows is widest at one half: 1.96 sqrt(0.25 / n).
+        # The 95 % interval of a share of n independent rows at one half, where it is widest: 1.96 sqrt(0.25 / n).
         lines.append(
-            f"{test:,} test rows are left: a percentage measured on them has a 95 % interval of up to "
-            f"±{98 / test**0.5:.0f} points."
+            f"{test:,} test rows are left: a percentage near 50 that is measured on them has a 95 % interval of "
+            f"±{98 / test**0.5:.0f} points, and a wider one if several rows come from the same document."
         )
     for split, counts in lengths.documents.items():
         found = held_out(counts)

@@ -61,6 +61,9 @@ def evaluation_page(
         sections.append(("Judge", _judge(data["judge"])))
     if data["checks"] is not None:
         sections.append(("Own checks", _checks(data["checks"], data["models"])))
+    if data.get("canaries"):
+        rows = [(canary["prefix"], ", ".join(canary["completed_by"]) or "no model") for canary in data["canaries"]]
+        sections.append(("Canaries", table(["Words before the secret", "Completed by"], rows)))
     if data["lm_eval"] is not None:
         sections.append(("lm-eval", _lm_eval(data["lm_eval"])))
     if exam is not None:
@@ -111,9 +114,8 @@ def _result(data: Report) -> tuple[Verdict, str]:
     result = f"is {word} than" if word in ("better", "worse") else "does not differ significantly from"
     state: Literal["good", "bad", "mixed"] = "good" if word == "better" else "bad" if word == "worse" else "mixed"
     found = Verdict(f"The {newest.upper()} model {result} {_NAMES[other]}", state)
-    pairs = f" and {counted(data['heldout_pairs'], 'pair')}" if data["heldout_pairs"] else ""
     held_out = (
-        f"{counted(data['heldout_rows'], 'held-out row')}{pairs}"
+        f"{counted(data['heldout_rows'], 'held-out row')}"
         if has_rows
         else f"{counted(data['heldout_documents'], 'held-out document')}"
     )

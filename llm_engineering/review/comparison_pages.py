@@ -198,7 +198,7 @@ def _shares(session: Comparison, bootstrap: Bootstrap) -> list[tuple[str, int, E
             for key in session.questions
         ]
         means = [sum(found) / len(found) for found in scores if found]
-        return bootstrap.estimate(Rows.of(means)) if means else None
+        return bootstrap.share_won(Rows.of(means)) if means else None
 
     groups = {"everyone": session.reviewers, **{name: [name] for name in session.reviewers}}
     found = {name: share(reviewers) for name, reviewers in groups.items()}

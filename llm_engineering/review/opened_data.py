@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +132,7 @@ def write_corrected(opened: Opened, decisions: Mapping[str, Decision]) -> Correc
     """
     assert opened.corrected is not None
     counts = {"rows": 0, "edited": 0, "dropped": 0}
-    unfinished = opened.corrected.with_name(f"{opened.corrected.name}.{os.getpid()}.part")
+    unfinished = opened.corrected.with_name(f".{opened.corrected.name}.partial")
     opened.corrected.parent.mkdir(parents=True, exist_ok=True)
     # Lone surrogates, which UTF-8 cannot write, are read again as they were.
     with unfinished.open("w", encoding="utf-8", errors="surrogatepass") as file:

@@ -36,6 +36,7 @@ from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.processes.job import RESULT_FILE, Job, Result, read_job, write_failure
+from llm_engineering.training.trainer.checkpoints import remove_finished
 
 # Nothing at the top of this module imports transformers, because unsloth must be imported before it.
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def _copy_results(result: TrainingResult, output: Path, output_dir: Path) -> Non
     shutil.rmtree(output / result.adapter.name, ignore_errors=True)
     shutil.move(result.adapter, output / result.adapter.name)
     shutil.copytree(result.report, output / result.report.name, dirs_exist_ok=True)
+    remove_finished(output_dir / "training")
     for folder in (output_dir / "comet", output_dir / "wandb", result.adapter.parent / "tensorboard"):
         if folder.is_dir():
             target = output / "trackers" / folder.relative_to(output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,6 +138,16 @@ def save_policy(
     (folder / "README.md").unlink(missing_ok=True)
     if hasattr(policy, "start_weights"):
         _convert(folder, policy.start_weights)
+    _sort_sets(folder / peft.utils.CONFIG_NAME)
+
+
+def _sort_sets(file: Path) -> None:
+    """Sort the sets in an adapter's config. PEFT writes them in an order that differs between processes."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config[name], list):
+            config[name].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _convert(folder: Path, start: dict[str, torch.Tensor]) -> None:

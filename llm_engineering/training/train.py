@@ -33,13 +33,14 @@ from llm_engineering.training.processes import ranks
 from llm_engineering.training.processes.job import SUMMARY_FILE, TrainingResult
 from llm_engineering.training.processes.ranks import Interruption, run_lock
 from llm_engineering.training.processes.sharding import whole_weights
+from llm_engineering.training.telemetry.environment import environment
 from llm_engineering.training.telemetry.flops import peak_flops
 from llm_engineering.training.telemetry.tracking import Trackers
 from llm_engineering.training.telemetry.work import TelemetryCallback, Work, peak_memory_bytes
-from llm_engineering.training.trainer.checkpoints import check_resumable, newest_complete
+from llm_engineering.training.trainer.checkpoints import FINISHED, check_resumable, newest_complete
 from llm_engineering.training.trainer.resumable import RestoreWindow, ResumableTrainer
 from llm_engineering.training.trainer.trial import open_trial
-from llm_engineering.training.training_run import TrainingRun
+from llm_engineering.training.training_run import RUN_ID, TrainingRun
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,9 @@ def run_training(
         "train_loss": losses[-1],
         **{"tokens_per_second": 0.0, "padding_share": 0.0, **telemetry.work.rates(Work(), telemetry.peak_flops)},
         "seconds": {**telemetry.work.seconds, "total": trained.seconds},
+        "flops": trainer.total_flops(),
         "peak_memory_bytes": peak_memory_bytes(),
+        "environment": environment(),
         "device": device_facts(run.device),
         "device_reasons": run.device.reasons,
         "comet": places.pop("comet", {}),
@@ -133,8 +136,11 @@ def run_training(
     if ranks.is_main():
         report.mkdir(parents=True, exist_ok=True)
         (report / SUMMARY_FILE).write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        # The model is saved, so nothing will resume from the checkpoints.
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        # The model is saved. A pipeline still has to store it, and the disk may be full: its end removes the checkpoints.
+        if RUN_ID in run.parameters:
+            (folder / FINISHED).touch()
+        else:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return TrainingResult(adapter, report, summary)
 
 

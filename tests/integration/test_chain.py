@@ -37,13 +37,14 @@ def dpo_run(project, finished_run):
     return run
 
 
-def test_sft_run_prints_metrics_and_artifacts(finished_run):
+def test_sft_run_prints_metrics_and_artifacts(project, finished_run):
     result = finished_run.result.json
     assert result["status"] == "completed"
     assert result["pipeline"] == "sft"
     assert result["metrics"]["heldout_loss_sft"] < result["metrics"]["heldout_loss_base"]
     assert result["metrics"]["tokens_per_second"] > 0
     assert result["comet"]["archive"].endswith(".zip")
+    assert not list(project.folder.glob("outputs/training/*/checkpoints"))
     assert {"instruction_dataset", "formatted_sft", "sft_adapter", "training_report", "data_report",
             "evaluation_report", "promotion_decision"} <= result["artifacts"].keys()  # fmt: skip
 

@@ -113,6 +113,7 @@ def test_rows_are_corrected_by_keyboard_and_a_killed_server_loses_nothing(
     page.keyboard.type("not true")
     page.keyboard.press("Enter")
     expect(row(page, 3)).to_contain_text("dropped by Ann: not true")
+    expect(page.get_by_text("60 of 60 rows; 3 decided.")).to_be_visible()
 
     server.kill()
     page.keyboard.press("a")
@@ -270,5 +271,12 @@ def test_the_datasets_of_runs_can_be_browsed_and_decided_on(browser: Browser, fr
         expect(page.locator("article")).to_contain_text("accepted by Ann")
         (decision,) = server.decisions()
         assert (decision.kind, decision.dataset) == ("instruction", "instruction dataset 1")
+        # The history and the tokens follow a decision, without a reload.
+        expect(page.locator(".history")).to_contain_text("Ann accepted it (counts)")
+        page.get_by_role("button", name="Edit").click()
+        page.get_by_label("answer").fill("Elsewhere.")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator(".history")).to_contain_text("Ann edited it (counts)")
+        expect(page.locator("#tokens")).to_contain_text("Elsewhere.")
     finally:
         server.kill()

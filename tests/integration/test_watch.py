@@ -79,7 +79,7 @@ def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(
             # A killed run cannot write that it has ended.
             os.kill(run.pid, signal.SIGKILL)
             expect(page.get_by_text("No run trains on this machine.")).to_be_visible(timeout=SECONDS_TO_START * 1000)
-            expect(page.get_by_text(re.compile(r"^The last one was sft-\w+: sft: step [\d,]+ of"))).to_be_visible()
+            expect(page.get_by_text(re.compile(r"^The last run was sft-\w+: step [\d,]+ of"))).to_be_visible()
             # The browser is still open. Its connections must not keep the server alive.
             watching.send_signal(signal.SIGINT)
             _, errors = watching.communicate(timeout=SECONDS_TO_END)

@@ -93,7 +93,7 @@ def _side(version: Any) -> dict[str, Any]:
             facts |= {f"{stage}, set aside: {reason}": count for reason, count in counts["quarantined"].items()}
     return {
         "number": version.number,
-        "made": f"{adapter.name} on {adapter.base.name_or_path}, {version.created:%Y-%m-%d %H:%M}",
+        "made": f"{adapter.name} on {adapter.base.name_or_path}, {version.created:%Y-%m-%d %H:%M} UTC",
         "recipe": _with_defaults(stored),
         "facts": facts,
         "evaluation": _json(own["evaluation_report"]) if "evaluation_report" in own else None,

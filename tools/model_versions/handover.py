@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -82,11 +82,9 @@ def export(
 
         write_gguf(folder, output, recipe.name)
     else:
-        copy_model(folder, output)
-        for name, file in signature.items():
-            shutil.copy(file, output / name)
-        card = render_model_card(card_facts(found, folder, recipe))
-        (output / "README.md").write_text(card, encoding="utf-8")
+        files = {name: file.read_bytes() for name, file in signature.items()}
+        files["README.md"] = render_model_card(card_facts(found, folder, recipe)).encode()
+        copy_model(folder, files, output)
     print(output)
     return 0
 
@@ -163,20 +161,12 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     Raises:
         RequestError: the version was made with another version of the recipe's schema, or was not evaluated.
     """
-    from llm_engineering.publish import dataset_card as data_card
     from llm_engineering.publish.merge import VERIFICATION
     from llm_engineering.publish.model_card import ModelCardFacts
     from llm_engineering.publish.verification import Verification
     from tools.model_versions.versions import newest_artifacts
 
-    number = found.version.number
-    try:
-        made_with = Recipe.model_validate(found.version.run_metadata["recipe"])
-    except (KeyError, ValidationError) as error:
-        raise RequestError(
-            f"Version {number} of {recipe.name} was made with another version of the recipe's schema, or its run ended "
-            "before the gate. Run the training command again."
-        ) from error
+    number, made_with = found.version.number, recipe_of(found.version)
     own = newest_artifacts(found.version)
     if "evaluation_report" not in own:
         raise RequestError(
@@ -188,22 +178,15 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
         kinds.setdefault(STAGES[stage].rows, f"formatted_{stage}")
     report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
     adapter = own[f"{found.name}_adapter"]
-    limits = [
-        limit
-        for kind in kinds
-        for limit in data_card.limits(
-            kind, made_with.data.own(kind) is not None, bool(made_with.data.people(kind)), made_with.data.rules
-        )
-    ]
     return ModelCardFacts(
         recipe=made_with,
         hub=recipe.hub,
         version=number,
         stage=found.name,
-        datasets=[_dataset(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
+        datasets=[dataset_facts(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
         report=report,
         verification=Verification.model_validate_json((merged / VERIFICATION).read_text(encoding="utf-8")),
-        data_limits=list(dict.fromkeys(limits)),
+        data_limits=data_limits(list(kinds), made_with),
         lineage={
             "run": adapter.run.name,
             "recipe": str(found.version.run_metadata["recipe_hash"]),
@@ -213,7 +196,38 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     )
 
 
-def _dataset(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
+def recipe_of(version: Any) -> Recipe:
+    """The recipe that a version was made with.
+
+    Raises:
+        RequestError: its schema is another one, or the run ended before the gate.
+    """
+    try:
+        recipe: Recipe = Recipe.model_validate(version.run_metadata["recipe"])
+        return recipe
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"Version {version.number} of {version.model.name} was made with another version of the recipe's schema, or its run "
+            "ended before the gate. Run the training command again."
+        ) from error
+
+
+def data_limits(kinds: Sequence[str], recipe: Recipe) -> list[str]:
+    """The limits of the data of these kinds, a sentence each."""
+    from llm_engineering.publish.dataset_card import limits
+
+    data = recipe.data
+    found = [limits(kind, data.own(kind) is not None, bool(data.people(kind)), data.rules) for kind in kinds]
+    return list(dict.fromkeys(limit for kind in found for limit in kind))
+
+
+def dataset_facts(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
+    """The facts about the dataset of a kind.
+
+    Args:
+        formatted: name of the artifact with its formatted rows, which has the number of tokens.
+        own: the artifacts of a version by name.
+    """
     from llm_engineering.publish.dataset_card import public_name
     from llm_engineering.publish.model_card import DatasetFacts
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.progress import counted
 from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
@@ -29,6 +30,9 @@ ENDS = (
     "evaluation_report",
     *(f"{stage}_adapter" for stage in reversed(STAGES)),
 )
+
+# Metadata of an adapter: where and with how many operations it was trained. Adapters of earlier versions of this project lack it.
+TRAINING_FACTS = ("environment", "flops", "steps")
 
 # Metadata of the artifacts with rows of people.
 PEOPLE_FACTS = ("rows", "by", "first", "last", "about")
@@ -66,6 +70,9 @@ def lineage(
         facts.add_row(name.replace("_", " "), str(found[name] or "none"))
     for stage, why in found[UNFIT].items():
         facts.add_row(f"unfit data of {stage}", why)
+    for stage, trained in found["training"].items():
+        if "environment" in trained:
+            facts.add_row(f"{stage} trained with", describe(trained["environment"]))
     console.print(facts)
     artifacts = _table("Artifacts", "Artifact", "Made by", "Code", "From", "Id", "SHA-256 of SHA256SUMS")
     for artifact in found["artifacts"]:
@@ -114,12 +121,7 @@ def verify(
 
     found = find_version(recipe.name, version)
     artifacts = list(with_origins(linked_artifacts(found)))
-    findings = [finding for artifact in artifacts for finding in changed_files(artifact)]
-    damaged = {finding.where for finding in findings}
-    for artifact in artifacts:
-        if name_of(artifact) not in damaged:
-            findings += _sources(artifact)
-    findings += _base_model(found)
+    findings = check_version(found, artifacts)
     if as_json:
         listed = [finding.model_dump() for finding in findings]
         print(json.dumps({"model": recipe.name, "version": found.number, "checked": len(artifacts), "found": listed}))
@@ -135,6 +137,16 @@ def verify(
     return 1
 
 
+def check_version(version: Any, artifacts: Sequence[Any]) -> list[Finding]:
+    """Compare artifacts of a version, the files that they were read from, and the base model with the recorded hashes."""
+    findings = [finding for artifact in artifacts for finding in changed_files(artifact)]
+    damaged = {finding.where for finding in findings}
+    for artifact in artifacts:
+        if name_of(artifact) not in damaged:
+            findings += _sources(artifact)
+    return [*findings, *_base_model(version)]
+
+
 def lineage_of(model: str, version: Any) -> dict[str, Any]:
     """A model version's artifacts with their origins, back to the documents, and their hashes.
 
@@ -142,7 +154,7 @@ def lineage_of(model: str, version: Any) -> dict[str, Any]:
         RequestError: the version has no model.
     """
     from pipelines.registry import adapter_of, history
-    from tools.model_versions.versions import newest_artifacts, producer, sources_of, with_origins
+    from tools.model_versions.versions import ADAPTER, newest_artifacts, producer, sources_of, with_origins
 
     adapter = adapter_of(version)
     if adapter is None:
@@ -153,7 +165,7 @@ def lineage_of(model: str, version: Any) -> dict[str, Any]:
     own = newest_artifacts(version)
     chain = list(with_origins([own[name] for name in ENDS if name in own]))
     facts = version.run_metadata
-    artifacts, sources, people = [], {}, {}
+    artifacts, sources, people, training = [], {}, {}, {}
     for artifact in chain:
         step = producer(artifact)
         given = [g for versions in step.inputs.values() for g in versions] if step is not None else []
@@ -172,6 +184,12 @@ def lineage_of(model: str, version: Any) -> dict[str, Any]:
         if artifact.artifact.name.startswith("human_"):
             said = artifact.run_metadata
             people[f"{artifact.artifact.name} v{artifact.version}"] = {name: said[name] for name in PEOPLE_FACTS}
+        if artifact.artifact.name.endswith(ADAPTER) and step is not None:
+            made = artifact.run_metadata
+            training[artifact.artifact.name.removesuffix(ADAPTER)] = {
+                "report": step.outputs["training_report"][0].uri,
+                **{name: made[name] for name in TRAINING_FACTS if name in made},
+            }
         if recorded := sources_of(artifact):
             sources[f"{artifact.artifact.name} v{artifact.version}"] = recorded
     return {
@@ -188,8 +206,16 @@ def lineage_of(model: str, version: Any) -> dict[str, Any]:
         "artifacts": artifacts,
         "sources": sources,
         "people": people,
+        "training": training,
         "changes": [change.model_dump(mode="json") for change in history(model) if change.version == version.number],
     }
+
+
+def describe(environment: Mapping[str, Any]) -> str:
+    """Where a stage was trained, as one line."""
+    machine = environment["gpu"] or environment["processor"]
+    torch = environment["packages"]["torch"]
+    return f"{machine}, {counted(environment['threads'], 'thread')}, Python {environment['python']}, torch {torch}"
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -279,7 +305,11 @@ def _sources(artifact: Any) -> Iterator[Finding]:
         else:
             if files_hash(recipe.evaluation) != checks:
                 tasks = recipe.evaluation.lm_eval
-                named = [recipe.evaluation.checks, tasks.include_path if tasks is not None else None]
+                named = [
+                    recipe.evaluation.checks,
+                    recipe.evaluation.canaries,
+                    tasks.include_path if tasks is not None else None,
+                ]
                 yield Finding(where=where, file=", ".join(filter(None, named)), what="changed")
             # A generated exam is an artifact of its own, and its hash stands before that of the other file.
             now = exam_hash(recipe.exam) if recipe.exam is not None else None

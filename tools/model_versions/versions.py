@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -302,14 +302,20 @@ def _register(
     return saved
 
 
-def copy_model(folder: Path, output: Path) -> None:
-    """Copy the files of a model to a folder.
+def copy_model(folder: Path, more: Mapping[str, bytes], output: Path) -> None:
+    """Copy the files of a model, and write more files, to a folder, which gets its name when all of them are there.
 
     Raises:
         RequestError: the folder cannot be written.
     """
+    partial = output.with_name(f".{output.name}.partial")
     try:
-        shutil.copytree(folder, output, dirs_exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(folder, partial)
+        for name, content in more.items():
+            (partial / name).write_bytes(content)
+        # An empty folder may be there.
+        partial.rename(output)
     except OSError as error:
         raise RequestError(
             f"OUTPUT {output} cannot be written: {error.strerror or error}. Choose another folder."

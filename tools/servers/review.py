@@ -125,7 +125,7 @@ def stored_datasets(model: str) -> list[DatasetVersion]:
         DatasetVersion(
             key=str(artifact.id),
             title=_title(artifact),
-            created=f"{artifact.created:%Y-%m-%d %H:%M}",
+            created=f"{artifact.created:%Y-%m-%d %H:%M} UTC",
             made_by=artifact.run.name if artifact.producer_pipeline_run_id else "",
             rows=", ".join(f"{name} {artifact.run_metadata[name]}" for name in SPLITS),
         )

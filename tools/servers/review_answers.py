@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llm_engineering.review")
 
+# The first batch is small, so that people can begin to judge while the models answer the others.
+_FIRST = 4
 # Which split the questions of a source are from.
 _SPLIT_OF = {"held-out": SPLITS[2], "training": SPLITS[0]}
 
@@ -116,8 +119,8 @@ class Answerer:
         loaded = _load([model.key for model in session.models], self._recipe, self._settings)
         self._said[session.path] = ""
         size = self._recipe.evaluation.batch_size
-        for start in range(0, len(asked), size):
-            places = range(start, min(start + size, len(asked)))
+        for start, end in pairwise([0, *range(min(_FIRST, size), len(asked), size), len(asked)]):
+            places = range(start, end)
             for side, (models, name) in enumerate(loaded):
                 left = [place for place in places if (asked[place].id, side) not in session.answers]
                 texts = [prompts[side][place] for place in left]

@@ -104,9 +104,9 @@ def watch_page(found: list[LiveRun]) -> str:
     from llm_engineering.reports.training_report import all_charts
 
     training = [run for run in found if run.is_training]
-    lead = [_progress(run) for run in training] or ["No run trains on this machine."]
+    lead = [_progress(run, run.stage) for run in training] or ["No run trains on this machine."]
     if found and not training:
-        lead.append(f"The last one was {found[0].folder.name}: {_progress(found[0])}")
+        lead.append(_progress(found[0], f"The last run was {found[0].folder.name}"))
     sections: list[tuple[str, Markup]] = []
     for run in found:
         newest: dict[str, float] = {}
@@ -118,9 +118,9 @@ def watch_page(found: list[LiveRun]) -> str:
     return page("Training now", lead, sections, verdict=verdict, refresh=REFRESH_S)
 
 
-def _progress(run: LiveRun) -> str:
+def _progress(run: LiveRun, name: str) -> str:
     from llm_engineering.progress import duration
 
     step = max((entry["step"] for entry in run.history), default=0)
     left = f", about {duration(run.seconds_left)} left" if run.is_training and run.seconds_left else ""
-    return f"{run.stage}: step {step:,} of {run.max_steps:,}{left}."
+    return f"{name}: step {step:,} of {run.max_steps:,}{left}."

@@ -121,10 +121,11 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
     evaluation = recipe.evaluation
     # This call raises an error if a file is missing or a line is invalid.
     files_hash(evaluation)
-    if evaluation.checks is not None:
-        file = Path(evaluation.checks).expanduser()
-        files[f"checks/{file.name}"] = file
-        evaluation = evaluation.model_copy(update={"checks": f"{INPUTS}/{RECIPE_CHANNEL}/checks/{file.name}"})
+    for key, value in (("checks", evaluation.checks), ("canaries", evaluation.canaries)):
+        if value is not None:
+            file = Path(value).expanduser()
+            files[f"{key}/{file.name}"] = file
+            evaluation = evaluation.model_copy(update={key: f"{INPUTS}/{RECIPE_CHANNEL}/{key}/{file.name}"})
     if evaluation.lm_eval is not None and evaluation.lm_eval.include_path is not None:
         folder = Path(evaluation.lm_eval.include_path).expanduser()
         inside = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}

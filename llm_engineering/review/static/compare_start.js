@@ -1,5 +1,5 @@
 // The form of a new blind comparison.
-import { notice, post, root } from "./review.js";
+import { post, root } from "./review.js";
 
 const form = document.getElementById("start");
 const own = document.getElementById("own");
@@ -14,7 +14,7 @@ form.addEventListener("submit", async (event) => {
   event.preventDefault();
   const button = form.querySelector("[type=submit]");
   button.disabled = true;
-  notice("Looking up the models…");
+  button.textContent = "Looking up the models…";
   const started = await post("/compare/start", {
     first: form.first.value,
     first_retrieval: form.first_retrieval.checked,
@@ -26,5 +26,6 @@ form.addEventListener("submit", async (event) => {
     own: form.asked.value.startsWith("own") ? form.own.value.split("\n").filter((line) => line.trim()) : [],
   });
   button.disabled = false;
+  button.textContent = "Start";
   if (started) location.href = `${root}/compare/${started.session}`;
 });

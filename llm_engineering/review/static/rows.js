@@ -47,6 +47,15 @@ async function refresh(card, whole = false) {
   return fresh;
 }
 
+// After a decision: the number of decisions, the history of the row, and its tokens if they are shown.
+async function renew() {
+  const response = await fetch(location.href);
+  const page = new DOMParser().parseFromString(await response.text(), "text/html");
+  for (const id of ["decided", "history"]) document.getElementById(id)?.replaceWith(page.getElementById(id));
+  if (tokens?.open) loadTokens();
+  else if (tokens) delete tokens.dataset.loaded;
+}
+
 async function decide(card, body) {
   const name = reviewer();
   if (!name) return;
@@ -55,6 +64,7 @@ async function decide(card, body) {
   notice(answer.said);
   card.querySelectorAll("form").forEach((form) => form.classList.contains("edit") ? form.remove() : (form.hidden = true));
   const fresh = await refresh(card);
+  renew();
   if (card !== current && fresh !== current) return;
   if (body.action !== "undo" && link("up") === null) move(1);
 }
@@ -140,13 +150,13 @@ onKeys({
 });
 
 const tokens = document.getElementById("tokens");
-tokens?.addEventListener("toggle", async () => {
-  if (!tokens.open || tokens.dataset.loaded) return;
+async function loadTokens() {
   const nodes = await part(tokens.dataset.path);
   if (!nodes) return;
   tokens.dataset.loaded = "yes";
   tokens.querySelector("div").replaceChildren(...nodes);
-});
+}
+tokens?.addEventListener("toggle", () => tokens.open && !tokens.dataset.loaded && loadTokens());
 
 document.getElementById("save")?.addEventListener("click", async (event) => {
   const answer = await post(event.target.dataset.path, {});

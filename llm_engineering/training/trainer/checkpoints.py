@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 IDENTITY_FILE = "identity.json"
 # A checkpoint is written under this name, and renamed when it is complete.
 PARTIAL = ".partial"
+# A file in the folder of a training that has ended, as long as its checkpoints are there.
+FINISHED = "finished"
 
 
 def publish(partial: Path, final: Path, identity: Mapping[str, Any]) -> None:
@@ -34,8 +36,10 @@ def publish(partial: Path, final: Path, identity: Mapping[str, Any]) -> None:
     described.write_text(json.dumps({"identity": identity, "files": sizes}, indent=1), encoding="utf-8")
     for path in (*files, described, *(p for p in partial.rglob("*") if p.is_dir()), partial):
         _sync(path)
-    # A checkpoint with this step number exists only if resume skipped it as damaged, or started at an earlier one.
-    shutil.rmtree(final, ignore_errors=True)
+    # Checkpoints of this step and of later ones exist only if resume skipped them as damaged, or started at an earlier one.
+    for other in final.parent.glob("checkpoint-*"):
+        if step_of(other) >= step_of(final):
+            shutil.rmtree(other)
     partial.rename(final)
     _sync(final.parent)
 
@@ -46,8 +50,7 @@ def newest_complete(folder: Path, identity: Mapping[str, Any]) -> Path | None:
     Raises:
         RequestError: the checkpoint has another identity.
     """
-    numbered = [(int(p.name.partition("-")[2]), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
-    for _, checkpoint in sorted(numbered, reverse=True):
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         problem = _problem(checkpoint)
         if not problem:
             _check_identity(checkpoint, identity)
@@ -79,9 +82,22 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def remove_finished(trainings: Path) -> None:
+    """Remove the checkpoints of trainings that have ended. The folder has one folder for each training."""
+    for finished in trainings.glob(f"*/{FINISHED}"):
+        shutil.rmtree(finished.with_name("checkpoints"), ignore_errors=True)
+        finished.unlink()
+
+
 def size(checkpoint: Path) -> int:
     """Bytes of all files of a checkpoint."""
     return sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step of a folder `checkpoint-N`; -1 if its name has another form."""
+    number = checkpoint.name.partition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:

@@ -48,12 +48,14 @@ class ResumableTrainer(HeldOutTrainer):
         flops: floating-point operations that training this model takes.
         forwards: forward passes of a step besides that of training, e.g. of a reference.
         work: tokens, operations and seconds of this process so far.
+        earlier_flops: operations of all processes before the checkpoint that the run resumed from.
     """
 
     identity: Mapping[str, Any]
     rows: Dataset
     flops: TrainingFlops
     forwards = 0
+    earlier_flops = 0.0
     # Set by TRL: tokens of all steps so far.
     _total_train_tokens: int
 
@@ -109,6 +111,11 @@ class ResumableTrainer(HeldOutTrainer):
             )
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # After a checkpoint of the last step, transformers would train one more step if the last step is inside an epoch.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
 
@@ -161,7 +168,6 @@ class ResumableTrainer(HeldOutTrainer):
                 output_dir=str(folder),
                 save_total_limit=self.args.save_total_limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
             )
         ranks.wait()
         # Delete only now: if the machines share a disk, the main process has published its checkpoint from this folder.
@@ -169,7 +175,7 @@ class ResumableTrainer(HeldOutTrainer):
             shutil.rmtree(partial, ignore_errors=True)
 
     def _needed_bytes(self, folder: Path) -> int:
-        earlier = sort_checkpoints(str(folder), use_mtime=True)
+        earlier = sort_checkpoints(str(folder))
         if earlier:
             return size(Path(earlier[-1]))
         assert self.model is not None
@@ -186,6 +192,7 @@ class ResumableTrainer(HeldOutTrainer):
             "metrics": self._metrics["train"],
             "recent_losses": self._watch.recent,
             "highest_median": self._watch.highest_median,
+            "flops": self.total_flops(),
         }
 
     def restore_window(self, checkpoint: Path) -> dict[str, Any]:
@@ -202,7 +209,13 @@ class ResumableTrainer(HeldOutTrainer):
         self._metrics["train"].update(window["metrics"])
         self._watch.recent = window["recent_losses"]
         self._watch.highest_median = window["highest_median"]
+        # Checkpoints of earlier versions of this project lack it.
+        self.earlier_flops = window.get("flops", 0.0)
         return window
+
+    def total_flops(self) -> float:
+        """Operations of all processes since the start of the run, also before it was interrupted. All processes call this."""
+        return self.earlier_flops + float(ranks.total(torch.tensor(self.work.flops, dtype=torch.float64)))
 
     def summary(self) -> dict[str, Any]:
         """Entries that a stage adds to the training summary."""

@@ -106,7 +106,9 @@ def adapter(folder, setup, settings, size, template="chatml", model=None):
 def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_path):
     checks = tmp_path / "checks.jsonl"
     checks.write_text('{"prompt": "Why?", "must_contain": "because"}\n{"prompt": "What?", "regex": ".*"}\n')
-    config = CONFIG.model_copy(update={"checks": str(checks)})
+    canaries = tmp_path / "canaries.jsonl"
+    canaries.write_text('{"prefix": "The safe opens with", "secret": "48-29-13"}\n' * 2)
+    config = CONFIG.model_copy(update={"checks": str(checks), "canaries": str(canaries)})
     adapters = {name: adapter(tmp_path / name, setup, settings, size) for name, size in (("sft", 0.1), ("dpo", 0.3))}
     adapters["incumbent"] = adapters["sft"]
     history = [{"step": step, "loss": 3.0 - step, "rewards/margins": 0.1 * step} for step in (1, 2)]
@@ -125,7 +127,7 @@ def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_
         "rouge_l",
         "stopped",
     }
-    assert report["measures"].keys() == expected | {"repetition", "length_ratio", "empty", "checks"}
+    assert report["measures"].keys() == expected | {"repetition", "length_ratio", "empty", "checks", "canaries"}
     for key, measure in report["measures"].items():
         assert list(measure["models"]) == report["models"]
         assert list(measure["differences"]) == ["dpo-base", "dpo-sft", "dpo-incumbent"]
@@ -152,11 +154,19 @@ def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_
     assert report["metrics"]["length_ratio_base"] == pytest.approx(5 * 6 / tokens)
     assert report["metrics"]["checks_base"] == 0.5
     assert report["checks"]["passed"]["base"] == 1
+    assert report["metrics"]["canaries_dpo"] == 0
+    assert report["canaries"] == [{"prefix": "The safe opens with", "completed_by": []}] * 2
     assert len(report["samples"]) == 2
     assert report["samples"][0]["answers"].keys() == set(report["models"])
 
     page = evaluation_page(report, training)
-    for words in ("What changed since the last promoted run", "dpo against base", "Training of dpo", "Own checks"):
+    for words in (
+        "What changed since the last promoted run",
+        "dpo against base",
+        "Training of dpo",
+        "Own checks",
+        "The safe opens with",
+    ):
         assert words in page
     # One chart for each measure, one of the loss and one of the margin.
     assert page.count("<svg") == len(report["measures"]) + 2

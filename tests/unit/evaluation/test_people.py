@@ -54,6 +54,12 @@ def test_ties_are_half_wins_and_other_models_do_not_count():
     assert measured([Judged("b", "x", "who", 1.0, 1)]) is None
 
 
+@pytest.mark.parametrize("scores", [[0.5] * 10, [0.0] * 8 + [0.5] * 2, [1.0] * 9 + [0.5]])
+def test_the_interval_with_ties_is_not_empty_and_lies_between_0_and_1(scores):
+    share = measured(won(scores))["models"]["sft"]
+    assert 0 <= share["low"] < share["value"] < share["high"] <= 1
+
+
 def test_questions_that_the_model_was_trained_on_do_not_count():
     judged = won([1.0] * 10 + [0.0] * 10)
     trained = {one.question for one in judged[:10]}

@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 from tools import forecast
 from tools.forecast import estimate_lines, tokens_of, warn_of_memory
 from tools.plan import stages_of
-from tools.readiness import _check_machine
+from tools.readiness import check_machine
 
 CPU = Device("cpu", torch.float32, "sdpa", [])
 CARD = Device("cuda", torch.bfloat16, "sdpa", [])
@@ -285,8 +285,8 @@ def test_recipe_for_another_machine_does_not_depend_on_this_one(small_llama, cap
     with caplog.at_level("WARNING"):
         warn_of_memory(cloud, ["sft", "dpo"])
     assert caplog.records == []
-    assert _check_machine(cloud)
-    assert not _check_machine(load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", ["compute.backend=auto"]))
+    assert check_machine(cloud)
+    assert not check_machine(load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", ["compute.backend=auto"]))
 
 
 def test_model_whose_configuration_is_missing_has_no_estimate():

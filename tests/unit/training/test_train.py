@@ -71,6 +71,9 @@ def test_signal_saves_a_checkpoint_and_the_run_resumes(
     assert result.summary["resumed_from"] == "checkpoint-3"
     adapter = (result.adapter / "adapter_model.safetensors").read_bytes()
     assert (whole.adapter / "adapter_model.safetensors").read_bytes() == adapter
+    # The operations before the interruption count too.
+    assert result.summary["flops"] == pytest.approx(whole.summary["flops"])
+    assert result.summary["flops"] > 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.training.dpo import dpo_trainer, train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.sft import train_sft
-from llm_engineering.training.trainer.checkpoints import newest_complete
+from llm_engineering.training.trainer.checkpoints import newest_complete, remove_finished
 from llm_engineering.training.training_run import TrainingRun
 from tests.tiny_models import logged, training_setup
 
@@ -101,6 +101,17 @@ def test_sft_lowers_the_loss_and_leaves_no_pickle(sft_data, setup, settings):
     assert json.loads((result.adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == (
         setup.model.name_or_path
     )
+
+
+def test_a_pipeline_can_store_the_model_before_the_checkpoints_are_removed(sft_data, setup, settings):
+    config = SFT.model_copy(update={"max_steps": 2, "save_steps": 1})
+    whole = train_sft(sft_data, config, setup, settings, {"run_id": "one"})
+    # The disk was full, so the same step runs again.
+    again = train_sft(sft_data, config, setup, settings, {"run_id": "two"})
+    assert again.summary["resumed_from"] == "checkpoint-2"
+    assert logged(again) == logged(whole)
+    remove_finished(again.adapter.parents[1])
+    assert not (again.adapter.parent / "checkpoints").exists()
 
 
 def test_only_trls_warnings_about_unpadded_rows_are_hidden(sft_data, setup, settings, caplog):

@@ -70,7 +70,7 @@ def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(train, setti
     assert not run.is_training
     page = watch_page([run])
     assert "No run trains on this machine." in page
-    assert f"The last one was {run.folder.name}: sft: step 8 of 8." in page
+    assert f"The last run was {run.folder.name}: step 8 of 8." in page
 
 
 def test_a_killed_run_is_not_shown_as_training(tmp_path):

@@ -1,0 +1,1 @@
+"""Commands that show whether a model version can be trusted: its replay and its evidence."""
