@@ -137,7 +137,7 @@ COMMANDS: dict[str, list[Entry]] = {
         Entry(
             "models replay",
             "trust.replay:replay",
-            "Train a version again from its lineage in a folder of its own, and say what differs.",
+            "Train a version again from its lineage, and compare weights, losses, measures and rows.",
         ),
         Entry(
             "models evidence",
