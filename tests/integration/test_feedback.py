@@ -63,7 +63,10 @@ def served(tiny_model, unused, tmp_path_factory) -> Served:
             return client.chat.completions.create(model="tiny", messages=messages, max_tokens=6, **more)
 
         for number in range(QUESTIONS):
-            answer = ask(f"Where does the number {number} stand?")
+            # The first are questions of the dataset, and what people say about its held-out ones is set aside.
+            answer = ask(
+                f"Where does the number {number} stand?" if number < 6 else f"Who counts to the number {number}?"
+            )
             answers[answer.id] = answer.choices[0].message.content
             said = {"id": answer.id, "thumbs": "down", "user": "anna"}
             said["correction"] = f"The number {number} stands between {number - 1} and {number + 1}. Ask {MAIL}."

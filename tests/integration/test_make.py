@@ -84,7 +84,7 @@ def test_every_variable_of_every_target_arrives_unchanged(folder, value):
         assert invocation.arguments == ["-m", "tools.make", target]
         words = called.command.split()
         options = [f"--{name.lower()}={value}" for name in called.options]
-        argument = ["--", value] if called.argument else []
+        argument = ["--", *(value.split() if called.words else [value])] if called.argument else []
         assert command(target, invocation.environment) == [*words, *options, *argument]
 
 

@@ -86,7 +86,8 @@ def remove_finished(trainings: Path) -> None:
     """Remove the checkpoints of trainings that have ended. The folder has one folder for each training."""
     for finished in trainings.glob(f"*/{FINISHED}"):
         shutil.rmtree(finished.with_name("checkpoints"), ignore_errors=True)
-        finished.unlink()
+        # Another run that has ended at the same time may have removed it.
+        finished.unlink(missing_ok=True)
 
 
 def size(checkpoint: Path) -> int:
