@@ -34,7 +34,7 @@ def _version_name(value: Any) -> Any:
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if isinstance(text, str) and not _VERSION.fullmatch(text):
         raise ValueError(
-            f"{text!r} is no version of a model: give a number, e.g. 3, or with the name of another recipe, e.g. other-recipe:3"
+            f"version {text!r} is no version of a model: give a number, e.g. 3, or with the name of another recipe, e.g. other-recipe:3"
         )
     return text
 
