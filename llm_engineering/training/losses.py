@@ -57,8 +57,9 @@ def token_log_probs(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _chunk(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
-    logits = nn.functional.linear(hidden, head.to(hidden.dtype)).float()
-    return -nn.functional.cross_entropy(logits, tokens, reduction="none")
+    # The operations of `_FrozenHead`: a trained policy and its frozen reference must be equal to the last bit.
+    logits = (hidden @ head.to(hidden.dtype).t()).float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
 class _FrozenHead(torch.autograd.Function):
