@@ -31,7 +31,7 @@ from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.data.wordings import OTHER_WORDING, other_wordings
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
-from llm_engineering.documents.passages import cut_passages
+from llm_engineering.documents.passages import chunks, cut_passages, repeated_claim
 from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.documents.replay import balanced_instructions, replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
@@ -115,6 +115,7 @@ def generate_instructions(
     ledger.record("passage", len(passages) + len(rejected), len(passages), rejected)
     writer = open_client(client, model, compute, Settings(), chat_template)
     facts: dict[str, Any] = {"replay_hash": replay_hash} if replay_hash is not None else {}
+    facts |= repeated_claim(passages)
     if writing.questions == "fact":
         # The recipe allows only the local model here.
         assert isinstance(writer, Completer)
@@ -253,6 +254,7 @@ def collect_texts(
     else:
         rows = document_rows(read)
     facts: dict[str, Any] = {"content_hash": content_hash} if content_hash is not None else {}
+    facts |= repeated_claim(chunks(read, config))
     aside: list[Quarantined] = []
     if deriving is not None:
         asked = [instruction_row(record) for name in SPLITS for record in instructions[name]] if instructions else []

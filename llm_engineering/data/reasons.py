@@ -21,6 +21,7 @@ REASONS = {
     "cut_mid_sentence": "The passage does not start and end like a sentence.",
     "not_drawn": "More were found than the recipe asks for, and this one was not drawn.",
     "not_prose": "Most of the passage is numbers, symbols or code.",
+    "turn_mark": "The passage spells a mark of a chat format, which the model that writes questions would read as a turn.",
     "too_long": "The text is longer than the recipe or the model's context allows.",
     "too_short": "The passage is shorter than the recipe allows.",
     # Records of files
@@ -58,6 +59,7 @@ REASONS = {
     "leaks_into_validation": "The row is a near duplicate of a validation row, or has the same prompt.",
     "length_outlier": "The row is far longer or shorter than the others.",
     "mentions_passage": "The question mentions a passage that its reader does not see.",
+    "order_to_model": "The text gives orders to the model that reads it, such as to ignore its instructions.",
     "near_duplicate": "Nearly all its words are those of another row.",
     "personal_data": "The row has an e-mail address or a telephone number.",
     "refusal": "The answer refuses to answer.",

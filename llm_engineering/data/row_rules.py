@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -23,7 +23,7 @@ from llm_engineering.data.rows import (
     TextRow,
     is_blank,
 )
-from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
+from llm_engineering.data.wording import mention_of_passage, order_to_model, refusal, unfinished
 from llm_engineering.recipe.data_blocks import RulesConfig
 
 RowT = TypeVar("RowT", bound=Row)
@@ -84,10 +84,7 @@ def check_row(row: RowT, rules: RulesConfig) -> Checked[RowT]:
             detail = f"masked: {detail}"
         findings.append(Finding(rule, detail))
     # The other rules are about questions and answers to train on. Accepted answers are only compared with.
-    rules_of_content = _CONTENT_RULES[:1] if isinstance(row, TextRow) else _CONTENT_RULES
-    if isinstance(row, PromptRow):
-        rules_of_content = _CONTENT_RULES[-1:]
-    for rule, judge in rules_of_content:
+    for rule, judge in _RULES_OF_KIND.get(type(row), _ANSWER_RULES):
         action = getattr(rules, rule)
         detail = "" if action == "off" else judge(row)
         if not detail:
@@ -223,11 +220,21 @@ def _mentions_passage(row: Row) -> str:
     return f"mentions “{mention[:QUOTE_CHARS]}”, but contains no such text" if mention else ""
 
 
+def _order_to_model(row: Row) -> str:
+    texts = (text for messages in _fields(row).values() for message in messages for text in message.texts)
+    order = next(filter(None, map(order_to_model, texts)), "")
+    return f"contains “{order[:QUOTE_CHARS]}”" if order else ""
+
+
 _PRIVATE_RULES = (("secret", secrets), ("personal_data", personal_data))
-_CONTENT_RULES = (
-    ("empty_answer", _empty_answer),
+_Rules = tuple[tuple[str, Callable[[Row], str]], ...]
+_TEXT_RULES: _Rules = (("empty_answer", _empty_answer), ("order_to_model", _order_to_model))
+_PROMPT_RULES: _Rules = (("order_to_model", _order_to_model), ("mentions_passage", _mentions_passage))
+_ANSWER_RULES: _Rules = (
+    *_TEXT_RULES,
     ("chosen_equals_rejected", _chosen_equals_rejected),
     ("refusal", _refusal),
     ("truncated_answer", _truncated_answer),
     ("mentions_passage", _mentions_passage),
 )
+_RULES_OF_KIND: Mapping[type, _Rules] = {TextRow: _TEXT_RULES, PromptRow: _PROMPT_RULES}

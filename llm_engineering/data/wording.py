@@ -230,3 +230,52 @@ def mention_of_text(prompt: str) -> str:
         return ""
     match = _MENTION.search(prompt)
     return "" if match is None else match.group().strip()
+
+
+# What is to be ignored: the prompt of the model that reads the text.
+_GIVEN = r"(?:instructions?|prompts?|rules|guidelines|directions|commands|messages?|context|(?:above|previous|preceding) text)"
+_TO_A_MODEL = re.compile(
+    "|".join(
+        (
+            rf"\b(?:ignore|disregard|forget|override|bypass)\b(?: \w+){{0,3}}? (?:above|previous|prior|preceding|earlier|foregoing|system|your|all)\b(?: \w+){{0,2}}? {_GIVEN}\b",
+            r"\b(?:ignore|disregard|forget) (?:all of |everything )?(?:the )?above\b(?= and\b|[,.;:!]|$)",
+            r"\b(?:ignore|disregard|forget) (?:everything|all)(?: (?:that )?(?:you|i) (?:were|was|have been|had been)?)? (?:told|said|above|before)\b",
+            r"\b(?:reveal|repeat|print|output|show|leak)(?: me)? (?:your|the) (?:\w+ )?(?:system|hidden|initial|original) (?:instructions?|prompts?)\b",
+            r"\byou are now (?:in )?(?:an? |the )?(?:\w+ ){0,3}(?:ai|assistant|chatbot|language model|dan|developer mode|jailbroken)\b",
+            r"\b(?:new|updated|real|actual) (?:system )?(?:instructions?|prompt) ?:",
+            # German, French, Spanish, Portuguese, Italian
+            r"\b(?:ignorier\w*|vergiss|missacht\w*)(?: \w+){0,2}? (?:obigen?|vorherigen?|bisherigen?|vorigen?)(?: \w+)? (?:anweisung\w*|befehl\w*|regeln|eingab\w*)",
+            r"\b(?:ignore[zr]?|oublie[zr]?)(?: \w+){0,2}? (?:instructions?|consignes?|règles)(?: \w+)? (?:précédente?s?|ci-dessus|antérieure?s?)",
+            r"\b(?:ignora|ignore|olvida|esqueça|dimentica)(?: \w+){0,3}? (?:instrucciones|instruções|istruzioni)(?: \w+)? (?:anteriores|previas|precedenti)",
+        )
+    ),
+    re.IGNORECASE,
+)
+# Every order contains one of these casefolded strings. A search for them is far quicker, so it comes first.
+_ORDER_HINTS = (
+    "ignor", "disregard", "forget", "override", "bypass", "prompt", "instruction", "you are now", "vergiss", "missacht", "oublie",
+    "olvida", "esqueça", "dimentica",
+)  # fmt: skip
+
+
+def order_to_model(text: str) -> str:
+    """The words with which a text gives orders to the model that reads it (prompt injection); empty for other texts.
+
+    Finds the usual forms, such as "ignore the instructions above". A text that quotes one matches too, and no list of
+    forms is complete.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    if not any(hint in folded for hint in _ORDER_HINTS):
+        return ""
+    match = _TO_A_MODEL.search(" ".join(folded.split()))
+    return "" if match is None else match.group()
+
+
+# Marks of turns in the usual chat formats: ChatML, Llama 2 and 3, Gemma, DeepSeek.
+_TURN_MARK = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>")
+
+
+def turn_mark(text: str) -> str:
+    """The first mark of a chat format that a text spells, such as `<|im_start|>`; empty for other texts."""
+    match = _TURN_MARK.search(text)
+    return "" if match is None else match.group()

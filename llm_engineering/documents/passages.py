@@ -6,9 +6,11 @@ With `documents.unit: sentence` a passage is a single sentence, and those that n
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
@@ -16,13 +18,22 @@ from pydantic import BaseModel, ConfigDict
 from semantic_text_splitter import TextSplitter
 
 from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.wording import order_to_model, turn_mark
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.sentences import known_names, names_something, sentences
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 
+logger = logging.getLogger(__name__)
+
 # A passage with a smaller share of letters and spaces is a table, code or grammar. Chosen on the Python reference: 0.85
 # keeps prose with inline code, and removes operator tables and listings.
 MIN_PROSE_SHARE = 0.85
+# The words of a claim. Shorter phrases recur in ordinary text.
+_CLAIM_WORDS = 6
+# A claim in more than this share of the passages, and in at least so many, is worth a look. In the handbook, where each fact
+# stands in four to seven documents, no six words stand in more than 1 %.
+_FLOOD_SHARE = 0.1
+_FLOOD_PASSAGES = 20
 # A sentence with fewer words is a label or an exclamation.
 MIN_SENTENCE_WORDS = 4
 # Documents whose lines with `#` are headings. The headings of other formats than Markdown are read as such lines.
@@ -66,6 +77,8 @@ def cut_passages(
 ) -> tuple[list[Passage], list[Quarantined]]:
     """Cut all documents. Passages that are no prose, too short or repeated are quarantined.
 
+    A model writes questions from the passages, so those that give it orders or spell marks of a chat format are too.
+
     Sentences are quarantined if they are too short, too long or repeated, or name nothing. All documents together show
     which words are names.
     With `max_passages`, that many passages are drawn with the seed, and the others are quarantined as `not_drawn`.
@@ -81,6 +94,10 @@ def cut_passages(
             reason, detail = _sentence_problem(passage.text, config.passage_max_chars, names)
         else:
             reason, detail = _problem(passage.text, config.passage_min_chars)
+        if order := order_to_model(passage.text):
+            reason, detail = "order_to_model", f"contains “{order}”"
+        elif mark := turn_mark(passage.text):
+            reason, detail = "turn_mark", f"contains {mark}"
         if not reason and passage.id in first_place:
             reason, detail = "exact_duplicate", f"first seen in {first_place[passage.id]}"
         if reason:
@@ -94,6 +111,26 @@ def cut_passages(
         quarantine += [_rejected(p, "not_drawn", detail) for i, p in enumerate(kept) if i not in drawn]
         kept = [p for i, p in enumerate(kept) if i in drawn]
     return kept, quarantine
+
+
+def repeated_claim(passages: Sequence[Passage]) -> dict[str, str]:
+    """Warn of six words in a row that stand in more than a tenth of the passages, and return the warning as metadata.
+
+    Copies of one claim in other words pass the search for duplicates, and training would weight the claim by their number.
+    """
+    counts: Counter[tuple[str, ...]] = Counter()
+    for passage in passages:
+        words = re.findall(r"\w+", passage.text.casefold())
+        counts.update({tuple(words[i : i + _CLAIM_WORDS]) for i in range(len(words) - _CLAIM_WORDS + 1)})
+    claim, count = counts.most_common(1)[0] if counts else ((), 0)
+    if count < max(_FLOOD_PASSAGES, _FLOOD_SHARE * len(passages)):
+        return {}
+    warning = (
+        f"{count:,} of {len(passages):,} passages contain the words “{' '.join(claim)}”: training would weight this claim by their "
+        "number. Read these documents, and remove those that say nothing else."
+    )
+    logger.warning(warning)
+    return {"repeated_claim": warning}
 
 
 def chunks(documents: Sequence[Document], config: DocumentsConfig) -> list[Passage]:

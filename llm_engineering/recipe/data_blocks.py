@@ -84,6 +84,7 @@ class RulesConfig(Block):
     refusal: Action = "drop_generated"
     truncated_answer: Action = "drop_generated"
     mentions_passage: Action = "drop_generated"
+    order_to_model: Action = "drop_generated"
     conflicting_answers: Action = "report"
     language_outlier: Action = "report"
     length_outlier: Action = "report"

@@ -59,7 +59,11 @@ def test_log_probs_and_gradients_equal_those_of_whole_logits(trained_head, count
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_trained_head_gives_the_log_probs_of_a_frozen_one_to_the_last_bit(dtype):
     torch.manual_seed(5)
-    hidden, head, tokens = torch.randn(CHUNK + 9, 32, dtype=dtype), 5 * torch.randn(281, 32), torch.randint(281, (CHUNK + 9,))
+    hidden, head, tokens = (
+        torch.randn(CHUNK + 9, 32, dtype=dtype),
+        5 * torch.randn(281, 32),
+        torch.randint(281, (CHUNK + 9,)),
+    )
     frozen = token_log_probs(hidden, head, tokens)
     assert torch.equal(token_log_probs(hidden, head.requires_grad_(), tokens), frozen)
 
