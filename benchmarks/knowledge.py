@@ -119,10 +119,9 @@ class Bench:
         return world, folder
 
     def documents(self, seed: int, swapped: bool = False) -> list[Document]:
-        """The documents of a world, named without the folder that they are in."""
+        """The documents of a world."""
         _, folder = self.world(seed, swapped)
-        found = read_documents(DocumentsConfig(path=str(folder / "documents")))[0]
-        return [document.model_copy(update={"source": Path(document.source).name}) for document in found]
+        return read_documents(DocumentsConfig(path=str(folder / "documents")))[0]
 
     def exam(self, seed: int, with_retrieval: bool = False) -> Exam:
         """The exam of a world, with general questions."""

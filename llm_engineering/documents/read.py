@@ -63,8 +63,8 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
             quarantine.append(not_read("unknown_format", file, "whole file", detail))
             continue
         read, rejected = _read(reader, file, config.text_field)
-        if name != str(file):
-            read = [document.model_copy(update={"source": name}) for document in read]
+        # Readers name a source by the path of its file, and add the place within it.
+        read = [one.model_copy(update={"source": name + one.source.removeprefix(str(file))}) for one in read]
         documents += [document for document in read if not is_blank(document.text)]
         quarantine += rejected
         quarantine += [not_read("empty", file, d.source, "no text") for d in read if is_blank(d.text)]
@@ -127,35 +127,29 @@ def documents_hash(config: DocumentsConfig) -> str:
 
 
 def named_files(path: str) -> dict[str, Path]:
-    """The files that a `documents.path` names, by the name of each as a source.
+    """The file, or the visible files in and below the folder, that a `documents.path` names, by their names as sources.
 
-    A file of the embedded handbook is named without the folder in which this package is installed.
+    A name is the path below that folder. The folder itself is not in it, because the name of a document decides its split:
+    the split must not change when the folder is moved or renamed, or read by a job on another machine.
 
     Raises:
         RequestError: the path is missing or is a file in no known format.
     """
     if path == EMBEDDED_HANDBOOK:
         return {f"handbook/{file.name}": file for file in visible_files(HANDBOOK / "documents")}
-    return {str(file): file for file in document_files(path)}
-
-
-def document_files(path: str) -> list[Path]:
-    """The file, or the visible files in and below the folder, that a `documents.path` names.
-
-    Raises:
-        RequestError: the path is missing or is a file in no known format.
-    """
     root = Path(path).expanduser()
     if not root.exists():
         raise RequestError(
             f"documents.path {path} does not exist. Name a file or a folder, or {EMBEDDED_HANDBOOK} or "
             f"{EMBEDDED_DOCUMENTS}, which come with the project."
         )
-    if not root.is_dir() and root.suffix.lower() not in _READERS:
+    if root.is_dir():
+        return {str(file.relative_to(root)): file for file in visible_files(root)}
+    if root.suffix.lower() not in _READERS:
         raise RequestError(
             f"documents.path {path} is in no known format: documents are {', '.join(sorted(_READERS))} files."
         )
-    return visible_files(root)
+    return {root.name: root}
 
 
 def _python_reference() -> tuple[list[Document], list[Quarantined]]:

@@ -68,8 +68,9 @@ def number_project(folder: Path, model: Path, template: Project) -> Project:
     documents = folder / "documents"
     documents.mkdir()
     for i in range(24):
+        # The names decide the splits: 15 files for training, 5 for validation, 4 for the test.
         text = " ".join(f"The number {n} of file {i} comes after {n - 1}." for n in range(i, i + 12))
-        (documents / f"{i}.txt").write_text(text)
+        (documents / f"{i:02}.txt").write_text(text)
     replay = folder / "general.jsonl"
     replay.write_text("".join(json.dumps({"text": f"Rain fell on day {i} in the hills."}) + "\n" for i in range(400)))
     # No line of this file is quarantined: the empty quarantine must be stored and read too.

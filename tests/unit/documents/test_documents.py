@@ -1,13 +1,16 @@
 """Documents of every format, and passages with their positions."""
 
 import json
+import shutil
 
 import pytest
 
+from llm_engineering.data.rows import split_key, split_of
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import documents_hash, read_documents
+from llm_engineering.documents.texts import document_rows, sentence_rows
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.data_blocks import DocumentsConfig
+from llm_engineering.recipe.data_blocks import DocumentsConfig, SplitConfig
 
 SENTENCE = "The river carries water from the mountains to the sea, and the people who live along it drink from it."
 
@@ -129,6 +132,31 @@ def test_unreadable_documents(tmp_path, name, content, words):
         (tmp_path / name).write_text(content)
     with pytest.raises(RequestError, match=words):
         read_documents(DocumentsConfig(path=str(tmp_path / name)))
+
+
+def test_a_folder_at_another_place_gives_the_same_rows_in_the_same_splits(tmp_path, monkeypatch):
+    folder, moved = tmp_path / "docs", tmp_path / "below" / "renamed"
+    for name in ("a.md", "inner/a.md", *(f"{number}.md" for number in range(20))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(
+            f"# {name}\n\nThe Kelp Lamp of {name} was lit in 1931. Ada Brand built its tower in Ibbersea."
+        )
+    (folder / "table.csv").write_text("text\nThe Heron Pump lifts water.\nThe Skiff carries four people.\n")
+    shutil.copytree(folder, moved)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(folder / "inner")
+
+    def placed(path):
+        config = DocumentsConfig(path=str(path), unit="sentence", max_passages=30)
+        documents, _ = read_documents(config)
+        rows = document_rows(documents) + sentence_rows(cut_passages(documents, config, seed=0)[0])
+        return [(row.record(), split_of(split_key(row), SplitConfig())) for row in rows]
+
+    first = placed(folder)
+    assert {"a.md", "inner/a.md", "table.csv:line 3"} <= {row["document"] for row, _ in first}
+    assert {split for _, split in first} == {"train", "validation", "test"}
+    assert all(placed(path) == first for path in (moved, f"{folder}/", "..", "../../docs", "~/docs"))
+    assert {row["document"] for row, _ in placed(".")} == {row["document"] for row, _ in placed("a.md")} == {"a.md"}
 
 
 def test_hash_notices_a_changed_file(tmp_path):

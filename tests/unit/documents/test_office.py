@@ -62,9 +62,9 @@ def test_word_headings_lists_and_tables(tmp_path):
     rows = sentence_rows(cut_passages([found], config, seed=0)[0])
     by_text = {row.text: row for row in rows}
     row = by_text["Model: K12; Price: 30 EUR; Weight: 1.2 kg."]
-    assert row.source == f"{tmp_path / 'a.docx'}, section Warranty"
+    assert row.source == "a.docx, section Warranty"
     # All parts of a file are in the same split.
-    assert {row.document for row in rows} == {str(tmp_path / "a.docx")}
+    assert {row.document for row in rows} == {"a.docx"}
 
 
 def test_slides_have_titles_notes_tables_and_numbers(tmp_path):
@@ -93,8 +93,7 @@ def test_slides_have_titles_notes_tables_and_numbers(tmp_path):
     ]
     passages, _ = cut_passages([found], DocumentsConfig(path=str(tmp_path), unit="sentence"), seed=0)
     places = {passage.text: (passage.source, passage.title) for passage in passages}
-    source = f"{tmp_path / 'deck.pptx'}, slide 2"
-    assert places["Harry Blent designed it."] == (source, "Pumps of 2031: Heron Pump")
+    assert places["Harry Blent designed it."] == ("deck.pptx, slide 2", "Pumps of 2031: Heron Pump")
 
 
 @pytest.mark.parametrize("name", ["a.docx", "a.pptx", "a.epub", "a.ipynb"])

@@ -115,7 +115,7 @@ def test_a_large_or_bold_line_is_a_heading(tmp_path):
     config = DocumentsConfig(path=str(path), passage_min_chars=50, passage_max_chars=200)
     passages, _ = cut_passages([document], config, seed=0)
     assert passages[0].title == "Winches of Ondrel: Gannet Winch"
-    assert passages[0].source == f"{path}, page 1"
+    assert passages[0].source == f"{path.name}, page 1"
 
 
 def test_rows_of_a_table_and_items_of_a_list(tmp_path):

@@ -25,6 +25,12 @@ def test_several_formats_in_one_file(tmp_path):
     assert [row.source for row in rows] == ["rows.jsonl:line 1", "rows.jsonl:line 2", "rows.jsonl:line 3"]
 
 
+def test_rows_are_the_same_wherever_their_file_is(tmp_path):
+    (tmp_path / "moved").mkdir()
+    records = [{"instruction": "Add", "output": "3"}, {"instruction": "Add", "output": "4", "document": "sums"}]
+    assert opened(tmp_path, records) == opened(tmp_path / "moved", records)
+
+
 def test_the_format_of_each_row_after_the_first_hundred_is_detected(tmp_path):
     alpaca = {"instruction": "Add", "output": "3"}
     late = [{"messages": turns("Hi", "Yo")}, {**alpaca, "response": "4"}, {"other": 1}]
