@@ -28,8 +28,8 @@ from scipy import stats
 from benchmarks.gate_models import ARMS, answers_of_small_models, answers_of_untrained_adapter, small_exam
 from benchmarks.machine import machine, show
 from llm_engineering.errors import WorkError
-from llm_engineering.evaluation.exam import Exam, open_exam
 from llm_engineering.evaluation.gate import PromotionDecision, decide
+from llm_engineering.evaluation.measures.exam import Exam, open_exam
 from llm_engineering.evaluation.models import BASE, Sample
 from llm_engineering.evaluation.statistics import Bootstrap, Rows, compare
 from llm_engineering.progress import Progress

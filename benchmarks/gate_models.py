@@ -13,7 +13,7 @@ from datasets import DatasetDict, disable_progress_bars
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
-from llm_engineering.evaluation.exam import Exam, ExamRow, take_exam
+from llm_engineering.evaluation.measures.exam import Exam, ExamRow, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.models.base_model import load_model, pin_revision

@@ -46,7 +46,7 @@ from llm_engineering.documents.passages import chunks, cut_passages
 from llm_engineering.documents.read import read_documents
 from llm_engineering.documents.replay import balanced_instructions
 from llm_engineering.documents.texts import sentence_rows
-from llm_engineering.evaluation.exam import RETRIEVAL, Exam, open_exam, take_exam
+from llm_engineering.evaluation.measures.exam import RETRIEVAL, Exam, open_exam, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.generation.facts import ROUNDS, generate_facts

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.gate import NEWEST, Gate, Values, rate, values_of
-from llm_engineering.evaluation.exam import Exam, ExamRow
+from llm_engineering.evaluation.measures.exam import Exam, ExamRow
 from llm_engineering.evaluation.models import BASE
 from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from llm_engineering.evaluation.exam import ExamRow
+from llm_engineering.evaluation.measures.exam import ExamRow
 
 COMPANIES = 10
 

@@ -21,7 +21,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import FEATURES, InstructionRow, Message, PreferenceRow, to_dataset
 from llm_engineering.documents.replay import replayed_instructions
 from llm_engineering.evaluation.heldout import held_out
-from llm_engineering.evaluation.reward_accuracy import evaluate_reward
+from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer

@@ -280,7 +280,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
 def _losses(folder: Path) -> dict[str, float]:
     from datasets import Dataset
 
-    from llm_engineering.evaluation.measures import heldout_loss
+    from llm_engineering.evaluation.measures.observation import heldout_loss
     from llm_engineering.evaluation.models import Models, labelled_rows
     from llm_engineering.models.base_model import load_model, pin_revision
     from llm_engineering.models.device import choose_device

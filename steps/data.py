@@ -28,14 +28,13 @@ from llm_engineering.data.rows import (
     to_dataset,
 )
 from llm_engineering.data.storage import stream_records, work_folder
-from llm_engineering.data.wordings import OTHER_WORDING, other_wordings
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.passages import chunks, cut_passages, repeated_claim
 from llm_engineering.documents.read import read_documents as read_all_documents
 from llm_engineering.documents.replay import balanced_instructions, replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
-from llm_engineering.evaluation.exam import read_exam
+from llm_engineering.evaluation.measures.exam import read_exam
 from llm_engineering.feedback.human_rows import facts as human_facts
 from llm_engineering.feedback.human_rows import join as join_people
 from llm_engineering.feedback.human_rows import read_snapshot, repeated
@@ -44,6 +43,7 @@ from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.prompt_rows import check_accepted
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.abstention import generate_abstentions
+from llm_engineering.generation.derived.question_wordings import OTHER_WORDING, other_wordings
 from llm_engineering.generation.derived.rewritings import Derived, derive_texts, text_diversity
 from llm_engineering.generation.derived.two_hop import two_hop_questions
 from llm_engineering.generation.facts import REWORDING, ROUNDS, diversity, generate_facts

@@ -14,12 +14,12 @@ from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks
 from llm_engineering.evaluation.evaluate import Rewarding
 from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
-from llm_engineering.evaluation.exam import open_exam
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.incumbent import INCUMBENT
-from llm_engineering.evaluation.judge import PROMPT_FILE
-from llm_engineering.evaluation.people import human_win_rate, identities, trained_questions
-from llm_engineering.evaluation.reward_accuracy import evaluate_reward
+from llm_engineering.evaluation.measures.exam import open_exam
+from llm_engineering.evaluation.measures.human_preference import human_win_rate, identities, trained_questions
+from llm_engineering.evaluation.measures.judge import PROMPT_FILE
+from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.feedback.agreement import Judged
 from llm_engineering.feedback.human_rows import noted

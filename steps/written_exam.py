@@ -10,9 +10,9 @@ from llm_engineering.data.rows import instruction_row
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import cut_passages
-from llm_engineering.evaluation.exam import EXAM_FILE, ExamRow, exam_hash, with_written
 from llm_engineering.evaluation.exam_writer import write_exam as write_from_rows
-from llm_engineering.evaluation.json_lines import read_json_lines
+from llm_engineering.evaluation.measures.exam import EXAM_FILE, ExamRow, exam_hash, with_written
+from llm_engineering.evaluation.measures.json_lines import read_json_lines
 from llm_engineering.generation.open import open_client
 from llm_engineering.generation.prompts import PROMPT_FILES
 from llm_engineering.recipe.compute_blocks import ComputeConfig

@@ -41,7 +41,7 @@ def exam(
     from llm_engineering.documents.passages import chunks
     from llm_engineering.documents.read import read_documents
     from llm_engineering.evaluation.evaluate import exam_measures, newest_of
-    from llm_engineering.evaluation.exam import exam_report, open_exam, take_exam, with_written
+    from llm_engineering.evaluation.measures.exam import exam_report, open_exam, take_exam, with_written
     from llm_engineering.evaluation.models import BASE, Models, Sample
     from llm_engineering.evaluation.statistics import Bootstrap
     from llm_engineering.models.base_model import check_unchanged, pin_revision
@@ -127,7 +127,7 @@ def _written(found: Found | None) -> Path:
     Raises:
         RequestError: there is no version, its run has written no exam, or the documents gave too few questions for one.
     """
-    from llm_engineering.evaluation.exam import EXAM_FILE
+    from llm_engineering.evaluation.measures.exam import EXAM_FILE
     from tools.model_versions.versions import newest_artifacts
 
     artifact = newest_artifacts(found.version).get("exam") if found is not None else None

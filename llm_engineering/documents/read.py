@@ -14,10 +14,10 @@ from pathlib import Path
 
 import yaml
 
-from llm_engineering.data.files import text_encoding
 from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.reading.files import text_encoding
+from llm_engineering.data.reading.sources import visible_files
 from llm_engineering.data.rows import is_blank
-from llm_engineering.data.sources import visible_files
 from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
 from llm_engineering.documents.epub import read_epub
 from llm_engineering.documents.markup import read_html

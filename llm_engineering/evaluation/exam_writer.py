@@ -20,7 +20,7 @@ from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.rows import REPLAY, InstructionRow, normalised, split_key, split_of
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS, sentences
-from llm_engineering.evaluation.exam import ExamRow, cluster_numbers
+from llm_engineering.evaluation.measures.exam import ExamRow, cluster_numbers
 from llm_engineering.generation.abstention import NAME, unanswerable
 from llm_engineering.generation.facts import OPENING_WORDS
 from llm_engineering.generation.instructions import RAW_CHARS, instruction_problem

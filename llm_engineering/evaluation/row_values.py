@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm_engineering.evaluation.exam import Exam, ExamRow
 from llm_engineering.evaluation.heldout import HeldOutRow
-from llm_engineering.evaluation.measures import Observation, Work
+from llm_engineering.evaluation.measures.exam import Exam, ExamRow
+from llm_engineering.evaluation.measures.observation import Observation, Work
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, Estimate, Rows
 from llm_engineering.recipe.evaluation_blocks import DOCUMENT_MEASURES, EXAM_MEASURES, PAIR_MEASURES, REWARD, is_reward
 

@@ -36,7 +36,7 @@ class Compared(BaseModel):
     Attributes:
         key: what the review server finds it by, e.g. `3:sft`.
         name: how it is shown when the names are revealed, e.g. `version 3 (sft)`.
-        identity: what tells this very model apart from all others, see `evaluation.people.identities`.
+        identity: what tells this very model apart from all others, see `evaluation.measures.human_preference.identities`.
         retrieval: whether it answered with passages of the documents in its prompt.
     """
 

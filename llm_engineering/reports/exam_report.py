@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from llm_engineering.evaluation.exam import RETRIEVAL
+from llm_engineering.evaluation.measures.exam import RETRIEVAL
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
 from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_engineering.documents.passages import Passage
-from llm_engineering.evaluation.exam import best_scores
+from llm_engineering.evaluation.measures.exam import best_scores
 from llm_engineering.feedback.served import Asked
 
 # Of questions that are written from the documents, this many percent count as not covered. For the embedded handbook, 61 % of

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from llm_engineering.data.rows import Row, read_row
-from llm_engineering.data.wordings import OTHER_WORDING
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback.decisions import Decision, edited_row
+from llm_engineering.generation.derived.question_wordings import OTHER_WORDING
 from llm_engineering.review.browse import Filter
 from llm_engineering.review.opened_data import Opened
 from llm_engineering.review.row_views import Part, parts_of

@@ -6,7 +6,7 @@ import json
 import unicodedata
 
 from llm_engineering.data.rows import words
-from llm_engineering.evaluation.measures import rouge_l
+from llm_engineering.evaluation.measures.observation import rouge_l
 from tests.cases.case import CallCase, Case, DataCase, DocumentCase, lines, turns
 
 QUESTIONS = {

@@ -12,7 +12,7 @@ from llm_engineering.data.exam_answers import normalised_tokens
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.read import read_documents
 from llm_engineering.documents.texts import document_rows, sentence_rows
-from llm_engineering.evaluation.exam import open_exam, read_exam
+from llm_engineering.evaluation.measures.exam import open_exam, read_exam
 from llm_engineering.generation.facts import generate_facts
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.data_blocks import DocumentsConfig

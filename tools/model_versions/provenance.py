@@ -279,8 +279,8 @@ def _present(recipe: Recipe, artifact: str) -> dict[str, str]:
 
 def _sources(artifact: Any) -> Iterator[Finding]:
     """Compare the user's files that an artifact was read from, or evaluated with, with their recorded hashes."""
-    from llm_engineering.data.sources import dataset_hash
-    from llm_engineering.evaluation.exam import exam_hash
+    from llm_engineering.data.reading.sources import dataset_hash
+    from llm_engineering.evaluation.measures.exam import exam_hash
     from llm_engineering.evaluation.requirements import files_hash
     from tools.model_versions.versions import sources_of
 

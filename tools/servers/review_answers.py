@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_engineering.data.rows import REPEATED, REPLAY, SPLITS, Message, instruction_row
 from llm_engineering.data.storage import stream_records
-from llm_engineering.data.wordings import OTHER_WORDING
 from llm_engineering.documents.passages import Passage, chunks
 from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.evaluation.exam import retrieve, with_passages
+from llm_engineering.evaluation.measures.exam import retrieve, with_passages
+from llm_engineering.evaluation.measures.human_preference import identities
 from llm_engineering.evaluation.models import BASE, Models
-from llm_engineering.evaluation.people import identities
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.feedback.comparisons import Compared, Comparison, Question, question_of
+from llm_engineering.generation.derived.question_wordings import OTHER_WORDING
 from llm_engineering.models.base_model import check_unchanged, pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import ExamConfig

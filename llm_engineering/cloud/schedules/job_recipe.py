@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llm_engineering.cloud.sagemaker.request import INPUTS
-from llm_engineering.data.sources import dataset_files
+from llm_engineering.data.reading.sources import dataset_files
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.exam import exam_hash
+from llm_engineering.evaluation.measures.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK

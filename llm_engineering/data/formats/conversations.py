@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
-from llm_engineering.data.json_stream import DECODER
+from llm_engineering.data.reading.json_stream import DECODER
 from llm_engineering.data.rows import Message, is_blank
 
 _ROLES = {

@@ -11,7 +11,7 @@ from benchmarks.knowledge import ARMS, TRAINED, Bench, measure, open_small_bench
 from benchmarks.knowledge_figures import RECIPE, Key, arms_table, decisions, pooled
 from benchmarks.knowledge_world import FACTS, QUESTIONS, TWO_HOP, UNANSWERABLE, WORDINGS, make_world
 from llm_engineering.data.exam_answers import answers_right
-from llm_engineering.evaluation.exam import Exam
+from llm_engineering.evaluation.measures.exam import Exam
 
 SEED, TOKENS = 1, 1500
 

@@ -12,10 +12,10 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import FEATURES, Message, instruction_dataset, preference_dataset, to_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.evaluate import evaluate
-from llm_engineering.evaluation.exam import Exam, ExamRow
 from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, held_out, render_for_both
-from llm_engineering.evaluation.measures import heldout_loss
+from llm_engineering.evaluation.measures.exam import Exam, ExamRow
+from llm_engineering.evaluation.measures.observation import heldout_loss
 from llm_engineering.evaluation.models import Models
 from llm_engineering.evaluation.row_values import OTHER_ROWS, OTHER_TOKENS, UNKNOWN_ROWS, paired
 from llm_engineering.formatting.columns import pieces

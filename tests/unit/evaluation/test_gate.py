@@ -4,8 +4,8 @@ import pytest
 
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.evaluate import exam_measures
-from llm_engineering.evaluation.exam import Exam, ExamRow
 from llm_engineering.evaluation.gate import PromotionDecision, decide
+from llm_engineering.evaluation.measures.exam import Exam, ExamRow
 from llm_engineering.evaluation.models import Sample
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.recipe.evaluation_blocks import PromotionConfig

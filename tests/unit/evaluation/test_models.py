@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from llm_engineering.data.rows import Message, preference_dataset
 from llm_engineering.evaluation.heldout import held_out
-from llm_engineering.evaluation.measures import (
+from llm_engineering.evaluation.measures.observation import (
     heldout_loss,
     preference_accuracy,
     preference_margin,

@@ -17,11 +17,11 @@ from llm_engineering.data.rows import (
     split_of,
     to_dataset,
 )
-from llm_engineering.data.wordings import OTHER_WORDING
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback.human_rows import read_snapshot, take_snapshot
 from llm_engineering.feedback.served import ServedLog, said
+from llm_engineering.generation.derived.question_wordings import OTHER_WORDING
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import (

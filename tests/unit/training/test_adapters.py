@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.measures import heldout_loss
+from llm_engineering.evaluation.measures.observation import heldout_loss
 from llm_engineering.evaluation.models import Models, labelled_rows
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device

@@ -8,7 +8,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.measures import heldout_loss
+from llm_engineering.evaluation.measures.observation import heldout_loss
 from llm_engineering.evaluation.models import Models, labelled_rows
 from llm_engineering.models import device as devices
 from llm_engineering.models.base_model import load_model

@@ -23,7 +23,7 @@ from llm_engineering.data.rows import Message, normalised, words
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.read import HANDBOOK
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.json_lines import read_json_lines, refuse
+from llm_engineering.evaluation.measures.json_lines import read_json_lines, refuse
 from llm_engineering.evaluation.models import Models, Sample
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK

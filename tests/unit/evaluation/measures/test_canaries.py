@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.canaries import Canary, canary_report, completed, read_canaries
+from llm_engineering.evaluation.measures.canaries import Canary, canary_report, completed, read_canaries
 from llm_engineering.evaluation.models import Models
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.tokenizer import load_tokenizer

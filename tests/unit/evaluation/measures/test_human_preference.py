@@ -4,7 +4,7 @@ import pytest
 
 from llm_engineering.data.rows import FEATURES, instruction_dataset, to_dataset
 from llm_engineering.evaluation.gate import decide
-from llm_engineering.evaluation.people import human_win_rate, identities, trained_questions
+from llm_engineering.evaluation.measures.human_preference import human_win_rate, identities, trained_questions
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.feedback.agreement import Judged
 from llm_engineering.models.base_model import weights_hash

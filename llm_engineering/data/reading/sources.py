@@ -12,7 +12,7 @@ import httpx
 from datasets import load_dataset, load_dataset_builder, load_from_disk
 from huggingface_hub import HfApi
 
-from llm_engineering.data.files import BrokenRecord, Record, has_known_ending, read_records, without_nan
+from llm_engineering.data.reading.files import BrokenRecord, Record, has_known_ending, read_records, without_nan
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.checks import Check, check_report, read_checks
+from llm_engineering.evaluation.measures.checks import Check, check_report, read_checks
 
 
 @pytest.mark.parametrize(

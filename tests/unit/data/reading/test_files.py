@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llm_engineering.data.files import BrokenRecord, Record, read_records
-from llm_engineering.data.json_stream import JsonError, JsonStream, Unreadable, list_key, rows_of_list
-from llm_engineering.data.sources import dataset_hash, open_records
+from llm_engineering.data.reading.files import BrokenRecord, Record, read_records
+from llm_engineering.data.reading.json_stream import JsonError, JsonStream, Unreadable, list_key, rows_of_list
+from llm_engineering.data.reading.sources import dataset_hash, open_records
 from llm_engineering.errors import RequestError
 from tests.unit.data.written import ROWS, write
 
@@ -297,8 +297,8 @@ def test_a_dataset_of_the_hub_is_read(tmp_path, settings, monkeypatch):
         sha = "0123abcd"
 
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr("llm_engineering.data.sources.load_dataset", load)
-    monkeypatch.setattr("llm_engineering.data.sources.HfApi.dataset_info", lambda api, name: Info)
+    monkeypatch.setattr("llm_engineering.data.reading.sources.load_dataset", load)
+    monkeypatch.setattr("llm_engineering.data.reading.sources.HfApi.dataset_info", lambda api, name: Info)
     assert dataset_hash("owner/name") == "0123abcd"
     assert list(open_records("owner/name#train"))[1] == Record(ROWS[1], "owner/name", "row 2")
     assert calls == [("owner/name", {"streaming": True, "revision": "0123abcd", "token": "secret"})]

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.judge import Question, judge
+from llm_engineering.evaluation.measures.judge import Question, judge
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.generation.open import open_client

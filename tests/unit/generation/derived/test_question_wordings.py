@@ -4,7 +4,7 @@ import pytest
 
 from llm_engineering.data.rows import REPLAY, InstructionRow, Message
 from llm_engineering.data.similarity import EvaluationIndex
-from llm_engineering.data.wordings import OTHER_WORDING, in_other_words, other_wordings
+from llm_engineering.generation.derived.question_wordings import OTHER_WORDING, in_other_words, other_wordings
 
 
 def row(question, answer="Ada Brook", origin="written", earlier=()):

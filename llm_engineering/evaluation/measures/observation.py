@@ -10,11 +10,11 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 from llm_engineering.data.rows import InstructionRow, PromptRow, Row, is_blank, words
-from llm_engineering.evaluation.canaries import Canary, completed
-from llm_engineering.evaluation.checks import Check
-from llm_engineering.evaluation.exam import Exam, cluster_numbers, take_exam
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
-from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks
+from llm_engineering.evaluation.measures.canaries import Canary, completed
+from llm_engineering.evaluation.measures.checks import Check
+from llm_engineering.evaluation.measures.exam import Exam, cluster_numbers, take_exam
+from llm_engineering.evaluation.measures.lm_eval_tasks import TaskResults, run_tasks
 from llm_engineering.evaluation.models import AnswerScore, Labelled, Models, Sample
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.formatting.render import IGNORE_INDEX

@@ -9,7 +9,9 @@ from llm_engineering.documents.passages import chunks
 from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.evaluate import evaluate, exam_measures
-from llm_engineering.evaluation.exam import (
+from llm_engineering.evaluation.gate import decide
+from llm_engineering.evaluation.heldout import HeldOut
+from llm_engineering.evaluation.measures.exam import (
     Exam,
     ExamRow,
     cluster_numbers,
@@ -20,8 +22,6 @@ from llm_engineering.evaluation.exam import (
     retrieve,
     take_exam,
 )
-from llm_engineering.evaluation.gate import decide
-from llm_engineering.evaluation.heldout import HeldOut
 from llm_engineering.evaluation.models import Models, Sample
 from llm_engineering.evaluation.requirements import check_exam
 from llm_engineering.evaluation.statistics import Bootstrap

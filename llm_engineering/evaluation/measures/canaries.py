@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.json_lines import read_json_lines
+from llm_engineering.evaluation.measures.json_lines import read_json_lines
 from llm_engineering.evaluation.models import Models
 from llm_engineering.formatting.render import prompt_ids
 

@@ -3,7 +3,7 @@
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from llm_engineering.evaluation.measures import repetition, rouge_l
+from llm_engineering.evaluation.measures.observation import repetition, rouge_l
 
 
 def test_rouge_l_by_hand():

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.json_lines import read_json_lines
+from llm_engineering.evaluation.measures.json_lines import read_json_lines
 
 # A single text counts as a list of one.
 _Texts = Annotated[

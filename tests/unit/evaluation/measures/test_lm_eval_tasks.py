@@ -7,7 +7,7 @@ import json
 import pytest
 
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.lm_eval_tasks import TaskResults, run_tasks, tasks_hash
+from llm_engineering.evaluation.measures.lm_eval_tasks import TaskResults, run_tasks, tasks_hash
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device

@@ -9,8 +9,8 @@ from typing import Any
 from datasets import DatasetDict
 
 from llm_engineering.data.rows import SPLITS, Message, folded
+from llm_engineering.evaluation.measures.reward_accuracy import above_chance
 from llm_engineering.evaluation.models import BASE
-from llm_engineering.evaluation.reward_accuracy import above_chance
 from llm_engineering.evaluation.statistics import Bootstrap, Rows, entry
 from llm_engineering.feedback.agreement import Judged
 from llm_engineering.models.base_model import weights_hash

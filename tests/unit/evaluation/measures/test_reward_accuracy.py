@@ -4,7 +4,7 @@ import pytest
 
 from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.heldout import HeldOutRow
-from llm_engineering.evaluation.reward_accuracy import reward_accuracy
+from llm_engineering.evaluation.measures.reward_accuracy import reward_accuracy
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.recipe.evaluation_blocks import PromotionConfig
 from llm_engineering.reports.reward_report import reward_page

@@ -1,0 +1,1 @@
+"""Reads records one at a time, from files, folders and the hub."""
