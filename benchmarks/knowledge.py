@@ -42,9 +42,9 @@ from llm_engineering.data.prepare import prepare
 from llm_engineering.data.rows import FEATURES, InstructionRow, Row, to_dataset
 from llm_engineering.data.storage import work_folder
 from llm_engineering.documents.document import Document
+from llm_engineering.documents.general_instructions import balanced_instructions
 from llm_engineering.documents.passages import chunks, cut_passages
 from llm_engineering.documents.read import read_documents
-from llm_engineering.documents.replay import balanced_instructions
 from llm_engineering.documents.texts import sentence_rows
 from llm_engineering.evaluation.measures.exam import RETRIEVAL, Exam, open_exam, take_exam
 from llm_engineering.evaluation.models import BASE, Models

@@ -30,9 +30,9 @@ from llm_engineering.data.rows import (
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
+from llm_engineering.documents.general_instructions import balanced_instructions, replayed_instructions
 from llm_engineering.documents.passages import chunks, cut_passages, repeated_claim
 from llm_engineering.documents.read import read_documents as read_all_documents
-from llm_engineering.documents.replay import balanced_instructions, replayed_instructions
 from llm_engineering.documents.texts import document_rows, replay_rows, sentence_rows
 from llm_engineering.evaluation.measures.exam import read_exam
 from llm_engineering.feedback.human_rows import facts as human_facts

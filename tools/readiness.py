@@ -14,8 +14,8 @@ from llm_engineering.cloud.sagemaker.preflight import check
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.data.reading.sources import dataset_files, dataset_hash
+from llm_engineering.documents.general_instructions import check_replayed_instructions
 from llm_engineering.documents.read import documents_hash
-from llm_engineering.documents.replay import check_replayed_instructions
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements

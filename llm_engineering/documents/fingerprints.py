@@ -10,8 +10,8 @@ from datasets import Dataset, Features, Value
 
 from llm_engineering.data.reading.sources import dataset_files, dataset_hash
 from llm_engineering.data.rows import to_dataset
+from llm_engineering.documents.general_instructions import EMBEDDED_FILE
 from llm_engineering.documents.read import documents_hash, named_files
-from llm_engineering.documents.replay import EMBEDDED_FILE
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, DocumentsConfig
 from llm_engineering.recipe.recipe import Recipe
 

@@ -9,8 +9,12 @@ from llm_engineering.data.ledger import Ledger, Quarantined
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.rows import instruction_dataset, split_key, split_of
+from llm_engineering.documents.general_instructions import (
+    balanced_instructions,
+    check_replayed_instructions,
+    replayed_instructions,
+)
 from llm_engineering.documents.read import HANDBOOK
-from llm_engineering.documents.replay import balanced_instructions, check_replayed_instructions, replayed_instructions
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 
