@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.cost import most
 from llm_engineering.cloud.sagemaker.preflight import check
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
@@ -76,7 +77,10 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     uses_unsloth = check_machine(recipe)
     check_trackers(recipe.tracking)
     if recipe.compute.sagemaker is not None:
-        check(recipe, Account.resolve(recipe.compute.sagemaker, Settings()), Settings())
+        account = Account.resolve(recipe.compute.sagemaker, Settings())
+        check(recipe, account, Settings())
+        for line in most(recipe.compute.sagemaker, account, Settings()):
+            logger.info("%s", line)
     data = recipe.data
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     instructions = _datasets([data.file("instruction"), data.test_instructions], "instruction", data)

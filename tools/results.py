@@ -135,6 +135,7 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
     steps: list[StepLine] = []
     reports: dict[str, Any] = {"data": {}, "training": {}}
     pages: dict[str, str] = {}
+    costs: list[Any] = []
     for run in runs:
         pipeline = run.pipeline.name if run.pipeline else "unknown"
         for name, step in sorted(run.steps.items(), key=lambda item: str(item[1].start_time)):
@@ -142,6 +143,8 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
             seconds = (step.end_time - step.start_time).total_seconds() if step.end_time and step.start_time else 0.0
             line = StepLine(pipeline=pipeline, name=name, status=str(step.status), seconds=0.0 if cached else seconds)
             steps.append(line)
+            if not cached and "sagemaker_name" in step.run_metadata:
+                costs.append(step.run_metadata.get("sagemaker_cost_usd_estimate"))
             for versions in step.outputs.values():
                 for version in versions:
                     artifacts[version.artifact.name] = version
@@ -165,6 +168,8 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
     metrics = dict(evaluation.get("metrics", {}))
     if newest:
         metrics["tokens_per_second"] = newest["tokens_per_second"]
+    if costs and None not in costs:
+        metrics["sagemaker_cost_usd"] = round(sum(costs), 4)
     last = runs[-1]
     model = version_of(last)
     return RunResult(
@@ -260,7 +265,10 @@ def print_table(result: RunResult, file: TextIO) -> None:
         if "tokens_per_second" in result.metrics
         else ""
     )
-    places["run"] = f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed})"
+    cost = (
+        f", jobs about {result.metrics['sagemaker_cost_usd']:.2f} USD" if "sagemaker_cost_usd" in result.metrics else ""
+    )
+    places["run"] = f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed}{cost})"
     places["dashboard"] = "make dashboard"
     # Lines and no table: a table would break a path into pieces, which cannot be copied or clicked on.
     console.print("Where", style="bold")

@@ -25,6 +25,10 @@ class SageMakerConfig(Block):
     type before has no capacity, and then, with `fallback_on_demand`, all types in the same order without spot. A job that
     waits longer than `max_pending_s` for its machines is stopped if there is another type to try. `max_wait_s` limits the
     wait for spot capacity and the run together; None means twice `max_run_s`.
+
+    With `keep_alive_s` the machines stay, and are paid, for this time after a job, and a job that follows starts on them
+    at once. `training_plan_arn` names capacity that was reserved before. With `network_isolation` the job's process
+    reaches no network, and `encrypt_traffic` encrypts the traffic between several machines.
     """
 
     instance_type: str = Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")
@@ -42,6 +46,12 @@ class SageMakerConfig(Block):
     image: str | None = None
     kms_key: str | None = None
     vpc: VpcConfig | None = None
+    keep_alive_s: int | None = Field(None, ge=1, le=3600)  # SageMaker's bound
+    training_plan_arn: str | None = Field(
+        None, pattern=r"^arn:aws[a-z-]*:sagemaker:[a-z0-9-]+:\d{12}:training-plan/.+$"
+    )
+    network_isolation: bool = False
+    encrypt_traffic: bool = False
     tags: dict[str, str] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -50,6 +60,11 @@ class SageMakerConfig(Block):
             raise ValueError("max_wait_s is the wait for spot capacity, and use_spot is false: remove it")
         if self.fallback_on_demand and not self.use_spot:
             raise ValueError("fallback_on_demand has no effect with use_spot false: remove it")
+        reserved = "keep_alive_s" if self.keep_alive_s else "training_plan_arn" if self.training_plan_arn else None
+        if reserved is not None and self.use_spot:
+            raise ValueError(
+                f"{reserved} needs machines on demand, because SageMaker takes spot machines back: set use_spot to false"
+            )
         if self.max_wait_s is not None and self.max_wait_s < self.max_run_s:
             raise ValueError(
                 f"max_wait_s {self.max_wait_s} is less than max_run_s {self.max_run_s}, but it includes the run: raise "

@@ -39,6 +39,7 @@ class FakeSageMaker(FakeAWS):
         no_capacity: names of quotas, for jobs that wait for their machines without an end.
         denied: actions that iam:SimulatePrincipalPolicy denies, as `service:Action`.
         rights: statements of the job's role. With None the simulator allows every action of it that is not denied.
+        prices: invented prices of training in US dollars an hour, by instance type.
         environment: variables of the jobs, besides those of SageMaker and of the request.
         starting_s: seconds until a job gets its machines.
         grace_s: seconds from SIGTERM to SIGKILL; SageMaker's are 120.
@@ -57,6 +58,7 @@ class FakeSageMaker(FakeAWS):
         self.no_capacity: set[str] = set()
         self.denied: set[str] = set()
         self.rights: list[dict[str, Any]] | None = None
+        self.prices = {"ml.g5.xlarge": 1.0, "ml.g5.2xlarge": 2.0}
         self.environment: dict[str, str] = {}
         self.starting_s = 0.0
         self.grace_s = 20.0
@@ -102,6 +104,8 @@ class FakeSageMaker(FakeAWS):
         )
         if wait is not None and not spot:
             raise Error("ValidationException", "MaxWaitTimeInSeconds is for managed spot training only")
+        if spot and resources.get("KeepAlivePeriodInSeconds"):
+            raise Error("ValidationException", "Managed spot training does not support warm pools")
         if spot and (wait or 0) < asked["StoppingCondition"].get("MaxRuntimeInSeconds", 86_400):
             raise Error("ValidationException", "MaxWaitTimeInSeconds must be at least MaxRuntimeInSeconds")
         kind, count = resources["InstanceType"], resources["InstanceCount"]
@@ -166,6 +170,30 @@ class FakeSageMaker(FakeAWS):
         page: dict[str, Any] = {"Quotas": quotas[start : start + 2]}
         return page | ({"NextToken": str(start + 2)} if start + 2 < len(quotas) else {})
 
+    def _products(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """The price list's answer, in which training is not the first use of a machine."""
+        values = {each["Field"]: each["Value"] for each in asked["Filters"]}
+        kind, price = values["instanceName"], self.prices.get(values["instanceName"])
+        found = []
+        for number, use in enumerate(["Notebk", "Host", "Train", "Processing"] if price is not None else []):
+            sku = f"FAKE{number:012d}"
+            attributes = {
+                "servicecode": "AmazonSageMaker", "regionCode": values["regionCode"], "instanceName": kind,
+                "locationType": "AWS Region", "operation": "RunInstance", "usagetype": f"EU-{use}:{kind}",
+            }  # fmt: skip
+            dimension = {
+                "unit": "Hrs", "beginRange": "0", "endRange": "Inf", "description": f"{kind} {use}",
+                "pricePerUnit": {"USD": f"{price if use == 'Train' else 99.0:.10f}"},
+            }  # fmt: skip
+            term = {"sku": sku, "priceDimensions": {f"{sku}.JRTCKXETXF.6YS6EN2CT7": dimension}, "termAttributes": {}}
+            product = {"sku": sku, "productFamily": "ML Instance", "attributes": attributes}
+            terms = {"OnDemand": {f"{sku}.JRTCKXETXF": term}}
+            found.append(json.dumps({"product": product, "serviceCode": "AmazonSageMaker", "terms": terms}))
+        # Short pages reveal a caller that reads only the first page.
+        start = int(asked.get("NextToken", 0))
+        page: dict[str, Any] = {"FormatVersion": "aws_v1", "PriceList": found[start : start + 2]}
+        return page | ({"NextToken": str(start + 2)} if start + 2 < len(found) else {})
+
     def _simulate(self, asked: dict[str, Any]) -> str:
         rights = self.rights if asked["PolicySourceArn"] == ROLE else None
 
@@ -214,6 +242,7 @@ class FakeSageMaker(FakeAWS):
             ("servicequotas", "ListAWSDefaultServiceQuotas"): lambda asked: self._list_quotas(
                 self.default_quotas, asked
             ),
+            ("pricing", "GetProducts"): self._products,
             ("iam", "SimulatePrincipalPolicy"): self._simulate,
         }
 

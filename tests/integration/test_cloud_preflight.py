@@ -2,6 +2,7 @@
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError
 
 from llm_engineering.cloud.sagemaker import machine_checks
 from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.cost import Price, most, price_of
 from llm_engineering.cloud.sagemaker.preflight import check, problems
 from llm_engineering.cloud.sagemaker.trust import trusts
 from llm_engineering.errors import RequestError
@@ -168,6 +170,32 @@ def test_on_demand_asks_another_quota(fake, small_llama):
     assert [problem.is_warning for problem in found(allowed)] == [True, True]
 
 
+def test_a_warm_pool_has_a_quota_of_its_own_and_a_training_plan_needs_none(fake, small_llama):
+    keys = ["compute.sagemaker.fallback_instance_types=[]", "compute.sagemaker.use_spot=false"]
+    warm = make_recipe(small_llama, *keys, "compute.sagemaker.keep_alive_s=600")
+    fake.quotas["ml.g5.2xlarge for training warm pool usage"] = 0.0
+    the_one(warm, "`ml.g5.2xlarge for training warm pool usage` is 0, but the recipe asks for 1", "--quota-code")
+    fake.quotas["ml.g5.2xlarge for training warm pool usage"] = 1.0
+    assert found(warm) == []
+    fake.quotas.clear()
+    plan = f"compute.sagemaker.training_plan_arn=arn:aws:sagemaker:eu-west-1:{ACCOUNT}:training-plan/spring"
+    assert found(make_recipe(small_llama, *keys, plan)) == []
+
+
+def test_an_isolated_job_needs_no_network(fake, small_llama, monkeypatch):
+    isolated = make_recipe(small_llama, "compute.sagemaker.network_isolation=true")
+    the_one(isolated, "network_isolation is true, but the job sends its metrics to Comet", "tracking.comet=offline")
+    offline = isolated.tracking.model_copy(update={"comet": "offline"})
+    isolated = isolated.model_copy(update={"tracking": offline})
+    # Its process reads no secret.
+    monkeypatch.setenv("SAGEMAKER_SECRET", "nothing")
+    assert found(isolated) == []
+    monkeypatch.setattr(HfApi, "model_info", lambda *a, **k: SimpleNamespace(gated=False, private=False))
+    monkeypatch.setattr(machine_checks, "volume_bytes", lambda *a: 0)
+    hub = isolated.model_copy(update={"model": isolated.model.model_copy(update={"name_or_path": "owner/model"})})
+    the_one(hub, "but the job downloads owner/model from the Hugging Face Hub", "set model.name_or_path to its folder")
+
+
 def test_a_quota_that_is_listed_among_the_defaults_only(fake, small_llama):
     recipe = make_recipe(small_llama, "compute.sagemaker.fallback_instance_types=[]")
     name = "ml.g5.2xlarge for spot training job usage"
@@ -199,6 +227,59 @@ def test_local_disks_take_the_place_of_a_volume(fake, small_llama, monkeypatch):
     the_one(large, "ml.g5.2xlarge has 450 GB and ml.g5.xlarge has 250 GB", "Set it to 250, or")
     monkeypatch.setattr(machine_checks, "volume_bytes", lambda *a: 300 * 10**9)
     the_one(make_recipe(small_llama), "ml.g5.xlarge has 250 GB of local disk, but", "a larger disk")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        # `max_run_s` is eight hours; the prices are the fake's.
+        ("sagemaker_8b", {"ml.g5.2xlarge": (2.0, 16.0), "ml.g6.2xlarge": (3.0, 24.0), "ml.g5.4xlarge": (4.0, 32.0)}),
+        ("cuda_8b", {"ml.g5.xlarge": (1.0, 24.0)}),
+        ("python_reference", {"ml.g5.xlarge": (1.0, 24.0)}),
+    ],
+)
+def test_the_cost_of_shipped_recipes_before_the_start(fake, recipe, expected):
+    fake.prices |= {"ml.g6.2xlarge": 3.0, "ml.g5.4xlarge": 4.0}
+    block = (
+        [] if recipe == "sagemaker_8b" else ["compute={target: sagemaker, sagemaker: {instance_type: ml.g5.xlarge}}"]
+    )
+    config = load_recipe(ROOT / "configs" / f"{recipe}.yaml", block).compute.sagemaker
+    settings = Settings()
+    account = Account.resolve(config, settings)
+    lines = list(most(config, account, settings))
+    today = f"{datetime.now(UTC):%Y-%m-%d}"
+    assert lines == [
+        f"A job on 1 x {kind} costs about {hourly:.2f} USD an hour on demand in eu-west-1 (price list of {today}), and at most "
+        f"{whole:.2f} USD (compute.sagemaker.max_run_s)"
+        for kind, (hourly, whole) in expected.items()
+    ]
+    asked = {request.region for request in fake.requests if request.service == "pricing"}
+    assert asked == {"us-east-1"}
+    # Prices of today are not asked again.
+    fake.requests.clear()
+    assert list(most(config, account, settings)) == lines
+    assert fake.requests == []
+
+
+def test_without_a_price_the_line_says_so(fake, recipe, caplog):
+    settings = Settings()
+    account = Account.resolve(recipe.compute.sagemaker, settings)
+    file = settings.llm_output_dir / "sagemaker_prices.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"eu-west-1 ml.g5.2xlarge": [1.5, "2026-01-31"]}))
+    fake.forbid("pricing", "GetProducts")
+    assert price_of("ml.g5.2xlarge", account, settings) == Price(1.5, "2026-01-31")
+    assert price_of("ml.g5.xlarge", account, settings) is None
+    assert "AWS's price list cannot be read" in caplog.text
+    fake.errors.clear()
+    fake.prices.clear()
+    assert (
+        list(most(recipe.compute.sagemaker, account, settings))[1] == "The cost of a job on ml.g5.xlarge is not known"
+    )
+    assert "has no price for training on ml.g5.xlarge in eu-west-1" in caplog.text
+    plan = {"use_spot": False, "training_plan_arn": f"arn:aws:sagemaker:eu-west-1:{ACCOUNT}:training-plan/spring"}
+    planned = recipe.compute.sagemaker.model_copy(update=plan)
+    assert list(most(planned, account, settings)) == ["The machines of the jobs are paid with the training plan"]
 
 
 def test_a_wait_that_is_less_than_the_run_is_refused_with_the_recipe(small_llama):
@@ -381,6 +462,7 @@ def test_the_command(fake, small_llama, fresh_project):
     fresh_project.env |= fake.env()
     good = fresh_project.command("cloud", "preflight", "--config", str(recipe))
     assert (good.code, good.stdout) == (0, ""), good.stderr
+    assert "A job on 1 x ml.g5.2xlarge costs about 2.00 USD an hour on demand in eu-west-1" in good.stderr
     no_trust(fake)
     bad = fresh_project.command("cloud", "preflight", "--config", str(recipe))
     assert bad.code == 2

@@ -4,6 +4,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import secrets
 import signal
 import tarfile
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.dispatch import ATTACH, dispatch_training
 from llm_engineering.cloud.sagemaker.jobs import FETCHED, JobNames
+from llm_engineering.cloud.sagemaker.request import METRICS
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.reward_model import RewardModel
@@ -170,7 +172,7 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
     assert facts["sagemaker_arn"] == job.arn
     assert facts["sagemaker_billable_seconds"] < facts["sagemaker_training_seconds"]
     assert facts["sagemaker_cost_usd_estimate"] == pytest.approx(
-        1.408 * facts["sagemaker_billable_seconds"] / 3600, abs=1e-4
+        fake.prices["ml.g5.xlarge"] * facts["sagemaker_billable_seconds"] / 3600, abs=1e-4
     )
 
     assert any(tag["Key"] == FETCHED for tag in job.request["Tags"])
@@ -453,7 +455,10 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
     for job in fake.jobs.values():
         assert f"{job.name}: Training" in run.stderr
     assert "rows to train on" in run.stderr, "the job's log is not shown"
-    assert "USD at the list price" in run.stderr
+    assert "A job on 1 x ml.g5.xlarge costs about 1.00 USD an hour on demand in eu-west-1" in run.stderr
+    assert run.stderr.count("USD by the price list of") == 2
+    billed = [job.described()["BillableTimeInSeconds"] for job in fake.jobs.values()]
+    assert metrics["sagemaker_cost_usd"] == pytest.approx(sum(billed) / 3600, abs=1e-4)
 
     again = cloud_project.run("retrain", "--attach", next(iter(fake.jobs)))
     assert again.code == 0, again.stderr
@@ -477,7 +482,9 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
         for stream in streams
         for event in logs.get_log_events(logGroupName=LOG_GROUP, logStreamName=stream["logStreamName"])["events"]
     ]
-    assert events
+    # SageMaker reads the curves of CloudWatch from these lines.
+    found = {metric["Name"] for line in events for metric in METRICS if re.search(metric["Regex"], line)}
+    assert {metric["Name"] for metric in METRICS} - found == {"reward"}
     assert [line for line in events if PLANTED in line] == []
     written = [path for path in cloud_project.folder.rglob("*") if path.is_file()]
     (database,) = [path for path in written if path.suffix == ".db"]

@@ -96,6 +96,10 @@ def job_request(name: str, recipe: Recipe, settings: Settings, session: boto3.Se
             f"A scheduled run uses one machine, but compute.sagemaker.instance_count is {config.instance_count}. "
             "Set it to 1, and choose a machine with more GPUs."
         )
+    if config.network_isolation:
+        raise RequestError(
+            "A scheduled run reports to a ZenML server, which it cannot reach with compute.sagemaker.network_isolation. Set it to false."
+        )
     image = settings.sagemaker_retrain_image
     # If SAGEMAKER_RETRAIN_IMAGE is not set, `_check` reports it together with all other problems. The training image
     # cannot replace it, because it has no ZenML.

@@ -17,6 +17,7 @@ from datasets import DatasetDict
 
 from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.cost import Price, cost_facts, cost_line, price_of
 from llm_engineering.cloud.sagemaker.failures import explain, is_capacity, translated
 from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
 from llm_engineering.cloud.sagemaker.request import (
@@ -38,25 +39,6 @@ logger = logging.getLogger(__name__)
 
 # Environment variable that holds the job name given with --attach. The stage to which this job belongs unsets it.
 ATTACH = "LLM_ATTACH_JOB"
-
-PRICED_IN = "us-east-1, 2025-06"
-# On-demand list prices of SageMaker training in US dollars an hour, in the region and month above. They differ by
-# region and change: https://aws.amazon.com/sagemaker/ai/pricing/
-USD_PER_HOUR = {
-    "ml.m5.large": 0.115,
-    "ml.m5.xlarge": 0.23,
-    "ml.g4dn.xlarge": 0.7364,
-    "ml.g4dn.2xlarge": 0.94,
-    "ml.g4dn.12xlarge": 4.89,
-    "ml.g5.xlarge": 1.408,
-    "ml.g5.2xlarge": 1.515,
-    "ml.g5.4xlarge": 2.03,
-    "ml.g5.12xlarge": 7.09,
-    "ml.g5.48xlarge": 20.36,
-    "ml.g6.xlarge": 1.1267,
-    "ml.g6.2xlarge": 1.222,
-    "ml.p3.2xlarge": 3.825,
-}
 
 
 def dispatch_training(
@@ -120,7 +102,7 @@ def dispatch_training(
             with translated(f"A job for {job.stage} cannot be started"):
                 stage.former, is_found = current, False
                 current = stage.start(remaining)
-    logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current))
+    logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current, stage.price(current)))
     with translated(f"The results of job {current['TrainingJobName']} cannot be downloaded"):
         return stage.fetch(current)
 
@@ -143,6 +125,7 @@ class _Stage:
         self.names = jobs.JobNames.of(recipe, job.stage, self.identity)
         self.former: dict[str, Any] | None = None
         self._channels: dict[str, str] = {}
+        self._prices: dict[str, Price | None] = {}
 
     def attached(self) -> dict[str, Any] | None:
         """The job that --attach names, if it belongs to this stage.
@@ -299,6 +282,13 @@ class _Stage:
             # Another start of this name may have other settings of the trackers, which the identity does not cover.
             return upload_folder(self.account, folder, "jobs", name, folder_hash(folder))
 
+    def price(self, description: dict[str, Any]) -> Price | None:
+        """The price of a job's machine; None if it is not known, or paid with a training plan."""
+        kind = description["ResourceConfig"]["InstanceType"]
+        if kind not in self._prices and self.config.training_plan_arn is None:
+            self._prices[kind] = price_of(kind, self.account, self.settings)
+        return self._prices.get(kind)
+
     def facts(self, description: dict[str, Any]) -> dict[str, Any]:
         """Name, status and machines of a job, and its seconds and cost when it has ended; keys begin with `sagemaker_`."""
         resources = description["ResourceConfig"]
@@ -311,7 +301,7 @@ class _Stage:
             "spot": bool(description.get("EnableManagedSpotTraining")),
         }
         if not jobs.is_running(description):
-            facts |= cost_facts(description)
+            facts |= cost_facts(description, self.price(description))
         return {f"sagemaker_{name}": value for name, value in facts.items()}
 
     def fetch(self, description: dict[str, Any]) -> TrainingResult:
@@ -337,40 +327,3 @@ def _rename_base(config: Path, name_or_path: str) -> None:
     if config.is_file():
         values = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": name_or_path}
         config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def cost_facts(description: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and cost of an ended job, from DescribeTrainingJob's answer.
-
-    The on-demand price also applies to spot machines. The discount is in the time: SageMaker reports fewer billable
-    seconds than training seconds. Both times are for one machine.
-
-    Returns:
-        `training_seconds`, `billable_seconds`, `spot_saving` (a share, only for spot), and `cost_usd_estimate` (only for
-        an instance type with a known price).
-    """
-    resources = description["ResourceConfig"]
-    trained = int(description.get("TrainingTimeInSeconds", 0))
-    billed = int(description.get("BillableTimeInSeconds", 0))
-    facts: dict[str, Any] = {"training_seconds": trained, "billable_seconds": billed}
-    if description.get("EnableManagedSpotTraining") and trained:
-        facts["spot_saving"] = round(1 - billed / trained, 3)
-    price = USD_PER_HOUR.get(resources["InstanceType"])
-    if price is not None:
-        facts["cost_usd_estimate"] = round(price * billed * resources["InstanceCount"] / 3600, 4)
-    return facts
-
-
-def cost_line(description: dict[str, Any]) -> str:
-    """The facts of `cost_facts` as a sentence."""
-    facts = cost_facts(description)
-    machines = description["ResourceConfig"]
-    line = (
-        f"{facts['training_seconds']} s on {machines['InstanceCount']} x {machines['InstanceType']}, "
-        f"{facts['billable_seconds']} s billed"
-    )
-    if "spot_saving" in facts:
-        line += f" (spot saved {facts['spot_saving']:.0%})"
-    if "cost_usd_estimate" in facts:
-        return f"{line}: about {facts['cost_usd_estimate']:.2f} USD at the list price of {PRICED_IN}"
-    return f"{line}; no estimate of the cost, because the price of this instance type is not known"

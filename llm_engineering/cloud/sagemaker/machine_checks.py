@@ -39,7 +39,12 @@ def machine_problems(recipe: Recipe, config: SageMakerConfig, account: Account, 
     refused: set[Machine] = set()
     unavailable = [
         *tried(f"The instance types in {account.region}", partial(_offer_problems, asked, account, refused)),
-        *tried("The service quota", partial(_quota_problems, asked, config.instance_count, account, refused)),
+        *(
+            # The capacity of a training plan is reserved already.
+            []
+            if config.training_plan_arn
+            else tried("The service quota", partial(_quota_problems, asked, config, account, refused))
+        ),
     ]
     if refused != set(asked):
         unavailable = [problem._replace(is_warning=True) for problem in unavailable]
@@ -70,14 +75,19 @@ def _offer_problems(asked: Sequence[Machine], account: Account, refused: set[Mac
             )
 
 
-def _quota_problems(asked: Sequence[Machine], count: int, account: Account, refused: set[Machine]) -> Iterator[Problem]:
-    """Check that the quotas allow `count` machines of each kind; adds machines without quota to `refused`."""
-    names = {m: f"{m.instance_type} for {'spot ' if m.spot else ''}training job usage" for m in asked}
+def _quota_problems(
+    asked: Sequence[Machine], config: SageMakerConfig, account: Account, refused: set[Machine]
+) -> Iterator[Problem]:
+    """Check that the quotas allow the number of machines of each kind; adds machines without quota to `refused`."""
+    count = config.instance_count
+    names = [(f"{m.instance_type} for {'spot ' if m.spot else ''}training job usage", m) for m in asked]
+    if config.keep_alive_s is not None:
+        names += [(f"{m.instance_type} for training warm pool usage", m) for m in asked]
     quotas = _quotas("list_service_quotas", account)
-    if not set(names.values()) <= quotas.keys():
+    if not {name for name, _ in names} <= quotas.keys():
         # A quota that was never changed may be listed only among the default quotas.
         quotas = _quotas("list_aws_default_service_quotas", account) | quotas
-    for machine, name in names.items():
+    for name, machine in names:
         if name not in quotas:
             refused.add(machine)
             yield Problem(

@@ -77,7 +77,9 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
         *tried(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
         *tried(f"The image {account.image}", partial(_image_problems, account)),
         *machine_problems(recipe, config, account, settings),
-        *tried("The secret", partial(_secret_problems, account, needed)),
+        # The process of an isolated job reads no secret.
+        *([] if config.network_isolation else tried("The secret", partial(_secret_problems, account, needed))),
+        *(_isolation_problems(recipe) if config.network_isolation else []),
         *found,
     ]
     return with_policies(found, account, settings, PROJECT_ROOT)
@@ -112,6 +114,19 @@ def _model_problems(model: ModelConfig, settings: Settings) -> tuple[bool, list[
         what = f"The model {name} is gated or private, and HF_TOKEN is not set"
         remedy = f"Accept its licence at https://hf.co/{name}, and set HF_TOKEN in .env"
     return True, [Problem(what, remedy)]
+
+
+def _isolation_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Check that an isolated job needs no network: neither for the weights nor for the metrics."""
+    name = recipe.model.name_or_path
+    isolated = "compute.sagemaker.network_isolation is true"
+    if name != EMBEDDED_MODEL and not Path(name).expanduser().is_dir():
+        yield Problem(
+            f"{isolated}, but the job downloads {name} from the Hugging Face Hub",
+            "Download it with `hf download`, and set model.name_or_path to its folder, which is uploaded to S3",
+        )
+    if recipe.tracking.comet == "auto":
+        yield Problem(f"{isolated}, but the job sends its metrics to Comet", "Set tracking.comet=offline, or off")
 
 
 def _region_problem(region: str) -> Problem | None:

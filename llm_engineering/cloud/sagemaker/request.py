@@ -15,6 +15,13 @@ INPUTS = "/opt/ml/input/data"
 CHECKPOINTS = "/opt/ml/checkpoints"
 RESULTS = "/opt/ml/model"
 
+# What CloudWatch reads from the lines `sft steps: 12 of 96, … left — loss 1.2, eval_loss 1.3` of the job's log. Before a
+# name stands a space, so that `loss` does not match `eval_loss`.
+METRICS = [
+    {"Name": name, "Regex": rf" steps: .* {name} ([-+.0-9e]+)"}
+    for name in ("loss", "eval_loss", "learning_rate", "grad_norm", "rewards/accuracies", "reward", "tokens_per_second")
+]
+
 # Unpacks the channel `code` and runs the arguments in its folder. An argument has at most 256 characters.
 _START = (
     "mkdir -p /opt/ml/project && cd /opt/ml/project && tar -xzf /opt/ml/input/data/code/*.tar.gz && "
@@ -69,6 +76,7 @@ def training_job_request(
             # The second `sh` is the $0 of the script.
             "ContainerEntrypoint": ["sh", "-c", _START, "sh"],
             "ContainerArguments": list(command),
+            "MetricDefinitions": METRICS,
         },
         "RoleArn": account.role,
         "InputDataConfig": [_channel(channel, uri) for channel, uri in sorted(channels.items())],
@@ -82,20 +90,30 @@ def training_job_request(
         },
         "StoppingCondition": {"MaxRuntimeInSeconds": config.max_run_s},
         "EnableManagedSpotTraining": config.use_spot,
+        "EnableNetworkIsolation": config.network_isolation,
+        "EnableInterContainerTrafficEncryption": config.encrypt_traffic,
         "CheckpointConfig": {"S3Uri": checkpoint_uri, "LocalPath": CHECKPOINTS},
         "Environment": {
             "AWS_DEFAULT_REGION": account.region,
             "LLM_OUTPUT_DIR": CHECKPOINTS,
-            CHECKPOINTS_URI: checkpoint_uri,
             # The job's volume: the image's own disk is too small for a large model.
             "LLM_CACHE_DIR": "/tmp/llm-engineering",  # noqa: S108
             "HF_HOME": "/tmp/huggingface",  # noqa: S108
             "PYTHONUNBUFFERED": "1",
-            **({SECRET: account.secret} if account.secret else {}),
+            **(
+                {"HF_HUB_OFFLINE": "1"}
+                if config.network_isolation
+                # The process would reach neither S3 nor Secrets Manager.
+                else {CHECKPOINTS_URI: checkpoint_uri, **({SECRET: account.secret} if account.secret else {})}
+            ),
             **environment,
         },
         "Tags": [{"Key": key, "Value": value} for key, value in sorted({**config.tags, **tags}.items())],
     }
+    if config.keep_alive_s is not None:
+        request["ResourceConfig"]["KeepAlivePeriodInSeconds"] = config.keep_alive_s
+    if config.training_plan_arn is not None:
+        request["ResourceConfig"]["TrainingPlanArn"] = config.training_plan_arn
     if config.wait_s is not None:
         request["StoppingCondition"]["MaxWaitTimeInSeconds"] = config.wait_s
     if config.vpc is not None:

@@ -24,7 +24,7 @@ from botocore.validate import ParamValidator
 from datasets import Dataset, DatasetDict
 from pydantic import ValidationError
 
-from llm_engineering.cloud.sagemaker import dispatch, failures, jobs, s3
+from llm_engineering.cloud.sagemaker import cost, dispatch, failures, jobs, s3
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.request import INPUTS, Machine, machines, machines_after, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import code_archive
@@ -35,8 +35,12 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.training.processes.job import Job
 from tests.conftest import ROOT
+from tests.fakes.aws import complaints_about
 
 ROLE = "arn:aws:iam::123456789012:role/training"
+
+
+PLAN = "arn:aws:sagemaker:eu-west-1:123456789012:training-plan/spring"
 
 
 def config(**values):
@@ -109,6 +113,7 @@ def request(kind, owner=None):
         config(),
         config(use_spot=False),
         config(vpc={"subnets": ["subnet-1"], "security_group_ids": ["sg-1"]}, tags={"team": "x"}, instance_count=2),
+        config(use_spot=False, keep_alive_s=3600, training_plan_arn=PLAN, network_isolation=True, encrypt_traffic=True),
     ],
 )
 def test_botocore_accepts_the_requests(kind):
@@ -117,6 +122,29 @@ def test_botocore_accepts_the_requests(kind):
     assert ParamValidator().validate(made, model.input_shape).generate_report() == ""
     algorithm = made["AlgorithmSpecification"]
     assert max(map(len, algorithm["ContainerEntrypoint"] + algorithm["ContainerArguments"])) <= 256
+    # botocore checks neither patterns nor upper limits.
+    assert list(complaints_about(made, model.input_shape)) == []
+
+
+def test_an_isolated_job_gets_neither_the_secret_nor_the_address_of_its_checkpoints():
+    kind = config(
+        use_spot=False, keep_alive_s=600, training_plan_arn=PLAN, network_isolation=True, encrypt_traffic=True
+    )
+    made = request(kind, account(secret="the-name"))
+    assert {"LLM_SECRET", "LLM_CHECKPOINTS_URI"} & made["Environment"].keys() == set()
+    assert made["EnableNetworkIsolation"]
+    assert made["EnableInterContainerTrafficEncryption"]
+    assert made["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 600
+    assert made["ResourceConfig"]["TrainingPlanArn"] == PLAN
+    plain = request(config(), account(secret="the-name"))
+    assert {"LLM_SECRET", "LLM_CHECKPOINTS_URI"} <= plain["Environment"].keys()
+    assert {"KeepAlivePeriodInSeconds", "TrainingPlanArn"} & plain["ResourceConfig"].keys() == set()
+
+
+@pytest.mark.parametrize("keys", [{"keep_alive_s": 600}, {"training_plan_arn": PLAN}])
+def test_spot_machines_are_neither_kept_nor_reserved(keys):
+    with pytest.raises(ValidationError, match="needs machines on demand.*set use_spot to false"):
+        config(**keys)
 
 
 def test_only_spot_jobs_have_a_waiting_time():
@@ -461,21 +489,22 @@ def test_missing_credentials_are_a_wrong_request():
 
 def test_the_cost_counts_every_machine_and_the_spot_saving():
     description = ended("Completed", "Completed", TrainingTimeInSeconds=7200, BillableTimeInSeconds=1800)
-    # 1.515 USD an hour, half an hour billed, two machines.
-    assert dispatch.cost_facts(description) == {
+    # Half an hour billed, two machines.
+    price = cost.Price(1.5, "2026-01-31")
+    assert cost.cost_facts(description, price) == {
         "training_seconds": 7200,
         "billable_seconds": 1800,
         "spot_saving": 0.75,
-        "cost_usd_estimate": 1.515,
+        "cost_usd_estimate": 1.5,
+        "price_date": "2026-01-31",
     }
-    assert "spot saved 75%): about 1.51 USD at the list price of us-east-1" in dispatch.cost_line(description)
+    assert "spot saved 75%): about 1.50 USD by the price list of 2026-01-31" in cost.cost_line(description, price)
 
 
 def test_an_unknown_type_has_no_price():
     description = ended("Completed", spot=False, TrainingTimeInSeconds=60, BillableTimeInSeconds=60)
-    description["ResourceConfig"]["InstanceType"] = "ml.new.large"
-    assert dispatch.cost_facts(description) == {"training_seconds": 60, "billable_seconds": 60}
-    assert "no estimate of the cost" in dispatch.cost_line(description)
+    assert cost.cost_facts(description, None) == {"training_seconds": 60, "billable_seconds": 60}
+    assert "60 s billed; the cost is not known" in cost.cost_line(description, None)
 
 
 def test_the_folder_hash_covers_names_and_contents(tmp_path):
