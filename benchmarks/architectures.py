@@ -32,10 +32,10 @@ from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.sft import sft_trainer, train_sft
+from llm_engineering.training.processes.job import Job
+from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.training_run import prepare_run
-from tests.tiny_models import CPU, SIZES, Kind, formatted, logged, training_setup, write_model
+from tests.tiny_models import CPU, SIZES, Kind, formatted, logged, train, training_setup, write_model
 
 RESULTS = Path(__file__).parent / "results" / "architectures.json"
 _HEAD = {"head_dim": 8}
@@ -98,13 +98,13 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(setup.model, settings, "chatml")
     rows = formatted("instruction", 8, tokenizer, folder)
 
-    run = prepare_run("sft", rows, SFT, setup, settings)
+    run = prepare_run(Job(stage="sft", config=SFT.model_dump(), setup=setup), SFTConfig, rows, settings)
     torch.manual_seed(setup.seed)
     found: float = sft_trainer(run, run.load_policy(), run.config).evaluate()["eval_loss"]
     plain = plain_loss(base, rows["validation"], tokenizer.pad_token_id)
 
-    sft = train_sft(rows, SFT, setup, settings)
-    dpo = train_dpo(formatted("preference", 8, tokenizer, folder), sft.adapter, DPO, setup, settings)
+    sft = train(rows, SFT, setup, settings)
+    dpo = train(formatted("preference", 8, tokenizer, folder), DPO, setup, settings, start=sft.adapter)
     config = AutoConfig.from_pretrained(base)
     router = (
         config.router_aux_loss_coef * logged(dpo, "aux_loss")[0] if hasattr(config, "router_aux_loss_coef") else 0.0

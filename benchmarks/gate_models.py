@@ -25,8 +25,7 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training.policy import new_policy, save_policy
-from llm_engineering.training.sft import train_sft
-from tests.tiny_models import training_setup, write_model
+from tests.tiny_models import train, training_setup, write_model
 
 # What the rows of a small model say: the right answers, those of another fact, answers in random order; or no training.
 ARMS = ("right", "swapped_facts", "shuffled_answers", "untrained")
@@ -95,7 +94,7 @@ def _answers(arm: str, seed: int) -> dict[str, str]:
             (folder / "formatted").mkdir()
             formatting = FormattingConfig(max_length=64)
             data = format_splits(splits, "instruction", tokenizer, formatting, folder / "formatted", ledger)[0]
-            adapters["sft"] = train_sft(DatasetDict(data), _CONFIG, setup, settings).adapter
+            adapters["sft"] = train(DatasetDict(data), _CONFIG, setup, settings).adapter
         base = load_model(setup.model, settings, choose_device(setup.compute))
         models = Models(base, adapters, tokenizer, batch_size=32)
         return _taken(exam, models, models.names[-1])

@@ -25,10 +25,9 @@ from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.reports.data_report import inspect_file
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer import checkpoints
 from llm_engineering.training.training_run import RUN_ID
-from tests.tiny_models import KINDS, tiny_tokenizer, training_setup, write_model
+from tests.tiny_models import KINDS, tiny_tokenizer, train, training_setup, write_model
 from tools.model_versions.versions import copy_model
 
 _NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -133,7 +132,9 @@ def _sft(folder: Path, did: Did) -> None:
     if not stored_model.exists():
         settings = Settings(llm_output_dir=folder)
         with patch("llm_engineering.training.trainer.resumable.publish", published):
-            result = train_sft(data, config, training_setup(folder / "model", max_length=64), settings, {RUN_ID: "one"})
+            result = train(
+                data, config, training_setup(folder / "model", max_length=64), settings, parameters={RUN_ID: "one"}
+            )
         copy_model(result.adapter, {"README.md": b"A card."}, stored_model)
     checkpoints.remove_finished(folder / "training")
 

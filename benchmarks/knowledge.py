@@ -62,9 +62,7 @@ from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWr
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.training.cpt import train_cpt
-from llm_engineering.training.processes.job import TrainingResult
-from llm_engineering.training.sft import train_sft
+from tests.tiny_models import train
 
 RESULTS = Path(__file__).parent / "results" / "knowledge.json"
 ARMS = (BASE, BASE + RETRIEVAL, "passages", "documents", "recipe", "recipe" + RETRIEVAL, "swapped")
@@ -75,7 +73,6 @@ _CPT_SHARE = 0.3
 _VALIDATION_ROWS = 4
 
 Writer = Callable[[Recipe, Settings], Client]
-_TRAIN: dict[str, Callable[..., TrainingResult]] = {"cpt": train_cpt, "sft": train_sft}
 
 
 class Arm(NamedTuple):
@@ -200,7 +197,6 @@ class Bench:
             if start is None:
                 update |= {"method": recipe.method, "lora": recipe.lora}
             config = recipe.block(stage).model_copy(update=update)
-            train = _TRAIN[stage]
             start = train(data, config, setup, self._settings, start=start).adapter
         assert start is not None
         return start

@@ -32,7 +32,7 @@ from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, LoraConfig, Mode
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import RewardConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
-from llm_engineering.training.reward import train_reward
+from tests.tiny_models import train
 
 RESULTS = Path(__file__).parent / "results" / "reward_order.json"
 SEED = 42
@@ -80,7 +80,7 @@ def _measured(setup: TrainingSetup, settings: Settings, folder: Path) -> dict[st
         folder,
         ledger,
     )
-    trained = train_reward(formatted, None, CONFIG, setup, settings)
+    trained = train(formatted, CONFIG, setup, settings)
     pairs = held_out({"preference": formatted["test"]}, {"preference": splits["test"]}).pairs
     report = evaluate_reward("reward", trained.adapter, pairs, EvaluationConfig(batch_size=32), setup, settings)
     measure = report["measures"][REWARD_MEASURE]

@@ -234,8 +234,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
     from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
-    from llm_engineering.training.dpo import train_dpo
-    from llm_engineering.training.sft import train_sft
+    from tests.tiny_models import train
 
     setup = TrainingSetup(
         model=pin_revision(ModelConfig()),
@@ -263,10 +262,10 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
         # The number of packed rows that gives as many optimiser steps as on the plain side.
         batch = round(tokens / (len(rows) / BATCH["sft"]) / MAX_LENGTH) or 1
         config = SFTConfig(**common, per_device_train_batch_size=batch, lora=LoraConfig(**LORA))
-        result = train_sft(splits, config, setup, settings)
+        result = train(splits, config, setup, settings)
     else:
         preference = DPOConfig(**common, per_device_train_batch_size=BATCH["dpo"], beta=BETA)
-        result = train_dpo(splits, folder / "ours-sft", preference, setup, settings)
+        result = train(splits, preference, setup, settings, start=folder / "ours-sft")
     result.adapter.rename(folder / f"ours-{stage}")
     summary = result.summary
     return {

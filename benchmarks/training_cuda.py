@@ -219,7 +219,7 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
     from benchmarks.last_epoch import LastEpoch
     from benchmarks.random_llama import FACTS
     from llm_engineering.models.base_model import pin_revision
-    from llm_engineering.training.sft import train_sft
+    from tests.tiny_models import train
 
     made = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     setup = TrainingSetup(
@@ -252,7 +252,7 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
     # train_sft makes its own trainer, which takes no callbacks from outside.
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     callbacks.append(clock)
-    summary = train_sft(splits, config, setup, Settings(llm_output_dir=folder / f"{method}-{side}")).summary
+    summary = train(splits, config, setup, Settings(llm_output_dir=folder / f"{method}-{side}")).summary
     names = ("steps", "per_device_train_batch_size", "peak_memory_bytes", "device", "device_reasons")
     telemetry = {name: summary[name] for name in ("tokens_per_second", "mfu", "padding_share") if name in summary}
     return {

@@ -11,9 +11,7 @@ from typing import Any
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, logged, training_setup, write_model
+from tests.tiny_models import formatted, logged, train, training_setup, write_model
 
 FOLDER = Path(__file__).parent / "unit" / "training" / "references"
 STEPS: dict[str, Any] = {
@@ -31,10 +29,10 @@ def losses(stage: str, folder: Path, settings: Settings) -> dict[str, list[float
     setup = training_setup(write_model(folder / "model", "llama"))
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     rows = formatted("instruction", 16, tokenizer, folder)
-    result = train_sft(rows, SFTConfig(**STEPS, packing=True), setup, settings)
+    result = train(rows, SFTConfig(**STEPS, packing=True), setup, settings)
     if stage == "dpo":
         pairs = formatted("preference", 16, tokenizer, folder)
-        result = train_dpo(pairs, result.adapter, DPOConfig(**STEPS), setup, settings)
+        result = train(pairs, DPOConfig(**STEPS), setup, settings, start=result.adapter)
     names = ("loss", "eval_loss", "rewards/margins") if stage == "dpo" else ("loss", "eval_loss")
     return {name: logged(result, name) for name in names}
 

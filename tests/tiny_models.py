@@ -33,8 +33,10 @@ from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
-from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
-from llm_engineering.training.processes.job import TrainingResult
+from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.stages import STAGES
+from llm_engineering.recipe.training_blocks import TrackingConfig, TrainConfig, TrainingSetup
+from llm_engineering.training.processes.job import Job, TrainingResult
 
 END = "<|endoftext|>"
 CPU = ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")
@@ -220,6 +222,16 @@ def training_setup(
         tracking=TrackingConfig(comet="off"),
         seed=7,
     )
+
+
+def train(
+    data: DatasetDict, config: TrainConfig, setup: TrainingSetup, settings: Settings, **fields: Any
+) -> TrainingResult:
+    """Train the stage of a config in this process. `fields` are more of the job's, e.g. `start`."""
+    stage = next(stage for stage in STAGES.values() if stage.block is type(config))
+    job = Job(stage=stage.name, config=config.model_dump(), setup=setup, **fields)
+    result: TrainingResult = stage.train_function()(job, data, settings)
+    return result
 
 
 def logged(result: TrainingResult, name: str = "loss") -> list[float]:

@@ -51,16 +51,14 @@ class Stage(NamedTuple):
 
 _TRAINING = "llm_engineering.training"
 _ROWS = (
-    Stage("cpt", "text", CPTConfig, (f"{_TRAINING}.cpt", "train_cpt_job"), "continued pre-training"),
-    Stage("sft", "instruction", SFTConfig, (f"{_TRAINING}.sft", "train_sft_job"), "supervised fine-tuning"),
+    Stage("cpt", "text", CPTConfig, (f"{_TRAINING}.cpt", "train_cpt"), "continued pre-training"),
+    Stage("sft", "instruction", SFTConfig, (f"{_TRAINING}.sft", "train_sft"), "supervised fine-tuning"),
     # The reference of a preference stage is the model that it starts from.
-    Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo_job"), "direct preference optimisation"),
-    Stage("kto", "labelled", KTOConfig, (f"{_TRAINING}.kto", "train_kto_job"), "Kahneman-Tversky optimisation"),
-    Stage(
-        "reward", "preference", RewardConfig, (f"{_TRAINING}.reward", "train_reward_job"), "reward model", policy=False
-    ),
-    Stage("rloo", "prompt", RLOOConfig, (f"{_TRAINING}.rloo", "train_rloo_job"), "REINFORCE leave-one-out on rewards"),
-    Stage("grpo", "prompt", GRPOConfig, (f"{_TRAINING}.grpo", "train_grpo_job"), "group relative policy optimisation"),
+    Stage("dpo", "preference", DPOConfig, (f"{_TRAINING}.dpo", "train_dpo"), "direct preference optimisation"),
+    Stage("kto", "labelled", KTOConfig, (f"{_TRAINING}.kto", "train_kto"), "Kahneman-Tversky optimisation"),
+    Stage("reward", "preference", RewardConfig, (f"{_TRAINING}.reward", "train_reward"), "reward model", policy=False),
+    Stage("rloo", "prompt", RLOOConfig, (f"{_TRAINING}.rloo", "train_rloo"), "REINFORCE leave-one-out on rewards"),
+    Stage("grpo", "prompt", GRPOConfig, (f"{_TRAINING}.grpo", "train_grpo"), "group relative policy optimisation"),
 )
 STAGES = {stage.name: stage for stage in _ROWS}
 # The stage whose formatted rows the evaluation reads, if no stage of the chain has rows of this kind.

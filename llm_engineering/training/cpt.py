@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,51 +12,30 @@ from torch import nn
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import CPTConfig
-from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.sft import FormattedSFTTrainer, sft_trainer
-from llm_engineering.training.telemetry.work import TelemetryCallback
 from llm_engineering.training.train import run_training
 from llm_engineering.training.training_run import prepare_run
 
 
-def train_cpt(
-    data: DatasetDict,
-    config: CPTConfig,
-    setup: TrainingSetup,
-    settings: Settings,
-    parameters: Mapping[str, Any] | None = None,
-    resume_from: Path | None = None,
-    start: Path | None = None,
-) -> TrainingResult:
-    """Train an adapter or the full model on the texts of `data["train"]`. The arguments are those of `train_sft`.
+def train_cpt(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
+    """Train an adapter or the full model on the texts of `data["train"]`.
 
     Args:
         data: splits with `input_ids` and `labels`, which are equal, because every token is trained.
 
     Raises:
-        RequestError: this machine cannot train with this method or optimiser, or no embedding is trained although
-            `embedding_learning_rate` is set.
-        WorkError: the labels of a row are wrong (`check_labels`), or training fails.
+        RequestError: no embedding is trained although `embedding_learning_rate` is set.
     """
-    # Choose the device, load the tokenizer, check that every token has a label
-    setup = setup.model_copy(update={"train_on_prompt": True})
-    run = prepare_run("cpt", data, config, setup, settings, start, parameters, resume_from)
+    setup = job.setup.model_copy(update={"train_on_prompt": True})
+    run = prepare_run(job.model_copy(update={"setup": setup}), CPTConfig, data, settings)
 
-    # Load the model, and make its trainer
-    def make_trainer(config: CPTConfig, telemetry: TelemetryCallback) -> TextTrainer:
-        trainer = sft_trainer(run, run.load_policy(), config, telemetry, TextTrainer)
+    def make_trainer(config: CPTConfig) -> TextTrainer:
+        trainer = sft_trainer(run, run.load_policy(), config, TextTrainer)
         trainer.embedding_rate = config.embedding_learning_rate
         return trainer
 
-    # Train, save the model, write the report
     return run_training(run, make_trainer)
-
-
-def train_cpt_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """Run `train_cpt` for a job in this process, which may be one of several."""
-    config = CPTConfig.model_validate(job.config)
-    return train_cpt(data, config, job.setup, settings, job.parameters, job.resume_from, job.start)
 
 
 class TextTrainer(FormattedSFTTrainer):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 import trl
-from datasets import Dataset, DatasetDict, disable_caching, enable_caching, is_caching_enabled
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import KTOTrainer
@@ -17,14 +14,11 @@ from trl import KTOTrainer
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import KTOConfig
-from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.training.arguments import training_arguments
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.processes.job import Job, TrainingResult
-from llm_engineering.training.telemetry.flops import TrainingFlops
-from llm_engineering.training.telemetry.work import TelemetryCallback
 from llm_engineering.training.train import run_training
-from llm_engineering.training.trainer.reference import ReferenceTrainer, complete_reference, frozen_copy, savings
+from llm_engineering.training.trainer.reference import ReferenceTrainer, uncached
 from llm_engineering.training.training_run import TrainingRun, prepare_run
 
 logger = logging.getLogger(__name__)
@@ -33,50 +27,23 @@ logger = logging.getLogger(__name__)
 LEAST, MOST = 1.0, 4 / 3
 
 
-def train_kto(
-    data: DatasetDict,
-    start: Path | None,
-    config: KTOConfig,
-    setup: TrainingSetup,
-    settings: Settings,
-    parameters: Mapping[str, Any] | None = None,
-    resume_from: Path | None = None,
-) -> TrainingResult:
+def train_kto(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
     """Train a model further on `data["train"]`. The reference is the model as it is before KTO.
 
     Args:
         data: splits with `prompt_ids`, `completion_ids` and `label`; each completion ends with its end-of-turn token.
-        start: folder of the adapter, or of the full model, to train; None for the base model.
-        parameters: logged by the trackers beside the hyperparameters.
-        resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
 
     Raises:
-        RequestError: this machine cannot train with this method or optimiser, or all answers have the same label.
-        WorkError: a completion is empty or has no end of turn (`check_labels`), or training fails.
+        RequestError: all answers have the same label.
     """
-    # Choose the device, load the tokenizer, check the labels
-    run = prepare_run("kto", data, config, setup, settings, start, parameters, resume_from)
-
-    # Print the balance of good and bad answers
+    run = prepare_run(job, KTOConfig, data, settings)
     if ranks.is_main():
         good = sum(data["train"]["label"])
-        line, warning = balance(good, len(data["train"]) - good, config)
+        line, warning = balance(good, len(data["train"]) - good, run.config)
         logger.info("%s", line)
         if warning:
             logger.warning("%s", warning)
-
-    # Load the model, and make its trainer
-    def make_trainer(config: KTOConfig, telemetry: TelemetryCallback) -> FormattedKTOTrainer:
-        return kto_trainer(run, run.load_policy(), config, telemetry)
-
-    # Train, save the model, write the report
-    return run_training(run, make_trainer)
-
-
-def train_kto_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """Run `train_kto` for a job in this process, which may be one of several."""
-    config = KTOConfig.model_validate(job.config)
-    return train_kto(data, job.start, config, job.setup, settings, job.parameters, job.resume_from)
+    return run_training(run, lambda config: kto_trainer(run, run.load_policy(), config))
 
 
 def balance(good: int, bad: int, config: KTOConfig) -> tuple[str, str]:
@@ -109,10 +76,7 @@ def balance(good: int, bad: int, config: KTOConfig) -> tuple[str, str]:
 
 
 def kto_trainer(
-    run: TrainingRun[KTOConfig],
-    policy: PreTrainedModel | PeftModel,
-    config: KTOConfig,
-    telemetry: TelemetryCallback | None = None,
+    run: TrainingRun[KTOConfig], policy: PreTrainedModel | PeftModel, config: KTOConfig
 ) -> FormattedKTOTrainer:
     """Make TRL's trainer for tokenised answers with labels. The reference is `policy` as it is now.
 
@@ -130,51 +94,26 @@ def kto_trainer(
             "formatting.max_length, set kto.gradient_checkpointing, or set kto.loss_type to apo_zero_unpaired."
         )
 
-    # Make the reference, and find out which computations can be saved with this model
-    precomputed = config.precompute_ref_log_probs
-    reference = frozen_copy(policy, needed=not precomputed)
-    flops = TrainingFlops.of(policy)
-    by_row, unpadded = savings(run, policy, reference, config)
-
-    # Set the training arguments
     arguments = trl.KTOConfig(
         **training_arguments(config, run.device, run.setup, run.folder),
         beta=config.beta,
         loss_type=config.loss_type,
         desirable_weight=config.desirable_weight,
         undesirable_weight=config.undesirable_weight,
-        precompute_ref_log_probs=precomputed,
+        precompute_ref_log_probs=config.precompute_ref_log_probs,
         # Formatting has already cut or set aside the rows that are too long, and counted them. TRL cuts nothing.
         max_length=None,
     )
-
-    # Make the trainer. With caching, shuffled rows and precomputed log-probabilities would be written into the dataset's
-    # folder. This folder is an artifact of another step, so it must not change.
-    caching = is_caching_enabled()
-    disable_caching()
-    try:
+    with uncached():
         train, validation = (
             batched(run.data[split], size, run.setup.seed, estimates) for split in ("train", "validation")
         )
         trainer = FormattedKTOTrainer(
-            model=policy,
-            ref_model=reference,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=validation,
-            processing_class=run.tokenizer,
-            callbacks=[telemetry] if telemetry else [],
-            unpadded=unpadded,
-            by_row=by_row,
+            run=run, config=config, model=policy, args=arguments, train_dataset=train, eval_dataset=validation
         )
-    finally:
-        if caching:
-            enable_caching()
-
-    complete_reference(policy)
-    trainer.flops = flops
-    # The reference, and the policy and the reference on the answers that estimate the KL divergence.
-    trainer.forwards = (0 if precomputed else 1) * (2 if estimates else 1) + (1 if estimates else 0)
+    if estimates:
+        # The policy and the reference also read the answers that estimate the KL divergence.
+        trainer.forwards = 2 * trainer.forwards + 1
     return trainer
 
 
@@ -198,22 +137,9 @@ def batched(rows: Dataset, size: int, seed: int, estimates: bool) -> Dataset:
 class FormattedKTOTrainer(ReferenceTrainer, KTOTrainer):
     """TRL's KTOTrainer with exact resume, for answers that are already tokenised and in the order of their batches."""
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        """Compute TRL's loss, and check in the first step that the policy is still equal to the reference.
-
-        Raises:
-            WorkError: their log-probabilities differ.
-        """
-        training = model.training
-        if training:
-            self._count_batch(inputs)
-        result = super()._compute_loss(model, inputs, return_outputs)  # type: ignore[no-untyped-call]
-        if self.use_liger_kernel:
-            self._metrics["train" if training else "eval"].pop("entropy", None)
-        if training and self.state.global_step == 0:
-            tokens = float(inputs["completion_mask"].sum(dim=1).max())
-            for name in ("chosen", "rejected"):
-                # A batch may have only good or only bad answers.
-                for reward in self._metrics["train"].get(f"rewards/{name}", [])[-1:]:
-                    self._check_reward("kto", f"reward of the {name} answers", reward, tokens)
-        return result
+    def _check_start(self, inputs: dict[str, Any]) -> None:
+        tokens = float(inputs["completion_mask"].sum(dim=1).max())
+        for name in ("chosen", "rejected"):
+            # A batch may have only good or only bad answers.
+            for reward in self._metrics["train"].get(f"rewards/{name}", [])[-1:]:
+                self._check_reward(f"reward of the {name} answers", reward, tokens)

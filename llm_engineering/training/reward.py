@@ -6,9 +6,7 @@ The model before gets a head that scores in place of the one that predicts token
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -26,53 +24,23 @@ from llm_engineering.models.reward_model import head_in_float32, padding_token, 
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import RewardConfig
-from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.training.arguments import training_arguments
 from llm_engineering.training.policy import forget_base, in_float32, remember_start
 from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.telemetry.flops import TrainingFlops
-from llm_engineering.training.telemetry.work import TelemetryCallback
 from llm_engineering.training.train import run_training
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from llm_engineering.training.training_run import TrainingRun, prepare_run
 
 
-def train_reward(
-    data: DatasetDict,
-    start: Path | None,
-    config: RewardConfig,
-    setup: TrainingSetup,
-    settings: Settings,
-    parameters: Mapping[str, Any] | None = None,
-    resume_from: Path | None = None,
-) -> TrainingResult:
+def train_reward(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
     """Train a reward model on `data["train"]`, and measure the loss on `data["validation"]` meanwhile.
 
     Args:
         data: splits with `prompt_ids`, `chosen_ids` and `rejected_ids`; each answer ends with its end-of-turn token.
-        start: folder of the adapter, or of the full model, that gets the head; None for the base model.
-        parameters: logged by the trackers beside the hyperparameters.
-        resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
-
-    Raises:
-        RequestError: this machine cannot train with this method or optimiser.
-        WorkError: an answer is empty or has no end of turn (`check_labels`), or training fails.
     """
-    # Choose the device, load the tokenizer, check the labels
-    run = prepare_run("reward", data, config, setup, settings, start, parameters, resume_from)
-
-    # Load the model, and make its trainer
-    def make_trainer(config: RewardConfig, telemetry: TelemetryCallback) -> FormattedRewardTrainer:
-        return reward_trainer(run, load_start(run), config, telemetry)
-
-    # Train, save the model, write the report
-    return run_training(run, make_trainer)
-
-
-def train_reward_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """Run `train_reward` for a job in this process, which may be one of several."""
-    config = RewardConfig.model_validate(job.config)
-    return train_reward(data, job.start, config, job.setup, settings, job.parameters, job.resume_from)
+    run = prepare_run(job, RewardConfig, data, settings)
+    return run_training(run, lambda config: reward_trainer(run, load_start(run), config))
 
 
 def load_start(run: TrainingRun[RewardConfig]) -> PreTrainedModel | PeftModel:
@@ -98,10 +66,7 @@ def load_start(run: TrainingRun[RewardConfig]) -> PreTrainedModel | PeftModel:
 
 
 def reward_trainer(
-    run: TrainingRun[RewardConfig],
-    model: PreTrainedModel | PeftModel,
-    config: RewardConfig,
-    telemetry: TelemetryCallback | None = None,
+    run: TrainingRun[RewardConfig], model: PreTrainedModel | PeftModel, config: RewardConfig
 ) -> FormattedRewardTrainer:
     """Make TRL's trainer for tokenised pairs.
 
@@ -128,7 +93,6 @@ def reward_trainer(
         train_dataset=run.data["train"].select_columns(columns),
         eval_dataset=run.data["validation"].select_columns(columns),
         processing_class=tokenizer,
-        callbacks=[telemetry] if telemetry else [],
     )
     trainer.flops = TrainingFlops.of(model)
     return trainer

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +16,6 @@ from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import PackedConfig, SFTConfig
-from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.training.arguments import training_arguments
 from llm_engineering.training.losses import (
     attend_by_row,
@@ -28,7 +25,6 @@ from llm_engineering.training.losses import (
 )
 from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.telemetry.flops import TrainingFlops
-from llm_engineering.training.telemetry.work import TelemetryCallback
 from llm_engineering.training.train import run_training
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from llm_engineering.training.training_run import TrainingRun, prepare_run
@@ -39,42 +35,14 @@ logger = logging.getLogger(__name__)
 Config = TypeVar("Config", bound=PackedConfig)
 
 
-def train_sft(
-    data: DatasetDict,
-    config: SFTConfig,
-    setup: TrainingSetup,
-    settings: Settings,
-    parameters: Mapping[str, Any] | None = None,
-    resume_from: Path | None = None,
-    start: Path | None = None,
-) -> TrainingResult:
+def train_sft(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
     """Train an adapter or the full model on `data["train"]`, and measure the loss on `data["validation"]` meanwhile.
 
     Args:
         data: splits with `input_ids` and `labels`, two lists of equal length for each row; -100 marks untrained tokens.
-        parameters: logged by the trackers beside the hyperparameters.
-        resume_from: checkpoint folder to resume from; the default is the newest complete one of the same run.
-        start: folder of the adapter, or of the full model, to train further; the default is the base model.
-
-    Raises:
-        RequestError: this machine cannot train with this method or optimiser.
-        WorkError: the labels of a row are wrong (`check_labels`), or training fails.
     """
-    # Choose the device, load the tokenizer, check the labels
-    run = prepare_run("sft", data, config, setup, settings, start, parameters, resume_from)
-
-    # Load the model, and make its trainer
-    def make_trainer(config: SFTConfig, telemetry: TelemetryCallback) -> FormattedSFTTrainer:
-        return sft_trainer(run, run.load_policy(), config, telemetry)
-
-    # Train, save the model, write the report
-    return run_training(run, make_trainer)
-
-
-def train_sft_job(job: Job, data: DatasetDict, settings: Settings) -> TrainingResult:
-    """Run `train_sft` for a job in this process, which may be one of several."""
-    config = SFTConfig.model_validate(job.config)
-    return train_sft(data, config, job.setup, settings, job.parameters, job.resume_from, job.start)
+    run = prepare_run(job, SFTConfig, data, settings)
+    return run_training(run, lambda config: sft_trainer(run, run.load_policy(), config))
 
 
 class FormattedSFTTrainer(ResumableTrainer, SFTTrainer):
@@ -121,7 +89,6 @@ def sft_trainer(
     run: TrainingRun[Config],
     policy: PreTrainedModel | PeftModel,
     config: Config,
-    telemetry: TelemetryCallback | None = None,
     trainer_class: type[SFTTrainerT] = FormattedSFTTrainer,  # type: ignore[assignment]
 ) -> SFTTrainerT:
     """Make TRL's trainer for tokenised and labelled rows. TRL packs the rows and changes nothing else.
@@ -182,7 +149,6 @@ def sft_trainer(
         train_dataset=run.data["train"].select_columns(columns),
         eval_dataset=run.data["validation"].select_columns(columns),
         processing_class=run.tokenizer,
-        callbacks=[telemetry] if telemetry else [],
     )
     trainer.by_row, trainer.flops, trainer.own_loss = by_row, flops, device.backend == "transformers"
     if device.backend == "unsloth" and config.packing:

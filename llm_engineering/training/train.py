@@ -51,9 +51,7 @@ _LABEL_PAIRS = 2
 Config = TypeVar("Config", bound=TrainConfig)
 
 
-def run_training(
-    run: TrainingRun[Config], make_trainer: Callable[[Config, TelemetryCallback], ResumableTrainer]
-) -> TrainingResult:
+def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], ResumableTrainer]) -> TrainingResult:
     """Train to the end. Resumes from the newest complete checkpoint if there is one.
 
     Args:
@@ -156,7 +154,7 @@ class _Trained(NamedTuple):
 
 def _train_until_it_fits(
     run: TrainingRun[Config],
-    make_trainer: Callable[[Config, TelemetryCallback], ResumableTrainer],
+    make_trainer: Callable[[Config], ResumableTrainer],
     trackers: Trackers,
 ) -> _Trained:
     """Train with the recipe's batch size, and halve the batch size each time that the memory is full."""
@@ -174,7 +172,8 @@ def _train_until_it_fits(
         # Set the seed before the adapter is created: its first weights are random, and the trainer sets its own seed
         # only later.
         transformers.set_seed(setup.seed)
-        trainer = make_trainer(config, telemetry)
+        trainer = make_trainer(config)
+        trainer.add_callback(telemetry)
         trainer.identity, trainer.rows = run.identity, run.data["train"]
         telemetry.work, telemetry.peak_flops = trainer.work, peak_flops(trainer.args.device, run.device.dtype)
 

@@ -33,6 +33,7 @@ from llm_engineering.training.arguments import device_facts
 from llm_engineering.training.losses import attend_by_row, keeps_rows_apart
 from llm_engineering.training.policy import new_policy, trained_policy
 from llm_engineering.training.processes import ranks
+from llm_engineering.training.processes.job import Job
 from llm_engineering.training.processes.sharding import loads_shards, sharded_loading
 from llm_engineering.training.rewards import reward_files
 from llm_engineering.training.unsloth_policy import Loading
@@ -132,23 +133,19 @@ def dataset_digests(data: DatasetDict) -> dict[str, str]:
     return splits
 
 
-def prepare_run(
-    stage: str,
-    data: DatasetDict,
-    config: Config,
-    setup: TrainingSetup,
-    settings: Settings,
-    start: Path | None = None,
-    parameters: Mapping[str, Any] | None = None,
-    resume_from: Path | None = None,
-    reward_model: Path | None = None,
-) -> TrainingRun[Config]:
+def prepare_run(job: Job, block: type[Config], data: DatasetDict, settings: Settings) -> TrainingRun[Config]:
     """Choose the device, load the tokenizer and check the labels, before any model is loaded.
+
+    Args:
+        block: the class of the stage's block of the recipe.
+        data: formatted splits; the job's field `data` is not read.
 
     Raises:
         RequestError: this machine cannot train with this method, optimiser or backend.
         WorkError: the labels of a row are wrong.
     """
+    stage, config, setup, start = job.stage, block.model_validate(job.config), job.setup, job.start
+
     # Choose the device and the backend
     method = config.method or setup.method
     lora = config.lora or LoraConfig()
@@ -177,5 +174,6 @@ def prepare_run(
         check_vllm(stage, device)
     check_labels(data, tokenizer, setup.train_on_prompt)
     return TrainingRun(
-        stage, data, config, setup, settings, device, tokenizer, parameters or {}, start, resume_from, reward_model
+        *(stage, data, config, setup, settings, device, tokenizer),
+        *(job.parameters, start, job.resume_from, job.reward_model),
     )

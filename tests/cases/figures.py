@@ -39,13 +39,13 @@ from llm_engineering.training.policy import new_policy, save_policy, trained_pol
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.processes.job import TrainingResult
 from llm_engineering.training.processes.ranks import Interruption
-from llm_engineering.training.sft import sft_trainer, train_sft
+from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.telemetry.flops import peak_flops
 from llm_engineering.training.telemetry.work import peak_memory_bytes
 from llm_engineering.training.training_run import TrainingRun
 from tests.cases.case import CallCase, Case, FigureCase
 from tests.renew_references import STEPS
-from tests.tiny_models import CPU, SIZES, Kind, formatted, logged, tiny_tokenizer, training_setup, write_model
+from tests.tiny_models import CPU, SIZES, Kind, formatted, logged, tiny_tokenizer, train, training_setup, write_model
 
 BF16 = CPU.model_copy(update={"dtype": "bfloat16"})
 CHATML = (
@@ -77,7 +77,7 @@ class Bench:
     def sft(self, **options: Any) -> TrainingResult:
         """SFT with one step for two rows."""
         config = SFTConfig(**{**STEPS, "packing": False, **options})
-        return train_sft(self.run("sft", config).data, config, self.setup, self.settings)
+        return train(self.run("sft", config).data, config, self.setup, self.settings)
 
     def policy(self) -> Any:
         """The model with a fresh adapter, or the model itself for full fine-tuning."""

@@ -18,7 +18,7 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
-from tests.tiny_models import training_setup
+from tests.tiny_models import train, training_setup
 
 STEPS = 24
 # With dropout, accumulation, and a log entry every third step, which is not the step of a save.
@@ -34,30 +34,36 @@ CPT = CPTConfig.model_validate({
     "gradient_accumulation_steps": 1,
 })  # fmt: skip
 
+COMMON = CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
 # Completions are generated every four steps, and saved every three: a checkpoint lies inside the use of its completions.
 # Without an `e` is a third of the completions.
 ONLINE = {
-    **CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"}),
+    **COMMON,
     "rewards": [{"use": "format", "pattern": "[^e]*"}], "num_generations": 2, "max_completion_length": 4,
     "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 2, "num_iterations": 2,
     "num_train_epochs": 2, "save_steps": 3, "beta": 0.1,
 }  # fmt: skip
+CONFIGS = {
+    "cpt": CPT,
+    "sft": CONFIG,
+    "dpo": DPOConfig.model_validate(COMMON),
+    "kto": KTOConfig.model_validate({**COMMON, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}),
+    # Dropout stays on, so that the resumed run needs its random state.
+    "reward": RewardConfig.model_validate({**COMMON, "disable_dropout": False}),
+    "grpo": GRPOConfig.model_validate(ONLINE),
+    "rloo": RLOOConfig.model_validate(ONLINE),
+}
 
 
-def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None, stage: str = "sft") -> None:
+def train_and_die(
+    model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: Path | None, stage: str = "sft"
+) -> None:
     """Train a stage in this process, and copy the last checkpoint of a finished run. Some start from the adapter `sft`.
 
     Kills this process after the step `kill_at`, or with `in_save` while it saves that step.
     """
     from datasets import Dataset, DatasetDict
 
-    from llm_engineering.training.cpt import train_cpt
-    from llm_engineering.training.dpo import train_dpo
-    from llm_engineering.training.grpo import train_grpo
-    from llm_engineering.training.kto import train_kto
-    from llm_engineering.training.reward import train_reward
-    from llm_engineering.training.rloo import train_rloo
-    from llm_engineering.training.sft import train_sft
     from llm_engineering.training.telemetry import work
 
     torch.set_num_threads(1)
@@ -99,16 +105,12 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
             for i in range(16)
         ]
     elif stage in ("grpo", "rloo"):
+        message = {"role": "user", "content": "?"}
         rows = [
-            {
-                "id": f"r{i}",
-                "prompt_ids": [1, *range(20, 24 + i)],
-                "answers": [],
-                "prompt": [{"role": "user", "content": "?"}],
-            }
+            {"id": f"r{i}", "prompt_ids": [1, *range(20, 24 + i)], "answers": [], "prompt": [message]}
             for i in range(16)
         ]
-    elif sft is not None:
+    elif stage in ("dpo", "reward"):
         rows = [
             {
                 "id": f"r{i}",
@@ -123,32 +125,14 @@ def train(model: Path, outputs: Path, kill_at: int | None, in_save: bool, sft: P
     data = DatasetDict(train=Dataset.from_list(rows[:12]), validation=Dataset.from_list(rows[12:]))
     setup = training_setup(model, max_length=64)
     settings = Settings(llm_output_dir=outputs)
-    if stage == "cpt":
-        result = train_cpt(data, CPT, setup, settings)
-    elif stage == "grpo":
-        result = train_grpo(data, sft, GRPOConfig.model_validate(ONLINE), setup, settings)
-    elif stage == "rloo":
-        result = train_rloo(data, sft, RLOOConfig.model_validate(ONLINE), setup, settings)
-    elif sft is None:
-        result = train_sft(data, CONFIG, setup, settings)
-    else:
-        keys = CONFIG.model_dump(exclude={"method", "lora", "packing", "train_sampling_strategy"})
-        if stage == "kto":
-            keys |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
-            result = train_kto(data, sft, KTOConfig.model_validate(keys), setup, settings)
-        elif stage == "reward":
-            # Dropout stays on, so that the resumed run needs its random state.
-            config = RewardConfig.model_validate(keys | {"disable_dropout": False})
-            result = train_reward(data, sft, config, setup, settings)
-        else:
-            result = train_dpo(data, sft, DPOConfig.model_validate(keys), setup, settings)
+    result = train(data, CONFIGS[stage], setup, settings, start=sft)
     (outputs / "summary.json").write_text(json.dumps(result.summary))
     shutil.copytree(result.adapter, outputs / "adapter", dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="module")
 def run(small_llama):
-    """A function that runs `train` in a forked process and returns its exit code.
+    """A function that runs `train_and_die` in a forked process and returns its exit code.
 
     The fork server has imported everything and computed nothing.
     """
@@ -163,7 +147,7 @@ def run(small_llama):
     def start(
         outputs: Path, kill_at: int | None = None, in_save: bool = False, sft: Path | None = None, stage: str = "sft"
     ) -> int | None:
-        process = context.Process(target=train, args=(small_llama, outputs, kill_at, in_save, sft, stage))
+        process = context.Process(target=train_and_die, args=(small_llama, outputs, kill_at, in_save, sft, stage))
         process.start()
         process.join(120)
         return process.exitcode

@@ -25,13 +25,11 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
-from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.processes import ranks
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.telemetry import work
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked
-from tests.tiny_models import formatted, write_model
+from tests.tiny_models import formatted, train, write_model
 
 STEPS = {"learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
          "per_device_eval_batch_size": 2}  # fmt: skip
@@ -138,9 +136,9 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage, distribu
             function, arguments = sabotage[rank]
             function(*arguments)
         result = (
-            train_sft(rows, config, setup, settings)
+            train(rows, config, setup, settings)
             if stage == "sft"
-            else train_dpo(rows, start, config, setup, settings)
+            else train(rows, config, setup, settings, start=start)
         )
         outcome |= {"summary": result.summary, "adapter": str(result.adapter)}
         ranks.leave()

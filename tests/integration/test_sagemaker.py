@@ -32,7 +32,7 @@ from llm_engineering.recipe.stage_blocks import CPTConfig, KTOConfig, RewardConf
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.processes.job import Job
 from llm_engineering.training.processes.launch import launch_training
-from llm_engineering.training.sft import train_sft_job
+from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
 from tests.fakes.iam import actions, assert_allowed, policy
 from tests.fakes.sagemaker import BUCKET, LOG_GROUP, running_sagemaker, why_no_jobs
@@ -154,7 +154,7 @@ def test_detached_attached_interrupted_and_resumed(fake, stage, monkeypatch, cap
     assert "resuming from /opt/ml/checkpoints" in caplog.text
 
     local = stage.job.setup.model_copy(update={"compute": stage.job.setup.compute.in_job})
-    here = launch_training(train_sft_job, stage.job.model_copy(update={"setup": local}), stage.data, stage.settings)
+    here = launch_training(train_sft, stage.job.model_copy(update={"setup": local}), stage.data, stage.settings)
     # The job has one thread. More threads add numbers in another order.
     assert_close(
         load_file(result.adapter / "adapter_model.safetensors"),

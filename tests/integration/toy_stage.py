@@ -17,16 +17,16 @@ class ToyConfig(SFTConfig):
     times: float = 2.0
 
 
-def train_toy_job(job, data, settings):
+def train_toy(job, data, settings):
     """Train a job of the stage in this process."""
     from llm_engineering.training.sft import sft_trainer
     from llm_engineering.training.train import run_training
     from llm_engineering.training.training_run import prepare_run
 
-    config = ToyConfig.model_validate(job.config)
-    config = config.model_copy(update={"learning_rate": config.times * config.learning_rate})
-    run = prepare_run("toy", data, config, job.setup, settings, job.start, job.parameters, job.resume_from)
-    return run_training(run, lambda config, telemetry: sft_trainer(run, run.load_policy(), config, telemetry))
+    rate = job.config["times"] * job.config["learning_rate"]
+    job = job.model_copy(update={"config": {**job.config, "learning_rate": rate}})
+    run = prepare_run(job, ToyConfig, data, settings)
+    return run_training(run, lambda config: sft_trainer(run, run.load_policy(), config))
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def main() -> int:
     from llm_engineering.recipe import stages
 
     module = "tests.integration.toy_stage"
-    stages.STAGES["toy"] = stages.Stage("toy", "instruction", ToyConfig, (module, "train_toy_job"), "a toy")
+    stages.STAGES["toy"] = stages.Stage("toy", "instruction", ToyConfig, (module, "train_toy"), "a toy")
     from tools.cli import main as run_command
 
     return next((code for argument in sys.argv[1:] if (code := run_command(json.loads(argument)))), 0)

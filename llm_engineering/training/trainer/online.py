@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather  # type: ignore[import-untyped]
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 from trl.trainer.utils import RepeatSampler, split_tensor_dict
 
 from llm_engineering.errors import RequestError, WorkError
@@ -25,7 +25,7 @@ from llm_engineering.training.processes import ranks
 from llm_engineering.training.rewards import Completion, Reward
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.trainer.loss_watch import LossWatch
-from llm_engineering.training.trainer.reference import complete_reference, disable_dropout
+from llm_engineering.training.trainer.reference import complete_reference, disable_dropout, frozen_copy
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from llm_engineering.training.training_run import TrainingRun
 
@@ -68,17 +68,24 @@ def check_prompts(run: TrainingRun[Config]) -> None:
         )
 
 
-def online_arguments(run: TrainingRun[Config], config: OnlineConfig) -> dict[str, Any]:
-    """The arguments that trl.GRPOConfig and trl.RLOOConfig share.
+def online_trainer(
+    run: TrainingRun[Config],
+    policy: PreTrainedModel | PeftModel,
+    config: Config,
+    rewards: list[Reward],
+    trainer_class: type[OnlineTrainer],
+    arguments_class: type[TrainingArguments],
+) -> OnlineTrainer:
+    """Make TRL's trainer for tokenised prompts. The reference is `policy` as it is now.
 
     Args:
+        policy: the model to train; its adapter, if it has one, is trainable.
         config: the run's config, perhaps with smaller batches.
     """
-    arguments = training_arguments(config, run.device, run.setup, run.folder)
+    shared = training_arguments(config, run.device, run.setup, run.folder)
     # The completions of a generation step stay the same if the batches become smaller.
-    arguments.pop("steps_per_generation", None)
-    return {
-        **arguments,
+    shared.pop("steps_per_generation", None)
+    own = {
         "generation_batch_size": run.config.generation_batch(ranks.world_size()),
         "num_generations": config.num_generations,
         # One completion for each validation prompt. A batch of evaluation then needs no whole groups.
@@ -91,6 +98,16 @@ def online_arguments(run: TrainingRun[Config], config: OnlineConfig) -> dict[str
         "metric_for_best_model": "eval_reward",
         "greater_is_better": True,
     }
+    return trainer_class(
+        stage=run.stage,
+        rewards=rewards,
+        reference=frozen_copy(policy, needed=config.beta > 0),
+        model=policy,
+        args=arguments_class(**shared | own),
+        train_dataset=run.data["train"],
+        eval_dataset=run.data["validation"],
+        processing_class=run.tokenizer,
+    )
 
 
 class OnlineTrainer(ResumableTrainer):

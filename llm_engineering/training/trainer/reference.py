@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32  # type: ignore[import-untyped]
-from datasets import Dataset
+from datasets import Dataset, disable_caching, enable_caching, is_caching_enabled
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
@@ -25,6 +27,7 @@ from llm_engineering.training.losses import (
     token_log_probs,
     why_not_from_hidden_states,
 )
+from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from llm_engineering.training.training_run import TrainingRun
 
@@ -101,12 +104,27 @@ def complete_reference(policy: PreTrainedModel | PeftModel) -> None:
                 weights[f"{name.removesuffix('default')}ref"].data.copy_(weight.data)
 
 
+@contextmanager
+def uncached() -> Iterator[None]:
+    """While this is open, what is computed from a dataset is not written into its folder.
+
+    This folder is an artifact of another step, so it must not change. TRL would write log-probabilities into it.
+    """
+    caching = is_caching_enabled()
+    disable_caching()
+    try:
+        yield
+    finally:
+        if caching:
+            enable_caching()
+
+
 class ReferenceTrainer(ResumableTrainer):
     """Base class of the trainers with a reference. It must come before TRL's trainer in the list of bases.
 
-    The rows are already tokenised; TRL has no option for them.
+    The rows are already tokenised; TRL has no option for them. The reference is `model` as it is now.
 
-    Args:
+    Attributes:
         unpadded: compute log-probabilities without padding and without the logits of a whole batch.
         by_row: whether the attention of policy and reference takes `row_lengths`.
     """
@@ -114,10 +132,17 @@ class ReferenceTrainer(ResumableTrainer):
     # Set by TRL.
     beta: float
 
-    def __init__(self, *args: Any, unpadded: bool, by_row: bool, **kwargs: Any) -> None:
-        self.unpadded, self.by_row = unpadded, by_row
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, *, run: TrainingRun[Config], config: Config, model: PreTrainedModel | PeftModel, **kwargs: Any
+    ) -> None:
+        self.stage = run.stage
+        self.forwards = 0 if config.precompute_ref_log_probs else 1
+        reference = frozen_copy(model, needed=not config.precompute_ref_log_probs)
+        self.flops = TrainingFlops.of(model)
+        self.by_row, self.unpadded = savings(run, model, reference, config)
+        super().__init__(model=model, ref_model=reference, processing_class=run.tokenizer, **kwargs)
         self._choose_branch()
+        complete_reference(model)
 
     def _choose_branch(self) -> None:
         """Use the branch of TRL's code that never computes the logits of a whole batch, if `unpadded`.
@@ -169,12 +194,29 @@ class ReferenceTrainer(ResumableTrainer):
         log_probs = answer_log_probs.new_zeros(answered.shape).masked_scatter(answered, answer_log_probs)[:, 1:]
         return log_probs, torch.zeros_like(log_probs), outputs
 
-    def _count_batch(self, inputs: dict[str, Any]) -> None:
-        mask = inputs["attention_mask"]
-        computed = int(mask.sum()) if self.use_liger_kernel else mask.numel()
-        self.count(mask.sum(dim=1).tolist(), int(inputs["completion_mask"].sum()), computed)
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Compute TRL's loss, and check in the first step that the policy is still equal to the reference.
 
-    def _check_reward(self, stage: str, name: str, reward: float, tokens: float) -> None:
+        Raises:
+            WorkError: their log-probabilities differ.
+        """
+        training = model.training
+        if training:
+            mask = inputs["attention_mask"]
+            computed = int(mask.sum()) if self.use_liger_kernel else mask.numel()
+            self.count(mask.sum(dim=1).tolist(), int(inputs["completion_mask"].sum()), computed)
+        result = super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+        if self.use_liger_kernel:
+            self._metrics["train" if training else "eval"].pop("entropy", None)
+        if training and self.state.global_step == 0:
+            self._check_start(inputs)
+        return result
+
+    def _check_start(self, inputs: dict[str, Any]) -> None:
+        """Check the rewards of a batch of the first step, with `_check_reward`."""
+        raise NotImplementedError
+
+    def _check_reward(self, name: str, reward: float, tokens: float) -> None:
         """Check a reward of the first step, a mean over the rows of a batch. `tokens` is the length of an answer.
 
         Raises:
@@ -183,10 +225,10 @@ class ReferenceTrainer(ResumableTrainer):
         half = self.args.bf16 or self.args.fp16
         if abs(reward) > self.beta * tokens * (_ROUNDED if half else _SUMMED):
             raise WorkError(
-                f"{stage.upper()} starts from its reference, so the {name} of the first step must be 0, and it is {reward:.4g}: "
+                f"{self.stage.upper()} starts from its reference, so the {name} of the first step must be 0, and it is {reward:.4g}: "
                 "policy and reference are not computed alike. Use --set compute.dtype=float32 or "
-                f"--set {stage}.precompute_ref_log_probs=false; if the error stays, this model cannot be trained with "
-                f"{stage.upper()} here."
+                f"--set {self.stage}.precompute_ref_log_probs=false; if the error stays, this model cannot be trained with "
+                f"{self.stage.upper()} here."
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:

@@ -22,9 +22,7 @@ from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, instruction, write_model
+from tests.tiny_models import formatted, instruction, train, write_model
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 ASKED = [{"role": "user", "content": "What is it?"}]
@@ -227,7 +225,7 @@ def test_a_model_with_no_template_and_no_pad_token_trains_and_is_served_as_it_wa
         seed=7,
     )
     data = formatted("instruction", 8, tokenizer, tmp_path)
-    result = train_sft(data, SFTConfig(**STEPS, packing=False), setup, settings)
+    result = train(data, SFTConfig(**STEPS, packing=False), setup, settings)
 
     served = AutoTokenizer.from_pretrained(result.adapter)
     for row in map(instruction, range(8)):
@@ -244,7 +242,7 @@ def test_a_model_with_no_template_and_no_pad_token_trains_and_is_served_as_it_wa
         assert served.decode(answered[len(trained.input_ids) :]).strip() == ""
 
     pairs = formatted("preference", 8, tokenizer, tmp_path)
-    aligned = train_dpo(pairs, result.adapter, DPOConfig(**STEPS), setup, settings)
+    aligned = train(pairs, DPOConfig(**STEPS), setup, settings, start=result.adapter)
     assert AutoTokenizer.from_pretrained(aligned.adapter).chat_template == tokenizer.chat_template
 
 

@@ -201,7 +201,7 @@ def test_training_refuses_a_dataset_with_wrong_labels(base_model, cpu, settings)
     from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.stage_blocks import SFTConfig
     from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
-    from llm_engineering.training.sft import train_sft
+    from tests.tiny_models import train
 
     setup = TrainingSetup(
         model=ModelConfig(name_or_path=str(base_model)),
@@ -220,7 +220,7 @@ def test_training_refuses_a_dataset_with_wrong_labels(base_model, cpu, settings)
         save_steps=1,
     )
     with pytest.raises(WorkError, match="Row 0 .* does not end with the end-of-turn token"):
-        train_sft(splits_of(GOOD, GOOD), config, setup, settings)
+        train(splits_of(GOOD, GOOD), config, setup, settings)
 
 
 def test_a_pair_that_was_cut_is_marked_as_truncated(tokenizer, tmp_path):

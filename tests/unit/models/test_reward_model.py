@@ -20,10 +20,8 @@ from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import RewardConfig, SFTConfig
-from llm_engineering.training.reward import train_reward
 from llm_engineering.training.rewards import Completion, open_rewards
-from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, logged, training_setup, write_model
+from tests.tiny_models import formatted, logged, train, training_setup, write_model
 
 STEPS = {
     "learning_rate": 1e-2,
@@ -44,9 +42,10 @@ def trained(tmp_path_factory):
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
     rows = formatted("instruction", 8, tokenizer, folder)
-    sft = train_sft(rows, SFTConfig(**STEPS, packing=False, lora=lora), setup, settings)
+    sft = train(rows, SFTConfig(**STEPS, packing=False, lora=lora), setup, settings)
     pairs = formatted("preference", 16, tokenizer, folder)
-    return setup, settings, tokenizer, pairs, train_reward(pairs, sft.adapter, RewardConfig(**STEPS), setup, settings)
+    result = train(pairs, RewardConfig(**STEPS), setup, settings, start=sft.adapter)
+    return setup, settings, tokenizer, pairs, result
 
 
 def rows_of(pairs: DatasetDict, name: str) -> list[list[int]]:
@@ -175,9 +174,9 @@ def test_the_rows_of_new_tokens_that_sft_has_trained_come_along(tmp_path):
     rows = formatted("instruction", 4, tokenizer, tmp_path)
     new = tokenizer.convert_tokens_to_ids("<x>")
     rows = rows.map(lambda row: {name: [*row[name], new, row[name][-1]] for name in ("input_ids", "labels")})
-    sft = train_sft(rows, SFTConfig(**STEPS, packing=False), setup, settings)
-    result = train_reward(
-        formatted("preference", 4, tokenizer, tmp_path), sft.adapter, RewardConfig(**STEPS), setup, settings
+    sft = train(rows, SFTConfig(**STEPS, packing=False), setup, settings)
+    result = train(
+        formatted("preference", 4, tokenizer, tmp_path), RewardConfig(**STEPS), setup, settings, start=sft.adapter
     )
     before, after = (peft.load_peft_weights(str(trained.adapter)) for trained in (sft, result))
     (name,) = (name for name in before if "trainable_tokens" in name)

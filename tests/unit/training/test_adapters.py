@@ -19,14 +19,11 @@ from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training import train
-from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.estimate import shapes
-from llm_engineering.training.policy import new_policy
-from llm_engineering.training.sft import train_sft
+from llm_engineering.training.policy import new_policy, save_policy
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import CPU, logged, training_setup, write_model
+from tests.tiny_models import CPU, logged, train, training_setup, write_model
 from tests.unit.training.steps import during_step
 
 STEPS = REFERENCE_STEPS | {"max_steps": 3, "save_steps": 3, "eval_steps": 3}
@@ -88,14 +85,14 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def trained(monkeypatch):
     """Logits of the models as they are in memory at the end of training."""
-    logits, save = [], train.save_policy
+    logits = []
 
-    def save_policy(policy, *args):
+    def save_and_note(policy, *args):
         with torch.inference_mode():
             logits.append(policy.eval()(input_ids=IDS).logits)
-        save(policy, *args)
+        save_policy(policy, *args)
 
-    monkeypatch.setattr(train, "save_policy", save_policy)
+    monkeypatch.setattr("llm_engineering.training.train.save_policy", save_and_note)
     return logits
 
 
@@ -123,7 +120,7 @@ def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
     untrained = logits_of(base)
 
     # SFT starts at the base model, and changes it
-    sft = train_sft(rows, sft_config(**lora), setup, settings)
+    sft = train(rows, sft_config(**lora), setup, settings)
     assert not torch.allclose(trained[0], untrained, atol=1e-2)
     saved = json.loads((sft.adapter / "adapter_config.json").read_text())
     # PEFT writes the modules that it found, and all fields of a config.
@@ -139,7 +136,7 @@ def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
         )
 
     # DPO starts at the SFT model: neither answer is preferred yet
-    dpo = train_dpo(pairs, sft.adapter, DPOConfig(**STEPS), setup, settings)
+    dpo = train(pairs, DPOConfig(**STEPS), setup, settings, start=sft.adapter)
     first = next(entry for entry in dpo.summary["history"] if "loss" in entry)
     assert (first["loss"], first["rewards/margins"]) == (pytest.approx(math.log(2), abs=1e-5), 0)
 
@@ -168,12 +165,12 @@ def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
 )
 def test_a_resumed_run_ends_with_the_same_bytes(stage, lora, folders, rows, pairs, settings, monkeypatch):
     setup = training_setup(folders["tied"])
-    whole = sft = train_sft(rows, sft_config(**lora), setup, settings)
+    whole = sft = train(rows, sft_config(**lora), setup, settings)
 
     def run():
         if stage == "sft":
-            return train_sft(rows, sft_config(**lora), setup, settings)
-        return train_dpo(pairs, sft.adapter, DPOConfig(**STEPS), setup, settings)
+            return train(rows, sft_config(**lora), setup, settings)
+        return train(pairs, DPOConfig(**STEPS), setup, settings, start=sft.adapter)
 
     if stage == "dpo":
         whole = run()
@@ -193,7 +190,7 @@ def test_the_best_checkpoint_is_converted(rows, alpaca_tokenizer, folders, setti
     spoilt = {"learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_ratio": 0.9, "num_train_epochs": 3}
     spoilt |= {"packing": False, "save_steps": 1, "eval_steps": 1, "load_best": True}
     lora = LoraConfig(r=4, init_lora_weights="pissa", modules_to_save=["embed_tokens", "lm_head"])
-    result = train_sft(rows, SFTConfig(**REFERENCE_STEPS | spoilt, lora=lora), setup, settings)
+    result = train(rows, SFTConfig(**REFERENCE_STEPS | spoilt, lora=lora), setup, settings)
     assert json.loads((result.adapter / "adapter_config.json").read_text())["init_lora_weights"] is True
     losses = logged(result, "eval_loss")
     assert losses.index(min(losses)) < len(losses) - 1
@@ -205,19 +202,19 @@ def test_the_best_checkpoint_is_converted(rows, alpaca_tokenizer, folders, setti
 
 def test_trained_copies_on_a_half_precision_base_are_float32(folders, rows, pairs, settings):
     setup = training_setup(folders["tied"], CPU.model_copy(update={"dtype": "bfloat16"}))
-    sft = train_sft(rows, sft_config(modules_to_save=["embed_tokens"]), setup, settings)
+    sft = train(rows, sft_config(modules_to_save=["embed_tokens"]), setup, settings)
     weights = load_file(sft.adapter / "adapter_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     # The reference has the same weights, not their bf16 roundings. Precomputed log-probabilities are sums in bf16.
     for precompute, tolerance in ((False, 1e-6), (True, 0.02)):
-        dpo = train_dpo(pairs, sft.adapter, DPOConfig(**STEPS, precompute_ref_log_probs=precompute), setup, settings)
+        dpo = train(pairs, DPOConfig(**STEPS, precompute_ref_log_probs=precompute), setup, settings, start=sft.adapter)
         assert logged(dpo)[0] == pytest.approx(math.log(2), abs=tolerance)
 
 
 def test_precomputed_references_have_the_trained_tokens(folders, rows, pairs, settings):
     setup = training_setup(folders["tied"])
-    adapter = train_sft(rows, sft_config(trainable_token_indices=[5, 9, 40]), setup, settings).adapter
-    dpo = train_dpo(pairs, adapter, DPOConfig(**STEPS, precompute_ref_log_probs=True), setup, settings)
+    adapter = train(rows, sft_config(trainable_token_indices=[5, 9, 40]), setup, settings).adapter
+    dpo = train(pairs, DPOConfig(**STEPS, precompute_ref_log_probs=True), setup, settings, start=adapter)
     assert logged(dpo)[0] == pytest.approx(math.log(2), abs=1e-5)
 
 

@@ -28,12 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from llm_engineering.models.tokenizer import load_tokenizer, template_text
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
-from llm_engineering.training.cpt import train_cpt
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.kto import train_kto
-from llm_engineering.training.reward import train_reward
-from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, instruction, labelled, logged, pair, text, training_setup
+from tests.tiny_models import formatted, instruction, labelled, logged, pair, text, train, training_setup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,29 +192,29 @@ def our_arguments(side):
 def our_cpt(side, setup, settings):
     adapter = {"lora": ADAPTER} if side.case.method == "lora" else {}
     config = CPTConfig(**{"packing": False} | our_arguments(side), **adapter, method=side.case.method)
-    return train_cpt(our_rows("text", side, setup, settings), config, setup, settings)
+    return train(our_rows("text", side, setup, settings), config, setup, settings)
 
 
 def our_sft(side, setup, settings):
     adapter = {"lora": ADAPTER} if side.case.method == "lora" else {}
     # The default is packing, which is off in TRL.
     config = SFTConfig(**{"packing": False} | our_arguments(side), **adapter, method=side.case.method)
-    return train_sft(our_rows("instruction", side, setup, settings), config, setup, settings)
+    return train(our_rows("instruction", side, setup, settings), config, setup, settings)
 
 
 def our_dpo(side, setup, settings):
     config = DPOConfig(**our_arguments(side), beta=0.1)
-    return train_dpo(our_rows("preference", side, setup, settings), side.start, config, setup, settings)
+    return train(our_rows("preference", side, setup, settings), config, setup, settings, start=side.start)
 
 
 def our_kto(side, setup, settings):
     config = KTOConfig(**our_arguments(side), beta=0.1)
-    return train_kto(our_rows("labelled", side, setup, settings), side.start, config, setup, settings)
+    return train(our_rows("labelled", side, setup, settings), config, setup, settings, start=side.start)
 
 
 def our_reward(side, setup, settings):
     config = RewardConfig(**our_arguments(side), center_rewards_coefficient=0.01)
-    return train_reward(our_rows("preference", side, setup, settings), side.start, config, setup, settings)
+    return train(our_rows("preference", side, setup, settings), config, setup, settings, start=side.start)
 
 
 class Stage(NamedTuple):

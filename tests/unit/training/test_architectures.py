@@ -29,7 +29,6 @@ from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
-from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.losses import (
     attend_by_row,
     keeps_rows_apart,
@@ -38,9 +37,8 @@ from llm_engineering.training.losses import (
     why_not_from_hidden_states,
 )
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
-from tests.tiny_models import CPU, KINDS, WINDOW, logged, write_model
+from tests.tiny_models import CPU, KINDS, WINDOW, logged, train, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -341,7 +339,7 @@ def test_a_recipe_trains_its_architecture_and_exports_it(name, kind, folders, se
 
     # One step of SFT
     rows = splits_of(recipe, "instruction", tokenizer, tmp_path / "instruction")
-    sft = train_sft(rows, recipe.sft, recipe.setup, settings)
+    sft = train(rows, recipe.sft, recipe.setup, settings)
     # The one step has all rows, so packing and padding do not change its loss. GPT-2 trains with dropout.
     dropout = kind == "gpt2"
     assert logged(sft) == [pytest.approx(mean_loss(folders[kind], rows["train"]), rel=2e-2 if dropout else 1e-5)]
@@ -353,7 +351,7 @@ def test_a_recipe_trains_its_architecture_and_exports_it(name, kind, folders, se
 
     # One step of DPO, which starts from that model
     pairs = splits_of(recipe, "preference", tokenizer, tmp_path / "preference")
-    dpo = train_dpo(pairs, sft.adapter, recipe.dpo, recipe.setup, settings)
+    dpo = train(pairs, recipe.dpo, recipe.setup, settings, start=sft.adapter)
     assert logged(dpo) == [pytest.approx(math.log(2), abs=1e-5)]
     assert logged(dpo, "rewards/margins") == [0]
 

@@ -22,13 +22,11 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training import training_run
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.unsloth_policy import check_packable, check_packed
 from tests.conftest import ROOT
 from tests.fakes import unsloth as fake_unsloth
 from tests.renew_references import STEPS
-from tests.tiny_models import formatted
+from tests.tiny_models import formatted, train
 
 CARD = Device("cuda", torch.bfloat16, "sdpa", ["device cuda: a card"])
 
@@ -161,8 +159,8 @@ def test_both_backends_save_the_same_adapter(fake, setup, settings, tmp_path, mo
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows, pairs = (formatted(kind, 8, tokenizer, tmp_path) for kind in ("instruction", "preference"))
     config = SFTConfig(**STEPS, packing=False, gradient_checkpointing=True, lora=LoraConfig(r=4, use_rslora=True))
-    trained = train_sft(rows, config, setup, settings)
-    after = train_dpo(pairs, trained.adapter, DPOConfig(**STEPS), setup, settings)
+    trained = train(rows, config, setup, settings)
+    after = train(pairs, DPOConfig(**STEPS), setup, settings, start=trained.adapter)
 
     (_, loading), (_, adapter), (_, reloading), (_, readapter) = fake
     assert {**loading} == {
@@ -195,7 +193,7 @@ def test_both_backends_save_the_same_adapter(fake, setup, settings, tmp_path, mo
     assert keys_beyond_unsloth(tmp_path) == ["use_dora", "lora_bias"]
 
     monkeypatch.undo()
-    other = train_sft(rows, config, setup, settings)
+    other = train(rows, config, setup, settings)
     assert other.summary["device"]["backend"] == "transformers"
     saved = load_file(other.adapter / "adapter_model.safetensors")
     assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in start.items()}
@@ -207,17 +205,17 @@ def test_both_backends_save_the_same_adapter(fake, setup, settings, tmp_path, mo
 def test_adapter_that_does_not_fit_is_named(fake, setup, settings, tmp_path, monkeypatch):
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows, pairs = (formatted(kind, 4, tokenizer, tmp_path) for kind in ("instruction", "preference"))
-    trained = train_sft(rows, SFTConfig(**STEPS, packing=False), setup, settings)
+    trained = train(rows, SFTConfig(**STEPS, packing=False), setup, settings)
     config = trained.adapter / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj"]}))
     with pytest.raises(WorkError, match="does not fit the model that unsloth built"):
-        train_dpo(pairs, trained.adapter, DPOConfig(**STEPS), setup, settings)
+        train(pairs, DPOConfig(**STEPS), setup, settings, start=trained.adapter)
 
 
 def test_full_fine_tuning_asks_for_float32_weights(fake, setup, settings, tmp_path):
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows = formatted("instruction", 4, tokenizer, tmp_path)
-    train_sft(rows, SFTConfig(**STEPS, packing=False, method="full"), setup, settings)
+    train(rows, SFTConfig(**STEPS, packing=False, method="full"), setup, settings)
     ((name, loading),) = fake
     assert (name, loading["full_finetuning"], loading["float32_mixed_precision"]) == ("from_pretrained", True, True)
 
@@ -226,7 +224,7 @@ def test_packed_batches_without_lengths_end_before_training(fake, setup, setting
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows = formatted("instruction", 8, tokenizer, tmp_path)
     with pytest.raises(WorkError, match="do not have the lengths of the packed rows"):
-        train_sft(rows, SFTConfig(**STEPS, packing=True), setup, settings)
+        train(rows, SFTConfig(**STEPS, packing=True), setup, settings)
 
 
 def test_packed_lengths_must_be_those_of_the_rows():
@@ -246,7 +244,7 @@ def test_training_without_the_early_import_is_refused(setup, settings, tmp_path,
     tokenizer = load_tokenizer(setup.model, settings, "alpaca")
     rows = formatted("instruction", 4, tokenizer, tmp_path)
     with pytest.raises(WorkError, match="imported before transformers"):
-        train_sft(rows, SFTConfig(**STEPS, packing=False), setup, settings)
+        train(rows, SFTConfig(**STEPS, packing=False), setup, settings)
 
 
 def test_device_of_evaluation_is_transformers(cpu):

@@ -14,10 +14,8 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
 from llm_engineering.training import cpt
-from llm_engineering.training.cpt import embedding_parameters, train_cpt
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.sft import train_sft
-from tests.tiny_models import formatted, logged
+from llm_engineering.training.cpt import embedding_parameters
+from tests.tiny_models import formatted, logged, train
 from tests.unit.training.steps import during_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +65,7 @@ def test_rows_of_a_batch_do_not_see_each_other(packing, rows, setup, settings):
     """The first loss, of one batch with all rows, is the loss of the rows alone."""
     data = rows("text")
     config = CONFIG.model_copy(update={"packing": packing, "per_device_train_batch_size": ROWS})
-    result = train_cpt(data, config, setup, settings)
+    result = train(data, config, setup, settings)
     assert logged(result)[0] == pytest.approx(loss_of(base(setup), data["train"]), abs=1e-5)
     assert result.summary["steps"] == 1
     assert all(label != -100 for row in data["train"] for label in row["labels"])
@@ -75,17 +73,17 @@ def test_rows_of_a_batch_do_not_see_each_other(packing, rows, setup, settings):
 
 def test_sft_and_dpo_go_on_from_the_model_of_cpt(rows, setup, settings):
     config = CONFIG.model_copy(update={"num_train_epochs": 4.0})
-    first = train_cpt(rows("text"), config, setup, settings)
+    first = train(rows("text"), config, setup, settings)
     data = rows("instruction")
     # One batch has all rows, so that the first loss is that of the model before any update.
     whole = SFTConfig(**{**STEPS, "num_train_epochs": 3}, per_device_train_batch_size=ROWS, packing=False)
-    second = train_sft(data, whole, setup, settings, start=first.adapter)
+    second = train(data, whole, setup, settings, start=first.adapter)
     expected, of_base = loss_of(with_adapter(setup, first.adapter), data["train"]), loss_of(base(setup), data["train"])
     assert logged(second)[0] == pytest.approx(expected, abs=1e-5)
     assert abs(expected - of_base) > 1e-2
 
-    third = train_dpo(
-        rows("preference"), second.adapter, DPOConfig(**STEPS, per_device_train_batch_size=4), setup, settings
+    third = train(
+        rows("preference"), DPOConfig(**STEPS, per_device_train_batch_size=4), setup, settings, start=second.adapter
     )
     assert logged(third)[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
     weights = [load_file(result.adapter / "adapter_model.safetensors") for result in (first, second, third)]
@@ -97,7 +95,7 @@ def test_a_text_with_an_untrained_token_is_refused(rows, setup, settings):
     data = rows("text")
     data["train"] = data["train"].map(lambda row: {"labels": [-100, *row["labels"][1:]]})
     with pytest.raises(WorkError, match="Row 0 .* not all of its tokens are trained"):
-        train_cpt(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
 
 
 # The learning rate of the embeddings.
@@ -129,8 +127,8 @@ def optimisers(monkeypatch):
 
 def test_embeddings_have_a_learning_rate_of_their_own(rows, setup, settings, optimisers):
     data = rows("text")
-    train_cpt(data, FULL, setup, settings)
-    train_cpt(data, FULL.model_copy(update={"embedding_learning_rate": None}), setup, settings)
+    train(data, FULL, setup, settings)
+    train(data, FULL.model_copy(update={"embedding_learning_rate": None}), setup, settings)
     (groups, decays, rates), (plain_groups, _, plain_rates) = optimisers
     embeddings = ["lm_head.weight", "model.embed_tokens.weight"]
     (place,) = [number for number, names in enumerate(groups) if "lm_head.weight" in names]
@@ -153,7 +151,7 @@ def test_embeddings_have_a_learning_rate_of_their_own(rows, setup, settings, opt
 def test_embeddings_that_an_adapter_trains_whole_have_the_rate(rows, setup, settings, optimisers):
     lora = LoraConfig(r=4, modules_to_save=["embed_tokens", "lm_head"])
     config = CONFIG.model_copy(update={"lora": lora, "embedding_learning_rate": 1e-3})
-    train_cpt(rows("text"), config, setup, settings)
+    train(rows("text"), config, setup, settings)
     ((groups, _, rates),) = optimisers
     (place,) = [number for number, names in enumerate(groups) if any("lm_head" in name for name in names)]
     assert [name.partition("modules_to_save")[0] for name in groups[place]] == [
@@ -168,7 +166,7 @@ def test_the_rate_moves_the_embeddings_less(rows, setup, settings):
     data, before = rows("text"), base(setup).state_dict()
     moved = []
     for rate in (1e-3, None):
-        result = train_cpt(data, FULL.model_copy(update={"embedding_learning_rate": rate}), setup, settings)
+        result = train(data, FULL.model_copy(update={"embedding_learning_rate": rate}), setup, settings)
         after = load_file(result.adapter / "model.safetensors")
         moved.append({name: (after[name] - before[name]).abs().max().item() for name in after})
     assert moved[0]["model.embed_tokens.weight"] < 0.2 * moved[1]["model.embed_tokens.weight"]
@@ -183,12 +181,12 @@ def test_tied_embeddings_are_one_weight(tiny_model):
 
 def test_a_resumed_run_with_the_rate_ends_like_an_uninterrupted_one(rows, setup, settings, tmp_path, monkeypatch):
     data = rows("text")
-    whole = train_cpt(data, FULL, setup, settings.model_copy(update={"llm_output_dir": tmp_path / "whole"}))
+    whole = train(data, FULL, setup, settings.model_copy(update={"llm_output_dir": tmp_path / "whole"}))
     with monkeypatch.context() as patch:
         during_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
-            train_cpt(data, FULL, setup, settings)
-    resumed = train_cpt(data, FULL, setup, settings)
+            train(data, FULL, setup, settings)
+    resumed = train(data, FULL, setup, settings)
     assert resumed.summary["resumed_from"] == "checkpoint-3"
     file = "model.safetensors"
     assert (resumed.adapter / file).read_bytes() == (whole.adapter / file).read_bytes()
@@ -198,4 +196,4 @@ def test_a_resumed_run_with_the_rate_ends_like_an_uninterrupted_one(rows, setup,
 def test_a_rate_without_trained_embeddings_is_refused(rows, setup, settings):
     config = CONFIG.model_copy(update={"embedding_learning_rate": 1e-3})
     with pytest.raises(RequestError, match="no embedding of this model is trained"):
-        train_cpt(rows("text"), config, setup, settings)
+        train(rows("text"), config, setup, settings)

@@ -10,13 +10,13 @@ from torch.nn.functional import logsigmoid, softplus
 from llm_engineering.models.device import choose_device
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training.dpo import dpo_trainer, train_dpo
+from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.policy import new_policy, save_policy, trained_policy
 from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.trainer import reference as shared
 from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import CPU, formatted, logged
+from tests.tiny_models import CPU, formatted, logged, train
 
 # All validation pairs are one batch, because AOT compares the pairs of a batch.
 STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2, "per_device_eval_batch_size": 4}
@@ -181,7 +181,7 @@ def test_precomputed_references_train_the_same(dtype, start, pairs, setup, setti
     setup = setup.model_copy(update={"compute": CPU.model_copy(update={"dtype": dtype})})
     losses = []
     for precomputed in (False, True):
-        result = train_dpo(pairs, start, DPOConfig(**STEPS, precompute_ref_log_probs=precomputed), setup, settings)
+        result = train(pairs, DPOConfig(**STEPS, precompute_ref_log_probs=precomputed), setup, settings, start=start)
         losses.append([*logged(result), *logged(result, "eval_loss")])
     assert losses[1] == pytest.approx(losses[0], abs=1e-5 if dtype == "float32" else 1e-3)
     assert len(set(losses[0])) > 1

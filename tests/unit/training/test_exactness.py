@@ -12,12 +12,11 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.sft import sft_trainer, train_sft
+from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import FOLDER, STEPS, losses
-from tests.tiny_models import formatted, logged
+from tests.tiny_models import formatted, logged, train
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def test_accumulated_batches_train_like_one(rows, setup, settings):
     for batch, accumulated in ((1, 8), (8, 1)):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
         config = SFTConfig(**STEPS | sizes | {"num_train_epochs": 2}, packing=False)
-        result = train_sft(rows, config, setup, settings)
+        result = train(rows, config, setup, settings)
         histories.append(logged(result))
     assert len(histories[0]) == 4
     assert histories[0] == pytest.approx(histories[1], abs=1e-5)
@@ -45,9 +44,9 @@ def test_gradient_checkpointing_changes_neither_losses_nor_adapters(stage, rows,
         steps = STEPS | {"gradient_checkpointing": checkpointing}
         if stage == "sft":
             config = SFTConfig(**steps, packing=False, lora=LoraConfig(r=4, lora_dropout=0.2))
-            result = train_sft(rows, config, setup, settings)
+            result = train(rows, config, setup, settings)
         else:
-            result = train_dpo(pairs, None, DPOConfig(**steps), setup, settings)
+            result = train(pairs, DPOConfig(**steps), setup, settings)
         results.append((logged(result), load_file(result.adapter / "adapter_model.safetensors")))
     (losses, adapter), (same_losses, same_adapter) = results
     assert len(losses) > 1

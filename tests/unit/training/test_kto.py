@@ -13,12 +13,12 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import KTOConfig
-from llm_engineering.training.kto import balance, batched, kto_trainer, train_kto
+from llm_engineering.training.kto import balance, batched, kto_trainer
 from llm_engineering.training.policy import new_policy
 from llm_engineering.training.trainer import reference
 from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import SIZES, Kind, formatted, logged, training_setup, write_model
+from tests.tiny_models import SIZES, Kind, formatted, logged, train, training_setup, write_model
 
 STEPS = REFERENCE_STEPS | {"per_device_train_batch_size": 4}
 KTO = KTOConfig(**STEPS)
@@ -58,7 +58,7 @@ def test_rows_of_one_label_alone_are_refused(answers, setup, settings):
     good = answers["train"].filter(lambda row: row["label"])
     answers["train"] = good
     with pytest.raises(RequestError, match="has no bad answer.*label is false"):
-        train_kto(answers, None, KTO, setup, settings)
+        train(answers, KTO, setup, settings)
 
 
 def test_a_batch_of_one_row_is_refused():
@@ -100,7 +100,7 @@ def test_the_reference_is_the_model_before_kto(method, answers, alpaca_tokenizer
 
 def test_good_answers_become_likelier_than_bad_ones(answers, setup, settings, caplog):
     with caplog.at_level(logging.INFO):
-        result = train_kto(answers, None, KTO.model_copy(update={"num_train_epochs": 4}), setup, settings)
+        result = train(answers, KTO.model_copy(update={"num_train_epochs": 4}), setup, settings)
     assert logged(result, "eval_rewards/margins")[-1] > 0.05
     assert "kto: 8 good × weight 1 to 8 bad × weight 1 answers, 1.00 to 1" in caplog.text
     # The report shows the tokens of the first completions.
@@ -116,7 +116,7 @@ def test_kto_stops_if_policy_and_reference_differ_in_the_first_step(tmp_path, se
     with pytest.raises(
         WorkError, match=r"KTO starts from its reference, so the reward of the \w+ answers of the first step must"
     ):
-        train_kto(answers, None, KTO, setup, settings)
+        train(answers, KTO, setup, settings)
 
 
 def test_a_batch_halved_to_one_row_ends_the_run(answers, setup, settings, alpaca_tokenizer):

@@ -16,20 +16,18 @@ from llm_engineering.models.device import check_training, choose_device, choose_
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.policy import new_policy, trained_policy
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer.resumable import ResumableTrainer
 from tests.conftest import ROOT
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import logged
+from tests.tiny_models import logged, train
 from tests.unit.training.steps import during_step
 
 STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2}
 
 
 def trained_sft(rows, setup, settings, **changes):
-    return train_sft(rows, SFTConfig(**STEPS | changes), setup, settings)
+    return train(rows, SFTConfig(**STEPS | changes), setup, settings)
 
 
 def test_rslora_scales_by_the_root_of_r(setup, settings):
@@ -49,7 +47,7 @@ def test_dpo_starts_from_the_sft_model_of_its_method(method, rows, pairs, alpaca
     assert losses[-1] < losses[0]
     assert (sft.adapter / "config.json").is_file() == (method == "full")
 
-    dpo = train_dpo(pairs, sft.adapter, DPOConfig(**STEPS), setup, settings)
+    dpo = train(pairs, DPOConfig(**STEPS), setup, settings, start=sft.adapter)
     first = next(entry for entry in dpo.summary["history"] if "loss" in entry)
     # Policy and reference are both the SFT model, so neither answer is preferred yet.
     assert (first["loss"], first["rewards/margins"]) == (pytest.approx(math.log(2), abs=1e-5), 0)
@@ -96,9 +94,9 @@ def test_a_run_ends_with_its_best_checkpoint(stage, save_steps, rows, pairs, set
     options = STEPS | SPOILT | {"save_steps": save_steps, "eval_steps": 1}
     options |= {"load_best": True, "early_stopping_patience": 3}
     if stage == "sft":
-        result = train_sft(rows, SFTConfig(**options, packing=False), setup, settings)
+        result = train(rows, SFTConfig(**options, packing=False), setup, settings)
     else:
-        result = train_dpo(pairs, start, DPOConfig(**options), setup, settings)
+        result = train(pairs, DPOConfig(**options), setup, settings, start=start)
     losses = logged(result, "eval_loss")
     best = losses.index(min(losses))
     assert best < len(losses) - 1
@@ -122,9 +120,9 @@ def test_a_resumed_run_ends_with_the_best_checkpoint_before_the_interruption(row
     with monkeypatch.context() as patches:
         during_step(patches, 9, interrupt)
         with pytest.raises(KeyboardInterrupt):
-            train_sft(rows, SFTConfig(**options), setup, settings)
+            train(rows, SFTConfig(**options), setup, settings)
     before = len(weights)
-    result = train_sft(rows, SFTConfig(**options), setup, settings)
+    result = train(rows, SFTConfig(**options), setup, settings)
     losses = {entry["step"]: entry["eval_loss"] for entry in result.summary["history"] if "eval_loss" in entry}
     best = min(losses, key=lambda step: losses[step])
     assert result.summary["resumed_from"] == "checkpoint-8"

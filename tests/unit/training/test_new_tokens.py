@@ -26,12 +26,9 @@ from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training import train
-from llm_engineering.training.dpo import train_dpo
-from llm_engineering.training.policy import new_policy
-from llm_engineering.training.sft import train_sft
+from llm_engineering.training.policy import new_policy, save_policy
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import CPU, formatted, training_setup, write_model
+from tests.tiny_models import CPU, formatted, train, training_setup, write_model
 from tests.unit.training.steps import during_step
 
 STEPS = REFERENCE_STEPS | {"max_steps": 3, "save_steps": 3, "eval_steps": 3}
@@ -65,13 +62,13 @@ def setup_of(folder, **more):
 @pytest.fixture
 def trained(monkeypatch):
     """Logits of the models as they are in memory at the end of training."""
-    logits, save = [], train.save_policy
+    logits = []
 
-    def save_policy(policy, *args):
+    def save_and_note(policy, *args):
         logits.append(logits_of(policy))
-        save(policy, *args)
+        save_policy(policy, *args)
 
-    monkeypatch.setattr(train, "save_policy", save_policy)
+    monkeypatch.setattr("llm_engineering.training.train.save_policy", save_and_note)
     return logits
 
 
@@ -117,7 +114,7 @@ def test_new_tokens_are_trained_measured_merged_and_served(kind, folders, settin
     untrained = logits_of(base)
 
     # The adapter has the trained rows, and not the whole embeddings
-    sft = train_sft(rows, sft_config(), setup, settings)
+    sft = train(rows, sft_config(), setup, settings)
     assert not torch.allclose(trained[0], untrained, atol=1e-2)
     weights = load_file(sft.adapter / "adapter_model.safetensors")
     trained_rows = {name: weight for name, weight in weights.items() if "lora_" not in name}
@@ -127,7 +124,7 @@ def test_new_tokens_are_trained_measured_merged_and_served(kind, folders, settin
 
     # DPO trains them further
     pairs = formatted("preference", 8, tokenizer, tmp_path)
-    dpo = train_dpo(pairs, sft.adapter, DPOConfig(**STEPS), setup, settings)
+    dpo = train(pairs, DPOConfig(**STEPS), setup, settings, start=sft.adapter)
     assert next(entry for entry in dpo.summary["history"] if "loss" in entry)["rewards/margins"] == 0
 
     # The base model can be found again from the trained one, and all three answer beside each other
@@ -163,14 +160,14 @@ def test_new_tokens_are_trained_measured_merged_and_served(kind, folders, settin
 def test_a_resumed_run_ends_with_the_same_bytes(folders, settings, monkeypatch, tmp_path):
     setup = setup_of(folders["llama"])
     rows = formatted("instruction", 8, load_tokenizer(setup.model, settings, setup.chat_template), tmp_path)
-    expected = (train_sft(rows, sft_config(), setup, settings).adapter / "adapter_model.safetensors").read_bytes()
+    expected = (train(rows, sft_config(), setup, settings).adapter / "adapter_model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         during_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
-            train_sft(rows, sft_config(), setup, settings)
+            train(rows, sft_config(), setup, settings)
     (checkpoint,) = (settings.llm_output_dir / "training").glob("*/checkpoints/checkpoint-2/adapter_model.safetensors")
     assert not any(len(weight) > 200 for name, weight in load_file(checkpoint).items() if "embed" in name)
-    resumed = train_sft(rows, sft_config(), setup, settings)
+    resumed = train(rows, sft_config(), setup, settings)
     assert resumed.summary["resumed_from"] == "checkpoint-2"
     assert (resumed.adapter / "adapter_model.safetensors").read_bytes() == expected
 
@@ -179,7 +176,7 @@ def test_a_full_model_is_trained_and_merged_with_new_tokens(folders, settings, t
     setup, device = setup_of(folders["llama"]).model_copy(update={"method": "full"}), choose_device(CPU)
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     rows = formatted("instruction", 8, tokenizer, tmp_path)
-    full = train_sft(rows, SFTConfig(**STEPS, packing=False), setup, settings)
+    full = train(rows, SFTConfig(**STEPS, packing=False), setup, settings)
     models = Models(load_model(setup.model, settings, device), {"sft": full.adapter}, tokenizer, batch_size=2)
     with models.use("sft") as model:
         torch.testing.assert_close(logits_of(model), trained[0], atol=1e-4, rtol=1e-4)

@@ -20,14 +20,16 @@ from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.training.grpo import grpo_trainer, train_grpo
+from llm_engineering.training.grpo import FormattedGRPOTrainer
 from llm_engineering.training.losses import ignores_left_padding
+from llm_engineering.training.processes.job import Job
 from llm_engineering.training.rewards import open_rewards
-from llm_engineering.training.rloo import rloo_trainer, train_rloo
+from llm_engineering.training.rloo import FormattedRLOOTrainer
 from llm_engineering.training.trainer import online
+from llm_engineering.training.trainer.online import online_trainer
 from llm_engineering.training.training_run import prepare_run
 from tests.conftest import ROOT
-from tests.tiny_models import formatted, logged, question, write_model
+from tests.tiny_models import formatted, logged, question, train, write_model
 from tests.unit.training.steps import during_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +47,7 @@ OURS = {
     "rewards": [{"use": "format", "pattern": PATTERN}, {"use": "length", "target": 6, "weight": 0.5}],
 }  # fmt: skip
 BLOCKS = {"grpo": GRPOConfig, "rloo": RLOOConfig}
-TRAIN = {"grpo": train_grpo, "rloo": train_rloo}
+OURS_OF = {"grpo": (FormattedGRPOTrainer, trl.GRPOConfig), "rloo": (FormattedRLOOTrainer, trl.RLOOConfig)}
 PLAIN = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}
 ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 # Both sides generate and compute with the same calls, so values differ only by the order of sums, if at all.
@@ -94,7 +96,7 @@ def test_losses_are_those_of_plain_trl(stage, method, small_llama, setup, settin
     trainer = plain(stage, small_llama, method, tmp_path / "plain", setup.seed)
     trainer.train()
     expected = [entry for entry in trainer.state.log_history if "loss" in entry]
-    result = TRAIN[stage](prompts, None, ours(stage, method), setup.model_copy(update={"method": method}), settings)
+    result = train(prompts, ours(stage, method), setup.model_copy(update={"method": method}), settings)
 
     assert len(expected) == STEPS
     for name in (
@@ -117,16 +119,17 @@ def test_losses_are_those_of_plain_trl(stage, method, small_llama, setup, settin
 
     # A reward with the wrong sign has other losses, already in the first update.
     wrong = ours(stage, method, rewards=[{**OURS["rewards"][0], "weight": -1.0}, OURS["rewards"][1]])
-    other = TRAIN[stage](prompts, None, wrong, setup.model_copy(update={"method": method}), settings)
+    other = train(prompts, wrong, setup.model_copy(update={"method": method}), settings)
     assert logged(other, "loss") != pytest.approx(losses, rel=1e-2, abs=1e-4)
 
 
 def made_trainer(stage, data, setup, settings, start=None, method="lora", **changes):
     config = ours(stage, method, **changes)
     setup = setup.model_copy(update={"method": method})
-    run = prepare_run(stage, data, config, setup, settings, start)
-    make = {"grpo": grpo_trainer, "rloo": rloo_trainer}[stage]
-    return make(run, run.load_policy(), run.config, open_rewards(config, setup, settings))
+    job = Job(stage=stage, config=config.model_dump(), setup=setup, start=start)
+    run = prepare_run(job, BLOCKS[stage], data, settings)
+    rewards = open_rewards(config, setup, settings)
+    return online_trainer(run, run.load_policy(), run.config, rewards, *OURS_OF[stage])
 
 
 def begun(trainer):
@@ -198,7 +201,7 @@ def test_rewards_without_differences_stop_the_run(setup, settings, prompts, monk
     monkeypatch.setattr(online, "FLAT_STEPS", 2)
     config = ours("grpo", rewards=[{"use": "exact_answer"}], max_steps=20)
     with pytest.raises(WorkError) as error:
-        train_grpo(prompts, None, config, setup, settings)
+        train(prompts, config, setup, settings)
     words = str(error.value)
     assert "grpo learned nothing in its first 2 generation steps" in words
     assert "(on average exact_answer 0)" in words
@@ -216,12 +219,12 @@ def test_flat_steps_after_the_first_difference_do_not_stop_the_run(setup, settin
         real(self, rewards)
 
     monkeypatch.setattr(online.OnlineTrainer, "_check_spread", check)
-    train_grpo(prompts, None, ours("grpo"), setup, settings)
+    train(prompts, ours("grpo"), setup, settings)
     assert len(seen) > 1
 
 
 def test_the_summary_has_completions_of_the_first_and_the_last_generation_step(setup, settings, prompts):
-    result = train_rloo(prompts, None, ours("rloo"), setup, settings)
+    result = train(prompts, ours("rloo"), setup, settings)
     shown = json.loads(json.dumps(result.summary["completions"]))
     assert [shown[part][0]["step"] for part in ("first", "last")] == [1, 5]
     for row in shown["first"] + shown["last"]:
@@ -243,7 +246,7 @@ class StoppedError(Exception):
 @pytest.mark.parametrize("stage", ["grpo", "rloo"])
 def test_a_run_resumes_inside_the_use_of_its_completions(stage, setup, settings, prompts, monkeypatch):
     config = ours(stage, save_strategy="steps", save_steps=1, max_steps=7)
-    whole = TRAIN[stage](prompts, None, config, setup, settings)
+    whole = train(prompts, config, setup, settings)
 
     def stop():
         raise StoppedError
@@ -251,8 +254,8 @@ def test_a_run_resumes_inside_the_use_of_its_completions(stage, setup, settings,
     with monkeypatch.context() as context:
         during_step(context, 3, stop)
         with pytest.raises(StoppedError):
-            TRAIN[stage](prompts, None, config, setup, settings)
-    resumed = TRAIN[stage](prompts, None, config, setup, settings)
+            train(prompts, config, setup, settings)
+    resumed = train(prompts, config, setup, settings)
     # The completions of four steps are generated before the first and the fifth step.
     assert resumed.summary["resumed_from"] == "checkpoint-2"
     for name in ("loss", "reward", "kl", "grad_norm"):
@@ -329,24 +332,24 @@ def test_a_completion_must_fit_the_context(setup, settings, prompts):
     with pytest.raises(
         RequestError, match="exceeds the context of .* 2048 tokens: set grpo.max_completion_length to at"
     ):
-        train_grpo(prompts, None, ours("grpo", max_completion_length=2040), setup, settings)
+        train(prompts, ours("grpo", max_completion_length=2040), setup, settings)
 
 
 def test_a_generation_step_needs_enough_prompts(setup, settings, prompts):
     with pytest.raises(RequestError, match="takes 16 prompts, and the training split has 8"):
-        train_grpo(prompts, None, ours("grpo", steps_per_generation=8), setup, settings)
+        train(prompts, ours("grpo", steps_per_generation=8), setup, settings)
 
 
 def test_vllm_is_refused_where_it_is_missing(setup, settings, prompts):
     with pytest.raises(RequestError, match="grpo.use_vllm needs CUDA and the package vllm, and .*use_vllm=false"):
-        train_grpo(prompts, None, ours("grpo", use_vllm=True), setup, settings)
+        train(prompts, ours("grpo", use_vllm=True), setup, settings)
 
 
 def test_models_whose_positions_count_the_padding_are_refused(setup, settings, alpaca_tokenizer, tmp_path):
     model = setup.model.model_copy(update={"name_or_path": str(write_model(tmp_path / "model", "gpt2"))})
     rows = formatted("prompt", ROWS, alpaca_tokenizer, tmp_path)
     with pytest.raises(RequestError, match="grpo cannot train gpt2: TRL pads the prompts"):
-        train_grpo(rows, None, ours("grpo"), setup.model_copy(update={"model": model}), settings)
+        train(rows, ours("grpo"), setup.model_copy(update={"model": model}), settings)
 
 
 def test_rounded_rotary_positions_count_as_ignoring_the_padding():
@@ -361,5 +364,5 @@ def test_rounded_rotary_positions_count_as_ignoring_the_padding():
 def test_training_in_bfloat16(stage, method, setup, settings, prompts):
     """An adapter is in float32, and the base model in bfloat16."""
     setup = setup.model_copy(update={"compute": ComputeConfig(device="cpu", dtype="bfloat16")})
-    result = TRAIN[stage](prompts, None, ours(stage, method, max_steps=2), setup, settings)
+    result = train(prompts, ours(stage, method, max_steps=2), setup, settings)
     assert result.summary["steps"] == 2

@@ -10,10 +10,9 @@ from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import ModelConfig
-from llm_engineering.training.dpo import train_dpo
 from llm_engineering.training.losses import why_not_from_hidden_states
 from llm_engineering.training.trainer import reference
-from tests.tiny_models import CPU, SIZES, Kind, formatted, training_setup, write_model
+from tests.tiny_models import CPU, SIZES, Kind, formatted, train, training_setup, write_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +33,7 @@ def test_dpo_stops_if_policy_and_reference_differ_in_the_first_step(tmp_path, se
     pairs = formatted("preference", 8, load_tokenizer(setup.model, settings, "alpaca"), tmp_path)
     monkeypatch.setattr(reference, "disable_dropout", lambda model: None)
     with pytest.raises(WorkError, match="the reward margin of the first step must be 0, and it is"):
-        train_dpo(pairs, None, DPO, setup, settings)
+        train(pairs, DPO, setup, settings)
 
 
 def test_a_loss_of_the_models_own_needs_its_forward_pass(small_llama, settings, monkeypatch):

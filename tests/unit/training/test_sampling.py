@@ -13,11 +13,11 @@ from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training import training_run
 from llm_engineering.training.policy import new_policy
-from llm_engineering.training.sft import sft_trainer, train_sft
+from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.trainer.resumable import LengthGroupedByEpoch
 from llm_engineering.training.training_run import TrainingRun
 from tests.conftest import ROOT
-from tests.tiny_models import training_setup
+from tests.tiny_models import train, training_setup
 from tests.unit.training.steps import during_step
 
 CONFIG = SFTConfig(
@@ -63,7 +63,7 @@ def test_grouped_batches_have_every_row_and_less_padding(data, setup, settings, 
 
 def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings, monkeypatch, tmp_path):
     """The run stops in the second of three epochs. The resumed process never draws the first epoch's random numbers."""
-    whole = train_sft(data, CONFIG, setup, settings)
+    whole = train(data, CONFIG, setup, settings)
     expected = load_file(whole.adapter / "adapter_model.safetensors")
     elsewhere = settings.model_copy(update={"llm_output_dir": tmp_path / "again"})
 
@@ -73,8 +73,8 @@ def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings
     with monkeypatch.context() as patch:
         during_step(patch, 13, stop)
         with pytest.raises(RuntimeError, match="power"):
-            train_sft(data, CONFIG, setup, elsewhere)
-    resumed = train_sft(data, CONFIG, setup, elsewhere)
+            train(data, CONFIG, setup, elsewhere)
+    resumed = train(data, CONFIG, setup, elsewhere)
     assert resumed.summary["resumed_from"] == "checkpoint-12"
     actual = load_file(resumed.adapter / "adapter_model.safetensors")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

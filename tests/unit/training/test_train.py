@@ -19,10 +19,9 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training.arguments import halved
 from llm_engineering.training.processes.ranks import run_lock
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.train import rows_text
 from llm_engineering.training.trainer.checkpoints import newest_complete, publish
-from tests.tiny_models import logged, training_setup
+from tests.tiny_models import logged, train, training_setup
 from tests.unit.training.steps import during_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,7 +51,7 @@ def whole(data, setup, tmp_path_factory):
     """The result of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(Settings.model_config, "env_file", None)
-        return train_sft(data, CONFIG, setup, Settings(llm_output_dir=tmp_path_factory.mktemp("whole")))
+        return train(data, CONFIG, setup, Settings(llm_output_dir=tmp_path_factory.mktemp("whole")))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -63,11 +62,11 @@ def test_signal_saves_a_checkpoint_and_the_run_resumes(
     with monkeypatch.context() as patch:
         during_step(patch, 3, lambda: os.kill(os.getpid(), number))
         with pytest.raises(KeyboardInterrupt, match=f"{number.name} in step 3"):
-            train_sft(data, CONFIG, setup, settings)
+            train(data, CONFIG, setup, settings)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
     assert f"{number.name}: stopping after this step" in capfd.readouterr().err
     with caplog.at_level(logging.INFO):
-        result = train_sft(data, CONFIG, setup, settings)
+        result = train(data, CONFIG, setup, settings)
     assert result.summary["resumed_from"] == "checkpoint-3"
     adapter = (result.adapter / "adapter_model.safetensors").read_bytes()
     assert (whole.adapter / "adapter_model.safetensors").read_bytes() == adapter
@@ -92,13 +91,13 @@ def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, 
     with monkeypatch.context() as patch:
         during_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
-            train_sft(data, CONFIG, setup, settings)
+            train(data, CONFIG, setup, settings)
     (checkpoint,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
 
     def resume(data=data, config=CONFIG, setup=setup):
-        return train_sft(data, config, setup, settings, resume_from=copy)
+        return train(data, config, setup, settings, resume_from=copy)
 
     with pytest.raises(RequestError, match="made with another sft.learning_rate, sft.lora.r. Use"):
         resume(config=CONFIG.model_copy(update={"learning_rate": 1e-3, "lora": LoraConfig(r=4)}))
@@ -118,7 +117,7 @@ def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, 
 def test_incomplete_checkpoints_are_skipped_with_the_reason(data, setup, settings, monkeypatch, caplog):
     during_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt):
-        train_sft(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
     (complete,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
     folder = complete.parent
     identity = json.loads((complete / "identity.json").read_text())["identity"]
@@ -181,7 +180,7 @@ def test_row_with_a_nan_loss_stops_the_run_and_is_named(data, setup, settings, m
     monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
     config = CONFIG.model_copy(update={"per_device_train_batch_size": 2})
     with pytest.raises(WorkError, match=r"Training stopped in step \d+: the loss is nan.*9 \(id r9\)") as stopped:
-        train_sft(data, config, setup, settings)
+        train(data, config, setup, settings)
     assert str(stopped.value).count("(id ") == 2
 
 
@@ -189,14 +188,14 @@ def test_learning_rate_that_explodes_stops_the_run(data, setup, settings):
     # Layer norms keep the logits finite until the weights overflow. In the warm-up's first step the rate is 0.
     config = CONFIG.model_copy(update={"learning_rate": 1e30})
     with pytest.raises(WorkError, match=r"Training stopped in step 3: the loss is nan.*\(id r\d+\)") as stopped:
-        train_sft(data, config, setup, settings)
+        train(data, config, setup, settings)
     assert "lower learning_rate" in str(stopped.value)
 
 
 def test_infinite_gradient_norm_stops_the_run(data, setup, settings, monkeypatch):
     monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, model, grad_norm: torch.tensor(float("inf")))
     with pytest.raises(WorkError, match=r"step 1: the norm of the gradient is inf.*\(id r\d+\)"):
-        train_sft(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
 
 
 def test_full_disk_ends_the_run_before_a_checkpoint_is_written(data, setup, settings, monkeypatch):
@@ -204,12 +203,12 @@ def test_full_disk_ends_the_run_before_a_checkpoint_is_written(data, setup, sett
     free = iter([2**40, 2**10])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**41, 2**40, next(free)))
     with pytest.raises(WorkError, match=r"The next checkpoint needs \d+ MiB, and the disk of .* has 0 MiB free"):
-        train_sft(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
     (folder,) = settings.llm_output_dir.glob("training/*/checkpoints")
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {"checkpoint-2"}
     monkeypatch.undo()
     monkeypatch.setitem(type(settings).model_config, "env_file", None)
-    assert train_sft(data, CONFIG, setup, settings).summary["resumed_from"] == "checkpoint-2"
+    assert train(data, CONFIG, setup, settings).summary["resumed_from"] == "checkpoint-2"
 
 
 def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(whole, data, setup, settings, monkeypatch, caplog):
@@ -222,7 +221,7 @@ def test_out_of_memory_halves_the_batch_and_keeps_the_effective_one(whole, data,
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
     with caplog.at_level(logging.INFO):
-        result = train_sft(data, CONFIG, setup, settings)
+        result = train(data, CONFIG, setup, settings)
     assert "out of memory with effective batch 4 = 4 per device × 1 accumulated; trying effective batch 4 = 2 per" in (
         caplog.text
     )
@@ -238,7 +237,7 @@ def test_out_of_memory_with_one_row_is_an_error(data, setup, settings, monkeypat
 
     monkeypatch.setattr(Trainer, "training_step", training_step)
     with pytest.raises(WorkError, match="Out of memory in training, with one row at a time. Lower formatting.max_len"):
-        train_sft(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
 
 
 def test_smaller_batches_keep_the_effective_batch():
@@ -250,10 +249,10 @@ def test_smaller_batches_keep_the_effective_batch():
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(data, setup, settings):
-    folder = train_sft(data, CONFIG, setup, settings).adapter.parent
+    folder = train(data, CONFIG, setup, settings).adapter.parent
     with run_lock(folder), pytest.raises(RequestError, match="Another process trains the same run"):
-        train_sft(data, CONFIG, setup, settings)
-    train_sft(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
+    train(data, CONFIG, setup, settings)
 
 
 def test_fields_of_the_library_reach_its_trainer(data, setup, settings, monkeypatch):
@@ -279,7 +278,7 @@ def test_fields_of_the_library_reach_its_trainer(data, setup, settings, monkeypa
             "load_best_model_at_end": True,
         }
     )
-    result = train_sft(data, config, setup, settings)
+    result = train(data, config, setup, settings)
     (arguments,) = seen
     assert (arguments.warmup_steps, arguments.adam_beta2, arguments.neftune_noise_alpha) == (2, 0.9, 5)
     assert (arguments.eval_strategy, arguments.save_strategy, arguments.load_best_model_at_end) == (
@@ -295,7 +294,7 @@ def test_fields_of_the_library_reach_its_trainer(data, setup, settings, monkeypa
 @pytest.mark.parametrize(("steps", "rates"), [(1, [1e-2]), (2, [0.0, 1e-2]), (3, [0.0, 5e-3, 1e-2])])
 def test_a_warm_up_as_long_as_the_run_is_cut(steps, rates, data, setup, settings, caplog):
     config = SFTConfig.model_validate(CONFIG.model_dump() | {"max_steps": steps, "warmup_steps": 5})
-    history = train_sft(data, config, setup, settings).summary["history"]
+    history = train(data, config, setup, settings).summary["history"]
     assert [entry["learning_rate"] for entry in history if "learning_rate" in entry] == pytest.approx(rates)
     assert f"it is cut to {steps - 1}" in caplog.text
 
@@ -303,7 +302,7 @@ def test_a_warm_up_as_long_as_the_run_is_cut(steps, rates, data, setup, settings
 def test_a_run_that_changes_no_weight_fails(data, setup, settings):
     config = SFTConfig.model_validate(CONFIG.model_dump() | {"max_steps": 2, "learning_rate": 1e-60})
     with pytest.raises(WorkError, match=r"sft trained nothing: after 2 steps .* highest learning rate was 1e-60"):
-        train_sft(data, config, setup, settings)
+        train(data, config, setup, settings)
 
 
 def test_several_visible_cards_do_not_change_a_run_of_one_process(whole, data, setup, settings, monkeypatch):
@@ -314,6 +313,6 @@ def test_several_visible_cards_do_not_change_a_run_of_one_process(whole, data, s
         self._n_gpu = 2
 
     monkeypatch.setattr(TrainingArguments, "__post_init__", with_two_cards)
-    two_cards = train_sft(data, CONFIG, setup, settings)
+    two_cards = train(data, CONFIG, setup, settings)
     for name in ("loss", "grad_norm", "step"):
         assert logged(two_cards, name) == logged(whole, name)

@@ -25,12 +25,11 @@ from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig
-from llm_engineering.training.dpo import dpo_trainer, train_dpo
+from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.policy import new_policy, trained_policy
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer.checkpoints import newest_complete, remove_finished
 from llm_engineering.training.training_run import TrainingRun
-from tests.tiny_models import logged, training_setup
+from tests.tiny_models import logged, train, training_setup
 
 STEPS = {
     "learning_rate": 1e-2,
@@ -89,11 +88,11 @@ def dpo_data(tokenizer, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sft_adapter(sft_data, setup, tmp_path_factory) -> Path:
     settings = Settings(llm_output_dir=tmp_path_factory.mktemp("sft"))
-    return train_sft(sft_data, SFT, setup, settings).adapter
+    return train(sft_data, SFT, setup, settings).adapter
 
 
 def test_sft_lowers_the_loss_and_leaves_no_pickle(sft_data, setup, settings):
-    result = train_sft(sft_data, SFT.model_copy(update={"num_train_epochs": 4}), setup, settings)
+    result = train(sft_data, SFT.model_copy(update={"num_train_epochs": 4}), setup, settings)
     losses = logged(result)
     assert losses[-1] < losses[0] - 0.3
     assert {file.suffix for file in result.adapter.iterdir()} <= {".safetensors", ".json", ".jinja"}
@@ -105,9 +104,9 @@ def test_sft_lowers_the_loss_and_leaves_no_pickle(sft_data, setup, settings):
 
 def test_a_pipeline_can_store_the_model_before_the_checkpoints_are_removed(sft_data, setup, settings):
     config = SFT.model_copy(update={"max_steps": 2, "save_steps": 1})
-    whole = train_sft(sft_data, config, setup, settings, {"run_id": "one"})
+    whole = train(sft_data, config, setup, settings, parameters={"run_id": "one"})
     # The disk was full, so the same step runs again.
-    again = train_sft(sft_data, config, setup, settings, {"run_id": "two"})
+    again = train(sft_data, config, setup, settings, parameters={"run_id": "two"})
     assert again.summary["resumed_from"] == "checkpoint-2"
     assert logged(again) == logged(whole)
     remove_finished(again.adapter.parents[1])
@@ -117,7 +116,7 @@ def test_a_pipeline_can_store_the_model_before_the_checkpoints_are_removed(sft_d
 def test_only_trls_warnings_about_unpadded_rows_are_hidden(sft_data, setup, settings, caplog):
     name = "trl.trainer.sft_trainer"
     with caplog.at_level(logging.WARNING, logger=name):
-        train_sft(sft_data, SFT.model_copy(update={"max_steps": 1}), setup, settings)
+        train(sft_data, SFT.model_copy(update={"max_steps": 1}), setup, settings)
         assert [record for record in caplog.records if record.name == name] == []
         logging.getLogger(name).warning("The model may not learn to stop.")
     assert [record.getMessage() for record in caplog.records if record.name == name] == [
@@ -128,7 +127,7 @@ def test_only_trls_warnings_about_unpadded_rows_are_hidden(sft_data, setup, sett
 def test_packed_rows_do_not_see_each_other(sft_data, setup, settings):
     """The loss of the first packed step equals the loss of the same rows one by one."""
     device = choose_device(setup.compute)
-    result = train_sft(sft_data, SFT, setup, settings)
+    result = train(sft_data, SFT, setup, settings)
     first = next(entry for entry in result.summary["history"] if "loss" in entry)
     model = load_model(setup.model, settings, device).eval()
     total = tokens = 0.0
@@ -172,7 +171,7 @@ def test_reference_of_dpo_is_the_sft_model(sft_adapter, dpo_data, setup, setting
 
 def test_dpo_prefers_the_chosen_answer(sft_adapter, dpo_data, setup, settings):
     before = load_file(sft_adapter / "adapter_model.safetensors")
-    result = train_dpo(dpo_data, sft_adapter, DPO.model_copy(update={"num_train_epochs": 4}), setup, settings)
+    result = train(dpo_data, DPO.model_copy(update={"num_train_epochs": 4}), setup, settings, start=sft_adapter)
     margins = [entry["eval_rewards/margins"] for entry in result.summary["history"] if "eval_rewards/margins" in entry]
     assert margins[-1] > 0.1
     after = load_file(result.adapter / "adapter_model.safetensors")
@@ -182,16 +181,16 @@ def test_dpo_prefers_the_chosen_answer(sft_adapter, dpo_data, setup, settings):
 
 
 def test_same_recipe_and_seed_give_the_same_bytes(sft_data, setup, settings):
-    first = train_sft(sft_data, SFT, setup, settings)
+    first = train(sft_data, SFT, setup, settings)
     weights = (first.adapter / "adapter_model.safetensors").read_bytes()
     torch.rand(3)  # The random state before the run must not matter.
-    again = train_sft(sft_data, SFT, setup, settings)
+    again = train(sft_data, SFT, setup, settings)
     assert (again.adapter / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_another_learning_rate_is_another_run(sft_data, setup, settings):
-    one = train_sft(sft_data, SFT, setup, settings)
-    other = train_sft(sft_data, SFT.model_copy(update={"learning_rate": 1e-3}), setup, settings)
+    one = train(sft_data, SFT, setup, settings)
+    other = train(sft_data, SFT.model_copy(update={"learning_rate": 1e-3}), setup, settings)
     assert one.adapter.parent != other.adapter.parent
 
 
@@ -201,7 +200,7 @@ def test_a_folder_without_checkpoints_is_no_error(tmp_path):
 
 def test_comet_archive_has_metrics_and_parameters(sft_data, setup, settings):
     tracked = setup.model_copy(update={"tracking": TrackingConfig(comet="offline")})
-    result = train_sft(sft_data, SFT, tracked, settings, {"run_id": "run-1", "formatted_sft_version": "v-1"})
+    result = train(sft_data, SFT, tracked, settings, parameters={"run_id": "run-1", "formatted_sft_version": "v-1"})
     place = result.summary["comet"]
     with zipfile.ZipFile(place["archive"]) as archive:
         names = archive.namelist()
@@ -233,7 +232,7 @@ def test_comet_cannot_fail_a_run(sft_data, setup, settings, monkeypatch, caplog)
     monkeypatch.setattr(comet_ml, "start", broken)
     tracked = setup.model_copy(update={"tracking": TrackingConfig(comet="auto")})
     with caplog.at_level(logging.WARNING):
-        result = train_sft(sft_data, SFT, tracked, settings)
+        result = train(sft_data, SFT, tracked, settings)
     assert result.summary["comet"] == {}
     assert "start failed (ConnectionError: no route to Comet); training continues" in caplog.text
 

@@ -21,7 +21,7 @@ from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
 from llm_engineering.training.processes import launch, ranks
 from llm_engineering.training.processes.job import Job, read_job, write_failure
 from llm_engineering.training.processes.launch import Ended, launch_training, run_processes
-from llm_engineering.training.sft import train_sft_job
+from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
 from tests.renew_references import STEPS
 
@@ -122,7 +122,7 @@ def test_error_of_a_process_is_raised_again(job, data, settings, monkeypatch):
             return ended
 
         monkeypatch.setattr(launch, "run_processes", run_processes)
-        launch_training(train_sft_job, job, data, settings)
+        launch_training(train_sft, job, data, settings)
 
     with pytest.raises(RequestError, match="^The checkpoint is another's.$"):
         ends(Ended([-9, 2], [], None), (1, RequestError("The checkpoint is another's.")))
@@ -145,11 +145,11 @@ def test_error_of_a_process_is_raised_again(job, data, settings, monkeypatch):
 
 def test_a_job_runs_once_at_a_time(job, data, settings, monkeypatch):
     def again(command, environments):
-        launch_training(train_sft_job, job, data, settings)
+        launch_training(train_sft, job, data, settings)
 
     monkeypatch.setattr(launch, "run_processes", again)
     with pytest.raises(RequestError, match="Another process trains the same run"):
-        launch_training(train_sft_job, job, data, settings)
+        launch_training(train_sft, job, data, settings)
 
 
 def test_a_job_has_no_secrets(job, monkeypatch):
@@ -166,7 +166,7 @@ def test_a_separate_process_for_the_backend_is_the_only_one(data, job, settings,
     monkeypatch.setattr(launch, "needs_own_process", lambda compute: True)
     alone = job.setup.model_copy(update={"compute": job.setup.compute.one_process})
     with pytest.raises(WorkError):
-        launch_training(train_sft_job, job.model_copy(update={"setup": alone}), data, settings)
+        launch_training(train_sft, job.model_copy(update={"setup": alone}), data, settings)
     (environment,) = started
     assert "WORLD_SIZE" not in environment
     assert environment[ranks.LAUNCHER] == str(os.getpid())

@@ -13,10 +13,9 @@ from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.stage_blocks import SFTConfig
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.telemetry import work
 from llm_engineering.training.telemetry.live import LIVE_FILE, LiveHistory, read_live
-from tests.tiny_models import instruction, training_setup
+from tests.tiny_models import instruction, train, training_setup
 from tools.servers.watch import runs, watch_page
 
 CONFIG = SFTConfig(learning_rate=1e-2, num_train_epochs=2, gradient_accumulation_steps=1, save_steps=2, eval_steps=2,
@@ -24,7 +23,7 @@ CONFIG = SFTConfig(learning_rate=1e-2, num_train_epochs=2, gradient_accumulation
 
 
 @pytest.fixture
-def train(small_llama, settings, tmp_path):
+def trains(small_llama, settings, tmp_path):
     """Trains SFT on eight rows."""
     setup = training_setup(small_llama)
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
@@ -33,10 +32,10 @@ def train(small_llama, settings, tmp_path):
     rows = instruction_dataset([instruction(number) for number in range(10)])
     splits = {"train": rows.select(range(8)), "validation": rows.select(range(8, 10))}
     formatted, _ = format_splits(splits, "instruction", tokenizer, FormattingConfig(max_length=256), tmp_path, ledger)
-    return lambda: train_sft(DatasetDict(formatted), CONFIG, setup, settings)
+    return lambda: train(DatasetDict(formatted), CONFIG, setup, settings)
 
 
-def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(train, settings, monkeypatch):
+def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(trains, settings, monkeypatch):
     folder = settings.llm_output_dir / "training"
     assert "No run trains on this machine." in watch_page(runs(folder))
     seen, step_end = [], work.TelemetryCallback.on_step_end
@@ -54,13 +53,13 @@ def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(train, setti
 
     monkeypatch.setattr(work.TelemetryCallback, "on_step_end", on_step_end)
     with pytest.raises(KeyboardInterrupt):
-        train()
+        trains()
     # A step is logged after its end.
     assert seen == [(step, True, step - 1) for step in range(1, 6)]
 
     # The run resumes from its checkpoint: the entries after it are replaced, and no step is there twice.
     monkeypatch.setattr(work.TelemetryCallback, "on_step_end", step_end)
-    result = train()
+    result = trains()
     assert result.summary["resumed_from"] == "checkpoint-4"
     (run,) = runs(folder)
     steps = [entry["step"] for entry in run.history if "loss" in entry]

@@ -20,10 +20,10 @@ from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.telemetry import tracking
 from llm_engineering.training.telemetry.tracking import CometRun, TensorBoardRun, Trackers, WandbRun, check_trackers
 from tests.conftest import ROOT
+from tests.tiny_models import train
 
 CONFIG = SFTConfig(
     learning_rate=1e-2, num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1,
@@ -65,7 +65,7 @@ def reporting_to(setup, *names, comet="off"):
 
 
 def test_tensorboard_holds_every_number_of_the_history(data, setup, settings):
-    result = train_sft(data, CONFIG, reporting_to(setup, "tensorboard"), settings, {"run_id": "run-1"})
+    result = train(data, CONFIG, reporting_to(setup, "tensorboard"), settings, parameters={"run_id": "run-1"})
     folder = result.adapter.parent / "tensorboard"
     assert result.summary["trackers"] == {"tensorboard": {"folder": str(folder)}}
     shown = events(folder)
@@ -94,7 +94,7 @@ def test_steps_that_a_resumed_run_repeats_are_shown_once(tmp_path):
 def test_wandb_without_a_key_writes_a_folder_without_secrets(data, setup, settings, monkeypatch):
     pytest.importorskip("wandb", reason="needs wandb")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-this-must-stay-here")
-    result = train_sft(data, CONFIG, reporting_to(setup, "wandb"), settings, {"run_id": "run-1"})
+    result = train(data, CONFIG, reporting_to(setup, "wandb"), settings, parameters={"run_id": "run-1"})
     (folder,) = settings.llm_output_dir.resolve().glob("wandb/offline-run-*")
     assert result.summary["trackers"] == {"wandb": {"folder": str(folder)}}
     stored = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
@@ -145,7 +145,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(data, setup, settings, monkey
     monkeypatch.setattr(SummaryWriter, "add_scalar", broken)
     monkeypatch.setattr(wandb, "init", broken)
     with caplog.at_level(logging.WARNING):
-        result = train_sft(data, CONFIG, reporting_to(setup, "tensorboard", "wandb"), settings)
+        result = train(data, CONFIG, reporting_to(setup, "tensorboard", "wandb"), settings)
     assert math.isfinite(result.summary["train_loss"])
     assert result.summary["trackers"]["wandb"] == {}
     assert "TensorBoard: log_metrics failed (OSError: no space left); training continues" in caplog.text
@@ -172,7 +172,7 @@ def test_a_missing_package_is_reported_before_anything_runs(name, data, setup, s
     with pytest.raises(RequestError, match=rf"report_to names {name}.*pip install 'llm-engineering\[{name}\]'"):
         check_trackers(TrackingConfig(report_to=[name]))
     with pytest.raises(RequestError, match="which is not installed"):
-        train_sft(data, CONFIG, reporting_to(setup, name), settings)
+        train(data, CONFIG, reporting_to(setup, name), settings)
     assert not list(settings.llm_output_dir.rglob("checkpoint-*"))
 
 

@@ -6,9 +6,8 @@ import pytest
 from llm_engineering.errors import WorkError
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import SFTConfig
-from llm_engineering.training.sft import train_sft
 from llm_engineering.training.trainer.trial import ROWS, STOPPED, TRIAL, Place
-from tests.tiny_models import formatted, logged, training_setup
+from tests.tiny_models import formatted, logged, train, training_setup
 
 # Ten steps, with evaluations after 4, 8 and 10.
 CONFIG = SFTConfig(
@@ -53,10 +52,10 @@ def with_earlier(study, losses):
 def test_each_validation_loss_is_reported_and_the_model_is_that_of_a_run_without_a_sweep(
     data, setup, settings, study, tmp_path, monkeypatch
 ):
-    plain = train_sft(data, CONFIG, setup, settings)
+    plain = train(data, CONFIG, setup, settings)
     with_earlier(study, {400: 99.0, 800: 99.0})
     trial = begin(study, tmp_path, monkeypatch)
-    result = train_sft(data, CONFIG, setup, settings)
+    result = train(data, CONFIG, setup, settings)
     losses = logged(result, "eval_loss")
     assert losses == logged(plain, "eval_loss")
     found = study.trials[trial.number]
@@ -73,7 +72,7 @@ def test_a_trial_behind_the_median_is_stopped_and_leaves_no_checkpoint(
     with_earlier(study, {400: 99.0, 800: 0.01})
     trial = begin(study, tmp_path, monkeypatch)
     with pytest.raises(WorkError, match="sft was stopped after step 8 of 10"):
-        train_sft(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
     assert study.trials[trial.number].user_attrs[STOPPED] == 8
     assert not list(settings.llm_output_dir.glob("training/*/checkpoints"))
     assert not list(settings.llm_output_dir.glob("training/*/adapter"))
@@ -83,12 +82,12 @@ def test_a_trial_behind_the_median_is_stopped_and_leaves_no_checkpoint(
 def test_the_first_trials_are_not_stopped(prune_after, data, setup, settings, study, tmp_path, monkeypatch):
     with_earlier(study, {400: 0.01, 800: 0.01})
     begin(study, tmp_path, monkeypatch, prune_after)
-    assert len(logged(train_sft(data, CONFIG, setup, settings), "eval_loss")) == 3
+    assert len(logged(train(data, CONFIG, setup, settings), "eval_loss")) == 3
 
 
 def test_an_earlier_stage_is_no_part_of_the_trial(data, setup, settings, study, tmp_path, monkeypatch):
     trial = begin(study, tmp_path, monkeypatch, stage="dpo")
-    train_sft(data, CONFIG, setup, settings)
+    train(data, CONFIG, setup, settings)
     assert not study.trials[trial.number].intermediate_values
 
 
@@ -96,4 +95,4 @@ def test_other_validation_rows_are_refused_before_training(data, setup, settings
     begin(study, tmp_path, monkeypatch)
     study.set_user_attr(ROWS, "of another trial")
     with pytest.raises(WorkError, match="validation rows of this trial are not those of the first one"):
-        train_sft(data, CONFIG, setup, settings)
+        train(data, CONFIG, setup, settings)
