@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,8 +10,15 @@ from typing import Any
 from llm_engineering.evaluation.heldout import HeldOutRow
 from llm_engineering.evaluation.measures.exam import Exam, ExamRow
 from llm_engineering.evaluation.measures.observation import Observation, Work
-from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, Estimate, Rows
-from llm_engineering.recipe.evaluation_blocks import DOCUMENT_MEASURES, EXAM_MEASURES, PAIR_MEASURES, REWARD, is_reward
+from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, Estimate, Rows, possible
+from llm_engineering.recipe.evaluation_blocks import (
+    DOCUMENT_MEASURES,
+    EXAM_MEASURES,
+    MEASURES,
+    PAIR_MEASURES,
+    REWARD,
+    is_reward,
+)
 
 # 10,000 rows with ten measures take about a megabyte of JSON. Of more rows nothing is stored.
 MAX_ROWS = 10_000
@@ -94,7 +102,8 @@ def _pair(measure: str, first: Report, second: Report, bootstrap: Bootstrap) -> 
         if measure == REWARD and first["rewards"]["weights"] != second["rewards"]["weights"]:
             reason = OTHER_REWARDS
         if not reason:
-            difference = bootstrap.difference(values[1], values[0], TRANSFORMS.get(measure))
+            span = MEASURES[measure].span if measure in MEASURES else math.inf
+            difference = possible(bootstrap.difference(values[1], values[0], TRANSFORMS.get(measure)), -span, span)
     return found | {"difference": difference._asdict() if difference is not None else None, "reason": reason}
 
 

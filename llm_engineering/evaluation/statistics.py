@@ -253,6 +253,18 @@ def _ratio(totals: Floats, weights: Floats, axis: int = -1, transform: Transform
 TRANSFORMS: dict[str, Transform] = {"perplexity": np.exp}
 
 
+def possible(estimate: Estimate, least: float, most: float) -> Estimate:
+    """The estimate without the part of its interval that is below `least` or above `most`.
+
+    The t interval of a few clusters may reach below a loss of 0. The true value is never there, so the rest of the interval
+    contains it just as often.
+    """
+    if estimate.low is None or estimate.high is None:
+        return estimate
+    # In this order the ends of a diverged model stay NaN.
+    return estimate._replace(low=max(estimate.low, least), high=min(estimate.high, most))
+
+
 def compare(
     measure: Measure, rows: Mapping[str, Rows], newest: str, bootstrap: Bootstrap, transform: Transform | None = None
 ) -> dict[str, Any]:
@@ -272,13 +284,15 @@ def compare(
 
 
 def entry(measure: Measure, models: Mapping[str, Estimate], differences: Mapping[str, Estimate]) -> dict[str, Any]:
-    """A measure's entry in the evaluation report."""
+    """A measure's entry in the evaluation report, with the possible part of each interval."""
     return {
         "title": measure.title,
         "unit": measure.unit,
         "better": measure.better,
-        "models": {name: estimate._asdict() for name, estimate in models.items()},
-        "differences": {name: estimate._asdict() for name, estimate in differences.items()},
+        "models": {name: possible(one, measure.least, measure.most)._asdict() for name, one in models.items()},
+        "differences": {
+            name: possible(one, -measure.span, measure.span)._asdict() for name, one in differences.items()
+        },
     }
 
 

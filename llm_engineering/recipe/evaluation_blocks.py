@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -16,11 +17,21 @@ from llm_engineering.recipe.stages import STAGES, with_stages
 
 
 class Measure(NamedTuple):
-    """The title and the unit of a measure, and which direction is better; None if neither is."""
+    """The title and the unit of a measure, and which direction is better; None if neither is.
+
+    `least` and `most` are its smallest and largest possible value. A share of rows needs none: its interval is Wilson's.
+    """
 
     title: str
     unit: str
     better: Literal["lower", "higher"] | None
+    least: float = -math.inf
+    most: float = math.inf
+
+    @property
+    def span(self) -> float:
+        """The largest possible difference of two values."""
+        return self.most - self.least
 
 
 # The measures of the evaluation report, in its order.
@@ -29,24 +40,24 @@ MEASURES = {
     "exam_multi_hop": Measure("Exam: right answers that need two facts", "share of questions", "higher"),
     "exam_abstention": Measure("Exam: declined, where the documents do not say", "share of questions", "higher"),
     "exam_control": Measure("Exam: general questions", "share of questions", "higher"),
-    "heldout_loss": Measure("Held-out loss", "nats a token", "lower"),
-    "perplexity": Measure("Perplexity", "per token", "lower"),
+    "heldout_loss": Measure("Held-out loss", "nats a token", "lower", least=0),
+    "perplexity": Measure("Perplexity", "per token", "lower", least=1),
     "question_gain": Measure("Gain from the question", "nats a token", "higher"),
-    "document_loss": Measure("Loss on held-out documents", "nats a token", "lower"),
+    "document_loss": Measure("Loss on held-out documents", "nats a token", "lower", least=0),
     "preference_accuracy": Measure("Preference accuracy", "share of pairs", "higher"),
     "preference_margin": Measure("Preference margin", "nats a token", "higher"),
     "reward_accuracy": Measure("Reward accuracy", "share of pairs", "higher"),
-    "rouge_l": Measure("ROUGE-L against the reference", "F1", "higher"),
+    "rouge_l": Measure("ROUGE-L against the reference", "F1", "higher", least=0, most=1),
     "stopped": Measure("Answers that end by themselves", "share of answers", "higher"),
-    "repetition": Measure("Repeated 4-grams", "share of an answer", "lower"),
-    "length_ratio": Measure("Length against the reference", "ratio of tokens", None),
+    "repetition": Measure("Repeated 4-grams", "share of an answer", "lower", least=0, most=1),
+    "length_ratio": Measure("Length against the reference", "ratio of tokens", None, least=0),
     "empty": Measure("Empty answers", "share of answers", "lower"),
     "reward": Measure("Reward", "weighted sum", "higher"),
     "checks": Measure("Own check", "share passed", "higher"),
     "canaries": Measure("Canaries that the model gives away", "share of canaries", "lower"),
-    "judge_win_rate": Measure("Judge", "share won", "higher"),
+    "judge_win_rate": Measure("Judge", "share won", "higher", least=0, most=1),
     "human_win_rate": Measure("People, in blind comparisons", "share won", "higher"),
-    "reward_model_win_rate": Measure("Reward model", "share won", "higher"),
+    "reward_model_win_rate": Measure("Reward model", "share won", "higher", least=0, most=1),
 }
 # The share of blind comparisons that people decided for a model.
 HUMAN_MEASURE = "human_win_rate"

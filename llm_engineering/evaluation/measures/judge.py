@@ -121,7 +121,7 @@ def win_rate(
         f"{newest}-{name}": bootstrap.difference(Rows.of(won).in_clusters(documents), rows[name])
         for name, won in wins.items()
     }
-    return entry(MEASURES[measure], {name: bootstrap.estimate(found) for name, found in rows.items()}, net)
+    return entry(MEASURES[measure], {name: bootstrap.share_won(found) for name, found in rows.items()}, net)
 
 
 def _duels(

@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.coverage import ALONE, DOCUMENTS, FACTS, FREQUENT, HALF, RARE, count_covered
-from llm_engineering.evaluation.statistics import Bootstrap, Rows
+from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, Rows, compare
+from llm_engineering.recipe.evaluation_blocks import MEASURES
 from llm_engineering.reports.page import interval
 
 EXPERIMENTS = 400
@@ -199,6 +200,29 @@ def test_equal_answers_are_no_proof_that_two_models_are_equal():
     facts = np.repeat(np.arange(40), 10)
     many = Rows.of([0] * 400).in_clusters(facts)
     assert bootstrap.difference(many, many) == pytest.approx((0.0, -0.093, 0.093, 400), abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "low", "high"),
+    [
+        ("heldout_loss", [0.1, 0.9], 0, None),
+        ("document_loss", [0.1, 0.9], 0, None),
+        ("perplexity", [0.1, 0.9], 1, None),
+        ("length_ratio", [0.1, 0.9], 0, None),
+        ("rouge_l", [0.1, 0.8], 0, 1),
+        ("repetition", [0.1, 0.8], 0, 1),
+        ("question_gain", [0.1, 0.9], None, None),
+    ],
+)
+def test_intervals_end_where_no_value_is_possible(measure, values, low, high):
+    """Of two rows, the t interval reaches far beyond both values on each side."""
+    rows = {"base": Rows.of(values), "sft": Rows.of(values[::-1])}
+    found = compare(MEASURES[measure], rows, "sft", Bootstrap(500, 0.95, 7), TRANSFORMS.get(measure))
+    interval_of = found["models"]["base"]
+    assert interval_of["low"] == low or (low is None and interval_of["low"] < 0)
+    assert interval_of["high"] == high or (high is None and interval_of["high"] > 2)
+    difference = found["differences"]["sft-base"]
+    assert (difference["low"], difference["high"]) == (-1, 1) or high is None
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,9 @@ def test_a_judge_that_always_prefers_a_finds_no_winner(settings):
     duel = found["duels"]["sft-base"]
     assert duel["agreement"] == 0
     assert measure["differences"]["sft-base"] == {"value": 0.0, "low": 0.0, "high": 0.0, "n": 5}
+    # Five ties do not prove that the share is 0.5.
+    assert measure["models"]["sft"] == duel["win_rate"]
+    assert 0 < duel["win_rate"]["low"] < 0.4
 
 
 def test_the_newest_model_is_compared_with_every_other(settings):
