@@ -241,6 +241,7 @@ def _samples(
                 name: {
                     "text": found.answers[number].text,
                     "stopped": found.answers[number].stopped,
+                    "cut": found.answers[number].cut,
                     **({"reward": rewards[name][number]} if rewards else {}),
                 }
                 for name, found in observations.items()

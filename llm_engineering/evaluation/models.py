@@ -60,6 +60,11 @@ class Sample(NamedTuple):
     stopped: bool
     ids: list[int]
 
+    @property
+    def cut(self) -> int | None:
+        """The number of tokens at which the answer was cut; None if it ended by itself."""
+        return None if self.stopped else len(self.ids)
+
 
 class StoredAnswers(NamedTuple):
     """Stores answers, so that a killed evaluation continues, and no later run asks a model the same questions again.

@@ -88,6 +88,7 @@ class Comparison:
         models: the two models; in a verdict `first` and `second`.
         questions: by id, in the order in which everyone answers them.
         answers: by question and model (0 or 1).
+        cuts: for each answer the number of tokens at which it was cut; None if it ended by itself.
         verdicts: by question and reviewer, without those that were undone.
     """
 
@@ -105,10 +106,13 @@ class Comparison:
         self.seed: int = head["seed"]
         self.at: str = head["at"]
         self.answers: dict[tuple[str, int], str] = {}
+        self.cuts: dict[tuple[str, int], int | None] = {}
         self.verdicts: dict[tuple[str, str], Verdict] = {}
         for record in records:
             if record["record"] == "answer":
-                self.answers.setdefault((record["question"], record["model"]), record["text"])
+                place = (record["question"], record["model"])
+                if place not in self.answers:
+                    self.answers[place], self.cuts[place] = record["text"], record.get("cut")
                 continue
             place = (record["question"], record["reviewer"])
             self.verdicts.pop(place, None)
@@ -138,9 +142,9 @@ class Comparison:
         """Whether both models have answered a question."""
         return all((question, model) in self.answers for model in (0, 1))
 
-    def answer(self, question: str, model: int, text: str) -> None:
-        """Store the answer of a model."""
-        self._append({"record": "answer", "question": question, "model": model, "text": text})
+    def answer(self, question: str, model: int, text: str, cut: int | None = None) -> None:
+        """Store the answer of a model, and the number of tokens at which it was cut."""
+        self._append({"record": "answer", "question": question, "model": model, "text": text, "cut": cut})
 
     def judge(self, question: str, reviewer: str, choice: Choice, text: str = "") -> None:
         """Store a reviewer's verdict.

@@ -11,7 +11,7 @@ from llm_engineering.evaluation.gate import PromotionDecision
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
-from llm_engineering.reports.exam_report import exam_questions, exam_summary, question
+from llm_engineering.reports.exam_report import exam_questions, exam_summary, model_answer, question
 from llm_engineering.reports.page import (
     Verdict,
     cards,
@@ -265,11 +265,6 @@ def _answers(data: Report) -> Markup:
 
 
 def _sample(data: Report, sample: Report) -> Markup:
-    answers = [(name, _answer(sample["answers"][name])) for name in data["models"]]
+    answers = [(name, model_answer(sample["answers"][name])) for name in data["models"]]
     reference = details("Reference answer", paragraph(sample["reference"]))
     return paragraph(sample["prompt"], "question") + cards(answers, "stack") + reference
-
-
-def _answer(answer: Report) -> Markup:
-    end = "" if answer["stopped"] else "cut at evaluation.max_new_tokens"
-    return paragraph(answer["text"] or "(empty)") + paragraph(end, "small")

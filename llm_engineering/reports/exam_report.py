@@ -118,10 +118,16 @@ def _listed(exam: Report, row: Report) -> Markup:
     return details(Markup("{} {}").format(row["question"], marks), question(exam, row))
 
 
+def model_answer(answer: Report) -> Markup:
+    """The text of a model's answer, with a note if it was cut at its maximum length."""
+    note = "" if answer["cut"] is None else paragraph(f"cut at {answer['cut']} tokens", "small")
+    return paragraph(answer["text"] or "(empty)") + note
+
+
 def question(exam: Report, row: Report) -> Markup:
     """A question of the exam with the answer of each model, and on demand its right answer and its documents."""
     answers = [
-        (marked(name, row["answers"][name]["right"]), paragraph(row["answers"][name]["text"] or "(empty)"))
+        (marked(name, row["answers"][name]["right"]), model_answer(row["answers"][name]))
         for name in exam["models"]
         if name in row["answers"]
     ]

@@ -175,11 +175,22 @@ def _next(session: Comparison, reviewer: str, answering: Answering) -> dict[str,
     }
     if key is None or not session.is_answered(key):
         return shown
-    sides = [session.answers[key, model] for model in (0, 1)]
+    sides = [(session.answers[key, model], _cut(session, key, model)) for model in (0, 1)]
     left, right = reversed(sides) if session.is_swapped(key, reviewer) else sides
     prompt = session.questions[key].prompt
     turns = [prompt[0].content] if len(prompt) == 1 else [f"{turn.role}: {turn.content}" for turn in prompt]
-    return shown | {"prompt": visible("\n\n".join(turns)), "left": visible(left), "right": visible(right)}
+    return shown | {
+        "prompt": visible("\n\n".join(turns)),
+        "left": visible(left[0]),
+        "left_cut": left[1],
+        "right": visible(right[0]),
+        "right_cut": right[1],
+    }
+
+
+def _cut(session: Comparison, key: str, model: int) -> str:
+    tokens = session.cuts.get((key, model))
+    return "" if tokens is None else f"cut at {tokens} tokens"
 
 
 def _shares(session: Comparison, bootstrap: Bootstrap) -> list[tuple[str, int, Estimate]]:
@@ -219,7 +230,7 @@ def _answers(session: Comparison, key: str, names: Sequence[str]) -> dict[str, A
     return {
         "prompt": "\n\n".join(message.content for message in question.prompt),
         "reference": question.reference,
-        "answers": [session.answers.get((key, model), "") for model in (0, 1)],
+        "answers": [(session.answers.get((key, model), ""), _cut(session, key, model)) for model in (0, 1)],
         "verdicts": [
             (by, said[verdict.choice], verdict.text)
             for (asked, by), verdict in session.verdicts.items()

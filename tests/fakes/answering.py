@@ -12,20 +12,22 @@ def no_models() -> Answering:
     return answering([])
 
 
-def answering(names, judged=None, answer=lambda model, question: f"{model} says {question}") -> Answering:
+def answering(names, judged=None, answer=lambda model, question: f"{model} says {question}", cuts=None) -> Answering:
     """Models that answer at once.
 
     Args:
         names: the keys of the models, which are their names too.
         judged: the verdicts of the judge.
         answer: the answer of a model to a question.
+        cuts: the number of tokens at which each answer of a model is cut.
     """
 
     def begin(session):
         for key, question in session.questions.items():
             for side, model in enumerate(session.models):
                 if (key, side) not in session.answers:
-                    session.answer(key, side, answer(model.key, question.prompt[-1].content))
+                    text = answer(model.key, question.prompt[-1].content)
+                    session.answer(key, side, text, (cuts or {}).get(model.key))
 
     return Answering(
         models=lambda: [Model(name, name) for name in names],

@@ -127,6 +127,9 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
         press(page, 7, choices[7])
         order = list(session.questions)
         ninth = page.locator("#question").text_content()
+        # This model never ends an answer.
+        for side in ("left", "right"):
+            expect(page.locator(f"#{side}_cut")).to_have_text("cut at 8 tokens")
         server.kill()
 
         # The next server continues with the same question, and everything that was judged is still there.

@@ -126,7 +126,7 @@ class Answerer:
                 texts = [prompts[side][place] for place in left]
                 samples = models.answers(name, texts, self._recipe.evaluation.max_new_tokens) if texts else []
                 for place, sample in zip(left, samples, strict=True):
-                    session.answer(asked[place].id, side, sample.text)
+                    session.answer(asked[place].id, side, sample.text, sample.cut)
 
     def _prompts(self, asked: Sequence[Question], retrieval: bool) -> list[list[Message]]:
         """The conversation of each question, with passages of the documents before the last turn, as in the exam."""

@@ -297,7 +297,7 @@ def exam_report(exam: Exam, taken: Mapping[str, Mapping[int, Sample]], newest: s
     rows: list[dict[str, Any]] = []
     for index, row in enumerate(exam.rows):
         answers = {
-            name: {"text": found[index].text, "right": row.is_right(found[index].text)}
+            name: {"text": found[index].text, "cut": found[index].cut, "right": row.is_right(found[index].text)}
             for name, found in taken.items()
             if index in found
         }

@@ -22,7 +22,7 @@ function show(state) {
   part("better").hidden = true;
   part("undo").disabled = state.done === 0;
   part("result").hidden = !done;
-  for (const name of ["question", "left", "right"]) {
+  for (const name of ["question", "left", "left_cut", "right", "right_cut"]) {
     part(name).textContent = current === null ? "" : name === "question" ? state.prompt : state[name];
   }
   if (waiting) timer = setTimeout(load, 700);

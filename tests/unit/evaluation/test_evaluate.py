@@ -174,6 +174,8 @@ def test_the_report_has_every_measure_of_every_model(setup, settings, rows, tmp_
     assert 'src="' not in page
     # The answers are closed, and the reference of each is shown on demand. The first one is also the example of the page.
     assert page.count("<summary>Reference answer</summary>") == 3
+    # This model never ends an answer.
+    assert page.count("cut at 6 tokens") == 3 * len(report["models"])
     assert "2. " + html.escape(report["samples"][1]["prompt"]) + "</summary>" in page
 
 

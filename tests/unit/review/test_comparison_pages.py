@@ -101,6 +101,19 @@ def test_reviewers_and_the_judge_are_compared_at_the_end(pages, tmp_path):
     assert "Ada 2/2, Bo 2/2" in listed
 
 
+def test_an_answer_that_was_cut_says_so(context):
+    made = answering(["base", "3:sft"], cuts={"base": 8})
+    client = TestClient(build_app(context, PORT, made), base_url=f"http://127.0.0.1:{PORT}")
+    pages = Pages(client, context, {})
+    key = pages.start().json()["session"]
+    for _ in range(4):
+        state = pages.get(f"/{key}/next?reviewer=Ada").json()
+        cut, ended = ("left", "right") if "base" in state["left"] else ("right", "left")
+        assert (state[f"{cut}_cut"], state[f"{ended}_cut"]) == ("cut at 8 tokens", "")
+        pages.post(f"/{key}/verdict", reviewer="Ada", question=state["question"], choice="tie")
+    assert pages.get(f"/{key}/result?reviewer=Ada").text.count("cut at 8 tokens") == 4
+
+
 def test_hostile_answers_are_shown_as_text(pages):
     key = pages.start(asked="own", own=[HOSTILE]).json()["session"]
     state = pages.get(f"/{key}/next?reviewer=Ada").json()
