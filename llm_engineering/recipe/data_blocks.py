@@ -195,8 +195,8 @@ class DataConfig(Block):
     the questions of the instructions, whose answers are accepted.
 
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
-    `instructions`, `preferences` and `labelled` also take `review`, what people said in `make review`, and `feedback`, what
-    they said about served answers, or a list: `[rows.jsonl, review]`. Their rows stand beside those of the file, or else
+    `instructions` and `preferences` also take `review`, what people said in `make review`. They and `labelled` take `feedback`,
+    what people said about served answers, or a list: `[rows.jsonl, feedback]`. Their rows stand beside those of the file, or else
     beside the generated ones; labelled answers of people stand alone. In training, each of their rows counts `human_weight` times.
     `labelled` has single answers in a format of instructions, with a column `label` that says whether the answer is a good
     one; without it, the answers of pairs are good if they are chosen and bad if they are rejected.

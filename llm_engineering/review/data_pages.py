@@ -180,7 +180,8 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
             raise RequestError("The dataset has another row here now. Reload the page.")
         if not opened.takes_decisions:
             raise RequestError(
-                f"No run uses decisions on {opened.kind} rows. Correct the documents or rows that they are made of."
+                f"No run uses decisions on {opened.kind} rows. Correct the documents or rows that they are made of, or review "
+                "their file: `make review DATA=rows.jsonl` saves a corrected copy."
             )
         if card.is_made_later:
             raise RequestError("This row repeats another row in other words. Decide on that row.")

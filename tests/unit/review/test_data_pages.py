@@ -106,6 +106,7 @@ def test_every_tab_shows_what_it_names(site):
     assert "rows.jsonl:line 42" in site.get("/findings")
     clusters = site.get("/clusters")
     assert "Group 1" in clusters
+    assert "repeated_question" in clusters
     assert 'rows/40">rows.jsonl:line 41' in clusters
     assert "Where does 7 stand?" in clusters
 
