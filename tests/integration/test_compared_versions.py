@@ -1,18 +1,18 @@
-"""`models compare` with versions that differ in the recipe alone, and with one whose held-out rows are others."""
+"""`models compare` with versions that differ in the recipe alone, in the held-out rows, and in the base model."""
 
 import json
 
 import pytest
 
-from llm_engineering.evaluation.row_values import OTHER_ROWS, UNKNOWN_ROWS
+from llm_engineering.evaluation.row_values import OTHER_ROWS, OTHER_TOKENS, UNKNOWN_ROWS
 from tests.integration.conftest import make_project
 from tools.make import GIVEN
 from tools.make import command as command_of
 
 
 @pytest.fixture(scope="module")
-def versions(tiny_model, unused, tmp_path_factory):
-    """A project with three versions: the second has another learning rate, the third fewer rows."""
+def versions(tiny_model, small_llama, unused, tmp_path_factory):
+    """A project with four versions: the second has another learning rate, the third fewer rows, the fourth another base model."""
     project = make_project(tmp_path_factory.mktemp("versions"), tiny_model, unused)
     project.env["OMP_NUM_THREADS"] = "1"
     more = ("--set", "evaluation.generated_rows=4", "--set", "evaluation.sample_answers=4")
@@ -20,6 +20,8 @@ def versions(tiny_model, unused, tmp_path_factory):
     lines = project.folder / "instructions.jsonl"
     lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:40]))
     project.done.append(project.run("sft", *more))
+    other = (f"model.name_or_path={small_llama}", "formatting.chat_template=chatml", "formatting.max_length=384")
+    project.done.append(project.run("sft", *more, *(word for key in other for word in ("--set", key))))
     for run in project.done:
         assert run.code == 0, run.stderr
     return project
@@ -65,10 +67,21 @@ def test_versions_with_other_held_out_rows_are_not_compared(versions):
     assert "comparable:" in shown.stdout
 
 
+def test_versions_on_other_base_models_are_compared_by_measures_that_count_no_tokens(versions, tiny_model, small_llama):
+    """With another tokenizer an answer has another number of tokens, so a loss per token means something else."""
+    data = compared(versions, "3", "4")
+    assert ["model.name_or_path", str(tiny_model), str(small_llama)] in data["recipes"]
+    assert data["data"] == []
+    for name in ("heldout_loss", "perplexity", "question_gain", "length_ratio"):
+        assert (data["measures"][name]["difference"], data["measures"][name]["reason"]) == (None, OTHER_TOKENS)
+    assert data["measures"]["rouge_l"]["difference"] is not None
+    assert [str(folder) in fact for folder, fact in zip((tiny_model, small_llama), data["facts"].values(), strict=True)]
+
+
 def test_a_report_without_values_of_rows_says_so(versions):
     """As those of earlier versions of this project."""
     files = [json.loads(file.read_text()) for file in versions.folder.glob("stores/**/report.json")]
-    assert sum("row_values" in report for report in files) == 3
+    assert sum("row_values" in report for report in files) == 4
     for file in versions.folder.glob("stores/**/report.json"):
         report = json.loads(file.read_text())
         if report.pop("row_values", None):

@@ -39,10 +39,16 @@ print(json.dumps({**rows, "decision": decision.model_dump(mode="json"), "passage
 
 @dataclass
 class Served:
-    """A project whose server was asked and judged, and then killed. `answers` has the text of each answer by its id."""
+    """A project whose server was asked and judged, and then killed.
+
+    Attributes:
+        answers: the text of each answer by its id.
+        liked: the id of the one with a thumb up.
+    """
 
     project: Project
     answers: dict[str, str]
+    liked: str
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,12 @@ def served(tiny_model, unused, tmp_path_factory) -> Served:
             said = {"id": answer.id, "thumbs": "down", "user": "anna"}
             said["correction"] = f"The number {number} stands between {number - 1} and {number + 1}. Ask {MAIL}."
             client.post("/feedback", cast_to=object, body=said)
+        # This model never ends an answer, and a cut one is no good one: the second one ends before a character of the first.
+        cut = ask("Who likes the number 99?")
+        text = cut.choices[0].message.content
+        liked = ask("Who likes the number 99?", stop=[max(text, key=text.index)])
+        client.post("/feedback", cast_to=object, body={"id": liked.id, "thumbs": "up", "user": "ben"})
+        answers |= {one.id: one.choices[0].message.content for one in (cut, liked)}
         chunks = list(ask(f"I am {MAIL}, and my key is {KEY}. Where am I?", stream=True))
         answers[chunks[0].id] = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         # Killed while it answers.
@@ -81,7 +93,7 @@ def served(tiny_model, unused, tmp_path_factory) -> Served:
     finally:
         process.kill()
         process.communicate(timeout=60)
-    return Served(project, answers)
+    return Served(project, answers, liked.id)
 
 
 def test_every_answer_is_on_the_disk_after_a_kill_and_no_private_text(served):
@@ -117,15 +129,19 @@ def test_thumbs_become_rows_that_kto_trains_on_and_a_gate_judges(served):
     assert all(question.startswith("Where does the number ") for question in rows["heldout"])
 
     people = rows["human_labelled"]["rows"]
-    assert {row["by"] for row in people} == {"anna"}
+    assert {row["by"] for row in people} == {"anna", "ben"}
+    (liked,) = (row for row in people if row["by"] == "ben")
+    assert (liked["label"], liked["completion"][0]["content"]) == (True, served.answers[served.liked])
     assert {row["about"] for row in people} == {"version 1"}
     bad = [row["completion"][0]["content"] for row in people if not row["label"]]
     assert sorted(bad) == sorted(list(served.answers.values())[:QUESTIONS])
     prepared = {part: rows["labelled_dataset"][part] for part in ("train", "validation", "test")}
-    good = [row for part in prepared.values() for row in part if row["label"]]
+    every = [row for part in prepared.values() for row in part]
+    assert [row["label"] for row in every if row["origin"] == "human:ben"] == [True]
+    good = [row for row in every if row["label"] and row["origin"] == "human:anna"]
     assert len(good) > 0.9 * QUESTIONS
     assert all(row["completion"][0]["content"].endswith("Ask [EMAIL].") for row in good)
-    assert {row["origin"] for part in prepared.values() for row in part} == {"human:anna"}
+    assert {row["origin"] for row in every} == {"human:anna", "human:ben"}
 
     trained = {label: sum(row["label"] == label for row in prepared["train"]) for label in (True, False)}
     assert f"kto: {trained[True]} good × weight 1 to {trained[False]} bad × weight 1 answers" in run.stderr
