@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,23 @@ LIBRARIES = (
 IMPORT_TIME = "<import time>"
 
 
-def project_step(*, files: Sequence[Path] = (), **options: Any) -> Callable[[Callable[..., Any]], Any]:
+def project_step(
+    *, files: Sequence[Path] = (), in_job: bool = False, **options: Any
+) -> Callable[[Callable[..., Any]], Any]:
     """ZenML's `step`, with a cache key that covers all project code it reaches, the library versions and `files`.
 
     A step with several outputs must name a materializer for each output. With one materializer for all outputs, ZenML 0.98
     takes their order from a set. This order, and so the cache key, differs between processes.
+
+    Args:
+        in_job: whether the step uses a model. Then it is a SageMaker job with `compute.sagemaker.scope: chain`.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         version = code_version(function.__module__, function.__name__, tuple(files))
+        if in_job:
+            # By its name, so that the cache key does not cover the code that starts jobs.
+            function = import_module("steps.in_job").sent_to_job(function)
         return step(environment={"CODE_VERSION": version}, **options)(function)
 
     return decorate

@@ -92,7 +92,7 @@ def read_documents(documents: DocumentsConfig, content_hash: str) -> Annotated[D
     return DatasetDict(documents=rows, sources=sources, **ledger.datasets())
 
 
-@project_step(output_materializers=HFDatasetMaterializer, files=PROMPT_FILES)
+@project_step(output_materializers=HFDatasetMaterializer, files=PROMPT_FILES, in_job=True)
 def generate_instructions(
     documents: DatasetDict,
     config: DocumentsConfig,
@@ -138,7 +138,7 @@ def generate_instructions(
     return DatasetDict(rows=instruction_dataset(rows), sources=sources, **ledger.datasets())
 
 
-@project_step(output_materializers=HFDatasetMaterializer)
+@project_step(output_materializers=HFDatasetMaterializer, in_job=True)
 def generate_preferences(
     dataset: DatasetDict,
     documents: DatasetDict | None,

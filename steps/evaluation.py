@@ -50,7 +50,7 @@ def _with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-@project_step(output_materializers=DirectoryMaterializer, files=[PROMPT_FILE])
+@project_step(output_materializers=DirectoryMaterializer, files=[PROMPT_FILE], in_job=True)
 @_with_adapters
 def evaluate(
     chain: list[str],

@@ -8,6 +8,9 @@ from zenml import get_step_context, log_metadata
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.recipe.loading import recipe_hash
 
+# The facts of a step that runs in a job, by artifact; the run logs them later. None in a run.
+collected: dict[str, dict[str, Any]] | None = None
+
 
 def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
     """Log the numbers of read, kept and quarantined rows of a stage, and further facts, on an output artifact."""
@@ -22,7 +25,10 @@ def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
 
 def log_artifact(artifact: str, **facts: Any) -> None:
     """Log facts on an output artifact of the running step."""
-    log_metadata(metadata=facts, artifact_name=artifact, infer_artifact=True)
+    if collected is not None:
+        collected[artifact] = facts
+    else:
+        log_metadata(metadata=facts, artifact_name=artifact, infer_artifact=True)
 
 
 def page_facts(base_model: str) -> dict[str, str]:

@@ -127,6 +127,14 @@ class HashedPydanticMaterializer(HashedMaterializer, PydanticMaterializer):
     """ZenML's materializer for pydantic models, with hashes."""
 
 
+def save_dataset(dataset: Dataset | DatasetDict, folder: str) -> None:
+    """Write a dataset to a folder; an empty split gets one file."""
+    shards: Any = (
+        {name: None if len(part) else 1 for name, part in dataset.items()} if isinstance(dataset, DatasetDict) else 1
+    )
+    dataset.save_to_disk(folder, num_shards=shards)
+
+
 class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
     """ZenML's materializer for datasets, with hashes, in constant memory, and for empty datasets too.
 
@@ -138,11 +146,8 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
 
     def save(self, ds: Dataset | DatasetDict) -> None:
         """Write the dataset; an empty split gets one file."""
-        shards: Any = (
-            {name: None if len(part) else 1 for name, part in ds.items()} if isinstance(ds, DatasetDict) else 1
-        )
         with self.get_temporary_directory(delete_at_exit=True) as folder:
-            ds.save_to_disk(folder, num_shards=shards)
+            save_dataset(ds, folder)
             for state in Path(folder).rglob("state.json"):
                 _fingerprint_by_contents(state)
             io_utils.copy_dir(folder, self._files)

@@ -29,7 +29,7 @@ from steps.materializers import Directory, DirectoryMaterializer
 _SET_ASIDE = "set_aside.jsonl"
 
 
-@project_step(output_materializers=DirectoryMaterializer, files=PROMPT_FILES)
+@project_step(output_materializers=DirectoryMaterializer, files=PROMPT_FILES, in_job=True)
 def write_exam(
     candidates: DatasetDict,
     documents: DatasetDict,

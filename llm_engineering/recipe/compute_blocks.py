@@ -18,7 +18,10 @@ class VpcConfig(Block):
 
 
 class SageMakerConfig(Block):
-    """The machines and the storage of a SageMaker training job. Times are in seconds.
+    """The machines and the storage of a SageMaker job. Times are in seconds.
+
+    With `scope: training` each training stage is a job. With `chain` generation by the local model, the exam and the
+    evaluation are jobs too, on one machine each.
 
     `role`, `bucket` and `image` belong to an account rather than to a recipe. If they are None, the settings
     `SAGEMAKER_ROLE`, `SAGEMAKER_BUCKET` and `SAGEMAKER_IMAGE` apply. `fallback_instance_types` are tried in order if the
@@ -31,6 +34,7 @@ class SageMakerConfig(Block):
     reaches no network, and `encrypt_traffic` encrypts the traffic between several machines.
     """
 
+    scope: Literal["training", "chain"] = "training"
     instance_type: str = Field(pattern=r"^ml\.[a-z0-9-]+\.[a-z0-9]+$")
     fallback_instance_types: list[str] = Field(default_factory=list)
     instance_count: int = Field(1, ge=1)
@@ -89,7 +93,7 @@ class ComputeConfig(Block):
 
     With `target: sagemaker` each training stage is a SageMaker job on the machines of the block `sagemaker`. The other
     keys then describe those machines, and `num_processes` counts the processes of all of them. Everything except
-    training runs on this machine.
+    training runs on this machine, unless `sagemaker.scope` is `chain`.
 
     `backend: auto` is unsloth if CUDA and the package are available and unsloth supports the recipe, else transformers.
     """

@@ -196,6 +196,24 @@ def test_an_isolated_job_needs_no_network(fake, small_llama, monkeypatch):
     the_one(hub, "but the job downloads owner/model from the Hugging Face Hub", "set model.name_or_path to its folder")
 
 
+def test_the_jobs_of_the_whole_chain_need_an_image_with_the_steps(fake, small_llama, monkeypatch):
+    chain = ["compute.sagemaker.scope=chain"]
+    the_one(make_recipe(small_llama, *chain), "scope chain is not set", "set SAGEMAKER_RETRAIN_IMAGE in .env")
+    monkeypatch.setenv("SAGEMAKER_RETRAIN_IMAGE", IMAGE.replace(":training", ":retrain"))
+    the_one(make_recipe(small_llama, *chain), "has no image", "`make image` pushes it")
+    monkeypatch.setenv("SAGEMAKER_RETRAIN_IMAGE", IMAGE)
+    assert found(make_recipe(small_llama, *chain)) == []
+    judge = "evaluation.judge={client: openai, model: m, base_url: 'http://localhost:8000/v1'}"
+    the_one(
+        make_recipe(small_llama, *chain, judge),
+        "base_url http://localhost:8000/v1 is on this machine",
+        "a job can reach",
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", "planted")
+    remote = judge.replace("http://localhost:8000", "https://example.org")
+    the_one(make_recipe(small_llama, *chain, remote), "The job needs OPENAI_API_KEY", "create-secret")
+
+
 def test_a_quota_that_is_listed_among_the_defaults_only(fake, small_llama):
     recipe = make_recipe(small_llama, "compute.sagemaker.fallback_instance_types=[]")
     name = "ml.g5.2xlarge for spot training job usage"

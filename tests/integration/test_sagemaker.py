@@ -35,7 +35,7 @@ from llm_engineering.training.processes.launch import launch_training
 from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
 from tests.fakes.iam import actions, assert_allowed, policy
-from tests.fakes.sagemaker import BUCKET, LOG_GROUP, running_sagemaker, why_no_jobs
+from tests.fakes.sagemaker import BUCKET, IMAGE, LOG_GROUP, running_sagemaker, why_no_jobs
 from tests.tiny_models import formatted, write_model
 
 pytestmark = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
@@ -492,6 +492,73 @@ def test_the_whole_chain_trains_in_jobs(fake, cloud_project):
         assert job.arn.encode() in database.read_bytes()
     assert [path for path in written if planted in path.read_bytes()] == []
     assert PLANTED not in run.stderr + run.stdout
+
+
+FACTS = """
+import json
+from tools.cli import prepare_zenml
+prepare_zenml()
+from zenml.client import Client
+for name in ("preference_candidates", "evaluation_report"):
+    print(json.dumps(dict(Client().get_artifact_version(name).run_metadata), default=str))
+"""
+
+
+def test_the_whole_chain_runs_in_jobs(fake, cloud_project):
+    """Generation, SFT, DPO and the evaluation with the exam are jobs, and their artifacts are in the one run here.
+
+    The job that generates loses its spot machine and starts again.
+    """
+    cloud_project.env["SAGEMAKER_RETRAIN_IMAGE"] = IMAGE
+    folder = cloud_project.folder
+    question = {
+        "id": "n1",
+        "question": "Which number follows 7?",
+        "answers": ["8"],
+        "facts": ["7"],
+        "documents": ["n.md"],
+    }
+    (folder / "exam.jsonl").write_text(json.dumps(question))
+    options = [
+        "compute.sagemaker.scope=chain",
+        f"exam={{path: {folder / 'exam.jsonl'}, control: null, max_new_tokens: 4, retrieval_passages: 0}}",
+    ]
+    chain = [word for option in options for word in ("--set", option)]
+
+    def generates() -> bool:
+        jobs = [job for name, job in fake.jobs.items() if "generate-preferences" in name]
+        return any(state["Status"] == "Training" for job in jobs for state in job.transitions)
+
+    taken = when(generates, lambda: fake.interrupt("generate-preferences", graceful=False))
+    run = cloud_project.run("retrain", *chain)
+    assert run.code == 0, run.stderr
+    taken.join()
+    jobs = {re.search(r"-([a-z-]+)-[0-9a-f]{12}-0001$", name)[1]: job for name, job in fake.jobs.items()}
+    assert sorted(jobs) == ["dpo", "evaluate", "generate-preferences", "sft"]
+    assert {job.status for job in jobs.values()} == {"Completed"}
+    assert [state["Status"] for state in jobs["generate-preferences"].transitions].count("Training") == 2
+    metrics = run.json["metrics"]
+    assert metrics["heldout_loss_sft"] < metrics["heldout_loss_base"]
+    assert {"exam_accuracy_base", "exam_accuracy_dpo", "preference_accuracy_dpo"} <= metrics.keys()
+    billed = [job.described()["BillableTimeInSeconds"] for job in jobs.values()]
+    assert metrics["sagemaker_cost_usd"] == pytest.approx(sum(billed) / 3600, abs=2e-4)
+    kinds = {"preference_candidates", "sft_adapter", "dpo_adapter", "evaluation_report", "promotion_decision"}
+    assert kinds <= run.json["artifacts"].keys()
+    script = folder / "facts.py"
+    script.write_text(FACTS)
+    shown = cloud_project.script(str(script)).stdout.splitlines()
+    preferences, evaluation = map(json.loads, shown[-2:])
+    assert (preferences["read"], preferences["rows"]) == (60, 40)
+    assert "/opt/ml" not in preferences["generated_by"]
+    assert evaluation["exam_accuracy_dpo"] == metrics["exam_accuracy_dpo"]
+
+    # Everything comes from the cache.
+    again = cloud_project.run("retrain", *chain)
+    assert again.code == 0, again.stderr
+    assert len(fake.jobs) == 4
+    launcher, role = policy("launcher"), policy("job")
+    assert_allowed(fake.requests, "launcher", launcher)
+    assert_allowed(fake.requests, "job", role)
 
 
 def test_after_a_kill_the_same_command_follows_its_job_and_ctrl_c_stops_it(fake, cloud_project):

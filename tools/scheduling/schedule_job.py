@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import problems
-from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, tried, with_policies
+from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, is_loopback, tried, with_policies
 from llm_engineering.cloud.sagemaker.request import INPUTS, machines, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, upload_code
 from llm_engineering.cloud.sagemaker.trust import put_policy, trust_problems
@@ -27,7 +27,7 @@ from llm_engineering.cloud.schedules import local_schedules
 from llm_engineering.cloud.schedules.alerts import PREFIX, topic_problems
 from llm_engineering.cloud.schedules.cron import Timing
 from llm_engineering.cloud.schedules.eventbridge import EXECUTION
-from llm_engineering.cloud.schedules.job_recipe import RECIPE_CHANNEL, RECIPE_FILE, JobRecipe, is_loopback, job_recipe
+from llm_engineering.cloud.schedules.job_recipe import RECIPE_CHANNEL, RECIPE_FILE, JobRecipe, job_recipe
 from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
 from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, job_prefix
 from llm_engineering.errors import RequestError

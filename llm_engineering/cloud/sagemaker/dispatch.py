@@ -1,4 +1,7 @@
-"""Runs a training stage as a SageMaker job: starts or resumes it, follows it, downloads its results, logs its cost."""
+"""Runs work as a SageMaker job: starts or resumes it, follows it, downloads its results, logs its cost.
+
+The work is a training stage here, or another step of the chain (`step_dispatch`).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import json
 import logging
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from botocore.exceptions import ClientError
 from datasets import DatasetDict
@@ -41,10 +45,24 @@ logger = logging.getLogger(__name__)
 ATTACH = "LLM_ATTACH_JOB"
 
 
+Result = TypeVar("Result")
+
+
 def dispatch_training(
     job: Job, data: DatasetDict, settings: Settings, recipe: str, record: Callable[[dict[str, Any]], None]
 ) -> TrainingResult:
     """Train a stage as a SageMaker job; `launch_training` does the same on this machine.
+
+    Args:
+        job: the work of the stage. Its own `data` is not used. The machines are in `setup.compute.sagemaker`.
+        recipe: the recipe's name; the job's name begins with it.
+        record: see `run_job`, which also says what is raised.
+    """
+    return run_job(_Stage(job, data, settings, recipe), record)
+
+
+def run_job(work: Work[Result], record: Callable[[dict[str, Any]], None]) -> Result:
+    """Do a work as a job; returns its result.
 
     If there is an earlier job with the same identity, its state decides what happens:
     - The job still runs: this function follows it.
@@ -52,9 +70,7 @@ def dispatch_training(
     - The job failed or was stopped: a new job resumes from its checkpoints.
 
     Args:
-        job: the work of the stage. Its own `data` is not used. The machines are in `setup.compute.sagemaker`.
-        recipe: the recipe's name; the job's name begins with it.
-        record: called with the job's facts (see `_Stage.facts`) when this function begins to follow the job, and again
+        record: called with the job's facts (see `Work.facts`) when this function begins to follow the job, and again
             when the job has ended.
 
     Raises:
@@ -63,35 +79,34 @@ def dispatch_training(
             end of the log.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the job was stopped, or keeps running.
     """
-    stage = _Stage(job, data, settings, recipe)
     with translated("SageMaker's jobs cannot be looked up"):
-        current = stage.attached() or stage.unfinished()
+        current = work.attached() or work.unfinished()
     is_found = current is not None
     if current is None:
-        with translated(f"The inputs of {job.stage} cannot be uploaded"):
-            stage.upload()
+        with translated(f"The inputs of {work.name} cannot be uploaded"):
+            work.upload()
     with Signals() as signals:
         if current is None:
-            with translated(f"A job for {job.stage} cannot be started"):
-                current = stage.start(machines(stage.config))
+            with translated(f"A job for {work.name} cannot be started"):
+                current = work.start(machines(work.config))
         while True:
-            record(stage.facts(current))
+            record(work.facts(current))
             name, tried = current["TrainingJobName"], Machine.of(current)
-            remaining, has_waited = machines_after(stage.config, tried), False
-            log = JobLog(stage.account.client("logs"), name, from_end=is_found)
+            remaining, has_waited = machines_after(work.config, tried), False
+            log = JobLog(work.account.client("logs"), name, from_end=is_found)
             with translated(f"Job {name} keeps running, but cannot be followed"):
-                current = follow(stage.client, log, name, signals, stage.config.max_pending_s if remaining else None)
+                current = follow(work.client, log, name, signals, work.config.max_pending_s if remaining else None)
                 if jobs.is_running(current):
                     logger.warning(
                         "Job %s has waited for %s for more than %d s (compute.sagemaker.max_pending_s): stopping it",
                         name,
                         tried,
-                        stage.config.max_pending_s,
+                        work.config.max_pending_s,
                     )
-                    jobs.stop(stage.client, name)
-                    current = follow(stage.client, log, name, signals)
+                    jobs.stop(work.client, name)
+                    current = follow(work.client, log, name, signals)
                     has_waited = current["TrainingJobStatus"] == "Stopped"
-            record(stage.facts(current))
+            record(work.facts(current))
             if current["TrainingJobStatus"] == "Completed":
                 break
             if not remaining or not (has_waited or is_capacity(current)):
@@ -99,36 +114,39 @@ def dispatch_training(
             if signals.received is not None:
                 raise KeyboardInterrupt("no job was started on the next instance type")
             logger.warning("No capacity of %s: trying %s", tried, remaining[0])
-            with translated(f"A job for {job.stage} cannot be started"):
-                stage.former, is_found = current, False
-                current = stage.start(remaining)
-    logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current, stage.price(current)))
+            with translated(f"A job for {work.name} cannot be started"):
+                work.former, is_found = current, False
+                current = work.start(remaining)
+    logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current, work.price(current)))
     with translated(f"The results of job {current['TrainingJobName']} cannot be downloaded"):
-        return stage.fetch(current)
+        return work.fetch(current)
 
 
-class _Stage:
-    """A training stage and its jobs.
+class Work(ABC, Generic[Result]):
+    """A part of the chain and its jobs.
 
     Attributes:
+        name: letters, digits and hyphens.
+        identity: everything that decides the result, see `jobs.job_identity`.
+        environment: variables of the job.
         former: DescribeTrainingJob's answer for the newest job of the same identity; None if there is no such job.
     """
 
-    def __init__(self, job: Job, data: DatasetDict, settings: Settings, recipe: str) -> None:
-        config = job.setup.compute.sagemaker
-        assert config is not None
-        self.config: SageMakerConfig = config
-        self.job, self.data, self.settings, self.recipe = job, data, settings, recipe
+    environment: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self, name: str, identity: dict[str, Any], config: SageMakerConfig, settings: Settings, recipe: str
+    ) -> None:
+        self.name, self.identity, self.config, self.settings, self.recipe = name, identity, config, settings, recipe
         self.account = Account.resolve(self.config, settings)
         self.client = self.account.client("sagemaker")
-        self.identity = jobs.job_identity(job, data)
-        self.names = jobs.JobNames.of(recipe, job.stage, self.identity)
+        self.names = jobs.JobNames.of(recipe, name, self.identity)
         self.former: dict[str, Any] | None = None
         self._channels: dict[str, str] = {}
         self._prices: dict[str, Price | None] = {}
 
     def attached(self) -> dict[str, Any] | None:
-        """The job that --attach names, if it belongs to this stage.
+        """The job that --attach names, if it belongs to this work.
 
         Raises:
             RequestError: the job has another identity, or ended without a result.
@@ -137,7 +155,7 @@ class _Stage:
         if name is None:
             return None
         description = jobs.describe(self.client, name)
-        if jobs.tags_of(self.client, description).get(jobs.STAGE) != self.job.stage:
+        if jobs.tags_of(self.client, description).get(jobs.STAGE) != self.name:
             return None
         del os.environ[ATTACH]
         different = differences(self._identity_of(description), json.loads(json.dumps(self.identity)))
@@ -200,14 +218,14 @@ class _Stage:
             )
         number = 1 if self.former is None else self.names.number(self.former["TrainingJobName"]) + 1
         name = self.names.name(number)
-        channels = {**self.upload(), "job": self._upload_job(name)}
-        tags = {jobs.STAGE: self.job.stage, jobs.IDENTITY: self.names.digest, jobs.RECIPE: self.recipe}
+        channels = {**self.upload(), "job": self.upload_job(name)}
+        tags = {jobs.STAGE: self.name, jobs.IDENTITY: self.names.digest, jobs.RECIPE: self.recipe}
         requests = {
             machine: training_job_request(
                 name,
-                self._command(),
+                self.command(),
                 channels,
-                {},
+                self.environment,
                 self._checkpoints(name),
                 self.account.uri("results"),
                 self.config.model_copy(update={"instance_type": machine.instance_type, "use_spot": machine.spot}),
@@ -222,13 +240,6 @@ class _Stage:
         logger.info("Job %s %s %d x %s%s", name, started, self.config.instance_count, kind, " (spot)" if spot else "")
         return description
 
-    def _command(self) -> list[str]:
-        """The command of local training, with the job's file. If there are several processes, torchrun starts them."""
-        count = self.job.setup.compute.num_processes
-        torchrun = ["torch.distributed.run", "--nproc-per-node", str(count // self.config.instance_count), "-m"]
-        training = ["llm_engineering.training", "--job", f"{INPUTS}/job/job.json", "--output", RESULTS]
-        return ["python", "-m", *(torchrun if count > 1 else []), *training]
-
     def _checkpoints(self, name: str) -> str:
         """The address of the job's checkpoints. If the former job did not complete, the new job shares its checkpoints."""
         former = self.former
@@ -240,6 +251,70 @@ class _Stage:
                 "The checkpoints of the former job are in another bucket, %s: training starts from the beginning", uri
             )
         return self.account.uri("checkpoints", name)
+
+    def price(self, description: dict[str, Any]) -> Price | None:
+        """The price of a job's machine; None if it is not known, or paid with a training plan."""
+        kind = description["ResourceConfig"]["InstanceType"]
+        if kind not in self._prices and self.config.training_plan_arn is None:
+            self._prices[kind] = price_of(kind, self.account, self.settings)
+        return self._prices.get(kind)
+
+    def facts(self, description: dict[str, Any]) -> dict[str, Any]:
+        """Name, status and machines of a job, and its seconds and cost when it has ended; keys begin with `sagemaker_`."""
+        resources = description["ResourceConfig"]
+        facts = {
+            "name": description["TrainingJobName"],
+            "arn": description["TrainingJobArn"],
+            "status": description["TrainingJobStatus"],
+            "instance_type": resources["InstanceType"],
+            "instance_count": resources["InstanceCount"],
+            "spot": bool(description.get("EnableManagedSpotTraining")),
+        }
+        if not jobs.is_running(description):
+            facts |= cost_facts(description, self.price(description))
+        return {f"sagemaker_{name}": value for name, value in facts.items()}
+
+    def downloaded(self, description: dict[str, Any]) -> None:
+        """Mark a job whose results were downloaded."""
+        when = {"Key": jobs.FETCHED, "Value": datetime.now(UTC).isoformat(timespec="seconds")}
+        try:
+            self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
+        except ClientError as error:
+            # Without the mark, the same work downloads these results once more instead of starting a new job.
+            logger.warning("Job %s cannot be marked as fetched: %s", description["TrainingJobName"], error)
+
+    @abstractmethod
+    def command(self) -> list[str]:
+        """The command that the job runs."""
+
+    @abstractmethod
+    def upload(self) -> dict[str, str]:
+        """Upload code and inputs once for all jobs of the work; returns the addresses by channel."""
+
+    @abstractmethod
+    def upload_job(self, name: str) -> str:
+        """Upload what belongs to the job of this name, with `identity.json`; returns the address."""
+
+    @abstractmethod
+    def fetch(self, description: dict[str, Any]) -> Result:
+        """Download the results of a completed job, and mark the job."""
+
+
+class _Stage(Work[TrainingResult]):
+    """A training stage and its jobs."""
+
+    def __init__(self, job: Job, data: DatasetDict, settings: Settings, recipe: str) -> None:
+        config = job.setup.compute.sagemaker
+        assert config is not None
+        super().__init__(job.stage, jobs.job_identity(job, data), config, settings, recipe)
+        self.job, self.data = job, data
+
+    def command(self) -> list[str]:
+        """The command of local training, with the job's file. If there are several processes, torchrun starts them."""
+        count = self.job.setup.compute.num_processes
+        torchrun = ["torch.distributed.run", "--nproc-per-node", str(count // self.config.instance_count), "-m"]
+        training = ["llm_engineering.training", "--job", f"{INPUTS}/job/job.json", "--output", RESULTS]
+        return ["python", "-m", *(torchrun if count > 1 else []), *training]
 
     def upload(self) -> dict[str, str]:
         """Upload code, data and models once for all jobs of the stage; returns the addresses by channel."""
@@ -265,7 +340,8 @@ class _Stage:
         folder = Path(self.job.setup.model.name_or_path).expanduser()
         return folder if folder.is_dir() else None
 
-    def _upload_job(self, name: str) -> str:
+    def upload_job(self, name: str) -> str:
+        """Upload the description of the stage's work."""
         model = self.job.setup.model
         if self._model is not None:
             model = model.model_copy(update={"name_or_path": f"{INPUTS}/model"})
@@ -282,28 +358,6 @@ class _Stage:
             # Another start of this name may have other settings of the trackers, which the identity does not cover.
             return upload_folder(self.account, folder, "jobs", name, folder_hash(folder))
 
-    def price(self, description: dict[str, Any]) -> Price | None:
-        """The price of a job's machine; None if it is not known, or paid with a training plan."""
-        kind = description["ResourceConfig"]["InstanceType"]
-        if kind not in self._prices and self.config.training_plan_arn is None:
-            self._prices[kind] = price_of(kind, self.account, self.settings)
-        return self._prices.get(kind)
-
-    def facts(self, description: dict[str, Any]) -> dict[str, Any]:
-        """Name, status and machines of a job, and its seconds and cost when it has ended; keys begin with `sagemaker_`."""
-        resources = description["ResourceConfig"]
-        facts = {
-            "name": description["TrainingJobName"],
-            "arn": description["TrainingJobArn"],
-            "status": description["TrainingJobStatus"],
-            "instance_type": resources["InstanceType"],
-            "instance_count": resources["InstanceCount"],
-            "spot": bool(description.get("EnableManagedSpotTraining")),
-        }
-        if not jobs.is_running(description):
-            facts |= cost_facts(description, self.price(description))
-        return {f"sagemaker_{name}": value for name, value in facts.items()}
-
     def fetch(self, description: dict[str, Any]) -> TrainingResult:
         """Download adapter and report of a completed job, and mark the job as fetched."""
         name, uri = description["TrainingJobName"], description["ModelArtifacts"]["S3ModelArtifacts"]
@@ -313,12 +367,7 @@ class _Stage:
             _rename_base(adapter / "adapter_config.json", self.job.setup.model.name_or_path)
         summary = json.loads(report.read_text(encoding="utf-8")) | {"sagemaker": self.facts(description)}
         report.write_text(json.dumps(summary, indent=2), encoding="utf-8")
-        when = {"Key": jobs.FETCHED, "Value": datetime.now(UTC).isoformat(timespec="seconds")}
-        try:
-            self.client.add_tags(ResourceArn=description["TrainingJobArn"], Tags=[when])
-        except ClientError as error:
-            # Without the mark, the same work downloads these results once more instead of starting a new job.
-            logger.warning("Job %s cannot be marked as fetched: %s", name, error)
+        self.downloaded(description)
         return TrainingResult(adapter, report.parent, summary)
 
 

@@ -59,7 +59,7 @@ def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
         "dataset": dataset_digests(data),
         "start": folder_hash(job.start) if job.start else None,
         **({"reward_model": folder_hash(job.reward_model)} if job.reward_model else {}),
-        "code": code_hash(PROJECT_ROOT),
+        "code": code_hash(PROJECT_ROOT, "docker/training.lock"),
     }
 
 

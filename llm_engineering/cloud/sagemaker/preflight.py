@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from llm_engineering.cloud.container import secret_object
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.machine_checks import machine_problems
-from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, tried, with_policies
+from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, is_loopback, tried, with_policies
 from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.trust import trust_problems
@@ -71,6 +72,8 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
     if isinstance(caller, Problem):
         return [caller, *found]
     needed = {*secrets, *([_TOKEN] if needs_token else [])}
+    if config.scope == "chain" and recipe.evaluation.judge is not None and settings.openai_api_key is not None:
+        needed.add("OPENAI_API_KEY")
     found = [
         *tried(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
         *tried("What you and the role may do", partial(right_problems, config, account, caller)),
@@ -80,6 +83,11 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
         # The process of an isolated job reads no secret.
         *([] if config.network_isolation else tried("The secret", partial(_secret_problems, account, needed))),
         *(_isolation_problems(recipe) if config.network_isolation else []),
+        *(
+            tried("The image of the steps", partial(_chain_problems, recipe, account, settings))
+            if config.scope == "chain"
+            else []
+        ),
         *found,
     ]
     return with_policies(found, account, settings, PROJECT_ROOT)
@@ -125,8 +133,36 @@ def _isolation_problems(recipe: Recipe) -> Iterator[Problem]:
             f"{isolated}, but the job downloads {name} from the Hugging Face Hub",
             "Download it with `hf download`, and set model.name_or_path to its folder, which is uploaded to S3",
         )
+    if recipe.compute.sagemaker and recipe.compute.sagemaker.scope == "chain" and recipe.evaluation.judge is not None:
+        yield Problem(f"{isolated}, but the evaluation asks the model of evaluation.judge", "Remove evaluation.judge")
     if recipe.tracking.comet == "auto":
         yield Problem(f"{isolated}, but the job sends its metrics to Comet", "Set tracking.comet=offline, or off")
+
+
+def _chain_problems(recipe: Recipe, account: Account, settings: Settings) -> Iterator[Problem]:
+    """Check what the jobs of generation and evaluation need besides those of training."""
+    image, judge, general = settings.sagemaker_retrain_image, recipe.evaluation.judge, recipe.data.replay_instructions
+    if image is None:
+        yield Problem(
+            "The image for compute.sagemaker.scope chain is not set",
+            "Build it with `make image retrain`, and set SAGEMAKER_RETRAIN_IMAGE in .env",
+        )
+    else:
+        yield from _image_problems(replace(account, image=image))
+    if judge is not None and judge.base_url is not None and is_loopback(judge.base_url):
+        yield Problem(
+            f"evaluation.judge.base_url {judge.base_url} is on this machine",
+            "Set it to an address that a job can reach",
+        )
+    if (
+        general is not None
+        and Path(general.partition("#")[0]).expanduser().exists()
+        and recipe.data.instructions is None
+    ):
+        yield Problem(
+            f"data.replay_instructions {general} is on this machine, and the job that writes questions cannot see it",
+            "Use a dataset of the hub or embedded:general, or set compute.sagemaker.scope to training",
+        )
 
 
 def _region_problem(region: str) -> Problem | None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from botocore.exceptions import ClientError
@@ -69,17 +70,34 @@ def is_there(account: Account, uri: str) -> bool:
 
 
 def fetch_results(account: Account, uri: str, name: str, output_dir: Path) -> Path:
-    """Unpack a job's `model.tar.gz` into `output_dir/training/<name>`; returns that folder.
+    """Unpack a training job's `model.tar.gz` into `output_dir/training/<name>`; returns that folder.
 
     The trackers' archives are moved to the folders that a local run uses, and their new paths are written to the report.
 
     Raises:
-        WorkError: the file is not an archive, or contains no trained model.
+        WorkError: see `unpack`.
+    """
+    final = unpack(account, uri, name, output_dir.resolve() / "training", ["report/report.json", "adapter"])
+    trackers = final / "trackers"
+    if trackers.is_dir():
+        shutil.copytree(trackers, output_dir.resolve(), dirs_exist_ok=True)
+        shutil.rmtree(trackers)
+    _replace_container_paths(final / "report" / "report.json", output_dir.resolve())
+    return final
+
+
+def unpack(account: Account, uri: str, name: str, parent: Path, wanted: Iterable[str]) -> Path:
+    """Unpack a job's `model.tar.gz` into `parent/<name>`; returns that folder.
+
+    Args:
+        wanted: files and folders that it must contain.
+
+    Raises:
+        WorkError: the file is not an archive, or lacks something that is wanted.
     """
     bucket, _, key = uri.removeprefix("s3://").partition("/")
-    training = output_dir.resolve() / "training"
-    training.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=training, prefix=f"{name}.partial-") as temporary:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f"{name}.partial-") as temporary:
         packed, unpacked = Path(temporary) / "model.tar.gz", Path(temporary) / name
         account.client("s3").download_file(bucket, key, str(packed))
         try:
@@ -88,19 +106,14 @@ def fetch_results(account: Account, uri: str, name: str, output_dir: Path) -> Pa
         except tarfile.TarError as error:
             raise WorkError(f"The results of job {name}, {uri}, cannot be unpacked: {error}.") from error
         packed.unlink()
-        report = unpacked / "report" / "report.json"
-        if not report.is_file() or not (unpacked / "adapter").is_dir():
+        lacking = [path for path in wanted if not (unpacked / path).exists()]
+        if lacking:
             raise WorkError(
-                f"The results of job {name}, {uri}, contain no trained model. The log of the job shows why."
+                f"The results of job {name}, {uri}, do not contain {' and '.join(lacking)}. The log of the job shows why."
             )
-        trackers = unpacked / "trackers"
-        if trackers.is_dir():
-            shutil.copytree(trackers, output_dir.resolve(), dirs_exist_ok=True)
-            shutil.rmtree(trackers)
-        final = training / name
+        final = parent / name
         shutil.rmtree(final, ignore_errors=True)
         unpacked.rename(final)
-    _replace_container_paths(final / "report" / "report.json", output_dir.resolve())
     return final
 
 
@@ -158,14 +171,14 @@ def code_archive(root: Path) -> bytes:
     return buffer.getvalue()
 
 
-def code_hash(root: Path) -> str:
-    """Hash the code that a training job runs into 16 hex digits: the tracked files of the library, and the image's lock.
+def code_hash(root: Path, *places: str) -> str:
+    """Hash the code that a job runs into 16 hex digits: the tracked files of the library and of other `places`.
 
     Raises:
         RequestError: `root` is not a git checkout.
     """
     digest = hashlib.sha256()
-    for name in _tracked(root, "llm_engineering", "docker/training.lock"):
+    for name in _tracked(root, "llm_engineering", *places):
         digest.update(f"{name}\0{hashlib.sha256((root / name).read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -6,12 +6,11 @@ the recipe itself, such as the checks of the evaluation, are uploaded once, when
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
+from llm_engineering.cloud.sagemaker.problems import is_loopback
 from llm_engineering.cloud.sagemaker.request import INPUTS
 from llm_engineering.data.reading.sources import dataset_files
 from llm_engineering.errors import RequestError
@@ -19,7 +18,7 @@ from llm_engineering.evaluation.measures.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK
-from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE
+from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import rows_of
@@ -56,7 +55,6 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         RequestError: the recipe reads something that a job cannot reach; the message lists each with its remedy.
     """
     channels: dict[str, str] = {}
-    files: dict[str, Path] = {}
     problems: list[str] = []
 
     def placed(key: str, value: str) -> str:
@@ -118,28 +116,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         model = model.model_copy(update={"name_or_path": placed("model.name_or_path", model.name_or_path)})
     elif model.name_or_path != EMBEDDED_MODEL and Path(model.name_or_path).expanduser().exists():
         problems.append(_local_problem("model.name_or_path", model.name_or_path, bucket))
-    evaluation = recipe.evaluation
-    # This call raises an error if a file is missing or a line is invalid.
-    files_hash(evaluation)
-    for key, value in (("checks", evaluation.checks), ("canaries", evaluation.canaries)):
-        if value is not None:
-            file = Path(value).expanduser()
-            files[f"{key}/{file.name}"] = file
-            evaluation = evaluation.model_copy(update={key: f"{INPUTS}/{RECIPE_CHANNEL}/{key}/{file.name}"})
-    if evaluation.lm_eval is not None and evaluation.lm_eval.include_path is not None:
-        folder = Path(evaluation.lm_eval.include_path).expanduser()
-        inside = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
-        files |= {f"tasks/{p}": file for p, file in inside.items() if not any(part.startswith(".") for part in p.parts)}
-        tasks = evaluation.lm_eval.model_copy(update={"include_path": f"{INPUTS}/{RECIPE_CHANNEL}/tasks"})
-        evaluation = evaluation.model_copy(update={"lm_eval": tasks})
-    exam = recipe.exam
-    if exam is not None:
-        exam_hash(exam)
-        for key, value in (("path", exam.path), ("control", exam.control)):
-            if value is not None and value != GENERATED_EXAM and not value.startswith("embedded:"):
-                file = Path(value).expanduser()
-                files[f"exam/{key}/{file.name}"] = file
-                exam = exam.model_copy(update={key: f"{INPUTS}/{RECIPE_CHANNEL}/exam/{key}/{file.name}"})
+    evaluation, exam, files = with_job_files(recipe.evaluation, recipe.exam)
     for key, client in (("generation", recipe.generation), ("evaluation.judge", evaluation.judge)):
         if client is not None and client.base_url is not None and is_loopback(client.base_url):
             problems.append(
@@ -158,6 +135,38 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         "compute": recipe.compute.in_job,
     }
     return JobRecipe(recipe.model_copy(update=update), channels, files)
+
+
+def with_job_files(
+    evaluation: EvaluationConfig, exam: ExamConfig | None
+) -> tuple[EvaluationConfig, ExamConfig | None, dict[str, Path]]:
+    """Replace the paths of the files of evaluation and exam by their paths on a job's machine.
+
+    Returns:
+        The blocks, and the files on this machine by their path in the recipe's channel.
+    """
+    files: dict[str, Path] = {}
+    # This call raises an error if a file is missing or a line is invalid.
+    files_hash(evaluation)
+    for key, value in (("checks", evaluation.checks), ("canaries", evaluation.canaries)):
+        if value is not None:
+            file = Path(value).expanduser()
+            files[f"{key}/{file.name}"] = file
+            evaluation = evaluation.model_copy(update={key: f"{INPUTS}/{RECIPE_CHANNEL}/{key}/{file.name}"})
+    if evaluation.lm_eval is not None and evaluation.lm_eval.include_path is not None:
+        folder = Path(evaluation.lm_eval.include_path).expanduser()
+        inside = {file.relative_to(folder): file for file in sorted(folder.rglob("*")) if file.is_file()}
+        files |= {f"tasks/{p}": file for p, file in inside.items() if not any(part.startswith(".") for part in p.parts)}
+        tasks = evaluation.lm_eval.model_copy(update={"include_path": f"{INPUTS}/{RECIPE_CHANNEL}/tasks"})
+        evaluation = evaluation.model_copy(update={"lm_eval": tasks})
+    if exam is not None:
+        exam_hash(exam)
+        for key, value in (("path", exam.path), ("control", exam.control)):
+            if value is not None and value != GENERATED_EXAM and not value.startswith("embedded:"):
+                file = Path(value).expanduser()
+                files[f"exam/{key}/{file.name}"] = file
+                exam = exam.model_copy(update={key: f"{INPUTS}/{RECIPE_CHANNEL}/exam/{key}/{file.name}"})
+    return evaluation, exam, files
 
 
 def _objects(address: str, s3: Any) -> tuple[str, str]:
@@ -185,12 +194,3 @@ def _local_problem(key: str, value: str, bucket: str) -> str:
         f"{key} {value} is on this machine, which a job cannot see. Upload it and use its address: "
         f"aws s3 {command} {value} {target}, then {'DOCUMENTS=' if key == 'documents.path' else f'--set {key}='}{target}"
     )
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the host of a URL is this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
