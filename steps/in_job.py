@@ -21,9 +21,10 @@ from zenml import get_step_context, log_metadata
 from zenml.utils.source_utils import set_custom_source_root
 
 from llm_engineering.cloud.sagemaker.dispatch import run_job
-from llm_engineering.cloud.sagemaker.request import INPUTS, RESULTS
+from llm_engineering.cloud.sagemaker.request import INPUTS, MODEL, RESULTS
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, folder_hash
-from llm_engineering.cloud.sagemaker.step_dispatch import ARGUMENTS, FACTS, FILES, MODEL, OUTPUT, StepWork
+from llm_engineering.cloud.sagemaker.step_dispatch import ARGUMENTS, FACTS, FILES, OUTPUT, StepWork
+from llm_engineering.cloud.sagemaker.weights import is_copied
 from llm_engineering.cloud.schedules.job_recipe import with_job_files
 from llm_engineering.data.storage import work_folder
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
@@ -97,6 +98,7 @@ def _dispatched(function: Callable[..., Any], recipe: Recipe, arguments: dict[st
                 values[name] = exam
             case _:
                 values[name] = value
+    linked = [model] if MODEL in folders or is_copied(config, recipe.model) else []
     plain = {
         name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value for name, value in values.items()
     }
@@ -109,10 +111,11 @@ def _dispatched(function: Callable[..., Any], recipe: Recipe, arguments: dict[st
             "steps.in_job",
             function.__module__,
             function.__name__,
-            *([model] if MODEL in folders else []),
+            *linked,
         ],
         plain,
         {channel: (folder, folder_hash(folder)) for channel, folder in folders.items()},
+        recipe.model,
         config,
         settings,
         recipe.name,
@@ -152,9 +155,9 @@ def main() -> int:
 
 
 def link_model(place: Path, folder: Path) -> None:
-    """Let the folder of the base model have the path that it has where the run is.
+    """Let the folder of the base model have the path or the name on the hub that the recipe gives it.
 
-    Adapters, and what is stored about models, name the base model by its path.
+    Adapters, and what is stored about models, name the base model so.
     """
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,8 @@ class SageMakerConfig(Block):
     waits longer than `max_pending_s` for its machines is stopped if there is another type to try. `max_wait_s` limits the
     wait for spot capacity and the run together; None means twice `max_run_s`.
 
+    With `weights: s3` a model of the hub is copied to S3 once, and jobs read it there.
+
     With `keep_alive_s` the machines stay, and are paid, for this time after a job, and a job that follows starts on them
     at once. `training_plan_arn` names capacity that was reserved before. With `network_isolation` the job's process
     reaches no network, and `encrypt_traffic` encrypts the traffic between several machines.
@@ -49,6 +51,7 @@ class SageMakerConfig(Block):
     prefix: str = Field("llm-engineering", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)*/?$")
     image: str | None = None
     kms_key: str | None = None
+    weights: Literal["hub", "s3"] = "hub"
     vpc: VpcConfig | None = None
     keep_alive_s: int | None = Field(None, ge=1, le=3600)  # SageMaker's bound
     training_plan_arn: str | None = Field(

@@ -193,7 +193,9 @@ def test_an_isolated_job_needs_no_network(fake, small_llama, monkeypatch):
     monkeypatch.setattr(HfApi, "model_info", lambda *a, **k: SimpleNamespace(gated=False, private=False))
     monkeypatch.setattr(machine_checks, "volume_bytes", lambda *a: 0)
     hub = isolated.model_copy(update={"model": isolated.model.model_copy(update={"name_or_path": "owner/model"})})
-    the_one(hub, "but the job downloads owner/model from the Hugging Face Hub", "set model.name_or_path to its folder")
+    the_one(hub, "but the job downloads owner/model from the Hugging Face Hub", "Set compute.sagemaker.weights to s3")
+    copied = isolated.compute.sagemaker.model_copy(update={"weights": "s3"})
+    assert found(hub.model_copy(update={"compute": hub.compute.model_copy(update={"sagemaker": copied})})) == []
 
 
 def test_the_jobs_of_the_whole_chain_need_an_image_with_the_steps(fake, small_llama, monkeypatch):

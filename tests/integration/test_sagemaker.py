@@ -10,13 +10,15 @@ import signal
 import tarfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from llm_engineering.cloud.sagemaker import jobs
+from llm_engineering.cloud.sagemaker import jobs, weights
 from llm_engineering.cloud.sagemaker.dispatch import ATTACH, dispatch_training
 from llm_engineering.cloud.sagemaker.jobs import FETCHED, JobNames
 from llm_engineering.cloud.sagemaker.request import METRICS
@@ -34,6 +36,7 @@ from llm_engineering.training.processes.job import Job
 from llm_engineering.training.processes.launch import launch_training
 from llm_engineering.training.sft import train_sft
 from tests.conftest import ROOT
+from tests.fakes.hub import Repo, running_hub
 from tests.fakes.iam import actions, assert_allowed, policy
 from tests.fakes.sagemaker import BUCKET, IMAGE, LOG_GROUP, running_sagemaker, why_no_jobs
 from tests.tiny_models import formatted, write_model
@@ -212,6 +215,41 @@ def test_stages_with_rewards_train_in_jobs(fake, model, tmp_path, stage, name):
     assert_close(*weights, rtol=1e-4, atol=1e-5)
     assert result.summary["completions"] == local.summary["completions"]
     assert len(result.summary["completions"]["first"]) > 0
+
+
+def test_a_model_of_the_hub_is_copied_once_and_read_from_s3(fake, stage, model, monkeypatch, caplog):
+    """An interrupted copy continues, other formats stay away, and the adapter names the model of the hub."""
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    with running_hub("") as hub:
+        hub.repos["owner/tiny"] = Repo(False, files | {"pytorch_model.bin": b"1", "original/a.pth": b"1"})
+        monkeypatch.setattr(weights, "HfApi", partial(HfApi, endpoint=hub.url))
+        hub.failures["tokenizer.json"] = (403, "no")
+        base = ModelConfig(name_or_path="owner/tiny", revision=hub.repos["owner/tiny"].sha)
+        compute = stage.job.setup.compute
+        copied = compute.model_copy(update={"sagemaker": compute.sagemaker.model_copy(update={"weights": "s3"})})
+        setup = stage.job.setup.model_copy(update={"model": base, "compute": copied})
+        with pytest.raises(WorkError, match="owner/tiny cannot be copied from the Hugging Face Hub"):
+            stage.dispatch(setup=setup)
+        hub.failures.clear()
+        before = len([line for line in caplog.messages if line.startswith("Copying")])
+        result = stage.dispatch(setup=setup, config={**stage.job.config, "num_train_epochs": 1.0})
+        copies = [line for line in caplog.messages if line.startswith("Copying")]
+        # The file that failed is named twice.
+        assert len(copies) == len(files) + 1 > before > 1
+        hub.requests.clear()
+        stage.dispatch(setup=setup, config={**stage.job.config, "num_train_epochs": 0.5})
+        assert hub.requests == []
+    place = f"llm-engineering/models/hub/owner/tiny/{base.revision}"
+    assert {key.removeprefix(f"{place}/") for key in fake.objects(f"{place}/")} == set(files)
+    (channel,) = [
+        c for c in fake.asked("sagemaker", "CreateTrainingJob")[0]["InputDataConfig"] if c["ChannelName"] == "model"
+    ]
+    assert (channel["InputMode"], channel["DataSource"]["S3DataSource"]["S3Uri"]) == (
+        "FastFile",
+        f"s3://{BUCKET}/{place}/",
+    )
+    adapter = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("owner/tiny", base.revision)
 
 
 def test_no_capacity_no_quota_and_a_failure(fake, stage, tmp_path, caplog):

@@ -26,6 +26,7 @@ from llm_engineering.cloud.sagemaker.failures import explain, is_capacity, trans
 from llm_engineering.cloud.sagemaker.jobs import JobLog, Signals, follow
 from llm_engineering.cloud.sagemaker.request import (
     INPUTS,
+    MODEL,
     RESULTS,
     Machine,
     machines,
@@ -33,6 +34,7 @@ from llm_engineering.cloud.sagemaker.request import (
     training_job_request,
 )
 from llm_engineering.cloud.sagemaker.s3 import fetch_results, folder_hash, is_there, upload_code, upload_folder
+from llm_engineering.cloud.sagemaker.weights import hub_weights, is_copied
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.loading import differences
@@ -327,10 +329,12 @@ class _Stage(Work[TrainingResult]):
                 "code": upload_code(self.account),
                 "data": upload_folder(self.account, Path(folder), "data", content),
             }
-        models = {"start": self.job.start, "reward_model": self.job.reward_model, "model": self._model}
+        models = {"start": self.job.start, "reward_model": self.job.reward_model, MODEL: self._model}
         for channel, model in models.items():
             if model is not None:
                 channels[channel] = upload_folder(self.account, model, "models", folder_hash(model))
+        if is_copied(self.config, self.job.setup.model):
+            channels[MODEL] = hub_weights(self.account, self.job.setup.model, self.settings)
         self._channels = channels
         return channels
 
@@ -340,11 +344,16 @@ class _Stage(Work[TrainingResult]):
         folder = Path(self.job.setup.model.name_or_path).expanduser()
         return folder if folder.is_dir() else None
 
+    @property
+    def _reads_channel(self) -> bool:
+        """Whether the job reads the base model from S3."""
+        return self._model is not None or is_copied(self.config, self.job.setup.model)
+
     def upload_job(self, name: str) -> str:
         """Upload the description of the stage's work."""
         model = self.job.setup.model
-        if self._model is not None:
-            model = model.model_copy(update={"name_or_path": f"{INPUTS}/model"})
+        if self._reads_channel:
+            model = model.model_copy(update={"name_or_path": f"{INPUTS}/{MODEL}"})
         setup = self.job.setup.model_copy(update={"compute": self.job.setup.compute.in_job, "model": model})
         places = {"data": Path(INPUTS, "data")}
         places |= {
@@ -363,7 +372,7 @@ class _Stage(Work[TrainingResult]):
         name, uri = description["TrainingJobName"], description["ModelArtifacts"]["S3ModelArtifacts"]
         folder = fetch_results(self.account, uri, name, self.settings.llm_output_dir)
         adapter, report = folder / "adapter", folder / "report" / "report.json"
-        if self._model is not None:
+        if self._reads_channel:
             _rename_base(adapter / "adapter_config.json", self.job.setup.model.name_or_path)
         summary = json.loads(report.read_text(encoding="utf-8")) | {"sagemaker": self.facts(description)}
         report.write_text(json.dumps(summary, indent=2), encoding="utf-8")

@@ -27,6 +27,7 @@ from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.trust import trust_problems
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
@@ -71,7 +72,8 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
     caller = _region_problem(account.region) or _caller(account)
     if isinstance(caller, Problem):
         return [caller, *found]
-    needed = {*secrets, *([_TOKEN] if needs_token else [])}
+    # Weights that S3 has are downloaded with the token of this machine.
+    needed = {*secrets, *([_TOKEN] if needs_token and config.weights == "hub" else [])}
     if config.scope == "chain" and recipe.evaluation.judge is not None and settings.openai_api_key is not None:
         needed.add("OPENAI_API_KEY")
     found = [
@@ -82,7 +84,7 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
         *machine_problems(recipe, config, account, settings),
         # The process of an isolated job reads no secret.
         *([] if config.network_isolation else tried("The secret", partial(_secret_problems, account, needed))),
-        *(_isolation_problems(recipe) if config.network_isolation else []),
+        *(_isolation_problems(recipe, config) if config.network_isolation else []),
         *(
             tried("The image of the steps", partial(_chain_problems, recipe, account, settings))
             if config.scope == "chain"
@@ -124,16 +126,15 @@ def _model_problems(model: ModelConfig, settings: Settings) -> tuple[bool, list[
     return True, [Problem(what, remedy)]
 
 
-def _isolation_problems(recipe: Recipe) -> Iterator[Problem]:
+def _isolation_problems(recipe: Recipe, config: SageMakerConfig) -> Iterator[Problem]:
     """Check that an isolated job needs no network: neither for the weights nor for the metrics."""
     name = recipe.model.name_or_path
     isolated = "compute.sagemaker.network_isolation is true"
-    if name != EMBEDDED_MODEL and not Path(name).expanduser().is_dir():
+    if name != EMBEDDED_MODEL and not Path(name).expanduser().is_dir() and config.weights == "hub":
         yield Problem(
-            f"{isolated}, but the job downloads {name} from the Hugging Face Hub",
-            "Download it with `hf download`, and set model.name_or_path to its folder, which is uploaded to S3",
+            f"{isolated}, but the job downloads {name} from the Hugging Face Hub", "Set compute.sagemaker.weights to s3"
         )
-    if recipe.compute.sagemaker and recipe.compute.sagemaker.scope == "chain" and recipe.evaluation.judge is not None:
+    if config.scope == "chain" and recipe.evaluation.judge is not None:
         yield Problem(f"{isolated}, but the evaluation asks the model of evaluation.judge", "Remove evaluation.judge")
     if recipe.tracking.comet == "auto":
         yield Problem(f"{isolated}, but the job sends its metrics to Comet", "Set tracking.comet=offline, or off")

@@ -14,6 +14,8 @@ from llm_engineering.recipe.compute_blocks import SageMakerConfig
 INPUTS = "/opt/ml/input/data"
 CHECKPOINTS = "/opt/ml/checkpoints"
 RESULTS = "/opt/ml/model"
+# The channel of a base model that the job does not download from the hub.
+MODEL = "model"
 
 # What CloudWatch reads from the lines `sft steps: 12 of 96, … left — loss 1.2, eval_loss 1.3` of the job's log. Before a
 # name stands a space, so that `loss` does not match `eval_loss`.
@@ -61,7 +63,7 @@ def training_job_request(
         name: at most 63 letters, digits and hyphens, unique in account and region.
         command: the command that the container runs in the project's folder.
         channels: the S3 address of a prefix or an object, by channel. SageMaker copies each channel to the folder of its
-            name below `/opt/ml/input/data`. The channel `code` is required.
+            name below `/opt/ml/input/data`; the channel `model` is read from S3 when it is loaded. The channel `code` is required.
         environment: variables for the command. They must not be secret, because everyone who may describe the job can
             read them.
         checkpoint_uri: SageMaker copies `/opt/ml/checkpoints` to this address, and back when the job starts again.
@@ -139,4 +141,6 @@ def machines_after(config: SageMakerConfig, tried: Machine) -> list[Machine]:
 
 def _channel(name: str, uri: str) -> dict[str, Any]:
     source = {"S3DataType": "S3Prefix", "S3Uri": uri, "S3DataDistributionType": "FullyReplicated"}
-    return {"ChannelName": name, "InputMode": "File", "CompressionType": "None", "DataSource": {"S3DataSource": source}}
+    # Weights are read while they are loaded, and not copied to the disk before the job starts.
+    mode = "FastFile" if name == MODEL else "File"
+    return {"ChannelName": name, "InputMode": mode, "CompressionType": "None", "DataSource": {"S3DataSource": source}}

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llm_engineering.cloud.sagemaker.dispatch import Work
-from llm_engineering.cloud.sagemaker.request import INPUTS
+from llm_engineering.cloud.sagemaker.request import INPUTS, MODEL
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_hash, folder_hash, unpack, upload_code, upload_folder
+from llm_engineering.cloud.sagemaker.weights import hub_weights, is_copied
 from llm_engineering.data.storage import work_folder
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
+from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 
 # The folders and files of a step, in the channel `job` and in the results.
 ARGUMENTS = "arguments.json"
 FACTS = "facts.json"
 OUTPUT = "output"
-# The channels of the files that the recipe names, and of a base model that is a folder.
+# The channel of the files that the recipe names.
 FILES = "recipe"
-MODEL = "model"
 
 
 class StepWork(Work[Path]):
@@ -31,11 +32,14 @@ class StepWork(Work[Path]):
         command: the command of the job, which reads ARGUMENTS.
         arguments: the step's arguments as JSON.
         inputs: the folders that the step reads, by channel, each with a hash of its content.
+        model: the base model.
     """
 
     environment: ClassVar[dict[str, str]] = {
         # A step saves no checkpoints, and reads there what people said.
         "LLM_OUTPUT_DIR": f"{INPUTS}/{FILES}",
+        # No bars of libraries in the log.
+        "TQDM_DISABLE": "1",
         # ZenML's own files, which no other job sees.
         "ZENML_CONFIG_PATH": "/opt/ml/zenml",
         "ZENML_LOCAL_STORES_PATH": "/opt/ml/zenml/stores",
@@ -47,6 +51,7 @@ class StepWork(Work[Path]):
         command: Sequence[str],
         arguments: Mapping[str, Any],
         inputs: Mapping[str, tuple[Path, str]],
+        model: ModelConfig,
         config: SageMakerConfig,
         settings: Settings,
         recipe: str,
@@ -60,7 +65,7 @@ class StepWork(Work[Path]):
         # The image without ZenML has no steps, and a step is one process.
         machine = {"image": settings.sagemaker_retrain_image or "none", "instance_count": 1}
         super().__init__(name, identity, config.model_copy(update=machine), settings, recipe)
-        self._command, self.arguments, self.inputs = list(command), arguments, inputs
+        self._command, self.arguments, self.inputs, self.model = list(command), arguments, inputs, model
 
     def command(self) -> list[str]:
         """The command of the step."""
@@ -73,6 +78,8 @@ class StepWork(Work[Path]):
                 channel: upload_folder(self.account, folder, "steps", content)
                 for channel, (folder, content) in self.inputs.items()
             }
+            if is_copied(self.config, self.model):
+                self._channels[MODEL] = hub_weights(self.account, self.model, self.settings)
         return self._channels
 
     def upload_job(self, name: str) -> str:

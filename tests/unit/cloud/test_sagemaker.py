@@ -309,7 +309,7 @@ def test_a_job_gets_the_model_that_it_starts_from_and_its_reward_model(tmp_path,
     for models in ({}, folders):
         work = dispatch._Stage(job(**ELSEWHERE).model_copy(update=models), ROWS, Settings(), "tiny")
         channels = work.upload()
-        work._upload_job("a-name")
+        work.upload_job("a-name")
         assert channels.keys() == {"code", "data", *models}
         found = {name: uploaded["jobs"][name] for name in folders}
         assert found == {name: f"{INPUTS}/{name}" if name in models else None for name in folders}
