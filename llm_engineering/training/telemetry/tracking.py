@@ -13,8 +13,11 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import SecretStr
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.settings import Settings
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds that Comet has to answer before metrics are stored offline.
 PROBE_S = 5.0
+
+T = TypeVar("T")
 
 
 def check_trackers(config: TrackingConfig) -> None:
@@ -37,13 +42,12 @@ def check_trackers(config: TrackingConfig) -> None:
 
 
 class Trackers:
-    """All trackers of one run.
+    """All trackers of one run, by name; None for one that could not be started.
 
-    Comet is always one of them; `tracking.comet` sets how it is used. TensorBoard and Weights & Biases are used if
-    `tracking.report_to` names them.
+    Comet is used unless `tracking.comet` is off, TensorBoard and Weights & Biases if `tracking.report_to` names them.
     """
 
-    def __init__(self, runs: Mapping[str, CometRun | TensorBoardRun | WandbRun]) -> None:
+    def __init__(self, runs: Mapping[str, CometRun | TensorBoardRun | WandbRun | None]) -> None:
         self.runs = runs
 
     @classmethod
@@ -54,36 +58,56 @@ class Trackers:
             RequestError: a package is not installed.
         """
         check_trackers(config)
-        runs: dict[str, CometRun | TensorBoardRun | WandbRun] = {
-            "comet": CometRun.start(config, settings, folder.name, tags)
-        }
+        name, output_dir = folder.name, settings.llm_output_dir.resolve()
+        runs: dict[str, CometRun | TensorBoardRun | WandbRun | None] = {}
+        if config.comet == "off":
+            logger.info("Comet: switched off by the recipe (tracking.comet)")
+        else:
+            comet_key = settings.comet_api_key if config.comet == "auto" else None
+            runs["Comet"] = _started("Comet", comet_key, lambda key: CometRun(config, output_dir, name, tags, key))
         if "tensorboard" in config.report_to:
-            runs["tensorboard"] = TensorBoardRun(folder / "tensorboard")
+            runs["TensorBoard"] = TensorBoardRun(folder / "tensorboard")
         if "wandb" in config.report_to:
-            runs["wandb"] = WandbRun(config, settings, folder.name, tags)
+            wandb_key = settings.wandb_api_key
+            runs["wandb"] = _started("wandb", wandb_key, lambda key: WandbRun(config, output_dir, name, tags, key))
         return cls(runs)
 
     def log_parameters(self, parameters: Mapping[str, Any]) -> None:
         """Log hyperparameters and versions."""
-        for run in self.runs.values():
-            run.log_parameters(parameters)
+        self._each("log_parameters", lambda run: run.log_parameters(dict(parameters)))
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
         """Log the finite numbers among `metrics` at a step."""
         numbers = {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)}
-        for run in self.runs.values():
-            run.log_metrics(numbers, step)
+        self._each("log_metrics", lambda run: run.log_metrics(numbers, step))
 
     def end(self) -> dict[str, dict[str, str]]:
-        """Close all trackers; returns where each run can be seen, by the tracker's name."""
-        return {name: run.end() for name, run in self.runs.items()}
+        """Close all trackers; returns where each run can be seen, by the tracker's name in lower case."""
+        self._each("end", lambda run: run.end())
+        return {name.lower(): run.place if run is not None else {} for name, run in self.runs.items()}
+
+    def _each(self, operation: str, action: Callable[[Any], object]) -> None:
+        for name, run in self.runs.items():
+            if run is not None:
+                _guarded(name, operation, partial(action, run))
 
 
-def _guarded(service: str, operation: str, action: Callable[[], object]) -> None:
+def _guarded(service: str, operation: str, action: Callable[[], T]) -> T | None:
     try:
-        action()
+        return action()
     except Exception as error:  # Trackers raise many kinds of errors, and no tracker may end a training run.
         logger.warning("%s: %s failed (%s: %s); training continues", service, operation, type(error).__name__, error)
+        return None
+
+
+def _started(service: str, key: SecretStr | None, start: Callable[[str | None], T]) -> T | None:
+    """Start a run online, if there is a key, or else offline; None if it fails."""
+    if key is not None:
+        run = _guarded(service, "start", lambda: start(key.get_secret_value()))
+        if run is not None:
+            return run
+        logger.warning("%s: metrics are stored offline instead, so that they are not lost", service)
+    return _guarded(service, "start", lambda: start(None))
 
 
 def _check_reachable(address: str) -> None:
@@ -99,52 +123,15 @@ def _check_reachable(address: str) -> None:
 
 
 class CometRun:
-    """One Comet experiment; without one (`tracking.comet: off`, or Comet failed) the methods do nothing.
+    """One Comet experiment: online with a key, otherwise a zip file that `comet upload` sends later.
 
     Attributes:
-        key: the experiment's key; None without an experiment.
-        url: the experiment's page, if it is online.
-        archive: the zip file of an offline experiment, which `comet upload` sends later. It exists after `end`.
+        place: the experiment's `key`, and its `url` or its `archive`, which exists after `end`.
     """
 
-    def __init__(self) -> None:
-        self.experiment: Any = None
-        self.key: str | None = None
-        self.url: str | None = None
-        self.archive: Path | None = None
-
-    @classmethod
-    def start(cls, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str]) -> CometRun:
-        """Start an experiment: online if the settings have a key and Comet can be reached, otherwise offline."""
-        run = cls()
-        if config.comet == "off":
-            logger.info("Comet: switched off by the recipe (tracking.comet)")
-            return run
-        if config.comet == "auto" and settings.comet_api_key is not None:
-            run._guard("start", lambda: run._open(config, settings, name, tags, online=True))
-            if run.experiment is None:
-                logger.warning("Comet: metrics are stored offline instead, so that they are not lost")
-        if run.experiment is None:
-            run._guard("start", lambda: run._open(config, settings, name, tags, online=False))
-        return run
-
-    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Log hyperparameters and versions."""
-        self._guard("log_parameters", lambda: self.experiment.log_parameters(dict(parameters)))
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers at a step."""
-        self._guard("log_metrics", lambda: self.experiment.log_metrics(dict(metrics), step=step))
-
-    def end(self) -> dict[str, str]:
-        """Close the experiment; returns its `key` and its `url` or `archive`, or nothing without an experiment."""
-        self._guard("end", lambda: self.experiment.end())
-        if self.key is None:
-            return {}
-        place = {"url": self.url} if self.url else {"archive": str(self.archive)}
-        return {"key": self.key, **{name: text for name, text in place.items() if text}}
-
-    def _open(self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str], online: bool) -> None:
+    def __init__(
+        self, config: TrackingConfig, output_dir: Path, name: str, tags: Sequence[str], key: str | None
+    ) -> None:
         # Otherwise Comet would report its own errors to its servers, and retry without a network.
         os.environ.setdefault("COMET_ERROR_TRACKING_ENABLE", "0")
         # Otherwise Comet would patch the frameworks to log automatically, and ask to be imported before them.
@@ -152,12 +139,11 @@ class CometRun:
         import comet_ml
 
         logging.getLogger("comet_ml").setLevel(logging.WARNING)
-        archives = (settings.llm_output_dir / "comet").resolve()
+        online, archives = key is not None, output_dir / "comet"
         archives.mkdir(parents=True, exist_ok=True)
-        key = settings.comet_api_key.get_secret_value() if online and settings.comet_api_key else None
         if online:
             _check_reachable(comet_ml.config.get_backend_address())  # type: ignore[attr-defined]
-        experiment = comet_ml.start(
+        self.experiment = comet_ml.start(
             api_key=key,
             workspace=config.workspace,
             project_name=config.project_name,
@@ -179,53 +165,57 @@ class CometRun:
                 display_summary_level=0,
             ),
         )
-        if online and not experiment.url:
+        if online and not self.experiment.url:
             raise ConnectionError("Comet started no experiment. Check COMET_API_KEY and tracking.workspace")
-        self.experiment, self.key = experiment, experiment.get_key()
+        self.place: dict[str, str] = {"key": self.experiment.get_key()}
         if online:
-            self.url = experiment.url
-            logger.info("Comet: %s", self.url)
+            self.place["url"] = self.experiment.url
+            logger.info("Comet: %s", self.place["url"])
         else:
-            self.archive = archives / f"{self.key}.zip"
-            logger.info("Comet: offline; the archive will be %s (`comet upload` sends it)", self.archive)
+            self.place["archive"] = str(archives / f"{self.place['key']}.zip")
+            logger.info("Comet: offline; the archive will be %s (`comet upload` sends it)", self.place["archive"])
 
-    def _guard(self, operation: str, action: Callable[[], object]) -> None:
-        if operation == "start" or self.experiment is not None:
-            _guarded("Comet", operation, action)
+    def log_parameters(self, parameters: dict[str, Any]) -> None:
+        """Log hyperparameters and versions."""
+        self.experiment.log_parameters(parameters)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Log numbers at a step."""
+        self.experiment.log_metrics(metrics, step=step)
+
+    def end(self) -> None:
+        """Close the experiment."""
+        self.experiment.end()
 
 
 class TensorBoardRun:
-    """Event files in a folder; `tensorboard --logdir` shows them."""
+    """Event files in a folder; `tensorboard --logdir` shows them.
+
+    Attributes:
+        place: the `folder`; empty if no metrics were written.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.place: dict[str, str] = {}
         self.writer: Any = None
         self.last_step = 0
         self.parameters: dict[str, Any] = {}
         logger.info("TensorBoard: %s (`tensorboard --logdir %s`)", folder, folder)
 
-    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
+    def log_parameters(self, parameters: dict[str, Any]) -> None:
         """Store hyperparameters and versions; they are written together with the first metrics."""
-        self.parameters = dict(parameters)
+        self.parameters = parameters
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Log numbers at a step."""
-        _guarded("TensorBoard", "log_metrics", lambda: self._write(metrics, step))
-
-    def end(self) -> dict[str, str]:
-        """Close the event file; returns its `folder`, or nothing if no metrics were written."""
-        if self.writer is None:
-            return {}
-        _guarded("TensorBoard", "end", lambda: self.writer.close())
-        return {"folder": str(self.folder)}
-
-    def _write(self, metrics: Mapping[str, float], step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         if self.writer is None or step < self.last_step:
             # A resumed run repeats the steps after its checkpoint. `purge_step` hides the values that the interrupted
             # run wrote for these steps.
             self.writer = SummaryWriter(str(self.folder), purge_step=step)
+            self.place = {"folder": str(self.folder)}
             text = json.dumps(self.parameters, indent=1, default=str)
             self.writer.add_text("parameters", f"```\n{text}\n```", step)
         self.last_step = step
@@ -233,48 +223,31 @@ class TensorBoardRun:
             self.writer.add_scalar(name, value, step)
         self.writer.flush()
 
+    def end(self) -> None:
+        """Close the event file."""
+        if self.writer is not None:
+            self.writer.close()
+
 
 class WandbRun:
-    """One Weights & Biases run: online if the settings have a key, otherwise a folder that `wandb sync` sends later."""
+    """One Weights & Biases run: online with a key, otherwise a folder that `wandb sync` sends later.
 
-    def __init__(self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str]) -> None:
-        self.run: Any = None
-        self.place: dict[str, str] = {}
-        key = settings.wandb_api_key
-        if key is not None:
-            _guarded("wandb", "start", lambda: self._open(config, settings, name, tags, key.get_secret_value()))
-            if self.run is None:
-                logger.warning("wandb: metrics are stored offline instead, so that they are not lost")
-        if self.run is None:
-            _guarded("wandb", "start", lambda: self._open(config, settings, name, tags, None))
+    Attributes:
+        place: the run's `url`, or its `folder`.
+    """
 
-    def log_parameters(self, parameters: Mapping[str, Any]) -> None:
-        """Log hyperparameters and versions."""
-        self._guard("log_parameters", lambda: self.run.config.update(dict(parameters)))
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log numbers, with the step as one of them, because wandb's own step counter accepts each step only once."""
-        self._guard("log_metrics", lambda: self.run.log({**metrics, "step": step}))
-
-    def end(self) -> dict[str, str]:
-        """Close the run; returns its `url`, or its `folder` if it is offline, or nothing without a run."""
-        if self.run is None:
-            return {}
-        self._guard("end", lambda: self.run.finish())
-        return self.place
-
-    def _open(
-        self, config: TrackingConfig, settings: Settings, name: str, tags: Sequence[str], key: str | None
+    def __init__(
+        self, config: TrackingConfig, output_dir: Path, name: str, tags: Sequence[str], key: str | None
     ) -> None:
         import wandb
 
-        settings.llm_output_dir.mkdir(parents=True, exist_ok=True)
-        self.run = wandb.init(
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self.run: Any = wandb.init(
             project=config.project_name,
             name=name,
             # wandb refuses tags of more than 64 characters.
             tags=[tag[-64:] for tag in tags],
-            dir=str(settings.llm_output_dir.resolve()),
+            dir=str(output_dir),
             # With an explicit mode, wandb never asks the user for a key.
             mode="offline" if key is None else "online",
             reinit="create_new",
@@ -292,6 +265,7 @@ class WandbRun:
                 silent=True,
             ),
         )
+        # wandb's own step counter accepts each step only once, so the step is one of the numbers.
         self.run.define_metric("*", step_metric="step")
         if key is None:
             self.place = {"folder": str(Path(self.run.dir).parent)}
@@ -300,6 +274,14 @@ class WandbRun:
             self.place = {"url": str(self.run.url)}
             logger.info("wandb: %s", self.place["url"])
 
-    def _guard(self, operation: str, action: Callable[[], object]) -> None:
-        if self.run is not None:
-            _guarded("wandb", operation, action)
+    def log_parameters(self, parameters: dict[str, Any]) -> None:
+        """Log hyperparameters and versions."""
+        self.run.config.update(parameters)
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Log numbers at a step."""
+        self.run.log({**metrics, "step": step})
+
+    def end(self) -> None:
+        """Close the run."""
+        self.run.finish()

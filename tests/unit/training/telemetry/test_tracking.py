@@ -16,12 +16,11 @@ from pydantic import SecretStr
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import SFTConfig
-from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
+from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.training.telemetry import tracking
-from llm_engineering.training.telemetry.tracking import CometRun, TensorBoardRun, Trackers, WandbRun, check_trackers
+from llm_engineering.training.telemetry.tracking import TensorBoardRun, Trackers, check_trackers
 from tests.conftest import ROOT
 from tests.tiny_models import train
 
@@ -46,18 +45,6 @@ def data():
     for row in rows:
         row["labels"] = [-100] * 4 + row["input_ids"][4:]
     return DatasetDict(train=Dataset.from_list(rows[:16]), validation=Dataset.from_list(rows[16:]))
-
-
-@pytest.fixture
-def setup(small_llama, cpu):
-    return TrainingSetup(
-        model=ModelConfig(name_or_path=str(small_llama), revision="test"),
-        max_length=64,
-        chat_template="alpaca",
-        compute=cpu,
-        tracking=TrackingConfig(comet="off"),
-        seed=7,
-    )
 
 
 def reporting_to(setup, *names, comet="off"):
@@ -104,7 +91,7 @@ def test_wandb_without_a_key_writes_a_folder_without_secrets(data, setup, settin
         assert secret not in stored
 
 
-def test_wandb_gets_the_key_from_the_settings_and_accepts_repeated_steps(settings, monkeypatch):
+def test_wandb_gets_the_key_from_the_settings_and_accepts_repeated_steps(settings, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="needs wandb")
     calls = []
 
@@ -123,9 +110,10 @@ def test_wandb_gets_the_key_from_the_settings_and_accepts_repeated_steps(setting
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    run = WandbRun(TrackingConfig(project_name="p"), Settings(), "sft-1", ["sft", "m" * 70])
+    tracked = TrackingConfig(project_name="p", comet="off", report_to=["wandb"])
+    trackers = Trackers.start(tracked, Settings(), tmp_path / "sft-1", ["sft", "m" * 70])
     for step in (3, 2):
-        run.log_metrics({"sft/loss": 1.0}, step)
+        trackers.log_metrics({"sft/loss": 1.0}, step)
     arguments, *rest = calls
     assert (arguments["mode"], arguments["project"], arguments["name"]) == ("online", "p", "sft-1")
     assert arguments["settings"].api_key == "k" * 40
@@ -185,7 +173,7 @@ def test_unknown_tracker_is_refused():
 
 
 @pytest.mark.parametrize("fault", ["nobody listens", "no answer", "no experiment"])
-def test_comet_without_a_connection_is_offline_at_once(fault, settings, monkeypatch, caplog):
+def test_comet_without_a_connection_is_offline_at_once(fault, settings, tmp_path, monkeypatch, caplog):
     import comet_ml
 
     started = []
@@ -205,9 +193,9 @@ def test_comet_without_a_connection_is_offline_at_once(fault, settings, monkeypa
             monkeypatch.setattr(tracking, "_check_reachable", lambda address: None)
         monkeypatch.setattr(comet_ml.config, "get_backend_address", lambda: address)
         keyed = settings.model_copy(update={"comet_api_key": SecretStr("x" * 25)})
-        run = CometRun.start(TrackingConfig(comet="auto"), keyed, "name", [])
-    run.log_metrics({"loss": 1.0}, 1)
-    place = run.end()
+        trackers = Trackers.start(TrackingConfig(comet="auto"), keyed, tmp_path / "name", [])
+    trackers.log_metrics({"loss": 1.0}, 1)
+    place = trackers.end()["comet"]
     # Without a connection, Comet is not asked for an experiment.
     assert started == ([True, False] if fault == "no experiment" else [False])
     assert Path(place["archive"]).is_file()
