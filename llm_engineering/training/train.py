@@ -33,10 +33,9 @@ from llm_engineering.training.processes import ranks
 from llm_engineering.training.processes.job import SUMMARY_FILE, TrainingResult
 from llm_engineering.training.processes.ranks import Interruption, run_lock
 from llm_engineering.training.processes.sharding import whole_weights
-from llm_engineering.training.telemetry.environment import environment
 from llm_engineering.training.telemetry.flops import peak_flops
 from llm_engineering.training.telemetry.tracking import Trackers
-from llm_engineering.training.telemetry.work import TelemetryCallback, Work, peak_memory_bytes
+from llm_engineering.training.telemetry.work import TelemetryCallback, Work, environment, peak_memory_bytes
 from llm_engineering.training.trainer.checkpoints import FINISHED, check_resumable, newest_complete
 from llm_engineering.training.trainer.resumable import RestoreWindow, ResumableTrainer
 from llm_engineering.training.trainer.trial import open_trial
@@ -84,7 +83,7 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
         with run_lock(folder) if ranks.is_main() else nullcontext():
             # Train
             trained = _train_until_it_fits(run, make_trainer, trackers)
-            trainer, telemetry = trained.trainer, trained.telemetry
+            trainer = trained.trainer
 
             # Check the last loss
             history = trainer.state.log_history
@@ -115,8 +114,8 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
         "num_processes": setup.compute.num_processes,
         "per_device_train_batch_size": trained.config.per_device_train_batch_size,
         "train_loss": losses[-1],
-        **{"tokens_per_second": 0.0, "padding_share": 0.0, **telemetry.work.rates(Work(), telemetry.peak_flops)},
-        "seconds": {**telemetry.work.seconds, "total": trained.seconds},
+        **{"tokens_per_second": 0.0, "padding_share": 0.0, **trainer.work.rates(Work(), _peak(run, trainer))},
+        "seconds": {**trainer.work.seconds, "total": trained.seconds},
         "flops": trainer.total_flops(),
         "peak_memory_bytes": peak_memory_bytes(),
         "environment": environment(),
@@ -147,7 +146,6 @@ class _Trained(NamedTuple):
 
     trainer: ResumableTrainer
     config: TrainConfig
-    telemetry: TelemetryCallback
     checkpoint: Path | None
     seconds: float
 
@@ -168,25 +166,23 @@ def _train_until_it_fits(
         trial.check_rows(run.identity["dataset"]["validation"])
     while True:
         # Make the trainer
-        telemetry = TelemetryCallback(stage, trackers)
         # Set the seed before the adapter is created: its first weights are random, and the trainer sets its own seed
         # only later.
         transformers.set_seed(setup.seed)
         trainer = make_trainer(config)
-        trainer.add_callback(telemetry)
         trainer.identity, trainer.rows = run.identity, run.data["train"]
-        telemetry.work, telemetry.peak_flops = trainer.work, peak_flops(trainer.args.device, run.device.dtype)
+        trainer.add_callback(TelemetryCallback(stage, trackers, trainer.work, _peak(run, trainer)))
 
         # Train
         started = time.perf_counter()
         before = _weight_sums(trainer, setup.compute)
         if trial is not None:
             trainer.add_callback(trial)
-        if _train(trainer, config, setup.compute, telemetry, checkpoint):
+        if _train(stage, trainer, config, setup.compute, checkpoint):
             if trial is not None:
                 trial.end(stage, str(checkpoints), trainer.state.max_steps)
             _check_trained(stage, trainer, before, setup.compute)
-            return _Trained(trainer, config, telemetry, checkpoint, time.perf_counter() - started)
+            return _Trained(trainer, config, checkpoint, time.perf_counter() - started)
 
         # Out of memory: halve the batch
         assert trainer.model is not None
@@ -207,12 +203,12 @@ def _train_until_it_fits(
         checkpoint = newest_complete(checkpoints, run.identity) or run.resume_from
 
 
+def _peak(run: TrainingRun[Config], trainer: ResumableTrainer) -> float | None:
+    return peak_flops(trainer.args.device, run.device.dtype)
+
+
 def _train(
-    trainer: ResumableTrainer,
-    config: TrainConfig,
-    compute: ComputeConfig,
-    telemetry: TelemetryCallback,
-    checkpoint: Path | None,
+    stage: str, trainer: ResumableTrainer, config: TrainConfig, compute: ComputeConfig, checkpoint: Path | None
 ) -> bool:
     """Train to the end; False if the memory was full."""
     for printer in (PrinterCallback, ProgressCallback):
@@ -220,18 +216,16 @@ def _train(
     if config.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(config.early_stopping_patience))
     rows = len(trainer.train_dataset)  # type: ignore[arg-type]
-    logger.info(
-        "%s: %s to train on, %s", telemetry.stage, rows_text(trainer.train_dataset), sizes_text(config, compute)
-    )
+    logger.info("%s: %s to train on, %s", stage, rows_text(trainer.train_dataset), sizes_text(config, compute))
     repeated = -rows % (config.per_device_train_batch_size * compute.num_processes)
     if compute.num_processes > 1 and repeated:
         logger.info(
             "%s: the last step of each epoch repeats %s, so that every process has a full batch",
-            telemetry.stage,
+            stage,
             counted(repeated, "row"),
         )
     if checkpoint is not None:
-        logger.info("%s: resuming from %s", telemetry.stage, checkpoint)
+        logger.info("%s: resuming from %s", stage, checkpoint)
         trainer.add_callback(RestoreWindow(trainer, checkpoint))
     with Interruption() as interruption:
         trainer.add_callback(interruption)

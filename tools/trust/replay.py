@@ -128,7 +128,7 @@ def _check_inputs(version: Any) -> None:
 
 def _announce(then: Mapping[str, Any]) -> None:
     """Say what differs here from the training of a version: it may change the result, and prevents nothing."""
-    from llm_engineering.training.telemetry.environment import environment
+    from llm_engineering.training.telemetry.work import environment
     from tools.readiness import code_version
 
     code = code_version()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import resource
 import sys
 import time
@@ -31,6 +33,31 @@ def peak_resident_bytes() -> int:
     """Peak resident memory of this process in bytes."""
     # Linux counts in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software of this process, which decide the last bits of a training.
+
+    Returns:
+        `processor` with the instructions that torch uses, `gpu` (empty on a CPU), `threads` of torch, `python`, `system`, and
+        `packages`: the version of every installed package by its name.
+    """
+    found = {one.name: one.version for one in importlib.metadata.distributions()}
+    return {
+        "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": dict(sorted(found.items())),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor())
 
 
 @dataclass
@@ -91,13 +118,9 @@ class Work:
 class TelemetryCallback(TrainerCallback):
     """Adds speed, padding share, MFU and peak memory to each log entry, and sends it to the trackers and the log."""
 
-    def __init__(self, stage: str, trackers: Trackers) -> None:
-        self.stage = stage
-        self.trackers = trackers
-        # The trainer's `work` replaces this before training.
-        self.work = Work()
-        self.logged = Work()
-        self.peak_flops: float | None = None
+    def __init__(self, stage: str, trackers: Trackers, work: Work, peak_flops: float | None) -> None:
+        self.stage, self.trackers = stage, trackers
+        self.work, self.logged, self.peak_flops = work, Work(), peak_flops
         self.optimizer_started = 0.0
         self.progress: Progress | None = None
         self.newest: dict[str, float] = {}
@@ -117,35 +140,22 @@ class TelemetryCallback(TrainerCallback):
         if self.progress is not None:
             self.progress.advance(show=not control.should_log)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Show the last step."""
         if self.progress is not None:
             self.progress.end()
         if self.live is not None:
             self.live.end()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Start timing the optimiser."""
         self.optimizer_started = time.perf_counter()
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Add the time of the optimiser's step."""
         self.work.seconds["optimizer"] += time.perf_counter() - self.optimizer_started
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the rates to the newest entry of the trainer's history, and send it to the trackers and the log."""
         entry = state.log_history[-1]
         if "loss" in entry:

@@ -18,6 +18,9 @@ MEDIAN_STEPS = 32
 FIRST_MEDIAN_STEPS = 8
 _NAMED_ROWS = 16
 
+# The inputs of a model, or the rows of the prompts that get completions.
+Batch = Mapping[str, Any] | list[dict[str, Any]]
+
 
 class LossWatch:
     """Compares the loss of each step with the highest running median so far.
@@ -43,7 +46,7 @@ class LossWatch:
         return ""
 
 
-def rows_of(batches: list[Mapping[str, Any] | list[dict[str, Any]]], rows: Dataset) -> str:
+def rows_of(batches: list[Batch], rows: Dataset) -> str:
     """List the rows in some batches: index in the training split, and id.
 
     Finds the rows by their tokens, because collating drops ids and packing mixes rows.
@@ -59,7 +62,7 @@ def rows_of(batches: list[Mapping[str, Any] | list[dict[str, Any]]], rows: Datas
     return ", ".join(named[:_NAMED_ROWS]) + more
 
 
-def _sequences(batch: Mapping[str, torch.Tensor] | list[dict[str, Any]]) -> list[tuple[int, ...]]:
+def _sequences(batch: Batch) -> list[tuple[int, ...]]:
     """Token ids of each row of a batch; for a pair, its prompt and chosen answer; for a prompt that gets completions, it."""
     if isinstance(batch, list):
         return [tuple(row["prompt_ids"]) for row in batch]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from llm_engineering.training.rewards import Completion, Reward
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.trainer.loss_watch import LossWatch
 from llm_engineering.training.trainer.reference import complete_reference, disable_dropout, frozen_copy
-from llm_engineering.training.trainer.resumable import ResumableTrainer
+from llm_engineering.training.trainer.resumable import ByEpoch, ResumableTrainer
 from llm_engineering.training.training_run import TrainingRun
 
 Config = TypeVar("Config", bound=OnlineConfig)
@@ -303,13 +303,6 @@ class OnlineTrainer(ResumableTrainer):
         self._restore_completions(checkpoint)
         return window
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # As in DPO: of a checkpoint with a reference in a subfolder, transformers loads only the reference.
-        if isinstance(self.model, PeftModel):
-            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-            self.model.set_adapter("default")
-
     def _restore_completions(self, checkpoint: Path) -> None:
         """Restore the completions in use. The batches may have become smaller since."""
         state = torch.load(_completions_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
@@ -322,23 +315,8 @@ class OnlineTrainer(ResumableTrainer):
         self._buffered_inputs = split_tensor_dict(whole, self.args.steps_per_generation)
 
 
-class PromptsByEpoch(RepeatSampler):
-    """TRL's sampler of whole groups, with an order that depends only on the seed and the epoch.
-
-    TRL draws each epoch's order from one generator, which a resumed run begins anew: it would train the first epoch's
-    prompts again.
-    """
-
-    epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch. accelerate calls it before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        assert self.seed is not None
-        self.generator.manual_seed(self.seed + self.epoch)
-        yield from super().__iter__()  # type: ignore[no-untyped-call]
+class PromptsByEpoch(ByEpoch, RepeatSampler):
+    """TRL's sampler of whole groups, with an order for each epoch."""
 
 
 def _completions_file(checkpoint: Path) -> Path:

@@ -230,12 +230,3 @@ class ReferenceTrainer(ResumableTrainer):
                 f"--set {self.stage}.precompute_ref_log_probs=false; if the error stays, this model cannot be trained with "
                 f"{self.stage.upper()} here."
             )
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # If a checkpoint has adapters in subfolders, transformers loads only these. It would load the reference but not
-        # the policy, and the policy would silently start over.
-        if not isinstance(self.model, PeftModel):
-            return
-        self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
-        self.model.set_adapter("default")

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
@@ -27,7 +27,7 @@ from llm_engineering.training.processes import ranks
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.telemetry.work import Work
 from llm_engineering.training.trainer.checkpoints import PARTIAL, check_space, publish, size
-from llm_engineering.training.trainer.loss_watch import LossWatch, rows_of
+from llm_engineering.training.trainer.loss_watch import Batch, LossWatch, rows_of
 from llm_engineering.training.trainer.validation_loss import HeldOutTrainer
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class ResumableTrainer(HeldOutTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._writing: Path | None = None
         self._watch = LossWatch()
-        self._batches: list[Mapping[str, Any] | list[dict[str, Any]]] = []
-        self._broken: list[Mapping[str, Any] | list[dict[str, Any]]] = []
+        self._batches: list[Batch] = []
+        self._broken: list[Batch] = []
         self._step_loss = 0.0
         self._step_ended = True
         self.work = Work()
@@ -115,6 +115,14 @@ class ResumableTrainer(HeldOutTrainer):
         # After a checkpoint of the last step, transformers would train one more step if the last step is inside an epoch.
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # If a checkpoint has adapters in subfolders, transformers loads only these. It would load the reference but not
+        # the policy, and the policy would silently start over.
+        if isinstance(self.model, PeftModel) and len(self.model.peft_config) > 1:
+            self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
+            self.model.set_adapter("default")
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
@@ -281,7 +289,7 @@ class ResumableTrainer(HeldOutTrainer):
             self._stop(f"the norm of the gradient is {float(norm)}", self._batches)
         return norm
 
-    def _stop(self, problem: str, batches: list[Mapping[str, Any] | list[dict[str, Any]]]) -> None:
+    def _stop(self, problem: str, batches: list[Batch]) -> None:
         named = ", ".join(filter(None, ranks.gathered(rows_of(batches, self.rows))))
         # DeepSpeed updates the weights in the backward pass. No checkpoint has these weights.
         unchanged = "" if self.is_deepspeed_enabled else " The weights were not changed by this step."
@@ -298,17 +306,16 @@ def _own_files(checkpoint: Path) -> list[tuple[str, bytes]]:
     return [(file.name, file.read_bytes()) for file in files if file.is_file()]
 
 
-class LengthGroupedByEpoch(LengthGroupedSampler):
-    """transformers' length-grouped sampler with an order that depends only on the seed and the epoch.
+class ByEpoch:
+    """Mixin for a sampler, so that its order depends only on the seed and the epoch. It must come before the sampler's class.
 
-    transformers draws the order from torch's global generator, whose state differs in a resumed run: some rows would
-    be trained twice, and others never.
+    The samplers of transformers and TRL draw from one generator, whose state differs in a resumed run: some rows would be
+    trained twice, and others never.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.epoch = 0
+    generator: Any
+    seed: Any
+    epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch. accelerate calls it before each epoch."""
@@ -316,7 +323,15 @@ class LengthGroupedByEpoch(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
-        yield from super().__iter__()  # type: ignore[no-untyped-call]
+        yield from super().__iter__()  # type: ignore[misc]
+
+
+class LengthGroupedByEpoch(ByEpoch, LengthGroupedSampler):
+    """transformers' length-grouped sampler, with an order for each epoch."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
 
 
 class RestoreWindow(TrainerCallback):
@@ -326,8 +341,6 @@ class RestoreWindow(TrainerCallback):
         self.trainer = trainer
         self.checkpoint = checkpoint
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """Restore the sums from the checkpoint."""
         self.trainer.restore_window(self.checkpoint)
