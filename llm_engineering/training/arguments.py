@@ -15,6 +15,13 @@ from llm_engineering.training.processes.sharding import distributed_arguments, l
 
 Config = TypeVar("Config", bound=TrainConfig)
 
+# Keys of a stage's block that are arguments of transformers by the same name.
+_TAKEN_OVER = {
+    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "logging_steps",
+    "eval_strategy", "eval_steps", "save_strategy", "save_total_limit",
+}  # fmt: skip
+
 
 def effective_batch(config: TrainConfig, compute: ComputeConfig) -> int:
     """Number of rows, or of packed rows, in one step of all processes."""
@@ -53,32 +60,19 @@ def halved(config: Config, *, training: bool) -> Config:
 def training_arguments(config: TrainConfig, device: Device, setup: TrainingSetup, folder: Path) -> dict[str, Any]:
     """The arguments of transformers.TrainingArguments that all stages share."""
     return {
+        **config.model_dump(include=_TAKEN_OVER),
         **distributed_arguments(setup.compute, shards=loads_shards(config, setup)),
         "output_dir": str(folder / "checkpoints"),
-        "learning_rate": config.learning_rate,
-        "num_train_epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "per_device_train_batch_size": config.per_device_train_batch_size,
-        "per_device_eval_batch_size": config.per_device_eval_batch_size,
-        "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "lr_scheduler_type": config.lr_scheduler_type,
         # transformers reads a value below 1 as a share of all steps.
         "warmup_steps": config.warmup_ratio,
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_grad_norm,
         # unsloth has its own gradient checkpointing, which the recipe's key turned on when the model was loaded.
         "gradient_checkpointing": config.gradient_checkpointing and device.backend == "transformers",
         "optim": choose_optimiser(config.optim, device, setup.compute.distributed)[0],
         "load_best_model_at_end": config.load_best,
         "metric_for_best_model": "eval_loss",
-        "logging_steps": config.logging_steps,
         "logging_first_step": True,
-        "eval_strategy": config.eval_strategy,
-        "eval_steps": config.eval_steps,
-        "save_strategy": config.save_strategy,
         # With save_strategy epoch, transformers ignores save_steps, but still requires a number.
         "save_steps": config.save_steps or 1,
-        "save_total_limit": config.save_total_limit,
         # TRL's default is bf16, even on CPUs where it is slower.
         "bf16": device.dtype == torch.bfloat16,
         "fp16": device.dtype == torch.float16,

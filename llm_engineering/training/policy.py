@@ -1,4 +1,4 @@
-"""Loads the model to train with transformers and PEFT, or passes the work to `unsloth_policy`."""
+"""Loads the model to train with transformers and PEFT, and saves it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from llm_engineering.models.fit import lora_config, train_rows, with_adapter
 from llm_engineering.models.new_tokens import add_new_tokens
 from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.training import unsloth_policy
-from llm_engineering.training.unsloth_policy import Loading
 
 
 def new_policy(
@@ -29,21 +27,17 @@ def new_policy(
     settings: Settings,
     device: Device,
     method: Method = "lora",
-    loading: Loading | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load the base model with a fresh LoRA adapter (Hu et al. 2021, arXiv:2106.09685).
 
     A fresh adapter does not change the model's outputs, except with `init_lora_weights: false`. With method `full`, load
-    only the base model. Only unsloth needs `loading`.
+    only the base model.
 
     Raises:
         RequestError: the adapter does not fit the model.
     """
-    if device.backend == "unsloth":
-        assert loading is not None
-        return unsloth_policy.new_policy(model, lora, settings, device, method, loading)
     if method == "full":
-        return _full_model(model, settings, device)
+        return full_model(model, None, settings, device)
     config = lora_config(lora)
     base = _base(model, settings, device, method, config.modules_to_save)
     if model.added_tokens:
@@ -76,25 +70,15 @@ def in_float32(base: PreTrainedModel, modules: Sequence[str] | None) -> None:
 
 
 def trained_policy(
-    model: ModelConfig,
-    trained: Path,
-    settings: Settings,
-    device: Device,
-    method: Method = "lora",
-    loading: Loading | None = None,
+    model: ModelConfig, trained: Path, settings: Settings, device: Device, method: Method = "lora"
 ) -> PreTrainedModel | PeftModel:
     """Load a trained model to train it further: the base model with its adapter, or the full model.
 
     Args:
         trained: folder of the adapter, or of the full model.
-        loading: only unsloth needs it.
     """
-    if device.backend == "unsloth":
-        assert loading is not None
-        return unsloth_policy.trained_policy(model, trained, settings, device, method, loading)
     if method == "full":
-        folder = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
-        return _full_model(folder, settings, device)
+        return full_model(model, trained, settings, device)
     saved = peft.LoraConfig.from_pretrained(str(trained))
     base = _base(model, settings, device, method, saved.modules_to_save)
     policy = PeftModel.from_pretrained(base, str(trained), is_trainable=True)
@@ -183,6 +167,11 @@ def _base(
     return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False) if method == "qlora" else base
 
 
-def _full_model(model: ModelConfig, settings: Settings, device: Device) -> PreTrainedModel:
+def full_model(
+    model: ModelConfig, trained: Path | None, settings: Settings, device: Device, *, scores: bool = False
+) -> PreTrainedModel:
+    """Load the base model, or the trained full model of a folder, to train all of its weights."""
+    if trained is not None:
+        model = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
     # Half-precision weights would lose updates smaller than their last bit. Autocast computes in half precision.
-    return load_model(model, settings, device._replace(dtype=torch.float32))
+    return load_model(model, settings, device._replace(dtype=torch.float32), scores=scores)

@@ -21,11 +21,11 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.fit import lora_config
 from llm_engineering.models.reward_model import head_in_float32, padding_token, with_reward_adapter
-from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import RewardConfig
 from llm_engineering.training.arguments import training_arguments
-from llm_engineering.training.policy import forget_base, in_float32, remember_start
+from llm_engineering.training.policy import forget_base, full_model, in_float32, remember_start
 from llm_engineering.training.processes.job import Job, TrainingResult
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.train import run_training
@@ -47,9 +47,7 @@ def load_start(run: TrainingRun[RewardConfig]) -> PreTrainedModel | PeftModel:
     """Load the model of the stage before, or the base model, with a head of random weights, which follow from the seed."""
     model, device, start = run.setup.model, run.device, run.start
     if run.method == "full":
-        trained = ModelConfig(name_or_path=str(start), trust_remote_code=model.trust_remote_code) if start else model
-        # Half-precision weights would lose updates smaller than their last bit. Autocast computes in half precision.
-        return load_model(trained, run.settings, device._replace(dtype=torch.float32), scores=True)
+        return full_model(model, start, run.settings, device, scores=True)
     lora = run.config.lora or LoraConfig()
     config = peft.LoraConfig.from_pretrained(str(start)) if start else lora_config(lora)
     assert isinstance(config, peft.LoraConfig)

@@ -29,6 +29,7 @@ from llm_engineering.recipe.model_blocks import LoraConfig, Method
 from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainConfig, TrainingSetup
+from llm_engineering.training import unsloth_policy
 from llm_engineering.training.arguments import device_facts
 from llm_engineering.training.losses import attend_by_row, keeps_rows_apart
 from llm_engineering.training.policy import new_policy, trained_policy
@@ -91,13 +92,15 @@ class TrainingRun(Generic[Config]):
 
     def load_policy(self) -> PreTrainedModel | PeftModel:
         """Load the model to train: the model of the stage before, or the base model, with a fresh adapter if it has one."""
-        loading = Loading(self.setup.max_length, self.config.gradient_checkpointing, self.setup.seed)
-        setup, device = self.setup, self.device
-        with sharded_loading(self.config, setup, device):
-            if self.start is not None:
-                return trained_policy(setup.model, self.start, self.settings, device, self.method, loading)
-            lora = self.config.lora or LoraConfig()
-            return new_policy(setup.model, lora, self.settings, device, self.method, loading)
+        model, start, settings, device, method = self.setup.model, self.start, self.settings, self.device, self.method
+        lora = self.config.lora or LoraConfig()
+        if device.backend == "unsloth":
+            loading = Loading(self.setup.max_length, self.config.gradient_checkpointing, self.setup.seed)
+            return unsloth_policy.load_policy(model, start, lora, settings, device, method, loading)
+        with sharded_loading(self.config, self.setup, device):
+            if start is not None:
+                return trained_policy(model, start, settings, device, method)
+            return new_policy(model, lora, settings, device, method)
 
     def keeps_rows_apart(self, policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
         """Whether concatenated rows do not attend to each other (`losses.keeps_rows_apart`).

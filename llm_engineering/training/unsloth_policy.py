@@ -35,41 +35,40 @@ class Loading(NamedTuple):
     seed: int
 
 
-def new_policy(
-    model: ModelConfig, lora: LoraConfig, settings: Settings, device: Device, method: Method, loading: Loading
+def load_policy(
+    model: ModelConfig,
+    start: Path | None,
+    lora: LoraConfig,
+    settings: Settings,
+    device: Device,
+    method: Method,
+    loading: Loading,
 ) -> PreTrainedModel | peft.PeftModel:
-    """Load the base model with a fresh adapter; with method `full`, only the base model."""
-    base = _base(model, settings, device, method, loading)
-    if method == "full":
-        return base
-    return _with_adapter(base, lora.model_dump(include=set(_ADAPTER_ARGUMENTS)), loading)
+    """Load the base model with an adapter, or with method `full` the model alone.
 
-
-def trained_policy(
-    model: ModelConfig, trained: Path, settings: Settings, device: Device, method: Method, loading: Loading
-) -> PreTrainedModel | peft.PeftModel:
-    """Load a model that either backend trained: the base model with its adapter, or the full model.
-
-    Makes a fresh adapter of the same shape and copies the trained weights into it. unsloth's own loader would search
+    A trained adapter is made afresh in the same shape, and gets the trained weights. unsloth's own loader would search
     for the base model by the name in the adapter's config, which is the recipe's name and not always a path.
 
     Args:
-        trained: folder of the adapter, or of the full model.
+        start: folder of an adapter, or of a full model, that either backend trained; None for a fresh adapter.
 
     Raises:
         WorkError: the adapter and the model have different weights.
     """
-    if method == "full":
-        folder = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
-        return _base(folder, settings, device, method, loading)
-    saved = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
+    if method == "full" and start is not None:
+        model = ModelConfig(name_or_path=str(start), trust_remote_code=model.trust_remote_code)
     base = _base(model, settings, device, method, loading)
+    if method == "full":
+        return base
+    if start is None:
+        return _with_adapter(base, lora.model_dump(include=set(_ADAPTER_ARGUMENTS)), loading)
+    saved = json.loads((start / "adapter_config.json").read_text(encoding="utf-8"))
     policy = _with_adapter(base, {name: saved[name] for name in _ADAPTER_ARGUMENTS}, loading)
-    outcome: Any = peft.set_peft_model_state_dict(policy, peft.load_peft_weights(str(trained), device=device.name))
+    outcome: Any = peft.set_peft_model_state_dict(policy, peft.load_peft_weights(str(start), device=device.name))
     wrong = [key for key in outcome.missing_keys if "lora_" in key] + list(outcome.unexpected_keys)
     if wrong:
         raise WorkError(
-            f"The adapter {trained} does not fit the model that unsloth built: {len(wrong)} weights are in only one of "
+            f"The adapter {start} does not fit the model that unsloth built: {len(wrong)} weights are in only one of "
             f"them, for example {wrong[0]}. Use --set compute.backend=transformers."
         )
     return policy
