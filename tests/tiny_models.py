@@ -1,7 +1,7 @@
 """Models of two small layers with a byte-level tokenizer of 300 tokens, and rows and settings to train them."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from datasets import DatasetDict
@@ -37,6 +37,9 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainConfig, TrainingSetup
 from llm_engineering.training.processes.job import Job, TrainingResult
+from llm_engineering.training.training_run import TrainingRun, prepare_run
+
+Config = TypeVar("Config", bound=TrainConfig)
 
 END = "<|endoftext|>"
 CPU = ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa")
@@ -224,13 +227,25 @@ def training_setup(
     )
 
 
+def job_of(config: TrainConfig, setup: TrainingSetup, **fields: Any) -> Job:
+    """A job of the stage that a config is the block of. `fields` are the others of the job, e.g. `start`."""
+    stage = next(stage.name for stage in STAGES.values() if stage.block is type(config))
+    return Job(stage=stage, config=config.model_dump(), setup=setup, **fields)
+
+
+def prepared(
+    data: DatasetDict, config: Config, setup: TrainingSetup, settings: Settings, **fields: Any
+) -> TrainingRun[Config]:
+    """The run of a config, checked as before a training."""
+    return prepare_run(job_of(config, setup, **fields), type(config), data, settings)
+
+
 def train(
     data: DatasetDict, config: TrainConfig, setup: TrainingSetup, settings: Settings, **fields: Any
 ) -> TrainingResult:
-    """Train the stage of a config in this process. `fields` are more of the job's, e.g. `start`."""
-    stage = next(stage for stage in STAGES.values() if stage.block is type(config))
-    job = Job(stage=stage.name, config=config.model_dump(), setup=setup, **fields)
-    result: TrainingResult = stage.train_function()(job, data, settings)
+    """Train the stage of a config in this process."""
+    job = job_of(config, setup, **fields)
+    result: TrainingResult = STAGES[job.stage].train_function()(job, data, settings)
     return result
 
 

@@ -22,7 +22,7 @@ from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.recipe.training_blocks import TrackingConfig, TrainingSetup
-from tests.tiny_models import formatted, instruction, train, write_model
+from tests.tiny_models import formatted, instruction, prepared, train, write_model
 
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 ASKED = [{"role": "user", "content": "What is it?"}]
@@ -256,18 +256,19 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
     from llm_engineering.training import sft, training_run
     from llm_engineering.training.dpo import dpo_trainer
     from llm_engineering.training.policy import new_policy
-    from llm_engineering.training.training_run import TrainingRun
 
     monkeypatch.setattr(training_run, "keeps_rows_apart", lambda policy, by_row: apart)
     tokenizer = load_tokenizer(model, settings, "alpaca")
     end = tokenizer.eos_token_id
     assert tokenizer.pad_token_id == end
     device = choose_device(cpu)
-    setup = TrainingSetup(model=model, max_length=256, compute=cpu, tracking=TrackingConfig(comet="off"), seed=7)
+    setup = TrainingSetup(
+        model=model, max_length=256, chat_template="alpaca", compute=cpu, tracking=TrackingConfig(comet="off"), seed=7
+    )
     data = formatted("instruction", 8, tokenizer, tmp_path)
     config = SFTConfig(**STEPS, packing=False)
     policy = new_policy(model, LoraConfig(), settings, device)
-    trainer = sft.sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
+    trainer = sft.sft_trainer(prepared(data, config, setup, settings), policy, config)
     first = list(data["train"].select([0, 1]))
     assert all(row["labels"][-1] == end for row in first)
     longest = max(len(row["labels"]) for row in first)
@@ -277,7 +278,7 @@ def test_padding_with_the_end_token_does_not_hide_the_end_of_answers(
 
     pairs = formatted("preference", 8, tokenizer, tmp_path)
     config = DPOConfig(**STEPS)
-    trainer = dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer), policy, config)
+    trainer = dpo_trainer(prepared(pairs, config, setup, settings), policy, config)
     batch = trainer.data_collator(list(pairs["train"].select([0, 1])))
     trained = [
         [token for token, mask in zip(ids, masks, strict=True) if mask]

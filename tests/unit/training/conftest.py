@@ -1,8 +1,9 @@
-"""What training tests share: the setup of the small Llama, and eight rows of each kind as token ids."""
+"""What training tests share: the setup of the small Llama, eight rows of each kind as token ids, and trained models."""
 
 import pytest
 
 from llm_engineering.models.tokenizer import load_tokenizer
+from llm_engineering.training.policy import save_policy
 from tests.tiny_models import formatted, training_setup
 
 
@@ -25,3 +26,16 @@ def rows(alpaca_tokenizer, tmp_path):
 @pytest.fixture
 def pairs(alpaca_tokenizer, tmp_path):
     return formatted("preference", 8, alpaca_tokenizer, tmp_path)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The models of all trainings, as they are in memory at the end."""
+    models = []
+
+    def save_and_keep(policy, *args):
+        models.append(policy.eval())
+        save_policy(policy, *args)
+
+    monkeypatch.setattr("llm_engineering.training.train.save_policy", save_and_keep)
+    return models

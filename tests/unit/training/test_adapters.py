@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -20,11 +18,11 @@ from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training.estimate import shapes
-from llm_engineering.training.policy import new_policy, save_policy
+from llm_engineering.training.policy import new_policy
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import CPU, logged, train, training_setup, write_model
-from tests.unit.training.steps import during_step
+from tests.unit.training.steps import interrupt
 
 STEPS = REFERENCE_STEPS | {"max_steps": 3, "save_steps": 3, "eval_steps": 3}
 IDS = torch.tensor([[5, 9, 11, 2, 40, 41]])
@@ -82,20 +80,6 @@ def folders(tmp_path_factory):
     return {kind: write_model(folder / kind, kind) for kind in ("llama", "gpt2")} | {"tied": folder / "tied"}
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Logits of the models as they are in memory at the end of training."""
-    logits = []
-
-    def save_and_note(policy, *args):
-        with torch.inference_mode():
-            logits.append(policy.eval()(input_ids=IDS).logits)
-        save_policy(policy, *args)
-
-    monkeypatch.setattr("llm_engineering.training.train.save_policy", save_and_note)
-    return logits
-
-
 def sft_config(**lora):
     return SFTConfig(**STEPS, packing=False, lora=LoraConfig(r=4, **lora))
 
@@ -121,7 +105,7 @@ def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
 
     # SFT starts at the base model, and changes it
     sft = train(rows, sft_config(**lora), setup, settings)
-    assert not torch.allclose(trained[0], untrained, atol=1e-2)
+    assert not torch.allclose(logits_of(trained[0]), untrained, atol=1e-2)
     saved = json.loads((sft.adapter / "adapter_config.json").read_text())
     # PEFT writes the modules that it found, and all fields of a config.
     written = lora.keys() - {"target_modules", "modules_to_save", "use_bdlora", "velora_config"}
@@ -142,14 +126,14 @@ def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
 
     # Evaluation loads both beside each other
     models = Models(base, {"sft": sft.adapter, "dpo": dpo.adapter}, alpaca_tokenizer, batch_size=2)
-    for name, logits in (("dpo", trained[1]), ("sft", trained[0]), ("base", untrained)):
+    for name, logits in (("dpo", logits_of(trained[1])), ("sft", logits_of(trained[0])), ("base", untrained)):
         with models.use(name) as model:
             torch.testing.assert_close(model(input_ids=IDS).logits, logits, atol=1e-4, rtol=1e-4)
 
     # The merged model is the trained one
     merge(Trained(setup.model, dpo.adapter), ROWS, device, torch.float32, settings, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits_of(merged), trained[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_of(merged), logits_of(trained[1]), atol=1e-4, rtol=1e-4)
     separate = case in ("tied embeddings, two copies", "LoRA of a tied embedding")
     assert merged.config.tie_word_embeddings == (kind != "llama" and not separate)
 
@@ -163,7 +147,7 @@ def test_the_saved_adapter_is_the_trained_model_on_the_plain_base(
     ],
     ids=["sft", "dpo of tokens", "dpo of embeddings"],
 )
-def test_a_resumed_run_ends_with_the_same_bytes(stage, lora, folders, rows, pairs, settings, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_bytes(stage, lora, folders, rows, pairs, settings):
     setup = training_setup(folders["tied"])
     whole = sft = train(rows, sft_config(**lora), setup, settings)
 
@@ -175,10 +159,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(stage, lora, folders, rows, pair
     if stage == "dpo":
         whole = run()
     expected = (whole.adapter / "adapter_model.safetensors").read_bytes()
-    with monkeypatch.context() as patch:
-        during_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
-            run()
+    interrupt(2, run)
     resumed = run()
     assert resumed.summary["resumed_from"] == "checkpoint-2"
     assert (resumed.adapter / "adapter_model.safetensors").read_bytes() == expected

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from llm_engineering.models.tokenizer import load_tokenizer, template_text
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from llm_engineering.recipe.stages import STAGES as TABLE
 from tests.tiny_models import formatted, instruction, labelled, logged, pair, text, train, training_setup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,91 +77,85 @@ class Side(NamedTuple):
     start: Path | None = None
 
 
-# The plain side, as a user of TRL writes it.
+class Stage(NamedTuple):
+    """A stage on both sides.
+
+    Attributes:
+        trainer, arguments: TRL's classes.
+        block: the project's class of the configuration.
+        row: makes a row from its number.
+        columns: TRL's columns of the rows; each is a list of messages, a text or a label.
+        options: hyperparameters of this stage, with TRL's names.
+        start: the stage whose weights this one trains further; None for the base model.
+        values: names in the history that are compared beside loss, gradient norm and learning rate.
+    """
+
+    trainer: Any
+    arguments: Any
+    block: Any
+    row: Any
+    columns: tuple[str, ...]
+    options: dict[str, Any]
+    start: str | None = None
+    values: tuple[str, ...] = ()
 
 
-def plain_arguments(side, seed):
-    return {
-        **(SCHEDULE | side.case.options),
-        "output_dir": str(side.output),
-        "max_length": MAX_LENGTH,
-        "warmup_steps": 0.1,
-        "seed": seed,
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+REWARDS = ("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+PAIRS = ("prompt", "chosen", "rejected")
+ANSWERS = ("prompt", "completion")
+STAGES = {
+    # The default of the project is packing, which is off in TRL.
+    "cpt": Stage(trl.SFTTrainer, trl.SFTConfig, CPTConfig, text, ("text",), {"packing": False}),
+    "sft": Stage(trl.SFTTrainer, trl.SFTConfig, SFTConfig, instruction, ANSWERS, {"packing": False}),
+    "dpo": Stage(
+        trl.DPOTrainer, trl.DPOConfig, DPOConfig, pair, PAIRS, {"beta": 0.1}, "sft", (*REWARDS, "rewards/margins")
+    ),
+    "kto": Stage(
+        trl.KTOTrainer, trl.KTOConfig, KTOConfig, labelled, (*ANSWERS, "label"), {"beta": 0.1}, "sft", ("kl", *REWARDS)
+    ),
+    "reward": Stage(
+        trl.RewardTrainer, trl.RewardConfig, RewardConfig, pair, PAIRS, {"center_rewards_coefficient": 0.01}, "sft",
+        ("accuracy", "margin", "min_reward", "max_reward"),
+    ),
+}  # fmt: skip
 
 
-def plain_tokenizer(side):
+def plain(side, seed):
+    """A trainer of TRL, as a user of TRL writes it."""
+    stage = STAGES[side.case.stage]
+    transformers.set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(side.model)
     tokenizer.chat_template = template_text("alpaca")
-    return tokenizer
-
-
-def conversations(make_row, *columns):
-    """Rows in TRL's columns, each a list of messages."""
-    rows = [make_row(number).model_dump(include=set(columns)) for number in range(ROWS)]
-    return Dataset.from_list(rows)
-
-
-def plain_cpt(side, seed):
-    transformers.set_seed(seed)
-    return trl.SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(side.model, dtype=torch.float32),
-        args=trl.SFTConfig(**plain_arguments(side, seed)),
-        train_dataset=Dataset.from_list([{"text": text(number).text} for number in range(ROWS)]),
-        processing_class=plain_tokenizer(side),
-        peft_config=LoraConfig(**ADAPTER, task_type="CAUSAL_LM") if side.case.method == "lora" else None,
-    )
-
-
-def plain_sft(side, seed):
-    transformers.set_seed(seed)
-    return trl.SFTTrainer(
-        model=AutoModelForCausalLM.from_pretrained(side.model, dtype=torch.float32),
-        args=trl.SFTConfig(**plain_arguments(side, seed)),
-        train_dataset=conversations(instruction, "prompt", "completion"),
-        processing_class=plain_tokenizer(side),
-        peft_config=LoraConfig(**ADAPTER, task_type="CAUSAL_LM") if side.case.method == "lora" else None,
-    )
-
-
-def started(side):
-    if side.case.method == "full":
-        return AutoModelForCausalLM.from_pretrained(side.start, dtype=torch.float32)
-    base = AutoModelForCausalLM.from_pretrained(side.model, dtype=torch.float32)
-    return PeftModel.from_pretrained(base, side.start, is_trainable=True)
-
-
-def plain_kto(side, seed):
-    transformers.set_seed(seed)
-    return trl.KTOTrainer(
-        model=started(side),
-        args=trl.KTOConfig(**plain_arguments(side, seed), beta=0.1),
+    rows = Dataset.from_list([stage.row(n).model_dump(include=set(stage.columns)) for n in range(ROWS)])
+    if side.case.stage == "kto":
         # TRL takes the rows in their order.
-        train_dataset=conversations(labelled, "prompt", "completion", "label").shuffle(seed=seed),
-        processing_class=plain_tokenizer(side),
-    )
+        rows = rows.shuffle(seed=seed)
+    if side.case.stage == "reward":
+        # The tiny tokenizer's only special token ends answers. As the pad token, it would hide the ends.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    fresh = side.case.method == "lora" and stage.start is None
+    return stage.trainer(
+        model=scoring_model(side) if side.case.stage == "reward" else writing_model(side),
+        args=stage.arguments(
+            **(SCHEDULE | stage.options | side.case.options), output_dir=str(side.output), max_length=MAX_LENGTH,
+            warmup_steps=0.1, seed=seed, bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(**ADAPTER, task_type="CAUSAL_LM") if fresh else None,
+    )  # fmt: skip
 
 
-def plain_dpo(side, seed):
-    transformers.set_seed(seed)
-    return trl.DPOTrainer(
-        model=started(side),
-        args=trl.DPOConfig(**plain_arguments(side, seed), beta=0.1),
-        train_dataset=conversations(pair, "prompt", "chosen", "rejected"),
-        processing_class=plain_tokenizer(side),
-    )
+def writing_model(side):
+    """The model that the stage starts from. A fresh adapter is TRL's to make."""
+    if side.case.method == "full":
+        return AutoModelForCausalLM.from_pretrained(side.start or side.model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(side.model, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, side.start, is_trainable=True) if side.start else base
 
 
-def plain_reward(side, seed):
-    transformers.set_seed(seed)
-    tokenizer = plain_tokenizer(side)
-    # The tiny tokenizer's only special token ends answers. As the pad token, it would hide the ends.
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+def scoring_model(side):
+    """The model that the stage starts from, with a head that scores."""
     folder = side.model if side.case.method == "lora" else side.start
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     if side.case.method == "lora":
@@ -168,88 +163,21 @@ def plain_reward(side, seed):
         model = get_peft_model(model, LoraConfig(**ADAPTER, task_type="SEQ_CLS", modules_to_save=["score"]))
         weights = get_peft_model_state_dict(model) | load_peft_weights(str(side.start), device="cpu")
         set_peft_model_state_dict(model, weights)
-    return trl.RewardTrainer(
-        model=model,
-        args=trl.RewardConfig(**plain_arguments(side, seed), center_rewards_coefficient=0.01),
-        train_dataset=conversations(pair, "prompt", "chosen", "rejected"),
-        processing_class=tokenizer,
-    )
+    return model
 
 
-# The project's side.
-
-
-def our_rows(kind, side, setup, settings):
+def ours(side, setup, settings):
+    """The result of the project's training."""
+    stage = STAGES[side.case.stage]
     side.output.mkdir()
-    return formatted(kind, ROWS, load_tokenizer(setup.model, settings, setup.chat_template), side.output)
-
-
-def our_arguments(side):
+    rows = formatted(TABLE[side.case.stage].rows, ROWS, load_tokenizer(setup.model, settings, "alpaca"), side.output)
     # Evaluated and saved once, after the last step.
-    return SCHEDULE | side.case.options | {"warmup_ratio": 0.1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    schedule = {"warmup_ratio": 0.1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    adapter = {"lora": ADAPTER} if side.case.method == "lora" and stage.start is None else {}
+    config = stage.block(**SCHEDULE | stage.options | side.case.options | schedule | adapter)
+    return train(rows, config, setup, settings, start=side.start)
 
 
-def our_cpt(side, setup, settings):
-    adapter = {"lora": ADAPTER} if side.case.method == "lora" else {}
-    config = CPTConfig(**{"packing": False} | our_arguments(side), **adapter, method=side.case.method)
-    return train(our_rows("text", side, setup, settings), config, setup, settings)
-
-
-def our_sft(side, setup, settings):
-    adapter = {"lora": ADAPTER} if side.case.method == "lora" else {}
-    # The default is packing, which is off in TRL.
-    config = SFTConfig(**{"packing": False} | our_arguments(side), **adapter, method=side.case.method)
-    return train(our_rows("instruction", side, setup, settings), config, setup, settings)
-
-
-def our_dpo(side, setup, settings):
-    config = DPOConfig(**our_arguments(side), beta=0.1)
-    return train(our_rows("preference", side, setup, settings), config, setup, settings, start=side.start)
-
-
-def our_kto(side, setup, settings):
-    config = KTOConfig(**our_arguments(side), beta=0.1)
-    return train(our_rows("labelled", side, setup, settings), config, setup, settings, start=side.start)
-
-
-def our_reward(side, setup, settings):
-    config = RewardConfig(**our_arguments(side), center_rewards_coefficient=0.01)
-    return train(our_rows("preference", side, setup, settings), config, setup, settings, start=side.start)
-
-
-class Stage(NamedTuple):
-    """A stage on both sides.
-
-    Attributes:
-        plain: `(side, seed)` to a trainer of TRL.
-        ours: `(side, setup, settings)` to a TrainingResult.
-        start: the stage whose weights this one trains further; None for the base model.
-        values: names in the history that are compared beside loss, gradient norm and learning rate.
-    """
-
-    plain: Any
-    ours: Any
-    start: str | None = None
-    values: tuple[str, ...] = ()
-
-
-STAGES = {
-    "cpt": Stage(plain_cpt, our_cpt),
-    "sft": Stage(plain_sft, our_sft),
-    "dpo": Stage(
-        plain_dpo,
-        our_dpo,
-        start="sft",
-        values=("logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins"),
-    ),
-    "kto": Stage(
-        plain_kto,
-        our_kto,
-        start="sft",
-        values=("kl", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected"),
-    ),
-    "reward": Stage(plain_reward, our_reward, start="sft", values=("accuracy", "margin", "min_reward", "max_reward")),
-}
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 PACKED = {"packing": True, "per_device_train_batch_size": 1}
 CASES = {
@@ -280,12 +208,12 @@ def test_losses_are_those_of_plain_trl(case, small_llama, settings, tmp_path):
     start = None
     if stage.start is not None:
         first = Side(Case(stage.start, case.method, {}), small_llama, tmp_path / "first")
-        start = STAGES[stage.start].ours(first, setup, settings).adapter
+        start = ours(first, setup, settings).adapter
 
-    trainer = stage.plain(Side(case, small_llama, tmp_path / "plain", start), setup.seed)
+    trainer = plain(Side(case, small_llama, tmp_path / "plain", start), setup.seed)
     trainer.train()
     expected = [entry for entry in trainer.state.log_history if "loss" in entry]
-    result = stage.ours(Side(case, small_llama, tmp_path / "ours", start), setup, settings)
+    result = ours(Side(case, small_llama, tmp_path / "ours", start), setup, settings)
 
     assert len(expected) == STEPS
     for name in ("loss", "grad_norm", "learning_rate", *stage.values):

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models import device as devices
 from llm_engineering.models.device import Device, choose_backend, choose_device, keys_beyond_unsloth, needs_own_process
-from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
@@ -26,7 +25,7 @@ from llm_engineering.training.unsloth_policy import check_packable, check_packed
 from tests.conftest import ROOT
 from tests.fakes import unsloth as fake_unsloth
 from tests.renew_references import STEPS
-from tests.tiny_models import formatted, train
+from tests.tiny_models import train
 
 CARD = Device("cuda", torch.bfloat16, "sdpa", ["device cuda: a card"])
 
@@ -155,9 +154,7 @@ def fake(monkeypatch):
     return fake_unsloth.CALLS
 
 
-def test_both_backends_save_the_same_adapter(fake, setup, settings, tmp_path, monkeypatch):
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    rows, pairs = (formatted(kind, 8, tokenizer, tmp_path) for kind in ("instruction", "preference"))
+def test_both_backends_save_the_same_adapter(fake, rows, pairs, setup, settings, tmp_path, monkeypatch):
     config = SFTConfig(**STEPS, packing=False, gradient_checkpointing=True, lora=LoraConfig(r=4, use_rslora=True))
     trained = train(rows, config, setup, settings)
     after = train(pairs, DPOConfig(**STEPS), setup, settings, start=trained.adapter)
@@ -202,9 +199,7 @@ def test_both_backends_save_the_same_adapter(fake, setup, settings, tmp_path, mo
     assert {**configs[0], "target_modules": 0} == {**configs[1], "target_modules": 0}
 
 
-def test_adapter_that_does_not_fit_is_named(fake, setup, settings, tmp_path, monkeypatch):
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    rows, pairs = (formatted(kind, 4, tokenizer, tmp_path) for kind in ("instruction", "preference"))
+def test_adapter_that_does_not_fit_is_named(fake, rows, pairs, setup, settings):
     trained = train(rows, SFTConfig(**STEPS, packing=False), setup, settings)
     config = trained.adapter / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj"]}))
@@ -212,17 +207,13 @@ def test_adapter_that_does_not_fit_is_named(fake, setup, settings, tmp_path, mon
         train(pairs, DPOConfig(**STEPS), setup, settings, start=trained.adapter)
 
 
-def test_full_fine_tuning_asks_for_float32_weights(fake, setup, settings, tmp_path):
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    rows = formatted("instruction", 4, tokenizer, tmp_path)
+def test_full_fine_tuning_asks_for_float32_weights(fake, rows, setup, settings):
     train(rows, SFTConfig(**STEPS, packing=False, method="full"), setup, settings)
     ((name, loading),) = fake
     assert (name, loading["full_finetuning"], loading["float32_mixed_precision"]) == ("from_pretrained", True, True)
 
 
-def test_packed_batches_without_lengths_end_before_training(fake, setup, settings, tmp_path):
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    rows = formatted("instruction", 8, tokenizer, tmp_path)
+def test_packed_batches_without_lengths_end_before_training(fake, rows, setup, settings):
     with pytest.raises(WorkError, match="do not have the lengths of the packed rows"):
         train(rows, SFTConfig(**STEPS, packing=True), setup, settings)
 
@@ -238,11 +229,9 @@ def test_packed_lengths_must_be_those_of_the_rows():
         check_packable("gpt2", "sft")
 
 
-def test_training_without_the_early_import_is_refused(setup, settings, tmp_path, monkeypatch):
+def test_training_without_the_early_import_is_refused(rows, setup, settings, monkeypatch):
     monkeypatch.setattr(training_run, "choose_backend", lambda device, *_, **__: device._replace(backend="unsloth"))
     monkeypatch.delitem(sys.modules, "unsloth", raising=False)
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    rows = formatted("instruction", 4, tokenizer, tmp_path)
     with pytest.raises(WorkError, match="imported before transformers"):
         train(rows, SFTConfig(**STEPS, packing=False), setup, settings)
 

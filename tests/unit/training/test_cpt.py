@@ -1,8 +1,5 @@
 """Continued pre-training: packed texts, the stages after it, and the learning rate of the embeddings."""
 
-import os
-import signal
-
 import pytest
 import torch
 from peft import PeftModel
@@ -16,18 +13,14 @@ from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, SFTConfig
 from llm_engineering.training import cpt
 from llm_engineering.training.cpt import embedding_parameters
 from tests.tiny_models import formatted, logged, train
-from tests.unit.training.steps import during_step
+from tests.unit.training.steps import interrupt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = {
-    "learning_rate": 1e-2,
-    "num_train_epochs": 1,
-    "gradient_accumulation_steps": 1,
-    "eval_steps": 100,
-    "save_steps": 2,
+    "learning_rate": 1e-2, "num_train_epochs": 1, "gradient_accumulation_steps": 1, "eval_steps": 100, "save_steps": 2,
     "logging_steps": 1,
-}
+}  # fmt: skip
 CONFIG = CPTConfig(**STEPS, per_device_train_batch_size=2, packing=False)
 ROWS = 12
 
@@ -179,13 +172,10 @@ def test_tied_embeddings_are_one_weight(tiny_model):
     assert list(embedding_parameters(model).values()) == ["model.embed_tokens.weight"]
 
 
-def test_a_resumed_run_with_the_rate_ends_like_an_uninterrupted_one(rows, setup, settings, tmp_path, monkeypatch):
+def test_a_resumed_run_with_the_rate_ends_like_an_uninterrupted_one(rows, setup, settings, tmp_path):
     data = rows("text")
     whole = train(data, FULL, setup, settings.model_copy(update={"llm_output_dir": tmp_path / "whole"}))
-    with monkeypatch.context() as patch:
-        during_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
-            train(data, FULL, setup, settings)
+    interrupt(3, lambda: train(data, FULL, setup, settings))
     resumed = train(data, FULL, setup, settings)
     assert resumed.summary["resumed_from"] == "checkpoint-3"
     file = "model.safetensors"

@@ -14,9 +14,8 @@ from llm_engineering.training.dpo import dpo_trainer
 from llm_engineering.training.policy import new_policy, save_policy, trained_policy
 from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.trainer import reference as shared
-from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import CPU, formatted, logged, train
+from tests.tiny_models import CPU, logged, prepared, train
 
 # All validation pairs are one batch, because AOT compares the pairs of a batch.
 STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2, "per_device_eval_batch_size": 4}
@@ -116,16 +115,15 @@ FORMULAS: dict[str, Callable[[Pairs], torch.Tensor]] = {
 }  # fmt: skip
 
 
-def evaluated(config, policy, pairs, tokenizer, setup, settings, seed=None):
+def evaluated(config, policy, pairs, setup, settings, seed=None):
     """The validation loss of a policy that has moved away from its reference; without `seed`, it is the reference."""
-    device = choose_device(setup.compute)
-    trainer = dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, tokenizer), policy, config)
+    trainer = dpo_trainer(prepared(pairs, config, setup, settings), policy, config)
     if seed is not None:
         move(policy, seed)
     return trainer.evaluate()["eval_loss"]
 
 
-def test_every_loss_has_the_value_of_its_formula(start, pairs, alpaca_tokenizer, setup, settings):
+def test_every_loss_has_the_value_of_its_formula(start, pairs, setup, settings):
     named = DPOConfig.model_fields["loss_type"].annotation.__args__
     assert set(named) == set(FORMULAS)
     measured = {}
@@ -135,7 +133,7 @@ def test_every_loss_has_the_value_of_its_formula(start, pairs, alpaca_tokenizer,
         options = {"label_smoothing": smoothing, "precompute_ref_log_probs": len(measured) % 2 == 1}
         config = DPOConfig(**STEPS, **options, beta=BETA, loss_type=name)
         policy = trained_policy(setup.model, start, settings, choose_device(setup.compute))
-        measured[name] = evaluated(config, policy, pairs, alpaca_tokenizer, setup, settings, seed=1)
+        measured[name] = evaluated(config, policy, pairs, setup, settings, seed=1)
     batch = Pairs(policy, pairs["validation"])
     expected = {name: float(FORMULAS[name](batch).mean()) for name in named}
     assert measured == pytest.approx(expected, rel=1e-5)
@@ -149,30 +147,23 @@ def test_every_loss_has_the_value_of_its_formula(start, pairs, alpaca_tokenizer,
 @pytest.mark.parametrize("unpadded", [True, False], ids=["answers", "logits"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_precomputed_reference_in_bf16_is_the_policy_before_training(
-    method, unpadded, start, pairs, alpaca_tokenizer, setup, settings, monkeypatch
+    method, unpadded, start, pairs, setup, settings, monkeypatch
 ):
     if not unpadded:
         monkeypatch.setattr(shared, "keeps_rows_apart", lambda policy, by_row: False)
     setup = setup.model_copy(update={"compute": CPU.model_copy(update={"dtype": "bfloat16"}), "method": method})
-    device = choose_device(setup.compute)
-    load = {
-        "lora": lambda: trained_policy(setup.model, start, settings, device),
-        "full": lambda: new_policy(setup.model, LoraConfig(), settings, device, "full"),
-    }[method]
     for precomputed in (False, True):
         config = DPOConfig(**STEPS, precompute_ref_log_probs=precomputed, method=method)
-        loss = evaluated(config, load(), pairs, alpaca_tokenizer, setup, settings)
+        policy = prepared(pairs, config, setup, settings, start=start if method == "lora" else None).load_policy()
+        loss = evaluated(config, policy, pairs, setup, settings)
         assert loss == pytest.approx(math.log(2), abs=1e-5), precomputed
 
 
 @pytest.mark.parametrize(("precomputed", "kept"), [(False, True), (True, False)])
-def test_a_full_model_keeps_a_second_model_only_if_each_step_asks_it(
-    precomputed, kept, pairs, alpaca_tokenizer, setup, settings
-):
-    device = choose_device(setup.compute)
+def test_a_full_model_keeps_a_second_model_only_if_each_step_asks_it(precomputed, kept, pairs, setup, settings):
     config = DPOConfig(**STEPS, precompute_ref_log_probs=precomputed, method="full")
-    policy = new_policy(setup.model, LoraConfig(), settings, device, "full")
-    trainer = dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, alpaca_tokenizer), policy, config)
+    run = prepared(pairs, config, setup, settings)
+    trainer = dpo_trainer(run, run.load_policy(), config)
     assert (trainer.ref_model is not None) == kept
 
 
@@ -188,21 +179,17 @@ def test_precomputed_references_train_the_same(dtype, start, pairs, setup, setti
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_an_adapter_on_a_quantised_base_stays_in_float32(
-    stage, start, pairs, alpaca_tokenizer, setup, settings, tmp_path
-):
-    device = choose_device(setup.compute)
-    policy = trained_policy(setup.model, start, settings, device)
+def test_an_adapter_on_a_quantised_base_stays_in_float32(stage, start, rows, pairs, setup, settings):
+    policy = trained_policy(setup.model, start, settings, choose_device(setup.compute))
     # A quantised base needs a card. TRL recognises it by this attribute.
     policy.get_base_model().is_loaded_in_4bit = True
     before = {name: weight.clone() for name, weight in policy.named_parameters() if weight.requires_grad}
     if stage == "sft":
-        rows = formatted("instruction", 4, alpaca_tokenizer, tmp_path)
         config = SFTConfig(**STEPS, packing=False)
-        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, alpaca_tokenizer), policy, config)
+        sft_trainer(prepared(rows, config, setup, settings), policy, config)
     else:
         config = DPOConfig(**STEPS)
-        loss = evaluated(config, policy, pairs, alpaca_tokenizer, setup, settings)
+        loss = evaluated(config, policy, pairs, setup, settings)
         assert loss == pytest.approx(math.log(2), abs=1e-6)
     after = {name: weight for name, weight in policy.named_parameters() if name in before}
     assert {weight.dtype for weight in after.values()} == {torch.float32}
@@ -211,9 +198,7 @@ def test_an_adapter_on_a_quantised_base_stays_in_float32(
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
-def test_a_full_model_is_probed_in_the_precision_of_training(
-    stage, pairs, alpaca_tokenizer, setup, settings, tmp_path, monkeypatch
-):
+def test_a_full_model_is_probed_in_the_precision_of_training(stage, rows, pairs, setup, settings, monkeypatch):
     """Flash attention, which a CPU cannot run, raises an error for float32 tensors."""
     seen = set()
     real = torch.nn.functional.scaled_dot_product_attention
@@ -224,15 +209,12 @@ def test_a_full_model_is_probed_in_the_precision_of_training(
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     setup = setup.model_copy(update={"compute": CPU.model_copy(update={"dtype": "bfloat16"}), "method": "full"})
-    device = choose_device(setup.compute)
-    policy = new_policy(setup.model, LoraConfig(), settings, device, "full")
     # Without this, the attention of short rows on a CPU is computed by plain matrix products.
     monkeypatch.setattr("llm_engineering.training.losses.SHORT", 0)
-    if stage == "sft":
-        rows = formatted("instruction", 4, alpaca_tokenizer, tmp_path)
-        config = SFTConfig(**STEPS, packing=False, method="full")
-        sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, alpaca_tokenizer), policy, config)
-    else:
-        config = DPOConfig(**STEPS, method="full")
-        dpo_trainer(TrainingRun("dpo", pairs, config, setup, settings, device, alpaca_tokenizer), policy, config)
+    data, config, trainer = {
+        "sft": (rows, SFTConfig(**STEPS, packing=False, method="full"), sft_trainer),
+        "dpo": (pairs, DPOConfig(**STEPS, method="full"), dpo_trainer),
+    }[stage]
+    run = prepared(data, config, setup, settings)
+    trainer(run, run.load_policy(), config)
     assert seen == {torch.bfloat16}

@@ -27,6 +27,7 @@ from llm_engineering.training.estimate import (
     shapes,
 )
 from tests.conftest import ROOT
+from tests.tiny_models import SIZES
 from tools import forecast
 from tools.forecast import estimate_lines, tokens_of, warn_of_memory
 from tools.plan import stages_of
@@ -132,14 +133,7 @@ def test_peak_is_the_sum_of_its_parts(config, method, device, expected):
 
 
 def test_a_reward_model_has_no_output_layer_and_two_rows_for_a_pair():
-    sizes = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=False,
-    )
+    sizes = LlamaConfig(**SIZES, vocab_size=1000)
     writes, scores = (shapes(sizes, "lora", LoraConfig(), CPU, 2, 16, scores=scores) for scores in (False, True))
     # The output layer of 1,000 · 32 weights in float32 is replaced by a head with two labels, the default of a configuration.
     assert writes.weights - scores.weights == 4 * (1000 * 32 - 2 * 32)

@@ -7,21 +7,16 @@ import torch
 from safetensors.torch import load_file
 
 from llm_engineering.models.base_model import load_model
-from llm_engineering.models.device import choose_device
-from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.compute_blocks import ComputeConfig
-from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer
-from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import FOLDER, STEPS, losses
-from tests.tiny_models import formatted, logged, train
+from tests.tiny_models import CPU, formatted, logged, prepared, train, training_setup
 
 
 @pytest.fixture
-def rows(setup, settings, tmp_path):
-    return formatted("instruction", 16, load_tokenizer(setup.model, settings, "alpaca"), tmp_path)
+def rows(alpaca_tokenizer, tmp_path):
+    return formatted("instruction", 16, alpaca_tokenizer, tmp_path)
 
 
 def test_accumulated_batches_train_like_one(rows, setup, settings):
@@ -70,20 +65,15 @@ def token_losses(model, batch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["small_llama", "base_model"])
-def test_packed_rows_have_the_same_losses_as_separate_rows(kind, attention, rows, setup, settings, request):
-    folder = request.getfixturevalue(kind)
-    setup = setup.model_copy(update={"model": ModelConfig(name_or_path=str(folder), revision="test")})
-    compute = ComputeConfig(device="cpu", dtype="float32", attn_implementation=attention)
-    device = choose_device(compute)
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    config = SFTConfig(**STEPS | {"per_device_train_batch_size": 1}, packing=True)
-    policy = new_policy(setup.model, LoraConfig(), settings, device)
+def test_packed_rows_have_the_same_losses_as_separate_rows(kind, attention, rows, settings, request):
     # Long enough for several rows in each packed row.
-    packed_setup = setup.model_copy(update={"max_length": 1024})
-    run = TrainingRun("sft", rows, config, packed_setup, settings, device, tokenizer)
-    trainer = sft_trainer(run, policy, config)
+    compute = CPU.model_copy(update={"attn_implementation": attention})
+    setup = training_setup(request.getfixturevalue(kind), compute, max_length=1024)
+    config = SFTConfig(**STEPS | {"per_device_train_batch_size": 1}, packing=True)
+    run = prepared(rows, config, setup, settings)
+    trainer = sft_trainer(run, run.load_policy(), config)
     assert len(trainer.train_dataset) <= 5
-    model = load_model(setup.model, settings, device).eval()
+    model = load_model(setup.model, settings, run.device).eval()
     alone = {}
     for row in rows["train"]:
         batch = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
@@ -105,12 +95,10 @@ def test_packed_rows_have_the_same_losses_as_separate_rows(kind, attention, rows
 
 @pytest.mark.parametrize(("batch", "packing"), [(1, False), (3, False), (3, True), (8, True)])
 def test_validation_loss_is_the_mean_over_trained_tokens(batch, packing, rows, setup, settings):
-    device = choose_device(setup.compute)
     config = SFTConfig(**STEPS | {"per_device_eval_batch_size": batch}, packing=packing)
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
-    policy = new_policy(setup.model, LoraConfig(), settings, device)
-    trainer = sft_trainer(TrainingRun("sft", rows, config, setup, settings, device, tokenizer), policy, config)
-    model = load_model(setup.model, settings, device).eval()
+    run = prepared(rows, config, setup, settings)
+    trainer = sft_trainer(run, run.load_policy(), config)
+    model = load_model(setup.model, settings, run.device).eval()
     alone = [
         token_losses(model, {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")})
         for row in rows["validation"]

@@ -6,19 +6,12 @@ import re
 import pytest
 from datasets import Dataset
 from pydantic import ValidationError
-from transformers import LlamaConfig
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models.device import choose_device
-from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import KTOConfig
 from llm_engineering.training.kto import balance, batched, kto_trainer
-from llm_engineering.training.policy import new_policy
-from llm_engineering.training.trainer import reference
-from llm_engineering.training.training_run import TrainingRun
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import SIZES, Kind, formatted, logged, train, training_setup, write_model
+from tests.tiny_models import formatted, logged, prepared, train
 
 STEPS = REFERENCE_STEPS | {"per_device_train_batch_size": 4}
 KTO = KTOConfig(**STEPS)
@@ -83,14 +76,10 @@ def test_rows_are_shuffled_once_and_rotated_within_their_batches():
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_reference_is_the_model_before_kto(method, answers, alpaca_tokenizer, setup, settings):
-    device = choose_device(setup.compute)
+def test_the_reference_is_the_model_before_kto(method, answers, setup, settings):
     config = KTO.model_copy(update={"method": method, "undesirable_weight": 3.0})
-    policy = new_policy(setup.model, LoraConfig(), settings, device, method)
-    trainer = kto_trainer(
-        TrainingRun("kto", answers, config, setup, settings, device, alpaca_tokenizer), policy, config
-    )
-    metrics = trainer.evaluate()
+    run = prepared(answers, config, setup, settings)
+    metrics = kto_trainer(run, run.load_policy(), config).evaluate()
     # The log-probabilities of weights that are trained are rounded in another order than those of frozen ones.
     for name in ("rewards/chosen", "rewards/rejected", "kl"):
         assert metrics[f"eval_{name}"] == pytest.approx(0, abs=1e-6)
@@ -108,19 +97,7 @@ def test_good_answers_become_likelier_than_bad_ones(answers, setup, settings, ca
     assert not (result.adapter / "ref").exists()
 
 
-def test_kto_stops_if_policy_and_reference_differ_in_the_first_step(tmp_path, settings, monkeypatch):
-    base = write_model(tmp_path / "model", Kind(LlamaConfig, SIZES | {"attention_dropout": 0.3}))
-    setup = training_setup(base)
-    answers = formatted("labelled", 8, load_tokenizer(setup.model, settings, "alpaca"), tmp_path)
-    monkeypatch.setattr(reference, "disable_dropout", lambda model: None)
-    with pytest.raises(
-        WorkError, match=r"KTO starts from its reference, so the reward of the \w+ answers of the first step must"
-    ):
-        train(answers, KTO, setup, settings)
-
-
-def test_a_batch_halved_to_one_row_ends_the_run(answers, setup, settings, alpaca_tokenizer):
-    device = choose_device(setup.compute)
-    run = TrainingRun("kto", answers, KTO, setup, settings, device, alpaca_tokenizer)
+def test_a_batch_halved_to_one_row_ends_the_run(answers, setup, settings):
+    run = prepared(answers, KTO, setup, settings)
     with pytest.raises(WorkError, match="two rows at a time"):
         kto_trainer(run, None, KTO.model_copy(update={"per_device_train_batch_size": 1}))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.training import losses
@@ -129,10 +129,6 @@ def test_models_that_need_whole_logits_are_detected():
     assert "an adapter wraps the output layer" in why_not_from_hidden_states(on_head, CPU)
     sharded = CPU.model_copy(update={"distributed": "fsdp2", "num_processes": 2})
     assert "sharded" in why_not_from_hidden_states(model(), sharded)
-
-
-def test_models_with_sliding_windows_keep_their_masks():
-    assert not attend_by_row(model(MistralConfig(**SHAPE, sliding_window=4)))
 
 
 @pytest.mark.parametrize("by_row", [False, True])

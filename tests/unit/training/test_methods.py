@@ -21,7 +21,7 @@ from llm_engineering.training.trainer.resumable import ResumableTrainer
 from tests.conftest import ROOT
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import logged, train
-from tests.unit.training.steps import during_step
+from tests.unit.training.steps import break_off
 
 STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2}
 
@@ -114,13 +114,7 @@ def test_a_resumed_run_ends_with_the_best_checkpoint_before_the_interruption(row
     options = STEPS | SPOILT | {"save_steps": 4, "eval_steps": 1, "load_best": True, "packing": False}
     options |= {"early_stopping_patience": 3}
 
-    def interrupt():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patches:
-        during_step(patches, 9, interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(rows, SFTConfig(**options), setup, settings)
+    break_off(9, lambda: train(rows, SFTConfig(**options), setup, settings))
     before = len(weights)
     result = train(rows, SFTConfig(**options), setup, settings)
     losses = {entry["step"]: entry["eval_loss"] for entry in result.summary["history"] if "eval_loss" in entry}

@@ -1,8 +1,6 @@
 """Tokens that the recipe adds: from the tokenizer through training, evaluation and merge to the served model."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -26,10 +24,10 @@ from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
-from llm_engineering.training.policy import new_policy, save_policy
+from llm_engineering.training.policy import new_policy
 from tests.renew_references import STEPS as REFERENCE_STEPS
 from tests.tiny_models import CPU, formatted, train, training_setup, write_model
-from tests.unit.training.steps import during_step
+from tests.unit.training.steps import interrupt
 
 STEPS = REFERENCE_STEPS | {"max_steps": 3, "save_steps": 3, "eval_steps": 3}
 # The rows of `tests.tiny_models` spell the first two tokens. The template writes the others, and the last one ends answers.
@@ -57,19 +55,6 @@ def folders(tmp_path_factory):
 def setup_of(folder, **more):
     setup = training_setup(folder, chat_template="chatml")
     return setup.model_copy(update={"model": ModelConfig(name_or_path=str(folder), **NEW, **more)})
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Logits of the models as they are in memory at the end of training."""
-    logits = []
-
-    def save_and_note(policy, *args):
-        logits.append(logits_of(policy))
-        save_policy(policy, *args)
-
-    monkeypatch.setattr("llm_engineering.training.train.save_policy", save_and_note)
-    return logits
 
 
 def logits_of(model):
@@ -115,7 +100,7 @@ def test_new_tokens_are_trained_measured_merged_and_served(kind, folders, settin
 
     # The adapter has the trained rows, and not the whole embeddings
     sft = train(rows, sft_config(), setup, settings)
-    assert not torch.allclose(trained[0], untrained, atol=1e-2)
+    assert not torch.allclose(logits_of(trained[0]), untrained, atol=1e-2)
     weights = load_file(sft.adapter / "adapter_model.safetensors")
     trained_rows = {name: weight for name, weight in weights.items() if "lora_" not in name}
     assert [len(weight) for weight in trained_rows.values()] == [4] * (2 if kind == "llama" else 1)
@@ -131,19 +116,19 @@ def test_new_tokens_are_trained_measured_merged_and_served(kind, folders, settin
     plain = ModelConfig(name_or_path=setup.model.name_or_path)
     assert with_added_tokens(plain, dpo.adapter).added_tokens == setup.model.added_tokens
     models = Models(base, {"sft": sft.adapter, "dpo": dpo.adapter}, tokenizer, batch_size=2)
-    for name, logits in (("dpo", trained[1]), ("sft", trained[0]), ("base", untrained)):
+    for name, logits in (("dpo", logits_of(trained[1])), ("sft", logits_of(trained[0])), ("base", untrained)):
         with models.use(name) as model:
             torch.testing.assert_close(logits_of(model), logits, atol=1e-4, rtol=1e-4)
     alone, name = load_incumbent(dpo.adapter, tokenizer, EvaluationConfig(), setup, settings)
     with alone.use(name) as model:
-        torch.testing.assert_close(logits_of(model), trained[1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits_of(model), logits_of(trained[1]), atol=1e-4, rtol=1e-4)
 
     # The merged model has them as any other token, and can be the base of another recipe
     held_out = [HeldoutRow("row", ids, rows["train"][0]["labels"])]
     merged = tmp_path / "merged"
     merge(Trained(setup.model, dpo.adapter), held_out, device, torch.float32, settings, merged)
     torch.testing.assert_close(
-        logits_of(AutoModelForCausalLM.from_pretrained(merged)), trained[1], atol=1e-4, rtol=1e-4
+        logits_of(AutoModelForCausalLM.from_pretrained(merged)), logits_of(trained[1]), atol=1e-4, rtol=1e-4
     )
     read = AutoTokenizer.from_pretrained(merged)
     assert (len(read), read.eos_token, "new_tokens" in read.init_kwargs) == (len(tokenizer), "<|im_end|>", False)
@@ -154,17 +139,14 @@ def test_new_tokens_are_trained_measured_merged_and_served(kind, folders, settin
     (tmp_path / "gguf").mkdir()
     write_gguf(merged, tmp_path / "gguf" / "model.gguf", "m")
     from_file = AutoModelForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
-    torch.testing.assert_close(logits_of(from_file), trained[1], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits_of(from_file), logits_of(trained[1]), atol=1e-3, rtol=1e-3)
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(folders, settings, monkeypatch, tmp_path):
+def test_a_resumed_run_ends_with_the_same_bytes(folders, settings, tmp_path):
     setup = setup_of(folders["llama"])
     rows = formatted("instruction", 8, load_tokenizer(setup.model, settings, setup.chat_template), tmp_path)
     expected = (train(rows, sft_config(), setup, settings).adapter / "adapter_model.safetensors").read_bytes()
-    with monkeypatch.context() as patch:
-        during_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
-            train(rows, sft_config(), setup, settings)
+    interrupt(2, lambda: train(rows, sft_config(), setup, settings))
     (checkpoint,) = (settings.llm_output_dir / "training").glob("*/checkpoints/checkpoint-2/adapter_model.safetensors")
     assert not any(len(weight) > 200 for name, weight in load_file(checkpoint).items() if "embed" in name)
     resumed = train(rows, sft_config(), setup, settings)
@@ -179,11 +161,11 @@ def test_a_full_model_is_trained_and_merged_with_new_tokens(folders, settings, t
     full = train(rows, SFTConfig(**STEPS, packing=False), setup, settings)
     models = Models(load_model(setup.model, settings, device), {"sft": full.adapter}, tokenizer, batch_size=2)
     with models.use("sft") as model:
-        torch.testing.assert_close(logits_of(model), trained[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits_of(model), logits_of(trained[0]), atol=1e-4, rtol=1e-4)
     held_out = [HeldoutRow("row", rows["train"][0]["input_ids"], rows["train"][0]["labels"])]
     merge(Trained(setup.model, full.adapter), held_out, device, torch.float32, settings, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(logits_of(merged), trained[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits_of(merged), logits_of(trained[0]), atol=1e-4, rtol=1e-4)
 
 
 def test_the_data_may_spell_new_tokens_and_not_the_special_ones(folders, settings):

@@ -30,7 +30,7 @@ from llm_engineering.training.trainer.online import online_trainer
 from llm_engineering.training.training_run import prepare_run
 from tests.conftest import ROOT
 from tests.tiny_models import formatted, logged, question, train, write_model
-from tests.unit.training.steps import during_step
+from tests.unit.training.steps import break_off
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,22 +239,11 @@ def test_the_summary_has_completions_of_the_first_and_the_last_generation_step(s
     assert "eval_reward" in result.summary["history"][-2]
 
 
-class StoppedError(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stage", ["grpo", "rloo"])
-def test_a_run_resumes_inside_the_use_of_its_completions(stage, setup, settings, prompts, monkeypatch):
+def test_a_run_resumes_inside_the_use_of_its_completions(stage, setup, settings, prompts):
     config = ours(stage, save_strategy="steps", save_steps=1, max_steps=7)
     whole = train(prompts, config, setup, settings)
-
-    def stop():
-        raise StoppedError
-
-    with monkeypatch.context() as context:
-        during_step(context, 3, stop)
-        with pytest.raises(StoppedError):
-            train(prompts, config, setup, settings)
+    break_off(3, lambda: train(prompts, config, setup, settings))
     resumed = train(prompts, config, setup, settings)
     # The completions of four steps are generated before the first and the fifth step.
     assert resumed.summary["resumed_from"] == "checkpoint-2"

@@ -75,26 +75,17 @@ def test_a_prompt_without_accepted_answers_earns_nothing():
     assert scores({"use": "exact_answer"}, [said("5")], row) == scores({"use": "contains"}, [said("5")], row) == [0]
 
 
-def test_stopped_is_1_for_a_completion_that_ended_by_itself():
-    assert scores({"use": "stopped"}, [said("5"), said("5", stopped=False)]) == [1, 0]
-
-
-def test_length_falls_linearly_from_the_target():
-    found = scores({"use": "length", "target": 4}, [said("", tokens=n) for n in (0, 1, 4, 6, 8, 9)])
-    assert found == [0, 0.25, 1, 0.5, 0, 0]
-
-
-def test_length_falls_linearly_after_the_longest():
-    found = scores({"use": "length", "longest": 4}, [said("", tokens=n) for n in (0, 4, 5, 8, 9)])
-    assert found == [1, 1, 0.75, 0, 0]
-
-
-def test_format_matches_the_whole_completion():
-    assert scores({"use": "format", "pattern": r"Answer: \d+"}, [said("Answer: 5"), said("Answer: 5."), said("")]) == [
-        1,
-        0,
-        0,
-    ]
+@pytest.mark.parametrize(
+    ("reward", "completions", "values"),
+    [
+        ({"use": "stopped"}, [said("5"), said("5", stopped=False)], [1, 0]),
+        ({"use": "length", "target": 4}, [said("", tokens=n) for n in (0, 1, 4, 6, 8, 9)], [0, 0.25, 1, 0.5, 0, 0]),
+        ({"use": "length", "longest": 4}, [said("", tokens=n) for n in (0, 4, 5, 8, 9)], [1, 1, 0.75, 0, 0]),
+        ({"use": "format", "pattern": r"Answer: \d+"}, [said("Answer: 5"), said("Answer: 5."), said("")], [1, 0, 0]),
+    ],
+)
+def test_a_reward_reads_how_a_completion_is_written(reward, completions, values):
+    assert scores(reward, completions) == values
 
 
 def test_rewards_are_summed_with_their_weights():

@@ -6,19 +6,14 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
 from llm_engineering.errors import RequestError
-from llm_engineering.models.device import choose_device
-from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
-from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training import training_run
-from llm_engineering.training.policy import new_policy
 from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.trainer.resumable import LengthGroupedByEpoch
-from llm_engineering.training.training_run import TrainingRun
 from tests.conftest import ROOT
-from tests.tiny_models import train, training_setup
-from tests.unit.training.steps import during_step
+from tests.tiny_models import prepared, train, training_setup
+from tests.unit.training.steps import break_off
 
 CONFIG = SFTConfig(
     learning_rate=1e-2, num_train_epochs=3, per_device_train_batch_size=2, gradient_accumulation_steps=1,
@@ -41,13 +36,11 @@ def data():
 
 
 def batches(data, setup, settings, strategy):
-    device = choose_device(setup.compute)
     config = CONFIG.model_copy(update={"train_sampling_strategy": strategy})
-    policy = new_policy(setup.model, LoraConfig(), settings, device)
-    tokenizer = load_tokenizer(setup.model, settings, "alpaca")
+    run = prepared(data, config, setup, settings)
+    policy = run.load_policy()
     torch.manual_seed(1)
-    trainer = sft_trainer(TrainingRun("sft", data, config, setup, settings, device, tokenizer), policy, config)
-    return list(trainer.get_train_dataloader())
+    return list(sft_trainer(run, policy, config).get_train_dataloader())
 
 
 def test_grouped_batches_have_every_row_and_less_padding(data, setup, settings, monkeypatch):
@@ -61,19 +54,12 @@ def test_grouped_batches_have_every_row_and_less_padding(data, setup, settings, 
     assert padded["group_by_length"] < padded["random"]
 
 
-def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings, monkeypatch, tmp_path):
+def test_resumed_run_sees_the_rows_of_an_uninterrupted_one(data, setup, settings, tmp_path):
     """The run stops in the second of three epochs. The resumed process never draws the first epoch's random numbers."""
     whole = train(data, CONFIG, setup, settings)
     expected = load_file(whole.adapter / "adapter_model.safetensors")
     elsewhere = settings.model_copy(update={"llm_output_dir": tmp_path / "again"})
-
-    def stop():
-        raise RuntimeError("the power went out")
-
-    with monkeypatch.context() as patch:
-        during_step(patch, 13, stop)
-        with pytest.raises(RuntimeError, match="power"):
-            train(data, CONFIG, setup, elsewhere)
+    break_off(13, lambda: train(data, CONFIG, setup, elsewhere))
     resumed = train(data, CONFIG, setup, elsewhere)
     assert resumed.summary["resumed_from"] == "checkpoint-12"
     actual = load_file(resumed.adapter / "adapter_model.safetensors")

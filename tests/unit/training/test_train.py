@@ -22,7 +22,7 @@ from llm_engineering.training.processes.ranks import run_lock
 from llm_engineering.training.train import rows_text
 from llm_engineering.training.trainer.checkpoints import newest_complete, publish
 from tests.tiny_models import logged, train, training_setup
-from tests.unit.training.steps import during_step
+from tests.unit.training.steps import interrupt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,18 +55,12 @@ def whole(data, setup, tmp_path_factory):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_saves_a_checkpoint_and_the_run_resumes(
-    number, whole, data, setup, settings, monkeypatch, caplog, capfd
-):
+def test_signal_saves_a_checkpoint_and_the_run_resumes(number, whole, data, setup, settings, capfd):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
-    with monkeypatch.context() as patch:
-        during_step(patch, 3, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(KeyboardInterrupt, match=f"{number.name} in step 3"):
-            train(data, CONFIG, setup, settings)
+    interrupt(3, lambda: train(data, CONFIG, setup, settings), number)
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)] == handlers
     assert f"{number.name}: stopping after this step" in capfd.readouterr().err
-    with caplog.at_level(logging.INFO):
-        result = train(data, CONFIG, setup, settings)
+    result = train(data, CONFIG, setup, settings)
     assert result.summary["resumed_from"] == "checkpoint-3"
     adapter = (result.adapter / "adapter_model.safetensors").read_bytes()
     assert (whole.adapter / "adapter_model.safetensors").read_bytes() == adapter
@@ -87,11 +81,8 @@ def test_packed_rows_are_named_as_such(columns, text):
     assert rows_text(Dataset.from_dict(columns)) == text
 
 
-def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, settings, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        during_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(KeyboardInterrupt):
-            train(data, CONFIG, setup, settings)
+def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, settings, tmp_path):
+    interrupt(3, lambda: train(data, CONFIG, setup, settings))
     (checkpoint,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
@@ -114,10 +105,8 @@ def test_checkpoint_of_another_run_is_refused_with_the_differences(data, setup, 
         resume()
 
 
-def test_incomplete_checkpoints_are_skipped_with_the_reason(data, setup, settings, monkeypatch, caplog):
-    during_step(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(KeyboardInterrupt):
-        train(data, CONFIG, setup, settings)
+def test_incomplete_checkpoints_are_skipped_with_the_reason(data, setup, settings, caplog):
+    interrupt(3, lambda: train(data, CONFIG, setup, settings))
     (complete,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
     folder = complete.parent
     identity = json.loads((complete / "identity.json").read_text())["identity"]
@@ -265,27 +254,13 @@ def test_fields_of_the_library_reach_its_trainer(data, setup, settings, monkeypa
         return seen[-1]
 
     monkeypatch.setattr(trl, "SFTConfig", recorded)
-    config = SFTConfig.model_validate(
-        {
-            **CONFIG.model_dump(exclude={"load_best"}),
-            "warmup_steps": 2,
-            "adam_beta2": 0.9,
-            "neftune_noise_alpha": 5,
-            "eval_strategy": "epoch",
-            "eval_steps": None,
-            "save_strategy": "epoch",
-            "save_steps": None,
-            "load_best_model_at_end": True,
-        }
-    )
+    library = {"warmup_steps": 2, "adam_beta2": 0.9, "neftune_noise_alpha": 5, "load_best_model_at_end": True}
+    epochs = {"eval_strategy": "epoch", "eval_steps": None, "save_strategy": "epoch", "save_steps": None}
+    config = SFTConfig.model_validate(CONFIG.model_dump(exclude={"load_best"}) | library | epochs)
     result = train(data, config, setup, settings)
     (arguments,) = seen
-    assert (arguments.warmup_steps, arguments.adam_beta2, arguments.neftune_noise_alpha) == (2, 0.9, 5)
-    assert (arguments.eval_strategy, arguments.save_strategy, arguments.load_best_model_at_end) == (
-        "epoch",
-        "epoch",
-        True,
-    )
+    given = library | {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    assert {name: getattr(arguments, name) for name in given} == given
     rates = [entry["learning_rate"] for entry in result.summary["history"] if "learning_rate" in entry]
     assert rates[1] == pytest.approx(config.learning_rate / 2)
     assert any("eval_loss" in entry for entry in result.summary["history"])

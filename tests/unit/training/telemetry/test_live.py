@@ -5,37 +5,18 @@ import subprocess
 import sys
 
 import pytest
-from datasets import DatasetDict
 
-from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import instruction_dataset
-from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.training.telemetry import work
 from llm_engineering.training.telemetry.live import LIVE_FILE, LiveHistory, read_live
-from tests.tiny_models import instruction, train, training_setup
+from tests.tiny_models import train
 from tools.servers.watch import runs, watch_page
 
 CONFIG = SFTConfig(learning_rate=1e-2, num_train_epochs=2, gradient_accumulation_steps=1, save_steps=2, eval_steps=2,
                    logging_steps=1, per_device_train_batch_size=2, packing=False)  # fmt: skip
 
 
-@pytest.fixture
-def trains(small_llama, settings, tmp_path):
-    """Trains SFT on eight rows."""
-    setup = training_setup(small_llama)
-    tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    ledger = Ledger()
-    ledger.record("instruction", 10, 10)
-    rows = instruction_dataset([instruction(number) for number in range(10)])
-    splits = {"train": rows.select(range(8)), "validation": rows.select(range(8, 10))}
-    formatted, _ = format_splits(splits, "instruction", tokenizer, FormattingConfig(max_length=256), tmp_path, ledger)
-    return lambda: train(DatasetDict(formatted), CONFIG, setup, settings)
-
-
-def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(trains, settings, monkeypatch):
+def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(rows, setup, settings, monkeypatch):
     folder = settings.llm_output_dir / "training"
     assert "No run trains on this machine." in watch_page(runs(folder))
     seen, step_end = [], work.TelemetryCallback.on_step_end
@@ -53,13 +34,13 @@ def test_a_run_is_seen_while_it_trains_and_after_it_was_interrupted(trains, sett
 
     monkeypatch.setattr(work.TelemetryCallback, "on_step_end", on_step_end)
     with pytest.raises(KeyboardInterrupt):
-        trains()
+        train(rows, CONFIG, setup, settings)
     # A step is logged after its end.
     assert seen == [(step, True, step - 1) for step in range(1, 6)]
 
     # The run resumes from its checkpoint: the entries after it are replaced, and no step is there twice.
     monkeypatch.setattr(work.TelemetryCallback, "on_step_end", step_end)
-    result = trains()
+    result = train(rows, CONFIG, setup, settings)
     assert result.summary["resumed_from"] == "checkpoint-4"
     (run,) = runs(folder)
     steps = [entry["step"] for entry in run.history if "loss" in entry]
