@@ -9,7 +9,7 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
 from tools.expected_rows import data_lines
 from tools.forecast import estimate_lines, first_line
-from tools.readiness import check_local_datasets, check_model
+from tools.readiness import check_local_datasets, check_model, with_held_out_documents
 
 
 def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
@@ -75,6 +75,7 @@ def _writes_exam(recipe: Recipe) -> bool:
 def print_plan(pipeline: str, recipe: Recipe) -> None:
     """Print the resolved recipe as YAML, the steps, the rows to expect, and an estimate of training's memory and time."""
     check_local_datasets(recipe)
+    recipe = with_held_out_documents(recipe)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")
     trained = stages_of(pipeline, recipe)

@@ -16,7 +16,7 @@ from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.data.reading.sources import dataset_files, dataset_hash
 from llm_engineering.documents.general_instructions import check_replayed_instructions
-from llm_engineering.documents.read import documents_hash
+from llm_engineering.documents.read import documents_hash, hold_out_documents
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
@@ -65,6 +65,15 @@ CODE_VARIABLE = "LLM_CODE_VERSION"
 _HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
 
 
+def with_held_out_documents(recipe: Recipe) -> Recipe:
+    """The recipe with a `data.split` that holds documents out, if it has few of them."""
+    if not recipe.learns_from_documents:
+        return recipe
+    split = hold_out_documents(recipe.documents, recipe.data.split)
+    held_out: Recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": split})})
+    return held_out
+
+
 def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     """Check everything that a run needs; returns the recipe with the model's exact revision, and hashes of its inputs.
 
@@ -81,6 +90,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
         check(recipe, account, Settings())
         for line in most(recipe.compute.sagemaker, account, Settings()):
             logger.info("%s", line)
+    recipe = with_held_out_documents(recipe)
     data = recipe.data
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     instructions = _datasets([data.file("instruction"), data.test_instructions], "instruction", data)

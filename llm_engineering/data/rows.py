@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from datasets import Dataset, Features, List, Value
@@ -307,7 +308,34 @@ def split_of(key: str, config: SplitConfig, has_own_test: bool = False) -> str:
     The split depends on the key alone, so a row keeps its split when other rows are added or removed. If the user
     supplies a test split, the test share goes to training.
     """
-    position = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8]) / 2**64
+    position = _position(key)
     if position < config.test_fraction:
         return "train" if has_own_test else "test"
     return "validation" if position < config.test_fraction + config.validation_fraction else "train"
+
+
+def _position(key: str) -> float:
+    return int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8]) / 2**64
+
+
+# A user with few documents wants most of them trained on.
+_MOST_HELD_OUT = 0.5
+
+
+def with_held_out_documents(config: SplitConfig, documents: Iterable[str]) -> SplitConfig:
+    """Raise the fractions just as far as each held-out split needs to have one of the documents.
+
+    Of 15 documents, a fraction of 0.1 holds out none in one of five cases. The fractions stay as they are if more than half of
+    the hash range would have to be held out.
+    """
+    positions = sorted(map(_position, documents))
+    raised = []
+    held_out = 0.0
+    for fraction in (config.test_fraction, config.validation_fraction):
+        first = next((position for position in positions if position >= held_out), 1.0)
+        # Rounded up to four digits, which are readable in the recipe.
+        raised.append(max(fraction, (math.floor((first - held_out) * 1e4) + 1) / 1e4))
+        held_out += raised[-1]
+    if held_out > _MOST_HELD_OUT:
+        return config
+    return config.model_copy(update={"test_fraction": raised[0], "validation_fraction": raised[1]})

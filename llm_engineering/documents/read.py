@@ -17,7 +17,7 @@ import yaml
 from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.files import text_encoding
 from llm_engineering.data.reading.sources import visible_files
-from llm_engineering.data.rows import is_blank
+from llm_engineering.data.rows import is_blank, with_held_out_documents
 from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
 from llm_engineering.documents.epub import read_epub
 from llm_engineering.documents.markup import read_html
@@ -26,7 +26,7 @@ from llm_engineering.documents.office import read_docx, read_pptx
 from llm_engineering.documents.pdf import read_pdf
 from llm_engineering.documents.records import read_csv, read_json
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, DocumentsConfig
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, DocumentsConfig, SplitConfig
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,29 @@ def named_files(path: str) -> dict[str, Path]:
     return {root.name: root}
 
 
+def hold_out_documents(config: DocumentsConfig, split: SplitConfig) -> SplitConfig:
+    """`with_held_out_documents` for the files of `documents.path`. Records of a file, such as rows of a CSV, are not counted.
+
+    Raises:
+        RequestError: the path is missing or is a file in no known format.
+    """
+    if config.path in (EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK):
+        return split
+    files = [name for name, file in named_files(config.path).items() if file.suffix.lower() not in _WITH_RECORDS]
+    raised = with_held_out_documents(split, files)
+    if raised != split:
+        logger.info(
+            "data.split: test_fraction is %s instead of %s, and validation_fraction %s instead of %s, so that at least one of %d files "
+            "is held out in each",
+            raised.test_fraction,
+            split.test_fraction,
+            raised.validation_fraction,
+            split.validation_fraction,
+            len(files),
+        )
+    return raised
+
+
 def _python_reference() -> tuple[list[Document], list[Quarantined]]:
     # typeshed has no types for pydoc's data module, so a plain import fails the type check.
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
@@ -210,3 +233,5 @@ _READERS: dict[str, Reader] = {
     ".json": read_json,
     ".jsonl": read_json,
 }
+# A record is a document of its own.
+_WITH_RECORDS = (".csv", ".tsv", ".json", ".jsonl")

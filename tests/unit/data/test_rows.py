@@ -7,9 +7,19 @@ import pytest
 from llm_engineering.data.examine import language_of
 from llm_engineering.data.formats.conversations import BadRowError
 from llm_engineering.data.formats.known_formats import PREFERENCE_FORMATS
-from llm_engineering.data.rows import InstructionRow, Message, folded, normalised, words
+from llm_engineering.data.rows import (
+    SPLITS,
+    InstructionRow,
+    Message,
+    folded,
+    normalised,
+    split_of,
+    with_held_out_documents,
+    words,
+)
 from llm_engineering.data.similarity import EvaluationIndex
 from llm_engineering.data.wording import mention_of_passage, refusal, unfinished
+from llm_engineering.recipe.data_blocks import SplitConfig
 
 TEXTS = [
     "Où se trouve le théâtre de la forêt brûlée près de l’église Saint-André à Évreux?",
@@ -77,3 +87,17 @@ def test_pairs_whose_prompt_is_repeated_in_another_form_are_read():
     assert len(read["prompt"]) == 1
     with pytest.raises(BadRowError):
         PREFERENCE_FORMATS["prompt-chosen-rejected"].read({"prompt": "Où est le cafe?"} | pair)
+
+
+@pytest.mark.parametrize(("count", "without", "still"), [(4, 91, 32), (8, 66, 6), (15, 41, 1), (50, 2, 0)])
+def test_few_documents_have_one_in_each_held_out_split(count, without, still):
+    config = SplitConfig(validation_fraction=0.1, test_fraction=0.1)
+    folders = [[f"{folder}/{number}.md" for number in range(count)] for folder in range(100)]
+    found = [with_held_out_documents(config, names) for names in folders]
+    complete = [{split_of(name, config) for name in names} == set(SPLITS) for names in folders]
+    assert complete.count(False) == without
+    # A folder whose splits all have a document stays as it is, and one that would lose half of its documents.
+    assert all(raised == config for raised, full in zip(found, complete, strict=True) if full)
+    mended = [{split_of(name, raised) for name in names} for names, raised in zip(folders, found, strict=True)]
+    assert [sides == set(SPLITS) for sides in mended].count(False) == still
+    assert all(raised.test_fraction + raised.validation_fraction <= 0.5 for raised in found)
