@@ -205,6 +205,13 @@ def test_the_jobs_of_the_whole_chain_need_an_image_with_the_steps(fake, small_ll
     the_one(make_recipe(small_llama, *chain), "has no image", "`make image` pushes it")
     monkeypatch.setenv("SAGEMAKER_RETRAIN_IMAGE", IMAGE)
     assert found(make_recipe(small_llama, *chain)) == []
+    general = make_recipe(small_llama, *chain)
+    data = general.data.model_copy(update={"replay_instructions": str(ROOT / "README.md"), "instructions": None})
+    the_one(
+        general.model_copy(update={"data": data}),
+        "README.md is on this machine, and the job that writes",
+        "embedded:general",
+    )
     judge = "evaluation.judge={client: openai, model: m, base_url: 'http://localhost:8000/v1'}"
     the_one(
         make_recipe(small_llama, *chain, judge),

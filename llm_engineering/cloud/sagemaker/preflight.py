@@ -155,11 +155,8 @@ def _chain_problems(recipe: Recipe, account: Account, settings: Settings) -> Ite
             f"evaluation.judge.base_url {judge.base_url} is on this machine",
             "Set it to an address that a job can reach",
         )
-    if (
-        general is not None
-        and Path(general.partition("#")[0]).expanduser().exists()
-        and recipe.data.instructions is None
-    ):
+    is_written_in_job = recipe.generation.client == "local" and recipe.data.instructions is None
+    if general is not None and is_written_in_job and Path(general.partition("#")[0]).expanduser().exists():
         yield Problem(
             f"data.replay_instructions {general} is on this machine, and the job that writes questions cannot see it",
             "Use a dataset of the hub or embedded:general, or set compute.sagemaker.scope to training",
