@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from llm_engineering.generation.store import STORE_FILE, AnswerStore, key_of
 from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
@@ -191,6 +190,7 @@ class LocalModel:
     ) -> list[Reply]:
         # top_k 0 and top_p 1 sample from the whole distribution, whatever the model's generation config says.
         sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        stop = [StopStringCriteria(self.tokenizer, list(sampling.stop))] if sampling.stop else []
         with torch.inference_mode(), torch.random.fork_rng():
             # Each batch has its own seed, from its first request, so stored batches do not change the others' samples.
             torch.manual_seed(seed % 2**63)
@@ -200,9 +200,9 @@ class LocalModel:
                 self._ids(prompts),
                 sampling.max_new_tokens,
                 start,
+                without,
                 **(sampled if sampling.temperature else {"do_sample": False}),
-                **({"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer} if sampling.stop else {}),
-                **({"logits_processor": LogitsProcessorList([_Without(without)])} if any(without) else {}),
+                stopping_criteria=StoppingCriteriaList(stop),
             )
         texts = [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
         if sampling.stop:
@@ -210,23 +210,6 @@ class LocalModel:
         ends = end_token_ids(self.model, self.tokenizer)
         finished = ["end" if ids and ids[-1] in ends else "length" for ids in new]
         return [Reply(text, finish) for text, finish in zip(texts, finished, strict=True)]
-
-
-class _Without(LogitsProcessor):
-    """Never lets a row of a batch have its own banned tokens.
-
-    Args:
-        tokens: token ids for each row.
-    """
-
-    def __init__(self, tokens: Sequence[list[int]]) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Set the scores, `(rows, vocabulary)`, of the banned tokens to minus infinity."""
-        for row, tokens in enumerate(self.tokens):
-            scores[row, tokens] = -math.inf
-        return scores
 
 
 def _until(text: str, stop: Sequence[str]) -> str:
