@@ -64,16 +64,10 @@ def _side(version: Any) -> dict[str, Any]:
     Raises:
         RequestError: the version has no model.
     """
-    from pipelines.registry import adapter_of
     from pipelines.repeats import linked_artifacts
-    from tools.model_versions.versions import newest_artifacts, sources_of, with_origins
+    from tools.model_versions.versions import newest_artifacts, sources_of, trained_adapter, with_origins
 
-    adapter = adapter_of(version)
-    if adapter is None:
-        raise RequestError(
-            f"{version.model.name} version {version.number} has no model, because its run ended before training was complete. "
-            "Choose another version: `make models` lists all versions."
-        )
+    adapter = trained_adapter(version)
     own = newest_artifacts(version)
     reports: dict[str, list[dict[str, Any]]] = {"data_report": [], "training_report": []}
     for artifact in linked_artifacts(version):

@@ -85,9 +85,9 @@ def promote(
     recipe = load_recipe(config, overrides or ())
     prepare_zenml()
     from llm_engineering.recipe.settings import Settings
-    from pipelines.registry import StaleError, adapter_of, move, person, stages
+    from pipelines.registry import StaleError, move, person, stages
     from tools.model_versions.signatures import check_signature, parts_of
-    from tools.model_versions.versions import find_version
+    from tools.model_versions.versions import find_version, trained_adapter
 
     found = find_version(recipe.name, version)
     production = stages(recipe.name).production
@@ -96,13 +96,7 @@ def promote(
         raise RequestError(
             f"{recipe.name} version {now} is already in production. Choose another version: `make models` lists them."
         )
-    adapter = adapter_of(found)
-    if adapter is None:
-        raise RequestError(
-            f"{recipe.name} version {found.number} has no model, because its run ended before training was complete. "
-            "See `make runs`, and choose another version."
-        )
-    if not STAGES[adapter.name].policy:
+    if not STAGES[trained_adapter(found).name].policy:
         raise RequestError(
             f"{recipe.name} version {found.number} holds a reward model, which answers nothing, so it is not promoted: name it by "
             f"its version, e.g. llm-engineering compare --best-of 8 --reward-model {found.number}."

@@ -153,15 +153,17 @@ def lineage_of(model: str, version: Any) -> dict[str, Any]:
     Raises:
         RequestError: the version has no model.
     """
-    from pipelines.registry import adapter_of, history
-    from tools.model_versions.versions import ADAPTER, newest_artifacts, producer, sources_of, with_origins
+    from pipelines.registry import history
+    from tools.model_versions.versions import (
+        ADAPTER,
+        newest_artifacts,
+        producer,
+        sources_of,
+        trained_adapter,
+        with_origins,
+    )
 
-    adapter = adapter_of(version)
-    if adapter is None:
-        raise RequestError(
-            f"{model} version {version.number} has no model, because its run ended before training was complete. "
-            "See `make runs`, and choose another version."
-        )
+    adapter = trained_adapter(version)
     own = newest_artifacts(version)
     chain = list(with_origins([own[name] for name in ENDS if name in own]))
     facts = version.run_metadata

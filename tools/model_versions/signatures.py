@@ -179,20 +179,13 @@ def parts_of(version: Any) -> dict[str, dict[str, Any]]:
     Raises:
         RequestError: the version has no model.
     """
-    from pipelines.registry import adapter_of
     from pipelines.repeats import linked_artifacts
     from steps.materializers import is_lost
-    from tools.model_versions.versions import ADAPTER, MERGED, with_origins
+    from tools.model_versions.versions import ADAPTER, MERGED, trained_adapter, with_origins
 
-    adapter = adapter_of(version)
-    if adapter is None:
-        raise RequestError(
-            f"{version.model.name} version {version.number} has no model, because its run ended before training was complete. "
-            "Choose another version: `make models` lists all versions."
-        )
     made = {
         f"{artifact.artifact.name}-v{artifact.version}": artifact
-        for artifact in with_origins([adapter.artifact])
+        for artifact in with_origins([trained_adapter(version).artifact])
         if artifact.artifact.name.endswith((ADAPTER, "_dataset"))
     }
     merged = [artifact for artifact in linked_artifacts(version) if artifact.artifact.name == MERGED]

@@ -30,7 +30,7 @@ from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
-from pipelines.registry import adapter_of, stages
+from pipelines.registry import Adapter, adapter_of, stages
 from pipelines.repeats import linked_artifacts
 from steps.materializers import Directory, DirectoryMaterializer, is_lost
 
@@ -107,6 +107,21 @@ def find_version(model: str, number: str) -> ModelVersionResponse:
     raise RequestError(f"{problem}. {existing}. `make models` lists all versions.")
 
 
+def trained_adapter(version: ModelVersionResponse) -> Adapter:
+    """The last adapter that the version's run trained.
+
+    Raises:
+        RequestError: it trained none.
+    """
+    adapter = adapter_of(version)
+    if adapter is None:
+        raise RequestError(
+            f"{version.model.name} version {version.number} has no model, because its run ended before training was complete. "
+            "Choose another version: `make models` lists all versions."
+        )
+    return adapter
+
+
 def newest_artifacts(version: ModelVersionResponse) -> dict[str, ArtifactVersionResponse]:
     """The artifacts of a version by name. If two have the same name (reports on data or training), the later one."""
     return {artifact.artifact.name: artifact for artifact in linked_artifacts(version)}
@@ -164,12 +179,7 @@ def find_model(recipe: Recipe, number: str | None) -> Found:
             reward model.
     """
     version = _promoted(recipe.name) if number is None else find_version(recipe.name, number)
-    newest = adapter_of(version)
-    if newest is None:
-        raise RequestError(
-            f"Version {version.number} of {recipe.name} has no model, because its run ended before training was complete. "
-            "Choose another version: `make models` lists all versions."
-        )
+    newest = trained_adapter(version)
     if not STAGES[newest.name].policy:
         raise RequestError(
             f"Version {version.number} of {recipe.name} holds a reward model, which scores answers and writes none. Choose another "

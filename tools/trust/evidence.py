@@ -57,14 +57,12 @@ def _gathered(recipe: Recipe, version: Any) -> dict[str, Any]:
     from llm_engineering.publish import dataset_card
     from llm_engineering.publish.bom import base_tokens, compute_facts
     from llm_engineering.publish.model_card import base_licence, data_licence
-    from pipelines.registry import adapter_of
     from tools.model_versions.handover import data_limits, dataset_facts, recipe_of
     from tools.model_versions.provenance import describe, lineage_of
-    from tools.model_versions.versions import newest_artifacts
+    from tools.model_versions.versions import newest_artifacts, trained_adapter
 
     lineage = lineage_of(recipe.name, version)
-    adapter, own, made_with = adapter_of(version), newest_artifacts(version), recipe_of(version)
-    assert adapter is not None
+    adapter, own, made_with = trained_adapter(version), newest_artifacts(version), recipe_of(version)
     chain = [stage for stage in made_with.chain_to(adapter.name) if stage in lineage["training"]]
     kinds: dict[str, str] = {}
     for stage in made_with.chain_to(adapter.name):

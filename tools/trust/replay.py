@@ -84,11 +84,9 @@ def _request(version: Any) -> dict[str, Any]:
         RequestError: the version has another version's schema of the recipe, or needs a model of another run.
     """
     from pipelines.inputs import Inputs
-    from pipelines.registry import adapter_of
-    from tools.model_versions.versions import newest_artifacts
+    from tools.model_versions.versions import newest_artifacts, trained_adapter
 
-    number, own, adapter = version.number, newest_artifacts(version), adapter_of(version)
-    assert adapter is not None
+    number, own, adapter = version.number, newest_artifacts(version), trained_adapter(version)
     run = own.get("evaluation_report", adapter.artifact).run
     parameters = run.config.parameters or {}
     try:
