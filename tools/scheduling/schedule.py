@@ -194,10 +194,7 @@ def pause(name: Name = None, target: Target = None) -> int:
 
     Example: `llm-engineering schedule pause --name weekly`
     """
-    with translated("The schedule was not paused"):
-        found = _set_paused(name, target, paused=True)
-        print(f"{found.name} is paused.")
-    return 0
+    return _set_paused(name, target, paused=True)
 
 
 def resume(name: Name = None, target: Target = None) -> int:
@@ -205,10 +202,7 @@ def resume(name: Name = None, target: Target = None) -> int:
 
     Example: `llm-engineering schedule resume --name weekly`
     """
-    with translated("The schedule was not resumed"):
-        found = _set_paused(name, target, paused=False)
-        print(f"{found.name} is active again. {_next(found.timing, found.created)}")
-    return 0
+    return _set_paused(name, target, paused=False)
 
 
 def run_now(name: Name = None, target: Target = None) -> int:
@@ -247,14 +241,20 @@ def remove(name: Name = None, target: Target = None, stop: Stop = False) -> int:
     return 0
 
 
-def _set_paused(name: str | None, target: Place | None, paused: bool) -> Schedule:
-    settings = Settings()
-    found = _find(name, target, settings)
-    if isinstance(found, LocalSchedule):
-        local_schedules.set_paused(found, paused)
-    else:
-        eventbridge.set_paused(_session(settings), found.name, paused)
-    return found
+def _set_paused(name: str | None, target: Place | None, paused: bool) -> int:
+    with translated(f"The schedule was not {'paused' if paused else 'resumed'}"):
+        settings = Settings()
+        found = _find(name, target, settings)
+        if isinstance(found, LocalSchedule):
+            local_schedules.set_paused(found, paused)
+        else:
+            eventbridge.set_paused(_session(settings), found.name, paused)
+        print(
+            f"{found.name} is paused."
+            if paused
+            else f"{found.name} is active again. {_next(found.timing, found.created)}"
+        )
+    return 0
 
 
 def _find(name: str | None, target: Place | None, settings: Settings) -> Schedule:
