@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Route, sync_playwright
+
+from tests.integration.preloaded import Forked
 
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_FLAGS = [
@@ -24,7 +27,7 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 SECONDS_TO_START = 120
-SECONDS_TO_SHOW = 30
+SECONDS_TO_SHOW = 60
 
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium on the PATH (Debian: apt install chromium)"
@@ -49,13 +52,20 @@ def loopback_context(browser: Browser, width: int = 1280, height: int = 900, **s
     return context
 
 
-def first_line(process: Any) -> str:
-    """The first line that a process prints. A process that prints none in time is killed, so that this returns."""
+def printed_url(process: Forked, pattern: str) -> str:
+    """The address of a page in the first line that a command prints: the first group of `pattern`.
+
+    A command that prints no line in time is killed, so that this returns.
+    """
     watchdog = threading.Timer(SECONDS_TO_START, process.kill)
     watchdog.start()
-    line: str = process.stdout.readline()
+    line = process.stdout.readline()
     watchdog.cancel()
-    return line
+    found = re.match(pattern, line)
+    if found is None:
+        process.kill()
+        pytest.fail(f"printed {line!r} instead of the address; on stderr: {process.stderr.read()}")
+    return found[1]
 
 
 def _loopback_only(route: Route) -> None:

@@ -2,15 +2,14 @@
 
 import json
 import re
-import socket
-import threading
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
 
 from llm_engineering.feedback.comparisons import Comparison, sessions
-from tests.integration.browser import SECONDS_TO_SHOW, needs_chromium, open_browser
+from tests.conftest import free_port
+from tests.integration.chromium import SECONDS_TO_SHOW, chromium, loopback_context, needs_chromium, printed_url
 
 DPO = """
 promotion:
@@ -34,16 +33,7 @@ class Server:
 
     def __init__(self, project, recipe, port):
         self.process = project.start("review", "--config", str(recipe), "--port", str(port))
-        # If the server hangs, it is killed, so that `readline` returns.
-        watchdog = threading.Timer(120, self.process.kill)
-        watchdog.start()
-        line = self.process.stdout.readline()
-        watchdog.cancel()
-        found = re.match(r"Review: (http://127\.0\.0\.1:\d+/\S+)/ ", line)
-        if not found:
-            self.process.kill()
-            pytest.fail(f"printed {line!r}; on stderr: {self.process.stderr.read()}")
-        self.url = found[1]
+        self.url = printed_url(self.process, r"Review: (http://127\.0\.0\.1:\d+/\S+)/ ")
 
     def kill(self):
         """End it as `kill -9` does."""
@@ -55,9 +45,7 @@ class Server:
 def review(fresh_project, recipe):
     """A function that starts the server; the servers that still run are killed at the end."""
     # The same port, as a user has it: the browser then knows the reviewer's name.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     started = []
 
     def start():
@@ -112,7 +100,8 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
     assert "run `make review` first" in " ".join(refused.stderr.split())
 
     folder = fresh_project.folder / "outputs" / "review" / "tiny"
-    with open_browser() as page:
+    with chromium() as browser:
+        page = loopback_context(browser).new_page()
         # Ada compares on questions that the model was trained on, and the server is killed after eight of them.
         server = review()
         key = start_comparison(page, server, "training", 20, "1:sft", retrieval=True)
@@ -179,7 +168,8 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
     assert f"compare version {version} with base by `make review`, then run the same command again" in rule["reason"]
 
     # Ada does, and the gate judges by her.
-    with open_browser() as page:
+    with chromium() as browser:
+        page = loopback_context(browser).new_page()
         server = review()
         start_comparison(page, server, "held-out", 20, f"{version}:dpo")
         is_reviewer(page, "Ada")

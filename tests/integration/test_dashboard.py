@@ -5,26 +5,25 @@ from __future__ import annotations
 import re
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.conftest import ROOT, free_port
 from tests.integration.chromium import (
     SECONDS_TO_SHOW,
     SECONDS_TO_START,
     chromium,
-    first_line,
     loopback_context,
     needs_chromium,
+    printed_url,
 )
 from tests.integration.preloaded import Forked
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("load_instructions", "train_sft", "evaluate_sft")
 SECONDS_TO_END = 30
 
@@ -41,30 +40,12 @@ def is_free(port: int) -> bool:
 
 
 @pytest.fixture
-def free_port() -> int:
-    """A free loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@pytest.fixture
-def dashboard(finished_run: Any, free_port: int) -> Iterator[subprocess.Popen[str]]:
+def dashboard(finished_run: Any) -> Iterator[Forked]:
     """The dashboard, started with the store of the finished run."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tools.cli", "dashboard", "--port", str(free_port)],
-        cwd=ROOT,
-        env=finished_run.env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    process = Forked("tools.cli", ["dashboard", "--port", str(free_port())], finished_run.env, ROOT)
+    yield process
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture
@@ -74,21 +55,10 @@ def page() -> Iterator[Page]:
         yield loopback_context(browser, 1440).new_page()
 
 
-def printed_url(process: subprocess.Popen[str]) -> str:
-    """Wait until the dashboard prints the address of the page with the runs; returns this address."""
-    assert process.stderr
-    line = first_line(process)
-    found = re.match(r"Dashboard: (http://127\.0\.0\.1:\d+/projects/default/runs) ", line)
-    assert found, f"printed {line!r} instead of the URL; on stderr: {process.stderr.read()}"
-    return found[1]
-
-
 @needs_chromium
-def test_run_and_its_report_show_in_the_dashboard(
-    finished_run: Any, dashboard: subprocess.Popen[str], free_port: int, page: Page
-) -> None:
+def test_run_and_its_report_show_in_the_dashboard(finished_run: Any, dashboard: Forked, page: Page) -> None:
     expect.set_options(timeout=SECONDS_TO_SHOW * 1000)
-    runs_url = printed_url(dashboard)
+    runs_url = printed_url(dashboard, r"Dashboard: (http://127\.0\.0\.1:\d+/projects/default/runs) ")
 
     page.goto(runs_url)
     page.locator(f"a[href*='/runs/{finished_run.run_id}']").first.click()
@@ -123,7 +93,7 @@ def test_run_and_its_report_show_in_the_dashboard(
     _, errors = dashboard.communicate(timeout=SECONDS_TO_END)
     assert dashboard.returncode == 0, errors
     assert "Traceback" not in errors
-    assert is_free(free_port)
+    assert is_free(urlsplit(runs_url).port)
 
 
 @needs_chromium

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from llm_engineering.models.base_model import model_path, pin_revision
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
+from tests.conftest import free_port
 from tests.fakes.scripted_endpoint import ScriptedEndpoint, error, scripted
 from tests.integration.conftest import ROOT
 from tests.integration.preloaded import Forked
@@ -128,9 +128,7 @@ def test_endpoint_that_goes_away_ends_the_run_and_keeps_what_it_gave(tmp_path):
 def served_model(tmp_path):
     """`transformers serve` with the embedded model; its address and the name it knows the model by."""
     model = model_path(pin_revision(ModelConfig(name_or_path=EMBEDDED_MODEL)), Settings())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (tmp_path / "serve.log").open("w") as log:
         server = subprocess.Popen(
             [Path(sys.executable).with_name("transformers"), "serve", model, "--device", "cpu", "--port", str(port)],

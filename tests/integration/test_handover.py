@@ -15,6 +15,7 @@ import openai
 import pytest
 from transformers import AutoTokenizer
 
+from tests.conftest import free_port
 from tests.fakes.hub import running_hub
 from tests.integration.conftest import ROOT, Run
 from tests.integration.preloaded import Forked
@@ -52,12 +53,6 @@ def handed(project, finished_run):
         compare=project.command("compare", *one, "--prompt", "Hi", "--max-new-tokens", "3"),
         unlicensed=project.command("models", "push", *one, "--repo", "someone/tiny"),
     )
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager

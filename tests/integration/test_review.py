@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -19,7 +18,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from llm_engineering.feedback.decisions import Decision, current, stored
-from tests.integration.chromium import SECONDS_TO_SHOW, chromium, first_line, loopback_context, needs_chromium
+from tests.conftest import free_port
+from tests.integration.chromium import SECONDS_TO_SHOW, chromium, loopback_context, needs_chromium, printed_url
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">\u202egnp.exe\u2066"
 LONG = "word " * 200_000
@@ -35,16 +35,11 @@ class Server:
 
     def start(self) -> str:
         """Start the server on a free port; returns the address that it prints."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.process = self.project.start(
             "review", *self.arguments, "--config", str(self.project.recipe), "--port", str(port)
         )
-        line = first_line(self.process)
-        found = re.match(rf"Review: (http://127\.0\.0\.1:{port}/[\w-]{{32}}/) ", line)
-        assert found, f"printed {line!r} instead of the address; on stderr: {self.process.stderr.read()}"
-        self.url = found[1]
+        self.url = printed_url(self.process, rf"Review: (http://127\.0\.0\.1:{port}/[\w-]{{32}}/) ")
         return self.url
 
     def kill(self) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from llm_engineering.cloud.schedules.run_records import Place
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.fakes.iam import assert_allowed, policy
 from tests.fakes.sagemaker import BUCKET, LOG_GROUP, why_no_jobs
 from tests.integration.preloaded import Forked
@@ -74,9 +74,7 @@ class ZenMLServer:
 def zenml_server(tmp_path):
     """A server that requires logins, with a service account and a stack whose artifacts are in S3."""
     pytest.importorskip("s3fs", reason="ZenML's artifact store in S3 needs s3fs")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "AWS_"))}
     env |= {"ZENML_CONFIG_PATH": str(tmp_path / "server"), "ZENML_LOCAL_STORES_PATH": str(tmp_path / "server")}
     made, log = tmp_path / "server.json", tmp_path / "server.log"

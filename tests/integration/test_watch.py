@@ -6,15 +6,13 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 
 import httpx
-import pytest
 from playwright.sync_api import expect
 
-from tests.integration.chromium import SECONDS_TO_START, chromium, first_line, loopback_context, needs_chromium
-from tests.integration.conftest import ROOT, TIMEOUT_S, Project
+from tests.conftest import free_port
+from tests.integration.chromium import SECONDS_TO_START, chromium, loopback_context, needs_chromium, printed_url
+from tests.integration.conftest import TIMEOUT_S, Project
 
 SECONDS_TO_END = 30
 SECONDS_TO_TRAIN = 240
@@ -22,38 +20,12 @@ SECONDS_TO_TRAIN = 240
 EPOCHS = 400
 
 
-@pytest.fixture
-def free_port() -> int:
-    """A free loopback port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def printed_url(process: subprocess.Popen[str]) -> str:
-    """Wait until the command prints the address of its page; returns this address."""
-    line = first_line(process)
-    found = re.match(r"Watching: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)", line)
-    assert found, f"printed {line!r}; on stderr: {process.stderr.read() if process.stderr else ''}"
-    return found[1]
-
-
 @needs_chromium
-def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(
-    fresh_project: Project, free_port: int
-) -> None:
-    watching = subprocess.Popen(
-        [sys.executable, "-m", "tools.cli", "watch", "--port", str(free_port)],
-        cwd=ROOT,
-        env=fresh_project.env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(fresh_project: Project) -> None:
+    watching = fresh_project.start("watch", "--port", str(free_port()))
     run = None
     try:
-        url = printed_url(watching)
+        url = printed_url(watching, r"Watching: (http://127\.0\.0\.1:\d+) \(Ctrl-C ends it\)")
         # A web site whose name resolves to this machine cannot read the page.
         assert httpx.get(url, headers={"Host": "evil.example"}, trust_env=False).status_code == 400
         with chromium() as browser:

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from llm_engineering.errors import RequestError, WorkError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tools.servers.serve import (
     bind,
     installed_vllm,
@@ -88,9 +88,7 @@ except KeyboardInterrupt:
 @pytest.fixture
 def serving(tmp_path):
     """A process that runs `run_server`, and the ids of the server and of the server's child process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     # A proxy that does not exist: requests to loopback must not use it.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "http_proxy": "http://127.0.0.1:9"}
     command = [sys.executable, "-c", SERVE, SERVER, port, str(tmp_path)]
