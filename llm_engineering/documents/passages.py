@@ -17,7 +17,7 @@ from pathlib import PurePath
 from pydantic import BaseModel, ConfigDict
 from semantic_text_splitter import TextSplitter
 
-from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
 from llm_engineering.data.wording import order_to_model, turn_mark
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.sentences import known_names, names_something, sentences
@@ -71,6 +71,12 @@ class Passage(BaseModel):
         """The document and the place, as rows name their source: `manual.pdf, page 3`, or `guide.md:characters 0-120`."""
         return f"{self.document}, {self.part}" if self.part else f"{self.document}:{self.place}"
 
+    def set_aside(self, stage: str, reason: str, detail: str, text: str) -> Quarantined:
+        """The quarantine record of the passage, or of what was made of it: `text`."""
+        return Quarantined(
+            stage=stage, reason=reason, source=self.document, place=self.place, detail=detail, text=text[:QUOTED_CHARS]
+        )
+
 
 def cut_passages(
     documents: Sequence[Document], config: DocumentsConfig, seed: int
@@ -101,14 +107,16 @@ def cut_passages(
         if not reason and passage.id in first_place:
             reason, detail = "exact_duplicate", f"first seen in {first_place[passage.id]}"
         if reason:
-            quarantine.append(_rejected(passage, reason, detail))
+            quarantine.append(passage.set_aside("passage", reason, detail, passage.text))
         else:
             first_place[passage.id] = passage.source
             kept.append(passage)
     if config.max_passages is not None and len(kept) > config.max_passages:
         drawn = set(random.Random(seed).sample(range(len(kept)), config.max_passages))
         detail = f"documents.max_passages is {config.max_passages}"
-        quarantine += [_rejected(p, "not_drawn", detail) for i, p in enumerate(kept) if i not in drawn]
+        quarantine += [
+            p.set_aside("passage", "not_drawn", detail, p.text) for i, p in enumerate(kept) if i not in drawn
+        ]
         kept = [p for i, p in enumerate(kept) if i in drawn]
     return kept, quarantine
 
@@ -232,14 +240,3 @@ def _sentence_problem(text: str, max_chars: int, names: set[str]) -> tuple[str, 
     if not names_something(text, names):
         return "names_nothing", "no word after the first one begins with a capital, and the first one is no known name"
     return "", ""
-
-
-def _rejected(passage: Passage, reason: str, detail: str) -> Quarantined:
-    return Quarantined(
-        stage="passage",
-        reason=reason,
-        source=passage.document,
-        place=passage.place,
-        detail=detail,
-        text=passage.text[:200],
-    )

@@ -16,14 +16,14 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from llm_engineering.data.exam_answers import answers_right
-from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
 from llm_engineering.data.rows import REPLAY, InstructionRow, normalised, split_key, split_of
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS, sentences
 from llm_engineering.evaluation.measures.exam import ExamRow, cluster_numbers
 from llm_engineering.generation.abstention import NAME, unanswerable
 from llm_engineering.generation.facts import OPENING_WORDS
-from llm_engineering.generation.instructions import RAW_CHARS, instruction_problem
+from llm_engineering.generation.instructions import instruction_problem
 from llm_engineering.generation.prompts import ANSWER_EXAMPLES, read_prompt
 from llm_engineering.generation.types import Answer, Client, Completer, Failure, Sampling
 from llm_engineering.recipe.data_blocks import SplitConfig
@@ -244,7 +244,7 @@ class _Writer(NamedTuple):
                 if isinstance(reply, Failure):
                     found[number] = reply
                 elif answers_right(reply.text, [draft.answer], draft.question) != with_passage:
-                    detail = f"the answer is {draft.answer}; the writer said: {reply.text[:RAW_CHARS]}"
+                    detail = f"the answer is {draft.answer}; the writer said: {reply.text[:QUOTED_CHARS]}"
                     found[number] = Failure(reason, detail)
         return found
 
@@ -305,11 +305,4 @@ def _order(text: str, seed: int) -> str:
 
 
 def _set_aside(draft: _Draft, reason: str, detail: str) -> Quarantined:
-    return Quarantined(
-        stage="exam",
-        reason=reason,
-        source=draft.passage.document,
-        place=draft.passage.place,
-        detail=detail,
-        text=draft.question[:RAW_CHARS],
-    )
+    return draft.passage.set_aside("exam", reason, detail, draft.question)

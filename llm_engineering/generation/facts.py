@@ -18,7 +18,7 @@ from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD, Asked, Kind, choose_answers
-from llm_engineering.generation.instructions import FROM_DOCUMENT, RAW_CHARS
+from llm_engineering.generation.instructions import FROM_DOCUMENT
 from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, prompt_hash, read_prompt
 from llm_engineering.generation.types import Completer, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import InstructionWriting
@@ -96,7 +96,7 @@ def generate_facts(
     few = choose_answers([passage.text for passage in passages])
     answered = {one.sentence for one in few}
     silent = [passage for number, passage in enumerate(passages) if number not in answered]
-    quarantine = [_rejected(passage, Failure("no_answer", "no words of it can be asked for")) for passage in silent]
+    quarantine = [p.set_aside("instruction", "no_answer", "no words of it can be asked for", "") for p in silent]
     written: list[_Written] = []
     for turn in range(rounds):
         new = _write(few, passages, client, writing, REWORDING if turn else temperature, seed + turn)
@@ -114,7 +114,7 @@ def generate_facts(
         versioned = f"{one.examples} (prompt {prompt_hash(one.examples)})"
         if failure is not None:
             detail = f"{versioned}: {failure.detail}" if failure.detail else versioned
-            quarantine.append(_rejected(passage, Failure(failure.reason, detail, one.question)))
+            quarantine.append(passage.set_aside("instruction", failure.reason, detail, one.question))
             continue
         rows.append(
             InstructionRow(
@@ -277,17 +277,6 @@ def _banned(answer: str) -> list[str]:
     """Words that a question for this answer may not have. "What is the name of …" does not fit an answer without a name."""
     words = [word for word in WORD.findall(answer) if word.casefold() not in FUNCTION_WORDS]
     return [*words, "name"] if answer[0].islower() else words
-
-
-def _rejected(passage: Passage, failure: Failure) -> Quarantined:
-    return Quarantined(
-        stage="instruction",
-        reason=failure.reason,
-        source=passage.document,
-        place=passage.place,
-        detail=failure.detail,
-        text=failure.text[:RAW_CHARS],
-    )
 
 
 def _normal(text: str) -> str:

@@ -26,8 +26,6 @@ MIN_QUESTION_CHARS = 15
 MAX_QUESTION_CHARS = 200
 # Share of a question's content words that the passage must contain: below it, small models ask about something else.
 MIN_GROUNDED_SHARE = 0.5
-# Length of the raw text in the quarantine: enough to see what went wrong.
-RAW_CHARS = 200
 _QUESTION_WORD = re.compile(
     r"(what|which|when|where|who|whose|why|how|is|are|was|were|do|does|did|can|could|should|will|would|has|have|may|in)\b",
     re.IGNORECASE,
@@ -77,16 +75,8 @@ def generate_instructions(
         asked, outcome = _versioned(style, client), outcomes[index]
         if isinstance(outcome, Failure):
             prompt = answered if index in questions else asked
-            quarantine.append(
-                Quarantined(
-                    stage="instruction",
-                    reason=outcome.reason,
-                    source=passage.document,
-                    place=passage.place,
-                    detail=f"{prompt}: {outcome.detail}" if outcome.detail else prompt,
-                    text=outcome.text[:RAW_CHARS],
-                )
-            )
+            detail = f"{prompt}: {outcome.detail}" if outcome.detail else prompt
+            quarantine.append(passage.set_aside("instruction", outcome.reason, detail, outcome.text))
             continue
         origin = f"{asked} by {client.identity}, {FROM_DOCUMENT}"
         if writing.answers == "model":

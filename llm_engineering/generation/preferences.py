@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
 from llm_engineering.data.private import redacted
 from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow
 from llm_engineering.documents.sentences import whole_sentences
-from llm_engineering.generation.instructions import FROM_DOCUMENT, RAW_CHARS
+from llm_engineering.generation.instructions import FROM_DOCUMENT
 from llm_engineering.generation.types import Client, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import PreferenceWriting
 
@@ -90,5 +90,5 @@ def _one_spaced(text: str) -> str:
 
 def _quarantined(row: InstructionRow, reason: str, detail: str, text: str = "") -> Quarantined:
     return Quarantined(
-        stage="preference", reason=reason, source=row.source, place=row.id, detail=detail, text=text[:RAW_CHARS]
+        stage="preference", reason=reason, source=row.source, place=row.id, detail=detail, text=text[:QUOTED_CHARS]
     )

@@ -9,7 +9,6 @@ from llm_engineering.data.rows import TextRow, normalised
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import known_names
 from llm_engineering.generation.derived.claims import missing_claims
-from llm_engineering.generation.instructions import RAW_CHARS
 from llm_engineering.generation.prompts import prompt_hash, read_prompt
 from llm_engineering.generation.types import Client, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import Rewriting, TextWriting
@@ -41,16 +40,8 @@ def rewrite_by_endpoint(
         for passage, outcome in zip(passages, client.answer(requests, sampling, f"{kind} rewritings"), strict=True):
             problem = outcome if isinstance(outcome, Failure) else _problem(outcome.text, passage, names)
             if problem is not None:
-                quarantine.append(
-                    Quarantined(
-                        stage="text",
-                        reason=problem.reason,
-                        source=passage.document,
-                        place=passage.place,
-                        detail=f"{versioned}: {problem.detail}" if problem.detail else versioned,
-                        text=problem.text[:RAW_CHARS],
-                    )
-                )
+                detail = f"{versioned}: {problem.detail}" if problem.detail else versioned
+                quarantine.append(passage.set_aside("text", problem.reason, detail, problem.text))
                 continue
             rows.append(
                 TextRow(
