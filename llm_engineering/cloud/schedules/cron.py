@@ -8,8 +8,10 @@ day of week must be translated.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from aws_croniter import AwsCroniter
@@ -92,6 +94,17 @@ class Timing(BaseModel):
             if exists and local > after:
                 found.append(local)
         return found
+
+
+class Entry(NamedTuple):
+    """What cron or systemd starts at fixed times. The command's output is appended to `log`."""
+
+    name: str
+    timing: Timing
+    command: Sequence[str]
+    directory: Path
+    environment: Mapping[str, str]
+    log: Path
 
 
 def parse_timing(text: str, timezone: str, now: datetime) -> Timing:

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
-from llm_engineering.cloud.schedules.cron import Timing, crontab_fields
+from llm_engineering.cloud.schedules.cron import Entry, crontab_fields
 from llm_engineering.errors import WorkError
 
 _PAUSED = "# paused: "
 
 
-def write(
-    name: str,
-    timing: Timing,
-    command: Sequence[str],
-    directory: Path,
-    environment: Mapping[str, str],
-    log: Path,
-    paused: bool,
-) -> None:
+def write(entry: Entry, paused: bool) -> None:
     """Add or replace the line of a schedule.
 
     Raises:
         RequestError: cron cannot express the time.
         WorkError: crontab fails.
     """
-    variables = [f"{key}={value}" for key, value in sorted(environment.items())]
-    start = f"cd {shlex.quote(str(directory))} && {shlex.join(['env', *variables, *command])}"
-    line = f"{start} >> {shlex.quote(str(log))} 2>&1 {_mark(name)}".replace("%", r"\%")  # cron reads % as a line break
-    others = [other for other in _read() if not _is_of(other, name)]
-    _install([*others, f"{_PAUSED if paused else ''}{crontab_fields(timing)} {line}"])
+    variables = [f"{key}={value}" for key, value in sorted(entry.environment.items())]
+    start = f"cd {shlex.quote(str(entry.directory))} && {shlex.join(['env', *variables, *entry.command])}"
+    line = f"{start} >> {shlex.quote(str(entry.log))} 2>&1 {_mark(entry.name)}".replace(
+        "%", r"\%"
+    )  # cron reads % as a line break
+    others = [other for other in _read() if not _is_of(other, entry.name)]
+    _install([*others, f"{_PAUSED if paused else ''}{crontab_fields(entry.timing)} {line}"])
 
 
 def state(name: str) -> Literal["active", "paused", "lost"]:

@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.cloud.schedules import crontab, systemd
-from llm_engineering.cloud.schedules.cron import Timing, crontab_fields, on_calendar
+from llm_engineering.cloud.schedules.cron import Entry, Timing, crontab_fields, on_calendar
 from llm_engineering.cloud.schedules.run_records import Place, RunRecord
 from llm_engineering.errors import RequestError, WorkError
 
@@ -63,9 +63,10 @@ class LocalSchedule(BaseModel):
         return [sys.executable, "-m", "tools.cli", "run", "retrain", "--config", recipe, "--scheduled", place]
 
     @property
-    def entry(self) -> str:
-        """The name of the schedule's systemd timer, or of the comment that marks its crontab line."""
-        return f"llm-engineering-{self.name}"
+    def entry(self) -> Entry:
+        """What the keeper gets. Its name is that of the systemd timer, or of the comment that marks the crontab line."""
+        log, name = self.folder / LOG_FILE, f"llm-engineering-{self.name}"
+        return Entry(name, self.timing, self.command, self.directory, self.environment, log)
 
 
 def keeper() -> Literal["systemd", "cron"]:
@@ -136,15 +137,7 @@ def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
     schedule.folder.mkdir(parents=True, exist_ok=True)
     if recipe is not None:
         (schedule.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-    _KEEPERS[schedule.keeper].write(
-        schedule.entry,
-        schedule.timing,
-        schedule.command,
-        schedule.directory,
-        schedule.environment,
-        schedule.folder / LOG_FILE,
-        paused,
-    )
+    _KEEPERS[schedule.keeper].write(schedule.entry, paused)
     # Written last, so a listed schedule is always complete.
     (schedule.folder / _STATE_FILE).write_text(schedule.model_dump_json(indent=1), encoding="utf-8")
 
@@ -169,13 +162,13 @@ def get(folder: Path, name: str) -> LocalSchedule:
 
 def state(schedule: LocalSchedule) -> Literal["active", "paused", "lost"]:
     """Whether the keeper starts its runs; `lost` if its timer or crontab line was removed in another way."""
-    found: Literal["active", "paused", "lost"] = _KEEPERS[schedule.keeper].state(schedule.entry)
+    found: Literal["active", "paused", "lost"] = _KEEPERS[schedule.keeper].state(schedule.entry.name)
     return found
 
 
 def set_paused(schedule: LocalSchedule, paused: bool) -> None:
     """Stop the keeper from starting runs, or let it start them again."""
-    _KEEPERS[schedule.keeper].set_paused(schedule.entry, paused)
+    _KEEPERS[schedule.keeper].set_paused(schedule.entry.name, paused)
 
 
 def run_now(schedule: LocalSchedule) -> int:
@@ -232,5 +225,5 @@ def remove(schedule: LocalSchedule, stop: bool) -> None:
                     f"The run, process {process}, does not end. Run the same command again when it has ended."
                 )
             time.sleep(0.2)
-    _KEEPERS[schedule.keeper].remove(schedule.entry)
+    _KEEPERS[schedule.keeper].remove(schedule.entry.name)
     shutil.rmtree(schedule.folder)

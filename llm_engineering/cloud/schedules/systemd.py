@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from llm_engineering.cloud.schedules.cron import Timing, on_calendar
+from llm_engineering.cloud.schedules.cron import Entry, on_calendar
 from llm_engineering.errors import WorkError
 
 
@@ -20,44 +20,38 @@ def is_there() -> bool:
     return subprocess.run(["systemctl", "--user", "show-environment"], capture_output=True).returncode == 0  # noqa: S607
 
 
-def write(
-    name: str,
-    timing: Timing,
-    command: Sequence[str],
-    directory: Path,
-    environment: Mapping[str, str],
-    log: Path,
-    paused: bool,
-) -> None:
+def write(entry: Entry, paused: bool) -> None:
     """Add or replace the units of a schedule.
 
     Raises:
         RequestError: systemd cannot express the time.
         WorkError: systemctl fails.
     """
-    variables = "".join(f"Environment={_quoted([f'{key}={value}'])}\n" for key, value in sorted(environment.items()))
-    output = str(log).replace("%", "%%")
+    variables = "".join(
+        f"Environment={_quoted([f'{key}={value}'])}\n" for key, value in sorted(entry.environment.items())
+    )
+    output = str(entry.log).replace("%", "%%")
     service = (
-        f"[Unit]\nDescription={name}\n\n"
-        f"[Service]\nType=oneshot\nWorkingDirectory={str(directory).replace('%', '%%')}\n{variables}"
-        f"ExecStart={_quoted([word.replace('$', '$$') for word in command])}\n"
+        f"[Unit]\nDescription={entry.name}\n\n"
+        f"[Service]\nType=oneshot\nWorkingDirectory={str(entry.directory).replace('%', '%%')}\n{variables}"
+        f"ExecStart={_quoted([word.replace('$', '$$') for word in entry.command])}\n"
         f"StandardOutput=append:{output}\nStandardError=append:{output}\n"
         # Saving a checkpoint of a large model takes longer than systemd's default of 90 seconds.
         "TimeoutStopSec=600\n"
     )
     timer = (
-        f"[Unit]\nDescription={name}\n\n"
-        f"[Timer]\nOnCalendar={on_calendar(timing)}\nAccuracySec=1\n\n"
+        f"[Unit]\nDescription={entry.name}\n\n"
+        f"[Timer]\nOnCalendar={on_calendar(entry.timing)}\nAccuracySec=1\n\n"
         "[Install]\nWantedBy=timers.target\n"
     )
     _folder().mkdir(parents=True, exist_ok=True)
-    _unit(name, "service").write_text(service, encoding="utf-8")
-    _unit(name, "timer").write_text(timer, encoding="utf-8")
+    _unit(entry.name, "service").write_text(service, encoding="utf-8")
+    _unit(entry.name, "timer").write_text(timer, encoding="utf-8")
     _systemctl("daemon-reload")
     if not paused:
-        _systemctl("enable", f"{name}.timer")
+        _systemctl("enable", f"{entry.name}.timer")
         # An active timer keeps its old time until it is restarted.
-        _systemctl("restart", f"{name}.timer")
+        _systemctl("restart", f"{entry.name}.timer")
 
 
 def state(name: str) -> Literal["active", "paused", "lost"]:

@@ -11,7 +11,7 @@ import pytest
 import tools.cli
 import tools.scheduling.schedule
 from llm_engineering.cloud.schedules import crontab, local_schedules, systemd
-from llm_engineering.cloud.schedules.cron import parse_timing
+from llm_engineering.cloud.schedules.cron import Entry, parse_timing
 from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
 from llm_engineering.cloud.schedules.run_records import Place, RunRecord
 from llm_engineering.errors import RequestError
@@ -122,15 +122,8 @@ def test_a_crontab_line_runs_its_command_in_a_shell(machine):
     """Cron ends a command at `%` unless it has a backslash, and passes the rest to sh."""
     log = machine / "a log's 5%.txt"
     code = "import os, sys; print(os.getcwd(), os.environ['WHAT'], sys.argv[1])"
-    crontab.write(
-        "name",
-        schedule(machine).timing,
-        [sys.executable, "-c", code, 'it\'s "%d"'],
-        machine,
-        {"WHAT": "5% $HOME"},
-        log,
-        False,
-    )
+    command = [sys.executable, "-c", code, 'it\'s "%d"']
+    crontab.write(Entry("name", schedule(machine).timing, command, machine, {"WHAT": "5% $HOME"}, log), False)
     line = (machine / "crontab").read_text().rstrip("\n")
     command = line.split(None, 5)[5].replace("\\%", "%")
     subprocess.run(["/bin/sh", "-c", command], check=True)
@@ -167,15 +160,8 @@ def test_a_systemd_timer_is_created_paused_changed_and_removed(with_systemd):
 
 @pytest.mark.skipif(not Path("/usr/bin/systemd-analyze").exists(), reason="needs systemd-analyze")
 def test_systemd_accepts_the_units(with_systemd):
-    systemd.write(
-        "odd",
-        schedule(with_systemd).timing,
-        [sys.executable, 'a $b "c" %d'],
-        with_systemd,
-        {"A": 'b "c" %'},
-        Path("/tmp/log"),
-        True,
-    )
+    timing, command = schedule(with_systemd).timing, [sys.executable, 'a $b "c" %d']
+    systemd.write(Entry("odd", timing, command, with_systemd, {"A": 'b "c" %'}, Path("/tmp/log")), True)
     units = with_systemd / "config" / "systemd" / "user"
     checked = subprocess.run(
         ["/usr/bin/systemd-analyze", "verify", "--user", "--man=no", units / "odd.service", units / "odd.timer"],
