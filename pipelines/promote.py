@@ -16,10 +16,8 @@ from llm_engineering.evaluation.gate import PromotionDecision, decide
 from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.stages import STAGES
 from llm_engineering.reports.evaluation_report import evaluation_page
 from llm_engineering.reports.page import write_page
-from llm_engineering.reports.reward_report import reward_page
 from pipelines.registry import StaleError, move
 from pipelines.repeats import earlier_version, in_production
 from steps.caching import project_step
@@ -87,9 +85,8 @@ def promote(
     # Write the page. It is not written by the evaluation, which may come from the cache and does not know the gate's decision.
     training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
     folder = Path(tempfile.mkdtemp())
-    make_page = evaluation_page if STAGES[report["newest"]].policy else reward_page
     about = page_facts(recipe.model.name_or_path) | {"Version": str(version.number)}
-    write_page(folder, make_page(report, training, about, decision))
+    write_page(folder, evaluation_page(report, training, about, decision))
     return decision, Directory(path=folder)
 
 

@@ -11,6 +11,7 @@ from llm_engineering.evaluation.gate import PromotionDecision
 from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.reports.exam_report import exam_questions, exam_summary, model_answer, question
 from llm_engineering.reports.page import (
     Verdict,
@@ -23,6 +24,7 @@ from llm_engineering.reports.page import (
     paragraph,
     table,
 )
+from llm_engineering.reports.reward_report import Parts, reward_parts
 from llm_engineering.reports.training_report import training_charts
 
 Report = Mapping[str, Any]
@@ -45,14 +47,21 @@ def evaluation_page(
         facts: of the run, for the head of the page.
         gate: the decision of the gate; None if it has not judged the model.
     """
+    parts = _parts(data) if STAGES[data["newest"]].policy else reward_parts(data)
+    sections = [("Measures", parts.measures)]
+    if training is not None:
+        sections.append((f"Training of {training['stage']}", cards(training_charts(training["history"]))))
+    sections += [_gate_section(gate), *parts.sections]
+    lead = [*parts.lead, *([gate.reason] if gate is not None else [])]
+    verdict = _gate_verdict(gate) if gate is not None else parts.found
+    return page(parts.title, lead, sections, facts=facts, verdict=verdict, sample=parts.sample)
+
+
+def _parts(data: Report) -> Parts:
     newest, exam = data["newest"], data["exam"]
     others = [name for name in data["models"] if name not in (newest, INCUMBENT)]
     compared = [*([INCUMBENT] if INCUMBENT in data["models"] else []), *others]
-    sections = [("Measures", _measures(data))]
-    if training is not None:
-        sections.append((f"Training of {training['stage']}", cards(training_charts(training["history"]))))
-    sections.append(gate_section(gate))
-    sections += [(_DIFFERENCES.get(name, f"{newest} against {name}"), _differences(data, name)) for name in compared]
+    sections = [(_DIFFERENCES.get(name, f"{newest} against {name}"), _differences(data, name)) for name in compared]
     if exam is not None:
         sections.append(("Exam", exam_summary(exam, data["measures"], newest, data.get("trained"))))
     rows = list((data.get("trained") or {}).items())
@@ -72,13 +81,11 @@ def evaluation_page(
         sections.append(("Rewards", _rewards(data)))
     if data["samples"]:
         sections.append(("Answers", _answers(data)))
-    measured, said = _result(data)
-    lead = [*_exam_lead(data), said, *([gate.reason] if gate is not None else [])]
-    verdict = gate_verdict(gate) if gate is not None else measured
-    return page("Evaluation report", lead, sections, facts=facts, verdict=verdict, sample=_example(data))
+    found, said = _result(data)
+    return Parts("Evaluation report", [*_exam_lead(data), said], found, _measures(data), sections, _example(data))
 
 
-def gate_verdict(gate: PromotionDecision) -> Verdict:
+def _gate_verdict(gate: PromotionDecision) -> Verdict:
     """The decision of the gate in a few words."""
     if gate.outcome == "passed":
         return Verdict(f"Gate passed{f': promoted to {gate.stage}' if gate.stage else ''}", "good")
@@ -89,7 +96,7 @@ def gate_verdict(gate: PromotionDecision) -> Verdict:
     )
 
 
-def gate_section(gate: PromotionDecision | None) -> tuple[str, Markup]:
+def _gate_section(gate: PromotionDecision | None) -> tuple[str, Markup]:
     """The rules of the gate with their numbers, as a section."""
     rules = gate.rules if gate is not None else []
     rows = [

@@ -1,17 +1,15 @@
-"""The evaluation report of a reward model as a page: how well it orders held-out pairs, and the rewards themselves."""
+"""The parts of the page about a reward model: how well it orders held-out pairs, and the rewards themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from llm_engineering.evaluation.gate import PromotionDecision
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
 from llm_engineering.recipe.evaluation_blocks import REWARD_MEASURE
-from llm_engineering.reports.evaluation_report import gate_section, gate_verdict
 from llm_engineering.reports.page import (
     Verdict,
     cards,
@@ -20,29 +18,31 @@ from llm_engineering.reports.page import (
     interval_bars,
     line_chart,
     marked,
-    page,
     paragraph,
 )
-from llm_engineering.reports.training_report import training_charts
 
 Report = Mapping[str, Any]
 _BINS = 20
 
 
-def reward_page(
-    data: Report,
-    training: Report | None,
-    facts: Mapping[str, str] | None = None,
-    gate: PromotionDecision | None = None,
-) -> str:
-    """The whole page.
+class Parts(NamedTuple):
+    """What the page of an evaluation shows beside the training and the rules of the gate.
 
-    Args:
-        data: the report as JSON (`evaluate_reward`).
-        training: the training report of the reward model, if there is one.
-        facts: of the run, for the head of the page.
-        gate: the decision of the gate; None if it has not judged the model.
+    Attributes:
+        found: what the measures say, if the gate has not judged the model.
+        sections: those after the rules of the gate.
     """
+
+    title: str
+    lead: list[str]
+    found: Verdict
+    measures: Markup
+    sections: list[tuple[str, Markup]]
+    sample: Markup | None
+
+
+def reward_parts(data: Report) -> Parts:
+    """The parts of a report of `evaluate_reward`."""
     measure, newest = data["measures"][REWARD_MEASURE], data["newest"]
     bars = {
         "chance" if name != newest else name: (e["value"], e["low"], e["high"]) for name, e in measure["models"].items()
@@ -55,16 +55,11 @@ def reward_page(
         ("Pairs in the right order", interval_bars(bars, measure["unit"]) + paragraph(note, "small")),
         ("Rewards", _distribution(data["rewards"])),
     ]
-    sections = [("Measures", cards(charts))]
-    if training is not None:
-        sections.append((f"Training of {training['stage']}", cards(training_charts(training["history"]))))
-    sections += [gate_section(gate), ("Pairs", _pairs(data["pairs"]))]
     word = verdict(measure["differences"][f"{newest}-base"], measure["better"])
-    above = Verdict("Better than chance", "good") if word == "better" else Verdict("Not better than chance", "bad")
-    shown = gate_verdict(gate) if gate is not None else above
-    lead = [_lead(data), *([gate.reason] if gate is not None else [])]
+    found = Verdict("Better than chance", "good") if word == "better" else Verdict("Not better than chance", "bad")
     sample = _pair(data["pairs"][0]) if data["pairs"] else None
-    return page("Evaluation report: reward model", lead, sections, facts=facts, verdict=shown, sample=sample)
+    pairs = [("Pairs", _pairs(data["pairs"]))]
+    return Parts("Evaluation report: reward model", [_lead(data)], found, cards(charts), pairs, sample)
 
 
 def _lead(data: Report) -> str:

@@ -7,7 +7,7 @@ from llm_engineering.evaluation.heldout import HeldOutRow
 from llm_engineering.evaluation.measures.reward_accuracy import reward_accuracy
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.recipe.evaluation_blocks import PromotionConfig
-from llm_engineering.reports.reward_report import reward_page
+from llm_engineering.reports.evaluation_report import evaluation_page
 from tests.tiny_models import pair
 
 BOOTSTRAP = Bootstrap(200, 0.95, 0)
@@ -66,7 +66,7 @@ def test_the_page_shows_accuracy_rewards_and_pairs():
         "rewards": {"chosen": [1.0, 2.0, 2.0], "rejected": [0.0, 0.5, 2.0]},
         "pairs": [{"prompt": "What is 3?", "chosen": answer, "rejected": answer | {"reward": -0.5}}],
     }
-    page = reward_page(data, None)
+    page = evaluation_page(data, None)
     assert (
         "Of 100 held-out pairs, the reward model gives the chosen answer the higher reward in a share of 0.80" in page
     )
