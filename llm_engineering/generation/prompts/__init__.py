@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "prompts"
+FOLDER = Path(__file__).parent
 PROMPT_FILES = tuple(sorted(FOLDER.glob("*.txt")))
 # Files with examples of a sentence, a question and its answer. The second one asks in other words than the sentence.
 FACT_EXAMPLES = ("fact", "fact_reworded")
