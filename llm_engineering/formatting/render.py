@@ -369,8 +369,7 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     if not texts:
         return []
     # The template already writes the special tokens.
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
-    return list(encoded["input_ids"])
+    return list(tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"])
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -391,10 +390,7 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_
     # `load_tokenizer` has written the date into the template; a tokenizer that was loaded otherwise gets the same date here.
     return str(
         tokenizer.apply_chat_template(
-            turns,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            strftime_now=TEMPLATE_DATE.strftime,
+            turns, add_generation_prompt=add_generation_prompt, tokenize=False, strftime_now=TEMPLATE_DATE.strftime
         )
     )
 

@@ -30,6 +30,8 @@ from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, PackedConfig, ReferenceConfig
 from llm_engineering.recipe.stages import STAGES, Kind, rows_of
 
+_UNSHARDED = "use compute.distributed ddp, or deepspeed with zero_stage 1 or 2"
+
 
 class Recipe(RecipeKeys):
     """A whole recipe. Keys of two blocks that contradict each other are refused."""
@@ -50,21 +52,25 @@ class Recipe(RecipeKeys):
                     )
         if self.method == "full" and self.block(first).lora not in (None, LoraConfig()):
             raise ValueError(f"{first}.lora has no effect with {first}.method full: remove it, or choose lora or qlora")
-        if self.data.replay is not None and not any(STAGES[name].rows == "text" for name in self.chain):
-            raise ValueError(
-                "data.replay has no effect, because no stage of chain trains on text: remove it, or add cpt"
-            )
-        if self.data.replay_instructions is not None and not any(
-            STAGES[name].rows == "instruction" for name in self.chain
+        trained = {STAGES[name].rows for name in self.chain}
+        for key, is_set, kind, rows, stage in (
+            ("data.replay", self.data.replay is not None, "text", "text", "cpt"),
+            (
+                "data.replay_instructions",
+                self.data.replay_instructions is not None,
+                "instruction",
+                "instructions",
+                "sft",
+            ),
+            ("generation.rewritings", bool(self.generation.rewritings), "text", "text", "cpt"),
         ):
-            raise ValueError(
-                "data.replay_instructions has no effect, because no stage of chain trains on instructions: remove it, or "
-                "add sft"
-            )
-        for name in self.chain:
-            config = self.block(name)
+            if is_set and kind not in trained:
+                raise ValueError(
+                    f"{key} has no effect, because no stage of chain trains on {rows}: remove it, or add {stage}"
+                )
+        for name, config in self.blocks.items():
             embeddings = config.embedding_learning_rate if isinstance(config, CPTConfig) else None
-            trains = self.method == "full" or _trains_embeddings(self.lora) or bool(self.model.added_tokens)
+            trains = self.method == "full" or self.lora.trains_embeddings or bool(self.model.added_tokens)
             if embeddings is not None and not trains:
                 raise ValueError(
                     f"{name}.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or "
@@ -93,21 +99,15 @@ class Recipe(RecipeKeys):
                     f"compute.backend unsloth trains no reward models: set it to auto, with which {name} uses transformers"
                 )
             if self.compute.shards_weights:
-                raise ValueError(
-                    f"{name} was not tested with sharded weights: use compute.distributed ddp, or deepspeed with zero_stage 1 "
-                    "or 2"
-                )
+                raise ValueError(f"{name} was not tested with sharded weights: {_UNSHARDED}")
         return self
 
     @model_validator(mode="after")
     def _new_tokens(self) -> Self:
         if not self.model.added_tokens:
             return self
-        key, first, compute = (
-            f"model.{'new_tokens' if self.model.new_tokens else 'new_special_tokens'}",
-            self.chain[0],
-            self.compute,
-        )
+        first, compute = self.chain[0], self.compute
+        key = f"model.{'new_tokens' if self.model.new_tokens else 'new_special_tokens'}"
         if self.method == "qlora":
             raise ValueError(
                 f"{key} with {first}.method qlora would be trained in bf16, as TRL trains all weights on a quantised base "
@@ -124,19 +124,13 @@ class Recipe(RecipeKeys):
             )
         if compute.distributed == "fsdp2" or compute.zero_stage == 3:
             raise ValueError(
-                f"{key} changes the embeddings when the model is loaded, which was not tested with sharded weights: use "
-                "compute.distributed ddp, or deepspeed with zero_stage 1 or 2"
+                f"{key} changes the embeddings when the model is loaded, which was not tested with sharded weights: {_UNSHARDED}"
             )
         return self
 
     @model_validator(mode="after")
     def _knowledge(self) -> Self:
-        reads = any(STAGES[name].rows == "text" for name in self.chain)
-        if self.generation.rewritings and not reads:
-            raise ValueError(
-                "generation.rewritings has no effect, because no stage of chain trains on text: remove it, or add cpt"
-            )
-        if self.knowledge is not None and not reads:
+        if self.knowledge is not None and not any(STAGES[name].rows == "text" for name in self.chain):
             raise ValueError(
                 "knowledge.tokens limits the texts of cpt, and chain has no stage on text: remove knowledge, or add cpt"
             )
@@ -294,18 +288,14 @@ class Recipe(RecipeKeys):
     @model_validator(mode="after")
     def _online(self) -> Self:
         compute = self.compute
-        for stage in self.chain:
-            config = self.block(stage)
+        for stage, config in self.blocks.items():
             if not isinstance(config, OnlineConfig):
                 continue
             problem = config.generation_problem(stage, compute)
             if problem:
                 raise ValueError(problem)
             if compute.shards_weights:
-                raise ValueError(
-                    f"{stage} generates completions with the whole weights in each process: use compute.distributed ddp, or "
-                    "deepspeed with zero_stage 1 or 2"
-                )
+                raise ValueError(f"{stage} generates completions with the whole weights in each process: {_UNSHARDED}")
             if compute.backend == "unsloth":
                 raise ValueError(
                     f"compute.backend unsloth does not train {stage}: use auto, which trains {stage} with transformers and "
@@ -332,9 +322,8 @@ class Recipe(RecipeKeys):
                 "generation.questions fact writes about one sentence each: set documents.unit to sentence, or questions to "
                 "passage"
             )
-        compute = self.compute
-        for stage in self.chain:
-            block = self.block(stage)
+        compute, first, blocks = self.compute, self.chain[0], self.blocks
+        for stage, block in blocks.items():
             if isinstance(block, RewardedConfig):
                 problem = block.rewards_problem(stage, self.reward_stage(stage), compute)
                 if problem:
@@ -345,7 +334,6 @@ class Recipe(RecipeKeys):
             )
         if compute.device == "cpu" and compute.attn_implementation == "flash_attention_2":
             raise ValueError("compute.attn_implementation flash_attention_2 needs CUDA: use sdpa, or auto")
-        first, blocks = self.chain[0], {stage: self.block(stage) for stage in self.chain}
         best = [stage for stage, config in blocks.items() if config.load_best]
         if best and compute.sagemaker is not None and compute.sagemaker.instance_count > 1:
             raise ValueError(
@@ -354,13 +342,12 @@ class Recipe(RecipeKeys):
             )
         if self.method == "qlora" and compute.shards_weights:
             raise ValueError(
-                f"{first}.method qlora keeps its weights in 4 bits, which cannot be sharded here: use compute.distributed ddp, "
-                "or deepspeed with zero_stage 1 or 2"
+                f"{first}.method qlora keeps its weights in 4 bits, which cannot be sharded here: {_UNSHARDED}"
             )
         if self.lora.moves_base_weights and compute.shards_weights:
             raise ValueError(
                 f"{first}.lora.init_lora_weights moves a part of the base weights into the adapter, which was not tested with "
-                "sharded weights: use compute.distributed ddp, or deepspeed with zero_stage 1 or 2, or another start value"
+                f"sharded weights: {_UNSHARDED}, or another start value"
             )
         for stage, config in blocks.items():
             if "8bit" in config.optim and compute.distributed != "ddp":
@@ -408,11 +395,3 @@ _MEASURED_ON: dict[Kind, tuple[str, ...]] = {
     "prompt": (REWARD,),
 }
 _HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs", "prompt": "prompts"}
-
-
-def _trains_embeddings(lora: LoraConfig) -> bool:
-    targets = lora.target_modules or []
-    # PEFT reads a text as a regular expression.
-    targets = [targets] if isinstance(targets, str) else targets
-    names = [*(lora.library_arguments.get("modules_to_save") or []), *targets]
-    return any("embed" in name or name in ("wte", "lm_head") for name in names)
