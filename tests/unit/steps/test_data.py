@@ -105,10 +105,10 @@ def test_general_rows_are_added_to_generated_instructions(documents, facts, monk
     arguments = (
         documents, DocumentsConfig(unit="sentence"), ModelConfig(), None, ComputeConfig(), ClientConfig(), writing, 1
     )  # fmt: skip
-    alone = data.generate_instructions.entrypoint(*arguments, None, None)
+    alone = data.generate_instructions.entrypoint.__wrapped__(*arguments, None, None)
     assert counts(alone)["instruction"] == (2, 2)
     assert len(alone["sources"]) == 0
-    made = data.generate_instructions.entrypoint(*arguments, "embedded:general", "hash")
+    made = data.generate_instructions.entrypoint.__wrapped__(*arguments, "embedded:general", "hash")
     assert counts(made)["instruction"] == (202, 202)
     assert Counter(made["rows"]["origin"])["replay"] == 200
     assert list(made["sources"]["file"]) == ["embedded:general"]
@@ -211,7 +211,7 @@ def test_no_pair_is_made_of_other_wordings(settings, facts, monkeypatch):
     empty = instruction_dataset([])
     dataset = DatasetDict(train=instruction_dataset(rows), validation=empty, test=empty, **Ledger().datasets())
     arguments = (ModelConfig(), None, ComputeConfig(), ClientConfig(), PreferenceWriting(), 1)
-    made = data.generate_preferences.entrypoint(dataset, None, *arguments)
+    made = data.generate_preferences.entrypoint.__wrapped__(dataset, None, *arguments)
     assert [prompt[0]["content"] for prompt in made["rows"]["prompt"]] == ["Who made it?"]
 
 

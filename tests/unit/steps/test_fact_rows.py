@@ -36,7 +36,7 @@ def test_each_answer_counts_once_for_each_file_of_examples_and_round(monkeypatch
         documents=Dataset.from_list([{"id": "1", "source": "doc.md", "title": "Bells", "text": SENTENCE}]),
         **Ledger().datasets(),
     )
-    made = steps.data.generate_instructions.entrypoint(
+    made = steps.data.generate_instructions.entrypoint.__wrapped__(
         documents=documents,
         config=DocumentsConfig(passage_min_chars=10),
         model=ModelConfig(),

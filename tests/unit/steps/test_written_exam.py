@@ -86,7 +86,7 @@ def write(documents, candidates, monkeypatch):
     def run(can_read=True):
         nonlocal reads
         reads = can_read
-        return written_exam.write_exam.entrypoint(
+        return written_exam.write_exam.entrypoint.__wrapped__(
             candidates, documents, UNIT, ModelConfig(), None, CPU, ClientConfig(), InstructionWriting(questions="fact"),
             GENERATED, SplitConfig(validation_fraction=1e-9, test_fraction=1e-9), 1,
         )  # fmt: skip
@@ -153,7 +153,7 @@ def test_pairs_without_an_answer_are_not_those_of_the_exam(write, candidates, do
     questions = InstructionWriting(questions="fact")
 
     def without_answer(folder):
-        pairs = data.generate_preferences.entrypoint(*arguments, questions, None, folder)["rows"]
+        pairs = data.generate_preferences.entrypoint.__wrapped__(*arguments, questions, None, folder)["rows"]
         return [pair["prompt"][0]["content"] for pair in pairs if "no document answers it" in pair["origin"]]
 
     usual = without_answer(None)
