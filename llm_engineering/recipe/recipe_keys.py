@@ -102,7 +102,7 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     @model_validator(mode="after")
     def _comparable_trials(self) -> Self:
         if self.sweep is not None:
-            problem = self.sweep.problem(self.chain, {stage: self.block(stage) for stage in self.chain})
+            problem = self.sweep.problem(self.chain, self.blocks)
             if problem:
                 raise ValueError(problem)
         return self
@@ -112,6 +112,11 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
         found = getattr(self, stage)
         assert isinstance(found, TrainConfig)
         return found
+
+    @property
+    def blocks(self) -> dict[str, TrainConfig]:
+        """The blocks of the chain's stages, in their order."""
+        return {stage: self.block(stage) for stage in self.chain}
 
     def chain_to(self, stage: str) -> list[str]:
         """The stages of the chain up to and with `stage`."""
