@@ -8,7 +8,7 @@ MAKE_PY = @$(BIN)/python -m tools.make $@
 
 # Values are passed to Python as environment variables, so that neither make nor a shell expands them. Variables that
 # the environment sets are ignored, except CONFIG and ARGS.
-VARIABLES  := CONFIG ARGS STAGE KIND VERSION VERSIONS NOTE FORMAT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
+VARIABLES  := CONFIG ARGS STAGE KIND VERSION VERSIONS NOTE FORMAT QUANT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
 MAKE_GIVEN := $(foreach v,$(VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)),$(if $(value $v),$v)))
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
@@ -58,7 +58,7 @@ sign:  ## sign the adapters, datasets, lineage and merged models of a model vers
 replay:  ## train a model version again from its lineage, and say what differs: VERSION=…
 evidence:  ## write a page and a bill of materials that show what a model version is made of: VERSION=…
 delete-version:  ## delete a model version and what only it uses, after showing the disk that this frees: VERSION=…
-export:  ## write the files of a merged, verified model: [VERSION=N] [FORMAT=gguf] [OUTPUT=path]
+export:  ## write the files of a merged, verified model: [VERSION=N] [FORMAT=gguf|gguf-lora] [QUANT=Q4_K_M] [OUTPUT=path]
 push-model:  ## publish a model on the hub: [VERSION=N]
 
 ##@ Schedules

@@ -1,8 +1,8 @@
 """Writes the locks of the images from requirements.lock: python docker/locks.py [--check]
 
 The locks have the versions of requirements.lock for Linux on x86-64. `retrain` has the project with all extras except those
-for development. `training` has the packages of training, without ZenML, optuna (a sweep runs where the command runs) and their
-dependencies.
+for development and for export. `training` has the packages of training, without ZenML, optuna (a sweep runs where the
+command runs) and their dependencies.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ TARGETS = {
     "evidence": Target("models evidence", ("CONFIG",), "VERSION"),
     "sign": Target("models sign", ("CONFIG",), "VERSION"),
     "delete-version": Target("models delete", ("CONFIG",), "VERSION"),
-    "export": Target("models export", ("CONFIG", "VERSION", "FORMAT", "OUTPUT")),
+    "export": Target("models export", ("CONFIG", "VERSION", "FORMAT", "QUANT", "OUTPUT")),
     "push-model": Target("models push", ("CONFIG", "VERSION")),
     "schedule": Target("schedule create", _TIMED),
     "schedules": Target("schedule list", ("TARGET",)),

@@ -1,24 +1,40 @@
-"""Writes a merged Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text) as one GGUF file, the format of llama.cpp.
+"""Writes a merged model as one GGUF file, the format of llama.cpp.
 
-Weights keep their precision; llama.cpp's own tools can quantize the file. Metadata and the order of rows follow the
-specification (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Tensor names come from llama.cpp's package
-`gguf`.
+With the extra `gguf`, llama.cpp writes, quantises and answers (`llama_cpp`), and a file that differs too much from the model is
+not kept. Without it, `write_gguf` writes a Llama, Mistral, Qwen2, Qwen3 or Gemma 3 (text), whose weights keep their
+precision. Metadata and the order of rows follow the specification
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). Tensor names come from llama.cpp's package `gguf`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
-from llm_engineering.models.tokenizer import end_token_ids
-from llm_engineering.publish.gguf_tokenizer import add_tokenizer, tokenizer_kind
+from llm_engineering.evaluation.measures.exam import ExamRow
+from llm_engineering.formatting.render import prompt_ids
+from llm_engineering.models.base_model import load_model
+from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
+from llm_engineering.publish import llama_cpp
+from llm_engineering.publish.gguf_tokenizer import add_further_ends, add_tokenizer, refusal, tokenizer_kind
+from llm_engineering.publish.merge import merged_device
+from llm_engineering.publish.verification import FileCheck, HeldoutRow, compare_files, token_scores
+from llm_engineering.recipe.model_blocks import ModelConfig
+from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +46,21 @@ _ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
+# What llama.cpp's adapters do not have, with the values that change nothing. Its converter ignores some of these.
+_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "method": ("adapter",),
+    "peft_type": ("LORA",),
+    "use_rslora": (False,),
+    "use_dora": (False,),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "fan_in_fan_out": (False,),
+    "bias": ("none",),
+}
+# Of these, llama.cpp computes no window.
+_WITHOUT_WINDOW = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "starcoder2")
 _TYPES = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     torch.float16: (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -39,8 +70,108 @@ _TYPES = {
 
 def check_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a RequestError if this kind of model or tokenizer cannot be written. Needs no weights."""
-    _check(config)
-    tokenizer_kind(tokenizer)
+    by_llama_cpp = llama_cpp.is_installed()
+    _check(config, by_llama_cpp)
+    if not by_llama_cpp:
+        tokenizer_kind(tokenizer)
+        return
+    with tempfile.TemporaryDirectory(prefix="gguf-") as folder:
+        _save(config, folder)
+        tokenizer.save_pretrained(folder)
+        llama_cpp.run_jobs([llama_cpp.Job(folder, f"{folder}/vocabulary.gguf", "", only_vocabulary=True)])
+
+
+def _save(config: PreTrainedConfig, folder: str) -> None:
+    # The configuration of the embedded model names no class, and models with code of their own are not in the table.
+    config.architectures = config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.save_pretrained(folder)
+
+
+def export_lora(adapter: Path, base: PreTrainedConfig, output: Path) -> None:
+    """Write a LoRA adapter for GGUF files of its base model.
+
+    Raises:
+        RequestError: the folder has no adapter, or llama.cpp has no adapters of this kind.
+        WorkError: llama.cpp's converter failed.
+    """
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"method": "full"}
+    changed = next((key for key, plain in _PLAIN_LORA.items() if config.get(key, plain[0]) not in plain), None)
+    if changed is not None:
+        raise RequestError(
+            f"This version cannot be written as a GGUF adapter: it was trained with {changed} {json.dumps(config[changed])[:100]}, "
+            "which llama.cpp's adapters do not have. Export the merged model: FORMAT=gguf"
+        )
+    partial = output.with_name(f".{output.name}.partial")
+    with tempfile.TemporaryDirectory(prefix="gguf-") as folder:
+        _save(base, folder)
+        try:
+            llama_cpp.convert_lora(adapter, Path(folder), partial)
+            partial.rename(output)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def export_gguf(
+    folder: Path,
+    output: Path,
+    recipe: Recipe,
+    quant: str | None,
+    rows: Sequence[HeldoutRow],
+    exam: Sequence[tuple[ExamRow, bool]],
+    max_new_tokens: int,
+    settings: Settings,
+) -> FileCheck:
+    """Write a merged model with llama.cpp, ask the file, and keep it if it loses no more than the recipe allows.
+
+    Args:
+        quant: a kind of quantisation, e.g. `Q4_K_M`; None keeps the precision of the weights.
+        rows: held-out rows to score.
+        exam: questions, each with whether the trained model answered it right.
+        max_new_tokens: the limit of an answer to them.
+
+    Raises:
+        RequestError: llama.cpp's converter does not know the model or its tokenizer.
+        WorkError: llama.cpp failed, or the file loses too much. There is no file then.
+    """
+    source = ModelConfig(name_or_path=str(folder), trust_remote_code=recipe.model.trust_remote_code)
+    device = merged_device(recipe.compute.here)
+    model, tokenizer = load_model(source, settings, device).eval(), load_tokenizer(source, settings)
+    expected, ends = token_scores(model, rows), end_token_ids(model, tokenizer)
+    del model
+    # It gets its name when it has passed.
+    partial = output.with_name(f".{output.name}.partial")
+    job = llama_cpp.Job(
+        folder=str(folder),
+        output=str(partial),
+        name=recipe.name,
+        dtype=_TYPES[device.dtype][0].name.lower(),
+        quant=quant,
+        rows=[(row.input_ids, row.labels) for row in rows],
+        prompts=[prompt_ids([Message(role="user", content=row.question)], tokenizer) for row, _ in exam],
+        max_new_tokens=max_new_tokens,
+        ends=ends,
+        repetition_penalty=recipe.evaluation.repetition_penalty,
+    )
+    try:
+        [asked] = llama_cpp.run_jobs([job])
+        texts = [str(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in asked.answers]
+        check = FileCheck(
+            quant=quant,
+            tensors=Counter(tensor.tensor_type.name for tensor in gguf.GGUFReader(partial).tensors),
+            rows=len(rows),
+            **compare_files(expected, asked.scores),
+            asked=len(exam),
+            right=sum(row.is_right(text) for (row, _), text in zip(exam, texts, strict=True)),
+            right_before=sum(was_right for _, was_right in exam),
+        )
+        logger.info("Asked:       %s: %s", output.name, check.sentence)
+        check.require(recipe.export)
+        partial.rename(output)
+    finally:
+        for file in (partial, llama_cpp.unquantised(partial)):
+            file.unlink(missing_ok=True)
+    return check
 
 
 def write_gguf(folder: Path, output: Path, name: str) -> None:
@@ -51,14 +182,14 @@ def write_gguf(folder: Path, output: Path, name: str) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    _check(model.config)
+    _check(model.config, by_llama_cpp=False)
     kind = tokenizer_kind(tokenizer)
     partial = output.with_name(f".{output.name}.partial")
     try:
         writer = gguf.GGUFWriter(partial, gguf.MODEL_ARCH_NAMES[_ARCHITECTURES[model.config.model_type]])
         _add_model(writer, model.config, name, _TYPES[model.dtype][1])
         add_tokenizer(writer, tokenizer, kind, model.config.vocab_size)
-        _add_further_ends(writer, end_token_ids(model, tokenizer), tokenizer.eos_token_id)
+        add_further_ends(writer, end_token_ids(model, tokenizer), tokenizer.eos_token_id)
         _add_tensors(writer, model)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -71,29 +202,36 @@ def write_gguf(folder: Path, output: Path, name: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _check(config: PreTrainedConfig) -> None:
+def _check(config: PreTrainedConfig, by_llama_cpp: bool) -> None:
     is_gemma = config.model_type == "gemma3_text"
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     activation = getattr(config, "hidden_activation" if is_gemma else "hidden_act", "silu")
     windows = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    for is_unsupported, reason in (
+    ours = (
         (config.model_type not in _ARCHITECTURES, f"it is a {config.model_type}"),
         (kind not in ("default", "linear", "llama3"), f"its rotary positions are scaled ({kind})"),
         (rope.get("partial_rotary_factor", 1) != 1, "its rotary positions turn a part of each head"),
-        (windows and not is_gemma, f"its attention has a window of {windows} tokens"),
         (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False), "its layers have biases"),
         (activation != ("gelu_pytorch_tanh" if is_gemma else "silu"), f"its activation is {activation}"),
+    )
+    # llama.cpp's converter accepts these, and llama.cpp computes something else.
+    every = (
+        (windows and config.model_type in _WITHOUT_WINDOW, f"its attention has a window of {windows} tokens"),
         (
             is_gemma and not _is_plain_gemma(config),
             "it differs from Gemma 3 in its windows, or in how it scales scores",
         ),
-    ):
+    )
+    for is_unsupported, reason in ours if not by_llama_cpp else ():
         if is_unsupported:
-            raise RequestError(
-                f"This model cannot be written as GGUF here: {reason}, and only plain models of the types "
-                f"{', '.join(_ARCHITECTURES)} are supported. Export it as safetensors and convert it with llama.cpp's convert_hf_to_gguf.py."
+            raise refusal(
+                f"{reason}, and only plain models of the types {', '.join(_ARCHITECTURES)} are supported without llama.cpp",
+                llama_cpp.INSTALL,
             )
+    for is_unsupported, reason in every:
+        if is_unsupported:
+            raise refusal(f"{reason}, which llama.cpp does not compute", "Export it as safetensors.")
 
 
 def _is_plain_gemma(config: Any) -> bool:
@@ -157,15 +295,6 @@ def _rope_factors(config: PreTrainedConfig) -> torch.Tensor:
     kept: torch.Tensor = ((turns - low) / (high - low)).clamp(0, 1)
     factors: torch.Tensor = 1 / ((1 - kept) / factor + kept)
     return factors.float()
-
-
-def _add_further_ends(writer: gguf.GGUFWriter, ends: list[int], end: int) -> None:
-    """Write the end tokens beside the tokenizer's own. The format has a field for the end of a turn and of a message."""
-    further = [token for token in ends if token != end]
-    for token, add in zip(further, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
-        add(token)
-    if len(further) > 2:
-        logger.warning("GGUF has fields for three end tokens, and the model has more. Left out: %s", further[2:])
 
 
 def _add_tensors(writer: gguf.GGUFWriter, model: Any) -> None:

@@ -7,7 +7,9 @@ BPE of SentencePiece, with bytes for unknown characters. A tokenizer that none o
 from __future__ import annotations
 
 import json
+import logging
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gguf
@@ -15,6 +17,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError
+
+logger = logging.getLogger(__name__)
 
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -65,8 +69,13 @@ _PRE_TOKENIZERS: dict[str, tuple[list[dict[str, Any]], tuple[Any, ...], bool]] =
 }
 
 
-def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> Kind:
+def tokenizer_kind(
+    tokenizer: PreTrainedTokenizerBase, name_of: Callable[[PreTrainedTokenizerBase], str] | None = None
+) -> Kind:
     """Find the tokenizer of llama.cpp that gives the same tokens.
+
+    Args:
+        name_of: names the pre-tokenizer of any other byte-level BPE, as llama.cpp's converter does by the tokens of a text.
 
     Raises:
         RequestError: there is none.
@@ -74,7 +83,7 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> Kind:
     parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     trimming = [token["content"] for token in parts["added_tokens"] if _is_trimming(token)]
     if trimming:
-        raise _refusal(f"its tokens {', '.join(trimming[:5])} take the spaces around them, and llama.cpp's do not")
+        raise refusal(f"its tokens {', '.join(trimming[:5])} take the spaces around them, and llama.cpp's do not")
     model = parts["model"]
     # GGUF files of byte-level tokenizers are loaded with `byte_fallback`, too, but without its tokens.
     if model["type"] == "BPE" and model["byte_fallback"] and "<0x00>" in model["vocab"]:
@@ -87,16 +96,19 @@ def tokenizer_kind(tokenizer: PreTrainedTokenizerBase) -> Kind:
         same = steps == known and parts["normalizer"] in normalizers and model.get("ignore_merges") == skips_merges
         if model["type"] == "BPE" and same:
             return Kind("gpt2", name, False)
-    raise _refusal(
+    if name_of is not None and model["type"] == "BPE" and any(step.get("type") == "ByteLevel" for step in steps):
+        return Kind("gpt2", name_of(tokenizer), False)
+    raise refusal(
         f"its tokenizer has the model {model['type']} (ignore_merges: {model.get('ignore_merges')}), the normalizer {json.dumps(parts['normalizer'])[:200]} and the "
         f"pre-tokenizer {json.dumps(steps)[:200]}, but only those of {', '.join(_PRE_TOKENIZERS)} and SentencePiece's BPE "
         "are supported"
     )
 
 
-def _refusal(
+def refusal(
     reason: str, remedy: str = "Export it as safetensors and convert it with llama.cpp's convert_hf_to_gguf.py."
 ) -> RequestError:
+    """The error for a model that is not written, with the reason."""
     return RequestError(f"This model cannot be written as GGUF here: {reason}. {remedy}")
 
 
@@ -117,7 +129,7 @@ def _check_merges(parts: dict[str, Any]) -> None:
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
             if pair[0] in vocabulary and pair[1] in vocabulary and pair not in merges:
-                raise _refusal(
+                raise refusal(
                     f"its tokenizer has bytes for unknown characters like SentencePiece's, but no merge of {pair[0]} and "
                     f"{pair[1]}, and llama.cpp would merge them",
                     "llama.cpp has no tokenizer of this kind. Export it as safetensors.",
@@ -139,7 +151,7 @@ def _has_space_prefix(tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any])
         same = Tokenizer.from_str(json.dumps(parts | {"normalizer": rule, "pre_tokenizer": None}))
         if same.encode(text, add_special_tokens=False).ids == tokens:
             return bool(prefixes)
-    raise _refusal(
+    raise refusal(
         "its tokenizer is like SentencePiece's, but gives a conversation other tokens than llama.cpp's, because of the "
         f"normalizer {json.dumps(parts['normalizer'])[:200]} or the pre-tokenizer {json.dumps(parts['pre_tokenizer'])[:200]}",
         "If it puts a space only before the first word of a text, train with a chat template that begins with the token "
@@ -187,4 +199,14 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, k
     has_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     writer.add_add_bos_token(has_bos)
     writer.add_add_space_prefix(kind.has_space_prefix)
-    writer.add_chat_template(tokenizer.chat_template)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def add_further_ends(writer: gguf.GGUFWriter, ends: Sequence[int], end: int) -> None:
+    """Write the end tokens beside the tokenizer's own. The format has a field for the end of a turn and of a message."""
+    further = [token for token in ends if token != end]
+    for token, add in zip(further, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(token)
+    if len(further) > 2:
+        logger.warning("GGUF has fields for three end tokens, and the model has more. Left out: %s", further[2:])

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCardData
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.publish.dataset_card import card_template, public_name
-from llm_engineering.publish.verification import Verification
+from llm_engineering.publish.verification import FileCheck, Verification
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, HubConfig, ModelHubConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
@@ -63,6 +63,7 @@ class ModelCardFacts(BaseModel):
         report: the JSON of the evaluation report.
         data_limits: the limits of the data, a sentence each.
         lineage: the run, its code and so on, as text by name.
+        file: what llama.cpp measured on the GGUF file that the card is about; None for safetensors files.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -76,6 +77,7 @@ class ModelCardFacts(BaseModel):
     verification: Verification
     data_limits: list[str]
     lineage: dict[str, str]
+    file: FileCheck | None = None
 
 
 def base_licence(base: str, hub: ModelHubConfig | None) -> str | None:
@@ -129,7 +131,7 @@ def _metadata(facts: ModelCardFacts) -> str:
             license=hub.license if hub is not None else None,
             language=hub.language if hub is not None else None,
             base_model=name if is_hub_id else None,
-            library_name="transformers",
+            library_name="transformers" if facts.file is None else "llama.cpp",
             pipeline_tag="text-generation",
             tags=["llm-engineering", *facts.recipe.chain_to(facts.stage)],
         ).to_yaml()
@@ -172,7 +174,7 @@ _CARD = card_template("""\
 | licence of this model | {{ f.hub.license if f.hub else "not stated" }} |
 | licence of the base model | {{ base_licence }} |
 | licence of the data | {{ data_licence }} |
-| weights | {{ f.verification.dtype }}, safetensors |
+| weights | {{ f.file.described if f.file else f.verification.dtype ~ ", safetensors" }} |
 
 Use it with its own chat template, which is part of the tokenizer: it was trained with this template only.
 {% if f.recipe.evaluation.repetition_penalty != 1 %}
@@ -218,6 +220,10 @@ Brackets show the {% if f.report.confidence is defined %}{{ "{:.0%}".format(f.re
 {% endfor %}
 
 The measures are of the model as it was trained. These files were compared with it: {{ f.verification.sentence }}.
+{% if f.file %}
+
+The GGUF file was then compared with the merged model: {{ f.file.sentence }}.
+{% endif %}
 
 ## Lineage
 

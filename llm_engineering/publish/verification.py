@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.progress import Progress, counted
+from llm_engineering.recipe.data_blocks import ExportConfig
 
 # In nats. Float32 results that differ only in the order of summation are closer than this; a wrong merge differs by more.
 TOLERANCE = 0.001
@@ -20,6 +21,9 @@ TOLERANCE = 0.001
 # this share of the mean change by training. In bfloat16, which has 8 significant bits, the share is 0.04 for an adapter on
 # the default model. It would be 1 for a model without its adapter.
 MAX_LOST_SHARE = 0.1
+# In nats a token: the mean difference that a GGUF file may have without quantisation. llama.cpp also computes in half
+# precision where the weights have it.
+MAX_CONVERSION_DIFFERENCE = 0.05
 
 
 class HeldoutRow(NamedTuple):
@@ -168,6 +172,88 @@ def verify(
         largest_difference=float(differences.max()),
         mean_training_effect=effect,
     )
+
+
+class FileCheck(BaseModel):
+    """How a GGUF file, computed by llama.cpp, differs from the model in its own precision, computed by transformers.
+
+    Attributes:
+        quant: the kind of quantisation; None if the weights keep their precision.
+        tensors: number of tensors by their type in the file. llama.cpp mixes several, and takes a larger one for a matrix whose
+            rows it cannot divide into blocks of 256.
+        rows, tokens: number of held-out rows, and of their answer tokens.
+        same_top: number of tokens at which both have the same most probable token.
+        logprob_loss: by how much the log-probabilities of the rows' tokens fell on average, in nats a token.
+        mean_difference: the mean of the absolute differences.
+        asked: number of the exam's questions about one fact of the documents; 0 without an exam.
+        right, right_before: how many of them the file answers right, and how many the trained model did.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    quant: str | None
+    tensors: dict[str, int]
+    rows: int
+    tokens: int
+    same_top: int
+    logprob_loss: float
+    mean_difference: float
+    asked: int
+    right: int
+    right_before: int
+
+    @property
+    def sentence(self) -> str:
+        """The result in words."""
+        exam = (
+            f"; it answers {self.right} of {self.asked} exam questions right, and the trained model {self.right_before}"
+        )
+        return (
+            f"llama.cpp finds the same most probable token at {self.same_top} of {self.tokens} answer tokens of "
+            f"{counted(self.rows, 'held-out row')}; log-probabilities fall by {self.logprob_loss:.4f} nats on average and differ "
+            f"by {self.mean_difference:.4f}"
+            f"{exam if self.asked else ''}"
+        )
+
+    @property
+    def described(self) -> str:
+        """The kind of quantisation and the types of the tensors."""
+        types = ", ".join(f"{count} {name}" for name, count in sorted(self.tensors.items()))
+        return f"GGUF, {self.quant or 'not quantised'} (tensors: {types})"
+
+    def require(self, bounds: ExportConfig) -> None:
+        """Raise a WorkError if the file differs more than the bounds allow."""
+        lost = self.right_before - self.right
+        for is_kept, problem in (
+            (
+                self.quant or self.mean_difference <= MAX_CONVERSION_DIFFERENCE,
+                f"its log-probabilities differ from the model's by {self.mean_difference:.3g} nats on average, so llama.cpp does "
+                "not compute this model. Export it as safetensors",
+            ),
+            (
+                not self.quant or self.logprob_loss <= bounds.max_logprob_loss,
+                f"{self.quant} lowers log-probabilities by {self.logprob_loss:.3g} nats on average, and "
+                f"export.max_logprob_loss is {bounds.max_logprob_loss:g}. Choose a larger kind, e.g. QUANT=Q8_0",
+            ),
+            (
+                lost <= bounds.max_exam_loss * self.asked,
+                f"it answers {self.right} of {self.asked} exam questions right, the trained model {self.right_before}, and "
+                f"export.max_exam_loss is {bounds.max_exam_loss:g}. Choose a larger kind, e.g. QUANT=Q8_0",
+            ),
+        ):
+            if not is_kept:
+                raise WorkError(f"The GGUF file is not kept: {problem}.")
+
+
+def compare_files(model: Sequence[TokenScores], file: Sequence[TokenScores]) -> dict[str, Any]:
+    """The measures of `FileCheck` that follow from the scores of the same rows."""
+    losses = torch.cat([before.log_probs - after.log_probs for before, after in zip(model, file, strict=True)])
+    return {
+        "tokens": len(losses),
+        "same_top": sum(int((before.top == after.top).sum()) for before, after in zip(model, file, strict=True)),
+        "logprob_loss": float(losses.mean()),
+        "mean_difference": float(losses.abs().mean()),
+    }
 
 
 def _differences(one: Sequence[TokenScores], other: Sequence[TokenScores]) -> torch.Tensor:

@@ -161,6 +161,17 @@ class ModelHubConfig(Block):
     private: bool = True
 
 
+class ExportConfig(Block):
+    """What a quantised GGUF file may lose against the model in its own precision. A file that loses more is not kept.
+
+    `max_logprob_loss` is in nats a token of held-out answers, and `max_exam_loss` is a share of the exam's questions about
+    one fact of the documents.
+    """
+
+    max_logprob_loss: float = Field(0.1, gt=0)
+    max_exam_loss: float = Field(0.1, ge=0, le=1)
+
+
 class ServingConfig(Block):
     """How `make serve` serves the model.
 

@@ -12,6 +12,7 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import (
     DataConfig,
     DocumentsConfig,
+    ExportConfig,
     FormattingConfig,
     KnowledgeConfig,
     ModelHubConfig,
@@ -96,6 +97,7 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
     compute: ComputeConfig = ComputeConfig()
     tracking: TrackingConfig = TrackingConfig()
     serving: ServingConfig = ServingConfig()
+    export: ExportConfig = ExportConfig()
     hub: ModelHubConfig | None = None
     sweep: SweepConfig | None = None
 

@@ -1,5 +1,6 @@
 """Using the model of a run: export, a server with OpenAI's client, chat, comparison, publishing."""
 
+import importlib.util
 import json
 import os
 import pty
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from gguf import GGUFReader
 from transformers import AutoTokenizer
 
 from tests.conftest import free_port
@@ -32,6 +34,7 @@ class Handed:
 
     output: Path
     export: Run
+    gguf: Run
     again: Run
     missing: Run
     chat: Run
@@ -47,6 +50,9 @@ def handed(project, finished_run):
     return Handed(
         output,
         export=project.command("models", "export", *one, "--output", str(output)),
+        gguf=project.command(
+            *("models", "export", *one, "--format", "gguf", "--quant", "Q8_0", "--output", f"{output}.gguf")
+        ),
         again=project.command("models", "export", *one, "--output", str(output)),
         missing=project.command("models", "export", *recipe, "--version", "99"),
         chat=project.command("chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"),
@@ -88,6 +94,23 @@ def test_export_prints_the_verification_and_registers_the_model(project, handed)
     assert "# tiny, version 1" in card
     assert "| Held-out loss | nats a token |" in card
     assert str(project.folder) not in card
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("cyllama") is None and not os.environ.get("CI"),
+    reason="needs llama.cpp (make setup, then pip install -c requirements.lock -e '.[gguf]')",
+)
+def test_a_quantised_file_is_asked_by_llama_cpp_and_has_its_card(handed):
+    run, file = handed.gguf, handed.output.with_name("exported.gguf")
+    assert run.code == 0, run.stderr
+    assert run.stdout.strip() == str(file)
+    assert {tensor.tensor_type.name for tensor in GGUFReader(file).tensors} == {"F32", "Q8_0"}
+    card = file.with_name("exported.gguf.md").read_text()
+    assert re.search(r"\| weights \| GGUF, Q8_0 \(tensors: \d+ F32, \d+ Q8_0\) \|", card)
+    measured = re.search(r"The GGUF file was then compared with the merged model: (llama.cpp finds .*)\.\n", card)[1]
+    assert f"Asked:       exported.gguf: {measured}\n" in run.stderr
+    assert -0.01 < float(re.search(r"log-probabilities fall by (\S+) nats", measured)[1]) < 0.01
+    assert not list(file.parent.glob(".exported*"))
 
 
 def test_wrong_requests(handed):

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
     from zenml.models import ArtifactVersionResponse
 
     from llm_engineering.publish.model_card import DatasetFacts, ModelCardFacts
+    from llm_engineering.recipe.settings import Settings
     from tools.model_versions.versions import Found
 
 logger = logging.getLogger("llm_engineering.export")
+
+# The kinds of llama.cpp that need no sample of text.
+Quant = Literal[
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
+    "IQ4_NL", "IQ4_XS",
+]  # fmt: skip
 
 
 def export(
@@ -31,26 +38,42 @@ def export(
     overrides: Overrides = None,
     version: Version = None,
     file_format: Annotated[
-        Literal["safetensors", "gguf"],
-        typer.Option("--format", help="File format. gguf writes one file, for llama.cpp."),
+        Literal["safetensors", "gguf", "gguf-lora"],
+        typer.Option(
+            "--format",
+            help="File format. gguf writes one file, for llama.cpp; gguf-lora only the adapter, without a merge.",
+        ),
     ] = "safetensors",
+    quant: Annotated[
+        Quant | None,
+        typer.Option(
+            "--quant", help="With --format gguf, quantise the weights. Without it, they keep their precision."
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="PATH", help="A new folder; with --format gguf, a new file."),
+        typer.Option("--output", metavar="PATH", help="A new folder; with --format gguf or gguf-lora, a new file."),
     ] = None,
 ) -> int:
     """Merge, verify and register a model, and write its files.
 
-    Without --output, the command prints the folder of the registered model. Existing files are never replaced.
+    Without --output, the command prints the folder of the registered model. Existing files are never replaced. A GGUF file
+    is compared with the model if llama.cpp is installed, and has its card beside it.
 
-    Example: `llm-engineering models export --format gguf --output model.gguf`
+    Example: `llm-engineering models export --format gguf --quant Q4_K_M --output model.gguf`
     """
     recipe = load_recipe(config, overrides or ())
-    is_gguf = file_format == "gguf"
+    is_gguf = file_format != "safetensors"
     if is_gguf and output is None:
         raise RequestError("The name of the GGUF file is missing. Add it, for example OUTPUT=model.gguf.")
+    if quant is not None and file_format != "gguf":
+        raise RequestError(f"QUANT={quant} needs FORMAT=gguf: {file_format} files are not quantised.")
     if output is not None:
         _check_output(output, is_gguf)
+    if quant is not None or file_format == "gguf-lora":
+        from llm_engineering.publish.llama_cpp import check_installed
+
+        check_installed(f"QUANT={quant}" if quant else "FORMAT=gguf-lora")
     from llm_engineering.publish.model_card import render_model_card
     from llm_engineering.recipe.settings import Settings
 
@@ -66,27 +89,64 @@ def export(
         from transformers import AutoTokenizer
 
         from llm_engineering.models.base_model import check_unchanged, load_config
-        from llm_engineering.publish.gguf import check_gguf
+        from llm_engineering.publish.gguf import check_gguf, export_lora
 
         # Before the files of the version are read.
         check_signature(found.version, VERSION, settings)
         check_unchanged(found.base)
+        base, trained = load_config(found.base, settings), found.folders[found.name]
         # Before the merge, which takes minutes. Training changes neither.
-        check_gguf(load_config(found.base, settings), AutoTokenizer.from_pretrained(found.folders[found.name]))
+        check_gguf(base, AutoTokenizer.from_pretrained(trained))
+        if file_format == "gguf-lora":
+            assert output is not None
+            export_lora(trained, base, output)
+            print(output)
+            return 0
     folder, signature = signed_model(found, recipe, settings)
     if output is None:
         print(folder)
         return 0
     if is_gguf:
-        from llm_engineering.publish.gguf import write_gguf
-
-        write_gguf(folder, output, recipe.name)
+        _write_gguf(found, folder, recipe, quant, output, settings)
     else:
         files = {name: file.read_bytes() for name, file in signature.items()}
         files["README.md"] = render_model_card(card_facts(found, folder, recipe)).encode()
         copy_model(folder, files, output)
     print(output)
     return 0
+
+
+def _write_gguf(
+    found: Found, folder: Path, recipe: Recipe, quant: str | None, output: Path, settings: Settings
+) -> None:
+    """Write a GGUF file and, if llama.cpp is installed, its card with what llama.cpp measured."""
+    from llm_engineering.evaluation.measures.exam import ExamRow
+    from llm_engineering.publish import llama_cpp
+    from llm_engineering.publish.gguf import export_gguf, write_gguf
+    from llm_engineering.publish.model_card import render_model_card
+    from tools.model_versions.versions import heldout_rows
+
+    if not llama_cpp.is_installed():
+        write_gguf(folder, output, recipe.name)
+        logger.warning(
+            "The file was not compared with the model, because llama.cpp is not installed. %s", llama_cpp.INSTALL
+        )
+        return
+    facts = card_facts(found, folder, recipe)
+    exam = facts.report.get("exam") or {"rows": [], "max_new_tokens": 0}
+    asked = [
+        (ExamRow.model_validate({key: row[key] for key in ExamRow.model_fields}), row["answers"][found.name]["right"])
+        for row in exam["rows"]
+        if row["kind"] == "single"
+    ]
+    check = export_gguf(folder, output, recipe, quant, heldout_rows(found), asked, exam["max_new_tokens"], settings)
+    card = render_model_card(facts.model_copy(update={"file": check}))
+    card_of(output).write_text(card, encoding="utf-8")
+
+
+def card_of(output: Path) -> Path:
+    """The card of a GGUF file, beside it."""
+    return output.with_name(f"{output.name}.md")
 
 
 def push(
@@ -257,8 +317,9 @@ def dataset_facts(kind: str, formatted: str, own: dict[str, ArtifactVersionRespo
 
 def _check_output(output: Path, is_gguf: bool) -> None:
     """Refuse an output path that already exists (an empty folder is accepted), before any work."""
-    if is_gguf and output.exists():
-        raise RequestError(f"OUTPUT {output} exists, and existing files are never replaced. Choose another file.")
+    for file in (output, card_of(output)) if is_gguf else ():
+        if file.exists():
+            raise RequestError(f"OUTPUT {file} exists, and existing files are never replaced. Choose another file.")
     if is_gguf and not output.parent.is_dir():
         raise RequestError(
             f"OUTPUT {output} cannot be written: the folder {output.parent} does not exist. Create it first."

@@ -265,6 +265,21 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVe
     if registered is not None:
         return registered
     check_unchanged(found.base)
+    rows = heldout_rows(found)
+    trained = Trained(found.base, found.folders[found.name])
+    with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
+        target = Path(temporary, "model")
+        verification = merge(trained, rows, choose_device(recipe.compute.here), dtype, settings, target, penalty)
+        logger.info("Verified: %s", verification.sentence)
+        return _register(found, target, verification, penalty)
+
+
+def heldout_rows(found: Found) -> list[HeldoutRow]:
+    """The first held-out rows of a version, with which its files are compared with the trained model.
+
+    Raises:
+        RequestError: the version has none.
+    """
     rows_of = [name for kind in _VERIFIED_WITH for name, stage in STAGES.items() if stage.rows == kind]
     versions = (found.version.get_artifact(f"formatted_{name}") for name in rows_of)
     formatted = next((version for version in versions if version is not None), None)
@@ -277,13 +292,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVe
     records = islice(stream_records(formatted_rows), MAX_ROWS)
     # A prompt has no answer, so the model is compared on its own tokens.
     keys = ("prompt_ids", "prompt_ids") if "prompt_ids" in formatted_rows.column_names else ("input_ids", "labels")
-    rows = [HeldoutRow(record["id"], *(record[key] for key in keys)) for record in records]
-    trained = Trained(found.base, found.folders[found.name])
-    with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
-        target = Path(temporary, "model")
-        verification = merge(trained, rows, choose_device(recipe.compute.here), dtype, settings, target, penalty)
-        logger.info("Verified: %s", verification.sentence)
-        return _register(found, target, verification, penalty)
+    return [HeldoutRow(record["id"], *(record[key] for key in keys)) for record in records]
 
 
 def _registered(found: Found, dtype: str, repetition_penalty: float) -> ArtifactVersionResponse | None:

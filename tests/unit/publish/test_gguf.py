@@ -11,12 +11,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_engineering.errors import RequestError
+from llm_engineering.publish import llama_cpp
 from llm_engineering.publish.gguf import check_gguf, write_gguf
 from llm_engineering.publish.gguf_tokenizer import tokenizer_kind
 from tests.tiny_models import SIZES, write_model
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
 TEXT = "What is the sum of these 12 numbers?\n\tÄ “quoted” 'tis <|endoftext|> it's   done."
+
+
+@pytest.fixture(autouse=True)
+def without_llama_cpp(monkeypatch):
+    """Without the extra `gguf`, the project's own writer is used."""
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
 
 
 def saved(source, folder, dtype, **changes):
