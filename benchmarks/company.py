@@ -3,7 +3,7 @@
     python -m benchmarks.company [--write]             # writes the files, trains, prints the exam's figures
     python -m benchmarks.company --files FOLDER        # only writes the files
 
-The recipe is the default one. Only the documents, the name and the exam are set, as a user sets them.
+The recipe is the one for a user's documents. Only the documents, the name and the exam are set, as a user sets them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAME = "company"
 def main() -> None:
     """Print the figures; `--write` also writes them to a file."""
     parser = argparse.ArgumentParser(description="What a model learns from the files of a small company.")
-    parser.add_argument("--config", default="configs/local.yaml")
+    parser.add_argument("--config", default="configs/own_documents.yaml")
     parser.add_argument("--files", type=Path, help="write the files to this folder, and do not train")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
