@@ -223,6 +223,8 @@ def test_a_model_of_the_hub_is_copied_once_and_read_from_s3(fake, stage, model, 
     with running_hub("") as hub:
         hub.repos["owner/tiny"] = Repo(False, files | {"pytorch_model.bin": b"1", "original/a.pth": b"1"})
         monkeypatch.setattr(weights, "HfApi", partial(HfApi, endpoint=hub.url))
+        # The tests are offline; only the hub's client must reach this hub.
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         hub.failures["tokenizer.json"] = (403, "no")
         base = ModelConfig(name_or_path="owner/tiny", revision=hub.repos["owner/tiny"].sha)
         compute = stage.job.setup.compute
