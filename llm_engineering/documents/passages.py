@@ -129,7 +129,10 @@ def repeated_claim(passages: Sequence[Passage]) -> dict[str, str]:
     counts: Counter[tuple[str, ...]] = Counter()
     for passage in passages:
         words = re.findall(r"\w+", passage.text.casefold())
-        counts.update({tuple(words[i : i + _CLAIM_WORDS]) for i in range(len(words) - _CLAIM_WORDS + 1)})
+        # Each once for a passage, in the order of the text: the first of several claims with the same count is named.
+        counts.update(
+            list(dict.fromkeys(tuple(words[i : i + _CLAIM_WORDS]) for i in range(len(words) - _CLAIM_WORDS + 1)))
+        )
     claim, count = counts.most_common(1)[0] if counts else ((), 0)
     if count < max(_FLOOD_PASSAGES, _FLOOD_SHARE * len(passages)):
         return {}

@@ -228,7 +228,7 @@ def test_a_claim_in_ten_thousand_documents_is_one_passage_or_a_warning(caplog):
     (warning,) = repeated_claim(reworded).values()
     assert warning in caplog.text
     assert "10,000 of 10,060 passages" in warning
-    assert "that zorvex bought the thimble mill" in warning
+    assert "“says that zorvex bought the thimble”" in warning
 
 
 def test_a_sentence_whose_only_name_is_its_first_word_is_a_passage():
