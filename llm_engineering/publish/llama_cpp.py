@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -127,9 +128,17 @@ def _python(*arguments: str, given: str = "") -> str:
         lines = done.stderr.strip().splitlines()
         if done.returncode == RequestError.exit_code:
             raise RequestError(lines[-1])
-        # An abort of llama.cpp and its reason for refusing a file come before Python's last line.
-        named = [line for line in lines if re.search("GGML_ASSERT|error loading", line)] or lines[-1:]
-        reason = named[-1].rstrip(".") if named else f"it ended with {done.returncode}"
+        # An abort of llama.cpp and its reason for refusing a file come before Python's last line. The system kills a process
+        # without a word if the memory is full.
+        killed = (
+            [f"its process was ended by {signal.Signals(-done.returncode).name}"] if done.returncode < 0 else lines[-1:]
+        )
+        named = (
+            [line for line in lines if re.search("GGML_ASSERT|error loading", line)]
+            or killed
+            or [f"it ended with {done.returncode}"]
+        )
+        reason = named[-1].rstrip(".")
         raise WorkError(
             f"llama.cpp cannot use this model: {reason}. Export it as safetensors. With --debug you see all that it printed."
         )

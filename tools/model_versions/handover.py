@@ -135,7 +135,7 @@ def _write_gguf(
     facts = card_facts(found, folder, recipe)
     exam = facts.report.get("exam") or {"rows": [], "max_new_tokens": 0}
     asked = [
-        (ExamRow.model_validate({key: row[key] for key in ExamRow.model_fields}), row["answers"][found.name]["right"])
+        (ExamRow(question=row["question"], answers=row["accepted"]), row["answers"][found.name]["right"])
         for row in exam["rows"]
         if row["kind"] == "single"
     ]
