@@ -37,6 +37,6 @@ def test_the_base_model_has_its_path_in_the_job(tmp_path):
     (folder / "config.json").write_text("{}")
     in_job.link_model(place, folder)
     assert (place / "config.json").read_text() == "{}"
-    # A folder that is there stays.
+    # An existing folder is not replaced.
     in_job.link_model(folder, tmp_path / "other")
     assert (folder / "config.json").is_file()
