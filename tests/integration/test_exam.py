@@ -1,6 +1,8 @@
 """An exam through the pipeline and as a command, with a model of two layers."""
 
+import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 
@@ -87,6 +89,48 @@ def test_a_run_takes_the_exam_and_the_gate_refuses_a_model_that_cannot_answer(fr
     for name in ("base", "sft", "sft+retrieval"):
         assert found["exam_accuracy"]["models"][name]["value"] == metrics[f"exam_accuracy_{name}"]
     assert (fresh_project.folder / "outputs" / "exam" / "report.html").is_file()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("cyllama") is None and not os.environ.get("CI"),
+    reason="needs llama.cpp (make setup, then pip install -c requirements.lock -e '.[gguf]')",
+)
+def test_an_exported_file_takes_the_exam_and_is_kept_only_within_the_bounds(fresh_project, exam):
+    folder = fresh_project.folder
+    # The model learns one answer, so that its tokens have a lead over all others.
+    rows = [
+        {"instruction": f"Where does the number {i} stand?", "output": "Kel lies in the valley."} for i in range(60)
+    ]
+    (folder / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "exam.jsonl").write_text((folder / "exam.jsonl").read_text().replace('["8"]', '["valley"]'))
+    run = fresh_project.run("sft", *exam, "--set", "sft.num_train_epochs=16", "--set", "exam.max_new_tokens=8")
+    assert run.code == 0, run.stderr
+    report = Path(run.json["artifacts"]["evaluation_report"]["uri"], "files", "report.json")
+    asked = [row for row in json.loads(report.read_text())["exam"]["rows"] if row["kind"] == "single"]
+    assert [row["answers"]["sft"]["right"] for row in asked] == [True, True, False]
+
+    def export(name, *bound):
+        options = ("--version", "1", "--format", "gguf", "--quant", "Q8_0", "--output", str(folder / name))
+        return fresh_project.command("models", "export", "--config", str(fresh_project.recipe), *options, *bound)
+
+    kept = export("kept.gguf")
+    assert kept.code == 0, kept.stderr
+    card = (folder / "kept.gguf.md").read_text()
+    loss = float(re.search(r"log-probabilities fall by (\S+) nats on average and differ by \S+; it answers 2 of 3 exam "
+                           r"questions right, and the trained model 2\.\n", card)[1])  # fmt: skip
+    assert 0 < loss < 0.01
+
+    worse = export("worse.gguf", "--set", "export.max_logprob_loss=1e-6")
+    assert worse.code == 1
+    assert re.search(
+        r"Q8_0 lowers log-probabilities by \S+ nats on average, and export.max_logprob_loss is 1e-06", worse.stderr
+    )
+    # As if the trained model had known an answer that the file does not know.
+    report.write_text(report.read_text().replace('"right": false', '"right": true'))
+    lost = export("lost.gguf", "--set", "export.max_exam_loss=0.3")
+    assert lost.code == 1
+    assert "it answers 2 of 3 exam questions right, the trained model 3, and export.max_exam_loss is 0.3" in lost.stderr
+    assert [file.name for file in sorted(folder.glob("*.gguf*"))] == ["kept.gguf", "kept.gguf.md"]
 
 
 def test_the_command_asks_the_base_model_if_no_version_is_promoted(fresh_project, exam):
