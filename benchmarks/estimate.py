@@ -219,9 +219,9 @@ class _Clock(TrainerCallback):
 
 
 def _data(case: Case) -> DatasetDict:
-    """Rows that fill each batch. The prompt is a quarter of each row."""
+    """Rows that fill each batch. The prompt of an SFT row is a quarter of it; that of a pair is one token, because DPO computes it once."""
     ids = [2 + i % 250 for i in range(case.length)]
-    cut = case.length // 4
+    cut = case.length // 4 if case.stage == "sft" else 1
     row = (
         {"input_ids": ids, "labels": [-100] * cut + ids[cut:]}
         if case.stage == "sft"

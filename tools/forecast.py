@@ -100,8 +100,8 @@ def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
             logger.warning("%s", warning)
 
 
-def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
-    """The maximum number of tokens of an epoch, and its source; None if it is unknown before the data is prepared."""
+def tokens_of(recipe: Recipe, stage: str, shares_prompts: bool = False) -> tuple[float, str] | None:
+    """The maximum number of tokens that an epoch computes, and its source; None if it is unknown before the data is prepared."""
     kind = STAGES[stage].rows
     split = recipe.data.split
     share = 1 - split.validation_fraction - split.test_fraction
@@ -132,9 +132,8 @@ def tokens_of(recipe: Recipe, stage: str) -> tuple[float, str] | None:
         answers = [float(writing.answer_max_new_tokens)] * len(passages)
     prompt = writing.question_max_new_tokens + TEMPLATE_TOKENS
     if kind in ("preference", "labelled"):
-        answers = [
-            2 * prompt + answer + writing.rejected_max_new_tokens for answer in answers[: writing.max_preferences]
-        ]
+        prompts = prompt if shares_prompts else 2 * prompt
+        answers = [prompts + answer + writing.rejected_max_new_tokens for answer in answers[: writing.max_preferences]]
     else:
         answers = [min(prompt + answer, recipe.formatting.max_length) for answer in answers]
     return share * sum(answers), f"one row for each of {len(answers)} passages, before the rules of the data"
@@ -181,7 +180,9 @@ def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, de
 
 
 def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: float, device: Device) -> str:
-    known = tokens_of(recipe, stage)
+    # As `ReferenceTrainer` does with most models.
+    shares = stage == "dpo" and device.backend == "transformers" and device.attn_implementation == "sdpa"
+    known = tokens_of(recipe, stage, shares)
     length = batch_shape(config, recipe.formatting.max_length)[1]
     flops = flops_per_token(found, config, recipe.method, length)
     speed = rate * UTILISATION[device.name] / flops

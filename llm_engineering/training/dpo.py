@@ -63,6 +63,8 @@ def dpo_trainer(
 class FormattedDPOTrainer(ReferenceTrainer, DPOTrainer):
     """TRL's DPOTrainer with exact resume, for pairs that are already tokenised."""
 
+    pairs = True
+
     def _check_start(self, inputs: dict[str, Any]) -> None:
         tokens = float(inputs["completion_mask"].sum() / len(inputs["completion_mask"]))
         self._check_reward("reward margin", self._metrics["train"]["rewards/margins"][-1], tokens)

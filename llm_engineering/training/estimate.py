@@ -319,7 +319,10 @@ def free_memory(device: Device) -> int:
 
 
 def batch_shape(config: TrainConfig, max_length: int) -> tuple[int, int]:
-    """Rows and length of the largest batch. A pair is two rows, one for each answer. A completion follows its prompt."""
+    """Rows and length of the largest batch. A completion follows its prompt.
+
+    A pair is two rows, one for each answer, also if DPO computes their prompt once: the prompt may be short.
+    """
     rows = config.per_device_train_batch_size
     if isinstance(config, OnlineConfig):
         return rows, max_length + config.max_completion_length

@@ -8,6 +8,9 @@ computes the gradient of a chunk in the forward pass, as Liger Kernel's fused li
 Attention: packed rows, and the rows of a batch without padding, are concatenated into one long row. With torch's
 scaled_dot_product_attention, a mask over the whole square must separate the rows. `attend_by_row` instead computes the causal
 triangle of each row with the kernel that needs no mask. If FlashAttention is installed, it does the same in one call.
+
+Prompts: the two answers of a DPO pair have one prompt. The second row can leave it out and attend to the prompt of the
+first (prefix sharing, arXiv:2410.20305).
 """
 
 from __future__ import annotations
@@ -58,8 +61,8 @@ def token_log_probs(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 
 def _chunk(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     # The operations of `_FrozenHead`: a trained policy and its frozen reference must be equal to the last bit.
-    logits = (hidden @ head.to(hidden.dtype).t()).float()
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
+    log_probs = (hidden @ head.to(hidden.dtype).t()).float().log_softmax(dim=-1)
+    return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -76,15 +79,13 @@ class _FrozenHead(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(tokens), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = (hidden[part] @ head.t()).float()
-            logits -= logits.logsumexp(dim=-1, keepdim=True)
+            every = (hidden[part] @ head.t()).float().log_softmax(dim=-1)
             token = tokens[part].unsqueeze(-1)
-            log_probs[part] = logits.gather(-1, token).squeeze(-1)
+            log_probs[part] = every.gather(-1, token).squeeze(-1)
             if slopes is not None:
                 # d log p(token) / d logits = onehot(token) - p
-                slope = logits.exp_().neg_()
-                slope.scatter_add_(-1, token, torch.ones_like(token, dtype=slope.dtype))
-                slopes[part] = slope.to(hidden.dtype) @ head
+                slope = every.exp_().scatter_add_(-1, token, torch.full_like(token, -1, dtype=every.dtype))
+                slopes[part] = -(slope.to(hidden.dtype) @ head)
         ctx.save_for_backward(slopes)
         return log_probs
 
@@ -187,9 +188,12 @@ def take_loss_from_hidden_states(policy: PreTrainedModel | PeftModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-# Up to this row length, `_short_row` computes the attention on a CPU in half precision. For longer rows, autograd would save
-# too much: at 512 tokens and nine heads, the attention matrices take 5 MB per layer.
+# Up to this row length, `_plain_attention` computes the attention on a CPU in half precision. For longer rows, autograd would
+# save too much: at 512 tokens and nine heads, the attention matrices take 5 MB per layer.
 SHORT = 512
+# It computes consecutive rows together up to this number of tokens. Four rows of 30 tokens then take half the time, and four
+# rows of 60 would take longer than one by one.
+TOGETHER = 128
 _NAME = "sdpa_by_row"
 
 
@@ -262,6 +266,29 @@ def row_lengths(position_ids: Tensor) -> list[int]:
     return [end - start for start, end in zip(starts, [*starts[1:], position_ids.shape[1]], strict=True)]
 
 
+def continues_prompts(policy: PreTrainedModel | PeftModel) -> bool:
+    """Whether a row without its prompt, which continues the prompt of the row before it, is computed as the whole row.
+
+    This function runs the model twice on a prompt of four tokens and two answers of four: an answer has the same hidden
+    states in the first row and in the second. The attention of the model takes `row_lengths`.
+    """
+    model = causal_model(policy)
+    prompt, one, other = torch.arange(12, device=model.device).view(3, 4)
+    positions = torch.cat([torch.arange(8), torch.arange(4, 8)]).to(model.device).unsqueeze(0)
+    options: dict[str, Any] = {"position_ids": positions, "row_lengths": [8, 4], "shared_lengths": [0, 4]}
+    training = model.training
+    model.eval()
+    with torch.inference_mode(), _mixed_precision(model):
+        first, second = (
+            model.base_model(
+                input_ids=torch.cat([prompt, *answers]).unsqueeze(0), use_cache=False, **options
+            ).last_hidden_state[0]
+            for answers in ((one, other), (other, one))
+        )
+    model.train(training)
+    return torch.allclose(first[4:8], second[8:], rtol=0, atol=1e-2 * float(first[4:8].abs().max()))
+
+
 def _attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -269,42 +296,91 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     row_lengths: list[int] | None = None,
+    shared_lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """An attention function of transformers.
 
     query, key and value are `(batch, heads, tokens, head size)`, the result is `(batch, tokens, heads, head size)`.
+
+    Args:
+        row_lengths: lengths of the rows that are concatenated.
+        shared_lengths: for each row, the number of tokens at the start of the row before it that are its start too, and
+            that it leaves out; None if all rows are whole.
     """
     if row_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = zip(*(_split(part, row_lengths) for part in (query, key, value)), strict=True)
-    results = [
-        _short_row(q, k, v, kwargs["scaling"])
-        if query.device.type == "cpu" and v.dtype != torch.float32 and q.shape[2] <= SHORT and not kwargs.get("dropout")
-        else sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
-        for q, k, v in rows
-    ]
+    plain = query.device.type == "cpu" and value.dtype != torch.float32 and not kwargs.get("dropout")
+    together = TOGETHER if plain else 0
+    groups = _groups(tuple(zip(row_lengths, shared_lengths or [0] * len(row_lengths), strict=True)), together)
+    parts = (part.split([_tokens(group) for group in groups], dim=2) for part in (query, key, value))
+    results = []
+    for group, queries, keys, values in zip(groups, *parts, strict=True):
+        if _tokens(group) <= together:
+            results.append(_plain_attention(queries, keys, values, _mask(group, value.dtype), kwargs["scaling"]))
+            continue
+        for (_, shared), q, k, v in zip(group, *(_rows(part, group) for part in (queries, keys, values)), strict=True):
+            length = k.shape[2]
+            if plain and length <= SHORT:
+                mask = _mask(((SHORT, 0),), value.dtype)[:, shared:length, :length]
+                results.append(_plain_attention(q[:, :, shared:], k, v, mask, kwargs["scaling"]))
+            else:
+                results.append(sdpa_attention_forward(module, q, k, v, None, **kwargs)[0][:, shared:])
     return torch.cat(results, dim=1), None
 
 
-def _short_row(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of one row with plain matrix products, as transformers' `eager` computes it.
-
-    On a CPU in half precision this takes a third of the time of torch's fused kernel, whose backward pass is slow there.
-    """
-    groups, length = query.shape[1] // key.shape[1], query.shape[2]
-    # With float32 weights under autocast, the rotary embedding leaves query and key in float32.
-    query, key = query[0].to(value.dtype), key[0].to(value.dtype)
-    key, value = (part.repeat_interleave(groups, dim=0) for part in (key, value[0]))
-    scores = torch.baddbmm(_causal(value.dtype)[:, :length, :length], query, key.transpose(1, 2), alpha=scaling)
-    return (scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value).transpose(0, 1).unsqueeze(0)
+# Consecutive rows: the length of each, and the tokens that it shares with the row before it.
+_Group = tuple[tuple[int, int], ...]
 
 
 @lru_cache
-def _causal(dtype: torch.dtype) -> Tensor:
-    """Zeros, and minus infinity above the diagonal: `(1, SHORT, SHORT)`."""
-    return torch.full((1, SHORT, SHORT), -torch.inf, dtype=dtype).triu(diagonal=1)
+def _groups(rows: _Group, together: int) -> list[_Group]:
+    """Divide rows into groups of at most `together` tokens. A row stays with the row that it shares tokens with."""
+    groups: list[_Group] = []
+    for length, shared in rows:
+        if groups and (shared or _tokens(groups[-1]) + length <= together):
+            groups[-1] += ((length, shared),)
+        else:
+            groups.append(((length, shared),))
+    return groups
 
 
-def _split(part: Tensor, lengths: list[int]) -> list[Tensor]:
-    return list(part.split(lengths, dim=2))
+def _tokens(group: _Group) -> int:
+    return sum(length for length, _ in group)
+
+
+def _rows(part: Tensor, group: _Group) -> list[Tensor]:
+    """Divide a group into rows, each with the tokens that it shares."""
+    rows = part.split([length for length, _ in group], dim=2)
+    return [
+        torch.cat([rows[number - 1][:, :, :shared], rows[number]], dim=2) if shared else rows[number]
+        for number, (_, shared) in enumerate(group)
+    ]
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """Attention with plain matrix products; softmax computes in float32 and rounds its result.
+
+    On a CPU in half precision this takes a fifth to a half of the time of torch's fused kernel, whose backward pass is slow
+    there.
+    """
+    # With float32 weights under autocast, the rotary embedding leaves query and key in float32.
+    query, key, value = (part[0].to(value.dtype) for part in (query, key, value))
+    # The query heads of one key head follow each other, so their queries are one matrix.
+    queries = query.reshape(len(key), -1, query.shape[2])
+    masks = mask.repeat(1, len(query) // len(key), 1)
+    weights = torch.baddbmm(masks, queries, key.transpose(1, 2), alpha=scaling).softmax(dim=-1)
+    return (weights @ value).view(*query.shape[:2], -1).transpose(0, 1).unsqueeze(0)
+
+
+@lru_cache
+def _mask(group: _Group, dtype: torch.dtype) -> Tensor:
+    """Zeros where a token attends to a token, and minus infinity elsewhere: `(1, tokens, tokens)`."""
+    mask = torch.full((1, _tokens(group), _tokens(group)), -torch.inf, dtype=dtype)
+    before = start = 0
+    for length, shared in group:
+        row = mask[0, start : start + length]
+        row[:, start : start + length].triu_(diagonal=1)
+        row[:, before : before + shared] = 0
+        before, start = start, start + length
+    return mask

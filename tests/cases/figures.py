@@ -135,7 +135,7 @@ def precision_of_probes(folder: Path) -> str:
     # Without this, the attention of short rows on a CPU is computed by plain matrix products.
     with (
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention),
-        mock.patch.object(losses, "SHORT", 0),
+        mock.patch.multiple(losses, SHORT=0, TOGETHER=0),
     ):
         sft_trainer(bench.run("sft", config), bench.policy(), config)
     return ", ".join(sorted(seen))

@@ -22,8 +22,8 @@ from llm_engineering.recipe.stage_blocks import ReferenceConfig
 from llm_engineering.training.losses import (
     attend_by_row,
     causal_model,
+    continues_prompts,
     keeps_rows_apart,
-    row_lengths,
     token_log_probs,
     why_not_from_hidden_states,
 )
@@ -62,10 +62,15 @@ def savings(
     policy: PreTrainedModel | PeftModel,
     reference: PreTrainedModel | PeftModel | None,
     config: Config,
-) -> tuple[bool, bool]:
-    """Find out which computations can be saved with this model: the values of `by_row` and `unpadded`, see `ReferenceTrainer`."""
+    pairs: bool,
+) -> tuple[bool, bool, bool]:
+    """Find out which computations can be saved with this model.
+
+    Returns:
+        The values of `by_row`, `unpadded` and `shares_prompts`, see `ReferenceTrainer`.
+    """
     if run.device.backend != "transformers":
-        return False, False
+        return False, False, False
     by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
     with run.device.autocast():
         reason = why_not_from_hidden_states(
@@ -75,8 +80,18 @@ def savings(
             reason = "use_weighting needs them"
         if reason is None and not keeps_rows_apart(policy, by_row):
             reason = "concatenated rows would see each other"
+        if reason is not None:
+            separate = "the logits are of whole batches"
+        elif not by_row:
+            separate = "only sdpa without sliding windows can share them"
+        else:
+            separate = "" if not pairs or continues_prompts(policy) else "a shared one changes the hidden states"
     logger.info("logits: %s", f"of whole batches, because {reason}" if reason else "of answers only, in chunks")
-    return by_row, reason is None
+    if pairs:
+        logger.info(
+            "prompts: computed %s", f"for each answer, because {separate}" if separate else "once for both answers"
+        )
+    return by_row, reason is None, pairs and not separate
 
 
 def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
@@ -127,7 +142,11 @@ class ReferenceTrainer(ResumableTrainer):
     Attributes:
         unpadded: compute log-probabilities without padding and without the logits of a whole batch.
         by_row: whether the attention of policy and reference takes `row_lengths`.
+        pairs: whether the second half of a batch has the prompts of the first half, in this order.
+        shares_prompts: compute the prompt of a pair once.
     """
+
+    pairs = False
 
     # Set by TRL.
     beta: float
@@ -139,7 +158,7 @@ class ReferenceTrainer(ResumableTrainer):
         self.forwards = 0 if config.precompute_ref_log_probs else 1
         reference = frozen_copy(model, needed=not config.precompute_ref_log_probs)
         self.flops = TrainingFlops.of(model)
-        self.by_row, self.unpadded = savings(run, model, reference, config)
+        self.by_row, self.unpadded, self.shares_prompts = savings(run, model, reference, config, self.pairs)
         super().__init__(model=model, ref_model=reference, processing_class=run.tokenizer, **kwargs)
         self._choose_branch()
         complete_reference(model)
@@ -178,20 +197,35 @@ class ReferenceTrainer(ResumableTrainer):
         Concatenates the rows without their padding. The entropies are zeros, because they are not computed.
         """
         inner = causal_model(self.accelerator.unwrap_model(model))
-        real = model_kwargs["attention_mask"].bool()
-        position_ids = (real.cumsum(dim=1) - 1)[real].unsqueeze(0)
-        lengths = {"row_lengths": row_lengths(position_ids)} if self.by_row else {}
+        real, answered = model_kwargs["attention_mask"].bool(), completion_mask.bool()
+        order, computed = torch.arange(len(real), device=real.device), real
+        if self.shares_prompts:
+            # Each rejected answer comes after the chosen answer of its pair, and leaves out their prompt.
+            order = order.view(2, -1).t().flatten()
+            real, answered, input_ids = real[order], answered[order], input_ids[order]
+            computed = real.clone()
+            computed[1::2] = answered[1::2]
+        lengths = {}
+        if self.by_row:
+            lengths["row_lengths"] = computed.sum(dim=1).tolist()
+            lengths["shared_lengths"] = (real & ~computed).sum(dim=1).tolist()
+        places = (computed.flatten().cumsum(dim=0) - 1).view_as(real)
+        # The prompt of a row that leaves it out is at the same places of the row before.
+        places = places.where(computed, places.roll(1, dims=0))
         with self.accelerator.autocast():
             outputs = inner.base_model(
-                input_ids=input_ids[real].unsqueeze(0), position_ids=position_ids, use_cache=False, **lengths
+                input_ids=input_ids[computed].unsqueeze(0),
+                position_ids=(real.cumsum(dim=1) - 1)[computed].unsqueeze(0),
+                use_cache=False,
+                **lengths,
             )
-            answered = completion_mask.bool()
             answered[:, 0] = False
             # The position before a token predicts it. It is in the same row, because each row starts with its prompt.
-            places = (real.flatten().cumsum(dim=0) - 1).view_as(real)[answered]
+            before = places.roll(1, dims=1)[answered]
             head = inner.get_output_embeddings().weight
-            answer_log_probs = token_log_probs(outputs.last_hidden_state[0, places - 1], head, input_ids[answered])
+            answer_log_probs = token_log_probs(outputs.last_hidden_state[0, before], head, input_ids[answered])
         log_probs = answer_log_probs.new_zeros(answered.shape).masked_scatter(answered, answer_log_probs)[:, 1:]
+        log_probs = log_probs[order.argsort()]
         return log_probs, torch.zeros_like(log_probs), outputs
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -204,7 +238,9 @@ class ReferenceTrainer(ResumableTrainer):
         if training:
             mask = inputs["attention_mask"]
             computed = int(mask.sum()) if self.use_liger_kernel else mask.numel()
-            self.count(mask.sum(dim=1).tolist(), int(inputs["completion_mask"].sum()), computed)
+            trained = inputs["completion_mask"]
+            shared = (mask - trained)[len(mask) // 2 :].sum(dim=1).tolist() if self.shares_prompts else []
+            self.count(mask.sum(dim=1).tolist(), int(trained.sum()), computed, shared)
         result = super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
         if self.use_liger_kernel:
             self._metrics["train" if training else "eval"].pop("entropy", None)

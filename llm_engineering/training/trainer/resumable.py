@@ -229,13 +229,16 @@ class ResumableTrainer(HeldOutTrainer):
         """Entries that a stage adds to the training summary."""
         return {}
 
-    def count(self, lengths: Sequence[int], trained_tokens: int, computed_tokens: int) -> int:
+    def count(
+        self, lengths: Sequence[int], trained_tokens: int, computed_tokens: int, shared: Sequence[int] = ()
+    ) -> int:
         """Add a batch to `work`.
 
         Args:
             lengths: lengths of the batch's rows, in tokens without padding.
             trained_tokens: tokens with a label.
-            computed_tokens: positions that the model computes, with padding.
+            computed_tokens: tokens with padding.
+            shared: lengths of the prompts that are computed once for two rows.
 
         Returns:
             Tokens of the batch without padding, summed over all processes.
@@ -244,7 +247,9 @@ class ResumableTrainer(HeldOutTrainer):
         self.work.tokens += int(tokens)
         self.work.computed_tokens += int(computed)
         # Not summed: MFU compares it with the peak of this process's own GPU.
-        self.work.flops += self.flops.step(lengths, trained_tokens, self.forwards)
+        self.work.flops += self.flops.step(lengths, trained_tokens, self.forwards) - self.flops.step(
+            shared, 0, self.forwards
+        )
         return int(tokens)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

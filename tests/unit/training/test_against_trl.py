@@ -191,6 +191,7 @@ CASES = {
     "dpo": Case("dpo", "lora", {}),
     "dpo-full": Case("dpo", "full", {}),
     "dpo-accumulated": Case("dpo", "lora", ACCUMULATED),
+    "dpo-precomputed": Case("dpo", "lora", {"precompute_ref_log_probs": True}),
     "kto": Case("kto", "lora", {}),
     "kto-full": Case("kto", "full", {}),
     "kto-precomputed": Case("kto", "lora", {"precompute_ref_log_probs": True}),

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
 from llm_engineering.training.dpo import dpo_trainer
@@ -15,7 +16,7 @@ from llm_engineering.training.policy import new_policy, save_policy, trained_pol
 from llm_engineering.training.sft import sft_trainer
 from llm_engineering.training.trainer import reference as shared
 from tests.renew_references import STEPS as REFERENCE_STEPS
-from tests.tiny_models import CPU, logged, prepared, train
+from tests.tiny_models import CPU, formatted, logged, prepared, train, training_setup, write_model
 
 # All validation pairs are one batch, because AOT compares the pairs of a batch.
 STEPS = REFERENCE_STEPS | {"save_steps": 2, "eval_steps": 2, "per_device_eval_batch_size": 4}
@@ -167,6 +168,57 @@ def test_a_full_model_keeps_a_second_model_only_if_each_step_asks_it(precomputed
     assert (trainer.ref_model is not None) == kept
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"precompute_ref_log_probs": True}),
+        ("llama", {"gradient_checkpointing": True}),
+        ("llama", {"method": "full"}),
+        # Its positions are learned, and counted from the start of a row.
+        ("gpt2", {}),
+    ],
+    ids=str,
+)
+def test_a_prompt_is_computed_once_for_both_answers_with_the_same_losses(
+    kind, options, settings, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    setup = training_setup(write_model(tmp_path / "model", kind))
+    setup = setup.model_copy(update={"method": options.get("method", "lora")})
+    pairs = formatted("preference", 8, load_tokenizer(setup.model, settings, "alpaca"), tmp_path)
+    # AdamW would divide by a gradient that is only rounding, and change its weight by the whole learning rate.
+    config = DPOConfig(**STEPS | {"learning_rate": 1.0}, **options, optim="sgd")
+    once = train(pairs, config, setup, settings)
+    assert "prompts: computed once for both answers" in caplog.text
+    monkeypatch.setattr(shared, "continues_prompts", lambda policy: False)
+    twice = train(pairs, config, setup, settings)
+    assert "prompts: computed for each answer, because" in caplog.text
+    for name in ("loss", "grad_norm", "eval_loss", "logps/chosen", "logps/rejected"):
+        assert logged(once, name) == pytest.approx(logged(twice, name), rel=1e-5), name
+    assert logged(once)[-1] < 0.9 * logged(once)[0]
+    # The prompts of the pairs that were trained, less than half of their tokens.
+    assert 0.5 < once.summary["flops"] / twice.summary["flops"] < 0.9
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("mistral", "only sdpa without sliding windows can share them"), ("logits", "the logits are of whole batches")],
+)
+def test_a_model_that_cannot_share_a_prompt_is_named(kind, reason, settings, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    if kind == "logits":
+        monkeypatch.setattr(shared, "keeps_rows_apart", lambda policy, by_row: False)
+    setup = training_setup(write_model(tmp_path / "model", "mistral" if kind == "mistral" else "llama"))
+    pairs = formatted("preference", 8, load_tokenizer(setup.model, settings, "alpaca"), tmp_path)
+    config = DPOConfig(**STEPS)
+    run = prepared(pairs, config, setup, settings)
+    trainer = dpo_trainer(run, run.load_policy(), config)
+    assert f"prompts: computed for each answer, because {reason}" in caplog.text
+    assert not trainer.shares_prompts
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_precomputed_references_train_the_same(dtype, start, pairs, setup, settings):
     setup = setup.model_copy(update={"compute": CPU.model_copy(update={"dtype": dtype})})
@@ -210,7 +262,8 @@ def test_a_full_model_is_probed_in_the_precision_of_training(stage, rows, pairs,
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     setup = setup.model_copy(update={"compute": CPU.model_copy(update={"dtype": "bfloat16"}), "method": "full"})
     # Without this, the attention of short rows on a CPU is computed by plain matrix products.
-    monkeypatch.setattr("llm_engineering.training.losses.SHORT", 0)
+    for limit in ("SHORT", "TOGETHER"):
+        monkeypatch.setattr(f"llm_engineering.training.losses.{limit}", 0)
     data, config, trainer = {
         "sft": (rows, SFTConfig(**STEPS, packing=False, method="full"), sft_trainer),
         "dpo": (pairs, DPOConfig(**STEPS, method="full"), dpo_trainer),

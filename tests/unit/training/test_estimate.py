@@ -234,6 +234,8 @@ def test_tokens_of_documents_and_of_files(tmp_path):
     assert "each of 1 passages" in source
     pairs, _ = tokens_of(recipe(*local), "dpo")
     assert pairs == pytest.approx(0.7 * (55 / 4 + 2 * (32 + 30) + 64))
+    shared, _ = tokens_of(recipe(*local), "dpo", shares_prompts=True)
+    assert shared == pytest.approx(0.7 * (55 / 4 + (32 + 30) + 64))
     own = tmp_path / "rows.jsonl"
     own.write_text("x" * 4000)
     assert tokens_of(recipe(f"data.instructions={own}"), "sft") == (pytest.approx(700), "the size of rows.jsonl")

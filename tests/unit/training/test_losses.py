@@ -11,6 +11,7 @@ from llm_engineering.training import losses
 from llm_engineering.training.losses import (
     CHUNK,
     attend_by_row,
+    continues_prompts,
     keeps_rows_apart,
     row_lengths,
     take_loss_from_hidden_states,
@@ -106,7 +107,7 @@ def test_concatenated_rows_have_the_same_losses_as_single_rows(attention):
 def test_attention_of_short_rows_in_half_precision_equals_torchs(length):
     torch.manual_seed(6)
     parts = [torch.randn(1, heads, length, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (6, 2, 2)]
-    found = losses._short_row(*parts, scaling=0.3)
+    found = losses._plain_attention(*parts, losses._mask(((length, 0),), torch.bfloat16), scaling=0.3)
     exact = [part.detach().double().requires_grad_() for part in parts]
     expected = scaled_dot_product_attention(*exact, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
     assert torch.allclose(found.double(), expected, atol=2e-2)
@@ -114,6 +115,37 @@ def test_attention_of_short_rows_in_half_precision_equals_torchs(length):
     ours = torch.autograd.grad((found * weights).sum(), parts)
     for gradient, wanted in zip(ours, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
         assert torch.allclose(gradient.double(), wanted, atol=2e-2 * float(wanted.abs().max()))
+
+
+# Lengths of rows, and of the tokens that each shares with the row before it: rows that are computed together, pairs that are
+# not, and rows that are too long for plain matrix products.
+ROWS = [
+    ((9, 5, 7, 6, 3), (0, 0, 0, 4, 0)),
+    ((130, 20, 40, 30), (0, 110, 0, 25)),
+    ((losses.SHORT + 1, 9), (0, losses.SHORT)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lengths", "shared"), ROWS, ids=["together", "apart", "long"])
+def test_rows_that_leave_out_their_prompt_attend_to_it_in_the_row_before(lengths, shared, dtype):
+    torch.manual_seed(7)
+    parts = [torch.randn(1, heads, sum(lengths), 16, dtype=dtype, requires_grad=True) for heads in (6, 2, 2)]
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 3
+    found, _ = losses._attention(layer, *parts, None, list(lengths), list(shared), scaling=0.3)
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    expected, rows = [], [part.split(lengths, dim=2) for part in exact]
+    for number, prompt in enumerate(shared):
+        whole = [torch.cat([row[number - 1][:, :, :prompt], row[number]], dim=2) for row in rows]
+        attended = scaled_dot_product_attention(*whole, is_causal=True, scale=0.3, enable_gqa=True)
+        expected.append(attended[:, :, prompt:].transpose(1, 2))
+    expected, close = torch.cat(expected, dim=1), 1e-5 if dtype == torch.float32 else 2e-2
+    assert torch.allclose(found.double(), expected, atol=close)
+    weights = torch.randn(expected.shape)
+    ours = torch.autograd.grad((found * weights).sum(), parts)
+    for gradient, wanted in zip(ours, torch.autograd.grad((expected * weights).sum(), exact), strict=True):
+        assert torch.allclose(gradient.double(), wanted, atol=close * float(wanted.abs().max()))
 
 
 def test_a_row_begins_where_the_positions_start_at_zero():
@@ -138,9 +170,20 @@ def test_rows_that_attend_to_each_other_are_detected(by_row, monkeypatch):
     if by_row:
         assert attend_by_row(policy)
         assert keeps_rows_apart(policy, by_row=True)
-        monkeypatch.setattr(losses, "_split", lambda part, lengths: [part])
+        monkeypatch.setattr(losses, "_groups", lambda rows, together: [((losses._tokens(rows), 0),)])
     else:
         # A decoder without position ids treats both rows as one.
         whole = policy.model.forward
         policy.model.forward = lambda position_ids, **inputs: whole(**inputs)
     assert not keeps_rows_apart(policy, by_row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["none", "no prompt", "other answer"])
+def test_models_that_do_not_continue_the_prompt_of_the_row_before_are_detected(fault, dtype, monkeypatch):
+    if fault != "none":
+        rows = {"no prompt": ((8, 0), (4, 0)), "other answer": ((12, 0),)}[fault]
+        monkeypatch.setattr(losses, "_groups", lambda _, together: [rows])
+    policy = model().to(dtype)
+    assert attend_by_row(policy)
+    assert continues_prompts(policy) == (fault == "none")
