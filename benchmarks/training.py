@@ -1,9 +1,10 @@
-"""Compares training with a plain TRL script and the bare model: python -m benchmarks.training [--data FILE] [--write]
+"""Compares training with a plain TRL script and with matrix products: python -m benchmarks.training [--data FILE] [--write]
 
 Each side runs in its own process, one after another, on the same rows and with the same seed:
 
-- `bare`: only forward and backward, on full rows of 512 trained tokens, in the faster of two precisions: weights in bf16,
-  or bf16 by autocast as in the trainers;
+- `products`: only the matrix products of forward and backward, for 2,048 tokens, with all matrices of the model and of the
+  adapter, in the precision of training. Their FLOP/s are the limit of training: the model's operations for the rows
+  (`TrainingFlops`), divided by the seconds of training, are shown as a share of it;
 - `plain`: benchmarks/plain_trl.py;
 - `ours`: `train_sft` and `train_dpo` as the steps call them, with packing.
 
@@ -31,15 +32,16 @@ from benchmarks.training_settings import BATCH, BETA, LEARNING_RATE, LORA, MAX_L
 
 ROWS = {"sft": 128, "dpo": 32}
 HELDOUT = 32
-# Batches of the bare side that are timed. One more before them is not.
-PASSES = 4
+# Tokens of the matrix products, and passes over all matrices. The fastest pass counts.
+TOKENS = 2048
+PASSES = 5
 RESULTS = Path(__file__).parent / "results" / "training.json"
 
 
 def main() -> None:
     """Run one side, or run all sides and print the ratios."""
     parser = argparse.ArgumentParser(description="Tokens per second, peak memory and held-out loss as ratios.")
-    parser.add_argument("--side", choices=("rows", "bare", "sft", "dpo", "losses"), help="run one side (internal)")
+    parser.add_argument("--side", choices=("rows", "products", "sft", "dpo", "losses"), help="run one side (internal)")
     parser.add_argument("--folder", type=Path, help="folder for the files of all sides (internal)")
     parser.add_argument("--data", help="your own instruction rows")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
@@ -52,7 +54,7 @@ def main() -> None:
         elif side == "losses":
             result = _losses(folder)
         else:
-            result = _bare() if side == "bare" else _ours(side, folder)
+            result = _products() if side == "products" else _ours(side, folder)
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,7 +67,7 @@ def measure(folder: Path, data: str | None) -> dict[str, Any]:
     own = ["-m", "benchmarks.training", "--folder", str(folder), *(["--data", data] if data else []), "--side"]
     made = _run(*own, "rows")
     model = made.pop("model")
-    sides: dict[str, Any] = {"bare": _run(*own, "bare")}
+    sides: dict[str, Any] = {"products": _run(*own, "products")}
     for stage in ("sft", "dpo"):
         output = str(folder / f"plain-{stage}")
         plain = ["-m", "benchmarks.plain_trl", stage, "--model", model, "--output", output]
@@ -80,9 +82,10 @@ def measure(folder: Path, data: str | None) -> dict[str, Any]:
     packages = ("torch", "transformers", "trl", "peft")
     return {
         "sft_real_tokens_per_second_over_plain": rate["ours_sft"] / rate["plain_sft"],
-        "sft_real_tokens_per_second_over_bare": rate["ours_sft"] / rate["bare"],
+        "sft_share_of_matrix_products": _share(sides, "sft"),
         "sft_peak_memory_over_plain": _ratio(sides, "peak_memory_bytes", "sft"),
         "dpo_pairs_per_second_over_plain": sides["plain_dpo"]["seconds"] / sides["ours_dpo"]["seconds"],
+        "dpo_share_of_matrix_products": _share(sides, "dpo"),
         "dpo_peak_memory_over_plain": _ratio(sides, "peak_memory_bytes", "dpo"),
         "rows": {**made, "of": Path(data).name if data else "the Python reference"},
         "sides": sides,
@@ -93,6 +96,11 @@ def measure(folder: Path, data: str | None) -> dict[str, Any]:
 
 def _ratio(sides: dict[str, Any], figure: str, stage: str) -> float:
     return float(sides[f"ours_{stage}"][figure] / sides[f"plain_{stage}"][figure])
+
+
+def _share(sides: dict[str, Any], stage: str) -> float:
+    ours = sides[f"ours_{stage}"]
+    return float(ours["flops"] / ours["seconds"] / sides["products"]["flops_per_second"])
 
 
 def _run(*command: str) -> dict[str, Any]:
@@ -192,8 +200,8 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     }
 
 
-def _bare() -> dict[str, Any]:
-    """Tokens per second of forward and backward only, in the faster of two precisions."""
+def _products() -> dict[str, Any]:
+    """FLOP/s of the matrix products of training, with the model's matrices, and nothing between them."""
     import peft
     import torch
 
@@ -202,27 +210,32 @@ def _bare() -> dict[str, Any]:
     from llm_engineering.recipe.compute_blocks import ComputeConfig
     from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
+    from llm_engineering.training.telemetry.flops import TrainingFlops
 
     device = choose_device(ComputeConfig())
     model = load_model(pin_revision(ModelConfig()), Settings(), device)
-    policy = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM")).train()
-    ids = torch.randint(1000, model.config.vocab_size, (4, MAX_LENGTH), device=device.name)
-    rates = {}
-    for precision in ("weights", "autocast"):
-        started = 0.0
-        for number in range(PASSES + 1):
-            if number == 1:
-                started = time.perf_counter()
-            with torch.autocast(device.name, device.dtype, enabled=precision == "autocast"):
-                loss = policy(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            # On a GPU, item() waits until the result is computed.
-            loss.item()
-            policy.zero_grad()
-        rates[precision] = PASSES * ids.numel() / (time.perf_counter() - started)
-        if device.dtype == torch.float32:
-            break
-    return {"tokens_per_second": max(rates.values()), "by_precision": rates}
+    policy = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
+    matrices = [module.weight for module in policy.modules() if isinstance(module, torch.nn.Linear)]
+    sizes = {size for matrix in matrices for size in matrix.shape}
+    states, results = (
+        {size: torch.randn(TOKENS, size, dtype=device.dtype, device=device.name) for size in sizes} for _ in range(2)
+    )
+    seconds = []
+    with torch.no_grad():
+        for _ in range(PASSES):
+            started = time.perf_counter()
+            for matrix in matrices:
+                weight, (outputs, inputs) = matrix.to(device.dtype), matrix.shape
+                torch.mm(states[inputs], weight.t(), out=results[outputs])
+                # The gradient of the input, and of the weights of the adapter.
+                torch.mm(states[outputs], weight, out=results[inputs])
+                if matrix.requires_grad:
+                    torch.mm(states[outputs].t(), states[inputs])
+            # On a GPU, item() waits until the results are computed.
+            results[inputs][0, 0].item()
+            seconds.append(time.perf_counter() - started)
+    flops = TrainingFlops.of(policy)
+    return {"flops_per_second": (flops.body + flops.head) * TOKENS / min(seconds)}
 
 
 def _ours(stage: str, folder: Path) -> dict[str, Any]:
@@ -272,6 +285,7 @@ def _ours(stage: str, folder: Path) -> dict[str, Any]:
         "seconds": summary["seconds"]["total"],
         "seconds_by_part": summary["seconds"],
         "steps": summary["steps"],
+        "flops": summary["flops"],
         "peak_memory_bytes": summary["peak_memory_bytes"],
     }
 
