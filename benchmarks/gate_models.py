@@ -12,7 +12,8 @@ import torch
 from datasets import DatasetDict, disable_progress_bars
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
+from llm_engineering.data.rows import InstructionRow, Message
+from llm_engineering.data.storage import instruction_dataset
 from llm_engineering.evaluation.measures.exam import Exam, ExamRow, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits

@@ -39,8 +39,8 @@ from benchmarks.knowledge_world import COMPANIES, World, make_world
 from benchmarks.machine import machine, show
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
-from llm_engineering.data.rows import FEATURES, InstructionRow, Row, to_dataset
-from llm_engineering.data.storage import work_folder
+from llm_engineering.data.rows import InstructionRow, Row
+from llm_engineering.data.storage import FEATURES, to_dataset, work_folder
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.general_instructions import balanced_instructions
 from llm_engineering.documents.passages import chunks, cut_passages

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from benchmarks.training_settings import BATCH, LORA, SEED
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
-from llm_engineering.data.storage import stream_records
+from llm_engineering.data.rows import InstructionRow, Message
+from llm_engineering.data.storage import instruction_dataset, stream_records
 from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits

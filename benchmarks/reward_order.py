@@ -18,7 +18,8 @@ from typing import Any
 
 from benchmarks.machine import machine, show
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import FEATURES, InstructionRow, Message, PreferenceRow, to_dataset
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.storage import FEATURES, to_dataset
 from llm_engineering.documents.general_instructions import replayed_instructions
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward

@@ -120,15 +120,8 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
 
     from llm_engineering.data.ledger import Ledger
     from llm_engineering.data.load import load_rows
-    from llm_engineering.data.rows import (
-        InstructionRow,
-        Message,
-        PreferenceRow,
-        instruction_dataset,
-        instruction_row,
-        preference_dataset,
-    )
-    from llm_engineering.data.storage import stream_records
+    from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_row
+    from llm_engineering.data.storage import instruction_dataset, preference_dataset, stream_records
     from llm_engineering.documents.passages import cut_passages
     from llm_engineering.documents.read import read_documents
     from llm_engineering.formatting.datasets import format_splits

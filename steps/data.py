@@ -8,26 +8,30 @@ from typing import Annotated, Any
 
 from datasets import DatasetDict, Features, List, Value, concatenate_datasets
 
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows, prompts_of
 from llm_engineering.data.prepare import check_splits
 from llm_engineering.data.prepare import prepare as prepare_rows
 from llm_engineering.data.rows import (
-    FEATURES,
     REPEATED,
     SPLITS,
     InstructionRow,
+    Quarantined,
     TextRow,
     folded,
-    instruction_dataset,
     instruction_row,
-    preference_dataset,
     preference_row,
-    prompt_dataset,
     split_of,
-    to_dataset,
 )
-from llm_engineering.data.storage import stream_records, work_folder
+from llm_engineering.data.storage import (
+    FEATURES,
+    instruction_dataset,
+    preference_dataset,
+    prompt_dataset,
+    stream_records,
+    to_dataset,
+    work_folder,
+)
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.general_instructions import balanced_instructions, replayed_instructions

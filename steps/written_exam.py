@@ -5,8 +5,8 @@ from typing import Annotated
 
 from datasets import DatasetDict
 
-from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import instruction_row
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import Quarantined, instruction_row
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import cut_passages

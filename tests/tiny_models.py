@@ -19,16 +19,8 @@ from transformers import (
 )
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import (
-    FEATURES,
-    InstructionRow,
-    LabelledRow,
-    Message,
-    PreferenceRow,
-    PromptRow,
-    TextRow,
-    to_dataset,
-)
+from llm_engineering.data.rows import InstructionRow, LabelledRow, Message, PreferenceRow, PromptRow, TextRow
+from llm_engineering.data.storage import FEATURES, to_dataset
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import FormattingConfig

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.prepare import MIN_ROWS
-from llm_engineering.documents.passages import cut_passages
+from llm_engineering.data.rows import MIN_ROWS, Quarantined
+from llm_engineering.documents.document import Document
+from llm_engineering.documents.passages import Passage, cut_passages
 from llm_engineering.documents.read import read_documents
 from llm_engineering.generation.facts import ROUNDS, questions_asked
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
@@ -31,13 +32,31 @@ _REWORDED = 0.7
 TEXT_OF_KIND = {"faq": 1.2, "dialogue": 2.1, "list": 1.3, "reordered": 1.0, "summary": 0.5, "reworded": 1.0}
 
 
-def data_lines(recipe: Recipe, last: str) -> list[str]:
+class Source:
+    """The documents of a recipe and the passages cut from them, with what was set aside; each is read once, when it is needed."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+
+    @cached_property
+    def documents(self) -> tuple[list[Document], list[Quarantined]]:
+        """`read_documents`."""
+        return read_documents(self._recipe.documents)
+
+    @cached_property
+    def passages(self) -> tuple[list[Passage], list[Quarantined]]:
+        """`cut_passages`."""
+        return cut_passages(self.documents[0], self._recipe.documents, self._recipe.seed)
+
+
+def data_lines(recipe: Recipe, last: str, source: Source | None = None) -> list[str]:
     """Documents, passages and expected rows as lines of text, with a warning if they are too few to train on.
 
     The user's own datasets are not counted.
 
     Args:
         last: the last stage that the run trains.
+        source: the recipe's documents, if they have been read.
 
     Raises:
         RequestError: the documents cannot be read.
@@ -46,12 +65,11 @@ def data_lines(recipe: Recipe, last: str) -> list[str]:
     generated = "instruction" in kinds and data.file("instruction") is None
     if not generated and "text" not in kinds:
         return []
-    documents, unread = read_documents(recipe.documents)
+    source = source or Source(recipe)
+    documents, unread = source.documents
     lines = [f"Documents: {len(documents)} read{_aside(unread)}"]
     by_sentence = recipe.documents.unit == "sentence"
-    passages, rejected = (
-        cut_passages(documents, recipe.documents, recipe.seed) if generated or by_sentence else ([], [])
-    )
+    passages, rejected = source.passages if generated or by_sentence else ([], [])
     if generated or by_sentence:
         lines.append(f"{'Sentences' if by_sentence else 'Passages'}: {len(passages)} kept{_aside(rejected)}")
     if "text" in kinds:

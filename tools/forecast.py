@@ -9,10 +9,7 @@ from pathlib import Path
 
 import torch
 
-from llm_engineering.documents.passages import cut_passages
-from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
-from llm_engineering.models.base_model import load_config
 from llm_engineering.models.device import Device, choose_device
 from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe import Recipe
@@ -32,8 +29,8 @@ from llm_engineering.training.estimate import (
     remedy,
     shapes,
 )
-from tools.expected_rows import CHARACTERS_PER_TOKEN, TEXT_OF_KIND
-from tools.readiness import checked_device
+from tools.checks import checked_device, remembered
+from tools.expected_rows import CHARACTERS_PER_TOKEN, TEXT_OF_KIND, Source
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -44,7 +41,7 @@ _PLAIN = (".json", ".jsonl", ".csv")
 GIB = 2**30
 
 
-def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
+def estimate_lines(recipe: Recipe, stages: Sequence[str], source: Source | None = None) -> list[str]:
     """An estimate of training's memory and time, as lines of text. Only the model's configuration is downloaded."""
     if not stages:
         return []
@@ -64,7 +61,8 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
     if recipe.compute.sagemaker is not None:
         where = f"On {recipe.compute.sagemaker.instance_type}"
     lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
-    rate = matmul_rate(device) if here else 0.0
+    # Measured for 0.1 s, the rate is as steady as for half a second.
+    rate = matmul_rate(device, seconds=0.1) if here else 0.0
     for stage in stages:
         config = recipe.block(stage)
         memory = _memory(recipe, config, found[stage], device)
@@ -73,7 +71,7 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str]) -> list[str]:
         if here:
             warning = _warning(recipe, stage, config, memory, device)
             lines += [f"WARNING: {warning}"] if warning else []
-            lines.append(f"{stage}: {_time(recipe, stage, config, found[stage], rate, device)}")
+            lines.append(f"{stage}: {_time(recipe, stage, config, found[stage], rate, device, source)}")
     if recipe.compute.backend == "unsloth" or device.backend == "unsloth":
         lines.append("This estimate is for transformers. unsloth should need less memory and time.")
     return lines
@@ -100,15 +98,17 @@ def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
             logger.warning("%s", warning)
 
 
-def tokens_of(recipe: Recipe, stage: str, shares_prompts: bool = False) -> tuple[float, str] | None:
+def tokens_of(
+    recipe: Recipe, stage: str, shares_prompts: bool = False, source: Source | None = None
+) -> tuple[float, str] | None:
     """The maximum number of tokens that an epoch computes, and its source; None if it is unknown before the data is prepared."""
+    source = source or Source(recipe)
     kind = STAGES[stage].rows
     split = recipe.data.split
     share = 1 - split.validation_fraction - split.test_fraction
     if kind == "text":
-        texts, _ = read_documents(recipe.documents)
         by_sentence = recipe.documents.unit == "sentence"
-        parts = cut_passages(texts, recipe.documents, recipe.seed)[0] if by_sentence else texts
+        parts = source.passages[0] if by_sentence else source.documents[0]
         tokens = share * sum(len(part.text) for part in parts) / CHARACTERS_PER_TOKEN
         tokens *= 1 + sum(TEXT_OF_KIND[kind] for kind in recipe.generation.rewritings)
         if recipe.knowledge is not None:
@@ -125,8 +125,7 @@ def tokens_of(recipe: Recipe, stage: str, shares_prompts: bool = False) -> tuple
     if recipe.data.file("instruction") is not None:
         return None
     writing = recipe.generation
-    documents, _ = read_documents(recipe.documents)
-    passages, _ = cut_passages(documents, recipe.documents, recipe.seed)
+    passages, _ = source.passages
     answers = [len(passage.text) / CHARACTERS_PER_TOKEN for passage in passages]
     if writing.answers == "model" and writing.answer_max_new_tokens is not None:
         answers = [float(writing.answer_max_new_tokens)] * len(passages)
@@ -158,9 +157,25 @@ def _other_device(recipe: Recipe) -> Device:
 
 def _shapes(recipe: Recipe, stage: str, device: Device) -> Shapes:
     rows, length = batch_shape(recipe.block(stage), recipe.formatting.max_length)
-    model = load_config(recipe.model, Settings())
     trust, scores = recipe.model.trust_remote_code, not STAGES[stage].policy
-    return shapes(model, recipe.method, recipe.lora, device, rows, length, trust, scores=scores)
+
+    def found() -> dict[str, float]:
+        # transformers takes seconds to import.
+        from llm_engineering.models.base_model import load_config
+
+        model = load_config(recipe.model, Settings())
+        return shapes(model, recipe.method, recipe.lora, device, rows, length, trust, scores=scores)._asdict()
+
+    asked = (
+        recipe.method,
+        recipe.lora.model_dump(mode="json"),
+        str(device.dtype),
+        device.attn_implementation,
+        rows,
+        length,
+        scores,
+    )
+    return Shapes(**remembered(recipe.model, asked, found))
 
 
 def _memory(recipe: Recipe, config: TrainConfig, found: Shapes, device: Device) -> Memory:
@@ -179,10 +194,18 @@ def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, de
     )
 
 
-def _time(recipe: Recipe, stage: str, config: TrainConfig, found: Shapes, rate: float, device: Device) -> str:
+def _time(
+    recipe: Recipe,
+    stage: str,
+    config: TrainConfig,
+    found: Shapes,
+    rate: float,
+    device: Device,
+    documents: Source | None,
+) -> str:
     # As `ReferenceTrainer` does with most models.
     shares = stage == "dpo" and device.backend == "transformers" and device.attn_implementation == "sdpa"
-    known = tokens_of(recipe, stage, shares)
+    known = tokens_of(recipe, stage, shares, documents)
     length = batch_shape(config, recipe.formatting.max_length)[1]
     flops = flops_per_token(found, config, recipe.method, length)
     speed = rate * UTILISATION[device.name] / flops

@@ -7,9 +7,9 @@ import yaml
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
-from tools.expected_rows import data_lines
+from tools.checks import check_local_datasets, check_model, with_held_out_documents
+from tools.expected_rows import Source, data_lines
 from tools.forecast import estimate_lines, first_line
-from tools.readiness import check_local_datasets, check_model, with_held_out_documents
 
 
 def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
@@ -86,7 +86,8 @@ def print_plan(pipeline: str, recipe: Recipe) -> None:
         check_model(recipe)
     except (OSError, ValueError) as error:
         print(f"Not checked against the model: its configuration cannot be read ({first_line(error)}).")
-    rows = data_lines(recipe, trained[-1] if trained else recipe.chain[-1])
+    source = Source(recipe)
+    rows = data_lines(recipe, trained[-1] if trained else recipe.chain[-1], source)
     if rows:
         print("\n" + "\n".join(rows))
-    print("\n" + "\n".join(estimate_lines(recipe, trained)))
+    print("\n" + "\n".join(estimate_lines(recipe, trained, source)))

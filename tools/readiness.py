@@ -14,9 +14,9 @@ from llm_engineering.cloud.sagemaker.cost import most
 from llm_engineering.cloud.sagemaker.preflight import check
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
-from llm_engineering.data.reading.sources import dataset_files, dataset_hash
+from llm_engineering.data.reading.sources import dataset_hash
 from llm_engineering.documents.general_instructions import check_replayed_instructions
-from llm_engineering.documents.read import documents_hash, hold_out_documents
+from llm_engineering.documents.read import documents_hash
 from llm_engineering.documents.texts import check_replay
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.requirements import check_exam, check_requirements
@@ -25,16 +25,7 @@ from llm_engineering.feedback.human_rows import note, take_snapshot
 from llm_engineering.feedback.people import folder_of, said_about, snapshots
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.open import check_access
-from llm_engineering.models.base_model import check_generation_config, load_config, pin_revision
-from llm_engineering.models.device import (
-    Device,
-    check_processes,
-    check_training,
-    check_vllm,
-    choose_backend,
-    choose_device,
-)
-from llm_engineering.models.fit import check_fit
+from llm_engineering.models.base_model import load_config, pin_revision
 from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
 from llm_engineering.publish.signing import check_signer
@@ -47,11 +38,11 @@ from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
-from llm_engineering.training.cpt import check_trained_embeddings
 from llm_engineering.training.rewards import GRADE_FIELD, own_function, reward_files
 from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
+from tools.checks import check_machine, check_model, with_held_out_documents
 from tools.cli import PROJECT_ROOT, prepare_zenml
 
 if TYPE_CHECKING:
@@ -63,15 +54,6 @@ logger = logging.getLogger("llm_engineering.run")
 CODE_VARIABLE = "LLM_CODE_VERSION"
 # Keys of the client that change how answers are fetched, but not the answers.
 _HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
-
-
-def with_held_out_documents(recipe: Recipe) -> Recipe:
-    """The recipe with a `data.split` that holds documents out, if it has few of them."""
-    if not recipe.learns_from_documents:
-        return recipe
-    split = hold_out_documents(recipe.documents, recipe.data.split)
-    held_out: Recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"split": split})})
-    return held_out
 
 
 def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
@@ -264,32 +246,6 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
     return hashes
 
 
-def check_machine(recipe: Recipe) -> bool:
-    """Check the device, the processes and the method of training; returns whether unsloth will be the backend.
-
-    For SageMaker this is True only if the recipe says `backend: unsloth`. With `backend: auto` the job decides, because
-    only the job can inspect its machine.
-    """
-    compute = recipe.compute
-    if compute.target == "sagemaker":
-        choose_device(compute.one_process)
-        return compute.backend == "unsloth"
-    device = choose_device(compute)
-    check_processes(compute, device)
-    return checked_device(recipe, device).backend == "unsloth"
-
-
-def checked_device(recipe: Recipe, device: Device) -> Device:
-    """Check the method and the optimisers, and choose the backend."""
-    for stage in recipe.chain:
-        config = recipe.block(stage)
-        check_training(stage, recipe.method, config.optim, device)
-        if config.library_arguments.get("use_vllm"):
-            check_vllm(stage, device)
-    keys, new = recipe.lora.beyond_unsloth, recipe.model.added_tokens
-    return choose_backend(device, recipe.compute, recipe.method, adapter_keys=keys, new_tokens=new)
-
-
 def _check_tokenizer(recipe: Recipe) -> None:
     """Check the chat template, the end token and the new tokens.
 
@@ -303,19 +259,6 @@ def _check_tokenizer(recipe: Recipe) -> None:
         check_rows(tokenizer, rows, recipe.model.added_tokens)
         for note in check_chat_template(tokenizer):
             logger.warning("%s", note)
-
-
-def check_model(recipe: Recipe) -> None:
-    """Check the recipe against the model's configuration, without its weights.
-
-    Raises:
-        RequestError: the model cannot be trained as the recipe says.
-    """
-    if recipe.model.name_or_path != EMBEDDED_MODEL:
-        check_generation_config(recipe.model, Settings())
-    trained = check_fit(recipe, load_config(recipe.model, Settings()))
-    if recipe.cpt is not None and "cpt" in recipe.chain and recipe.cpt.embedding_learning_rate is not None:
-        check_trained_embeddings(trained)
 
 
 def _check_client(recipe: Recipe) -> None:
@@ -340,20 +283,6 @@ def code_version() -> str:
     except (OSError, subprocess.CalledProcessError):
         return f"version {importlib.metadata.version('llm-engineering')}, not a git checkout"
     return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
-
-
-def check_local_datasets(recipe: Recipe) -> None:
-    """Open the user's own datasets that lie on this machine. Datasets of the hub are opened when a run starts.
-
-    Raises:
-        RequestError: a file is missing, or its format is unknown.
-    """
-    data = recipe.data
-    kinds = {"instruction": "instructions", "preference": "preferences", "labelled": "labelled", "prompt": "prompts"}
-    for kind, key in kinds.items():
-        for reference in filter(None, (data.file(kind), getattr(data, f"test_{key}"))):
-            if dataset_files(reference) is not None:
-                open_dataset(reference, kind, data)
 
 
 def _datasets(references: Sequence[str | None], kind: str, config: DataConfig) -> str | None:

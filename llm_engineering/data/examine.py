@@ -20,14 +20,13 @@ import xxhash
 from numpy.typing import NDArray
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
 from llm_engineering.data.row_rules import check_row, is_generated
 from llm_engineering.data.rows import (
-    FEATURES,
     REPLAY,
     SPLITS,
     LabelledRow,
+    Quarantined,
     Row,
     TextRow,
     folded,
@@ -37,6 +36,7 @@ from llm_engineering.data.rows import (
     split_of,
 )
 from llm_engineering.data.similarity import EvaluationIndex, Sketches, sketch
+from llm_engineering.data.storage import FEATURES
 from llm_engineering.recipe.data_blocks import DataConfig
 
 # The language of a text is judged by its first characters. More of them change nothing for ordinary text, and cost about

@@ -9,49 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from datasets import DatasetDict, Features, List, Value
-from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import Row, to_dataset
-from llm_engineering.data.storage import TableWriter, stream_records, work_folder
+from llm_engineering.data.rows import Quarantined
+from llm_engineering.data.storage import TableWriter, stream_records, to_dataset, work_folder
 
-# Characters of a row that its quarantine record quotes.
-QUOTED_CHARS = 200
 EXAMPLES_PER_REASON = 3
-
-
-class Quarantined(BaseModel):
-    """A document, passage or row that was read and not kept.
-
-    Attributes:
-        stage: `document`, `passage`, or a kind of rows; for the user's own test split the kind and `_test`, e.g.
-            `instruction_test`.
-        reason: the short name that is counted, e.g. `empty_answer`.
-        source: the file or document it comes from.
-        place: the place in the source, e.g. `line 7` or `characters 120-560`.
-        detail: what exactly is wrong.
-        text: the start of the text that was read.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    stage: str
-    reason: str
-    source: str
-    place: str
-    detail: str = ""
-    text: str = ""
-
-    @classmethod
-    def of_row(cls, row: Row, stage: str, reason: str, detail: str) -> Quarantined:
-        """The quarantine record of a row. It quotes the last turn of the prompt, or the text, without secrets and personal data."""
-        # Redact before cutting: a key that is cut in two is not recognised.
-        text = redacted((row.prompt or row.answers[0])[-1].content)[:QUOTED_CHARS]
-        return cls(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
-
-    def describe(self) -> str:
-        """`source, place: reason (detail)`, for messages."""
-        return f"{self.source}, {self.place}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
 
 
 _TEXT = Value("string")

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 
 from llm_engineering.data.formats.detection import OpenedDataset, UnknownFormatError, open_dataset
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.reading.files import Record
 from llm_engineering.data.reading.sources import open_records
-from llm_engineering.data.rows import FEATURES, REPLAY, InstructionRow, PromptRow, Row
+from llm_engineering.data.rows import REPLAY, InstructionRow, PromptRow, Quarantined, Row
 from llm_engineering.data.similarity import EvaluationIndex
-from llm_engineering.data.storage import TableWriter
+from llm_engineering.data.storage import FEATURES, TableWriter
 from llm_engineering.recipe.data_blocks import DataConfig
 
 logger = logging.getLogger(__name__)

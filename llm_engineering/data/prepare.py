@@ -20,11 +20,18 @@ from datasets import Dataset, DatasetDict, Features, Value
 
 from llm_engineering.data.dataset_rules import OVER_QUARTER, RowIndex, Verdict, Verdicts, judge
 from llm_engineering.data.examine import Examiner, examine
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import FEATURES, SPLITS, Message, Row, read_row, to_dataset
+from llm_engineering.data.rows import MIN_ROWS, SPLITS, Message, Quarantined, Row, read_row
 from llm_engineering.data.similarity import EvaluationIndex
-from llm_engineering.data.storage import TableWriter, dataset_batches, stream_batches, stream_records
+from llm_engineering.data.storage import (
+    FEATURES,
+    TableWriter,
+    dataset_batches,
+    stream_batches,
+    stream_records,
+    to_dataset,
+)
 from llm_engineering.errors import RequestError
 from llm_engineering.progress import Progress, counted
 from llm_engineering.recipe.data_blocks import DataConfig
@@ -32,8 +39,6 @@ from llm_engineering.recipe.data_blocks import DataConfig
 logger = logging.getLogger(__name__)
 
 SUSPICIOUS_ROWS = 10
-# A smaller dataset has too few rows to train on and to hold some out.
-MIN_ROWS = 20
 # With at least this many rows, judging takes seconds and is logged.
 BIG_ROWS = 100_000
 # Rows of a cluster that a message names. The table of clusters has all of them.

@@ -10,7 +10,6 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from datasets import Dataset, Features, List, Value
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llm_engineering.recipe.data_blocks import SplitConfig
@@ -20,17 +19,10 @@ ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "validation", "test")
 # The end of the `origin` of a pair whose rejected answer reached its maximum length.
 AT_LAST_SENTENCE = "ended at its last sentence"
-_TEXT = Value("string")
-_MESSAGES = List({"role": _TEXT, "content": _TEXT, "reasoning_content": _TEXT, "weight": Value("int32")})
-_ORIGIN = dict.fromkeys(("id", "source", "origin", "document"), _TEXT)
-# The columns of a dataset, by the kind of its rows.
-FEATURES: dict[str, Features] = {
-    "text": Features({**_ORIGIN, "text": Value("string")}),
-    "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
-    "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
-    "prompt": Features({**_ORIGIN, "prompt": _MESSAGES, "answers": List(_TEXT)}),
-    "labelled": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES, "label": Value("bool")}),
-}
+# A smaller dataset has too few rows to train on and to hold some out.
+MIN_ROWS = 20
+# Characters of a row that its quarantine record quotes.
+QUOTED_CHARS = 200
 # Accents that follow their letter, and the vowel signs of Hindi, Arabic or Thai. `\w` does not match them. Later planes
 # have none.
 MARKS = "".join(mark for mark in map(chr, range(0x20000)) if unicodedata.category(mark)[0] == "M")
@@ -214,25 +206,41 @@ def read_row(record: dict[str, Any], kind: str) -> Row:
     return ROW_CLASSES[kind].model_validate(record)
 
 
-def to_dataset(records: Sequence[dict[str, Any]], features: Features) -> Dataset:
-    """Make a dataset of records. Without records it has no rows, but the same columns."""
-    # Dataset.from_list loses the columns of an empty list.
-    return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
+class Quarantined(BaseModel):
+    """A document, passage or row that was read and not kept.
 
+    Attributes:
+        stage: `document`, `passage`, or a kind of rows; for the user's own test split the kind and `_test`, e.g.
+            `instruction_test`.
+        reason: the short name that is counted, e.g. `empty_answer`.
+        source: the file or document it comes from.
+        place: the place in the source, e.g. `line 7` or `characters 120-560`.
+        detail: what exactly is wrong.
+        text: the start of the text that was read.
+    """
 
-def instruction_dataset(rows: Sequence[InstructionRow]) -> Dataset:
-    """Make a dataset of instruction rows."""
-    return to_dataset([row.record() for row in rows], FEATURES["instruction"])
+    model_config = ConfigDict(frozen=True)
 
+    stage: str
+    reason: str
+    source: str
+    place: str
+    detail: str = ""
+    text: str = ""
 
-def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
-    """Make a dataset of preference rows."""
-    return to_dataset([row.record() for row in rows], FEATURES["preference"])
+    @classmethod
+    def of_row(cls, row: Row, stage: str, reason: str, detail: str) -> Quarantined:
+        """The quarantine record of a row. It quotes the last turn of the prompt, or the text, without secrets and personal data."""
+        # The patterns of keys take a quarter of a second to import, and documents need none.
+        from llm_engineering.data.private import redacted
 
+        # Redact before cutting: a key that is cut in two is not recognised.
+        text = redacted((row.prompt or row.answers[0])[-1].content)[:QUOTED_CHARS]
+        return cls(stage=stage, reason=reason, source=row.source, place=row.id, detail=detail, text=text)
 
-def prompt_dataset(rows: Sequence[PromptRow]) -> Dataset:
-    """Make a dataset of prompts."""
-    return to_dataset([row.record() for row in rows], FEATURES["prompt"])
+    def describe(self) -> str:
+        """`source, place: reason (detail)`, for messages."""
+        return f"{self.source}, {self.place}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
 
 
 def is_blank(text: str) -> bool:

@@ -5,14 +5,27 @@ from __future__ import annotations
 import atexit
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
-from datasets import Dataset, Features
+from datasets import Dataset, Features, List, Value
+
+from llm_engineering.data.rows import InstructionRow, PreferenceRow, PromptRow
 
 BATCH_ROWS = 1000
+_TEXT = Value("string")
+_MESSAGES = List({"role": _TEXT, "content": _TEXT, "reasoning_content": _TEXT, "weight": Value("int32")})
+_ORIGIN = dict.fromkeys(("id", "source", "origin", "document"), _TEXT)
+# The columns of a dataset, by the kind of its rows.
+FEATURES: dict[str, Features] = {
+    "text": Features({**_ORIGIN, "text": Value("string")}),
+    "instruction": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES}),
+    "preference": Features({**_ORIGIN, "prompt": _MESSAGES, "chosen": _MESSAGES, "rejected": _MESSAGES}),
+    "prompt": Features({**_ORIGIN, "prompt": _MESSAGES, "answers": List(_TEXT)}),
+    "labelled": Features({**_ORIGIN, "prompt": _MESSAGES, "completion": _MESSAGES, "label": Value("bool")}),
+}
 
 
 def work_folder() -> Path:
@@ -106,3 +119,24 @@ def stream_records(dataset: Dataset) -> Iterator[dict[str, Any]]:
     """The rows of a dataset as dictionaries, in order; memory holds one batch at a time."""
     for batch in dataset_batches(dataset):
         yield from batch.to_pylist()
+
+
+def to_dataset(records: Sequence[dict[str, Any]], features: Features) -> Dataset:
+    """Make a dataset of records. Without records it has no rows, but the same columns."""
+    # Dataset.from_list loses the columns of an empty list.
+    return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
+
+
+def instruction_dataset(rows: Sequence[InstructionRow]) -> Dataset:
+    """Make a dataset of instruction rows."""
+    return to_dataset([row.record() for row in rows], FEATURES["instruction"])
+
+
+def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
+    """Make a dataset of preference rows."""
+    return to_dataset([row.record() for row in rows], FEATURES["preference"])
+
+
+def prompt_dataset(rows: Sequence[PromptRow]) -> Dataset:
+    """Make a dataset of prompts."""
+    return to_dataset([row.record() for row in rows], FEATURES["prompt"])

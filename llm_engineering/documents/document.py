@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import is_blank
+from llm_engineering.data.rows import Quarantined, is_blank
 
 # Control characters, and the surrogates that cannot be written as UTF-8. Libraries return both from damaged files.
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")

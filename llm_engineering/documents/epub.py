@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from bs4 import BeautifulSoup
 
-from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import Quarantined
 from llm_engineering.documents.document import Document, TextBuilder, UnreadableError, folded, not_read
 from llm_engineering.documents.markup import add_html
 from llm_engineering.documents.zipped import open_zip

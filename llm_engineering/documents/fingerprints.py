@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset, Features, Value
 
 from llm_engineering.data.reading.sources import dataset_files, dataset_hash
-from llm_engineering.data.rows import to_dataset
+from llm_engineering.data.storage import to_dataset
 from llm_engineering.documents.general_instructions import EMBEDDED_FILE
 from llm_engineering.documents.read import documents_hash, named_files
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, DocumentsConfig

@@ -6,9 +6,8 @@ import random
 from collections.abc import Iterator
 
 from llm_engineering.data.formats.detection import open_dataset
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.sources import dataset_hash
-from llm_engineering.data.rows import REPLAY, Row
+from llm_engineering.data.rows import REPLAY, Quarantined, Row
 from llm_engineering.documents.read import HANDBOOK
 from llm_engineering.recipe.data_blocks import EMBEDDED_GENERAL, DataConfig
 

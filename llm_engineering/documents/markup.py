@@ -10,8 +10,8 @@ from bs4 import BeautifulSoup
 from bs4.dammit import EncodingDetector
 from bs4.element import NavigableString, PreformattedString, Tag
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.files import text_encoding
+from llm_engineering.data.rows import Quarantined
 from llm_engineering.documents.document import Document, TextBuilder, folded, heading, table_text
 
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")

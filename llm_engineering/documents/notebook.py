@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import Quarantined
 from llm_engineering.documents.document import Document, TextBuilder, UnreadableError, heading
 
 # A language without a name in the notebook is Python's, as Jupyter assumes.

@@ -13,7 +13,7 @@ from docx.table import Table
 from docx.text.paragraph import Paragraph
 from pptx.enum.shapes import PP_PLACEHOLDER
 
-from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import Quarantined
 from llm_engineering.documents.document import Document, TextBuilder, folded, heading, table_text
 from llm_engineering.documents.zipped import open_zip
 

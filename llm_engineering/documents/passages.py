@@ -17,7 +17,7 @@ from pathlib import PurePath
 from pydantic import BaseModel, ConfigDict
 from semantic_text_splitter import TextSplitter
 
-from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
+from llm_engineering.data.rows import QUOTED_CHARS, Quarantined
 from llm_engineering.data.wording import order_to_model, turn_mark
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.sentences import known_names, names_something, sentences

@@ -17,7 +17,7 @@ from typing import Any
 from pypdf import PageObject, PdfReader
 from pypdf.errors import PyPdfError
 
-from llm_engineering.data.ledger import Quarantined
+from llm_engineering.data.rows import Quarantined
 from llm_engineering.documents.document import (
     Document,
     TextBuilder,

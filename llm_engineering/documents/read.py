@@ -14,16 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.files import text_encoding
 from llm_engineering.data.reading.sources import visible_files
-from llm_engineering.data.rows import is_blank, with_held_out_documents
+from llm_engineering.data.rows import Quarantined, is_blank, with_held_out_documents
 from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
-from llm_engineering.documents.epub import read_epub
-from llm_engineering.documents.markup import read_html
 from llm_engineering.documents.notebook import read_notebook
-from llm_engineering.documents.office import read_docx, read_pptx
-from llm_engineering.documents.pdf import read_pdf
 from llm_engineering.documents.records import read_csv, read_json
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, DocumentsConfig, SplitConfig
@@ -216,17 +211,48 @@ def _decoded(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+# The libraries of these formats take half a second to import, and are imported when there is such a file.
+def _html(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    from llm_engineering.documents.markup import read_html
+
+    return read_html(file, field)
+
+
+def _pdf(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    from llm_engineering.documents.pdf import read_pdf
+
+    return read_pdf(file, field)
+
+
+def _docx(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    from llm_engineering.documents.office import read_docx
+
+    return read_docx(file, field)
+
+
+def _pptx(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    from llm_engineering.documents.office import read_pptx
+
+    return read_pptx(file, field)
+
+
+def _epub(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    from llm_engineering.documents.epub import read_epub
+
+    return read_epub(file, field)
+
+
 _READERS: dict[str, Reader] = {
     ".txt": _plain,
     ".md": _markdown,
     ".markdown": _markdown,
     ".rst": _plain,
-    ".html": read_html,
-    ".htm": read_html,
-    ".pdf": read_pdf,
-    ".docx": read_docx,
-    ".pptx": read_pptx,
-    ".epub": read_epub,
+    ".html": _html,
+    ".htm": _html,
+    ".pdf": _pdf,
+    ".docx": _docx,
+    ".pptx": _pptx,
+    ".epub": _epub,
     ".ipynb": read_notebook,
     ".csv": read_csv,
     ".tsv": read_csv,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.files import BrokenRecord, csv_rows, read_records
+from llm_engineering.data.rows import Quarantined
 from llm_engineering.documents.document import (
     Document,
     TextBuilder,

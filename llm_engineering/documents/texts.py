@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.files import BrokenRecord
 from llm_engineering.data.reading.sources import open_records
-from llm_engineering.data.rows import REPLAY, TextRow, is_blank, split_key, split_of
+from llm_engineering.data.rows import REPLAY, Quarantined, TextRow, is_blank, split_key, split_of
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import Passage
 from llm_engineering.errors import RequestError

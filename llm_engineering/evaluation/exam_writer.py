@@ -16,8 +16,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from llm_engineering.data.exam_answers import answers_right
-from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
-from llm_engineering.data.rows import REPLAY, InstructionRow, normalised, split_key, split_of
+from llm_engineering.data.rows import QUOTED_CHARS, REPLAY, InstructionRow, Quarantined, normalised, split_key, split_of
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS, sentences
 from llm_engineering.evaluation.measures.exam import ExamRow, cluster_numbers

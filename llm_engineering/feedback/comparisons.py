@@ -17,9 +17,16 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel
 
-from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import HUMAN, InstructionRow, Message, PreferenceRow, split_key
+from llm_engineering.data.rows import (
+    HUMAN,
+    QUOTED_CHARS,
+    InstructionRow,
+    Message,
+    PreferenceRow,
+    Quarantined,
+    split_key,
+)
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback import journal
 from llm_engineering.feedback.human_rows import HumanRow, Said

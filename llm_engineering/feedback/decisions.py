@@ -9,9 +9,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.row_rules import check_row
-from llm_engineering.data.rows import HUMAN, Row, split_key
+from llm_engineering.data.rows import HUMAN, Quarantined, Row, split_key
 from llm_engineering.feedback import journal
 from llm_engineering.recipe.data_blocks import RulesConfig
 

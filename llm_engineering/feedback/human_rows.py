@@ -16,18 +16,9 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
-from llm_engineering.data.ledger import QUARANTINE_FEATURES, Ledger, Quarantined
-from llm_engineering.data.rows import (
-    FEATURES,
-    HUMAN,
-    REPEATED,
-    InstructionRow,
-    PreferenceRow,
-    folded,
-    read_row,
-    to_dataset,
-)
-from llm_engineering.data.storage import stream_records
+from llm_engineering.data.ledger import QUARANTINE_FEATURES, Ledger
+from llm_engineering.data.rows import HUMAN, REPEATED, InstructionRow, PreferenceRow, Quarantined, folded, read_row
+from llm_engineering.data.storage import FEATURES, stream_records, to_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.feedback.decisions import Decision, apply_decisions, current
 from llm_engineering.recipe.data_blocks import DataConfig

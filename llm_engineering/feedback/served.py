@@ -13,9 +13,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import HUMAN, InstructionRow, LabelledRow, Message, PreferenceRow, normalised
+from llm_engineering.data.rows import (
+    HUMAN,
+    InstructionRow,
+    LabelledRow,
+    Message,
+    PreferenceRow,
+    Quarantined,
+    normalised,
+)
 from llm_engineering.feedback import journal
 from llm_engineering.feedback.human_rows import HumanRow, Said
 

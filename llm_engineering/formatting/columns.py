@@ -6,7 +6,8 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from llm_engineering.data.rows import FEATURES, LabelledRow, PromptRow, Row, TextRow
+from llm_engineering.data.rows import LabelledRow, PromptRow, Row, TextRow
+from llm_engineering.data.storage import FEATURES
 from llm_engineering.formatting.prompt_rows import PromptTokens
 from llm_engineering.formatting.render import Pair, Tokens, prompt_length
 from llm_engineering.recipe.data_blocks import FormattingConfig

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict, Features, Value
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import (
     AT_LAST_SENTENCE,
     REPLAY,
@@ -24,6 +24,7 @@ from llm_engineering.data.rows import (
     InstructionRow,
     PreferenceRow,
     PromptRow,
+    Quarantined,
     Row,
     TextRow,
     read_row,

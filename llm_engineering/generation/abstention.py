@@ -13,8 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, normalised
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, Quarantined, normalised
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD
 from llm_engineering.generation.prompts import read_prompt

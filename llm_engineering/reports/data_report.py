@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from llm_engineering.data.dataset_rules import OVER_QUARTER
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, load_rows
-from llm_engineering.data.prepare import MIN_ROWS, prepare
+from llm_engineering.data.prepare import prepare
 from llm_engineering.data.reasons import REASONS
-from llm_engineering.data.rows import Message, Row, read_row
+from llm_engineering.data.rows import MIN_ROWS, Message, Row, read_row
 from llm_engineering.data.storage import stream_records, work_folder
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import Lengths, format_rows

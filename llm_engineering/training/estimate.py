@@ -6,27 +6,22 @@ No weights are loaded: the model consists of fake tensors, which have a shape an
 from __future__ import annotations
 
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from peft import get_peft_model
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from llm_engineering.models.base_model import fitting_attention
 from llm_engineering.models.device import Device, choose_optimiser
-from llm_engineering.models.fit import on_meta, shape_config
-from llm_engineering.models.reward_model import with_reward_adapter
 from llm_engineering.recipe.model_blocks import LoraConfig, Method
 from llm_engineering.recipe.online_blocks import OnlineConfig, RLOOConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, ReferenceConfig, RewardConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
-from llm_engineering.training.losses import CHUNK
-from llm_engineering.training.policy import in_float32
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Tokens in a chunk of `losses`. Their logits take 25 MB in fp32 with a vocabulary of 49,152, and 66 MB with Llama 3's 128,256.
+CHUNK = 128
 # Bytes of a weight: 4 bits, and its share of the doubly quantised block constants, 8/64 + 32/(64·256) bits (QLoRA,
 # arXiv:2305.14314, section 3).
 NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -106,6 +101,15 @@ def shapes(
     Args:
         scores: whether the model scores rows, as a reward model, and has no output layer for tokens.
     """
+    # These imports take seconds, and a plan whose shapes are known does without.
+    from peft import get_peft_model
+    from transformers.pytorch_utils import Conv1D
+
+    from llm_engineering.models.base_model import fitting_attention
+    from llm_engineering.models.fit import on_meta, shape_config
+    from llm_engineering.models.reward_model import with_reward_adapter
+    from llm_engineering.training.policy import in_float32
+
     full, four_bits = method == "full", method == "qlora"
     # sdpa keeps as many activations as FlashAttention, and does not need a GPU.
     attention = "sdpa" if device.attn_implementation == "flash_attention_2" else device.attn_implementation
@@ -164,6 +168,9 @@ def _forward(
         Two values: the bytes that autograd saves besides the weights (memory that tensors share counts once), and the
         last hidden states.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.autograd.graph import saved_tensors_hooks
+
     saved: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode():
         weights = _materialise(policy)

@@ -32,9 +32,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.recipe.compute_blocks import ComputeConfig
-
-# Tokens in a chunk. Their logits take 25 MB in fp32 with a vocabulary of 49,152, and 66 MB with Llama 3's 128,256.
-CHUNK = 128
+from llm_engineering.training.estimate import CHUNK
 
 
 def token_log_probs(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:

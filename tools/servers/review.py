@@ -193,7 +193,7 @@ def _artifacts(model: str) -> list[ArtifactVersionResponse]:
     from zenml.client import Client
     from zenml.utils.pagination_utils import depaginate
 
-    from llm_engineering.data.rows import FEATURES
+    from llm_engineering.data.storage import FEATURES
 
     found = depaginate(Client().list_artifact_versions, model=model, sort_by="desc:created", hydrate=True)
     names = {f"{kind}_dataset" for kind in FEATURES}

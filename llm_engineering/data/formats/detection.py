@@ -21,10 +21,9 @@ from llm_engineering.data.formats.known_formats import (
 from llm_engineering.data.formats.several_answers import as_pairs
 from llm_engineering.data.formats.text_templates import text_templates
 from llm_engineering.data.formats.thumbs import LABELS, judged, label_of, read_label
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.files import BrokenRecord, Record, printable, shown
 from llm_engineering.data.reading.sources import open_records
-from llm_engineering.data.rows import ROW_CLASSES, Row
+from llm_engineering.data.rows import ROW_CLASSES, Quarantined, Row
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 

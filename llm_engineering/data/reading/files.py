@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llm_engineering.data.ledger import Quarantined
 from llm_engineering.data.reading.json_stream import (
     DECODER,
     WINDOW,
@@ -30,6 +29,7 @@ from llm_engineering.data.reading.json_stream import (
     rows_of_values,
     unreadable,
 )
+from llm_engineering.data.rows import Quarantined
 from llm_engineering.errors import RequestError
 
 # A cell may hold a whole conversation, and the csv module's limit is 128 KB. The limit is a C long, which may have 32 bits.

@@ -1,4 +1,7 @@
-"""Finds the records of a dataset by its name: a file, a folder, or a dataset of the Hugging Face Hub."""
+"""Finds the records of a dataset by its name: a file, a folder, or a dataset of the Hugging Face Hub.
+
+The libraries for the hub and for folders are imported inside the functions: that takes a second, and files are read without.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
-from datasets import load_dataset, load_dataset_builder, load_from_disk
-from huggingface_hub import HfApi
-
 from llm_engineering.data.reading.files import BrokenRecord, Record, has_known_ending, read_records, without_nan
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
@@ -19,7 +18,6 @@ from llm_engineering.recipe.settings import Settings
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Files that the library datasets writes beside the rows.
 _BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_HUB_ERRORS = (OSError, ValueError, httpx.HTTPError)
 
 
 class Reference(NamedTuple):
@@ -110,6 +108,8 @@ def _resolve(reference: str) -> Reference:
 def _folder_files(found: Reference, folder: Path) -> Sequence[Path]:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved_files(found, folder)
+    from datasets import load_dataset_builder
+
     try:
         # `datasets` derives the splits from the names of the files, or from the folder's README.
         data_files = load_dataset_builder(str(folder.resolve())).config.data_files
@@ -130,6 +130,8 @@ def _folder_files(found: Reference, folder: Path) -> Sequence[Path]:
 
 
 def _saved_files(found: Reference, folder: Path) -> Sequence[Path]:
+    from datasets import load_from_disk
+
     try:
         saved = load_from_disk(str(folder), keep_in_memory=False)
     except (OSError, ValueError, KeyError) as error:
@@ -159,27 +161,37 @@ def _token() -> str | None:
 
 
 def _commit(name: str) -> str:
+    from huggingface_hub import HfApi
+
     try:
         return str(HfApi(token=_token()).dataset_info(name).sha)
-    except _HUB_ERRORS as error:
+    except _hub_errors() as error:
         raise _unreachable(name, error) from error
 
 
 def _hub_records(found: Reference) -> Iterator[Record | BrokenRecord]:
+    from datasets import load_dataset
+
     try:
         splits = load_dataset(found.name, streaming=True, revision=_commit(found.name), token=_token())
         rows = splits[_one_split(found, list(splits))]
-    except _HUB_ERRORS as error:
+    except _hub_errors() as error:
         raise _unreachable(found.name, error) from error
     place = 0
     try:
         for place, row in enumerate(rows, start=1):
             yield Record(without_nan(dict(row)), found.name, f"row {place}")
-    except _HUB_ERRORS as error:
+    except _hub_errors() as error:
         raise WorkError(
             f"Reading {found.name} from the hub broke off after row {place} ({str(error).splitlines()[0]}). Run the "
             "command again, or download the files and name their folder."
         ) from error
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    import httpx
+
+    return OSError, ValueError, httpx.HTTPError
 
 
 def _unreachable(name: str, error: Exception) -> RequestError:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import TextRow, normalised
+from llm_engineering.data.rows import Quarantined, TextRow, normalised
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import known_names
 from llm_engineering.generation.derived.claims import missing_claims

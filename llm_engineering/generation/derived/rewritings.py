@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import REPLAY, InstructionRow, Row, TextRow, split_key, split_of
+from llm_engineering.data.rows import REPLAY, InstructionRow, Quarantined, Row, TextRow, split_key, split_of
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import Passage
 from llm_engineering.formatting.datasets import format_rows

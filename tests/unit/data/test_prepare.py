@@ -22,15 +22,7 @@ from llm_engineering.data.dataset_rules import document_limit, length_bounds, ra
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import check_splits, prepare
-from llm_engineering.data.rows import (
-    InstructionRow,
-    Message,
-    PreferenceRow,
-    instruction_dataset,
-    instruction_row,
-    preference_dataset,
-    split_of,
-)
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_row, split_of
 from llm_engineering.data.similarity import (
     Clusters,
     EvaluationIndex,
@@ -40,7 +32,13 @@ from llm_engineering.data.similarity import (
     join_near_duplicates,
     sketch,
 )
-from llm_engineering.data.storage import TableWriter, dataset_batches, stream_records
+from llm_engineering.data.storage import (
+    TableWriter,
+    dataset_batches,
+    instruction_dataset,
+    preference_dataset,
+    stream_records,
+)
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 

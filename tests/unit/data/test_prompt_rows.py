@@ -6,15 +6,8 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_evaluation, prompts_of
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.row_rules import check_row
-from llm_engineering.data.rows import (
-    InstructionRow,
-    Message,
-    PromptRow,
-    prompt_dataset,
-    read_row,
-    split_key,
-    written_as,
-)
+from llm_engineering.data.rows import InstructionRow, Message, PromptRow, read_row, split_key, written_as
+from llm_engineering.data.storage import prompt_dataset
 from llm_engineering.recipe.data_blocks import DataConfig, RulesConfig
 
 

@@ -5,10 +5,11 @@ from collections import Counter
 
 import pytest
 
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import prepare
-from llm_engineering.data.rows import instruction_dataset, split_key, split_of
+from llm_engineering.data.rows import Quarantined, split_key, split_of
+from llm_engineering.data.storage import instruction_dataset
 from llm_engineering.documents.general_instructions import (
     balanced_instructions,
     check_replayed_instructions,

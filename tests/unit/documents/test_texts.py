@@ -9,7 +9,8 @@ import pytest
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.row_rules import check_row
-from llm_engineering.data.rows import FEATURES, InstructionRow, Message, TextRow, split_key, split_of, to_dataset
+from llm_engineering.data.rows import InstructionRow, Message, TextRow, split_key, split_of
+from llm_engineering.data.storage import FEATURES, to_dataset
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.texts import check_replay, document_rows, replay_rows, sentence_rows

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import FEATURES, Message, instruction_dataset, preference_dataset, to_dataset
+from llm_engineering.data.rows import Message
+from llm_engineering.data.storage import FEATURES, instruction_dataset, preference_dataset, to_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.evaluate import evaluate
 from llm_engineering.evaluation.gate import decide

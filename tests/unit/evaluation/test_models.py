@@ -7,7 +7,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from llm_engineering.data.rows import Message, preference_dataset
+from llm_engineering.data.rows import Message
+from llm_engineering.data.storage import preference_dataset
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.measures.observation import (
     heldout_loss,

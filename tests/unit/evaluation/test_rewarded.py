@@ -3,7 +3,7 @@
 import pytest
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import prompt_dataset
+from llm_engineering.data.storage import prompt_dataset
 from llm_engineering.evaluation.evaluate import Rewarding, evaluate
 from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.heldout import held_out

@@ -5,17 +5,8 @@ from datasets import DatasetDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
-from llm_engineering.data.rows import (
-    FEATURES,
-    HUMAN,
-    REPEATED,
-    Message,
-    PreferenceRow,
-    instruction_dataset,
-    preference_dataset,
-    split_key,
-    split_of,
-)
+from llm_engineering.data.rows import HUMAN, REPEATED, Message, PreferenceRow, split_key, split_of
+from llm_engineering.data.storage import FEATURES, instruction_dataset, preference_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.feedback.decisions import Decision, content_of
 from llm_engineering.feedback.human_rows import (

@@ -7,14 +7,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import (
-    InstructionRow,
-    LabelledRow,
-    Message,
-    PreferenceRow,
-    instruction_dataset,
-    preference_dataset,
-)
+from llm_engineering.data.rows import InstructionRow, LabelledRow, Message, PreferenceRow
+from llm_engineering.data.storage import instruction_dataset, preference_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels

@@ -5,7 +5,8 @@ import copy
 import pytest
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_dataset
+from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
+from llm_engineering.data.storage import instruction_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.formatting import render as rendering

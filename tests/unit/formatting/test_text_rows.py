@@ -5,7 +5,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import FEATURES, TextRow, to_dataset
+from llm_engineering.data.rows import TextRow
+from llm_engineering.data.storage import FEATURES, to_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.columns import pieces
 from llm_engineering.formatting.datasets import format_rows, format_splits

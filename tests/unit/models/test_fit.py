@@ -7,7 +7,7 @@ from transformers import GPTJConfig
 
 from benchmarks.architectures import ARCHITECTURES
 from llm_engineering.errors import RequestError
-from llm_engineering.models.fit import on_meta, table_of_positions
+from llm_engineering.models.fit import left_out, on_meta, table_of_positions
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer
 from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.cases.refusals import UNPACKED, config_of, judged
@@ -61,16 +61,13 @@ def test_only_tables_of_positions_limit_the_length():
     assert table_of_positions(on_meta(rotary_table, None, "eager", False)) == 64
 
 
-def test_layers_and_experts_without_an_adapter_are_named(caplog):
-    with caplog.at_level(logging.INFO):
-        judged("Phi-3", "cpt.lora.target_modules=[o_proj]")
-        judged("gpt-oss")
-    with_head = len(caplog.records)
-    with caplog.at_level(logging.INFO):
-        judged("Qwen2", "cpt.lora.modules_to_save=[embed_tokens,lm_head]")
-    assert not [record for record in caplog.records[with_head:] if "none on" in record.getMessage()]
-    assert "adapters on o_proj, and none on down_proj, gate_up_proj, qkv_proj" in caplog.text
-    assert "the experts' weights get no adapter (down_proj, gate_up_proj)" in caplog.text
+def test_layers_and_experts_without_an_adapter_are_named():
+    named = [left_out(judged("Phi-3", "cpt.lora.target_modules=[o_proj]")), left_out(judged("gpt-oss"))]
+    assert (logging.INFO, "lora: adapters on o_proj, and none on down_proj, gate_up_proj, qkv_proj") in named[0]
+    (experts,) = (note for level, note in named[1] if level == logging.WARNING)
+    assert experts.startswith("lora: the experts' weights get no adapter (down_proj, gate_up_proj).")
+    with_head = left_out(judged("Qwen2", "cpt.lora.modules_to_save=[embed_tokens,lm_head]"))
+    assert not [note for _, note in with_head if "none on" in note]
 
 
 def test_tokens_without_a_row_in_the_embedding_are_refused(small_llama, settings):

@@ -6,8 +6,9 @@ from datasets import DatasetDict
 from huggingface_hub import DatasetCard
 from pydantic import ValidationError
 
-from llm_engineering.data.ledger import Ledger, Quarantined
-from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
+from llm_engineering.data.ledger import Ledger
+from llm_engineering.data.rows import InstructionRow, Message, Quarantined
+from llm_engineering.data.storage import instruction_dataset
 from llm_engineering.publish.dataset_card import (
     OWN_DATASET,
     CardFacts,

@@ -9,7 +9,8 @@ from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 from pydantic import SecretStr
 
-from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset
+from llm_engineering.data.rows import InstructionRow, Message
+from llm_engineering.data.storage import instruction_dataset
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.publish.hub import check_secrets, public_rows, publish, push_dataset
 from tests.fakes.hub import Repo, running_hub

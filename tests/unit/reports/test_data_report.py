@@ -5,9 +5,9 @@ import re
 import pytest
 from datasets import Dataset, DatasetDict
 
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.reasons import REASONS
-from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow
+from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow, Quarantined
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import FormattedRow, Lengths
 from llm_engineering.reports.data_report import check_fit, write_data_report

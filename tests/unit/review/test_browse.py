@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from datasets import concatenate_datasets
 
-from llm_engineering.data.rows import FEATURES, InstructionRow, Message, PromptRow, TextRow, to_dataset
+from llm_engineering.data.rows import InstructionRow, Message, PromptRow, TextRow
+from llm_engineering.data.storage import FEATURES, to_dataset
 from llm_engineering.review.browse import Filter, Table
 
 

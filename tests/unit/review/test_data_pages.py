@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
-from llm_engineering.data.rows import FEATURES, TextRow, to_dataset
-from llm_engineering.data.storage import TableWriter
+from llm_engineering.data.rows import TextRow
+from llm_engineering.data.storage import FEATURES, TableWriter, to_dataset
 from llm_engineering.feedback.decisions import current, stored
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.review import data_pages

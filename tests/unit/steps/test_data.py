@@ -8,15 +8,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import (
-    FEATURES,
-    SPLITS,
-    TextRow,
-    instruction_dataset,
-    instruction_row,
-    split_of,
-    to_dataset,
-)
+from llm_engineering.data.rows import SPLITS, TextRow, instruction_row, split_of
+from llm_engineering.data.storage import FEATURES, instruction_dataset, to_dataset
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback.human_rows import read_snapshot, take_snapshot

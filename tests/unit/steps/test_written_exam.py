@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset, normalised
+from llm_engineering.data.rows import InstructionRow, Message, normalised
+from llm_engineering.data.storage import instruction_dataset
 from llm_engineering.evaluation.measures.exam import exam_hash, read_exam, with_written
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, SplitConfig

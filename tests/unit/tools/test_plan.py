@@ -1,6 +1,10 @@
 """Plans of chains: the steps of each pipeline, and the hash of everything that decides a stage's result."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +15,9 @@ from llm_engineering.errors import RequestError
 from llm_engineering.feedback import comparisons
 from llm_engineering.feedback.comparisons import Compared, own_question
 from llm_engineering.recipe.loading import load_recipe
+from tests.conftest import ROOT
 from tools import readiness
+from tools.checks import check_model
 from tools.expected_rows import data_lines
 from tools.forecast import tokens_of
 from tools.plan import planned_steps, print_plan, stages_of
@@ -457,3 +463,40 @@ def test_a_dry_run_refuses_files_that_are_missing_or_in_no_known_format(recipe, 
     for path, words in ((tmp_path / "none.jsonl", "There is no file"), (unlabelled, "has no column `label`")):
         with pytest.raises(RequestError, match=words):
             print_plan("kto", recipe(["sft", "kto"], data={"labelled": str(path)}))
+
+
+def test_a_dry_run_imports_slow_libraries_only_for_a_model_and_recipe_that_it_has_not_judged(recipe, tmp_path):
+    recipe(["sft"], sft={"lora": {"target_modules": ["q_proj"]}})
+    program = (
+        "import sys; from tools.cli import main; "
+        f"code = main(['run', 'sft', '--dry-run', '--set', 'name=own', '--config', {str(tmp_path / 'recipe.yaml')!r}]); "
+        "print(code, [name for name in sys.argv[1:] if name in sys.modules])"
+    )
+    needless = ["datasets", "trl", "zenml"]
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", program, *needless, "transformers", "peft"],
+            env={**os.environ, "LLM_CACHE_DIR": str(tmp_path / "cache")}, cwd=ROOT, capture_output=True, text=True, check=True,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    assert [first.stdout.splitlines()[-1], second.stdout.splitlines()[-1]] == ["0 ['transformers', 'peft']", "0 []"]
+    # What the first one says about the model is said again.
+    assert "adapters on q_proj, and none on" in second.stderr
+    assert second.stderr == first.stderr
+    assert memory_lines(second.stdout) == memory_lines(first.stdout) != []
+
+
+def memory_lines(plan):
+    return [line.partition("; ")[0] for line in plan.splitlines() if "at its peak" in line]
+
+
+def test_a_dry_run_judges_a_model_again_whose_configuration_has_changed(recipe, small_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_CACHE_DIR", str(tmp_path / "cache"))
+    model = Path(shutil.copytree(small_llama, tmp_path / "model"))
+    made = recipe(["sft"], model={"name_or_path": str(model)})
+    check_model(made)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(RequestError, match="are quantised"):
+        check_model(made)

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import InstructionRow, Message, instruction_dataset, preference_dataset
+from llm_engineering.data.rows import InstructionRow, Message
+from llm_engineering.data.storage import instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels

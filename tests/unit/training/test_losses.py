@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.training import losses
+from llm_engineering.training.estimate import CHUNK
 from llm_engineering.training.losses import (
-    CHUNK,
     attend_by_row,
     continues_prompts,
     keeps_rows_apart,

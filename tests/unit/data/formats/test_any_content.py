@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.formats.known_formats import INSTRUCTION_FORMATS, PREFERENCE_FORMATS
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import instruction_dataset, preference_dataset
+from llm_engineering.data.rows import Quarantined
+from llm_engineering.data.storage import instruction_dataset, preference_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 from tests.unit.data.formats.records import opened, texts_of

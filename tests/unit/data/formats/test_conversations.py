@@ -5,8 +5,8 @@ import json
 import pytest
 
 from llm_engineering.data.formats.detection import open_dataset
-from llm_engineering.data.ledger import Quarantined
-from llm_engineering.data.rows import InstructionRow, instruction_dataset, instruction_row
+from llm_engineering.data.rows import InstructionRow, Quarantined, instruction_row
+from llm_engineering.data.storage import instruction_dataset
 from llm_engineering.recipe.data_blocks import DataConfig
 from tests.unit.data.formats.records import ANSWER, SYSTEM, gpt, opened, texts_of, turns
 

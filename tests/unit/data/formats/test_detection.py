@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from llm_engineering.data.formats.detection import open_dataset
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
-from llm_engineering.data.rows import InstructionRow
+from llm_engineering.data.rows import InstructionRow, Quarantined
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 from tests.unit.data.formats.records import gpt, opened, texts_of, turns

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from llm_engineering.data.formats.detection import open_dataset
-from llm_engineering.data.ledger import Ledger, Quarantined
+from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
-from llm_engineering.data.rows import FEATURES, LabelledRow, Message, PreferenceRow, read_row, split_key, to_dataset
+from llm_engineering.data.rows import LabelledRow, Message, PreferenceRow, Quarantined, read_row, split_key
+from llm_engineering.data.storage import FEATURES, to_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 from tests.unit.data.formats.records import opened, texts_of, turns

@@ -3,6 +3,7 @@
 import io
 import json
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -286,19 +287,18 @@ def test_a_dataset_of_the_hub_is_read(tmp_path, settings, monkeypatch):
     """Only the two calls to the hub are replaced."""
     write(tmp_path / "train.jsonl")
     calls = []
+    read = datasets.load_dataset
 
     def load(name, **options):
         calls.append((name, options))
-        import datasets
-
-        return datasets.load_dataset("json", data_files={"train": str(tmp_path / "train.jsonl")}, streaming=True)
+        return read("json", data_files={"train": str(tmp_path / "train.jsonl")}, streaming=True)
 
     class Info:
         sha = "0123abcd"
 
     monkeypatch.setenv("HF_TOKEN", "secret")
-    monkeypatch.setattr("llm_engineering.data.reading.sources.load_dataset", load)
-    monkeypatch.setattr("llm_engineering.data.reading.sources.HfApi.dataset_info", lambda api, name: Info)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name: Info)
     assert dataset_hash("owner/name") == "0123abcd"
     assert list(open_records("owner/name#train"))[1] == Record(ROWS[1], "owner/name", "row 2")
     assert calls == [("owner/name", {"streaming": True, "revision": "0123abcd", "token": "secret"})]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_engineering.data.rows import FEATURES, instruction_dataset, to_dataset
+from llm_engineering.data.storage import FEATURES, instruction_dataset, to_dataset
 from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.measures.human_preference import human_win_rate, identities, trained_questions
 from llm_engineering.evaluation.statistics import Bootstrap
