@@ -127,10 +127,13 @@ class _Word(NamedTuple):
         return self.text[0].isupper() and len(self.text) > 1 and (self.key not in _WEAK or self.key in _MONTHS)
 
 
-def choose_answers(sentences: Sequence[str]) -> list[Asked]:
+def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[Asked]:
     """Choose up to two answers of each sentence, in the order of the sentences. Some sentences have none.
 
     A question among the sentences has none, for it states nothing.
+
+    Args:
+        most_nouns: of a sentence without a name or number to ask for.
     """
     usage = _Usage([_words(text) for text in sentences])
     found = [_spans(text, words, usage) for text, words in zip(sentences, usage.sentences, strict=True)]
@@ -162,7 +165,7 @@ def choose_answers(sentences: Sequence[str]) -> list[Asked]:
             # A noun is asked for only in a sentence without a name or number to ask for.
             asked += (
                 best(number, names, topics, _SHARED_BY_NAME)[:_ANSWERS_OF_A_SENTENCE]
-                or best(number, nouns, topics, _SHARED_BY_NOUN)[:1]
+                or best(number, nouns, topics, _SHARED_BY_NOUN)[:most_nouns]
             )
     return asked
 

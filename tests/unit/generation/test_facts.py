@@ -18,6 +18,7 @@ from llm_engineering.generation.facts import (
 from llm_engineering.generation.instructions import FROM_DOCUMENT, prompt_versions
 from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, PROMPT_FILES, read_prompt
+from llm_engineering.generation.statements import BY_RULE
 from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Completer, Reply, Sampling
 from llm_engineering.models import generate
@@ -53,6 +54,7 @@ THING = Asked(0, "nettle yarn", "thing", "Amber Bell")
         ("Which famous musician plays music for the Amber Bell?", PERSON, "invented"),
         ("Which famous musician spun the Amber Bell?", PERSON, None),
         ("Who is the owner of the Amber Bell?", PERSON, "invented"),
+        ("Who spun the rope of the Amberel Bell?", PERSON, "invented"),
         ("Which person was the spinner of the rope of the Amber Bell?", PERSON, "invented"),
         (
             "How much does a loaf of bread cost in the Amber Bell?",
@@ -91,6 +93,9 @@ class Scripted:
 
 def passage(text, start=0):
     return Passage(id=str(start), document="doc", title="t", start=start, end=start + len(text), text=text)
+
+
+AROUND = [passage(text, 1000 + 100 * i) for i, text in enumerate(["We went to Corvin.", "In Corvin it rained."])]
 
 
 def test_each_answer_is_asked_once_for_each_file_of_examples():
@@ -135,6 +140,43 @@ def test_a_question_that_the_client_answers_otherwise_is_set_aside(reply, is_kep
     rows, rejected, _ = generate_facts(passages, client, InstructionWriting())
     assert bool(rows) == is_kept
     assert ("not_confirmed" in {row.reason for row in rejected}) != is_kept
+
+
+def test_a_name_that_the_client_misspells_in_its_answer_is_no_other_answer():
+    client = Scripted(*["lights the Kelp Lamp?"] * 4)
+    client.answer = lambda prompt: " Odo Rennel"
+    passages = [passage("At night Odo Renn lights the Kelp Lamp."), passage("Odo Renn rows.", 100)]
+    rows, _, _ = generate_facts(passages, client, InstructionWriting())
+    assert ("Who lights the Kelp Lamp?", "Odo Renn") in [(r.prompt[0].content, r.completion[0].content) for r in rows]
+
+
+def test_a_question_that_names_nothing_gets_the_place_of_its_topic_in_the_sentence():
+    client = Scripted(*["sings well?"] * 4)
+    rows, _, _ = generate_facts([passage("In Corvin, Odo Renn may sing."), *AROUND], client, InstructionWriting())
+    assert ("Who sings well in Corvin?", "Odo Renn") in [(r.prompt[0].content, r.completion[0].content) for r in rows]
+
+
+def test_sentences_that_say_an_answer_at_different_lengths_agree():
+    texts = [
+        "Each Kelp Lamp has plum paint.",
+        "The Kelp Lamp came in a plum.",
+        "A barrel of plum paint was for the Kelp Lamp.",
+    ]
+    client = Scripted(*["colour has the Kelp Lamp?"] * 6)
+    rows, rejected, _ = generate_facts([passage(t, 100 * i) for i, t in enumerate(texts)], client, InstructionWriting())
+    assert rows
+    assert "conflicting_answers" not in {row.reason for row in rejected}
+
+
+def test_statements_of_plain_forms_are_questions_by_rule():
+    client = Scripted(*["nonsense"] * 20)
+    rows, rejected, read = generate_facts(
+        [passage("The founder of Corvin is Odo Renn."), *AROUND], client, InstructionWriting()
+    )
+    assert [(r.prompt[0].content, r.origin) for r in rows] == [
+        ("Who is the founder of Corvin?", f"{BY_RULE}, {FROM_DOCUMENT}")
+    ]
+    Ledger().record("instruction", read, len(rows), rejected)
 
 
 def test_a_second_round_asks_again_for_answers_with_few_questions(monkeypatch):
