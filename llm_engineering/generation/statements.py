@@ -10,7 +10,7 @@ import re
 
 from llm_engineering.generation.answers import Asked, Kind
 
-# The start of the origin of such questions.
+# The origin of such questions.
 BY_RULE = "statement turned by rule"
 _ARTICLE = r"(?:an? |the )?"
 # What may begin a sentence and as well end a question: "In earlier times the site was …", "Before the flood, the site was …".
@@ -18,78 +18,98 @@ _LEAD = (
     r"(?P<lead>(?:After|At|Before|During|For|In|Long|On|Once|Since|Today|Until)"
     rf" {_ARTICLE}(?!an? |the )\w[^,]{{0,40}}?),? (?=an? |the |[A-Z])"
 )
-_TO_BE = r" (?P<be>is|are|was|were)(?P<adverb>(?: (?:always|currently|formerly|now|once|originally|still))?)"
-_PLACE = r"(?P<place>(?: (?:at|in|near|on))?) "
+_BE = r"(?P<be>is|are|was|were)"
+_ADVERB = r"(?P<adverb>(?: (?:always|currently|formerly|now|once|originally|still))?)"
 # The answer is all that is said: "a spoon" does not answer for "a spoon or a cup".
 _END = r"(?:[.;!]|, (?!(?:and|or) \w+[.,;]))"
-# What may follow an answer and as well end its question: "gets a spoon at the fair".
-_REST = r"(?P<rest>(?: (?:as|at|for|in|on|to) [^,;:]+?)?)[,.;!]"
-# A participle and what belongs to it.
-_DONE = r"(?:[a-z]+(?:ed|en|wn)|born|built|cut|found|ground|held|kept|made|sold|spun|taught|told|wrought)(?: [a-z]+)?"
-_NO_VERBS = frozenset(["is", "was", "has", "does", "remains", "stays", "as", "its", "his", "this"])
+# What may follow an answer and as well end its question: "was a port before the flood", "gets a spoon at the fair".
+_SINCE = rf"(?P<rest>(?: (?:after|before|in|since|until) [^,;:]+?)?){_END}"
+_REST = rf"(?P<rest>(?: (?:as|at|for|in|on|to) [^,;:]+?)?){_END}"
+_PLACED = "(?:at|by|from|in|near|of|on|with)"
+# A participle or its like, and what belongs to it.
+_DONE = (
+    r"(?P<done>(?:[a-z]+(?:ed|en|wn)|born|built|cut|found|ground|held|kept|made|open|sold|shut|spun|taught|told)"
+    rf"(?: (?!{_PLACED} |an? |the )[a-z]+)?)"
+)
+# A verb in the third person. "has" is mostly a part of one.
+_DOES = r"(?P<does>(?!(?:is|was|has|does|remains|stays|as|its|his|this) )[a-z]+s)"
+# What something does, after it. Several things may be or stand in a place, so that is not the answer of its question.
+_ACTS = r"(?P<acts>(?!(?:is|was|stands|stood|lies) (?:at|in|near|on)\b)(?:is|was|has|had|[a-z]+(?:s|ed)) (?!that\b)[^,;:]+?)[,.;!]"
+# A part of a subject.
+_NO_VERB = r"(?:(?! (?:is|are|was|were|has|have|had|will|can|may|must) )[^,;:()])"
 _WHEN: frozenset[Kind] = frozenset(["day", "month", "year", "hour"])
 _COLOURS = frozenset([
     "beige", "black", "blue", "brown", "crimson", "golden", "gray", "green", "grey", "orange", "pink", "plum", "purple", "red",
     "scarlet", "silver", "turquoise", "violet", "white", "yellow",
 ])  # fmt: skip
-# Several things may be or stand in a place, or say something, so such a statement is not the answer of its question.
-_DOES = r"(?!(?:is|was|stands|stood|lies) (?:at|in|near|on)\b)(?P<does>(?:is|was|has|had|[a-z]+(?:s|ed)) (?!that\b)[^,;:]+?)"
 
 
 def question_by_rule(sentence: str, asked: Asked) -> str | None:
     """The question that `sentence` answers with the asked words; None if the sentence has none of the forms."""
-    answer, topic = re.escape(asked.answer), re.escape(asked.topic)
+    # "on Mondays" answers with Monday
+    answer = rf"{_ARTICLE}{re.escape(asked.answer)}{'s?' * (asked.kind == 'day')}"
+    of_it = rf"(?P<subject>(?:(?:An?|The|an?|the|Each|Every|each|every) |{re.escape(asked.topic)}){_NO_VERB}*?)"
     person = asked.kind == "person"
-    subject = rf"(?P<subject>(?:(?:An?|The|an?|the) |{topic})[^,;:()]*?)"
+    who = "Who" if person else "What"
 
     # "The prize of the fair is a spoon.", "Before the flood, the site was a brewery."
     for start in (_LEAD, ""):
-        if said := re.match(rf"{start}{subject}{_TO_BE}{_PLACE}{_ARTICLE}{answer}{_END}", sentence):
-            word = "Who" if person else "What colour" if asked.answer in _COLOURS else "What"
-            if said["place"]:
-                word = "When" if asked.kind in _WHEN else "Where"
+        if said := re.match(
+            rf"{start}{of_it} {_BE}{_ADVERB}(?P<how>(?: (?:at|in|near|on))?) {answer}{_SINCE}", sentence
+        ):
+            word = _asking(asked, said["how"].strip())
+            if asked.answer in _COLOURS:
+                word = "What colour"
+            elif asked.kind == "price" and "price" not in said["subject"]:
+                word = "How much"
             lead = f" {said['lead'][0].lower()}{said['lead'][1:]}" if start else ""
-            return f"{word} {said['be']} {_inside(said['subject'])}{said['adverb']}{lead}?"
+            return f"{word} {said['be']} {_inside(said)}{said['adverb']}{said['rest']}{lead}?" if word else None
 
-    # "The flour is ground at the mill.", "The lamp was designed by Alice."
-    said = re.match(
-        rf"{subject} (?P<be>is|are|was|were) (?P<done>{_DONE}) (?P<how>\w+) {_ARTICLE}{answer}{_END}", sentence
-    )
-    if said and (word := _asking(asked, said["how"])):
-        kept = f" {said['how']}" if word in ("Who", "What") else ""
-        return f"{word} {said['be']} {_inside(said['subject'])} {said['done']}{kept}?"
+    # "The flour is ground at the mill.", "The lamp was designed by Alice.", "The ferry is named the Gull."
+    if said := re.match(rf"{of_it} {_BE} {_DONE}(?P<how>(?: {_PLACED})?) {answer}{_END}", sentence):
+        word = _asking(asked, said["how"].strip())
+        kept = said["how"] if word == who else ""
+        return f"{word} {said['be']} {_inside(said)} {said['done']}{kept}?" if word else None
 
-    # "The fair takes place in June.", "The winner gets a spoon at the fair."
-    said = re.match(
-        rf"{subject} (?P<does>[a-z]+s)(?P<more>(?: place)?)(?P<how>(?: in| at| on| near)?) {_ARTICLE}{answer}{_REST}",
-        sentence,
-    )
-    if said and said["does"] not in _NO_VERBS and (word := _asking(asked, said["how"].strip())):
-        return f"{word} does {_inside(said['subject'])} {_infinitive(said['does'])}{said['more']}{said['rest']}?"
+    # "The fair takes place in June.", "The winner gets a spoon at the fair.", "The fund pays for lessons."
+    if said := re.match(
+        rf"{of_it} {_DOES}(?P<more>(?: place)?)(?P<how>(?: (?!an? |the )[a-z]+)?) {answer}{_REST}", sentence
+    ):
+        word = _asking(asked, said["how"].strip())
+        kept = said["how"] if word == who else ""
+        verb = _infinitive(said["does"])
+        return f"{word} does {_inside(said)} {verb}{said['more']}{kept}{said['rest']}?" if word else None
+
+    # "On Mondays the mill is shut.", "In Corvin the lamp is made."
+    if said := re.match(rf"(?:At|In|Near|On) {answer},? {of_it} {_BE} (?P<rest>[^,;:]+?)[,.;!]", sentence):
+        word = _asking(asked, "in")
+        return f"{word} {said['be']} {_inside(said)} {said['rest']}?" if word else None
 
     # "The site used to be a brewery."
-    if said := re.match(rf"{subject} used to be {_ARTICLE}{answer}{_END}", sentence):
-        return f"What did {_inside(said['subject'])} use to be?"
+    if said := re.match(rf"{of_it} used to be {answer}{_END}", sentence):
+        return f"What did {_inside(said)} use to be?"
 
-    # "Ruth Crole, the manager of the site, asked for a crane."
-    if person and (said := re.search(rf"{answer}, (the [^,]+),", sentence)):
-        return f"Who is {said[1]}?"
+    # "Ruth Crole, the manager of the site, asked for a crane.", "The prize of the fair, a spoon, hangs in the mill."
+    if person and (said := re.search(rf"{answer}, (?:who (?P<acts>[a-z]+ [^,]+)|(?P<role>the [^,]+)),", sentence)):
+        return f"Who is {said['role']}?" if said["role"] else f"Who {said['acts']}?"
+    if said := re.match(rf"{of_it}, {answer}, (?!and\b|or\b)", sentence):
+        return f"{who} is {_inside(said)}?"
 
     # "Ruth Crole manages the site.", "Woodworm closed the mill, and it was costly."
-    said = re.match(rf"{_ARTICLE}{answer} {_DOES}[,.;!]", sentence, re.IGNORECASE)
-    if said and asked.kind in ("person", "thing") and " and " not in said["does"]:
-        return f"{'Who' if person else 'What'} {said['does']}?"
+    said = re.match(rf"{answer} {_ACTS}", sentence, re.IGNORECASE)
+    if said and asked.kind in ("person", "thing") and " and " not in said["acts"]:
+        return f"{who} {said['acts']}?"
     return None
 
 
 def _asking(asked: Asked, preposition: str) -> str | None:
-    """The first word of a question for an answer after a preposition."""
-    if preposition in ("", "by", "of", "with", "from"):
-        if asked.kind == "duration":
-            return "How long" if not preposition else None
-        return "Who" if asked.kind == "person" else "What"
-    if preposition in ("in", "at", "on", "near"):
+    """The first words of a question for an answer after a preposition, or directly after a verb."""
+    if preposition in ("at", "in", "near", "on"):
         return "When" if asked.kind in _WHEN else "Where" if asked.kind in ("place", "thing") else None
+    if asked.kind == "duration":
+        return "How long" if not preposition else None
+    if preposition in ("", "by", "for", "from", "of", "to", "with"):
+        return "Who" if asked.kind == "person" else "What"
     return None
 
 
@@ -97,9 +117,9 @@ def _infinitive(verb: str) -> str:
     """The infinitive of a regular verb in the third person."""
     if verb.endswith("ies"):
         return f"{verb[:-3]}y"
-    return verb[:-2] if re.search("(?:ss|sh|ch|x|oe|zz)es$", verb) or verb.endswith("goes") else verb[:-1]
+    return verb[:-2] if re.search("(?:ss|sh|ch|x|zz|go)es$", verb) else verb[:-1]
 
 
-def _inside(subject: str) -> str:
-    """A subject as it stands inside a sentence: with its article in small letters."""
-    return re.sub("^(?:An?|The) ", lambda article: article[0].lower(), subject)
+def _inside(said: re.Match[str]) -> str:
+    """The subject of a statement as it stands inside a sentence: with its article in small letters."""
+    return re.sub("^(?:An?|The|Each|Every) ", lambda article: article[0].lower(), said["subject"])

@@ -26,6 +26,13 @@ from llm_engineering.generation.statements import question_by_rule
         ("The Kelp Lamp was designed by Odo Renn.", "Odo Renn", "person", "Kelp Lamp", "Who was the Kelp Lamp designed by?"),
         ("The Kelp Fair takes place in June.", "June", "month", "Kelp Fair", "When does the Kelp Fair take place?"),
         ("The winner gets a spoon at the Kelp Fair.", "spoon", "thing", "Kelp Fair", "What does the winner get at the Kelp Fair?"),
+        ("The Kelp Fund pays for spoons.", "spoons", "thing", "Kelp Fund", "What does the Kelp Fund pay for?"),
+        ("The ferry to Corvin is called the Gull.", "Gull", "thing", "Corvin", "What is the ferry to Corvin called?"),
+        ("Corvin was a port until the flood came.", "port", "thing", "Corvin", "What was Corvin until the flood came?"),
+        ("On Mondays Corvin is shut to guests, as ever.", "Monday", "day", "Corvin", "When is Corvin shut to guests?"),
+        ("The prize of the Kelp Fair, a spoon, is old.", "spoon", "thing", "Kelp Fair", "What is the prize of the Kelp Fair?"),
+        ("Odo Renn, who leads Corvin, sings.", "Odo Renn", "person", "Corvin", "Who leads Corvin?"),
+        ("A bed in Corvin is 9 crowns.", "9 crowns", "price", "Corvin", "How much is a bed in Corvin?"),
         ("A stay in Corvin takes 9 days.", "9 days", "duration", "Corvin", "How long does a stay in Corvin take?"),
     ],
 )  # fmt: skip
@@ -43,6 +50,8 @@ def test_a_statement_becomes_the_question_that_it_answers(sentence, answer, kind
         # The clause is part of another one.
         ("Remember that the Corvin fair is in June.", "June", "month"),
         ("Odo Renn says that the Corvin fair, which he leads, is loud.", "Odo Renn", "person"),
+        ("The Kelp Lamp is shown to guests of Corvin on Mondays.", "guests", "thing"),
+        ("The mill of Corvin, a port, and a spoon are old.", "spoon", "thing"),
         # Other things may stand there, too.
         ("The Kelp Lamp stands in Corvin.", "Kelp Lamp", "thing"),
         ("The price of Corvin remains 9 crowns.", "9 crowns", "price"),
