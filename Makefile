@@ -15,7 +15,7 @@ $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
 export MAKE_GIVEN $(MAKE_GIVEN)
 
 COMMANDS := run run-sft run-dpo retrain datasets sweep runs dashboard watch inspect review push-dataset chat compare exam serve models \
-  compare-versions promote rollback lineage verify sign replay evidence delete-version export push-model schedule schedules schedule-change schedule-pause schedule-resume \
+  compare-versions promote rollback lineage verify sign replay evidence delete-version export push-model deploy undeploy schedule schedules schedule-change schedule-pause schedule-resume \
   schedule-run unschedule preflight image
 
 .DEFAULT_GOAL := help
@@ -60,6 +60,8 @@ evidence:  ## write a page and a bill of materials that show what a model versio
 delete-version:  ## delete a model version and what only it uses, after showing the disk that this frees: VERSION=…
 export:  ## write the files of a merged, verified model: [VERSION=N] [FORMAT=gguf|gguf-lora] [QUANT=Q4_K_M] [OUTPUT=path]
 push-model:  ## publish a model on the hub: [VERSION=N]
+deploy:  ## serve a model at a SageMaker endpoint, which is paid until undeploy: [VERSION=N] [NAME=…]
+undeploy:  ## remove a SageMaker endpoint: [NAME=…] [ARGS=--packages]
 
 ##@ Schedules
 schedule:  ## retrain at fixed times: CRON="0 3 ? * SUN *" [TIMEZONE=…] [NAME=…] [DOCUMENTS=s3://…] [TARGET=local]

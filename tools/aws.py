@@ -158,9 +158,9 @@ def stack(
 
 
 def tag(target: str) -> str:
-    """The tag of an image: its target and the hash of the lock and the Dockerfile, which decide its content."""
+    """The tag of an image: its target and the hash of the files that decide its content."""
     folder = PROJECT_ROOT / "docker"
-    content = (folder / "Dockerfile").read_bytes() + (folder / f"{target}.lock").read_bytes()
+    content = b"".join((folder / name).read_bytes() for name in ("Dockerfile", "serve", f"{target}.lock"))
     return f"{target}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 

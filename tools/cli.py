@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 
 
 GROUPS = {
-    "models": "List, promote, check, sign, delete, export and publish the versions of a recipe's model.",
+    "models": "List, promote, check, sign, delete, export, publish and deploy the versions of a recipe's model.",
     "schedule": "Retrain at fixed times, as a SageMaker job or with a timer on this machine.",
     "cloud": "Prepare an AWS account for SageMaker jobs.",
 }
@@ -161,6 +161,12 @@ COMMANDS: dict[str, list[Entry]] = {
         ),
         Entry(
             "models push", "model_versions.handover:push", "Publish a merged, verified model on the Hugging Face Hub."
+        ),
+        Entry("models deploy", "model_versions.deployment:deploy", "Serve a model at a SageMaker endpoint."),
+        Entry(
+            "models undeploy",
+            "model_versions.deployment:undeploy",
+            "Remove a SageMaker endpoint, its configurations and its models.",
         ),
     ],
     "Schedules and cloud": [

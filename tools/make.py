@@ -68,6 +68,8 @@ TARGETS = {
     "delete-version": Target("models delete", ("CONFIG",), "VERSION"),
     "export": Target("models export", ("CONFIG", "VERSION", "FORMAT", "QUANT", "OUTPUT")),
     "push-model": Target("models push", ("CONFIG", "VERSION")),
+    "deploy": Target("models deploy", ("CONFIG", "VERSION", "NAME")),
+    "undeploy": Target("models undeploy", ("CONFIG", "NAME")),
     "schedule": Target("schedule create", _TIMED),
     "schedules": Target("schedule list", ("TARGET",)),
     "schedule-change": Target("schedule change", _TIMED),

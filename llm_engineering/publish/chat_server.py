@@ -214,6 +214,8 @@ def build_app(model: ServedModel, log: ServedLog | None = None) -> FastAPI:
         )
         return JSONResponse(ApiError(error.status_code, message).body, error.status_code)
 
+    # SageMaker's addresses of a model are /ping and /invocations.
+    @app.get("/ping")
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
@@ -229,6 +231,7 @@ def build_app(model: ServedModel, log: ServedLog | None = None) -> FastAPI:
         model.check_name(name)
         return description
 
+    @app.post("/invocations")
     @app.post("/v1/chat/completions")
     async def complete(http: Request) -> Response:
         request = read_request(await http.body())

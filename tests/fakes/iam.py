@@ -65,10 +65,11 @@ def needs(request: Request) -> Iterator[Need]:
         return
     context: dict[str, str] = {}
     yield Need(f"{_PREFIXES.get(service, service)}:{operation}", _resource(request), context)
-    if operation == "CreateTrainingJob":
-        yield Need("iam:PassRole", asked["RoleArn"], {"iam:PassedToService": "sagemaker.amazonaws.com"})
-        if asked.get("Tags"):
-            yield Need("sagemaker:AddTags", _resource(request), context)
+    if operation in ("CreateTrainingJob", "CreateModel"):
+        role = asked.get("RoleArn") or asked["ExecutionRoleArn"]
+        yield Need("iam:PassRole", role, {"iam:PassedToService": "sagemaker.amazonaws.com"})
+    if operation in ("CreateTrainingJob", "CreateEndpoint") and asked.get("Tags"):
+        yield Need("sagemaker:AddTags", _resource(request), context)
     if service == "scheduler" and "Target" in asked:
         yield Need("iam:PassRole", asked["Target"]["RoleArn"], {"iam:PassedToService": "scheduler.amazonaws.com"})
 
@@ -82,10 +83,26 @@ _S3 = {
 }  # fmt: skip
 
 
+# The kind of resource of each operation on the parts of an endpoint, and the parameter with its name.
+_ENDPOINT_PARTS = {
+    f"{verb}{part}": (kind, f"{part}Name")
+    for part, kind in (
+        ("Endpoint", "endpoint"), ("EndpointConfig", "endpoint-config"), ("Model", "model"),
+        ("ModelPackage", "model-package"), ("ModelPackageGroup", "model-package-group"),
+    )
+    for verb in ("Create", "Delete", "Describe", "Update")
+    if (verb, part) != ("Create", "ModelPackage")
+} | {"CreateModelPackage": ("model-package", "ModelPackageGroupName")}  # fmt: skip
+
+
 def _resource(request: Request) -> str:
     """The resource of a request; `*` for operations that have none."""
     asked, here = request.parameters, f"{request.region}:{ACCOUNT}"
     match request.service:
+        case "sagemaker" if request.operation in _ENDPOINT_PARTS:
+            kind, key = _ENDPOINT_PARTS[request.operation]
+            name = asked[key].partition(":model-package/")[2] or asked[key]
+            return f"arn:aws:sagemaker:{here}:{kind}/{name.lower()}"
         case "sagemaker" if "TrainingJobName" in asked:
             return f"arn:aws:sagemaker:{here}:training-job/{asked['TrainingJobName']}"
         case "sagemaker":

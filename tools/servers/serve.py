@@ -90,17 +90,18 @@ def serve(
             listener.close()
             engine = f"http://{HOST}:{port}"
             command = vllm_command(vllm, folder, recipe.name, port, precision(device.dtype))
+            command += ["--trust-remote-code"] if trust else []
         else:
-            from llm_engineering.publish.chat_server import ENGINE_MODEL, ServedModel
-
-            engine_port = free_port()
-            engine = f"http://{HOST}:{engine_port}"
-            Path(scratch, ENGINE_MODEL).symlink_to(folder.resolve())
-            command = transformers_command(ENGINE_MODEL, engine_port, device.name)
-            model = ServedModel.read(folder, recipe.name, engine, settings, trust_remote_code=trust)
-            front = serving_chat(model, listener, request_log)
-        if trust:
-            command.append("--trust-remote-code")
+            command, engine, front = transformers_behind_chat(
+                folder,
+                recipe.name,
+                listener,
+                device.name,
+                Path(scratch),
+                settings,
+                request_log,
+                trust_remote_code=trust,
+            )
         logger.info("Starting %s. Its log: %s", Path(command[0]).name, log)
         shown = f"http://{HOST}:{port}/v1, model {recipe.name}"
         try:
@@ -121,6 +122,34 @@ def served_log(found: Found, recipe: Recipe, settings: Settings) -> ServedLog:
     folder = served_folder(settings.llm_output_dir.resolve(), recipe.name)
     logger.info("Requests and answers are written to %s, with personal data and secrets masked.", folder)
     return ServedLog(folder, found.version.number, str(adapter.content_hash))
+
+
+def transformers_behind_chat(
+    folder: Path,
+    name: str,
+    listener: socket.socket,
+    device: str,
+    scratch: Path,
+    settings: Settings,
+    log: ServedLog | None = None,
+    *,
+    trust_remote_code: bool,
+) -> tuple[list[str], str, AbstractContextManager[None]]:
+    """The command of `transformers serve` for a model's folder, its address, and the server of OpenAI's API in front of it.
+
+    Args:
+        listener: the bound socket of the server in front.
+        scratch: the folder in which the command runs.
+    """
+    from llm_engineering.publish.chat_server import ENGINE_MODEL, ServedModel
+
+    port = free_port()
+    engine = f"http://{HOST}:{port}"
+    Path(scratch, ENGINE_MODEL).symlink_to(folder.resolve())
+    command = transformers_command(ENGINE_MODEL, port, device)
+    command += ["--trust-remote-code"] if trust_remote_code else []
+    model = ServedModel.read(folder, name, engine, settings, trust_remote_code=trust_remote_code)
+    return command, engine, serving_chat(model, listener, log)
 
 
 @contextlib.contextmanager

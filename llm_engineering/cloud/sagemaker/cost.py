@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -31,23 +31,29 @@ class Price(NamedTuple):
     date: str
 
 
-def price_of(instance_type: str, account: Account, settings: Settings) -> Price | None:
-    """The price of an instance type for training in the account's region; None, with a warning, if it is not known.
+def price_of(
+    instance_type: str, account: Account, settings: Settings, use: Literal["Train", "Host"] = "Train"
+) -> Price | None:
+    """The price of an instance type in the account's region; None, with a warning, if it is not known.
 
     The price list is asked once a day. If it does not answer, the price of an earlier day is used.
+
+    Args:
+        use: training, or an endpoint, which have different prices.
     """
-    file, key = settings.llm_output_dir / _FILE, f"{account.region} {instance_type}"
+    file, key = settings.llm_output_dir / _FILE, f"{account.region} {instance_type}{' Host' if use == 'Host' else ''}"
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     today = f"{datetime.now(UTC):%Y-%m-%d}"
     if key in known and known[key][1] == today:
         return Price(*known[key])
     try:
-        found = _listed(instance_type, account)
+        found = _listed(instance_type, account, use)
     except (BotoCoreError, ClientError) as error:
         logger.warning("AWS's price list cannot be read: %s", error)
         return Price(*known[key]) if key in known else None
     if found is None:
-        logger.warning("AWS's price list has no price for training on %s in %s", instance_type, account.region)
+        purpose = "training" if use == "Train" else "an endpoint"
+        logger.warning("AWS's price list has no price for %s on %s in %s", purpose, instance_type, account.region)
         return None
     file.parent.mkdir(parents=True, exist_ok=True)
     # Written beside the file first, so that a kill leaves no half of it.
@@ -57,7 +63,7 @@ def price_of(instance_type: str, account: Account, settings: Settings) -> Price 
     return Price(found, today)
 
 
-def _listed(instance_type: str, account: Account) -> float | None:
+def _listed(instance_type: str, account: Account, use: str) -> float | None:
     """The price in the price list, see https://docs.aws.amazon.com/awsaccountbilling/latest/aboutv2/price-changes.html."""
     values = {"regionCode": account.region, "instanceName": instance_type}
     filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in values.items()]
@@ -66,7 +72,7 @@ def _listed(instance_type: str, account: Account) -> float | None:
         for product in map(json.loads, page["PriceList"]):
             # The same type has other prices for notebooks, endpoints and processing.
             usage = product["product"]["attributes"]["usagetype"]
-            if re.fullmatch(rf"(\w+-)?Train:{re.escape(instance_type)}", usage) is None:
+            if re.fullmatch(rf"(\w+-)?{use}:{re.escape(instance_type)}", usage) is None:
                 continue
             for term in product["terms"]["OnDemand"].values():
                 for dimension in term["priceDimensions"].values():

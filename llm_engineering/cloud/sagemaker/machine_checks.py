@@ -83,25 +83,36 @@ def _quota_problems(
     names = [(f"{m.instance_type} for {'spot ' if m.spot else ''}training job usage", m) for m in asked]
     if config.keep_alive_s is not None:
         names += [(f"{m.instance_type} for training warm pool usage", m) for m in asked]
+    for name, problem in small_quotas([name for name, _ in names], count, account):
+        refused.update(machine for quota, machine in names if quota == name)
+        yield problem
+
+
+def small_quotas(names: Sequence[str], count: int, account: Account) -> Iterator[tuple[str, Problem]]:
+    """The quotas that allow fewer machines than `count`, each with the problem."""
     quotas = _quotas("list_service_quotas", account)
-    if not {name for name, _ in names} <= quotas.keys():
+    if not set(names) <= quotas.keys():
         # A quota that was never changed may be listed only among the default quotas.
         quotas = _quotas("list_aws_default_service_quotas", account) | quotas
-    for name, machine in names:
+    for name in names:
         if name not in quotas:
-            refused.add(machine)
-            yield Problem(
-                f"There is no quota `{name}` in {account.region}: SageMaker does not offer this type for training there",
-                "Choose another type in compute.sagemaker, or another region",
+            yield (
+                name,
+                Problem(
+                    f"There is no quota `{name}` in {account.region}: SageMaker does not offer this type for this use there",
+                    "Choose another type, or another region",
+                ),
             )
             continue
         value, code = quotas[name]
         if value < count:
-            refused.add(machine)
-            yield Problem(
-                f"The quota `{name}` is {value:.0f}, but the recipe asks for {count}",
-                f"Run `aws service-quotas request-service-quota-increase --service-code sagemaker --quota-code {code} "
-                f"--desired-value {count} --region {account.region}`; Amazon answers in minutes to days",
+            yield (
+                name,
+                Problem(
+                    f"The quota `{name}` is {value:.0f}, but the recipe asks for {count}",
+                    f"Run `aws service-quotas request-service-quota-increase --service-code sagemaker --quota-code {code} "
+                    f"--desired-value {count} --region {account.region}`; Amazon answers in minutes to days",
+                ),
             )
 
 

@@ -21,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 
 from llm_engineering.cloud.container import secret_object
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.machine_checks import machine_problems
+from llm_engineering.cloud.sagemaker.machine_checks import machine_problems, small_quotas
 from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, is_loopback, tried, with_policies
 from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
@@ -43,13 +43,42 @@ def check(recipe: Recipe, account: Account, settings: Settings) -> None:
     Raises:
         RequestError: a job would fail; the message lists every problem with its remedy.
     """
-    found = problems(recipe, account, settings)
+    _refuse("The job cannot run on SageMaker yet", problems(recipe, account, settings))
+
+
+def check_endpoint(recipe: Recipe, config: SageMakerConfig, account: Account, settings: Settings) -> None:
+    """Log the warnings, and refuse an endpoint that would fail.
+
+    Args:
+        config: the endpoint's machines in `instance_type` and `instance_count`.
+
+    Raises:
+        RequestError: the endpoint would fail; the message lists every problem with its remedy.
+    """
+    caller = _region_problem(account.region) or _caller(account)
+    if isinstance(caller, Problem):
+        _refuse("The endpoint cannot run on SageMaker yet", [caller])
+        return
+    quotas = [f"{config.instance_type} for endpoint usage"]
+    found = [
+        *tried(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
+        *tried(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
+        *tried(f"The image {account.image}", partial(_image_problems, account)),
+        *tried(
+            "The service quota",
+            lambda: (problem for _, problem in small_quotas(quotas, config.instance_count, account)),
+        ),
+    ]
+    _refuse("The endpoint cannot run on SageMaker yet", with_policies(found, account, settings, PROJECT_ROOT))
+
+
+def _refuse(what: str, found: Sequence[Problem]) -> None:
     for warning in (problem for problem in found if problem.is_warning):
         logger.warning("%s", warning)
     serious = [problem for problem in found if not problem.is_warning]
     if serious:
         raise RequestError(
-            f"The job cannot run on SageMaker yet ({len(serious)} problem{'s' if len(serious) > 1 else ''}):\n"
+            f"{what} ({len(serious)} problem{'s' if len(serious) > 1 else ''}):\n"
             + "\n".join(f"- {problem}" for problem in serious)
         )
 

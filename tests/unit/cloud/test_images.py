@@ -152,13 +152,15 @@ def run(*arguments: str) -> int:
     return cli.main(["cloud", "image", *arguments])
 
 
-def test_the_tag_changes_with_the_lock_and_the_dockerfile(tmp_path, monkeypatch):
+def test_the_tag_changes_with_each_file_of_the_image(tmp_path, monkeypatch):
     (tmp_path / "docker").mkdir()
     monkeypatch.setattr(aws, "PROJECT_ROOT", tmp_path)
     tags = set()
-    for lock, dockerfile in (("torch==1\n", "FROM a"), ("torch==2\n", "FROM a"), ("torch==2\n", "FROM b")):
-        (tmp_path / "docker" / "training.lock").write_text(lock)
-        (tmp_path / "docker" / "Dockerfile").write_text(dockerfile)
+    files = [tmp_path / "docker" / name for name in ("training.lock", "Dockerfile", "serve")]
+    for file in files:
+        file.write_text("before")
+    for file in files:
         tags.add(aws.tag("training"))
-    assert len(tags) == 3
+        file.write_text("after")
+    assert len(tags | {aws.tag("training")}) == 4
     assert all(re.fullmatch(r"training-[0-9a-f]{12}", tag) for tag in tags)
