@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Set
 from typing import NamedTuple
 
+from llm_engineering.recipe.generation_blocks import RejectedCut
+
 _FENCE = re.compile(r"\s*(```|~~~)")
 _HEADING = re.compile(r"#{1,6}[ \t]+\S")
 # The line below a heading of Markdown or reStructuredText.
@@ -82,6 +84,11 @@ def whole_sentences(text: str) -> str:
         if _WHOLE.search(sentence.text) or (number < len(found) - 1 and sentence.text.endswith(".")):
             end = sentence.end
     return text[:end]
+
+
+def rejected_end(text: str, rule: RejectedCut) -> str:
+    """A rejected answer that was cut, as `generation.rejected_cut` has it end; empty if no pair is made of it."""
+    return {"keep": text, "drop": "", "sentence": whole_sentences(text)}[rule]
 
 
 def names_something(sentence: str, names: Set[str] = frozenset()) -> bool:

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from llm_engineering.data.private import redacted
 from llm_engineering.data.rows import (
+    AT_LAST_SENTENCE,
     HUMAN,
     QUOTED_CHARS,
     InstructionRow,
@@ -27,10 +28,12 @@ from llm_engineering.data.rows import (
     Quarantined,
     split_key,
 )
+from llm_engineering.documents.sentences import rejected_end
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback import journal
 from llm_engineering.feedback.human_rows import HumanRow, Said
 from llm_engineering.recipe.data_blocks import REVIEW
+from llm_engineering.recipe.generation_blocks import RejectedCut
 
 FOLDER = "comparisons"
 # The verdicts on two answers. `undone` takes an earlier verdict back.
@@ -221,11 +224,14 @@ def sessions(folder: Path) -> list[Comparison]:
     return [Comparison(path) for path in sorted((folder / FOLDER).glob("*.jsonl")) if journal.read(path)]
 
 
-def said(folder: Path, kind: str) -> Said:
+def said(folder: Path, kind: str, rejected_cut: RejectedCut) -> Said:
     """Rows of a kind, made of all verdicts: pairs of answers, and the better answers that reviewers wrote.
 
     The winner of a question is what more reviewers chose. A written answer is chosen over both answers, and is an instruction
     row too. A question without a winner and without a written answer is set aside.
+
+    A pair whose winner was cut is set aside as `cut_answer`, because training would teach to end there. A rejected answer that
+    was cut ends as `rejected_cut` says, like that of a generated pair.
     """
     rows: list[HumanRow] = []
     aside: list[Quarantined] = []
@@ -235,20 +241,28 @@ def said(folder: Path, kind: str) -> Said:
             if not verdicts or kind not in ("instruction", "preference"):
                 continue
             source = f"review {session.id}, question {number}"
-            made = _rows(session, question, verdicts, kind, source)
+            made, reasons = _rows(session, question, verdicts, kind, source, rejected_cut)
             rows += made
-            if not made and kind == "preference":
+            if not made and not reasons and kind == "preference":
                 choices = {verdict.choice for verdict in verdicts.values()}
-                reason = "both_bad" if choices == {"bad"} else "tie"
-                text = redacted(question.prompt[-1].content)[:QUOTED_CHARS]
-                by = "by " + ", ".join(sorted(verdicts))
-                aside.append(Quarantined(stage=kind, reason=reason, source=source, place=key, detail=by, text=text))
+                reasons = [("both_bad" if choices == {"bad"} else "tie", "by " + ", ".join(sorted(verdicts)))]
+            text = redacted(question.prompt[-1].content)[:QUOTED_CHARS]
+            aside += [
+                Quarantined(stage=kind, reason=reason, source=source, place=key, detail=detail, text=text)
+                for reason, detail in reasons
+            ]
     return Said(rows, [], aside)
 
 
 def _rows(
-    session: Comparison, question: Question, verdicts: dict[str, Verdict], kind: str, source: str
-) -> list[HumanRow]:
+    session: Comparison,
+    question: Question,
+    verdicts: dict[str, Verdict],
+    kind: str,
+    source: str,
+    rejected_cut: RejectedCut,
+) -> tuple[list[HumanRow], list[tuple[str, str]]]:
+    """The rows of a question, and the reason and detail of each row that its answers do not give."""
     shared: dict[str, Any] = {
         "prompt": question.prompt,
         "source": source,
@@ -256,24 +270,36 @@ def _rows(
         "document": question.document,
     }
     answers = [session.answers[question.id, model] for model in (0, 1)]
+    cuts = [session.cuts[question.id, model] for model in (0, 1)]
     names = [model.described for model in session.models]
     made: list[tuple[InstructionRow | PreferenceRow, list[str], str]] = []
-    written = [name for name, verdict in verdicts.items() if verdict.choice == "written"]
-    for name in written:
-        better = _turn(verdicts[name].text)
+    # What is chosen, the tokens at which it was cut, the rejected model, who says so, and about what.
+    pairs: list[tuple[str, int | None, int, list[str], str]] = []
+    for name in [name for name, verdict in verdicts.items() if verdict.choice == "written"]:
+        better = verdicts[name].text
         if kind == "instruction":
-            row = InstructionRow(**shared, completion=better)
+            row = InstructionRow(**shared, completion=_turn(better))
             made.append((row, [name], f"written instead of the answers of {names[0]} and {names[1]}"))
-            continue
-        for answer, model in zip(answers, names, strict=True):
-            row_of = PreferenceRow(**shared, chosen=better, rejected=_turn(answer))
-            made.append((row_of, [name], f"written over {model}"))
+        pairs += [(better, None, loser, [name], f"written over {names[loser]}") for loser in (0, 1)]
     votes = [[name for name, verdict in verdicts.items() if verdict.choice == side] for side in ("first", "second")]
-    if kind == "preference" and len(votes[0]) != len(votes[1]):
+    if len(votes[0]) != len(votes[1]):
         winner = 0 if len(votes[0]) > len(votes[1]) else 1
-        pair = PreferenceRow(**shared, chosen=_turn(answers[winner]), rejected=_turn(answers[1 - winner]))
-        made.append((pair, votes[winner], f"{names[winner]} over {names[1 - winner]}"))
-    return [
+        about = f"{names[winner]} over {names[1 - winner]}"
+        pairs.append((answers[winner], cuts[winner], 1 - winner, votes[winner], about))
+    aside: list[tuple[str, str]] = []
+    for chosen, cut, loser, by, about in pairs if kind == "preference" else ():
+        rejected, origin = answers[loser], shared["origin"]
+        if cuts[loser] is not None:
+            rejected = rejected_end(rejected, rejected_cut)
+            origin += f", {AT_LAST_SENTENCE}" if rejected_cut != "keep" else ""
+        if cut is not None:
+            aside.append(("cut_answer", f"{about}, at {cut} tokens; by {', '.join(sorted(by))}"))
+        elif cuts[loser] is not None and not rejected:
+            aside.append(("rejected_cut", f"{about}, at {cuts[loser]} tokens; by {', '.join(sorted(by))}"))
+        else:
+            pair = PreferenceRow(**shared | {"origin": origin}, chosen=_turn(chosen), rejected=_turn(rejected))
+            made.append((pair, by, about))
+    rows = [
         HumanRow(
             row,
             by=", ".join(sorted(by)),
@@ -283,6 +309,7 @@ def _rows(
         )
         for row, by, about in made
     ]
+    return rows, aside
 
 
 def question_of(row: InstructionRow, split: str) -> Question:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +20,10 @@ class Source(NamedTuple):
 
     Attributes:
         folder: the folder in LLM_OUTPUT_DIR that has a folder for each recipe's name.
-        read: the functions that make rows of a kind of what such a folder holds.
         remedy: how people add to it.
     """
 
     folder: str
-    read: tuple[Callable[[Path, str], Said], ...]
     remedy: str
 
 
@@ -36,13 +34,20 @@ def _decided(folder: Path, kind: str) -> Said:
 
 
 SOURCES = {
-    REVIEW: Source("review", (comparisons.said, _decided), "run `make review`"),
+    REVIEW: Source("review", "run `make review`"),
     FEEDBACK: Source(
         served.FOLDER,
-        (served.said,),
         'log requests with `make serve ARGS="--set serving.log_requests=true"` and send feedback on the answers',
     ),
 }
+
+
+def _read(source: str, kind: str, recipe: Recipe, settings: Settings) -> list[Said]:
+    """What a source gives for the rows of a kind."""
+    folder = folder_of(source, recipe.name, settings)
+    if source == FEEDBACK:
+        return [served.said(folder, kind)]
+    return [comparisons.said(folder, kind, recipe.generation.rejected_cut), _decided(folder, kind)]
 
 
 def folder_of(source: str, name: str, settings: Settings) -> Path:
@@ -63,12 +68,13 @@ def said_about(recipe: Recipe, kind: str, settings: Settings) -> Said | None:
     """
     rows, made, aside = [], [], []
     for name in recipe.data.people(kind):
-        source = SOURCES[name]
-        found = [read(folder_of(name, recipe.name, settings), kind) for read in source.read]
+        found = _read(name, kind, recipe, settings)
         if not any(said.rows or said.decisions for said in found):
+            counts = Counter(row.reason for said in found for row in said.aside)
+            set_aside = f" (set aside: {', '.join(f'{n} {reason}' for reason, n in counts.items())})" if counts else ""
             raise RequestError(
-                f"data.{rows_of(kind)} names {name}, and nobody has said anything yet that gives {kind} rows of {recipe.name}: "
-                f"{source.remedy} first, or remove {name} from data.{rows_of(kind)}"
+                f"data.{rows_of(kind)} names {name}, and nobody has said anything yet that gives {kind} rows of {recipe.name}"
+                f"{set_aside}: {SOURCES[name].remedy} first, or remove {name} from data.{rows_of(kind)}"
             )
         rows += [row for said in found for row in said.rows]
         made += [decision for said in found for decision in said.decisions]

@@ -15,7 +15,7 @@ from llm_engineering.data.rows import (
     PreferenceRow,
     Quarantined,
 )
-from llm_engineering.documents.sentences import whole_sentences
+from llm_engineering.documents.sentences import rejected_end
 from llm_engineering.generation.instructions import FROM_DOCUMENT
 from llm_engineering.generation.types import Client, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import PreferenceWriting
@@ -70,9 +70,9 @@ def generate_preferences(
             quarantine.append(_quarantined(row, outcome.reason, outcome.detail, outcome.text))
             continue
         text, origin = outcome.text, f"chosen: {row.origin}; rejected by {client.identity}"
-        if outcome.is_cut and writing.rejected_cut != "keep":
-            text = whole_sentences(outcome.text) if writing.rejected_cut == "sentence" else ""
-            origin += f", {AT_LAST_SENTENCE}"
+        if outcome.is_cut:
+            text = rejected_end(outcome.text, writing.rejected_cut)
+            origin += f", {AT_LAST_SENTENCE}" if writing.rejected_cut != "keep" else ""
         if outcome.is_cut and not text:
             limit = f"generation.rejected_max_new_tokens is {writing.rejected_max_new_tokens}"
             quarantine.append(_quarantined(row, "rejected_cut", limit, outcome.text))

@@ -124,12 +124,17 @@ class InstructionWriting(Block):
         return self
 
 
+# What happens to a rejected answer that was cut.
+RejectedCut = Literal["sentence", "drop", "keep"]
+
+
 class PreferenceWriting(Block):
     """How instruction rows become preference pairs: the base model or the client writes the rejected answer.
 
-    `rejected_cut` says what happens to an answer of the base model that reaches `rejected_max_new_tokens`: it ends at its
-    last whole sentence (`sentence`; without a whole one the pair is set aside), the pair is set aside (`drop`), or the
-    answer stays as it is (`keep`), and then DPO teaches not to stop within a sentence.
+    `rejected_cut` says what happens to an answer of the base model that reaches `rejected_max_new_tokens`, and to one of a
+    blind comparison that reaches `evaluation.max_new_tokens`: it ends at its last whole sentence (`sentence`; without a
+    whole one the pair is set aside), the pair is set aside (`drop`), or the answer stays as it is (`keep`), and then DPO
+    teaches not to stop within a sentence.
 
     With `unanswerable` above 0, that many questions are made that the documents do not answer. The chosen answer says so, and
     the rejected one is what the model of the stage before DPO makes up. That model also answers all instructions: its wrong
@@ -138,7 +143,7 @@ class PreferenceWriting(Block):
 
     rejected_by: Literal["base", "client"] = "base"
     rejected_max_new_tokens: int = Field(64, ge=1)
-    rejected_cut: Literal["sentence", "drop", "keep"] = "sentence"
+    rejected_cut: RejectedCut = "sentence"
     rejected_temperature: float = Field(1.0, ge=0)
     max_preferences: int | None = Field(None, ge=1)
     unanswerable: int = Field(0, ge=0)

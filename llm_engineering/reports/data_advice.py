@@ -82,8 +82,8 @@ def advice(kind: str, lengths: Lengths, share_over: float, max_length: int, find
         )
     if lengths.ended:
         lines.append(
-            f"{lengths.ended:,} rejected answers reached generation.rejected_max_new_tokens and were {AT_LAST_SENTENCE}. Raise "
-            "it to have whole answers."
+            f"{lengths.ended:,} rejected answers reached their limit of tokens and were {AT_LAST_SENTENCE}. To have whole answers, "
+            "raise generation.rejected_max_new_tokens, or for those of blind comparisons evaluation.max_new_tokens."
         )
     if lengths.respaced:
         lines.append(

@@ -15,7 +15,7 @@ from tools.model_versions.versions import all_versions, newest_artifacts  # noqa
 artifacts = newest_artifacts(all_versions(sys.argv[1])[0])
 human, dataset = artifacts["human_preferences"], artifacts["preference_dataset"].load()
 splits = {name: dict(Counter(dataset[name]["origin"])) for name in ("train", "validation", "test")}
-facts = {name: human.run_metadata[name] for name in ("rows", "by", "about")}
+facts = {name: human.run_metadata[name] for name in ("rows", "by", "about", "without_a_row")}
 decision = Client().get_artifact_version("promotion_decision").load()
 print(
     json.dumps(

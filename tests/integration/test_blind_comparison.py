@@ -11,11 +11,26 @@ from llm_engineering.feedback.comparisons import Comparison, sessions
 from tests.conftest import free_port
 from tests.integration.chromium import SECONDS_TO_SHOW, chromium, loopback_context, needs_chromium, printed_url
 
+# After this training the model answers "Here." and ends. The base model repeats the last token of the prompt, which must not
+# be white space, and never ends.
+SHORT = [{"instruction": f"Where does the number {number} stand?", "output": "Here."} for number in range(60)]
+TEMPLATE = """{%- for message in messages -%}
+{{ message.role }}|{{ message.content }}{% if message.role == "assistant" %}{{ eos_token }}{% endif %}
+{% endfor -%}
+{% if add_generation_prompt %}assistant|{% endif %}"""
 DPO = """
+data:
+  instructions: {short}
+  rules: {{near_duplicate: "off"}}
+formatting: {{chat_template: {template}}}
+sft: {{num_train_epochs: 6}}
 promotion:
   dpo:
-    better_than: {base: {heldout_loss: null, human_win_rate: 0.0}, incumbent: {heldout_loss: 0.0}}
-    not_worse_than: {sft: {heldout_loss: null}}
+    better_than:
+      base: {{heldout_loss: null, human_win_rate: 0.0}}
+      sft: {{preference_margin: null}}
+      incumbent: {{heldout_loss: null}}
+    not_worse_than: {{sft: {{heldout_loss: null}}}}
 """
 KEYS = {"left": "1", "right": "ArrowRight", "tie": "0", "bad": "x"}
 
@@ -24,7 +39,11 @@ KEYS = {"left": "1", "right": "ArrowRight", "tie": "0", "bad": "x"}
 def recipe(fresh_project):
     """The recipe of the project with a gate by people for the model of dpo, and without bounds that need a good model."""
     path = fresh_project.folder / "judged.yaml"
-    path.write_text(f"extends: {fresh_project.recipe}\n{DPO}")
+    short = fresh_project.folder / "short.jsonl"
+    short.write_text("".join(json.dumps(row) + "\n" for row in SHORT))
+    template = fresh_project.folder / "template.jinja"
+    template.write_text(TEMPLATE)
+    path.write_text(f"extends: {fresh_project.recipe}\n{DPO.format(short=short, template=template)}")
     return path
 
 
@@ -116,9 +135,8 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
         press(page, 7, choices[7])
         order = list(session.questions)
         ninth = page.locator("#question").text_content()
-        # This model never ends an answer.
-        for side in ("left", "right"):
-            expect(page.locator(f"#{side}_cut")).to_have_text("cut at 8 tokens")
+        base = {"left": "right", "right": "left"}
+        expect(page.locator(f"#{base[choices[8]]}_cut")).to_have_text("cut at 8 tokens")
         server.kill()
 
         # The next server continues with the same question, and everything that was judged is still there.
@@ -126,7 +144,10 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
         page.goto(f"{server.url}/compare/{key}")
         expect(page.locator("#question")).to_have_text(ninth)
         press(page, 8, "tie")
-        for done in range(9, 19):
+        press(page, 9, choices[9])
+        # Ada once prefers an answer that was cut.
+        press(page, 10, base[choices[10]])
+        for done in range(11, 19):
             press(page, done, choices[done])
         page.keyboard.press("w")
         page.get_by_label("A better answer").fill("It stands where it is.")
@@ -156,6 +177,10 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
     rows = state(fresh_project)
     assert rows["facts"]["by"].keys() == {"Ada", "Bo"}
     assert rows["human"] == rows["facts"]["rows"] > 10
+    # Bo found both bad where Ada preferred the answer that was cut.
+    session.reload()
+    cut = [session.cuts[question, 1] is not None for number, question in enumerate(order) if number not in (8, 10)]
+    assert rows["facts"]["without_a_row"] == {"cut_answer": 1 + sum(cut), "tie": 1}
     # Every row of people in the train split counts twice.
     assert rows["splits"]["train"]["again: human:review"] == rows["splits"]["train"]["human:review"] > 0
     lineage = fresh_project.command("models", "lineage", version, "--config", str(recipe), "--json")
@@ -206,14 +231,11 @@ def state(project):
 def kappa(session):
     """What the page must show for Ada and Bo: on how many questions both said the same, and Cohen's kappa."""
     session.reload()
-    said = {
-        name: [
-            "second" if session.verdicts[question, name].choice == "second" else "neither"
-            for question in session.questions
-        ]
-        for name in ("Ada", "Bo")
+    choices = {
+        name: [session.verdicts[question, name].choice for question in session.questions] for name in ("Ada", "Bo")
     }
+    kinds = ("first", "second", "neither")
+    said = {name: [one if one in kinds else "neither" for one in chosen] for name, chosen in choices.items()}
     same = sum(one == other for one, other in zip(*said.values(), strict=True))
-    share = {name: choices.count("second") / 20 for name, choices in said.items()}
-    expected = share["Ada"] * share["Bo"] + (1 - share["Ada"]) * (1 - share["Bo"])
+    expected = sum(said["Ada"].count(kind) * said["Bo"].count(kind) for kind in kinds) / 20**2
     return [str(same), f"{(same / 20 - expected) / (1 - expected):.2f}"]

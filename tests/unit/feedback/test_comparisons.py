@@ -64,7 +64,7 @@ def test_pairs_are_what_most_reviewers_chose(session, tmp_path):
     session.judge(split, "Bo", "second")
     session.judge(tied, "Ada", "bad")
     session.judge(written, "Ada", "written", " It is green. ")
-    pairs, _, aside = comparisons.said(tmp_path, "preference")
+    pairs, _, aside = comparisons.said(tmp_path, "preference", "sentence")
     assert [row.reason for row in aside] == ["tie", "both_bad"]
     texts = [(row.row.chosen[0].content, row.row.rejected[0].content, row.by, row.about) for row in pairs]
     assert texts == [
@@ -73,16 +73,54 @@ def test_pairs_are_what_most_reviewers_chose(session, tmp_path):
         ("It is green.", f"Answer 1 to {written}.", "Ada", "written over version 1 (sft) with retrieval"),
     ]
     assert {row.row.origin for row in pairs} == {"human:review"}
-    (answer,) = comparisons.said(tmp_path, "instruction").rows
+    (answer,) = comparisons.said(tmp_path, "instruction", "sentence").rows
     assert answer.row.completion[0].content == "It is green."
     assert answer.row.prompt == session.questions[written].prompt
-    assert comparisons.said(tmp_path, "labelled").rows == []
+    assert comparisons.said(tmp_path, "labelled", "sentence").rows == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "rejected", "reasons"),
+    [
+        ("sentence", "It is here.", ["cut_answer", "rejected_cut"]),
+        ("keep", "It is here. The other one", ["cut_answer"]),
+        ("drop", None, ["cut_answer", "rejected_cut", "rejected_cut", "rejected_cut"]),
+    ],
+)
+def test_a_cut_winner_gives_no_pair_and_a_cut_loser_ends_like_that_of_a_generated_pair(
+    tmp_path, rule, rejected, reasons
+):
+    questions = [own_question(f"Where is {n}?", f"own question {n}") for n in range(3)]
+    session = comparisons.start(tmp_path, MODELS, questions, "own", seed=3)
+    won, lost, written = session.questions
+    for key in session.questions:
+        session.answer(key, 0, "It is here. The other one", cut=6)
+        session.answer(key, 1, "There" if key == written else "There.", cut=1 if key == written else None)
+    session.judge(won, "Ada", "first")
+    session.judge(lost, "Ada", "second")
+    session.judge(written, "Ada", "written", "It is green.")
+    pairs, _, aside = comparisons.said(tmp_path, "preference", rule)
+    assert sorted(row.reason for row in aside) == reasons
+    assert aside[0].detail == "base over version 1 (sft) with retrieval, at 6 tokens; by Ada"
+    found = {row.about: row.row for row in pairs}
+    ended = ", ended at its last sentence" if rule == "sentence" else ""
+    for about, chosen in (
+        ("version 1 (sft) with retrieval over base", "There."),
+        ("written over base", "It is green."),
+    ):
+        if rejected is not None:
+            row = found.pop(about)
+            assert (row.chosen[0].content, row.rejected[0].content) == (chosen, rejected)
+            assert row.origin == f"human:review{ended}"
+    assert len(found) == (rule == "keep")
+    # What a reviewer wrote is an answer in any case.
+    assert len(comparisons.said(tmp_path, "instruction", rule).rows) == 1
 
 
 def test_rows_about_a_row_of_a_dataset_stay_in_its_split(session, tmp_path):
     for key in session.questions:
         session.judge(key, "Ada", "second")
-    rows = {row.row.prompt[0].content: row for row in comparisons.said(tmp_path, "preference").rows}
+    rows = {row.row.prompt[0].content: row for row in comparisons.said(tmp_path, "preference", "sentence").rows}
     assert {text for text, row in rows.items() if row.held_out} == {"What is 5?"}
     assert split_key(rows["What is 5?"].row) == split_key(instruction(5))
     assert rows["Is it blue?"].row.document == ""

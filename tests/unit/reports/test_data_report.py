@@ -166,7 +166,7 @@ def test_answers_that_end_at_their_last_sentence_are_counted(tmp_path):
     ]
     report = reported(tmp_path, ledger, rows)
     assert report["ended_at_last_sentence"] == 7
-    assert any("7 rejected answers reached generation.rejected_max_new_tokens" in line for line in report["guidance"])
+    assert any("7 rejected answers reached their limit of tokens" in line for line in report["guidance"])
 
 
 def test_a_document_with_more_than_a_quarter_of_a_held_out_split_is_named(tmp_path):
