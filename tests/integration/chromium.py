@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Route, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, sync_playwright
 
 from tests.integration.preloaded import Forked
 
@@ -28,6 +28,8 @@ CHROMIUM_FLAGS = [
 ]
 SECONDS_TO_START = 120
 SECONDS_TO_SHOW = 60
+# The settings of a telephone for `loopback_context`.
+TELEPHONE: dict[str, Any] = {"width": 390, "height": 844, "has_touch": True, "is_mobile": True}
 
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None and not os.environ.get("CI"), reason="needs chromium on the PATH (Debian: apt install chromium)"
@@ -50,6 +52,24 @@ def loopback_context(browser: Browser, width: int = 1280, height: int = 900, **s
     context.set_default_timeout(SECONDS_TO_SHOW * 1000)
     context.route("**/*", _loopback_only)
     return context
+
+
+def check_touch(page: Page) -> None:
+    """Check that a page fits the window, and that a finger can hit each control: 44 px in both directions.
+
+    The target of a check box is its label.
+    """
+    small = page.evaluate(
+        """() => [...document.querySelectorAll("a[href], button, input, select, textarea, summary")]
+            .filter((one) => one.checkVisibility({visibilityProperty: true}) && !one.matches(".skip"))
+            .filter((one) => {
+              const box = (one.type === "checkbox" ? one.closest("label") : one).getBoundingClientRect();
+              return box.width < 44 || box.height < 44;
+            })
+            .map((one) => one.outerHTML.slice(0, 200))"""
+    )
+    assert small == []
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
 def printed_url(process: Forked, pattern: str) -> str:

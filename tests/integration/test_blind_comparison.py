@@ -9,7 +9,15 @@ from playwright.sync_api import expect
 
 from llm_engineering.feedback.comparisons import Comparison, sessions
 from tests.conftest import free_port
-from tests.integration.chromium import SECONDS_TO_SHOW, chromium, loopback_context, needs_chromium, printed_url
+from tests.integration.chromium import (
+    SECONDS_TO_SHOW,
+    TELEPHONE,
+    check_touch,
+    chromium,
+    loopback_context,
+    needs_chromium,
+    printed_url,
+)
 
 # After this training the model answers "Here." and ends. The base model repeats the last token of the prompt, which must not
 # be white space, and never ends.
@@ -102,6 +110,17 @@ def press(page, done, choice):
     expect(page.locator("#count")).to_contain_text(f"{done + 1} of ")
 
 
+def tap(page, done, choice):
+    """Judge the question that is shown, by touch, after it was checked that a finger can."""
+    expect(page.locator("#count")).to_contain_text(f"{done} of ")
+    page.locator("#asked").wait_for()
+    if done == 0:
+        check_touch(page)
+        expect(page.get_by_role("link", name="Show the names and the result")).to_be_hidden()
+    page.get_by_role("button", name=choice, exact=True).tap()
+    expect(page.locator("#count")).to_contain_text(f"{done + 1} of ")
+
+
 def preferring_the_second(session, reviewer):
     """The choices of a reviewer who always prefers the second model, in the order of the questions."""
     return ["left" if session.is_swapped(question, reviewer) else "right" for question in session.questions]
@@ -157,13 +176,24 @@ def test_verdicts_of_people_train_the_next_model_and_decide_on_its_promotion(fre
         expect(page.get_by_role("heading", level=1)).to_have_text("base or version 1 (sft) with retrieval")
         assert list(Comparison(session.path).questions) == order
 
-        # Bo has another opinion on every second question.
-        page.goto(f"{server.url}/compare/{key}")
+        # Bo has a telephone, and another opinion on every second question.
+        page = loopback_context(browser, **TELEPHONE).new_page()
+        page.goto(f"{server.url}/compare")
+        check_touch(page)
+        page.get_by_role("link", name="20 training questions").tap()
         is_reviewer(page, "Bo")
         theirs = preferring_the_second(session, "Bo")
         for done in range(20):
-            press(page, done, theirs[done] if done % 2 else "bad")
-        page.get_by_role("link", name="Show the names and the result").click()
+            tap(page, done, theirs[done] if done % 2 else "both bad")
+        check_touch(page)
+        page.get_by_role("button", name="take my last verdict back").tap()
+        page.get_by_role("button", name="write a better answer").tap()
+        check_touch(page)
+        page.get_by_role("button", name="Cancel").tap()
+        tap(page, 19, theirs[19])
+        page.get_by_role("link", name="Show the names and the result").tap()
+        page.locator("summary").first.tap()
+        check_touch(page)
         row = page.locator("#agreement tr", has_text="Ada and Bo")
         expect(row.locator("td")).to_have_text(["Ada and Bo", "20", *kappa(session)])
         server.kill()

@@ -19,7 +19,15 @@ from playwright.sync_api import Browser, Page, expect
 
 from llm_engineering.feedback.decisions import Decision, current, stored
 from tests.conftest import free_port
-from tests.integration.chromium import SECONDS_TO_SHOW, chromium, loopback_context, needs_chromium, printed_url
+from tests.integration.chromium import (
+    SECONDS_TO_SHOW,
+    TELEPHONE,
+    check_touch,
+    chromium,
+    loopback_context,
+    needs_chromium,
+    printed_url,
+)
 
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">\u202egnp.exe\u2066"
 LONG = "word " * 200_000
@@ -141,6 +149,58 @@ def test_rows_are_corrected_by_keyboard_and_a_killed_server_loses_nothing(
         "Where does 2 stand?",
         "Where does 59 stand?",
     }
+
+
+@needs_chromium
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_telephone_reaches_every_decision_by_touch(browser: Browser, server: Server, scheme: Any) -> None:
+    page = loopback_context(browser, **TELEPHONE, color_scheme=scheme).new_page()
+    page.on("pageerror", lambda error: pytest.fail(str(error)))
+    page.goto(server.url)
+
+    def tap(role: Any, name: str, inside: Any = page) -> None:
+        inside.get_by_role(role, name=name, exact=True).tap()
+
+    expect(row(page, 1)).to_be_visible()
+    # A decision without a name says what is missing.
+    tap("button", "Accept", row(page, 1))
+    expect(page.get_by_role("status").first).to_contain_text("Enter your name first")
+    page.get_by_label("Your name").fill("Ann")
+    tap("button", "Accept", row(page, 1))
+    expect(row(page, 1)).to_contain_text("accepted by Ann")
+    tap("button", "Edit", row(page, 2))
+    row(page, 2).get_by_label("answer").fill("It stands between 0 and 2.")
+    check_touch(page)
+    tap("button", "Save the edit", row(page, 2))
+    expect(row(page, 2)).to_contain_text("edited by Ann")
+    tap("button", "Drop", row(page, 3))
+    row(page, 3).get_by_label("Why is it dropped?").fill("not true")
+    check_touch(page)
+    row(page, 3).get_by_role("button", name="Drop", exact=True).last.tap()
+    expect(row(page, 3)).to_contain_text("dropped by Ann: not true")
+    tap("button", "Undo", row(page, 3))
+    expect(row(page, 3)).not_to_contain_text("dropped by Ann")
+    tap("button", "Keys")
+    check_touch(page)
+    tap("button", "Close")
+    page.get_by_text("More filters").tap()
+    check_touch(page)
+    tap("link", "Row 4")
+    page.get_by_text("Prompt and labels, token by token").tap()
+    expect(page.get_by_role("heading", name="Row, token by token")).to_be_visible()
+    check_touch(page)
+    tap("link", "Next row")
+    expect(row(page, 5)).to_be_visible()
+    tap("link", "All rows")
+    expect(row(page, 6)).to_be_visible()
+    for tab in ("Set aside", "Duplicates", "Findings"):
+        page.get_by_role("link", name=re.compile(tab)).tap()
+        expect(page.get_by_role("link", name=re.compile(tab))).to_have_attribute("aria-current", "page")
+        check_touch(page)
+    page.get_by_role("link", name=re.compile("Rows")).tap()
+    tap("button", "Save corrected file")
+    expect(page.get_by_role("status").first).to_contain_text("has 60 rows: 1 edited, 0 dropped.")
+    assert [decision.action for decision in server.decisions()] == ["accept", "edit", "drop", "undo"]
 
 
 @needs_chromium
