@@ -103,12 +103,14 @@ def note_shards(folder):
     work.TelemetryCallback.on_train_begin = on_train_begin
 
 
-def sharded(folder):
+def sharded(folder, stop=None):
     fsdp_on_a_processor()
     note_shards(folder)
+    if stop is not None:
+        signal_at(stop)
 
 
-def one_rank(place, port, folder, stage, config, data, start, sabotage, distributed):
+def one_rank(place, port, folder, stage, config, data, start, sabotage, distributed, resume_from=None):
     """Train as one process of a run, and write the outcome to `outcome-RANK.json` in `folder`."""
     rank, count = place
     torch.set_num_threads(1)
@@ -136,9 +138,9 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage, distribu
             function, arguments = sabotage[rank]
             function(*arguments)
         result = (
-            train(rows, config, setup, settings)
+            train(rows, config, setup, settings, resume_from=resume_from)
             if stage == "sft"
-            else train(rows, config, setup, settings, start=start)
+            else train(rows, config, setup, settings, start=start, resume_from=resume_from)
         )
         outcome |= {"summary": result.summary, "adapter": str(result.adapter)}
         ranks.leave()
@@ -169,12 +171,12 @@ def run(data):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["llm_engineering.training.processes.launch", "tests.integration.test_processes"])
 
-    def start(folder, config, count=2, start=None, sabotage=None, distributed="ddp"):
+    def start(folder, config, count=2, start=None, sabotage=None, distributed="ddp", resume_from=None):
         folder.mkdir(exist_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         stage = "sft" if isinstance(config, SFTConfig) else "dpo"
-        arguments = (port, folder, stage, config, data, start, sabotage or {}, distributed)
+        arguments = (port, folder, stage, config, data, start, sabotage or {}, distributed, resume_from)
         processes = [context.Process(target=one_rank, args=((rank, count), *arguments)) for rank in range(count)]
         for process in processes:
             process.start()
@@ -259,6 +261,42 @@ def test_shards_of_weights_that_one_process_has_read_train_like_one_process(conf
     for rank in (0, 1):
         own, whole = json.loads((folder / f"bytes-{rank}.json").read_text())
         assert own == pytest.approx(whole / 2, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("config", "distributed"),
+    [(SFT, "fsdp2"), (FULL, "fsdp2"), (DPO, "fsdp2"), (SFT, "ddp")],
+    ids=["lora", "full", "dpo", "ddp"],
+)
+def test_a_checkpoint_of_two_processes_is_resumed_in_one_two_and_four(
+    config, distributed, run, alone, sft_adapter, tmp_path
+):
+    """The losses go on as in a run of one process that was not interrupted. They differ only by the order of sums."""
+    start = sft_adapter if config is DPO else None
+
+    def trained(count, settings, stop=None, distributed=distributed, **options):
+        folder, sabotage = tmp_path / f"{count}-{stop}-{distributed}", {}
+        if distributed == "fsdp2" and count > 1:
+            sabotage = dict.fromkeys(range(count), (sharded, (folder, stop)))
+        elif stop:
+            sabotage = {1: (signal_at, (stop,))}
+        return run(folder, settings, count, start, sabotage, distributed if count > 1 else "ddp", **options)
+
+    two = smaller(config)
+    assert [outcome["end"] for outcome in trained(2, two, stop=3)] == ["KeyboardInterrupt: SIGTERM in step 3"] * 2
+    (checkpoint,) = tmp_path.glob("2-3-*/training/*/checkpoints/checkpoint-3")
+    goes_on = [(1, config, "ddp"), (2, two, "ddp"), (4, smaller(two), distributed)]
+    for count, settings, way in [*goes_on, *([(2, two, "fsdp2")] if distributed == "fsdp2" else [])]:
+        resumed = trained(count, settings, distributed=way, resume_from=checkpoint)
+        assert [outcome["end"] for outcome in resumed] == ["done"] * count
+        assert resumed[0]["summary"]["resumed_from"] == "checkpoint-3"
+        for name in ("loss", "grad_norm", "learning_rate", "eval_loss", "num_tokens"):
+            assert history(resumed[0], name) == pytest.approx(history(alone(config), name), abs=1e-4), (count, name)
+    if distributed == "ddp":
+        (more, *_) = trained(2, config, resume_from=checkpoint)
+        assert "it was made with another sft.rows of a step" in more["end"]
+        (shards, *_) = trained(2, two, distributed="fsdp2", resume_from=checkpoint)
+        assert "cannot be resumed with fsdp2, because it was made without" in shards["end"]
 
 
 def test_signal_to_one_process_stops_both_and_the_resumed_run_ends_like_an_uninterrupted_one(run, tmp_path):

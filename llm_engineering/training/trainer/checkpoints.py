@@ -18,6 +18,8 @@ from llm_engineering.recipe.loading import differences
 
 logger = logging.getLogger(__name__)
 
+# In a checkpoint of FSDP, the optimiser's whole state, by the names of the weights.
+SHARDED_STATE = "optimizer.bin"
 IDENTITY_FILE = "identity.json"
 # A checkpoint is written under this name, and renamed when it is complete.
 PARTIAL = ".partial"
@@ -63,12 +65,22 @@ def check_resumable(checkpoint: Path, identity: Mapping[str, Any]) -> None:
     """Check a checkpoint that the user named.
 
     Raises:
-        RequestError: it is incomplete, or belongs to another recipe, dataset or model.
+        RequestError: it is incomplete, or belongs to another recipe, dataset or model. Another number of processes is
+            accepted if each step has as many rows as before.
     """
     problem = _problem(checkpoint)
     if problem:
         raise RequestError(f"{checkpoint} is not a complete checkpoint: {problem}. Name another checkpoint folder.")
-    _check_identity(checkpoint, identity)
+    _check_identity(checkpoint, identity, by_rows=True)
+    compute = identity["compute"]
+    if (
+        compute["distributed"] == "fsdp2"
+        and compute["num_processes"] > 1
+        and not (checkpoint / SHARDED_STATE).is_file()
+    ):
+        raise RequestError(
+            f"{checkpoint} cannot be resumed with fsdp2, because it was made without. Set compute.distributed=ddp."
+        )
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -101,15 +113,35 @@ def step_of(checkpoint: Path) -> int:
     return int(number) if number.isdigit() else -1
 
 
-def _check_identity(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+def _check_identity(checkpoint: Path, identity: Mapping[str, Any], by_rows: bool = False) -> None:
     stored = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))["identity"]
     # Compare the identity as it was stored: JSON turns tuples into lists.
-    different = differences(stored, json.loads(json.dumps(identity)))
+    now = json.loads(json.dumps(identity))
+    different = differences(_by_rows(stored), _by_rows(now)) if by_rows else differences(stored, now)
     if different:
         raise RequestError(
             f"{checkpoint} cannot be resumed: it was made with another {', '.join(different)}. Use the same recipe, "
             "dataset and model as for the checkpoint, or start without this checkpoint."
         )
+
+
+def _by_rows(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the rows of a step in place of what shares them among processes.
+
+    The checkpoints of DeepSpeed, and of stages that draw completions, belong to their number of processes.
+    """
+    compute = identity["compute"]
+    blocks = {name: block for name, block in identity.items() if isinstance(block, dict)}
+    stage, block = next((name, block) for name, block in blocks.items() if "gradient_accumulation_steps" in block)
+    if compute["distributed"] == "deepspeed" or "num_generations" in block:
+        return identity
+    rows = block["per_device_train_batch_size"] * block["gradient_accumulation_steps"] * compute.get("num_processes", 1)
+    shared = {"num_processes", "distributed", "per_device_train_batch_size", "gradient_accumulation_steps"}
+    return {
+        **identity,
+        "compute": {key: value for key, value in compute.items() if key not in shared},
+        stage: {key: value for key, value in block.items() if key not in shared} | {"rows of a step": rows},
+    }
 
 
 def _problem(checkpoint: Path) -> str:

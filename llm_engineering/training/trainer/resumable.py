@@ -18,7 +18,9 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from transformers import TrainerCallback
+from transformers.trainer import FSDP_MODEL_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
@@ -26,7 +28,7 @@ from llm_engineering.errors import WorkError
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.telemetry.work import Work
-from llm_engineering.training.trainer.checkpoints import PARTIAL, check_space, publish, size
+from llm_engineering.training.trainer.checkpoints import PARTIAL, SHARDED_STATE, check_space, publish, size
 from llm_engineering.training.trainer.loss_watch import Batch, LossWatch, rows_of
 from llm_engineering.training.trainer.validation_loss import HeldOutTrainer
 
@@ -117,12 +119,33 @@ class ResumableTrainer(HeldOutTrainer):
             super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        assert self.model is not None
+        is_adapter, weights = isinstance(self.model, PeftModel), Path(resume_from_checkpoint, f"{FSDP_MODEL_NAME}.bin")
+        # transformers reads a checkpoint of FSDP only with FSDP. It has whole weights.
+        was_sharded = weights.is_file() and not self.is_fsdp_enabled
+        if not was_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not is_adapter:
+            self.model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
         # If a checkpoint has adapters in subfolders, transformers loads only these. It would load the reference but not
         # the policy, and the policy would silently start over.
-        if isinstance(self.model, PeftModel) and len(self.model.peft_config) > 1:
+        if isinstance(self.model, PeftModel) and (was_sharded or len(self.model.peft_config) > 1):
             self.model.load_adapter(resume_from_checkpoint, "default", is_trainable=True)
             self.model.set_adapter("default")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the state of the optimiser and the scheduler, also that of shards into whole weights."""
+        if checkpoint is None or self.is_fsdp_enabled or not Path(checkpoint, SHARDED_STATE).is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.model is not None
+        assert self.lr_scheduler is not None
+        state = torch.load(Path(checkpoint, SHARDED_STATE), map_location="cpu", weights_only=True)
+        # accelerate's optimiser, around that of torch.
+        optimiser: Any = self.optimizer
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, optimiser.optimizer, state, options=options)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing or super()._get_output_dir(trial))
@@ -210,7 +233,10 @@ class ResumableTrainer(HeldOutTrainer):
             What the checkpoint has stored of `_window`.
         """
         window: dict[str, Any] = json.loads((checkpoint / _WINDOW_FILE).read_text(encoding="utf-8"))
-        self._tr_loss.fill_(window["losses"][ranks.rank()])
+        losses = window["losses"]
+        # Another number of processes goes on with the mean, which is all that the log shows.
+        is_same = len(losses) == ranks.world_size()
+        self._tr_loss.fill_(losses[ranks.rank()] if is_same else sum(losses) / len(losses))
         self._total_loss_scalar = window["total_loss"]
         self._globalstep_last_logged = window["last_logged"]
         self._total_train_tokens = window["tokens"]
