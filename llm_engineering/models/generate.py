@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llm_engineering.models.tokenizer import end_token_ids
@@ -163,6 +165,38 @@ def _attend(
     return output.transpose(0, 1).reshape(rows, heads, tokens, size).transpose(1, 2).contiguous(), None
 
 
+@contextmanager
+def _attending_from_one() -> Iterator[None]:
+    """Let `_attend_from_one` compute the attention of models with sdpa."""
+    AttentionInterface.register("sdpa", _attend_from_one)
+    try:
+        yield
+    finally:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
+
+
+def _attend_from_one(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """sdpa as transformers calls it, but on a CPU without a copy of the keys and values for each query head.
+
+    transformers copies them if there is a mask, because torch's kernels for CUDA need it. The results are equal to the last bit.
+    Shapes are those of `_attend`.
+    """
+    if query.shape[2] > 1 or query.device.type != "cpu" or position_bias is not None:
+        options |= {"scaling": scaling, "position_bias": position_bias}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).contiguous(), None
+
+
 def generate_ids(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -193,7 +227,7 @@ def generate_ids(
     head: Any = model.get_output_embeddings()
     with (
         head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)),
-        nullcontext() if start is None else _attending_to(model, start) as cache,
+        _attending_from_one() if start is None else _attending_to(model, start) as cache,
     ):
         generated: list[list[int]] = generate(
             input_ids=torch.tensor(inputs, device=model.device),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MambaConfig
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Lfm2Config, MambaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llm_engineering.models import generate
 from llm_engineering.models.generate import generate_ids
 from tests.tiny_models import SIZES, Kind, write_model
 
@@ -52,3 +54,27 @@ def test_ended_answers_leave_their_batch_and_all_are_those_of_transformers(kind,
     assert len(rows[-1]) < len(prompts)
     # torch would copy the output layer once for each row otherwise.
     assert rows[0].is_contiguous()
+    assert AttentionInterface()["sdpa"] is sdpa_attention_forward
+
+
+@pytest.mark.parametrize("mask", ["none", "of rows", "of heads", "added"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_of_one_token_is_torchs(dtype, mask):
+    torch.manual_seed(1)
+    rows, heads, length = 3, 6, 40
+    query, key, value = (
+        torch.randn(rows, count, tokens, size).to(dtype)
+        for count, tokens, size in ((heads, 1, 16), (2, length, 16), (2, length, 16))
+    )
+    attention_mask = None
+    if mask != "none":
+        attention_mask = torch.rand(rows, 1 if mask == "of rows" else heads, 1, length) < 0.7
+    if mask == "added":
+        attention_mask = torch.zeros(attention_mask.shape, dtype=dtype).masked_fill(~attention_mask, -torch.inf)
+    layer = torch.nn.Module()
+    layer.num_key_value_groups = 3
+    found, expected = (
+        attend(layer, query, key, value, attention_mask, scaling=0.4)[0]
+        for attend in (generate._attend_from_one, sdpa_attention_forward)
+    )
+    assert torch.equal(found, expected)
