@@ -123,6 +123,7 @@ bench: .venv/ready-dev  ## run the benchmarks (some hours)
 	$(MAKE_PY) -m benchmarks.dataset_stages --peer
 	$(MAKE_PY) -m benchmarks.estimate
 	$(MAKE_PY) -m benchmarks.training
+	$(MAKE_PY) -m benchmarks.generation
 	$(MAKE_PY) -m benchmarks.chain
 	$(MAKE_PY) -m benchmarks.rl
 	$(MAKE_PY) -m benchmarks.shuffled
