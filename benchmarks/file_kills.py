@@ -42,6 +42,11 @@ _TAKE_SPACE = ("open", "write", "mkdir")
 Did = Callable[[str], None]
 
 
+def names(folder: Path) -> list[str]:
+    """The names of all files and folders below a folder."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
 @dataclass(frozen=True)
 class Work:
     """Something that a command does with files.
@@ -51,12 +56,16 @@ class Work:
             part that is finished and never to be repeated.
         result: what must be equal after every interruption, besides the names of the files.
         prepare: writes the files that are there before.
+        files: the names of the files, which must be equal after every interruption too.
+        faults: the faults that it meets.
     """
 
     name: str
     run: Callable[[Path, Did], None]
     result: Callable[[Path], Any]
     prepare: Callable[[Path], None] = lambda _: None
+    files: Callable[[Path], list[str]] = names
+    faults: Sequence[str] = tuple(FAULTS)
 
 
 class Ended(NamedTuple):
@@ -70,16 +79,18 @@ class Ended(NamedTuple):
 
 def main() -> None:
     """Interrupt the works, and print how many operations were met and survived."""
+    from benchmarks.killed_run import RUN
     from benchmarks.killed_works import WORKS
 
+    known = {**WORKS, RUN.name: RUN}
     logging.disable(logging.WARNING)
     parser = argparse.ArgumentParser(description="Interrupt each file operation.")
-    parser.add_argument("--works", default=",".join(WORKS), help=f"some of {', '.join(WORKS)}")
+    parser.add_argument("--works", default=",".join(known), help=f"some of {', '.join(known)}")
     parser.add_argument("--draw", type=int, help="number of interruptions that are drawn instead of all")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     arguments = parser.parse_args()
-    works = [WORKS[name] for name in arguments.works.split(",")]
+    works = [known[name] for name in arguments.works.split(",")]
     figures = interrupt_all(works, arguments.draw, arguments.seed)
     show(figures | {"machine": machine()}, RESULTS if arguments.write else None)
     sys.exit(bool(figures["failures"]))
@@ -108,6 +119,7 @@ def interrupt_all(works: Sequence[Work], draw: int | None = None, seed: int = 0)
     """
     started = time.monotonic()
     tried: Counter[str] = Counter()
+    survived: Counter[str] = Counter()
     counts: dict[str, Any] = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,7 +127,7 @@ def interrupt_all(works: Sequence[Work], draw: int | None = None, seed: int = 0)
         planned = [
             (work, fault, number, operation.partition(" ")[0])
             for work, trial in trials.items()
-            for fault in FAULTS
+            for fault in trial.work.faults
             for number, operation in enumerate(trial.whole.operations, 1)
             if fault != "full" or operation.startswith(_TAKE_SPACE)
         ]
@@ -123,8 +135,11 @@ def interrupt_all(works: Sequence[Work], draw: int | None = None, seed: int = 0)
             planned = _drawn(planned, draw, random.Random(seed))
         for work, fault, number, kind in planned:
             problem = trials[work].interrupt(fault, number)
-            tried.update((f"work {work}", f"fault {fault}", f"operation {kind}"))
-            if problem:
+            about = (f"work {work}", f"fault {fault}", f"operation {kind}")
+            tried.update(about)
+            if not problem:
+                survived.update(about)
+            else:
                 operation = trials[work].whole.operations[number - 1]
                 failures.append(f"{work}, {fault} at operation {number}, {operation}: {problem}")
                 print(failures[-1], file=sys.stderr, flush=True)
@@ -138,6 +153,7 @@ def interrupt_all(works: Sequence[Work], draw: int | None = None, seed: int = 0)
         "interrupted": len(planned),
         "survived": len(planned) - len(failures),
         "interrupted_by": dict(sorted(tried.items())),
+        "survived_by": dict(sorted(survived.items())),
         "failures": failures,
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -212,8 +228,7 @@ class Trial:
         shutil.copytree(self._before, self.folder)
 
     def _found(self) -> tuple[Any, list[str]]:
-        files = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
-        return self.work.result(self.folder), files
+        return self.work.result(self.folder), self.work.files(self.folder)
 
     def _start(self, fault: int, number: int, jump: int) -> Ended:
         """Run the work in a forked process until it ends."""

@@ -383,6 +383,7 @@ def repair_killed() -> None:
     from zenml.models.v2.misc.exception_info import ExceptionInfo
 
     from pipelines.repeats import settle_version
+    from tools.zenml_store import remove_unregistered
 
     store = Client().zen_store
     for run in unfinished():
@@ -393,6 +394,7 @@ def repair_killed() -> None:
         steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
         for step in steps:
             if not step.status.is_finished:
+                remove_unregistered(step)
                 failed = StepRunUpdate(
                     status=ExecutionStatus.FAILED,
                     end_time=datetime.now(UTC).replace(tzinfo=None),

@@ -5,14 +5,19 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import shutil
 import sqlite3
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.settings import check_folder
+
+if TYPE_CHECKING:
+    from zenml.models import StepRunResponse
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -135,3 +140,16 @@ def forget_lost() -> None:
         logger.warning(
             "Files of earlier runs are gone, and will be made again if needed: %s", ", ".join(sorted(made_again))
         )
+
+
+def remove_unregistered(step: StepRunResponse) -> None:
+    """Remove the folders of outputs that a killed step has written, or begun to write, and not registered.
+
+    They are found in an artifact store on this machine only.
+    """
+    from zenml.client import Client
+
+    for folder in Path(Client().active_stack.artifact_store.path).glob(f"{step.name}/*/{step.id}"):
+        if not any(Client().list_artifact_versions(uri=str(output), size=1).total for output in folder.glob("*")):
+            # Another command may remove it too.
+            shutil.rmtree(folder, ignore_errors=True)

@@ -22,8 +22,11 @@ def figures(module, *arguments):
     return json.loads(ended.stdout), ended.returncode, ended.stderr
 
 
+WORKS = "answers,deletion,decisions,snapshot,record,report,sft,export"
+
+
 def test_a_drawn_sample_of_interruptions_loses_nothing():
-    found, code, stderr = figures("benchmarks.file_kills", "--draw", "12", "--seed", "7")
+    found, code, stderr = figures("benchmarks.file_kills", "--works", WORKS, "--draw", "12", "--seed", "7")
     assert (found["failures"], code) == ([], 0), stderr
     assert found["interrupted"] == found["survived"] == 12
     tried = found["interrupted_by"]
@@ -33,6 +36,15 @@ def test_a_drawn_sample_of_interruptions_loses_nothing():
     assert len([name for name in tried if name.startswith("operation")]) >= 4
     # safetensors and the checkpoints' zip files are written by Rust and C++.
     assert found["operations_by_work_and_kind"]["sft"]["write"] > 50
+
+
+def test_a_whole_run_that_is_killed_and_repeated_ends_as_if_nothing_had_happened():
+    found, code, stderr = figures("benchmarks.file_kills", "--works", "run", "--draw", "3", "--seed", "7")
+    assert (found["failures"], code) == ([], 0), stderr
+    assert found["interrupted"] == found["survived"] == 3
+    assert len([name for name in found["survived_by"] if name.startswith("operation")]) == 3
+    # Arrow's files, the adapter, and the database.
+    assert found["operations_by_work_and_kind"]["run"]["write"] > 1000
 
 
 def test_careless_work_is_found():

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import time
 from contextlib import closing
+from uuid import UUID
 
 
 def wait_for_checkpoint(project, process):
@@ -80,9 +81,15 @@ def test_killed_run_is_detected_and_resumes(fresh_project):
     assert "killed" not in fresh_project.command("runs").stdout
     process.kill()
     process.communicate(timeout=60)
+    # As if it had been killed while it wrote its adapter.
+    (store,) = {path.parents[2] for path in fresh_project.folder.glob("stores/*/load_instructions/*/*")}
+    ((step,),) = stored(fresh_project, "select id from step_run where name = 'train_sft'")
+    begun = store / "train_sft" / "sft_adapter" / str(UUID(step)) / "0a1b2c3d"
+    begun.mkdir(parents=True)
 
     listed = fresh_project.command("runs")
     assert "failed (killed)" in listed.stdout
+    assert not begun.parent.exists()
     assert "--resume" in listed.stderr
     assert stored(fresh_project, "select count(*) from model_version") == [(0,)]
     again = fresh_project.command("runs")
