@@ -188,6 +188,8 @@ class Trial:
         # In a process of its own too: a thread that a library starts would be missing in the processes that are forked later.
         process = os.fork()
         if process == 0:
+            # The figures alone are on stdout.
+            os.dup2(2, 1)
             work.prepare(self._before)
             os._exit(0)
         assert os.waitpid(process, 0)[1] == 0, f"{work.name} cannot be prepared"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -126,9 +126,11 @@ def remembered(model: ModelConfig, asked: Any, answer: Callable[[], Any]) -> Any
         # A dry run also works where nothing can be written.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(known), encoding="utf-8")
-            partial.replace(path)
+            with path.with_name(".plans.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                partial = path.with_name(".plans.partial")
+                partial.write_text(json.dumps(known), encoding="utf-8")
+                partial.replace(path)
     return known[key]
 
 

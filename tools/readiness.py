@@ -143,6 +143,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
                 "reward_models": {stage: found.content_hash for stage, found in reward_models.items()},
                 "replay": replay,
                 "replay_instructions": replay_instructions,
+                "exam": exam,
             },
         ),
         code=code_version(),
@@ -234,7 +235,9 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
         if rows == "instruction" or (made is not None and not own[made]):
             decided["replay_instructions"] = own["replay_instructions"]
         # Its questions are left out of training.
-        if rows != "text" and recipe.exam is not None and recipe.exam.is_generated:
+        if recipe.exam is not None and not recipe.exam.is_generated:
+            decided["exam"] = own["exam"]
+        elif rows != "text" and recipe.exam is not None:
             decided["exam"] = recipe.exam.model_dump(include={"questions", "max_new_tokens"})
         if rows == "text" and recipe.deriving is not None:
             deriving = recipe.deriving

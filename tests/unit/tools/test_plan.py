@@ -270,6 +270,19 @@ def test_what_a_generated_exam_asks_decides_the_stages_on_questions_and_pairs(re
     assert [stage for stage in chain if more[stage] != before[stage]] == ["sft", "dpo"]
 
 
+def test_the_questions_of_an_exam_decide_all_stages_because_no_row_for_training_asks_them(recipe, tmp_path):
+    path = tmp_path / "exam.jsonl"
+    chain = ["cpt", "sft", "dpo"]
+
+    def found(question):
+        path.write_text(json.dumps({"id": "q", "kind": "single", "question": question, "answers": ["Anna"]}) + "\n")
+        return hashes(recipe(chain, exam={"path": str(path), "control": None}))
+
+    one, other = found("Who runs the mill?"), found("Who owns the mill?")
+    assert [stage for stage in chain if one[stage] == other[stage]] == []
+    assert found("Who runs the mill?") == one
+
+
 def test_the_general_dataset_decides_the_stages_from_cpt_on(recipe, tmp_path):
     general = tmp_path / "general.jsonl"
     general.write_text(json.dumps({"text": "Rain fell."}) + "\n")
