@@ -138,4 +138,4 @@ def _files(folder: Path) -> list[str]:
     return sorted({_OWN_NAME.sub("*", name) for name in found})
 
 
-RUN = Work("run", _run, _stored, _prepare, _files, faults=("kill",))
+RUN = Work("run", _run, _stored, _prepare, _files, faults=("kill",), varies=True)
