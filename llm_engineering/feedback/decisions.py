@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm_engineering.data.row_rules import check_row
-from llm_engineering.data.rows import HUMAN, Quarantined, Row, split_key
+from llm_engineering.data.rows import HUMAN, REPLAY, Quarantined, Row, split_key
 from llm_engineering.feedback import journal
 from llm_engineering.recipe.data_blocks import RulesConfig
 
@@ -124,8 +124,9 @@ def apply_decisions(
 
 
 def edited_row(row: RowT, decision: Decision) -> RowT:
-    """The row with the content of an `edit`."""
-    names = {"source": row.source, "origin": f"{HUMAN}{decision.reviewer}", "document": row.document}
+    """The row with the content of an `edit`. A general row stays one, because only its origin keeps it in training."""
+    origin = row.origin if row.origin == REPLAY else f"{HUMAN}{decision.reviewer}"
+    names = {"source": row.source, "origin": origin, "document": row.document}
     edited = type(row).model_validate({**(decision.content or {}), **names})
     same_split = {} if split_key(edited) == split_key(row) else {"document": split_key(row)}
     return cast("RowT", edited.model_copy(update=same_split))

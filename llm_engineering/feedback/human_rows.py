@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 
 from llm_engineering.data.ledger import QUARANTINE_FEATURES, Ledger
-from llm_engineering.data.rows import HUMAN, REPEATED, InstructionRow, PreferenceRow, Quarantined, folded, read_row
+from llm_engineering.data.rows import HUMAN, REPEATED, InstructionRow, PreferenceRow, Quarantined, Row, folded, read_row
 from llm_engineering.data.storage import FEATURES, stream_records, to_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.feedback.decisions import Decision, apply_decisions, current
@@ -146,7 +146,7 @@ def join(
     ledger: Ledger,
     held_out: Container[str] = (),
 ) -> DatasetDict:
-    """Apply the decisions of reviewers to the candidates, and put the rows of people before them.
+    """Apply the decisions of reviewers to the candidates and to the rows of people, and put these first.
 
     What comes first stays if other rows are like it. Rows about held-out questions are set aside. In the test split they would
     change the dataset, and so the model that they judge would be trained again.
@@ -165,15 +165,17 @@ def join(
         first = sorted(applied.rows, key=lambda row: not row.origin.startswith(HUMAN))
         tables[part] = _table([row.record() for row in first], kind)
     aside = [Quarantined.model_validate(record) for record in human["aside"]]
-    taken = []
+    taken: list[Row] = []
     for record in human["rows"]:
         row = read_row(record, kind)
         if record["held_out"] or folded(row.prompt[-1:]) in held_out:
             detail = "the question is held out for testing, so that its answers are only judged"
             aside.append(Quarantined.of_row(row, kind, "held_out_question", detail))
         else:
-            taken.append(record)
-    people = _table(taken, kind)
+            taken.append(row)
+    applied = apply_decisions(taken, decisions, kind, config.rules)
+    aside += applied.rejected
+    people = _table([row.record() for row in applied.rows], kind)
     tables["rows"] = concatenate_datasets([people, tables["rows"]]) if "rows" in tables else people
     ledger.read.setdefault(kind, 0)
     ledger.kept.setdefault(kind, 0)

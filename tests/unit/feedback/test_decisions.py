@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llm_engineering.data.row_rules import check_row, is_generated
-from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, split_key
+from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, split_key
 from llm_engineering.feedback.decisions import (
     DROPPED,
     Decision,
@@ -74,6 +74,12 @@ def test_an_edited_question_stays_in_the_split_of_the_row(document):
     edited = edited_row(row, decide(row, "edit", new=instruction("Why then?")))
     assert edited.prompt[0].content == "Why then?"
     assert split_key(edited) == split_key(row)
+
+
+def test_an_edited_general_row_is_still_only_trained_on():
+    row = instruction(document="").model_copy(update={"origin": REPLAY})
+    edited = edited_row(row, decide(row, "edit", new=instruction(answer="Better.", document="")))
+    assert (edited.completion[0].content, edited.origin) == ("Better.", REPLAY)
 
 
 def test_a_decision_on_a_masked_row_is_applied_to_the_unmasked_one():

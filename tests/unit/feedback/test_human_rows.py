@@ -129,6 +129,17 @@ def test_edited_rows_come_first_and_dropped_rows_are_set_aside(tmp_path):
     assert (ledger.read["preference"], ledger.kept["preference"]) == (3, 2)
 
 
+def test_decisions_on_rows_of_people_are_applied_to_them(tmp_path):
+    made, ledger = candidates([pair(3)])
+    content = content_of(pair(4))
+    edit = Decision(id=judged(2).row.id, kind="preference", action="edit", reviewer="Bo", content=content)
+    said = stored(tmp_path, [judged(1), judged(2)], [drop(judged(1).row.id), edit])
+    rows = join(made, said, "preference", CONFIG, ledger)["rows"]
+    assert list(zip(rows["id"], rows["origin"], strict=True)) == [(pair(4).id, "human:Bo"), (pair(3).id, "o")]
+    assert ledger.by_reason("preference") == {"dropped_by_reviewer": 1}
+    assert (ledger.read["preference"], ledger.kept["preference"]) == (3, 2)
+
+
 def test_rows_of_people_alone_need_no_candidates(tmp_path):
     ledger = Ledger()
     rows = join(None, stored(tmp_path, [judged(1), judged(2)]), "preference", CONFIG, ledger)
