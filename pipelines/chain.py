@@ -125,10 +125,10 @@ class _Datasets:
         return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
 
     def _asked(self, kind: str) -> list[Any]:
-        """The instructions, if the run has them: rows of people must not ask their held-out questions."""
+        """The instructions, if the run has them: answers of people must not be to their held-out questions."""
         return (
             [self.of("instruction")]
-            if kind != "instruction" and "instruction" in self.recipe.kinds(self.recipe.chain[-1])
+            if kind in ("preference", "labelled") and "instruction" in self.recipe.kinds(self.recipe.chain[-1])
             else []
         )
 
@@ -221,14 +221,15 @@ class _Datasets:
         own = data.file("labelled")
         if own is not None:
             return self._own("labelled", own, data.test_labelled, self.inputs.labelled)
-        if data.people("labelled"):
+        if data.made_of("labelled") == "labelled":
             return None
         return label_preferences(self.of("preference", start), data.test_preferences is not None)
 
     def _prompts(self) -> Any:
         data = self.recipe.data
-        if data.prompts is not None:
-            return self._own("prompt", data.prompts, data.test_prompts, self.inputs.prompts)
+        own = data.file("prompt")
+        if own is not None:
+            return self._own("prompt", own, data.test_prompts, self.inputs.prompts)
         return collect_prompts(self.of("instruction"))
 
     def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:

@@ -92,9 +92,9 @@ def data_lines(recipe: Recipe, last: str, source: Source | None = None) -> list[
         lines += _rows("instruction", most, expected, how)
         if "preference" in kinds and data.file("preference") is None:
             lines += _pairs(writing, most, expected)
-        if "labelled" in kinds and data.labelled is None and data.file("preference") is None:
+        if "labelled" in kinds and data.made_of("labelled") == "preference" and data.file("preference") is None:
             lines.append("Rows: labelled, two for each preference row")
-        if "prompt" in kinds and data.prompts is None:
+        if "prompt" in kinds and data.file("prompt") is None:
             lines += _rows("prompt", most, expected, "one prompt for each instruction row")
         if recipe.exam is not None and recipe.exam.is_generated:
             lines += _exam(recipe.exam.questions, math.floor(most * EXAM_SHARE[writing.questions]))

@@ -56,14 +56,14 @@ def planned_steps(pipeline: str, recipe: Recipe) -> list[str]:
 def _dataset_steps(kind: str, recipe: Recipe) -> list[str]:
     """The steps that make the dataset of a kind."""
     own, source = recipe.data.own(kind), recipe.data.made_of(kind)
+    people = [f"add_human_{rows_of(kind)}"] if recipe.data.people(kind) else []
     if source != kind:
-        return [*_dataset_steps(source, recipe), "label_preferences", "prepare_labelled"]
-    reading = ["read_documents"] if kind == "text" or recipe.data.instructions is None else []
+        return [*_dataset_steps(source, recipe), "label_preferences", *people, "prepare_labelled"]
+    reading = ["read_documents"] if kind == "text" or recipe.data.file("instruction") is None else []
     make = f"collect_{kind}s" if kind in ("text", "prompt") else f"generate_{kind}s"
     exam = ["write_exam"] if kind == "instruction" and _writes_exam(recipe) else []
     if kind == "text" and recipe.derives_from_questions:
         reading = list(dict.fromkeys([*reading, *_dataset_steps("instruction", recipe)]))
-    people = [f"add_human_{rows_of(kind)}"] if recipe.data.people(kind) else []
     made = [f"load_{rows_of(kind)}"] if own is not None else [] if kind == "labelled" else [*reading, make]
     return [*made, *exam, *people, f"prepare_{rows_of(kind)}"]
 

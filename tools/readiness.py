@@ -78,7 +78,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     instructions = _datasets([data.file("instruction"), data.test_instructions], "instruction", data)
     preferences = _datasets([data.file("preference"), data.test_preferences], "preference", data)
     labelled = _datasets([data.file("labelled"), data.test_labelled], "labelled", data)
-    prompts = _datasets([data.prompts, data.test_prompts], "prompt", data)
+    prompts = _datasets([data.file("prompt"), data.test_prompts], "prompt", data)
     all_said = {kind: said_about(recipe, kind, Settings()) for kind in recipe.kinds(recipe.chain[-1])}
     people = {kind: said for kind, said in all_said.items() if said is not None}
     judged = judged_questions(folder_of(REVIEW, recipe.name, Settings()))
@@ -223,9 +223,8 @@ def _stage_hashes(recipe: Recipe, shared: dict[str, Any], own: dict[str, Any]) -
             decided["labelled"] = own["labelled"]
         if from_pairs:
             decided["preferences"] = own["preferences"]
-        made_of = recipe.data.made_of(rows)
-        if made_of in ("preference", "labelled") and made_of in own["people"]:
-            decided[f"people_{made_of}"] = own["people"][made_of]
+        for kind in {rows, recipe.data.made_of(rows)} & own["people"].keys() - {"instruction"}:
+            decided[f"people_{kind}"] = own["people"][kind]
         if rows == "prompt":
             decided["prompts"], decided["rewards"] = own["prompts"], own["rewards"]
         if stage in own["reward_models"]:

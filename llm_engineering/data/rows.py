@@ -286,11 +286,12 @@ def written_as(row: Row) -> str:
 
     The `origin` of a derived row begins with its kind.
     """
-    first = row.origin.partition(" ")[0]
+    first = row.origin.removeprefix(REPEATED).partition(" ")[0]
     if row.origin == REPLAY:
         return "general"
     if isinstance(row, TextRow):
-        return "documents" if row.origin == "document" else first
+        # What a reviewer edited.
+        return "documents" if first == "document" or first.startswith(HUMAN) else first
     if isinstance(row, PreferenceRow):
         return "pairs"
     if isinstance(row, PromptRow):

@@ -59,7 +59,7 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
     if artifact == "instruction_candidates":
         return dataset_fingerprints([data.file("instruction"), data.test_instructions, data.replay_instructions])
     if artifact == "prompt_candidates":
-        return dataset_fingerprints([data.prompts, data.test_prompts])
+        return dataset_fingerprints([data.file("prompt"), data.test_prompts])
     if artifact == "labelled_candidates":
         return dataset_fingerprints([data.file("labelled"), data.test_labelled])
     return dataset_fingerprints([data.file("preference"), data.test_preferences])

@@ -194,7 +194,7 @@ class ReplayConfig(Block):
 
 
 def file_among(sources: str | list[str] | None) -> str | None:
-    """The file, folder or hub id in the value of `data.instructions`, `data.preferences` or `data.labelled`; None without one."""
+    """The file, folder or hub id in the value of a key such as `data.instructions`; None without one."""
     named = [sources] if isinstance(sources, str) else sources or []
     return next((source for source in named if source not in PEOPLE), None)
 
@@ -206,9 +206,10 @@ class DataConfig(Block):
     the questions of the instructions, whose answers are accepted.
 
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
-    `instructions` and `preferences` also take `review`, what people said in `make review`. They and `labelled` take `feedback`,
-    what people said about served answers, or a list: `[rows.jsonl, feedback]`. Their rows stand beside those of the file, or else
-    beside the generated ones; labelled answers of people stand alone. In training, each of their rows counts `human_weight` times.
+    `instructions`, `preferences`, `prompts`, `labelled` and `texts` also take `review`, what people said in `make review`.
+    `instructions`, `preferences` and `labelled` take `feedback`, what people said about served answers. A list takes both, and a
+    file: `[rows.jsonl, review]`. The rows of people stand beside those of the file, or else beside the generated ones; labelled
+    answers of feedback stand alone. In training, each of their rows counts `human_weight` times.
     `labelled` has single answers in a format of instructions, with a column `label` that says whether the answer is a good
     one; without it, the answers of pairs are good if they are chosen and bad if they are rejected.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
@@ -225,10 +226,11 @@ class DataConfig(Block):
     preferences: str | list[str] | None = None
     test_instructions: str | None = None
     test_preferences: str | None = None
-    prompts: str | None = None
+    prompts: str | list[str] | None = None
     test_prompts: str | None = None
     labelled: str | list[str] | None = None
     test_labelled: str | None = None
+    texts: Literal["review"] | None = None
     human_weight: int = Field(1, ge=1)
     format: FormatName | None = None
     columns: dict[str, str] = Field(default_factory=dict)
@@ -245,8 +247,9 @@ class DataConfig(Block):
     hub: HubConfig | None = None
 
     def made_of(self, kind: str) -> str:
-        """The kind of rows that are read or generated for a kind: without the user's own, labelled answers are made of pairs."""
-        return "preference" if kind == "labelled" and self.labelled is None else kind
+        """The kind of rows that are read or generated for a kind: without a file and feedback, labelled answers are made of pairs."""
+        made_of_pairs = kind == "labelled" and self.file(kind) is None and FEEDBACK not in self.people(kind)
+        return "preference" if made_of_pairs else kind
 
     def own(self, kind: str) -> str | None:
         """The user's own dataset that the rows of a kind are made of; None if there is none."""
@@ -254,7 +257,7 @@ class DataConfig(Block):
 
     def file(self, kind: str) -> str | None:
         """The file, folder or hub id that the recipe names for the rows of a kind; None if it names none."""
-        return self.prompts if kind == "prompt" else file_among(self._sources.get(kind))
+        return file_among(self._sources.get(kind))
 
     def people(self, kind: str) -> list[str]:
         """Which of `PEOPLE` the recipe names for the rows of a kind."""
@@ -263,7 +266,13 @@ class DataConfig(Block):
 
     @property
     def _sources(self) -> dict[str, str | list[str] | None]:
-        return {"instruction": self.instructions, "preference": self.preferences, "labelled": self.labelled}
+        return {
+            "text": self.texts,
+            "instruction": self.instructions,
+            "preference": self.preferences,
+            "labelled": self.labelled,
+            "prompt": self.prompts,
+        }
 
     @property
     def checks(self) -> DataConfig:
@@ -277,6 +286,7 @@ class DataConfig(Block):
             "test_prompts",
             "labelled",
             "test_labelled",
+            "texts",
             "format",
             "columns",
             "replay",
@@ -295,7 +305,7 @@ class DataConfig(Block):
 
     @model_validator(mode="after")
     def _people(self) -> Self:
-        for key in ("instructions", "preferences", "labelled"):
+        for key in ("instructions", "preferences", "labelled", "prompts"):
             named = getattr(self, key)
             if not isinstance(named, list):
                 continue
@@ -305,10 +315,10 @@ class DataConfig(Block):
                     f"{key} is {named}: a list names at most one file, and {' and '.join(PEOPLE)} once each, e.g. "
                     f"[rows.jsonl, {FEEDBACK if key == 'labelled' else REVIEW}]"
                 )
-        if REVIEW in self.people("labelled"):
+        if FEEDBACK in self.people("prompt"):
             raise ValueError(
-                f"labelled: {REVIEW} has no meaning, because reviewers compare two answers and do not label single ones: name "
-                f"{FEEDBACK} for labelled, or {REVIEW} for preferences"
+                f"prompts: {FEEDBACK} has no meaning, because people judge answers, and a prompt has none: name {FEEDBACK} for "
+                f"instructions, preferences or labelled"
             )
         return self
 

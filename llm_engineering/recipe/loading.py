@@ -90,7 +90,7 @@ def _sources(merged: dict[str, Any]) -> dict[str, str | None]:
         "documents.path": documents.get("path", EMBEDDED_DOCUMENTS),
         "data.instructions": file_among(data.get("instructions")),
         "data.preferences": file_among(data.get("preferences")),
-        "data.prompts": data.get("prompts"),
+        "data.prompts": file_among(data.get("prompts")),
         "data.labelled": file_among(data.get("labelled")),
     }
 

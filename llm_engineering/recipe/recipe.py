@@ -6,7 +6,7 @@ its own keys. `recipe_keys.py` lists the blocks.
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Self, get_args
 
 from pydantic import model_validator
 
@@ -145,7 +145,7 @@ class Recipe(RecipeKeys):
     @model_validator(mode="after")
     def _people(self) -> Self:
         made = self.kinds(self.chain[-1])
-        taken = [kind for kind in _PEOPLE_KINDS if self.data.people(kind)]
+        taken = [kind for kind in get_args(Kind) if self.data.people(kind)]
         unused = next((kind for kind in taken if kind not in made), None)
         if unused is not None:
             raise ValueError(
@@ -155,7 +155,7 @@ class Recipe(RecipeKeys):
         if self.data.human_weight > 1 and not taken:
             raise ValueError(
                 f"data.human_weight has no effect, because no rows of people are trained on: add {' or '.join(PEOPLE)} to "
-                "data.instructions, data.preferences or data.labelled, or remove data.human_weight"
+                "the key of rows that the chain trains, e.g. data.instructions, or remove data.human_weight"
             )
         return self
 
@@ -387,8 +387,6 @@ class Recipe(RecipeKeys):
         return self
 
 
-# The kinds of rows that people can add to.
-_PEOPLE_KINDS: tuple[Kind, ...] = ("instruction", "preference", "labelled")
 _MEASURED_ON: dict[Kind, tuple[str, ...]] = {
     "text": DOCUMENT_MEASURES,
     "preference": (*PAIR_MEASURES, REWARD_MEASURE),

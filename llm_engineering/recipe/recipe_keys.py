@@ -147,7 +147,7 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
         answers = trained & {"preference", "labelled"} and STAGES[stage].policy
         needed = trained | ({"instruction"} if answers else set())
         needed |= {"preference"} if any(self.data.made_of(kind) == "preference" for kind in trained) else set()
-        needed |= {"instruction"} if "prompt" in trained and self.data.prompts is None else set()
+        needed |= {"instruction"} if "prompt" in trained and self.data.file("prompt") is None else set()
         kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "labelled", "prompt")
         return [kind for kind in kinds if kind in needed]
 

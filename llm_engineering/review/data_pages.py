@@ -16,6 +16,7 @@ from llm_engineering.data.rows import read_row
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback.decisions import Decision, content_of, current, store, stored
 from llm_engineering.progress import counted
+from llm_engineering.recipe.stages import rows_of
 from llm_engineering.review.browse import Filter, Table
 from llm_engineering.review.opened_data import Opened, write_corrected
 from llm_engineering.review.row_cards import DONE, cards_of, chosen_rows, rules_of
@@ -77,7 +78,8 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
     def page(template: str, opened: Opened, key: str, **values: Any) -> Response:
         counts = {"rows": opened.rows.rows, "quarantine": opened.quarantine.rows, "findings": opened.findings.rows}
         counts["clusters"] = len(np.unique(opened.clusters.numbers("cluster")))
-        return context.page(template, active="data", key=key, opened=opened, counts=counts, **values)
+        shared: dict[str, Any] = {"key": key, "opened": opened, "counts": counts, "rows_name": rows_of(opened.kind)}
+        return context.page(template, active="data", **shared, **values)
 
     def card_page(key: str, position: int, whole: bool) -> Response:
         opened = reviews.open_dataset(key)
@@ -178,11 +180,6 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         (card,) = cards_of(opened, [_valid(opened, position)], current(made), None)
         if card.original.id != body.id:
             raise RequestError("The dataset has another row here now. Reload the page.")
-        if not opened.takes_decisions:
-            raise RequestError(
-                f"No run uses decisions on {opened.kind} rows. Correct the documents or rows that they are made of, or review "
-                "their file: `make review DATA=rows.jsonl` saves a corrected copy."
-            )
         if card.is_made_later:
             raise RequestError("This row repeats another row in other words. Decide on that row.")
         content = None
@@ -210,7 +207,7 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         opened = reviews.open_dataset(key)
         if opened.corrected is None:
             raise RequestError(
-                "A dataset of a run is not a file. A recipe with `data.instructions: review` uses its decisions."
+                f"A dataset of a run is not a file. A recipe with `data.{rows_of(opened.kind)}: review` uses its decisions."
             )
         done = write_corrected(opened, current(stored(reviews.folder)))
         return {

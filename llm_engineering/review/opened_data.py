@@ -57,11 +57,6 @@ class Opened:
     rendering: Rendering
     corrected: Path | None = None
 
-    @property
-    def takes_decisions(self) -> bool:
-        """Whether anything applies decisions on these rows: the corrected file, or a run with `data.instructions: review`."""
-        return self.corrected is not None or self.kind in ("instruction", "preference")
-
 
 def opened_run(
     title: str, kind: str, dataset: DatasetDict, document: Callable[[str], Document | None], rendering: Rendering

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 from llm_engineering.cloud.sagemaker.problems import is_loopback
 from llm_engineering.cloud.sagemaker.request import INPUTS
@@ -21,7 +21,7 @@ from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENE
 from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.stages import rows_of
+from llm_engineering.recipe.stages import Kind, rows_of
 
 # The channel with the recipe and its files, and the name of the recipe in it.
 RECIPE_CHANNEL = "recipe"
@@ -89,7 +89,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
             documents = documents.model_copy(update={"path": placed("documents.path", documents.path)})
         elif documents.path not in (EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK):
             problems.append(_local_problem("documents.path", documents.path, bucket))
-    for kind in ("instruction", "preference", "labelled"):
+    for kind in get_args(Kind):
         problems += [
             f"data.{rows_of(kind)} names {source}, and what people said is on this machine, which a job cannot see: remove "
             f"{source}, or run `make retrain` here"

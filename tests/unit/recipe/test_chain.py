@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.data_blocks import DataConfig
 from llm_engineering.recipe.loading import load_recipe
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
@@ -191,8 +192,17 @@ def test_rows_of_people_stand_beside_those_of_a_file(tmp_path):
     refused(tmp_path, ["a list names at most one file"], ["sft"], data={"instructions": ["a.jsonl", "b.jsonl"]})
     refused(tmp_path, ["a list names at most one file"], ["sft"], data={"instructions": []})
     refused(tmp_path, ["test_instructions is set"], ["sft"], data={"instructions": "review", "test_instructions": "t"})
-    refused(tmp_path, ["labelled: review has no meaning"], ["sft"], data={"labelled": "review"})
+    refused(tmp_path, ["prompts: feedback has no meaning"], ["sft"], data={"prompts": "feedback"})
     refused(tmp_path, ["data.human_weight has no effect"], ["sft"], data={"human_weight": 2})
+    data = DataConfig(texts="review", labelled="review", prompts=["prompts.jsonl", "review"])
+    assert [data.people(kind) for kind in ("text", "labelled", "prompt")] == [["review"]] * 3
+    assert (data.file("prompt"), data.file("labelled"), data.made_of("labelled")) == (
+        "prompts.jsonl",
+        None,
+        "preference",
+    )
+    assert data.checks.texts is None
+    refused(tmp_path, ["data.texts names review, which has no effect"], ["sft"], data={"texts": "review"})
     words = ["data.preferences names review, which has no effect, because no stage of chain needs preference rows"]
     refused(tmp_path, words, ["sft"], data={"preferences": "review"})
 

@@ -12,9 +12,9 @@ from fastapi.testclient import TestClient
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
-from llm_engineering.data.rows import TextRow
+from llm_engineering.data.rows import LabelledRow, Message, PromptRow, TextRow
 from llm_engineering.data.storage import FEATURES, TableWriter, to_dataset
-from llm_engineering.feedback.decisions import current, stored
+from llm_engineering.feedback.decisions import current, edited_row, stored
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.review import data_pages
 from llm_engineering.review.app import build_app
@@ -25,6 +25,7 @@ from tests.fakes.answering import no_models
 from tests.fakes.reviews import reviews
 
 ROWS = 100_000
+ASKED, ANSWERED = [Message(role="user", content="Q")], [Message(role="assistant", content="A")]
 
 
 class Site:
@@ -169,15 +170,27 @@ def test_a_wrong_decision_is_refused_with_a_sentence_and_not_stored(site, body, 
     assert stored(site.folder) == []
 
 
-def test_rows_that_no_run_corrects_are_shown_only(site, tmp_path):
-    shown = Site(replace(site.opened, kind="instruction", corrected=None), tmp_path / "run")
-    assert shown.decide(0, "accept").status_code == 200
-    texts = Table({"train": to_dataset([TextRow(text="t", source="s", origin="m").record()], FEATURES["text"])})
-    shown = Site(replace(site.opened, kind="text", rows=texts, corrected=None), tmp_path / "texts")
-    assert "data-action" not in shown.get()
-    assert "shown only" in shown.get()
-    assert "No run uses decisions on text rows." in shown.decide(0, "accept").json()["error"]
-    assert stored(tmp_path / "texts") == []
+@pytest.mark.parametrize(
+    ("kind", "row", "path", "key"),
+    [
+        ("text", TextRow(text="t", source="s", origin="m"), "text", "texts"),
+        ("prompt", PromptRow(prompt=ASKED, answers=["A"], source="s", origin="m"), "answers.0", "prompts"),
+        (
+            "labelled",
+            LabelledRow(prompt=ASKED, completion=ANSWERED, label=True, source="s", origin="m"),
+            "completion.0.content",
+            "labelled",
+        ),
+    ],
+)
+def test_every_kind_of_rows_of_a_run_takes_decisions(site, tmp_path, kind, row, path, key):
+    rows = Table({"train": to_dataset([row.record()], FEATURES[kind])})
+    run = Site(replace(site.opened, kind=kind, rows=rows, corrected=None), tmp_path / kind)
+    assert f"<code>data.{key}: review</code> uses the decisions" in run.get()
+    assert run.decide(0, "edit", texts={path: "Better."}).status_code == 200
+    (decision,) = current(stored(run.folder)).values()
+    edited = edited_row(row, decision)
+    assert (edited.answers[0][0].content, edited.origin, decision.kind) == ("Better.", "human:Ann", kind)
 
 
 def test_two_reviewers_are_told_of_each_other_and_the_last_decision_counts(site):

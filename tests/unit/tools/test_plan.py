@@ -200,6 +200,9 @@ def test_own_labelled_answers_are_loaded_and_decide_the_stage_of_their_kind(reci
     ]
     assert "generate_preferences" not in steps
     assert tokens_of(made, "kto")[1] == "the size of thumbs.jsonl"
+    pairs = recipe(["sft", "kto"], data={"labelled": "review"})
+    made_of_pairs = ["label_preferences", "add_human_labelled", "prepare_labelled"]
+    assert planned_steps("kto", pairs)[-9:-6] == made_of_pairs
     before = hashes(made)
     thumbs.write_text(thumbs.read_text().replace("true", "false"))
     after = hashes(made)
