@@ -67,6 +67,14 @@ def test_most_are_written_questions_with_another_name():
     assert len(renamed) == 30
 
 
+def test_no_question_is_made_that_any_sentence_about_the_name_may_answer():
+    rows = [
+        row(f"{words} Corvin{i}?", "Odo") for i in range(9) for words in ("Where is", "What comes from", "Who owns")
+    ]
+    made = unanswerable(rows, [], 40, seed=1)
+    assert not [one for one in made if one.startswith(("Where is Corvin", "What comes from"))]
+
+
 def test_questions_of_an_exam_are_not_made(questions):
     others = unanswerable(ROWS, TEXTS, 20, seed=1, exclude=[question.upper() for question in questions])
     assert others
