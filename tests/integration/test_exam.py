@@ -68,7 +68,7 @@ def test_a_run_takes_the_exam_and_the_gate_refuses_a_model_that_cannot_answer(fr
     assert page.count("✗ sft") >= 2
     assert "Gate refused" in page
 
-    # A changed question runs the evaluation again, and nothing before it.
+    # A changed question trains again too, for no row may ask it.
     file = fresh_project.folder / "exam.jsonl"
     file.write_text(file.read_text().replace("What follows", "What comes after"))
     verified = fresh_project.command("models", "verify", "1", "--config", str(fresh_project.recipe))
@@ -78,6 +78,7 @@ def test_a_run_takes_the_exam_and_the_gate_refuses_a_model_that_cannot_answer(fr
     assert again.code == 0, again.stderr
     ran = [line for line in again.stderr.splitlines() if "│ sft: " in line and "completed" in line]
     assert [name for line in ran for name in ("evaluate", "promote", "train") if name in line] == [
+        "train",
         "evaluate",
         "promote",
     ]
