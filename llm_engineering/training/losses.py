@@ -59,8 +59,8 @@ def token_log_probs(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
 
 def _chunk(hidden: Tensor, head: Tensor, tokens: Tensor) -> Tensor:
     # The operations of `_FrozenHead`: a trained policy and its frozen reference must be equal to the last bit.
-    log_probs = (hidden @ head.to(hidden.dtype).t()).float().log_softmax(dim=-1)
-    return log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logits = (hidden @ head.to(hidden.dtype).t()).float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -77,7 +77,8 @@ class _FrozenHead(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(tokens), CHUNK):
             part = slice(start, start + CHUNK)
-            every = (hidden[part] @ head.t()).float().log_softmax(dim=-1)
+            every = (hidden[part] @ head.t()).float()
+            every -= every.logsumexp(dim=-1, keepdim=True)
             token = tokens[part].unsqueeze(-1)
             log_probs[part] = every.gather(-1, token).squeeze(-1)
             if slopes is not None:
