@@ -29,8 +29,8 @@ from llm_engineering.training.estimate import (
     remedy,
     shapes,
 )
-from tools.checks import checked_device, remembered
 from tools.expected_rows import CHARACTERS_PER_TOKEN, TEXT_OF_KIND, Source
+from tools.recipe_checks import checked_device, remembered
 
 logger = logging.getLogger("llm_engineering.run")
 

@@ -42,8 +42,8 @@ from llm_engineering.training.rewards import GRADE_FIELD, own_function, reward_f
 from llm_engineering.training.telemetry.tracking import check_trackers
 from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
-from tools.checks import check_machine, check_model, with_held_out_documents
 from tools.cli import PROJECT_ROOT, prepare_zenml
+from tools.recipe_checks import check_machine, check_model, with_held_out_documents
 
 if TYPE_CHECKING:
     from zenml.models import ArtifactVersionResponse

@@ -91,8 +91,8 @@ def _open(config: str, overrides: tuple[str, ...]) -> Sweep:
     block, stage = full.sweep, full.sweep.stage_of(full.chain)
     recipe = load_recipe(config, (*overrides, "sweep=null"))
     # The imports are slow, so they come after the recipe has been checked.
-    from tools.checks import check_model
     from tools.readiness import preflight
+    from tools.recipe_checks import check_model
 
     sweep = Sweep(config, overrides, recipe, block, stage, "")
     for key, values in block.ranges.items():

@@ -182,7 +182,7 @@ def _retrain(folder: Path) -> int:
     """Train in this process, and write the lineage of the new version."""
     request = json.loads((folder / _REQUEST).read_text(encoding="utf-8"))
     recipe = Recipe.model_validate(request["recipe"])
-    from tools.checks import check_machine
+    from tools.recipe_checks import check_machine
 
     check_machine(recipe)
     prepare_zenml()

@@ -17,11 +17,11 @@ from llm_engineering.feedback.comparisons import Compared, own_question
 from llm_engineering.recipe.loading import load_recipe
 from tests.conftest import ROOT
 from tools import readiness
-from tools.checks import check_model
 from tools.expected_rows import data_lines
 from tools.forecast import tokens_of
 from tools.plan import planned_steps, print_plan, stages_of
 from tools.readiness import preflight
+from tools.recipe_checks import check_model
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}

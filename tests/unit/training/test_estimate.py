@@ -29,9 +29,9 @@ from llm_engineering.training.estimate import (
 from tests.conftest import ROOT
 from tests.tiny_models import SIZES
 from tools import forecast
-from tools.checks import check_machine
 from tools.forecast import estimate_lines, tokens_of, warn_of_memory
 from tools.plan import stages_of
+from tools.recipe_checks import check_machine
 
 CPU = Device("cpu", torch.float32, "sdpa", [])
 CARD = Device("cuda", torch.bfloat16, "sdpa", [])
