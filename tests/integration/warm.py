@@ -16,6 +16,7 @@ from llm_engineering.models.device import Device
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.estimate import shapes
+from llm_engineering.training.telemetry.work import installed_packages
 from steps.caching import code_version
 from tests.tiny_models import SIZES
 
@@ -32,6 +33,8 @@ set_custom_source_root(None)
 # The syntax trees of the project's modules, which are cached.
 for stage in STAGES.values():
     code_version("steps.training", "train", also=stage.train)
+# The versions of the packages.
+installed_packages()
 # The model that identifies languages.
 language_of("The language of this sentence is English.")
 # Torch's tables of operators for fake tensors. These have no values, so nothing is computed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import resource
@@ -42,15 +43,21 @@ def environment() -> dict[str, Any]:
         `processor` with the instructions that torch uses, `gpu` (empty on a CPU), `threads` of torch, `python`, `system`, and
         `packages`: the version of every installed package by its name.
     """
-    found = {one.name: one.version for one in importlib.metadata.distributions()}
     return {
         "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "packages": dict(sorted(found.items())),
+        "packages": dict(installed_packages()),
     }
+
+
+@functools.cache
+def installed_packages() -> tuple[tuple[str, str], ...]:
+    """The name and version of every installed package, sorted. Cached, because it parses the metadata of each package."""
+    found = {one.name: one.version for one in importlib.metadata.distributions()}
+    return tuple(sorted(found.items()))
 
 
 def _processor() -> str:
