@@ -15,13 +15,14 @@ from llm_engineering.errors import RequestError
 from llm_engineering.feedback import comparisons
 from llm_engineering.feedback.comparisons import Compared, own_question
 from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.conftest import ROOT
 from tools import readiness
 from tools.expected_rows import data_lines
 from tools.forecast import tokens_of
 from tools.plan import planned_steps, print_plan, stages_of
 from tools.readiness import preflight
-from tools.recipe_checks import check_model
+from tools.recipe_checks import check_model, remembered
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
 STEPS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
@@ -516,3 +517,21 @@ def test_a_dry_run_judges_a_model_again_whose_configuration_has_changed(recipe, 
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
     with pytest.raises(RequestError, match="are quantised"):
         check_model(made)
+
+
+def test_a_plan_that_is_killed_before_it_is_stored_leaves_no_file_when_it_is_repeated(
+    monkeypatch, tmp_path, small_llama
+):
+    monkeypatch.setenv("LLM_CACHE_DIR", str(tmp_path / "cache"))
+    model = ModelConfig(name_or_path=str(small_llama))
+
+    def killed(*_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(SystemExit):
+            remembered(model, "memory", lambda: [1])
+    # Another answer is as good: it is of another length, and replaces what was begun.
+    assert remembered(model, "memory", lambda: []) == remembered(model, "memory", lambda: [2]) == []
+    assert sorted(file.name for file in (tmp_path / "cache").iterdir()) == [".plans.lock", "plans.json"]
