@@ -93,7 +93,7 @@ def test_an_interrupted_replay_continues_and_is_equal_byte_for_byte(own):
     assert {one["what"] for one in report["compared"]} >= {
         "weights of sft", "losses of sft", "measure heldout_loss", "instruction_dataset", "formatted_sft",
     }  # fmt: skip
-    assert report["environment"] == {"sft": []}
+    assert (report["environment"], report["code"]) == ({"sft": []}, [])
     # The folder keeps the report only, and the project's own store has no new run.
     assert sorted(file.name for file in folder.iterdir()) == ["lock", "report.json"]
     assert json.loads((folder / "report.json").read_text()) == report
@@ -114,6 +114,10 @@ def test_a_changed_dataset_is_named_before_any_work(own):
 def test_another_seed_and_library_are_told_with_the_size_of_the_difference(own):
     lineage = models(own, "lineage", "1", "--json").json["training"]["sft"]["environment"]
     version = lineage["packages"]["torch"]
+    code = next(
+        one["code"] for one in models(own, "lineage", "1", "--json").json["artifacts"] if one["step"] == "train_sft"
+    )
+    edit_record(own, "step_configuration", "config", code, "c0de00000000")
     edit_record(own, "run_metadata", "value", f'"torch": "{version}"', '"torch": "2.0.0"')
     edit_record(own, "run_metadata", "value", '"seed": 42', '"seed": 43')
     replayed = models(own, "replay", "1", "--json")
@@ -121,6 +125,8 @@ def test_another_seed_and_library_are_told_with_the_size_of_the_difference(own):
     assert f"sft was trained elsewhere, so its bytes may differ: torch 2.0.0 → {version}" in replayed.stderr
     report = replayed.json
     assert report["environment"] == {"sft": [f"torch 2.0.0 → {version}"]}
+    # The commit of the version's run is this one, and its adapter may be that of an earlier run.
+    assert report["code"] == [f"train_sft c0de00000000 → {code}"]
     found = {one["what"]: one["difference"] for one in report["compared"]}
     assert re.search(
         r"^1 of 5 files differ \(adapter_model.safetensors\); \d+ of \d+ tensors differ, by at most \d",

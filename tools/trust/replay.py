@@ -127,11 +127,13 @@ def _check_inputs(version: Any) -> None:
 def _announce(then: Mapping[str, Any]) -> None:
     """Say what differs here from the training of a version: it may change the result, and prevents nothing."""
     from llm_engineering.training.telemetry.work import environment
+    from pipelines.chain import step_of
     from tools.readiness import code_version
 
-    code = code_version()
-    if code != then["code_version"]:
-        logger.warning("The version was made with the code %s, and this is %s", then["code_version"], code)
+    steps = {name: step_of(name) for name in (f"train_{stage}" for stage in then["training"])}
+    codes = {name: step.configuration.environment["CODE_VERSION"] for name, step in steps.items()}
+    if other := differing_code(then, {"commit": code_version(), **codes}):
+        logger.warning("The version was made with other code or libraries: %s", ", ".join(other))
     here = environment()
     for stage, trained in then["training"].items():
         if "environment" not in trained:
@@ -222,7 +224,9 @@ def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
         "model": then["model"],
         "version": then["version"],
         "equal": not any(one.difference for one in found),
-        "code": [then["code_version"], now["code_version"]],
+        "code": differing_code(
+            then, {"commit": now["code_version"], **{made["step"]: made["code"] for made in now["artifacts"]}}
+        ),
         "environment": {
             stage: _environments(trained["environment"], now["training"][stage]["environment"])
             if "environment" in trained
@@ -231,6 +235,15 @@ def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
         },
         "compared": [one._asdict() for one in found],
     }
+
+
+def differing_code(then: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """Which codes of a lineage are not those of `now`: the commit of the run, and the hashes of the steps' code and libraries.
+
+    A version may have data and adapters of earlier runs, so the commit alone does not tell with which code they were made.
+    """
+    made = [("commit", then["code_version"]), *((one["step"], one["code"]) for one in then["artifacts"])]
+    return [f"{name} {code} → {now[name]}" for name, code in dict.fromkeys(made) if now.get(name, code) != code]
 
 
 def _differing_artifact(name: str, then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> Any:
@@ -275,7 +288,7 @@ def _print(report: Mapping[str, Any], file: Any) -> None:
         table.add_column(column, overflow="fold")
     for stage, differing in report["environment"].items():
         table.add_row(f"environment of {stage}", ", ".join(differing) or "equal")
-    table.add_row("code", "equal" if len(set(report["code"])) == 1 else " → ".join(map(str, report["code"])))
+    table.add_row("code", ", ".join(report["code"]) or "equal")
     for one in report["compared"]:
         table.add_row(one["what"], one["difference"] or "equal")
     console.print(table)
