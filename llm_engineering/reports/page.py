@@ -135,6 +135,9 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
             axes.plot(xs, ys, label=name, color=colour, marker="o" if len(points) < 30 else "", markersize=3)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(axis="y")
+    if all(x == int(x) for points in series.values() for x, _ in points):
+        # Steps and trials are counted.
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(axes.lines) > 1:
         axes.legend(frameon=False)
     return _svg(figure)

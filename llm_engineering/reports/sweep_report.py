@@ -121,7 +121,8 @@ def _measures(report: Report) -> Markup:
 def _by_trial(report: Report) -> dict[str, list[tuple[float, float]]]:
     ended = [(float(trial["number"]), trial["loss"]) for trial in report["trials"] if trial["loss"] is not None]
     lowest = [(number, min(loss for _, loss in ended[: place + 1])) for place, (number, _) in enumerate(ended)]
-    return {"lowest so far": lowest, "trial": ended}
+    stopped = [(float(t["number"]), t["curve"][-1][1]) for t in report["trials"] if t["state"] == "stopped"]
+    return {"lowest so far": lowest, "trial": ended, "stopped early": stopped}
 
 
 def _curves(report: Report) -> dict[str, list[tuple[float, float]]]:
@@ -152,7 +153,8 @@ def _trials(report: Report) -> Markup:
 
 def _ended(trial: Report) -> str:
     if trial["state"] == "stopped":
-        return f"stopped at {trial['curve'][-1][0]:.0%} of training"
+        share, loss = trial["curve"][-1]
+        return f"stopped at {share:.0%} of training, with {loss:.4f}"
     return f"failed: {trial['reason']}" if trial["state"] == "failed" else "complete"
 
 

@@ -151,6 +151,8 @@ def test_a_complete_sweep_trains_nothing_again_and_takes_more_trials(swept):
     more = swept.command("sweep", "--config", str(swept.recipe), "--json", "--set", "sweep.trials=7")
     assert more.code == 0, more.stderr
     assert sum(more.json["counts"].values()) == 7
+    # The command of the winner has no need of the sweep's own keys.
+    assert "sweep.trials" not in " ".join(report_of(swept)["command"])
 
 
 def test_two_processes_share_a_sweep(fresh_project):

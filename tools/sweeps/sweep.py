@@ -201,7 +201,12 @@ def _report(sweep: Sweep, winner: optuna.trial.FrozenTrial, repeats: list[float]
         "repeats": repeats,
         "chance": by_chance(counts["complete"] + counts["stopped"], repeats),
         "command": [PROGRAM, "run", sweep.stage, "--config", sweep.config]
-        + [argument for value in sweep.sets(winner.params) for argument in ("--set", value)],
+        + [
+            argument
+            for value in sweep.sets(winner.params)
+            if not value.startswith(("sweep.", "sweep="))
+            for argument in ("--set", value)
+        ],
         "trials": trials,
         "evaluation": run.evaluation,
         "gate": run.promotion["reason"],

@@ -109,3 +109,9 @@ def test_text_of_data_is_escaped_everywhere():
 def test_an_interval_whose_ends_differ_by_rounding_has_few_digits():
     assert interval(0.4, 0.4 - 1e-16, 0.4 + 1e-16) == "0.40 [0.40, 0.40]"
     assert interval(2.8149, 2.7401, 2.8912) == "2.81 [2.74, 2.89]"
+
+
+def test_a_chart_over_trials_has_whole_numbers_below_it():
+    chart = str(line_chart({"trial": [(1.0, 2.5)], "stopped early": [(2.0, 3.0)]}, "trial", "validation loss"))
+    assert ">2</text>" in chart
+    assert ">1.2</text>" not in chart
