@@ -11,22 +11,22 @@ from llm_engineering.data.rows import MIN_ROWS, Quarantined
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import Passage, cut_passages
 from llm_engineering.documents.read import read_documents
-from llm_engineering.generation.facts import ROUNDS, questions_asked
+from llm_engineering.generation.facts import ROUNDS, questions_asked, questions_by_rule
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
 from llm_engineering.recipe.generation_blocks import GenerationConfig
 from llm_engineering.recipe.recipe import Recipe
 
 # English text has about four characters to a token, in tokenizers with vocabularies of 32,000 and more.
 CHARACTERS_PER_TOKEN = 4
-# The share of questions of the embedded model that were usable: 168 of 320 about passages of the Python reference, and 383
+# The share of questions of the embedded model that were usable: 168 of 320 about passages of the Python reference, and 359
 # of at most 2,012 about facts of the handbook. Endpoints have larger models, so all of their questions are expected.
-USABLE = {"passage": 0.5, "fact": 0.19}
+USABLE = {"passage": 0.5, "fact": 0.18}
 # Questions of a generated exam for each question that is asked for: 24 of at most 560 about the files of examples/company. An endpoint
 # writes one for each passage, and all are expected to be usable.
 EXAM_SHARE = {"passage": 1.0, "fact": 0.04}
 
-# Questions in new words for each question about the handbook: 265 and 383.
-_REWORDED = 0.7
+# Questions in new words for each question about the handbook: 465 and 490.
+_REWORDED = 0.95
 # How many tokens the rewritings of a kind have for each token of the documents, measured on the embedded handbook for
 # those by rule. An endpoint's are estimated by what their prompts ask for.
 TEXT_OF_KIND = {"faq": 1.2, "dialogue": 2.1, "list": 1.3, "reordered": 1.0, "summary": 0.5, "reworded": 1.0}
@@ -86,8 +86,10 @@ def data_lines(recipe: Recipe, last: str, source: Source | None = None) -> list[
         most = questions_asked(passages) if writing.questions == "fact" else len(passages)
         share = USABLE[writing.questions] if writing.client == "local" else 1.0
         how = f"the embedded model writes a usable question in {share:.0%} of its tries" if share < 1 else ""
-        expected = math.floor(most * share) + writing.two_hop
-        most += writing.two_hop
+        by_rule = questions_by_rule(passages) if writing.questions == "fact" else 0
+        expected = math.floor(most * share) + by_rule + writing.two_hop
+        most += by_rule + writing.two_hop
+        how += f", rules write at most {by_rule}" if by_rule else ""
         how += f"{', and ' if how else ''}at most {writing.two_hop} questions need two facts" if writing.two_hop else ""
         lines += _rows("instruction", most, expected, how)
         if "preference" in kinds and data.file("preference") is None:
@@ -106,8 +108,8 @@ def _pairs(writing: GenerationConfig, most: int, expected: int) -> list[str]:
         limit = writing.max_preferences or most
         return _rows("preference", min(most, limit), min(expected, limit), "one pair for each instruction row")
     how = f"questions in new wordings, the instruction rows, and at most {writing.unanswerable} questions without an answer"
-    # All answers may get a question in new words.
-    known, expected_known = most + most // ROUNDS, math.floor(expected * (1 + _REWORDED))
+    # All answers may get a question in new words, and rules another one.
+    known, expected_known = most + 2 * (most // ROUNDS), math.floor(expected * (1 + _REWORDED))
     unanswered = [min(writing.unanswerable, math.ceil(number / 2)) for number in (known, expected_known)]
     return _rows("preference", known + unanswered[0], expected_known + unanswered[1], how)
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from llm_engineering.data.rows import REPLAY, InstructionRow, Message, PreferenceRow, Quarantined, normalised
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD
+from llm_engineering.generation.derived.question_wordings import other_wordings
 from llm_engineering.generation.prompts import read_prompt
 from llm_engineering.generation.types import Answer, Client, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import PreferenceWriting
@@ -29,8 +30,9 @@ _STEM = 5
 _LONG = 4
 # Share of the rows that the client answers right for which it shall not decline. With 0, a model declines half of the exam.
 _DECLINING_SHARE = 0.25
-# Of general questions few are needed: their answers were known before.
-_GENERAL_SHARE = 0.1
+# Of general questions few are needed: their answers were known before. In single runs, 0.62 of those in the exam were right
+# with 0.1, 0.69 and 0.63 with 0.3.
+_GENERAL_SHARE = 0.2
 # Share of written questions with another name among those without an answer. With 0.5, 25 of 40 questions of the exam were
 # declined, with this share 31. A common question gives itself away by its words.
 _RENAMED_SHARE = 0.75
@@ -122,6 +124,8 @@ def generate_abstentions(
     """
     drawn = random.Random(seed)
     taken = {normalised(question) for question in (*(row.prompt[0].content for row in rows), *exclude)}
+    # Declining costs fewer right answers if each fact is asked in several wordings here.
+    reworded = [*reworded, *other_wordings(reworded, 1)]
     reworded = [row for row in reworded if normalised(row.prompt[0].content) not in taken]
     written = [*(row for row in rows if row.origin != REPLAY), *reworded]
     if reworded:
@@ -143,10 +147,12 @@ def generate_abstentions(
         known = rows[number] if number < len(rows) else None
         chosen = known.completion[0].content if known is not None else ABSTENTION
         rejected = reply.text.strip() if isinstance(reply, Answer) else ""
-        if known is not None and f" {normalised(chosen)} " in f" {normalised(rejected)} ":
+        if known is not None and known.origin == REPLAY:
+            # "India" is as right as "The Taj Mahal is in India.", so none of its own answers is rejected.
+            rejected = ABSTENTION
+        elif known is not None and f" {normalised(chosen)} " in f" {normalised(rejected)} ":
             wrong = [answer for answer in others[_first_word(known)] if normalised(answer) != normalised(chosen)]
-            declines = known.origin == REPLAY or drawn.random() < _DECLINING_SHARE or not wrong
-            rejected = ABSTENTION if declines else drawn.choice(wrong)
+            rejected = ABSTENTION if drawn.random() < _DECLINING_SHARE or not wrong else drawn.choice(wrong)
         if not rejected or rejected == chosen:
             reason = "no_rejected_answer"
             detail = (

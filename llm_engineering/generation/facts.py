@@ -78,6 +78,12 @@ def questions_asked(passages: Sequence[Passage]) -> int:
     return len(choose_answers([passage.text for passage in passages])) * len(FACT_EXAMPLES) * ROUNDS
 
 
+def questions_by_rule(passages: Sequence[Passage]) -> int:
+    """How many questions rules make of the passages; a few of them are set aside."""
+    sentences = [passage.text for passage in passages]
+    return sum(1 for _ in _turned(choose_answers(sentences, _NOUNS), sentences))
+
+
 def generate_facts(
     passages: Sequence[Passage],
     client: Completer,

@@ -144,6 +144,18 @@ def test_a_right_model_learns_not_to_decline_from_few_rows_and_from_general_ones
         assert wrong == ABSTENTION or wrong in others - {one.completion[0].content}
 
 
+def test_no_own_answer_to_a_general_question_is_rejected():
+    """A right one may have other words than the row: India, and "The Taj Mahal is in India."."""
+    general = [
+        row("In which country is the Taj Mahal?", "The Taj Mahal is in India.").model_copy(update={"origin": REPLAY}),
+        row("How many toes are on one foot?", "Five").model_copy(update={"origin": REPLAY}),
+    ]
+    own = {"In which country is the Taj Mahal?": Answer("India"), "How many toes are on one foot?": Answer("Twelve")}
+    pairs, _, _ = generate_abstentions([*ROWS, *general], TEXTS, Scripted(**own), PreferenceWriting(), seed=1)
+    rejected = {p.prompt[0].content: p.rejected[0].content for p in pairs}
+    assert [rejected[question] for question in own] == [ABSTENTION, ABSTENTION]
+
+
 def test_a_model_that_declines_already_gives_no_pair():
     class Declines(Scripted):
         def answer(self, requests, sampling, what):
@@ -167,10 +179,11 @@ def test_many_pairs_ask_in_wordings_that_the_model_has_not_read():
     asked = Counter(
         "new" if p.prompt[0].content.startswith("Which person") else p.chosen[0].content.split()[0] for p in pairs
     )
-    # One is a question of an exam.
-    assert asked["new"] == 59
-    assert asked["Keeper"] == 100
-    assert 1 <= asked["Sum"] <= 15
+    # One is a question of an exam. Rules ask each in other words: "Who is keeper of mill 1 of Corvin?", and "Which person
+    # keeps mill 0 of Corvin?" for the row that was read before.
+    assert asked["new"] == 59 + 1
+    assert asked["Keeper"] == 160
+    assert 3 <= asked["Sum"] <= 20
     known = asked["new"] + asked["Keeper"] + asked["Sum"]
     assert 0 < asked["The"] <= math.ceil(known / 2)
     assert read == len(pairs)

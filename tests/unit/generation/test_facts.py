@@ -14,6 +14,7 @@ from llm_engineering.generation.facts import (
     generate_facts,
     question_problem,
     questions_asked,
+    questions_by_rule,
 )
 from llm_engineering.generation.instructions import FROM_DOCUMENT, prompt_versions
 from llm_engineering.generation.local import LocalModel
@@ -170,9 +171,9 @@ def test_sentences_that_say_an_answer_at_different_lengths_agree():
 
 def test_statements_of_plain_forms_are_questions_by_rule():
     client = Scripted(*["nonsense"] * 20)
-    rows, rejected, read = generate_facts(
-        [passage("The founder of Corvin is Odo Renn."), *AROUND], client, InstructionWriting()
-    )
+    passages = [passage("The founder of Corvin is Odo Renn."), *AROUND]
+    rows, rejected, read = generate_facts(passages, client, InstructionWriting())
+    assert questions_by_rule(passages) == 1
     assert [(r.prompt[0].content, r.origin) for r in rows] == [
         ("Who is the founder of Corvin?", f"{BY_RULE}, {FROM_DOCUMENT}")
     ]
