@@ -1,7 +1,5 @@
 """A step's version changes if the code that it calls changes, and only then."""
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -117,80 +115,6 @@ def test_every_import_can_be_followed_by_the_hash():
             lines = file.read_text().splitlines()
             bad = [line for line in lines if line.strip().startswith(("import llm_engineering", "import steps"))]
             assert not any(" as " not in line for line in bad), file
-
-
-# Runs the pipeline once for each argument, which is the result of the helper. Each run has a process of its own, forked
-# after the imports of ZenML, which take longer than the runs.
-SCRIPT = """
-import os
-import sys
-from pathlib import Path
-
-import zenml.orchestrators.step_launcher
-import zenml.zen_stores.sql_zen_store
-from zenml import pipeline
-from zenml.client import Client
-
-def states():
-    from steps import of_test as steps
-
-    @pipeline
-    def cached():
-        steps.bare()
-        steps.ours()
-
-    run = cached()
-    found = {name: str(step.status) for name, step in Client().get_pipeline_run(run.id).steps.items()}
-    print("STATES", found["bare"], found["ours"], flush=True)
-
-for value in sys.argv[1:]:
-    Path("llm_engineering/helper_of_test.py").write_text(f"def helper() -> int:\\n    return {value}\\n")
-    child = os.fork()
-    if not child:
-        states()
-        os._exit(0)
-    os.waitpid(child, 0)
-"""
-
-STEPS = """
-from zenml import step
-from llm_engineering.helper_of_test import helper
-from steps.caching import project_step
-
-@step
-def bare() -> int:
-    return helper()
-
-@project_step()
-def ours() -> int:
-    return helper()
-"""
-
-
-def test_zenml_serves_stale_results_of_plain_steps_but_not_of_project_steps(tmp_path):
-    """After a change of a helper, ZenML reruns a project step, and serves a plain step's old result from the cache."""
-    import os
-    import shutil
-
-    project = tmp_path / "project"
-    for package in ("steps", "llm_engineering"):
-        (project / package).mkdir(parents=True)
-        (project / package / "__init__.py").write_text("")
-    shutil.copy(ROOT / "steps" / "caching.py", project / "steps" / "caching.py")
-    (project / "steps" / "of_test.py").write_text(STEPS)
-    (project / "run_of_test.py").write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "ZENML_CONFIG_PATH": str(tmp_path / "zenml"),
-        "ZENML_LOCAL_STORES_PATH": str(tmp_path / "stores"),
-        "ZENML_ANALYTICS_OPT_IN": "false",
-    }
-    command = [sys.executable, "run_of_test.py", "1", "1", "2"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, cwd=project, timeout=300, check=False
-    )
-    states = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("STATES")]
-    assert states == [["completed", "completed"], ["cached", "cached"], ["cached", "completed"]], done.stderr
 
 
 @pytest.mark.parametrize(
