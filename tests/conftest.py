@@ -13,16 +13,16 @@ import jinja2
 import pytest
 import torch
 
-# Before ZenML and transformers are imported.
+# Before huggingface_hub, ZenML and transformers are imported: they read their variables during the import.
+os.environ["HF_HUB_OFFLINE"] = "1"
 import tools.cli  # noqa: F401
 from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
-from tests.tiny_models import write_model
+from tests.tiny_models import write_llama, write_model
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 # A store for each test process: the user's stays as it is, and no two processes create one at the same time.
 _STORE = tempfile.TemporaryDirectory(prefix="zenml-")
 os.environ |= {"ZENML_CONFIG_PATH": _STORE.name, "ZENML_LOCAL_STORES_PATH": _STORE.name}
@@ -42,25 +42,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model(tokenizer, tmp_path_factory) -> Path:
     """A folder with a Llama model of two small layers, random weights, and the real tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp("tiny-model")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_llama(tmp_path_factory.mktemp("tiny-model"), tokenizer)
 
 
 @pytest.fixture(scope="session")

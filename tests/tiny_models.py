@@ -124,6 +124,22 @@ def write_model(folder: Path, kind: str | Kind) -> Path:
     return folder
 
 
+def write_llama(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Save a Llama with random weights and this tokenizer. Its weights are the same in each call."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SIZES,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_tokenizer(tokens: tuple[str, ...], template: str | None) -> PreTrainedTokenizerBase:
     """A byte-level tokenizer. The first token begins a text, the last one ends it."""
     bytes_to_tokens = Tokenizer(models.BPE())

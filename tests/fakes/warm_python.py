@@ -108,8 +108,10 @@ def _become(client: socket.socket) -> list[str]:
     arguments, cwd, environment = json.loads(client.makefile().readline())
     streams, spaces = descriptors[:3], descriptors[3:]
     libc = ctypes.CDLL(None, use_errno=True)
-    for space in spaces:
-        if libc.setns(space, 0) != 0:
+    # Only with root may a process enter another namespace.
+    own = [os.stat(f"/proc/self/ns/{name}").st_ino for name in _NAMESPACES]
+    for number, space in zip(own, spaces, strict=True):
+        if os.fstat(space).st_ino != number and libc.setns(space, 0) != 0:
             raise OSError(ctypes.get_errno(), "setns")
         os.close(space)
     for number, stream in enumerate(streams):

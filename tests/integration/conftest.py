@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.fakes.warm_python import warm_python
 from tests.integration.preloaded import Forked
+from tests.tiny_models import write_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 # Metrics that differ between two runs of the same training. A resumed process counts only its own rows and their padding.
@@ -120,10 +123,36 @@ def make_project(folder: Path, model: Path, template: "Project | None" = None) -
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tokenizer, tmp_path_factory) -> Path:
+    """The `tiny_model` of the unit tests with the 4,096 most frequent tokens of its tokenizer.
+
+    Texts of the tests have as many tokens within a few per cent, and the output layer takes a twelfth of the time.
+    """
+    folder = tmp_path_factory.mktemp("cut-tokenizer")
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    cut = stored["model"]
+    cut["vocab"] = {token: number for token, number in cut["vocab"].items() if number < 4096}
+    cut["merges"] = [pair for pair in cut["merges"] if "".join(pair) in cut["vocab"]]
+    file.write_text(json.dumps(stored))
+    return write_llama(tmp_path_factory.mktemp("tiny-model"), AutoTokenizer.from_pretrained(folder))
+
+
+@pytest.fixture(scope="session")
 def job_python() -> Iterator[str]:
     """The variable PATH of jobs whose `python` has already imported the libraries."""
     with warm_python() as folder:
         yield f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="session")
+def child_python(job_python) -> dict[str, str]:
+    """The variable of a command whose child processes in Python are to have imported the libraries, as it has itself.
+
+    They are no children of the command then: a test that kills one must not use this.
+    """
+    return {"CHILD_PYTHON": f"{job_python.partition(':')[0]}/python"} if sys.platform == "linux" else {}
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,8 @@ _LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.s
               "matplotlib.pyplot", "peft", "transformers.trainer", "llm_engineering.training.cpt",
               "llm_engineering.training.sft", "llm_engineering.training.dpo", "llm_engineering.training.kto",
               "llm_engineering.training.reward", "llm_engineering.training.grpo", "llm_engineering.training.rloo",
-              "llm_engineering.evaluation.evaluate", "llm_engineering.generation.endpoint",
+              "llm_engineering.evaluation.evaluate", "llm_engineering.generation.chat_completions", "llm_engineering.generation.endpoint", "typer.main",
+              "zenml.container_registries",
               "tests.integration.warm")  # fmt: skip
 
 
@@ -133,6 +134,8 @@ class _Process(ForkServerProcess):
             os.setsid()
         os.environ.clear()
         os.environ.update(env)
+        # Which Python the command starts its child processes with.
+        sys.executable = os.environ.pop("CHILD_PYTHON", sys.executable)
         os.chdir(folder)
         for descriptor, stream in zip((1, 2, 0), self._streams, strict=False):
             own = stream.detach()

@@ -151,7 +151,7 @@ def test_the_evaluation_reports_intervals(project, dpo_run):
 def test_documents_to_datasets_with_the_real_model(fresh_project):
     """The embedded model generates questions for passages of the embedded corpus."""
     run = fresh_project.command(
-        "run", "datasets", "--json", "--set", "documents.max_passages=24", "--set",
+        "run", "datasets", "--json", "--set", "documents.max_passages=12", "--set",
         "data.split.test_fraction=0.4", "--set", "data.split.validation_fraction=0.3", "--set",
         "generation.rejected_max_new_tokens=12",
     )  # fmt: skip

@@ -157,7 +157,7 @@ def test_datasets_from_transformers_serve(fresh_project, tmp_path):
     """The real server with the real model: too small for JSON, and every passage is accounted for."""
     with served_model(tmp_path) as (url, model):
         options = {
-            "data.instructions": "null", "documents.max_passages": 24, "generation.client": "openai",
+            "data.instructions": "null", "documents.max_passages": 12, "generation.client": "openai",
             "generation.model": model, "generation.base_url": url, "generation.temperature": 0,
             "generation.question_max_new_tokens": 64,
             "generation.concurrency": 2, "generation.timeout_s": 120, "data.split.test_fraction": 0.3,
@@ -186,7 +186,7 @@ def test_datasets_from_transformers_serve(fresh_project, tmp_path):
         rejected = [row for row in found["quarantine"] if row["stage"] == stage]
         assert counts[stage]["read"] == counts[stage]["kept"] + len(rejected)
         if stage == "instruction":
-            assert counts[stage]["read"] == 24
+            assert counts[stage]["read"] == 12
     assert found["rows"]
     for row in found["rows"]:
         assert row["origin"].startswith("chosen: question (prompt ")

@@ -96,8 +96,10 @@ def test_a_run_takes_the_exam_and_the_gate_refuses_a_model_that_cannot_answer(fr
     importlib.util.find_spec("cyllama") is None and not os.environ.get("CI"),
     reason="needs llama.cpp (make setup, then pip install -c requirements.lock -e '.[gguf]')",
 )
-def test_an_exported_file_takes_the_exam_and_is_kept_only_within_the_bounds(fresh_project, exam):
+def test_an_exported_file_takes_the_exam_and_is_kept_only_within_the_bounds(fresh_project, exam, child_python):
     folder = fresh_project.folder
+    # llama.cpp has two processes in each export.
+    fresh_project.env |= child_python
     # The model learns one answer, so that its tokens have a lead over all others.
     rows = [
         {"instruction": f"Where does the number {i} stand?", "output": "Kel lies in the valley."} for i in range(60)

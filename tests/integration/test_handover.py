@@ -43,14 +43,15 @@ class Handed:
 
 
 @pytest.fixture(scope="module")
-def handed(project, finished_run):
+def handed(project, finished_run, child_python):
     output = project.folder / "exported"
     recipe = ("--config", str(project.recipe))
     one = (*recipe, "--version", "1")
+    exporting = replace(project, env=project.env | child_python)
     return Handed(
         output,
         export=project.command("models", "export", *one, "--output", str(output)),
-        gguf=project.command(
+        gguf=exporting.command(
             *("models", "export", *one, "--format", "gguf", "--quant", "Q8_0", "--output", f"{output}.gguf")
         ),
         again=project.command("models", "export", *one, "--output", str(output)),

@@ -341,7 +341,7 @@ def test_full_memory_in_one_process_names_the_sizes_to_set(run, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def command(data, tmp_path_factory):
+def command(data, child_python, tmp_path_factory):
     """A function that starts a run on the command line. The run is too long to finish during the test."""
     folder = tmp_path_factory.mktemp("command")
     recipe = folder / "recipe.yaml"
@@ -357,7 +357,9 @@ def command(data, tmp_path_factory):
 
     def start(*launcher, more=()):
         program = [*launcher, "-m", *arguments, *more] if launcher else [*arguments, *more]
-        return Forked(program[0], program[1:], env, ROOT, own_session=True)
+        # Without a launcher, training processes end unless the command is their parent.
+        variables = env | child_python if launcher else env
+        return Forked(program[0], program[1:], variables, ROOT, own_session=True)
 
     start.folder = folder
     return start

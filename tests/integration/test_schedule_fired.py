@@ -20,6 +20,7 @@ from tests.fakes.iam import assert_allowed, policy
 from tests.fakes.sagemaker import BUCKET, LOG_GROUP, why_no_jobs
 from tests.integration.preloaded import Forked
 from tests.integration.schedules import FOLDER, RECIPE, account, fire, list_names, put_secret, settings_of  # noqa: F401
+from tests.tiny_models import write_llama
 
 
 class Webhook(http.server.ThreadingHTTPServer):
@@ -132,7 +133,7 @@ def log_of(fake, job: str) -> str:
 
 
 @pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
-def test_runs_of_a_fired_schedule_retrain_skip_and_fail(account, tiny_model, zenml_server, webhook, tmp_path):
+def test_runs_of_a_fired_schedule_retrain_skip_and_fail(account, tokenizer, zenml_server, webhook, tmp_path):
     """The schedule fires twice at the same time, then without new data, then with data that cannot be read."""
     key = zenml_server.key
     planted, hook = f"planted-{uuid.uuid4().hex}", f"hook-{uuid.uuid4().hex}"
@@ -140,7 +141,8 @@ def test_runs_of_a_fired_schedule_retrain_skip_and_fail(account, tiny_model, zen
     put_secret(account, {"ZENML_STORE_API_KEY": key, "OPENAI_API_KEY": planted, "NOTIFY_WEBHOOK": address})
     s3 = account.client("s3")
     s3.put_object(Bucket=BUCKET, Key="data/rows.jsonl", Body=rows(40))
-    for file in tiny_model.iterdir():
+    # With the whole vocabulary, DPO passes its gate.
+    for file in write_llama(tmp_path / "model", tokenizer).iterdir():
         s3.upload_file(str(file), BUCKET, f"model/{file.name}")
     recipe = tmp_path / "weekly.yaml"
     recipe.write_text(RECIPE.format(local=ROOT / "configs" / "python_reference.yaml", bucket=BUCKET, spot="false"))

@@ -202,7 +202,7 @@ def test_a_wrong_range_is_refused_before_anything_runs(fresh_project, ranges, wo
 
 def test_a_trial_with_other_validation_rows_fails_and_the_sweep_goes_on(fresh_project):
     # With this seed, the second trial has the other length, which cuts the rows.
-    block = "sweep={ranges: {formatting.max_length: {choices: [192, 50]}}, trials: 2, repeats: 2, seed: 3}"
+    block = "sweep={ranges: {formatting.max_length: {choices: [192, 56]}}, trials: 2, repeats: 2, seed: 3}"
     done = fresh_project.command(
         "sweep",
         "--config",
@@ -216,5 +216,5 @@ def test_a_trial_with_other_validation_rows_fails_and_the_sweep_goes_on(fresh_pr
     assert done.code == 0, done.stderr
     assert done.json["counts"] == {"complete": 1, "stopped": 0, "failed": 1}
     (failed,) = [trial for trial in report_of(fresh_project)["trials"] if trial["state"] == "failed"]
-    assert failed["values"] == {"formatting.max_length": 50}
+    assert failed["values"] == {"formatting.max_length": 56}
     assert "validation rows of this trial are not those of the first one" in failed["reason"]
