@@ -244,6 +244,8 @@ def test_hostile_text_is_shown_and_does_nothing(browser: Browser, server: Server
     expect(row(page, 4).get_by_label("answer")).to_have_value(HOSTILE)
     row(page, 4).get_by_role("link").click()
     expect(page.get_by_role("heading", name="How training reads it")).to_be_visible()
+    # The page shows its text before its script listens to keys.
+    page.wait_for_load_state()
     page.keyboard.press("t")
     expect(page.get_by_role("heading", name="Row, token by token")).to_be_visible()
     for path in ("", "/quarantine", "/clusters", "/findings", "/rows/3"):

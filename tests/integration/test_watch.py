@@ -17,7 +17,7 @@ from tests.integration.conftest import TIMEOUT_S, Project
 SECONDS_TO_END = 30
 SECONDS_TO_TRAIN = 240
 # A run of this many epochs takes minutes, so it still trains when the page is read. The test ends it.
-EPOCHS = 400
+EPOCHS = 800
 
 
 @needs_chromium
@@ -36,7 +36,7 @@ def test_the_page_follows_a_run_from_its_start_to_its_end_without_a_click(fresh_
             # The page is not touched from here on: it loads itself again.
             epochs = f"sft.num_train_epochs={EPOCHS}"
             run = fresh_project.start("run", "sft", "--config", str(fresh_project.recipe), "--set", epochs)
-            progress = page.get_by_text(re.compile(r"^sft: step [\d,]+ of 2,400, about .* left\.$"))
+            progress = page.get_by_text(re.compile(r"^sft: step [\d,]+ of 6,400, about .* left\.$"))
             expect(progress).to_be_visible(timeout=SECONDS_TO_TRAIN * 1000)
             before = progress.text_content()
             assert before
