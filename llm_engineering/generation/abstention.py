@@ -148,7 +148,7 @@ def generate_abstentions(
         chosen = known.completion[0].content if known is not None else ABSTENTION
         rejected = reply.text.strip() if isinstance(reply, Answer) else ""
         if known is not None and known.origin == REPLAY:
-            # "India" is as right as "The Taj Mahal is in India.", so none of its own answers is rejected.
+            # An own answer may be right in other words: "India" for "The Taj Mahal is in India.".
             rejected = ABSTENTION
         elif known is not None and f" {normalised(chosen)} " in f" {normalised(rejected)} ":
             wrong = [answer for answer in others[_first_word(known)] if normalised(answer) != normalised(chosen)]
