@@ -109,7 +109,8 @@ def generate_abstentions(
 
     For a question without an answer, `ABSTENTION` is chosen, and the client's own answer is rejected. For a row, its answer
     is chosen. The client's own answer is rejected if it is wrong. If it is right, the rejected answer is that of another
-    question with the same first word, or `ABSTENTION` for a share of the rows and for those of `data.replay_instructions`.
+    question with the same first word, or `ABSTENTION` for a share of the rows. For rows of `data.replay_instructions` it is
+    `ABSTENTION`, whatever the client answers.
 
     `ABSTENTION` is not rejected for all rows: DPO would make it so improbable that no question gets it any more.
 
