@@ -8,7 +8,7 @@ MAKE_PY = @$(BIN)/python -m tools.make $@
 
 # Values are passed to Python as environment variables, so that neither make nor a shell expands them. Variables that
 # the environment sets are ignored, except CONFIG and ARGS.
-VARIABLES  := CONFIG ARGS STAGE KIND VERSION VERSIONS NOTE FORMAT QUANT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
+VARIABLES  := CONFIG ARGS STAGE KIND VERSION VERSIONS ALSO NOTE FORMAT QUANT OUTPUT PROMPT DATA NAME TARGET CRON TIMEZONE DOCUMENTS
 MAKE_GIVEN := $(foreach v,$(VARIABLES),$(if $(findstring command line,$(origin $v)),$v))
 MAKE_GIVEN += $(foreach v,CONFIG ARGS,$(if $(findstring environment,$(origin $v)),$(if $(value $v),$v)))
 $(foreach v,$(MAKE_GIVEN),$(eval override $v := $$(value $v)))
@@ -47,7 +47,7 @@ push-dataset:  ## publish a dataset on the hub: KIND=instruction|preference|labe
 chat:  ## talk to the promoted model, or ask one question: [PROMPT="Who founded Ondrel?"]
 compare:  ## ask the base, SFT and DPO models the same question: PROMPT="Who founded Ondrel?"
 exam:  ## ask the base and the trained models the questions of the recipe's exam: [VERSION=N]
-serve:  ## serve the promoted model with an OpenAI-compatible API until Ctrl-C
+serve:  ## serve the promoted model with an OpenAI-compatible API until Ctrl-C: [VERSION=N] [ALSO="3 5"]
 models:  ## list the versions of the model
 compare-versions:  ## compare two versions, with a page: VERSIONS="3 5"
 promote:  ## move a model version to production: VERSION=… [NOTE="reason"]

@@ -55,7 +55,7 @@ TARGETS = {
     "chat": Target("chat", ("CONFIG", "VERSION", "PROMPT")),
     "compare": Target("compare", ("CONFIG", "VERSION", "PROMPT")),
     "exam": Target("exam", ("CONFIG", "VERSION")),
-    "serve": Target("serve", ("CONFIG", "VERSION")),
+    "serve": Target("serve", ("CONFIG", "VERSION", "ALSO")),
     "models": Target("models list", ("CONFIG",)),
     "compare-versions": Target("models compare", ("CONFIG",), "VERSIONS", words=True),
     "promote": Target("models promote", ("CONFIG", "NOTE"), "VERSION"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -49,12 +48,22 @@ def serve(
     overrides: Overrides = None,
     version: Version = None,
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port on 127.0.0.1.")] = 8000,
+    also: Annotated[
+        str,
+        typer.Option(
+            "--also",
+            metavar="NUMBERS",
+            help="Other versions with the same base model, as `3 5`. vLLM serves all adapters and the base model side by side.",
+        ),
+    ] = "",
 ) -> int:
     """Serve a model with an OpenAI-compatible API on this machine until Ctrl-C.
 
     The server is vLLM if it is installed and this machine has a CUDA card. Otherwise, and with `serving.log_requests`, it is
     `transformers serve`, behind a server that translates requests for chat completions, and refuses those that it cannot
     answer as OpenAI's API does.
+
+    With `--also`, the model's adapter has the recipe's name, other versions have `name:number`, and the base model has its own.
 
     Example: `llm-engineering serve --port 8123`
     """
@@ -65,23 +74,31 @@ def serve(
     listener = socket.socket()
     bind(listener, port, "serve")
 
+    from llm_engineering.models.device import choose_device
     from llm_engineering.publish.merge import merged_device
     from llm_engineering.publish.verification import precision
     from llm_engineering.recipe.settings import Settings
+    from tools.servers.vllm import adapters_command, installed_vllm, merged_command, side_by_side
 
     settings = Settings()
     settings.check_writable()
     device = merged_device(recipe.compute.here)
+    # Only the server in front of `transformers serve` writes the log.
+    vllm = installed_vllm() if device.name == "cuda" and not recipe.serving.log_requests else None
+    if also and vllm is None:
+        raise RequestError(
+            "Only vLLM serves several versions side by side (--also). It needs a CUDA card and the package vllm, and "
+            "serving.log_requests must be off. Serve one version: make serve VERSION=N"
+        )
     prepare_zenml()
     from tools.model_versions.signatures import signed_model
     from tools.model_versions.versions import find_model
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
+    adapters = side_by_side(found, also.split(), recipe, settings) if also else {}
     folder, _ = signed_model(found, recipe, settings)
     request_log = served_log(found, recipe, settings) if recipe.serving.log_requests else None
-    # Only the server in front of `transformers serve` writes the log.
-    vllm = installed_vllm() if device.name == "cuda" and request_log is None else None
     log = settings.llm_output_dir.resolve() / f"serve-{port}.log"
     trust = recipe.model.trust_remote_code
     front: AbstractContextManager[None] = contextlib.nullcontext()
@@ -89,7 +106,11 @@ def serve(
         if vllm is not None:
             listener.close()
             engine = f"http://{HOST}:{port}"
-            command = vllm_command(vllm, folder, recipe.name, port, precision(device.dtype))
+            command = merged_command(vllm, folder, recipe.name, port, precision(device.dtype))
+            if adapters:
+                # The adapters were trained on the base model in this precision.
+                dtype = precision(choose_device(recipe.compute.here).dtype)
+                command = adapters_command(vllm, found.base, folder, adapters, port, dtype, settings)
             command += ["--trust-remote-code"] if trust else []
         else:
             command, engine, front = transformers_behind_chat(
@@ -255,24 +276,6 @@ def transformers_command(model: str, port: int, device: str) -> list[str]:
     """The command of `transformers serve` in this environment. It serves only this model, a folder."""
     program = Path(sys.executable).with_name("transformers")
     return [str(program), "serve", model, "--device", device, "--host", HOST, "--port", str(port)]
-
-
-def installed_vllm() -> str | None:
-    """The path of `vllm` in this environment, or else on the PATH; None if it is not installed."""
-    return shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-
-
-def vllm_command(program: str, folder: Path, name: str, port: int, dtype: str) -> list[str]:
-    """The command of vLLM's server. Chat template and end tokens come from the folder.
-
-    Args:
-        dtype: the precision in which the model was verified. Without this option, vLLM would load float32 files in half
-            precision.
-    """
-    address = ["--host", HOST, "--port", str(port)]
-    # vLLM ignores `do_sample` in the folder's generation_config.json. Without a temperature there, it would draw samples.
-    greedy = ["--override-generation-config", '{"temperature": 0.0}']
-    return [program, "serve", str(folder), "--served-model-name", name, "--dtype", dtype, *greedy, *address]
 
 
 def run_server(

@@ -14,29 +14,19 @@ from llm_engineering.errors import RequestError, WorkError
 from tests.conftest import ROOT, free_port
 from tools.servers.serve import (
     bind,
-    installed_vllm,
     run_server,
     transformers_command,
-    vllm_command,
 )
+from tools.servers.vllm import merged_command
 
 
 def test_both_servers_listen_only_on_loopback(tmp_path):
     transformers = transformers_command("model", 8123, "cpu")
     assert transformers[1:] == ["serve", "model", "--device", "cpu", "--host", "127.0.0.1", "--port", "8123"]
-    vllm = vllm_command("/bin/vllm", tmp_path, "my-model", 8123, "float32")
+    vllm = merged_command("/bin/vllm", tmp_path, "my-model", 8123, "float32")
     assert vllm[:5] == ["/bin/vllm", "serve", str(tmp_path), "--served-model-name", "my-model"]
     greedy = ["--override-generation-config", '{"temperature": 0.0}']
     assert vllm[5:] == ["--dtype", "float32", *greedy, "--host", "127.0.0.1", "--port", "8123"]
-
-
-def test_vllm_of_this_environment_is_found_without_a_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setenv("PATH", "")
-    assert installed_vllm() is None
-    program = tmp_path / "vllm"
-    program.touch(mode=0o755)
-    assert installed_vllm() == str(program)
 
 
 def test_a_port_in_use_is_refused(tmp_path):
