@@ -63,7 +63,7 @@ class ModelCardFacts(BaseModel):
         report: the JSON of the evaluation report.
         data_limits: the limits of the data, a sentence each.
         lineage: the run, its code and so on, as text by name.
-        file: what llama.cpp measured on the GGUF file that the card is about; None for safetensors files.
+        file: what was measured on the quantised or GGUF file that the card is about; None for the merged model.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -131,7 +131,7 @@ def _metadata(facts: ModelCardFacts) -> str:
             license=hub.license if hub is not None else None,
             language=hub.language if hub is not None else None,
             base_model=name if is_hub_id else None,
-            library_name="transformers" if facts.file is None else "llama.cpp",
+            library_name="transformers" if facts.file is None else facts.file.computed_by,
             pipeline_tag="text-generation",
             tags=["llm-engineering", *facts.recipe.chain_to(facts.stage)],
         ).to_yaml()
@@ -222,7 +222,7 @@ Brackets show the {% if f.report.confidence is defined %}{{ "{:.0%}".format(f.re
 The measures are of the model as it was trained. These files were compared with it: {{ f.verification.sentence }}.
 {% if f.file %}
 
-The GGUF file was then compared with the merged model: {{ f.file.sentence }}.
+The {{ f.file.file_format }} file was then compared with the merged model: {{ f.file.sentence }}.
 {% endif %}
 
 ## Lineage

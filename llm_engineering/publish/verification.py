@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -175,9 +175,10 @@ def verify(
 
 
 class FileCheck(BaseModel):
-    """How a GGUF file, computed by llama.cpp, differs from the model in its own precision, computed by transformers.
+    """How a written file differs from the model in its own precision, which transformers computes.
 
     Attributes:
+        computed_by: the program that computes the file: llama.cpp a GGUF file, transformers safetensors files.
         quant: the kind of quantisation; None if the weights keep their precision.
         tensors: number of tensors by their type in the file. llama.cpp mixes several, and takes a larger one for a matrix whose
             rows it cannot divide into blocks of 256.
@@ -191,6 +192,7 @@ class FileCheck(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    computed_by: Literal["llama.cpp", "transformers"] = "llama.cpp"
     quant: str | None
     tensors: dict[str, int]
     rows: int
@@ -209,21 +211,27 @@ class FileCheck(BaseModel):
             f"; it answers {self.right} of {self.asked} exam questions right, and the trained model {self.right_before}"
         )
         return (
-            f"llama.cpp finds the same most probable token at {self.same_top} of {self.tokens} answer tokens of "
+            f"{self.computed_by} finds the same most probable token at {self.same_top} of {self.tokens} answer tokens of "
             f"{counted(self.rows, 'held-out row')}; log-probabilities fall by {self.logprob_loss:.4f} nats on average and differ "
             f"by {self.mean_difference:.4f}"
             f"{exam if self.asked else ''}"
         )
 
     @property
+    def file_format(self) -> str:
+        """The format of the file."""
+        return "GGUF" if self.computed_by == "llama.cpp" else "safetensors"
+
+    @property
     def described(self) -> str:
         """The kind of quantisation and the types of the tensors."""
         types = ", ".join(f"{count} {name}" for name, count in sorted(self.tensors.items()))
-        return f"GGUF, {self.quant or 'not quantised'} (tensors: {types})"
+        return f"{self.file_format}, {self.quant or 'not quantised'} (tensors: {types})"
 
     def require(self, bounds: ExportConfig) -> None:
         """Raise a WorkError if the file differs more than the bounds allow."""
         lost = self.right_before - self.right
+        larger = "Choose a larger kind, e.g. QUANT=Q8_0" if self.file_format == "GGUF" else "Export it without QUANT"
         for is_kept, problem in (
             (
                 self.quant or self.mean_difference <= MAX_CONVERSION_DIFFERENCE,
@@ -233,16 +241,16 @@ class FileCheck(BaseModel):
             (
                 not self.quant or self.logprob_loss <= bounds.max_logprob_loss,
                 f"{self.quant} lowers log-probabilities by {self.logprob_loss:.3g} nats on average, and "
-                f"export.max_logprob_loss is {bounds.max_logprob_loss:g}. Choose a larger kind, e.g. QUANT=Q8_0",
+                f"export.max_logprob_loss is {bounds.max_logprob_loss:g}. {larger}",
             ),
             (
                 lost <= bounds.max_exam_loss * self.asked,
                 f"it answers {self.right} of {self.asked} exam questions right, the trained model {self.right_before}, and "
-                f"export.max_exam_loss is {bounds.max_exam_loss:g}. Choose a larger kind, e.g. QUANT=Q8_0",
+                f"export.max_exam_loss is {bounds.max_exam_loss:g}. {larger}",
             ),
         ):
             if not is_kept:
-                raise WorkError(f"The GGUF file is not kept: {problem}.")
+                raise WorkError(f"The {self.file_format} file is not kept: {problem}.")
 
 
 def compare_files(model: Sequence[TokenScores], file: Sequence[TokenScores]) -> dict[str, Any]:

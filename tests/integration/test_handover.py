@@ -35,6 +35,7 @@ class Handed:
     output: Path
     export: Run
     gguf: Run
+    fp8: Run
     again: Run
     missing: Run
     chat: Run
@@ -54,6 +55,7 @@ def handed(project, finished_run, child_python):
         gguf=exporting.command(
             *("models", "export", *one, "--format", "gguf", "--quant", "Q8_0", "--output", f"{output}.gguf")
         ),
+        fp8=project.command("models", "export", *one, "--quant", "FP8", "--output", f"{output}-fp8"),
         again=project.command("models", "export", *one, "--output", str(output)),
         missing=project.command("models", "export", *recipe, "--version", "99"),
         chat=project.command("chat", *one, "--prompt", QUESTION, "--max-new-tokens", "12"),
@@ -112,6 +114,22 @@ def test_a_quantised_file_is_asked_by_llama_cpp_and_has_its_card(handed):
     assert f"Asked:       exported.gguf: {measured}\n" in run.stderr
     assert -0.01 < float(re.search(r"log-probabilities fall by (\S+) nats", measured)[1]) < 0.01
     assert not list(file.parent.glob(".exported*"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llmcompressor") is None and not os.environ.get("CI"),
+    reason="needs llm-compressor (make setup, then pip install -c requirements.lock -e '.[compressed]')",
+)
+def test_weights_in_fp8_are_asked_by_transformers_and_have_their_card(handed):
+    run, folder = handed.fp8, handed.output.with_name("exported-fp8")
+    assert run.code == 0, run.stderr
+    assert run.stdout.strip() == str(folder)
+    card = (folder / "README.md").read_text()
+    assert re.search(r"\| weights \| safetensors, FP8 \(tensors: \d+ BF16, \d+ F8_E4M3\) \|", card)
+    measured = re.search(r"The safetensors file was then compared with the merged model: (transformers .*)\.\n", card)[
+        1
+    ]
+    assert f"Asked:       exported-fp8: {measured}\n" in run.stderr
 
 
 def test_wrong_requests(handed):

@@ -159,6 +159,7 @@ def test_a_value_reaches_the_command_and_its_error_reaches_the_user(folder):
         (["export", "FORMAT=`touch X`"], "'`touch X`' is not one of 'safetensors', 'gguf', 'gguf-lora'"),
         (["export", "FORMAT=gguf", "QUANT=Q4"], "'Q4' is not one of 'Q2_K', 'Q3_K_S'"),
         (["export", "QUANT=Q8_0"], "QUANT=Q8_0 needs FORMAT=gguf"),
+        (["export", "QUANT=FP8"], "QUANT=FP8 is written as safetensors to a new folder"),
         (["push-dataset", "KIND=-x"], "'-x' is not one of 'instruction', 'preference'"),
         (["runs", "ARGS='"], "ARGS ' cannot be split into words: No closing quotation."),
     ):

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llm_engineering.export")
 
-# The kinds of llama.cpp that need no sample of text.
+# Those of llama.cpp that need no sample of text, then those of llm-compressor.
 Quant = Literal[
     "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
-    "IQ4_NL", "IQ4_XS",
+    "IQ4_NL", "IQ4_XS", "FP8", "AWQ",
 ]  # fmt: skip
 
 
@@ -47,7 +47,9 @@ def export(
     quant: Annotated[
         Quant | None,
         typer.Option(
-            "--quant", help="With --format gguf, quantise the weights. Without it, they keep their precision."
+            "--quant",
+            help="Quantise the weights: FP8 and AWQ as safetensors, for vLLM; the others with --format gguf. Without it, they keep "
+            "their precision.",
         ),
     ] = None,
     output: Annotated[
@@ -57,8 +59,8 @@ def export(
 ) -> int:
     """Merge, verify and register a model, and write its files.
 
-    Without --output, the command prints the folder of the registered model. Existing files are never replaced. A GGUF file
-    is compared with the model if llama.cpp is installed, and has its card beside it.
+    Without --output, the command prints the folder of the registered model. Existing files are never replaced. A quantised
+    file is compared with the model, and its card has the result. So is every GGUF file if llama.cpp is installed.
 
     Example: `llm-engineering models export --format gguf --quant Q4_K_M --output model.gguf`
     """
@@ -66,11 +68,21 @@ def export(
     is_gguf = file_format != "safetensors"
     if is_gguf and output is None:
         raise RequestError("The name of the GGUF file is missing. Add it, for example OUTPUT=model.gguf.")
-    if quant is not None and file_format != "gguf":
-        raise RequestError(f"QUANT={quant} needs FORMAT=gguf: {file_format} files are not quantised.")
+    compressed = quant if quant == "FP8" or quant == "AWQ" else None
+    if compressed and (is_gguf or output is None):
+        raise RequestError(
+            f"QUANT={quant} is written as safetensors to a new folder: leave out FORMAT, and add OUTPUT=my-model."
+        )
+    if quant is not None and not compressed and file_format != "gguf":
+        raise RequestError(f"QUANT={quant} needs FORMAT=gguf. As safetensors, QUANT is FP8 or AWQ.")
     if output is not None:
         _check_output(output, is_gguf)
-    if quant is not None or file_format == "gguf-lora":
+    if compressed:
+        from llm_engineering.publish.compressed import check_compressed
+        from llm_engineering.publish.merge import merged_device
+
+        check_compressed(compressed, merged_device(recipe.compute.here))
+    elif quant is not None or file_format == "gguf-lora":
         from llm_engineering.publish.llama_cpp import check_installed
 
         check_installed(f"QUANT={quant}" if quant else "FORMAT=gguf-lora")
@@ -106,8 +118,8 @@ def export(
     if output is None:
         print(folder)
         return 0
-    if is_gguf:
-        _write_gguf(found, folder, recipe, quant, output, settings)
+    if is_gguf or compressed:
+        _write_checked(found, folder, recipe, quant, output, settings)
     else:
         files = {name: file.read_bytes() for name, file in signature.items()}
         files["README.md"] = render_model_card(card_facts(found, folder, recipe)).encode()
@@ -116,17 +128,21 @@ def export(
     return 0
 
 
-def _write_gguf(
-    found: Found, folder: Path, recipe: Recipe, quant: str | None, output: Path, settings: Settings
+def _write_checked(
+    found: Found, folder: Path, recipe: Recipe, quant: Quant | None, output: Path, settings: Settings
 ) -> None:
-    """Write a GGUF file and, if llama.cpp is installed, its card with what llama.cpp measured."""
+    """Write a GGUF file or a quantised model, and its card with what was measured on it.
+
+    A GGUF file is not measured, and has no card, if llama.cpp is not installed.
+    """
     from llm_engineering.evaluation.measures.exam import ExamRow
     from llm_engineering.publish import llama_cpp
     from llm_engineering.publish.gguf import export_gguf, write_gguf
     from llm_engineering.publish.model_card import render_model_card
-    from tools.model_versions.versions import heldout_rows
+    from tools.model_versions.versions import formatted_rows
 
-    if not llama_cpp.is_installed():
+    compressed = quant if quant == "FP8" or quant == "AWQ" else None
+    if not compressed and not llama_cpp.is_installed():
         write_gguf(folder, output, recipe.name)
         logger.warning(
             "The file was not compared with the model, because llama.cpp is not installed. %s", llama_cpp.INSTALL
@@ -139,9 +155,17 @@ def _write_gguf(
         for row in exam["rows"]
         if row["kind"] == "single"
     ]
-    check = export_gguf(folder, output, recipe, quant, heldout_rows(found), asked, exam["max_new_tokens"], settings)
-    card = render_model_card(facts.model_copy(update={"file": check}))
-    card_of(output).write_text(card, encoding="utf-8")
+    rows, most = formatted_rows(found), exam["max_new_tokens"]
+    if compressed:
+        from llm_engineering.publish.compressed import CALIBRATION_ROWS, export_compressed
+
+        calibration = [row.input_ids for row in formatted_rows(found, "train", CALIBRATION_ROWS)]
+        check = export_compressed(folder, output, recipe, compressed, rows, asked, most, calibration, settings)
+        card = output / "README.md"
+    else:
+        check = export_gguf(folder, output, recipe, quant, rows, asked, most, settings)
+        card = card_of(output)
+    card.write_text(render_model_card(facts.model_copy(update={"file": check})), encoding="utf-8")
 
 
 def card_of(output: Path) -> Path:

@@ -265,7 +265,7 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVe
     if registered is not None:
         return registered
     check_unchanged(found.base)
-    rows = heldout_rows(found)
+    rows = formatted_rows(found)
     trained = Trained(found.base, found.folders[found.name])
     with tempfile.TemporaryDirectory(prefix="merged-") as temporary:
         target = Path(temporary, "model")
@@ -274,8 +274,8 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVe
         return _register(found, target, verification, penalty)
 
 
-def heldout_rows(found: Found) -> list[HeldoutRow]:
-    """The first held-out rows of a version, with which its files are compared with the trained model.
+def formatted_rows(found: Found, split: str = "test", most: int = MAX_ROWS) -> list[HeldoutRow]:
+    """The first rows of a split of a version. With those of `test`, its files are compared with the trained model.
 
     Raises:
         RequestError: the version has none.
@@ -288,10 +288,10 @@ def heldout_rows(found: Found) -> list[HeldoutRow]:
             f"Version {found.version.number} has no held-out rows (artifact formatted_…), so its merged model cannot be "
             "verified. Choose another version: `make models` lists all versions."
         )
-    formatted_rows = formatted.load()["test"]
-    records = islice(stream_records(formatted_rows), MAX_ROWS)
+    rows = formatted.load()[split]
+    records = islice(stream_records(rows), most)
     # A prompt has no answer, so the model is compared on its own tokens.
-    keys = ("prompt_ids", "prompt_ids") if "prompt_ids" in formatted_rows.column_names else ("input_ids", "labels")
+    keys = ("prompt_ids", "prompt_ids") if "prompt_ids" in rows.column_names else ("input_ids", "labels")
     return [HeldoutRow(record["id"], *(record[key] for key in keys)) for record in records]
 
 
