@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_engineering.errors import RequestError
-from tools.servers.serve import HOST
 
 if TYPE_CHECKING:
     from llm_engineering.recipe.model_blocks import ModelConfig
@@ -131,4 +130,5 @@ def _rank(name: str, folder: Path) -> int:
 
 
 def _address(port: int) -> list[str]:
-    return ["--host", HOST, "--port", str(port)]
+    # Only on loopback, as all servers of this project.
+    return ["--host", "127.0.0.1", "--port", str(port)]
