@@ -32,6 +32,8 @@ ACCOUNT = "123456789012"
 REGION = "eu-west-1"
 # moto makes 648 machine images at each reset otherwise, and no test uses one. It reads the variable at a reset.
 os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
+# It makes an application for each service at its first request.
+_MOTO = DomainDispatcherApplication(create_backend_app)
 # Services that sign with a name other than boto3's.
 _CLIENT_NAMES = {"servicequotas": "service-quotas", "monitoring": "cloudwatch"}
 
@@ -132,8 +134,7 @@ Fake = TypeVar("Fake", bound=FakeAWS)
 @contextmanager
 def running_aws(fake: Fake) -> Iterator[Fake]:
     """Serve an empty AWS account until the block ends."""
-    moto = DomainDispatcherApplication(create_backend_app)
-    server = make_server("127.0.0.1", 0, _Front(fake, moto), True, request_handler=_QuietHandler)
+    server = make_server("127.0.0.1", 0, _Front(fake, _MOTO), True, request_handler=_QuietHandler)
     fake.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()

@@ -9,7 +9,7 @@ from typing import Any, Self
 import boto3
 from botocore.config import Config
 from botocore.loaders import create_loader
-from botocore.session import get_session
+from botocore.session import Session, get_session
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
@@ -17,7 +17,7 @@ from llm_engineering.recipe.settings import Settings
 
 # Failed requests are repeated after throttling or a lost connection; "standard" is exponential backoff with jitter.
 _RETRIES = Config(retries={"mode": "standard", "max_attempts": 8}, connect_timeout=10, read_timeout=60)
-# One loader for all clients: reading the services' models from disk takes longer than a request.
+# One loader for all sessions: reading the services' models from disk takes longer than a request.
 _LOADER = create_loader()
 _REGION = re.compile(r"[a-z0-9-]+")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]*")
@@ -26,6 +26,13 @@ _ECR = re.compile(
     r"(?P<registry>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
     r"(?P<repository>[a-z0-9][a-z0-9._/-]*)(:(?P<tag>[\w.-]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
+
+
+def botocore_session() -> Session:
+    """A new session that shares the models of services with all others."""
+    session = get_session()
+    session.register_component("data_loader", _LOADER)
+    return session
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,8 @@ class Account:
 
     def client(self, service: str) -> Any:
         """A boto3 client for this region. It looks for credentials in the same places as AWS's own tools."""
-        session = get_session()
-        session.register_component("data_loader", _LOADER)
-        return boto3.Session(botocore_session=session, region_name=self.region).client(service, config=_RETRIES)
+        session = boto3.Session(botocore_session=botocore_session(), region_name=self.region)
+        return session.client(service, config=_RETRIES)
 
     @property
     def partition(self) -> str:

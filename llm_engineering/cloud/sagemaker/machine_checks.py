@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import partial
 
-from botocore.session import get_session
-
-from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.account import Account, botocore_session
 from llm_engineering.cloud.sagemaker.problems import Problem, tried
 from llm_engineering.cloud.sagemaker.request import Machine, machines
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
@@ -25,7 +23,7 @@ _OTHER_BYTES = 10 * _GIB
 
 def machine_problems(recipe: Recipe, config: SageMakerConfig, account: Account, settings: Settings) -> list[Problem]:
     """Check the recipe's machines. A machine that cannot start is only a warning if another one can."""
-    known, found = get_session().get_service_model("sagemaker").shape_for("TrainingInstanceType").enum, []
+    known, found = botocore_session().get_service_model("sagemaker").shape_for("TrainingInstanceType").enum, []
     for instance_type in dict.fromkeys(machine.instance_type for machine in machines(config)):
         if instance_type not in known:
             near = get_close_matches(instance_type, known, n=3)

@@ -13,14 +13,13 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-import boto3
 import httpx
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from llm_engineering.cloud.container import secret_object
-from llm_engineering.cloud.sagemaker.account import Account
+from llm_engineering.cloud.sagemaker.account import Account, botocore_session
 from llm_engineering.cloud.sagemaker.machine_checks import machine_problems, small_quotas
 from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, is_loopback, tried, with_policies
 from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
@@ -194,9 +193,9 @@ def _chain_problems(recipe: Recipe, account: Account, settings: Settings) -> Ite
 
 def _region_problem(region: str) -> Problem | None:
     """Check that boto3 lists the region as a region of SageMaker."""
-    session = boto3.Session()
+    session = botocore_session()
     partitions = session.get_available_partitions()
-    known = [r for p in partitions for r in session.get_available_regions("sagemaker", partition_name=p)]
+    known = [r for p in partitions for r in session.get_available_regions("sagemaker", p)]
     if region in known:
         return None
     near = get_close_matches(region, known, n=3) or ["us-east-1", "eu-west-1"]
