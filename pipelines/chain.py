@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 from zenml import pipeline
 from zenml.client import Client
 
+from llm_engineering.recipe.data_blocks import rows_of
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
-from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
+from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
 from pipelines.inputs import Inputs
 from pipelines.promote import promote
 from steps.data import (
@@ -95,14 +96,15 @@ class _Datasets:
     def of(self, kind: str, start: Any = None) -> Any:
         """The dataset of a kind, checked and split. `start` is the adapter that the stage starts from, if it has one."""
         if kind not in self._made:
+            own = self.recipe.data.file(kind)
             make: dict[str, Callable[[], Any]] = {
                 "text": self._texts,
                 "instruction": self._candidates,
                 "preference": partial(self._preferences, start),
                 "labelled": partial(self._labelled, start),
-                "prompt": self._prompts,
+                "prompt": lambda: collect_prompts(self.of("instruction")),
             }
-            candidates = make[kind]()
+            candidates = make[kind]() if own is None else self._own(kind, own)
             step = prepare.with_options(substitutions={"kind": kind})
             self._made[kind] = step(
                 kind,
@@ -158,7 +160,7 @@ class _Datasets:
         return self._exam
 
     def _candidates(self) -> Any:
-        """The instructions before they are checked, made once: the exam is chosen from them too."""
+        """The generated instructions before they are checked, made once: the exam is chosen from them too."""
         if self._written is None:
             self._written = self._instructions()
         return self._written
@@ -178,9 +180,6 @@ class _Datasets:
 
     def _instructions(self) -> Any:
         recipe, data = self.recipe, self.recipe.data
-        own = data.file("instruction")
-        if own is not None:
-            return self._own("instruction", own, data.test_instructions, self.inputs.instructions)
         return generate_instructions(
             self.documents(),
             recipe.documents,
@@ -197,9 +196,6 @@ class _Datasets:
 
     def _preferences(self, start: Any) -> Any:
         recipe, data = self.recipe, self.recipe.data
-        own = data.file("preference")
-        if own is not None:
-            return self._own("preference", own, data.test_preferences, self.inputs.preferences)
         return generate_preferences(
             self.of("instruction"),
             self.documents() if data.file("instruction") is None else None,
@@ -218,25 +214,16 @@ class _Datasets:
 
     def _labelled(self, start: Any) -> Any:
         data = self.recipe.data
-        own = data.file("labelled")
-        if own is not None:
-            return self._own("labelled", own, data.test_labelled, self.inputs.labelled)
         if data.made_of("labelled") == "labelled":
             return None
         return label_preferences(self.of("preference", start), data.test_preferences is not None)
 
-    def _prompts(self) -> Any:
-        data = self.recipe.data
-        own = data.file("prompt")
-        if own is not None:
-            return self._own("prompt", own, data.test_prompts, self.inputs.prompts)
-        return collect_prompts(self.of("instruction"))
-
-    def _own(self, kind: str, path: str, test_path: str | None, content_hash: str | None) -> Any:
-        data = self.recipe.data
+    def _own(self, kind: str, path: str) -> Any:
+        data, rows = self.recipe.data, rows_of(kind)
         step = load.with_options(substitutions={"kind": kind})
         replay = (data.replay_instructions, self.inputs.replay_instructions) if kind == "instruction" else (None, None)
-        return step(kind, path, test_path, data.format, data.columns, content_hash, *replay, id=f"load_{rows_of(kind)}")
+        given = getattr(self.inputs, rows)
+        return step(kind, path, data.test_file(kind), data.format, data.columns, given, *replay, id=f"load_{rows}")
 
 
 class _Trained(NamedTuple):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import yaml
 
 from llm_engineering.errors import RequestError
+from llm_engineering.recipe.data_blocks import rows_of
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES, rows_of
+from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
 from tools.expected_rows import Source, data_lines
 from tools.forecast import estimate_lines, first_line
 from tools.recipe_checks import check_local_datasets, check_model, with_held_out_documents

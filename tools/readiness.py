@@ -29,7 +29,7 @@ from llm_engineering.models.base_model import load_config, pin_revision
 from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
 from llm_engineering.publish.signing import check_signer
-from llm_engineering.recipe.data_blocks import REVIEW, DataConfig
+from llm_engineering.recipe.data_blocks import REVIEW, DataConfig, rows_of
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
@@ -75,10 +75,10 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     recipe = with_held_out_documents(recipe)
     data = recipe.data
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
-    instructions = _datasets([data.file("instruction"), data.test_instructions], "instruction", data)
-    preferences = _datasets([data.file("preference"), data.test_preferences], "preference", data)
-    labelled = _datasets([data.file("labelled"), data.test_labelled], "labelled", data)
-    prompts = _datasets([data.file("prompt"), data.test_prompts], "prompt", data)
+    kinds = ("instruction", "preference", "labelled", "prompt")
+    own: dict[str, Any] = {
+        rows_of(kind): _datasets([data.file(kind), data.test_file(kind)], kind, data) for kind in kinds
+    }
     all_said = {kind: said_about(recipe, kind, Settings()) for kind in recipe.kinds(recipe.chain[-1])}
     people = {kind: said for kind, said in all_said.items() if said is not None}
     judged = judged_questions(folder_of(REVIEW, recipe.name, Settings()))
@@ -108,7 +108,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     if unused:
         logger.info("Not used, because chain is %s: %s", ", ".join(recipe.chain), ", ".join(unused))
     shared = {
-        "inputs": [documents if recipe.learns_from_documents else None, instructions, evaluation],
+        "inputs": [documents if recipe.learns_from_documents else None, own["instructions"], evaluation],
         "client": recipe.generation.part(ClientConfig).model_dump(mode="json", exclude=_HOW_NOT_WHAT),
         "writing": recipe.generation.part(InstructionWriting).model_dump(mode="json"),
         **recipe.model_dump(mode="json", include={"model", "seed", "formatting"}),
@@ -119,10 +119,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     }
     return recipe, Inputs(
         documents=documents,
-        instructions=instructions,
-        preferences=preferences,
-        labelled=labelled,
-        prompts=prompts,
+        **own,
         judged=note(judged, snapshots(Settings())) if judged else None,
         people={kind: take_snapshot(said, snapshots(Settings())) for kind, said in people.items()},
         replay=replay,
@@ -135,9 +132,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
             recipe,
             shared,
             {
-                "preferences": preferences,
-                "labelled": labelled,
-                "prompts": prompts,
+                **own,
                 "people": {kind: [said.hash, data.human_weight] for kind, said in people.items()},
                 "rewards": rewards,
                 "reward_models": {stage: found.content_hash for stage, found in reward_models.items()},

@@ -9,10 +9,9 @@ from typing import NamedTuple
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback import comparisons, decisions, served
 from llm_engineering.feedback.human_rows import Said
-from llm_engineering.recipe.data_blocks import FEEDBACK, REVIEW
+from llm_engineering.recipe.data_blocks import FEEDBACK, REVIEW, rows_of
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stages import rows_of
 
 
 class Source(NamedTuple):

@@ -193,6 +193,15 @@ class ReplayConfig(Block):
     share: float = Field(0.1, gt=0, lt=1)
 
 
+# The keys of the user's own rows, which have a key `test_…` beside them for a test split.
+_OWN_ROWS = ("instructions", "preferences", "labelled", "prompts")
+
+
+def rows_of(kind: str) -> str:
+    """The name of the rows of a kind in steps and keys, e.g. `instructions`."""
+    return kind if kind == "labelled" else f"{kind}s"
+
+
 def file_among(sources: str | list[str] | None) -> str | None:
     """The file, folder or hub id in the value of a key such as `data.instructions`; None without one."""
     named = [sources] if isinstance(sources, str) else sources or []
@@ -257,55 +266,35 @@ class DataConfig(Block):
 
     def file(self, kind: str) -> str | None:
         """The file, folder or hub id that the recipe names for the rows of a kind; None if it names none."""
-        return file_among(self._sources.get(kind))
+        return file_among(getattr(self, rows_of(kind)))
+
+    def test_file(self, kind: str) -> str | None:
+        """The same for the test split of the user's own rows."""
+        found: str | None = getattr(self, f"test_{rows_of(kind)}")
+        return found
 
     def people(self, kind: str) -> list[str]:
         """Which of `PEOPLE` the recipe names for the rows of a kind."""
-        named = self._sources.get(kind) or []
+        named = getattr(self, rows_of(kind)) or []
         return [source for source in PEOPLE if source == named or (isinstance(named, list) and source in named)]
-
-    @property
-    def _sources(self) -> dict[str, str | list[str] | None]:
-        return {
-            "text": self.texts,
-            "instruction": self.instructions,
-            "preference": self.preferences,
-            "labelled": self.labelled,
-            "prompt": self.prompts,
-        }
 
     @property
     def checks(self) -> DataConfig:
         """The keys that decide how rows are checked and split, without the keys that say where rows come from."""
-        sources = (
-            "instructions",
-            "preferences",
-            "test_instructions",
-            "test_preferences",
-            "prompts",
-            "test_prompts",
-            "labelled",
-            "test_labelled",
-            "texts",
-            "format",
-            "columns",
-            "replay",
-            "replay_instructions",
-            "train_unfit",
-            "hub",
-        )
-        return DataConfig.model_validate(self.model_dump(exclude=set(sources)))
+        sources = {"texts", *_OWN_ROWS, *(f"test_{key}" for key in _OWN_ROWS)}
+        sources |= {"format", "columns", "replay", "replay_instructions", "train_unfit", "hub"}
+        return DataConfig.model_validate(self.model_dump(exclude=sources))
 
     @model_validator(mode="after")
     def _own_test_split(self) -> Self:
-        for kind in ("instructions", "preferences", "labelled", "prompts"):
-            if getattr(self, f"test_{kind}") is not None and file_among(getattr(self, kind)) is None:
-                raise ValueError(f"test_{kind} is set, but {kind} is not: set {kind} too, or remove test_{kind}")
+        for key in _OWN_ROWS:
+            if getattr(self, f"test_{key}") is not None and file_among(getattr(self, key)) is None:
+                raise ValueError(f"test_{key} is set, but {key} is not: set {key} too, or remove test_{key}")
         return self
 
     @model_validator(mode="after")
     def _people(self) -> Self:
-        for key in ("instructions", "preferences", "labelled", "prompts"):
+        for key in _OWN_ROWS:
             named = getattr(self, key)
             if not isinstance(named, list):
                 continue

@@ -10,7 +10,7 @@ from typing import Self, get_args
 
 from pydantic import model_validator
 
-from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, PEOPLE, DocumentsConfig
+from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, PEOPLE, DocumentsConfig, rows_of
 from llm_engineering.recipe.evaluation_blocks import (
     DOCUMENT_MEASURES,
     EXAM_MEASURES,
@@ -28,7 +28,7 @@ from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe_keys import RecipeKeys
 from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stage_blocks import CPTConfig, PackedConfig, ReferenceConfig
-from llm_engineering.recipe.stages import STAGES, Kind, rows_of
+from llm_engineering.recipe.stages import STAGES, Kind
 
 _UNSHARDED = "use compute.distributed ddp, or deepspeed with zero_stage 1 or 2"
 

@@ -65,11 +65,6 @@ STAGES = {stage.name: stage for stage in _ROWS}
 FIRST_OF_KIND: dict[str, str] = {stage.rows: stage.name for stage in reversed(_ROWS)}
 
 
-def rows_of(kind: str) -> str:
-    """The name of the rows of a kind in steps and keys, e.g. `instructions`."""
-    return kind if kind == "labelled" else f"{kind}s"
-
-
 def with_stages(name: str, field: Callable[[Stage], tuple[Any, Any]], base: type[Block] = Block) -> Any:
     """A block with the keys of `base` and a key for each stage; `field` returns the type and the default of the key."""
     fields: dict[str, Any] = {stage.name: field(stage) for stage in STAGES.values()}

@@ -16,7 +16,7 @@ from llm_engineering.data.rows import read_row
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback.decisions import Decision, content_of, current, store, stored
 from llm_engineering.progress import counted
-from llm_engineering.recipe.stages import rows_of
+from llm_engineering.recipe.data_blocks import rows_of
 from llm_engineering.review.browse import Filter, Table
 from llm_engineering.review.opened_data import Opened, write_corrected
 from llm_engineering.review.row_cards import DONE, cards_of, chosen_rows, rules_of

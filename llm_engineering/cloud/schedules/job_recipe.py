@@ -17,11 +17,11 @@ from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK, rows_of
 from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.stages import Kind, rows_of
+from llm_engineering.recipe.stages import Kind
 
 # The channel with the recipe and its files, and the name of the recipe in it.
 RECIPE_CHANNEL = "recipe"
