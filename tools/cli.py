@@ -10,6 +10,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -67,11 +68,19 @@ Note = Annotated[str, typer.Option("--note", metavar="TEXT", help="The reason. I
 
 
 class Entry(NamedTuple):
-    """A command: its name with the group before it, its function as `module:function`, and the line of its help."""
+    """A command: its name with the group before it, and its function as `module:function`."""
 
     name: str
     target: str
-    line: str
+
+    @property
+    def line(self) -> str:
+        """The first line of the function's docstring, which is read without importing the module."""
+        module, _, function = self.target.partition(":")
+        source = Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        found = re.search(rf'^def {function}\(.*?^    """(.*?)$', source, re.MULTILINE | re.DOTALL)
+        assert found is not None
+        return found[1]
 
 
 GROUPS = {
@@ -82,106 +91,48 @@ GROUPS = {
 
 COMMANDS: dict[str, list[Entry]] = {
     "Run pipelines": [
-        Entry("run", "run:run", "Run a stage of the chain, the whole chain, or only the generation of data."),
-        Entry(
-            "sweep",
-            "sweeps.sweep:sweep",
-            "Train a stage with values from the ranges of the recipe's block `sweep`, and evaluate the best once.",
-        ),
-        Entry("runs", "results:runs", "List the last runs."),
-        Entry("dashboard", "servers.serve:dashboard", "Serve ZenML's dashboard on this machine until Ctrl-C."),
-        Entry(
-            "watch",
-            "servers.watch:watch",
-            "Show the curves of the runs that train on this machine in the browser, until Ctrl-C.",
-        ),
+        Entry("run", "run:run"),
+        Entry("sweep", "sweeps.sweep:sweep"),
+        Entry("runs", "results:runs"),
+        Entry("dashboard", "servers.serve:dashboard"),
+        Entry("watch", "servers.watch:watch"),
     ],
     "Datasets": [
-        Entry("inspect", "dataset:inspect", "Report on a dataset file without training on it."),
-        Entry(
-            "review",
-            "servers.review:review",
-            "Read, correct and judge data and answers on a page of this machine until Ctrl-C.",
-        ),
-        Entry("push-dataset", "dataset:push_dataset", "Publish a dataset of the last run on the Hugging Face Hub."),
+        Entry("inspect", "dataset:inspect"),
+        Entry("review", "servers.review:review"),
+        Entry("push-dataset", "dataset:push_dataset"),
     ],
     "Models": [
-        Entry("chat", "chat:chat", "Talk to the promoted model."),
-        Entry("compare", "chat:compare", "Ask the base model and the trained models the same question."),
-        Entry(
-            "exam", "take_exam:exam", "Ask the base model and the trained models the recipe's exam, without training."
-        ),
-        Entry(
-            "serve", "servers.serve:serve", "Serve a model with an OpenAI-compatible API on this machine until Ctrl-C."
-        ),
-        Entry("models list", "model_versions.model_stages:list_versions", "List the versions of a model."),
-        Entry(
-            "models compare",
-            "model_versions.comparison:compare",
-            "Compare two versions: recipes, data, measures with paired intervals, curves and answers.",
-        ),
-        Entry("models promote", "model_versions.model_stages:promote", "Move a model version to production."),
-        Entry(
-            "models rollback",
-            "model_versions.model_stages:rollback",
-            "Move the previous production version back to production.",
-        ),
-        Entry(
-            "models lineage", "model_versions.provenance:lineage", "Show where a model version comes from, with hashes."
-        ),
-        Entry(
-            "models verify",
-            "model_versions.provenance:verify",
-            "Check the files of a model version against the recorded hashes.",
-        ),
-        Entry(
-            "models replay",
-            "trust.replay:replay",
-            "Train a version again from its lineage, and compare weights, losses, measures and rows.",
-        ),
-        Entry(
-            "models evidence",
-            "trust.evidence:evidence",
-            "Write a page, JSON and a bill of materials that show what a version is made of.",
-        ),
-        Entry(
-            "models sign",
-            "model_versions.signatures:sign",
-            "Sign the adapters, datasets, lineage and merged models of a model version.",
-        ),
-        Entry(
-            "models delete",
-            "model_versions.deletion:delete",
-            "Delete a model version and what only this version uses, after showing the disk that this frees.",
-        ),
-        Entry(
-            "models export",
-            "model_versions.handover:export",
-            "Merge, verify and register a model, and write its files.",
-        ),
-        Entry(
-            "models push", "model_versions.handover:push", "Publish a merged, verified model on the Hugging Face Hub."
-        ),
-        Entry("models deploy", "model_versions.deployment:deploy", "Serve a model at a SageMaker endpoint."),
-        Entry(
-            "models undeploy",
-            "model_versions.deployment:undeploy",
-            "Remove a SageMaker endpoint, its configurations and its models.",
-        ),
+        Entry("chat", "chat:chat"),
+        Entry("compare", "chat:compare"),
+        Entry("exam", "take_exam:exam"),
+        Entry("serve", "servers.serve:serve"),
+        Entry("models list", "model_versions.model_stages:list_versions"),
+        Entry("models compare", "model_versions.comparison:compare"),
+        Entry("models promote", "model_versions.model_stages:promote"),
+        Entry("models rollback", "model_versions.model_stages:rollback"),
+        Entry("models lineage", "model_versions.provenance:lineage"),
+        Entry("models verify", "model_versions.provenance:verify"),
+        Entry("models replay", "trust.replay:replay"),
+        Entry("models evidence", "trust.evidence:evidence"),
+        Entry("models sign", "model_versions.signatures:sign"),
+        Entry("models delete", "model_versions.deletion:delete"),
+        Entry("models export", "model_versions.handover:export"),
+        Entry("models push", "model_versions.handover:push"),
+        Entry("models deploy", "model_versions.deployment:deploy"),
+        Entry("models undeploy", "model_versions.deployment:undeploy"),
     ],
     "Schedules and cloud": [
-        Entry("schedule create", "scheduling.schedule:create", "Create a schedule."),
-        Entry("schedule list", "scheduling.schedule:list_schedules", "List schedules with their next and last runs."),
-        Entry("schedule change", "scheduling.schedule:change", "Change the time or the recipe of a schedule."),
-        Entry("schedule pause", "scheduling.schedule:pause", "Pause a schedule, so that it starts no more runs."),
-        Entry("schedule resume", "scheduling.schedule:resume", "Resume a paused schedule."),
-        Entry("schedule run", "scheduling.schedule:run_now", "Start a run of a schedule now."),
-        Entry(
-            "schedule remove", "scheduling.schedule:remove", "Remove a schedule and everything that was created for it."
-        ),
-        Entry("cloud preflight", "aws:preflight", "Check what a SageMaker job of a recipe needs."),
-        Entry("cloud image", "aws:image", "Build the images of SageMaker jobs and push them to ECR."),
-        Entry("cloud stack", "aws:stack", "Register a ZenML stack that stores artifacts in S3."),
+        Entry("schedule create", "scheduling.schedule:create"),
+        Entry("schedule list", "scheduling.schedule:list_schedules"),
+        Entry("schedule change", "scheduling.schedule:change"),
+        Entry("schedule pause", "scheduling.schedule:pause"),
+        Entry("schedule resume", "scheduling.schedule:resume"),
+        Entry("schedule run", "scheduling.schedule:run_now"),
+        Entry("schedule remove", "scheduling.schedule:remove"),
+        Entry("cloud preflight", "aws:preflight"),
+        Entry("cloud image", "aws:image"),
+        Entry("cloud stack", "aws:stack"),
     ],
 }
 
