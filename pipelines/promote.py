@@ -3,7 +3,6 @@
 It is here and not in steps/, because it changes the registry.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +49,7 @@ def promote(
         incumbent: the version in production when the run began. If production has changed since, nothing is moved.
         adapters: the versions of the adapters from earlier runs. They are linked to this run's model version too.
     """
-    report = json.loads((evaluation_report.path / "report.json").read_text(encoding="utf-8"))
+    report = evaluation_report.report()
     facts = {
         **report["metrics"],
         "recipe": recipe.model_dump(mode="json"),
@@ -83,10 +82,9 @@ def promote(
     log_metadata(metadata=shown, run_id_name_or_prefix=run)
     add_tags(tags=[f"gate {decision.outcome}", *(["not fit"] if unfit else [])], run=run)
     # Write the page. It is not written by the evaluation, which may come from the cache and does not know the gate's decision.
-    training = json.loads((training_report.path / "report.json").read_text(encoding="utf-8"))
     folder = Path(tempfile.mkdtemp())
     about = page_facts(recipe.model.name_or_path) | {"Version": str(version.number)}
-    write_page(folder, evaluation_page(report, training, about, decision))
+    write_page(folder, evaluation_page(report, training_report.report(), about, decision))
     return decision, Directory(path=folder)
 
 

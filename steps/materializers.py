@@ -43,6 +43,11 @@ class Directory(BaseModel):
 
     path: Path
 
+    def report(self) -> dict[str, Any]:
+        """What the folder of a report says in JSON."""
+        report: dict[str, Any] = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
+        return report
+
 
 def is_lost(uri: str) -> bool:
     """Whether files of an artifact are missing. Remote stores are not asked, because that takes a request for each artifact."""

@@ -155,7 +155,6 @@ def compare(
     _check_best_of(best_of, reward_model, temperature)
     recipe = load_recipe(config, overrides or ())
 
-    from rich.console import Console
     from rich.table import Table
 
     from llm_engineering.data.rows import Message
@@ -172,6 +171,7 @@ def compare(
     settings = Settings()
     prepare_zenml()
     from tools.model_versions.versions import find_model, find_reward_model
+    from tools.terminal import console
 
     found = find_model(recipe, version)
     logger.info("%s", found.described)
@@ -211,8 +211,7 @@ def compare(
         answers.append((reply.text, end))
     shown.add_row(*(text for text, _ in answers), end_section=True)
     shown.add_row(*(f"[{end}]" for _, end in answers))
-    # Without a terminal, rich would use 80 columns, which is too narrow for logs and pipes.
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False).print(shown)
+    console().print(shown)
     return 0
 
 

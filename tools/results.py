@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -14,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import psutil
 import typer
 from pydantic import BaseModel
-from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
 from tools.cli import prepare_zenml
+from tools.terminal import console, titled_table
 
 if TYPE_CHECKING:
     from zenml.models import ArtifactVersionResponse, PipelineRunResponse
@@ -68,7 +66,7 @@ def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum numb
             f"{version.model.name} {version.number} {version.stage or ''}".strip() if version else "",
             str(run.id),
         )
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console(width=200).print(table)
     return 0
 
 
@@ -149,16 +147,16 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
                 for version in versions:
                     artifacts[version.artifact.name] = version
                     if version.artifact.name == "data_report":
-                        report = _report(version)
+                        report = version.load().report()
                         reports["data"][report["kind"]] = report
                         pages[f"data report, {report['kind']} rows"] = _page(version)
                     elif version.artifact.name == "training_report":
-                        report = _report(version)
+                        report = version.load().report()
                         reports["training"][report["stage"]] = report
                         pages[f"training report, {report['stage']}"] = _page(version)
     evaluation: dict[str, Any] = {}
     if "evaluation_report" in artifacts:
-        evaluation = _report(artifacts["evaluation_report"])
+        evaluation = artifacts["evaluation_report"].load().report()
     if "evaluation_page" in artifacts:
         pages["evaluation report"] = _page(artifacts["evaluation_page"])
     decision = artifacts["promotion_decision"].load().model_dump() if "promotion_decision" in artifacts else {}
@@ -196,46 +194,47 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
 
 def print_table(result: RunResult, file: TextIO) -> None:
     """Print the steps, the rows, the measures, an answer of each model, and the places of the results."""
-    # Without a terminal, rich would use 80 columns, which is too narrow for logs and pipes.
-    console = Console(file=file, width=None if file.isatty() else 120, highlight=False, markup=False)
-    ran = _table("What ran", "Step", "State", "Seconds")
+    shown = console(file)
+    ran = titled_table("What ran", "Step", "State", "Seconds")
     for step in result.steps:
         ran.add_row(f"{step.pipeline}: {step.name}", step.status, f"{step.seconds:.0f}")
-    console.print(ran)
+    shown.print(ran)
     if result.data:
-        rows = _table("Rows", "Stage", "Read", "Kept", "Set aside")
-        shown: set[str] = set()
+        rows = titled_table("Rows", "Stage", "Read", "Kept", "Set aside")
+        printed: set[str] = set()
         for kind, report in result.data.items():
             for stage, counts in report["stages"].items():
                 # Reports begin with the stages that they share, and an earlier report has already shown these.
-                if stage in shown:
+                if stage in printed:
                     continue
-                shown.add(stage)
+                printed.add(stage)
                 reasons = ", ".join(f"{reason} {count}" for reason, count in counts["quarantined"].items())
                 rows.add_row(stage, str(counts["read"]), str(counts["kept"]), reasons or "none")
             used = ", ".join(f"{name} {count}" for name, count in report["rows"].items())
             if report.get("truncated"):
                 used += f"; {report['truncated']} truncated ({report['share_truncated']:.1%})"
             rows.add_row(f"{kind} rows used", "", str(sum(report["rows"].values())), used)
-        console.print(rows)
+        shown.print(rows)
         asked = result.data.get("instruction", {}).get("stages", {}).get("exam")
         if asked is not None and not asked["kept"]:
-            console.print(_no_exam(asked))
+            shown.print(_no_exam(asked))
     if result.evaluation:
-        console.print(_measures(result.evaluation))
+        shown.print(_measures(result.evaluation))
     # Reports from before there were exams have no `exam`.
     exam = result.evaluation.get("exam")
     if exam is not None and exam["drawn"]:
-        console.print(exam_table(exam, result.evaluation["newest"], result.evaluation["seed"]))
+        shown.print(exam_table(exam, result.evaluation["newest"], result.evaluation["seed"]))
     for sample in result.evaluation.get("samples", [])[:1] if exam is None or not exam["drawn"] else []:
-        answers = _table("One held-out question", "Model", "Answer")
+        answers = titled_table("One held-out question", "Model", "Answer")
         answers.add_row("question", sample["prompt"])
         for name, answer in sample["answers"].items():
             answers.add_row(name, answer["text"] + ("" if answer["stopped"] else " … [not ended]"))
         answers.add_row("reference", sample["reference"])
-        console.print(answers)
+        shown.print(answers)
     if result.promotion:
-        gate = _table("Promotion", "Rule", "Better by", f"{result.promotion['confidence']:.0%} interval", "Verdict")
+        gate = titled_table(
+            "Promotion", "Rule", "Better by", f"{result.promotion['confidence']:.0%} interval", "Verdict"
+        )
         for rule in result.promotion["rules"]:
             judged = rule["value"] is not None
             verdict = rule["verdict"].upper() if rule["verdict"] == "failed" else rule["verdict"]
@@ -245,10 +244,10 @@ def print_table(result: RunResult, file: TextIO) -> None:
                 f"{rule['low']:.4f} to {rule['high']:.4f}" if judged else "",
                 f"{verdict}: {rule['reason']}" if rule["reason"] else verdict,
             )
-        console.print(gate)
-        console.print(result.promotion["reason"])
+        shown.print(gate)
+        shown.print(result.promotion["reason"])
     if result.repeats:
-        console.print(
+        shown.print(
             f"No new version: {result.model} version {result.model_version} has this model already, and the run belongs to it."
         )
     places = dict(result.pages)
@@ -271,10 +270,10 @@ def print_table(result: RunResult, file: TextIO) -> None:
     places["run"] = f"{result.run_name} ({result.status}, {result.duration_s:.0f} s{speed}{cost})"
     places["dashboard"] = "make dashboard"
     # Lines and no table: a table would break a path into pieces, which cannot be copied or clicked on.
-    console.print("Where", style="bold")
+    shown.print("Where", style="bold")
     width = max(map(len, places))
     for name, place in places.items():
-        console.print(f"  {name:<{width}}  {place}", soft_wrap=True)
+        shown.print(f"  {name:<{width}}  {place}", soft_wrap=True)
 
 
 def _no_exam(asked: dict[str, Any]) -> str:
@@ -291,7 +290,7 @@ def exam_table(exam: dict[str, Any], newest: str, seed: int) -> Table:
     """The drawn questions of an exam, with each model's answer marked right or wrong."""
     from llm_engineering.reports.exam_report import drawn_title, shown_answer
 
-    table = _table(drawn_title(exam, newest, seed), "Model", "Answer")
+    table = titled_table(drawn_title(exam, newest, seed), "Model", "Answer")
     for row in (exam["rows"][index] for index in exam["drawn"]):
         table.add_row("question", row["question"])
         table.add_row("right answer", " / ".join(row["accepted"]) or "(none: the documents do not say)")
@@ -310,7 +309,7 @@ def _measures(evaluation: dict[str, Any]) -> Table:
     # The exam is also taken with retrieval.
     taken = (evaluation.get("exam") or {}).get("models", [])
     models = [*models, *(name for name in taken if name not in models)]
-    measures = _table("Held-out measures", "Measure", *models, f"{newest} minus base", "Verdict")
+    measures = titled_table("Held-out measures", "Measure", *models, f"{newest} minus base", "Verdict")
     for found in evaluation["measures"].values():
         values = [f"{found['models'][name]['value']:.4g}" if name in found["models"] else "" for name in models]
         difference = found["differences"][f"{newest}-base"]
@@ -319,23 +318,10 @@ def _measures(evaluation: dict[str, Any]) -> Table:
     return measures
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column in ("Seconds", "Read", "Kept") else "left")
-    return table
-
-
 def _page(version: ArtifactVersionResponse) -> str:
     """The path of a report's page, or the address of its folder if the store is not on this machine."""
     page = version.load().path / "report.html"
     return str(page) if page.is_relative_to(version.uri) else version.uri
-
-
-def _report(version: ArtifactVersionResponse) -> dict[str, Any]:
-    folder = version.load().path
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    return report
 
 
 def this_process() -> dict[str, Any]:

@@ -261,18 +261,9 @@ def warn_if_unused(job: str) -> None:
 
 def _registered_adapter(stage: str, inputs: Inputs) -> Any:
     """The newest adapter of a stage with this recipe and these inputs, or None."""
-    from zenml.client import Client
+    from tools.model_versions.versions import newest_stored
 
-    found = Client().list_artifact_versions(
-        artifact=f"{stage}_adapter",
-        run_metadata=[f"recipe_hash:{inputs.recipes[stage]}"],
-        sort_by="desc:created",
-        size=1,
-        hydrate=True,
-    )
-    from steps.materializers import is_lost
-
-    return found.items[0] if found.items and not is_lost(found.items[0].uri) else None
+    return newest_stored(f"{stage}_adapter", [f"recipe_hash:{inputs.recipes[stage]}"])
 
 
 def _known_adapters(stage: str) -> str:

@@ -149,14 +149,12 @@ def _written(found: Found | None) -> Path:
 
 def _print(data: dict[str, Any], seed: int, file: Any) -> None:
     """Print the share of right answers by the kind of questions, and the drawn questions."""
-    from rich.console import Console
-
     from tools.results import exam_table
+    from tools.terminal import console
 
-    # Without a terminal, rich would use 80 columns, which is too narrow for logs and pipes.
-    console = Console(file=file, width=None if file.isatty() else 120, highlight=False, markup=False)
-    console.print(_accuracy(data))
-    console.print(exam_table(data["exam"], data["newest"], seed))
+    shown = console(file)
+    shown.print(_accuracy(data))
+    shown.print(exam_table(data["exam"], data["newest"], seed))
 
 
 def _accuracy(data: dict[str, Any]) -> Table:

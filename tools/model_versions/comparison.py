@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import differences, load_recipe, value_at
@@ -19,6 +17,7 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
 from tools.model_versions.provenance import ENDS
+from tools.terminal import console, titled_table
 
 logger = logging.getLogger("llm_engineering.versions")
 
@@ -72,7 +71,7 @@ def _side(version: Any) -> dict[str, Any]:
     reports: dict[str, list[dict[str, Any]]] = {"data_report": [], "training_report": []}
     for artifact in linked_artifacts(version):
         if artifact.artifact.name in reports:
-            reports[artifact.artifact.name].append(_json(artifact))
+            reports[artifact.artifact.name].append(artifact.load().report())
     stored = version.run_metadata.get("recipe") or (adapter.artifact.run.config.parameters or {})["recipe"]
     facts: dict[str, Any] = {}
     for artifact in with_origins([own[name] for name in ENDS if name in own]):
@@ -90,14 +89,9 @@ def _side(version: Any) -> dict[str, Any]:
         "made": f"{adapter.name} on {adapter.base.name_or_path}, {version.created:%Y-%m-%d %H:%M} UTC",
         "recipe": _with_defaults(stored),
         "facts": facts,
-        "evaluation": _json(own["evaluation_report"]) if "evaluation_report" in own else None,
+        "evaluation": own["evaluation_report"].load().report() if "evaluation_report" in own else None,
         "training": {report["stage"]: report["history"] for report in reports["training_report"]},
     }
-
-
-def _json(artifact: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((artifact.load().path / "report.json").read_text(encoding="utf-8"))
-    return found
 
 
 def _with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,19 +137,17 @@ def _shown(value: Any) -> str:
 def _print(data: dict[str, Any], file: Any) -> None:
     from llm_engineering.reports.comparison_report import measure_rows, sentences
 
-    console = Console(file=file, width=None if file.isatty() else 160, highlight=False, markup=False)
+    shown = console(file, 160)
     first, second = data["names"]
     for title, head, rows in (
         ("Recipes: what differs", ["Key", first, second], data["recipes"]),
         ("Data: what differs", ["What", first, second], data["data"]),
         ("Measures", ["Measure", first, second, f"{second} minus {first}", "Verdict"], measure_rows(data)),
     ):
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for column in head:
-            table.add_column(column, overflow="fold")
+        table = titled_table(title, *head)
         for row in rows:
             table.add_row(*row)
         if rows:
-            console.print(table)
+            shown.print(table)
     for sentence in sentences(data):
-        console.print(sentence)
+        shown.print(sentence)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.loading import load_recipe
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, VersionNumber, prepare_zenml
+from tools.terminal import console
 
 if TYPE_CHECKING:
     from zenml.artifact_stores import BaseArtifactStore
@@ -204,7 +204,7 @@ def _print(name: str, unused: Unused) -> None:
     ]
     for what, size in sorted(rows, key=lambda row: row[1], reverse=True):
         table.add_row(what, f"{size / MB:.1f}")
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False).print(table)
+    console().print(table)
     print(
         f"Deleting it frees {unused.size / MB:.1f} MB. {unused.shared} artifacts stay, because other versions use them."
     )

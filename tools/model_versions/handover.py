@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -260,7 +259,6 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
     kinds: dict[str, str] = {}
     for stage in made_with.chain_to(found.name):
         kinds.setdefault(STAGES[stage].rows, f"formatted_{stage}")
-    report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
     adapter = own[f"{found.name}_adapter"]
     return ModelCardFacts(
         recipe=made_with,
@@ -268,7 +266,7 @@ def card_facts(found: Found, merged: Path, recipe: Recipe) -> ModelCardFacts:
         version=number,
         stage=found.name,
         datasets=[dataset_facts(kind, formatted, own, made_with) for kind, formatted in kinds.items()],
-        report=report,
+        report=own["evaluation_report"].load().report(),
         verification=Verification.model_validate_json((merged / VERIFICATION).read_text(encoding="utf-8")),
         data_limits=data_limits(list(kinds), made_with),
         lineage={

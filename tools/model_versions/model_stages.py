@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError
@@ -15,6 +13,7 @@ from llm_engineering.recipe.data_blocks import UNFIT
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Note, Overrides, VersionNumber, prepare_zenml
+from tools.terminal import console
 
 # Measures in the table, under their names in the evaluation report.
 SHOWN = ("heldout_loss", "preference_accuracy", "rouge_l")
@@ -58,7 +57,7 @@ def list_versions(
             + (f", not fit: {', '.join(version[UNFIT])}" if version[UNFIT] else ""),
             version["made"].replace("T", " ")[:16],
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console(width=160).print(table)
     return 0
 
 

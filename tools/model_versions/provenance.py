@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import RequestError, WorkError
@@ -22,6 +20,7 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import RewardedConfig
 from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, prepare_zenml
+from tools.terminal import console, titled_table
 
 # The artifacts from which the lineage is followed back. All other artifacts of the version are among their origins.
 ENDS = (
@@ -64,8 +63,8 @@ def lineage(
     if as_json:
         print(json.dumps(found))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False, markup=False)
-    facts = _table(f"{recipe.name} version {found['version']}", "What", "Value")
+    shown = console(width=240)
+    facts = titled_table(f"{recipe.name} version {found['version']}", "What", "Value")
     for name in ("stage", "run", "recipe_hash", "code_version", "base_model", "base_revision"):
         facts.add_row(name.replace("_", " "), str(found[name] or "none"))
     for stage, why in found[UNFIT].items():
@@ -73,8 +72,8 @@ def lineage(
     for stage, trained in found["training"].items():
         if "environment" in trained:
             facts.add_row(f"{stage} trained with", describe(trained["environment"]))
-    console.print(facts)
-    artifacts = _table("Artifacts", "Artifact", "Made by", "Code", "From", "Id", "SHA-256 of SHA256SUMS")
+    shown.print(facts)
+    artifacts = titled_table("Artifacts", "Artifact", "Made by", "Code", "From", "Id", "SHA-256 of SHA256SUMS")
     for artifact in found["artifacts"]:
         artifacts.add_row(
             f"{artifact['name']} v{artifact['version']}",
@@ -84,23 +83,23 @@ def lineage(
             artifact["id"],
             artifact["sha256"] or "not recorded",
         )
-    console.print(artifacts)
-    sources = _table("Sources", "Read by", "File", "SHA-256")
+    shown.print(artifacts)
+    sources = titled_table("Sources", "Read by", "File", "SHA-256")
     for artifact, files in found["sources"].items():
         for file, value in files.items():
             sources.add_row(artifact, file, value)
-    console.print(sources)
+    shown.print(sources)
     if found["people"]:
-        people = _table("What people said", "Artifact", "By, rows of each", "When", "About")
+        people = titled_table("What people said", "Artifact", "By, rows of each", "When", "About")
         for artifact, said in found["people"].items():
             by, about = (", ".join(f"{name} ({count})" for name, count in said[key].items()) for key in ("by", "about"))
             people.add_row(artifact, by, f"{said['first'][:16]} to {said['last'][:16]}".replace("T", " "), about)
-        console.print(people)
+        shown.print(people)
     if found["changes"]:
-        changes = _table("Changes of stage", "When (UTC)", "What", "By", "Note")
+        changes = titled_table("Changes of stage", "When (UTC)", "What", "By", "Note")
         for change in found["changes"]:
             changes.add_row(change["at"][:16].replace("T", " "), change["action"], change["by"], change["note"])
-        console.print(changes)
+        shown.print(changes)
     return 0
 
 
@@ -133,7 +132,7 @@ def verify(
     table = Table("Where", "File", "What", "Detail", title=f"{recipe.name} version {found.number}: differences")
     for finding in findings:
         table.add_row(finding.where, finding.file, finding.what, finding.detail)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    console(width=200).print(table)
     return 1
 
 
@@ -218,13 +217,6 @@ def describe(environment: Mapping[str, Any]) -> str:
     machine = environment["gpu"] or environment["processor"]
     torch = environment["packages"]["torch"]
     return f"{machine}, {counted(environment['threads'], 'thread')}, Python {environment['python']}, torch {torch}"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
 
 
 def differing(where: str, then: Mapping[str, str], now: Mapping[str, str]) -> Iterator[Finding]:

@@ -261,7 +261,8 @@ def merged_model(found: Found, recipe: Recipe, settings: Settings) -> ArtifactVe
     """
     dtype = merged_device(recipe.compute.here).dtype
     penalty = recipe.evaluation.repetition_penalty
-    registered = _registered(found, precision(dtype), penalty)
+    facts = [f"dtype:{precision(dtype)}", f"repetition_penalty:{penalty}"]
+    registered = newest_stored(MERGED, facts, model_version_id=found.version.id)
     if registered is not None:
         return registered
     check_unchanged(found.base)
@@ -295,16 +296,16 @@ def formatted_rows(found: Found, split: str = "test", most: int = MAX_ROWS) -> l
     return [HeldoutRow(record["id"], *(record[key] for key in keys)) for record in records]
 
 
-def _registered(found: Found, dtype: str, repetition_penalty: float) -> ArtifactVersionResponse | None:
-    known = Client().list_artifact_versions(
-        artifact=MERGED,
-        model_version_id=found.version.id,
-        run_metadata=[f"dtype:{dtype}", f"repetition_penalty:{repetition_penalty}"],
-        sort_by="desc:created",
-        size=1,
-        hydrate=True,
+def newest_stored(artifact: str, facts: list[str], **where: Any) -> ArtifactVersionResponse | None:
+    """The newest version of an artifact with these facts in its metadata; None if there is none, or its files are lost."""
+    known = (
+        Client()
+        .list_artifact_versions(
+            artifact=artifact, run_metadata=facts, sort_by="desc:created", size=1, hydrate=True, **where
+        )
+        .items
     )
-    return known.items[0] if known.items and not is_lost(known.items[0].uri) else None
+    return known[0] if known and not is_lost(known[0].uri) else None
 
 
 def _register(

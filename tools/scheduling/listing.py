@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.cloud.schedules.eventbridge import CloudSchedule
 from llm_engineering.cloud.schedules.local_schedules import LocalSchedule
 from llm_engineering.cloud.schedules.run_records import RunRecord
+from tools.terminal import console
 
 Schedule = LocalSchedule | CloudSchedule
 
@@ -61,7 +60,7 @@ def print_table(rows: Sequence[Row], now: datetime) -> None:
         )
         for began, verdict in lines[1:]:
             table.add_row("", "", "", "", "", began, verdict)
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    console(width=200).print(table)
 
 
 def row_json(row: Row, now: datetime) -> dict[str, Any]:

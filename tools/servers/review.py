@@ -51,13 +51,11 @@ def review(
         signal.signal(number, signal.default_int_handler)
     recipe = load_recipe(config, overrides or ())
 
-    import uvicorn
-
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.app import build_app
     from llm_engineering.review.site import Context
     from tools.servers.review_answers import answering
-    from tools.servers.serve import HOST, bind
+    from tools.servers.serve import HOST, bind, serve_app
 
     settings = Settings()
     settings.check_writable()
@@ -67,15 +65,8 @@ def review(
         context = Context(reviews_of(recipe, file, settings))
         app = build_app(context, port, answering(recipe, settings))
 
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                print(f"Review: http://{HOST}:{port}{context.root}/ (Ctrl-C ends it)", flush=True)
-
-        # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
-        served = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
         with contextlib.suppress(KeyboardInterrupt):
-            Server(served).run(sockets=[listener])
+            serve_app(app, listener, f"Review: http://{HOST}:{port}{context.root}/", access_log=False)
     return 0
 
 

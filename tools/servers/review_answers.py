@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 import threading
@@ -224,9 +223,8 @@ def _judged(model: str, session: Comparison) -> dict[str, str]:
             continue
         report = newest_artifacts(version).get("evaluation_report")
         if report is not None:
-            content = json.loads((report.load().path / "report.json").read_text(encoding="utf-8"))
             names = [BASE if key == BASE else key.removeprefix(f"{version.number}:") for key in keys]
-            found |= judged_in(content, names, session)
+            found |= judged_in(report.load().report(), names, session)
     return found
 
 

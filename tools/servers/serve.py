@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import httpx
 import typer
@@ -234,7 +234,9 @@ def dashboard(
             logging.basicConfig(filename=log, filemode="w", level=logging.WARNING, force=True)
             try:
                 _skip_onboarding_survey()
-                _serve_dashboard(listener, url)
+                from zenml.zen_server.zen_server_api import app
+
+                serve_app(app, listener, f"Dashboard: {url}/projects/default/runs")
             except (Exception, SystemExit) as error:
                 # When uvicorn raises SystemExit, it has already logged the cause. A traceback after it would push the
                 # cause out of the last lines, which are printed.
@@ -378,21 +380,20 @@ def _skip_onboarding_survey() -> None:
         store.update_user(user.id, update)
 
 
-def _serve_dashboard(listener: socket.socket, url: str) -> None:
-    """Run the server on a bound socket until a signal ends it.
+def serve_app(app: Any, listener: socket.socket, shown: str, **settings: Any) -> None:
+    """Serve an application on a bound socket until a signal ends it, and print `shown` when it answers.
 
     Raises:
         KeyboardInterrupt: SIGINT or SIGTERM ended the server.
         SystemExit: the server did not start; its log has the cause.
     """
     import uvicorn
-    from zenml.zen_server.zen_server_api import app
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            print(f"Dashboard: {url}/projects/default/runs (Ctrl-C ends it)", flush=True)
+            print(f"{shown} (Ctrl-C ends it)", flush=True)
 
     # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2, **settings)
     Server(config).run(sockets=[listener])

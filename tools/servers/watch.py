@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.servers.serve import HOST, bind
+from tools.servers.serve import HOST, bind, serve_app
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -44,21 +44,11 @@ def watch(
         signal.signal(number, signal.default_int_handler)
     with socket.socket() as listener:
         bind(listener, port, "watch")
-        import uvicorn
-
         from llm_engineering.recipe.settings import Settings
 
         app = build_app(Settings().llm_output_dir / "training")
-
-        class Server(uvicorn.Server):
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                print(f"Watching: http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
-
-        # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
-        server = Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+            serve_app(app, listener, f"Watching: http://{HOST}:{port}")
     return 0
 
 

@@ -10,13 +10,13 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.loading import check_name, load_recipe, recipe_hash
 from tools.cli import DEFAULT_RECIPE, PROGRAM, Config, Json, Overrides, prepare_zenml
 from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, locked, repeat, run_trials
+from tools.terminal import console
 
 if TYPE_CHECKING:
     import optuna
@@ -221,7 +221,7 @@ def _print(report: dict[str, Any], run: RunResult, file: Any) -> None:
     from tools.results import print_table
 
     print_table(run, file)
-    console = Console(file=file, width=None if file.isatty() else 120, highlight=False, markup=False)
+    shown = console(file)
     keys = list(report["ranges"])
     table = Table("Trial", *keys, "Validation loss", "State", title="Trials, the best first", title_justify="left")
     for trial in sorted(report["trials"], key=lambda trial: (trial["loss"] is None, trial["loss"])):
@@ -229,6 +229,6 @@ def _print(report: dict[str, Any], run: RunResult, file: Any) -> None:
         table.add_row(
             str(trial["number"]), *(shown_value(trial["values"].get(key)) for key in keys), loss, trial["state"]
         )
-    console.print(table)
+    shown.print(table)
     for sentence in sentences(report):
-        console.print(sentence)
+        shown.print(sentence)

@@ -221,7 +221,7 @@ def _train(
     finally:
         os.environ.pop(TRIAL, None)
     (report,) = run.steps[f"train_{sweep.stage}"].outputs["training_report"]
-    loss = validation_loss(json.loads((report.load().path / "report.json").read_text(encoding="utf-8")))
+    loss = validation_loss(report.load().report())
     if not math.isfinite(loss):
         raise WorkError(
             f"The validation loss of {sweep.stage} is {loss}. Lower the highest learning rate of the ranges."

@@ -115,21 +115,13 @@ def _gathered(recipe: Recipe, version: Any) -> dict[str, Any]:
             sum(parameter.numel() for parameter in base.parameters()),
             base_tokens(name, hub),
         ),
-        "measures": _measures(own),
+        # A version may not be evaluated.
+        "measures": own["evaluation_report"].load().report()["measures"] if "evaluation_report" in own else {},
         "limits": data_limits(list(kinds), made_with),
         "packages": {name: v for environment in environments.values() for name, v in environment["packages"].items()},
         "signatures": _signatures(version),
         "replay": _replay(recipe.name, version.number),
     }
-
-
-def _measures(own: dict[str, Any]) -> dict[str, Any]:
-    """The measures of the evaluation; none if the version was not evaluated."""
-    if "evaluation_report" not in own:
-        return {}
-    report = json.loads((own["evaluation_report"].load().path / "report.json").read_text(encoding="utf-8"))
-    found: dict[str, Any] = report["measures"]
-    return found
 
 
 def _signatures(version: Any) -> list[dict[str, str]]:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
@@ -25,6 +24,7 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrackingConfig
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, VersionNumber, exit_code, prepare_zenml, start_logging
+from tools.terminal import console
 
 logger = logging.getLogger("llm_engineering.replay")
 
@@ -210,8 +210,8 @@ def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
     sides = [{artifact["name"]: artifact for artifact in side["artifacts"]} for side in (then, now)]
     found = []
     for stage in now["training"]:
-        adapters = (_folder(side[f"{stage}_adapter"]["uri"]) for side in sides)
-        reports = (_json(side["training"][stage]["report"])["history"] for side in (then, now))
+        adapters = (_stored(side[f"{stage}_adapter"]["uri"]).path for side in sides)
+        reports = (_stored(side["training"][stage]["report"]).report()["history"] for side in (then, now))
         found += [compare_weights(stage, *adapters), compare_losses(stage, *reports)]
     for name in dict.fromkeys([*sides[0], *sides[1]]):
         if name not in _REPORTS and not name.endswith("_adapter"):
@@ -219,7 +219,7 @@ def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
             same = one is not None and other is not None and one["sha256"] == other["sha256"]
             found.append(Compared(name, "") if same else _differing_artifact(name, one, other))
     if "evaluation_report" in sides[0]:
-        found += compare_measures(*(_json(side["evaluation_report"]["uri"]) for side in sides))
+        found += compare_measures(*(_stored(side["evaluation_report"]["uri"]).report() for side in sides))
     return {
         "model": then["model"],
         "version": then["version"],
@@ -270,19 +270,14 @@ def _environments(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return differing_environment(then, now, (*LIBRARIES, "numpy", "safetensors"))
 
 
-def _folder(uri: str) -> Path:
+def _stored(uri: str) -> Any:
     from steps.materializers import Directory, DirectoryMaterializer
 
-    return DirectoryMaterializer(uri).load(Directory).path
-
-
-def _json(uri: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((_folder(uri) / "report.json").read_text(encoding="utf-8"))
-    return found
+    return DirectoryMaterializer(uri).load(Directory)
 
 
 def _print(report: Mapping[str, Any], file: Any) -> None:
-    console = Console(file=file, width=None if file.isatty() else 200, highlight=False, markup=False)
+    shown = console(file, 200)
     table = Table(title=f"{report['model']} version {report['version']} and its replay", title_justify="left")
     for column in ("What", "Difference"):
         table.add_column(column, overflow="fold")
@@ -291,8 +286,8 @@ def _print(report: Mapping[str, Any], file: Any) -> None:
     table.add_row("code", ", ".join(report["code"]) or "equal")
     for one in report["compared"]:
         table.add_row(one["what"], one["difference"] or "equal")
-    console.print(table)
-    console.print("The replay is equal, byte for byte." if report["equal"] else "The replay differs.")
+    shown.print(table)
+    shown.print("The replay is equal, byte for byte." if report["equal"] else "The replay differs.")
 
 
 if __name__ == "__main__":

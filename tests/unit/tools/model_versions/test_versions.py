@@ -40,7 +40,7 @@ def test_a_version_is_merged_only_with_the_base_model_of_its_training(small_llam
     )
     recipe = load_recipe(ROOT / "configs" / "python_reference.yaml", ["compute.device=cpu"])
     merged = [None]
-    monkeypatch.setattr(versions, "_registered", lambda *_: merged[0])
+    monkeypatch.setattr(versions, "newest_stored", lambda *_, **__: merged[0])
     with pytest.raises(RequestError, match="Version 1 has no held-out rows"):
         versions.merged_model(found, recipe, settings)
 
