@@ -79,7 +79,9 @@ def checked_device(recipe: Recipe, device: Device) -> Device:
         config = recipe.block(stage)
         check_training(stage, recipe.method, config.optim, device)
         if config.library_arguments.get("use_vllm"):
-            check_vllm(stage, device)
+            check_vllm(f"{stage}.use_vllm", "false", device)
+    if recipe.generation.engine == "vllm":
+        check_vllm("generation.engine", "transformers", device)
     keys, new = recipe.lora.beyond_unsloth, recipe.model.added_tokens
     return choose_backend(device, recipe.compute, recipe.method, adapter_keys=keys, new_tokens=new)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from llm_engineering.generation.endpoint import Endpoint
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Client, Transport
+from llm_engineering.models.device import check_vllm, choose_device
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -26,8 +27,16 @@ def open_client(
     Args:
         chat_template: the recipe's `formatting.chat_template`. Only the local model uses it; endpoints have their own.
         trained: folder of an adapter or a full model, with which the local model answers instead of the base model.
+
+    Raises:
+        RequestError: the client's key, package, card or region is missing.
     """
     # Each client's libraries are imported only where it is used.
+    if config.engine == "vllm":
+        check_vllm("generation.engine", "transformers", choose_device(compute))
+        from llm_engineering.generation.vllm_model import VllmModel
+
+        return VllmModel.load(model, compute, settings, chat_template, trained)
     if config.client == "local":
         from llm_engineering.generation.local import LocalModel
 

@@ -108,8 +108,11 @@ def check_training(stage: str, method: str, optim: str, device: Device) -> None:
         )
 
 
-def check_vllm(stage: str, device: Device) -> None:
-    """Check that a stage with `use_vllm` can generate with vLLM in its process.
+def check_vllm(key: str, instead: str, device: Device) -> None:
+    """Check that this process can generate with vLLM, as a key of the recipe says.
+
+    Args:
+        instead: the value of the key with which transformers generates.
 
     Raises:
         RequestError: CUDA or the package vllm is missing.
@@ -118,8 +121,7 @@ def check_vllm(stage: str, device: Device) -> None:
     if device.name != "cuda" or not installed:
         why = "torch finds no CUDA card here" if installed else "the package vllm is not installed"
         raise RequestError(
-            f"{stage}.use_vllm needs CUDA and the package vllm, and {why}. Use --set {stage}.use_vllm=false, which generates "
-            "with transformers."
+            f"{key} needs CUDA and the package vllm, and {why}. Use --set {key}={instead}, which generates with transformers."
         )
 
 

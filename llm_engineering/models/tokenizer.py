@@ -45,7 +45,7 @@ def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | 
     tokenizer = AutoTokenizer.from_pretrained(path, **options)
     add_new_tokens(tokenizer, model)
     # This may change the end token, from which the pad token must differ.
-    set_chat_template(tokenizer, chat_template, _generation_ends(path, options, tokenizer))
+    set_chat_template(tokenizer, chat_template, generation_ends(path, options, tokenizer))
     if model.eos_token is not None:
         if model.eos_token not in tokenizer.get_vocab():
             raise RequestError(
@@ -82,7 +82,7 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, rows: int, new: Sequence[str]
         )
 
 
-def _generation_ends(path: str | Path, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def generation_ends(path: str | Path, options: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The tokens at which the model's generation_config.json stops; none if the model has no such file."""
     try:
         ids = GenerationConfig.from_pretrained(path, **options).eos_token_id

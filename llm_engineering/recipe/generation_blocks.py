@@ -25,7 +25,7 @@ class Prices(Block):
 class ClientConfig(Block):
     """Which model writes, and where it runs: in this process, behind an OpenAI-compatible endpoint, or on Bedrock.
 
-    The keys after `batch_size` are for endpoints. `response_format` makes the model return one text and nothing else:
+    `engine: vllm` runs the local model in vLLM on a CUDA card. The keys after `engine` are for endpoints. `response_format` makes the model return one text and nothing else:
     `json_schema` by a schema that the endpoint enforces, `prompt` by a schema in the prompt; `text` asks for no JSON, for
     small models that cannot write it. `max_total_tokens` and `max_cost_usd` limit each generated dataset; answers from
     the store of earlier answers count too.
@@ -33,6 +33,7 @@ class ClientConfig(Block):
 
     client: Literal["local", "openai", "bedrock"] = "local"
     batch_size: int = Field(16, ge=1)
+    engine: Literal["transformers", "vllm"] = "transformers"
     model: str | None = None
     base_url: str | None = None
     response_format: Literal["json_schema", "prompt", "text"] = "json_schema"
@@ -47,10 +48,12 @@ class ClientConfig(Block):
     @model_validator(mode="after")
     def _client(self) -> Self:
         if self.client == "local":
-            for name in sorted(ClientConfig.model_fields.keys() - {"client", "batch_size"}):
+            for name in sorted(ClientConfig.model_fields.keys() - {"client", "batch_size", "engine"}):
                 if getattr(self, name) != ClientConfig.model_fields[name].default:
                     raise ValueError(f"{name} has no effect with client local: remove it, or choose another client")
             return self
+        if self.engine != "transformers":
+            raise ValueError(f"engine has no effect with client {self.client}: remove it")
         if not self.model:
             raise ValueError(f"client {self.client} needs `model`, the endpoint's name of the model")
         if self.client == "bedrock" and self.base_url is not None:

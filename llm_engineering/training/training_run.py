@@ -174,7 +174,7 @@ def prepare_run(job: Job, block: type[Config], data: DatasetDict, settings: Sett
     # Check the optimiser and the labels
     check_training(stage, method, config.optim, device)
     if config.library_arguments.get("use_vllm"):
-        check_vllm(stage, device)
+        check_vllm(f"{stage}.use_vllm", "false", device)
     check_labels(data, tokenizer, setup.train_on_prompt)
     return TrainingRun(
         *(stage, data, config, setup, settings, device, tokenizer),

@@ -8,9 +8,10 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm_engineering.errors import RequestError
+from llm_engineering.models.vllm_adapters import max_lora_rank
 
 if TYPE_CHECKING:
     from llm_engineering.recipe.model_blocks import ModelConfig
@@ -18,17 +19,9 @@ if TYPE_CHECKING:
     from llm_engineering.recipe.settings import Settings
     from tools.model_versions.versions import Found
 
+_ALONE = "Serve its merged model alone, without --also."
 # vLLM ignores `do_sample` in a folder's generation_config.json. Without a temperature there, it would draw samples.
 _GREEDY = ["--override-generation-config", '{"temperature": 0.0}']
-# The values of vLLM's --max-lora-rank (vllm/config/lora.py of 0.33).
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# What vLLM's adapters do not have (vllm/lora/peft_helper.py of 0.33), with the values that change nothing.
-_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-}
 
 
 def installed_vllm() -> str | None:
@@ -63,14 +56,14 @@ def adapters_command(
     """
     from llm_engineering.models.base_model import hub_revision, model_path
 
-    ranks = [_rank(name, folder) for name, folder in adapters.items()]
+    rank = max(max_lora_rank(folder, name, _ALONE) for name, folder in adapters.items())
     revision = hub_revision(base)
     return [
         *[program, "serve", model_path(base, settings), "--served-model-name", base.name_or_path, "--dtype", dtype],
         *(["--revision", revision] if revision else []),
         *["--tokenizer", str(merged), "--generation-config", str(merged)],
         *["--enable-lora", "--max-loras", str(len(adapters))],
-        *["--max-lora-rank", str(next(rank for rank in _RANKS if rank >= max(ranks)))],
+        *["--max-lora-rank", str(rank)],
         *["--lora-modules", *(json.dumps({"name": name, "path": str(adapters[name])}) for name in adapters)],
         *_GREEDY,
         *_address(port),
@@ -105,28 +98,8 @@ def side_by_side(found: Found, numbers: list[str], recipe: Recipe, settings: Set
         check_signature(other.version, VERSION, settings)
         adapters[f"{recipe.name}:{number}"] = other.folders[other.name]
     for name, folder in adapters.items():
-        _rank(name, folder)
+        max_lora_rank(folder, name, _ALONE)
     return adapters
-
-
-def _rank(name: str, folder: Path) -> int:
-    """The highest rank of an adapter's layers.
-
-    Raises:
-        RequestError: vLLM cannot serve it as an adapter.
-    """
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        raise RequestError(f"{name} is a full model and has no adapter. Serve it alone, without --also.")
-    config = json.loads(file.read_text(encoding="utf-8"))
-    changed = next((key for key, plain in _PLAIN_LORA.items() if config.get(key, plain[0]) not in plain), None)
-    rank: int = max([config["r"], *(config.get("rank_pattern") or {}).values()])
-    if changed is not None or rank > _RANKS[-1]:
-        found = f"{changed} {json.dumps(config[changed])[:100]}" if changed else f"r {rank}"
-        raise RequestError(
-            f"{name} was trained with {found}, which vLLM's adapters cannot have. Serve its merged model alone, without --also."
-        )
-    return rank
 
 
 def _address(port: int) -> list[str]:
