@@ -164,7 +164,6 @@ def compare(
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.publish.best_of import BestOf
     from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
-    from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
 
     sampling = Sampling.checked(temperature, top_p, seed)
@@ -176,10 +175,7 @@ def compare(
     found = find_model(recipe, version)
     logger.info("%s", found.described)
     # The tokenizer is saved with the trained model. All models get the chat template of training, as in the evaluation.
-    folder = str(found.folders[found.name])
-    tokenizer = load_tokenizer(
-        ModelConfig(name_or_path=folder, trust_remote_code=found.base.trust_remote_code), settings
-    )
+    tokenizer = load_tokenizer(found.base.saved_in(found.folders[found.name]), settings)
     check_unchanged(found.base)
     chooser = None
     if best_of is not None and reward_model is not None:

@@ -46,7 +46,6 @@ def exam(
     from llm_engineering.evaluation.statistics import Bootstrap
     from llm_engineering.models.base_model import check_unchanged, pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
-    from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.reports.exam_report import exam_page
     from llm_engineering.reports.page import write_report
@@ -71,7 +70,7 @@ def exam(
     if found is not None:
         base, template = found.base, None
         check_unchanged(base)
-        source = ModelConfig(name_or_path=str(folders[found.name]), trust_remote_code=base.trust_remote_code)
+        source = base.saved_in(folders[found.name])
     else:
         base = pin_revision(recipe.model)
         template = pin_chat_template(recipe.formatting, base, settings).chat_template
@@ -162,13 +161,13 @@ def _accuracy(data: dict[str, Any]) -> Table:
 
     from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES
     from llm_engineering.reports.exam_report import KINDS
-    from llm_engineering.reports.page import interval
+    from llm_engineering.reports.page import estimated
 
     exam, measures = data["exam"], data["measures"]
     shown = Table("Questions", "Number", *exam["models"], title="Exam: share of right answers", title_justify="left")
     for kind, measure in EXAM_MEASURES.items():
         if measure in measures:
             estimates = [measures[measure]["models"].get(name) for name in exam["models"]]
-            values = [interval(e["value"], e["low"], e["high"]) if e else "" for e in estimates]
+            values = [estimated(e) if e else "" for e in estimates]
             shown.add_row(KINDS[kind], str(exam["kinds"][kind]), *values)
     return shown

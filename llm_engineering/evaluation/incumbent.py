@@ -22,8 +22,7 @@ INCUMBENT = "incumbent"
 
 def incumbent_tokenizer(folder: Path, setup: TrainingSetup, settings: Settings) -> PreTrainedTokenizerBase:
     """Load the tokenizer that was saved with the incumbent, which has the chat template of its training."""
-    saved = ModelConfig(name_or_path=str(folder), trust_remote_code=setup.model.trust_remote_code)
-    return load_tokenizer(saved, settings)
+    return load_tokenizer(setup.model.saved_in(folder), settings)
 
 
 def is_compatible(
@@ -56,8 +55,7 @@ def load_incumbent(
     """
     base = _base(folder, setup)
     if base is None:
-        full = ModelConfig(name_or_path=str(folder), trust_remote_code=setup.model.trust_remote_code)
-        return Models.load(full, {}, tokenizer, config, setup.compute, settings), BASE
+        return Models.load(setup.model.saved_in(folder), {}, tokenizer, config, setup.compute, settings), BASE
     try:
         check_unchanged(base)
         return Models.load(base, {INCUMBENT: folder}, tokenizer, config, setup.compute, settings), INCUMBENT

@@ -61,7 +61,7 @@ class LocalModel(BatchedModel):
         if (trained / "adapter_config.json").is_file():
             adapted = PeftModel.from_pretrained(load_model(model, settings, device), str(trained))
             return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size, weights)
-        full = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
+        full = model.saved_in(trained)
         return cls(load_model(full, settings, device), tokenizer, identity, store, batch_size, weights)
 
     def _start(self, prompts: list[str]) -> SharedStart | None:

@@ -80,7 +80,7 @@ class VllmModel(BatchedModel):
             rank = max_lora_rank(trained, f"The adapter in {trained}", remedy)
             adapter, options = LoRARequest("trained", 1, str(trained)), {"enable_lora": True, "max_lora_rank": rank}
         elif trained is not None:
-            source = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
+            source = model.saved_in(trained)
         path, hub = model_path(source, settings), hub_options(source, settings)
         engine = LLM(
             model=path,

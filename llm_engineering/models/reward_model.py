@@ -71,8 +71,7 @@ class RewardModel:
         device = choose_device(compute)
         pad = padding_token(tokenizer)
         if not (folder / "adapter_config.json").is_file():
-            full = ModelConfig(name_or_path=str(folder), trust_remote_code=model.trust_remote_code)
-            return cls(load_model(full, settings, device, scores=True), device, pad, batch_size)
+            return cls(load_model(model.saved_in(folder), settings, device, scores=True), device, pad, batch_size)
         # transformers would warn that the base model's files have no head. The adapter has it.
         level = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()

@@ -28,7 +28,6 @@ from llm_engineering.models.generate import generate_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.merge import VERIFICATION, merged_device
 from llm_engineering.publish.verification import FileCheck, HeldoutRow, compare_files, token_scores
-from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 
@@ -81,7 +80,7 @@ def export_compressed(
         RequestError: AWQ cannot divide the model's matrices into groups.
         WorkError: the model loses too much. There is no folder then.
     """
-    source = ModelConfig(name_or_path=str(folder), trust_remote_code=recipe.model.trust_remote_code)
+    source = recipe.model.saved_in(folder)
     device = merged_device(recipe.compute.here)
     model, tokenizer = load_model(source, settings, device).eval(), load_tokenizer(source, settings)
     expected = token_scores(model, rows)

@@ -32,7 +32,6 @@ from llm_engineering.publish import llama_cpp
 from llm_engineering.publish.gguf_tokenizer import add_further_ends, add_tokenizer, refusal, tokenizer_kind
 from llm_engineering.publish.merge import merged_device
 from llm_engineering.publish.verification import FileCheck, HeldoutRow, compare_files, token_scores
-from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 
@@ -134,7 +133,7 @@ def export_gguf(
         RequestError: llama.cpp's converter does not know the model or its tokenizer.
         WorkError: llama.cpp failed, or the file loses too much. There is no file then.
     """
-    source = ModelConfig(name_or_path=str(folder), trust_remote_code=recipe.model.trust_remote_code)
+    source = recipe.model.saved_in(folder)
     device = merged_device(recipe.compute.here)
     model, tokenizer = load_model(source, settings, device).eval(), load_tokenizer(source, settings)
     expected, ends = token_scores(model, rows), end_token_ids(model, tokenizer)

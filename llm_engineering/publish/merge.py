@@ -106,10 +106,9 @@ def merge(
     """
     if not rows:
         raise WorkError("There is no held-out row to verify the merged model on. Give the recipe a larger test split.")
-    trust = trained.base.trust_remote_code
-    saved = ModelConfig(name_or_path=str(target), trust_remote_code=trust)
-    tokenizer = load_tokenizer(ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trust), settings)
-    source = trained.base if trained.is_adapter else _full(trained)
+    saved = trained.base.saved_in(target)
+    tokenizer = load_tokenizer(trained.base.saved_in(trained.folder), settings)
+    source = trained.base if trained.is_adapter else trained.base.saved_in(trained.folder)
     # The adapter does not fit on an empty model without the rows of the new tokens.
     adapter = trained.folder if trained.is_adapter and not source.added_tokens else None
     empty = empty_model(source, adapter, settings)
@@ -178,10 +177,6 @@ def merge(
     return verification
 
 
-def _full(trained: Trained) -> ModelConfig:
-    return ModelConfig(name_or_path=str(trained.folder), trust_remote_code=trained.base.trust_remote_code)
-
-
 def _device_with_room(device: Device, needed: int) -> Device:
     """The device, or the processor if the card has not `needed` bytes of free memory.
 
@@ -217,7 +212,8 @@ def _trained_model(
     if trained.is_adapter:
         return PeftModel.from_pretrained(base, str(trained.folder)).eval(), untrained
     del base
-    return load_model(_full(trained), settings, device._replace(dtype=torch.float32)).eval(), untrained
+    full = trained.base.saved_in(trained.folder)
+    return load_model(full, settings, device._replace(dtype=torch.float32)).eval(), untrained
 
 
 def _merge_in_memory(model: Any) -> PreTrainedModel:

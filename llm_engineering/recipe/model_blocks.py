@@ -6,6 +6,7 @@ Field names follow PEFT and transformers, so that a recipe reads like their docu
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -40,6 +41,10 @@ class ModelConfig(Block):
     def added_tokens(self) -> list[str]:
         """All tokens that are added to the tokenizer, in the order of their ids."""
         return [*self.new_tokens, *self.new_special_tokens]
+
+    def saved_in(self, folder: Path) -> ModelConfig:
+        """A model that was trained from this one and saved in a folder, with its tokenizer."""
+        return ModelConfig(name_or_path=str(folder), trust_remote_code=self.trust_remote_code)
 
     @model_validator(mode="after")
     def _tokens(self) -> Self:

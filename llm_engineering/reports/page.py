@@ -182,6 +182,11 @@ def interval(value: float, low: float | None, high: float | None, sign: bool = F
     return f"{shown(value)} [{shown(low)}, {shown(high)}]"
 
 
+def estimated(estimate: Mapping[str, Any], sign: bool = False) -> str:
+    """The value of an estimate of the evaluation report, with its interval; see `interval`."""
+    return interval(estimate["value"], estimate["low"], estimate["high"], sign)
+
+
 def cards(items: Sequence[tuple[str | Markup, Markup]], css: str = "cards") -> Markup:
     """Boxes with headings, in as many columns as fit; with the css `stack`, each box below the one before."""
     boxes = Markup("").join(Markup('<div class="card"><h3>{}</h3>{}</div>').format(head, body) for head, body in items)

@@ -172,6 +172,6 @@ def full_model(
 ) -> PreTrainedModel:
     """Load the base model, or the trained full model of a folder, to train all of its weights."""
     if trained is not None:
-        model = ModelConfig(name_or_path=str(trained), trust_remote_code=model.trust_remote_code)
+        model = model.saved_in(trained)
     # Half-precision weights would lose updates smaller than their last bit. Autocast computes in half precision.
     return load_model(model, settings, device._replace(dtype=torch.float32), scores=scores)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
-import torch
 from transformers import PreTrainedModel
 
 from llm_engineering.errors import RequestError, WorkError
@@ -21,6 +20,7 @@ from llm_engineering.models.base_model import hub_revision, mend_generation_conf
 from llm_engineering.models.device import Device
 from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.recipe.settings import Settings
+from llm_engineering.training.losses import row_lengths
 
 # unsloth passes the starts of packed rows to the decoders of these types. Other types run transformers' forward.
 FAST_MODELS = ("gemma", "gemma2", "llama", "mistral", "qwen2", "qwen3")
@@ -56,7 +56,7 @@ def load_policy(
         WorkError: the adapter and the model have different weights.
     """
     if method == "full" and start is not None:
-        model = ModelConfig(name_or_path=str(start), trust_remote_code=model.trust_remote_code)
+        model = model.saved_in(start)
     base = _base(model, settings, device, method, loading)
     if method == "full":
         return base
@@ -92,11 +92,7 @@ def check_packed(batch: Mapping[str, Any]) -> None:
     Args:
         batch: `position_ids` has the shape `(1, tokens)`, and starts again at 0 for each row.
     """
-    lengths: list[int] = []
-    if "position_ids" in batch:
-        positions = batch["position_ids"].flatten().cpu()
-        starts = torch.nonzero(positions == 0).flatten()
-        lengths = torch.diff(starts, append=torch.tensor([len(positions)])).tolist()
+    lengths = row_lengths(batch["position_ids"]) if "position_ids" in batch else []
     packed_lengths = batch.get("packed_seq_lengths")
     if packed_lengths is None or packed_lengths.tolist() != lengths:
         raise WorkError(

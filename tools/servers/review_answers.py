@@ -178,8 +178,7 @@ def _side(key: str, recipe: Recipe, settings: Settings) -> _Side:
     check_unchanged(found.base)
     folder = found.folders[stage]
     # The tokenizer is saved with the trained model, with the chat template of training.
-    saved = ModelConfig(name_or_path=str(folder), trust_remote_code=found.base.trust_remote_code)
-    return _Side(found.base, load_tokenizer(saved, settings), folder)
+    return _Side(found.base, load_tokenizer(found.base.saved_in(folder), settings), folder)
 
 
 def _load(keys: Sequence[str], recipe: Recipe, settings: Settings) -> list[tuple[Models, str]]:
