@@ -16,6 +16,8 @@ first (prefix sharing, arXiv:2410.20305).
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -99,13 +101,22 @@ def causal_model(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy  # type: ignore[return-value]
 
 
-def _mixed_precision(model: PreTrainedModel) -> torch.autocast:
-    """Autocast to the half precision of some weights, as in training. Without such weights, the caller's autocast holds."""
+@contextmanager
+def _tried(model: PreTrainedModel) -> Iterator[None]:
+    """Run the model without dropout and gradients, in the half precision of some of its weights, as in training.
+
+    Without such weights, the caller's autocast holds.
+    """
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
-    outer = torch.is_autocast_enabled(model.device.type)
-    return torch.autocast(
-        model.device.type, half or torch.get_autocast_dtype(model.device.type), enabled=half is not None or outer
-    )
+    device, outer = model.device.type, torch.is_autocast_enabled(model.device.type)
+    training = model.training
+    model.eval()
+    with (
+        torch.inference_mode(),
+        torch.autocast(device, half or torch.get_autocast_dtype(device), enabled=half is not None or outer),
+    ):
+        yield
+    model.train(training)
 
 
 def why_not_from_hidden_states(
@@ -134,15 +145,12 @@ def why_not_from_hidden_states(
     if _adds_router_loss(model, router_coefficient):
         return "the loss of the experts' router needs the model's own forward pass"
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
-    training = model.training
-    model.eval()
-    with torch.inference_mode(), _mixed_precision(model):
+    with _tried(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss.float()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         direct = (hidden @ head.weight.to(hidden.dtype).t()).float()
         direct_loss = -_chunk(hidden[0, :-1], head.weight, ids[0, 1:]).mean()
-    model.train(training)
     # In half precision, two ways of computing the same logits differ by rounding.
     if not torch.allclose(logits, direct, atol=1e-2 * float(logits.abs().max())):
         return "the model changes the logits after the output layer"
@@ -224,14 +232,11 @@ def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
     options: dict[str, Any] = {"position_ids": tokens.repeat(2).unsqueeze(0), "use_cache": False}
     if by_row:
         options["row_lengths"] = [4, 4]
-    training = model.training
-    model.eval()
-    with torch.inference_mode(), _mixed_precision(model):
+    with _tried(model):
         first, second = (
             model.base_model(input_ids=torch.cat([before, tokens]).unsqueeze(0), **options).last_hidden_state[0, 4:]
             for before in (tokens, tokens + 4)
         )
-    model.train(training)
     return torch.allclose(first, second, rtol=0, atol=1e-3 * float(first.abs().max()))
 
 
@@ -243,9 +248,7 @@ def ignores_left_padding(policy: PreTrainedModel | PeftModel) -> bool:
     """
     model = causal_model(policy)
     tokens = torch.arange(4, device=model.device)
-    training = model.training
-    model.eval()
-    with torch.inference_mode(), _mixed_precision(model):
+    with _tried(model):
         alone, padded = (
             model.base_model(
                 input_ids=torch.cat([padding, tokens]).unsqueeze(0),
@@ -254,7 +257,6 @@ def ignores_left_padding(policy: PreTrainedModel | PeftModel) -> bool:
             ).last_hidden_state[0, -4:]
             for padding in (tokens[:0], tokens)
         )
-    model.train(training)
     # In bfloat16 SmolLM2 differs by 0.02 of the mean, because rotary positions are rounded; GPT-2 by 0.9.
     return float((alone - padded).abs().mean()) < 0.1 * float(alone.abs().mean())
 
@@ -275,16 +277,13 @@ def continues_prompts(policy: PreTrainedModel | PeftModel) -> bool:
     prompt, one, other = torch.arange(12, device=model.device).view(3, 4)
     positions = torch.cat([torch.arange(8), torch.arange(4, 8)]).to(model.device).unsqueeze(0)
     options: dict[str, Any] = {"position_ids": positions, "row_lengths": [8, 4], "shared_lengths": [0, 4]}
-    training = model.training
-    model.eval()
-    with torch.inference_mode(), _mixed_precision(model):
+    with _tried(model):
         first, second = (
             model.base_model(
                 input_ids=torch.cat([prompt, *answers]).unsqueeze(0), use_cache=False, **options
             ).last_hidden_state[0]
             for answers in ((one, other), (other, one))
         )
-    model.train(training)
     return torch.allclose(first[4:8], second[8:], rtol=0, atol=1e-2 * float(first[4:8].abs().max()))
 
 
