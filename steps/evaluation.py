@@ -4,7 +4,7 @@ import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from datasets import DatasetDict
 
@@ -28,7 +28,7 @@ from llm_engineering.recipe.data_blocks import DocumentsConfig
 from llm_engineering.recipe.evaluation_blocks import HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stages import STAGES
+from llm_engineering.recipe.stages import STAGES, Kind
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.page import write_json
 from llm_engineering.reports.training_rows import count_wordings, tokens_read
@@ -37,21 +37,27 @@ from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
 from steps.written_exam import the_exam
 
+# The kinds of rows that models are measured on. Nothing is measured on labelled answers.
+_MEASURED = tuple(kind for kind in get_args(Kind) if kind != "labelled")
 
-def _with_adapters(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a step an input `<stage>_adapter` for each stage, because ZenML takes no `**adapters`."""
+
+def _with_inputs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a step an input for each stage's adapter and for the rows of each kind, because ZenML takes no `**inputs`."""
+    inputs: dict[str, Any] = {f"{stage}_adapter": Directory | None for stage in STAGES}
+    inputs |= {f"formatted_{kind}": DatasetDict | None for kind in _MEASURED}
+    inputs |= {f"{kind}_dataset": DatasetDict | None for kind in get_args(Kind)}
     signature = inspect.signature(function)
     fixed = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    adapters = [
-        inspect.Parameter(f"{stage}_adapter", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Directory | None)
-        for stage in STAGES
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in inputs.items()
     ]
-    function.__signature__ = signature.replace(parameters=[*fixed, *adapters])  # type: ignore[attr-defined]
+    function.__signature__ = signature.replace(parameters=[*fixed, *more])  # type: ignore[attr-defined]
     return function
 
 
 @project_step(output_materializers=DirectoryMaterializer, files=[PROMPT_FILE], in_job=True)
-@_with_adapters
+@_with_inputs
 def evaluate(
     chain: list[str],
     config: EvaluationConfig,
@@ -62,15 +68,6 @@ def evaluate(
     cut: DocumentsConfig | None,
     written: Directory | None = None,
     documents: DatasetDict | None = None,
-    formatted_text: DatasetDict | None = None,
-    text_dataset: DatasetDict | None = None,
-    formatted_instruction: DatasetDict | None = None,
-    instruction_dataset: DatasetDict | None = None,
-    formatted_preference: DatasetDict | None = None,
-    preference_dataset: DatasetDict | None = None,
-    formatted_prompt: DatasetDict | None = None,
-    prompt_dataset: DatasetDict | None = None,
-    labelled_dataset: DatasetDict | None = None,
     judged: str | None = None,
     rewards: RewardSet | None = None,
     max_completion_length: int | None = None,
@@ -79,7 +76,7 @@ def evaluate(
     reward_judge: Directory | None = None,
     incumbent: Directory | None = None,
     epochs: dict[str, float] | None = None,
-    **adapters: Directory | None,
+    **inputs: Any,
 ) -> Annotated[Directory, "evaluation_report"]:
     """Measure the base model, the model of each stage and the model in production on held-out rows.
 
@@ -92,27 +89,18 @@ def evaluate(
         written: the exam that the run has written from the documents; None if the recipe names a file.
         cut: how the documents are cut into the passages that the exam's retrieval finds.
         documents: the documents. Both are None if nothing is retrieved.
-        labelled_dataset: the labelled answers, whose questions do not count in blind comparisons.
         judged: hash of what people preferred in blind comparisons when the run began; None if there were none.
         epochs: the epochs of the stages on texts and instructions.
         rewards: those of the last stage on prompts, whose answers have at most `max_completion_length` tokens.
         reward_code: hashes of the files of own rewards, so that a changed file runs this step again.
         reward_model: the model of the reward `reward_model`; None without this reward.
         reward_judge: the reward model of `evaluation.reward_model`, which judges answers; None without this key.
+        inputs: `<stage>_adapter`, `formatted_<kind>` and `<kind>_dataset`. The questions of labelled answers do not count in
+            blind comparisons.
     """
     # Join the held-out rows of each kind
-    formatted = {
-        "text": formatted_text,
-        "instruction": formatted_instruction,
-        "preference": formatted_preference,
-        "prompt": formatted_prompt,
-    }
-    rows = {
-        "text": text_dataset,
-        "instruction": instruction_dataset,
-        "preference": preference_dataset,
-        "prompt": prompt_dataset,
-    }
+    formatted = {kind: inputs.get(f"formatted_{kind}") for kind in _MEASURED}
+    rows = {kind: inputs.get(f"{kind}_dataset") for kind in _MEASURED}
     heldout = held_out(
         {kind: data["test"] for kind, data in formatted.items() if data is not None},
         {kind: data["test"] for kind, data in rows.items() if data is not None},
@@ -122,7 +110,7 @@ def evaluate(
     last = chain[-1]
     folder = Path(tempfile.mkdtemp())
     if not STAGES[last].policy:
-        scorer = adapters[f"{last}_adapter"]
+        scorer = inputs[f"{last}_adapter"]
         assert scorer is not None
         data = evaluate_reward(last, scorer.path, heldout.pairs, config, setup, Settings())
         write_json(folder, data)
@@ -140,7 +128,7 @@ def evaluate(
         questions = None
 
     # Evaluate the models
-    trained = {stage: adapters[f"{stage}_adapter"] for stage in chain if STAGES[stage].policy}
+    trained = {stage: inputs[f"{stage}_adapter"] for stage in chain if STAGES[stage].policy}
     trained |= {INCUMBENT: incumbent}
     folders = {name: model.path for name, model in trained.items() if model is not None}
     rewarding = None
@@ -153,7 +141,7 @@ def evaluate(
     if judged is not None:
         units = [Judged(*unit) for unit in noted(judged, snapshots(Settings()))]
         models = identities(setup.model, folders)
-        read = [*rows.values(), labelled_dataset]
+        read = [*rows.values(), inputs.get("labelled_dataset")]
         trained_on = {q for splits in read if splits is not None for q in trained_questions(splits)}
         bootstrap = Bootstrap(config.bootstrap_samples, config.confidence, setup.seed)
         measure = human_win_rate(units, models, data["newest"], trained_on, bootstrap)
