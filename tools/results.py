@@ -303,7 +303,7 @@ def exam_table(exam: dict[str, Any], newest: str, seed: int) -> Table:
 def _measures(evaluation: dict[str, Any]) -> Table:
     """Every measure of every model, and the difference of newest model and base model with its interval."""
     from llm_engineering.evaluation.statistics import verdict
-    from llm_engineering.reports.page import interval
+    from llm_engineering.reports.page import estimated
 
     models, newest = evaluation["models"], evaluation["newest"]
     # The exam is also taken with retrieval.
@@ -313,7 +313,7 @@ def _measures(evaluation: dict[str, Any]) -> Table:
     for found in evaluation["measures"].values():
         values = [f"{found['models'][name]['value']:.4g}" if name in found["models"] else "" for name in models]
         difference = found["differences"][f"{newest}-base"]
-        shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+        shown = estimated(difference, sign=True)
         measures.add_row(found["title"], *values, shown, verdict(difference, found["better"]))
     return measures
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
 from llm_engineering.reports.exam_report import RIGHT, WRONG
-from llm_engineering.reports.page import Verdict, cards, interval, line_chart, page, paragraph, table
+from llm_engineering.reports.page import Verdict, cards, estimated, line_chart, page, paragraph, table
 
 Report = Mapping[str, Any]
 # Answers that the page shows.
@@ -65,13 +65,12 @@ def measure_rows(data: Report) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for measure in data["measures"].values():
         values = [
-            interval(one["value"], one["low"], one["high"]) if one is not None else "not measured"
-            for one in (measure["first"], measure["second"])
+            estimated(one) if one is not None else "not measured" for one in (measure["first"], measure["second"])
         ]
         difference = measure["difference"]
         shown, word = "", measure["reason"]
         if difference is not None:
-            shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+            shown = estimated(difference, sign=True)
             word = verdict(difference, measure["better"])
         rows.append((measure["title"], values[0], values[1], shown, word))
     return rows

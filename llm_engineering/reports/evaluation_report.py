@@ -17,6 +17,7 @@ from llm_engineering.reports.page import (
     Verdict,
     cards,
     details,
+    estimated,
     interval,
     interval_bars,
     marked,
@@ -126,7 +127,7 @@ def _result(data: Report) -> tuple[Verdict, str]:
         if has_rows
         else f"{counted(data['heldout_documents'], 'held-out document')}"
     )
-    shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+    shown = estimated(difference, sign=True)
     if name == "reward":
         return found, (
             f"On {counted(data['heldout_prompts'], 'held-out prompt')}, the reward of the {newest.upper()} model {result} "
@@ -168,7 +169,7 @@ def _differences(data: Report, other: str) -> Markup:
     for measure in data["measures"].values():
         difference = measure["differences"].get(f"{data['newest']}-{other}")
         if difference is not None:
-            shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+            shown = estimated(difference, sign=True)
             rows.append((measure["title"], shown, verdict(difference, measure["better"]), str(difference["n"])))
     return table(["Measure", f"{data['newest']} minus {other}", "Verdict", "Rows"], rows)
 
@@ -216,7 +217,7 @@ def _judge(judge: Report) -> Markup:
     rows = [
         (
             name,
-            interval(duel["win_rate"]["value"], duel["win_rate"]["low"], duel["win_rate"]["high"]),
+            estimated(duel["win_rate"]),
             *duel["verdicts"].values(),
             f"{duel['agreement']:.0%}",
         )

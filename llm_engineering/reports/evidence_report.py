@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from llm_engineering.reports.page import details, interval, page, paragraph, table
+from llm_engineering.reports.page import details, estimated, page, paragraph, table
 
 # The European Commission's guidelines of July 2025 on general-purpose AI models: whoever modifies a model with more than
 # this share of its training operations counts as a provider of the modified model.
@@ -115,7 +115,7 @@ def _measures(evidence: Mapping[str, Any]) -> Markup:
             measure["title"],
             measure["unit"],
             name,
-            interval(estimate["value"], estimate["low"], estimate["high"]),
+            estimated(estimate),
             estimate["n"],
         ]
         for measure in evidence["measures"].values()

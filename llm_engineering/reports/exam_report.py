@@ -12,7 +12,7 @@ from llm_engineering.evaluation.measures.exam import RETRIEVAL
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
 from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES
-from llm_engineering.reports.page import Verdict, cards, details, interval, marked, page, paragraph, table
+from llm_engineering.reports.page import Verdict, cards, details, estimated, marked, page, paragraph, table
 
 Report = Mapping[str, Any]
 KINDS = {
@@ -169,12 +169,12 @@ def drawn_title(exam: Report, newest: str, seed: int) -> str:
 
 
 def _value(estimate: Report | None) -> str:
-    return "(not asked)" if estimate is None else interval(estimate["value"], estimate["low"], estimate["high"])
+    return "(not asked)" if estimate is None else estimated(estimate)
 
 
 def _gain(measure: Report, newest: str) -> tuple[str, ...]:
     if newest == "base":
         return ()
     difference = measure["differences"][f"{newest}-base"]
-    shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+    shown = estimated(difference, sign=True)
     return shown, verdict(difference, measure["better"])

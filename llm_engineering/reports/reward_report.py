@@ -14,7 +14,7 @@ from llm_engineering.reports.page import (
     Verdict,
     cards,
     details,
-    interval,
+    estimated,
     interval_bars,
     line_chart,
     marked,
@@ -68,7 +68,7 @@ def _lead(data: Report) -> str:
     word = {"better": "more often than", "worse": "less often than"}.get(
         verdict(above, measure["better"]), "not significantly more often than"
     )
-    shown = interval(found["value"], found["low"], found["high"])
+    shown = estimated(found)
     return (
         f"Of {counted(data['heldout_pairs'], 'held-out pair')}, the reward model gives the chosen answer the higher reward in a "
         f"share of {shown}, {word} by chance."

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from llm_engineering.evaluation.selection import CONFIDENCE
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
-from llm_engineering.reports.page import Verdict, cards, interval, line_chart, page, paragraph, table
+from llm_engineering.reports.page import Verdict, cards, estimated, line_chart, page, paragraph, table
 
 Report = Mapping[str, Any]
 # Curves of the best trials beside the winner's and that of the recipe's own values.
@@ -106,7 +106,7 @@ def _measures(report: Report) -> Markup:
     rows = []
     for measure in evaluation["measures"].values():
         difference = measure["differences"][f"{newest}-base"]
-        shown = interval(difference["value"], difference["low"], difference["high"], sign=True)
+        shown = estimated(difference, sign=True)
         value = measure["models"][newest]["value"]
         rows.append((measure["title"], float(value), shown, verdict(difference, measure["better"])))
     note = f"Only the winner was measured on the test split, once, as {report['version']}. {report['gate']}"
