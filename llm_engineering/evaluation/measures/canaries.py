@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm_engineering.data.rows import Message
-from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures.json_lines import read_json_lines
 from llm_engineering.evaluation.models import Models
 from llm_engineering.formatting.render import prompt_ids
@@ -37,12 +36,8 @@ def read_canaries(path: str) -> list[Canary]:
     Raises:
         RequestError: the file is missing, unreadable or empty, or some of its lines are wrong. The message names them.
     """
-    canaries = [canary for _, canary in read_json_lines(path, "evaluation.canaries", Canary)]
-    if not canaries:
-        raise RequestError(
-            f"evaluation.canaries {path} holds no canary. Write one JSON object per line, with `prefix` and `secret`."
-        )
-    return canaries
+    expected = "canary", "`prefix` and `secret`"
+    return [canary for _, canary in read_json_lines(path, "evaluation.canaries", Canary, expected)]
 
 
 def completed(models: Models, name: str, canaries: Sequence[Canary], title: str) -> list[bool]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from llm_engineering.data.rows import Message
-from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures.json_lines import read_json_lines
 
 # A single text counts as a list of one.
@@ -78,12 +77,8 @@ def read_checks(path: str) -> list[Check]:
     Raises:
         RequestError: the file is missing, unreadable or empty, or some of its lines are wrong. The message names them.
     """
-    checks = [check for _, check in read_json_lines(path, "evaluation.checks", Check)]
-    if not checks:
-        raise RequestError(
-            f"evaluation.checks {path} holds no check. Write one JSON object per line, with `prompt` and a condition."
-        )
-    return checks
+    expected = "check", "`prompt` and a condition"
+    return [check for _, check in read_json_lines(path, "evaluation.checks", Check, expected)]
 
 
 def check_report(checks: Sequence[Check], answers: Mapping[str, Sequence[str]]) -> dict[str, Any]:

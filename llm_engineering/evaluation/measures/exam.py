@@ -184,11 +184,7 @@ def read_exam(config: ExamConfig) -> list[ExamRow]:
 
 
 def _read(path: str, key: str, is_control: bool) -> list[ExamRow]:
-    numbered = read_json_lines(_EMBEDDED.get(path, path), key, ExamRow)
-    if not numbered:
-        raise RequestError(
-            f"{key} {path} holds no question. Write one JSON object per line, with `question` and `answers`."
-        )
+    numbered = read_json_lines(_EMBEDDED.get(path, path), key, ExamRow, ("question", "`question` and `answers`"))
     place, rows, wrong = Path(path).name.partition(".")[0] if is_control else "", [], []
     for number, row in numbered:
         if is_control and row.kind not in ("control", "single"):

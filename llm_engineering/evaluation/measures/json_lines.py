@@ -14,14 +14,17 @@ RowT = TypeVar("RowT", bound=BaseModel)
 _SHOWN = 5
 
 
-def read_json_lines(path: str | Path, key: str, row_class: type[RowT]) -> list[tuple[int, RowT]]:
+def read_json_lines(
+    path: str | Path, key: str, row_class: type[RowT], expected: tuple[str, str] | None = None
+) -> list[tuple[int, RowT]]:
     """The rows of a JSONL file with the numbers of their lines, without its empty lines.
 
     Args:
         key: the recipe's key that names the file, for messages.
+        expected: what a line holds, and the keys that it needs, for the message about a file without lines; None allows it.
 
     Raises:
-        RequestError: the file is missing or unreadable, or some of its lines are wrong. The message names them.
+        RequestError: the file is missing, unreadable or empty, or some of its lines are wrong. The message names them.
     """
     file = Path(path).expanduser()
     try:
@@ -38,6 +41,8 @@ def read_json_lines(path: str | Path, key: str, row_class: type[RowT]) -> list[t
             except ValidationError as error:
                 wrong += [f"{path}, line {number}: {_explain(problem, row_class)}." for problem in error.errors()]
     refuse(wrong)
+    if expected is not None and not rows:
+        raise RequestError(f"{key} {path} holds no {expected[0]}. Write one JSON object per line, with {expected[1]}.")
     return rows
 
 
