@@ -19,7 +19,7 @@ from llm_engineering.progress import counted
 from llm_engineering.recipe.data_blocks import rows_of
 from llm_engineering.review.browse import Filter, Table
 from llm_engineering.review.opened_data import Opened, write_corrected
-from llm_engineering.review.row_cards import DONE, cards_of, chosen_rows, rules_of
+from llm_engineering.review.row_cards import DONE, Card, cards_of, chosen_rows, rules_of
 from llm_engineering.review.row_views import (
     LISTED_CHARS,
     SHOWN_CHARS,
@@ -81,10 +81,13 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         shared: dict[str, Any] = {"key": key, "opened": opened, "counts": counts, "rows_name": rows_of(opened.kind)}
         return context.page(template, active="data", **shared, **values)
 
+    def card_of(opened: Opened, position: int, limit: int | None = None) -> Card:
+        (card,) = cards_of(opened, [_valid(opened, position)], current(stored(reviews.folder)), limit)
+        return card
+
     def card_page(key: str, position: int, whole: bool) -> Response:
         opened = reviews.open_dataset(key)
-        made = stored(reviews.folder)
-        (card,) = cards_of(opened, [_valid(opened, position)], current(made), None if whole else LISTED_CHARS)
+        card = card_of(opened, position, None if whole else LISTED_CHARS)
         return context.page("card.html", key=key, opened=opened, card=card, query="")
 
     @app.get("/data")
@@ -162,13 +165,13 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
     @app.get("/data/{key}/rows/{position}/edit")
     def edit_form(key: str, position: int) -> Response:
         opened = reviews.open_dataset(key)
-        (card,) = cards_of(opened, [_valid(opened, position)], current(stored(reviews.folder)), None)
+        card = card_of(opened, position)
         return context.page("edit.html", card=card)
 
     @app.get("/data/{key}/rows/{position}/tokens")
     def tokens(key: str, position: int) -> Response:
         opened = reviews.open_dataset(key)
-        (card,) = cards_of(opened, [_valid(opened, position)], current(stored(reviews.folder)), None)
+        card = card_of(opened, position)
         tokenizer = opened.rendering.tokenizer()
         views, problem = token_views(card.row, opened.kind, tokenizer, opened.rendering.formatting)
         return context.page("tokens.html", views=views, problem=problem, end=tokenizer.eos_token)
