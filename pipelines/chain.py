@@ -231,7 +231,6 @@ class _Trained(NamedTuple):
 
     Attributes:
         formatted: the formatted rows of each kind, on which the models are compared: those of the first stage with this kind.
-        report: the training report of the last stage.
         scorer: the reward model of the last stage with rewards.
     """
 

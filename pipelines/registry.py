@@ -78,7 +78,6 @@ class Adapter(NamedTuple):
 
     Attributes:
         name: the stage that trained it, `dpo` or `sft`.
-        base: the model that it was trained on.
     """
 
     name: str

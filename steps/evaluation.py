@@ -83,7 +83,6 @@ def evaluate(
     If the last stage makes a reward model, only this is measured.
 
     Args:
-        chain: the stages, in their order.
         files_hash: hash of the files that the evaluation reads, so that a changed file runs this step again.
         exam_hash: the same for the files of the exam.
         written: the exam that the run has written from the documents; None if the recipe names a file.

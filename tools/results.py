@@ -84,7 +84,6 @@ class RunResult(BaseModel):
 
     Attributes:
         pages: the file of each report, for a browser, by the report's name.
-        model: the name of the model.
         model_version: the number of the model's version; None if there is none.
         repeats: whether that version is of an earlier run, because this run made no new model.
     """

@@ -57,9 +57,7 @@ def delete_old_checkpoints(s3: Any, uri: str, folder: Path) -> None:
     """Delete the checkpoints that are not in the folder, if S3 has all files of a newer one that is.
 
     Args:
-        s3: a boto3 client.
         uri: the address of the folder's copy in S3.
-        folder: the folder on this machine.
     """
     bucket, _, prefix = uri.rstrip("/").removeprefix("s3://").partition("/")
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")

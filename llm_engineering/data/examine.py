@@ -104,7 +104,6 @@ class Examiner:
 
     Args:
         stage: the stage under which the quarantine counts rejected rows.
-        kind: the kind of the rows.
         side: the split of all rows; None splits them by their document or prompt.
         evaluation: rows that training rows must not share n-grams with.
     """

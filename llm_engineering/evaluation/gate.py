@@ -50,7 +50,6 @@ class PromotionDecision(BaseModel):
     Attributes:
         candidate: the model that was judged: the name of its stage.
         incumbent: the version in production when the run began; None if there was none.
-        confidence: the confidence level of the intervals.
         passed: whether no rule failed.
         outcome: `stale` if no rule failed, but production has changed since the run began.
         stage: the stage that the model is promoted to; None if it is not promoted.

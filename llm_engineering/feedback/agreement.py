@@ -21,7 +21,6 @@ class Judged(NamedTuple):
         first, second: the models, by their identities.
         question: `folded` prompt of the question.
         score: the first model's mean score over all verdicts: 1 if everyone preferred it, 0.5 for ties.
-        verdicts: the number of verdicts.
     """
 
     first: str

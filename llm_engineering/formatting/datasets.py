@@ -335,8 +335,6 @@ def format_splits(
     Text rows get `input_ids` and `labels` of every token; a text of more than `max_length` tokens becomes several rows.
 
     Args:
-        kind: the kind of the rows.
-        folder: the folder for the formatted splits.
         ledger: records the quarantined rows. A test split of the user's own has its own stage, e.g. `instruction_test`.
 
     Raises:

@@ -15,7 +15,6 @@ class Sampling:
     """How a model generates its answers.
 
     Attributes:
-        max_new_tokens: maximum length of an answer, in tokens.
         temperature: 0 is greedy decoding, 1 samples from the model's own distribution, None takes the endpoint's
             default.
         seed: with a temperature above 0, each seed gives different answers.
@@ -102,7 +101,6 @@ class Reply:
     """A model's reply.
 
     Attributes:
-        text: the raw text.
         finish: `stop`, `length` (the reply was cut at its maximum length) or `refused`; `end` if the local model ended its
             answer and was given no stop string.
         input_tokens, output_tokens: the token usage that an endpoint reports; 0 for the local model.

@@ -210,7 +210,6 @@ def generate_ids(
     """Generate one batch: the new token ids of each prompt, up to and including its end token.
 
     Args:
-        prompts: token ids of each prompt.
         start: a beginning that all prompts have; None computes each prompt from its first token.
         banned: for each prompt, tokens that are not generated; no prompt has any if it is empty.
         options: further arguments of transformers' `generate`, e.g. `do_sample`.

@@ -186,7 +186,6 @@ def with_reward_adapter(base: PreTrainedModel, config: peft.LoraConfig, trained:
 
     Args:
         base: the base model with a head that scores (`load_model`).
-        config: the configuration of the adapter.
         trained: the folder of the adapter of the model before; None for a fresh one.
     """
     parts = tuple(f"{name}." for name, _ in base.named_children())

@@ -57,7 +57,6 @@ class BestOf(NamedTuple):
         """The answer with the highest reward, and the rewards of all answers. Of equal ones, the first is chosen.
 
         Args:
-            model: writes the answers.
             sampling: its temperature must be above 0. The same seed draws the same answers.
             options: arguments of `generate`.
         """

@@ -35,7 +35,6 @@ class ApiError(Exception):
     """An error in OpenAI's form.
 
     Attributes:
-        status: the HTTP status.
         code: OpenAI's name of the error, e.g. `model_not_found`; None if it has none.
         param: the parameter of the request that is wrong, or None.
     """
@@ -121,7 +120,6 @@ class FeedbackRequest(_Part):
     """What a person says about an answer.
 
     Attributes:
-        id: the answer's id.
         correction: a better answer.
         user: a pseudonym of the person.
     """

@@ -125,7 +125,6 @@ def export_gguf(
 
     Args:
         quant: a kind of quantisation, e.g. `Q4_K_M`; None keeps the precision of the weights.
-        rows: held-out rows to score.
         exam: questions, each with whether the trained model answered it right.
         max_new_tokens: the limit of an answer to them.
 

@@ -41,7 +41,6 @@ class Kind(NamedTuple):
 
     Attributes:
         model: `gpt2` for byte-level BPE, `llama` for SentencePiece.
-        pre: name of the pre-tokenizer.
         has_space_prefix: whether a space is put before each part of a text that begins after a special token.
     """
 

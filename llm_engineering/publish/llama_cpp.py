@@ -43,7 +43,6 @@ class Job:
 
     Attributes:
         folder: the model in `transformers` layout.
-        output: the new file.
         name: the name of the model in the file.
         dtype: precision of the weights before quantisation: `f32`, `f16` or `bf16`.
         quant: a kind of quantisation, e.g. `Q4_K_M`; None keeps the precision.

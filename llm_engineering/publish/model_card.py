@@ -38,7 +38,6 @@ class DatasetFacts(BaseModel):
         rows: number of rows by split.
         tokens: number of tokens after formatting, if they were counted.
         set_aside: number of rows that the checks set aside.
-        version: version of the registered artifact.
         sha256: hash of the artifact's files, if it was recorded.
     """
 
@@ -59,7 +58,6 @@ class ModelCardFacts(BaseModel):
 
     Attributes:
         recipe: the recipe that the model was trained with.
-        stage: the last training stage.
         report: the JSON of the evaluation report.
         data_limits: the limits of the data, a sentence each.
         lineage: the run, its code and so on, as text by name.

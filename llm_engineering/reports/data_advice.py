@@ -39,7 +39,6 @@ def advice(kind: str, lengths: Lengths, share_over: float, max_length: int, find
     """What to change about the rows, each as a sentence with numbers.
 
     Args:
-        kind: the kind of the rows.
         share_over: the share of rows that are longer than `max_length` tokens.
         findings: rows by the rule that reports them.
     """

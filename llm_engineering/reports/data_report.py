@@ -81,7 +81,6 @@ def write_data_report(
     (rows that were kept with a finding) and `clusters.jsonl` (every duplicate with the rows that it repeats).
 
     Args:
-        kind: the kind of the rows.
         tables: `findings`, `clusters` and `suspicious`, from `prepare`.
         leaked: number of rows of an evaluation file that are also in the dataset.
         epochs: how often training reads the rows; None if no stage of the run trains on them.
@@ -287,8 +286,6 @@ def check_fit(report: dict[str, Any], folder: Path, kept: Path) -> None:
     """Refuse data that its report calls not fit to train on.
 
     Args:
-        report: the report as JSON.
-        folder: the folder of the report.
         kept: a folder for a copy of it, because a failed step stores no artifact.
 
     Raises:

@@ -41,7 +41,6 @@ def build_app(context: Context, port: int, answering: Answering) -> FastAPI:
 
     Args:
         port: the port of the server, which the `Host` of each request must name.
-        answering: the models of blind comparisons.
     """
     app = FastAPI(openapi_url=None)
     app.add_middleware(Protection, context=context, port=port)

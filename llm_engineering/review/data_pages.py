@@ -41,7 +41,6 @@ class Decide(BaseModel):
     """The body of a decision on a row.
 
     Attributes:
-        id: the row's id.
         texts: the texts that an edit changes, by their path.
         seen: how many decisions were stored when the reviewer's page was made.
     """

@@ -62,10 +62,8 @@ class Shapes(NamedTuple):
 
     Attributes:
         weights: bytes of all weights without the adapter.
-        trained: number of trained weights.
         matmul: number of weights that each token is multiplied with: linear layers and output embedding.
         activations: bytes that one forward pass keeps for its backward pass, without logits.
-        layers: number of decoder layers.
         hidden: width of the hidden states between layers.
         hidden_bytes: bytes of one number of the hidden states.
         vocabulary: number of logits per token.

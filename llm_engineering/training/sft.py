@@ -95,7 +95,6 @@ def sft_trainer(
 
     Args:
         config: the run's config, perhaps with smaller batches.
-        trainer_class: the class of the trainer.
 
     Raises:
         RequestError: `packing` is set, and the model's attention would mix packed rows.

@@ -63,7 +63,6 @@ class Found(NamedTuple):
     Attributes:
         name: its last training stage, `dpo` or `sft`.
         folders: the adapter or full model of each stage that makes a model that writes, `sft` and perhaps `dpo`.
-        base: the base model of the training.
     """
 
     version: ModelVersionResponse

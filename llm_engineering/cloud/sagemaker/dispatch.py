@@ -130,7 +130,6 @@ class Work(ABC, Generic[Result]):
     Attributes:
         name: letters, digits and hyphens.
         identity: everything that decides the result, see `jobs.job_identity`.
-        environment: variables of the job.
         former: DescribeTrainingJob's answer for the newest job of the same identity; None if there is no such job.
     """
 

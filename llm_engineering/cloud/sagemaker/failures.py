@@ -164,7 +164,6 @@ def explain(description: dict[str, Any], last_lines: Sequence[str] = ()) -> Work
 
     Args:
         description: DescribeTrainingJob's answer, with the status `Failed` or `Stopped`.
-        last_lines: the end of the job's log.
     """
     name, reason = description["TrainingJobName"], description.get("FailureReason", "").strip()
     sentence, remedy = _cause(description, reason)

@@ -30,9 +30,7 @@ class StepWork(Work[Path]):
 
     Args:
         command: the command of the job, which reads ARGUMENTS.
-        arguments: the step's arguments as JSON.
         inputs: the folders that the step reads, by channel, each with a hash of its content.
-        model: the base model.
     """
 
     environment: ClassVar[dict[str, str]] = {

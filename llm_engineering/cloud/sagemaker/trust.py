@@ -13,7 +13,6 @@ def trust_problems(iam: Any, role: str, service: str, source: str, policies: str
     """Check that a role exists and lets a service assume it.
 
     Args:
-        iam: a boto3 client.
         role: the ARN of the role.
         service: the service's principal, such as `sagemaker.amazonaws.com`.
         source: the ARN of the resource for which the service assumes the role.

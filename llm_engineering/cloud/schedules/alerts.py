@@ -27,7 +27,6 @@ def add_alerts(session: boto3.Session, name: str, topic: str) -> None:
     so that there is no job.
 
     Args:
-        name: the name of the schedule.
         topic: the ARN of the topic.
 
     Raises:

@@ -49,7 +49,6 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
 
     Args:
         bucket: the account's bucket, which the remedies in error messages name.
-        s3: a boto3 client.
 
     Raises:
         RequestError: the recipe reads something that a job cannot reach; the message lists each with its remedy.

@@ -36,7 +36,6 @@ class LocalSchedule(BaseModel):
 
     Attributes:
         keeper: the program that starts the runs.
-        folder: holds everything that belongs to the schedule.
         directory: the working directory of the runs.
         environment: variables of the runs, added to those that the keeper sets.
     """
@@ -129,7 +128,6 @@ def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
 
     Args:
         recipe: the recipe as JSON; None keeps the recipe of the existing schedule.
-        paused: whether the schedule is created paused.
 
     Raises:
         WorkError: systemd or cron fails.

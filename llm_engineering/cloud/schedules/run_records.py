@@ -35,7 +35,6 @@ class RunRecord(BaseModel):
         ended: None while the run is in progress, or if its process was killed.
         reason: the rule that failed, the error, or why nothing ran.
         run_id: the id of the ZenML run; None if no ZenML run began.
-        version: the version of the model.
         fingerprint: hash of the run's inputs, recipe and code; None if the run ended before it was computed.
     """
 

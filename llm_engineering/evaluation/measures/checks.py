@@ -22,8 +22,6 @@ class Check(BaseModel):
     """One line of the file: a prompt and its conditions. An answer passes if it meets all of them.
 
     Attributes:
-        prompt: the question.
-        system: a system message before the question.
         must_contain: all of these texts must be in the answer; case matters.
         must_not_contain: none of these texts may be in the answer; case matters.
         regex: a pattern that must match somewhere in the answer.

@@ -42,7 +42,6 @@ def evaluate_reward(
 
     Args:
         stage: the name of the stage that trained the reward model.
-        folder: the trained reward model.
 
     Raises:
         WorkError: there is no held-out pair.

@@ -29,7 +29,6 @@ class Place(BaseModel):
 
     Attributes:
         storage: optuna's address of the storage.
-        trial: the id of the trial.
         stage: the stage whose validation loss decides.
         prune_after: the number of trials that are not stopped; None if none is.
     """
