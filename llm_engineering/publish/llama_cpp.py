@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.publish.gguf_tokenizer import add_further_ends, add_tokenizer, refusal, tokenizer_kind
-from llm_engineering.publish.verification import TokenScores
+from llm_engineering.publish.verification import TokenScores, scored
 
 logger = logging.getLogger(__name__)
 
@@ -197,15 +197,10 @@ class _File:
 
     def scores(self, ids: list[int], labels: list[int]) -> list[list[float]]:
         """The values of the row's `TokenScores`."""
-        answer = [label != IGNORE_INDEX for label in labels[1:]]
-        log_probs = self.fresh().logits(ids[:-1], answer).log_softmax(-1)
-        own = log_probs.gather(1, torch.tensor([label for label in labels[1:] if label != IGNORE_INDEX]).unsqueeze(1))
-        best = log_probs.topk(2)
-        return [
-            own.squeeze(1).tolist(),
-            best.indices[:, 0].tolist(),
-            (best.values[:, 0] - best.values[:, 1]).tolist(),
-        ]
+        tokens = torch.tensor(labels[1:])
+        answer = tokens != IGNORE_INDEX
+        logits = self.fresh().logits(ids[:-1], answer.tolist())
+        return [values.tolist() for values in scored(logits, tokens[answer])]
 
     def answer(self, prompt: list[int], job: Job) -> list[int]:
         """The greedy tokens after a prompt."""

@@ -97,13 +97,18 @@ def token_scores(
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float().cpu()
             labels = torch.tensor(row.labels[1:])
             answer = labels != IGNORE_INDEX
-            log_probs = torch.log_softmax(logits[answer], dim=-1)
-            best = log_probs.topk(2, dim=-1)
-            own = log_probs.gather(1, labels[answer].unsqueeze(1)).squeeze(1)
-            scores.append(TokenScores(own, best.indices[:, 0], best.values[:, 0] - best.values[:, 1]))
+            scores.append(scored(logits[answer], labels[answer]))
             if progress is not None:
                 progress.advance()
     return scores
+
+
+def scored(logits: torch.Tensor, tokens: torch.Tensor) -> TokenScores:
+    """Score tokens by the logits of shape `(tokens, vocabulary)` that predict them."""
+    log_probs = torch.log_softmax(logits, dim=-1)
+    best = log_probs.topk(2, dim=-1)
+    own = log_probs.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return TokenScores(own, best.indices[:, 0], best.values[:, 0] - best.values[:, 1])
 
 
 def check_same(rows: Sequence[HeldoutRow], trained: Sequence[TokenScores], other: Sequence[TokenScores]) -> None:
