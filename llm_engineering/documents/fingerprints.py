@@ -56,13 +56,9 @@ def recipe_fingerprints(recipe: Recipe, artifact: str) -> dict[str, str]:
         return document_fingerprints(recipe.documents)
     if artifact == "text_candidates":
         return dataset_fingerprints([data.replay.path if data.replay is not None else None])
-    if artifact == "instruction_candidates":
-        return dataset_fingerprints([data.file("instruction"), data.test_instructions, data.replay_instructions])
-    if artifact == "prompt_candidates":
-        return dataset_fingerprints([data.file("prompt"), data.test_prompts])
-    if artifact == "labelled_candidates":
-        return dataset_fingerprints([data.file("labelled"), data.test_labelled])
-    return dataset_fingerprints([data.file("preference"), data.test_preferences])
+    kind = artifact.removesuffix("_candidates")
+    general = data.replay_instructions if kind == "instruction" else None
+    return dataset_fingerprints([data.file(kind), data.test_file(kind), general])
 
 
 def fingerprint_table(fingerprints: dict[str, str]) -> Dataset:

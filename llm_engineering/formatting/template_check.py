@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import InstructionRow, Message
@@ -53,5 +52,5 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[Message], com
     probe = InstructionRow(prompt=list(prompt), completion=list(completion), source="check", origin="check")
     try:
         return render([probe], tokenizer)[0]
-    except (WorkError, jinja2.TemplateError) as error:
+    except WorkError as error:
         raise RequestError(str(error)) from error

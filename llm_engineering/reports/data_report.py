@@ -268,18 +268,15 @@ def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
         )
     # Drafts that the writer could not use say nothing about the rows that were written. A small model writes several
     # questions for each good one.
-    rows, repeated = ledger.read[kind] - ledger.drafts.get(kind, 0), _count(ledger, kind, _HARMLESS)
-    if rows - repeated - ledger.kept[kind] > MAX_SHARE_SET_ASIDE * rows:
+    rows = ledger.read[kind] - ledger.drafts.get(kind, 0)
+    harmless = sum(ledger.by_reason(kind).get(reason, 0) for reason in _HARMLESS)
+    if rows - harmless - ledger.kept[kind] > MAX_SHARE_SET_ASIDE * rows:
         problems.append(f"more than half of the {rows} rows were set aside ({named})")
     elif problems and named:
         problems[-1] += f" (set aside: {named})"
     if leaked:
         problems.append(f"{leaked} row(s) of the evaluation file are also in the dataset")
     return "; ".join(problems)
-
-
-def _count(ledger: Ledger, kind: str, reasons: Sequence[str]) -> int:
-    return sum(ledger.by_reason(kind).get(reason, 0) for reason in reasons)
 
 
 def check_fit(report: dict[str, Any], folder: Path, kept: Path) -> None:

@@ -225,10 +225,9 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     - activations: the tensors that autograd saves in a forward pass, plus the average of one layer for the gradients in the
       backward pass. With gradient checkpointing (arXiv:1604.06174): the input of each layer, and the tensors of one layer.
       GRPO and RLOO need no activations while they generate, but the keys and values of a generation step.
-    - logits: none in a reward model; four float32 copies for 128 tokens; for all tokens of a batch in DPO and KTO with unsloth, or with
-      `use_weighting`, and
-      for all tokens of completions in GRPO and RLOO. A model
-      that needs the logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
+    - logits: none in a reward model, else four float32 copies: for all tokens of a batch in DPO and KTO with unsloth or with
+      `use_weighting`, for all tokens of completions in GRPO and RLOO, and for 128 tokens elsewhere. A model that needs the
+      logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
 
     The real peak depends on the allocator; benchmarks/estimate compares it with this estimate.
     """

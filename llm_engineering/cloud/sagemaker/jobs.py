@@ -314,10 +314,10 @@ class Signals:
 def follow(client: Any, log: JobLog, name: str, signals: Signals, max_pending_s: float | None = None) -> dict[str, Any]:
     """Log the states and the log lines of a job until it ends; returns DescribeTrainingJob's last answer.
 
+    If the connection is lost, the requests are repeated until AWS answers.
+
     Args:
         max_pending_s: return also when the job has waited for its machines for this time; the job then still runs.
-
-    If the connection is lost, the requests are repeated until AWS answers.
 
     Raises:
         KeyboardInterrupt: a signal stopped the job, or detached this process from it.

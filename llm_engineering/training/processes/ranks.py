@@ -172,11 +172,10 @@ class Interruption(TrainerCallback):
     """Context manager and callback that turns SIGINT, SIGTERM and SIGHUP into a stop with a checkpoint.
 
     systemd, `docker stop` and the end of a spot machine send SIGTERM, and a terminal that is closed sends SIGHUP, which
-    `nohup` ignores. Python delivers signals only to the main thread,
-    so in another thread this class handles none. A second signal ends the process at once, without a checkpoint. With a
-    launcher, a second signal is ignored: it may be the first one again, sent to all processes by the terminal or systemd
-    and then forwarded by the launcher, which kills them if necessary. Processes agree after each step, so that a signal to
-    one of them stops all of them at the same step.
+    `nohup` ignores. Python delivers signals only to the main thread, so in another thread this class handles none.
+    A second signal ends the process at once, without a checkpoint. With a launcher it is ignored: it may be the first one
+    again, which the terminal or systemd sends to all processes and the launcher forwards. The launcher kills them if
+    necessary. Processes agree after each step, so that a signal to one of them stops all of them at the same step.
 
     Attributes:
         received: the first signal that this process received.

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from datasets import Dataset
+
+from llm_engineering.training.losses import row_lengths
 
 # In a healthy run, a batch of mislabelled pairs reaches several times the usual DPO loss, and training recovers from it.
 # No healthy run has been seen to reach ten times the usual loss.
@@ -69,8 +70,7 @@ def _sequences(batch: Batch) -> list[tuple[int, ...]]:
     ids = batch["input_ids"]
     if "attention_mask" not in batch:
         # Concatenated rows, `(1, tokens)`: the position ids start again at each row.
-        starts = torch.nonzero(batch["position_ids"][0] == 0).flatten().tolist()
-        return [tuple(ids[0, start:end].tolist()) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+        return [tuple(row.tolist()) for row in ids[0].split(row_lengths(batch["position_ids"]))]
     # `(rows, tokens)` with padding; TRL stacks the rejected answers below the chosen ones.
     count = len(ids) // 2 if "completion_mask" in batch and "label" not in batch else len(ids)
     return [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids[:count], batch["attention_mask"], strict=False)]
