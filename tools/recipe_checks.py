@@ -51,9 +51,8 @@ def check_local_datasets(recipe: Recipe) -> None:
         RequestError: a file is missing, or its format is unknown.
     """
     data = recipe.data
-    kinds = {"instruction": "instructions", "preference": "preferences", "labelled": "labelled", "prompt": "prompts"}
-    for kind, key in kinds.items():
-        for reference in filter(None, (data.file(kind), getattr(data, f"test_{key}"))):
+    for kind in ("instruction", "preference", "labelled", "prompt"):
+        for reference in filter(None, (data.file(kind), data.test_file(kind))):
             if dataset_files(reference) is not None:
                 open_dataset(reference, kind, data)
 
