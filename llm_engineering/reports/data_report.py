@@ -91,7 +91,7 @@ def write_data_report(
     kept = sum(lengths.kept.values(), Counter())
     reasons = ledger.by_reason(kind)
     truncated = lengths.truncated.dataset()
-    findings = _counts(tables["findings"], "rule") | _counts(truncated, "rule")
+    findings = _rule_counts(tables["findings"]) | _rule_counts(truncated)
     over = sum(count for length, count in lengths.all.items() if length > max_length)
     share_over = round(over / max(1, lengths.all.total()), 4)
     why = _unfit_reasons(kind, ledger, kept.total() - lengths.replayed, leaked)
@@ -303,8 +303,8 @@ def check_fit(report: dict[str, Any], folder: Path, kept: Path) -> None:
     )
 
 
-def _counts(dataset: Dataset, column: str) -> dict[str, int]:
-    return dict(Counter(record[column] for record in stream_records(dataset)).most_common())
+def _rule_counts(findings: Dataset) -> dict[str, int]:
+    return dict(Counter(record["rule"] for record in stream_records(findings)).most_common())
 
 
 def _write_lines(path: Path, records: Any) -> None:

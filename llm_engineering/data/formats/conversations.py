@@ -117,18 +117,18 @@ def from_json(value: Any) -> Any:
         return value
 
 
-def read_pairs(value: Any, name: str) -> list[Message]:
+def read_history(value: Any) -> list[Message]:
     """The turns of LLaMA-Factory's `history`, a list of [question, answer], or messages; empty without a history."""
     value = from_json(value)
     if _is_empty(value):
         return []
     if isinstance(value, list) and isinstance(value[0], dict):
-        return read_messages(value, name)
+        return read_messages(value, "history")
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        raise BadRowError("malformed", f"`{name}` is no list of [question, answer]")
+        raise BadRowError("malformed", "`history` is no list of [question, answer]")
     roles = ("user", "assistant")
     return [
-        Message(role=role, content=read_text(text, name))
+        Message(role=role, content=read_text(text, "history"))
         for pair in value
         for role, text in zip(roles, pair, strict=True)
     ]

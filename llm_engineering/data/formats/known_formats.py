@@ -10,8 +10,8 @@ from llm_engineering.data.formats.conversations import (
     BadRowError,
     check_conversation,
     from_json,
+    read_history,
     read_messages,
-    read_pairs,
     read_text,
     until_last_answer,
     with_system,
@@ -130,7 +130,7 @@ def _divided(prompt: list[Message], messages: list[Message]) -> dict[str, list[M
 
 def _asked(value: dict[str, Any], prompt: list[Message]) -> list[Message]:
     """The turns of `history`, and the prompt."""
-    return [*read_pairs(value.get("history"), "history"), *prompt]
+    return [*read_history(value.get("history")), *prompt]
 
 
 _HISTORY = frozenset({"history"})

@@ -182,13 +182,13 @@ class JsonStream:
         return JsonError(f"{problem} (line {self.line})")
 
 
-def rows_of_values(stream: TextIO, window: int = WINDOW) -> Iterator[tuple[str, Any, str]]:
+def rows_of_values(stream: TextIO) -> Iterator[tuple[str, Any, str]]:
     """The place, value and text of every value of a text that has one value after the other.
 
     Raises:
         JsonError: the text is not valid JSON.
     """
-    json_text = JsonStream(stream, window)
+    json_text = JsonStream(stream)
     while json_text.peek():
         place = f"line {json_text.line}"
         yield place, *json_text.value()
