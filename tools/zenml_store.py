@@ -7,10 +7,12 @@ import logging
 import os
 import shutil
 import sqlite3
+from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import yaml
 
 from llm_engineering.errors import RequestError
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llm_engineering.run")
 
 _SQLITE = "sqlite:///"
+# File systems of disks. SQLite's log needs memory that its processes share, which a folder of several machines does not give.
+_LOCAL = frozenset(["apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"])
 _DAMAGED = ("malformed", "not a database", "corrupt")
 
 
@@ -49,6 +53,9 @@ def open_database() -> None:
         check_database()
         if is_new:
             _ = Client().zen_store
+        database = _database(folder / "config.yaml")
+        if database is not None and _is_on_this_machine(database):
+            _log_ahead(database)
 
 
 def check_database() -> None:
@@ -66,11 +73,9 @@ def check_database() -> None:
         # ZenML makes its settings and a database.
         check_folder(config.parent, "ZENML_CONFIG_PATH", "the environment")
         return
-    store = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("store") or {}
-    url = str(store.get("url", ""))
-    if not url.startswith(_SQLITE):
+    database = _database(config)
+    if database is None:
         return
-    database = Path(url.removeprefix(_SQLITE))
     if not database.is_file():
         raise RequestError(
             f"ZenML's database {database} does not exist, but {config} names it. If the folder has moved, correct the paths in that "
@@ -82,6 +87,30 @@ def check_database() -> None:
             f"ZenML's database {database} is damaged ({problem}). Replace it by a backup; or move it away together with {config}, "
             "to start with an empty one. The files of all artifacts are still in their folders."
         )
+
+
+def _database(config: Path) -> Path | None:
+    """The file of the database that ZenML's settings name; None for a server."""
+    store = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}).get("store") or {}
+    url = str(store.get("url", ""))
+    return Path(url.removeprefix(_SQLITE)) if url.startswith(_SQLITE) else None
+
+
+def _is_on_this_machine(file: Path) -> bool:
+    """Whether the file is on a disk of this machine, and not in a folder that machines share."""
+    mounts = {Path(part.mountpoint): part.fstype for part in psutil.disk_partitions(all=True)}
+    return next((mounts[folder] in _LOCAL for folder in file.resolve().parents if folder in mounts), False)
+
+
+def _log_ahead(database: Path) -> None:
+    """Have SQLite write changes to a log beside the database first (https://sqlite.org/wal.html), now and in later processes.
+
+    A commit then waits once for the disk, and not four times: 4 ms instead of 19 on the machine of the benchmarks. ZenML commits
+    about 250 times in a run whose steps are all cached. What a commit has written is as safe as before.
+    """
+    # A database that another process is using is changed by a later command.
+    with closing(sqlite3.connect(database, timeout=0)) as connection, suppress(sqlite3.OperationalError):
+        connection.execute("PRAGMA journal_mode=WAL")
 
 
 def _problem(database: Path) -> str:
@@ -98,6 +127,10 @@ def _problem(database: Path) -> str:
         return str(error)
     finally:
         connection.close()
+    log = database.with_name(f"{database.name}-wal")
+    if log.is_file() and log.stat().st_size:
+        # Pages that are in the log only.
+        return ""
     cut = pages - database.stat().st_size
     return f"{cut} bytes are missing at its end" if cut > 0 else ""
 

@@ -1,15 +1,17 @@
 """ZenML's store is looked at before it is used: a database that has moved or is damaged, and results without files."""
 
 import sqlite3
+from contextlib import closing
 from types import SimpleNamespace
 from uuid import uuid4
 
+import psutil
 import pytest
 import yaml
 
 from llm_engineering.errors import RequestError
 from tools.cli import exit_code, prepare_zenml
-from tools.zenml_store import check_database, forget_lost
+from tools.zenml_store import check_database, forget_lost, open_database
 
 
 @pytest.fixture
@@ -52,6 +54,28 @@ def test_a_database_that_is_gone_or_damaged_is_named_with_the_remedy(database, d
         return
     with pytest.raises(RequestError, match=words):
         check_database()
+
+
+def test_a_database_on_a_disk_gets_a_log_and_passes_with_changes_in_it(database, monkeypatch):
+    open_database()
+    held = sqlite3.connect(database)
+    assert held.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    held.executemany("INSERT INTO runs VALUES (?)", [("b" * 5000,) for _ in range(100)])
+    held.commit()
+    pages = held.execute("PRAGMA page_count").fetchone()[0]
+    assert pages * 4096 > database.stat().st_size
+    check_database()
+    held.close()
+
+
+def test_a_database_in_a_folder_that_machines_share_gets_no_log(database, monkeypatch):
+    shared = SimpleNamespace(mountpoint=str(database.parent), fstype="nfs4")
+    monkeypatch.setattr(
+        psutil, "disk_partitions", lambda **options: [SimpleNamespace(mountpoint="/", fstype="ext4"), shared]
+    )
+    open_database()
+    with closing(sqlite3.connect(database)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_a_folder_of_settings_that_cannot_be_made_is_named_with_its_variable(tmp_path, monkeypatch):
