@@ -2,16 +2,19 @@
 
 The server has imported no module of the project: each process imports those of its own folder. A program `python` sends
 its arguments, environment, streams and namespaces to the server, waits for the forked process, forwards signals to it,
-and ends with its exit code.
+and ends with its exit code. The forked process is killed when the program is.
 """
 
 import ctypes
+import functools
 import gc
 import importlib
 import json
 import logging
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +27,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("boto3", "datasets", "peft", "torch.distributed.run", "transformers.trainer", "trl.trainer.dpo_trainer",
               "trl.trainer.grpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.reward_trainer",
               "trl.trainer.rloo_trainer", "trl.trainer.sft_trainer", "zenml.client", "zenml.pipelines.pipeline_definition",
-              "zenml.orchestrators.step_launcher", "zenml.zen_stores.rest_zen_store")  # fmt: skip
+              "zenml.orchestrators.step_launcher", "zenml.zen_stores.rest_zen_store", "zenml.zen_stores.sql_zen_store")  # fmt: skip
+# A training process ends when the process with the id in this variable is no longer its parent.
+_LAUNCHER = "LLM_TRAINING_LAUNCHER"
 # The namespaces of a job's machine: its mounts and its processes.
 _NAMESPACES = ("mnt", "pid")
 # It runs without site packages, and so starts in milliseconds.
@@ -79,6 +84,7 @@ def serve(folder: Path) -> list[str]:
     """
     for name in _LIBRARIES:
         importlib.import_module(name)
+    list_packages_once()
     gc.collect()
     gc.freeze()
     address, program = folder / "socket", folder / "python"
@@ -102,6 +108,13 @@ def serve(folder: Path) -> list[str]:
     return arguments
 
 
+def list_packages_once() -> None:
+    """List the installed packages for this process and the forked ones. ZenML starts a process for this twice in each run."""
+    environment = importlib.import_module("zenml.environment").Environment
+    environment.get_python_packages = functools.cache(environment.get_python_packages)
+    environment.get_python_packages()
+
+
 def _become(client: socket.socket) -> list[str]:
     """Continue in a process with the client's namespaces, streams, folder and environment; returns the client's arguments."""
     _, descriptors, _, _ = socket.recv_fds(client, 1, 3 + len(_NAMESPACES))
@@ -122,6 +135,11 @@ def _become(client: socket.socket) -> list[str]:
     if child != 0:
         for number in range(3):
             os.close(number)
+        ended = os.pidfd_open(child)
+        if ended not in select.select([client, ended], [], [])[0]:
+            # The program has ended, because it was killed.
+            os.kill(child, signal.SIGKILL)
+            os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         client.sendall(f"{code}\n".encode())
         os._exit(0)
@@ -131,6 +149,8 @@ def _become(client: socket.socket) -> list[str]:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    if _LAUNCHER in os.environ:
+        os.environ[_LAUNCHER] = str(os.getppid())
     return arguments
 
 

@@ -150,7 +150,7 @@ def job_python() -> Iterator[str]:
 def child_python(job_python) -> dict[str, str]:
     """The variable of a command whose child processes in Python are to have imported the libraries, as it has itself.
 
-    They are no children of the command then: a test that kills one must not use this.
+    They are no children of the command then, and outlive it if it is killed: a test that kills it must not use this.
     """
     return {"CHILD_PYTHON": f"{job_python.partition(':')[0]}/python"} if sys.platform == "linux" else {}
 

@@ -357,9 +357,7 @@ def command(data, child_python, tmp_path_factory):
 
     def start(*launcher, more=()):
         program = [*launcher, "-m", *arguments, *more] if launcher else [*arguments, *more]
-        # Without a launcher, training processes end unless the command is their parent.
-        variables = env | child_python if launcher else env
-        return Forked(program[0], program[1:], variables, ROOT, own_session=True)
+        return Forked(program[0], program[1:], env | child_python, ROOT, own_session=True)
 
     start.folder = folder
     return start

@@ -155,8 +155,8 @@ def test_a_complete_sweep_trains_nothing_again_and_takes_more_trials(swept):
     assert "sweep.trials" not in " ".join(report_of(swept)["command"])
 
 
-def test_two_processes_share_a_sweep(fresh_project):
-    fresh_project.env["OMP_NUM_THREADS"] = "1"
+def test_two_processes_share_a_sweep(fresh_project, child_python):
+    fresh_project.env |= child_python | {"OMP_NUM_THREADS": "1"}
     block = "sweep={ranges: {sft.learning_rate: {low: 1e-4, high: 1e-1}}, trials: 4, repeats: 2, prune_after: null}"
     done = fresh_project.command(
         "sweep", "--config", str(fresh_project.recipe), "--set", block, "--jobs", "2", "--json"

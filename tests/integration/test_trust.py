@@ -38,9 +38,10 @@ def edit_record(project: Project, table: str, column: str, then: str, now: str) 
 
 
 @pytest.fixture(scope="module")
-def own(tiny_model, unused, tmp_path_factory) -> Project:
+def own(tiny_model, unused, child_python, tmp_path_factory) -> Project:
     """A project with one version."""
     project = make_project(tmp_path_factory.mktemp("replay"), tiny_model, unused)
+    project.env |= child_python
     trained = project.run("sft")
     assert trained.code == 0, trained.stderr
     return project

@@ -18,6 +18,7 @@ from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.estimate import shapes
 from llm_engineering.training.telemetry.work import installed_packages
 from steps.caching import code_version
+from tests.fakes.warm_python import list_packages_once
 from tests.tiny_models import SIZES
 
 # The relations between the classes of ZenML's store.
@@ -35,6 +36,7 @@ for stage in STAGES.values():
     code_version("steps.training", "train", also=stage.train)
 # The versions of the packages.
 installed_packages()
+list_packages_once()
 # The model that identifies languages.
 language_of("The language of this sentence is English.")
 # Torch's tables of operators for fake tensors. These have no values, so nothing is computed.
