@@ -88,7 +88,7 @@ def data_licence(recipe: Recipe) -> str | None:
     hub: HubConfig | None = recipe.data.hub
     if hub is not None:
         return hub.license
-    own = recipe.data.instructions or recipe.data.preferences or recipe.data.labelled
+    own = any(recipe.data.file(kind) for kind in ("instruction", "preference", "labelled"))
     return None if own else _LICENCES.get(recipe.documents.path)
 
 

@@ -206,7 +206,7 @@ def test_the_jobs_of_the_whole_chain_need_an_image_with_the_steps(fake, small_ll
     monkeypatch.setenv("SAGEMAKER_RETRAIN_IMAGE", IMAGE)
     assert found(make_recipe(small_llama, *chain)) == []
     general = make_recipe(small_llama, *chain)
-    data = general.data.model_copy(update={"replay_instructions": str(ROOT / "README.md"), "instructions": None})
+    data = general.data.model_copy(update={"replay_instructions": str(ROOT / "README.md"), "instructions": "review"})
     the_one(
         general.model_copy(update={"data": data}),
         "README.md is on this machine, and the job that writes",

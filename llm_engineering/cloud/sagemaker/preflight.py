@@ -183,7 +183,7 @@ def _chain_problems(recipe: Recipe, account: Account, settings: Settings) -> Ite
             f"evaluation.judge.base_url {judge.base_url} is on this machine",
             "Set it to an address that a job can reach",
         )
-    is_written_in_job = recipe.generation.client == "local" and recipe.data.instructions is None
+    is_written_in_job = recipe.generation.client == "local" and recipe.data.file("instruction") is None
     if general is not None and is_written_in_job and Path(general.partition("#")[0]).expanduser().exists():
         yield Problem(
             f"data.replay_instructions {general} is on this machine, and the job that writes questions cannot see it",

@@ -152,3 +152,5 @@ def test_licences_are_known_or_given(recipe):
     assert data_licence(load_recipe("configs/python_reference.yaml", ["data.hub.license=cc-by-4.0"])) == "cc-by-4.0"
     # With the user's own dataset, the licence of the embedded documents does not apply.
     assert data_licence(load_recipe("configs/python_reference.yaml", ["data.instructions=rows.jsonl"])) is None
+    # What people correct comes with the generated rows.
+    assert data_licence(load_recipe("configs/python_reference.yaml", ["data.instructions=review"])) == "psf-2.0"
