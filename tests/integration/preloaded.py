@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +29,13 @@ _LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.s
               "llm_engineering.evaluation.evaluate", "llm_engineering.generation.chat_completions", "llm_engineering.generation.endpoint", "typer.main",
               "zenml.container_registries",
               "tests.integration.warm")  # fmt: skip
+
+
+def fork_server() -> ForkServerContext:
+    """The context of the processes that are forked. The first of them starts the server, for all files of a test process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(_LIBRARIES))
+    return context
 
 
 class Forked:
@@ -53,8 +60,7 @@ class Forked:
             own_session: start a new session, so that signals to the process group reach no other test process.
             terminal: descriptor of a terminal that becomes stdin and stdout of the command.
         """
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(_LIBRARIES))
+        fork_server()
         ends = [os.pipe(), os.pipe()]
         # The descriptors are sent to the server together with the process object.
         streams = (ends[0][1], ends[1][1]) if terminal is None else (terminal, ends[1][1], terminal)

@@ -1,7 +1,6 @@
 """Stages killed with SIGKILL, between steps and while saving: the resumed run ends like an uninterrupted one."""
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,7 +16,7 @@ from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from tests.integration.conftest import ROOT, TIMED
-from tests.integration.preloaded import Forked
+from tests.integration.preloaded import Forked, fork_server
 from tests.tiny_models import train, training_setup
 
 STEPS = 24
@@ -136,13 +135,7 @@ def run(small_llama):
 
     The fork server has imported everything and computed nothing.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            *(f"llm_engineering.training.{stage}" for stage in ("cpt", "dpo", "kto", "reward", "grpo", "rloo")),
-            "tests.integration.test_kills",
-        ]
-    )
+    context = fork_server()
 
     def start(
         outputs: Path, kill_at: int | None = None, in_save: bool = False, sft: Path | None = None, stage: str = "sft"

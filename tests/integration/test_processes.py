@@ -1,7 +1,6 @@
 """Training in two processes: the same result as in one, no lost checkpoint, and failures that stop both processes."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -28,7 +27,7 @@ from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
 from llm_engineering.training.processes import ranks
 from llm_engineering.training.telemetry import work
 from tests.integration.conftest import ROOT, TIMED
-from tests.integration.preloaded import Forked
+from tests.integration.preloaded import Forked, fork_server
 from tests.tiny_models import formatted, train, write_model
 
 STEPS = {"learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "eval_steps": 2, "save_steps": 2,
@@ -168,8 +167,7 @@ def run(data):
 
     The fork server has imported everything.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llm_engineering.training.processes.launch", "tests.integration.test_processes"])
+    context = fork_server()
 
     def start(folder, config, count=2, start=None, sabotage=None, distributed="ddp", resume_from=None):
         folder.mkdir(exist_ok=True)
