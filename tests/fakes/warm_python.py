@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _LIBRARIES = ("boto3", "datasets", "peft", "torch.distributed.run", "transformers.trainer", "trl.trainer.dpo_trainer",
@@ -118,6 +119,7 @@ def list_packages_once() -> None:
 def _become(client: socket.socket) -> list[str]:
     """Continue in a process with the client's namespaces, streams, folder and environment; returns the client's arguments."""
     _, descriptors, _, _ = socket.recv_fds(client, 1, 3 + len(_NAMESPACES))
+    arguments: list[str]
     arguments, cwd, environment = json.loads(client.makefile().readline())
     streams, spaces = descriptors[:3], descriptors[3:]
     libc = ctypes.CDLL(None, use_errno=True)
@@ -136,7 +138,8 @@ def _become(client: socket.socket) -> list[str]:
         for number in range(3):
             os.close(number)
         ended = os.pidfd_open(child)
-        if ended not in select.select([client, ended], [], [])[0]:
+        awaited: list[Any] = [client, ended]
+        if ended not in select.select(awaited, [], [])[0]:
             # The program has ended, because it was killed.
             os.kill(child, signal.SIGKILL)
             os._exit(0)
@@ -157,7 +160,7 @@ def _become(client: socket.socket) -> list[str]:
 def run(arguments: list[str]) -> None:
     """Run what `python arguments` would run."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through=True)
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
     for name in ("huggingface_hub.constants", "datasets.config"):
