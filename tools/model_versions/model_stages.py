@@ -16,7 +16,7 @@ from tools.cli import DEFAULT_RECIPE, Config, Json, Note, Overrides, VersionNumb
 from tools.terminal import console
 
 # Measures in the table, under their names in the evaluation report.
-SHOWN = ("heldout_loss", "preference_accuracy", "rouge_l")
+SHOWN = ("exam_accuracy", "heldout_loss", "preference_accuracy", "rouge_l")
 
 
 def list_versions(
