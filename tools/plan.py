@@ -5,12 +5,15 @@ from __future__ import annotations
 import yaml
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.data_blocks import rows_of
+from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, rows_of
+from llm_engineering.recipe.evaluation_blocks import EMBEDDED_CONTROL, GENERATED_EXAM
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import FIRST_OF_KIND, STAGES
 from tools.expected_rows import Source, data_lines
 from tools.forecast import estimate_lines, first_line
 from tools.recipe_checks import check_local_datasets, check_model, with_held_out_documents
+
+_EXAMS_OF_THE_PROJECT = {EMBEDDED_HANDBOOK, EMBEDDED_CONTROL, GENERATED_EXAM, None}
 
 
 def stages_of(pipeline: str, recipe: Recipe) -> list[str]:
@@ -76,6 +79,11 @@ def _writes_exam(recipe: Recipe) -> bool:
 def print_plan(pipeline: str, recipe: Recipe) -> None:
     """Print the resolved recipe as YAML, the steps, the rows to expect, and an estimate of training's memory and time."""
     check_local_datasets(recipe)
+    if recipe.exam is not None and {recipe.exam.path, recipe.exam.control} - _EXAMS_OF_THE_PROJECT:
+        # This import takes seconds.
+        from llm_engineering.evaluation.requirements import check_exam
+
+        check_exam(recipe)
     recipe = with_held_out_documents(recipe)
     print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), end="")
     print(f"\nWould run {pipeline}: {' → '.join(planned_steps(pipeline, recipe))}")

@@ -482,6 +482,18 @@ def test_a_dry_run_refuses_files_that_are_missing_or_in_no_known_format(recipe, 
             print_plan("kto", recipe(["sft", "kto"], data={"labelled": str(path)}))
 
 
+def test_a_dry_run_reads_the_users_exam(recipe, tmp_path):
+    exam = tmp_path / "exam.jsonl"
+    for text, words in (
+        (None, "there is no such file"),
+        ('{"question": "Who?", "answer": "I"}\n', "unknown key `answer`"),
+    ):
+        if text is not None:
+            exam.write_text(text)
+        with pytest.raises(RequestError, match=words):
+            print_plan("sft", recipe(["sft"], exam={"path": str(exam)}))
+
+
 def test_a_dry_run_imports_slow_libraries_only_for_a_model_and_recipe_that_it_has_not_judged(recipe, tmp_path):
     recipe(["sft"], sft={"lora": {"target_modules": ["q_proj"]}})
     program = (
