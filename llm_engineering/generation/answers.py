@@ -21,6 +21,8 @@ WORD = re.compile(rf"{_NUMBER}|\w+(?:[-'’]\w+)*")
 # E-mail addresses, web addresses and telephone numbers.
 _CONTACT = re.compile(r"\S+@\S+\w|(?:https?://|www\.)\S+\w|(?:\+|\(?0)\d+\)?(?:[ -]\d{2,})+|\(?\d{3}\)?[ -]\d{3}-\d{4}")
 # As here words are: with contacts, prices and shares in one piece.
+# "Model: K12; Price: 30 EUR.", as `documents.document.table_text` writes it.
+TABLE_ROW = re.compile(r"[^:;]{1,60}: [^;]+(?:; [^:;]{1,60}: [^;]+)+")
 _TOKEN = re.compile(rf"{_CONTACT.pattern}|[€$£] ?{_NUMBER}|{_NUMBER} ?[€$£%]|{WORD.pattern}")
 
 Kind = Literal[
@@ -130,7 +132,8 @@ class _Word(NamedTuple):
 def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[Asked]:
     """Choose up to two answers of each sentence, in the order of the sentences. Some sentences have none.
 
-    A question among the sentences has none, for it states nothing.
+    A question among the sentences has none, for it states nothing, and neither has a row of a table, for its cells are no
+    statement: `statements.questions_of_row` has those.
 
     Args:
         most_nouns: of a sentence without a name or number to ask for.
@@ -161,7 +164,7 @@ def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[Asked]
         topics = [span.text for span in names if span.kind in ("person", "place", "thing")]
         if sum(span.kind == "person" for span in names) > _PERSONS:
             names = [span for span in names if span.kind != "person"]
-        if not sentences[number].endswith("?"):
+        if not sentences[number].endswith("?") and not TABLE_ROW.fullmatch(sentences[number]):
             # A noun is asked for only in a sentence without a name or number to ask for.
             asked += (
                 best(number, names, topics, _SHARED_BY_NAME)[:_ANSWERS_OF_A_SENTENCE]
@@ -253,7 +256,9 @@ def _spans(text: str, words: list[_Word], usage: _Usage) -> tuple[list[_Span], l
         kind, last = _name_or_number(words, index, usage)
         if kind:
             taken.update(range(index, last + 1))
-            start = words[index].start
+            # "minus 18 degrees" is another answer than "18 degrees".
+            is_negative = index > 0 and words[index - 1].key == "minus" and words[index].is_number
+            start = words[index - is_negative].start
             between = text[names[-1].end : start] if names else ""
             if between in _RANGE_MARKS and kind in _RANGES and names[-1].kind in (kind, "number"):
                 start = names.pop().start

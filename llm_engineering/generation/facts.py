@@ -19,7 +19,7 @@ from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD, Asked, Kind, choose_answers
 from llm_engineering.generation.instructions import FROM_DOCUMENT
 from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, prompt_hash, read_prompt
-from llm_engineering.generation.statements import BY_RULE, question_by_rule
+from llm_engineering.generation.statements import BY_RULE, question_by_rule, questions_of_row
 from llm_engineering.generation.types import Completer, Failure, Sampling
 from llm_engineering.recipe.generation_blocks import InstructionWriting
 
@@ -103,10 +103,10 @@ def generate_facts(
     """
     sentences = [passage.text for passage in passages]
     few = choose_answers(sentences)
-    answered = {one.sentence for one in few}
+    written = list(_turned(choose_answers(sentences, _NOUNS), sentences))
+    answered = {one.sentence for one in few} | {one.asked.sentence for one in written}
     silent = [passage for number, passage in enumerate(passages) if number not in answered]
     quarantine = [p.set_aside("instruction", "no_answer", "no words of it can be asked for", "") for p in silent]
-    written = list(_turned(choose_answers(sentences, _NOUNS), sentences))
     for turn in range(rounds):
         new = _write(few, passages, client, writing, REWORDING if turn else temperature, seed + turn)
         written += _confirm(new, passages, client)
@@ -141,11 +141,12 @@ def generate_facts(
 
 
 def _turned(asked: Sequence[Asked], sentences: Sequence[str]) -> Iterator[_Written]:
-    """The questions that rules make of the sentences of the answers."""
-    for one in asked:
-        sentence = sentences[one.sentence]
-        if (question := question_by_rule(sentence, one)) is not None:
-            yield _Written(one, question, BY_RULE, question_problem(question, one, sentence))
+    """The questions that rules make of the sentences of the answers, and of rows of tables."""
+    turned = [(one, question_by_rule(sentences[one.sentence], one)) for one in asked]
+    rows = [found for number, sentence in enumerate(sentences) for found in questions_of_row(number, sentence)]
+    for one, question in [*turned, *rows]:
+        if question is not None:
+            yield _Written(one, question, BY_RULE, question_problem(question, one, sentences[one.sentence]))
 
 
 def _write(

@@ -7,8 +7,10 @@ from which a question follows word for word. A sentence in another form gets no 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-from llm_engineering.generation.answers import Asked, Kind
+from llm_engineering.documents.sentences import FUNCTION_WORDS
+from llm_engineering.generation.answers import TABLE_ROW, Asked, Kind
 
 # The origin of such questions.
 BY_RULE = "statement turned by rule"
@@ -32,11 +34,14 @@ _DONE = (
     rf"(?: (?!{_PLACED} |an? |the )[a-z]+)?)"
 )
 # A verb in the third person. "has" is mostly a part of one.
-_DOES = r"(?P<does>(?!(?:is|was|has|does|remains|stays|as|its|his|this) )[a-z]+s)"
+_DOES = r"(?P<does>(?!(?:is|was|has|does|remains|stays|as|its|his|this|minus|plus) )[a-z]+s)"
 # What something does, after it. Several things may be or stand in a place, so that is not the answer of its question.
-_ACTS = r"(?P<acts>(?!(?:is|was|stands|stood|lies) (?:at|in|near|on)\b)(?:is|was|has|had|[a-z]+(?:s|ed)) (?!that\b)[^,;:]+?)[,.;!]"
+_ACTS = r"(?P<acts>(?!(?:is|was|stands|stood|lies) (?:at|in|near|on)\b)(?:is|was|has|had|[a-z]+(?:s|ed)) (?!that\b)(?:[^,;:]|(?<=\d),(?=\d))+?)(?:[;!]|[,.](?!\d))"
 # A part of a subject.
 _NO_VERB = r"(?:(?! (?:is|are|was|were|has|have|had|will|can|may|must) )[^,;:()])"
+_WORDS_OF_A_VALUE = 6
+# Columns such as "Who", "Until" and "2023".
+_NO_NOUN = re.compile(rf"\d|(?:until|since|{'|'.join(FUNCTION_WORDS)})\b", re.IGNORECASE)
 _WHEN: frozenset[Kind] = frozenset(["day", "month", "year", "hour"])
 _COLOURS = frozenset([
     "beige", "black", "blue", "brown", "crimson", "golden", "gray", "green", "grey", "orange", "pink", "plum", "purple", "red",
@@ -100,6 +105,27 @@ def question_by_rule(sentence: str, asked: Asked) -> str | None:
     if said and asked.kind in ("person", "thing") and " and " not in said["acts"]:
         return f"{who} {said['acts']}?"
     return None
+
+
+def questions_of_row(number: int, sentence: str) -> Iterator[tuple[Asked, str]]:
+    """The questions about a row of a table, which its first cell names: "Model: K12; Price: 30 EUR." has the price of K12.
+
+    A row's long cells are remarks, so nothing asks for them. A sentence that is no row has no questions.
+
+    Args:
+        number: of the sentence.
+    """
+    if not TABLE_ROW.fullmatch(sentence):
+        return
+    (_, subject), *others = (cell.split(": ", 1) for cell in sentence.rstrip(".").split("; "))
+    for column, value in others:
+        if len(value.split()) <= _WORDS_OF_A_VALUE and not _NO_NOUN.match(column):
+            # "IBAN" keeps its capitals.
+            name = column if column.isupper() else f"{column[0].lower()}{column[1:]}"
+            yield (
+                Asked(number, value, "thing", subject),
+                f"What {'are' if re.search('[^s]s$', name) else 'is'} the {name} of {subject}?",
+            )
 
 
 def _asking(asked: Asked, preposition: str) -> str | None:

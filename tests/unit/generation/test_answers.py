@@ -29,6 +29,7 @@ AROUND = [
         ("With 93 wicks the Kelp Lamp is bright.", "93", "number", "Kelp Lamp"),
         ("The Kelp Lamp has 1900 wicks.", "1900", "number", "Kelp Lamp"),
         ("With 25 kilograms the Kelp Lamp is heavy.", "25 kilograms", "measure", "Kelp Lamp"),
+        ("At minus 18 degrees the Kelp Lamp goes out.", "minus 18 degrees", "measure", "Kelp Lamp"),
         ("Members get 15% off the Kelp Lamp.", "15%", "measure", "Kelp Lamp"),
         ("The price of the Kelp Lamp is €1,200 now.", "€1,200", "price", "Kelp Lamp"),
         ("The Kelp Lamp burns from 9 to 18 o'clock.", "9 to 18 o'clock", "hour", "Kelp Lamp"),
@@ -81,7 +82,7 @@ def test_an_answer_that_stands_twice_is_asked_for_once():
     "sentence",
     [
         "Tell Rosa Fannow when the Kelp Lamp fails.",
-        "Name: Rosa Fannow; Task: the Kelp Lamp.",
+        "The crew: Rosa Fannow; and the Kelp Lamp.",
         "In Corvin Rosa Fannow mends the Kelp Lamp.",
         "On Tuesdays Rosa Fannow mends the Kelp Lamp.",
     ],
@@ -121,3 +122,11 @@ def test_a_list_of_persons_and_a_question_have_no_answer():
 def test_a_name_ends_before_its_genitive():
     asked = choose_answers(["We saw Rosa Fannow's Kelp Lamp on the wall.", *AROUND])
     assert "Rosa Fannow" in {one.answer for one in asked}
+
+
+def test_a_row_of_a_table_has_no_answer():
+    assert not [
+        one
+        for one in choose_answers(["Lamp: Kelp Lamp; Price: 9 crowns; Maker: Odo Renn.", *AROUND])
+        if one.sentence == 0
+    ]

@@ -3,7 +3,7 @@
 import pytest
 
 from llm_engineering.generation.answers import Asked
-from llm_engineering.generation.statements import question_by_rule
+from llm_engineering.generation.statements import question_by_rule, questions_of_row
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ from llm_engineering.generation.statements import question_by_rule
         ("The prize of the Kelp Fair, a spoon, is old.", "spoon", "thing", "Kelp Fair", "What is the prize of the Kelp Fair?"),
         ("Odo Renn, who leads Corvin, sings.", "Odo Renn", "person", "Corvin", "Who leads Corvin?"),
         ("A bed in Corvin is 9 crowns.", "9 crowns", "price", "Corvin", "How much is a bed in Corvin?"),
+        ("The Kelp Fund helped Corvin with 45,000 crowns.", "Kelp Fund", "thing", "Corvin", "What helped Corvin with 45,000 crowns?"),
         ("A stay in Corvin takes 9 days.", "9 days", "duration", "Corvin", "How long does a stay in Corvin take?"),
     ],
 )  # fmt: skip
@@ -55,9 +56,23 @@ def test_a_statement_becomes_the_question_that_it_answers(sentence, answer, kind
         # Other things may stand there, too.
         ("The Kelp Lamp stands in Corvin.", "Kelp Lamp", "thing"),
         ("The price of Corvin remains 9 crowns.", "9 crowns", "price"),
+        # "minus" is no verb.
+        ("The mill of Corvin freezes them at minus 18 degrees.", "18 degrees", "measure"),
         # A pronoun needs the sentence before.
         ("It is made in Corvin by Odo Renn.", "Odo Renn", "person"),
     ],
 )
 def test_a_statement_in_another_form_gives_no_question(sentence, answer, kind):
     assert question_by_rule(sentence, Asked(0, answer, kind, "Corvin")) is None
+
+
+def test_a_row_of_a_table_is_asked_for_its_cells_by_their_columns():
+    row = "Name: Odo Renn; Role: keeper; Days: Monday to Friday; Until: June; IBAN: 7; Remark: one that is so long that nobody asks."
+    found = {question: asked.answer for asked, question in questions_of_row(3, row)}
+    assert found == {
+        "What is the role of Odo Renn?": "keeper",
+        "What are the days of Odo Renn?": "Monday to Friday",
+        "What is the IBAN of Odo Renn?": "7",
+    }
+    assert {(asked.sentence, asked.topic) for asked, _ in questions_of_row(3, row)} == {(3, "Odo Renn")}
+    assert list(questions_of_row(0, "Corvin has a rule: never swim; and a port.")) == []
