@@ -134,7 +134,8 @@ def question(exam: Report, row: Report) -> Markup:
     found = [f"Retrieved: {'; '.join(row['retrieved'])}"] if row["retrieved"] else []
     lines = [
         "; ".join(row["accepted"]) or "(none: the documents do not say)",
-        f"Question {row['id']}, {KINDS[row['kind']]}. Documents that state it: {', '.join(row['documents']) or '(none)'}.",
+        f"Question {row['id']}, {KINDS[row['kind']]}."
+        + (f" Documents that state it: {', '.join(row['documents'])}." if row["documents"] else ""),
         *found,
     ]
     right = details("Right answer", Markup("").join(map(paragraph, lines)))

@@ -42,7 +42,7 @@ def list_versions(
         print(json.dumps({"model": recipe.name, "versions": versions}))
         return 0
     if not versions:
-        print(f"{recipe.name} has no version yet. Create the first one: `make run-sft`.")
+        print(f"{recipe.name} has no version yet. Create the first one: `make run-sft CONFIG={config}`.")
         return 0
     table = Table("Version", "Stage", "Model", "Gate", *SHOWN, "Data", "Made (UTC)", title=recipe.name)
     for version in versions:
