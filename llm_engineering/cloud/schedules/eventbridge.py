@@ -19,7 +19,6 @@ import boto3
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict
 
-from llm_engineering.cloud.sagemaker.jobs import stop as stop_job
 from llm_engineering.cloud.schedules.alerts import PREFIX, add_alerts, remove_alerts
 from llm_engineering.cloud.schedules.cron import Timing
 from llm_engineering.cloud.schedules.run_records import Place, RunRecord, job_prefix
@@ -285,7 +284,12 @@ def _jobs(session: boto3.Session, name: str, limit: int) -> list[dict[str, Any]]
 def _stop(session: boto3.Session, names: list[str]) -> None:
     sagemaker, deadline = session.client("sagemaker"), time.monotonic() + _STOP_S
     for name in names:
-        stop_job(sagemaker, name)
+        try:
+            sagemaker.stop_training_job(TrainingJobName=name)
+        except ClientError as error:
+            # The job has ended, or is stopping already.
+            if error.response["Error"]["Code"] != "ValidationException":
+                raise
     for name in names:
         while sagemaker.describe_training_job(TrainingJobName=name)["TrainingJobStatus"] in _RUNNING:
             if time.monotonic() > deadline:
