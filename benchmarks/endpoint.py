@@ -17,7 +17,7 @@ import urllib.request
 from pathlib import Path
 
 from benchmarks.machine import machine, show
-from llm_engineering.generation.open import open_client
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.types import Answer, Messages, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig

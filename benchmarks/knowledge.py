@@ -49,9 +49,9 @@ from llm_engineering.documents.texts import sentence_rows
 from llm_engineering.evaluation.measures.exam import RETRIEVAL, Exam, open_exam, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.facts import ROUNDS, generate_facts
 from llm_engineering.generation.instructions import generate_instructions
-from llm_engineering.generation.open import open_client
 from llm_engineering.generation.types import Client, Completer
 from llm_engineering.models.base_model import load_model, pin_revision
 from llm_engineering.models.device import choose_device

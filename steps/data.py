@@ -47,13 +47,13 @@ from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.prompt_rows import check_accepted
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.abstention import generate_abstentions
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.derived.question_wordings import OTHER_WORDING, other_wordings
 from llm_engineering.generation.derived.rewritings import Derived, derive_texts, text_diversity
 from llm_engineering.generation.derived.two_hop import two_hop_questions
 from llm_engineering.generation.facts import REWORDING, ROUNDS, diversity, generate_facts
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
 from llm_engineering.generation.instructions import prompt_versions
-from llm_engineering.generation.open import open_client
 from llm_engineering.generation.preferences import generate_preferences as generate_from_rows
 from llm_engineering.generation.prompts import PROMPT_FILES
 from llm_engineering.generation.types import Completer

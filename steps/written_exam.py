@@ -13,7 +13,7 @@ from llm_engineering.documents.passages import cut_passages
 from llm_engineering.evaluation.exam_writer import write_exam as write_from_rows
 from llm_engineering.evaluation.measures.exam import EXAM_FILE, ExamRow, exam_hash, with_written
 from llm_engineering.evaluation.measures.json_lines import read_json_lines
-from llm_engineering.generation.open import open_client
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.prompts import PROMPT_FILES
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import DocumentsConfig, SplitConfig

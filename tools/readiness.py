@@ -24,7 +24,7 @@ from llm_engineering.feedback.agreement import judged_questions
 from llm_engineering.feedback.human_rows import note, take_snapshot
 from llm_engineering.feedback.people import folder_of, said_about, snapshots
 from llm_engineering.formatting.template_check import check_chat_template
-from llm_engineering.generation.open import check_access
+from llm_engineering.generation.clients.open import check_access
 from llm_engineering.models.base_model import load_config, pin_revision
 from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template

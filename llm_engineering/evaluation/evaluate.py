@@ -20,7 +20,7 @@ from llm_engineering.evaluation.models import BASE, Models, Sample
 from llm_engineering.evaluation.row_values import row_values
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
 from llm_engineering.formatting.render import prompt_ids
-from llm_engineering.generation.open import open_client
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import (
     MEASURES,

@@ -11,7 +11,7 @@ from llm_engineering.evaluation.measures.checks import read_checks
 from llm_engineering.evaluation.measures.exam import exam_hash, read_exam
 from llm_engineering.evaluation.measures.judge import JSON_FIELD
 from llm_engineering.evaluation.measures.lm_eval_tasks import check_tasks, tasks_hash
-from llm_engineering.generation.open import check_access
+from llm_engineering.generation.clients.open import check_access
 from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES, EvaluationConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from llm_engineering.data.exam_answers import answers_right, named_in
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.generation.open import open_client
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.types import Answer, Client, Sampling
 from llm_engineering.recipe.reward_blocks import RewardFunction, RewardSet
 from llm_engineering.recipe.settings import Settings

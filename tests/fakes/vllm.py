@@ -69,4 +69,4 @@ def install(monkeypatch):
     package.LLM, package.SamplingParams, requests.LoRARequest = LLM, SamplingParams, LoRARequest
     for name, module in (("vllm", package), ("vllm.lora", ModuleType("vllm.lora")), ("vllm.lora.request", requests)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "llm_engineering.generation.vllm_model", raising=False)
+    monkeypatch.delitem(sys.modules, "llm_engineering.generation.clients.vllm_model", raising=False)

@@ -26,7 +26,7 @@ _LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.s
               "matplotlib.pyplot", "peft", "transformers.trainer", "llm_engineering.training.cpt",
               "llm_engineering.training.sft", "llm_engineering.training.dpo", "llm_engineering.training.kto",
               "llm_engineering.training.reward", "llm_engineering.training.grpo", "llm_engineering.training.rloo",
-              "llm_engineering.evaluation.evaluate", "llm_engineering.generation.chat_completions", "llm_engineering.generation.endpoint", "typer.main",
+              "llm_engineering.evaluation.evaluate", "llm_engineering.generation.clients.chat_completions", "llm_engineering.generation.clients.endpoint", "typer.main",
               "zenml.container_registries",
               "tests.integration.warm")  # fmt: skip
 

@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 from llm_engineering.documents.passages import Passage
 from llm_engineering.generation.instructions import generate_instructions
-from llm_engineering.generation.open import open_client
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, GenerationConfig, InstructionWriting
 from llm_engineering.recipe.settings import Settings

@@ -7,6 +7,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.documents.passages import Passage
 from llm_engineering.generation import facts
 from llm_engineering.generation.answers import Asked
+from llm_engineering.generation.clients.local import LocalModel
 from llm_engineering.generation.facts import (
     OPENINGS,
     REWORDING,
@@ -17,7 +18,6 @@ from llm_engineering.generation.facts import (
     questions_by_rule,
 )
 from llm_engineering.generation.instructions import FROM_DOCUMENT, prompt_versions
-from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, PROMPT_FILES, read_prompt
 from llm_engineering.generation.statements import BY_RULE
 from llm_engineering.generation.store import AnswerStore

@@ -4,14 +4,14 @@ import pytest
 
 from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.documents.passages import Passage
-from llm_engineering.generation import local
+from llm_engineering.generation.clients import local
+from llm_engineering.generation.clients.local import LocalModel
 from llm_engineering.generation.instructions import (
     FROM_DOCUMENT,
     draw_style,
     generate_instructions,
     instruction_problem,
 )
-from llm_engineering.generation.local import LocalModel
 from llm_engineering.generation.preferences import generate_preferences
 from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Failure, Reply, Sampling

@@ -10,7 +10,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures.judge import Question, judge
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.evaluation.statistics import Bootstrap
-from llm_engineering.generation.open import open_client
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
 from llm_engineering.recipe.generation_blocks import JudgeConfig

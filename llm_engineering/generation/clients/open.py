@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_engineering.generation.endpoint import Endpoint
+from llm_engineering.generation.clients.endpoint import Endpoint
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Client, Transport
 from llm_engineering.models.device import check_vllm, choose_device
@@ -34,11 +34,11 @@ def open_client(
     # Each client's libraries are imported only where it is used.
     if config.engine == "vllm":
         check_vllm("generation.engine", "transformers", choose_device(compute))
-        from llm_engineering.generation.vllm_model import VllmModel
+        from llm_engineering.generation.clients.vllm_model import VllmModel
 
         return VllmModel.load(model, compute, settings, chat_template, trained)
     if config.client == "local":
-        from llm_engineering.generation.local import LocalModel
+        from llm_engineering.generation.clients.local import LocalModel
 
         return LocalModel.load(model, compute, config.batch_size, settings, chat_template, trained)
     return open_endpoint(config, settings)
@@ -63,11 +63,11 @@ def open_endpoint(config: ClientConfig, settings: Settings) -> Endpoint:
     """
     transport: Transport
     if config.client == "openai":
-        from llm_engineering.generation.chat_completions import ChatCompletions
+        from llm_engineering.generation.clients.chat_completions import ChatCompletions
 
         transport = ChatCompletions(config, settings.openai_api_key)
     else:
-        from llm_engineering.generation.bedrock import Bedrock
+        from llm_engineering.generation.clients.bedrock import Bedrock
 
         transport = Bedrock(config)
     return Endpoint(transport, config, AnswerStore(settings.llm_output_dir / STORE_FILE))

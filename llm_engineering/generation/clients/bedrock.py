@@ -23,7 +23,7 @@ from botocore.exceptions import ConnectionError as AWSConnectionError
 from botocore.parsers import ResponseParserError
 
 from llm_engineering.errors import RequestError
-from llm_engineering.generation.retries import EndpointRefusedError, TryAgainError, is_retried, retry_after_s
+from llm_engineering.generation.clients.retries import EndpointRefusedError, TryAgainError, is_retried, retry_after_s
 from llm_engineering.generation.types import Messages, Reply, Sampling, Send
 from llm_engineering.recipe.generation_blocks import ClientConfig
 

@@ -6,8 +6,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.errors import RequestError
-from llm_engineering.generation import open as opening
-from llm_engineering.generation.open import open_client
+from llm_engineering.generation.clients import open as opening
+from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.types import Sampling
 from llm_engineering.recipe.generation_blocks import ClientConfig
 from llm_engineering.recipe.model_blocks import ModelConfig

@@ -17,8 +17,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.generation.clients.retries import EndpointRefusedError, RowRefusedError, TryAgainError, retrying
 from llm_engineering.generation.prompts import read_prompt
-from llm_engineering.generation.retries import EndpointRefusedError, RowRefusedError, TryAgainError, retrying
 from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Failure, Messages, Reply, Sampling, Send, Transport
 from llm_engineering.progress import Progress

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
-from llm_engineering.generation.batched import BatchedModel, identity_of
+from llm_engineering.generation.clients.batched import BatchedModel, identity_of
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Reply, Sampling
 from llm_engineering.models.base_model import load_model, weights_hash

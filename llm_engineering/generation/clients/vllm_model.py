@@ -11,7 +11,7 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 
 from llm_engineering.errors import RequestError
-from llm_engineering.generation.batched import BatchedModel, identity_of
+from llm_engineering.generation.clients.batched import BatchedModel, identity_of
 from llm_engineering.generation.store import STORE_FILE, AnswerStore
 from llm_engineering.generation.types import Reply, Sampling
 from llm_engineering.models.base_model import hub_options, model_path, weights_hash

@@ -14,7 +14,7 @@ from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpe
 from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from llm_engineering.errors import RequestError
-from llm_engineering.generation.retries import (
+from llm_engineering.generation.clients.retries import (
     EndpointRefusedError,
     RowRefusedError,
     TryAgainError,

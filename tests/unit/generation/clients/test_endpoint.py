@@ -14,9 +14,9 @@ from pydantic import SecretStr, ValidationError
 from tenacity import Future, RetryCallState
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.generation import retries
-from llm_engineering.generation.endpoint import judge
-from llm_engineering.generation.open import check_access, open_client
+from llm_engineering.generation.clients import retries
+from llm_engineering.generation.clients.endpoint import judge
+from llm_engineering.generation.clients.open import check_access, open_client
 from llm_engineering.generation.store import AnswerStore, answers_of, delete_answers, key_of
 from llm_engineering.generation.types import Answer, Reply, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig

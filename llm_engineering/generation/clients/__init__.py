@@ -1,0 +1,1 @@
+"""Clients that answer requests: the model on this machine, and endpoints."""
