@@ -19,7 +19,7 @@ from llm_engineering.feedback.decisions import Decision, store, stored
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.generation.store import AnswerStore, delete_answers
 from llm_engineering.generation.types import Reply
-from llm_engineering.publish.gguf import write_gguf
+from llm_engineering.publish.exports.gguf import write_gguf
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings

@@ -24,7 +24,7 @@ from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device, choose_device
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.publish.gguf import write_gguf
+from llm_engineering.publish.exports.gguf import write_gguf
 from llm_engineering.publish.merge import Trained, merge, merged_device
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.compute_blocks import ComputeConfig

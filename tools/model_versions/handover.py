@@ -77,12 +77,12 @@ def export(
     if output is not None:
         _check_output(output, is_gguf)
     if compressed:
-        from llm_engineering.publish.compressed import check_compressed
+        from llm_engineering.publish.exports.compressed import check_compressed
         from llm_engineering.publish.merge import merged_device
 
         check_compressed(compressed, merged_device(recipe.compute.here))
     elif quant is not None or file_format == "gguf-lora":
-        from llm_engineering.publish.llama_cpp import check_installed
+        from llm_engineering.publish.exports.llama_cpp import check_installed
 
         check_installed(f"QUANT={quant}" if quant else "FORMAT=gguf-lora")
     from llm_engineering.publish.model_card import render_model_card
@@ -100,7 +100,7 @@ def export(
         from transformers import AutoTokenizer
 
         from llm_engineering.models.base_model import check_unchanged, load_config
-        from llm_engineering.publish.gguf import check_gguf, export_lora
+        from llm_engineering.publish.exports.gguf import check_gguf, export_lora
 
         # Before the files of the version are read.
         check_signature(found.version, VERSION, settings)
@@ -135,8 +135,8 @@ def _write_checked(
     A GGUF file is not measured, and has no card, if llama.cpp is not installed.
     """
     from llm_engineering.evaluation.measures.exam import ExamRow
-    from llm_engineering.publish import llama_cpp
-    from llm_engineering.publish.gguf import export_gguf, write_gguf
+    from llm_engineering.publish.exports import llama_cpp
+    from llm_engineering.publish.exports.gguf import export_gguf, write_gguf
     from llm_engineering.publish.model_card import render_model_card
     from tools.model_versions.versions import formatted_rows
 
@@ -156,7 +156,7 @@ def _write_checked(
     ]
     rows, most = formatted_rows(found), exam["max_new_tokens"]
     if compressed:
-        from llm_engineering.publish.compressed import CALIBRATION_ROWS, export_compressed
+        from llm_engineering.publish.exports.compressed import CALIBRATION_ROWS, export_compressed
 
         calibration = [row.input_ids for row in formatted_rows(found, "train", CALIBRATION_ROWS)]
         check = export_compressed(folder, output, recipe, compressed, rows, asked, most, calibration, settings)

@@ -17,7 +17,7 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.new_tokens import with_added_tokens
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.conversation import Conversation
-from llm_engineering.publish.gguf import write_gguf
+from llm_engineering.publish.exports.gguf import write_gguf
 from llm_engineering.publish.merge import Trained, merge
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.data_blocks import FormattingConfig

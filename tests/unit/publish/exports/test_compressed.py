@@ -10,7 +10,7 @@ import torch
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.measures.exam import ExamRow
 from llm_engineering.models.device import choose_device
-from llm_engineering.publish.compressed import check_compressed, export_compressed
+from llm_engineering.publish.exports.compressed import check_compressed, export_compressed
 from llm_engineering.publish.verification import HeldoutRow
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe

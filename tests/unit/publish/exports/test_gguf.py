@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llm_engineering.errors import RequestError
-from llm_engineering.publish import llama_cpp
-from llm_engineering.publish.gguf import check_gguf, write_gguf
-from llm_engineering.publish.gguf_tokenizer import tokenizer_kind
+from llm_engineering.publish.exports import llama_cpp
+from llm_engineering.publish.exports.gguf import check_gguf, write_gguf
+from llm_engineering.publish.exports.gguf_tokenizer import tokenizer_kind
 from tests.tiny_models import SIZES, write_model
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"

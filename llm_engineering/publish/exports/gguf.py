@@ -28,8 +28,8 @@ from llm_engineering.evaluation.measures.exam import ExamRow
 from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
-from llm_engineering.publish import llama_cpp
-from llm_engineering.publish.gguf_tokenizer import add_further_ends, add_tokenizer, refusal, tokenizer_kind
+from llm_engineering.publish.exports import llama_cpp
+from llm_engineering.publish.exports.gguf_tokenizer import add_further_ends, add_tokenizer, refusal, tokenizer_kind
 from llm_engineering.publish.merge import merged_device
 from llm_engineering.publish.verification import FileCheck, HeldoutRow, compare_files, token_scores
 from llm_engineering.recipe.recipe import Recipe

@@ -26,8 +26,8 @@ from transformers import (
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.measures.exam import ExamRow
-from llm_engineering.publish.gguf import check_gguf, export_gguf, export_lora
-from llm_engineering.publish.llama_cpp import Job, check_installed, run_jobs
+from llm_engineering.publish.exports.gguf import check_gguf, export_gguf, export_lora
+from llm_engineering.publish.exports.llama_cpp import Job, check_installed, run_jobs
 from llm_engineering.publish.verification import FileCheck, HeldoutRow, compare_files, token_scores
 from llm_engineering.recipe.data_blocks import ExportConfig
 from llm_engineering.recipe.loading import load_recipe

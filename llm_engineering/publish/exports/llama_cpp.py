@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.publish.gguf_tokenizer import add_further_ends, add_tokenizer, refusal, tokenizer_kind
+from llm_engineering.publish.exports.gguf_tokenizer import add_further_ends, add_tokenizer, refusal, tokenizer_kind
 from llm_engineering.publish.verification import TokenScores, scored
 
 logger = logging.getLogger(__name__)

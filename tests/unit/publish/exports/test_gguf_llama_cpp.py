@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from llm_engineering.publish.gguf import write_gguf
+from llm_engineering.publish.exports.gguf import write_gguf
 from tests.tiny_models import KINDS, SIZES
 
 # CI always has it. An environment that was built before it was added to the extra `dev` does not, until `make test`.

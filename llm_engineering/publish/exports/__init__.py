@@ -1,0 +1,1 @@
+"""Files of a model in other formats: GGUF for llama.cpp, and quantised safetensors for vLLM."""
