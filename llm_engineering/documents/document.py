@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from llm_engineering.data.reading.files import printable
 from llm_engineering.data.rows import Quarantined, is_blank
 
 # Control characters, and the surrogates that cannot be written as UTF-8. Libraries return both from damaged files.
@@ -103,14 +104,16 @@ class TextBuilder:
 
 
 def make_document(source: str, title: str, text: str, parts: tuple[Part, ...] = ()) -> Document:
-    """A document with the id of its text."""
+    """A document with the id of its text. The name of its file may contain bytes that are not UTF-8."""
     number = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return Document(id=number, source=source, title=title, text=text, parts=parts)
+    return Document(id=number, source=printable(source), title=printable(title), text=text, parts=parts)
 
 
 def not_read(reason: str, source: Path | str, place: str, detail: str) -> Quarantined:
     """The quarantine record of a file or of a part of it."""
-    return Quarantined(stage="document", reason=reason, source=str(source), place=place, detail=detail)
+    return Quarantined(
+        stage="document", reason=reason, source=printable(str(source)), place=place, detail=printable(detail)
+    )
 
 
 def folded(text: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Value
 
+from llm_engineering.data.reading.files import printable
 from llm_engineering.data.reading.sources import dataset_files, dataset_hash
 from llm_engineering.data.storage import to_dataset
 from llm_engineering.documents.general_instructions import EMBEDDED_FILE
@@ -70,7 +71,7 @@ def _fingerprints(files: Mapping[str, Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for source, file in files.items():
         # A file name may contain bytes that are not UTF-8, which Arrow cannot store.
-        name = source.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        name = printable(source)
         try:
             with file.open("rb") as stream:
                 found[name] = hashlib.file_digest(stream, "sha256").hexdigest()

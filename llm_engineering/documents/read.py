@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from llm_engineering.data.reading.files import text_encoding
+from llm_engineering.data.reading.files import printable, text_encoding
 from llm_engineering.data.reading.sources import visible_files
 from llm_engineering.data.rows import Quarantined, is_blank, with_held_out_documents
 from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
@@ -59,7 +59,7 @@ def read_documents(config: DocumentsConfig) -> tuple[list[Document], list[Quaran
             continue
         read, rejected = _read(reader, file, config.text_field)
         # Readers name a source by the path of its file, and add the place within it.
-        read = [one.model_copy(update={"source": name + one.source.removeprefix(str(file))}) for one in read]
+        read = [one.model_copy(update={"source": name + one.source.removeprefix(printable(str(file)))}) for one in read]
         documents += [document for document in read if not is_blank(document.text)]
         quarantine += rejected
         quarantine += [not_read("empty", file, d.source, "no text") for d in read if is_blank(d.text)]
@@ -139,12 +139,12 @@ def named_files(path: str) -> dict[str, Path]:
             f"{EMBEDDED_DOCUMENTS}, which come with the project."
         )
     if root.is_dir():
-        return {str(file.relative_to(root)): file for file in visible_files(root)}
+        return {printable(str(file.relative_to(root))): file for file in visible_files(root)}
     if root.suffix.lower() not in _READERS:
         raise RequestError(
             f"documents.path {path} is in no known format: documents are {', '.join(sorted(_READERS))} files."
         )
-    return {root.name: root}
+    return {printable(root.name): root}
 
 
 def hold_out_documents(config: DocumentsConfig, split: SplitConfig) -> SplitConfig:

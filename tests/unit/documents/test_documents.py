@@ -1,6 +1,7 @@
 """Documents of every format, and passages with their positions."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -216,3 +217,16 @@ def test_a_heading_is_the_title_of_its_passages(tmp_path):
     texts = {document.source: document.text for document in documents}
     for passage in passages:
         assert " ".join(texts[passage.document][passage.start : passage.end].split()) == passage.text
+
+
+def test_files_whose_names_are_not_utf8_are_read_and_set_aside_under_printable_names(tmp_path):
+    for name, content in ((b"bad-\xff.txt", "Text"), (b"bad-\xff.csv", "text\nRow\n"), (b"bad-\xff.bin", "")):
+        (tmp_path / os.fsdecode(name)).write_text(content)
+    config = DocumentsConfig(path=str(tmp_path))
+    assert len(documents_hash(config)) == 16
+    documents, quarantine = read_documents(config)
+    assert [(d.source, d.title) for d in documents] == [
+        ("bad-\\udcff.csv:line 2", "bad-\\udcff line 2"),
+        ("bad-\\udcff.txt", "bad-\\udcff"),
+    ]
+    assert [q.source for q in quarantine] == [str(tmp_path / "bad-\\udcff.bin")]
