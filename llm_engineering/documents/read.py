@@ -19,7 +19,7 @@ from llm_engineering.data.reading.sources import visible_files
 from llm_engineering.data.rows import Quarantined, is_blank, with_held_out_documents
 from llm_engineering.documents.document import Document, UnreadableError, make_document, not_read
 from llm_engineering.documents.notebook import read_notebook
-from llm_engineering.documents.records import read_csv, read_json
+from llm_engineering.documents.records import read_rows
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_HANDBOOK, DocumentsConfig, SplitConfig
 
@@ -79,6 +79,9 @@ def _read(reader: Reader, file: Path, field: str | None) -> tuple[list[Document]
     Raises:
         RequestError: the recipe does not say which of several texts to read.
     """
+    if file.is_symlink() and not file.exists():
+        detail = f"it is a link to {file.readlink()}, which does not exist"
+        return [], [not_read("broken_link", file, "whole file", detail)]
     try:
         return reader(file, field)
     except RequestError:
@@ -90,9 +93,6 @@ def _read(reader: Reader, file: Path, field: str | None) -> tuple[list[Document]
         problem = not_read("not_utf8", file, f"byte {error.start}", detail)
     except OSError as error:
         problem = not_read("unreadable", file, "whole file", str(error))
-        if file.is_symlink() and not file.exists():
-            detail = f"it is a link to {file.readlink()}, which does not exist"
-            problem = not_read("broken_link", file, "whole file", detail)
     except Exception as error:
         # The libraries that read these formats raise whatever the bytes of a damaged file lead to.
         logger.debug("%s cannot be read", file, exc_info=True)
@@ -242,6 +242,8 @@ def _epub(file: Path, field: str | None) -> tuple[list[Document], list[Quarantin
     return read_epub(file, field)
 
 
+# A record is a document of its own.
+_WITH_RECORDS = (".csv", ".tsv", ".json", ".jsonl")
 _READERS: dict[str, Reader] = {
     ".txt": _plain,
     ".md": _markdown,
@@ -254,10 +256,5 @@ _READERS: dict[str, Reader] = {
     ".pptx": _pptx,
     ".epub": _epub,
     ".ipynb": read_notebook,
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".json": read_json,
-    ".jsonl": read_json,
+    **dict.fromkeys(_WITH_RECORDS, read_rows),
 }
-# A record is a document of its own.
-_WITH_RECORDS = (".csv", ".tsv", ".json", ".jsonl")

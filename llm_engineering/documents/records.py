@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_engineering.data.reading.files import BrokenRecord, csv_rows, read_records
+from llm_engineering.data.reading.files import BrokenRecord, read_records
 from llm_engineering.data.rows import Quarantined
 from llm_engineering.documents.document import (
     Document,
@@ -25,63 +24,35 @@ _SHOWN_FIELDS = 5
 TITLE_FIELDS = ("title", "name", "url", "link", "id")
 
 
-def read_json(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    """Read a document from each row.
+def read_rows(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    """Read a document from each row, or a CSV file as one table, a part for each line, if it has no column of texts.
 
     Raises:
-        RequestError: the file is empty, or a row has several text fields and `field` names none.
-        UnreadableError: the file is no JSON.
-    """
-    documents: list[Document] = []
-    quarantine: list[Quarantined] = []
-    try:
-        records = list(read_records(file))
-    except RequestError as error:
-        raise UnreadableError("damaged", str(error)) from error
-    for record in records:
-        if isinstance(record, BrokenRecord):
-            quarantine.append(record.quarantined("document"))
-            continue
-        read = _row(file, record.place, record.value, field)
-        if isinstance(read, Document):
-            documents.append(read)
-        else:
-            quarantine.append(read)
-    if not records:
-        raise RequestError(f"{file} is empty: there is no row in it.")
-    return documents, quarantine
-
-
-def read_csv(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    """Read a document from each row, or the whole file as one table if it has no column of texts.
-
-    The lines of such a table are its parts.
-
-    Raises:
-        RequestError: the file has several text columns and `field` names none.
-        UnreadableError: the file is no CSV, or has no column `field`.
+        RequestError: a row has several text fields and `field` names none.
+        UnreadableError: the file is damaged.
     """
     documents: list[Document] = []
     quarantine: list[Quarantined] = []
     builder = TextBuilder()
     try:
-        rows = list(csv_rows(file))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UnreadableError("damaged", f"it is no valid CSV ({error}): correct it, or export it again") from error
-    for place, value, reason, detail in rows:
-        if reason:
-            quarantine.append(BrokenRecord(str(file), place, reason, detail, value).quarantined("document"))
-        elif field or any(name in value for name in TEXT_FIELDS):
-            read = _row(file, place, value, field)
+        records = list(read_records(file))
+    except RequestError as error:
+        raise UnreadableError("damaged", str(error)) from error
+    has_tables = file.suffix.lower() in (".csv", ".tsv") and field is None
+    for record in records:
+        if isinstance(record, BrokenRecord):
+            quarantine.append(record.quarantined("document"))
+        elif has_tables and not any(name in record.value for name in TEXT_FIELDS):
+            builder.start_part(record.place)
+            builder.add(table_text([list(record.value), list(record.value.values())], has_header=True), separator="\n")
+        else:
+            read = _row(file, record.place, record.value, field)
             if isinstance(read, Document):
                 documents.append(read)
             else:
                 quarantine.append(read)
-        else:
-            builder.start_part(place)
-            builder.add(table_text([list(value), list(value.values())], has_header=True), separator="\n")
     table = builder.document(str(file), file.stem)
-    if table.text or not rows:
+    if table.text or not records:
         documents.append(table)
     return documents, quarantine
 

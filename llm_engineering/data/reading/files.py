@@ -263,8 +263,8 @@ def _first_line(path: Path) -> tuple[str, bool]:
     return first, True
 
 
-def csv_rows(path: Path) -> Iterator[Item]:
-    """Yield place, value, reason and detail of every row; reason and detail are empty if the row has no problem.
+def _csv_rows(path: Path) -> Iterator[Item]:
+    """The rows of a CSV file.
 
     The separator is the one that gives the first line the most columns: spreadsheets also write `;` and tabs.
 
@@ -392,7 +392,7 @@ def _one(row: pa.RecordBatch) -> dict[str, Any] | ValueError | OverflowError:
 _TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".json": _json,
     ".jsonl": _jsonl,
-    ".csv": csv_rows,
-    ".tsv": csv_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
 }
 _READERS = {**_TEXT_READERS, ".parquet": parquet_rows, ".arrow": arrow_rows}

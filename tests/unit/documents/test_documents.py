@@ -230,3 +230,12 @@ def test_files_whose_names_are_not_utf8_are_read_and_set_aside_under_printable_n
         ("bad-\\udcff.txt", "bad-\\udcff"),
     ]
     assert [q.source for q in quarantine] == [str(tmp_path / "bad-\\udcff.bin")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
+def test_an_empty_file_is_set_aside_and_the_others_are_read(tmp_path, name):
+    (tmp_path / name).touch()
+    (tmp_path / "b.txt").write_text("Text")
+    documents, quarantine = read_documents(DocumentsConfig(path=str(tmp_path)))
+    assert [d.text for d in documents] == ["Text"]
+    assert [q.reason for q in quarantine] == ["empty"]
