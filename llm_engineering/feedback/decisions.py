@@ -1,4 +1,4 @@
-"""Decisions of reviewers on rows: accept, edit or drop. The last decision on a row counts; all are stored."""
+"""Decisions of reviewers on rows: accept, edit or drop. The last decision on a row counts, see `current`; all are stored."""
 
 from __future__ import annotations
 
@@ -63,8 +63,11 @@ def stored(folder: Path) -> list[Decision]:
 
 
 def current(decisions: Iterable[Decision]) -> dict[str, Decision]:
-    """The decision that counts for each row, by the row's id."""
-    last = {decision.id: decision for decision in decisions}
+    """The decision that counts for each row, by the row's id: the last one, but an edit counts although it was accepted later."""
+    last: dict[str, Decision] = {}
+    for decision in decisions:
+        if decision.action != "accept" or decision.id not in last or last[decision.id].action != "edit":
+            last[decision.id] = decision
     return {number: decision for number, decision in last.items() if decision.action != "undo"}
 
 

@@ -201,7 +201,8 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         )
         store(reviews.folder, decision)
         others = [one for one in made[body.seen :] if one.id == body.id and one.reviewer != body.reviewer]
-        meanwhile = f" {others[-1].reviewer} {DONE[others[-1].action]} it meanwhile; yours counts." if others else ""
+        counts = "the edit" if (body.action, card.done) == ("accept", DONE["edit"]) else "yours"
+        meanwhile = f" {others[-1].reviewer} {DONE[others[-1].action]} it meanwhile; {counts} counts." if others else ""
         return {"said": f"Row {position + 1} is {DONE[body.action]}.{meanwhile}"}
 
     @app.post("/data/{key}/save")

@@ -43,6 +43,17 @@ def test_an_undone_decision_does_not_count():
     assert current([decide(row, "drop"), decide(row, "undo")]) == {}
 
 
+def test_an_accepted_edit_counts_until_the_row_is_decided_on_otherwise():
+    row = instruction()
+    edit, accept, drop = (
+        decide(row, "edit", new=instruction(answer="Better.")),
+        decide(row, "accept", "Bob"),
+        decide(row, "drop"),
+    )
+    assert current([edit, accept]) == {row.id: edit}
+    assert current([edit, accept, drop, accept]) == {row.id: accept}
+
+
 def test_rows_are_edited_dropped_and_otherwise_unchanged():
     kept, accepted, dropped, changed = (instruction(name) for name in ("a?", "b?", "c?", "d?"))
     new = instruction("d?", "Better.")

@@ -205,6 +205,20 @@ def test_two_reviewers_are_told_of_each_other_and_the_last_decision_counts(site)
     assert (last.reviewer, last.action) == ("Bob", "accept")
 
 
+def test_an_edit_stays_when_a_reviewer_accepts_it(site):
+    site.decide(2, "edit", texts={"completion.0.content": "Between."})
+    assert (
+        site.decide(2, "accept", "Bob").json()["said"] == "Row 3 is accepted. Ann edited it meanwhile; the edit counts."
+    )
+    page = site.get("/rows/2")
+    assert "edited by Ann" in page
+    assert "Ann edited it (counts)" in page
+    assert "Bob accepted it</li>" in page
+    assert "has 42 rows: 1 edited, 0 dropped" in site.post("/save").json()["said"]
+    site.decide(2, "undo")
+    assert "Between." not in site.get("/rows/2/card")
+
+
 def test_the_corrected_file_has_the_edits_and_not_the_dropped_rows(site, rows_file, tmp_path):
     before = rows_file.read_bytes()
     site.decide(0, "drop", reason="wrong")
