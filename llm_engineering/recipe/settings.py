@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -78,3 +80,12 @@ def check_folder(folder: Path, variable: str, place: str) -> None:
             f"The folder {folder} cannot be written to ({error.strerror}). "
             f"Set {variable} to a folder that you can write to, in {place}."
         ) from error
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the host of a URL is this machine."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")

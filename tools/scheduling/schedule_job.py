@@ -19,7 +19,7 @@ from pydantic import SecretStr
 
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import problems
-from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, is_loopback, tried, with_policies
+from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, tried, with_policies
 from llm_engineering.cloud.sagemaker.request import INPUTS, machines, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, upload_code
 from llm_engineering.cloud.sagemaker.trust import put_policy, trust_problems
@@ -35,7 +35,7 @@ from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.settings import Settings, is_loopback
 from tools.readiness import CODE_VARIABLE, code_version
 
 logger = logging.getLogger("llm_engineering.schedule")

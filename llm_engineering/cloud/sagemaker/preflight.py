@@ -21,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from llm_engineering.cloud.container import secret_object
 from llm_engineering.cloud.sagemaker.account import Account, botocore_session
 from llm_engineering.cloud.sagemaker.machine_checks import machine_problems, small_quotas
-from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, is_loopback, tried, with_policies
+from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, tried, with_policies
 from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.trust import trust_problems
@@ -29,7 +29,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.recipe import Recipe
-from llm_engineering.recipe.settings import Settings
+from llm_engineering.recipe.settings import Settings, is_loopback
 
 logger = logging.getLogger(__name__)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -86,12 +84,3 @@ def with_policies(found: Iterable[Problem], account: Account, settings: Settings
 
     pattern = re.compile(rf"{POLICIES}/([a-z-]+\.json)")
     return [problem._replace(remedy=pattern.sub(fill, problem.remedy)) for problem in found]
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the host of a URL is this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")

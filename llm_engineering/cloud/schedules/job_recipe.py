@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-from llm_engineering.cloud.sagemaker.problems import is_loopback
 from llm_engineering.cloud.sagemaker.request import INPUTS
 from llm_engineering.data.reading.sources import dataset_files
 from llm_engineering.errors import RequestError
@@ -21,6 +20,7 @@ from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENE
 from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.settings import is_loopback
 from llm_engineering.recipe.stages import Kind
 
 # The channel with the recipe and its files, and the name of the recipe in it.

@@ -23,7 +23,13 @@ from botocore.exceptions import ConnectionError as AWSConnectionError
 from botocore.parsers import ResponseParserError
 
 from llm_engineering.errors import RequestError
-from llm_engineering.generation.clients.retries import EndpointRefusedError, TryAgainError, is_retried, retry_after_s
+from llm_engineering.generation.clients.retries import (
+    EndpointRefusedError,
+    RowRefusedError,
+    TryAgainError,
+    is_retried,
+    retry_after_s,
+)
 from llm_engineering.generation.types import Messages, Reply, Sampling, Send
 from llm_engineering.recipe.generation_blocks import ClientConfig
 
@@ -131,6 +137,8 @@ class Bedrock:
         if is_retried(status) or status == MODEL_ERROR:
             wait = retry_after_s(metadata.get("HTTPHeaders", {}).get("retry-after"), datetime.now(UTC))
             return TryAgainError(f"{code}: {message}", wait)
+        if "Input is too long" in message:
+            return RowRefusedError("too_long", f"the request does not fit into the model's context: {message}")
         remedy = {
             "AccessDeniedException": "Bedrock's console grants access to models; the credentials need bedrock:InvokeModel",
             "ResourceNotFoundException": "Check generation.model and the region",

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, DefaultAsyncHttpxClient
 from pydantic import BaseModel, Field, SecretStr, ValidationError
@@ -23,6 +21,7 @@ from llm_engineering.generation.clients.retries import (
 )
 from llm_engineering.generation.types import Messages, Reply, Sampling, Send
 from llm_engineering.recipe.generation_blocks import ClientConfig
+from llm_engineering.recipe.settings import is_loopback
 
 OPENAI_URL = "https://api.openai.com/v1"
 FINISH = {"length": "length", "content_filter": "refused"}
@@ -63,7 +62,7 @@ class ChatCompletions:
         self.identity = f"{self.model} at {self.url}"
         self.timeout_s = config.timeout_s
         self.concurrency = config.concurrency
-        self.is_loopback = _is_loopback(self.url)
+        self.is_loopback = is_loopback(self.url)
         # OpenAI's newer models accept only `max_completion_tokens`, and most other endpoints only `max_tokens`.
         self.limit = "max_completion_tokens" if config.base_url is None else "max_tokens"
         if key is None and not self.is_loopback:
@@ -132,7 +131,8 @@ class ChatCompletions:
         message = self._without_key(str(body.get("message") or body.get("detail") or error.message))
         if code == "content_filter":
             return RowRefusedError("refused", f"the endpoint's filter refused the request: {message}")
-        if code == "context_length_exceeded":
+        # vLLM's code is the status.
+        if code == "context_length_exceeded" or "maximum context length" in message:
             return RowRefusedError("too_long", f"the request does not fit into the model's context: {message}")
         if is_retried(status) and code != "insufficient_quota":
             wait = retry_after_s(error.response.headers.get("retry-after"), datetime.now(UTC))
@@ -148,11 +148,3 @@ class ChatCompletions:
     def _without_key(self, text: str) -> str:
         text = " ".join(text.split())[:300]
         return text.replace(self._key.get_secret_value(), "***") if self._key else text
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -206,8 +206,12 @@ class Endpoint:
 
         try:
             reply = asyncio.run(send())
-        except (TryAgainError, RowRefusedError) as error:
+        except TryAgainError as error:
             raise RequestError(f"{self.identity} cannot be reached: {error}.") from error
+        except RowRefusedError as error:
+            raise RequestError(
+                f"{self.identity} refuses a short request for {max_new_tokens} tokens: {error}."
+            ) from error
         except EndpointRefusedError as error:
             raise RequestError(str(error)) from error
         outcome = judge(reply, json_field)

@@ -22,7 +22,7 @@ from llm_engineering.generation.types import Answer, Reply, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, GenerationConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
-from tests.fakes.scripted_endpoint import Response, ScriptedEndpoint, completion, error
+from tests.fakes.scripted_endpoint import Response, ScriptedEndpoint, completion, converse, error
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 JSON = Sampling(100, None, json_field="instruction")
@@ -35,7 +35,7 @@ def _short_backoff(monkeypatch):
 
 
 def client(endpoint, settings, **keys):
-    config = {"client": "openai", "model": "m", "base_url": f"{endpoint.url}/v1", "timeout_s": 5} | keys
+    config = {"client": "openai", "model": "m", "timeout_s": 5, "base_url": endpoint and f"{endpoint.url}/v1"} | keys
     return open_client(ClientConfig.model_validate(config), ModelConfig(), ComputeConfig(), settings)
 
 
@@ -165,12 +165,13 @@ def test_refused_and_truncated_answers_fail_only_their_row(settings):
         completion("", "content_filter"),
         error(400, "filtered", "content_filter"),
         error(400, "too long", "context_length_exceeded"),
+        error(400, "This model's maximum context length is 8 tokens. However, you requested 9 tokens", "400"),
         completion(GOOD),
     ]
     with ScriptedEndpoint(lambda asked: replies[int(asked.turns[0][-1])]) as endpoint:
-        outcomes = ask(endpoint, settings, 6)
+        outcomes = ask(endpoint, settings, 7)
     reasons = [getattr(outcome, "reason", "kept") for outcome in outcomes]
-    assert reasons == ["truncated_answer", "refused", "refused", "refused", "too_long", "kept"]
+    assert reasons == ["truncated_answer", "refused", "refused", "refused", "too_long", "too_long", "kept"]
     assert outcomes[0].text == "half an ans"
 
 
@@ -301,6 +302,9 @@ def test_failed_access_is_explained(settings):
         endpoint.script = lambda asked: error(404, "no such model")
         with pytest.raises(RequestError, match="Check generation.model"):
             check(endpoint, settings)
+        endpoint.script = lambda asked: error(400, "This model's maximum context length is 8 tokens")
+        with pytest.raises(RequestError, match="refuses a short request for 100 tokens"):
+            check(endpoint, settings)
         endpoint.script = lambda asked: Response(delay_s=1.2, dropped=True)
         with pytest.raises(RequestError, match="no answer within 1 s"):
             check(endpoint, settings)
@@ -332,6 +336,20 @@ def test_bedrock_needs_credentials_and_a_region(settings, monkeypatch, tmp_path)
         endpoint.script = lambda asked: error(400, "no such model", "ValidationException")
         with pytest.raises(RequestError, match="Check generation.model"):
             check_access(config, settings, 100, "instruction")
+
+
+def test_bedrock_refuses_only_the_row_that_is_too_long(settings, monkeypatch):
+    for name, value in {"REGION": "eu-central-1", "ACCESS_KEY_ID": "id", "SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(f"AWS_DEFAULT_{name}" if name == "REGION" else f"AWS_{name}", value)
+    refused = error(400, "Input is too long for requested model.", "ValidationException")
+    with ScriptedEndpoint(lambda asked: refused if "0" in asked.turns[0] else converse(GOOD)) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_BEDROCK_RUNTIME", endpoint.url)
+        failed, kept = ask(endpoint, settings, 2, client="bedrock", base_url=None)
+    assert (failed.reason, kept) == ("too_long", Answer("Why?"))
+
+
+def test_an_endpoint_on_this_machine_needs_no_key(settings):
+    assert client(None, settings, base_url="http://vllm.localhost:8000/v1").transport.is_loopback
 
 
 def test_keys_are_sent_but_never_stored_or_logged(settings, caplog):
