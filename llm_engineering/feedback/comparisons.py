@@ -218,10 +218,11 @@ def drawn(questions: Sequence[Question], count: int, seed: int) -> list[Question
     return random.Random(seed).sample(different, min(count, len(different)))
 
 
-def sessions(folder: Path) -> list[Comparison]:
-    """All sessions in the folder of a recipe's reviews, the oldest first."""
+def sessions(folder: Path, only: str = "") -> list[Comparison]:
+    """All sessions in the folder of a recipe's reviews, the oldest first. `only` is the id of a session to read alone."""
+    files = [path for path in sorted((folder / FOLDER).glob("*.jsonl")) if only in ("", path.stem)]
     # A process that was killed while it began a session leaves a file without a whole record.
-    return [Comparison(path) for path in sorted((folder / FOLDER).glob("*.jsonl")) if journal.read(path)]
+    return [Comparison(path) for path in files if b"\n" in path.read_bytes()]
 
 
 def said(folder: Path, kind: str, rejected_cut: RejectedCut) -> Said:

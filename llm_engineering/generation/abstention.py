@@ -82,7 +82,7 @@ def unanswerable(
         if len(made) >= _RENAMED_SHARE * number:
             break
         question, name = drawn.choice(questions), drawn.choices(names, weights)[0]
-        replaced = [other for other in NAME.findall(question) if other in counts]
+        replaced = NAME.findall(question)
         if len(replaced) == 1 and replaced[0] != name:
             add(question.replace(replaced[0], name), name)
     templates = read_prompt("unanswerable").splitlines()

@@ -86,10 +86,10 @@ def add_comparison_pages(app: FastAPI, context: Context, answering: Answering) -
     folder = context.reviews.folder
 
     def opened(session: str) -> Comparison:
-        found = next((one for one in comparisons.sessions(folder) if one.id == session), None)
-        if found is None:
+        found = comparisons.sessions(folder, only=session)
+        if not found:
             raise RequestError("There is no such comparison. Choose one of the list, or start a new one.")
-        return found
+        return found[0]
 
     @app.get("/compare")
     def start_page() -> Response:

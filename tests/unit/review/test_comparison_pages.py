@@ -3,7 +3,7 @@
 import pytest
 from fastapi.testclient import TestClient
 
-from llm_engineering.feedback import comparisons
+from llm_engineering.feedback import comparisons, journal
 from llm_engineering.review.app import build_app
 from llm_engineering.review.site import Context
 from tests.fakes.answering import answering
@@ -40,6 +40,14 @@ class Pages:
     def start(self, **changed):
         form = {"first": "base", "second": "3:sft", "asked": "held-out", "count": 4, "seed": 3, **changed}
         return self.post("/start", **form)
+
+
+def test_a_poll_reads_only_the_file_of_its_comparison(pages, monkeypatch):
+    key, _ = (pages.start(seed=seed).json()["session"] for seed in (3, 4))
+    read = []
+    monkeypatch.setattr(journal, "read", lambda path, whole=journal.read: read.append(path.stem) or whole(path))
+    assert pages.get(f"/{key}/next?reviewer=Ada").status_code == 200
+    assert read == [key]
 
 
 def test_a_reviewer_judges_every_question_and_sees_no_name_before_the_end(pages, tmp_path):
