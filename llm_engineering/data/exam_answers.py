@@ -22,6 +22,7 @@ _MONTHS = words("january february march april may june july august september oct
 _TEENS = words("ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen")
 _NUMBERS = {word: n for n, word in enumerate([*words("zero one two three four five six seven eight nine"), *_TEENS])}
 _TENS = {word: 10 * n for n, word in enumerate(words("twenty thirty forty fifty sixty seventy eighty ninety"), 2)}
+NUMBER_WORDS = _NUMBERS | _TENS
 _SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000}
 _ORDINALS = words("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth")
 _UNITS = {
@@ -172,7 +173,7 @@ def _split(text: str) -> Iterator[str]:
             after_number = not suffix
         elif word:
             yield _UNITS.get(word, word) if after_number or len(word) > 3 else word.replace("'", "")
-            after_number = word in _NUMBERS or word in _TENS or word in _SCALES or word == "half"
+            after_number = word in NUMBER_WORDS or word in _SCALES or word == "half"
         elif mark in _UNITS:
             yield _UNITS[mark]
         elif mark in _LIST_MARKS:
@@ -228,7 +229,7 @@ def _value(number: Sequence[str], is_year: bool) -> float:
             current += 0.5
         else:
             # The first two digits of a year are read as one number.
-            current = current * (100 if is_year and place == 1 else 1) + (_NUMBERS | _TENS).get(word, 0)
+            current = current * (100 if is_year and place == 1 else 1) + NUMBER_WORDS.get(word, 0)
     return total + current
 
 

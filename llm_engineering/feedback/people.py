@@ -35,7 +35,7 @@ def _decided(folder: Path, kind: str) -> Said:
 SOURCES = {
     REVIEW: Source("review", "run `make review`"),
     FEEDBACK: Source(
-        served.FOLDER,
+        "served",
         'log requests with `make serve ARGS="--set serving.log_requests=true"` and send feedback on the answers',
     ),
 }

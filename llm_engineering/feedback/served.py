@@ -26,18 +26,11 @@ from llm_engineering.data.rows import (
 from llm_engineering.feedback import journal
 from llm_engineering.feedback.human_rows import HumanRow, Said
 
-# In the output folder.
-FOLDER = "served"
 FEEDBACK_FILE = "feedback.jsonl"
 ANONYMOUS = "anonymous"
 _DAYS = "[0-9]*-[0-9]*-[0-9]*.jsonl"
 # Why an answer ended before its end: it reached its limit of tokens, as OpenAI names it, or its client left.
 _INCOMPLETE = ("length", None)
-
-
-def served_folder(outputs: Path, recipe_name: str) -> Path:
-    """The folder of what a recipe's server writes, in the output folder."""
-    return outputs / FOLDER / recipe_name
 
 
 @dataclass(frozen=True)

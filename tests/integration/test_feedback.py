@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import openai
 import pytest
 
-from llm_engineering.feedback.served import read_answers, served_folder
+from llm_engineering.feedback.served import read_answers
 from tests.integration.conftest import Project, make_project
 from tools.servers.serve import free_port
 
@@ -97,7 +97,7 @@ def served(tiny_model, unused, tmp_path_factory) -> Served:
 
 
 def test_every_answer_is_on_the_disk_after_a_kill_and_no_private_text(served):
-    folder = served_folder(served.project.folder / "outputs", "tiny")
+    folder = served.project.folder / "outputs" / "served" / "tiny"
     logged = {record["id"]: record["answer"]["content"] for record in read_answers(folder)}
     assert logged == served.answers
     files = list(folder.iterdir())

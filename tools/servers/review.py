@@ -76,19 +76,19 @@ def reviews_of(recipe: Recipe, file: str, settings: Settings) -> Reviews:
     Raises:
         RequestError: the file is missing, empty or in no known format.
     """
-    from llm_engineering.feedback.served import served_folder
+    from llm_engineering.feedback.people import folder_of
+    from llm_engineering.recipe.data_blocks import FEEDBACK, REVIEW
     from llm_engineering.review.browse import DatasetVersion
     from llm_engineering.review.opened_data import Rendering, opened_file
     from llm_engineering.review.site import Reviews
 
-    outputs = settings.llm_output_dir.resolve()
-    folder = outputs / "review" / recipe.name
+    folder = folder_of(REVIEW, recipe.name, settings).resolve()
     rendering = Rendering(functools.cache(lambda: _tokenizer(recipe, settings)), recipe.formatting)
     shown = functools.partial(
         Reviews,
         recipe=recipe.name,
         folder=folder,
-        served=served_folder(outputs, recipe.name),
+        served=folder_of(FEEDBACK, recipe.name, settings).resolve(),
         read_covered=lambda: covered_by(recipe),
     )
     if not file:

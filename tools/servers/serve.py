@@ -134,13 +134,15 @@ def serve(
 
 def served_log(found: Found, recipe: Recipe, settings: Settings) -> ServedLog:
     """The log of what a version is asked, and answers."""
-    from llm_engineering.feedback.served import ServedLog, served_folder
+    from llm_engineering.feedback.people import folder_of
+    from llm_engineering.feedback.served import ServedLog
+    from llm_engineering.recipe.data_blocks import FEEDBACK
     from tools.model_versions.versions import ADAPTER
 
     adapter = found.version.get_artifact(found.name + ADAPTER)
     # `find_model` has found its files.
     assert adapter is not None
-    folder = served_folder(settings.llm_output_dir.resolve(), recipe.name)
+    folder = folder_of(FEEDBACK, recipe.name, settings).resolve()
     logger.info("Requests and answers are written to %s, with personal data and secrets masked.", folder)
     return ServedLog(folder, found.version.number, str(adapter.content_hash))
 

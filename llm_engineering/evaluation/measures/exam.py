@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llm_engineering.data.exam_answers import abstains, answers_right
 from llm_engineering.data.rows import Message, normalised, words
+from llm_engineering.data.similarity import Clusters
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.read import HANDBOOK
 from llm_engineering.errors import RequestError
@@ -136,18 +137,11 @@ def cluster_numbers(shared: Sequence[Sequence[Any]]) -> list[int]:
         shared: the keys of each item.
     """
     first: dict[Any, int] = {}
-    parents = list(range(len(shared)))
-
-    def root(item: int) -> int:
-        while parents[item] != item:
-            item = parents[item]
-        return item
-
+    clusters = Clusters(len(shared))
     for item, keys in enumerate(shared):
         for key in keys:
-            one, other = sorted((root(item), root(first.setdefault(key, item))))
-            parents[other] = one
-    return [root(item) for item in range(len(shared))]
+            clusters.join(item, first.setdefault(key, item))
+    return [clusters.find(item) for item in range(len(shared))]
 
 
 def with_written(config: ExamConfig, folder: Path | None) -> ExamConfig:

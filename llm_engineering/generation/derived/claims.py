@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Set
 
+from llm_engineering.data.exam_answers import NUMBER_WORDS
 from llm_engineering.documents.sentences import FUNCTION_WORDS
 from llm_engineering.generation.answers import WORD
 
@@ -15,37 +16,7 @@ _START = re.compile(r"[.!?:;\n][\"'”’)*]*\s*[-*#>\"'“‘(]*\s*$")
 _MARKS = " \n-*#>\"'“‘("
 # More characters than stand between two sentences.
 _BETWEEN = 8
-_NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        [
-            "zero",
-            "one",
-            "two",
-            "three",
-            "four",
-            "five",
-            "six",
-            "seven",
-            "eight",
-            "nine",
-            "ten",
-            "eleven",
-            "twelve",
-            "thirteen",
-            "fourteen",
-            "fifteen",
-            "sixteen",
-            "seventeen",
-            "eighteen",
-            "nineteen",
-            "twenty",
-        ]
-    )
-} | {
-    word: str(10 * number)
-    for number, word in enumerate(["thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 3)
-}
+_NUMBERS = {word: str(number) for word, number in NUMBER_WORDS.items()}
 # Function words, and words that begin the questions of an FAQ.
 _NO_NAMES = FUNCTION_WORDS | frozenset(["faq", "question", "questions", "answer", "answers", "summary"])
 

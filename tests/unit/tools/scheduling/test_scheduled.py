@@ -10,7 +10,7 @@ from llm_engineering.cloud.schedules.notify import notify
 from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place
 from llm_engineering.feedback.human_rows import take_snapshot
 from llm_engineering.feedback.people import said_about, snapshots
-from llm_engineering.feedback.served import ServedLog, served_folder
+from llm_engineering.feedback.served import ServedLog
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.settings import Settings
 from pipelines.inputs import Inputs
@@ -100,7 +100,7 @@ def test_run_is_skipped_if_nothing_has_changed_since_the_last_one(tmp_path, monk
 def test_new_feedback_is_new_data_and_a_request_without_feedback_is_not(tmp_path, monkeypatch, webhook, settings):
     place = tmp_path / "weekly"
     recipe = load_recipe(ROOT / "configs" / "kto_thumbs.yaml", ["data.labelled=feedback"])
-    log = ServedLog(served_folder(settings.llm_output_dir, recipe.name), 1, "abc")
+    log = ServedLog(settings.llm_output_dir / "served" / recipe.name, 1, "abc")
 
     def run_after_a_request(name, has_feedback):
         log.write_answer(name, [{"role": "user", "content": f"Who is {name}?"}], {"content": "Kell."}, "stop", None)
