@@ -102,7 +102,7 @@ class ServedLog:
         journal.append(self.folder / name, record)
 
 
-class Judged(NamedTuple):
+class RatedAnswer(NamedTuple):
     """The last feedback of a person on an answer, and this answer's record; None if its log was deleted."""
 
     feedback: Mapping[str, Any]
@@ -118,7 +118,7 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
     return [record for path in sorted(folder.glob(_DAYS)) for record in journal.read(path)]
 
 
-def read_feedback(folder: Path) -> list[Judged]:
+def read_feedback(folder: Path) -> list[RatedAnswer]:
     """The last feedback of each person on each answer, in the order of the answers' first feedback.
 
     Raises:
@@ -126,7 +126,7 @@ def read_feedback(folder: Path) -> list[Judged]:
     """
     last = {(record["id"], record["user"]): record for record in journal.read(folder / FEEDBACK_FILE)}
     answers = {record["id"]: record for record in read_answers(folder)} if last else {}
-    return [Judged(record, answers.get(record["id"])) for record in last.values()]
+    return [RatedAnswer(record, answers.get(record["id"])) for record in last.values()]
 
 
 def said(folder: Path, kind: str) -> Said:
@@ -184,7 +184,7 @@ def _rows(
         yield InstructionRow(**shared, completion=better)
 
 
-class Asked(NamedTuple):
+class AskedQuestions(NamedTuple):
     """What people ask.
 
     Attributes:
@@ -196,7 +196,7 @@ class Asked(NamedTuple):
     follow_ups: int
 
 
-def asked_questions(folder: Path) -> Asked:
+def asked_questions(folder: Path) -> AskedQuestions:
     """The questions of all requests, without case and punctuation as the difference, in the order of their first request.
 
     Raises:
@@ -212,4 +212,4 @@ def asked_questions(folder: Path) -> Asked:
             continue
         text = first.setdefault(normalised(turns[0]) or turns[0], turns[0])
         counts[text] = counts.get(text, 0) + 1
-    return Asked(counts, follow_ups)
+    return AskedQuestions(counts, follow_ups)

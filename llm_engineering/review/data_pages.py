@@ -28,7 +28,7 @@ from llm_engineering.review.row_views import (
     token_views,
     with_texts,
 )
-from llm_engineering.review.site import Context, Reviewer
+from llm_engineering.review.site import Context, Reviewer, paged
 
 ROWS_ON_PAGE = 25
 RECORDS_ON_PAGE = 50
@@ -234,7 +234,7 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         chosen = table.where(column, equals=[reason]) if reason else table.all
         if search.strip():
             chosen = np.intersect1d(chosen, table.holding(search.strip()))
-        number, pages = _paged(len(chosen), RECORDS_ON_PAGE, page_number)
+        number, pages = paged(len(chosen), RECORDS_ON_PAGE, page_number)
         shown = table.records(chosen[(number - 1) * RECORDS_ON_PAGE :][:RECORDS_ON_PAGE])
         joined = "place" if tab == "quarantine" else "id"
         return page(
@@ -259,7 +259,7 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         opened = reviews.open_dataset(key)
         numbers = opened.clusters.numbers("cluster")
         total = len(np.unique(numbers))
-        number, pages = _paged(total, CLUSTERS_ON_PAGE, page_number)
+        number, pages = paged(total, CLUSTERS_ON_PAGE, page_number)
         first = (number - 1) * CLUSTERS_ON_PAGE
         places = np.arange(*np.searchsorted(numbers, [first, first + CLUSTERS_ON_PAGE]))
         records = opened.clusters.records(places)
@@ -301,12 +301,6 @@ def _valid(opened: Opened, position: int) -> int:
     if not 0 <= position < opened.rows.rows:
         raise RequestError(f"The dataset has no row {position + 1}. It has {counted(opened.rows.rows, 'row')}.")
     return position
-
-
-def _paged(found: int, size: int, number: int) -> tuple[int, int]:
-    """The number of the page to show, and the number of pages."""
-    pages = max(1, -(-found // size))
-    return min(max(1, number), pages), pages
 
 
 def _query(wanted: Filter) -> str:

@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import quote
 
 from fastapi.responses import HTMLResponse
@@ -15,8 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import AfterValidator
 
+from llm_engineering.documents.passages import Passage
 from llm_engineering.review.browse import DatasetVersion
-from llm_engineering.review.drift import Covered
 from llm_engineering.review.opened_data import Opened
 
 # The pages of the navigation: path and name.
@@ -55,6 +55,13 @@ def _name(value: str) -> str:
 
 # The name of a reviewer, in the body of a write.
 Reviewer = Annotated[str, AfterValidator(_name)]
+
+
+class Covered(NamedTuple):
+    """What the documents cover: all their passages, and questions that were written from them and held out."""
+
+    passages: Sequence[Passage]
+    heldout: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,12 @@ class Context:
             "navigation": PAGES,
         }
         return HTMLResponse(_TEMPLATES.get_template(template).render(**shared, **values), status)
+
+
+def paged(found: int, size: int, number: int) -> tuple[int, int]:
+    """The number of the page to show of a list, and the number of its pages."""
+    pages = max(1, -(-found // size))
+    return min(max(1, number), pages), pages
 
 
 _TEMPLATES = Environment(

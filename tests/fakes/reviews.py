@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_engineering.errors import RequestError
-from llm_engineering.review.drift import Covered
-from llm_engineering.review.site import Reviews
+from llm_engineering.review.site import Covered, Reviews
 
 
 def reviews(folder: Path, **parts: Any) -> Reviews:

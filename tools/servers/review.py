@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from llm_engineering.documents.document import Document
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.review.browse import DatasetVersion
-    from llm_engineering.review.drift import Covered
     from llm_engineering.review.opened_data import Opened, Rendering
-    from llm_engineering.review.site import Reviews
+    from llm_engineering.review.site import Covered, Reviews
 
 
 def review(
@@ -163,7 +162,7 @@ def covered_by(recipe: Recipe) -> Covered:
     """
     from llm_engineering.documents.passages import chunks
     from llm_engineering.documents.read import read_documents
-    from llm_engineering.review.drift import Covered
+    from llm_engineering.review.site import Covered
 
     if not recipe.reads_documents:
         raise RequestError(

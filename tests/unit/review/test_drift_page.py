@@ -9,10 +9,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from llm_engineering.documents.passages import Passage
-from llm_engineering.feedback.served import Asked, ServedLog
+from llm_engineering.feedback.served import AskedQuestions, ServedLog
 from llm_engineering.review.app import build_app
-from llm_engineering.review.drift import Covered, find_drift
-from llm_engineering.review.site import Context
+from llm_engineering.review.drift_page import find_drift
+from llm_engineering.review.site import Context, Covered
 from tests.fakes.answering import no_models
 from tests.fakes.reviews import reviews
 
@@ -46,19 +46,18 @@ def pages(tmp_path, log):
 
 
 def test_questions_below_nearly_all_held_out_ones_are_not_covered():
-    asked = Asked({"Where does the pump stand?": 9, "Who won the cup?": 2, "Rain tomorrow": 2, "Abba?": 3}, 0)
+    asked = AskedQuestions({"Where does the pump stand?": 9, "Who won the cup?": 2, "Rain tomorrow": 2, "Abba?": 3}, 0)
     found = find_drift(asked, COVERED)
-    assert [(one.question, one.asked) for one in found.uncovered] == [
+    assert [(question, times) for question, times, _ in found.uncovered] == [
         ("Abba?", 3),
         ("Rain tomorrow", 2),
         ("Who won the cup?", 2),
     ]
-    assert (found.asked, found.requests) == (4, 16)
-    assert found.uncovered[0].score == 0 < found.uncovered[2].score < found.limit
+    assert found.uncovered[0][2] == 0 < found.uncovered[2][2] < found.limit
 
 
 def test_a_question_like_the_held_out_ones_is_covered():
-    found = find_drift(Asked({"Which colour has the handle of the lamp?": 1}, 0), COVERED)
+    found = find_drift(AskedQuestions({"Which colour has the handle of the lamp?": 1}, 0), COVERED)
     assert found.uncovered == []
 
 
@@ -70,7 +69,7 @@ def test_the_page_lists_the_questions_and_follows_the_log(pages, log):
     for number, question in enumerate(("Who won the cup?", "who won the cup", "Where does the pump stand?")):
         ask(log, number, question)
     page = pages().text
-    assert "do not cover 1 of 2 different questions" in page
+    assert "do not cover 1 of 2 different questions, which were\nasked 3 times" in page
     assert "Who won the cup?" in page
     ask(log, 9, "<script>alert(1)</script>\u202e")
     page = pages().text
@@ -84,8 +83,6 @@ def test_the_list_can_be_downloaded(pages, log):
     answer = pages("/questions.txt")
     assert answer.text == "Abba?\nWho won the cup?\n"
     assert answer.headers["content-disposition"] == 'attachment; filename="questions.txt"'
-    rows = [json.loads(line) for line in pages("/questions.jsonl").text.splitlines()]
-    assert [(row["question"], row["asked"]) for row in rows] == [("Abba?", 1), ("Who won\nthe cup?", 1)]
 
 
 def test_ten_thousand_questions_are_shown_in_pages(pages, log):
@@ -93,7 +90,7 @@ def test_ten_thousand_questions_are_shown_in_pages(pages, log):
     turns = ({"role": "user", "content": f"Question {number} about cup {number}?"} for number in range(10_000))
     lines = [json.dumps({"id": "n", "messages": [turn]}) for turn in turns]
     (log.folder / "2026-01-01.jsonl").write_text("\n".join(lines) + "\n")
-    first, last = pages().text, pages("?page=100").text
+    first, last = pages().text, pages("?page_number=100").text
     assert "10000 of 10000" in first
     assert len(re.findall("<tr><td>", first)) == len(re.findall("<tr><td>", last)) == 100
     assert 'rel="next"' in first
