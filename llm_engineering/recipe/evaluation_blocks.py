@@ -67,7 +67,10 @@ TASK_MEASURE = "lm_eval_"
 # The weighted sum of the rewards of a stage, and the prefix of each single one. A run without such a stage has none.
 REWARD = "reward"
 REWARD_PREFIX = "reward_"
-# Measures over preference pairs, and over documents. A run without a stage that trains on them has none.
+# Measures over held-out questions, preference pairs, and documents. A run without a stage that trains on them has none.
+QUESTION_MEASURES = (
+    "heldout_loss", "perplexity", "question_gain", "rouge_l", "stopped", "repetition", "length_ratio", "empty",
+)  # fmt: skip
 PAIR_MEASURES = ("preference_accuracy", "preference_margin")
 DOCUMENT_MEASURES = ("document_loss",)
 # The only measure of a run that ends with a reward model: the share of pairs that it orders rightly. Chance is 0.5.
@@ -139,20 +142,6 @@ class EvaluationConfig(Block):
                 "because only generated answers can be shown"
             )
         return self
-
-    def computes(self, measure: str) -> bool:
-        """Whether this evaluation computes a measure. A stage's block says which single rewards there are."""
-        if is_reward(measure):
-            return True
-        if measure.startswith(TASK_MEASURE):
-            return self.lm_eval is not None and measure.removeprefix(TASK_MEASURE) in self.lm_eval.tasks
-        optional = {
-            "checks": self.checks,
-            "canaries": self.canaries,
-            "judge_win_rate": self.judge,
-            "reward_model_win_rate": self.reward_model,
-        }
-        return optional[measure] is not None if measure in optional else measure in MEASURES
 
 
 class ExamConfig(Block):

@@ -12,15 +12,10 @@ from pydantic import model_validator
 
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, PEOPLE, DocumentsConfig, rows_of
 from llm_engineering.recipe.evaluation_blocks import (
-    DOCUMENT_MEASURES,
     EXAM_MEASURES,
     GENERATED_EXAM,
-    PAIR_MEASURES,
     REWARD,
     REWARD_MEASURE,
-    REWARD_PREFIX,
-    RulePath,
-    is_reward,
 )
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, MIN_JSON_TOKENS
 from llm_engineering.recipe.model_blocks import LoraConfig
@@ -175,70 +170,26 @@ class Recipe(RecipeKeys):
         for rule in self.promotion.all_rules():
             if rule.run not in self.chain:
                 continue
-            if not self.evaluation.computes(rule.measure):
+            measured = self.measures(rule.run)
+            if rule.measure not in measured:
                 raise ValueError(
-                    f"promotion.{rule.path} names {rule.measure}, which the evaluation of this recipe does not compute: "
-                    "add it to the block evaluation, or remove the rule"
+                    f"promotion.{rule.path} names {rule.measure}, which a run that ends with {rule.run} does not measure. It "
+                    f"measures: {', '.join(measured)}. Remove the rule, move it to a stage that measures {rule.measure}, or set "
+                    f"what {rule.measure} needs in exam or evaluation"
                 )
-            if (rule.measure == REWARD_MEASURE) == STAGES[rule.run].policy:
-                has = (
-                    f"is the measure of reward models, and {rule.run} makes none"
-                    if STAGES[rule.run].policy
-                    else f"needs a model that writes, and {rule.run} makes a reward model: its measure is {REWARD_MEASURE}"
-                )
-                raise ValueError(f"promotion.{rule.path} names {rule.measure}, which {has}. Remove the rule")
-            kinds = self.kinds(rule.run)
-            needed = next((kind for kind, names in _MEASURED_ON.items() if rule.measure in names), "instruction")
-            needed = "prompt" if is_reward(rule.measure) else needed
-            if rule.measure in EXAM_MEASURES.values():
-                self._check_exam_rule(rule)
-            elif needed not in kinds:
-                fitting = next((stage for stage in self.chain if needed in self.kinds(stage)), None)
-                raise ValueError(
-                    f"promotion.{rule.path}: a run that ends with {rule.run} has no held-out {_HELD_OUT[needed]} to "
-                    f"measure {rule.measure} on: {f'move the rule to promotion.{fitting}' if fitting else 'remove the rule'}"
-                )
-            if is_reward(rule.measure):
-                self._check_reward_rule(rule)
             before = [stage for stage in self.chain_to(rule.run)[:-1] if STAGES[stage].policy]
             if rule.than in STAGES and rule.than not in before:
                 raise ValueError(
                     f"promotion.{rule.path}: a run that ends with {rule.run} has no {rule.than} model before it to compare "
                     f"with: remove the key {rule.than}"
                 )
+            reads = rule.than in STAGES and STAGES[rule.than].rows == "text"
+            if reads and rule.measure in EXAM_MEASURES.values():
+                raise ValueError(
+                    f"promotion.{rule.path} names {rule.measure}, and the model of {rule.than} takes no exam in a run that ends "
+                    f"with {rule.run}: compare with base, or remove the rule"
+                )
         return self
-
-    def _check_reward_rule(self, rule: RulePath) -> None:
-        block = self.rewarded(rule.run)
-        assert block is not None
-        names = [REWARD_PREFIX + name for name in block.reward_names]
-        if rule.measure not in names:
-            raise ValueError(
-                f"promotion.{rule.path} names {rule.measure}, and the rewards of a run that ends with {rule.run} are "
-                f"{', '.join(names)}: name one of them, or {REWARD}, their weighted sum"
-            )
-
-    def _check_exam_rule(self, rule: RulePath) -> None:
-        if rule.measure == EXAM_MEASURES["multi_hop"] and self.exam is not None and self.exam.is_generated:
-            raise ValueError(
-                f"promotion.{rule.path} names {rule.measure}, and a generated exam has no questions that need two facts: "
-                "remove the rule, or set exam.path to a file of your own questions"
-            )
-        if self.exam is None:
-            raise ValueError(
-                f"promotion.{rule.path} names {rule.measure}, and the recipe has no exam: add the block exam, e.g. "
-                "exam: {path: my_exam.jsonl}, or remove the rule"
-            )
-        if rule.than in STAGES and STAGES[rule.than].rows == "text":
-            raise ValueError(
-                f"promotion.{rule.path} names {rule.measure}, and the model of {rule.than} takes no exam in a run that ends "
-                f"with {rule.run}: compare with base, or remove the rule"
-            )
-        if rule.measure == EXAM_MEASURES["control"] and self.exam.control is None:
-            raise ValueError(
-                f"promotion.{rule.path} names {rule.measure}, and exam.control is null: name a file of general questions, "
-                "or remove the rule"
-            )
 
     @model_validator(mode="after")
     def _exam(self) -> Self:
@@ -385,11 +336,3 @@ class Recipe(RecipeKeys):
                 f"tracking.workspace has no effect with tracking.comet {self.tracking.comet}: remove it, or set auto"
             )
         return self
-
-
-_MEASURED_ON: dict[Kind, tuple[str, ...]] = {
-    "text": DOCUMENT_MEASURES,
-    "preference": (*PAIR_MEASURES, REWARD_MEASURE),
-    "prompt": (REWARD,),
-}
-_HELD_OUT = {"text": "documents", "instruction": "questions", "preference": "pairs", "prompt": "prompts"}

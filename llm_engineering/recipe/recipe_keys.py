@@ -18,7 +18,20 @@ from llm_engineering.recipe.data_blocks import (
     ModelHubConfig,
     ServingConfig,
 )
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig, PromotionConfig
+from llm_engineering.recipe.evaluation_blocks import (
+    DOCUMENT_MEASURES,
+    EXAM_MEASURES,
+    HUMAN_MEASURE,
+    PAIR_MEASURES,
+    QUESTION_MEASURES,
+    REWARD,
+    REWARD_MEASURE,
+    REWARD_PREFIX,
+    TASK_MEASURE,
+    EvaluationConfig,
+    ExamConfig,
+    PromotionConfig,
+)
 from llm_engineering.recipe.generation_blocks import FROM_QUESTIONS, ClientConfig, GenerationConfig, TextWriting
 from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig
 from llm_engineering.recipe.reward_blocks import RewardedConfig
@@ -150,6 +163,31 @@ class RecipeKeys(_StageBlocks):  # type: ignore[misc]
         needed |= {"instruction"} if "prompt" in trained and self.data.file("prompt") is None else set()
         kinds: tuple[Kind, ...] = ("text", "instruction", "preference", "labelled", "prompt")
         return [kind for kind in kinds if kind in needed]
+
+    def measures(self, stage: str) -> list[str]:
+        """The measures of a run that ends with a stage of the chain, as far as the recipe shows them.
+
+        A run may lack some: nobody has compared its models, a split has no rows, or the exam has no question of a kind.
+        """
+        if not STAGES[stage].policy:
+            return [REWARD_MEASURE]
+        kinds, evaluation, exam, rewarded = self.kinds(stage), self.evaluation, self.exam, self.rewarded(stage)
+        asks = "instruction" in kinds
+        found = [HUMAN_MEASURE]
+        if exam is not None:
+            unasked = {"multi_hop"} if exam.is_generated else set()
+            unasked |= {"control"} if exam.control is None else set()
+            found += [name for kind, name in EXAM_MEASURES.items() if kind not in unasked]
+        found += QUESTION_MEASURES if asks else ()
+        found += DOCUMENT_MEASURES if "text" in kinds else ()
+        found += PAIR_MEASURES if "preference" in kinds else ()
+        if rewarded is not None:
+            found += [REWARD, *(REWARD_PREFIX + name for name in rewarded.reward_names)]
+        found += [name for name in ("checks", "canaries") if getattr(evaluation, name) is not None]
+        found += ["judge_win_rate"] if asks and evaluation.judge is not None else []
+        found += ["reward_model_win_rate"] if asks and evaluation.reward_model is not None else []
+        found += [TASK_MEASURE + task for task in evaluation.lm_eval.tasks] if evaluation.lm_eval is not None else []
+        return found
 
     @property
     def method(self) -> Method:
