@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from packaging.requirements import Requirement
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import ComputeConfig
@@ -222,9 +221,6 @@ def _unsloth_problem(
         return "it is not installed (pip install 'llm-engineering[gpu]')"
     if compute.num_processes > 1:
         return "it trains in one process"
-    conflict = _conflict("unsloth")
-    if conflict:
-        return f"the installed version needs {conflict}"
     if adapter_keys:
         return f"it has no sft.lora.{adapter_keys[0]}"
     if new_tokens:
@@ -240,22 +236,6 @@ def _unsloth_problem(
 
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
-
-
-def _conflict(package: str) -> str:
-    """The first unmet requirement of an installed package, e.g. `trl<=1.15 (installed is 1.16)`; empty if all are met."""
-    for text in importlib.metadata.requires(package) or ():
-        needed = Requirement(text)
-        # The marker is false for requirements of extras and of other systems.
-        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = importlib.metadata.version(needed.name)
-        except importlib.metadata.PackageNotFoundError:
-            return f"{needed.name}, which is not installed"
-        if not needed.specifier.contains(version, prereleases=True):
-            return f"{needed.name}{needed.specifier} (installed is {version})"
-    return ""
 
 
 def choose_optimiser(optim: str, device: Device, distributed: str = "ddp") -> tuple[str, str]:

@@ -35,7 +35,6 @@ def installed(monkeypatch):
     """A machine with a GPU, with unsloth and its requirements."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "_is_installed", lambda package: True)
-    monkeypatch.setattr(devices, "_conflict", lambda package: "")
 
 
 def test_auto_chooses_unsloth_if_it_is_installed(installed):
@@ -83,24 +82,6 @@ def test_unsloth_is_refused_without_a_gpu_or_the_package(monkeypatch):
     monkeypatch.setattr(devices, "_is_installed", lambda package: False)
     with pytest.raises(RequestError, match=r"not installed \(pip install 'llm-engineering\[gpu\]'\)"):
         choose_backend(CARD, ComputeConfig(backend="unsloth"), "lora")
-
-
-def test_version_that_unsloth_does_not_support_is_named(monkeypatch):
-    versions = {"trl": "1.16.0", "torch": "2.13.0"}
-
-    def version(name):
-        if name not in versions:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name]
-
-    required = ["torch>=2.4", 'triton-windows; sys_platform == "win32"', 'x==1; extra == "studio"', "trl<=1.15.0"]
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda package: required)
-    assert devices._conflict("unsloth") == "trl<=1.15.0 (installed is 1.16.0)"
-    versions["trl"] = "1.14.2"
-    assert devices._conflict("unsloth") == ""
-    required.append("xformers")
-    assert devices._conflict("unsloth") == "xformers, which is not installed"
 
 
 def test_only_unsloth_needs_its_own_process(installed):
