@@ -247,4 +247,8 @@ def _set_end_of_turn(tokenizer: PreTrainedTokenizerBase, ends: Sequence[str]) ->
         tokenizer.eos_token = next((t for t in (*ends, *special) if after.startswith(t)), tokenizer.eos_token)
     elif mark := next((t for t in ends if before_next.strip().startswith(t)), None):
         tokenizer.eos_token = mark
-        tokenizer.chat_template = f"{tokenizer.chat_template}{{% if messages[-1].role == 'assistant' and not add_generation_prompt %}}{mark}{{% endif %}}"
+        end = f"{{% if messages[-1].role == 'assistant' and not add_generation_prompt %}}{mark}{{% endif %}}"
+        named = tokenizer.chat_template
+        tokenizer.chat_template = (
+            {name: text + end for name, text in named.items()} if isinstance(named, dict) else f"{named}{end}"
+        )

@@ -342,3 +342,10 @@ def test_an_answer_that_nothing_ends_gets_the_mark_of_the_next_turn_as_its_end(t
     tokenizer.save_pretrained(tmp_path / "saved")
     saved = load_tokenizer(ModelConfig(name_or_path=str(tmp_path / "saved")), settings)
     assert (saved.eos_token, saved.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)
+
+    # Each of several named templates gets it.
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(OPEN_ENDED)
+    named = load_tokenizer(model, settings)
+    assert named.chat_template == dict.fromkeys(("default", "tool_use"), tokenizer.chat_template)
+    check_chat_template(named)
