@@ -168,6 +168,4 @@ class ComputeConfig(Block):
 
         Their results come from the cache even if training moves to more processes or to SageMaker.
         """
-        if self.target == "sagemaker":
-            return ComputeConfig()
-        return self.model_copy(update={"num_processes": 1, "distributed": "ddp", "zero_stage": None})
+        return self.here.model_copy(update={"num_processes": 1, "distributed": "ddp", "zero_stage": None})

@@ -234,6 +234,9 @@ def test_a_job_on_a_machine_with_gpus_trains_on_cuda(instance_type, device, in_j
 def test_settings_for_one_process_do_not_depend_on_the_number_of_training_processes():
     compute = ComputeConfig(num_processes=2, distributed="deepspeed", zero_stage=2, dtype="float32")
     assert compute.one_process == ComputeConfig(dtype="float32")
+    block = {"instance_type": "ml.g5.2xlarge"}
+    remote = ComputeConfig.model_validate({"target": "sagemaker", "sagemaker": block, "dtype": "float32"})
+    assert remote.one_process == remote.here == ComputeConfig(dtype="float32")
 
 
 def test_machine_must_have_the_gpus_and_packages_of_the_processes(monkeypatch):
