@@ -69,6 +69,7 @@ _REFUSED_ARGUMENTS = {
     "log_level_replica": "the project prints its own progress",
     "log_on_each_node": "the project prints its own progress",
     "logging_first_step": "the first step is always logged",
+    "logging_strategy": "logging_steps says how often",
     "push_to_hub": _HUB,
     "hub_token": "HF_TOKEN in .env is the token, and a recipe holds no secret",
     "hub_private_repo": _HUB,

@@ -143,9 +143,18 @@ class TelemetryCallback(TrainerCallback):
             self.live = LiveHistory(folder, self.stage, state.max_steps, state.log_history)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count the step. If it is also logged, `on_log` shows it with its losses."""
+        """Count the step. If it is also logged, `on_log` shows it with its losses, and the last one always is."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
         if self.progress is not None:
             self.progress.advance(show=not control.should_log)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Log the last step of a training that was stopped early."""
+        if control.should_training_stop:
+            control.should_log = True
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Show the last step."""

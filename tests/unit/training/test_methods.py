@@ -92,7 +92,7 @@ def test_a_run_ends_with_its_best_checkpoint(stage, save_steps, rows, pairs, set
     start = trained_sft(rows, setup, settings, packing=False).adapter
     weights = evaluated_weights(monkeypatch)
     options = STEPS | SPOILT | {"save_steps": save_steps, "eval_steps": 1}
-    options |= {"load_best": True, "early_stopping_patience": 3}
+    options |= {"load_best": True, "early_stopping_patience": 3, "logging_steps": 100}
     if stage == "sft":
         result = train(rows, SFTConfig(**options, packing=False), setup, settings)
     else:
@@ -104,6 +104,8 @@ def test_a_run_ends_with_its_best_checkpoint(stage, save_steps, rows, pairs, set
     best = losses.index(min(losses))
     assert best < len(losses) - 1
     assert result.summary["steps"] == len(losses) == best + 1 + 3 < 20
+    # The last step is logged too, so that the last loss is not that of the first.
+    assert [e["step"] for e in result.summary["history"] if "loss" in e] == [1, result.summary["steps"]]
     # With save_steps 4, the best step is not one that is saved anyway.
     assert save_steps == 1 or (best + 1) % save_steps
     saved = load_file(result.adapter / "adapter_model.safetensors")
