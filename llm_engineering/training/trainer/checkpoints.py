@@ -6,12 +6,9 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.loading import differences
@@ -147,41 +144,16 @@ def _by_rows(identity: dict[str, Any]) -> dict[str, Any]:
 def _problem(checkpoint: Path) -> str:
     """Why a folder is not a complete checkpoint; empty if it is one."""
     try:
-        described = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))
-        sizes, identity = described["files"], described["identity"]
-        needed = _torch_files(identity)
+        sizes = json.loads((checkpoint / IDENTITY_FILE).read_text(encoding="utf-8"))["files"].items()
     except OSError:
         return f"it has no {IDENTITY_FILE}, so another program made it"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {IDENTITY_FILE} has another format"
-    for name in (*sizes, *needed):
+    for name, size in sizes:
         path = checkpoint / name
-        if name not in sizes or not path.is_file() or path.stat().st_size != sizes[name]:
+        if not path.is_file() or path.stat().st_size != size:
             return f"{name} is missing or incomplete"
-    if not any(name.endswith(".safetensors") for name in sizes):
-        return "it has no weights"
-    try:
-        for name in sizes:
-            if name.endswith(".safetensors"):
-                with safe_open(str(checkpoint / name), framework="pt") as weights:
-                    weights.keys()
-            # torch.save writes a zip file.
-            elif name.endswith((".pt", ".pth")) and not zipfile.is_zipfile(checkpoint / name):
-                return f"{name} is damaged"
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
-        return str(error)
-    if "global_step" not in state:
-        return "trainer_state.json has no global_step"
     return ""
-
-
-def _torch_files(identity: Mapping[str, Any]) -> list[str]:
-    """Names of the required torch files: scheduler, each process's random state, and the optimiser if not sharded."""
-    compute = identity.get("compute", {})
-    processes = compute.get("num_processes", 1)
-    states = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
-    return ["scheduler.pt", *states, *(["optimizer.pt"] if compute.get("distributed", "ddp") == "ddp" else [])]
 
 
 def _sync(path: Path) -> None:

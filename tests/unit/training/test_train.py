@@ -110,14 +110,12 @@ def test_incomplete_checkpoints_are_skipped_with_the_reason(data, setup, setting
     (complete,) = settings.llm_output_dir.glob("training/*/checkpoints/checkpoint-3")
     folder = complete.parent
     identity = json.loads((complete / "identity.json").read_text())["identity"]
-    for number in (4, 5, 6, 7):
+    for number in (4, 5, 6):
         shutil.copytree(complete, folder / f"checkpoint-{number}")
     (folder / "checkpoint-4" / "identity.json").unlink()
     weights = folder / "checkpoint-5" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (folder / "checkpoint-6" / "identity.json").write_text("[]")
-    state = folder / "checkpoint-7" / "optimizer.pt"
-    state.write_bytes(bytes(state.stat().st_size))
     (folder / "checkpoint-8").mkdir()
     with caplog.at_level(logging.INFO):
         assert newest_complete(folder, identity) == complete
@@ -125,7 +123,6 @@ def test_incomplete_checkpoints_are_skipped_with_the_reason(data, setup, setting
         "checkpoint-4: it has no identity.json, so another program made it",
         "checkpoint-5: adapter_model.safetensors is missing or incomplete",
         "checkpoint-6: its identity.json has another format",
-        "checkpoint-7: optimizer.pt is damaged",
         "checkpoint-8: it has no identity.json",
     ):
         assert f"Skipping {folder}/{words}" in caplog.text
@@ -153,6 +150,12 @@ def test_publishing_syncs_every_file_before_the_rename(tmp_path, monkeypatch):
     assert synced[-1] == str(tmp_path)
     described = json.loads((tmp_path / "checkpoint-1" / "identity.json").read_text())
     assert described == {"identity": {"seed": 1}, "files": {"a": 1, "ref/b": 2}}
+
+
+def test_the_last_loss_is_that_of_the_last_steps_even_if_they_are_not_due(whole, data, setup, settings):
+    result = train(data, CONFIG.model_copy(update={"logging_steps": 100}), setup, settings)
+    later = logged(whole)[1:]
+    assert result.summary["train_loss"] == logged(result)[-1] == pytest.approx(sum(later) / len(later))
 
 
 def test_row_with_a_nan_loss_stops_the_run_and_is_named(data, setup, settings, monkeypatch):
