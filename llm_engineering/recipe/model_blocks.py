@@ -135,14 +135,6 @@ class LoraConfig(LibraryBlock):
         return str(self.library_arguments.get("init_lora_weights")).startswith(_MOVING_INITS)
 
     @property
-    def trains_embeddings(self) -> bool:
-        """Whether the embeddings are trained whole, or get an adapter."""
-        # PEFT reads a text as a regular expression.
-        targets = [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules or []
-        names = [*(self.library_arguments.get("modules_to_save") or []), *targets]
-        return any("embed" in name or name in ("wte", "lm_head") for name in names)
-
-    @property
     def beyond_unsloth(self) -> list[str]:
         """The keys that this block sets and that unsloth does not have."""
         return beyond_unsloth(self.model_dump())

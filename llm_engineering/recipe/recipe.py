@@ -22,7 +22,7 @@ from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.online_blocks import OnlineConfig
 from llm_engineering.recipe.recipe_keys import RecipeKeys
 from llm_engineering.recipe.reward_blocks import RewardedConfig
-from llm_engineering.recipe.stage_blocks import CPTConfig, PackedConfig, ReferenceConfig
+from llm_engineering.recipe.stage_blocks import PackedConfig, ReferenceConfig
 from llm_engineering.recipe.stages import STAGES, Kind
 
 _UNSHARDED = "use compute.distributed ddp, or deepspeed with zero_stage 1 or 2"
@@ -62,14 +62,6 @@ class Recipe(RecipeKeys):
             if is_set and kind not in trained:
                 raise ValueError(
                     f"{key} has no effect, because no stage of chain trains on {rows}: remove it, or add {stage}"
-                )
-        for name, config in self.blocks.items():
-            embeddings = config.embedding_learning_rate if isinstance(config, CPTConfig) else None
-            trains = self.method == "full" or self.lora.trains_embeddings or bool(self.model.added_tokens)
-            if embeddings is not None and not trains:
-                raise ValueError(
-                    f"{name}.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or "
-                    f"set {first}.lora.modules_to_save to [embed_tokens, lm_head], or {first}.method to full"
                 )
         return self
 

@@ -274,28 +274,6 @@ def test_the_share_of_replay_is_between_0_and_1(share, tmp_path):
     refused(tmp_path, ["`data.replay.share`"], ["cpt"], data={"replay": {"path": "general.jsonl", "share": share}})
 
 
-@pytest.mark.parametrize(
-    ("block", "trains"),
-    [
-        ({}, False),
-        ({"lora": {"target_modules": ["q_proj", "v_proj"]}}, False),
-        ({"lora": {"modules_to_save": ["norm"]}}, False),
-        ({"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}, True),
-        ({"lora": {"target_modules": ["q_proj", "embed_tokens"]}}, True),
-        ({"lora": {"target_modules": ".*(q_proj|embed_tokens)"}}, True),
-        ({"method": "full"}, True),
-    ],
-    ids=["default", "layers", "other modules", "whole embeddings", "embeddings with an adapter", "pattern", "full"],
-)
-def test_a_rate_of_the_embeddings_needs_trained_embeddings(block, trains, tmp_path):
-    config = {**CPT, **block, "embedding_learning_rate": 1e-4}
-    if trains:
-        assert recipe(tmp_path, ["cpt"], cpt=config).cpt.embedding_learning_rate == 1e-4
-    else:
-        words = ["cpt.embedding_learning_rate has no effect, because the embeddings are not trained: remove it, or set cpt.lora.modules_to_save"]  # fmt: skip
-        refused(tmp_path, words, ["cpt"], cpt=config)
-
-
 def test_only_cpt_has_a_rate_of_the_embeddings(tmp_path):
     refused(tmp_path, ["sft.embedding_learning_rate"], ["sft"], sft={"embedding_learning_rate": 1e-4})
 
