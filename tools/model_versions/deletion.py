@@ -17,7 +17,6 @@ from tools.cli import DEFAULT_RECIPE, Config, Overrides, VersionNumber, prepare_
 from tools.terminal import console
 
 if TYPE_CHECKING:
-    from zenml.artifact_stores import BaseArtifactStore
     from zenml.models import ArtifactVersionResponse, ModelVersionResponse
 
 MB = 1e6
@@ -177,21 +176,11 @@ def _made_for(version: ModelVersionResponse) -> list[ArtifactVersionResponse]:
     return [artifact for step in steps for outputs in step.outputs.values() for artifact in outputs]
 
 
-def _store(artifact: ArtifactVersionResponse) -> BaseArtifactStore:
-    from zenml.artifact_stores import BaseArtifactStore
-    from zenml.client import Client
-    from zenml.enums import StackComponentType
-    from zenml.stack.stack_component import StackComponent
-
-    model = Client().get_stack_component(StackComponentType.ARTIFACT_STORE, artifact.artifact_store_id)
-    store = StackComponent.from_model(model)
-    assert isinstance(store, BaseArtifactStore)
-    return store
-
-
 def _size(artifact: ArtifactVersionResponse) -> int:
     """The size of an artifact's files in bytes; 0 if they are lost."""
-    store = _store(artifact)
+    from tools.model_versions.versions import store_of
+
+    store = store_of(artifact)
     files = (os.path.join(str(folder), str(name)) for folder, _, names in store.walk(artifact.uri) for name in names)
     return sum(store.size(file) or 0 for file in files)
 
@@ -230,7 +219,7 @@ def _delete(version: ModelVersionResponse, unused: Unused) -> int:
     from zenml.client import Client
 
     from llm_engineering.generation.store import delete_answers
-    from tools.model_versions.versions import producer
+    from tools.model_versions.versions import producer, store_of
 
     client: Any = Client()
     for file in unused.answers:
@@ -242,7 +231,7 @@ def _delete(version: ModelVersionResponse, unused: Unused) -> int:
             client.update_step_run(step.id, cache_expires_at=datetime.now(UTC).replace(tzinfo=None))
     recorded = 0
     for artifact, _ in unused.artifacts:
-        store = _store(artifact)
+        store = store_of(artifact)
         if store.exists(artifact.uri):
             store.rmtree(artifact.uri)
         try:

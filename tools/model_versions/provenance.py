@@ -232,11 +232,10 @@ def differing(where: str, then: Mapping[str, str], now: Mapping[str, str]) -> It
 
 def changed_files(artifact: Any) -> Iterator[Finding]:
     """Compare the files of an artifact with its manifest, and the manifest with its hash in ZenML's database."""
-    from zenml.client import Client
-
     from steps.materializers import MANIFEST, file_hashes
+    from tools.model_versions.versions import store_of
 
-    where, store = name_of(artifact), Client().active_stack.artifact_store
+    where, store = name_of(artifact), store_of(artifact)
     if artifact.content_hash is None:
         yield Finding(where=where, file="", what="unknown", detail="its hashes were never recorded")
         return

@@ -72,12 +72,12 @@ def sign_part(version: Any, part: str, settings: Settings) -> None:
         WorkError: files of the part differ from what the run recorded.
     """
     from zenml import save_artifact
-    from zenml.io import fileio
     from zenml.model.utils import link_artifact_version_to_model_version
 
     from llm_engineering.publish import signing
     from steps.materializers import MANIFEST, Directory, DirectoryMaterializer
     from tools.model_versions.provenance import changed_files, lineage_of, name_of
+    from tools.model_versions.versions import store_of
 
     name = f"{version.model.name} version {version.number}"
     lineage, subjects = lineage_of(version.model.name, version), {}
@@ -88,7 +88,7 @@ def sign_part(version: Any, part: str, settings: Settings) -> None:
                 f"{name} is not signed, because {finding.where} is not as the run made it: {finding.file} ({finding.what}). "
                 "`make verify` lists all differences."
             )
-        with fileio.open(os.path.join(artifact.uri, MANIFEST), "r") as file:
+        with store_of(artifact).open(os.path.join(artifact.uri, MANIFEST), "r") as file:
             for line in file.read().splitlines():
                 value, _, path = line.partition("  ")
                 subjects[f"{place}/{path}" if place else path.removeprefix("files/")] = value

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from zenml import save_artifact
+from zenml.artifact_stores import BaseArtifactStore
 from zenml.client import Client
+from zenml.enums import StackComponentType
 from zenml.model.utils import link_artifact_version_to_model_version
 from zenml.models import ArtifactVersionResponse, ModelVersionResponse, StepRunResponse
+from zenml.stack.stack_component import StackComponent
 from zenml.utils.pagination_utils import depaginate
 
 from llm_engineering.data.storage import stream_records
@@ -149,6 +152,14 @@ def producer(artifact: ArtifactVersionResponse) -> StepRunResponse | None:
     if artifact.producer_step_run_id is None:
         return None
     return Client().get_run_step(artifact.producer_step_run_id)
+
+
+def store_of(artifact: ArtifactVersionResponse) -> BaseArtifactStore:
+    """The store that holds an artifact's files. The active stack may have another one, which refuses to read them."""
+    model = Client().get_stack_component(StackComponentType.ARTIFACT_STORE, artifact.artifact_store_id)
+    store = StackComponent.from_model(model)
+    assert isinstance(store, BaseArtifactStore)
+    return store
 
 
 def sources_of(artifact: ArtifactVersionResponse) -> dict[str, str]:
