@@ -127,11 +127,18 @@ def run_trials(sweep: Sweep) -> None:
         logger.info("Trial %d: %s", trial.number + 1, shown)
         try:
             loss = _train(sweep, trial.params, trial.user_attrs[RUN], trial_id=trial._trial_id)
-        except (RequestError, WorkError) as error:
+        # A library may refuse the values with any error. A trial left as running would be run again with the same values.
+        except Exception as error:
             stopped = STOPPED in sweep.study.get_trials(deepcopy=False)[trial.number].user_attrs
-            trial.set_user_attr(REASON, str(error))
+            trial.set_user_attr(REASON, str(error) or type(error).__name__)
             sweep.study.tell(trial, state=optuna.trial.TrialState.PRUNED if stopped else optuna.trial.TrialState.FAIL)
-            logger.info("Trial %d %s: %s", trial.number + 1, "was stopped" if stopped else "failed", error)
+            logger.info(
+                "Trial %d %s: %s",
+                trial.number + 1,
+                "was stopped" if stopped else "failed",
+                error,
+                exc_info=not isinstance(error, (RequestError, WorkError)),
+            )
         else:
             sweep.study.tell(trial, loss)
             logger.info("Trial %d: validation loss %.4f", trial.number + 1, loss)
