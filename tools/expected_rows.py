@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 from llm_engineering.data.rows import MIN_ROWS, Quarantined
 from llm_engineering.documents.document import Document
@@ -32,8 +33,16 @@ _REWORDED = 0.95
 TEXT_OF_KIND = {"faq": 1.2, "dialogue": 2.1, "list": 1.3, "reordered": 1.0, "summary": 0.5, "reworded": 1.0}
 
 
+class Expected(NamedTuple):
+    """The rows of a kind to expect: at most, about, and how they are made."""
+
+    most: int
+    about: int
+    how: str
+
+
 class Source:
-    """The documents of a recipe and the passages cut from them, with what was set aside; each is read once, when it is needed."""
+    """A recipe's documents, the passages cut from them, and the rows to expect; each is computed once, when it is needed."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -47,6 +56,19 @@ class Source:
     def passages(self) -> tuple[list[Passage], list[Quarantined]]:
         """`cut_passages`."""
         return cut_passages(self.documents[0], self._recipe.documents, self._recipe.seed)
+
+    @cached_property
+    def instructions(self) -> Expected:
+        """The rows that are written about the passages."""
+        writing, passages = self._recipe.generation, self.passages[0]
+        most = questions_asked(passages) if writing.questions == "fact" else len(passages)
+        share = USABLE[writing.questions] if writing.client == "local" else 1.0
+        how = f"the embedded model writes a usable question in {share:.0%} of its tries" if share < 1 else ""
+        by_rule = questions_by_rule(passages) if writing.questions == "fact" else 0
+        how += f", rules write at most {by_rule}" if by_rule else ""
+        how += f"{', and ' if how else ''}at most {writing.two_hop} questions need two facts" if writing.two_hop else ""
+        more = by_rule + writing.two_hop
+        return Expected(most + more, math.floor(most * share) + more, how)
 
 
 def data_lines(recipe: Recipe, last: str, source: Source | None = None) -> list[str]:
@@ -83,35 +105,30 @@ def data_lines(recipe: Recipe, last: str, source: Source | None = None) -> list[
             lines.append(f"Rewritings of these texts: {', '.join(recipe.generation.rewritings)}{limit}")
     if generated:
         writing = recipe.generation
-        most = questions_asked(passages) if writing.questions == "fact" else len(passages)
-        share = USABLE[writing.questions] if writing.client == "local" else 1.0
-        how = f"the embedded model writes a usable question in {share:.0%} of its tries" if share < 1 else ""
-        by_rule = questions_by_rule(passages) if writing.questions == "fact" else 0
-        expected = math.floor(most * share) + by_rule + writing.two_hop
-        most += by_rule + writing.two_hop
-        how += f", rules write at most {by_rule}" if by_rule else ""
-        how += f"{', and ' if how else ''}at most {writing.two_hop} questions need two facts" if writing.two_hop else ""
-        lines += _rows("instruction", most, expected, how)
+        rows = source.instructions
+        lines += _rows("instruction", *rows)
         if "preference" in kinds and data.file("preference") is None:
-            lines += _pairs(writing, most, expected)
+            lines += _rows("preference", *pair_rows(writing, rows))
         if "labelled" in kinds and data.made_of("labelled") == "preference" and data.file("preference") is None:
             lines.append("Rows: labelled, two for each preference row")
         if "prompt" in kinds and data.file("prompt") is None:
-            lines += _rows("prompt", most, expected, "one prompt for each instruction row")
+            lines += _rows("prompt", rows.most, rows.about, "one prompt for each instruction row")
         if recipe.exam is not None and recipe.exam.is_generated:
-            lines += _exam(recipe.exam.questions, math.floor(most * EXAM_SHARE[writing.questions]))
+            lines += _exam(recipe.exam.questions, math.floor(rows.most * EXAM_SHARE[writing.questions]))
     return lines
 
 
-def _pairs(writing: GenerationConfig, most: int, expected: int) -> list[str]:
+def pair_rows(writing: GenerationConfig, instructions: Expected) -> Expected:
+    """The pairs that are made of instruction rows."""
+    most, about, _ = instructions
     if not writing.unanswerable:
         limit = writing.max_preferences or most
-        return _rows("preference", min(most, limit), min(expected, limit), "one pair for each instruction row")
+        return Expected(min(most, limit), min(about, limit), "one pair for each instruction row")
     how = f"questions in new wordings, the instruction rows, and at most {writing.unanswerable} questions without an answer"
     # All answers may get a question in new words, and rules another one.
-    known, expected_known = most + 2 * (most // ROUNDS), math.floor(expected * (1 + _REWORDED))
-    unanswered = [min(writing.unanswerable, math.ceil(number / 2)) for number in (known, expected_known)]
-    return _rows("preference", known + unanswered[0], expected_known + unanswered[1], how)
+    known, known_about = most + 2 * (most // ROUNDS), math.floor(about * (1 + _REWORDED))
+    unanswered = [min(writing.unanswerable, math.ceil(number / 2)) for number in (known, known_about)]
+    return Expected(known + unanswered[0], known_about + unanswered[1], how)
 
 
 def _rows(kind: str, most: int, expected: int, how: str) -> list[str]:

@@ -17,7 +17,6 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.estimate import (
-    PAIRS,
     UTILISATION,
     Memory,
     Shapes,
@@ -29,7 +28,7 @@ from llm_engineering.training.estimate import (
     remedy,
     shapes,
 )
-from tools.expected_rows import CHARACTERS_PER_TOKEN, TEXT_OF_KIND, Source
+from tools.expected_rows import CHARACTERS_PER_TOKEN, TEXT_OF_KIND, Source, pair_rows
 from tools.recipe_checks import checked_device, remembered
 
 logger = logging.getLogger("llm_engineering.run")
@@ -101,7 +100,7 @@ def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
 def tokens_of(
     recipe: Recipe, stage: str, shares_prompts: bool = False, source: Source | None = None
 ) -> tuple[float, str] | None:
-    """The maximum number of tokens that an epoch computes, and its source; None if it is unknown before the data is prepared."""
+    """The number of tokens that an epoch is expected to compute, and its source; None if it is unknown before the data is prepared."""
     source = source or Source(recipe)
     kind = STAGES[stage].rows
     split = recipe.data.split
@@ -130,12 +129,15 @@ def tokens_of(
     if writing.answers == "model" and writing.answer_max_new_tokens is not None:
         answers = [float(writing.answer_max_new_tokens)] * len(passages)
     prompt = writing.question_max_new_tokens + TEMPLATE_TOKENS
+    expected = source.instructions
     if kind in ("preference", "labelled"):
         prompts = prompt if shares_prompts else 2 * prompt
-        answers = [prompts + answer + writing.rejected_max_new_tokens for answer in answers[: writing.max_preferences]]
+        answers = [prompts + answer + writing.rejected_max_new_tokens for answer in answers]
+        expected = pair_rows(writing, expected)
     else:
         answers = [min(prompt + answer, recipe.formatting.max_length) for answer in answers]
-    return share * sum(answers), f"one row for each of {len(answers)} passages, before the rules of the data"
+    tokens = expected.about * sum(answers) / max(1, len(answers))
+    return share * tokens, f"{expected.about} rows of {len(answers)} passages, before the rules of the data"
 
 
 def _own_tokens(reference: str, share: float) -> tuple[float, str] | None:
@@ -203,10 +205,7 @@ def _time(
     device: Device,
     documents: Source | None,
 ) -> str:
-    # As `ReferenceTrainer` does with most models.
-    shares = stage == "dpo" and device.backend == "transformers" and device.attn_implementation == "sdpa"
-    known = tokens_of(recipe, stage, shares, documents)
-    length = batch_shape(config, recipe.formatting.max_length)[1]
+    rows, length = batch_shape(config, recipe.formatting.max_length)
     flops = flops_per_token(found, config, recipe.method, length)
     speed = rate * UTILISATION[device.name] / flops
     how = (
@@ -215,19 +214,20 @@ def _time(
     )
     if isinstance(config, OnlineConfig):
         how += "; generating a token takes longer than its operations"
-        if config.max_steps < 0:
-            return f"about {how}; the number of completions is known only after the data is formatted"
-        completions = config.max_steps * config.per_device_train_batch_size * config.gradient_accumulation_steps
-        tokens = float(completions * length)
-        return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens: {how}"
+    if config.max_steps > 0:
+        # As in transformers, in place of the epochs.
+        tokens = config.max_steps * rows * config.gradient_accumulation_steps * length
+        return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens (max_steps): {how}"
+    if isinstance(config, OnlineConfig):
+        return f"about {how}; the number of completions is known only after the data is formatted"
+    # As `ReferenceTrainer` does with most models.
+    shares = stage == "dpo" and device.backend == "transformers" and device.attn_implementation == "sdpa"
+    known = tokens_of(recipe, stage, shares, documents)
     if known is None:
         return f"about {how}; the number of tokens is known only after the data is formatted"
     epoch, source = known
     tokens = epoch * config.num_train_epochs
-    if config.max_steps > 0:
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        tokens = min(tokens, config.max_steps * batch * length * (2 if isinstance(config, PAIRS) else 1))
-    return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens ({source}): {how}"
+    return f"about {_duration(tokens / speed)} for about {tokens:,.0f} tokens ({source}): {how}"
 
 
 def _duration(seconds: float) -> str:

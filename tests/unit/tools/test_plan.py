@@ -19,7 +19,7 @@ from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.conftest import ROOT
 from tools import readiness
 from tools.expected_rows import data_lines
-from tools.forecast import tokens_of
+from tools.forecast import estimate_lines, tokens_of
 from tools.plan import planned_steps, print_plan, stages_of
 from tools.readiness import preflight
 from tools.recipe_checks import check_model, remembered
@@ -435,6 +435,22 @@ def test_rewritings_and_questions_of_two_facts_are_estimated(recipe, tmp_path):
     assert source == "the size of 50 sentences and the rewritings"
     few = recipe(["cpt", "sft"], documents=unit, generation=facts, knowledge={"tokens": 100})
     assert tokens_of(few, "cpt")[0] == 100
+
+
+def test_tokens_of_questions_about_facts_are_those_of_the_expected_rows(recipe, tmp_path):
+    (tmp_path / "documents" / "0.txt").write_text(" ".join(f"The mill of Oskby{i} has {i} wheels." for i in range(50)))
+    made = recipe(["sft"], documents={"unit": "sentence"}, generation={"questions": "fact"})
+    tokens, how = tokens_of(made, "sft")
+    rows = "Rows: instruction, about 36, at most 200 (the embedded model writes a usable question in 18% of its tries)"
+    assert rows in data_lines(made, "sft")
+    assert how == "36 rows of 50 passages, before the rules of the data"
+    assert tokens_of(recipe(["sft"], documents={"unit": "sentence"}), "sft")[0] == pytest.approx(tokens * 25 / 36)
+
+
+def test_the_time_with_max_steps_is_that_of_these_steps(recipe):
+    steps = {"max_steps": 1000, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    made = recipe(["sft"], sft=steps, formatting={"max_length": 128})
+    assert "for at most 1,024,000 tokens (max_steps): " in estimate_lines(made, ["sft"])[-1]
 
 
 def test_the_pipeline_gives_the_prepared_questions_to_the_texts(recipe, monkeypatch):
