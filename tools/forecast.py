@@ -216,7 +216,7 @@ def _time(
         how += "; generating a token takes longer than its operations"
     if config.max_steps > 0:
         # As in transformers, in place of the epochs.
-        tokens = config.max_steps * rows * config.gradient_accumulation_steps * length
+        tokens = float(config.max_steps * rows * config.gradient_accumulation_steps * length)
         return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens (max_steps): {how}"
     if isinstance(config, OnlineConfig):
         return f"about {how}; the number of completions is known only after the data is formatted"

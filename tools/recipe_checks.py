@@ -111,17 +111,19 @@ def _notes_on_model(recipe: Recipe) -> list[tuple[int, str]]:
 
 
 def remembered(model: ModelConfig, asked: Any, answer: Callable[[], Any]) -> Any:
-    """The JSON value that `answer` computes from `asked` and a model's configuration, or computed in an earlier command.
+    """Return `answer()`, or the value that an earlier command stored for the same model, question, code and library versions.
 
-    It is stored in the cache folder, by a hash of everything that decides it: also this project's code, and the versions of
-    the libraries. Models of the hub and remote code can change, so nothing is stored about them.
+    Values are JSON, in the cache folder. Models of the hub and remote code can change, so nothing is stored about them.
     """
     files = _configuration(model)
     if files is None:
         return answer()
     key = hashlib.sha256(json.dumps([asked, files, _code()]).encode()).hexdigest()
     path = Settings().llm_cache_dir / "plans.json"
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # A damaged cache is written anew.
+        known = {}
     if key not in known:
         known = {**dict(list(known.items())[1 - _REMEMBERED :]), key: answer()}
         # A dry run also works where nothing can be written.

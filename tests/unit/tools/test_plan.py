@@ -563,3 +563,6 @@ def test_a_plan_that_is_killed_before_it_is_stored_leaves_no_file_when_it_is_rep
     # Another answer is as good: it is of another length, and replaces what was begun.
     assert remembered(model, "memory", lambda: []) == remembered(model, "memory", lambda: [2]) == []
     assert sorted(file.name for file in (tmp_path / "cache").iterdir()) == [".plans.lock", "plans.json"]
+    for damaged in ("", '{"key": '):
+        (tmp_path / "cache" / "plans.json").write_text(damaged)
+        assert remembered(model, "memory", lambda: [3]) == remembered(model, "memory", lambda: [4]) == [3]
