@@ -249,20 +249,22 @@ def _facts(
     """The facts for the dataset card, from the metadata of the runs."""
     from llm_engineering.publish import dataset_card
 
-    own = made_with.data.own(kind)
-    candidates = version.get_artifact(f"{made_with.data.made_of(kind)}_candidates")
+    data = made_with.data
+    own, said = data.own(kind), dataset_card.PEOPLE_SAID if data.only_people(kind) else None
+    candidates = version.get_artifact(f"{data.made_of(kind)}_candidates")
     formatted = next(filter(None, map(version.get_artifact, FORMATTED[kind])), None)
     recorded = candidates.run_metadata if candidates else {}
     # Generated pairs come from the instructions, so the prompts are recorded with those.
     instructions = version.get_artifact("instruction_candidates")
-    asked: Any = instructions.run_metadata if instructions and not own else {}
+    asked: Any = instructions.run_metadata if instructions and not (own or said) else {}
     base = f"{made_with.model.name_or_path}@{made_with.model.revision}"
+    wrote = dataset_card.SERVED if said else dataset_card.public_name(str(recorded.get("generated_by", base)))
     return dataset_card.CardFacts(
         name=made_with.name,
         kind=kind,
         hub=hub,
-        documents=dataset_card.public_name(own or made_with.data.file("instruction") or made_with.documents.path),
-        model=dataset_card.OWN_DATASET if own else dataset_card.public_name(str(recorded.get("generated_by", base))),
+        documents=dataset_card.public_name(own or said or data.file("instruction") or made_with.documents.path),
+        model=dataset_card.OWN_DATASET if own else wrote,
         prompts={str(name): str(version) for name, version in dict(asked.get("prompts", {})).items()},
         recipe_hash=recipe_hash(made_with),
         code_version=str(_parameters(dataset_version)["inputs"]["code"]),
@@ -271,5 +273,5 @@ def _facts(
         tokens=int(str(formatted.run_metadata["tokens"])) if formatted else None,
         columns=rows["train"].column_names,
         origins=dataset_card.origins(rows),
-        limits=dataset_card.limits(kind, own is not None, bool(made_with.data.people(kind)), made_with.data.rules),
+        limits=dataset_card.limits(kind, data),
     )

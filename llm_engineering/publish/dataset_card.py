@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import SPLITS
-from llm_engineering.recipe.data_blocks import HubConfig, RulesConfig
+from llm_engineering.recipe.data_blocks import DataConfig, HubConfig
 
 Kind = Literal["instruction", "preference", "labelled", "prompt"]
 OWN_DATASET = "none: own dataset"
+# Where rows come from, and which model wrote their answers, if people said all of them.
+PEOPLE_SAID, SERVED = "feedback of people", "the models that were served"
 MAX_ORIGINS = 10
 
 # The hub's size classes; each applies below its bound.
@@ -118,20 +120,20 @@ def origins(dataset: DatasetDict) -> dict[str, int]:
     return shown | ({"others": rest} if rest else {})
 
 
-def limits(kind: str, own: bool, people: bool, rules: RulesConfig) -> list[str]:
-    """The limits of the rows, a sentence each.
-
-    Args:
-        own: whether the rows are the user's own, not generated.
-        people: whether people wrote or judged some of them, in reviews or by feedback.
-    """
-    if own:
+def limits(kind: str, data: DataConfig) -> list[str]:
+    """The limits of the rows of a kind, a sentence each. `data` says where the rows come from."""
+    if data.own(kind) is not None:
         sentences = ["The rows are an existing dataset. Rules checked them; nobody reviewed them for this release."]
     elif kind == "text":
         sentences = ["The texts are documents as they are. Rules checked them; nobody reviewed them for this release."]
     elif kind in ("instruction", "prompt"):
         sentences = [
             "A model wrote the questions. The answers were cut from documents or written by a model, as `origin` says.",
+            "Rules checked the rows; nobody reviewed them.",
+        ]
+    elif data.only_people(kind):
+        sentences = [
+            "A person judged each answer that was served, or wrote a better one.",
             "Rules checked the rows; nobody reviewed them.",
         ]
     elif kind == "labelled":
@@ -146,10 +148,10 @@ def limits(kind: str, own: bool, people: bool, rules: RulesConfig) -> list[str]:
             "The origin of an answer decides whether it is the chosen one: nobody compared the two answers.",
             "Rules checked the pairs; nobody reviewed them.",
         ]
-    if people:
+    if data.people(kind):
         sentences = [sentence.replace("nobody", "nobody else") for sentence in sentences]
         sentences.insert(0, "People wrote or judged the rows of the origin `human`, in reviews or by feedback.")
-    for kind_of_data, action in (("Personal data", rules.personal_data), ("Credentials", rules.secret)):
+    for kind_of_data, action in (("Personal data", data.rules.personal_data), ("Credentials", data.rules.secret)):
         if action == "off":
             sentences.append(f"{kind_of_data}: not searched for.")
         elif action == "report":

@@ -33,8 +33,8 @@ class DatasetFacts(BaseModel):
     """A dataset that the model was trained on.
 
     Attributes:
-        source: the documents or the user's own dataset, without folders of this machine.
-        hash: hash of the files of `source`.
+        source: the documents, the user's own dataset without folders of this machine, or `PEOPLE_SAID`.
+        hash: hash of the files of `source`, or of the artifact with what people said.
         rows: number of rows by split.
         tokens: number of tokens after formatting, if they were counted.
         set_aside: number of rows that the checks set aside.

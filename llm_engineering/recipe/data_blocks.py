@@ -278,6 +278,10 @@ class DataConfig(Block):
         named = getattr(self, rows_of(kind)) or []
         return [source for source in PEOPLE if source == named or (isinstance(named, list) and source in named)]
 
+    def only_people(self, kind: str) -> bool:
+        """Whether people said all rows of a kind: labelled answers of feedback, without a file."""
+        return kind == "labelled" and self.made_of(kind) == kind and self.file(kind) is None
+
     @property
     def checks(self) -> DataConfig:
         """The keys that decide how rows are checked and split, without the keys that say where rows come from."""

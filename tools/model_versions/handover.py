@@ -298,9 +298,7 @@ def data_limits(kinds: Sequence[str], recipe: Recipe) -> list[str]:
     """The limits of the data of these kinds, a sentence each."""
     from llm_engineering.publish.dataset_card import limits
 
-    data = recipe.data
-    found = [limits(kind, data.own(kind) is not None, bool(data.people(kind)), data.rules) for kind in kinds]
-    return list(dict.fromkeys(limit for kind in found for limit in kind))
+    return list(dict.fromkeys(limit for kind in kinds for limit in limits(kind, recipe.data)))
 
 
 def dataset_facts(kind: str, formatted: str, own: dict[str, ArtifactVersionResponse], recipe: Recipe) -> DatasetFacts:
@@ -310,25 +308,29 @@ def dataset_facts(kind: str, formatted: str, own: dict[str, ArtifactVersionRespo
         formatted: name of the artifact with its formatted rows, which has the number of tokens.
         own: the artifacts of a version by name.
     """
-    from llm_engineering.publish.dataset_card import public_name
+    from llm_engineering.publish.dataset_card import PEOPLE_SAID, public_name
     from llm_engineering.publish.model_card import DatasetFacts
 
     dataset = own[f"{kind}_dataset"]
     facts: Any = dataset.run_metadata
-    # Generated pairs are made from the instructions, so both have the same origin.
     source = recipe.data.own(kind)
-    origin = (
-        own[f"{recipe.data.made_of(kind)}_candidates"]
-        if source is not None
-        else own.get("documents", own.get("instruction_candidates"))
-    )
-    assert origin is not None
+    if recipe.data.only_people(kind):
+        source, hashed = PEOPLE_SAID, own[f"human_{kind}"].content_hash
+    else:
+        # Generated pairs are made from the instructions, so both have the same origin.
+        origin = (
+            own[f"{recipe.data.made_of(kind)}_candidates"]
+            if source is not None
+            else own.get("documents", own.get("instruction_candidates"))
+        )
+        assert origin is not None
+        hashed = str(origin.run_metadata["content_hash"])
     return DatasetFacts(
         name=dataset.artifact.name,
         source=public_name(
             source or (recipe.data.file("instruction") if kind != "text" else None) or recipe.documents.path
         ),
-        hash=str(origin.run_metadata["content_hash"]),
+        hash=str(hashed),
         rows={split: facts[split] for split in ("train", "validation", "test")},
         tokens=int(str(own[formatted].run_metadata["tokens"])) if formatted in own else None,
         set_aside=facts["quarantined"],

@@ -20,7 +20,7 @@ from llm_engineering.publish.dataset_card import (
     render_card,
     stage_counts,
 )
-from llm_engineering.recipe.data_blocks import HubConfig, RulesConfig
+from llm_engineering.recipe.data_blocks import DataConfig, HubConfig, RulesConfig
 
 
 def rows(*origin_names):
@@ -161,16 +161,25 @@ def test_rare_origins_are_counted_together():
 
 
 def test_limits_say_what_was_searched_for():
-    default = limits("instruction", own=False, people=False, rules=RulesConfig())
+    default = limits("instruction", DataConfig())
     assert "A model wrote the questions." in default[0]
     assert "Credentials: searched for with patterns, and left unchanged." in default
-    own = limits("preference", own=True, people=False, rules=RulesConfig(secret="off", personal_data="mask"))
+    rules = RulesConfig(secret="off", personal_data="mask")
+    own = limits("preference", DataConfig(preferences="pairs.jsonl", rules=rules))
     assert "Credentials: not searched for." in own
     assert "Personal data: searched for with patterns, and masked." in own
     assert not any("A model wrote" in line or "written by a model" in line for line in own)
-    judged = limits("preference", own=False, people=True, rules=RulesConfig())
+    judged = limits("preference", DataConfig(preferences="review"))
     assert "People wrote or judged the rows of the origin `human`" in judged[0]
     assert any("nobody else reviewed them" in line for line in judged)
+
+
+def test_limits_of_labelled_answers_say_who_judged_them():
+    assert any("nobody judged the answers" in line for line in limits("labelled", DataConfig()))
+    assert any("nobody else judged" in line for line in limits("labelled", DataConfig(labelled="review")))
+    said = limits("labelled", DataConfig(labelled="feedback"))
+    assert said[1] == "A person judged each answer that was served, or wrote a better one."
+    assert not any("A model wrote" in line or "else judged" in line for line in said)
 
 
 @pytest.mark.parametrize(
