@@ -17,7 +17,7 @@ from llm_engineering.cloud.schedules.run_records import Place, RunRecord
 from llm_engineering.feedback import human_rows
 from llm_engineering.feedback.decisions import Decision, store, stored
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.generation.store import AnswerStore, delete_answers
+from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Reply
 from llm_engineering.publish.exports.gguf import write_gguf
 from llm_engineering.recipe.data_blocks import DataConfig, FormattingConfig
@@ -58,15 +58,6 @@ def _answers(folder: Path, did: Did) -> None:
 def _stored_answers(folder: Path) -> dict[str, str]:
     # A torn line stays in the store. Its answer is written again after it.
     return {key: reply.text for key, reply in AnswerStore(folder / "answers.jsonl").answers.items()}
-
-
-def _write_answers(folder: Path) -> None:
-    with AnswerStore(folder / "answers.jsonl") as answers:
-        answers.add({f"key-{number}{'-abcdefabcdef' * (number % 2)}": Reply("It is.") for number in range(8)})
-
-
-def _deletion(folder: Path, _: Did) -> None:
-    delete_answers(folder / "answers.jsonl", ["abcdefabcdef"])
 
 
 def _decisions(folder: Path, did: Did) -> None:
@@ -164,7 +155,6 @@ def _export(folder: Path, _: Did) -> None:
 
 _ALL = (
     Work("answers", _answers, _stored_answers),
-    Work("deletion", _deletion, _hashes, _write_answers),
     Work("decisions", _decisions, _hashes),
     Work("snapshot", _snapshot, _hashes),
     Work("record", _record, _hashes),

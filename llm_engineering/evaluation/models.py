@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
 from llm_engineering.formatting.render import IGNORE_INDEX, prompt_ids
-from llm_engineering.generation.store import AnswerStore, key_of
+from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Reply
 from llm_engineering.models.base_model import load_model, weights_hash
 from llm_engineering.models.device import choose_device
@@ -71,12 +71,10 @@ class StoredAnswers(NamedTuple):
 
     Attributes:
         identities: for each model everything, besides the questions, that its answers depend on.
-        weights: for each trained model the hash of its weights.
     """
 
     store: AnswerStore
     identities: Mapping[str, str]
-    weights: Mapping[str, str]
 
 
 class Models:
@@ -131,9 +129,8 @@ class Models:
         revision = base.revision or weights_hash(Path(base.name_or_path))
         identity = f"{base.name_or_path}@{revision} on {device.name} in {device.dtype}, {versions}"
         identity += f", new tokens {base.added_tokens}" if base.added_tokens else ""
-        weights = {name: weights_hash(path) for name, path in adapters.items()}
-        identities = {BASE: identity} | {name: f"{identity}, {trained}" for name, trained in weights.items()}
-        stored = StoredAnswers(AnswerStore(settings.llm_output_dir / STORE_FILE), identities, weights)
+        identities = {BASE: identity} | {name: f"{identity}, {weights_hash(path)}" for name, path in adapters.items()}
+        stored = StoredAnswers(AnswerStore(settings.llm_output_dir / STORE_FILE), identities)
         model = load_model(base, settings, device)
         return cls(model, adapters, tokenizer, config.batch_size, config.repetition_penalty, stored)
 
@@ -239,7 +236,7 @@ class Models:
         ends = end_token_ids(model, self.tokenizer)
         asked = json.dumps([identity, prompts, max_new_tokens, self.repetition_penalty, ends])
         digest = hashlib.sha256(asked.encode()).hexdigest()[:24]
-        keys = [key_of(f"{digest}-{row}", self.stored.weights.get(name)) for row in range(len(prompts))]
+        keys = [f"{digest}-{row}" for row in range(len(prompts))]
         if not store.answers.keys() >= set(keys):
             with store:
                 store.add({key: Reply(json.dumps(ids)) for key, ids in zip(keys, generate(), strict=True)})

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 SYNC_EVERY_S = 1.0
 # Name of the file in the output folder.
 STORE_FILE = "answers.jsonl"
-# Digits of a trained model's hash in the keys of its answers.
-_OWNER_DIGITS = 12
 
 
 class AnswerStore:
@@ -86,43 +84,6 @@ class AnswerStore:
             os.fsync(self._file)
             os.close(self._file)
             self._file = None
-
-
-def key_of(key: str, weights: str | None) -> str:
-    """The key of a model's answer. That of a trained model ends with the hash of its weights, so that it can be deleted."""
-    return key if weights is None else f"{key}-{weights[:_OWNER_DIGITS]}"
-
-
-def answers_of(path: Path, weights: Collection[str]) -> tuple[list[bytes], list[bytes]]:
-    """The lines of a store with the answers of these trained models, and all other lines.
-
-    Args:
-        weights: the hashes of the models' weights.
-    """
-    ends = tuple(f'-{found[:_OWNER_DIGITS]}", "answer": '.encode() for found in weights)
-    theirs: list[bytes] = []
-    others: list[bytes] = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        head, middle, _ = line.partition(b'", "answer": ')
-        (theirs if ends and (head + middle).endswith(ends) else others).append(line)
-    return theirs, others
-
-
-def delete_answers(path: Path, weights: Collection[str]) -> None:
-    """Delete the answers of trained models from a store. No process may write to the store meanwhile.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    theirs, others = answers_of(path, weights)
-    if not theirs:
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.writelines(others)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _record(key: str, reply: Reply) -> dict[str, object]:

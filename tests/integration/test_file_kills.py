@@ -22,7 +22,7 @@ def figures(module, *arguments):
     return json.loads(ended.stdout), ended.returncode, ended.stderr
 
 
-WORKS = "answers,deletion,decisions,snapshot,record,report,sft,export"
+WORKS = "answers,decisions,snapshot,record,report,sft,export"
 
 
 def test_a_drawn_sample_of_interruptions_loses_nothing():

@@ -213,8 +213,7 @@ def test_a_deleted_version_frees_the_disk_and_keeps_what_other_versions_use(own)
     assert "Deleting it frees " in unanswered.stdout
 
     places = {artifact["name"]: Path(artifact["uri"]) for artifact in lineage.json["artifacts"]}
-    answers = own.folder / "outputs" / "evaluation_answers.jsonl"
-    before = {"bytes": answers.stat().st_size, "files": sorted(own.folder.rglob("*.safetensors"))}
+    before = len(list(own.folder.rglob("*.safetensors")))
     deleted, listed, verified = call(own, ["delete", "2", "--yes"], ["list", "--json"], ["verify", "1"])
     assert deleted.code == 0, deleted.stderr
     assert "tiny version 2 is deleted, and " in deleted.stdout
@@ -224,8 +223,7 @@ def test_a_deleted_version_frees_the_disk_and_keeps_what_other_versions_use(own)
     gone = {name for name, place in places.items() if not place.is_dir()}
     assert gone == {"sft_adapter", "training_report", "evaluation_report", "evaluation_page", "promotion_decision"}
     assert not merged.exists()
-    assert 0 < answers.stat().st_size < before["bytes"]
-    assert len(before["files"]) - len(list(own.folder.rglob("*.safetensors"))) == 2
+    assert before - len(list(own.folder.rglob("*.safetensors"))) == 2
     (database,) = own.folder.rglob("zenml.db")
     with closing(sqlite3.connect(database)) as connection:
         uris = {uri for (uri,) in connection.execute("select uri from artifact_version")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
@@ -27,20 +26,16 @@ class Unused(NamedTuple):
 
     Attributes:
         artifacts: the artifacts with their size in bytes.
-        answers: files with stored answers, and the size of the answers of the version's models.
-        weights: the hashes of these models' weights.
         shared: number of artifacts that stay, because other versions use them.
     """
 
     artifacts: list[tuple[ArtifactVersionResponse, int]]
-    answers: dict[Path, int]
-    weights: list[str]
     shared: int
 
     @property
     def size(self) -> int:
         """The size of everything that is deleted, in bytes."""
-        return sum(size for _, size in self.artifacts) + sum(self.answers.values())
+        return sum(size for _, size in self.artifacts)
 
 
 def delete(
@@ -130,12 +125,7 @@ def _check(version: ModelVersionResponse, others: list[ModelVersionResponse]) ->
 
 def _unused(version: ModelVersionResponse, others: list[ModelVersionResponse]) -> Unused:
     """What only this version uses: its artifacts and their origins, without those of all other versions."""
-    from llm_engineering.evaluation.models import STORE_FILE as EVALUATION_FILE
-    from llm_engineering.generation.store import STORE_FILE, answers_of
-    from llm_engineering.models.base_model import weights_hash
-    from llm_engineering.recipe.settings import Settings
     from pipelines.repeats import linked_artifacts
-    from steps.materializers import is_lost
     from tools.model_versions.versions import with_origins
 
     own = list(with_origins([*linked_artifacts(version), *_made_for(version)]))
@@ -143,26 +133,7 @@ def _unused(version: ModelVersionResponse, others: list[ModelVersionResponse]) -
         artifact.id: artifact for artifact in with_origins([a for other in others for a in linked_artifacts(other)])
     }
     artifacts = [artifact for artifact in own if artifact.id not in kept]
-    # Training that was repeated without the cache may have given the same weights to another version.
-    same = {artifact.content_hash for artifact in kept.values()}
-    models = [
-        artifact
-        for artifact in artifacts
-        if artifact.artifact.name.endswith("_adapter")
-        and artifact.content_hash not in same
-        and not is_lost(artifact.uri)
-    ]
-    weights = [weights_hash(artifact.load().path) for artifact in models]
-    folder = Settings().llm_output_dir
-    answers = {
-        folder / name: sum(map(len, answers_of(folder / name, weights)[0])) for name in (STORE_FILE, EVALUATION_FILE)
-    }
-    return Unused(
-        artifacts=[(artifact, _size(artifact)) for artifact in artifacts],
-        answers=answers,
-        weights=weights,
-        shared=len(own) - len(artifacts),
-    )
+    return Unused([(artifact, _size(artifact)) for artifact in artifacts], len(own) - len(artifacts))
 
 
 def _made_for(version: ModelVersionResponse) -> list[ArtifactVersionResponse]:
@@ -187,12 +158,8 @@ def _size(artifact: ArtifactVersionResponse) -> int:
 
 def _print(name: str, unused: Unused) -> None:
     table = Table("What", "MB", title=f"Only {name} uses", title_justify="left")
-    rows: list[tuple[str, int]] = [
-        *((f"{artifact.artifact.name} v{artifact.version}", size) for artifact, size in unused.artifacts),
-        *((f"answers in {file}", size) for file, size in unused.answers.items() if size),
-    ]
-    for what, size in sorted(rows, key=lambda row: row[1], reverse=True):
-        table.add_row(what, f"{size / MB:.1f}")
+    for artifact, size in sorted(unused.artifacts, key=lambda row: row[1], reverse=True):
+        table.add_row(f"{artifact.artifact.name} v{artifact.version}", f"{size / MB:.1f}")
     console().print(table)
     print(
         f"Deleting it frees {unused.size / MB:.1f} MB. {unused.shared} artifacts stay, because other versions use them."
@@ -211,19 +178,16 @@ def _confirmed(question: str) -> bool:
 
 
 def _delete(version: ModelVersionResponse, unused: Unused) -> int:
-    """Delete the answers, the artifacts with their files, and the version last: the command can be repeated until then.
+    """Delete the artifacts with their files, and the version last: the command can be repeated until then.
 
     Returns:
         The number of artifacts whose records a server keeps.
     """
     from zenml.client import Client
 
-    from llm_engineering.generation.store import delete_answers
     from tools.model_versions.versions import producer, store_of
 
     client: Any = Client()
-    for file in unused.answers:
-        delete_answers(file, unused.weights)
     for artifact, _ in unused.artifacts:
         step = producer(artifact)
         # A later run must not take this result from the cache.

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_engineering.generation.store import AnswerStore, key_of
+from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Messages, Reply, Sampling
 from llm_engineering.models.device import Device
 from llm_engineering.models.generate import batches_by_length
@@ -25,27 +25,18 @@ class BatchedModel:
 
     Args:
         identity: everything besides the request that the answers depend on: the model, its revision and precision,
-            and the chat template if the recipe sets one.
-        weights: hash of the weights if the model was trained here; None for a base model.
+            the chat template if the recipe sets one, and the weights if it was trained here.
     """
 
     writes_json = False
     # Greedy decoding: the same passage gives the same question in every run.
     temperature: float | None = 0.0
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        identity: str,
-        store: AnswerStore,
-        batch_size: int,
-        weights: str | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, identity: str, store: AnswerStore, batch_size: int) -> None:
         self.tokenizer = tokenizer
         self.identity = identity
         self.store = store
         self.batch_size = batch_size
-        self.weights = weights
 
     def answer(self, requests: Sequence[Messages], sampling: Sampling, what: str) -> list[Answer]:
         """Answer every request, in order. No request fails. Progress lines count `what`, e.g. `questions`."""
@@ -82,8 +73,7 @@ class BatchedModel:
         # Greedy answers do not depend on the seed.
         seed = sampling.seed if sampling.temperature else 0
         settings = [self.identity, sampling.max_new_tokens, list(sampling.stop), sampling.temperature, seed, *banned]
-        digest = hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24]
-        return key_of(digest, self.weights)
+        return hashlib.sha256(json.dumps([settings, request]).encode()).hexdigest()[:24]
 
     def _first_tokens(self, words: Sequence[str]) -> list[int]:
         """The first token of each word, as it stands after a space, in small letters, and with a capital."""
@@ -123,9 +113,7 @@ class BatchedModel:
         with self.store:
             for batch in missing:
                 tokens = [without[key] for key in batch] if without else []
-                new = self._generate(
-                    [prompts[key] for key in batch], sampling, int(batch[0].partition("-")[0], 16), start, tokens
-                )
+                new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), start, tokens)
                 self.store.add(dict(zip(batch, new, strict=True)))
                 progress.advance(len(batch))
         replies = [self.store.answers[key] for key in keys]

@@ -31,9 +31,8 @@ class LocalModel(BatchedModel):
         identity: str,
         store: AnswerStore,
         batch_size: int,
-        weights: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, identity, store, batch_size, weights)
+        super().__init__(tokenizer, identity, store, batch_size)
         self.model = model.eval()
 
     @classmethod
@@ -60,9 +59,9 @@ class LocalModel(BatchedModel):
             return cls(load_model(model, settings, device), tokenizer, identity, store, batch_size)
         if (trained / "adapter_config.json").is_file():
             adapted = PeftModel.from_pretrained(load_model(model, settings, device), str(trained))
-            return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size, weights)
+            return cls(adapted.merge_and_unload(), tokenizer, identity, store, batch_size)
         full = model.saved_in(trained)
-        return cls(load_model(full, settings, device), tokenizer, identity, store, batch_size, weights)
+        return cls(load_model(full, settings, device), tokenizer, identity, store, batch_size)
 
     def _start(self, prompts: list[str]) -> SharedStart | None:
         return compute_shared_start(self.model, self._ids(prompts))

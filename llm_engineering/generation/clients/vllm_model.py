@@ -44,9 +44,8 @@ class VllmModel(BatchedModel):
         store: AnswerStore,
         ends: Sequence[int],
         adapter: LoRARequest | None = None,
-        weights: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, f"{identity}, by vLLM", store, _REQUESTS_A_CALL, weights)
+        super().__init__(tokenizer, f"{identity}, by vLLM", store, _REQUESTS_A_CALL)
         self.engine = engine
         self.ends = list(ends)
         self.adapter = adapter
@@ -96,7 +95,7 @@ class VllmModel(BatchedModel):
         ends = {vocabulary[end] for end in (tokenizer.eos_token, *generation_ends(path, hub, tokenizer))}
         store = AnswerStore(settings.llm_output_dir / STORE_FILE)
         identity = identity_of(model, device, tokenizer, chat_template, weights)
-        return cls(engine, tokenizer, identity, store, sorted(ends), adapter, weights)
+        return cls(engine, tokenizer, identity, store, sorted(ends), adapter)
 
     def _generate(
         self, prompts: list[str], sampling: Sampling, seed: int, start: Any = None, without: Sequence[list[int]] = ()

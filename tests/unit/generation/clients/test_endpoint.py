@@ -17,7 +17,7 @@ from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation.clients import retries
 from llm_engineering.generation.clients.endpoint import judge
 from llm_engineering.generation.clients.open import check_access, open_client
-from llm_engineering.generation.store import AnswerStore, answers_of, delete_answers, key_of
+from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Reply, Sampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, GenerationConfig
@@ -421,24 +421,6 @@ def test_the_store_skips_unreadable_lines(tmp_path):
         store.add({"c": Reply("three")})
     assert AnswerStore(path).answers.keys() == {"a", "b", "c"}
     assert path.read_bytes().startswith(b'{"key": "a", "answer": "one"}\n')
-
-
-def test_only_the_answers_of_deleted_models_leave_the_store(tmp_path):
-    path = tmp_path / "answers.jsonl"
-    quoted = '", "answer": "-1234567890ab", "answer": '
-    kept = {"a-0": Reply(quoted), key_of("a-0", "f" * 64): Reply("another model"), "1234567890ab": Reply("paid for")}
-    with AnswerStore(path) as store:
-        store.add(
-            {key_of("a-0", "1234567890abcdef"): Reply("one"), **kept, key_of("b", "1234567890abcdef"): Reply("two")}
-        )
-    theirs, others = answers_of(path, ["1234567890abcdef"])
-    assert (len(theirs), len(others)) == (2, 3)
-    delete_answers(path, [])
-    assert len(AnswerStore(path).answers) == 5
-    delete_answers(path, ["1234567890abcdef"])
-    assert AnswerStore(path).answers == kept
-    assert list(tmp_path.iterdir()) == [path]
-    delete_answers(tmp_path / "no such file", ["1234567890abcdef"])
 
 
 def test_two_processes_can_write_one_store(tmp_path):
