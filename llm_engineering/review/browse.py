@@ -41,23 +41,19 @@ class Table:
     """
 
     def __init__(self, parts: Mapping[str, Dataset]) -> None:
-        self._batches: list[pa.RecordBatch] = []
+        tables: list[pa.Table] = []
         self.parts: dict[str, range] = {}
         self.rows = 0
         for name, dataset in parts.items():
             whole = dataset if dataset._indices is None else dataset.flatten_indices()
-            self._batches += [batch for batch in whole.data.table.to_batches() if batch.num_rows]
+            tables.append(whole.data.table)
             self.parts[name] = range(self.rows, self.rows + len(whole))
             self.rows += len(whole)
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+        self._table = pa.concat_tables(tables)
 
     def records(self, positions: Sequence[int] | Positions) -> list[dict[str, Any]]:
         """The records at these positions, as Python objects."""
-        found = []
-        for position in positions:
-            batch = int(np.searchsorted(self._starts, position, side="right")) - 1
-            found += self._batches[batch].slice(int(position - self._starts[batch]), 1).to_pylist()
-        return found
+        return [self._table.slice(int(position), 1).to_pylist()[0] for position in positions]
 
     def part_of(self, position: int) -> str:
         """The name of the dataset that has a position."""
@@ -70,45 +66,45 @@ class Table:
 
     def holding(self, search: str) -> Positions:
         """The records with a text that holds `search`, in upper or lower case."""
-        return self._where(
-            _any(
-                [
-                    _of_rows(pc.match_substring(texts, search, ignore_case=True), rows, batch)
-                    for texts, rows in _texts(batch)
-                ]
-            )
-            for batch in self._batches
-        )
+        found = np.zeros(self.rows, bool)
+        for texts, rows in self._texts():
+            found[rows[_true(pc.match_substring(texts, search, ignore_case=True))]] = True
+        return np.flatnonzero(found)
 
     def where(self, column: str, *, equals: Collection[str] | None = None, holds: str = "") -> Positions:
         """The records whose text in a column is one of `equals`, or holds `holds` in upper or lower case."""
         if equals is not None:
-            values = pa.array(equals, pa.string())
-            return self._where(pc.is_in(batch[column], values) for batch in self._batches)
-        return self._where(pc.match_substring(batch[column], holds, ignore_case=True) for batch in self._batches)
+            return _true(pc.is_in(self._table[column], pa.array(equals, pa.string())))
+        return _true(pc.match_substring(self._table[column], holds, ignore_case=True))
 
     def counts(self, column: str) -> dict[str, int]:
         """How often each text stands in a column, the most frequent first."""
-        if not self.rows:
-            return {}
-        found = pc.value_counts(pa.chunked_array([batch[column] for batch in self._batches])).to_pylist()
+        found = pc.value_counts(self._table[column]).to_pylist()
         return {entry["values"]: entry["counts"] for entry in sorted(found, key=lambda entry: -entry["counts"])}
 
     def numbers(self, column: str) -> NDArray[Any]:
         """A column of numbers."""
-        return np.concatenate([np.empty(0, np.int64), *(batch[column].to_numpy() for batch in self._batches)])
+        return np.asarray(self._table[column])
 
     @cached_property
     def chars(self) -> NDArray[np.int64]:
         """The characters of each record's messages, texts and answers."""
-        return np.concatenate([np.empty(0, np.int64), *map(_chars, self._batches)])
+        total = np.zeros(self.rows, np.int64)
+        for texts, rows in self._texts(content_only=True):
+            np.add.at(total, rows, pc.fill_null(pc.utf8_length(texts), 0).to_numpy())
+        return total
 
-    def _where(self, masks: Iterator[Any]) -> Positions:
-        found = [
-            np.flatnonzero(pc.fill_null(mask, False).to_numpy(zero_copy_only=False)) + start
-            for mask, start in zip(masks, self._starts, strict=False)
-        ]
-        return np.concatenate([np.empty(0, np.int64), *found])
+    def _texts(self, content_only: bool = False) -> Iterator[tuple[pa.ChunkedArray, Positions]]:
+        """The texts, column by column, with the row of each."""
+        for name, column in zip(self._table.column_names, self._table.columns, strict=True):
+            if pa.types.is_string(column.type) and (not content_only or name == "text"):
+                yield column, self.all
+            elif pa.types.is_list(column.type):
+                rows, inner = pc.list_parent_indices(column).to_numpy(), pc.list_flatten(column)
+                if pa.types.is_struct(inner.type):
+                    yield from ((pc.struct_field(inner, field), rows) for field in ("content", "reasoning_content"))
+                else:
+                    yield inner, rows
 
 
 class Filter(NamedTuple):
@@ -162,40 +158,5 @@ def _mask(table: Table, positions: Positions) -> NDArray[np.bool_]:
     return mask
 
 
-def _texts(batch: pa.RecordBatch, content_only: bool = False) -> Iterator[tuple[pa.Array, pa.Array | None]]:
-    """The texts of a batch, column by column, with the row of each text; None if each row has one."""
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if pa.types.is_string(column.type) and (not content_only or name == "text"):
-            yield column, None
-        elif pa.types.is_list(column.type):
-            rows, inner = pc.list_parent_indices(column), pc.list_flatten(column)
-            if pa.types.is_struct(inner.type):
-                yield from ((pc.struct_field(inner, field), rows) for field in ("content", "reasoning_content"))
-            else:
-                yield inner, rows
-
-
-def _of_rows(matches: pa.Array, rows: pa.Array | None, batch: pa.RecordBatch) -> pa.Array:
-    if rows is None:
-        return pc.fill_null(matches, False)
-    mask = np.zeros(batch.num_rows, bool)
-    mask[rows.filter(matches).to_numpy()] = True
-    return pa.array(mask)
-
-
-def _any(masks: Sequence[pa.Array]) -> pa.Array:
-    whole = masks[0]
-    for mask in masks[1:]:
-        whole = pc.or_(whole, mask)
-    return whole
-
-
-def _chars(batch: pa.RecordBatch) -> NDArray[np.int64]:
-    total = np.zeros(batch.num_rows, np.int64)
-    for texts, rows in _texts(batch, content_only=True):
-        lengths = pc.fill_null(pc.utf8_length(texts), 0).to_numpy()
-        if rows is None:
-            total += lengths
-        else:
-            np.add.at(total, rows.to_numpy(), lengths)
-    return total
+def _true(mask: pa.ChunkedArray) -> Positions:
+    return np.asarray(pc.indices_nonzero(mask), np.int64)

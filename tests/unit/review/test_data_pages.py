@@ -7,7 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from datasets import Dataset
+from datasets import Features, Value
 from fastapi.testclient import TestClient
 
 from llm_engineering.data.ledger import Ledger
@@ -245,8 +245,9 @@ def test_a_page_of_100_000_rows_reads_one_page_of_them(tmp_path, monkeypatch):
         for number in range(ROWS):
             turn = {"role": "user", "content": f"Is {number} a number?", "reasoning_content": None, "weight": None}
             writer.write({**record, "id": f"{number:016x}", "source": f"f:{number}", "prompt": [turn]})
-    columns = ("stage", "reason", "place", "detail", "text", "id", "source", "rule", "split", "fate", "cluster")
-    empty = Table({"none": Dataset.from_dict({name: [] for name in columns})})
+    names = ("stage", "reason", "place", "detail", "text", "id", "source", "rule", "split", "fate")
+    columns = Features({**dict.fromkeys(names, Value("string")), "cluster": Value("int64")})
+    empty = Table({"none": to_dataset([], columns)})
     rows = Table({"train": writer.dataset()})
     opened = Opened("big", "instruction", rows, empty, empty, empty, "id", lambda _: None, Rendering(None, None))
     made = []
