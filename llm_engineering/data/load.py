@@ -89,7 +89,8 @@ def prompts_of(rows: Sequence[InstructionRow], stage: str) -> tuple[list[PromptR
 def load_evaluation(references: list[str], n: int, questions: Sequence[str] = ()) -> EvaluationIndex | None:
     """Index the evaluation files that training rows must not share n-grams with; None without files and questions.
 
-    Benchmarks often have their own columns. If a file is in no known format, each text in it is indexed separately.
+    Benchmarks often have their own columns. If a file is in no known format or fits several, each text in it is indexed
+    separately.
 
     Args:
         questions: those of the exam. A training row must not ask any of them.
@@ -126,7 +127,7 @@ def check_evaluation(references: list[str]) -> None:
 
 
 def _open_evaluation(reference: str) -> OpenedDataset | None:
-    """The rows of an evaluation file, or None if its format is unknown."""
+    """The rows of an evaluation file, or None if its format is unknown or ambiguous."""
     try:
         # Not the recipe's DataConfig: its `columns` map the names of another dataset.
         opened = open_dataset(reference, None, DataConfig())
@@ -134,7 +135,7 @@ def _open_evaluation(reference: str) -> OpenedDataset | None:
         opened = None
     # A benchmark has columns beside its questions, such as choices.
     if opened is None or opened.kind == "prompt":
-        logger.info("%s is in no known format: each of its texts is compared alone", reference)
+        logger.info("The format of %s is not clear: each of its texts is compared alone", reference)
         return None
     return opened
 

@@ -344,7 +344,7 @@ def inspect_file(
     loaded = load_rows(file, None, data, work / "rows.arrow", ledger)
     evaluation = None
     if against is not None:
-        evaluation = load_rows(against, loaded.kind, DataConfig(), work / "against.arrow", Ledger(), "_test").rows
+        evaluation = load_rows(against, loaded.kind, data, work / "against.arrow", Ledger(), "_test").rows
     index = load_evaluation(data.decontaminate_against, data.decontaminate_ngram)
     lenient = data.model_copy(update={"strict": False})
     prepared = prepare(loaded.rows, loaded.kind, lenient, ledger, work, evaluation, index, inspected=True)

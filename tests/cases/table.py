@@ -54,6 +54,15 @@ COMPARISON: list[Case] = [
         before="alpaca: 3 read, 3 kept, 0 leaked",
     ),
     DataCase(
+        "the recipe's format is that of an evaluation file that fits two",
+        "a.jsonl",
+        lines(*rows()),
+        "alpaca: 3 read, 3 kept, 3 leaked",
+        data={"format": "alpaca"},
+        against=lines(*({**row, "messages": []} for row in rows())),
+        before="refused",
+    ),
+    DataCase(
         "a row and its decomposed form are duplicates",
         "a.jsonl",
         lines(rows()[0]) + form("NFD", lines(rows()[0])) + lines(*rows()[1:]),

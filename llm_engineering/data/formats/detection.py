@@ -49,7 +49,7 @@ _UNREAD_NAMED = 50
 
 
 class UnknownFormatError(RequestError):
-    """No format has the columns of a dataset."""
+    """No format has the columns of a dataset, or several have."""
 
 
 class OpenedDataset(NamedTuple):
@@ -260,9 +260,9 @@ def _document(value: dict[str, Any]) -> str:
     return str(name) if isinstance(name, (str, int)) else ""
 
 
-def _ambiguous(what: str, names: Sequence[str]) -> RequestError:
+def _ambiguous(what: str, names: Sequence[str]) -> UnknownFormatError:
     choices = " or ".join(f"data.format={name}" for name in names)
-    return RequestError(f"{what} can be read as {' or as '.join(names)}: choose one with {choices}.")
+    return UnknownFormatError(f"{what} can be read as {' or as '.join(names)}: choose one with {choices}.")
 
 
 def _unknown(reference: str, kind: str | None, required: str | None, first: Record) -> RequestError:

@@ -156,11 +156,14 @@ def test_evaluation_files_may_have_any_columns(tmp_path, caplog):
     known.write_text(json.dumps({"instruction": "Add up", "input": "1 2", "output": "3"}))
     with caplog.at_level("INFO"):
         found = load_evaluation([str(benchmark), str(known)], 5)
-    assert f"{benchmark} is in no known format: each of its texts is compared alone" in caplog.text
+    assert f"The format of {benchmark} is not clear: each of its texts is compared alone" in caplog.text
     assert found.match(row("Tell me.", f"Well. {LONG}"))
     assert found.match(row("who"))
     assert found.match(row("Add up 1 2"))
     assert not found.match(row("Add up"))
+    turns = [{"role": "user", "content": LONG}, {"role": "assistant", "content": "Yes."}]
+    known.write_text(json.dumps({"instruction": "Add", "output": "3", "messages": turns}))
+    assert load_evaluation([str(known)], 5).match(row("Tell me.", f"Well. {LONG}"))
     assert load_evaluation([], 5) is None
     with pytest.raises(RequestError, match="There is no file"):
         load_evaluation([str(tmp_path / "nowhere.jsonl")], 5)
