@@ -112,6 +112,8 @@ def read_records(path: Path) -> Iterator[Record | BrokenRecord]:
         raise RequestError(
             f"There is no file {path}. Check the path; it is relative to the folder you run in."
         ) from None
+    except PermissionError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}. Check its permissions.") from error
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{path} contains bytes that are not {error.encoding} text: {error.reason}. Write the file again."

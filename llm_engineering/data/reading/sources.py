@@ -15,7 +15,8 @@ from llm_engineering.data.reading.files import BrokenRecord, Record, has_known_e
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# The owner, the name, and one of several configurations.
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 # Files that the library datasets writes beside the rows.
 _BOOKKEEPING = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
@@ -54,7 +55,7 @@ def dataset_hash(reference: str) -> str:
     """
     found = _resolve(reference)
     if found.path is None:
-        return _commit(found.name)
+        return _commit(found.name.partition(":")[0])
     digest = hashlib.sha256()
     try:
         for file in visible_files(found.path):
@@ -172,8 +173,9 @@ def _commit(name: str) -> str:
 def _hub_records(found: Reference) -> Iterator[Record | BrokenRecord]:
     from datasets import load_dataset
 
+    name, _, configuration = found.name.partition(":")
     try:
-        splits = load_dataset(found.name, streaming=True, revision=_commit(found.name), token=_token())
+        splits = load_dataset(name, configuration or None, streaming=True, revision=_commit(name), token=_token())
         rows = splits[_one_split(found, list(splits))]
     except _hub_errors() as error:
         raise _unreachable(found.name, error) from error
@@ -195,8 +197,10 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 
 def _unreachable(name: str, error: Exception) -> RequestError:
+    # The second line lists the configurations.
+    problem = " ".join((str(error) or type(error).__name__).splitlines()[:2])
     return RequestError(
-        f"{name} is no file or folder here, and it cannot be read from the hub: "
-        f"{(str(error) or type(error).__name__).splitlines()[0]} Check the name and, for a private dataset, HF_TOKEN; "
-        "without a network, download the files elsewhere and name their folder."
+        f"{name} is no file or folder here, and it cannot be read from the hub: {problem} Check the name and, "
+        "for a private dataset, HF_TOKEN; one of several configurations is named as owner/name:configuration; without a "
+        "network, download the files elsewhere and name their folder."
     )

@@ -289,8 +289,8 @@ def test_a_dataset_of_the_hub_is_read(tmp_path, settings, monkeypatch):
     calls = []
     read = datasets.load_dataset
 
-    def load(name, **options):
-        calls.append((name, options))
+    def load(name, configuration, **options):
+        calls.append((name, configuration, options))
         return read("json", data_files={"train": str(tmp_path / "train.jsonl")}, streaming=True)
 
     class Info:
@@ -301,9 +301,35 @@ def test_a_dataset_of_the_hub_is_read(tmp_path, settings, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda api, name: Info)
     assert dataset_hash("owner/name") == "0123abcd"
     assert list(open_records("owner/name#train"))[1] == Record(ROWS[1], "owner/name", "row 2")
-    assert calls == [("owner/name", {"streaming": True, "revision": "0123abcd", "token": "secret"})]
+    options = {"streaming": True, "revision": "0123abcd", "token": "secret"}
+    assert calls == [("owner/name", None, options)]
     with pytest.raises(RequestError, match="owner/name has no split test: write owner/name#train"):
         list(open_records("owner/name#test"))
+    assert dataset_hash("owner/name:main") == "0123abcd"
+    assert list(open_records("owner/name:main#train"))[1] == Record(ROWS[1], "owner/name:main", "row 2")
+    assert calls[-1] == ("owner/name", "main", options)
+
+
+def test_a_dataset_of_several_configurations_names_them(settings, monkeypatch):
+    def load(*_, **__):
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nMore"
+        )
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("llm_engineering.data.reading.sources._commit", lambda name: "0123abcd")
+    with pytest.raises(RequestError, match=r"\['main', 'socratic'\] Check .* is named as owner/name:configuration"):
+        list(open_records("owner/name"))
+
+
+def test_a_file_that_may_not_be_read_is_refused_with_the_remedy(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    file = write(tmp_path / "rows.jsonl")
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(RequestError, match=r"rows\.jsonl cannot be read: Permission denied\. Check its permissions\."):
+        read(file)
 
 
 @pytest.mark.parametrize("reference", ["nowhere.jsonl", "some/rows.jsonl", "./nowhere", "a/b/c"])
