@@ -135,7 +135,7 @@ class Lengths:
                 names = {"id": row.id, "source": row.source}
                 self.truncated.write({**names, "rule": formatted.rule, "detail": formatted.truncated})
             self.turns[len(row.prompt) + (0 if isinstance(row, PromptRow) else len(row.answers[0]))] += 1
-            if kept.total() <= SAMPLE_ROWS:
+            if sum(name == split for name, _ in self.samples) < SAMPLE_ROWS:
                 self.samples.append((split, row))
 
 
@@ -223,7 +223,8 @@ def _with_newest_turns(
         number -= 1
     detail = f"it has {over_long.length} tokens or more, formatting.max_length is {config.max_length}: without its first {number + 1} exchanges"
     records = [{**record, "id": row.id, "truncated": True} for record in formatted[number].records]
-    return FormattedRow(row, records, over_long.length, None, detail, rule="oldest_turns_dropped")
+    respaced = formatted[number].respaced
+    return FormattedRow(row, records, over_long.length, None, detail, respaced, rule="oldest_turns_dropped")
 
 
 def _exchanges(row: Row) -> int:

@@ -256,6 +256,11 @@ def test_answers_whose_white_space_the_template_changes_are_counted(tokenizer):
     found = format_rows(rows, "instruction", trims, FormattingConfig(max_length=64))
     assert [f.respaced for f in found] == [True, False]
     assert not any(f.respaced for f in format_rows(rows, "instruction", tokenizer, FormattingConfig(max_length=64)))
+    first = [message("user", "1 " * 100), message("assistant", "y")]
+    longer = row([*first, *rows[0].prompt], rows[0].completion)
+    config = FormattingConfig(max_length=64, over_long="drop_oldest_turns")
+    (shortened,) = format_rows([longer], "instruction", trims, config)
+    assert (shortened.rule, shortened.respaced) == ("oldest_turns_dropped", True)
 
 
 @pytest.mark.parametrize("start", ["\n\n", "   ", "\n", " "])

@@ -1,5 +1,7 @@
 """Texts as tokens: every token is trained, long texts are divided, and the labels are checked before training."""
 
+from collections import Counter
+
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
@@ -115,6 +117,11 @@ def test_texts_are_counted_once_and_their_pieces_are_rows(llama3, tmp_path):
     assert lengths.kept["train"].total() == 4
     assert lengths.all.total() == 4
     assert max(lengths.kept["train"]) <= 8
+
+
+def test_a_report_has_samples_of_long_texts(llama3, tmp_path):
+    (_, lengths), _ = formatted(llama3, tmp_path, train=["XQZJ" * 40] * 7, validation=["XQZJ" * 40], test=["Q"])
+    assert Counter(name for name, _ in lengths.samples) == {"train": 5, "validation": 1, "test": 1}
 
 
 def test_labels_of_texts_are_checked(llama3, tmp_path):
