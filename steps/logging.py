@@ -1,5 +1,6 @@
 """Logs metadata that the dashboard and the model registry show."""
 
+from collections import Counter
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,7 +19,7 @@ def log_rows(artifact: str, ledger: Ledger, stage: str, **facts: Any) -> None:
         artifact,
         read=ledger.read[stage],
         rows=ledger.kept[stage],
-        quarantined=sum(reasons.total() for reasons in ledger.reasons.values()),
+        quarantined=ledger.reasons.get(stage, Counter()).total(),
         **facts,
     )
 

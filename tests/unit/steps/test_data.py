@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.rows import SPLITS, TextRow, instruction_row, split_of
+from llm_engineering.data.rows import SPLITS, Quarantined, TextRow, instruction_row, split_of
 from llm_engineering.data.storage import FEATURES, instruction_dataset, to_dataset
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
@@ -36,7 +36,7 @@ from tools.cli import prepare_zenml
 prepare_zenml()
 
 from pipelines.promote import _unfit  # noqa: E402
-from steps import data  # noqa: E402 — ZenML looks for the project when steps are imported
+from steps import data, logging  # noqa: E402 — ZenML looks for the project when steps are imported
 
 TEXT = "The Heron Pump is made in Quessby. It is blue. The Otter Gate is built of larch."
 
@@ -294,3 +294,13 @@ def test_the_data_report_has_the_tokens_to_train_on_by_what_rows_are(settings, f
     assert f"{3 * tokens:,} tokens in 3 epochs" in (report.path / "report.html").read_text()
     # What training read of the documents is without general rows.
     assert tokens_read(formatted["train"], dataset["train"], 3.0) == 3 * (tokens - trained["general"]["tokens"])
+
+
+def test_the_logged_numbers_are_those_of_one_stage(monkeypatch):
+    ledger = Ledger()
+    for stage, kept in (("document", 2), ("text", 1)):
+        left_out = [Quarantined(stage=stage, reason="empty", source="a", place="", detail="")] * (3 - kept)
+        ledger.record(stage, 3, kept, left_out)
+    monkeypatch.setattr(logging, "collected", {})
+    logging.log_rows("texts", ledger, "text")
+    assert logging.collected == {"texts": {"read": 3, "rows": 1, "quarantined": 2}}
