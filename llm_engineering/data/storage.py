@@ -101,12 +101,13 @@ def stream_batches(path: Path) -> Iterator[pa.RecordBatch]:
 def dataset_batches(dataset: Dataset) -> Iterator[pa.RecordBatch]:
     """The rows of a dataset in record batches of at most `BATCH_ROWS`.
 
-    A dataset that shows all rows of its files is read from the files: memory-mapped pages stay resident and count as
+    A dataset that shows all rows and columns of its files is read from the files: memory-mapped pages stay resident and count as
     memory of the process.
     """
     files = [Path(file["filename"]) for file in dataset.cache_files]
-    rows = sum(batch.num_rows for file in files for batch in stream_batches(file)) if dataset._indices is None else -1
-    if files and rows == dataset.num_rows:
+    batches = (batch for file in files for batch in stream_batches(file))
+    rows = sum(batch.num_rows for batch in batches if batch.schema.names == dataset.column_names)
+    if files and dataset._indices is None and rows == dataset.num_rows:
         tables = (batch for file in files for batch in stream_batches(file))
     else:
         tables = (batch for part in dataset.with_format("arrow").iter(BATCH_ROWS) for batch in part.to_batches())

@@ -469,8 +469,10 @@ def test_batches_of_a_view_hold_the_rows_of_the_view(tmp_path):
         (whole.select(range(10, 20)), range(10, 20)),
         (whole.select([5, 3]), (5, 3)),
         (Dataset.from_list(list(whole.select([1]))), [1]),
+        (whole.select_columns(["source"]), range(2500)),
     ):
         assert [r["source"] for r in stream_records(view)] == [str(i) for i in expected]
+        assert list(next(stream_records(view))) == view.column_names
     assert max(batch.num_rows for batch in dataset_batches(whole)) <= 1000
 
 
