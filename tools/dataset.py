@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import HubConfig
-from llm_engineering.recipe.loading import differences, load_recipe, recipe_hash
+from llm_engineering.recipe.loading import load_recipe, recipe_hash, stored_recipe
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
 
 if TYPE_CHECKING:
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
     from llm_engineering.publish.dataset_card import CardFacts, Kind
 
 logger = logging.getLogger("llm_engineering.dataset")
-
-# The formatted rows of each kind, by the stages of which a chain may have one.
-FORMATTED = {
-    "instruction": ["formatted_sft"],
-    "preference": ["formatted_dpo"],
-    "labelled": ["formatted_kto"],
-    "prompt": ["formatted_rloo", "formatted_grpo"],
-}
 
 
 def inspect(
@@ -135,7 +127,8 @@ def push_dataset(
     check_repo_id(repo_id)
     prepare_zenml()
     version, dataset_version = newest_dataset(recipe, kind)
-    made_with = _made_with(dataset_version, recipe, kind)
+    what = f"The newest {kind} dataset of {recipe.name}"
+    made_with = stored_recipe(_parameters(dataset_version), what, "Create it again: `make datasets`.")
     dataset = dataset_version.load()
     if not allow_secrets:
         check_secrets(dataset, masked=made_with.data.rules.secret == "mask")
@@ -196,45 +189,9 @@ def newest_dataset(recipe: Recipe, kind: str) -> tuple[ModelVersionResponse, Art
     raise RequestError(f"{recipe.name} has no {kind} dataset yet. Create one: `make datasets`.")
 
 
-def _made_with(dataset: ArtifactVersionResponse, recipe: Recipe, kind: str) -> Recipe:
-    """The recipe that the dataset was made with.
-
-    Raises:
-        RequestError: it differs from the given recipe in keys that decide the rows.
-    """
-    try:
-        made_with: Recipe = Recipe.model_validate(_parameters(dataset)["recipe"])
-    except (KeyError, ValidationError) as error:
-        raise RequestError(
-            f"The newest {kind} dataset of {recipe.name} was made with another version of the recipe's schema. "
-            "Create it again: `make datasets`."
-        ) from error
-    different = differences(_deciding(made_with, kind), _deciding(recipe, kind))
-    if different:
-        raise RequestError(
-            f"The newest {kind} dataset of {recipe.name} was made with another recipe: {', '.join(different)} differ. "
-            "Create it again (`make datasets`), or use the recipe that it was made with."
-        )
-    return made_with
-
-
 def _parameters(dataset: ArtifactVersionResponse) -> dict[str, Any]:
     """The parameters of the pipeline run that created the dataset."""
     return dataset.run.config.parameters or {}
-
-
-def _deciding(recipe: Recipe, kind: str) -> dict[str, Any]:
-    """The keys of a recipe that decide the rows of a dataset."""
-    others = {"instruction": ("preferences", "labelled", "prompts"), "preference": ("labelled", "prompts")}
-    others |= {"labelled": ("prompts",), "prompt": ("preferences", "labelled")}
-    other = {key for name in others[kind] for key in (name, f"test_{name}")}
-    return {
-        "seed": recipe.seed,
-        # Without the revision: only the stored recipe has it, because it is pinned when a run starts.
-        "model": {"name_or_path": recipe.model.name_or_path},
-        **recipe.model_dump(mode="json", include={"documents", "generation"}),
-        "data": recipe.data.model_dump(mode="json", exclude={"hub", *other}),
-    }
 
 
 def _facts(
@@ -252,7 +209,8 @@ def _facts(
     data = made_with.data
     own, said = data.own(kind), dataset_card.PEOPLE_SAID if data.only_people(kind) else None
     candidates = version.get_artifact(f"{data.made_of(kind)}_candidates")
-    formatted = next(filter(None, map(version.get_artifact, FORMATTED[kind])), None)
+    names = [f"formatted_{name}" for name, stage in STAGES.items() if stage.rows == kind]
+    formatted = next(filter(None, map(version.get_artifact, names)), None)
     recorded = candidates.run_metadata if candidates else {}
     # Generated pairs come from the instructions, so the prompts are recorded with those.
     instructions = version.get_artifact("instruction_candidates")

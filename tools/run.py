@@ -16,10 +16,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.recipe.loading import check_name, differences, load_recipe
+from llm_engineering.recipe.loading import check_name, differences, load_recipe, stored_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Json, Overrides, prepare_zenml
@@ -202,13 +201,7 @@ def check_resumable(run: str, pipeline: str, recipe: Recipe) -> None:
         raise RequestError(f"Run {former.name} is complete, so there is nothing to resume. Leave out --resume.")
     if not former.status.is_finished and is_alive(former):
         raise RequestError(f"Run {former.name} is still {former.status}. Wait until it ends, or stop it first.")
-    try:
-        # ZenML stores only the values that were set. Validation adds the defaults.
-        then = Recipe.model_validate((former.config.parameters or {})["recipe"])
-    except (KeyError, ValidationError) as error:
-        raise RequestError(
-            f"Run {former.name} was made with another version of the recipe's schema. Leave out --resume to start a new run."
-        ) from error
+    then = stored_recipe(former.config.parameters or {}, f"Run {former.name}", "Leave out --resume to start a new run.")
     different = differences(then.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if different:
         raise RequestError(

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, get_args
 
@@ -40,6 +40,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems = [line for problem in error.errors() for line in _explain(problem, origin, str(path))]
         raise RequestError("\n".join(problems)) from None
+
+
+def stored_recipe(stored: Mapping[str, Any], what: str, remedy: str) -> Recipe:
+    """The recipe in the parameters of a run or the metadata of a version. Only values that were set are stored.
+
+    Args:
+        what: begins the error's sentence, e.g. `Version 3`; `remedy` is the sentence after it.
+
+    Raises:
+        RequestError: there is no recipe, or its schema is another one.
+    """
+    try:
+        recipe: Recipe = Recipe.model_validate(stored["recipe"])
+        return recipe
+    except (KeyError, ValidationError) as error:
+        raise RequestError(
+            f"{what} has no recorded recipe, or one of another version of the recipe's schema. {remedy}"
+        ) from error
 
 
 def check_name(path: str | Path, overrides: Sequence[str] = ()) -> None:

@@ -131,7 +131,6 @@ def test_own_rows_are_published_without_anything_else(made, online, hub):
         (["instruction", "--repo", "no-owner"], "does not name an owner"),
         (["instruction", "--set", "data.hub.licence=mit"], "Did you mean `data.hub.license`?"),
         (["instruction", "--set", "name=nobody"], "nobody has no instruction dataset yet"),
-        (["preference", "--set", "generation.batch_size=3"], "made with another recipe: generation.batch_size differ"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

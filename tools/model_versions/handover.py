@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from pydantic import ValidationError
 
 from llm_engineering.errors import RequestError
-from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.loading import load_recipe, stored_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
 from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
@@ -284,14 +283,8 @@ def recipe_of(version: Any) -> Recipe:
     Raises:
         RequestError: its schema is another one, or the run ended before the gate.
     """
-    try:
-        recipe: Recipe = Recipe.model_validate(version.run_metadata["recipe"])
-        return recipe
-    except (KeyError, ValidationError) as error:
-        raise RequestError(
-            f"Version {version.number} of {version.model.name} was made with another version of the recipe's schema, or its run "
-            "ended before the gate. Run the training command again."
-        ) from error
+    what = f"Version {version.number} of {version.model.name}"
+    return stored_recipe(version.run_metadata, what, "Run the training command again.")
 
 
 def data_limits(kinds: Sequence[str], recipe: Recipe) -> list[str]:

@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from rich.table import Table
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.progress import counted
 from llm_engineering.recipe.data_blocks import UNFIT
-from llm_engineering.recipe.loading import load_recipe
+from llm_engineering.recipe.loading import load_recipe, stored_recipe
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import RewardedConfig
@@ -285,9 +285,13 @@ def _sources(artifact: Any) -> Iterator[Finding]:
         return
     where = f"sources of {name_of(artifact)}"
     try:
-        recipe = Recipe.model_validate((artifact.run.config.parameters or {})["recipe"])
-    except (KeyError, ValidationError):
-        yield Finding(where=where, file="", what="unknown", detail="made with another version of the recipe's schema")
+        recipe = stored_recipe(
+            artifact.run.config.parameters or {},
+            f"Run {artifact.run.name}",
+            "Verify this version with the commit that `make lineage` shows.",
+        )
+    except RequestError as error:
+        yield Finding(where=where, file="", what="unknown", detail=str(error))
         return
     try:
         if then:
