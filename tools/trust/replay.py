@@ -58,7 +58,6 @@ def replay(
     folder = (Settings().llm_output_dir / "replays" / f"{recipe.name}-{found.number}").resolve()
     own, written = folder / "run", folder / "report.json"
     with run_lock(folder):
-        _announce(then)
         if written.exists():
             # An earlier replay ended. One that was interrupted continues.
             shutil.rmtree(own, ignore_errors=True)
@@ -122,27 +121,6 @@ def _check_inputs(version: Any) -> None:
             f"Version {version.number} cannot be replayed, because its inputs are not those of its training: {said}. Restore "
             "these files, and repeat the command."
         )
-
-
-def _announce(then: Mapping[str, Any]) -> None:
-    """Say what differs here from the training of a version: it may change the result, and prevents nothing."""
-    from llm_engineering.training.telemetry.work import environment
-    from pipelines.chain import step_of
-    from tools.readiness import code_version
-
-    steps = {name: step_of(name) for name in (f"train_{stage}" for stage in then["training"])}
-    codes = {name: step.configuration.environment["CODE_VERSION"] for name, step in steps.items()}
-    if other := differing_code(then, {"commit": code_version(), **codes}):
-        logger.warning("The version was made with other code or libraries: %s", ", ".join(other))
-    here = environment()
-    for stage, trained in then["training"].items():
-        if "environment" not in trained:
-            logger.warning("%s: its processor, threads and library versions were not recorded", stage)
-            continue
-        # The training process gets the recorded number of threads.
-        differing = _environments(trained["environment"], here | {"threads": trained["environment"]["threads"]})
-        if differing:
-            logger.warning("%s was trained elsewhere, so its bytes may differ: %s", stage, ", ".join(differing))
 
 
 def _train(folder: Path, then: Mapping[str, Any]) -> None:
