@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import re
+import sqlite3
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -270,9 +271,7 @@ def exit_code(work: Callable[[], int], debug: bool) -> int:
     except Exception as error:  # An unexpected error is printed with a hint how to see its traceback.
         if debug:
             traceback.print_exc()
-        from tools.zenml_store import database_error
-
-        sentence = database_error(error) or limit_error(error)
+        sentence = known_error(error)
         if sentence is not None:
             print(f"Error: {sentence}", file=sys.stderr)
             return 1
@@ -284,22 +283,39 @@ def exit_code(work: Callable[[], int], debug: bool) -> int:
 _FULL = "Make room on this disk, then repeat the command: finished work is kept."
 # What the system says at one of its limits, and the remedy.
 _LIMITS = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EMFILE: "Raise the limit of open files (`ulimit -n 4096`), then repeat the command: finished work is kept.",
+    os.strerror(errno.ENOSPC): _FULL,
+    os.strerror(errno.EDQUOT): _FULL,
+    os.strerror(
+        errno.EMFILE
+    ): "Raise the limit of open files (`ulimit -n 4096`), then repeat the command: finished work is kept.",
+}
+_DAMAGED = "The file is damaged. Replace it by a backup; `zenml status` names the file."
+# What SQLite says of ZenML's database, and the remedy. The last one is for everything else.
+_DATABASE = {
+    "locked": "Another process holds it for too long. Wait until that process ends, then repeat the command.",
+    "full": _FULL,
+    "disk I/O": _FULL,
+    "readonly": "Make the file and its folder writable for this user.",
+    "malformed": _DAMAGED,
+    "not a database": _DAMAGED,
+    "corrupt": _DAMAGED,
+    "": "Repeat the command with --debug to see where it failed; `zenml status` names the file.",
 }
 
 
-def limit_error(error: BaseException) -> str | None:
-    """A sentence for an error at a limit of the system, with the remedy; None for another error.
+def known_error(error: BaseException) -> str | None:
+    """A sentence for an error at a limit of the system or of ZenML's database, with the remedy; None for another error.
 
-    The system's words are searched for, because libraries put them into errors of their own.
+    The words are searched for in all causes, because libraries put them into errors of their own.
     """
     cause: BaseException | None = error
     while cause is not None:
-        for number, remedy in _LIMITS.items():
-            if os.strerror(number) in str(cause):
-                return f"{str(cause).rstrip('.')}. {remedy}"
+        said, where, remedies = str(cause).rstrip("."), "", _LIMITS
+        if isinstance(cause, sqlite3.Error):
+            where, remedies = "ZenML's database refused a request: ", _DATABASE
+        for words, remedy in remedies.items():
+            if words in said:
+                return f"{where}{said}. {remedy}"
         cause = cause.__cause__ or cause.__context__
     return None
 

@@ -26,7 +26,6 @@ logger = logging.getLogger("llm_engineering.run")
 _SQLITE = "sqlite:///"
 # File systems of disks. SQLite's log needs memory that its processes share, which a folder of several machines does not give.
 _LOCAL = frozenset(["apfs", "bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"])
-_DAMAGED = ("malformed", "not a database", "corrupt")
 
 
 def open_database() -> None:
@@ -133,27 +132,6 @@ def _problem(database: Path) -> str:
         return ""
     cut = pages - database.stat().st_size
     return f"{cut} bytes are missing at its end" if cut > 0 else ""
-
-
-def database_error(error: BaseException) -> str | None:
-    """A sentence for an error of ZenML's database, with the remedy; None for another error."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, sqlite3.Error):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        return None
-    said = str(cause)
-    if "locked" in said:
-        remedy = "Another process holds it for too long. Wait until that process ends, then repeat the command."
-    elif "full" in said or "disk I/O" in said:
-        remedy = "Make room on this disk, then repeat the command: finished steps are not repeated."
-    elif "readonly" in said:
-        remedy = "Make the file and its folder writable for this user."
-    elif any(word in said for word in _DAMAGED):
-        remedy = "The file is damaged. Replace it by a backup; `zenml status` names the file."
-    else:
-        remedy = "Repeat the command with --debug to see where it failed; `zenml status` names the file."
-    return f"ZenML's database refused a request: {said}. {remedy}"
 
 
 def forget_lost() -> None:
