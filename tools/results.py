@@ -181,7 +181,6 @@ def collect(runs: Sequence[PipelineRunResponse], duration_s: float) -> RunResult
         evaluation=evaluation,
         promotion=decision,
         comet=newest.get("comet", {}),
-        # Reports from before TensorBoard and wandb were supported have no `trackers`.
         trackers=newest.get("trackers", {}),
         pages=pages,
         duration_s=round(duration_s, 1),
@@ -219,7 +218,6 @@ def print_table(result: RunResult, file: TextIO) -> None:
             shown.print(_no_exam(asked))
     if result.evaluation:
         shown.print(_measures(result.evaluation))
-    # Reports from before there were exams have no `exam`.
     exam = result.evaluation.get("exam")
     if exam is not None and exam["drawn"]:
         shown.print(exam_table(exam, result.evaluation["newest"], result.evaluation["seed"]))

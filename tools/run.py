@@ -336,10 +336,3 @@ def start(
     if made is not None and adapter_of(made) is not None:
         sign_new(made, Settings())
     return run
-
-
-if __name__ == "__main__":
-    # Timers of an earlier version start `python -m tools.run`.
-    from tools.cli import main
-
-    sys.exit(main(["run", *sys.argv[1:]]))

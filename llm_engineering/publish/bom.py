@@ -24,19 +24,18 @@ def base_tokens(base: str, hub: ModelHubConfig | None) -> float | None:
     return _BASE_TOKENS.get(base) or (hub.base_training_tokens if hub is not None else None)
 
 
-def compute_facts(flops: Mapping[str, float | None], parameters: int, tokens: float | None) -> dict[str, Any]:
+def compute_facts(flops: Mapping[str, float], parameters: int, tokens: float | None) -> dict[str, Any]:
     """The floating-point operations of the stages, and their share of those of the base model's training.
 
     Args:
-        flops: operations by stage; None if a stage did not record them.
+        flops: operations by stage.
         parameters: number of the base model's parameters, N.
         tokens: tokens that the base model was trained on, D; its training took 6·N·D operations. None if they are not known.
 
     Returns:
-        `total`, `base_flops` and `share` are None if they cannot be computed.
+        `base_flops` and `share` are None if `tokens` is not known.
     """
-    known = [value for value in flops.values() if value is not None]
-    total = sum(known) if len(known) == len(flops) else None
+    total = sum(flops.values())
     base = 6 * parameters * tokens if tokens is not None else None
     return {
         "stages": dict(flops),
@@ -44,7 +43,7 @@ def compute_facts(flops: Mapping[str, float | None], parameters: int, tokens: fl
         "base_parameters": parameters,
         "base_tokens": tokens,
         "base_flops": base,
-        "share": total / base if total is not None and base is not None else None,
+        "share": total / base if base is not None else None,
     }
 
 

@@ -90,15 +90,11 @@ def _compute(compute: Mapping[str, Any]) -> Markup:
     rows: list[list[str]] = [[name, _flops(value)] for name, value in compute["stages"].items()]
     rows += [["all stages", _flops(compute["total"])], ["base model, 6·N·D", _flops(compute["base_flops"])]]
     share, said = compute["share"], _UNKNOWN
-    if compute["base_flops"] is not None:
+    if share is not None:
         said = (
             f"The base model has N = {compute['base_parameters']:,} parameters and was trained on D = "
             f"{compute['base_tokens']:.3g} tokens. "
-        )
-        said += (
-            "A stage has not recorded its operations, so their share is unknown."
-            if share is None
-            else f"The training took {share:.3g} of these operations, {'more' if share > THRESHOLD else 'less'} than the third "
+            f"The training took {share:.3g} of these operations, {'more' if share > THRESHOLD else 'less'} than the third "
             "at which the European Commission's guidelines on general-purpose AI models see a new provider."
         )
     beside = "Writing the data and the answers of GRPO and RLOO, and evaluation, are not counted."

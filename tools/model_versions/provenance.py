@@ -30,7 +30,7 @@ ENDS = (
     *(f"{stage}_adapter" for stage in reversed(STAGES)),
 )
 
-# Metadata of an adapter: where and with how many operations it was trained. Adapters of earlier versions of this project lack it.
+# Metadata of an adapter: where and with how many operations it was trained.
 TRAINING_FACTS = ("environment", "flops", "steps")
 
 # Metadata of the artifacts with rows of people.
@@ -70,8 +70,7 @@ def lineage(
     for stage, why in found[UNFIT].items():
         facts.add_row(f"unfit data of {stage}", why)
     for stage, trained in found["training"].items():
-        if "environment" in trained:
-            facts.add_row(f"{stage} trained with", describe(trained["environment"]))
+        facts.add_row(f"{stage} trained with", describe(trained["environment"]))
     shown.print(facts)
     artifacts = titled_table("Artifacts", "Artifact", "Made by", "Code", "From", "Id", "SHA-256 of SHA256SUMS")
     for artifact in found["artifacts"]:
@@ -189,7 +188,7 @@ def lineage_of(model: str, version: Any) -> dict[str, Any]:
             made = artifact.run_metadata
             training[artifact.artifact.name.removesuffix(ADAPTER)] = {
                 "report": step.outputs["training_report"][0].uri,
-                **{name: made[name] for name in TRAINING_FACTS if name in made},
+                **{name: made[name] for name in TRAINING_FACTS},
             }
         if recorded := sources_of(artifact):
             sources[f"{artifact.artifact.name} v{artifact.version}"] = recorded

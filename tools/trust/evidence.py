@@ -74,7 +74,7 @@ def _gathered(recipe: Recipe, version: Any) -> dict[str, Any]:
         }
         for kind, formatted in kinds.items()
     ]
-    environments = {s: facts["environment"] for s, facts in lineage["training"].items() if "environment" in facts}
+    environments = {stage: facts["environment"] for stage, facts in lineage["training"].items()}
     config = load_config(adapter.base, Settings())
     base = on_meta(config, torch.float32, "eager", recipe.model.trust_remote_code)
     name, hub = adapter.base.name_or_path, recipe.hub
@@ -111,7 +111,7 @@ def _gathered(recipe: Recipe, version: Any) -> dict[str, Any]:
             "data": data_licence(made_with) or (recipe.data.hub.license if recipe.data.hub is not None else None),
         },
         "compute": compute_facts(
-            {stage: lineage["training"][stage].get("flops") for stage in chain},
+            {stage: lineage["training"][stage]["flops"] for stage in chain},
             sum(parameter.numel() for parameter in base.parameters()),
             base_tokens(name, hub),
         ),

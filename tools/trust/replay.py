@@ -143,10 +143,8 @@ def _train(folder: Path, then: Mapping[str, Any]) -> None:
         "ZENML_REPOSITORY_PATH": str(folder),
         "LLM_OUTPUT_DIR": str(folder / "outputs"),
     }
-    threads = {t["environment"]["threads"] for t in then["training"].values() if "environment" in t}
-    if threads:
-        # Sums over another number of threads round differently.
-        own["OMP_NUM_THREADS"] = str(max(threads))
+    # Sums over another number of threads round differently.
+    own["OMP_NUM_THREADS"] = str(max(trained["environment"]["threads"] for trained in then["training"].values()))
     ended = run_processes([sys.executable, "-m", "tools.trust.replay", str(folder)], [own])
     if ended.received is not None or ended.codes == [INTERRUPTED]:
         raise KeyboardInterrupt
@@ -207,8 +205,6 @@ def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
         ),
         "environment": {
             stage: _environments(trained["environment"], now["training"][stage]["environment"])
-            if "environment" in trained
-            else ["not recorded"]
             for stage, trained in then["training"].items()
         },
         "compared": [one._asdict() for one in found],

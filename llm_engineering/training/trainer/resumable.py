@@ -243,8 +243,7 @@ class ResumableTrainer(HeldOutTrainer):
         self._metrics["train"].update(window["metrics"])
         self._watch.recent = window["recent_losses"]
         self._watch.highest_median = window["highest_median"]
-        # Checkpoints of earlier versions of this project lack it.
-        self.earlier_flops = window.get("flops", 0.0)
+        self.earlier_flops = window["flops"]
         return window
 
     def total_flops(self) -> float:

@@ -57,7 +57,6 @@ def test_the_share_of_the_base_models_operations():
     assert found["total"] == 8e14
     assert found["base_flops"] == 2.4e15
     assert found["share"] == pytest.approx(1 / 3)
-    assert compute_facts({"sft": None}, 100, 4e12)["share"] is None
     assert compute_facts({"sft": 1.0}, 100, None)["share"] is None
 
 
