@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from llm_engineering.recipe.block import Block, LibraryBlock, Schema
 from llm_engineering.recipe.recipe import Recipe
+from llm_engineering.recipe.stages import STAGES
 
 FOLDER = Path(__file__).parent
 MARK = "<!-- Written by docs/reference/generate.py. Change the code, then run `make docs`. -->\n\n"
@@ -32,21 +33,26 @@ def recipe_page() -> str:
         "Every key that a recipe may have. Any other key is refused, with its full path and the nearest valid key.\n",
         "`extends: other.yaml` merges another recipe below this one; `--set a.b=value` overrides one key.\n",
         "A key without a default has to be given.\n\n",
-        *_block(Recipe, ""),
+        *_block(Recipe, "", {}),
+        "## Fields of every stage\n\n",
+        *_field_tables("the fields that TRL's classes share, which TRL documents", *_shared()),
     ]
     return "".join(parts).rstrip() + "\n"
 
 
-def _block(block: type[BaseModel], prefix: str) -> list[str]:
+def _block(block: type[BaseModel], prefix: str, described_at: dict[type[BaseModel], str]) -> list[str]:
+    """The section of a block, and those of the blocks in it. A block that is described already gets a link."""
     heading = f"## `{prefix.rstrip('.')}`\n\n" if prefix else "## Top level\n\n"
     rows, inner = [], []
     for name, field in block.model_fields.items():
         child = _child(field.annotation)
         if child is not None:
             optional = "" if not _is_optional(field.annotation) else ", may be left out"
-            anchor = f"#{re.sub(r'[^a-z0-9_]', '', (prefix + name).lower())}"
-            rows.append(f"| `{name}` | [block]({anchor}){optional} | | |\n")
-            inner += _block(child, f"{prefix}{name}.")
+            is_new = child not in described_at
+            path = described_at.setdefault(child, prefix + name)
+            anchor = f"#{re.sub(r'[^a-z0-9_]', '', path.lower())}"
+            rows.append(f"| `{name}` | [block{'' if is_new else f' as {path}'}]({anchor}){optional} | | |\n")
+            inner += _block(child, f"{prefix}{name}.", described_at) if is_new else []
             continue
         limits = ", ".join(filter(None, map(_limit, field.metadata)))
         rows.append(f"| `{name}` | {_type(field.annotation)} | {_default(field)} | {limits} |\n")
@@ -63,20 +69,50 @@ def _library_fields(block: type[BaseModel]) -> list[str]:
     """The fields of the library that a block takes besides its own keys, and those that it refuses."""
     if not issubclass(block, LibraryBlock):
         return []
-    more = "".join(
-        f"| `{name}` | {_schema_type(field)} | `{json.dumps(field.get('default'))}` |\n"
-        for name, field in block.allowed().items()
-    )
+    allowed, refused = _fields(block)
+    library = block.config_class.partition(".")[0].upper()
+    title = f"the fields of {block.config_class}, which {library} documents"
+    if block not in [stage.block for stage in STAGES.values()]:
+        return _field_tables(title, allowed, refused)
+    shared, refused_everywhere = _shared()
+    return [
+        "The [fields of every stage](#fields-of-every-stage) can be set too.\n\n",
+        *_field_tables(
+            title,
+            {name: field for name, field in allowed.items() if name not in shared},
+            {name: reason for name, reason in refused.items() if name not in refused_everywhere},
+        ),
+    ]
+
+
+def _fields(block: type[LibraryBlock]) -> tuple[dict[str, Schema], dict[str, str]]:
+    """The fields of the library that a block takes, and those and their values that it refuses, with the reasons."""
     values = {
         f"{name}: {value}": why for name, reasons in block.refused_values.items() for value, why in reasons.items()
     }
-    refused = "".join(f"| `{name}` | {reason} |\n" for name, reason in sorted((block.refused | values).items()))
-    library = block.config_class.partition(".")[0].upper()
+    return block.allowed(), block.refused | values
+
+
+def _shared() -> tuple[dict[str, Schema], dict[str, str]]:
+    """The fields that all stages take, and those that all refuse for the same reason."""
+    (allowed, refused), *others = (_fields(stage.block) for stage in STAGES.values())
+    return (
+        {name: field for name, field in allowed.items() if all(other.get(name) == field for other, _ in others)},
+        {name: reason for name, reason in refused.items() if all(other.get(name) == reason for _, other in others)},
+    )
+
+
+def _field_tables(title: str, allowed: dict[str, Schema], refused: dict[str, str]) -> list[str]:
+    more = "".join(
+        f"| `{name}` | {_schema_type(field)} | `{json.dumps(field.get('default'))}` |\n"
+        for name, field in allowed.items()
+    )
+    reasons = "".join(f"| `{name}` | {reason} |\n" for name, reason in sorted(refused.items()))
     return [
-        f'??? note "More keys: the fields of {block.config_class}, which {library} documents"\n\n',
+        f'??? note "More keys: {title}"\n\n',
         _indented(f"| Key | Type | Default |\n| --- | --- | --- |\n{more}"),
         '??? note "Fields that a recipe cannot set"\n\n',
-        _indented(f"| Key | Reason |\n| --- | --- |\n{refused}"),
+        _indented(f"| Key | Reason |\n| --- | --- |\n{reasons}"),
     ]
 
 
@@ -156,7 +192,15 @@ def schema() -> str:
     found.pop("required", None)
     for block in found["$defs"].values():
         block.pop("required", None)
-    return json.dumps(found, indent=1) + "\n"
+    return _lines(found) + "\n"
+
+
+def _lines(value: Any, levels: int = 4) -> str:
+    """JSON with a line for each key of the first levels. The keys of a block are on the fourth."""
+    if not levels or not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    pad = " " * (5 - levels)
+    return "{\n" + ",\n".join(f'{pad}"{key}": {_lines(inner, levels - 1)}' for key, inner in value.items()) + "}"
 
 
 def commands_page() -> str:

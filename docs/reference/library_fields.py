@@ -34,8 +34,17 @@ _LISTS = [list[int], list[str]]
 
 
 def library_fields() -> dict[str, dict[str, Schema]]:
-    """For each class, the JSON schema of each field, with its default."""
-    return {name: _fields(config_class) for name, config_class in CLASSES.items()}
+    """The JSON schema of each field, with its default: of `trl` those that all its classes share, of a class its others."""
+    found = {name: _fields(config_class) for name, config_class in CLASSES.items()}
+    first, *others = (fields for name, fields in found.items() if name.startswith("trl."))
+    shared = {name: schema for name, schema in first.items() if all(other.get(name) == schema for other in others)}
+    own = {
+        name: {f: schema for f, schema in fields.items() if shared.get(f) != schema}
+        if name.startswith("trl.")
+        else fields
+        for name, fields in found.items()
+    }
+    return {"trl": shared, **own}
 
 
 def as_text() -> str:

@@ -43,9 +43,13 @@ class Block(BaseModel):
 
 @cache
 def fields_of(config_class: str) -> dict[str, Schema]:
-    """JSON schemas of the fields of a class, e.g. `trl.SFTConfig`, by name, with their defaults."""
+    """JSON schemas of the fields of a class, e.g. `trl.SFTConfig`, by name, with their defaults.
+
+    The file has the fields that all classes of TRL share once, under `trl`.
+    """
     classes: dict[str, dict[str, Schema]] = json.loads(FILE.read_text(encoding="utf-8"))
-    return classes[config_class]
+    shared = classes.get(config_class.partition(".")[0], {})
+    return dict(sorted((shared | classes[config_class]).items()))
 
 
 def checked(value: Any, schema: Schema) -> Any:
