@@ -65,24 +65,6 @@ def stage_pipeline(stage: str) -> Any:
     return pipeline(name=stage)(run_stage)
 
 
-def step_of(name: str) -> Any:
-    """The step with this name in a run, e.g. `prepare_texts` or `train_sft`."""
-    if name.startswith("train_"):
-        return train_step(STAGES[name.removeprefix("train_")])
-    alone = (
-        read_documents,
-        collect_texts,
-        generate_instructions,
-        generate_preferences,
-        label_preferences,
-        collect_prompts,
-        write_exam,
-        promote,
-    )
-    shared = {"load": load, "prepare": prepare, "format": format_rows, "evaluate": evaluate, "add": add_human}
-    return next((step for step in alone if step.name == name), None) or shared[name.partition("_")[0]]
-
-
 class _Datasets:
     """Adds the steps that make the dataset of each kind, each once."""
 

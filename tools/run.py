@@ -53,7 +53,7 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Print the resolved recipe, the steps, the rows to expect, and an estimate of memory and time; run nothing.",
+            help="Print the resolved recipe, datasets and stages, the rows to expect, and an estimate of memory and time; run nothing.",
         ),
     ] = False,
     resume: Annotated[

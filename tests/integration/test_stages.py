@@ -10,14 +10,12 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 from tests.integration.conftest import ROOT, Project, Run, make_project
 from tests.tiny_models import formatted
 from tools.make import GIVEN
 from tools.make import command as command_of
-from tools.plan import planned_steps
 
 # The tokenizer of the model has 300 tokens, so the rows are long and everything else is fast.
 RECIPE = """
@@ -165,12 +163,6 @@ def test_retrain_gives_the_adapters_of_the_single_runs(chained):
     single = {name: digests for run in chained.runs[:2] for name, digests in run["adapters"].items()}
     assert retrained["adapters"] == single
     assert all(digests for digests in single.values())
-
-
-def test_the_plan_names_the_steps_that_run(chained):
-    recipe = load_recipe(chained.recipe)
-    for run in (*chained.runs[:2], chained.runs[4]):
-        assert sorted(planned_steps(run["pipeline"], recipe)) == sorted(run["steps"])
 
 
 def test_the_lineage_of_a_cpt_version_leads_back_to_documents_and_replay(chained):

@@ -122,14 +122,16 @@ class Scheduled:
 
 def fingerprint(recipe: Recipe, inputs: Inputs) -> str:
     """A hash (12 hex digits) of everything that decides a run's result: recipe, inputs, and code of the steps."""
-    from pipelines.chain import step_of
-    from tools.plan import planned_steps
+    from pipelines.chain import retrain
 
-    steps = {name: step_of(name) for name in planned_steps("retrain", recipe)}
+    pipeline = retrain.copy()
+    pipeline.prepare(recipe=recipe, inputs=inputs)
     return recipe_hash(
         {
             "recipe": recipe.model_dump(mode="json", exclude={"compute", "tracking", "serving", "hub"}),
             "inputs": inputs.model_dump(mode="json", exclude={"code", "incumbent"}),
-            "code": {name: step.configuration.environment["CODE_VERSION"] for name, step in steps.items()},
+            "code": {
+                name: made.step.configuration.environment["CODE_VERSION"] for name, made in pipeline.invocations.items()
+            },
         }
     )

@@ -1,4 +1,4 @@
-"""Plans of chains: the steps of each pipeline, and the hash of everything that decides a stage's result."""
+"""Plans of chains: what a dry run prints, and the hash of everything that decides a stage's result."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tools import readiness
 from tools.expected_rows import data_lines
 from tools.forecast import estimate_lines, tokens_of
-from tools.plan import planned_steps, print_plan, stages_of
+from tools.plan import print_plan, stages_of
 from tools.readiness import preflight
 from tools.recipe_checks import check_model, remembered
 
@@ -32,11 +32,6 @@ GATE = {"better_than": {"base": {"document_loss": 0.0}, "incumbent": {"document_
 KTO_GATE = {"better_than": {"base": {"heldout_loss": 0.0}, "incumbent": {"heldout_loss": 0.0}}}
 # The gates of the default recipe without the rules about the model of sft.
 NO_SFT = {"better_than": {"sft": {"preference_margin": None}}, "not_worse_than": {"sft": {"heldout_loss": None}}}
-
-TEXTS = ["read_documents", "collect_texts", "prepare_texts"]
-WRITTEN = ["read_documents", "generate_instructions", "prepare_instructions"]
-ANSWERED = ["generate_preferences", "prepare_preferences"]
-LABELLED = ["label_preferences", "prepare_labelled"]
 
 
 @pytest.fixture
@@ -69,40 +64,6 @@ def recipe(tmp_path, small_llama):
     return make
 
 
-@pytest.mark.parametrize(
-    ("chain", "pipeline", "steps"),
-    [
-        (["cpt"], "cpt", [*TEXTS, "format_cpt", "train_cpt"]),
-        (["cpt"], "retrain", [*TEXTS, "format_cpt", "train_cpt"]),
-        (["sft"], "sft", [*WRITTEN, "format_sft", "train_sft"]),
-        # Evaluation reads the held-out questions, formatted as sft does it.
-        (["dpo"], "dpo", [*WRITTEN, *ANSWERED, "format_dpo", "train_dpo", "format_sft"]),
-        # Pairs, of which the answers are made, are measured too.
-        (["kto"], "kto", [*WRITTEN, *ANSWERED, *LABELLED, "format_kto", "train_kto", "format_sft", "format_dpo"]),
-        (["cpt", "sft"], "cpt", [*TEXTS, "format_cpt", "train_cpt"]),
-        (["cpt", "sft"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "train_cpt", "format_sft", "train_sft"]),
-        (["cpt", "sft", "dpo"], "sft", [*TEXTS, *WRITTEN[1:], "format_cpt", "train_cpt", "format_sft", "train_sft"]),
-        (
-            ["cpt", "sft", "dpo"],
-            "dpo",
-            [*TEXTS, *WRITTEN[1:], *ANSWERED, "format_cpt", "format_sft", "format_dpo", "train_dpo"],
-        ),
-        (
-            ["cpt", "sft", "dpo"],
-            "retrain",
-            [*TEXTS, *WRITTEN[1:], *ANSWERED, "format_cpt", "train_cpt", "format_sft", "train_sft", "format_dpo", "train_dpo"],
-        ),
-        (["sft", "cpt"], "cpt", [*WRITTEN, *TEXTS[1:], "format_sft", "format_cpt", "train_cpt"]),
-    ],
-)  # fmt: skip
-def test_steps_of_a_pipeline(chain, pipeline, steps, recipe):
-    found = planned_steps(pipeline, recipe(chain))
-    last = chain[-1] if pipeline == "retrain" else pipeline
-    assert found[-2:] == [f"evaluate_{last}", "promote"]
-    assert sorted(found[:-2]) == sorted(steps)
-    assert len(found) == len(set(found))
-
-
 def test_prompts_are_the_users_own_or_made_of_instructions(recipe):
     block = {"learning_rate": 1e-5, **STEPS, "eval_steps": 10, "save_steps": 10, "num_generations": 2}
     block |= {"rewards": [{"use": "stopped"}], "gradient_accumulation_steps": 2}
@@ -111,19 +72,14 @@ def test_prompts_are_the_users_own_or_made_of_instructions(recipe):
     def made(chain, **data):
         return recipe(chain, grpo=block, promotion=gates, data=data)
 
-    trained = ["format_grpo", "train_grpo", "evaluate_grpo", "promote"]
     own = made(["grpo"], prompts="rows.jsonl")
-    assert planned_steps("grpo", own) == ["load_prompts", "prepare_prompts", *trained]
     assert data_lines(own, "grpo") == []
     of_rows = made(["sft", "grpo"])
-    prompts = ["collect_prompts", "prepare_prompts"]
-    assert planned_steps("grpo", of_rows) == [*WRITTEN, *prompts, "format_sft", *trained]
     assert any(line.startswith("Rows: prompt, ") for line in data_lines(of_rows, "grpo"))
 
 
 def test_what_people_said_decides_the_stages_that_train_on_it(recipe, settings):
     made = recipe(["sft", "dpo"], data={"preferences": "review"})
-    assert planned_steps("dpo", made)[:5] == [*WRITTEN, "generate_preferences", "add_human_preferences"]
     with pytest.raises(RequestError, match=r"data.preferences names review, and nobody .* run `make review` first"):
         preflight(made)
     models = [Compared(key=name, name=name, identity=name) for name in ("base", "sft")]
@@ -189,21 +145,7 @@ def test_own_labelled_answers_are_loaded_and_decide_the_stage_of_their_kind(reci
     thumbs = tmp_path / "thumbs.jsonl"
     thumbs.write_text(json.dumps({"prompt": "Hi", "completion": "Yo", "label": True}) + "\n")
     made = recipe(["sft", "kto"], data={"labelled": str(thumbs)})
-    steps = planned_steps("kto", made)
-    assert steps[-7:] == [
-        "load_labelled",
-        "prepare_labelled",
-        "format_sft",
-        "format_kto",
-        "train_kto",
-        "evaluate_kto",
-        "promote",
-    ]
-    assert "generate_preferences" not in steps
     assert tokens_of(made, "kto")[1] == "the size of thumbs.jsonl"
-    pairs = recipe(["sft", "kto"], data={"labelled": "review"})
-    made_of_pairs = ["label_preferences", "add_human_labelled", "prepare_labelled"]
-    assert planned_steps("kto", pairs)[-9:-6] == made_of_pairs
     before = hashes(made)
     thumbs.write_text(thumbs.read_text().replace("true", "false"))
     after = hashes(made)
@@ -241,25 +183,6 @@ def test_a_stage_has_the_hash_of_its_block_and_of_all_blocks_before_it(recipe):
 
 
 FACTS = {"documents": {"unit": "sentence"}, "generation": {"questions": "fact"}}
-
-
-def test_a_generated_exam_is_written_between_questions_and_their_checks(recipe):
-    exam = {"exam": {"path": "generated"}, **FACTS}
-    found = planned_steps("sft", recipe(["cpt", "sft"], **exam))
-    assert found[found.index("write_exam") - 1 : found.index("write_exam") + 2] == [
-        "generate_instructions",
-        "write_exam",
-        "prepare_instructions",
-    ]
-    # A run that needs no instructions takes it too.
-    assert planned_steps("cpt", recipe(["cpt", "sft"], **exam))[-4:] == [
-        "generate_instructions",
-        "write_exam",
-        "evaluate_cpt",
-        "promote",
-    ]
-    assert "write_exam" in planned_steps("datasets", recipe(["sft"], **exam))
-    assert "write_exam" not in planned_steps("sft", recipe(["sft"], exam={"path": "my.jsonl"}, **FACTS))
 
 
 def test_what_a_generated_exam_asks_decides_the_stages_on_questions_and_pairs(recipe):
@@ -397,16 +320,6 @@ def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
     more = data_lines(recipe(["sft"], **FACTS, exam=exam), "sft")
     assert more[-1].startswith("Exam: about 1")
     assert data_lines(recipe(["sft"], data={"instructions": "rows.jsonl"}), "sft") == []
-
-
-def test_texts_with_rewritings_of_questions_need_the_questions_first(recipe):
-    lists = recipe(["cpt"], generation={"rewritings": ["list"]})
-    assert planned_steps("cpt", lists)[:3] == TEXTS
-    faq = planned_steps("cpt", recipe(["cpt"], generation={"rewritings": ["faq"]}))
-    assert faq[:5] == [*WRITTEN, *TEXTS[1:]]
-    both = planned_steps("sft", recipe(["cpt", "sft"], knowledge={"tokens": 1000}))
-    assert both[:5] == [*WRITTEN, *TEXTS[1:]]
-    assert len(both) == len(set(both))
 
 
 def test_rewritings_and_the_budget_decide_the_stages_from_cpt_on(recipe):
