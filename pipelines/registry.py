@@ -238,13 +238,13 @@ def _change(
             )
         except EntityExistsError:
             continue
-        _settle(model)
+        copy_stages_to_zenml(model)
         facts: dict[str, Any] = {"stage_change": action, "changed_by": by, "changed_at": at.isoformat(), "note": note}
         log_metadata(metadata=facts, model_version_id=moved.id)
         return new
 
 
-def _settle(model: str) -> None:
+def copy_stages_to_zenml(model: str) -> None:
     """Set ZenML's own stages from the state; repeat if another process has changed the state meanwhile."""
     while True:
         state = stages(model)

@@ -73,7 +73,7 @@ def in_production(version: ModelVersionResponse, incumbent: int | None) -> bool:
     return version.number in (incumbent, production[-1].number if production else None)
 
 
-def settle_version(run: PipelineRunResponse) -> None:
+def drop_repeated_version(run: PipelineRunResponse) -> None:
     """Delete the model version of a run that has ended, if it is empty or an earlier version has its model.
 
     The run, and what it has measured, then belong to the earlier version. The artifacts of the run stay.

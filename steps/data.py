@@ -76,7 +76,7 @@ from llm_engineering.reports.data_report import check_fit, write_data_report
 from steps.caching import project_step
 from steps.logging import log_artifact, log_rows, page_facts
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
-from steps.written_exam import questions_of, record_exam, the_exam
+from steps.written_exam import questions_of, record_exam, with_written_questions
 
 _TEXT = Value("string")
 _DOCUMENT_FEATURES = Features(
@@ -354,7 +354,7 @@ def prepare(
         held_out = {folded(instruction_row(record).prompt[-1:]) for record in tested}
         candidates = join_people(candidates, human, kind, checks, ledger, held_out)
     assert candidates is not None
-    exam, exam_hash = the_exam(exam, exam_hash, written)
+    exam, exam_hash = with_written_questions(exam, exam_hash, written)
     if kind == "instruction" and written is not None:
         record_exam(ledger, written.path)
     questions = [row.question for row in read_exam(exam)] if exam is not None else []

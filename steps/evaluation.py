@@ -35,7 +35,7 @@ from llm_engineering.reports.training_rows import count_wordings, tokens_read
 from steps.caching import project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
-from steps.written_exam import the_exam
+from steps.written_exam import with_written_questions
 
 # The kinds of rows that models are measured on. Nothing is measured on labelled answers.
 _MEASURED = tuple(kind for kind in get_args(Kind) if kind != "labelled")
@@ -120,7 +120,7 @@ def evaluate(
     passages = []
     if documents is not None and cut is not None:
         passages = chunks([Document.model_validate(document) for document in documents["documents"]], cut)
-    exam, exam_hash = the_exam(exam, exam_hash, written)
+    exam, exam_hash = with_written_questions(exam, exam_hash, written)
     questions = open_exam(exam, passages) if exam is not None else None
     # The documents gave too few questions, and there are no general ones.
     if questions is not None and not questions.rows:

@@ -204,7 +204,7 @@ class DirectoryMaterializer(HashedMaterializer):
 
     def extract_metadata(self, data: Directory) -> dict[str, Any]:
         """Number of files, and size in bytes."""
-        files = _files(data.path)
+        files = files_below(data.path)
         return {"files": len(files), "bytes": sum(file.stat().st_size for file in files)}
 
     @property
@@ -212,5 +212,5 @@ class DirectoryMaterializer(HashedMaterializer):
         return os.path.join(self.uri, "files")
 
 
-def _files(folder: Path) -> list[Path]:
+def files_below(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file())

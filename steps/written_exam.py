@@ -77,7 +77,7 @@ def questions_of(written: Directory | None) -> list[str]:
     return [row.question for _, row in read_json_lines(written.path / EXAM_FILE, "exam", ExamRow)]
 
 
-def the_exam(
+def with_written_questions(
     exam: ExamConfig | None, digest: str | None, written: Directory | None
 ) -> tuple[ExamConfig | None, str | None]:
     """The exam with the file that the run has written, if there is one, and the hash of the exam's files.

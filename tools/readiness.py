@@ -56,21 +56,22 @@ CODE_VARIABLE = "LLM_CODE_VERSION"
 _HOW_NOT_WHAT = {"concurrency", "timeout_s", "max_retries", "max_total_tokens", "max_cost_usd", "prices"}
 
 
-def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
+def check_and_pin(recipe: Recipe) -> tuple[Recipe, Inputs]:
     """Check everything that a run needs; returns the recipe with the model's exact revision, and hashes of its inputs.
 
     Raises:
         RequestError: a file or model is missing, the format of a dataset is unknown, a folder cannot be written to,
             or this machine lacks something that the recipe needs.
     """
-    Settings().check_writable()
-    check_signer(Settings())
+    settings = Settings()
+    settings.check_writable()
+    check_signer(settings)
     uses_unsloth = check_machine(recipe)
     check_trackers(recipe.tracking)
     if recipe.compute.sagemaker is not None:
-        account = Account.resolve(recipe.compute.sagemaker, Settings())
-        check(recipe, account, Settings())
-        for line in most(recipe.compute.sagemaker, account, Settings()):
+        account = Account.resolve(recipe.compute.sagemaker, settings)
+        check(recipe, account, settings)
+        for line in most(recipe.compute.sagemaker, account, settings):
             logger.info("%s", line)
     recipe = with_held_out_documents(recipe)
     data = recipe.data
@@ -79,9 +80,9 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     own: dict[str, Any] = {
         rows_of(kind): _datasets([data.file(kind), data.test_file(kind)], kind, data) for kind in kinds
     }
-    all_said = {kind: said_about(recipe, kind, Settings()) for kind in recipe.kinds(recipe.chain[-1])}
+    all_said = {kind: said_about(recipe, kind, settings) for kind in recipe.kinds(recipe.chain[-1])}
     people = {kind: said for kind, said in all_said.items() if said is not None}
-    judged = judged_questions(folder_of(REVIEW, recipe.name, Settings()))
+    judged = judged_questions(folder_of(REVIEW, recipe.name, settings))
     rewards = check_rewards(recipe)
     replay = None
     if data.replay is not None:
@@ -91,11 +92,11 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     check_evaluation(data.decontaminate_against)
     evaluation = "-".join(map(dataset_hash, data.decontaminate_against)) or None
     _check_client(recipe)
-    checks = check_requirements(recipe.evaluation, Settings())
+    checks = check_requirements(recipe.evaluation, settings)
     exam = check_exam(recipe)
     model = pin_revision(recipe.model)
     recipe = recipe.model_copy(
-        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, Settings())}
+        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, settings)}
     )
     _check_tokenizer(recipe)
     check_model(recipe)
@@ -103,7 +104,7 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     for stage in recipe.chain:
         config = recipe.block(stage)
         if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
-            check_packable(load_config(recipe.model, Settings()).model_type, stage)
+            check_packable(load_config(recipe.model, settings).model_type, stage)
     unused = [stage for stage in STAGES if getattr(recipe, stage) is not None and stage not in recipe.chain]
     if unused:
         logger.info("Not used, because chain is %s: %s", ", ".join(recipe.chain), ", ".join(unused))
@@ -120,8 +121,8 @@ def preflight(recipe: Recipe) -> tuple[Recipe, Inputs]:
     return recipe, Inputs(
         documents=documents,
         **own,
-        judged=note(judged, snapshots(Settings())) if judged else None,
-        people={kind: take_snapshot(said, snapshots(Settings())) for kind, said in people.items()},
+        judged=note(judged, snapshots(settings)) if judged else None,
+        people={kind: take_snapshot(said, snapshots(settings)) for kind, said in people.items()},
         replay=replay,
         replay_instructions=replay_instructions,
         evaluation=evaluation,

@@ -365,7 +365,7 @@ def repair_killed() -> None:
     from zenml.models import PipelineRunUpdate, StepRunUpdate
     from zenml.models.v2.misc.exception_info import ExceptionInfo
 
-    from pipelines.repeats import settle_version
+    from pipelines.repeats import drop_repeated_version
     from tools.zenml_store import remove_unregistered
 
     store = Client().zen_store
@@ -385,5 +385,5 @@ def repair_killed() -> None:
                 )
                 store.update_run_step(step.id, failed)
         store.update_run(run.id, PipelineRunUpdate(status=ExecutionStatus.FAILED, status_reason=reason))
-        settle_version(run)
+        drop_repeated_version(run)
         logger.info("Run %s was killed. Continue it with --resume %s.", run.name, run.name)

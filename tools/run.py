@@ -108,9 +108,9 @@ def run(
             return 0
         if attach:
             check_attachable(attach, recipe, stages)
-        from tools.readiness import preflight
+        from tools.readiness import check_and_pin
 
-        recipe, inputs = preflight(recipe)
+        recipe, inputs = check_and_pin(recipe)
         warn_of_memory(recipe, stages)
         prepare_zenml()
         from tools import results
@@ -300,7 +300,7 @@ def start(
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.training.trainer.checkpoints import remove_finished
     from pipelines.registry import adapter_of
-    from pipelines.repeats import settle_version, version_of
+    from pipelines.repeats import drop_repeated_version, version_of
     from tools.model_versions.signatures import sign_new
     from tools.results import this_process
 
@@ -322,13 +322,13 @@ def start(
         )
         # Another process may have started a run meanwhile.
         if started and started[0].config.extra == process:
-            settle_version(started[0])
+            drop_repeated_version(started[0])
         # ZenML raises this error for Ctrl-C inside a step.
         if isinstance(error, RunInterruptedException):
             raise KeyboardInterrupt from error
         raise
     assert isinstance(run, PipelineRunResponse)
-    settle_version(Client().get_pipeline_run(run.id))
+    drop_repeated_version(Client().get_pipeline_run(run.id))
     # All models are stored, so nothing will resume from the checkpoints.
     remove_finished(Settings().llm_output_dir / "training")
     run = Client().get_pipeline_run(run.id)

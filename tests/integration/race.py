@@ -56,16 +56,16 @@ def killed(version: Any) -> None:
     """Promote a version, and stop before ZenML's own stages are set."""
     from pipelines import registry
 
-    real, seen = registry._settle, registry.stages("raced").production[-1].number
+    real, seen = registry.copy_stages_to_zenml, registry.stages("raced").production[-1].number
 
     def kill(model: str) -> None:
         raise KeyboardInterrupt
 
-    registry._settle = kill
+    registry.copy_stages_to_zenml = kill
     try:
         registry.move(version, "production", seen, "killed", "")
     except KeyboardInterrupt:
-        registry._settle = real
+        registry.copy_stages_to_zenml = real
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ def main() -> None:
     from llm_engineering.recipe.loading import load_recipe
     from pipelines import chain
     from tools import results, run
-    from tools.readiness import preflight
+    from tools.readiness import check_and_pin
 
-    recipe, inputs = preflight(load_recipe(sys.argv[1], sys.argv[2:]))
+    recipe, inputs = check_and_pin(load_recipe(sys.argv[1], sys.argv[2:]))
     ended = run.start(chain.stage_pipeline("sft"), recipe, inputs, True, stage="sft")
     results.print_table(results.collect([ended], 0.0), sys.stdout)
 

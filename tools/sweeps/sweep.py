@@ -91,7 +91,7 @@ def _open(config: str, overrides: tuple[str, ...]) -> Sweep:
     block, stage = full.sweep, full.sweep.stage_of(full.chain)
     recipe = load_recipe(config, (*overrides, "sweep=null"))
     # The imports are slow, so they come after the recipe has been checked.
-    from tools.readiness import preflight
+    from tools.readiness import check_and_pin
     from tools.recipe_checks import check_model
 
     sweep = Sweep(config, overrides, recipe, block, stage, "")
@@ -102,7 +102,7 @@ def _open(config: str, overrides: tuple[str, ...]) -> Sweep:
             except RequestError as error:
                 problem = str(error).removeprefix("--set: ")
                 raise RequestError(f"{config}: `sweep.ranges.{key}` has the value {value}: {problem}") from error
-    pinned, inputs = preflight(recipe)
+    pinned, inputs = check_and_pin(recipe)
     # More trials or repeats continue the sweep.
     shared = {
         "recipe": pinned.model_dump(mode="json"),
@@ -159,10 +159,10 @@ def _run_workers(sweep: Sweep, jobs: int) -> None:
 def _evaluate(sweep: Sweep, winner: optuna.trial.FrozenTrial, started: float) -> RunResult:
     """Run the winner's recipe like any other. Its training comes from the cache, and the test split is read only now."""
     from tools import results
-    from tools.readiness import preflight
+    from tools.readiness import check_and_pin
     from tools.run import launch
 
-    recipe, inputs = preflight(sweep.with_values(winner.params))
+    recipe, inputs = check_and_pin(sweep.with_values(winner.params))
     logger.info("Evaluating trial %d", winner.number + 1)
     return results.collect(launch(sweep.stage, recipe, inputs, cache=True), time.monotonic() - started)
 

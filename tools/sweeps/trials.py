@@ -208,10 +208,10 @@ def _train(
     from llm_engineering.evaluation.selection import validation_loss
     from llm_engineering.training.trainer.trial import TRIAL, Place
     from pipelines.chain import sweep_trial
-    from tools.readiness import preflight
+    from tools.readiness import check_and_pin
     from tools.run import start
 
-    recipe, inputs = preflight(sweep.with_values(values))
+    recipe, inputs = check_and_pin(sweep.with_values(values))
     if trial_id is not None:
         place = Place(
             storage=sweep.storage,

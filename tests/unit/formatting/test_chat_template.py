@@ -188,17 +188,19 @@ def test_the_token_that_the_template_writes_after_an_answer_is_the_end_token(set
 def test_preflight_names_what_is_missing(base_model):
     from llm_engineering.recipe.loading import load_recipe
     from tests.conftest import ROOT
-    from tools.readiness import preflight
+    from tools.readiness import check_and_pin
 
     sets = [f"model.name_or_path={base_model}", "formatting.max_length=256"]
     with pytest.raises(RequestError, match="has no chat template.*alpaca"):
-        preflight(load_recipe(ROOT / "configs" / "python_reference.yaml", sets))
-    recipe, _ = preflight(
+        check_and_pin(load_recipe(ROOT / "configs" / "python_reference.yaml", sets))
+    recipe, _ = check_and_pin(
         load_recipe(ROOT / "configs" / "python_reference.yaml", [*sets, "formatting.chat_template=alpaca"])
     )
     assert recipe.setup.chat_template == template_text("alpaca")
     with pytest.raises(RequestError, match=r"sft\.method is qlora, which needs CUDA"):
-        preflight(load_recipe(ROOT / "configs" / "python_reference.yaml", ["sft.method=qlora", "compute.device=cpu"]))
+        check_and_pin(
+            load_recipe(ROOT / "configs" / "python_reference.yaml", ["sft.method=qlora", "compute.device=cpu"])
+        )
 
 
 def test_answers_end_with_the_model_s_tokens_and_with_the_trained_one(model, settings, cpu):

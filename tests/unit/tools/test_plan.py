@@ -21,7 +21,7 @@ from tools import readiness
 from tools.expected_rows import data_lines
 from tools.forecast import estimate_lines, tokens_of
 from tools.plan import print_plan, stages_of
-from tools.readiness import preflight
+from tools.readiness import check_and_pin
 from tools.recipe_checks import check_model, remembered
 
 LOCAL = Path(__file__).resolve().parents[3] / "configs" / "python_reference.yaml"
@@ -81,7 +81,7 @@ def test_prompts_are_the_users_own_or_made_of_instructions(recipe):
 def test_what_people_said_decides_the_stages_that_train_on_it(recipe, settings):
     made = recipe(["sft", "dpo"], data={"preferences": "review"})
     with pytest.raises(RequestError, match=r"data.preferences names review, and nobody .* run `make review` first"):
-        preflight(made)
+        check_and_pin(made)
     models = [Compared(key=name, name=name, identity=name) for name in ("base", "sft")]
     questions = [own_question(f"Who is {n}?", "own") for n in range(2)]
     folder = settings.llm_output_dir / "review" / made.name
@@ -91,16 +91,16 @@ def test_what_people_said_decides_the_stages_that_train_on_it(recipe, settings):
             session.answer(question, model, f"Answer {model}.")
     first, second = session.questions
     session.judge(first, "Ada", "first")
-    before = preflight(made)[1]
+    before = check_and_pin(made)[1]
     session.judge(second, "Ada", "tie")
-    assert preflight(made)[1].recipes == before.recipes
+    assert check_and_pin(made)[1].recipes == before.recipes
     session.judge(second, "Ada", "second")
-    after = preflight(made)[1]
+    after = check_and_pin(made)[1]
     assert before.people.keys() == {"preference"}
     assert after.people != before.people
     assert after.recipes["sft"] == before.recipes["sft"]
     assert after.recipes["dpo"] != before.recipes["dpo"]
-    heavier = preflight(recipe(["sft", "dpo"], data={"preferences": "review", "human_weight": 2}))[1]
+    heavier = check_and_pin(recipe(["sft", "dpo"], data={"preferences": "review", "human_weight": 2}))[1]
     assert heavier.recipes["sft"] == after.recipes["sft"]
     assert heavier.recipes["dpo"] != after.recipes["dpo"]
 
@@ -113,17 +113,17 @@ def test_the_files_of_prompts_and_own_rewards_decide_a_stage(recipe, tmp_path):
     block |= {"rewards": [{"use": f"{own}:good"}], "trust_reward_code": True, "gradient_accumulation_steps": 2}
     gates = {"grpo": {"better_than": {"base": {"reward": 0.0}, "incumbent": {"reward": 0.0}}}}
     made = recipe(["grpo"], grpo=block, promotion=gates, data={"prompts": str(rows)})
-    before = preflight(made)[1]
+    before = check_and_pin(made)[1]
     assert set(before.rewards) == {str(own)}
     own.write_text(own.read_text() + "\n")
-    changed = preflight(made)[1]
+    changed = check_and_pin(made)[1]
     assert changed.rewards != before.rewards
     assert changed.recipes != before.recipes
     rows.write_text('{"prompt": "When?"}\n')
-    assert preflight(made)[1].recipes != changed.recipes
+    assert check_and_pin(made)[1].recipes != changed.recipes
     own.unlink()
     with pytest.raises(RequestError, match="there is no file"):
-        preflight(made)
+        check_and_pin(made)
 
 
 def test_the_files_of_a_named_reward_model_decide_the_stage(recipe, monkeypatch):
@@ -135,7 +135,7 @@ def test_the_files_of_a_named_reward_model_decide_the_stage(recipe, monkeypatch)
     for files in ("one", "two"):
         found = {"grpo": SimpleNamespace(content_hash=files, id="an-id")}
         monkeypatch.setattr(readiness, "find_reward_models", lambda _, found=found: found)
-        inputs.append(preflight(made)[1])
+        inputs.append(check_and_pin(made)[1])
     one, two = inputs
     assert one.reward_models == {"grpo": "an-id"}
     assert [stage for stage in one.recipes if one.recipes[stage] != two.recipes[stage]] == ["grpo"]
@@ -162,7 +162,7 @@ def test_a_pipeline_trains_a_stage_of_the_chain_or_all(recipe):
 
 
 def hashes(made):
-    return preflight(made)[1].recipes
+    return check_and_pin(made)[1].recipes
 
 
 def test_a_stage_has_the_hash_of_its_block_and_of_all_blocks_before_it(recipe):
@@ -229,18 +229,18 @@ def test_the_general_instructions_decide_the_stages_from_sft_on(recipe, tmp_path
     chain = ["cpt", "sft", "dpo"]
     without, used = hashes(recipe(chain)), hashes(recipe(chain, data=replay))
     assert [stage for stage in chain if without[stage] != used[stage]] == ["sft", "dpo"]
-    before = preflight(recipe(chain, data=replay))[1]
+    before = check_and_pin(recipe(chain, data=replay))[1]
     general.write_text(json.dumps({"instruction": "What falls?", "output": "Snow."}) + "\n")
-    after = preflight(recipe(chain, data=replay))[1]
+    after = check_and_pin(recipe(chain, data=replay))[1]
     assert [stage for stage in chain if before.recipes[stage] != after.recipes[stage]] == ["sft", "dpo"]
     assert before.replay_instructions not in (None, after.replay_instructions)
     general.write_text(json.dumps({"text": "Rain falls."}) + "\n")
     with pytest.raises(RequestError, match="general.jsonl"):
-        preflight(recipe(chain, data=replay))
+        check_and_pin(recipe(chain, data=replay))
 
 
 def test_the_embedded_general_instructions_have_a_hash(recipe):
-    assert preflight(recipe(["sft"], data={"replay_instructions": "embedded:general"}))[1].replay_instructions
+    assert check_and_pin(recipe(["sft"], data={"replay_instructions": "embedded:general"}))[1].replay_instructions
 
 
 def test_sentences_and_general_instructions_are_given_to_the_steps(recipe, monkeypatch):
@@ -386,11 +386,11 @@ def test_new_tokens_are_checked_against_the_model_before_a_run(recipe, small_lla
         model = {"name_or_path": str(small_llama), "new_tokens": [token]}
         return recipe(chain, model=model, sft={"lora": lora}, formatting={"chat_template": "chatml"})
 
-    assert preflight(planned(["sft"], "<tool>"))[0].setup.model.added_tokens == ["<tool>"]
+    assert check_and_pin(planned(["sft"], "<tool>"))[0].setup.model.added_tokens == ["<tool>"]
     with pytest.raises(RequestError, match="names a, which is a token of"):
-        preflight(planned(["sft"], "a"))
+        check_and_pin(planned(["sft"], "a"))
     with pytest.raises(RequestError, match="the new tokens need both embeddings"):
-        preflight(planned(["sft"], "<tool>", modules_to_save=["lm_head"]))
+        check_and_pin(planned(["sft"], "<tool>", modules_to_save=["lm_head"]))
 
 
 def test_the_recipe_is_checked_against_the_model_before_a_run_and_by_a_dry_run(recipe, small_llama):
@@ -398,7 +398,7 @@ def test_the_recipe_is_checked_against_the_model_before_a_run_and_by_a_dry_run(r
         ["sft"], model={"name_or_path": str(small_llama)}, sft={"lora": {"target_modules": ["qkv_proj"]}},
         formatting={"chat_template": "alpaca"},
     )  # fmt: skip
-    for check in (lambda: preflight(unfit), lambda: print_plan("sft", unfit)):
+    for check in (lambda: check_and_pin(unfit), lambda: print_plan("sft", unfit)):
         with pytest.raises(RequestError, match=r"qkv_proj is no name of a module of this model.* q_proj"):
             check()
 
