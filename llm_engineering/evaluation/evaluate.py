@@ -14,7 +14,7 @@ from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer,
 from llm_engineering.evaluation.measures.canaries import canary_report, read_canaries
 from llm_engineering.evaluation.measures.checks import Check, check_report, read_checks
 from llm_engineering.evaluation.measures.exam import Exam, exam_report
-from llm_engineering.evaluation.measures.judge import Question, judge, win_rate
+from llm_engineering.evaluation.measures.judge import judge, win_rate
 from llm_engineering.evaluation.measures.observation import Observation, Work, by_document, observe
 from llm_engineering.evaluation.models import BASE, Models, Sample
 from llm_engineering.evaluation.row_values import row_values
@@ -82,7 +82,7 @@ def evaluate(
         client = open_client(config.judge, setup.model, setup.compute, settings, setup.chat_template)
         texts = {name: [answer.text for answer in found.answers] for name, found in observations.items()}
         judged, measures["judge_win_rate"] = judge(
-            _questions(work), texts, newest, client, config.judge.max_new_tokens, bootstrap
+            work.asked, texts, newest, client, config.judge.max_new_tokens, bootstrap
         )
     rewards: dict[str, list[float]] = {}
     if reward_judge is not None and work.indices:
@@ -274,20 +274,6 @@ def _rewarded(observations: Mapping[str, Observation], work: Work, shown: int) -
             for number, (row, _) in enumerate(work.prompts[:shown])
         ],
     }
-
-
-def _questions(work: Work) -> list[Question]:
-    """What the judge reads of each row: the question, or all turns of a conversation with their roles."""
-    return [
-        Question(
-            row.prompt[0].content
-            if len(row.prompt) == 1
-            else "\n\n".join(f"{message.role}: {message.content}" for message in row.prompt),
-            row.completion[0].content,
-            document,
-        )
-        for row, document in zip(work.asked, by_document(work.asked), strict=True)
-    ]
 
 
 def _lm_eval(observations: Mapping[str, Observation], config: EvaluationConfig) -> dict[str, Any] | None:

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from llm_engineering.data.rows import InstructionRow
 from llm_engineering.errors import WorkError
+from llm_engineering.evaluation.measures.observation import by_document
 from llm_engineering.evaluation.statistics import Bootstrap, Floats, Rows, entry
 from llm_engineering.generation.types import Answer, Client, Failure, Messages, Sampling
 from llm_engineering.recipe.evaluation_blocks import MEASURES
@@ -24,32 +26,21 @@ _SCORES: dict[Outcome, float] = {"won": 1.0, "tie": 0.5, "unparsable": 0.5, "los
 _VERDICT = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
 
 
-class Question(NamedTuple):
-    """A question as the judge reads it, the reference answer, and the number of the row's document."""
-
-    question: str
-    reference: str
-    document: int
-
-
 class Duel(NamedTuple):
     """The newest model against one other model.
 
     Attributes:
         outcomes: for each row, the newest model's outcome as answer A and as answer B.
         unparsable: number of unparsable verdicts by reason.
-        documents: the number of each row's document.
     """
 
     outcomes: list[tuple[Outcome, Outcome]]
     unparsable: Counter[str]
-    documents: Sequence[int]
 
     @property
     def scores(self) -> Rows:
         """Each row's mean score over both orders: 1 for two wins, 0 for two losses."""
-        scores = Rows.of([(_SCORES[first] + _SCORES[second]) / 2 for first, second in self.outcomes])
-        return scores.in_clusters(self.documents)
+        return Rows.of([(_SCORES[first] + _SCORES[second]) / 2 for first, second in self.outcomes])
 
     @property
     def agreement(self) -> float:
@@ -59,7 +50,7 @@ class Duel(NamedTuple):
 
 
 def judge(
-    questions: Sequence[Question],
+    rows: Sequence[InstructionRow],
     answers: Mapping[str, Sequence[str]],
     newest: str,
     client: Client,
@@ -72,7 +63,7 @@ def judge(
     The temperature is 0.
 
     Args:
-        answers: each model's answers by its name, in the order of the questions.
+        answers: each model's answers by its name, in the order of the rows.
 
     Returns:
         The report's `judge`, and the measure `judge_win_rate`: each model's share of wins (a tie is half a win), and
@@ -81,8 +72,8 @@ def judge(
     Raises:
         WorkError: the endpoint refuses the requests, or a cap is reached. Verdicts received so far are stored.
     """
-    duels = _duels(questions, answers, newest, client, Sampling(max_new_tokens, 0.0, bootstrap.seed))
-    documents = [question.document for question in questions]
+    duels = _duels(rows, answers, newest, client, Sampling(max_new_tokens, 0.0, bootstrap.seed))
+    documents = by_document(rows)
     wins = {name: duel.scores.totals for name, duel in duels.items()}
     report = {
         "model": client.identity,
@@ -95,7 +86,7 @@ def judge(
                 "verdicts": {name: sum(pair.count(name) for pair in duel.outcomes) for name in _SCORES},
                 "unparsable": dict(duel.unparsable),
                 "agreement": duel.agreement,
-                "win_rate": bootstrap.share_won(duel.scores)._asdict(),
+                "win_rate": bootstrap.share_won(duel.scores.in_clusters(documents))._asdict(),
                 "outcomes": duel.outcomes,
             }
             for name, duel in duels.items()
@@ -125,7 +116,7 @@ def win_rate(
 
 
 def _duels(
-    questions: Sequence[Question],
+    rows: Sequence[InstructionRow],
     answers: Mapping[str, Sequence[str]],
     newest: str,
     client: Client,
@@ -135,16 +126,24 @@ def _duels(
     prompt = PROMPT_FILE.read_text(encoding="utf-8").strip()
 
     def request(row: int, first: str, second: str) -> Messages:
-        texts = {"first": answers[first][row], "second": answers[second][row]}
-        return [
-            {
-                "role": "user",
-                "content": prompt.format(question=questions[row].question, reference=questions[row].reference, **texts),
-            }
-        ]
+        turns = rows[row].prompt
+        texts = {
+            # All turns of a conversation, with their roles.
+            "question": "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+            if turns[1:]
+            else turns[0].content,
+            "reference": rows[row].completion[0].content,
+            "first": answers[first][row],
+            "second": answers[second][row],
+        }
+        return [{"role": "user", "content": prompt.format(**texts)}]
 
-    rows = range(len(questions))
-    requests = [request(row, *order) for name in others for row in rows for order in ((newest, name), (name, newest))]
+    requests = [
+        request(row, *order)
+        for name in others
+        for row in range(len(rows))
+        for order in ((newest, name), (name, newest))
+    ]
     if client.writes_json:
         sampling = Sampling(sampling.max_new_tokens, sampling.temperature, sampling.seed, json_field=JSON_FIELD)
     try:
@@ -153,7 +152,7 @@ def _duels(
         raise WorkError(f"evaluation.judge (read generation.* as evaluation.judge.*): {error}") from error
     duels = {}
     for name in others:
-        duel = Duel([], Counter(), [question.document for question in questions])
+        duel = Duel([], Counter())
         for _ in rows:
             first, second = (_outcome(next(verdicts), position, duel.unparsable) for position in ("a", "b"))
             duel.outcomes.append((first, second))

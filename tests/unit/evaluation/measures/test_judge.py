@@ -6,8 +6,9 @@ import re
 import pytest
 from pydantic import ValidationError
 
+from llm_engineering.data.rows import InstructionRow, Message
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.measures.judge import Question, judge
+from llm_engineering.evaluation.measures.judge import judge
 from llm_engineering.evaluation.requirements import check_requirements
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.generation.clients.open import open_client
@@ -18,7 +19,15 @@ from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.fakes.scripted_endpoint import ScriptedEndpoint, completion
 
 BOOTSTRAP = Bootstrap(500, 0.95, 3)
-QUESTIONS = [Question(f"Question {number}?", f"Reference {number}.", number) for number in range(5)]
+ROWS = [
+    InstructionRow(
+        prompt=[Message(role="user", content=f"Question {number}?")],
+        completion=[Message(role="assistant", content=f"Reference {number}.")],
+        source="s",
+        origin="m",
+    )
+    for number in range(5)
+]
 ANSWERS = {
     "base": [f"bad {{{number}}}" for number in range(5)],
     "sft": [f"good {{{number}}}" for number in range(5)],
@@ -40,7 +49,7 @@ def script(asked):
 def run_judge(endpoint, settings, answers, **keys):
     config = JudgeConfig(client="openai", model="m", base_url=f"{endpoint.url}/v1", **keys)
     client = open_client(config, ModelConfig(), ComputeConfig(), settings)
-    return judge(QUESTIONS, answers, "sft", client, config.max_new_tokens, BOOTSTRAP)
+    return judge(ROWS, answers, "sft", client, config.max_new_tokens, BOOTSTRAP)
 
 
 def test_every_verdict_counts(settings):
