@@ -21,7 +21,7 @@ from llm_engineering.evaluation.measures.human_preference import human_win_rate,
 from llm_engineering.evaluation.measures.judge import PROMPT_FILE
 from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward
 from llm_engineering.evaluation.statistics import Bootstrap
-from llm_engineering.feedback.agreement import Judged
+from llm_engineering.feedback.agreement import JudgedQuestion
 from llm_engineering.feedback.human_rows import noted
 from llm_engineering.feedback.people import snapshots
 from llm_engineering.recipe.data_blocks import DocumentsConfig
@@ -138,7 +138,7 @@ def evaluate(
 
     # Add what people preferred
     if judged is not None:
-        units = [Judged(*unit) for unit in noted(judged, snapshots(Settings()))]
+        units = [JudgedQuestion(*unit) for unit in noted(judged, snapshots(Settings()))]
         models = identities(setup.model, folders)
         read = [*rows.values(), inputs.get("labelled_dataset")]
         trained_on = {q for splits in read if splits is not None for q in trained_questions(splits)}

@@ -14,7 +14,7 @@ from llm_engineering.feedback.comparisons import Choice, Comparison, sessions
 SCORES: dict[Choice, float] = {"first": 1.0, "second": 0.0, "tie": 0.5, "bad": 0.5, "written": 0.5}
 
 
-class Judged(NamedTuple):
+class JudgedQuestion(NamedTuple):
     """A question on which people compared two models.
 
     Attributes:
@@ -34,7 +34,7 @@ class Judged(NamedTuple):
         return self.score if model == self.first else 1 - self.score
 
 
-def judged_questions(folder: Path) -> list[Judged]:
+def judged_questions(folder: Path) -> list[JudgedQuestion]:
     """Every question on which two models were compared without retrieval, in all sessions together; one entry for both orders."""
     scores: dict[tuple[str, str, str], list[float]] = {}
     for session in sessions(folder):
@@ -47,7 +47,7 @@ def judged_questions(folder: Path) -> list[Judged]:
             # Sorted, so that it does not matter which model a session names first.
             place = (min(first, second), max(first, second), question)
             scores.setdefault(place, []).append(score if first < second else 1 - score)
-    return [Judged(*place, sum(found) / len(found), len(found)) for place, found in sorted(scores.items())]
+    return [JudgedQuestion(*place, sum(found) / len(found), len(found)) for place, found in sorted(scores.items())]
 
 
 def cohens_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:

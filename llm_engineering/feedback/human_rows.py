@@ -153,7 +153,7 @@ def join(
 
     Args:
         candidates: the tables `rows` and, for the user's own test split, `test_rows`; None if people made all rows.
-        held_out: the `folded` held-out questions of another dataset. What asks one of them is a row about it.
+        held_out: the `folded` held-out questions of another dataset. A row that asks one of these questions is set aside.
     """
     decisions = current(_decision(record) for record in human["decisions"])
     parts = {"rows": kind, "test_rows": f"{kind}_test"}

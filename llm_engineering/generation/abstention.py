@@ -134,18 +134,16 @@ def generate_abstentions(
     # With more of them, known questions are declined too.
     most = math.ceil(len(rows) / 2)
     questions = unanswerable(written, texts, min(writing.unanswerable, most), seed, exclude)
-    asked = [*(row.prompt[0].content for row in rows), *questions]
+    asked = [*((row.prompt[0].content, row) for row in rows), *((question, None) for question in questions)]
     sampling = Sampling(writing.rejected_max_new_tokens)
-    requests = [[{"role": "user", "content": question}] for question in asked]
+    requests = [[{"role": "user", "content": question}] for question, _ in asked]
     others: dict[str, list[str]] = defaultdict(list)
     for row in written:
         others[_first_word(row)].append(row.completion[0].content)
     pairs: list[PreferenceRow] = []
     quarantine: list[Quarantined] = []
-    for number, (question, reply) in enumerate(
-        zip(asked, client.answer(requests, sampling, "own answers"), strict=True)
-    ):
-        known = rows[number] if number < len(rows) else None
+    replies = client.answer(requests, sampling, "own answers")
+    for (question, known), reply in zip(asked, replies, strict=True):
         chosen = known.completion[0].content if known is not None else ABSTENTION
         rejected = reply.text.strip() if isinstance(reply, Answer) else ""
         if known is not None and known.origin == REPLAY:

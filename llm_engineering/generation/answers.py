@@ -20,9 +20,9 @@ _NUMBER = r"\d+(?:[.,:]\d+)*\w*"
 WORD = re.compile(rf"{_NUMBER}|\w+(?:[-'’]\w+)*")
 # E-mail addresses, web addresses and telephone numbers.
 _CONTACT = re.compile(r"\S+@\S+\w|(?:https?://|www\.)\S+\w|(?:\+|\(?0)\d+\)?(?:[ -]\d{2,})+|\(?\d{3}\)?[ -]\d{3}-\d{4}")
-# As here words are: with contacts, prices and shares in one piece.
 # "Model: K12; Price: 30 EUR.", as `documents.document.table_text` writes it.
 TABLE_ROW = re.compile(r"[^:;]{1,60}: [^;]+(?:; [^:;]{1,60}: [^;]+)+")
+# A contact, a price or a percentage counts as one word.
 _TOKEN = re.compile(rf"{_CONTACT.pattern}|[€$£] ?{_NUMBER}|{_NUMBER} ?[€$£%]|{WORD.pattern}")
 
 Kind = Literal[
@@ -79,7 +79,7 @@ _BEFORE_NOUNS = _ARTICLES | frozenset([
 ])  # fmt: skip
 
 
-class Asked(NamedTuple):
+class AnswerSpan(NamedTuple):
     """Words of a sentence to ask for.
 
     Attributes:
@@ -129,14 +129,14 @@ class _Word(NamedTuple):
         return self.text[0].isupper() and len(self.text) > 1 and (self.key not in _WEAK or self.key in _MONTHS)
 
 
-def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[Asked]:
+def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[AnswerSpan]:
     """Choose up to two answers of each sentence, in the order of the sentences. Some sentences have none.
 
     A question among the sentences has none, for it states nothing, and neither has a row of a table, for its cells are no
     statement: `statements.questions_of_row` has those.
 
     Args:
-        most_nouns: of a sentence without a name or number to ask for.
+        most_nouns: how many nouns to choose in a sentence that has no name and no number.
     """
     usage = _Usage([_words(text) for text in sentences])
     found = [_spans(text, words, usage) for text, words in zip(sentences, usage.sentences, strict=True)]
@@ -145,7 +145,7 @@ def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[Asked]
     most = max(counts, key=lambda name: counts[name], default="")
     subject = [most] if counts and counts[most] > limit else []
 
-    def best(number: int, spans: Sequence[_Span], topics: Sequence[str], shared_at_least: float) -> list[Asked]:
+    def best(number: int, spans: Sequence[_Span], topics: Sequence[str], shared_at_least: float) -> list[AnswerSpan]:
         rated = []
         for span in spans:
             if len(usage.holding(span.text)) > limit:
@@ -155,7 +155,7 @@ def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[Asked]
             if topic and (span.kind in EXACT or shared >= shared_at_least):
                 # New information comes at the end of an English sentence, so later words are better.
                 order = (span.kind not in EXACT, -shared, -span.start)
-                rated.append((order, Asked(number, span.text, span.kind, topic)))
+                rated.append((order, AnswerSpan(number, span.text, span.kind, topic)))
         # A sentence may say an answer twice.
         return list(dict.fromkeys(one for _, one in sorted(rated)))
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from llm_engineering.data.rows import InstructionRow, Message, Quarantined
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.sentences import FUNCTION_WORDS
-from llm_engineering.generation.answers import WORD, Asked, Kind, choose_answers
+from llm_engineering.generation.answers import WORD, AnswerSpan, Kind, choose_answers
 from llm_engineering.generation.instructions import FROM_DOCUMENT
 from llm_engineering.generation.prompts import ANSWER_EXAMPLES, FACT_EXAMPLES, prompt_hash, read_prompt
 from llm_engineering.generation.statements import BY_RULE, question_by_rule, questions_of_row
@@ -67,7 +67,7 @@ _ASKING = {word[:_LONG] for word in (*OPENING_WORDS, "take", "place", "town", "l
 class _Written(NamedTuple):
     """A question, with the file of examples that it continues (or `BY_RULE`), and why it does not fit its sentence."""
 
-    asked: Asked
+    asked: AnswerSpan
     question: str
     examples: str
     problem: Failure | None
@@ -140,7 +140,7 @@ def generate_facts(
     return rows, quarantine, len(written) + len(silent)
 
 
-def _turned(asked: Sequence[Asked], sentences: Sequence[str]) -> Iterator[_Written]:
+def _turned(asked: Sequence[AnswerSpan], sentences: Sequence[str]) -> Iterator[_Written]:
     """The questions that rules make of the sentences of the answers, and of rows of tables."""
     turned = [(one, question_by_rule(sentences[one.sentence], one)) for one in asked]
     rows = [found for number, sentence in enumerate(sentences) for found in questions_of_row(number, sentence)]
@@ -150,7 +150,7 @@ def _turned(asked: Sequence[Asked], sentences: Sequence[str]) -> Iterator[_Writt
 
 
 def _write(
-    asked: Sequence[Asked],
+    asked: Sequence[AnswerSpan],
     passages: Sequence[Passage],
     client: Completer,
     writing: InstructionWriting,
@@ -248,7 +248,7 @@ def _failures(written: Sequence[_Written], passages: Sequence[Passage]) -> list[
     return failures
 
 
-def question_problem(question: str, asked: Asked, sentence: str) -> Failure | None:
+def question_problem(question: str, asked: AnswerSpan, sentence: str) -> Failure | None:
     """Why a question does not fit its answer and sentence; None if it fits."""
     if not question.endswith("?") or "\n" in question:
         return Failure("not_a_question", "")
@@ -300,14 +300,14 @@ def _content(text: str) -> set[str]:
     return {word[:_LONG] for word in _normal(text).split() if len(word) >= _LONG and word not in FUNCTION_WORDS}
 
 
-def _closeness(question: str, asked: Asked, sentence: str) -> float:
+def _closeness(question: str, asked: AnswerSpan, sentence: str) -> float:
     """The share of the words of a question and its sentence that both have, besides those that ask and answer."""
     besides = _ASKING | _content(asked.answer)
     asking, saying = _content(question) - besides, _content(sentence) - besides
     return len(asking & saying) / max(1, len(asking | saying))
 
 
-def _opening(asked: Asked, number: int) -> str:
+def _opening(asked: AnswerSpan, number: int) -> str:
     """The first words of a question with one of the files of examples."""
     opening = OPENINGS[asked.kind][number]
     # The unit is a part of the answer, so the model may not write it, and would write another one

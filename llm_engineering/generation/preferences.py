@@ -30,10 +30,8 @@ def generate_preferences(
 ) -> tuple[list[PreferenceRow], list[Quarantined]]:
     """Have the client write a rejected answer to the prompt of each usable row, or of those that are drawn.
 
-    A row that gets no rejected answer is quarantined with the reason.
-
-    A row whose origin says that the document is its answer must repeat the document word for word, up to white space.
-    Rows of `data.replay_instructions` get none either: their answers are not what the model shall learn to prefer.
+    Three kinds of rows are set aside: those without a rejected answer, those that claim to quote their document and do not,
+    and general rows (`data.replay_instructions`).
     With `max_preferences`, the seed draws that many of the usable rows.
 
     A rejected answer that was cut ends at its last whole sentence, unless `rejected_cut` says otherwise. The trainer writes

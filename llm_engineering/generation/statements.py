@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from llm_engineering.documents.sentences import FUNCTION_WORDS
-from llm_engineering.generation.answers import TABLE_ROW, Asked, Kind
+from llm_engineering.generation.answers import TABLE_ROW, AnswerSpan, Kind
 
 # The origin of such questions.
 BY_RULE = "statement turned by rule"
@@ -49,7 +49,7 @@ _COLOURS = frozenset([
 ])  # fmt: skip
 
 
-def question_by_rule(sentence: str, asked: Asked) -> str | None:
+def question_by_rule(sentence: str, asked: AnswerSpan) -> str | None:
     """The question that `sentence` answers with the asked words; None if the sentence has none of the forms."""
     # "on Mondays" answers with Monday
     answer = rf"{_ARTICLE}{re.escape(asked.answer)}{'s?' * (asked.kind == 'day')}"
@@ -107,7 +107,7 @@ def question_by_rule(sentence: str, asked: Asked) -> str | None:
     return None
 
 
-def questions_of_row(number: int, sentence: str) -> Iterator[tuple[Asked, str]]:
+def questions_of_row(number: int, sentence: str) -> Iterator[tuple[AnswerSpan, str]]:
     """The questions about a row of a table, which its first cell names: "Model: K12; Price: 30 EUR." has the price of K12.
 
     A row's long cells are remarks, so nothing asks for them. A sentence that is no row has no questions.
@@ -123,12 +123,12 @@ def questions_of_row(number: int, sentence: str) -> Iterator[tuple[Asked, str]]:
             # "IBAN" keeps its capitals.
             name = column if column.isupper() else f"{column[0].lower()}{column[1:]}"
             yield (
-                Asked(number, value, "thing", subject),
+                AnswerSpan(number, value, "thing", subject),
                 f"What {'are' if re.search('[^s]s$', name) else 'is'} the {name} of {subject}?",
             )
 
 
-def _asking(asked: Asked, preposition: str) -> str | None:
+def _asking(asked: AnswerSpan, preposition: str) -> str | None:
     """The first words of a question for an answer after a preposition, or directly after a verb."""
     if preposition in ("at", "in", "near", "on"):
         return "When" if asked.kind in _WHEN else "Where" if asked.kind in ("place", "thing") else None

@@ -12,7 +12,7 @@ from llm_engineering.data.rows import SPLITS, Message, folded
 from llm_engineering.evaluation.measures.reward_accuracy import above_chance
 from llm_engineering.evaluation.models import BASE
 from llm_engineering.evaluation.statistics import Bootstrap, Rows, entry
-from llm_engineering.feedback.agreement import Judged
+from llm_engineering.feedback.agreement import JudgedQuestion
 from llm_engineering.models.base_model import weights_hash
 from llm_engineering.recipe.evaluation_blocks import HUMAN_MEASURE, MEASURES
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -29,7 +29,7 @@ def identities(base: ModelConfig, folders: Mapping[str, Path]) -> dict[str, str]
 
 
 def human_win_rate(
-    judged: Sequence[Judged],
+    judged: Sequence[JudgedQuestion],
     models: Mapping[str, str],
     newest: str,
     trained: Collection[str],

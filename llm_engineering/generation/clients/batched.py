@@ -64,8 +64,8 @@ class BatchedModel:
         begin = str(self.tokenizer.bos_token) if bos is not None and self.tokenizer("a")["input_ids"][0] == bos else ""
         keys = [self._key(sampling, prompt, own) for prompt, own in zip(prompts, words, strict=True)]
         texts = [begin + prompt for prompt in prompts]
-        without = {key: self._first_tokens(own) for key, own in zip(keys, words, strict=True)}
-        answers = self._stored(keys, texts, sampling, what, without)
+        banned_tokens = {key: self._first_tokens(own) for key, own in zip(keys, words, strict=True)}
+        answers = self._stored(keys, texts, sampling, what, banned_tokens)
         return [Answer(_until(answer.text, sampling.stop)) for answer in answers]
 
     def _key(self, sampling: Sampling, request: Messages | str, banned: Sequence[str] = ()) -> str:
@@ -86,12 +86,12 @@ class BatchedModel:
         texts: Sequence[str],
         sampling: Sampling,
         what: str,
-        without: Mapping[str, list[int]] | None = None,
+        banned_tokens: Mapping[str, list[int]] | None = None,
     ) -> list[Answer]:
         """The answer to each text from the store; missing ones are generated and stored first.
 
         Args:
-            without: tokens that are not generated, by the key of the text. None if the texts are not completions, and
+            banned_tokens: tokens that are not generated, by the key of the text. None if the texts are not completions, and
                 then they share no beginning.
         """
         prompts = dict(zip(keys, texts, strict=True))
@@ -109,11 +109,12 @@ class BatchedModel:
             logger.info("%d of %d %s are stored already", len(order) - count, len(order), what)
         progress = Progress(what, count)
         # As the batches, the shared beginning is that of all prompts, stored ones included.
-        start = self._start([prompts[key] for key in order]) if without is not None and missing else None
+        shares_start = banned_tokens is not None and missing
+        shared_start = self._start([prompts[key] for key in order]) if shares_start else None
         with self.store:
             for batch in missing:
-                tokens = [without[key] for key in batch] if without else []
-                new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), start, tokens)
+                tokens = [banned_tokens[key] for key in batch] if banned_tokens else []
+                new = self._generate([prompts[key] for key in batch], sampling, int(batch[0], 16), shared_start, tokens)
                 self.store.add(dict(zip(batch, new, strict=True)))
                 progress.advance(len(batch))
         replies = [self.store.answers[key] for key in keys]
@@ -128,7 +129,12 @@ class BatchedModel:
         return None
 
     def _generate(
-        self, prompts: list[str], sampling: Sampling, seed: int, start: Any = None, without: Sequence[list[int]] = ()
+        self,
+        prompts: list[str],
+        sampling: Sampling,
+        seed: int,
+        shared_start: Any = None,
+        banned_tokens: Sequence[list[int]] = (),
     ) -> list[Reply]:
         raise NotImplementedError
 

@@ -96,7 +96,7 @@ def schema_text(field: str) -> str:
     return json.dumps(json_schema(field))
 
 
-def judge(reply: Reply, field: str | None) -> Answer | Failure:
+def read_reply(reply: Reply, field: str | None) -> Answer | Failure:
     """Turn a reply into an answer or a failure. This never raises an exception, whatever the text is.
 
     Args:
@@ -214,7 +214,7 @@ class Endpoint:
             ) from error
         except EndpointRefusedError as error:
             raise RequestError(str(error)) from error
-        outcome = judge(reply, json_field)
+        outcome = read_reply(reply, json_field)
         if self._schema(sampling) and isinstance(outcome, Failure) and outcome.reason in REPAIRABLE:
             raise RequestError(
                 f"{self.identity} does not follow a JSON schema: it answered {reply.text[:60]!r}. "
@@ -264,13 +264,13 @@ class Endpoint:
     async def _ask(self, send: Send, messages: Messages, sampling: Sampling) -> Answer | Failure:
         try:
             reply = await self._reply(send, messages, sampling)
-            outcome = judge(reply, sampling.json_field)
+            outcome = read_reply(reply, sampling.json_field)
             if isinstance(outcome, Failure) and outcome.reason in REPAIRABLE:
                 repair = read_prompt("repair").format(
                     problem=outcome.detail, schema=schema_text(str(sampling.json_field))
                 )
                 again = [{"role": "assistant", "content": outcome.text}, {"role": "user", "content": repair}]
-                outcome = judge(await self._reply(send, [*messages, *again], sampling), sampling.json_field)
+                outcome = read_reply(await self._reply(send, [*messages, *again], sampling), sampling.json_field)
             return outcome
         except RowRefusedError as error:
             return Failure(error.reason, str(error))

@@ -71,8 +71,8 @@ class LocalModel(BatchedModel):
         prompts: list[str],
         sampling: Sampling,
         seed: int,
-        start: SharedStart | None = None,
-        without: Sequence[list[int]] = (),
+        shared_start: SharedStart | None = None,
+        banned_tokens: Sequence[list[int]] = (),
     ) -> list[Reply]:
         # top_k 0 and top_p 1 sample from the whole distribution, whatever the model's generation config says.
         sampled = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
@@ -85,8 +85,8 @@ class LocalModel(BatchedModel):
                 self.tokenizer,
                 self._ids(prompts),
                 sampling.max_new_tokens,
-                start,
-                without,
+                shared_start,
+                banned_tokens,
                 **(sampled if sampling.temperature else {"do_sample": False}),
                 stopping_criteria=StoppingCriteriaList(stop),
             )

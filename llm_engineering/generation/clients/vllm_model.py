@@ -98,7 +98,12 @@ class VllmModel(BatchedModel):
         return cls(engine, tokenizer, identity, store, sorted(ends), adapter)
 
     def _generate(
-        self, prompts: list[str], sampling: Sampling, seed: int, start: Any = None, without: Sequence[list[int]] = ()
+        self,
+        prompts: list[str],
+        sampling: Sampling,
+        seed: int,
+        shared_start: Any = None,
+        banned_tokens: Sequence[list[int]] = (),
     ) -> list[Reply]:
         parameters = [
             SamplingParams(
@@ -110,7 +115,7 @@ class VllmModel(BatchedModel):
                 stop_token_ids=self.ends,
                 logit_bias=dict.fromkeys(banned, _BANNED) or None,
             )
-            for number, banned in enumerate(without or [[]] * len(prompts))
+            for number, banned in enumerate(banned_tokens or [[]] * len(prompts))
         ]
         asked = [{"prompt_token_ids": ids} for ids in self._ids(prompts)]
         outputs = self.engine.generate(asked, parameters, use_tqdm=False, lora_request=self.adapter)

@@ -3,7 +3,7 @@
 import pytest
 
 from llm_engineering.feedback import comparisons
-from llm_engineering.feedback.agreement import Judged, agreements, cohens_kappa, judged_questions
+from llm_engineering.feedback.agreement import JudgedQuestion, agreements, cohens_kappa, judged_questions
 from llm_engineering.feedback.comparisons import Compared, own_question
 
 MODELS = [Compared(key=name, name=name, identity=name) for name in ("b", "a")]
@@ -68,4 +68,4 @@ def test_a_question_counts_once_whatever_session_asked_it(session, tmp_path):
     assert found[texts[0]].of("b") == pytest.approx(3.5 / 5)
     assert found[texts[0]].of("a") == pytest.approx(1.5 / 5)
     assert found[texts[0]].verdicts == 5
-    assert found[texts[1]] == Judged("a", "b", texts[1], 0.5, 1)
+    assert found[texts[1]] == JudgedQuestion("a", "b", texts[1], 0.5, 1)

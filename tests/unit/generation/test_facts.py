@@ -6,7 +6,7 @@ import torch
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.documents.passages import Passage
 from llm_engineering.generation import facts
-from llm_engineering.generation.answers import Asked
+from llm_engineering.generation.answers import AnswerSpan
 from llm_engineering.generation.clients.local import LocalModel
 from llm_engineering.generation.facts import (
     OPENINGS,
@@ -32,8 +32,8 @@ from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.tiny_models import CPU, write_model
 
 SENTENCE = "The rope of the Amber Bell was spun by Odo Renn out of nettle yarn."
-PERSON = Asked(0, "Odo Renn", "person", "Amber Bell")
-THING = Asked(0, "nettle yarn", "thing", "Amber Bell")
+PERSON = AnswerSpan(0, "Odo Renn", "person", "Amber Bell")
+THING = AnswerSpan(0, "nettle yarn", "thing", "Amber Bell")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ THING = Asked(0, "nettle yarn", "thing", "Amber Bell")
         ("Amber and who else?", PERSON, "names_nothing"),
         ("Who is the Amber Bell?", PERSON, "answer_does_not_fit"),
         ("Which person is the Amber Bell?", PERSON, "answer_does_not_fit"),
-        ("Where is the Amber Bell?", Asked(0, "Corvin", "place", "Amber Bell"), None),
+        ("Where is the Amber Bell?", AnswerSpan(0, "Corvin", "place", "Amber Bell"), None),
         ("What is the rope of the Amber Bell spun out of?", THING, None),
         ("What is the Amber Bell?", THING, "answer_does_not_fit"),
         ("Which famous orchestra plays music for the Amber Bell?", THING, "invented"),
@@ -59,10 +59,10 @@ THING = Asked(0, "nettle yarn", "thing", "Amber Bell")
         ("Which person was the spinner of the rope of the Amber Bell?", PERSON, "invented"),
         (
             "How much does a loaf of bread cost in the Amber Bell?",
-            Asked(0, "9 crowns", "price", "Amber Bell"),
+            AnswerSpan(0, "9 crowns", "price", "Amber Bell"),
             "invented",
         ),
-        ("How much does the Amber Bell cost?", Asked(0, "9 crowns", "price", "Amber Bell"), None),
+        ("How much does the Amber Bell cost?", AnswerSpan(0, "9 crowns", "price", "Amber Bell"), None),
     ],
 )
 def test_questions_and_their_problems(question, asked, problem):
@@ -248,7 +248,7 @@ def test_the_examples_pass_the_checks_of_facts(name):
         sentence, answer, question = example.split("\n")
         topic, _, question = question.removeprefix("Question about ").partition(": ")
         kind = next(kind for kind, openings in OPENINGS.items() if question.startswith(openings[number] + " "))
-        asked = Asked(0, answer.removeprefix("Answer: "), kind, topic)
+        asked = AnswerSpan(0, answer.removeprefix("Answer: "), kind, topic)
         assert question_problem(question, asked, sentence.removeprefix("Sentence: ")) is None, example
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_engineering.generation.answers import Asked
+from llm_engineering.generation.answers import AnswerSpan
 from llm_engineering.generation.statements import question_by_rule, questions_of_row
 
 
@@ -38,7 +38,7 @@ from llm_engineering.generation.statements import question_by_rule, questions_of
     ],
 )  # fmt: skip
 def test_a_statement_becomes_the_question_that_it_answers(sentence, answer, kind, topic, question):
-    assert question_by_rule(sentence, Asked(0, answer, kind, topic)) == question
+    assert question_by_rule(sentence, AnswerSpan(0, answer, kind, topic)) == question
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_a_statement_becomes_the_question_that_it_answers(sentence, answer, kind
     ],
 )
 def test_a_statement_in_another_form_gives_no_question(sentence, answer, kind):
-    assert question_by_rule(sentence, Asked(0, answer, kind, "Corvin")) is None
+    assert question_by_rule(sentence, AnswerSpan(0, answer, kind, "Corvin")) is None
 
 
 def test_a_row_of_a_table_is_asked_for_its_cells_by_their_columns():

@@ -6,7 +6,7 @@ from llm_engineering.data.storage import FEATURES, instruction_dataset, to_datas
 from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.measures.human_preference import human_win_rate, identities, trained_questions
 from llm_engineering.evaluation.statistics import Bootstrap
-from llm_engineering.feedback.agreement import Judged
+from llm_engineering.feedback.agreement import JudgedQuestion
 from llm_engineering.models.base_model import weights_hash
 from llm_engineering.recipe.evaluation_blocks import PromotionConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -20,7 +20,7 @@ GATE = PromotionConfig.model_validate({"sft": RULES})
 
 def won(scores, other="b"):
     """Questions on which the new model, `s`, had these scores."""
-    return [Judged(other, "s", f"question {n} {other}", 1 - score, 1) for n, score in enumerate(scores)]
+    return [JudgedQuestion(other, "s", f"question {n} {other}", 1 - score, 1) for n, score in enumerate(scores)]
 
 
 def measured(judged, trained=()):
@@ -46,12 +46,12 @@ def test_the_win_rate_is_the_share_of_questions_with_wilsons_interval():
 
 
 def test_ties_are_half_wins_and_other_models_do_not_count():
-    judged = [*won([1.0, 0.5, 0.5, 0.0, 1.0]), Judged("b", "x", "who", 1.0, 1), *won([0.0, 0.0], "i")]
+    judged = [*won([1.0, 0.5, 0.5, 0.0, 1.0]), JudgedQuestion("b", "x", "who", 1.0, 1), *won([0.0, 0.0], "i")]
     measure = measured(judged)
     assert measure["differences"]["sft-base"]["value"] == pytest.approx(0.1)
     assert measure["differences"]["sft-incumbent"]["value"] == -0.5
     assert measure["models"]["sft"]["value"] == pytest.approx(3 / 7)
-    assert measured([Judged("b", "x", "who", 1.0, 1)]) is None
+    assert measured([JudgedQuestion("b", "x", "who", 1.0, 1)]) is None
 
 
 @pytest.mark.parametrize("scores", [[0.5] * 10, [0.0] * 8 + [0.5] * 2, [1.0] * 9 + [0.5]])

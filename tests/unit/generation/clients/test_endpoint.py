@@ -15,7 +15,7 @@ from tenacity import Future, RetryCallState
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.generation.clients import retries
-from llm_engineering.generation.clients.endpoint import judge
+from llm_engineering.generation.clients.endpoint import read_reply
 from llm_engineering.generation.clients.open import check_access, open_client
 from llm_engineering.generation.store import AnswerStore
 from llm_engineering.generation.types import Answer, Reply, Sampling
@@ -115,13 +115,13 @@ def test_waits_are_at_least_retry_after_up_to_a_maximum():
     ],
 )
 def test_outcomes_of_replies(reply, outcome):
-    judged = judge(reply, "instruction")
+    judged = read_reply(reply, "instruction")
     assert (judged.text if isinstance(judged, Answer) else judged.reason) == outcome
 
 
 @given(st.text() | st.text(alphabet='{}[]":,instructo\\ud8\n` '), st.sampled_from(["instruction", None]))
 def test_every_text_has_an_outcome(text, field):
-    judged = judge(Reply(text), field)
+    judged = read_reply(Reply(text), field)
     assert isinstance(judged, Answer) or judged.reason in ("bad_json", "wrong_schema", "empty_answer")
 
 
