@@ -44,7 +44,6 @@ from llm_engineering.formatting.render import (
     prompt_length,
     render,
     text_tokens,
-    whole_length,
 )
 from llm_engineering.progress import Progress, counted
 from llm_engineering.recipe.data_blocks import FormattingConfig
@@ -166,13 +165,12 @@ def format_rows(
         texts = [row for row in rest if isinstance(row, TextRow)]
         prompts = [row for row in rest if isinstance(row, PromptRow)]
         turns = [row for row in rest if not isinstance(row, TextRow | PromptRow)]
-        drops = config.over_long != "truncate"
         # All rows are of one kind.
         rendered = iter(
             [
                 *(text_tokens(texts, tokenizer) if texts else []),
                 *prompt_tokens(prompts, tokenizer),
-                *render(turns, tokenizer, config.max_length, drops),
+                *render(turns, tokenizer, config.max_length),
             ]
         )
         for row, token in zip(batch, special, strict=True):
@@ -203,24 +201,14 @@ def _with_newest_turns(
     shorter = [_without_exchanges(row, count) for count in range(1, _exchanges(row))]
     formatted: dict[int, FormattedRow] = {}
 
-    def about_fits(number: int) -> bool:
-        length = whole_length(shorter[number], tokenizer)
-        return length is not None and length <= config.max_length
-
     def fits(number: int) -> bool:
-        (rendered,) = render([shorter[number]], tokenizer, config.max_length, drops=True)
+        (rendered,) = render([shorter[number]], tokenizer, config.max_length)
         formatted[number] = _fitted(shorter[number], stage, rendered, config)
         return formatted[number].rejected is None
 
-    # To label a row takes much longer than to count its tokens, so only the rows around the border are labelled.
-    number = bisect_left(range(len(shorter)), True, key=about_fits)
-    while number < len(shorter) and not fits(number) and formatted[number].length:
-        number += 1
-    # A row without a length cannot be rendered.
-    if number == len(shorter) or formatted[number].rejected is not None:
+    number = bisect_left(range(len(shorter)), True, key=fits)
+    if number == len(shorter):
         return over_long
-    while number > 0 and fits(number - 1):
-        number -= 1
     detail = f"it has {over_long.length} tokens or more, formatting.max_length is {config.max_length}: without its first {number + 1} exchanges"
     records = [{**record, "id": row.id, "truncated": True} for record in formatted[number].records]
     respaced = formatted[number].respaced

@@ -61,7 +61,6 @@ def render(
     rows: Sequence[InstructionRow | PreferenceRow],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
-    drops: bool = False,
 ) -> list[Rendered]:
     """Token ids of rows, tokenised as one batch.
 
@@ -71,8 +70,6 @@ def render(
     Args:
         max_length: tokens after which the later turns of a conversation need not be rendered; None renders all. To find
             where its answers begin and end takes time that is quadratic in the turns that are rendered.
-        drops: whether longer conversations are dropped. If one is clearly longer, only its first answer is labelled,
-            which takes time that is linear in the turns up to this length.
 
     Raises:
         WorkError: there is no chat template, or the end-of-turn text is no token.
@@ -82,7 +79,7 @@ def render(
     conversations: list[list[list[Segment]] | UnrenderableError] = []
     for row in rows:
         try:
-            conversations.append(_conversations(row, _Limit(tokenizer, max_length, drops)))
+            conversations.append(_conversations(row, _Limit(tokenizer, max_length)))
         except UnrenderableError as error:
             conversations.append(error)
     whole = [part for parts in conversations if not isinstance(parts, UnrenderableError) for part in parts]
@@ -123,18 +120,6 @@ def text_tokens(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase) -> 
     return [Tokens(tokens, list(tokens)) for tokens in ids]
 
 
-def whole_length(row: InstructionRow | PreferenceRow, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """About how many tokens a row has, of a pair with the longer answer; None if the template refuses it.
-
-    It is rendered once, so this takes time that is linear in its turns. The sum of the labelled pieces can differ a little.
-    """
-    try:
-        texts = [checked_text(tokenizer, [*row.prompt, *answer], add_generation_prompt=False) for answer in row.answers]
-    except UnrenderableError:
-        return None
-    return max(map(len, _encode(texts, tokenizer)))
-
-
 def prompt_length(tokens: Tokens) -> int:
     """Tokens before the first trained one."""
     return next(i for i, label in enumerate(tokens.labels) if label != IGNORE_INDEX)
@@ -167,18 +152,14 @@ def _conversations(row: InstructionRow | PreferenceRow, limit: _Limit) -> list[l
 
 
 class _Limit:
-    """Tells when a growing text has passed a number of tokens, without counting them each time that it grows.
+    """Tells when a growing text has passed a number of tokens, without counting them each time that it grows."""
 
-    Args:
-        drops: whether what passes it is dropped, so that its labels do not matter.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, drops: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.drops = drops
         self.passed = False
-        self.found = 0
+        # The turns whose text was found in the rendered text.
+        self.checked_turns = 0
         self._next = max_length or 0
 
     def check(self, text: str) -> None:
@@ -189,28 +170,7 @@ class _Limit:
 
     def fresh(self) -> _Limit:
         """The same limit for another text."""
-        return _Limit(self.tokenizer, self.max_length, self.drops)
-
-    def clearly_passed(
-        self, prompt: Sequence[Message], completion: Sequence[Message]
-    ) -> tuple[list[Message], str] | None:
-        """The first turns of a conversation and their text, if they are clearly longer and are dropped; else None.
-
-        A whole text can have a few tokens fewer or more than its pieces. A fourth more than `max_length` is clearly longer.
-        """
-        # An odd number of turns ends with an answer. It doubles, which keeps the work linear.
-        count = 5 if self.drops and self.max_length is not None else len(completion)
-        while count < len(completion):
-            count = min(2 * count - 1, len(completion))
-            messages = [*prompt, *completion[:count]]
-            try:
-                text = checked_text(self.tokenizer, messages, add_generation_prompt=False)
-            except UnrenderableError:
-                # The turns before may be too long already.
-                return None
-            if len(_encode([text], self.tokenizer)[0]) > (self.max_length or 0) * 5 // 4 + 16:
-                return messages, text
-        return None
+        return _Limit(self.tokenizer, self.max_length)
 
 
 def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _Limit) -> list[Segment]:
@@ -237,22 +197,16 @@ def _segments(prompt: Sequence[Message], completion: Sequence[Message], limit: _
             segments += [Segment(asked[len(done) :], False), answer]
             done = asked + answer.text
             limit.check(done)
-            # Where the later turns are dropped anyway, they are rendered at once.
-            longer = limit.clearly_passed(prompt, completion) if len(segments) == 2 and not limit.passed else None
-            if longer is not None:
-                messages, asked = longer
-                segments.append(Segment(asked[len(done) :], False))
-                limit.passed = True
             if limit.passed:
                 break
         messages.append(message)
     if not segments:
         raise UnrenderableError("no_answer", "it has no assistant turn, so no token of it would be trained")
     # The turns of earlier prompts of the same row have been found in those.
-    for message in messages[limit.found :]:
+    for message in messages[limit.checked_turns :]:
         if message.role != "assistant" and not contains_text(asked, message.content):
             raise UnrenderableError("template_drops_text", f"the chat template leaves out its {message.role} text")
-    limit.found = len(messages)
+    limit.checked_turns = len(messages)
     return segments
 
 
