@@ -211,35 +211,19 @@ def _decoded(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-# The libraries of these formats take half a second to import, and are imported when there is such a file.
-def _html(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    from llm_engineering.documents.markup import read_html
+def _by_library(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
+    # The libraries of these formats take half a second to import, and are imported when there is such a file.
+    from llm_engineering.documents import epub, markup, office, pdf
 
-    return read_html(file, field)
-
-
-def _pdf(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    from llm_engineering.documents.pdf import read_pdf
-
-    return read_pdf(file, field)
-
-
-def _docx(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    from llm_engineering.documents.office import read_docx
-
-    return read_docx(file, field)
-
-
-def _pptx(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    from llm_engineering.documents.office import read_pptx
-
-    return read_pptx(file, field)
-
-
-def _epub(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
-    from llm_engineering.documents.epub import read_epub
-
-    return read_epub(file, field)
+    readers: dict[str, Reader] = {
+        ".html": markup.read_html,
+        ".htm": markup.read_html,
+        ".pdf": pdf.read_pdf,
+        ".docx": office.read_docx,
+        ".pptx": office.read_pptx,
+        ".epub": epub.read_epub,
+    }
+    return readers[file.suffix.lower()](file, field)
 
 
 # A record is a document of its own.
@@ -249,12 +233,7 @@ _READERS: dict[str, Reader] = {
     ".md": _markdown,
     ".markdown": _markdown,
     ".rst": _plain,
-    ".html": _html,
-    ".htm": _html,
-    ".pdf": _pdf,
-    ".docx": _docx,
-    ".pptx": _pptx,
-    ".epub": _epub,
+    **dict.fromkeys((".html", ".htm", ".pdf", ".docx", ".pptx", ".epub"), _by_library),
     ".ipynb": read_notebook,
     **dict.fromkeys(_WITH_RECORDS, read_rows),
 }
