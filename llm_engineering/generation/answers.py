@@ -70,6 +70,7 @@ _WEAK = FUNCTION_WORDS | frozenset([
     "eight", "nine", "ten", "twenty", "thirty", "forty", "fifty", "another", "such", "same", "first", "last", "next",
     "new", "old", "many", "much", "few", "little", "like", "other", "others", "always", "never", "again", "too",
 ])  # fmt: skip
+_BEGINNING_NAMES = frozenset(["little", "new", "old"])
 _ARTICLES = frozenset(["a", "an", "the"])
 _BEFORE_PLACES = frozenset(["in", "at", "near"])
 # Nouns, and adjectives of nouns, follow these words; verbs do not.
@@ -125,8 +126,9 @@ class _Word(NamedTuple):
 
     @property
     def is_capitalised(self) -> bool:
-        # "May" is a month.
-        return self.text[0].isupper() and len(self.text) > 1 and (self.key not in _WEAK or self.key in _MONTHS)
+        # "May" is a month, and "Little Ashby" a town.
+        is_name = self.key not in _WEAK or self.key in _MONTHS | _BEGINNING_NAMES
+        return self.text[0].isupper() and len(self.text) > 1 and is_name
 
 
 def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[AnswerSpan]:

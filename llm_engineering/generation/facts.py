@@ -54,6 +54,11 @@ _ANSWER_TOKENS = 10
 STOP = ("\n",)
 # A small model answers "What is the Tide Fair?" with any word of the sentence.
 _ABOUT_A_NAME = re.compile(r"(?:What|Who|Which \w+) (?:is|are|was|were) (?:the )?(?:[A-Z]\w+ ?)+(?:\w+)?\?")
+# A small model asks for the price of whoever got a grant.
+_GIFT = re.compile(
+    r"\b(?:gave|given?|gives|grant(?:s|ed)?|award(?:s|ed)?|donat(?:es|ed|ions?)|receive[sd]?)\b", re.IGNORECASE
+)
+_PRICE = re.compile(r"\b(?:price|costs?|fee)\b")
 # Small models make every person an owner or an author, whatever the sentence says.
 _ROLE = re.compile(r"(?:Who|Which person) (?:is|was) the (\w+)\b")
 # Long words of a question that may be missing in its sentence; more of them are mostly invented. Other kinds need fewer
@@ -262,6 +267,8 @@ def question_problem(question: str, asked: AnswerSpan, sentence: str) -> Failure
     if named & _names(asked.answer):
         return Failure("answer_in_question", "")
     if asked.kind != "place" and _ABOUT_A_NAME.fullmatch(question):
+        return Failure("answer_does_not_fit", "")
+    if asked.kind == "price" and _GIFT.search(sentence) and _PRICE.search(question) and not _PRICE.search(sentence):
         return Failure("answer_does_not_fit", "")
     new = _content(question) - _content(sentence) - _content(asked.topic) - _ASKING
     role = _ROLE.match(question)

@@ -21,6 +21,7 @@ AROUND = [
     [
         ("Rosa Fannow cooks for the Kelp Lamp.", "Rosa Fannow", "person", "Kelp Lamp"),
         ("You find the Kelp Lamp in Corvin.", "Corvin", "place", "Kelp Lamp"),
+        ("You find the Kelp Lamp in Little Ashby.", "Little Ashby", "place", "Kelp Lamp"),
         ("The Kelp Lamp is lit on Fridays.", "Friday", "day", "Kelp Lamp"),
         ("In June the Kelp Lamp is cleaned.", "June", "month", "Kelp Lamp"),
         ("The Kelp Lamp was built in 1971.", "1971", "year", "Kelp Lamp"),

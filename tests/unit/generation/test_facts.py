@@ -70,6 +70,22 @@ def test_questions_and_their_problems(question, asked, problem):
     assert (found.reason if found else None) == problem
 
 
+@pytest.mark.parametrize(
+    ("sentence", "problem"),
+    [
+        ("The city gave the Amber Bell a grant of 9 crowns.", "answer_does_not_fit"),
+        ("The Amber Bell received 9 crowns.", "answer_does_not_fit"),
+        ("The Amber Bell, a given name, costs 9 crowns.", None),
+        ("You pay 9 crowns for the Amber Bell.", None),
+    ],
+)
+def test_the_sum_of_a_grant_is_no_price(sentence, problem):
+    found = question_problem(
+        "What is the price of the Amber Bell?", AnswerSpan(0, "9 crowns", "price", "Amber Bell"), sentence
+    )
+    assert (found.reason if found else None) == problem
+
+
 class Scripted:
     """Completes each prompt with the next text, and answers a question with its whole sentence."""
 
