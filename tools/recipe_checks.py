@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 import llm_engineering
 from llm_engineering.data.formats.detection import open_dataset
@@ -129,8 +130,7 @@ def remembered(model: ModelConfig, asked: Any, answer: Callable[[], Any]) -> Any
         # A dry run also works where nothing can be written.
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.with_name(".plans.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with FileLock(path.with_name(".plans.lock")):
                 partial = path.with_name(".plans.partial")
                 partial.write_text(json.dumps(known), encoding="utf-8")
                 partial.replace(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 import yaml
+from filelock import FileLock
 
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.settings import check_folder
@@ -46,8 +46,7 @@ def open_database() -> None:
         # Settings that this user may only read are complete.
         check_database()
         return
-    with (folder / "database.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / "database.lock"):
         is_new = not (folder / "config.yaml").is_file()
         check_database()
         if is_new:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -312,8 +312,7 @@ def _unpack_embedded(target: Path) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     # Another process may unpack the model just now.
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(target.with_name(f".{target.name}.lock")):
         if not (target / "config.json").is_file():
             _convert_embedded(target)
     return target

@@ -15,7 +15,7 @@ from rich.table import Table
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.loading import check_name, load_recipe, recipe_hash
 from tools.cli import DEFAULT_RECIPE, PROGRAM, Config, Json, Overrides, prepare_zenml
-from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, locked, repeat, run_trials
+from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, repeat, run_trials
 from tools.terminal import console
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def sweep(
         end_with_launcher()
         run_trials(found)
         return 0
-    with locked(found.folder / "sweep.lock", f"The sweep {found.name} runs already. Wait for it, or stop it first."):
+    from llm_engineering.training.processes.ranks import run_lock
+
+    with run_lock(found.folder):
         if jobs == 1:
             run_trials(found)
         else:

@@ -5,17 +5,16 @@ Trials are stored in a file of optuna's in the folder of the sweep, so a sweep c
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.loading import load_recipe, value_at
@@ -69,7 +68,7 @@ class Sweep:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with locked(self.folder / "trials.lock"):
+        with FileLock(self.folder / "trials.lock"):
             study = optuna.create_study(study_name=self.name, storage=self.storage, load_if_exists=True)
             if not study.trials:
                 inside = {key: value for key, value in self.own.items() if self.block.ranges[key].holds(value)}
@@ -152,7 +151,7 @@ def next_trial(sweep: Sweep) -> optuna.Trial | None:
     from tools.results import is_running, this_process
 
     study, states = sweep.study, optuna.trial.TrialState
-    with locked(sweep.folder / "trials.lock"):
+    with FileLock(sweep.folder / "trials.lock"):
         for begun in study.get_trials(states=[states.RUNNING]):
             if is_running(begun.user_attrs):
                 continue
@@ -246,21 +245,3 @@ def _distribution(values: Range) -> optuna.distributions.BaseDistribution:
     if values.whole:
         return IntDistribution(int(values.low), int(values.high), values.log, int(values.step or 1))
     return FloatDistribution(values.low, values.high, values.log, values.step)
-
-
-@contextmanager
-def locked(file: Path, refused: str = "") -> Iterator[None]:
-    """Hold a file's lock, which ends with this process.
-
-    Args:
-        refused: the message if another process holds it; empty to wait for it.
-
-    Raises:
-        RequestError: another process holds the lock.
-    """
-    with file.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if refused else 0))
-        except BlockingIOError:
-            raise RequestError(refused) from None
-        yield

@@ -6,7 +6,6 @@ With one process, collective operations return their input.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llm_engineering.errors import RequestError
@@ -158,13 +158,13 @@ def run_lock(folder: Path) -> Iterator[None]:
         RequestError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RequestError(
-                f"Another process trains the same run in {folder}. Wait until it ends, or stop it first."
-            ) from error
+    try:
+        lock = FileLock(folder / "lock").acquire(blocking=False)
+    except Timeout as error:
+        raise RequestError(
+            f"Another process trains the same run in {folder}. Wait until it ends, or stop it first."
+        ) from error
+    with lock:
         yield
 
 
