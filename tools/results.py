@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
-import psutil
 import typer
 from pydantic import BaseModel
 from rich.table import Table
 
+from llm_engineering.process import PROCESS, is_running
 from llm_engineering.recipe.evaluation_blocks import MIN_QUESTIONS
 from tools.cli import prepare_zenml
 from tools.terminal import console, titled_table
@@ -24,10 +22,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("llm_engineering.run")
 
 KILLED = "killed"
-_PROCESS = "process"
-# The system records a process's start in clock ticks since boot, and the boot time only to one second. So two readings
-# of the same start time can differ.
-_START_TOLERANCE_S = 2.0
 
 
 def runs(limit: Annotated[int, typer.Option("--limit", min=1, help="Maximum number of runs.")] = 10) -> int:
@@ -321,30 +315,9 @@ def _page(version: ArtifactVersionResponse) -> str:
     return str(page) if page.is_relative_to(version.uri) else version.uri
 
 
-def this_process() -> dict[str, Any]:
-    """Host, process id and start time of this process, which a run stores in ZenML's `extra`.
-
-    The process id alone is not enough, because the system reuses process ids.
-    """
-    return {_PROCESS: {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}}
-
-
 def is_alive(run: PipelineRunResponse) -> bool | None:
     """Whether the process that started a run still runs; None if it is not recorded, or on another host."""
     return is_running(run.config.extra)
-
-
-def is_running(recorded: Mapping[str, Any]) -> bool | None:
-    """Whether the process that `this_process` recorded still runs; None if there is no record, or one of another host."""
-    process = recorded.get(_PROCESS)
-    if process is None or process["host"] != socket.gethostname():
-        return None
-    try:
-        found = psutil.Process(process["pid"])
-        started = abs(found.create_time() - process["started"]) <= _START_TOLERANCE_S
-        return started and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def unfinished() -> list[PipelineRunResponse]:
@@ -372,7 +345,7 @@ def repair_killed() -> None:
     for run in unfinished():
         if is_alive(run) is not False:
             continue
-        process = run.config.extra[_PROCESS]
+        process = run.config.extra[PROCESS]
         reason = f"{KILLED}: process {process['pid']} on {process['host']} ended without reporting a result"
         steps = Client().list_run_steps(pipeline_run_id=run.id, size=1000).items
         for step in steps:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.process import this_process
 from llm_engineering.recipe.loading import check_name, differences, load_recipe, stored_recipe
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.stages import STAGES
@@ -302,7 +303,6 @@ def start(
     from pipelines.registry import adapter_of
     from pipelines.repeats import drop_repeated_version, version_of
     from tools.model_versions.signatures import sign_new
-    from tools.results import this_process
 
     process = this_process()
     model = Model(name=recipe.name, tags=["llm-engineering"], save_models_to_registry=False) if versioned else None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from llm_engineering.errors import RequestError, WorkError
+from llm_engineering.process import is_running, this_process
 from llm_engineering.recipe.loading import load_recipe, value_at
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
@@ -147,8 +148,6 @@ def next_trial(sweep: Sweep) -> optuna.Trial | None:
     """Begin the next trial; None if there are enough. Trials of killed processes are run again with the same values."""
     import numpy as np
     import optuna
-
-    from tools.results import is_running, this_process
 
     study, states = sweep.study, optuna.trial.TrialState
     with FileLock(sweep.folder / "trials.lock"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import os
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import boto3
-import psutil
 from pydantic import BaseModel, ConfigDict
+
+from llm_engineering.process import PROCESS, is_running, this_process
 
 # Environment variable of a scheduled training job with the job's name.
 JOB_VARIABLE = "LLM_SCHEDULED_JOB"
 
-_LOCK_FILE = "lock"
+_LOCK_FILE = "run.lock"
 # Outcomes of runs that judged a model. Another run with the same data would end the same way.
 _COMPLETED = ("promoted", "staged", "gate failed")
 
@@ -134,7 +135,7 @@ class Place:
                 yield False
                 return
             file.truncate(0)
-            file.write(str(os.getpid()))
+            file.write(json.dumps(this_process()))
             file.flush()
             yield True
             file.truncate(0)
@@ -146,13 +147,8 @@ class Place:
         be skipped.
         """
         file = Path(self.place) / _LOCK_FILE
-        try:
-            process = psutil.Process(int(file.read_text() or 0))
-            # The id alone is not enough: the system reuses the ids of ended processes.
-            holds = process.create_time() <= file.stat().st_mtime + 1 and process.status() != psutil.STATUS_ZOMBIE
-        except (FileNotFoundError, psutil.NoSuchProcess):
-            return None
-        return process.pid if holds else None
+        recorded: dict[str, Any] = json.loads(file.read_text() or "{}") if file.exists() else {}
+        return recorded[PROCESS]["pid"] if is_running(recorded) else None
 
     @property
     def bucket_and_prefix(self) -> tuple[str, str]:

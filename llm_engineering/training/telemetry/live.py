@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
+from llm_engineering.process import is_running, this_process
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,7 @@ class LiveHistory:
 
     def __init__(self, folder: Path, stage: str, max_steps: int, earlier: Sequence[Mapping[str, Any]]) -> None:
         self.path = folder / LIVE_FILE
-        process = psutil.Process()
-        run = {"stage": stage, "max_steps": max_steps, "pid": process.pid, "started": process.create_time()}
-        self._write("w", [run, *earlier])
+        self._write("w", [{"stage": stage, "max_steps": max_steps, **this_process()}, *earlier])
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Append an entry, with the time in seconds since the epoch."""
@@ -74,13 +72,5 @@ def read_live(path: Path) -> LiveRun | None:
     if timed and timed[-1]["step"] > timed[0]["step"]:
         each = (timed[-1]["time"] - timed[0]["time"]) / (timed[-1]["step"] - timed[0]["step"])
         left = each * (run["max_steps"] - timed[-1]["step"])
-    alive = len(history) == len(lines) - 1 and _runs(run["pid"], run["started"])
+    alive = len(history) == len(lines) - 1 and bool(is_running(run))
     return LiveRun(path.parent, run["stage"], run["max_steps"], history, alive, left)
-
-
-def _runs(pid: int, started: float) -> bool:
-    """Whether the process still runs. The system reuses process ids, so its start time counts too."""
-    try:
-        return psutil.Process(pid).create_time() == started
-    except psutil.NoSuchProcess:
-        return False
