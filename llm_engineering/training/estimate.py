@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llm_engineering.models.device import Device, choose_optimiser
+from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, Method
 from llm_engineering.recipe.online_blocks import OnlineConfig, RLOOConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, ReferenceConfig, RewardConfig
@@ -209,8 +210,16 @@ def _materialise(model: nn.Module) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in fakes.values()}
 
 
-def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Method, rows: int, length: int) -> Memory:
-    """Estimate the bytes at the peak of a training step with batches of `rows × length` tokens.
+def peak_memory(
+    sizes: Shapes,
+    config: TrainConfig,
+    device: Device,
+    method: Method,
+    rows: int,
+    length: int,
+    compute: ComputeConfig = ComputeConfig(),
+) -> Memory:
+    """Estimate the bytes at the peak of a training step with batches of `rows × length` tokens, in each process.
 
     The sum is weights + reference + optimiser + max(activations + logits, gradients). These are the parts that ZeRO
     counts (arXiv:1910.02054, section 3); the activations come from the model's own graph:
@@ -229,9 +238,11 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
       `use_weighting`, for all tokens of completions in GRPO and RLOO, and for 128 tokens elsewhere. A model that needs the
       logits of whole batches for another reason (`why_not_from_hidden_states`) takes more.
 
+    Where `compute` shards a part, each process has its share of it. A step gathers the sharded weights of one layer at a time.
+
     The real peak depends on the allocator; benchmarks/estimate compares it with this estimate.
     """
-    tokens = rows * length
+    tokens, processes = rows * length, compute.num_processes
     trained = 4.0 * sizes.trained
     weights = sizes.weights + (0.0 if method == "full" else trained)
     reference = 0.0
@@ -245,7 +256,7 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
     if isinstance(config, OnlineConfig) and config.reward_model is not None:
         # Its input embedding has the size of the output embedding that it lacks.
         reference += sizes.matmul * device.dtype.itemsize
-    eight_bits = "8bit" in choose_optimiser(config.optim, device)[0]
+    eight_bits = "8bit" in choose_optimiser(config.optim, device, compute.distributed)[0]
     one_layer = sizes.activations / sizes.layers
     activations = sizes.activations + one_layer
     if config.gradient_checkpointing:
@@ -258,13 +269,19 @@ def peak_memory(sizes: Shapes, config: TrainConfig, device: Device, method: Meth
         logits = 0.0
     if isinstance(config, OnlineConfig):
         logits = 16.0 * rows * config.max_completion_length * sizes.vocabulary
-        cache = config.generation_batch(1) * length * sizes.cache_width * sizes.hidden_bytes
+        cache = config.generation_batch(processes) / processes * length * sizes.cache_width * sizes.hidden_bytes
         activations = max(activations, cache - logits)
     accumulates = config.gradient_accumulation_steps > 1
     gradients = trained if accumulates else max(0.0, trained - activations - logits)
+    optimiser = (0.5 if eight_bits else 2.0) * trained
+    if compute.distributed != "ddp":
+        optimiser /= processes
+        gradients /= processes if compute.zero_stage != 1 else 1
+    if compute.shards_weights:
+        weights = weights / processes + sizes.weights / sizes.layers
+        reference /= processes if not config.needs_whole_weights(method) else 1
     return Memory(
-        weights, reference, gradients, (0.5 if eight_bits else 2.0) * trained, activations, logits,
-        float(OVERHEAD_BYTES[device.name]),
+        weights, reference, gradients, optimiser, activations, logits, float(OVERHEAD_BYTES[device.name])
     )  # fmt: skip
 
 

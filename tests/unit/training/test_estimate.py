@@ -10,7 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from llm_engineering.models import device as devices
 from llm_engineering.models.device import Device
+from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.online_blocks import GRPOConfig
@@ -130,6 +132,28 @@ def test_peak_is_the_sum_of_its_parts(config, method, device, expected):
     memory = peak_memory(SHAPES, config, device, method, 2, 10)
     assert memory[:-1] == expected
     assert memory.total == sum(expected) + OVERHEAD_BYTES[device.name]
+
+
+@pytest.mark.parametrize(
+    ("compute", "config", "expected"),
+    [
+        # As above, with adamw_8bit only where the optimiser is not sharded, and with all gradients during the backward pass.
+        ({}, LORA, (1000, 0, 400, 200, 10000, 16000)),
+        ({"distributed": "deepspeed", "zero_stage": 1}, LORA, (1000, 0, 400, 200, 10000, 16000)),
+        ({"distributed": "deepspeed", "zero_stage": 2}, LORA, (1000, 0, 100, 200, 10000, 16000)),
+        # a quarter of the weights, and one layer of four
+        ({"distributed": "deepspeed", "zero_stage": 3}, LORA, (500, 0, 100, 200, 10000, 16000)),
+        ({"distributed": "fsdp2"}, LORA, (500, 0, 100, 200, 10000, 16000)),
+        # TRL takes a whole reference of a full model.
+        ({"distributed": "fsdp2"}, DPO, (500, 1000, 100, 200, 10000, 16000)),
+    ],
+    ids=["ddp", "zero 1", "zero 2", "zero 3", "fsdp2", "a reference"],
+)
+def test_processes_hold_their_share_of_what_is_sharded(compute, config, expected, monkeypatch):
+    monkeypatch.setattr(devices, "_has_bitsandbytes", lambda: True)
+    shared = ComputeConfig.model_validate({"num_processes": 4, **compute})
+    accumulates = config.model_copy(update={"gradient_accumulation_steps": 2, "optim": "auto"})
+    assert peak_memory(SHAPES, accumulates, CARD, "full", 2, 10, shared)[:-1] == expected
 
 
 def test_a_reward_model_has_no_output_layer_and_two_rows_for_a_pair():
