@@ -157,12 +157,7 @@ class KTOConfig(ReferenceConfig):
 
     config_class = "trl.KTOConfig"
     refused: ClassVar[dict[str, str]] = {
-        # TRL's class for KTO has fewer fields than the others.
-        **{
-            k: v
-            for k, v in ReferenceConfig.refused.items()
-            if k not in ("truncation_mode", "padding_free", "pad_token")
-        },
+        **ReferenceConfig.refused,
         "train_sampling_strategy": "rows are shuffled once with the seed, because the KL divergence of a batch is estimated "
         "from its own answers",
     }
@@ -194,8 +189,7 @@ class RewardConfig(TrainConfig):
     # unsloth has kernels for models that predict tokens only.
     trains_with_unsloth: ClassVar[bool] = False
     refused: ClassVar[dict[str, str]] = {
-        # TRL's RewardConfig has neither of the two.
-        **{name: reason for name, reason in REFUSED_TRL.items() if name not in ("padding_free", "truncation_mode")},
+        **REFUSED_TRL,
         "chat_template_path": "formatting.chat_template is the template of every stage",
         "eos_token": "model.eos_token names the token that ends an answer",
         "pad_to_multiple_of": "pairs are padded to the longest answer of a batch",

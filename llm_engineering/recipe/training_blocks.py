@@ -78,7 +78,7 @@ _REFUSED_ARGUMENTS = {
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
 }
-# Fields that the configuration classes of TRL share.
+# Fields of the configuration classes of TRL, of which some have not all.
 REFUSED_TRL = {
     **_REFUSED_ARGUMENTS,
     "model_init_kwargs": "the blocks model and compute say how the model is loaded",
@@ -103,10 +103,12 @@ class TrainConfig(LibraryBlock):
     trains all weights, `lora` (the default) an adapter, `qlora` an adapter on a base model in 4 bits (nf4), which needs
     CUDA.
 
-    `optim: auto` is 8-bit AdamW on CUDA if bitsandbytes is installed, else torch's AdamW. With `load_best`, or
-    `load_best_model_at_end`, the result is the evaluated step with the lowest validation loss; each evaluation that is the
-    best so far writes a checkpoint. `early_stopping_patience` is the number of evaluations without a lower loss after which training stops. `warmup_steps` takes the place of
-    `warmup_ratio`. With `eval_strategy: epoch` or `save_strategy: epoch` the number of steps is left out.
+    - `optim: auto`: 8-bit AdamW on CUDA if bitsandbytes is installed, else torch's AdamW.
+    - `load_best`, or `load_best_model_at_end`: the result is the evaluated step with the lowest validation loss. Each evaluation
+      that is the best so far writes a checkpoint.
+    - `early_stopping_patience`: training stops after this number of evaluations without a lower loss.
+    - `warmup_steps` takes the place of `warmup_ratio`.
+    - `eval_strategy: epoch`, `save_strategy: epoch`: the number of steps is left out.
     """
 
     # Whether compute.backend unsloth can train the stage.
