@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from zenml import pipeline
 from zenml.client import Client
 
-from llm_engineering.recipe.data_blocks import rows_of
+from llm_engineering.recipe.data_blocks import rows_key
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.reward_blocks import NEED_ANSWERS, RewardedConfig
@@ -98,13 +98,13 @@ class _Datasets:
                 # The exam asks about the documents, so they stay whole.
                 self.exam() if kind != "text" else None,
                 *((self._human(kind), *self._asked(kind)) if self.recipe.data.people(kind) else ()),
-                id=f"prepare_{rows_of(kind)}",
+                id=f"prepare_{rows_key(kind)}",
             )
         return self._made[kind]
 
     def _human(self, kind: str) -> Any:
         """What people had said about the rows of a kind when the run began."""
-        rows = rows_of(kind)
+        rows = rows_key(kind)
         step = add_human.with_options(substitutions={"rows": rows})
         return step(kind, rows, self.inputs.people[kind], id=f"add_human_{rows}")
 
@@ -201,7 +201,7 @@ class _Datasets:
         return label_preferences(self.of("preference", start), data.test_preferences is not None)
 
     def _own(self, kind: str, path: str) -> Any:
-        data, rows = self.recipe.data, rows_of(kind)
+        data, rows = self.recipe.data, rows_key(kind)
         step = load.with_options(substitutions={"kind": kind})
         replay = (data.replay_instructions, self.inputs.replay_instructions) if kind == "instruction" else (None, None)
         given = getattr(self.inputs, rows)

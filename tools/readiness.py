@@ -29,7 +29,7 @@ from llm_engineering.models.base_model import load_config, pin_revision
 from llm_engineering.models.reward_model import check_base, check_tokens
 from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
 from llm_engineering.publish.signing import check_signer
-from llm_engineering.recipe.data_blocks import REVIEW, DataConfig, rows_of
+from llm_engineering.recipe.data_blocks import REVIEW, DataConfig, rows_key
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
 from llm_engineering.recipe.loading import recipe_hash
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
@@ -78,7 +78,7 @@ def check_and_pin(recipe: Recipe) -> tuple[Recipe, Inputs]:
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None
     kinds = ("instruction", "preference", "labelled", "prompt")
     own: dict[str, Any] = {
-        rows_of(kind): _datasets([data.file(kind), data.test_file(kind)], kind, data) for kind in kinds
+        rows_key(kind): _datasets([data.file(kind), data.test_file(kind)], kind, data) for kind in kinds
     }
     all_said = {kind: said_about(recipe, kind, settings) for kind in recipe.kinds(recipe.chain[-1])}
     people = {kind: said for kind, said in all_said.items() if said is not None}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback import comparisons, decisions, served
 from llm_engineering.feedback.human_rows import Said
-from llm_engineering.recipe.data_blocks import FEEDBACK, REVIEW, rows_of
+from llm_engineering.recipe.data_blocks import FEEDBACK, REVIEW, rows_key
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 
@@ -72,8 +72,8 @@ def said_about(recipe: Recipe, kind: str, settings: Settings) -> Said | None:
             counts = Counter(row.reason for said in found for row in said.aside)
             set_aside = f" (set aside: {', '.join(f'{n} {reason}' for reason, n in counts.items())})" if counts else ""
             raise RequestError(
-                f"data.{rows_of(kind)} names {name}, and nobody has said anything yet that gives {kind} rows of {recipe.name}"
-                f"{set_aside}: {SOURCES[name].remedy} first, or remove {name} from data.{rows_of(kind)}"
+                f"data.{rows_key(kind)} names {name}, and nobody has said anything yet that gives {kind} rows of {recipe.name}"
+                f"{set_aside}: {SOURCES[name].remedy} first, or remove {name} from data.{rows_key(kind)}"
             )
         rows += [row for said in found for row in said.rows]
         made += [decision for said in found for decision in said.decisions]

@@ -30,8 +30,8 @@ _UNUSED_TOKENS = ("pad", "reserved", "unused")
 def load_tokenizer(model: ModelConfig, settings: Settings, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer, add the new tokens, and set its chat template and its pad token.
 
-    The pad token is an existing token of the model, unless one of the new tokens is named so: a new token would need a
-    larger embedding, in training and in every server of the model. It differs from the end token if the model has another special token. GPT-2 has none, so
+    The pad token is an existing token. Only a new token whose name says pad, reserved or unused is taken before it. Any other
+    new token would need a larger embedding, in training and in every server of the model. The pad token differs from the end token if the model has another special token. GPT-2 has none, so
     its end token is also its pad token, and code in this project recognises padding by its position, never by its id.
 
     Args:

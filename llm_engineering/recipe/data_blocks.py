@@ -197,7 +197,7 @@ class ReplayConfig(Block):
 _OWN_ROWS = ("instructions", "preferences", "labelled", "prompts")
 
 
-def rows_of(kind: str) -> str:
+def rows_key(kind: str) -> str:
     """The name of the rows of a kind in steps and keys, e.g. `instructions`."""
     return kind if kind == "labelled" else f"{kind}s"
 
@@ -217,8 +217,8 @@ class DataConfig(Block):
     A dataset is a file, a folder that `datasets` saved, or a hub id; `#name` after it selects one of several splits.
     `instructions`, `preferences`, `prompts`, `labelled` and `texts` also take `review`, what people said in `make review`.
     `instructions`, `preferences` and `labelled` take `feedback`, what people said about served answers. A list takes both, and a
-    file: `[rows.jsonl, review]`. The rows of people stand beside those of the file, or else beside the generated ones; labelled
-    answers of feedback stand alone. In training, each of their rows counts `human_weight` times.
+    file: `[rows.jsonl, review]`. The rows of people stand beside those of the file, or else beside the generated ones.
+    With `labelled: feedback` no answers are made of pairs. In training, each of their rows counts `human_weight` times.
     `labelled` has single answers in a format of instructions, with a column `label` that says whether the answer is a good
     one; without it, the answers of pairs are good if they are chosen and bad if they are rejected.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
@@ -266,16 +266,16 @@ class DataConfig(Block):
 
     def file(self, kind: str) -> str | None:
         """The file, folder or hub id that the recipe names for the rows of a kind; None if it names none."""
-        return file_among(getattr(self, rows_of(kind)))
+        return file_among(getattr(self, rows_key(kind)))
 
     def test_file(self, kind: str) -> str | None:
         """The same for the test split of the user's own rows."""
-        found: str | None = getattr(self, f"test_{rows_of(kind)}")
+        found: str | None = getattr(self, f"test_{rows_key(kind)}")
         return found
 
     def people(self, kind: str) -> list[str]:
         """Which of `PEOPLE` the recipe names for the rows of a kind."""
-        named = getattr(self, rows_of(kind)) or []
+        named = getattr(self, rows_key(kind)) or []
         return [source for source in PEOPLE if source == named or (isinstance(named, list) and source in named)]
 
     def only_people(self, kind: str) -> bool:

@@ -25,9 +25,9 @@ class Prices(Block):
 class ClientConfig(Block):
     """Which model writes, and where it runs: in this process, behind an OpenAI-compatible endpoint, or on Bedrock.
 
-    `engine: vllm` runs the local model in vLLM on a CUDA card. The keys after `engine` are for endpoints. `response_format` makes the model return one text and nothing else:
-    `json_schema` by a schema that the endpoint enforces, `prompt` by a schema in the prompt; `text` asks for no JSON, for
-    small models that cannot write it. `max_total_tokens` and `max_cost_usd` limit each generated dataset; answers from
+    `engine: vllm` runs the local model in vLLM on a CUDA card. The keys after `engine` are for endpoints. `response_format`
+    says how the endpoint is asked for its answer: `json_schema` by a schema that it enforces, `prompt` by a schema in the
+    prompt; `text` asks for no JSON, for small models that cannot write it. `max_total_tokens` and `max_cost_usd` limit each generated dataset; answers from
     the store of earlier answers count too.
     """
 

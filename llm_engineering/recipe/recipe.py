@@ -10,7 +10,7 @@ from typing import Self, get_args
 
 from pydantic import model_validator
 
-from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, PEOPLE, DocumentsConfig, rows_of
+from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK, PEOPLE, DocumentsConfig, rows_key
 from llm_engineering.recipe.evaluation_blocks import (
     EXAM_MEASURES,
     GENERATED_EXAM,
@@ -136,7 +136,7 @@ class Recipe(RecipeKeys):
         unused = next((kind for kind in taken if kind not in made), None)
         if unused is not None:
             raise ValueError(
-                f"data.{rows_of(unused)} names {' and '.join(self.data.people(unused))}, which has no effect, because no stage of "
+                f"data.{rows_key(unused)} names {' and '.join(self.data.people(unused))}, which has no effect, because no stage of "
                 f"chain needs {unused} rows: remove it, or add a stage"
             )
         if self.data.human_weight > 1 and not taken:

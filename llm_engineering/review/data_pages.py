@@ -16,7 +16,7 @@ from llm_engineering.data.rows import read_row
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback.decisions import Decision, content_of, current, store, stored
 from llm_engineering.progress import counted
-from llm_engineering.recipe.data_blocks import rows_of
+from llm_engineering.recipe.data_blocks import rows_key
 from llm_engineering.review.browse import Filter, Table
 from llm_engineering.review.opened_data import Opened, write_corrected
 from llm_engineering.review.row_cards import DONE, Card, cards_of, chosen_rows, rules_of
@@ -77,7 +77,7 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
     def page(template: str, opened: Opened, key: str, **values: Any) -> Response:
         counts = {"rows": opened.rows.rows, "quarantine": opened.quarantine.rows, "findings": opened.findings.rows}
         counts["clusters"] = len(np.unique(opened.clusters.numbers("cluster")))
-        shared: dict[str, Any] = {"key": key, "opened": opened, "counts": counts, "rows_name": rows_of(opened.kind)}
+        shared: dict[str, Any] = {"key": key, "opened": opened, "counts": counts, "rows_name": rows_key(opened.kind)}
         return context.page(template, active="data", **shared, **values)
 
     def card_of(opened: Opened, position: int, limit: int | None = None) -> Card:
@@ -210,7 +210,7 @@ def add_data_pages(app: FastAPI, context: Context) -> None:
         opened = reviews.open_dataset(key)
         if opened.corrected is None:
             raise RequestError(
-                f"A dataset of a run is not a file. A recipe with `data.{rows_of(opened.kind)}: review` uses its decisions."
+                f"A dataset of a run is not a file. A recipe with `data.{rows_key(opened.kind)}: review` uses its decisions."
             )
         done = write_corrected(opened, current(stored(reviews.folder)))
         return {

@@ -102,10 +102,10 @@ def causal_model(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _tried(model: PreTrainedModel) -> Iterator[None]:
-    """Run the model without dropout and gradients, in the half precision of some of its weights, as in training.
+def probing(model: PreTrainedModel) -> Iterator[None]:
+    """Context for a probe: no dropout, no gradients, the precision of training.
 
-    Without such weights, the caller's autocast holds.
+    This is the half precision of some of the model's weights. Without such weights, the caller's autocast holds.
     """
     half = next((p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)), None)
     device, outer = model.device.type, torch.is_autocast_enabled(model.device.type)
@@ -145,7 +145,7 @@ def why_not_from_hidden_states(
     if _adds_router_loss(model, router_coefficient):
         return "the loss of the experts' router needs the model's own forward pass"
     ids = torch.arange(4, device=head.weight.device).unsqueeze(0)
-    with _tried(model):
+    with probing(model):
         logits = model(input_ids=ids, use_cache=False).logits.float()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss.float()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -232,7 +232,7 @@ def keeps_rows_apart(policy: PreTrainedModel | PeftModel, by_row: bool) -> bool:
     options: dict[str, Any] = {"position_ids": tokens.repeat(2).unsqueeze(0), "use_cache": False}
     if by_row:
         options["row_lengths"] = [4, 4]
-    with _tried(model):
+    with probing(model):
         first, second = (
             model.base_model(input_ids=torch.cat([before, tokens]).unsqueeze(0), **options).last_hidden_state[0, 4:]
             for before in (tokens, tokens + 4)
@@ -248,7 +248,7 @@ def ignores_left_padding(policy: PreTrainedModel | PeftModel) -> bool:
     """
     model = causal_model(policy)
     tokens = torch.arange(4, device=model.device)
-    with _tried(model):
+    with probing(model):
         alone, padded = (
             model.base_model(
                 input_ids=torch.cat([padding, tokens]).unsqueeze(0),
@@ -277,7 +277,7 @@ def continues_prompts(policy: PreTrainedModel | PeftModel) -> bool:
     prompt, one, other = torch.arange(12, device=model.device).view(3, 4)
     positions = torch.cat([torch.arange(8), torch.arange(4, 8)]).to(model.device).unsqueeze(0)
     options: dict[str, Any] = {"position_ids": positions, "row_lengths": [8, 4], "shared_lengths": [0, 4]}
-    with _tried(model):
+    with probing(model):
         first, second = (
             model.base_model(
                 input_ids=torch.cat([prompt, *answers]).unsqueeze(0), use_cache=False, **options

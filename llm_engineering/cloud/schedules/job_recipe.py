@@ -16,7 +16,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
 from llm_engineering.models.tokenizer import pin_chat_template
-from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK, rows_of
+from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK, rows_key
 from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL
 from llm_engineering.recipe.recipe import Recipe
@@ -90,7 +90,7 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
             problems.append(_local_problem("documents.path", documents.path, bucket))
     for kind in get_args(Kind):
         problems += [
-            f"data.{rows_of(kind)} names {source}, and what people said is on this machine, which a job cannot see: remove "
+            f"data.{rows_key(kind)} names {source}, and what people said is on this machine, which a job cannot see: remove "
             f"{source}, or run `make retrain` here"
             for source in data.people(kind)
         ]
@@ -101,8 +101,8 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         if rule.measure == HUMAN_MEASURE
     ]
     kinds = ("instruction", "preference", "labelled", "prompt")
-    named = {rows_of(kind): dataset(f"data.{rows_of(kind)}", data.file(kind)) for kind in kinds}
-    tests = [f"test_{rows_of(kind)}" for kind in kinds]
+    named = {rows_key(kind): dataset(f"data.{rows_key(kind)}", data.file(kind)) for kind in kinds}
+    tests = [f"test_{rows_key(kind)}" for kind in kinds]
     named |= {key: dataset(f"data.{key}", getattr(data, key)) for key in tests}
     if data.replay_instructions != EMBEDDED_GENERAL:
         named["replay_instructions"] = dataset("data.replay_instructions", data.replay_instructions)

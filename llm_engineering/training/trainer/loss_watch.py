@@ -47,7 +47,7 @@ class LossWatch:
         return ""
 
 
-def rows_of(batches: list[Batch], rows: Dataset) -> str:
+def named_rows(batches: list[Batch], rows: Dataset) -> str:
     """List the rows in some batches: index in the training split, and id.
 
     Finds the rows by their tokens, because collating drops ids and packing mixes rows.

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32  # type: ignore[import-untyped]
@@ -57,20 +57,30 @@ def frozen_copy(policy: PreTrainedModel | PeftModel, needed: bool) -> PreTrained
     return reference
 
 
-def savings(
+class Shortcuts(NamedTuple):
+    """The computations that can be saved with a model.
+
+    Attributes:
+        by_row: the attention of policy and reference takes `row_lengths`.
+        unpadded: log-probabilities are computed without padding and without the logits of a whole batch.
+        shares_prompts: the prompt of a pair is computed once.
+    """
+
+    by_row: bool = False
+    unpadded: bool = False
+    shares_prompts: bool = False
+
+
+def find_shortcuts(
     run: TrainingRun[Config],
     policy: PreTrainedModel | PeftModel,
     reference: PreTrainedModel | PeftModel | None,
     config: Config,
     pairs: bool,
-) -> tuple[bool, bool, bool]:
-    """Find out which computations can be saved with this model.
-
-    Returns:
-        The values of `by_row`, `unpadded` and `shares_prompts`, see `ReferenceTrainer`.
-    """
+) -> Shortcuts:
+    """Try which computations can be saved with this model, and log why the others cannot."""
     if run.device.backend != "transformers":
-        return False, False, False
+        return Shortcuts()
     by_row = attend_by_row(policy) and (reference is None or attend_by_row(reference))
     with run.device.autocast():
         reason = why_not_from_hidden_states(
@@ -91,7 +101,7 @@ def savings(
         logger.info(
             "prompts: computed %s", f"for each answer, because {separate}" if separate else "once for both answers"
         )
-    return by_row, reason is None, pairs and not separate
+    return Shortcuts(by_row, unpadded=reason is None, shares_prompts=pairs and not separate)
 
 
 def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
@@ -140,10 +150,8 @@ class ReferenceTrainer(ResumableTrainer):
     The rows are already tokenised; TRL has no option for them. The reference is `model` as it is now.
 
     Attributes:
-        unpadded: compute log-probabilities without padding and without the logits of a whole batch.
-        by_row: whether the attention of policy and reference takes `row_lengths`.
+        shortcuts: the computations that are saved.
         pairs: whether the second half of a batch has the prompts of the first half, in this order.
-        shares_prompts: compute the prompt of a pair once.
     """
 
     pairs = False
@@ -158,17 +166,17 @@ class ReferenceTrainer(ResumableTrainer):
         self.forwards = 0 if config.precompute_ref_log_probs else 1
         reference = frozen_copy(model, needed=not config.precompute_ref_log_probs)
         self.flops = TrainingFlops.of(model)
-        self.by_row, self.unpadded, self.shares_prompts = savings(run, model, reference, config, self.pairs)
+        self.shortcuts = find_shortcuts(run, model, reference, config, self.pairs)
         super().__init__(model=model, ref_model=reference, processing_class=run.tokenizer, **kwargs)
         self._choose_branch()
         complete_reference(model)
 
     def _choose_branch(self) -> None:
-        """Use the branch of TRL's code that never computes the logits of a whole batch, if `unpadded`.
+        """Use the branch of TRL's code that never computes the logits of a whole batch, if the shortcut `unpadded` is taken.
 
         TRL names it after Liger, but this class does not use Liger's CUDA kernels.
         """
-        self.use_liger_kernel = self.unpadded
+        self.use_liger_kernel = self.shortcuts.unpadded
         self._forward_redirection = _ForwardRedirection()
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -199,14 +207,14 @@ class ReferenceTrainer(ResumableTrainer):
         inner = causal_model(self.accelerator.unwrap_model(model))
         real, answered = model_kwargs["attention_mask"].bool(), completion_mask.bool()
         order, computed = torch.arange(len(real), device=real.device), real
-        if self.shares_prompts:
+        if self.shortcuts.shares_prompts:
             # Each rejected answer comes after the chosen answer of its pair, and leaves out their prompt.
             order = order.view(2, -1).t().flatten()
             real, answered, input_ids = real[order], answered[order], input_ids[order]
             computed = real.clone()
             computed[1::2] = answered[1::2]
         lengths = {}
-        if self.by_row:
+        if self.shortcuts.by_row:
             lengths["row_lengths"] = computed.sum(dim=1).tolist()
             lengths["shared_lengths"] = (real & ~computed).sum(dim=1).tolist()
         places = (computed.flatten().cumsum(dim=0) - 1).view_as(real)
@@ -239,7 +247,7 @@ class ReferenceTrainer(ResumableTrainer):
             mask = inputs["attention_mask"]
             computed = int(mask.sum()) if self.use_liger_kernel else mask.numel()
             trained = inputs["completion_mask"]
-            shared = (mask - trained)[len(mask) // 2 :].sum(dim=1).tolist() if self.shares_prompts else []
+            shared = (mask - trained)[len(mask) // 2 :].sum(dim=1).tolist() if self.shortcuts.shares_prompts else []
             self.count(mask.sum(dim=1).tolist(), int(trained.sum()), computed, shared)
         result = super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
         if self.use_liger_kernel:

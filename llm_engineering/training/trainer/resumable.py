@@ -29,7 +29,7 @@ from llm_engineering.training.processes import ranks
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.telemetry.work import Work
 from llm_engineering.training.trainer.checkpoints import PARTIAL, SHARDED_STATE, check_space, publish, size
-from llm_engineering.training.trainer.loss_watch import Batch, LossWatch, rows_of
+from llm_engineering.training.trainer.loss_watch import Batch, LossWatch, named_rows
 from llm_engineering.training.trainer.validation_loss import HeldOutTrainer
 
 logger = logging.getLogger(__name__)
@@ -320,7 +320,7 @@ class ResumableTrainer(HeldOutTrainer):
         return norm
 
     def _stop(self, problem: str, batches: list[Batch]) -> None:
-        named = ", ".join(filter(None, ranks.gathered(rows_of(batches, self.rows))))
+        named = ", ".join(filter(None, ranks.gathered(named_rows(batches, self.rows))))
         # DeepSpeed updates the weights in the backward pass. No checkpoint has these weights.
         unchanged = "" if self.is_deepspeed_enabled else " The weights were not changed by this step."
         raise WorkError(

@@ -215,7 +215,7 @@ def test_a_model_that_cannot_share_a_prompt_is_named(kind, reason, settings, tmp
     run = prepared(pairs, config, setup, settings)
     trainer = dpo_trainer(run, run.load_policy(), config)
     assert f"prompts: computed for each answer, because {reason}" in caplog.text
-    assert not trainer.shares_prompts
+    assert not trainer.shortcuts.shares_prompts
     assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 

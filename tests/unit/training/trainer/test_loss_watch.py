@@ -3,7 +3,7 @@
 import torch
 from datasets import Dataset
 
-from llm_engineering.training.trainer.loss_watch import EXPLOSION_FACTOR, LossWatch, rows_of
+from llm_engineering.training.trainer.loss_watch import EXPLOSION_FACTOR, LossWatch, named_rows
 
 
 def test_loss_is_compared_with_the_highest_running_median():
@@ -25,13 +25,13 @@ def test_rows_of_packed_padded_and_paired_batches_are_named():
         "input_ids": torch.tensor([[3, 4, 5, 1, 2, 3]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]),
     }
-    assert rows_of([packed], rows) == "1 (id r1), 3 (id r3)"
+    assert named_rows([packed], rows) == "1 (id r1), 3 (id r3)"
     padded = {"input_ids": torch.tensor([[2, 3, 4, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
-    assert rows_of([packed, padded], rows) == "1 (id r1), 2 (id r2), 3 (id r3)"
+    assert named_rows([packed, padded], rows) == "1 (id r1), 2 (id r2), 3 (id r3)"
     pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3, 4]}])
     batch = {
         "input_ids": torch.tensor([[1, 2, 0], [1, 3, 4]]),
         "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
         "completion_mask": torch.tensor([[0, 1, 0], [0, 1, 1]]),
     }
-    assert rows_of([batch], pairs) == "0"
+    assert named_rows([batch], pairs) == "0"
