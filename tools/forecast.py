@@ -62,11 +62,12 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str], source: Source | None 
     lines.append(f"{where} ({device.name}, {str(device.dtype).removeprefix('torch.')}, {device.backend}):")
     # Measured for 0.1 s, the rate is as steady as for half a second.
     rate = matmul_rate(device, seconds=0.1) if here else 0.0
+    each = " in each process" if recipe.compute.num_processes > 1 else ""
     for stage in stages:
         config = recipe.block(stage)
         memory = _memory(recipe, config, found[stage], device)
         free = f"; {free_memory(device) / GIB:.1f} GiB are free" if here else ""
-        lines.append(f"{stage}: about {memory} at its peak, with rows of max_length{free}")
+        lines.append(f"{stage}: about {memory} at its peak{each}, with rows of max_length{free}")
         if here:
             warning = _warning(recipe, stage, config, memory, device)
             lines += [f"WARNING: {warning}"] if warning else []
@@ -182,16 +183,17 @@ def _shapes(recipe: Recipe, stage: str, device: Device) -> Shapes:
 
 def _memory(recipe: Recipe, config: TrainConfig, found: Shapes, device: Device) -> Memory:
     rows, length = batch_shape(config, recipe.formatting.max_length)
-    return peak_memory(found, config, device, recipe.method, rows, length)
+    return peak_memory(found, config, device, recipe.method, rows, length, recipe.compute)
 
 
 def _warning(recipe: Recipe, stage: str, config: TrainConfig, memory: Memory, device: Device) -> str:
-    free = free_memory(device)
-    if memory.total <= free:
+    # Processes on a CPU share the machine's memory, and each process on CUDA has a card.
+    needed, free = memory.total * (recipe.compute.num_processes if device.name == "cpu" else 1), free_memory(device)
+    if needed <= free:
         return ""
     where = "the card" if device.name == "cuda" else "this machine"
     return (
-        f"{stage} may need {memory.total / GIB:.1f} GiB of memory, and {where} has {free / GIB:.1f} GiB free. "
+        f"{stage} may need {needed / GIB:.1f} GiB of memory, and {where} has {free / GIB:.1f} GiB free. "
         f"If memory runs out: {remedy(config, stage, recipe.method)}."
     )
 
@@ -207,16 +209,19 @@ def _time(
 ) -> str:
     rows, length = batch_shape(config, recipe.formatting.max_length)
     flops = flops_per_token(found, config, recipe.method, length)
-    speed = rate * UTILISATION[device.name] / flops
+    processes = recipe.compute.num_processes
+    # Processes on a CPU share its cores.
+    speed = rate * UTILISATION[device.name] / flops * (processes if device.name == "cuda" else 1)
     how = (
         f"{speed:,.0f} tokens a second, from {flops / 1e9:.2f} GFLOP a token and {UTILISATION[device.name]:.0%} of the "
         f"{rate / 1e9:,.0f} GFLOP a second that matrix products reach here"
+        f"{f' in each of {processes} processes' if processes > 1 and device.name == 'cuda' else ''}"
     )
     if isinstance(config, OnlineConfig):
         how += "; generating a token takes longer than its operations"
     if config.max_steps > 0:
         # As in transformers, in place of the epochs.
-        tokens = float(config.max_steps * rows * config.gradient_accumulation_steps * length)
+        tokens = float(config.max_steps * rows * config.gradient_accumulation_steps * processes * length)
         return f"about {_duration(tokens / speed)} for at most {tokens:,.0f} tokens (max_steps): {how}"
     if isinstance(config, OnlineConfig):
         return f"about {how}; the number of completions is known only after the data is formatted"

@@ -33,6 +33,7 @@ OVERHEAD_BYTES = {"cpu": 715 * 2**20, "cuda": 1024 * 2**20}
 # of the GPU's peak (arXiv:2407.21783, table 4); not measured here.
 UTILISATION = {"cpu": 0.6, "cuda": 0.4}
 GIB = 2**30
+_ONE_PROCESS = ComputeConfig()
 # The blocks of the stages on pairs: a row of theirs is two for the model.
 PAIRS = (DPOConfig, RewardConfig)
 
@@ -217,7 +218,7 @@ def peak_memory(
     method: Method,
     rows: int,
     length: int,
-    compute: ComputeConfig = ComputeConfig(),
+    compute: ComputeConfig = _ONE_PROCESS,
 ) -> Memory:
     """Estimate the bytes at the peak of a training step with batches of `rows × length` tokens, in each process.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ from llm_engineering.training.estimate import (
 from tests.conftest import ROOT
 from tests.tiny_models import SIZES
 from tools import forecast
+from tools.expected_rows import Source
 from tools.forecast import estimate_lines, tokens_of, warn_of_memory
 from tools.plan import stages_of
 from tools.recipe_checks import check_machine
@@ -250,16 +252,22 @@ def recipe(*overrides):
 
 
 def test_tokens_of_documents_and_of_files(tmp_path):
-    (tmp_path / "one.txt").write_text("A lamp stands on the table and gives light to the room.")
+    for number in range(10):
+        text = f"Lamp {number} stands on the table and gives light to the room."
+        (tmp_path / f"{number}.txt").write_text(text)
     local = [f"documents.path={tmp_path}", "documents.passage_min_chars=20", "documents.passage_max_chars=1000"]
     tokens, source = tokens_of(recipe(*local), "sft")
-    # One passage of 55 characters, a question of at most 32 tokens, and 30 tokens of the template. 70 % are for training.
-    assert tokens == pytest.approx(0.7 * (55 / 4 + 32 + 30))
-    assert "each of 1 passages" in source
-    pairs, _ = tokens_of(recipe(*local), "dpo")
-    assert pairs == pytest.approx(0.7 * (55 / 4 + 2 * (32 + 30) + 64))
+    # Passages, questions of at most 32 tokens, and 30 tokens of the template. 70 % are for training.
+    rows = Source(recipe(*local)).instructions
+    length = len(text) / 4
+    assert tokens == pytest.approx(0.7 * rows.about * (length + 32 + 30))
+    assert source == f"{rows.about} rows of 10 passages, before the rules of the data"
+    pairs, how = tokens_of(recipe(*local), "dpo")
+    number = int(how.split()[0])
+    assert 0 < number <= rows.about
+    assert pairs == pytest.approx(0.7 * number * (length + 2 * (32 + 30) + 64))
     shared, _ = tokens_of(recipe(*local), "dpo", shares_prompts=True)
-    assert shared == pytest.approx(0.7 * (55 / 4 + (32 + 30) + 64))
+    assert shared == pytest.approx(0.7 * number * (length + (32 + 30) + 64))
     own = tmp_path / "rows.jsonl"
     own.write_text("x" * 4000)
     assert tokens_of(recipe(f"data.instructions={own}"), "sft") == (pytest.approx(700), "the size of rows.jsonl")
@@ -271,11 +279,20 @@ def test_dry_run_shows_needed_memory_time_and_free_memory(small_llama, monkeypat
     text = "\n".join(estimate_lines(own, stages_of("retrain", own)))
     for words in ("On this machine (cpu, float32, transformers)", "sft: about", "dpo: about", "GiB are free"):
         assert words in text
-    assert "tokens (one row for each of" in text
+    assert "passages, before the rules of the data): " in text
     assert "WARNING" not in text
     assert estimate_lines(own, stages_of("datasets", own)) == []
 
+    # Two processes on a CPU need twice the memory, and share its cores.
+    two = own.model_copy(update={"compute": own.compute.model_copy(update={"num_processes": 2})})
+    assert "at its peak in each process" in estimate_lines(two, ["sft"])[1]
     monkeypatch.setattr(forecast, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(forecast, "matmul_rate", lambda device, seconds: 1e10)
+    texts = ["\n".join(estimate_lines(made, ["sft"])) for made in (own, two)]
+    one, both = (float(re.findall(r"may need ([0-9.]+) GiB", text)[0]) for text in texts)
+    assert both == pytest.approx(2 * one, abs=0.15)
+    assert len({re.findall(r"([0-9,]+) tokens a second", text)[0] for text in texts}) == 1
+
     text = "\n".join(estimate_lines(own, ["dpo"]))
     assert "WARNING: dpo may need" in text
     assert "lower dpo.per_device_train_batch_size and raise dpo.gradient_accumulation_steps by the same factor" in text
