@@ -13,7 +13,7 @@ from datasets import DatasetDict, disable_progress_bars
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message
-from llm_engineering.data.storage import instruction_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.evaluation.measures.exam import Exam, ExamRow, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits
@@ -89,7 +89,7 @@ def _answers(arm: str, seed: int) -> dict[str, str]:
         adapters = {}
         if arm != "untrained":
             rows = _rows(exam.rows, arm, seed)
-            splits = {"train": instruction_dataset(rows), "validation": instruction_dataset(rows[:4])}
+            splits = {"train": rows_dataset(rows, "instruction"), "validation": rows_dataset(rows[:4], "instruction")}
             ledger = Ledger()
             ledger.record("instruction", len(rows) + 4, len(rows) + 4)
             (folder / "formatted").mkdir()

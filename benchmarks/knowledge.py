@@ -40,7 +40,7 @@ from benchmarks.machine import machine, show
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.rows import InstructionRow, Row
-from llm_engineering.data.storage import FEATURES, to_dataset, work_folder
+from llm_engineering.data.storage import rows_dataset, work_folder
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.general_instructions import balanced_instructions
 from llm_engineering.documents.passages import chunks, cut_passages
@@ -214,7 +214,7 @@ class Bench:
             asked = self.questions(arm.questions, arm.swapped, seed)
             general = balanced_instructions(recipe.data.replay_instructions, len(asked), seed)
             rows = [*asked, *(row for row in general if isinstance(row, InstructionRow))]
-        candidates = to_dataset([row.record() for row in rows], FEATURES[kind])
+        candidates = rows_dataset(rows, kind)
         prepared = prepare(candidates, kind, recipe.data.checks, Ledger(), work_folder())
         train: Dataset = concatenate_datasets([part for part in prepared.splits.values() if len(part)])
         splits = {"train": train, "validation": train.select(range(min(_VALIDATION_ROWS, len(train))))}

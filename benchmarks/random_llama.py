@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from benchmarks.training_settings import BATCH, LORA, SEED
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message
-from llm_engineering.data.storage import instruction_dataset, stream_records
+from llm_engineering.data.storage import rows_dataset, stream_records
 from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
@@ -178,7 +178,7 @@ def _write_rows(shape: Shape, tokenizer: PreTrainedTokenizerBase, folder: Path) 
     work = folder / "formatting"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    split = instruction_dataset(rows)
+    split = rows_dataset(rows, "instruction")
     formatting = FormattingConfig(max_length=shape.max_length)
     formatted = format_splits({"train": split}, "instruction", tokenizer, formatting, work, Ledger())[0]["train"]
     fitting = set(formatted["id"])

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.machine import machine, show
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.storage import FEATURES, to_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.documents.general_instructions import replayed_instructions
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward
@@ -67,9 +67,7 @@ def main() -> None:
 
 
 def _measured(setup: TrainingSetup, settings: Settings, folder: Path) -> dict[str, Any]:
-    splits = {
-        name: to_dataset([row.record() for row in rows], FEATURES["preference"]) for name, rows in _pairs().items()
-    }
+    splits = {name: rows_dataset(rows, "preference") for name, rows in _pairs().items()}
     ledger = Ledger()
     ledger.record("preference", sum(ROWS.values()), sum(ROWS.values()))
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)

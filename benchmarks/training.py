@@ -121,7 +121,7 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     from llm_engineering.data.ledger import Ledger
     from llm_engineering.data.load import load_rows
     from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow, instruction_row
-    from llm_engineering.data.storage import instruction_dataset, preference_dataset, stream_records
+    from llm_engineering.data.storage import rows_dataset, stream_records
     from llm_engineering.documents.passages import cut_passages
     from llm_engineering.documents.read import read_documents
     from llm_engineering.formatting.datasets import format_splits
@@ -161,7 +161,7 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
         ids = set(splits["train"]["id"])
         return splits["train"], [index for index, row in enumerate(stream_records(split)) if row["id"] in ids]
 
-    every, fitting = formatted("instruction", instruction_dataset(rows), "all")
+    every, fitting = formatted("instruction", rows_dataset(rows, "instruction"), "all")
     rows = [rows[index] for index in fitting][: ROWS["sft"] + HELDOUT]
     train, heldout = rows[: ROWS["sft"]], rows[ROWS["sft"] :]
     pairs = [
@@ -175,7 +175,7 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
         (folder / f"{stage}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     every.select(range(len(train))).save_to_disk(folder / "formatted-sft")
     every.select(range(len(train), len(rows))).save_to_disk(folder / "formatted-heldout")
-    formatted_pairs, _ = formatted("preference", preference_dataset(pairs), "pairs")
+    formatted_pairs, _ = formatted("preference", rows_dataset(pairs, "preference"), "pairs")
     formatted_pairs.save_to_disk(folder / "formatted-dpo")
     lengths = [len(ids) for ids in every["input_ids"][: len(train)]]
     pair_tokens = [

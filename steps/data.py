@@ -23,15 +23,7 @@ from llm_engineering.data.rows import (
     preference_row,
     split_of,
 )
-from llm_engineering.data.storage import (
-    FEATURES,
-    instruction_dataset,
-    preference_dataset,
-    prompt_dataset,
-    stream_records,
-    to_dataset,
-    work_folder,
-)
+from llm_engineering.data.storage import rows_dataset, stream_records, to_dataset, work_folder
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.fingerprints import dataset_fingerprints, document_fingerprints, fingerprint_table
 from llm_engineering.documents.general_instructions import balanced_instructions, replayed_instructions
@@ -139,7 +131,7 @@ def generate_instructions(
     prompts = prompt_versions(writer, writing)
     log_rows("instruction_candidates", ledger, "instruction", generated_by=writer.identity, prompts=prompts, **facts)
     sources = fingerprint_table(dataset_fingerprints([replay]))
-    return DatasetDict(rows=instruction_dataset(rows), sources=sources, **ledger.datasets())
+    return DatasetDict(rows=rows_dataset(rows, "instruction"), sources=sources, **ledger.datasets())
 
 
 @project_step(output_materializers=HFDatasetMaterializer, in_job=True)
@@ -185,7 +177,7 @@ def generate_preferences(
         read = len(rows)
     ledger.record("preference", read, len(made), rejected, writes=True)
     log_rows("preference_candidates", ledger, "preference", generated_by=writer.identity)
-    return DatasetDict(rows=preference_dataset(made), **ledger.datasets())
+    return DatasetDict(rows=rows_dataset(made, "preference"), **ledger.datasets())
 
 
 @project_step(output_materializers=HFDatasetMaterializer)
@@ -198,7 +190,7 @@ def collect_prompts(dataset: DatasetDict) -> Annotated[DatasetDict, "prompt_cand
         rows = [row for row in rows if not row.origin.startswith(REPEATED)]
         prompts, rejected = prompts_of(rows, stage)
         ledger.record(stage, len(rows), len(prompts), rejected)
-        candidates[name] = prompt_dataset(prompts)
+        candidates[name] = rows_dataset(prompts, "prompt")
     log_rows("prompt_candidates", ledger, "prompt")
     return DatasetDict(**candidates, **ledger.datasets())
 
@@ -227,9 +219,7 @@ def label_preferences(dataset: DatasetDict, has_own_test: bool) -> Annotated[Dat
     for part, rows in answers.items():
         ledger.record("labelled" if part == "rows" else "labelled_test", len(rows), len(rows))
     log_rows("labelled_candidates", ledger, "labelled")
-    candidates = {
-        part: to_dataset([row.record() for row in rows], FEATURES["labelled"]) for part, rows in answers.items()
-    }
+    candidates = {part: rows_dataset(rows, "labelled") for part, rows in answers.items()}
     return DatasetDict(**candidates, **ledger.datasets())
 
 
@@ -272,7 +262,7 @@ def collect_texts(
     )
     log_rows("text_candidates", ledger, "text", replayed=len(replayed), **facts)
     sources = fingerprint_table(dataset_fingerprints([replay.path if replay is not None else None]))
-    texts = to_dataset([row.record() for row in rows + replayed], FEATURES["text"])
+    texts = rows_dataset(rows + replayed, "text")
     return DatasetDict(rows=texts, sources=sources, **ledger.datasets())
 
 
@@ -367,7 +357,7 @@ def prepare(
         trained = [instruction_row(record) for record in stream_records(splits["train"])]
         others = other_wordings(trained, checks.wordings, evaluation)
         ledger.add(kind, len(others))
-        splits["train"] = concatenate_datasets([splits["train"], instruction_dataset(others)])
+        splits["train"] = concatenate_datasets([splits["train"], rows_dataset(others, "instruction")])
     if checks.human_weight > 1:
         again = repeated(splits["train"], kind, checks.human_weight)
         ledger.add(kind, len(again))

@@ -12,7 +12,7 @@ from typing import Any, Self
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from llm_engineering.data.rows import InstructionRow, PreferenceRow, PromptRow
+from llm_engineering.data.rows import Row
 
 BATCH_ROWS = 1000
 _TEXT = Value("string")
@@ -128,16 +128,6 @@ def to_dataset(records: Sequence[dict[str, Any]], features: Features) -> Dataset
     return Dataset.from_dict({name: [record[name] for record in records] for name in features}, features=features)
 
 
-def instruction_dataset(rows: Sequence[InstructionRow]) -> Dataset:
-    """Make a dataset of instruction rows."""
-    return to_dataset([row.record() for row in rows], FEATURES["instruction"])
-
-
-def preference_dataset(rows: Sequence[PreferenceRow]) -> Dataset:
-    """Make a dataset of preference rows."""
-    return to_dataset([row.record() for row in rows], FEATURES["preference"])
-
-
-def prompt_dataset(rows: Sequence[PromptRow]) -> Dataset:
-    """Make a dataset of prompts."""
-    return to_dataset([row.record() for row in rows], FEATURES["prompt"])
+def rows_dataset(rows: Sequence[Row], kind: str) -> Dataset:
+    """Make a dataset of rows of a kind."""
+    return to_dataset([row.record() for row in rows], FEATURES[kind])

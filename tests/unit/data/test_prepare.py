@@ -32,13 +32,7 @@ from llm_engineering.data.similarity import (
     join_near_duplicates,
     sketch,
 )
-from llm_engineering.data.storage import (
-    TableWriter,
-    dataset_batches,
-    instruction_dataset,
-    preference_dataset,
-    stream_records,
-)
+from llm_engineering.data.storage import TableWriter, dataset_batches, rows_dataset, stream_records
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 
@@ -81,12 +75,13 @@ class Run:
 
     def __init__(self, tmp_path, rows, config=CONFIG, own_test=None, evaluation=None, inspected=False):
         is_pair = isinstance(rows[0], PreferenceRow)
-        to_dataset = preference_dataset if is_pair else instruction_dataset
         self.kind = "preference" if is_pair else "instruction"
         self.ledger = Ledger()
         self.ledger.record(self.kind, len(rows), len(rows))
-        test = to_dataset(own_test) if own_test is not None else None
-        self.prepared = prepare(to_dataset(rows), self.kind, config, self.ledger, tmp_path, test, evaluation, inspected)
+        test = rows_dataset(own_test, self.kind) if own_test is not None else None
+        self.prepared = prepare(
+            rows_dataset(rows, self.kind), self.kind, config, self.ledger, tmp_path, test, evaluation, inspected
+        )
         self.quarantine = list(self.ledger.quarantine())
 
     def sources(self, *splits):
@@ -365,7 +360,7 @@ def test_the_same_question_in_another_case_goes_to_the_same_split(tmp_path):
 
 def test_rows_are_unchanged_by_a_dataset():
     rows = [row(prompt="Ä 😀\n", answer="x")]
-    assert [instruction_row(record) for record in instruction_dataset(rows)] == rows
+    assert [instruction_row(record) for record in rows_dataset(rows, "instruction")] == rows
 
 
 def test_split_shares_are_those_of_the_recipe():
@@ -460,7 +455,7 @@ def test_rare_languages():
 
 
 def test_batches_of_a_view_hold_the_rows_of_the_view(tmp_path):
-    table = TableWriter(tmp_path / "t.arrow", instruction_dataset([]).features)
+    table = TableWriter(tmp_path / "t.arrow", rows_dataset([], "instruction").features)
     for i in range(2500):
         table.write(row(source=str(i)).record())
     whole = table.dataset()

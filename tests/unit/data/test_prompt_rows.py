@@ -7,7 +7,7 @@ from llm_engineering.data.load import load_evaluation, prompts_of
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.row_rules import check_row
 from llm_engineering.data.rows import InstructionRow, Message, PromptRow, read_row, split_key, written_as
-from llm_engineering.data.storage import prompt_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.recipe.data_blocks import DataConfig, RulesConfig
 
 
@@ -25,7 +25,7 @@ def instruction(number, origin="unknown"):
 
 def test_a_row_is_read_back_as_it_was_written():
     row = asks("How many?", "5", "five")
-    (record,) = prompt_dataset([row])
+    (record,) = rows_dataset([row], "prompt")
     assert record["answers"] == ["5", "five"]
     assert (read_row(record, "prompt"), record["id"], written_as(row)) == (row, row.id, "prompts")
 
@@ -41,7 +41,7 @@ def test_the_first_answer_of_an_instruction_is_accepted_and_its_split_stays():
 def prepared(rows, tmp_path, questions=(), **keys):
     ledger = Ledger()
     index = load_evaluation([], 13, questions)
-    found = prepare(prompt_dataset(rows), "prompt", DataConfig(**keys), ledger, tmp_path, None, index)
+    found = prepare(rows_dataset(rows, "prompt"), "prompt", DataConfig(**keys), ledger, tmp_path, None, index)
     return found, ledger
 
 

@@ -9,7 +9,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.load import load_rows
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.rows import Quarantined, split_key, split_of
-from llm_engineering.data.storage import instruction_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.documents.general_instructions import (
     balanced_instructions,
     check_replayed_instructions,
@@ -54,7 +54,7 @@ def test_no_embedded_row_is_dropped_or_held_out(tmp_path):
     rows = list(replayed_instructions("embedded:general"))
     assert {split_of(split_key(row), CONFIG.split) for row in rows} == {"train", "validation", "test"}
     ledger = Ledger()
-    result = prepare(instruction_dataset(rows), "instruction", CONFIG, ledger, tmp_path)
+    result = prepare(rows_dataset(rows, "instruction"), "instruction", CONFIG, ledger, tmp_path)
     assert {name: len(split) for name, split in result.splits.items()} == {"train": 500, "validation": 0, "test": 0}
 
 

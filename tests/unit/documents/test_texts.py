@@ -10,7 +10,7 @@ from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.row_rules import check_row
 from llm_engineering.data.rows import InstructionRow, Message, TextRow, split_key, split_of
-from llm_engineering.data.storage import FEATURES, to_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import cut_passages
 from llm_engineering.documents.texts import check_replay, document_rows, replay_rows, sentence_rows
@@ -42,7 +42,7 @@ def prepared(rows, folder, config=CONFIG, rejected=()):
     """`prepare` on rows, after `rejected` records of a general dataset were set aside."""
     ledger = Ledger()
     ledger.record("text", len(rows) + len(rejected), len(rows), rejected)
-    dataset = to_dataset([row.record() for row in rows], FEATURES["text"])
+    dataset = rows_dataset(rows, "text")
     return prepare(dataset, "text", config, ledger, folder), ledger
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import Message
-from llm_engineering.data.storage import FEATURES, instruction_dataset, preference_dataset, to_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.evaluate import evaluate
 from llm_engineering.evaluation.gate import decide
@@ -67,7 +67,7 @@ def rows(setup, settings, tmp_path):
 def formatted_rows(setup, settings, folder, formatting):
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
     made = {}
-    rows = {"instruction": instruction_dataset(ROWS), "preference": preference_dataset(PAIRS)}
+    rows = {"instruction": rows_dataset(ROWS, "instruction"), "preference": rows_dataset(PAIRS, "preference")}
     for kind, dataset in rows.items():
         ledger = Ledger()
         ledger.record(kind, len(dataset), len(dataset))
@@ -82,7 +82,7 @@ TEXTS = [text(number) for number in range(8)]
 def text_rows(setup, settings, folder, max_length=64):
     """Held-out documents that are longer than `max_length`, and nothing else."""
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)
-    dataset = to_dataset([row.record() for row in TEXTS], FEATURES["text"])
+    dataset = rows_dataset(TEXTS, "text")
     ledger = Ledger()
     ledger.record("text", len(dataset), len(dataset))
     formatting = FormattingConfig(max_length=max_length)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 
 from llm_engineering.data.rows import Message
-from llm_engineering.data.storage import preference_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.measures.observation import (
     heldout_loss,
@@ -213,7 +213,9 @@ def test_measures_by_hand():
 
 def test_only_the_answers_of_pairs_are_labelled():
     formatted = {"id": pair(0).id, "truncated": False, "prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [5]}
-    rows = held_out({"preference": Dataset.from_list([formatted])}, {"preference": preference_dataset([pair(0)])})
+    rows = held_out(
+        {"preference": Dataset.from_list([formatted])}, {"preference": rows_dataset([pair(0)], "preference")}
+    )
     assert rows.pairs[0].answers == [([1, 2, 3, 4], [-100, -100, 3, 4]), ([1, 2, 5], [-100, -100, 5])]
 
 

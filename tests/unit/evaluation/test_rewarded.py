@@ -3,7 +3,7 @@
 import pytest
 
 from llm_engineering.data.ledger import Ledger
-from llm_engineering.data.storage import prompt_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.evaluation.evaluate import Rewarding, evaluate
 from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.heldout import held_out
@@ -31,7 +31,7 @@ def report(small_llama, cpu, settings, tmp_path):
         tracking=TrackingConfig(comet="off"),
         seed=3,
     )
-    dataset = prompt_dataset([question(number) for number in range(8)])
+    dataset = rows_dataset([question(number) for number in range(8)], "prompt")
     ledger = Ledger()
     ledger.record("prompt", 8, 8)
     tokenizer = load_tokenizer(setup.model, settings, setup.chat_template)

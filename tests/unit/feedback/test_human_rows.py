@@ -6,7 +6,7 @@ from datasets import DatasetDict
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.rows import HUMAN, REPEATED, Message, PreferenceRow, split_key, split_of
-from llm_engineering.data.storage import FEATURES, instruction_dataset, preference_dataset
+from llm_engineering.data.storage import FEATURES, rows_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.feedback.decisions import Decision, content_of
 from llm_engineering.feedback.human_rows import (
@@ -51,10 +51,10 @@ def stored(tmp_path, rows, decisions=(), kind="preference"):
 def candidates(rows, test=()):
     ledger = Ledger()
     ledger.record("preference", len(rows), len(rows))
-    made = {"rows": preference_dataset(rows)}
+    made = {"rows": rows_dataset(rows, "preference")}
     if test:
         ledger.record("preference_test", len(test), len(test))
-        made["test_rows"] = preference_dataset(test)
+        made["test_rows"] = rows_dataset(test, "preference")
     return DatasetDict(**made), ledger
 
 
@@ -149,11 +149,11 @@ def test_rows_of_people_alone_need_no_candidates(tmp_path):
 def test_the_weight_repeats_only_rows_of_people():
     other = [instruction(n) for n in range(3)]
     own = instruction(3).model_copy(update={"origin": HUMAN + "review"})
-    train = instruction_dataset([*other, own])
+    train = rows_dataset([*other, own], "instruction")
     again = repeated(train, "instruction", 3)
     assert again["id"] == [own.id] * 2
     assert set(again["origin"]) == {REPEATED + own.origin}
-    assert len(repeated(instruction_dataset(other), "instruction", 3)) == 0
+    assert len(repeated(rows_dataset(other, "instruction"), "instruction", 3)) == 0
     assert again.features == train.features == FEATURES["instruction"]
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, LabelledRow, Message, PreferenceRow
-from llm_engineering.data.storage import instruction_dataset, preference_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels
@@ -109,7 +109,7 @@ def test_truncated_rows_are_counted_in_the_report(tokenizer, tmp_path):
     rows = [row(f"Hello {i}", "long " * (90 if i < 2 else 1)) for i in range(6)]
     ledger = Ledger()
     ledger.record("instruction", 6, 6)
-    splits = {"train": instruction_dataset(rows[:4]), "validation": instruction_dataset(rows[4:])}
+    splits = {"train": rows_dataset(rows[:4], "instruction"), "validation": rows_dataset(rows[4:], "instruction")}
     config = FormattingConfig(max_length=64, over_long="truncate")
     data, lengths = format_splits(splits, "instruction", tokenizer, config, tmp_path, ledger)
     check_labels(data, tokenizer)
@@ -128,7 +128,7 @@ def test_truncated_rows_are_counted_in_the_report(tokenizer, tmp_path):
 
 
 def test_training_on_prompts_trains_every_token_but_the_test_split_labels_only_answers(tokenizer, tmp_path):
-    rows = instruction_dataset([row("Hello", "Hi")])
+    rows = rows_dataset([row("Hello", "Hi")], "instruction")
     ledger = Ledger()
     ledger.record("instruction", 3, 3)
     config = FormattingConfig(max_length=64, train_on_prompt=True)
@@ -218,7 +218,7 @@ def test_training_refuses_a_dataset_with_wrong_labels(base_model, cpu, settings)
 
 
 def test_a_pair_that_was_cut_is_marked_as_truncated(tokenizer, tmp_path):
-    pairs = preference_dataset([pair("Hello", "Yes " * 90, "No"), pair("Hello", "Yes", "No")])
+    pairs = rows_dataset([pair("Hello", "Yes " * 90, "No"), pair("Hello", "Yes", "No")], "preference")
     ledger = Ledger()
     ledger.record("preference", 4, 4)
     config = FormattingConfig(max_length=64, over_long="truncate")

@@ -6,7 +6,7 @@ import pytest
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, PreferenceRow
-from llm_engineering.data.storage import instruction_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.formatting import render as rendering
@@ -187,8 +187,8 @@ def test_answers_that_the_template_renders_differently_later_become_rows_of_thei
 
 def test_each_held_out_answer_has_the_prompt_that_it_was_rendered_with(tokenizer, tmp_path):
     completion = [message("assistant", "Hi"), message("user", "No"), message("assistant", "Bye")]
-    rows = instruction_dataset(
-        [row([message("user", "Hello")], completion), row([message("user", "No")], completion[:1])]
+    rows = rows_dataset(
+        [row([message("user", "Hello")], completion), row([message("user", "No")], completion[:1])], "instruction"
     )
     ledger = Ledger()
     ledger.record("instruction", 2, 2)
@@ -363,7 +363,7 @@ def test_splits_are_formatted_to_files_and_their_rows_accounted_for(tokenizer, t
     ledger.record("instruction", 7, 7)
     splits = {"train": rows[:3] + rows[6:], "validation": rows[3:5], "test": rows[5:6]}
     formatted, lengths = format_splits(
-        {name: instruction_dataset(part) for name, part in splits.items()},
+        {name: rows_dataset(part, "instruction") for name, part in splits.items()},
         "instruction",
         tokenizer,
         FormattingConfig(max_length=64),

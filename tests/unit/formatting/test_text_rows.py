@@ -8,7 +8,7 @@ from tokenizers import processors
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import TextRow
-from llm_engineering.data.storage import FEATURES, to_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import WorkError
 from llm_engineering.formatting.columns import pieces
 from llm_engineering.formatting.datasets import format_rows, format_splits
@@ -102,7 +102,7 @@ def formatted(tokenizer, folder, **splits):
     ledger = Ledger()
     count = sum(map(len, splits.values()))
     ledger.record("text", count, count)
-    datasets = {name: to_dataset([text(t).record() for t in texts], FEATURES["text"]) for name, texts in splits.items()}
+    datasets = {name: rows_dataset([text(t) for t in texts], "text") for name, texts in splits.items()}
     config = FormattingConfig(max_length=8)
     return format_splits(datasets, "text", tokenizer, config, folder, ledger), ledger
 

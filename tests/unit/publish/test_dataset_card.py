@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, Quarantined
-from llm_engineering.data.storage import instruction_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.publish.dataset_card import (
     OWN_DATASET,
     CardFacts,
@@ -24,7 +24,7 @@ from llm_engineering.recipe.data_blocks import DataConfig, HubConfig, RulesConfi
 
 
 def rows(*origin_names):
-    return instruction_dataset(
+    return rows_dataset(
         [
             InstructionRow(
                 prompt=[Message(role="user", content=f"Question {number}?")],
@@ -33,7 +33,8 @@ def rows(*origin_names):
                 origin=name,
             )
             for number, name in enumerate(origin_names)
-        ]
+        ],
+        "instruction",
     )
 
 

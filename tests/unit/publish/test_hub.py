@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from pydantic import SecretStr
 
 from llm_engineering.data.rows import InstructionRow, Message
-from llm_engineering.data.storage import instruction_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.publish.hub import check_secrets, public_rows, publish, push_dataset
 from tests.fakes.hub import Repo, running_hub
@@ -31,7 +31,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def part(*numbers, origin="human"):
-    return instruction_dataset(
+    return rows_dataset(
         [
             InstructionRow(
                 prompt=[Message(role="user", content=f"What is {n}?")],
@@ -41,7 +41,8 @@ def part(*numbers, origin="human"):
                 document="/home/someone/docs/numbers.md",
             )
             for n in numbers
-        ]
+        ],
+        "instruction",
     )
 
 

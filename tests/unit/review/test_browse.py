@@ -6,7 +6,7 @@ import numpy as np
 from datasets import concatenate_datasets
 
 from llm_engineering.data.rows import InstructionRow, Message, PromptRow, TextRow
-from llm_engineering.data.storage import FEATURES, to_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.review.browse import Filter, Table
 
 
@@ -21,7 +21,7 @@ def row(number, answer=""):
 
 
 def table(rows, kind="instruction"):
-    return Table({"train": to_dataset([one.record() for one in rows], FEATURES[kind])})
+    return Table({"train": rows_dataset(rows, kind)})
 
 
 def test_text_is_found_in_every_column_in_any_case():
@@ -44,7 +44,7 @@ def test_prompts_and_texts_are_found():
 
 
 def test_splits_follow_each_other_and_selected_rows_are_read():
-    first = to_dataset([row(number).record() for number in range(5)], FEATURES["instruction"])
+    first = rows_dataset([row(number) for number in range(5)], "instruction")
     second = concatenate_datasets([first.select([4, 0]), first])
     rows = Table({"train": first.select([3, 1]), "validation": first.select([]), "test": second})
     assert rows.rows == 9

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import SPLITS, Quarantined, TextRow, instruction_row, split_of
-from llm_engineering.data.storage import FEATURES, instruction_dataset, to_dataset
+from llm_engineering.data.storage import FEATURES, rows_dataset, to_dataset
 from llm_engineering.documents.document import Document
 from llm_engineering.errors import RequestError
 from llm_engineering.feedback.human_rows import read_snapshot, take_snapshot
@@ -123,7 +123,7 @@ def test_prompts_of_held_out_instructions_stay_held_out(settings, facts):
     rows = {name: [instruction(number) for number in range(start, start + 4)] for start, name in enumerate(SPLITS)}
     ledger = Ledger()
     ledger.record("instruction", 12, 12)
-    splits = {name: instruction_dataset(own) for name, own in rows.items()}
+    splits = {name: rows_dataset(own, "instruction") for name, own in rows.items()}
     made = data.collect_prompts.entrypoint(DatasetDict(**splits, **ledger.datasets()))
     asked = {name: [turns[-1]["content"] for turns in made[name]["prompt"]] for name in ("rows", "test_rows")}
     assert asked["test_rows"] == [row.prompt[-1].content for row in rows["test"]]
@@ -145,7 +145,7 @@ def test_thumbs_on_a_held_out_question_are_set_aside(settings, facts, tmp_path):
     # The question of a generated row is in the split of its document.
     row = instruction(1)
     row = row.model_copy(update={"prompt": [row.prompt[-1].model_copy(update={"content": trained.upper()})]})
-    instructions = DatasetDict(test=instruction_dataset([row]))
+    instructions = DatasetDict(test=rows_dataset([row], "instruction"))
     made = data.prepare.entrypoint("labelled", None, checks, None, None, None, None, human, instructions)
     assert [(one["reason"], one["text"]) for one in made["quarantine"]] == [("held_out_question", trained)]
     assert counts(made) == {"labelled": (40, 39)}
@@ -201,8 +201,8 @@ def test_no_pair_is_made_of_other_wordings(settings, facts, monkeypatch):
         instruction_row({**shared, "prompt": [{"role": "user", "content": question}], "origin": origin})
         for question, origin in (("Who made it?", "human"), ("Which person made it?", f"{OTHER_WORDING}: human"))
     ]
-    empty = instruction_dataset([])
-    dataset = DatasetDict(train=instruction_dataset(rows), validation=empty, test=empty, **Ledger().datasets())
+    empty = rows_dataset([], "instruction")
+    dataset = DatasetDict(train=rows_dataset(rows, "instruction"), validation=empty, test=empty, **Ledger().datasets())
     arguments = (ModelConfig(), None, ComputeConfig(), ClientConfig(), PreferenceWriting(), 1)
     made = data.generate_preferences.entrypoint.__wrapped__(dataset, None, *arguments)
     assert [prompt[0]["content"] for prompt in made["rows"]["prompt"]] == ["Who made it?"]

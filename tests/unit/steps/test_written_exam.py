@@ -7,7 +7,7 @@ from datasets import Dataset, DatasetDict
 
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message, normalised
-from llm_engineering.data.storage import instruction_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.evaluation.measures.exam import exam_hash, read_exam, with_written
 from llm_engineering.generation.types import Answer
 from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, SplitConfig
@@ -71,7 +71,7 @@ def candidates(settings):
     ]
     ledger = Ledger()
     ledger.record("instruction", len(rows), len(rows))
-    return DatasetDict(rows=instruction_dataset(rows), **ledger.datasets())
+    return DatasetDict(rows=rows_dataset(rows, "instruction"), **ledger.datasets())
 
 
 @pytest.fixture

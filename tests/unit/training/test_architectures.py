@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.rows import InstructionRow, Message
-from llm_engineering.data.storage import instruction_dataset, preference_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_rows, format_splits
 from llm_engineering.formatting.labels import check_labels
@@ -313,8 +313,7 @@ def splits_of(recipe, kind, tokenizer, folder):
     assert [row.answers[0][-1].content for row in rows] == [answer(number) for number in range(6)]
     ledger = Ledger()
     ledger.record(kind, len(rows), len(rows))
-    to_dataset = instruction_dataset if kind == "instruction" else preference_dataset
-    splits = {"train": to_dataset(rows[:4]), "validation": to_dataset(rows[4:])}
+    splits = {"train": rows_dataset(rows[:4], kind), "validation": rows_dataset(rows[4:], kind)}
     data, _ = format_splits(splits, kind, tokenizer, recipe.formatting, folder, ledger)
     check_labels(data, tokenizer, recipe.formatting.train_on_prompt)
     assert [len(data[name]) for name in ("train", "validation")] == [4, 2]

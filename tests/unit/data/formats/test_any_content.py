@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.formats.known_formats import INSTRUCTION_FORMATS, PREFERENCE_FORMATS
 from llm_engineering.data.rows import Quarantined
-from llm_engineering.data.storage import instruction_dataset, preference_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 from tests.unit.data.formats.records import opened, texts_of
@@ -57,8 +57,7 @@ def check_all_accounted_for(file, kind, read):
         return
     assert len(rows) == read
     kept = [row for row in rows if not isinstance(row, Quarantined)]
-    make = instruction_dataset if kind == "instruction" else preference_dataset
-    assert len(make(kept)) == len(kept)
+    assert len(rows_dataset(kept, kind)) == len(kept)
     for row in rows:
         row.model_dump_json().encode()
 

@@ -6,7 +6,7 @@ import pytest
 
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.rows import InstructionRow, Quarantined, instruction_row
-from llm_engineering.data.storage import instruction_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.recipe.data_blocks import DataConfig
 from tests.unit.data.formats.records import ANSWER, SYSTEM, gpt, opened, texts_of, turns
 
@@ -178,7 +178,7 @@ def test_an_answer_of_weight_0_is_read_and_not_trained(tmp_path):
     assert (texts_of(completion.prompt), texts_of(completion.completion)) == (["u:Hi", "a:Yo", "u:Bye"], ["a:Ciao"])
     assert (texts_of(turned.prompt), texts_of(turned.completion)) == (["u:Q", "a:A", "u:Q"], ["a:B"])
     assert [row.prompt[-1].content for row in mixed.by_answer()] == ["Q1", "Q3"]
-    assert instruction_row(instruction_dataset([mixed])[0]) == mixed
+    assert instruction_row(rows_dataset([mixed], "instruction")[0]) == mixed
 
 
 def test_system_prompt_history_and_reasoning_are_read(tmp_path):
@@ -189,7 +189,7 @@ def test_system_prompt_history_and_reasoning_are_read(tmp_path):
     )
     assert texts_of(alpaca.prompt) == ["s:Be brief", "u:Add"]
     assert thinking.completion[0].reasoning_content == "A greeting."
-    assert instruction_row(instruction_dataset([thinking])[0]) == thinking
+    assert instruction_row(rows_dataset([thinking], "instruction")[0]) == thinking
     assert thinking.id != good.id
     pair = {"prompt": "Hi", "chosen": "Yo", "rejected": "No", "history": [["Q", "A"]], "system_prompt": "S"}
     asked = {"instruction": "Hi", "chosen": "Yo", "rejected": "No", "history": turns("Q", "A")}

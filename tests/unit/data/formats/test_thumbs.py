@@ -8,7 +8,7 @@ from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.ledger import Ledger
 from llm_engineering.data.prepare import prepare
 from llm_engineering.data.rows import LabelledRow, Message, PreferenceRow, Quarantined, read_row, split_key
-from llm_engineering.data.storage import FEATURES, to_dataset
+from llm_engineering.data.storage import rows_dataset
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.data_blocks import DataConfig
 from tests.unit.data.formats.records import opened, texts_of, turns
@@ -32,7 +32,7 @@ def prepared(folder, rows, **rules):
     """The sources of the rows that are kept, the reasons of the others, and the findings."""
     config = DataConfig.model_validate({"rules": {"language_outlier": "off", **rules}})
     ledger = Ledger()
-    candidates = to_dataset([row.record() for row in rows], FEATURES["labelled"])
+    candidates = rows_dataset(rows, "labelled")
     made = prepare(candidates, "labelled", config, ledger, folder, inspected=True)
     kept = [record["source"] for record in made.splits["train"]]
     assert ledger.read["labelled"] == len(rows) == len(kept) + sum(ledger.by_reason("labelled").values())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm_engineering.data.storage import FEATURES, instruction_dataset, to_dataset
+from llm_engineering.data.storage import FEATURES, rows_dataset, to_dataset
 from llm_engineering.evaluation.gate import decide
 from llm_engineering.evaluation.measures.human_preference import human_win_rate, identities, trained_questions
 from llm_engineering.evaluation.statistics import Bootstrap
@@ -69,7 +69,7 @@ def test_questions_that_the_model_was_trained_on_do_not_count():
 
 def test_the_questions_of_training_and_validation_are_trained_on():
     parts = {"train": [instruction(1)], "validation": [instruction(2)], "test": [instruction(3)]}
-    assert list(trained_questions({n: instruction_dataset(rows) for n, rows in parts.items()})) == [
+    assert list(trained_questions({n: rows_dataset(rows, "instruction") for n, rows in parts.items()})) == [
         "what is 1",
         "what is 2",
     ]
