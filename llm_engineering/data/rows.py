@@ -10,11 +10,10 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from llm_engineering.recipe.data_blocks import SplitConfig
 
-ROLES = ("system", "user", "assistant")
 # In the order of use: for training, for the loss during training, for the evaluation after training.
 SPLITS = ("train", "validation", "test")
 # The end of the `origin` of a pair whose rejected answer reached its maximum length.
@@ -47,17 +46,10 @@ class Message(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    role: str
+    role: Literal["system", "user", "assistant"]
     content: str
     reasoning_content: str | None = None
     weight: Literal[0] | None = None
-
-    @field_validator("role")
-    @classmethod
-    def _known(cls, role: str) -> str:
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r}, expected one of {', '.join(ROLES)}")
-        return role
 
     @property
     def is_trained(self) -> bool:
