@@ -10,7 +10,7 @@ import pytest
 
 import tools.cli
 import tools.scheduling.schedule_job
-from llm_engineering.cloud.schedules.run_records import RunRecord
+from llm_engineering.cloud.schedules.run_records import Place, RunRecord
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.settings import Settings
 from tests.conftest import ROOT
@@ -80,7 +80,7 @@ def listed(capsys) -> list[dict]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_a_schedule_is_created_listed_paused_changed_and_removed_with_nothing_left(fake, recipe, capsys):
+def test_a_schedule_is_created_listed_paused_changed_and_removed_with_nothing_left(fake, recipe, capsys, monkeypatch):
     assert create(recipe, "--timezone", "Europe/Berlin") == 0
     (made,) = fake.asked("scheduler", "CreateSchedule")
     assert (made["ScheduleExpression"], made["ScheduleExpressionTimezone"]) == ("cron(0 3 ? * SUN *)", "Europe/Berlin")
@@ -103,12 +103,15 @@ def test_a_schedule_is_created_listed_paused_changed_and_removed_with_nothing_le
         create(recipe)
     assert call("pause") == 0
     assert listed(capsys)[0] | {"state": "paused", "next": None} == listed(capsys)[0]
-    assert call("change", "--cron", "30 4 1 * ? *") == 0
+    with monkeypatch.context() as patch:
+        patch.setenv("SCHEDULER_ROLE", f"{SCHEDULER_ROLE}-2")
+        assert call("change", "--cron", "30 4 1 * ? *") == 0
     (shown,) = listed(capsys)
     assert (shown["state"], shown["expression"], shown["timezone"]) == ("paused", "cron(30 4 1 * ? *)", "Europe/Berlin")
     full = "llm-engineering-weekly"
     described = fake.client("scheduler").get_schedule(GroupName=full, Name=full)
     assert json.loads(described["Target"]["Input"]) == request
+    assert described["Target"]["RoleArn"] == f"{SCHEDULER_ROLE}-2"
     assert call("change", "--config", str(recipe), "--set", "seed=7") == 0
     described = fake.client("scheduler").get_schedule(GroupName=full, Name=full)
     assert json.loads(described["Target"]["Input"])["InputDataConfig"] != request["InputDataConfig"]
@@ -141,8 +144,17 @@ def test_a_rate_fires_first_after_its_time_and_counts_from_there(fake, recipe, c
     for action in (["pause"], ["resume"], ["change", "--config", str(recipe), "--set", "seed=7"]):
         assert call(*action) == 0
         assert start() == first
+    # A schedule that was created five days ago. Its rate of a day counts from the change.
+    stored = fake.client("scheduler").get_schedule(GroupName=full, Name=full)
+    target = stored["Target"]
+    fake.client("scheduler").update_schedule(
+        GroupName=full, Name=full, Target=target, FlexibleTimeWindow={"Mode": "OFF"}, State="ENABLED",
+        ScheduleExpression="rate(7 days)", StartDate=datetime.now(UTC) + timedelta(days=2, hours=3),
+    )  # fmt: skip
+    capsys.readouterr()
     assert call("change", "--cron", "rate(1 day)") == 0
     assert timedelta(0) <= datetime.now(UTC) + timedelta(days=1) - start() < timedelta(minutes=1)
+    assert f"start at {start():%a %Y-%m-%d %H:%M}" in capsys.readouterr().out
 
 
 def test_the_recipe_in_the_job_has_the_paths_of_the_container(fake, recipe, tmp_path):
@@ -239,6 +251,22 @@ def test_names_that_could_confuse_the_jobs_of_two_schedules_are_refused(fake, re
             create(recipe, f"--name={name}")
 
 
+def test_the_list_reads_only_the_records_of_the_runs_that_it_shows(fake, recipe, capsys):
+    create(recipe)
+    place = Place(f"s3://{BUCKET}/{FOLDER}")
+    fake.starting_s = 60.0
+    try:
+        job = fire(fake)
+        for run in ("weekly--1", "weekly--2", job):
+            place.write(RunRecord(run=run, began=datetime.now(UTC)))
+        fake.requests.clear()
+        assert [run["run"] for run in listed(capsys)[0]["runs"]] == [job]
+        assert [read["Key"] for read in fake.asked("s3", "GetObject")] == [f"{FOLDER}runs/{job}.json"]
+        call("remove", "--stop")
+    finally:
+        fake.starting_s = 0.0
+
+
 def test_a_run_that_never_began_is_listed_with_its_reason_and_matches_the_rule(fake, recipe, capsys):
     """No capacity: no code of this project runs, so only AWS can report the failure, through the rule."""
     create(recipe, "--name", "late")
@@ -272,6 +300,9 @@ def test_a_schedule_with_a_running_job_is_removed_only_with_stop(fake, recipe, c
     finally:
         fake.starting_s = 0.0
     assert fake.job(job).status == "Stopped"
+    # The rule would report a stopped job as a failure.
+    operations = [request.operation for request in fake.requests]
+    assert operations.index("DeleteRule") < operations.index("StopTrainingJob")
     assert list_names(fake) == []
     assert fake.objects("llm-engineering/schedules/") == []
 

@@ -165,7 +165,8 @@ def test_runs_of_a_fired_schedule_retrain_skip_and_fail(account, tokenizer, zenm
         account.job(job).thread.join(300)
     assert account.job(first).status == "Completed", log_of(account, first)
     assert account.job(second).status == "Completed", log_of(account, second)
-    records = {record.run: record for record in Place(f"s3://{BUCKET}/{FOLDER}").records(s3)}
+    place = Place(f"s3://{BUCKET}/{FOLDER}")
+    records = {job: place.record(job, s3) for job in (first, second)}
     assert records[second].verdict == "skipped: running"
     assert (records[first].verdict, records[first].version) == ("staged: version 1", 1)
     run = zenml_server.get(f"/runs/{records[first].run_id}")

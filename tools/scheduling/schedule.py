@@ -184,7 +184,8 @@ def change(
 
             session = _session(settings)
             request = found.request if recipe is None else job_request(found.name, recipe, settings, session)
-            eventbridge.change(session, found.name, timing, request, settings.notify_sns_topic)
+            role = settings.scheduler_role or found.role
+            found = eventbridge.change(session, found.name, timing, request, role, settings.notify_sns_topic)
         print(f"Schedule {found.name} is changed. {_next(timing, found.created)}")
     return 0
 

@@ -137,16 +137,20 @@ def list_all(session: boto3.Session) -> list[CloudSchedule]:
     return schedules
 
 
-def change(session: boto3.Session, name: str, timing: Timing, request: Mapping[str, Any], topic: str | None) -> None:
-    """Replace time, job and notifications of a schedule. A paused schedule stays paused."""
+def change(
+    session: boto3.Session, name: str, timing: Timing, request: Mapping[str, Any], role: str, topic: str | None
+) -> CloudSchedule:
+    """Replace time, job, role and notifications of a schedule. A paused schedule stays paused."""
     former = get(session, name)
     if topic is None:
         remove_alerts(session, name)
     else:
         add_alerts(session, name, topic)
     created = former.created if timing == former.timing else datetime.now(UTC)
-    changed = former.model_copy(update={"timing": timing, "request": dict(request), "created": created})
+    update = {"timing": timing, "request": dict(request), "role": role, "created": created}
+    changed = former.model_copy(update=update)
     session.client("scheduler").update_schedule(**_parameters(changed))
+    return changed
 
 
 def set_paused(session: boto3.Session, name: str, paused: bool) -> None:
@@ -197,17 +201,18 @@ def remove(session: boto3.Session, name: str, stop: bool) -> None:
             f"everything with `make unschedule NAME={name} ARGS=--stop`."
         )
     if running:
+        # The rule would report the stopped jobs.
+        remove_alerts(session, name)
         _stop(session, running)
     _remove(session, name, place)
 
 
 def runs(session: boto3.Session, schedule: CloudSchedule, limit: int) -> list[RunRecord]:
     """The newest runs, at most `limit`, newest first. Each is the run's own record, corrected by the status of its job."""
-    records = {record.run: record for record in schedule.place.records(session.client("s3"))}
-    latest = []
+    s3, latest = session.client("s3"), []
     for job in _jobs(session, schedule.name, limit):
         name, status = job["TrainingJobName"], job["TrainingJobStatus"]
-        record = records.get(name) or RunRecord(run=name, began=job["CreationTime"])
+        record = schedule.place.record(name, s3) or RunRecord(run=name, began=job["CreationTime"])
         if status in _RUNNING:
             record = record.model_copy(update={"outcome": "running", "reason": "", "ended": None})
         elif record.ended is None or (status == "Failed" and record.outcome != "failed"):

@@ -187,12 +187,13 @@ def run_now(schedule: LocalSchedule) -> int:
 def runs(schedule: LocalSchedule, limit: int) -> list[RunRecord]:
     """The records of the last runs, the newest first. A run whose process was killed is listed as failed."""
     process = schedule.place.running_process()
+    records = sorted(schedule.place.records(), key=lambda record: record.began, reverse=True)
     killed = {"outcome": "failed", "reason": "killed: its process ended without a verdict"}
     return [
         record.model_copy(update=killed)
         if record.outcome == "running" and not record.run.endswith(f"-{process}")
         else record
-        for record in schedule.place.records()[:limit]
+        for record in records[:limit]
     ]
 
 

@@ -88,18 +88,27 @@ class Place:
         partial.write_text(text, encoding="utf-8")
         partial.replace(folder / f"{record.run}.json")
 
-    def records(self, s3: Any = None) -> list[RunRecord]:
-        """All records, the newest first. `s3` is a boto3 client; without it, one is made from the default session."""
+    def record(self, run: str, s3: Any) -> RunRecord | None:
+        """The record of a run in S3; None if the run wrote none. `s3` is a boto3 client."""
+        bucket, prefix = self.bucket_and_prefix
+        try:
+            answer = s3.get_object(Bucket=bucket, Key=f"{prefix}/runs/{run}.json")
+        except s3.exceptions.NoSuchKey:
+            return None
+        return RunRecord.model_validate_json(answer["Body"].read())
+
+    def records(self) -> Iterator[RunRecord]:
+        """The records, the last written first. Each is read when the caller reaches it."""
         if self.in_s3:
-            s3 = s3 or boto3.client("s3")
-            bucket, prefix = self.bucket_and_prefix
+            s3, (bucket, prefix) = boto3.client("s3"), self.bucket_and_prefix
             pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/runs/")
-            keys = [item["Key"] for page in pages for item in page.get("Contents", [])]
-            texts = [s3.get_object(Bucket=bucket, Key=key)["Body"].read() for key in keys]
+            found = [item for page in pages for item in page.get("Contents", [])]
+            for item in sorted(found, key=lambda item: item["LastModified"], reverse=True):
+                yield RunRecord.model_validate_json(s3.get_object(Bucket=bucket, Key=item["Key"])["Body"].read())
         else:
-            texts = [file.read_bytes() for file in (Path(self.place) / "runs").glob("*.json")]
-        records = [RunRecord.model_validate_json(text) for text in texts]
-        return sorted(records, key=lambda record: record.began, reverse=True)
+            files = (Path(self.place) / "runs").glob("*.json")
+            for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+                yield RunRecord.model_validate_json(file.read_bytes())
 
     @contextmanager
     def kept(self, file: Path) -> Iterator[None]:

@@ -267,7 +267,7 @@ def test_a_run_that_cron_starts_records_its_verdict(machine, commands, monkeypat
     done = subprocess.run(["/bin/sh", "-c", command], env={"HOME": str(machine), "PATH": "/usr/bin:/bin"})
     place = Place(str(machine / "outputs" / "schedules" / "mine"))
     assert done.returncode == 2, (machine / "outputs" / "schedules" / "mine" / "log.txt").read_text()
-    assert place.records()[0].verdict.startswith("failed: documents.path my_docs does not exist.")
+    assert next(place.records()).verdict.startswith("failed: documents.path my_docs does not exist.")
 
 
 def test_a_secret_that_only_this_shell_has_is_refused(machine, commands, monkeypatch):

@@ -3,11 +3,13 @@
 import http.server
 import json
 import threading
+from datetime import UTC, datetime
 
 import pytest
+from moto.s3.models import s3_backends
 
 from llm_engineering.cloud.schedules.notify import notify
-from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place
+from llm_engineering.cloud.schedules.run_records import JOB_VARIABLE, Place, RunRecord
 from llm_engineering.feedback.human_rows import take_snapshot
 from llm_engineering.feedback.people import said_about, snapshots
 from llm_engineering.feedback.served import ServedLog
@@ -140,6 +142,23 @@ def test_a_run_compares_itself_with_the_last_run_that_judged_a_model(tmp_path, m
     assert verdicts(place) == [
         "skipped: no new data", "gate failed: loss better", "stale: production changed", "failed: no disk"
     ]  # fmt: skip
+
+
+def test_a_job_reads_records_only_back_to_the_last_run_that_judged_a_model(tmp_path, monkeypatch, recipe, settings):
+    with running_aws(FakeAWS()) as fake:
+        key, secret = fake.credentials("job")
+        for name, value in (("ENDPOINT_URL", fake.url), ("ACCESS_KEY_ID", key), ("SECRET_ACCESS_KEY", secret)):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        fake.client("s3").create_bucket(Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": REGION})
+        place = Place("s3://bucket/weekly")
+        stored = s3_backends[ACCOUNT]["aws"].buckets["bucket"].keys
+        for day, outcome in enumerate(("staged", "promoted", "failed"), 1):
+            began = datetime(2026, 3, day, tzinfo=UTC)
+            fingerprinted = fingerprint(recipe, INPUTS) if outcome == "promoted" else None
+            place.write(RunRecord(run=f"r{day}", began=began, outcome=outcome, fingerprint=fingerprinted))
+            stored[f"weekly/runs/r{day}.json"].last_modified = began.replace(tzinfo=None)
+        assert not Scheduled("s3://bucket/weekly").is_new(recipe, INPUTS)
+        assert [read["Key"][-7:-5] for read in fake.asked("s3", "GetObject")] == ["r3", "r2"]
 
 
 def test_second_run_is_skipped_while_the_first_runs(tmp_path, monkeypatch, webhook):
