@@ -209,7 +209,8 @@ def _run(
     Returns:
         The command's exit code, the signal that was forwarded to it, and the last lines of its output.
     """
-    hidden = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
+    # The output is read line by line, so each line of a secret is hidden alone.
+    hidden = [line for secret in secrets for line in secret.splitlines() if len(line) >= SHORTEST_SECRET]
     received: signal.Signals | None = None
     process: subprocess.Popen[str] | None = None
 

@@ -152,7 +152,7 @@ import sys
 from pathlib import Path
 from llm_engineering.cloud import container
 container.ML = Path(sys.argv.pop(1))
-container.secret_variables = lambda name: {"KEY": "planted-value"}
+container.secret_variables = lambda name: {"KEY": "planted-value", "LINES": "-----BEGIN\\nplanted-second\\n-----END-"}
 sys.exit(container.main())
 """
 
@@ -169,11 +169,13 @@ def start(tmp_path, *command, **environment):
 
 
 def test_the_command_gets_the_secret_and_its_output_hides_it(tmp_path):
-    program = "import os; print(len(os.environ['KEY']), os.environ['KEY'], flush=True); print('done')"
+    program = (
+        "import os; print(len(os.environ['KEY']), os.environ['KEY'], os.environ['LINES'], flush=True); print('done')"
+    )
     process = start(tmp_path, sys.executable, "-c", program)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert output == "13 ***\ndone\n"
+    assert output == "13 *** ***\n***\n***\ndone\n"
     assert not (tmp_path / "output").exists()
 
 
