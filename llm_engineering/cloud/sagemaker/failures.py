@@ -36,7 +36,8 @@ _CAPACITY: _Meaning = (
 _NOT_RUN: tuple[_Meaning, ...] = (
     _CAPACITY,
     (
-        re.compile(r"image", re.IGNORECASE),
+        # The word "image" alone may be a part of an address in S3.
+        re.compile(r"pull.*image|image.*pull|\.dkr\.ecr\.|ecr:", re.IGNORECASE),
         "The image {image} could not be pulled.",
         "`make image` builds and pushes it. It must be in the job's region, and the job's role needs ecr:BatchGetImage "
         "and ecr:GetDownloadUrlForLayer. A VPC without internet also needs endpoints of ECR and S3.",

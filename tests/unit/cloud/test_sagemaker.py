@@ -400,6 +400,7 @@ def ended(status="Failed", secondary="Failed", reason="", spot=True, **more):
             "make image",
         ),
         (ended(reason="ClientError: Data download failed: AccessDenied (403)"), "lacks a permission", ROLE),
+        (ended(reason="ClientError: Data download failed: AccessDenied s3://b/images/x"), "lacks a permission", ROLE),
         (
             ended(reason="AlgorithmError: Error: The loss is nan. Lower sft.learning_rate., exit code: 1"),
             "The loss is nan. Lower sft.learning_rate.",
