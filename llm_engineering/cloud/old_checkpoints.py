@@ -29,7 +29,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def deleting_old_checkpoints(uri: str | None, folder: Path) -> Iterator[None]:
     """Delete old checkpoints every minute until the block ends. Without an address, nothing is deleted.
 
-    An error ends this work with a message, and not the job.
+    An error never ends the job. It is printed, and the next attempt is a minute later; a missing permission ends this work.
     """
     if uri is None:
         yield
@@ -37,12 +37,15 @@ def deleting_old_checkpoints(uri: str | None, folder: Path) -> Iterator[None]:
     ended = threading.Event()
 
     def work() -> None:
-        try:
-            s3 = boto3.client("s3")
-            while not ended.wait(_PAUSE_S):
-                delete_old_checkpoints(s3, uri, folder)
-        except (BotoCoreError, ClientError) as error:
-            print(f"Old checkpoints stay in {uri}: {error}. The job's role needs s3:DeleteObject.", file=sys.stderr)
+        while not ended.wait(_PAUSE_S):
+            try:
+                delete_old_checkpoints(boto3.client("s3"), uri, folder)
+            except (BotoCoreError, ClientError) as error:
+                if isinstance(error, ClientError) and error.response["Error"]["Code"] == "AccessDenied":
+                    remedy = "The job's role needs s3:DeleteObject."
+                    print(f"Old checkpoints stay in {uri}: {error}. {remedy}", file=sys.stderr)
+                    return
+                print(f"Old checkpoints stay in {uri} until the next attempt: {error}", file=sys.stderr)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import boto3
 import pytest
-from botocore.exceptions import ClientError
+from botocore.exceptions import ClientError, EndpointConnectionError
 from moto import mock_aws
 
 from llm_engineering.cloud import old_checkpoints
@@ -79,3 +79,20 @@ def test_a_missing_right_is_told_and_does_not_end_the_job(monkeypatch, capsys, t
             old_checkpoints.threading.Event().wait(0.01)
     assert "Old checkpoints stay in s3://bucket/jobs" in said
     assert "s3:DeleteObject" in said
+
+
+def test_deletion_goes_on_after_an_error_of_the_network(monkeypatch, capsys, tmp_path):
+    tried, ended = [], old_checkpoints.threading.Event()
+
+    def fail_once(*arguments):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise EndpointConnectionError(endpoint_url="https://s3")
+        ended.set()
+
+    monkeypatch.setattr(old_checkpoints, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(boto3, "client", lambda service: None)
+    monkeypatch.setattr(old_checkpoints, "delete_old_checkpoints", fail_once)
+    with deleting_old_checkpoints("s3://bucket/jobs", tmp_path):
+        assert ended.wait(10)
+    assert "until the next attempt: Could not connect" in capsys.readouterr().err
