@@ -16,6 +16,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from aws_croniter import AwsCroniter
 from aws_croniter.exceptions import AwsCroniterExpressionError
+from croniter import croniter
 from pydantic import BaseModel, ConfigDict
 
 from llm_engineering.errors import RequestError
@@ -25,25 +26,9 @@ RIGHT_FORM = (
     'Sunday at 3, "0 3 1 * ? *" every first of a month, "rate(7 days)" every seven days'
 )
 DAYS = ("SUN", "MON", "TUE", "WED", "THU", "FRI", "SAT")
-MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
-_NICKNAMES = {
-    "@hourly": "0 * * * *",
-    "@daily": "0 0 * * *",
-    "@midnight": "0 0 * * *",
-    "@weekly": "0 0 * * 0",
-    "@monthly": "0 0 1 * *",
-    "@yearly": "0 0 1 1 *",
-    "@annually": "0 0 1 1 *",
-}
 _RATE = re.compile(r"rate\(\s*([0-9]+)\s+(minute|hour|day)(s?)\s*\)")
-# Cron's fields: first value, last value, and the names of the values, beginning with the first.
-_CRON: dict[str, tuple[int, int, tuple[str, ...]]] = {
-    "minute": (0, 59, ()),
-    "hour": (0, 23, ()),
-    "day of month": (1, 31, ()),
-    "month": (1, 12, MONTHS),
-    "day of week": (0, 7, DAYS),
-}
+# Cron's five fields. The library also reads L, W, # and R (random), and ignores some of them.
+_CRON = re.compile(r"([\d*,/-]+ ){3}([\d*,/-]|[A-Z]{3})+ ([\d*,/-]|[A-Z]{3})+")
 
 
 class Timing(BaseModel):
@@ -127,10 +112,7 @@ def parse_timing(text: str, timezone: str, now: datetime) -> Timing:
     if text.startswith("at("):
         raise RequestError(f'"{text}" fires only once: run `make retrain` instead; {RIGHT_FORM}.')
     fields = text.removeprefix("cron(").removesuffix(")") if text.startswith("cron(") else text
-    if fields.startswith("@") and fields not in _NICKNAMES:
-        raise RequestError(f'"{fields}" is not a time: {RIGHT_FORM}.')
-    fields = _NICKNAMES.get(fields, fields)
-    if len(fields.split()) == 5:
+    if fields.startswith("@") or len(fields.split()) == 5:
         fields = _six_fields(fields)
     timing = Timing(expression=f"cron({_checked(fields)})", timezone=timezone)
     if not timing.next_times(now, 1):
@@ -200,63 +182,30 @@ def _checked(fields: str) -> str:
 
 
 def _six_fields(fields: str) -> str:
-    """Translate cron's five fields into EventBridge's six.
+    """Translate cron's five fields or a nickname such as `@weekly` into EventBridge's six. Ranges and steps become lists.
 
     Raises:
-        RequestError: no single EventBridge expression has this meaning.
+        RequestError: the fields are not valid, or no single EventBridge expression has this meaning.
     """
     if "?" in fields:
         raise RequestError(f'"{fields}" has no year. Add * for every year: "{fields} *"; {RIGHT_FORM}.')
-    minute, hour, day, month, weekday = fields.upper().split()
-    if day != "*" and weekday != "*":
-        raise RequestError(
-            f'"{fields}" fires on days of the month and on days of the week. Make two schedules of it: '
-            f'"{minute} {hour} {day} {month} *" and "{minute} {hour} * {month} {weekday}".'
-        )
-    minute, hour, month = (
-        _translated(*field, fields) for field in ((minute, "minute"), (hour, "hour"), (month, "month"))
-    )
-    day, weekday = (
-        ("?", _weekdays(weekday, fields)) if weekday != "*" else (_translated(day, "day of month", fields), "?")
-    )
-    return f"{minute} {hour} {day} {month} {weekday} *"
-
-
-def _translated(field: str, name: str, fields: str) -> str:
-    """Translate a field of cron. Steps become lists, because AWS does not document steps over a range."""
-    if "/" not in field:
-        return field
-    return ",".join(str(value) for value in _expanded(field, name, fields))
-
-
-def _weekdays(field: str, fields: str) -> str:
-    """Translate cron's days of the week into names: cron's Sunday, 0 or 7, has another number in AWS."""
-    chosen = {value % 7 for value in _expanded(field, "day of week", fields)}
-    return ",".join(DAYS[day] for day in sorted(chosen))
-
-
-def _expanded(field: str, name: str, fields: str) -> list[int]:
-    """The values of a field of cron, such as `*/15`, `1-5`, `MON,WED` or `0-30/10`."""
-    first, last, names = _CRON[name]
-    values: set[int] = set()
-    for part in field.split(","):
-        span, slash, step = part.partition("/")
-        ends = span.split("-")
-        try:
-            if span == "*":
-                # * ends with Saturday, because 7 is Sunday again.
-                low, high = first, 6 if names is DAYS else last
-            else:
-                low, high = (names.index(end) + first if end in names else int(end) for end in (ends[0], ends[-1]))
-            lone_step = slash and span != "*" and len(ends) == 1
-            if lone_step or len(ends) > 2 or not first <= low <= high <= last:
-                raise ValueError(part)
-            values.update(range(low, high + 1, int(step) if slash else 1))
-        except ValueError as error:
+    if _CRON.fullmatch(fields.upper()):
+        minute, hour, day, month, weekday = fields.upper().split()
+        if day != "*" and weekday != "*":
             raise RequestError(
-                f'"{fields}": {field} is not a {name} of a five-field expression; {RIGHT_FORM}.'
-            ) from error
-    return sorted(values)
+                f'"{fields}" fires on days of the month and on days of the week. Make two schedules of it: '
+                f'"{minute} {hour} {day} {month} *" and "{minute} {hour} * {month} {weekday}".'
+            )
+    elif not fields.startswith("@"):
+        raise RequestError(f'"{fields}" is not a time: {RIGHT_FORM}.')
+    try:
+        *expanded, weekdays = croniter.expand(fields)[0]
+    except ValueError as error:
+        raise RequestError(f'"{fields}" is not a time ({str(error).rstrip(".")}): {RIGHT_FORM}.') from error
+    minute, hour, day, month = ("*" if "*" in values else ",".join(map(str, values)) for values in expanded)
+    # Cron's Sunday, 0 or 7, has another number in AWS.
+    weekday = "*" if "*" in weekdays else ",".join(DAYS[value] for value in weekdays)
+    return f"{minute} {hour} {day} {month} ? *" if weekday == "*" else f"{minute} {hour} ? {month} {weekday} *"
 
 
 def _values(timing: Timing, place: str) -> Iterator[list[int]]:
