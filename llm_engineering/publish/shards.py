@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from llm_engineering.errors import WorkError
 from llm_engineering.models.base_model import hub_options, load_config, model_path
 from llm_engineering.models.fit import on_meta
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -183,13 +182,10 @@ def rounded(folder: Path, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, T
 
 
 def write_parts(parts: Iterable[tuple[str, dict[str, Tensor]]], folder: Path) -> None:
-    """Write weight files and their index, and read each file again.
+    """Write weight files and their index.
 
     Args:
         parts: for each file its name and its tensors. A file of this name in the folder is replaced.
-
-    Raises:
-        WorkError: a file does not have the weights that were written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     places: dict[str, str] = {}
@@ -198,7 +194,6 @@ def write_parts(parts: Iterable[tuple[str, dict[str, Tensor]]], folder: Path) ->
         partial = folder / f".{name}"
         save_file({key: weight.contiguous() for key, weight in weights.items()}, partial, metadata={"format": "pt"})
         os.replace(partial, folder / name)
-        _check_written(folder / name, weights)
         places |= dict.fromkeys(weights, name)
         total += sum(weight.nbytes for weight in weights.values())
         # The next file is made before the name is bound again.
@@ -206,18 +201,3 @@ def write_parts(parts: Iterable[tuple[str, dict[str, Tensor]]], folder: Path) ->
     if len(set(places.values())) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_written(file: Path, weights: Mapping[str, Tensor]) -> None:
-    with safe_open(file, framework="pt") as opened:
-        different = [name for name, weight in weights.items() if not torch.equal(opened.get_tensor(name), weight)]
-    if different:
-        raise other_weights(different)
-
-
-def other_weights(different: list[str]) -> WorkError:
-    """The error for files that have other weights than those that were written to them."""
-    return WorkError(
-        f"The model is not registered: the saved weights are not those of the merged model, at {different[0]} and "
-        f"{len(different) - 1} others. Check the disk, and run the same command again."
-    )
