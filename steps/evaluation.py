@@ -8,8 +8,6 @@ from typing import Annotated, Any, get_args
 
 from datasets import DatasetDict
 
-from llm_engineering.data.rows import instruction_row
-from llm_engineering.data.storage import stream_records
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks
 from llm_engineering.evaluation.evaluate import Rewarding
@@ -31,7 +29,7 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES, Kind
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.page import write_json
-from llm_engineering.reports.training_rows import count_wordings, tokens_read
+from llm_engineering.reports.training_rows import tokens_read
 from steps.caching import project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
@@ -157,10 +155,6 @@ def evaluate(
     data["trained"] = {
         stage: tokens_read(*train[STAGES[stage].rows], number) for stage, number in (epochs or {}).items()
     }
-    if data["exam"] is not None:
-        asked = map(instruction_row, stream_records(train["instruction"][1])) if "instruction" in train else []
-        for question, number in zip(data["exam"]["rows"], count_wordings(data["exam"]["rows"], asked), strict=True):
-            question["wordings"] = number
 
     # Write the report. The gate's step writes its page.
     write_json(folder, data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -21,8 +20,6 @@ KINDS = {
     "unanswerable": "not in the documents",
     "control": "general",
 }
-# From and to how many training questions for a fact.
-_WORDINGS: tuple[tuple[int, float], ...] = ((0, 0), (1, 1), (2, 3), (4, math.inf))
 RIGHT, WRONG = "✓ right", "✗ wrong"
 _NOTE = (
     "The exam asks about documents that were trained on, in wordings that were not trained. Held-out rows are about "
@@ -58,7 +55,7 @@ def exam_summary(
         "right or wrong together. A question that the documents do not answer is right if the answer declines."
     )
     read = _against_tokens(measures, newest, trained) if trained else Markup("")
-    return paragraph(note) + table(head, rows) + paragraph(clusters, "small") + read + _by_wordings(exam, newest)
+    return paragraph(note) + table(head, rows) + paragraph(clusters, "small") + read
 
 
 def _against_tokens(measures: Mapping[str, Report], newest: str, trained: Mapping[str, int]) -> Markup:
@@ -72,24 +69,6 @@ def _against_tokens(measures: Mapping[str, Report], newest: str, trained: Mappin
     if measure:
         right = f", and {newest} answers {measure['models'][newest]['value']:.0%} of the questions on one fact right"
     return paragraph(f"Training read {read}{total}{right}.")
-
-
-def _by_wordings(exam: Report, newest: str) -> Markup:
-    """The share of right answers by the number of training questions for the fact; nothing if no number is known."""
-    rows = []
-    for low, high in _WORDINGS:
-        found = [row for row in exam["rows"] if row.get("wordings") is not None and low <= row["wordings"] <= high]
-        if found:
-            right = sum(row["answers"][newest]["right"] for row in found)
-            name = str(low) if low == high else f"{low} or more" if high == math.inf else f"{low} to {high}"
-            rows.append((name, len(found), f"{right} ({right / len(found):.0%})"))
-    if not rows:
-        return Markup("")
-    note = (
-        "Questions on one fact, by the number of different training questions with the same answer that were written from the "
-        "documents that state the fact."
-    )
-    return paragraph(note) + table(["Training questions for the fact", "Exam questions", f"Right, {newest}"], rows)
 
 
 def exam_questions(exam: Report, newest: str) -> Markup:
