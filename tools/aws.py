@@ -39,7 +39,7 @@ def preflight(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_j
     Example: `llm-engineering cloud preflight --config configs/sagemaker_8b.yaml`
     """
     from llm_engineering.cloud.sagemaker.account import Account
-    from llm_engineering.cloud.sagemaker.cost import most
+    from llm_engineering.cloud.sagemaker.cost import cost_sentences
     from llm_engineering.cloud.sagemaker.preflight import check, problems
 
     recipe, settings = load_recipe(config, overrides or ()), Settings()
@@ -54,7 +54,7 @@ def preflight(config: Config = DEFAULT_RECIPE, overrides: Overrides = None, as_j
         print(json.dumps([problem._asdict() for problem in found]))
         return RequestError.exit_code if any(not problem.is_warning for problem in found) else 0
     check(recipe, account, settings)
-    for line in most(recipe.compute.sagemaker, account, settings):
+    for line in cost_sentences(recipe.compute.sagemaker, account):
         print(line, file=sys.stderr)
     print(f"All checks passed: a job can run in {account.region}.", file=sys.stderr)
     return 0

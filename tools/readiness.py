@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.cost import most
+from llm_engineering.cloud.sagemaker.cost import cost_sentences
 from llm_engineering.cloud.sagemaker.preflight import check
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
@@ -71,7 +71,7 @@ def check_and_pin(recipe: Recipe) -> tuple[Recipe, Inputs]:
     if recipe.compute.sagemaker is not None:
         account = Account.resolve(recipe.compute.sagemaker, settings)
         check(recipe, account, settings)
-        for line in most(recipe.compute.sagemaker, account, settings):
+        for line in cost_sentences(recipe.compute.sagemaker, account):
             logger.info("%s", line)
     recipe = with_held_out_documents(recipe)
     data = recipe.data

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError
 
 from llm_engineering.cloud.sagemaker import machine_checks
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.cost import Price, most, price_of
+from llm_engineering.cloud.sagemaker.cost import cost_sentences, price_of
 from llm_engineering.cloud.sagemaker.preflight import check, problems
 from llm_engineering.cloud.sagemaker.trust import trusts
 from llm_engineering.errors import RequestError
@@ -271,9 +271,7 @@ def test_the_cost_of_shipped_recipes_before_the_start(fake, recipe, expected):
         [] if recipe == "sagemaker_8b" else ["compute={target: sagemaker, sagemaker: {instance_type: ml.g5.xlarge}}"]
     )
     config = load_recipe(ROOT / "configs" / f"{recipe}.yaml", block).compute.sagemaker
-    settings = Settings()
-    account = Account.resolve(config, settings)
-    lines = list(most(config, account, settings))
+    lines = list(cost_sentences(config, Account.resolve(config, Settings())))
     today = f"{datetime.now(UTC):%Y-%m-%d}"
     assert lines == [
         f"A job on 1 x {kind} costs about {hourly:.2f} USD an hour on demand in eu-west-1 (price list of {today}), and at most "
@@ -282,31 +280,22 @@ def test_the_cost_of_shipped_recipes_before_the_start(fake, recipe, expected):
     ]
     asked = {request.region for request in fake.requests if request.service == "pricing"}
     assert asked == {"us-east-1"}
-    # Prices of today are not asked again.
-    fake.requests.clear()
-    assert list(most(config, account, settings)) == lines
-    assert fake.requests == []
 
 
 def test_without_a_price_the_line_says_so(fake, recipe, caplog):
-    settings = Settings()
-    account = Account.resolve(recipe.compute.sagemaker, settings)
-    file = settings.llm_output_dir / "sagemaker_prices.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"eu-west-1 ml.g5.2xlarge": [1.5, "2026-01-31"]}))
+    account = Account.resolve(recipe.compute.sagemaker, Settings())
     fake.forbid("pricing", "GetProducts")
-    assert price_of("ml.g5.2xlarge", account, settings) == Price(1.5, "2026-01-31")
-    assert price_of("ml.g5.xlarge", account, settings) is None
+    assert price_of("ml.g5.xlarge", account) is None
     assert "AWS's price list cannot be read" in caplog.text
     fake.errors.clear()
     fake.prices.clear()
     assert (
-        list(most(recipe.compute.sagemaker, account, settings))[1] == "The cost of a job on ml.g5.xlarge is not known"
+        list(cost_sentences(recipe.compute.sagemaker, account))[1] == "The cost of a job on ml.g5.xlarge is not known"
     )
     assert "has no price for training on ml.g5.xlarge in eu-west-1" in caplog.text
     plan = {"use_spot": False, "training_plan_arn": f"arn:aws:sagemaker:eu-west-1:{ACCOUNT}:training-plan/spring"}
     planned = recipe.compute.sagemaker.model_copy(update=plan)
-    assert list(most(planned, account, settings)) == ["The machines of the jobs are paid with the training plan"]
+    assert list(cost_sentences(planned, account)) == ["The machines of the jobs are paid with the training plan"]
 
 
 def test_a_wait_that_is_less_than_the_run_is_refused_with_the_recipe(small_llama):

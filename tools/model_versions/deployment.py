@@ -77,7 +77,7 @@ def deploy(
     served = endpoints.Served(
         recipe.name, found.version.number, files, measures | lineage, recipe.model.trust_remote_code
     )
-    logger.info("%s", endpoints.hourly(machines, account, settings))
+    logger.info("%s", endpoints.hourly(machines, account))
     with translated(f"The endpoint {endpoint} cannot be deployed"):
         endpoints.deploy(served, endpoint, machines, account, update)
     print(endpoint)

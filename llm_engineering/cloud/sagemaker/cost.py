@@ -15,13 +15,11 @@ from botocore.exceptions import BotoCoreError, ClientError
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.request import machines
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
-from llm_engineering.recipe.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 # The price list of all regions is served in a few of them.
 _PRICE_REGION = "us-east-1"
-_FILE = "sagemaker_prices.json"
 
 
 class Price(NamedTuple):
@@ -31,36 +29,22 @@ class Price(NamedTuple):
     date: str
 
 
-def price_of(
-    instance_type: str, account: Account, settings: Settings, use: Literal["Train", "Host"] = "Train"
-) -> Price | None:
+def price_of(instance_type: str, account: Account, use: Literal["Train", "Host"] = "Train") -> Price | None:
     """The price of an instance type in the account's region; None, with a warning, if it is not known.
-
-    The price list is asked once a day. If it does not answer, the price of an earlier day is used.
 
     Args:
         use: training, or an endpoint, which have different prices.
     """
-    file, key = settings.llm_output_dir / _FILE, f"{account.region} {instance_type}{' Host' if use == 'Host' else ''}"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    today = f"{datetime.now(UTC):%Y-%m-%d}"
-    if key in known and known[key][1] == today:
-        return Price(*known[key])
     try:
         found = _listed(instance_type, account, use)
     except (BotoCoreError, ClientError) as error:
         logger.warning("AWS's price list cannot be read: %s", error)
-        return Price(*known[key]) if key in known else None
+        return None
     if found is None:
         purpose = "training" if use == "Train" else "an endpoint"
         logger.warning("AWS's price list has no price for %s on %s in %s", purpose, instance_type, account.region)
         return None
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the file first, so that a kill leaves no half of it.
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(known | {key: [found, today]}, indent=1), encoding="utf-8")
-    partial.replace(file)
-    return Price(found, today)
+    return Price(found, f"{datetime.now(UTC):%Y-%m-%d}")
 
 
 def _listed(instance_type: str, account: Account, use: str) -> float | None:
@@ -80,15 +64,15 @@ def _listed(instance_type: str, account: Account, use: str) -> float | None:
     return None
 
 
-def most(config: SageMakerConfig, account: Account, settings: Settings) -> Iterator[str]:
-    """What a job costs an hour and at most, as a sentence for each instance type."""
+def cost_sentences(config: SageMakerConfig, account: Account) -> Iterator[str]:
+    """The hourly price and the upper bound of a job's cost, one sentence for each instance type."""
     if config.training_plan_arn is not None:
         yield "The machines of the jobs are paid with the training plan"
         return
     seconds = config.max_run_s + (config.keep_alive_s or 0)
     keys = "max_run_s and keep_alive_s" if config.keep_alive_s else "max_run_s"
     for kind in dict.fromkeys(machine.instance_type for machine in machines(config)):
-        price = price_of(kind, account, settings)
+        price = price_of(kind, account)
         if price is None:
             yield f"The cost of a job on {kind} is not known"
             continue

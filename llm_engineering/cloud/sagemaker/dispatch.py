@@ -257,7 +257,7 @@ class Work(ABC, Generic[Result]):
         """The price of a job's machine; None if it is not known, or paid with a training plan."""
         kind = description["ResourceConfig"]["InstanceType"]
         if kind not in self._prices and self.config.training_plan_arn is None:
-            self._prices[kind] = price_of(kind, self.account, self.settings)
+            self._prices[kind] = price_of(kind, self.account)
         return self._prices.get(kind)
 
     def facts(self, description: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from llm_engineering.cloud.sagemaker.problems import error_code
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_archive, folder_hash, upload_folder
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
-from llm_engineering.recipe.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +69,9 @@ def check_name(endpoint: str) -> None:
         )
 
 
-def hourly(config: SageMakerConfig, account: Account, settings: Settings) -> str:
+def hourly(config: SageMakerConfig, account: Account) -> str:
     """What an endpoint costs, as a sentence."""
-    price = price_of(config.instance_type, account, settings, use="Host")
+    price = price_of(config.instance_type, account, use="Host")
     machines = f"{config.instance_count} x {config.instance_type}"
     if price is None:
         return f"The cost of an endpoint on {machines} is not known. It is paid until `make undeploy`"
