@@ -14,7 +14,7 @@ from tools.cli import DEFAULT_RECIPE, Config, Overrides, Version, prepare_zenml
 
 if TYPE_CHECKING:
     from llm_engineering.data.rows import Message
-    from llm_engineering.publish.conversation import Conversation, Sampling
+    from llm_engineering.publish.conversation import ChatSampling, Conversation
 
 logger = logging.getLogger("llm_engineering.chat")
 
@@ -24,7 +24,7 @@ BEST_OF_TEMPERATURE = 0.8
 MaxNewTokens = Annotated[
     int,
     typer.Option(
-        "--max-new-tokens", metavar="N", help="Maximum length of an answer in tokens. A longer answer is cut."
+        "--max-new-tokens", metavar="N", min=1, help="Maximum length of an answer in tokens. A longer answer is cut."
     ),
 ]
 Temperature = Annotated[
@@ -41,7 +41,13 @@ TopP = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", help="The same seed gives the same answer. Default: a new seed for each call."),
+    typer.Option(
+        "--seed",
+        metavar="N",
+        min=0,
+        max=2**32 - 1,
+        help="The same seed gives the same answer. Default: a new seed for each call.",
+    ),
 ]
 System = Annotated[
     str | None, typer.Option("--system", metavar="TEXT", help="A system message at the start of the conversation.")
@@ -75,15 +81,14 @@ def chat(
         )
     if prompt is not None and not prompt.strip():
         raise RequestError('The question is empty. Ask one: make chat PROMPT="Who founded Ondrel?"')
-    _check_length(max_new_tokens)
     recipe = load_recipe(config, overrides or ())
 
     from llm_engineering.data.rows import Message
-    from llm_engineering.publish.conversation import Conversation, Sampling, check_system
+    from llm_engineering.publish.conversation import ChatSampling, Conversation, check_system
     from llm_engineering.publish.merge import merged_device
     from llm_engineering.recipe.settings import Settings
 
-    sampling = Sampling.checked(temperature, top_p, seed)
+    sampling = ChatSampling.checked(temperature, top_p, seed)
     settings = Settings()
     prepare_zenml()
     from tools.model_versions.signatures import signed_model
@@ -128,7 +133,10 @@ def compare(
     best_of: Annotated[
         int | None,
         typer.Option(
-            "--best-of", metavar="N", help="Draw N answers of each model, and show the one with the highest reward."
+            "--best-of",
+            metavar="N",
+            min=2,
+            help="Draw N answers of each model, and show the one with the highest reward.",
         ),
     ] = None,
     reward_model: Annotated[
@@ -149,7 +157,6 @@ def compare(
     """
     if not prompt.strip():
         raise RequestError('The question is empty. Ask one: make compare PROMPT="Who founded Ondrel?"')
-    _check_length(max_new_tokens)
     if temperature is None:
         temperature = 0.0 if best_of is None else BEST_OF_TEMPERATURE
     _check_best_of(best_of, reward_model, temperature)
@@ -163,10 +170,10 @@ def compare(
     from llm_engineering.models.device import choose_device
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.publish.best_of import BestOf
-    from llm_engineering.publish.conversation import Sampling, answer, check_system, has_room
+    from llm_engineering.publish.conversation import ChatSampling, answer, check_system, has_room
     from llm_engineering.recipe.settings import Settings
 
-    sampling = Sampling.checked(temperature, top_p, seed)
+    sampling = ChatSampling.checked(temperature, top_p, seed)
     settings = Settings()
     prepare_zenml()
     from tools.model_versions.versions import find_model, find_reward_model
@@ -245,11 +252,6 @@ def _read_line() -> str:
     return line.strip()
 
 
-def _check_length(max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise RequestError(f"--max-new-tokens must be at least 1, not {max_new_tokens}.")
-
-
 def _check_best_of(best_of: int | None, reward_model: str | None, temperature: float) -> None:
     if (best_of is None) != (reward_model is None):
         raise RequestError(
@@ -258,8 +260,6 @@ def _check_best_of(best_of: int | None, reward_model: str | None, temperature: f
         )
     if best_of is None:
         return
-    if best_of < 2:
-        raise RequestError(f"--best-of must be at least 2, not {best_of}: one answer needs no choice.")
     if temperature == 0:
         raise RequestError(
             "--best-of has no effect at temperature 0, where all answers are the same: leave out --temperature."
@@ -270,7 +270,7 @@ def _too_long(max_new_tokens: int) -> str:
     return f"The question and an answer of {max_new_tokens} tokens do not fit into the model's context"
 
 
-def _log_seed(sampling: Sampling, given: int | None) -> None:
+def _log_seed(sampling: ChatSampling, given: int | None) -> None:
     """Log a seed that was drawn, so that the user can repeat the answer."""
     if sampling.temperature > 0 and given is None:
         logger.info("Using --seed %d", sampling.seed)

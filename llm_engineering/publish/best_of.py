@@ -15,7 +15,7 @@ from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.models.generate import generate_ids
 from llm_engineering.models.reward_model import RewardModel, check_tokens
 from llm_engineering.models.tokenizer import end_token_ids
-from llm_engineering.publish.conversation import Reply, Sampling
+from llm_engineering.publish.conversation import ChatReply, ChatSampling
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
@@ -52,8 +52,8 @@ class BestOf(NamedTuple):
         return cls(RewardModel.load(base, folder, tokenizer, compute, settings), tokenizer, number)
 
     def answer(
-        self, model: Any, messages: Sequence[Message], max_new_tokens: int, sampling: Sampling, **options: Any
-    ) -> tuple[Reply, list[float]]:
+        self, model: Any, messages: Sequence[Message], max_new_tokens: int, sampling: ChatSampling, **options: Any
+    ) -> tuple[ChatReply, list[float]]:
         """The answer with the highest reward, and the rewards of all answers. Of equal ones, the first is chosen.
 
         Args:
@@ -69,4 +69,4 @@ class BestOf(NamedTuple):
         rewards = self.rewards.scores([prompt + answer for answer in answers])
         best = answers[rewards.index(max(rewards))]
         text = str(self.tokenizer.decode(best, skip_special_tokens=True)).strip()
-        return Reply(text, bool(best) and best[-1] in end_token_ids(model, self.tokenizer)), rewards
+        return ChatReply(text, bool(best) and best[-1] in end_token_ids(model, self.tokenizer)), rewards

@@ -21,18 +21,15 @@ from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 
-# A drawn seed is short enough to type again.
-_MAX_SEED = 2**32 - 1
 
-
-class Reply(NamedTuple):
+class ChatReply(NamedTuple):
     """An answer, and whether it ended with an end token."""
 
     text: str
     stopped: bool
 
 
-class Sampling(NamedTuple):
+class ChatSampling(NamedTuple):
     """How the next token is chosen.
 
     Attributes:
@@ -46,7 +43,7 @@ class Sampling(NamedTuple):
     seed: int = 0
 
     @classmethod
-    def checked(cls, temperature: float, top_p: float, seed: int | None) -> Sampling:
+    def checked(cls, temperature: float, top_p: float, seed: int | None) -> ChatSampling:
         """Check the values of the command line, and draw a seed if there is none.
 
         Raises:
@@ -59,9 +56,8 @@ class Sampling(NamedTuple):
             raise RequestError(f"--top-p must be more than 0 and at most 1, not {top_p:g}.")
         if temperature == 0 and top_p != 1:
             raise RequestError("--top-p has no effect at temperature 0 (greedy): add --temperature, e.g. 0.7.")
-        if seed is not None and not 0 <= seed <= _MAX_SEED:
-            raise RequestError(f"--seed must be from 0 to {_MAX_SEED}, not {seed}.")
-        return cls(temperature, top_p, secrets.randbelow(_MAX_SEED + 1) if seed is None else seed)
+        # A drawn seed is short enough to type again.
+        return cls(temperature, top_p, secrets.randbelow(2**32) if seed is None else seed)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -72,7 +68,7 @@ class Sampling(NamedTuple):
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
 
-GREEDY = Sampling()
+GREEDY = ChatSampling()
 
 
 def has_room(
@@ -88,9 +84,9 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     max_new_tokens: int,
-    sampling: Sampling = GREEDY,
+    sampling: ChatSampling = GREEDY,
     **options: Any,
-) -> Reply:
+) -> ChatReply:
     """Answer the last message, with the prompt format of training; `options` are arguments of `generate`."""
     ids = prompt_ids(messages, tokenizer)
     ends = end_token_ids(model, tokenizer)
@@ -108,7 +104,7 @@ def answer(
             **options,
         )
     new = output[0, len(ids) :].tolist()
-    return Reply(str(tokenizer.decode(new, skip_special_tokens=True)).strip(), bool(new) and new[-1] in ends)
+    return ChatReply(str(tokenizer.decode(new, skip_special_tokens=True)).strip(), bool(new) and new[-1] in ends)
 
 
 def check_system(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -135,7 +131,7 @@ class Conversation:
         settings: Settings,
         max_new_tokens: int,
         trust_remote_code: bool,
-        sampling: Sampling = GREEDY,
+        sampling: ChatSampling = GREEDY,
     ) -> None:
         merged = ModelConfig(name_or_path=str(folder), trust_remote_code=trust_remote_code)
         self.model = load_model(merged, settings, device).eval()
@@ -147,7 +143,7 @@ class Conversation:
         """Whether the conversation and an answer fit into the context of the model."""
         return has_room(messages, self.model, self.tokenizer, self.max_new_tokens)
 
-    def answer(self, messages: Sequence[Message]) -> Reply:
+    def answer(self, messages: Sequence[Message]) -> ChatReply:
         """Print the answer to the last message word by word, and return it."""
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return answer(self.model, self.tokenizer, messages, self.max_new_tokens, self.sampling, streamer=streamer)

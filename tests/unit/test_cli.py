@@ -86,7 +86,12 @@ def test_help_describes_a_command_and_shows_an_example(entry):
         (["cloud", "image", "nothing"], "'nothing' is not one of 'training', 'retrain'"),
         (["run", "sft", "--scheduled", "here"], "--scheduled can only be used with retrain"),
         (["run", "retrain", "--scheduled", "here", "--dry-run"], "without --dry-run and --resume"),
-        (["chat", "--prompt", "Hi", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, not 0"),
+        (
+            ["chat", "--prompt", "Hi", "--max-new-tokens", "0"],
+            "'--max-new-tokens': Input should be greater than or equal to 1",
+        ),
+        (["chat", "--prompt", "Hi", "--seed", "-1"], "'--seed': Input should be greater than or equal to 0"),
+        (["compare", "--prompt", "Hi", "--best-of", "1"], "'--best-of': Input should be greater than or equal to 2"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -15,7 +15,7 @@ from llm_engineering.models.device import choose_device
 from llm_engineering.models.reward_model import RewardModel, check_base, is_reward_model, padding_token
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.best_of import BestOf
-from llm_engineering.publish.conversation import Sampling
+from llm_engineering.publish.conversation import ChatSampling
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
@@ -146,7 +146,7 @@ def test_best_of_chooses_the_answer_with_the_highest_reward(trained):
     chooser = BestOf.load(setup.model, result.adapter, tokenizer, setup.compute, settings, 4)
     model = load_model(setup.model, settings, choose_device(setup.compute)).eval()
     asked = [Message(role="user", content="What is 3?")]
-    sampling = Sampling(temperature=1.0, seed=3)
+    sampling = ChatSampling(temperature=1.0, seed=3)
     seen = []
     scores = chooser.rewards.scores
     chooser.rewards.scores = lambda rows: seen.extend(rows) or scores(rows)
