@@ -18,8 +18,8 @@ from dotenv import dotenv_values
 from pydantic import SecretStr
 
 from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.preflight import problems
-from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, tried, with_policies
+from llm_engineering.cloud.sagemaker.preflight import problems, refuse
+from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, run_check, with_policies
 from llm_engineering.cloud.sagemaker.request import INPUTS, machines, training_job_request
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, upload_code
 from llm_engineering.cloud.sagemaker.trust import put_policy, trust_problems
@@ -249,10 +249,10 @@ def _check(
         role = settings.scheduler_role
         group = f"arn:{account.partition}:scheduler:{account.region}:{account.number}:schedule-group/{PREFIX}{name}"
         trust = partial(trust_problems, session.client("iam"), role, _SCHEDULER, group, "scheduler")
-        found += tried(f"The role {role}", trust)
+        found += run_check(f"The role {role}", trust)
     if settings.notify_sns_topic is not None:
         topic = settings.notify_sns_topic
-        found += tried(f"The topic {topic}", partial(topic_problems, session, topic))
+        found += run_check(f"The topic {topic}", partial(topic_problems, session, topic))
     # The function `problems` would look up the S3 address as a model name on the hub. So for a model in S3, this check
     # uses the default model instead, and the job checks the real one.
     in_s3 = recipe.model.name_or_path.startswith("s3://")
@@ -260,11 +260,7 @@ def _check(
     found += problems(
         recipe.model_copy(update={"model": ModelConfig()}) if in_s3 else recipe, account, settings, needed
     )
-    for warning in (problem for problem in found if problem.is_warning):
-        logger.warning("%s", warning)
-    serious = [f"- {problem}" for problem in found if not problem.is_warning]
-    if serious:
-        raise RequestError("The schedule cannot be created yet:\n" + "\n".join(serious))
+    refuse("The schedule cannot be created yet", found)
 
 
 def _setting_problems(settings: Settings) -> Iterator[Problem]:

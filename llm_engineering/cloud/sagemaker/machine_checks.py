@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import partial
 
 from llm_engineering.cloud.sagemaker.account import Account, botocore_session
-from llm_engineering.cloud.sagemaker.problems import Problem, tried
+from llm_engineering.cloud.sagemaker.problems import Problem, run_check
 from llm_engineering.cloud.sagemaker.request import Machine, machines
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 from llm_engineering.recipe.recipe import Recipe
@@ -36,18 +36,18 @@ def machine_problems(recipe: Recipe, config: SageMakerConfig, account: Account, 
     # The machines that cannot start, filled by the checks.
     refused: set[Machine] = set()
     unavailable = [
-        *tried(f"The instance types in {account.region}", partial(_offer_problems, asked, account, refused)),
+        *run_check(f"The instance types in {account.region}", partial(_offer_problems, asked, account, refused)),
         *(
             # The capacity of a training plan is reserved already.
             []
             if config.training_plan_arn
-            else tried("The service quota", partial(_quota_problems, asked, config, account, refused))
+            else run_check("The service quota", partial(_quota_problems, asked, config, account, refused))
         ),
     ]
     if refused != set(asked):
         unavailable = [problem._replace(is_warning=True) for problem in unavailable]
     disks = partial(_disk_problems, recipe, config, asked, account, settings)
-    return [*found, *unavailable, *tried("The disk space of the instance types", disks)]
+    return [*found, *unavailable, *run_check("The disk space of the instance types", disks)]
 
 
 def _offer_problems(asked: Sequence[Machine], account: Account, refused: set[Machine]) -> Iterator[Problem]:

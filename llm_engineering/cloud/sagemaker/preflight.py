@@ -21,7 +21,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 from llm_engineering.cloud.container import secret_object
 from llm_engineering.cloud.sagemaker.account import Account, botocore_session
 from llm_engineering.cloud.sagemaker.machine_checks import machine_problems, small_quotas
-from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, tried, with_policies
+from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, run_check, with_policies
 from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
 from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.trust import trust_problems
@@ -42,7 +42,7 @@ def check(recipe: Recipe, account: Account, settings: Settings) -> None:
     Raises:
         RequestError: a job would fail; the message lists every problem with its remedy.
     """
-    _refuse("The job cannot run on SageMaker yet", problems(recipe, account, settings))
+    refuse("The job cannot run on SageMaker yet", problems(recipe, account, settings))
 
 
 def check_endpoint(recipe: Recipe, config: SageMakerConfig, account: Account, settings: Settings) -> None:
@@ -56,22 +56,23 @@ def check_endpoint(recipe: Recipe, config: SageMakerConfig, account: Account, se
     """
     caller = _region_problem(account.region) or _caller(account)
     if isinstance(caller, Problem):
-        _refuse("The endpoint cannot run on SageMaker yet", [caller])
+        refuse("The endpoint cannot run on SageMaker yet", [caller])
         return
     quotas = [f"{config.instance_type} for endpoint usage"]
     found = [
-        *tried(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
-        *tried(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
-        *tried(f"The image {account.image}", partial(_image_problems, account)),
-        *tried(
+        *run_check(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
+        *run_check(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
+        *run_check(f"The image {account.image}", partial(_image_problems, account)),
+        *run_check(
             "The service quota",
             lambda: (problem for _, problem in small_quotas(quotas, config.instance_count, account)),
         ),
     ]
-    _refuse("The endpoint cannot run on SageMaker yet", with_policies(found, account, settings, PROJECT_ROOT))
+    refuse("The endpoint cannot run on SageMaker yet", with_policies(found, account, settings, PROJECT_ROOT))
 
 
-def _refuse(what: str, found: Sequence[Problem]) -> None:
+def refuse(what: str, found: Sequence[Problem]) -> None:
+    """Log the warnings among the problems, and raise a RequestError that begins with `what` if there are others."""
     for warning in (problem for problem in found if problem.is_warning):
         logger.warning("%s", warning)
     serious = [problem for problem in found if not problem.is_warning]
@@ -91,11 +92,7 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
         secrets: names of variables that the job's secret must hold, besides those that the recipe needs.
     """
     config = recipe.compute.sagemaker
-    if config is None:
-        raise RequestError(
-            "The recipe trains on this machine, not on SageMaker: there is nothing to check. Choose a recipe with "
-            "compute.target sagemaker: make preflight CONFIG=configs/sagemaker_8b.yaml"
-        )
+    assert config is not None
     needs_token, found = _model_problems(recipe.model, settings)
     caller = _region_problem(account.region) or _caller(account)
     if isinstance(caller, Problem):
@@ -105,16 +102,16 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
     if config.scope == "chain" and recipe.evaluation.judge is not None and settings.openai_api_key is not None:
         needed.add("OPENAI_API_KEY")
     found = [
-        *tried(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
-        *tried("What you and the role may do", partial(right_problems, config, account, caller)),
-        *tried(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
-        *tried(f"The image {account.image}", partial(_image_problems, account)),
+        *run_check(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
+        *run_check("What you and the role may do", partial(right_problems, config, account, caller)),
+        *run_check(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
+        *run_check(f"The image {account.image}", partial(_image_problems, account)),
         *machine_problems(recipe, config, account, settings),
         # The process of an isolated job reads no secret.
-        *([] if config.network_isolation else tried("The secret", partial(_secret_problems, account, needed))),
+        *([] if config.network_isolation else run_check("The secret", partial(_secret_problems, account, needed))),
         *(_isolation_problems(recipe, config) if config.network_isolation else []),
         *(
-            tried("The image of the steps", partial(_chain_problems, recipe, account, settings))
+            run_check("The image of the steps", partial(_chain_problems, recipe, account, settings))
             if config.scope == "chain"
             else []
         ),

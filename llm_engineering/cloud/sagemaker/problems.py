@@ -29,7 +29,7 @@ class Problem(NamedTuple):
         return f"{'Warning: ' if self.is_warning else ''}{self.what}. {self.remedy}."
 
 
-def tried(subject: str, check: Callable[[], Iterator[Problem]]) -> list[Problem]:
+def run_check(subject: str, check: Callable[[], Iterator[Problem]]) -> list[Problem]:
     """Run a check of the account and return its problems.
 
     If AWS forbids a request or cannot be reached, the check ends. A warning is added to the problems found before.
