@@ -64,7 +64,7 @@ from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWr
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.reports.data_report import check_fit, write_data_report
+from llm_engineering.reports.data_report import refuse_unfit_data, write_data_report
 from steps.caching import project_step
 from steps.logging import log_artifact, log_rows, page_facts
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
@@ -405,7 +405,7 @@ def format_rows(
         facts=page_facts(model.name_or_path),
     )
     if not train_unfit:
-        check_fit(report, folder / "report", Settings().llm_output_dir / "unfit_data" / stage)
+        refuse_unfit_data(report, folder / "report", Settings().llm_output_dir / "unfit_data" / stage)
     unfit = {UNFIT: report["why"]} if report["why"] else {}
     log_rows(
         f"formatted_{stage}",

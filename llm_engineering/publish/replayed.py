@@ -21,14 +21,14 @@ from llm_engineering.progress import counted
 _NAMED = 4
 
 
-class Compared(NamedTuple):
+class ReplayDifference(NamedTuple):
     """Something of a version that was compared with its replay. `difference` is empty if both are equal."""
 
     what: str
     difference: str
 
 
-def compare_weights(stage: str, then: Path, now: Path) -> Compared:
+def compare_weights(stage: str, then: Path, now: Path) -> ReplayDifference:
     """Compare the folders of a trained model, file by file, and the tensors of the weights that differ."""
     names = sorted({str(file.relative_to(side)) for side in (then, now) for file in side.rglob("*") if file.is_file()})
     differing = [name for name in names if _digest(then / name) != _digest(now / name)]
@@ -41,7 +41,7 @@ def compare_weights(stage: str, then: Path, now: Path) -> Compared:
             said += f"; {len(changed)} of {counted(len(gaps), 'tensor')} differ, by at most {max(gaps.values()):.3g}"
         elif weights:
             said += "; all tensors are equal"
-    return Compared(f"weights of {stage}", said)
+    return ReplayDifference(f"weights of {stage}", said)
 
 
 def _gaps(then: Path, now: Path) -> Iterator[tuple[str, float]]:
@@ -57,7 +57,7 @@ def _gaps(then: Path, now: Path) -> Iterator[tuple[str, float]]:
             yield name, float("inf")
 
 
-def compare_losses(stage: str, then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> Compared:
+def compare_losses(stage: str, then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> ReplayDifference:
     """Compare the losses of two histories, step by step."""
     sides = [
         {(e["step"], name): e[name] for e in side for name in ("loss", "eval_loss") if name in e}
@@ -69,10 +69,10 @@ def compare_losses(stage: str, then: Sequence[Mapping[str, Any]], now: Sequence[
     gaps = [abs(sides[0][key] - sides[1][key]) for key in differing if key in sides[0] and key in sides[1]]
     if gaps:
         said += f"; by at most {max(gaps):.3g}"
-    return Compared(f"losses of {stage}", said)
+    return ReplayDifference(f"losses of {stage}", said)
 
 
-def compare_measures(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Compared]:
+def compare_measures(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[ReplayDifference]:
     """Compare each measure of two evaluation reports. The model in production is left out: a replay has none."""
     found = []
     for name in dict.fromkeys([*then["measures"], *now["measures"]]):
@@ -82,11 +82,11 @@ def compare_measures(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Co
             for model in dict.fromkeys([*models[0], *models[1]])
             if model != INCUMBENT and models[0].get(model) != models[1].get(model)
         ]
-        found.append(Compared(f"measure {name}", ", ".join(differing)))
+        found.append(ReplayDifference(f"measure {name}", ", ".join(differing)))
     return found
 
 
-def compare_rows(name: str, then: DatasetDict, now: DatasetDict) -> Compared:
+def compare_rows(name: str, then: DatasetDict, now: DatasetDict) -> ReplayDifference:
     """Compare the rows of each table of two datasets by their hashes, in any order."""
     differing = []
     for table in dict.fromkeys([*then, *now]):
@@ -94,7 +94,7 @@ def compare_rows(name: str, then: DatasetDict, now: DatasetDict) -> Compared:
         lost, added = (rows[0] - rows[1]).total(), (rows[1] - rows[0]).total()
         if lost or added:
             differing.append(f"{table}: {lost} of {counted(rows[0].total(), 'row')} are gone, {added} are new")
-    return Compared(name, "; ".join(differing) or "the same rows in another order, or in other files")
+    return ReplayDifference(name, "; ".join(differing) or "the same rows in another order, or in other files")
 
 
 def differing_environment(then: Mapping[str, Any], now: Mapping[str, Any], libraries: Sequence[str]) -> list[str]:

@@ -279,7 +279,7 @@ def _unfit_reasons(kind: str, ledger: Ledger, kept: int, leaked: int) -> str:
     return "; ".join(problems)
 
 
-def check_fit(report: dict[str, Any], folder: Path, kept: Path) -> None:
+def refuse_unfit_data(report: dict[str, Any], folder: Path, kept: Path) -> None:
     """Refuse data that its report calls not fit to train on.
 
     Args:

@@ -181,7 +181,7 @@ def _retrain(folder: Path) -> int:
 
 def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The comparison as JSON: what was compared, and what differs of the code and the environments."""
-    from llm_engineering.publish.replayed import Compared, compare_losses, compare_measures, compare_weights
+    from llm_engineering.publish.replayed import ReplayDifference, compare_losses, compare_measures, compare_weights
 
     sides = [{artifact["name"]: artifact for artifact in side["artifacts"]} for side in (then, now)]
     found = []
@@ -193,7 +193,7 @@ def _compared(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]
         if name not in _REPORTS and not name.endswith("_adapter"):
             one, other = (side.get(name) for side in sides)
             same = one is not None and other is not None and one["sha256"] == other["sha256"]
-            found.append(Compared(name, "") if same else _differing_artifact(name, one, other))
+            found.append(ReplayDifference(name, "") if same else _differing_artifact(name, one, other))
     if "evaluation_report" in sides[0]:
         found += compare_measures(*(_stored(side["evaluation_report"]["uri"]).report() for side in sides))
     return {
@@ -224,14 +224,14 @@ def _differing_artifact(name: str, then: Mapping[str, Any] | None, now: Mapping[
     from datasets import DatasetDict
     from zenml.client import Client
 
-    from llm_engineering.publish.replayed import Compared, compare_rows
+    from llm_engineering.publish.replayed import ReplayDifference, compare_rows
     from steps.materializers import HFDatasetMaterializer
 
     if then is None or now is None:
-        return Compared(name, f"only in the {'replay' if then is None else 'version'}")
+        return ReplayDifference(name, f"only in the {'replay' if then is None else 'version'}")
     one = Client().get_artifact_version(then["id"]).load()
     if not isinstance(one, DatasetDict):
-        return Compared(name, "its files differ")
+        return ReplayDifference(name, "its files differ")
     other = HFDatasetMaterializer(now["uri"]).load(DatasetDict)
     assert isinstance(other, DatasetDict)
     return compare_rows(name, one, other)

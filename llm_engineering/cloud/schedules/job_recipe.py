@@ -71,8 +71,10 @@ def job_recipe(recipe: Recipe, bucket: str, s3: Any) -> JobRecipe:
         return str(PurePosixPath(INPUTS, channel, name)) + mark + split
 
     def dataset(key: str, value: str | None) -> str | None:
-        if value is None or value.startswith(_S3):
-            return value and placed(key, value)
+        if value is None:
+            return None
+        if value.startswith(_S3):
+            return placed(key, value)
         try:
             local = dataset_files(value)
         except RequestError as error:

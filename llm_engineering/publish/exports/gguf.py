@@ -58,7 +58,7 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "bias": ("none",),
 }
-# Of these, llama.cpp computes no window.
+# Architectures whose sliding window llama.cpp ignores.
 _WITHOUT_WINDOW = ("llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "starcoder2")
 _TYPES = {
     torch.float32: (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -69,11 +69,12 @@ _TYPES = {
 
 def check_gguf(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise a RequestError if this kind of model or tokenizer cannot be written. Needs no weights."""
-    by_llama_cpp = llama_cpp.is_installed()
-    _check(config, by_llama_cpp)
-    if not by_llama_cpp:
+    if not llama_cpp.is_installed():
+        _refuse_what_our_writer_lacks(config)
+        _refuse_what_llama_cpp_miscomputes(config)
         tokenizer_kind(tokenizer)
         return
+    _refuse_what_llama_cpp_miscomputes(config)
     with tempfile.TemporaryDirectory(prefix="gguf-") as folder:
         _save(config, folder)
         tokenizer.save_pretrained(folder)
@@ -180,7 +181,8 @@ def write_gguf(folder: Path, output: Path, name: str) -> None:
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
-    _check(model.config, by_llama_cpp=False)
+    _refuse_what_our_writer_lacks(model.config)
+    _refuse_what_llama_cpp_miscomputes(model.config)
     kind = tokenizer_kind(tokenizer)
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -200,36 +202,36 @@ def write_gguf(folder: Path, output: Path, name: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _check(config: PreTrainedConfig, by_llama_cpp: bool) -> None:
+def _refuse_what_our_writer_lacks(config: PreTrainedConfig) -> None:
     is_gemma = config.model_type == "gemma3_text"
     rope = _rope(config)
     kind = rope.get("rope_type", "default")
     activation = getattr(config, "hidden_activation" if is_gemma else "hidden_act", "silu")
-    windows = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    ours = (
+    unsupported = (
         (config.model_type not in _ARCHITECTURES, f"it is a {config.model_type}"),
         (kind not in ("default", "linear", "llama3"), f"its rotary positions are scaled ({kind})"),
         (rope.get("partial_rotary_factor", 1) != 1, "its rotary positions turn a part of each head"),
         (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False), "its layers have biases"),
         (activation != ("gelu_pytorch_tanh" if is_gemma else "silu"), f"its activation is {activation}"),
     )
-    # llama.cpp's converter accepts these, and llama.cpp computes something else.
-    every = (
-        (windows and config.model_type in _WITHOUT_WINDOW, f"its attention has a window of {windows} tokens"),
-        (
-            is_gemma and not _is_plain_gemma(config),
-            "it differs from Gemma 3 in its windows, or in how it scales scores",
-        ),
-    )
-    for is_unsupported, reason in ours if not by_llama_cpp else ():
-        if is_unsupported:
+    for is_so, reason in unsupported:
+        if is_so:
             raise refusal(
                 f"{reason}, and only plain models of the types {', '.join(_ARCHITECTURES)} are supported without llama.cpp",
                 llama_cpp.INSTALL,
             )
-    for is_unsupported, reason in every:
-        if is_unsupported:
-            raise refusal(f"{reason}, which llama.cpp does not compute", "Export it as safetensors.")
+
+
+def _refuse_what_llama_cpp_miscomputes(config: PreTrainedConfig) -> None:
+    """llama.cpp's converter accepts these models, and llama.cpp computes something else."""
+    windows = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    reason = None
+    if windows and config.model_type in _WITHOUT_WINDOW:
+        reason = f"its attention has a window of {windows} tokens"
+    elif config.model_type == "gemma3_text" and not _is_plain_gemma(config):
+        reason = "it differs from Gemma 3 in its windows, or in how it scales scores"
+    if reason is not None:
+        raise refusal(f"{reason}, which llama.cpp does not compute", "Export it as safetensors.")
 
 
 def _is_plain_gemma(config: Any) -> bool:

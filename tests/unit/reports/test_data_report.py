@@ -10,7 +10,7 @@ from llm_engineering.data.reasons import REASONS
 from llm_engineering.data.rows import AT_LAST_SENTENCE, REPLAY, InstructionRow, Message, PreferenceRow, Quarantined
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import FormattedRow, Lengths
-from llm_engineering.reports.data_report import check_fit, write_data_report
+from llm_engineering.reports.data_report import refuse_unfit_data, write_data_report
 
 
 def aside(count, reason):
@@ -94,7 +94,7 @@ def test_data_that_is_not_fit_is_refused_and_its_report_is_kept(tmp_path):
     ledger.record("passage", 27, 9, [q.model_copy(update={"stage": "passage"}) for q in aside(18, "too_short")])
     report = reported(tmp_path / "report", ledger, map(instruction, range(3)))
     with pytest.raises(RequestError) as error:
-        check_fit(report, tmp_path / "report", tmp_path / "kept")
+        refuse_unfit_data(report, tmp_path / "report", tmp_path / "kept")
     assert str(error.value) == (
         "The instruction rows are not fit to train on: only 3 rows are left, and at least 20 are needed to train and to hold "
         "some out (set aside: not_grounded 6); 15 documents read, 15 kept; 27 passages read, 9 kept. Nothing was trained "
@@ -102,7 +102,7 @@ def test_data_that_is_not_fit_is_refused_and_its_report_is_kept(tmp_path):
         "true to train anyway: the model version is then marked with unfit_data."
     )
     assert (tmp_path / "kept" / "report.html").read_text() == (tmp_path / "report" / "report.html").read_text()
-    check_fit(report | {"why": ""}, tmp_path / "report", tmp_path / "other")
+    refuse_unfit_data(report | {"why": ""}, tmp_path / "report", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
