@@ -81,5 +81,5 @@ def row_json(row: Row, now: datetime) -> dict[str, Any]:
 def where(schedule: Schedule) -> str:
     """The place of the runs, for the table: this machine or SageMaker."""
     if isinstance(schedule, LocalSchedule):
-        return f"this machine ({schedule.keeper})"
+        return f"this machine ({schedule.scheduler})"
     return f"sagemaker ({schedule.request['ResourceConfig']['InstanceType']})"

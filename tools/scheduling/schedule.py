@@ -235,7 +235,7 @@ def remove(name: Name = None, target: Target = None, stop: Stop = False) -> int:
         found = _find(name, target, settings)
         if isinstance(found, LocalSchedule):
             local_schedules.remove(found, stop)
-            print(f"Removed {found.name}: its {found.keeper} entry and {found.folder}.")
+            print(f"Removed {found.name}: its {found.scheduler} entry and {found.folder}.")
         else:
             eventbridge.remove(_session(settings), found.name, stop)
             print(f"Removed {found.name}: schedule, group, rule and alarm, and {found.place.place}.")
@@ -315,7 +315,7 @@ def _next(timing: Timing, created: datetime) -> str:
 
 
 def _hint(schedule: LocalSchedule) -> str:
-    if schedule.keeper == "systemd":
+    if schedule.scheduler == "systemd":
         return (
             "Runs start only while you are logged in; after `loginctl enable-linger`, always. The machine has to be on."
         )

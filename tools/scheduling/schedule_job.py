@@ -137,8 +137,8 @@ def write_local(name: str, timing: Timing, recipe: Recipe | None, folder: Path, 
             f"This machine already has a schedule {name}. `make schedule-change NAME={name}` changes it, "
             f"`make unschedule NAME={name}` removes it."
         )
-    keeper = former.keeper if former is not None else local_schedules.keeper()
-    local_schedules.check(timing, keeper, now)
+    scheduler = former.scheduler if former is not None else local_schedules.scheduler()
+    local_schedules.check(timing, scheduler, now)
     if recipe is not None and recipe.compute.target != "local":
         logger.info("compute.target is %s, but the runs of this schedule train on this machine", recipe.compute.target)
         recipe = recipe.model_copy(
@@ -147,7 +147,7 @@ def write_local(name: str, timing: Timing, recipe: Recipe | None, folder: Path, 
     schedule = LocalSchedule(
         name=name,
         timing=timing,
-        keeper=keeper,
+        scheduler=scheduler,
         created=former.created if former is not None else now,
         folder=folder / name,
         directory=Path.cwd(),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from llm_engineering.cloud.schedules import crontab, systemd
 from llm_engineering.cloud.schedules.cron import Entry, Timing, crontab_fields, on_calendar
@@ -28,23 +28,24 @@ LOG_FILE = "log.txt"
 _STATE_FILE = "schedule.json"
 # Seconds that a run has to save a checkpoint after SIGTERM.
 _STOP_S = 600.0
-_KEEPERS: dict[str, Any] = {"systemd": systemd, "cron": crontab}
+_SCHEDULERS: dict[str, Any] = {"systemd": systemd, "cron": crontab}
 
 
 class LocalSchedule(BaseModel):
     """A schedule of this machine.
 
     Attributes:
-        keeper: the program that starts the runs.
+        scheduler: the program that starts the runs: systemd or cron.
         directory: the working directory of the runs.
-        environment: variables of the runs, added to those that the keeper sets.
+        environment: variables of the runs, added to those that the scheduler sets.
     """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     timing: Timing
-    keeper: Literal["systemd", "cron"]
+    # In files of version 0.1 this key is `keeper`.
+    scheduler: Literal["systemd", "cron"] = Field(validation_alias=AliasChoices("scheduler", "keeper"))
     created: datetime
     folder: Path
     directory: Path
@@ -63,13 +64,13 @@ class LocalSchedule(BaseModel):
 
     @property
     def entry(self) -> Entry:
-        """What the keeper gets. Its name is that of the systemd timer, or of the comment that marks the crontab line."""
+        """What the scheduler gets. Its name is that of the systemd timer, or of the comment that marks the crontab line."""
         log, name = self.folder / LOG_FILE, f"llm-engineering-{self.name}"
         return Entry(name, self.timing, self.command, self.directory, self.environment, log)
 
 
-def keeper() -> Literal["systemd", "cron"]:
-    """The program that can start schedules on this machine.
+def scheduler() -> Literal["systemd", "cron"]:
+    """The program that starts the runs: systemd or cron.
 
     Raises:
         RequestError: there is neither systemd nor a crontab.
@@ -104,13 +105,13 @@ def timezone() -> str:
     return name
 
 
-def check(timing: Timing, keeper: Literal["systemd", "cron"], now: datetime) -> None:
-    """Check that the keeper can run this schedule, before anything is written.
+def check(timing: Timing, scheduler: Literal["systemd", "cron"], now: datetime) -> None:
+    """Check that the scheduler can run this schedule, before anything is written.
 
     Raises:
-        RequestError: the keeper cannot express the time, or is a crontab and the timezone differs from the machine's.
+        RequestError: the scheduler cannot express the time, or is a crontab and the timezone differs from the machine's.
     """
-    if keeper == "systemd":
+    if scheduler == "systemd":
         on_calendar(timing)
         return
     crontab_fields(timing)
@@ -135,7 +136,7 @@ def write(schedule: LocalSchedule, recipe: str | None, paused: bool) -> None:
     schedule.folder.mkdir(parents=True, exist_ok=True)
     if recipe is not None:
         (schedule.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-    _KEEPERS[schedule.keeper].write(schedule.entry, paused)
+    _SCHEDULERS[schedule.scheduler].write(schedule.entry, paused)
     # Written last, so a listed schedule is always complete.
     (schedule.folder / _STATE_FILE).write_text(schedule.model_dump_json(indent=1), encoding="utf-8")
 
@@ -159,14 +160,14 @@ def get(folder: Path, name: str) -> LocalSchedule:
 
 
 def state(schedule: LocalSchedule) -> Literal["active", "paused", "lost"]:
-    """Whether the keeper starts its runs; `lost` if its timer or crontab line was removed in another way."""
-    found: Literal["active", "paused", "lost"] = _KEEPERS[schedule.keeper].state(schedule.entry.name)
+    """Whether the scheduler starts its runs; `lost` if its timer or crontab line was removed in another way."""
+    found: Literal["active", "paused", "lost"] = _SCHEDULERS[schedule.scheduler].state(schedule.entry.name)
     return found
 
 
 def set_paused(schedule: LocalSchedule, paused: bool) -> None:
-    """Stop the keeper from starting runs, or let it start them again."""
-    _KEEPERS[schedule.keeper].set_paused(schedule.entry.name, paused)
+    """Stop the scheduler from starting runs, or let it start them again."""
+    _SCHEDULERS[schedule.scheduler].set_paused(schedule.entry.name, paused)
 
 
 def run_now(schedule: LocalSchedule) -> int:
@@ -224,5 +225,5 @@ def remove(schedule: LocalSchedule, stop: bool) -> None:
                     f"The run, process {process}, does not end. Run the same command again when it has ended."
                 )
             time.sleep(0.2)
-    _KEEPERS[schedule.keeper].remove(schedule.entry.name)
+    _SCHEDULERS[schedule.scheduler].remove(schedule.entry.name)
     shutil.rmtree(schedule.folder)

@@ -60,11 +60,11 @@ def with_systemd(machine):
     return machine
 
 
-def schedule(folder: Path, keeper="cron", text="0 3 ? * SUN *", timezone="UTC", name="weekly") -> LocalSchedule:
+def schedule(folder: Path, scheduler="cron", text="0 3 ? * SUN *", timezone="UTC", name="weekly") -> LocalSchedule:
     return LocalSchedule(
         name=name,
         timing=parse_timing(text, timezone, NOW),
-        keeper=keeper,
+        scheduler=scheduler,
         created=NOW,
         folder=folder / "out puts" / "schedules" / name,
         directory=folder,
@@ -72,13 +72,18 @@ def schedule(folder: Path, keeper="cron", text="0 3 ? * SUN *", timezone="UTC", 
     )
 
 
-def test_the_keeper_is_systemd_if_it_answers(machine, with_systemd):
-    assert local_schedules.keeper() == "systemd"
+def test_the_scheduler_is_systemd_if_it_answers(machine, with_systemd):
+    assert local_schedules.scheduler() == "systemd"
     (machine / "bin" / "systemctl").write_text("#!/bin/sh\nexit 1\n")
-    assert local_schedules.keeper() == "cron"
+    assert local_schedules.scheduler() == "cron"
     (machine / "bin" / "crontab").unlink()
     with pytest.raises(RequestError, match="Nothing here can keep a schedule"):
-        local_schedules.keeper()
+        local_schedules.scheduler()
+
+
+def test_a_file_of_version_0_1_is_read(tmp_path):
+    made = schedule(tmp_path)
+    assert LocalSchedule.model_validate_json(made.model_dump_json().replace('"scheduler"', '"keeper"')) == made
 
 
 def test_a_crontab_line_is_created_paused_changed_and_removed_and_other_lines_stay(machine):
