@@ -533,8 +533,7 @@ def test_the_setup_of_a_local_recipe_is_its_evaluation_setup():
     assert local.compute.here == local.compute
     cloud = load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [])
     assert isinstance(cloud.evaluation_setup, TrainingSetup)
-    assert cloud.evaluation_setup.compute == ComputeConfig()
-    assert cloud.compute.here == ComputeConfig(dtype="bfloat16")
+    assert cloud.evaluation_setup.compute == cloud.compute.here == ComputeConfig(dtype="bfloat16")
 
 
 def test_several_machines_need_a_setup_without_a_shared_disk():

@@ -256,10 +256,13 @@ def recipe(**blocks):
 
 
 def test_a_rule_on_the_exam_needs_the_exam_and_questions_of_its_kind(tmp_path):
-    with pytest.raises(ValueError, match=r"promotion\.sft\.better_than\.base names exam_accuracy.*add the block exam"):
+    with pytest.raises(
+        ValueError,
+        match=r"promotion\.sft\.better_than\.base names exam_accuracy, .*set what exam_accuracy needs in exam",
+    ):
         recipe()
     forgetting = {"not_worse_than": {"base": {"exam_control": 0.05}}}
-    with pytest.raises(ValueError, match=r"names exam_control, and exam\.control is null"):
+    with pytest.raises(ValueError, match=r"names exam_control, .*set what exam_control needs in exam"):
         recipe(exam={"path": "x.jsonl", "control": None}, promotion={"sft": RULES | forgetting})
     with pytest.raises(ValueError, match="embedded:handbok does not exist: name a JSONL file, or embedded:handbook"):
         recipe(exam={"path": "embedded:handbok"})
