@@ -150,3 +150,9 @@ def test_thumbs_become_rows_that_kto_trains_on_and_a_gate_judges(served):
     (verdict,) = {rule["verdict"] for rule in decision["rules"] if "base" in rule["name"]}
     assert verdict in ("passed", "failed")
     assert run.json["metrics"]["heldout_loss_kto"] != run.json["metrics"]["heldout_loss_base"]
+
+    version = str(run.json["model_version"])
+    shown = project.command("models", "evidence", version, "--config", str(recipe), "--json")
+    assert shown.code == 0, shown.stderr
+    assert [dataset["source"] for dataset in shown.json["datasets"]] == ["feedback of people"]
+    assert not any("A model wrote" in limit for limit in shown.json["limits"])
