@@ -156,8 +156,8 @@ class _Datasets:
             data.replay,
             data.split,
             self.inputs.replay,
-            *((recipe.deriving,) if recipe.deriving is not None else ()),
-            **({"instructions": self.of("instruction")} if recipe.derives_from_questions else {}),
+            recipe.deriving,
+            self.of("instruction") if recipe.derives_from_questions else None,
         )
 
     def _instructions(self) -> Any:
@@ -173,7 +173,7 @@ class _Datasets:
             recipe.seed,
             data.replay_instructions,
             self.inputs.replay_instructions,
-            *((data.split,) if recipe.generation.two_hop else ()),
+            data.split if recipe.generation.two_hop else None,
         )
 
     def _preferences(self, start: Any) -> Any:
@@ -289,7 +289,7 @@ def _train_and_judge(recipe: Recipe, inputs: Inputs, trained: list[str], incumbe
         max_completion_length=getattr(rewarded, "max_completion_length", None),
         incumbent=incumbent,
         documents=datasets.documents() if retrieves else None,
-        **({"judged": inputs.judged} if inputs.judged is not None else {}),
+        judged=inputs.judged,
         epochs={s: recipe.block(s).num_train_epochs for s in chain if STAGES[s].rows in ("text", "instruction")},
         # Nothing is measured on labelled answers.
         **{f"formatted_{kind}": rows for kind, rows in formatted.items() if kind != "labelled"},

@@ -257,7 +257,7 @@ def test_sentences_and_general_instructions_are_given_to_the_steps(recipe, monke
     datasets._texts()
     datasets._instructions()
     assert given["collect_texts"][1].unit == "sentence"
-    assert given["generate_instructions"][-2:] == ("embedded:general", "hash")
+    assert given["generate_instructions"][-3:] == ("embedded:general", "hash", None)
 
 
 def test_tokens_of_cpt_are_those_of_the_documents_and_the_replay(recipe, tmp_path):
@@ -371,14 +371,13 @@ def test_the_pipeline_gives_the_prepared_questions_to_the_texts(recipe, monkeypa
     from pipelines.inputs import Inputs
 
     given = {}
-    monkeypatch.setattr(chain, "collect_texts", lambda *arguments, **named: given.update(named, arguments=arguments))
+    monkeypatch.setattr(chain, "collect_texts", lambda *arguments: given.update(arguments=arguments))
     made = recipe(["cpt", "sft"], generation={"rewritings": ["faq"]})
     datasets = chain._Datasets(made, Inputs.model_construct(documents="d", replay=None))
     monkeypatch.setattr(datasets, "documents", lambda: None)
     datasets._made["instruction"] = "prepared questions"
     datasets._texts()
-    assert given["instructions"] == "prepared questions"
-    assert given["arguments"][-1] == made.deriving
+    assert given["arguments"][-2:] == (made.deriving, "prepared questions")
 
 
 def test_new_tokens_are_checked_against_the_model_before_a_run(recipe, small_llama):
