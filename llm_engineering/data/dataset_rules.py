@@ -65,8 +65,8 @@ def document_limit(counts: Sequence[int]) -> int | None:
         counts: rows of each document of the split; 1 for a row without a document.
 
     Returns:
-        None if all rows are kept: no document has more than a quarter of them, or there are fewer than four documents, or
-        a mean over the kept rows would vary more than one over all rows, because the other documents are too small.
+        None if nothing is to be removed: (a) no document has more than a quarter; (b) fewer than four documents; (c) removing
+        rows would make the mean less certain (`_variance`).
     """
 
     def over(limit: int) -> bool:
@@ -84,7 +84,7 @@ def _variance(counts: Sequence[int]) -> float:
     return sum(count * (1 + _CORRELATION * (count - 1)) for count in counts) / sum(counts) ** 2
 
 
-_HASHES = ("ids", "prompts", "answers", "others", "documents")
+_HASHES = ("ids", "prompts", "answers", "rejected_answers", "documents")
 
 
 class Verdict(NamedTuple):
@@ -113,7 +113,7 @@ class RowIndex:
         self.bands = [folder / f"band-{k}" for k in range(band_count(config.near_duplicate_threshold))]
         self.rows = 0
         self.languages: dict[str, int] = {}
-        columns = ("sides", "labels", "lengths", "codes", "counts", "generated", "source_bytes")
+        columns = ("splits", "labels", "lengths", "codes", "counts", "generated", "source_bytes")
         self._parts: dict[str, list[NDArray[Any]]] = {name: [] for name in columns}
         names = [*(folder / name for name in (*_HASHES, "shingles", "sources")), *self.bands]
         self._stack = ExitStack()
@@ -135,7 +135,7 @@ class RowIndex:
         batch.sketches.shingles.tofile(self._files["shingles"])
         codes = [self.languages.setdefault(name, len(self.languages)) for name in batch.languages]
         self._parts["codes"].append(np.array(codes, np.uint16))
-        self._parts["sides"].append(batch.sides)
+        self._parts["splits"].append(batch.splits)
         self._parts["labels"].append(batch.labels)
         self._parts["lengths"].append(batch.lengths)
         self._parts["counts"].append(batch.sketches.counts)
@@ -143,16 +143,16 @@ class RowIndex:
         sources = [source.encode() for source in batch.kept.column("source").to_pylist()]
         self._files["sources"].write(b"".join(sources))
         self._parts["source_bytes"].append(np.array([len(source) for source in sources], np.uint32))
-        self.rows += len(batch.sides)
+        self.rows += len(batch.splits)
 
     def column(self, name: str) -> NDArray[Any]:
-        """One value for each row: `sides`, `labels`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`."""
+        """One value for each row: `splits`, `labels`, `lengths`, `codes` of `languages`, shingle `counts` or `generated`."""
         if len(self._parts[name]) > 1:
             self._parts[name] = [np.concatenate(self._parts[name])]
         return self._parts[name][0] if self._parts[name] else np.empty(0, np.uint32)
 
     def hash(self, name: str, row: int) -> int:
-        """A row's hash of the kind `ids`, `prompts`, `answers` or `others`."""
+        """A row's hash of the kind `ids`, `prompts`, `answers` or `rejected_answers`."""
         return int.from_bytes(self._read(name, 8 * row, 8), sys.byteorder)
 
     def names(self, row: int) -> dict[str, str]:
@@ -190,7 +190,7 @@ class Verdicts:
         self._index = index
         self._rules = config.rules
         self._remove_leaks = remove_leaks
-        self._sides = index.column("sides")
+        self._splits = index.column("splits")
         self._labels = index.column("labels")
         self._generated = index.column("generated")
         self._exact: set[int] = set()
@@ -209,13 +209,13 @@ class Verdicts:
     def leaks(self, rows: Iterable[int]) -> None:
         """Given similar rows, mark as leaks all that are in an earlier split of `SPLITS` than the last of them."""
         kept = [row for row in rows if self.drop_of(row) is None]
-        top = max(kept, key=lambda row: (self._sides[row], -row), default=-1)
-        lower = [row for row in kept if self._sides[row] < self._sides[top]]
+        top = max(kept, key=lambda row: (self._splits[row], -row), default=-1)
+        lower = [row for row in kept if self._splits[row] < self._splits[top]]
         if lower:
-            side = self._sides[top]
-            self.leaked |= {row for row in rows if self._sides[row] == side}
+            split = self._splits[top]
+            self.leaked |= {row for row in rows if self._splits[row] == split}
             for row in lower:
-                leak = Verdict(f"leaks_into_{SPLITS[int(side)]}", top, self._remove_leaks)
+                leak = Verdict(f"leaks_into_{SPLITS[int(split)]}", top, self._remove_leaks)
                 # Similar rows usually have the same prompt too. The row still counts as one leak.
                 if all(verdict.rule != leak.rule for verdict in self.by_row.get(row, ())):
                     self.by_row.setdefault(row, []).append(leak)
@@ -224,7 +224,7 @@ class Verdicts:
         """Given similar rows, mark all but the first of each split and label as duplicates. Skips exact duplicates."""
         first: dict[tuple[int, int], int] = {}
         for row in rows:
-            earlier = first.setdefault((int(self._sides[row]), int(self._labels[row])), row)
+            earlier = first.setdefault((int(self._splits[row]), int(self._labels[row])), row)
             if earlier != row and row not in self._exact and not self._other_comparison(row, earlier):
                 self.match(rule, row, earlier)
                 if rule == "exact_duplicate":
@@ -233,7 +233,7 @@ class Verdicts:
     def _other_comparison(self, row: int, earlier: int) -> bool:
         """Whether two pairs compare the same answer to the same prompt with different rejected answers."""
         same = all(self._index.hash(name, row) == self._index.hash(name, earlier) for name in ("prompts", "answers"))
-        return same and self._index.hash("others", row) != self._index.hash("others", earlier)
+        return same and self._index.hash("rejected_answers", row) != self._index.hash("rejected_answers", earlier)
 
     def conflicts(self, rows: list[int]) -> None:
         """Given rows with the same prompt, mark rows with different answers.
@@ -248,7 +248,7 @@ class Verdicts:
                 if self._labels[row] == 1 and answers[row] in good:
                     self.match("conflicting_answers", row, good[answers[row]])
             return
-        rejected = {self._index.hash("others", row): row for row in rows}
+        rejected = {self._index.hash("rejected_answers", row): row for row in rows}
         for row in rows:
             # Instruction rows have no rejected answer: its hash is 0.
             if 0 in rejected and answers[row] != answers[rows[0]]:
@@ -267,15 +267,15 @@ class Verdicts:
         for group in groups(self._index.folder / "documents"):
             if not self._index.hash("documents", int(group[0])):
                 continue
-            kept = group[(self._sides[group] > 0) & ~dropped[group]].tolist()
+            kept = group[(self._splits[group] > 0) & ~dropped[group]].tolist()
             if kept:
-                documents.setdefault(int(self._sides[kept[0]]), []).append(kept)
-        for side, found in documents.items():
+                documents.setdefault(int(self._splits[kept[0]]), []).append(kept)
+        for split, found in documents.items():
             sizes = [len(rows) for rows in found]
-            others = int(((self._sides == side) & ~dropped).sum()) - sum(sizes)
+            others = int(((self._splits == split) & ~dropped).sum()) - sum(sizes)
             limit = document_limit([*sizes, *[1] * others])
             if limit is not None:
-                self.limits[side] = limit
+                self.limits[split] = limit
                 for rows in found:
                     for row in sorted(rows, key=lambda row: self._index.hash("ids", row))[limit:]:
                         self.by_row.setdefault(row, []).append(Verdict(OVER_QUARTER, -1, True))

@@ -72,10 +72,10 @@ class Examined(NamedTuple):
         kept: the kept rows in Arrow format, with their ids.
         rejected: rows that a rule drops.
         findings: for each report of a rule, the position in `kept`, the rule and the detail.
-        ids, prompts, answers, others: hashes of the row, its prompt, its answer (the chosen one of a pair), and its
+        ids, prompts, answers, rejected_answers: hashes of the row, its prompt, its answer (the chosen one of a pair), and its
             rejected answer (0 for instruction rows).
         documents: hashes of the names of the rows' documents; 0 for a row without one.
-        sides: the split, as an index into `SPLITS`.
+        splits: the split, as an index into `SPLITS`.
         labels: 2 for a good answer, 1 for a bad one, 0 for a row without a label.
         generated: 1 if a model wrote a part of the row, else 0.
         lengths: characters of prompt and answer.
@@ -88,9 +88,9 @@ class Examined(NamedTuple):
     ids: NDArray[np.uint64]
     prompts: NDArray[np.uint64]
     answers: NDArray[np.uint64]
-    others: NDArray[np.uint64]
+    rejected_answers: NDArray[np.uint64]
     documents: NDArray[np.uint64]
-    sides: NDArray[np.uint8]
+    splits: NDArray[np.uint8]
     labels: NDArray[np.uint8]
     generated: NDArray[np.uint8]
     lengths: NDArray[np.uint32]
@@ -100,35 +100,35 @@ class Examined(NamedTuple):
 
 @dataclass(frozen=True)
 class Examiner:
-    """Checks single rows of one kind, and computes the hashes that `verdicts` compares.
+    """Checks single rows of one kind, and computes the hashes that `judge` compares.
 
     Args:
         stage: the stage under which the quarantine counts rejected rows.
-        side: the split of all rows; None splits them by their document or prompt.
+        split: the split of all rows; None splits them by their document or prompt.
         evaluation: rows that training rows must not share n-grams with.
     """
 
     stage: str
     kind: str
     config: DataConfig
-    side: str | None
+    split: str | None
     has_own_test: bool
     evaluation: EvaluationIndex | None
 
     def __call__(self, batch: pa.RecordBatch) -> Examined:
         """Examine a batch of records that have the columns of the canonical rows."""
         kept: list[Row] = []
-        sides: list[int] = []
+        splits: list[int] = []
         rejected: list[Quarantined] = []
         findings: list[tuple[int, str, str]] = []
         for record in batch.to_pylist():
             row = read_row(record, self.kind)
-            side = self.side or split_of(split_key(row), self.config.split, self.has_own_test)
+            split = self.split or split_of(split_key(row), self.config.split, self.has_own_test)
             if row.origin == REPLAY:
-                side = "train"
+                split = "train"
             checked = check_row(row, self.config.rules)
             reason, detail = checked.reason, checked.detail
-            if not reason and self.evaluation is not None and side == "train":
+            if not reason and self.evaluation is not None and split == "train":
                 shared = self.evaluation.match(checked.row)
                 if not shared and isinstance(checked.row, TextRow) and is_generated(checked.row):
                     shared = self.evaluation.question_in(checked.row.text)
@@ -139,7 +139,7 @@ class Examiner:
                 continue
             findings += [(len(kept), finding.rule, finding.detail) for finding in checked.findings]
             kept.append(checked.row)
-            sides.append(SPLITS.index(side))
+            splits.append(SPLITS.index(split))
         texts = [row_text(row) for row in kept]
         records = [row.record() for row in kept]
         detects_language = self.config.rules.language_outlier != "off"
@@ -151,9 +151,11 @@ class Examiner:
             # Two texts without a prompt do not answer the same question.
             prompts=np.array([_hash(folded(row.prompt or row.answers[0])) for row in kept], np.uint64),
             answers=np.array([_hash(folded(row.answers[0])) for row in kept], np.uint64),
-            others=np.array([_hash(folded(row.answers[1])) if row.answers[1:] else 0 for row in kept], np.uint64),
+            rejected_answers=np.array(
+                [_hash(folded(row.answers[1])) if row.answers[1:] else 0 for row in kept], np.uint64
+            ),
             documents=np.array([_hash(row.document) if row.document else 0 for row in kept], np.uint64),
-            sides=np.array(sides, np.uint8),
+            splits=np.array(splits, np.uint8),
             labels=np.array([1 + row.label if isinstance(row, LabelledRow) else 0 for row in kept], np.uint8),
             generated=np.array([is_generated(row) for row in kept], np.uint8),
             lengths=np.array([len(text) for text in texts], np.uint32),

@@ -1,6 +1,6 @@
 """Checks, judges and splits candidate rows. The result is a dataset for training.
 
-Three passes over files do this: `examine` checks each row, `verdicts` compares the rows by their hashes, and `_Writer`
+Three passes over files do this: `examine` checks each row, `judge` compares the rows by their hashes, and `_Writer`
 writes each row to its split or to the quarantine. No pass holds the rows in memory.
 """
 
@@ -107,8 +107,8 @@ def prepare(
     ends: dict[str, int] = {}
     times = [time.monotonic()]
     with RowIndex(folder, config) as index:
-        for stage, dataset, side in parts:
-            examiner = Examiner(stage, kind, config, side, own_test is not None, evaluation)
+        for stage, dataset, split in parts:
+            examiner = Examiner(stage, kind, config, split, own_test is not None, evaluation)
             for batch in examine(dataset_batches(dataset), len(dataset), examiner):
                 for position, rule, detail in batch.findings:
                     raw_findings.write({"row": index.rows + position, "rule": rule, "detail": detail})
@@ -174,7 +174,7 @@ class _Writer:
         self.index = index
         self.raw = stream_records(raw_findings.dataset())
         self.next_raw = next(self.raw, None)
-        self.sides = index.column("sides")
+        self.row_splits = index.column("splits")
         self.languages = list(index.languages)
         self.codes = index.column("codes")
         self.verdicts = verdicts
@@ -194,9 +194,9 @@ class _Writer:
         for batch in stream_batches(self.valid.path):
             rows = range(start, start + batch.num_rows)
             dropped = {row: verdict for row in rows if (verdict := self.verdicts.drop_of(row)) is not None}
-            sides = [-1 if row in dropped else int(self.sides[row]) for row in rows]
-            for side, name in enumerate(SPLITS):
-                chosen = [position for position, one in enumerate(sides) if one == side]
+            splits = [-1 if row in dropped else int(self.row_splits[row]) for row in rows]
+            for number, name in enumerate(SPLITS):
+                chosen = [position for position, one in enumerate(splits) if one == number]
                 if chosen:
                     self.splits[name].write_batch(batch.take(pa.array(chosen)))
             for row in rows:
@@ -214,7 +214,7 @@ class _Writer:
         for number, members in enumerate(self.verdicts.clusters):
             for row in members:
                 drop = self.verdicts.drop_of(row)
-                split = SPLITS[int(self.sides[row])]
+                split = SPLITS[int(self.row_splits[row])]
                 fate = drop.rule if drop is not None else "kept"
                 self.clusters.write({"cluster": number, **self.index.names(row), "split": split, "fate": fate})
 
@@ -275,10 +275,10 @@ class _Writer:
         if verdict.rule == "language_outlier":
             return f"in the language {self.languages[int(self.codes[row])]}, unlike nearly all other rows"
         if verdict.rule == OVER_QUARTER:
-            side = int(self.sides[row])
-            limit = counted(self.verdicts.limits[side], "row")
+            split = int(self.row_splits[row])
+            limit = counted(self.verdicts.limits[split], "row")
             return (
-                f"the {SPLITS[side]} split keeps {limit} of each document, so that none has more than a quarter of it"
+                f"the {SPLITS[split]} split keeps {limit} of each document, so that none has more than a quarter of it"
             )
         other = self._source(verdict.other)
         if verdict.rule == "exact_duplicate":

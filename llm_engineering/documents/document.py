@@ -99,7 +99,7 @@ class TextBuilder:
 
     def document(self, source: str, title: str) -> Document:
         """The document with all text that was added."""
-        title = folded(_UNPRINTABLE.sub("", title))
+        title = one_line(_UNPRINTABLE.sub("", title))
         return make_document(source, title, "".join(self._pieces), tuple(self.parts))
 
 
@@ -116,14 +116,14 @@ def not_read(reason: str, source: Path | str, place: str, detail: str) -> Quaran
     )
 
 
-def folded(text: str) -> str:
+def one_line(text: str) -> str:
     """The text with each run of white space as one space."""
     return " ".join(text.split())
 
 
 def heading(text: str, level: int) -> str:
     """A heading as a line of Markdown; empty if it has no text."""
-    return f"{'#' * min(level, 6)} {folded(text)}" if text.strip() else ""
+    return f"{'#' * min(level, 6)} {one_line(text)}" if text.strip() else ""
 
 
 def table_text(rows: Sequence[Sequence[str]], has_header: bool | None = None) -> str:
@@ -136,7 +136,7 @@ def table_text(rows: Sequence[Sequence[str]], has_header: bool | None = None) ->
         has_header: whether the first row names the columns. With None it does if there are at least three columns and
             the names differ.
     """
-    filled = [cells for row in rows if any(cells := [folded(cell) for cell in row])]
+    filled = [cells for row in rows if any(cells := [one_line(cell) for cell in row])]
     if not filled:
         return ""
     columns = max(map(len, filled))

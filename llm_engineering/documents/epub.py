@@ -10,7 +10,7 @@ from urllib.parse import unquote
 from bs4 import BeautifulSoup
 
 from llm_engineering.data.rows import Quarantined
-from llm_engineering.documents.document import Document, TextBuilder, UnreadableError, folded, not_read
+from llm_engineering.documents.document import Document, TextBuilder, UnreadableError, not_read, one_line
 from llm_engineering.documents.markup import add_html
 from llm_engineering.documents.zipped import open_zip
 
@@ -40,11 +40,11 @@ def read_epub(file: Path, _field: str | None) -> tuple[list[Document], list[Quar
                 quarantine.append(not_read(error.reason, file, path, error.detail))
                 continue
             title = page.find(["h1", "h2", "h3"]) or page.title
-            name = folded(title.get_text(" ")) if title else ""
+            name = one_line(title.get_text(" ")) if title else ""
             builder.start_part(f"chapter {name}" if name else posixpath.basename(path))
             add_html(page, builder)
     title = package.find("dc:title")
-    return [builder.document(str(file), folded(title.get_text()) if title else file.stem)], quarantine
+    return [builder.document(str(file), one_line(title.get_text()) if title else file.stem)], quarantine
 
 
 def _soup(archive: zipfile.ZipFile, path: str) -> BeautifulSoup:

@@ -12,7 +12,7 @@ from bs4.element import NavigableString, PreformattedString, Tag
 
 from llm_engineering.data.reading.files import text_encoding
 from llm_engineering.data.rows import Quarantined
-from llm_engineering.documents.document import Document, TextBuilder, folded, heading, table_text
+from llm_engineering.documents.document import Document, TextBuilder, heading, one_line, table_text
 
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 _NO_TEXT = ("script", "style", "nav", "header", "footer", "noscript", "template", "title", "svg")
@@ -39,7 +39,7 @@ def read_html(file: Path, _field: str | None) -> tuple[list[Document], list[Quar
         LookupError: no encoding has the declared name.
     """
     soup = BeautifulSoup(_decoded(file.read_bytes()), "html.parser")
-    title = folded(soup.title.get_text()) if soup.title else ""
+    title = one_line(soup.title.get_text()) if soup.title else ""
     builder = TextBuilder()
     add_html(soup, builder)
     return [builder.document(str(file), title or file.stem)], []
@@ -74,7 +74,7 @@ def _blocks(root: Tag) -> Iterator[str]:
         if isinstance(piece, NavigableString):
             text += piece
             continue
-        if text := folded(text):
+        if text := one_line(text):
             yield mark + text
             mark = text = ""
         if isinstance(piece, Tag):
@@ -108,7 +108,7 @@ def _block(element: Tag) -> Iterator[str]:
         yield f"```\n{element.get_text().strip(chr(10))}\n```"
     elif element.name == "table":
         if caption := element.find("caption"):
-            yield folded(caption.get_text())
+            yield one_line(caption.get_text())
         yield table_text(_grid(element), _has_header(element))
     else:
         yield heading(element.get_text(), int(element.name[1]))
@@ -131,7 +131,7 @@ def _grid(table: Tag) -> list[list[str]]:
         following: dict[int, tuple[str, int]] = {}
         for cell in element.find_all(["th", "td"]):
             _fill(row, covered)
-            text = folded(cell.get_text(" "))
+            text = one_line(cell.get_text(" "))
             for _ in range(_span(cell, "colspan")):
                 if (more := _span(cell, "rowspan") - 1) > 0:
                     following[len(row)] = (text, more)

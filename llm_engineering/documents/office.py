@@ -14,7 +14,7 @@ from docx.text.paragraph import Paragraph
 from pptx.enum.shapes import PP_PLACEHOLDER
 
 from llm_engineering.data.rows import Quarantined
-from llm_engineering.documents.document import Document, TextBuilder, folded, heading, table_text
+from llm_engineering.documents.document import Document, TextBuilder, heading, one_line, table_text
 from llm_engineering.documents.zipped import open_zip
 
 _W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -50,12 +50,12 @@ def read_docx(file: Path, _field: str | None) -> tuple[list[Document], list[Quar
         if _CONTENTS_STYLE.match(style) or not text.strip():
             continue
         if style.casefold() == "title" and not title:
-            title = folded(text)
+            title = one_line(text)
         elif level:
-            builder.start_part(f"section {folded(text)}")
+            builder.start_part(f"section {one_line(text)}")
             builder.add(heading(text, level))
         else:
-            builder.add(f"- {folded(text)}" if _is_item(block, style) else text.strip())
+            builder.add(f"- {one_line(text)}" if _is_item(block, style) else text.strip())
     return [builder.document(str(file), title or file.stem)], []
 
 
@@ -149,7 +149,7 @@ def read_pptx(file: Path, _field: str | None) -> tuple[list[Document], list[Quar
     for number, slide in enumerate(deck.slides, start=1):
         builder.start_part(f"slide {number}")
         title = slide.shapes.title
-        titles.append(folded(title.text_frame.text) if title is not None else "")
+        titles.append(one_line(title.text_frame.text) if title is not None else "")
         builder.add(heading(titles[-1], 2))
         for shape in slide.shapes:
             for block in _shape_blocks(shape):
@@ -171,7 +171,7 @@ def _shape_blocks(shape: Any) -> Iterator[str]:
         yield table_text(list(_slide_rows(shape.table)), shape.table.first_row or None)
     elif shape.has_text_frame:
         # An outline of a slide is a list; a text box with one paragraph is not.
-        texts = [folded(paragraph.text) for paragraph in shape.text_frame.paragraphs if paragraph.text.strip()]
+        texts = [one_line(paragraph.text) for paragraph in shape.text_frame.paragraphs if paragraph.text.strip()]
         yield "\n".join(f"- {text}" for text in texts) if len(texts) > 1 else "".join(texts)
 
 

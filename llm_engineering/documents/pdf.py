@@ -22,9 +22,9 @@ from llm_engineering.documents.document import (
     Document,
     TextBuilder,
     UnreadableError,
-    folded,
     heading,
     not_read,
+    one_line,
     table_text,
 )
 
@@ -96,7 +96,7 @@ def read_pdf(file: Path, _field: str | None) -> tuple[list[Document], list[Quara
     scanned: list[int] = []
     with file.open("rb") as stream:
         reader = _open(stream)
-        title = folded((reader.metadata.title if reader.metadata else "") or "")
+        title = one_line((reader.metadata.title if reader.metadata else "") or "")
         for number, page in enumerate(reader.pages, start=1):
             try:
                 lines.append(_lines(page, number))
@@ -149,7 +149,7 @@ def _lines(page: PageObject, number: int) -> list[_Line]:
     pieces: list[tuple[str, float, float, float, bool]] = []
 
     def end_line() -> None:
-        text = folded("".join(piece[0] for piece in pieces)).translate(_LIGATURES)
+        text = one_line("".join(piece[0] for piece in pieces)).translate(_LIGATURES)
         if text:
             longest = max(pieces, key=lambda piece: len(piece[0].strip()))
             _, x, y, _, _ = next(piece for piece in pieces if piece[0].strip())
