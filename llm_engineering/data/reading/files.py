@@ -65,8 +65,15 @@ class BrokenRecord(NamedTuple):
         )
 
 
-# The place of a record, its value, and the reason and detail of its problem, both empty if it has none.
-Item = tuple[str, Any, str, str]
+class Item(NamedTuple):
+    """The place of a record, its value, and the reason and detail of its problem, both empty if it has none."""
+
+    place: str
+    value: Any
+    reason: str = ""
+    detail: str = ""
+
+
 BATCH_ROWS = 1000
 _ARROW_FILE_MAGIC = b"ARROW1"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -196,16 +203,16 @@ def _open_text(path: Path, newline: str) -> TextIO:
 def _checked(place: str, value: Any, raw: str) -> Item:
     """The value of a JSON text, or its problem: Python cannot read it, or it cannot be written as UTF-8."""
     if isinstance(value, Unreadable):
-        return place, raw, "malformed", value.problem
+        return Item(place, raw, "malformed", value.problem)
     if not is_text(raw):
-        return place, raw, *_NOT_UTF8
+        return Item(place, raw, *_NOT_UTF8)
     if "\\u" in raw and _SURROGATE.search(raw):
         try:
             if not is_text(json.dumps(value, ensure_ascii=False)):
-                return place, raw, *_HALF_CHARACTER
+                return Item(place, raw, *_HALF_CHARACTER)
         except RecursionError as error:
-            return place, raw, "malformed", unreadable(error).problem
-    return place, value, "", ""
+            return Item(place, raw, "malformed", unreadable(error).problem)
+    return Item(place, value)
 
 
 def _jsonl(path: Path) -> Iterator[Item]:
@@ -225,7 +232,7 @@ def _jsonl(path: Path) -> Iterator[Item]:
                 continue
             place = f"line {number}"
             if not is_text(line):
-                yield place, line, *_NOT_UTF8
+                yield Item(place, line, *_NOT_UTF8)
                 continue
             try:
                 value = DECODER.decode(line)
@@ -293,7 +300,7 @@ def _csv_rows(path: Path) -> Iterator[Item]:
             except csv.Error as error:
                 if "unexpected end of data" in str(error):
                     raise csv.Error(f"{place} opens a quoted cell that is never closed") from error
-                yield place, "", "malformed", str(error)
+                yield Item(place, "", "malformed", str(error))
                 continue
             if cells is None:
                 return
@@ -313,32 +320,23 @@ def _csv_row(place: str, header: list[str], cells: list[str], separator: str) ->
     """A row as an object. Spreadsheets write empty cells under columns without a name: these are left out."""
     text = separator.join(cells)
     if any(cells[len(header) :]) or any(name.strip() for name in header[len(cells) :]):
-        return place, text, "malformed", f"{len(cells)} cells, and the first line names {len(header)} columns"
+        return Item(place, text, "malformed", f"{len(cells)} cells, and the first line names {len(header)} columns")
     if not is_text(text):
-        return place, text, *_NOT_UTF8
+        return Item(place, text, *_NOT_UTF8)
     columns = [name if name.strip() else f"(column {number})" for number, name in enumerate(header, start=1)]
     named = zip(columns, header, cells, strict=False)
-    return place, {column: cell for column, name, cell in named if cell or name.strip()}, "", ""
+    return Item(place, {column: cell for column, name, cell in named if cell or name.strip()})
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
-    """Yield place, value, reason and detail of every row; reason and detail are empty if the row has no problem.
-
-    Raises:
-        pyarrow.ArrowException, OSError: the file is damaged, or is not a Parquet file.
-    """
+def _parquet_rows(path: Path) -> Iterator[Item]:
     with path.open("rb") as file:
         source = pq.ParquetFile(file, pre_buffer=False)
         _check_names(source.schema_arrow)
         yield from _rows(source.iter_batches(BATCH_ROWS))
 
 
-def arrow_rows(path: Path) -> Iterator[tuple[str, Any, str, str]]:
-    """The same as `parquet_rows` for an Arrow file, in the file or the streaming format; `datasets` writes the latter.
-
-    Raises:
-        pyarrow.ArrowException, OSError: the file is damaged, or is not an Arrow file.
-    """
+def _arrow_rows(path: Path) -> Iterator[Item]:
+    """The rows of an Arrow file, in the file or the streaming format; `datasets` writes the latter."""
     with path.open("rb") as file:
         start = file.read(len(_ARROW_FILE_MAGIC))
         file.seek(0)
@@ -357,7 +355,7 @@ def _check_names(schema: pa.Schema) -> None:
         raise pa.ArrowInvalid(f"two columns have the same name ({', '.join(schema.names)})")
 
 
-def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, Any, str, str]]:
+def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[Item]:
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH_ROWS):
@@ -371,11 +369,11 @@ def _rows(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[str, Any, str, st
                 number += 1
                 place = f"row {number}"
                 if isinstance(value, UnicodeDecodeError):
-                    yield place, "", "not_utf8", str(value)
+                    yield Item(place, "", "not_utf8", str(value))
                 elif isinstance(value, Exception):
-                    yield place, "", "malformed", str(value)
+                    yield Item(place, "", "malformed", str(value))
                 else:
-                    yield place, without_nan(value), "", ""
+                    yield Item(place, without_nan(value))
 
 
 def without_nan(row: dict[str, Any]) -> dict[str, Any]:
@@ -397,4 +395,4 @@ _TEXT_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
 }
-_READERS = {**_TEXT_READERS, ".parquet": parquet_rows, ".arrow": arrow_rows}
+_READERS = {**_TEXT_READERS, ".parquet": _parquet_rows, ".arrow": _arrow_rows}
