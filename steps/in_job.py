@@ -20,9 +20,9 @@ from pydantic import BaseModel, TypeAdapter
 from zenml import get_step_context, log_metadata
 from zenml.utils.source_utils import set_custom_source_root
 
+from llm_engineering.cloud.package import PROJECT_ROOT, folder_hash
 from llm_engineering.cloud.sagemaker.dispatch import run_job
 from llm_engineering.cloud.sagemaker.request import INPUTS, MODEL, RESULTS
-from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, folder_hash
 from llm_engineering.cloud.sagemaker.step_dispatch import ARGUMENTS, FACTS, FILES, OUTPUT, StepWork
 from llm_engineering.cloud.sagemaker.weights import is_copied
 from llm_engineering.cloud.schedules.job_recipe import with_job_files

@@ -8,6 +8,7 @@ from datasets import DatasetDict
 from zenml import get_step_context, log_metadata
 
 from llm_engineering.cloud.sagemaker.dispatch import dispatch_training
+from llm_engineering.cloud.skypilot import train_with_skypilot
 from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import Stage
@@ -57,8 +58,9 @@ def train(
         train_job: Callable[..., TrainingResult] = getattr(import_module(function[0]), function[1])
         result = launch_training(train_job, job, formatted, Settings())
     else:
+        dispatch = dispatch_training if setup.compute.target == "sagemaker" else train_with_skypilot
         recipe = get_step_context().model.name
-        result = dispatch_training(job, formatted, Settings(), recipe, lambda facts: log_metadata(metadata=facts))
+        result = dispatch(job, formatted, Settings(), recipe, lambda facts: log_metadata(metadata=facts))
 
     # Write the page, and log what a person would filter by
     summary = result.summary

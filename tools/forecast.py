@@ -46,7 +46,7 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str], source: Source | None 
         return []
     lines: list[str] = []
     try:
-        device = _other_device(recipe) if recipe.compute.sagemaker else _device(recipe)
+        device = _other_device(recipe) if recipe.compute.target != "local" else _device(recipe)
     except RequestError as error:
         lines.append(f"This machine cannot train this recipe: {error}")
         device = _other_device(recipe)
@@ -55,7 +55,7 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str], source: Source | None 
     except (OSError, ValueError) as error:
         reason = f"the configuration of {recipe.model.name_or_path} cannot be read ({first_line(error)})"
         return [*lines, f"No estimate: {reason}."]
-    here = not lines and recipe.compute.sagemaker is None
+    here = not lines and recipe.compute.target == "local"
     where = "On this machine" if here else "On another machine"
     if recipe.compute.sagemaker is not None:
         where = f"On {recipe.compute.sagemaker.instance_type}"
@@ -78,12 +78,12 @@ def estimate_lines(recipe: Recipe, stages: Sequence[str], source: Source | None 
 
 
 def warn_of_memory(recipe: Recipe, stages: Sequence[str]) -> None:
-    """Log a warning for each stage that may need more memory than is free. SageMaker jobs are not checked.
+    """Log a warning for each stage that may need more memory than is free. Jobs on other machines are not checked.
 
     Raises:
         RequestError: this machine cannot train the recipe.
     """
-    if recipe.compute.target == "sagemaker":
+    if recipe.compute.target != "local":
         return
     device = _device(recipe)
     for stage in stages:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.cost import cost_sentences
 from llm_engineering.cloud.sagemaker.preflight import check
+from llm_engineering.cloud.skypilot import check_skypilot
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.data.reading.sources import dataset_hash
@@ -73,6 +74,8 @@ def check_and_pin(recipe: Recipe) -> tuple[Recipe, Inputs]:
         check(recipe, account, settings)
         for line in cost_sentences(recipe.compute.sagemaker, account):
             logger.info("%s", line)
+    if recipe.compute.skypilot is not None:
+        check_skypilot(recipe.compute.skypilot)
     recipe = with_held_out_documents(recipe)
     data = recipe.data
     documents = documents_hash(recipe.documents) if recipe.reads_documents else None

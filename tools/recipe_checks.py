@@ -61,11 +61,11 @@ def check_local_datasets(recipe: Recipe) -> None:
 def check_machine(recipe: Recipe) -> bool:
     """Check the device, the processes and the method of training; returns whether unsloth will be the backend.
 
-    For SageMaker this is True only if the recipe says `backend: unsloth`. With `backend: auto` the job decides, because
+    For a job on another machine this is True only if the recipe says `backend: unsloth`. With `backend: auto` the job decides, because
     only the job can inspect its machine.
     """
     compute = recipe.compute
-    if compute.target == "sagemaker":
+    if compute.target != "local":
         choose_device(compute.one_process)
         return compute.backend == "unsloth"
     device = choose_device(compute)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -87,6 +87,29 @@ class SageMakerConfig(Block):
         return self.max_wait_s or min(2 * self.max_run_s, 2_419_200)
 
 
+class SkyPilotConfig(Block):
+    """The machine of a training stage that is a SkyPilot task.
+
+    `resources` and `file_mounts` are those of SkyPilot's tasks (https://docs.skypilot.co/en/latest/reference/yaml-spec.html).
+    Without `resources.autostop` the machine is taken down after 15 idle minutes. `setup` are the commands that make `.venv` in the
+    project's folder. Checkpoints are written to `output_dir`: if it is in a bucket of `file_mounts`, another machine continues
+    from them.
+    """
+
+    resources: dict[str, Any] = Field(default_factory=dict)
+    file_mounts: dict[str, Any] = Field(default_factory=dict)
+    setup: str = (
+        "python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.11 .venv && "
+        "python3 -m uv pip install --quiet --python .venv --no-deps --requirement docker/training.lock"
+    )
+    output_dir: str = "outputs"
+
+    @property
+    def task_resources(self) -> dict[str, Any]:
+        """The task's `resources`. The default of `autostop` limits what a forgotten machine costs."""
+        return {"autostop": {"idle_minutes": 15, "down": True}, **self.resources}
+
+
 class ComputeConfig(Block):
     """Where training runs, in which precision, in how many processes, and which library loads the trained model.
 
@@ -96,12 +119,13 @@ class ComputeConfig(Block):
 
     With `target: sagemaker` each training stage is a SageMaker job on the machines of the block `sagemaker`. The other
     keys then describe those machines, and `num_processes` counts the processes of all of them. Everything except
-    training runs on this machine, unless `sagemaker.scope` is `chain`.
+    training runs on this machine, unless `sagemaker.scope` is `chain`. With `target: skypilot` each training stage is a
+    SkyPilot task on one machine of the block `skypilot`.
 
     `backend: auto` is unsloth if CUDA and the package are available and unsloth supports the recipe, else transformers.
     """
 
-    target: Literal["local", "sagemaker"] = "local"
+    target: Literal["local", "sagemaker", "skypilot"] = "local"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -110,13 +134,21 @@ class ComputeConfig(Block):
     distributed: Literal["ddp", "fsdp2", "deepspeed"] = "ddp"
     zero_stage: Literal[1, 2, 3] | None = None
     sagemaker: SageMakerConfig | None = None
+    skypilot: SkyPilotConfig | None = None
 
     @model_validator(mode="after")
     def _processes(self) -> Self:
         if self.target == "sagemaker" and self.sagemaker is None:
             raise ValueError("target sagemaker needs the block sagemaker: add it with at least instance_type")
-        if self.target == "local" and self.sagemaker is not None:
-            raise ValueError("the block sagemaker has no effect with target local: remove it, or set target sagemaker")
+        for target in ("sagemaker", "skypilot"):
+            if self.target != target and getattr(self, target) is not None:
+                raise ValueError(
+                    f"the block {target} has no effect with target {self.target}: remove it, or set target {target}"
+                )
+        if self.target == "skypilot" and self.skypilot is None:
+            raise ValueError(
+                "target skypilot needs the block skypilot: add it with resources, e.g. {accelerators: L40S}"
+            )
         if self.sagemaker is not None and self.num_processes % self.sagemaker.instance_count:
             raise ValueError(
                 f"num_processes {self.num_processes} counts the processes of all machines: make it a multiple of "
@@ -153,9 +185,11 @@ class ComputeConfig(Block):
         On a machine with cards `device: auto` becomes `cuda`, so that a job that finds no card ends at once instead of
         training slowly on a paid machine.
         """
-        has_cards = self.sagemaker is not None and re.match(r"ml\.[gp]\d", self.sagemaker.instance_type)
+        has_cards = (self.sagemaker is not None and re.match(r"ml\.[gp]\d", self.sagemaker.instance_type)) or (
+            self.skypilot is not None and "accelerators" in self.skypilot.resources
+        )
         device = "cuda" if self.device == "auto" and has_cards else self.device
-        return self.model_copy(update={"target": "local", "sagemaker": None, "device": device})
+        return self.model_copy(update={"target": "local", "sagemaker": None, "skypilot": None, "device": device})
 
     @property
     def here(self) -> ComputeConfig:
@@ -166,6 +200,6 @@ class ComputeConfig(Block):
     def one_process(self) -> ComputeConfig:
         """The block for the steps that run in one process on this machine.
 
-        Their results come from the cache even if training moves to more processes or to SageMaker.
+        Their results come from the cache even if training moves to more processes or to other machines.
         """
         return self.here.model_copy(update={"num_processes": 1, "distributed": "ddp", "zero_stage": None})

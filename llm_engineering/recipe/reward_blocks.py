@@ -180,9 +180,9 @@ class RewardedConfig(RewardSet, TrainConfig):
             trained: the stage that trains a reward model before this one; None if there is none.
         """
         here = next((reward.use for reward in self.rewards if reward.own_function or reward.judge), None)
-        if here is not None and compute.target == "sagemaker":
+        if here is not None and compute.target != "local":
             return (
-                f"{stage}.rewards names {here}, and a job on SageMaker has neither your files nor the judge's key: use "
+                f"{stage}.rewards names {here}, and a job on another machine has neither your files nor the judge's key: use "
                 "compute.target local, or other rewards"
             )
         if self.reward_model is not None and self.reward_model.version is None and trained is None:

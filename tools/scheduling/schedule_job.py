@@ -17,11 +17,12 @@ import boto3
 from dotenv import dotenv_values
 from pydantic import SecretStr
 
+from llm_engineering.cloud.package import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.preflight import problems, refuse
 from llm_engineering.cloud.sagemaker.problems import POLICIES, Problem, run_check, with_policies
 from llm_engineering.cloud.sagemaker.request import INPUTS, machines, training_job_request
-from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, upload_code
+from llm_engineering.cloud.sagemaker.s3 import upload_code
 from llm_engineering.cloud.sagemaker.trust import put_policy, trust_problems
 from llm_engineering.cloud.schedules import local_schedules
 from llm_engineering.cloud.schedules.alerts import PREFIX, topic_problems

@@ -85,9 +85,9 @@ def _open(config: str, overrides: tuple[str, ...]) -> Sweep:
             f"{config} has no block `sweep`. Name the ranges, e.g. sweep: {{ranges: {{sft.learning_rate: {{low: 1e-5, high: 1e-3, "
             "log: true}}}}."
         )
-    if full.compute.sagemaker is not None:
+    if full.compute.target != "local":
         raise RequestError(
-            "A sweep trains on this machine, and compute.target is sagemaker. Use --set compute.target=local, and start "
+            f"A sweep trains on this machine, and compute.target is {full.compute.target}. Use --set compute.target=local, and start "
             "the command on the machine with the cards."
         )
     block, stage = full.sweep, full.sweep.stage_of(full.chain)

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from botocore.exceptions import ClientError
 from datasets import DatasetDict
 
+from llm_engineering.cloud.package import folder_hash, job_on_machine, rename_base, training_command
 from llm_engineering.cloud.sagemaker import jobs
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.cost import Price, cost_facts, cost_line, price_of
@@ -33,7 +34,7 @@ from llm_engineering.cloud.sagemaker.request import (
     machines_after,
     training_job_request,
 )
-from llm_engineering.cloud.sagemaker.s3 import fetch_results, folder_hash, is_there, upload_code, upload_folder
+from llm_engineering.cloud.sagemaker.s3 import fetch_results, is_there, upload_code, upload_folder
 from llm_engineering.cloud.sagemaker.weights import hub_weights, is_copied
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
@@ -311,11 +312,9 @@ class _Stage(Work[TrainingResult]):
         self.job, self.data = job, data
 
     def command(self) -> list[str]:
-        """The command of local training, with the job's file. If there are several processes, torchrun starts them."""
-        count = self.job.setup.compute.num_processes
-        torchrun = ["torch.distributed.run", "--nproc-per-node", str(count // self.config.instance_count), "-m"]
-        training = ["llm_engineering.training", "--job", f"{INPUTS}/job/job.json", "--output", RESULTS]
-        return ["python", "-m", *(torchrun if count > 1 else []), *training]
+        """The command of the training."""
+        processes = self.job.setup.compute.num_processes // self.config.instance_count
+        return training_command(processes, f"{INPUTS}/job/job.json", RESULTS)
 
     def upload(self) -> dict[str, str]:
         """Upload code, data and models once for all jobs of the stage; returns the addresses by channel."""
@@ -350,17 +349,9 @@ class _Stage(Work[TrainingResult]):
 
     def upload_job(self, name: str) -> str:
         """Upload the description of the stage's work."""
-        model = self.job.setup.model
-        if self._reads_channel:
-            model = model.model_copy(update={"name_or_path": f"{INPUTS}/{MODEL}"})
-        setup = self.job.setup.model_copy(update={"compute": self.job.setup.compute.in_job, "model": model})
-        places = {"data": Path(INPUTS, "data")}
-        places |= {
-            name: Path(INPUTS, name) for name in ("start", "reward_model") if getattr(self.job, name) is not None
-        }
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            job = self.job.model_copy(update={"setup": setup, **places})
+            job = job_on_machine(self.job, INPUTS, f"{INPUTS}/{MODEL}" if self._reads_channel else None)
             (folder / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
             (folder / "identity.json").write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
             # Another start of this name may have other settings of the trackers, which the identity does not cover.
@@ -372,15 +363,8 @@ class _Stage(Work[TrainingResult]):
         folder = fetch_results(self.account, uri, name, self.settings.llm_output_dir)
         adapter, report = folder / "adapter", folder / "report" / "report.json"
         if self._reads_channel:
-            _rename_base(adapter / "adapter_config.json", self.job.setup.model.name_or_path)
+            rename_base(adapter / "adapter_config.json", self.job.setup.model.name_or_path)
         summary = json.loads(report.read_text(encoding="utf-8")) | {"sagemaker": self.facts(description)}
         report.write_text(json.dumps(summary, indent=2), encoding="utf-8")
         self.downloaded(description)
         return TrainingResult(adapter, report.parent, summary)
-
-
-def _rename_base(config: Path, name_or_path: str) -> None:
-    """Write the recipe's name of the base model into an adapter, in place of the path in the container."""
-    if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": name_or_path}
-        config.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")

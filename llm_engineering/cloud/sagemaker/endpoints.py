@@ -17,10 +17,11 @@ from typing import Any
 
 from botocore.exceptions import ClientError, WaiterError
 
+from llm_engineering.cloud.package import PROJECT_ROOT, code_archive, folder_hash
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.cost import price_of
 from llm_engineering.cloud.sagemaker.problems import error_code
-from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_archive, folder_hash, upload_folder
+from llm_engineering.cloud.sagemaker.s3 import upload_folder
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig
 

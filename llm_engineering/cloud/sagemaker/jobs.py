@@ -19,9 +19,9 @@ from typing import Any, Self
 from botocore.exceptions import BotoCoreError, ClientError
 from datasets import DatasetDict
 
+from llm_engineering.cloud.package import PROJECT_ROOT, code_hash, folder_hash
 from llm_engineering.cloud.sagemaker.failures import is_temporary
 from llm_engineering.cloud.sagemaker.request import Machine
-from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_hash, folder_hash
 from llm_engineering.training.processes.job import Job
 from llm_engineering.training.training_run import dataset_digests
 
@@ -54,7 +54,7 @@ def job_identity(job: Job, data: DatasetDict) -> dict[str, Any]:
     """
     setup = job.setup.model_copy(update={"compute": job.setup.compute.in_job})
     return {
-        **setup.model_dump(mode="json", exclude={"tracking": True, "compute": {"target", "sagemaker"}}),
+        **setup.model_dump(mode="json", exclude={"tracking": True, "compute": {"target", "sagemaker", "skypilot"}}),
         job.stage: job.config,
         "dataset": dataset_digests(data),
         "start": folder_hash(job.start) if job.start else None,

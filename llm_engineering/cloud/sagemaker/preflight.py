@@ -19,11 +19,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from llm_engineering.cloud.container import secret_object
+from llm_engineering.cloud.package import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.account import Account, botocore_session
 from llm_engineering.cloud.sagemaker.machine_checks import machine_problems, small_quotas
 from llm_engineering.cloud.sagemaker.problems import FORBIDDEN, Problem, error_code, run_check, with_policies
 from llm_engineering.cloud.sagemaker.rights import SAGEMAKER, right_problems
-from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT
 from llm_engineering.cloud.sagemaker.trust import trust_problems
 from llm_engineering.errors import RequestError
 from llm_engineering.recipe.compute_blocks import SageMakerConfig

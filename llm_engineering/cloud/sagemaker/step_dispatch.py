@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from llm_engineering.cloud.package import PROJECT_ROOT, code_hash, folder_hash
 from llm_engineering.cloud.sagemaker.dispatch import Work
 from llm_engineering.cloud.sagemaker.request import INPUTS, MODEL
-from llm_engineering.cloud.sagemaker.s3 import PROJECT_ROOT, code_hash, folder_hash, unpack, upload_code, upload_folder
+from llm_engineering.cloud.sagemaker.s3 import unpack, upload_code, upload_folder
 from llm_engineering.cloud.sagemaker.weights import hub_weights, is_copied
 from llm_engineering.data.storage import work_folder
 from llm_engineering.recipe.compute_blocks import SageMakerConfig

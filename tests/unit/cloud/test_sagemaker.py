@@ -24,10 +24,10 @@ from botocore.validate import ParamValidator
 from datasets import Dataset, DatasetDict
 from pydantic import ValidationError
 
-from llm_engineering.cloud.sagemaker import cost, dispatch, failures, jobs, s3
+from llm_engineering.cloud.package import code_archive, folder_hash
+from llm_engineering.cloud.sagemaker import cost, dispatch, failures, jobs
 from llm_engineering.cloud.sagemaker.account import Account
 from llm_engineering.cloud.sagemaker.request import INPUTS, Machine, machines, machines_after, training_job_request
-from llm_engineering.cloud.sagemaker.s3 import code_archive
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig, SageMakerConfig
 from llm_engineering.recipe.loading import load_recipe
@@ -513,9 +513,9 @@ def test_the_folder_hash_covers_names_and_contents(tmp_path):
     for folder in (one, two):
         (folder / "sub").mkdir(parents=True)
         (folder / "sub" / "a").write_text("1")
-    assert s3.folder_hash(one) == s3.folder_hash(two)
+    assert folder_hash(one) == folder_hash(two)
     (two / "sub" / "a").rename(two / "sub" / "b")
-    assert s3.folder_hash(one) != s3.folder_hash(two)
+    assert folder_hash(one) != folder_hash(two)
 
 
 def test_the_recipe_for_sagemaker_differs_only_in_compute():
