@@ -1,6 +1,7 @@
 """Training in two processes: the same result as in one, no lost checkpoint, and failures that stop both processes."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -20,8 +21,10 @@ from transformers import Trainer, modeling_utils
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
+from llm_engineering.recipe.online_blocks import GRPOConfig, RLOOConfig
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig
+from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, RewardConfig, SFTConfig
+from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
 from llm_engineering.training.processes import ranks
@@ -35,6 +38,12 @@ STEPS = {"learning_rate": 1e-2, "num_train_epochs": 2, "logging_steps": 1, "eval
 SFT = SFTConfig(**STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2, packing=False)
 PACKED = SFTConfig(**STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=2, packing=True)
 DPO = DPOConfig(**STEPS, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+BATCH = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+ONLINE = {
+    "rewards": [{"use": "stopped"}, {"use": "length", "target": 5}],
+    "num_generations": 2,
+    "max_completion_length": 8,
+}
 DROPOUT = SFT.model_copy(update={"lora": LoraConfig(r=4, lora_dropout=0.1), "logging_steps": 3})
 TIMEOUT_S = 120
 
@@ -109,6 +118,10 @@ def sharded(folder, stop=None):
         signal_at(stop)
 
 
+def stage_of(config):
+    return next(name for name, stage in STAGES.items() if stage.block is type(config))
+
+
 def one_rank(place, port, folder, stage, config, data, start, sabotage, distributed, resume_from=None):
     """Train as one process of a run, and write the outcome to `outcome-RANK.json` in `folder`."""
     rank, count = place
@@ -138,7 +151,7 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage, distribu
             function(*arguments)
         result = (
             train(rows, config, setup, settings, resume_from=resume_from)
-            if stage == "sft"
+            if start is None
             else train(rows, config, setup, settings, start=start, resume_from=resume_from)
         )
         outcome |= {"summary": result.summary, "adapter": str(result.adapter)}
@@ -154,8 +167,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     write_model(folder / "model", "llama")
     tokenizer = load_tokenizer(ModelConfig(name_or_path=str(folder / "model")), Settings(), "alpaca")
-    for stage, kind in (("sft", "instruction"), ("dpo", "preference")):
-        rows = formatted(kind, 17, tokenizer, folder)
+    for stage in ("sft", "dpo", "reward", "kto", "grpo", "rloo"):
+        (folder / f"{stage}-rows").mkdir()
+        rows = formatted(STAGES[stage].rows, 17, tokenizer, folder / f"{stage}-rows")
         validation = concatenate_datasets([rows["validation"], rows["train"].select([16])])
         DatasetDict(train=rows["train"].select(range(16)), validation=validation).save_to_disk(folder / stage)
     return folder
@@ -173,7 +187,7 @@ def run(data):
         folder.mkdir(exist_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        stage = "sft" if isinstance(config, SFTConfig) else "dpo"
+        stage = stage_of(config)
         arguments = (port, folder, stage, config, data, start, sabotage or {}, distributed, resume_from)
         processes = [context.Process(target=one_rank, args=((rank, count), *arguments)) for rank in range(count)]
         for process in processes:
@@ -195,7 +209,7 @@ def alone(run, tmp_path_factory):
         for known, outcome in outcomes:
             if known == config:
                 return outcome
-        start = Path(train(SFT)["adapter"]) if config is DPO else None
+        start = None if isinstance(config, SFTConfig) else Path(train(SFT)["adapter"])
         (outcome,) = run(tmp_path_factory.mktemp("one"), config, count=1, start=start)
         assert outcome["end"] == "done", outcome
         outcomes.append((config, outcome))
@@ -222,7 +236,7 @@ def smaller(config):
 
 @pytest.mark.parametrize("config", [SFT, PACKED, DPO], ids=["sft", "packed", "dpo"])
 def test_two_processes_train_like_one(config, run, alone, sft_adapter, tmp_path):
-    start = sft_adapter if config is DPO else None
+    start = None if isinstance(config, SFTConfig) else sft_adapter
     one = alone(config)
     two = run(tmp_path / "two", smaller(config), start=start)
     assert [outcome["end"] for outcome in two] == ["done", "done"]
@@ -237,6 +251,29 @@ def test_two_processes_train_like_one(config, run, alone, sft_adapter, tmp_path)
     sizes = {outcome["summary"]["effective_batch"] for outcome in (one, *two)}
     assert len(sizes) == 1
     assert two[0]["summary"]["num_processes"] == 2
+
+
+# KTO compares the answers of a batch, and completions are drawn in each process, so two processes do not compute what one does.
+@pytest.mark.parametrize(
+    "config",
+    [
+        RewardConfig(**STEPS | BATCH),
+        KTOConfig(**STEPS | BATCH),
+        GRPOConfig(**STEPS | BATCH | ONLINE),
+        RLOOConfig(**STEPS | BATCH | ONLINE),
+    ],
+    ids=["reward", "kto", "grpo", "rloo"],
+)
+def test_two_processes_train_one_adapter(config, run, sft_adapter, tmp_path):
+    two = run(tmp_path / "two", smaller(config), start=sft_adapter)
+    assert [outcome["end"] for outcome in two] == ["done", "done"]
+    assert history(two[0], "loss") == history(two[1], "loss")
+    assert all(math.isfinite(loss) for loss in history(two[0], "loss"))
+    assert two[0]["summary"]["num_processes"] == 2
+    trained, before = (
+        load_file(folder / "adapter_model.safetensors") for folder in (Path(two[0]["adapter"]), sft_adapter)
+    )
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
 
 
 FULL = SFT.model_copy(update={"method": "full", "learning_rate": 1e-3})
