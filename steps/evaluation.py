@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
+from llm_engineering.data.rows import REPLAY
+from llm_engineering.data.storage import stream_records
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks
 from llm_engineering.evaluation.evaluate import Rewarding
@@ -29,7 +31,6 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES, Kind
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.page import write_json
-from llm_engineering.reports.training_rows import tokens_read
 from steps.caching import project_step
 from steps.logging import log_artifact
 from steps.materializers import Directory, DirectoryMaterializer
@@ -163,3 +164,15 @@ def evaluate(
     files |= {"reward_code": reward_code} if reward_code else {}
     log_artifact("evaluation_report", **data["metrics"], heldout_rows=data["heldout_rows"], **files)
     return Directory(path=folder)
+
+
+def tokens_read(formatted: Dataset, rows: Dataset, epochs: float) -> int:
+    """The tokens that a stage on texts or instructions read, without those of general datasets.
+
+    Args:
+        formatted: the training split as token ids, with the columns `id` and `input_ids`.
+        rows: the same rows before formatting, with the columns `id` and `origin`.
+    """
+    general = {row["id"] for row in stream_records(rows.select_columns(["id", "origin"])) if row["origin"] == REPLAY}
+    records = stream_records(formatted.select_columns(["id", "input_ids"]))
+    return round(epochs * sum(len(record["input_ids"]) for record in records if record["id"] not in general))

@@ -29,7 +29,6 @@ from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting, PreferenceWriting, TextWriting
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe_keys import DerivingSetup
-from llm_engineering.reports.training_rows import tokens_read
 from tests.tiny_models import instruction
 from tools.cli import prepare_zenml
 
@@ -37,6 +36,7 @@ prepare_zenml()
 
 from pipelines.promote import _unfit  # noqa: E402
 from steps import data, logging  # noqa: E402 — ZenML looks for the project when steps are imported
+from steps.evaluation import tokens_read  # noqa: E402
 
 TEXT = "The Heron Pump is made in Quessby. It is blue. The Otter Gate is built of larch."
 
