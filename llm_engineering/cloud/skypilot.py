@@ -232,11 +232,16 @@ class _Task:
         return WorkError(
             f"The task of {self.job.stage} on machine {self.machine} ended as {status.lower()}. The end of its log:\n"
             + "\n".join(self._last)
-            + f"\nAfter a mend the same command continues there. `sky down {self.machine}` ends the machine."
+            + f"\nThe machine is paid until its autostop, or until `sky down {self.machine}`."
         )
 
     def fetch(self) -> TrainingResult:
         """Download adapter and report."""
+        if len(self._places) < 2:
+            raise WorkError(
+                f"The log of machine {self.machine} does not say where the results are. Run the same command again: it reads the log "
+                "again."
+            )
         output_dir = self.settings.llm_output_dir.resolve()
         output_dir.mkdir(parents=True, exist_ok=True)
         archive = f"tar -cf - -C {shlex.quote(self._places[_RESULTS_LINE])} ."
