@@ -229,7 +229,8 @@ def check_attachable(job: str, recipe: Recipe, stages: Sequence[str]) -> None:
 
     if recipe.compute.sagemaker is None:
         raise RequestError(
-            "--attach follows a SageMaker job, but this recipe trains on this machine. Use the recipe that started the job."
+            f"--attach follows a SageMaker job, but compute.target of this recipe is {recipe.compute.target}. Use the recipe that started the "
+            "job."
         )
     account = Account.resolve(recipe.compute.sagemaker, Settings())
     client = account.client("sagemaker")
