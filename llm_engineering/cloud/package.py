@@ -21,15 +21,15 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 TRAINED = ("report/report.json", "adapter")
 
 
-def training_command(processes: int, job: str, results: str) -> list[str]:
+def training_command(processes: int, machines: int, job: str, results: str) -> list[str]:
     """The command of local training, with the job's file. If there are several processes, torchrun starts them.
 
     Args:
-        processes: on each machine.
+        processes: on all machines together.
         job: the path of the file that `job_on_machine` describes.
         results: the folder for TRAINED.
     """
-    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    torchrun = ["torch.distributed.run", "--nproc-per-node", str(processes // machines), "-m"]
     training = ["llm_engineering.training", "--job", job, "--output", results]
     return ["python", "-m", *(torchrun if processes > 1 else []), *training]
 

@@ -189,7 +189,7 @@ class _Task:
                 shutil.copytree(source, project / INPUTS / name)
         job = job_on_machine(self.job, INPUTS, f"{INPUTS}/model" if self._model else None)
         (project / INPUTS / "job.json").write_text(job.model_dump_json(indent=1), encoding="utf-8")
-        command = training_command(self.job.setup.compute.num_processes, f"{INPUTS}/job.json", RESULTS)
+        command = training_command(self.job.setup.compute.num_processes, 1, f"{INPUTS}/job.json", RESULTS)
         task = {
             "resources": self.config.task_resources,
             "file_mounts": self.config.file_mounts,

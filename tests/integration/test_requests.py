@@ -137,9 +137,7 @@ def test_dry_run_starts_nothing(tiny_model, tmp_path):
     project = make_project(tmp_path, tiny_model)
     run = project.command("run", "retrain", "--config", str(project.recipe), "--dry-run")
     assert run.code == 0
-    assert (
-        "prepare_preferences → format_sft → train_sft → format_dpo → train_dpo → evaluate_dpo → promote" in run.stdout
-    )
+    assert "datasets instruction, preference → sft, dpo → evaluation and gate" in run.stdout
     assert "max_length: 192" in run.stdout
     assert not (project.folder / "zenml").exists()
 

@@ -313,8 +313,8 @@ class _Stage(Work[TrainingResult]):
 
     def command(self) -> list[str]:
         """The command of the training."""
-        processes = self.job.setup.compute.num_processes // self.config.instance_count
-        return training_command(processes, f"{INPUTS}/job/job.json", RESULTS)
+        processes = self.job.setup.compute.num_processes
+        return training_command(processes, self.config.instance_count, f"{INPUTS}/job/job.json", RESULTS)
 
     def upload(self) -> dict[str, str]:
         """Upload code, data and models once for all jobs of the stage; returns the addresses by channel."""

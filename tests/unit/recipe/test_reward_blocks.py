@@ -112,7 +112,7 @@ def test_a_reward_model_comes_from_a_stage_before_or_from_a_version():
 
 
 @pytest.mark.parametrize("reward", ["{use: 'own.py:good'}", "{use: judge, judge: {client: openai, model: m}}"])
-def test_a_job_on_sagemaker_has_neither_files_nor_a_judge(reward):
+def test_a_job_elsewhere_has_neither_files_nor_a_judge(reward):
     trust = str("own" in reward).lower()
     job = "{instance_type: ml.g5.xlarge}"
     overrides = [
@@ -121,5 +121,5 @@ def test_a_job_on_sagemaker_has_neither_files_nor_a_judge(reward):
         "promotion.grpo.not_worse_than.base={reward_exact_answer: null}",
     ]
     load_recipe(ARITHMETIC, overrides)
-    with pytest.raises(RequestError, match="a job on SageMaker has neither your files nor the judge's key"):
+    with pytest.raises(RequestError, match="a job on another machine has neither your files nor the judge's key"):
         load_recipe(ARITHMETIC, [*overrides, "compute.target=sagemaker", f"compute.sagemaker={job}"])
