@@ -13,10 +13,10 @@ extends: {recipe}
 name: tiny-reward
 chain: [sft, reward]
 dpo: null
+data: {{preferences: {preferences}}}
 reward:
   learning_rate: 1e-2
-  # Seven held-out pairs pass the gate only if all are in order: 2 epochs missed one on some processors.
-  num_train_epochs: 6
+  num_train_epochs: 2
   per_device_train_batch_size: 4
   gradient_accumulation_steps: 1
   eval_strategy: epoch
@@ -54,7 +54,19 @@ class Rewarded:
 def rewarded(tiny_model: Path, unused: Project, tmp_path_factory: pytest.TempPathFactory) -> Rewarded:
     project = make_project(tmp_path_factory.mktemp("rewarded"), tiny_model, unused)
     recipe = project.folder / "reward.yaml"
-    recipe.write_text(RECIPE.format(recipe=project.recipe))
+    # The gate needs nearly all held-out pairs in order, on every processor. These answers are told apart within an
+    # epoch; an answer of the tiny model may be the beginning of the chosen one.
+    preferences = project.folder / "preferences.jsonl"
+    pairs = (
+        {
+            "prompt": f"Where does the number {i} stand?",
+            "chosen": f"The number {i} comes after {i - 1}, and {i + 1} comes after it.",
+            "rejected": "Nobody has ever counted so far!",
+        }
+        for i in range(60)
+    )
+    preferences.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    recipe.write_text(RECIPE.format(recipe=project.recipe, preferences=preferences))
     project.recipe = recipe
     return Rewarded(project, project.run("reward"))
 
