@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from llm_engineering.data.rows import MIN_ROWS, Quarantined
+from llm_engineering.data.rows import MIN_ROWS, Quarantined, split_of
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import Passage, cut_passages
 from llm_engineering.documents.read import read_documents
@@ -31,6 +31,9 @@ _REWORDED = 0.95
 # How many tokens the rewritings of a kind have for each token of the documents, measured on the embedded handbook for
 # those by rule. An endpoint's are estimated by what their prompts ask for.
 TEXT_OF_KIND = {"faq": 1.2, "dialogue": 2.1, "list": 1.3, "reordered": 1.0, "summary": 0.5, "reworded": 1.0}
+
+# Held-out documents that are named. The others are counted.
+_NAMED = 12
 
 
 class Expected(NamedTuple):
@@ -90,6 +93,11 @@ def data_lines(recipe: Recipe, last: str, source: Source | None = None) -> list[
     source = source or Source(recipe)
     documents, unread = source.documents
     lines = [f"Documents: {len(documents)} read{_aside(unread)}"]
+    has_own_test = data.test_file("instruction") is not None
+    held_out = [d.source for d in documents if split_of(d.source, data.split, has_own_test) != "train"]
+    if held_out:
+        more = f" and {len(held_out) - _NAMED} more" if len(held_out) > _NAMED else ""
+        lines.append(f"Held out, not trained on: {', '.join(held_out[:_NAMED])}{more}")
     by_sentence = recipe.documents.unit == "sentence"
     passages, rejected = source.passages if generated or by_sentence else ([], [])
     if generated or by_sentence:

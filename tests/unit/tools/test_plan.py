@@ -282,6 +282,7 @@ def test_a_dry_run_counts_documents_passages_and_rows_and_says_when_they_are_too
     lines = data_lines(recipe(["sft"]), "sft")
     assert lines == [
         "Documents: 6 read, 1 set aside (damaged 1)",
+        "Held out, not trained on: 1.txt, 2.txt",
         "Passages: 6 kept, 6 set aside (too_short 6)",
         "Rows: instruction, about 3, at most 6 (the embedded model writes a usable question in 50% of its tries)",
         "WARNING: These are too few instruction rows to train on, which needs at least 20: the run would end before training. "
@@ -289,6 +290,8 @@ def test_a_dry_run_counts_documents_passages_and_rows_and_says_when_they_are_too
     ]
     for number in range(6, 30):
         (folder / f"{number}.txt").write_text(f"This is file {'x' * number} {'and it is long ' * 13}indeed.")
+    all_held_out = recipe(["sft"], data={"split": {"test_fraction": 0.5, "validation_fraction": 0.49}})
+    assert data_lines(all_held_out, "sft")[1].endswith(" and 18 more")
     some = data_lines(recipe(["sft", "dpo"], generation={"max_preferences": 10}), "dpo")
     assert [line for line in some if line.startswith("Rows: ")] == [
         "Rows: instruction, about 15, at most 30 (the embedded model writes a usable question in 50% of its tries)",
@@ -297,17 +300,17 @@ def test_a_dry_run_counts_documents_passages_and_rows_and_says_when_they_are_too
     assert ["probably too few instruction" in line for line in some].count(True) == 1
     assert some[-1].startswith("WARNING: These are too few preference rows")
     endpoint = {"client": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1", "question_max_new_tokens": 99}
-    assert data_lines(recipe(["sft"], generation=endpoint), "sft")[2:] == ["Rows: instruction, at most 30"]
+    assert data_lines(recipe(["sft"], generation=endpoint), "sft")[3:] == ["Rows: instruction, at most 30"]
 
 
 def test_texts_and_facts_are_counted_and_own_datasets_are_not(recipe, tmp_path):
     folder = tmp_path / "documents"
     (folder / "0.txt").write_text("It is so. " * 1000)
     # 10,000 characters are five pieces of 512 tokens.
-    assert data_lines(recipe(["cpt"]), "cpt")[1] == "Rows: text, at most 10"
+    assert data_lines(recipe(["cpt"]), "cpt")[2] == "Rows: text, at most 10"
     (folder / "0.txt").write_text(" ".join(f"The mill of Oskby{i} has {i + 2} wheels." for i in range(50)))
     facts = recipe(["cpt", "sft"], documents={"unit": "sentence"}, generation={"questions": "fact"})
-    assert data_lines(facts, "sft")[1:] == [
+    assert data_lines(facts, "sft")[2:] == [
         "Sentences: 50 kept, 100 set aside (names_nothing 100)",
         "Rows: text, at most 50",
         "Rows: instruction, about 36, at most 200 (the embedded model writes a usable question in 18% of its tries)",
@@ -336,7 +339,7 @@ def test_rewritings_and_questions_of_two_facts_are_estimated(recipe, tmp_path):
     )
     unit, facts = {"unit": "sentence"}, {"questions": "fact", "two_hop": 7, "rewritings": ["list", "faq"]}
     made = recipe(["cpt", "sft"], documents=unit, generation=facts, knowledge={"tokens": 90_000})
-    assert data_lines(made, "sft")[2:] == [
+    assert data_lines(made, "sft")[3:] == [
         "Rows: text, at most 50",
         "Rewritings of these texts: list, faq, until knowledge.tokens (90,000) is reached",
         "Rows: instruction, about 43, at most 207 (the embedded model writes a usable question in 18% of its tries, and at "
