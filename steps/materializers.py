@@ -14,15 +14,6 @@ from datasets import Dataset, DatasetDict, disable_caching, load_from_disk
 from pydantic import BaseModel, ConfigDict
 from zenml.artifact_stores import BaseArtifactStore
 from zenml.enums import ArtifactType, VisualizationType
-
-# The integration reports that it is unavailable, but importing it registers the materializer. Without it ZenML would
-# pickle a dataset.
-from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import (
-    DEFAULT_DATASET_DIR,
-)
-from zenml.integrations.huggingface.materializers.huggingface_datasets_materializer import (
-    HFDatasetMaterializer as ZenMLDatasetMaterializer,
-)
 from zenml.materializers import PydanticMaterializer
 from zenml.materializers.base_materializer import BaseMaterializer
 from zenml.utils import io_utils
@@ -140,14 +131,15 @@ def save_dataset(dataset: Dataset | DatasetDict, folder: str) -> None:
     dataset.save_to_disk(folder, num_shards=shards)
 
 
-class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
-    """ZenML's materializer for datasets, with hashes, in constant memory, and for empty datasets too.
+class HFDatasetMaterializer(HashedMaterializer):
+    """Stores datasets with hashes, in constant memory, and empty ones too.
 
-    ZenML's own copies a dataset to a temporary folder at each read, and computes statistics of all values in memory.
-    datasets 4.8 writes no file for an empty dataset, and then cannot read it.
+    ZenML's own materializer copies a dataset to a temporary folder at each read, computes statistics of all values in memory,
+    and imports torch and transformers. datasets 4.8 writes no file for an empty dataset, and then cannot read it.
     """
 
     ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Dataset, DatasetDict)
+    ASSOCIATED_ARTIFACT_TYPE: ClassVar[ArtifactType] = ArtifactType.DATA_ANALYSIS
 
     def save(self, ds: Dataset | DatasetDict) -> None:
         """Write the dataset; an empty split gets one file."""
@@ -176,7 +168,7 @@ class HFDatasetMaterializer(HashedMaterializer, ZenMLDatasetMaterializer):
 
     @property
     def _files(self) -> str:
-        return os.path.join(self.uri, DEFAULT_DATASET_DIR)
+        return os.path.join(self.uri, "hf_datasets")
 
 
 class DirectoryMaterializer(HashedMaterializer):
