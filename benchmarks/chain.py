@@ -75,8 +75,9 @@ def _work(config: str, run: dict[str, Any], folder: Path) -> dict[str, Any]:
     from llm_engineering.documents.passages import cut_passages
     from llm_engineering.documents.read import read_documents
     from llm_engineering.generation.instructions import generate_instructions
-    from llm_engineering.models.base_model import model_path, pin_revision
+    from llm_engineering.models.base_model import model_path
     from llm_engineering.models.device import choose_device
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.generation_blocks import InstructionWriting
     from llm_engineering.recipe.loading import load_recipe

@@ -103,7 +103,7 @@ def work(rows: Path, tokenised: bool, max_length: int) -> dict[str, Any]:
 def _tokenise(splits: DatasetDict, folder: Path, ledger: Ledger, max_length: int) -> float:
     # These import torch, whose memory must not count for the other stages.
     from llm_engineering.formatting.datasets import format_splits
-    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(pin_revision(ModelConfig()), Settings())

@@ -25,9 +25,9 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 from benchmarks.machine import machine
-from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.fit import lora_config
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, Method, ModelConfig

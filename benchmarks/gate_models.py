@@ -17,8 +17,9 @@ from llm_engineering.data.storage import rows_dataset
 from llm_engineering.evaluation.measures.exam import Exam, ExamRow, take_exam
 from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.models.base_model import load_model, pin_revision
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig

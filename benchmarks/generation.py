@@ -41,9 +41,10 @@ from llm_engineering.documents.read import read_documents
 from llm_engineering.evaluation.measures.exam import Exam, open_exam, with_passages
 from llm_engineering.evaluation.models import Models, labelled_answer
 from llm_engineering.formatting.render import prompt_ids
-from llm_engineering.models.base_model import load_model, model_path, pin_revision
+from llm_engineering.models.base_model import load_model, model_path
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import batches_by_length
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import LoraConfig

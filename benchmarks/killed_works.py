@@ -25,8 +25,8 @@ from llm_engineering.recipe.model_blocks import LoraConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stage_blocks import SFTConfig
 from llm_engineering.reports.data_report import inspect_file
+from llm_engineering.training.processes.job import RUN_ID
 from llm_engineering.training.trainer import checkpoints
-from llm_engineering.training.training_run import RUN_ID
 from tests.tiny_models import KINDS, tiny_tokenizer, train, training_setup, write_model
 from tools.model_versions.versions import copy_model
 

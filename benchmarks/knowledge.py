@@ -53,8 +53,9 @@ from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.facts import ROUNDS, generate_facts
 from llm_engineering.generation.instructions import generate_instructions
 from llm_engineering.generation.types import Client, Completer
-from llm_engineering.models.base_model import load_model, pin_revision
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 from llm_engineering.recipe.evaluation_blocks import ExamConfig

@@ -23,8 +23,8 @@ from llm_engineering.documents.read import read_documents
 from llm_engineering.errors import RequestError
 from llm_engineering.formatting.datasets import format_splits
 from llm_engineering.formatting.render import IGNORE_INDEX
-from llm_engineering.models.base_model import pin_revision
 from llm_engineering.models.fit import lora_config
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.data_blocks import DocumentsConfig, FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig

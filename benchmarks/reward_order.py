@@ -24,7 +24,7 @@ from llm_engineering.documents.general_instructions import replayed_instructions
 from llm_engineering.evaluation.heldout import held_out
 from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward
 from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import EMBEDDED_GENERAL, FormattingConfig

@@ -26,9 +26,10 @@ from benchmarks.machine import machine, show
 from llm_engineering.data.rows import Message
 from llm_engineering.evaluation.statistics import Bootstrap, Rows
 from llm_engineering.formatting.render import prompt_ids
-from llm_engineering.models.base_model import load_model, pin_revision
+from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.generate import generate_ids
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig

@@ -125,7 +125,8 @@ def _rows(folder: Path, data: str | None) -> dict[str, Any]:
     from llm_engineering.documents.passages import cut_passages
     from llm_engineering.documents.read import read_documents
     from llm_engineering.formatting.datasets import format_splits
-    from llm_engineering.models.base_model import model_path, pin_revision
+    from llm_engineering.models.base_model import model_path
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.data_blocks import DataConfig, DocumentsConfig, FormattingConfig
     from llm_engineering.recipe.model_blocks import ModelConfig
@@ -198,8 +199,9 @@ def _products() -> dict[str, Any]:
     import peft
     import torch
 
-    from llm_engineering.models.base_model import load_model, pin_revision
+    from llm_engineering.models.base_model import load_model
     from llm_engineering.models.device import choose_device
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.recipe.compute_blocks import ComputeConfig
     from llm_engineering.recipe.model_blocks import ModelConfig
     from llm_engineering.recipe.settings import Settings
@@ -234,7 +236,7 @@ def _products() -> dict[str, Any]:
 def _ours(stage: str, folder: Path) -> dict[str, Any]:
     from datasets import Dataset, DatasetDict
 
-    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.recipe.compute_blocks import ComputeConfig
     from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
     from llm_engineering.recipe.settings import Settings
@@ -288,8 +290,9 @@ def _losses(folder: Path) -> dict[str, float]:
 
     from llm_engineering.evaluation.measures.observation import heldout_loss
     from llm_engineering.evaluation.models import Models, labelled_rows
-    from llm_engineering.models.base_model import load_model, pin_revision
+    from llm_engineering.models.base_model import load_model
     from llm_engineering.models.device import choose_device
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.compute_blocks import ComputeConfig
     from llm_engineering.recipe.model_blocks import ModelConfig

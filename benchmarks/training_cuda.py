@@ -218,7 +218,7 @@ def _ours(side: str, folder: Path, method: str) -> dict[str, Any]:
 
     from benchmarks.last_epoch import LastEpoch
     from benchmarks.random_llama import FACTS
-    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.revision import pin_revision
     from tests.tiny_models import train
 
     made = json.loads((folder / FACTS).read_text(encoding="utf-8"))

@@ -70,7 +70,7 @@ def project_step(
         version = code_version(function.__module__, function.__name__, tuple(files))
         if in_job:
             # By its name, so that the cache key does not cover the code that starts jobs.
-            function = import_module("steps.in_job").sent_to_job(function)
+            function = import_module("steps.job_scope").sent_to_job(function)
         return step(environment={"CODE_VERSION": version}, **options)(function)
 
     return decorate
@@ -93,6 +93,7 @@ def code_version(module: str, name: str, files: Sequence[Path] = (), also: tuple
     return digest.hexdigest()[:12]
 
 
+@cache
 def _version(library: str) -> str:
     """The installed version; empty for a library of an extra that is not installed."""
     try:
@@ -169,7 +170,11 @@ def _source(module: str) -> Path | None:
 def _tree(module: str) -> ast.Module:
     source = _source(module)
     tree = ast.parse(source.read_text(encoding="utf-8") if source else "")
-    for node in ast.walk(tree):
+    # The list grows. `ast.walk` would visit expressions too, which have no docstring and take most of its time.
+    statements: list[ast.AST] = [tree]
+    for node in statements:
+        inner = ast.stmt | ast.excepthandler | ast.match_case
+        statements += [child for child in ast.iter_child_nodes(node) if isinstance(child, inner)]
         is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
         if is_documented and ast.get_docstring(node, clean=False) is not None:  # type: ignore[arg-type]
             node.body[0] = ast.Pass()  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@
 """
 
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from datasets import DatasetDict, Features, List, Value, concatenate_datasets
 
@@ -35,13 +35,9 @@ from llm_engineering.feedback.human_rows import facts as human_facts
 from llm_engineering.feedback.human_rows import join as join_people
 from llm_engineering.feedback.human_rows import read_snapshot, repeated
 from llm_engineering.feedback.people import snapshots
-from llm_engineering.formatting.datasets import format_splits
-from llm_engineering.formatting.prompt_rows import check_accepted
-from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.abstention import generate_abstentions
 from llm_engineering.generation.clients.open import open_client
 from llm_engineering.generation.derived.question_wordings import OTHER_WORDING, other_wordings
-from llm_engineering.generation.derived.rewritings import Derived, derive_texts, text_diversity
 from llm_engineering.generation.derived.two_hop import two_hop_questions
 from llm_engineering.generation.facts import REWORDING, ROUNDS, diversity, generate_facts
 from llm_engineering.generation.instructions import generate_instructions as generate_from_passages
@@ -49,7 +45,6 @@ from llm_engineering.generation.instructions import prompt_versions
 from llm_engineering.generation.preferences import generate_preferences as generate_from_rows
 from llm_engineering.generation.prompts import PROMPT_FILES
 from llm_engineering.generation.types import Completer
-from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.data_blocks import (
     UNFIT,
@@ -64,11 +59,13 @@ from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWr
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.recipe_keys import DerivingSetup
 from llm_engineering.recipe.settings import Settings
-from llm_engineering.reports.data_report import refuse_unfit_data, write_data_report
 from steps.caching import project_step
 from steps.logging import log_artifact, log_rows, page_facts
 from steps.materializers import Directory, DirectoryMaterializer, HFDatasetMaterializer
 from steps.written_exam import questions_of, record_exam, with_written_questions
+
+if TYPE_CHECKING:
+    from llm_engineering.generation.derived.rewritings import Derived
 
 _TEXT = Value("string")
 _DOCUMENT_FEATURES = Features(
@@ -274,8 +271,11 @@ def _derived(
     seed: int,
     split: SplitConfig,
     setup: DerivingSetup,
-) -> tuple[Derived, dict[str, Any]]:
+) -> tuple["Derived", dict[str, Any]]:
     """The rewritings of the documents, and the facts about them to log."""
+    from llm_engineering.generation.derived.rewritings import derive_texts, text_diversity
+    from llm_engineering.models.tokenizer import load_tokenizer
+
     sentences, _ = cut_passages(documents, config.model_copy(update={"unit": "sentence"}), seed)
     passages = sentences if config.unit == "sentence" else cut_passages(documents, config, seed)[0]
     is_endpoint = setup.client.client != "local" and bool(setup.writing.rewritings)
@@ -385,6 +385,13 @@ def format_rows(
     `epochs` is how often the stage reads the rows; None if the run only evaluates with them. `comparing` are the rewards
     of the stage that compare with accepted answers.
     """
+    # transformers takes seconds to import, and a run that takes the steps of this module from the cache does without.
+    from llm_engineering.formatting.datasets import format_splits
+    from llm_engineering.formatting.prompt_rows import check_accepted
+    from llm_engineering.formatting.template_check import check_chat_template
+    from llm_engineering.models.tokenizer import load_tokenizer
+    from llm_engineering.reports.data_report import refuse_unfit_data, write_data_report
+
     ledger = Ledger.load(dataset)
     folder = work_folder()
     splits = {name: dataset[name] for name in SPLITS}

@@ -12,20 +12,14 @@ from llm_engineering.data.rows import REPLAY
 from llm_engineering.data.storage import stream_records
 from llm_engineering.documents.document import Document
 from llm_engineering.documents.passages import chunks
-from llm_engineering.evaluation.evaluate import Rewarding
-from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
-from llm_engineering.evaluation.heldout import held_out
-from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.measures.exam import open_exam
-from llm_engineering.evaluation.measures.human_preference import human_win_rate, identities, trained_questions
 from llm_engineering.evaluation.measures.judge import PROMPT_FILE
-from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.feedback.agreement import JudgedQuestion
 from llm_engineering.feedback.human_rows import noted
 from llm_engineering.feedback.people import snapshots
 from llm_engineering.recipe.data_blocks import DocumentsConfig
-from llm_engineering.recipe.evaluation_blocks import HUMAN_MEASURE, EvaluationConfig, ExamConfig
+from llm_engineering.recipe.evaluation_blocks import HUMAN_MEASURE, INCUMBENT, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES, Kind
@@ -96,6 +90,13 @@ def evaluate(
         inputs: `<stage>_adapter`, `formatted_<kind>` and `<kind>_dataset`. The questions of labelled answers do not count in
             blind comparisons.
     """
+    # torch and transformers take seconds to import, and a run that takes this step from the cache does without.
+    from llm_engineering.evaluation.evaluate import Rewarding
+    from llm_engineering.evaluation.evaluate import evaluate as evaluate_models
+    from llm_engineering.evaluation.heldout import held_out
+    from llm_engineering.evaluation.measures.human_preference import human_win_rate, identities, trained_questions
+    from llm_engineering.evaluation.measures.reward_accuracy import evaluate_reward
+
     # Join the held-out rows of each kind
     formatted = {kind: inputs.get(f"formatted_{kind}") for kind in _MEASURED}
     rows = {kind: inputs.get(f"{kind}_dataset") for kind in _MEASURED}

@@ -4,7 +4,6 @@ The step's inputs travel to the job, and its output and facts come back into the
 computed them here. The cache key does not depend on the place.
 """
 
-import functools
 import inspect
 import json
 import logging
@@ -17,7 +16,7 @@ from typing import Any
 
 from datasets import DatasetDict, disable_caching, load_from_disk
 from pydantic import BaseModel, TypeAdapter
-from zenml import get_step_context, log_metadata
+from zenml import log_metadata
 from zenml.utils.source_utils import set_custom_source_root
 
 from llm_engineering.cloud.package import PROJECT_ROOT, folder_hash
@@ -31,7 +30,6 @@ from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.feedback.people import snapshots
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.evaluation_blocks import EvaluationConfig, ExamConfig
-from llm_engineering.recipe.generation_blocks import ClientConfig
 from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainingSetup
@@ -39,26 +37,7 @@ from steps import logging as step_logging
 from steps.materializers import Directory, save_dataset
 
 
-def sent_to_job(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A step's function that starts a job if the recipe says so, and else calls `function`."""
-    signature = inspect.signature(function)
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        context = get_step_context()
-        recipe = (context.pipeline_run.config.parameters or {})["recipe"]
-        arguments = signature.bind(*args, **kwargs).arguments
-        sagemaker = recipe.get("compute", {}).get("sagemaker") or {}
-        # An endpoint answers on its own machines.
-        asks_endpoint = any(isinstance(v, ClientConfig) and v.client != "local" for v in arguments.values())
-        if sagemaker.get("scope") != "chain" or asks_endpoint:
-            return function(*args, **kwargs)
-        return _dispatched(function, Recipe.model_validate(recipe), arguments)
-
-    return run
-
-
-def _dispatched(function: Callable[..., Any], recipe: Recipe, arguments: dict[str, Any]) -> Any:
+def dispatched(function: Callable[..., Any], recipe: Recipe, arguments: dict[str, Any]) -> Any:
     """Run a step's function in a job; returns its output, and logs its facts."""
     config, settings = recipe.compute.sagemaker, Settings()
     assert config is not None

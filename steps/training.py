@@ -7,18 +7,14 @@ from typing import Annotated, Any
 from datasets import DatasetDict
 from zenml import get_step_context, log_metadata
 
-from llm_engineering.cloud.sagemaker.dispatch import dispatch_training
-from llm_engineering.cloud.skypilot import train_with_skypilot
 from llm_engineering.recipe.reward_blocks import RewardSet
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import Stage
 from llm_engineering.recipe.training_blocks import TrainingSetup
 from llm_engineering.reports.page import write_page
 from llm_engineering.reports.training_report import training_page
-from llm_engineering.training.processes.job import Job, TrainingResult
-from llm_engineering.training.processes.launch import launch_training
+from llm_engineering.training.processes.job import RUN_ID, Job, TrainingResult
 from llm_engineering.training.rewards import reward_files
-from llm_engineering.training.training_run import RUN_ID
 from steps.caching import code_version, project_step
 from steps.logging import log_artifact, page_facts
 from steps.materializers import Directory, DirectoryMaterializer
@@ -45,6 +41,11 @@ def train(
         start: the adapter or full model of the stage before.
         reward_model: the model of the reward `reward_model`; None without this reward.
     """
+    # torch and transformers take seconds to import, and a run that takes this step from the cache does without.
+    from llm_engineering.cloud.sagemaker.dispatch import dispatch_training
+    from llm_engineering.cloud.skypilot import train_with_skypilot
+    from llm_engineering.training.processes.launch import launch_training
+
     # Train
     job = Job(
         stage=stage,

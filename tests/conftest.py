@@ -16,7 +16,7 @@ import torch
 # Before huggingface_hub, ZenML and transformers are imported: they read their variables during the import.
 os.environ["HF_HUB_OFFLINE"] = "1"
 import tools.cli  # noqa: F401
-from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig

@@ -166,8 +166,9 @@ def compare(
 
     from llm_engineering.data.rows import Message
     from llm_engineering.evaluation.models import Models
-    from llm_engineering.models.base_model import check_unchanged, load_model
+    from llm_engineering.models.base_model import load_model
     from llm_engineering.models.device import choose_device
+    from llm_engineering.models.revision import check_unchanged
     from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.publish.best_of import BestOf
     from llm_engineering.publish.conversation import ChatSampling, answer, check_system, has_room

@@ -54,7 +54,7 @@ def inspect(
         raise RequestError("The name of a dataset is missing. Add it: make inspect DATA=rows.jsonl")
     recipe = load_recipe(config, overrides or ())
 
-    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.reports.data_report import inspect_file

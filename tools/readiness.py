@@ -9,10 +9,6 @@ import subprocess
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm_engineering.cloud.sagemaker.account import Account
-from llm_engineering.cloud.sagemaker.cost import cost_sentences
-from llm_engineering.cloud.sagemaker.preflight import check
-from llm_engineering.cloud.skypilot import check_skypilot
 from llm_engineering.data.formats.detection import open_dataset
 from llm_engineering.data.load import check_evaluation
 from llm_engineering.data.reading.sources import dataset_hash
@@ -24,11 +20,8 @@ from llm_engineering.evaluation.requirements import check_exam, check_requiremen
 from llm_engineering.feedback.agreement import judged_questions
 from llm_engineering.feedback.human_rows import note, take_snapshot
 from llm_engineering.feedback.people import folder_of, said_about, snapshots
-from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.generation.clients.open import check_access
-from llm_engineering.models.base_model import load_config, pin_revision
-from llm_engineering.models.reward_model import check_base, check_tokens
-from llm_engineering.models.tokenizer import check_rows, load_tokenizer, pin_chat_template
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.publish.signing import check_signer
 from llm_engineering.recipe.data_blocks import REVIEW, DataConfig, rows_key
 from llm_engineering.recipe.generation_blocks import ClientConfig, InstructionWriting
@@ -41,10 +34,9 @@ from llm_engineering.recipe.stage_blocks import PackedConfig
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.training.rewards import GRADE_FIELD, own_function, reward_files
 from llm_engineering.training.telemetry.tracking import check_trackers
-from llm_engineering.training.unsloth_policy import check_packable
 from pipelines.inputs import Inputs
 from tools.cli import PROJECT_ROOT, prepare_zenml
-from tools.recipe_checks import check_machine, check_model, with_held_out_documents
+from tools.recipe_checks import check_machine, check_model, remembered, with_held_out_documents
 
 if TYPE_CHECKING:
     from zenml.models import ArtifactVersionResponse
@@ -69,12 +61,19 @@ def check_and_pin(recipe: Recipe) -> tuple[Recipe, Inputs]:
     check_signer(settings)
     uses_unsloth = check_machine(recipe)
     check_trackers(recipe.tracking)
+    # boto3, transformers and peft take seconds to import, so each function here imports them where the recipe needs them.
     if recipe.compute.sagemaker is not None:
+        from llm_engineering.cloud.sagemaker.account import Account
+        from llm_engineering.cloud.sagemaker.cost import cost_sentences
+        from llm_engineering.cloud.sagemaker.preflight import check
+
         account = Account.resolve(recipe.compute.sagemaker, settings)
         check(recipe, account, settings)
         for line in cost_sentences(recipe.compute.sagemaker, account):
             logger.info("%s", line)
     if recipe.compute.skypilot is not None:
+        from llm_engineering.cloud.skypilot import check_skypilot
+
         check_skypilot(recipe.compute.skypilot)
     recipe = with_held_out_documents(recipe)
     data = recipe.data
@@ -97,16 +96,21 @@ def check_and_pin(recipe: Recipe) -> tuple[Recipe, Inputs]:
     _check_client(recipe)
     checks = check_requirements(recipe.evaluation, settings)
     exam = check_exam(recipe)
-    model = pin_revision(recipe.model)
-    recipe = recipe.model_copy(
-        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, settings)}
-    )
+    recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
+    if recipe.formatting.chat_template is not None or recipe.formatting.template_date is not None:
+        from llm_engineering.models.tokenizer import pin_chat_template
+
+        pinned = pin_chat_template(recipe.formatting, recipe.model, settings)
+        recipe = recipe.model_copy(update={"formatting": pinned})
     _check_tokenizer(recipe)
     check_model(recipe)
     reward_models = find_reward_models(recipe)
     for stage in recipe.chain:
         config = recipe.block(stage)
         if uses_unsloth and isinstance(config, PackedConfig) and config.packing:
+            from llm_engineering.models.base_model import load_config
+            from llm_engineering.training.unsloth_policy import check_packable
+
             check_packable(load_config(recipe.model, settings).model_type, stage)
     unused = [stage for stage in STAGES if getattr(recipe, stage) is not None and stage not in recipe.chain]
     if unused:
@@ -191,6 +195,8 @@ def find_reward_models(recipe: Recipe) -> dict[str, ArtifactVersionResponse]:
         if version is None:
             continue
         prepare_zenml()
+        from llm_engineering.models.reward_model import check_base, check_tokens
+        from llm_engineering.models.tokenizer import load_tokenizer
         from tools.model_versions.versions import reward_model_artifact
 
         try:
@@ -255,11 +261,21 @@ def _check_tokenizer(recipe: Recipe) -> None:
     """
     is_known = recipe.model.name_or_path == EMBEDDED_MODEL and not recipe.model.added_tokens
     if not is_known or recipe.formatting.chat_template is not None:
-        tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
-        rows = load_config(recipe.model, Settings()).get_text_config().vocab_size
-        check_rows(tokenizer, rows, recipe.model.added_tokens)
-        for note in check_chat_template(tokenizer):
+        # The revision of a folder is a hash of its files.
+        asked = ["tokenizer", recipe.model.model_dump(mode="json"), recipe.formatting.chat_template]
+        for note in remembered(recipe.model, asked, lambda: _notes_on_tokenizer(recipe)):
             logger.warning("%s", note)
+
+
+def _notes_on_tokenizer(recipe: Recipe) -> list[str]:
+    from llm_engineering.formatting.template_check import check_chat_template
+    from llm_engineering.models.base_model import load_config
+    from llm_engineering.models.tokenizer import check_rows, load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model, Settings(), recipe.formatting.chat_template)
+    rows = load_config(recipe.model, Settings()).get_text_config().vocab_size
+    check_rows(tokenizer, rows, recipe.model.added_tokens)
+    return check_chat_template(tokenizer)
 
 
 def _check_client(recipe: Recipe) -> None:

@@ -9,7 +9,7 @@ import sqlite3
 from contextlib import closing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
@@ -19,7 +19,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.settings import check_folder
 
 if TYPE_CHECKING:
-    from zenml.models import StepRunResponse
+    from zenml.models import ArtifactVersionResponse, StepRunResponse
 
 logger = logging.getLogger("llm_engineering.run")
 
@@ -150,6 +150,22 @@ def forget_lost() -> None:
         logger.warning(
             "Files of earlier runs are gone, and will be made again if needed: %s", ", ".join(sorted(made_again))
         )
+
+
+def newest_stored(artifact: str, facts: list[str], **where: Any) -> ArtifactVersionResponse | None:
+    """The newest version of an artifact with these facts in its metadata; None if there is none, or its files are lost."""
+    from zenml.client import Client
+
+    from steps.materializers import is_lost
+
+    known = (
+        Client()
+        .list_artifact_versions(
+            artifact=artifact, run_metadata=facts, sort_by="desc:created", size=1, hydrate=True, **where
+        )
+        .items
+    )
+    return known[0] if known and not is_lost(known[0].uri) else None
 
 
 def remove_unregistered(step: StepRunResponse) -> None:

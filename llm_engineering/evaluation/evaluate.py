@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_engineering.evaluation.heldout import HeldOut, draw_indices, render_for_both
-from llm_engineering.evaluation.incumbent import INCUMBENT, incumbent_tokenizer, is_compatible, load_incumbent
+from llm_engineering.evaluation.incumbent import incumbent_tokenizer, is_compatible, load_incumbent
 from llm_engineering.evaluation.measures.canaries import canary_report, read_canaries
 from llm_engineering.evaluation.measures.checks import Check, check_report, read_checks
-from llm_engineering.evaluation.measures.exam import Exam, exam_report
+from llm_engineering.evaluation.measures.exam import Exam, by_document, exam_report
 from llm_engineering.evaluation.measures.judge import judge, win_rate
-from llm_engineering.evaluation.measures.observation import Observation, Work, by_document, observe
+from llm_engineering.evaluation.measures.observation import Observation, Work, observe
 from llm_engineering.evaluation.models import BASE, Models, Sample
 from llm_engineering.evaluation.row_values import row_values
 from llm_engineering.evaluation.statistics import TRANSFORMS, Bootstrap, compare
@@ -23,6 +23,7 @@ from llm_engineering.formatting.render import prompt_ids
 from llm_engineering.generation.clients.open import open_client
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import (
+    INCUMBENT,
     MEASURES,
     REWARD,
     REWARD_PREFIX,

@@ -9,15 +9,13 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.evaluation.models import BASE, Models
-from llm_engineering.models.base_model import check_unchanged
 from llm_engineering.models.new_tokens import with_added_tokens
+from llm_engineering.models.revision import check_unchanged
 from llm_engineering.models.tokenizer import load_tokenizer
-from llm_engineering.recipe.evaluation_blocks import EvaluationConfig
+from llm_engineering.recipe.evaluation_blocks import INCUMBENT, EvaluationConfig
 from llm_engineering.recipe.model_blocks import ModelConfig
 from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.training_blocks import TrainingSetup
-
-INCUMBENT = "incumbent"
 
 
 def incumbent_tokenizer(folder: Path, setup: TrainingSetup, settings: Settings) -> PreTrainedTokenizerBase:

@@ -6,11 +6,9 @@ import hashlib
 from pathlib import Path
 
 from llm_engineering.errors import RequestError
-from llm_engineering.evaluation.measures.canaries import read_canaries
 from llm_engineering.evaluation.measures.checks import read_checks
 from llm_engineering.evaluation.measures.exam import exam_hash, read_exam
 from llm_engineering.evaluation.measures.judge import JSON_FIELD
-from llm_engineering.evaluation.measures.lm_eval_tasks import check_tasks, tasks_hash
 from llm_engineering.generation.clients.open import check_access
 from llm_engineering.recipe.evaluation_blocks import EXAM_MEASURES, EvaluationConfig
 from llm_engineering.recipe.recipe import Recipe
@@ -24,7 +22,10 @@ def check_requirements(config: EvaluationConfig, settings: Settings) -> str | No
         RequestError: the file of checks is missing or has a bad line, lm-eval or one of the tasks is missing, or the
             judge cannot be reached.
     """
+    # These modules take seconds to import, so they are imported only for a recipe that has their block.
     if config.lm_eval is not None:
+        from llm_engineering.evaluation.measures.lm_eval_tasks import check_tasks
+
         check_tasks(config.lm_eval)
     files = files_hash(config)
     if config.judge is not None:
@@ -66,9 +67,13 @@ def files_hash(config: EvaluationConfig) -> str | None:
     if config.checks is not None:
         read_checks(config.checks)
     if config.canaries is not None:
+        from llm_engineering.evaluation.measures.canaries import read_canaries
+
         read_canaries(config.canaries)
     files = filter(None, (config.checks, config.canaries))
     hashes += [hashlib.sha256(Path(file).expanduser().read_bytes()).hexdigest()[:12] for file in files]
     if config.lm_eval is not None:
+        from llm_engineering.evaluation.measures.lm_eval_tasks import tasks_hash
+
         hashes.append(tasks_hash(config.lm_eval) or "no-folder")
     return "-".join(hashes) or None

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
 
 from llm_engineering.recipe.evaluation_blocks import Measure
 
@@ -135,9 +134,14 @@ class Bootstrap:
 
     @property
     def _z(self) -> float:
+        # scipy takes half a second to import, and the pages and the exam's file, which import this module, do without.
+        from scipy import stats
+
         return float(stats.norm.ppf((1 + self.confidence) / 2))
 
     def _t(self, freedom: float) -> float:
+        from scipy import stats
+
         return float(stats.t.ppf((1 + self.confidence) / 2, freedom))
 
     def _effective_rows(self, rows: Rows) -> float:
@@ -158,6 +162,8 @@ class Bootstrap:
         self, parts: Sequence[Floats], statistic: Callable[..., Floats], rows: Rows, transform: Transform | None = None
     ) -> Estimate:
         """The wider ends of the percentile interval and the t interval. Both are transformed."""
+        from scipy import stats
+
         n, weights = len(parts[0]), parts[1]
         value = float(statistic(*parts))
         if n == 1:
@@ -219,6 +225,8 @@ def _tango(gained: float, lost: float, n: float, z: float) -> tuple[float, float
         gained: share of the rows that only the first model has right.
         lost: share of the rows that only the second model has right.
     """
+    from scipy import optimize
+
     value = gained - lost
 
     def score(difference: float) -> float:

@@ -14,8 +14,8 @@ from datasets import DatasetDict
 from safetensors import safe_open
 
 from llm_engineering.data.storage import stream_records
-from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.progress import counted
+from llm_engineering.recipe.evaluation_blocks import INCUMBENT
 
 # Files or steps that a difference names.
 _NAMED = 4

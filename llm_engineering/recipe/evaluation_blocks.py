@@ -34,6 +34,8 @@ class Measure(NamedTuple):
         return self.most - self.least
 
 
+# The name of the model in production among the models that are compared.
+INCUMBENT = "incumbent"
 # The measures of the evaluation report, in its order.
 MEASURES = {
     "exam_accuracy": Measure("Exam: right answers", "share of questions", "higher"),

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from llm_engineering.evaluation.gate import PromotionDecision
-from llm_engineering.evaluation.incumbent import INCUMBENT
 from llm_engineering.evaluation.statistics import verdict
 from llm_engineering.progress import counted
+from llm_engineering.recipe.evaluation_blocks import INCUMBENT
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.reports.exam_report import exam_questions, exam_summary, model_answer, question
 from llm_engineering.reports.page import (

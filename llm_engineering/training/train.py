@@ -29,7 +29,7 @@ from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.arguments import device_facts, effective_batch, halved, sizes_text
 from llm_engineering.training.policy import save_policy
 from llm_engineering.training.processes import ranks
-from llm_engineering.training.processes.job import SUMMARY_FILE, TrainingResult
+from llm_engineering.training.processes.job import RUN_ID, SUMMARY_FILE, TrainingResult
 from llm_engineering.training.processes.ranks import Interruption, run_lock
 from llm_engineering.training.processes.sharding import whole_weights
 from llm_engineering.training.telemetry.flops import peak_flops
@@ -38,7 +38,7 @@ from llm_engineering.training.telemetry.work import TelemetryCallback, Work, env
 from llm_engineering.training.trainer.checkpoints import FINISHED, check_resumable, newest_complete
 from llm_engineering.training.trainer.resumable import RestoreWindow, ResumableTrainer
 from llm_engineering.training.trainer.trial import open_trial
-from llm_engineering.training.training_run import RUN_ID, TrainingRun
+from llm_engineering.training.training_run import TrainingRun
 
 logger = logging.getLogger(__name__)
 

@@ -41,9 +41,6 @@ from llm_engineering.training.unsloth_policy import Loading
 
 Config = TypeVar("Config", bound=TrainConfig)
 
-# The name of the pipeline's run among the parameters. A training outside of a pipeline has none.
-RUN_ID = "run_id"
-
 
 @dataclass(frozen=True)
 class TrainingRun(Generic[Config]):

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import tools.cli  # noqa: F401  It sets the variables that libraries read when they are imported.
-from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings

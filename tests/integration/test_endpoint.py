@@ -10,7 +10,8 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-from llm_engineering.models.base_model import model_path, pin_revision
+from llm_engineering.models.base_model import model_path
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
 from tests.conftest import free_port

@@ -3,12 +3,13 @@
 import json
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import Project, Run, make_project
+from tests.integration.conftest import ROOT, TIMEOUT_S, Project, Run, make_project
 
 
 def call(project, *commands: list[str]) -> list[Run]:
@@ -17,6 +18,15 @@ def call(project, *commands: list[str]) -> list[Run]:
         project.command("models", command, *arguments, "--config", str(project.recipe))
         for command, *arguments in commands
     ]
+
+
+def unwarmed(project: Project) -> Run:
+    """Run `sft` in a Python that has imported nothing before, and lists on stderr what it imports."""
+    command = ["-X", "importtime", "-m", "tools.cli", "run", "sft", "--config", str(project.recipe), "--json"]
+    run = subprocess.run(
+        [sys.executable, *command], env=project.env, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    return Run(run.returncode, run.stdout, run.stderr)
 
 
 def stages(models: Run) -> dict[int, str | None]:
@@ -33,7 +43,7 @@ def own(tiny_model, unused, tmp_path_factory) -> Project:
     project = make_project(tmp_path_factory.mktemp("promotion"), tiny_model, unused)
     project.first = project.run("sft")
     assert project.first.code == 0, project.first.stderr
-    project.repeated = project.run("sft")
+    project.repeated = unwarmed(project)
     (project.promoted,) = call(project, ["promote", "1", "--note", "the first version"])
     project.compared = project.run("sft")
     project.second = project.run("sft", "--set", "sft.learning_rate=1e-3")
@@ -54,6 +64,13 @@ def test_a_model_that_passes_goes_to_staging_and_a_worse_one_fails(own):
     assert "Version 1 is in production" in own.second.stderr
     assert "Not promoted, version 1 stays in production." in own.second.stderr
     assert "heldout_loss better than incumbent by more than 0: -" in " ".join(own.second.stderr.split())
+
+
+def test_a_cached_repeat_imports_no_library_that_only_a_step_needs(own):
+    listed = [line for line in own.repeated.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip() for line in listed}
+    assert {"steps.training", "steps.evaluation"} <= imported
+    assert not imported & {"transformers", "trl", "peft", "comet_ml", "boto3", "openai", "rouge_score", "bm25s"}
 
 
 def test_a_cached_repeat_belongs_to_the_version_that_has_its_model(own):

@@ -23,7 +23,7 @@ from llm_engineering.cloud.sagemaker.dispatch import ATTACH, dispatch_training
 from llm_engineering.cloud.sagemaker.jobs import FETCHED, JobNames
 from llm_engineering.cloud.sagemaker.request import METRICS
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.models.reward_model import RewardModel
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig

@@ -98,7 +98,8 @@ def export(
     if is_gguf:
         from transformers import AutoTokenizer
 
-        from llm_engineering.models.base_model import check_unchanged, load_config
+        from llm_engineering.models.base_model import load_config
+        from llm_engineering.models.revision import check_unchanged
         from llm_engineering.publish.exports.gguf import check_gguf, export_lora
 
         # Before the files of the version are read.

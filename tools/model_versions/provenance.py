@@ -323,7 +323,7 @@ def _base_model(version: Any) -> Iterator[Finding]:
 
     Only a folder or the embedded model can change. A model of the hub is pinned to a commit.
     """
-    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.revision import pin_revision
     from pipelines.registry import adapter_of
 
     adapter = adapter_of(version)

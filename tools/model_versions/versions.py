@@ -24,9 +24,9 @@ from zenml.utils.pagination_utils import depaginate
 
 from llm_engineering.data.storage import stream_records
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models.base_model import check_unchanged
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.new_tokens import with_added_tokens
+from llm_engineering.models.revision import check_unchanged
 from llm_engineering.publish.merge import MAX_ROWS, Trained, merge, merged_device
 from llm_engineering.publish.verification import HeldoutRow, Verification, precision
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -35,7 +35,8 @@ from llm_engineering.recipe.settings import Settings
 from llm_engineering.recipe.stages import STAGES
 from pipelines.registry import Adapter, adapter_of, stages
 from pipelines.repeats import linked_artifacts
-from steps.materializers import Directory, DirectoryMaterializer, is_lost
+from steps.materializers import Directory, DirectoryMaterializer
+from tools.zenml_store import newest_stored
 
 logger = logging.getLogger("llm_engineering.versions")
 
@@ -304,18 +305,6 @@ def formatted_rows(found: Found, split: str = "test", most: int = MAX_ROWS) -> l
     # A prompt has no answer, so the model is compared on its own tokens.
     keys = ("prompt_ids", "prompt_ids") if "prompt_ids" in rows.column_names else ("input_ids", "labels")
     return [HeldoutRow(record["id"], *(record[key] for key in keys)) for record in records]
-
-
-def newest_stored(artifact: str, facts: list[str], **where: Any) -> ArtifactVersionResponse | None:
-    """The newest version of an artifact with these facts in its metadata; None if there is none, or its files are lost."""
-    known = (
-        Client()
-        .list_artifact_versions(
-            artifact=artifact, run_metadata=facts, sort_by="desc:created", size=1, hydrate=True, **where
-        )
-        .items
-    )
-    return known[0] if known and not is_lost(known[0].uri) else None
 
 
 def _register(

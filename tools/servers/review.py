@@ -191,7 +191,7 @@ def _artifacts(model: str) -> list[ArtifactVersionResponse]:
 
 
 def _tokenizer(recipe: Recipe, settings: Settings) -> PreTrainedTokenizerBase:
-    from llm_engineering.models.base_model import pin_revision
+    from llm_engineering.models.revision import pin_revision
     from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
 
     model = pin_revision(recipe.model)

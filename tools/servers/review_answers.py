@@ -21,7 +21,7 @@ from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.feedback.comparisons import Compared, Comparison, Question, question_of
 from llm_engineering.generation.derived.question_wordings import OTHER_WORDING
-from llm_engineering.models.base_model import check_unchanged, pin_revision
+from llm_engineering.models.revision import check_unchanged, pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
 from llm_engineering.recipe.model_blocks import ModelConfig

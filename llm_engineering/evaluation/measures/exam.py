@@ -13,22 +13,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import bm25s
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llm_engineering.data.exam_answers import abstains, answers_right
-from llm_engineering.data.rows import Message, normalised, words
+from llm_engineering.data.rows import Message, Row, normalised, words
 from llm_engineering.data.similarity import Clusters
 from llm_engineering.documents.passages import Passage
 from llm_engineering.documents.read import HANDBOOK
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures.json_lines import read_json_lines, refuse
-from llm_engineering.evaluation.models import Models, Sample
 from llm_engineering.evaluation.statistics import Rows
 from llm_engineering.recipe.data_blocks import EMBEDDED_HANDBOOK
 from llm_engineering.recipe.evaluation_blocks import EMBEDDED_CONTROL, EXAM_MEASURES, GENERATED_EXAM, ExamConfig
+
+if TYPE_CHECKING:
+    from llm_engineering.evaluation.models import Models, Sample
 
 # Added to the name of a model that answers with passages of the documents: `base+retrieval`.
 RETRIEVAL = "+retrieval"
@@ -144,6 +145,11 @@ def cluster_numbers(shared: Sequence[Sequence[Any]]) -> list[int]:
     return [clusters.find(item) for item in range(len(shared))]
 
 
+def by_document(rows: Sequence[Row]) -> list[int]:
+    """The cluster of each row: its document. A row without a document is one of its own."""
+    return cluster_numbers([[row.document or number] for number, row in enumerate(rows)])
+
+
 def with_written(config: ExamConfig, folder: Path | None) -> ExamConfig:
     """The exam with the file of questions that a run has written to a folder.
 
@@ -235,6 +241,9 @@ def best_scores(questions: Sequence[str], passages: Sequence[Passage]) -> list[f
 
 def _search(questions: Sequence[str], passages: Sequence[Passage], count: int) -> tuple[Any, Any]:
     """The numbers of the best passages of each question, and their scores: two arrays of `count` columns at most."""
+    # Imported here, because reading the exam's file does without.
+    import bm25s
+
     index = bm25s.BM25()
     # The title names the subject, which a passage from the middle of a document may not.
     index.index([words(f"{passage.title} {passage.text}") for passage in passages], show_progress=False)

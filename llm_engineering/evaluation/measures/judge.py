@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_engineering.data.rows import InstructionRow
 from llm_engineering.errors import WorkError
-from llm_engineering.evaluation.measures.observation import by_document
+from llm_engineering.evaluation.measures.exam import by_document
 from llm_engineering.evaluation.statistics import Bootstrap, Floats, Rows, entry
 from llm_engineering.generation.types import Answer, Client, Failure, Messages, Sampling
 from llm_engineering.recipe.evaluation_blocks import MEASURES

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from llm_engineering.data.rows import InstructionRow, PromptRow, Row, is_blank, words
+from llm_engineering.data.rows import InstructionRow, PromptRow, is_blank, words
 from llm_engineering.evaluation.heldout import HeldOut, HeldOutRow, RowT
 from llm_engineering.evaluation.measures.canaries import Canary, completed
 from llm_engineering.evaluation.measures.checks import Check
-from llm_engineering.evaluation.measures.exam import Exam, cluster_numbers, take_exam
+from llm_engineering.evaluation.measures.exam import Exam, by_document, take_exam
 from llm_engineering.evaluation.measures.lm_eval_tasks import TaskResults, run_tasks
 from llm_engineering.evaluation.models import AnswerScore, Labelled, Models, Sample
 from llm_engineering.evaluation.statistics import Rows
@@ -47,11 +47,6 @@ def repetition(ids: Sequence[int]) -> float:
     """
     grams = [tuple(ids[start : start + NGRAM]) for start in range(len(ids) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def by_document(rows: Sequence[Row]) -> list[int]:
-    """The cluster of each row: its document. A row without a document is one of its own."""
-    return cluster_numbers([[row.document or number] for number, row in enumerate(rows)])
 
 
 def heldout_loss(scores: Sequence[AnswerScore]) -> Rows:

@@ -12,7 +12,7 @@ from typing import Any
 from llm_engineering.data.rows import PreferenceRow
 from llm_engineering.errors import WorkError
 from llm_engineering.evaluation.heldout import HeldOutRow
-from llm_engineering.evaluation.measures.observation import by_document
+from llm_engineering.evaluation.measures.exam import by_document
 from llm_engineering.evaluation.models import BASE
 from llm_engineering.evaluation.statistics import Bootstrap, Estimate, Rows, entry
 from llm_engineering.models.reward_model import RewardModel

@@ -18,6 +18,8 @@ from llm_engineering.recipe.training_blocks import TrainingSetup
 
 # Name of the summary's file in the folder `report`.
 SUMMARY_FILE = "report.json"
+# The name of the pipeline's run among the parameters. A training outside of a pipeline has none.
+RUN_ID = "run_id"
 
 
 class TrainingResult(NamedTuple):

@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from llm_engineering.errors import RequestError, WorkError
-from llm_engineering.models.base_model import check_generation_config, check_unchanged, load_model, pin_revision
+from llm_engineering.models.base_model import check_generation_config, load_model
 from llm_engineering.models.device import choose_device
+from llm_engineering.models.revision import check_unchanged, pin_revision
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 
 

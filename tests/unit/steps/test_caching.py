@@ -59,7 +59,14 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(caching, "__file__", str(tmp_path / "steps" / "caching.py"))
 
     def versions():
-        for cached in (caching._source, caching._tree, caching._definitions, caching._is_module, caching._used):
+        for cached in (
+            caching._source,
+            caching._tree,
+            caching._definitions,
+            caching._is_module,
+            caching._used,
+            caching._version,
+        ):
             cached.cache_clear()
         return {name: caching.code_version("steps.s", f"step_{name}") for name in "abcd"}
 
@@ -69,7 +76,14 @@ def project(tmp_path, monkeypatch):
         path.write_text(path.read_text().replace(old, new))
 
     yield versions, edit
-    for cached in (caching._source, caching._tree, caching._definitions, caching._is_module, caching._used):
+    for cached in (
+        caching._source,
+        caching._tree,
+        caching._definitions,
+        caching._is_module,
+        caching._used,
+        caching._version,
+    ):
         cached.cache_clear()
 
 
@@ -99,6 +113,8 @@ def test_steps_reach_the_code_that_decides_their_result():
     training = reachable("steps.training", "train") | reachable(*STAGES["sft"].train)
     assert "llm_engineering.training.arguments.training_arguments" in training
     assert "llm_engineering.training.telemetry.work.TelemetryCallback" in training
+    # The step imports this one inside its function.
+    assert "llm_engineering.training.processes.launch.launch_training" in training
     assert "llm_engineering.recipe.stage_blocks.SFTConfig" in training
     assert "llm_engineering.recipe.stage_blocks.DPOConfig" not in training
     assert not any("recipe.stages" in name for name in training)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_engineering.recipe.generation_blocks import ClientConfig
-from steps import in_job
+from steps import in_job, job_scope
 
 
 def write(client: ClientConfig | None, seed: int) -> str:
@@ -25,10 +25,10 @@ def write(client: ClientConfig | None, seed: int) -> str:
 def test_only_steps_with_a_model_of_their_own_are_jobs(monkeypatch, scope, client, place):
     compute = {"target": "sagemaker", "sagemaker": {"instance_type": "ml.g5.xlarge", "scope": scope}} if scope else {}
     run = SimpleNamespace(config=SimpleNamespace(parameters={"recipe": {"compute": compute}}))
-    monkeypatch.setattr(in_job, "get_step_context", lambda: SimpleNamespace(pipeline_run=run))
-    monkeypatch.setattr(in_job.Recipe, "model_validate", lambda recipe: recipe)
-    monkeypatch.setattr(in_job, "_dispatched", lambda function, recipe, arguments: "job")
-    assert in_job.sent_to_job(write)(client, seed=3) == place
+    monkeypatch.setattr(job_scope, "get_step_context", lambda: SimpleNamespace(pipeline_run=run))
+    monkeypatch.setattr(job_scope.Recipe, "model_validate", lambda recipe: recipe)
+    monkeypatch.setattr(in_job, "dispatched", lambda function, recipe, arguments: "job")
+    assert job_scope.sent_to_job(write)(client, seed=3) == place
 
 
 def test_the_base_model_has_its_path_in_the_job(tmp_path):

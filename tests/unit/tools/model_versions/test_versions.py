@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_engineering.errors import RequestError
-from llm_engineering.models.base_model import pin_revision
+from llm_engineering.models.revision import pin_revision
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.conftest import ROOT
