@@ -54,8 +54,9 @@ def inspect(
         raise RequestError("The name of a dataset is missing. Add it: make inspect DATA=rows.jsonl")
     recipe = load_recipe(config, overrides or ())
 
+    from llm_engineering.models.chat_template import pin_chat_template
     from llm_engineering.models.revision import pin_revision
-    from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+    from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.reports.data_report import inspect_file
 

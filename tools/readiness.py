@@ -21,6 +21,7 @@ from llm_engineering.feedback.agreement import judged_questions
 from llm_engineering.feedback.human_rows import note, take_snapshot
 from llm_engineering.feedback.people import folder_of, said_about, snapshots
 from llm_engineering.generation.clients.open import check_access
+from llm_engineering.models.chat_template import pin_chat_template
 from llm_engineering.models.revision import pin_revision
 from llm_engineering.publish.signing import check_signer
 from llm_engineering.recipe.data_blocks import REVIEW, DataConfig, rows_key
@@ -96,12 +97,10 @@ def check_and_pin(recipe: Recipe) -> tuple[Recipe, Inputs]:
     _check_client(recipe)
     checks = check_requirements(recipe.evaluation, settings)
     exam = check_exam(recipe)
-    recipe = recipe.model_copy(update={"model": pin_revision(recipe.model)})
-    if recipe.formatting.chat_template is not None or recipe.formatting.template_date is not None:
-        from llm_engineering.models.tokenizer import pin_chat_template
-
-        pinned = pin_chat_template(recipe.formatting, recipe.model, settings)
-        recipe = recipe.model_copy(update={"formatting": pinned})
+    model = pin_revision(recipe.model)
+    recipe = recipe.model_copy(
+        update={"model": model, "formatting": pin_chat_template(recipe.formatting, model, settings)}
+    )
     _check_tokenizer(recipe)
     check_model(recipe)
     reward_models = find_reward_models(recipe)

@@ -44,8 +44,9 @@ def exam(
     from llm_engineering.evaluation.measures.exam import exam_report, open_exam, take_exam, with_written
     from llm_engineering.evaluation.models import BASE, Models, Sample
     from llm_engineering.evaluation.statistics import Bootstrap
+    from llm_engineering.models.chat_template import pin_chat_template
     from llm_engineering.models.revision import check_unchanged, pin_revision
-    from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+    from llm_engineering.models.tokenizer import load_tokenizer
     from llm_engineering.recipe.settings import Settings
     from llm_engineering.reports.exam_report import exam_page
     from llm_engineering.reports.page import write_report

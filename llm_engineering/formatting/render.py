@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import InstructionRow, LabelledRow, Message, PreferenceRow, Row, TextRow
 from llm_engineering.errors import WorkError
-from llm_engineering.models.tokenizer import TEMPLATE_DATE
+from llm_engineering.models.chat_template import TEMPLATE_DATE
 
 IGNORE_INDEX = -100
 

@@ -117,9 +117,9 @@ def _train_recipe(arguments: argparse.Namespace) -> None:
     is_launched = "WORLD_SIZE" in os.environ
     if is_launched and config.trains_with_unsloth:
         _import_backend(recipe.compute, recipe.method, config.model_dump(), recipe.model, arguments.adapter)
+    from llm_engineering.models.chat_template import pin_chat_template
     from llm_engineering.models.revision import pin_revision
     from llm_engineering.models.reward_model import check_base
-    from llm_engineering.models.tokenizer import pin_chat_template
     from llm_engineering.training.processes import ranks
     from llm_engineering.training.processes.launch import launch_training
 

@@ -191,8 +191,9 @@ def _artifacts(model: str) -> list[ArtifactVersionResponse]:
 
 
 def _tokenizer(recipe: Recipe, settings: Settings) -> PreTrainedTokenizerBase:
+    from llm_engineering.models.chat_template import pin_chat_template
     from llm_engineering.models.revision import pin_revision
-    from llm_engineering.models.tokenizer import load_tokenizer, pin_chat_template
+    from llm_engineering.models.tokenizer import load_tokenizer
 
     model = pin_revision(recipe.model)
     formatting = pin_chat_template(recipe.formatting, model, settings)

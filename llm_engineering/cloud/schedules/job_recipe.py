@@ -15,7 +15,7 @@ from llm_engineering.data.reading.sources import dataset_files
 from llm_engineering.errors import RequestError
 from llm_engineering.evaluation.measures.exam import exam_hash
 from llm_engineering.evaluation.requirements import files_hash
-from llm_engineering.models.tokenizer import pin_chat_template
+from llm_engineering.models.chat_template import pin_chat_template
 from llm_engineering.recipe.data_blocks import EMBEDDED_DOCUMENTS, EMBEDDED_GENERAL, EMBEDDED_HANDBOOK, rows_key
 from llm_engineering.recipe.evaluation_blocks import GENERATED_EXAM, HUMAN_MEASURE, EvaluationConfig, ExamConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL

@@ -10,14 +10,8 @@ from llm_engineering.errors import RequestError
 from llm_engineering.formatting.render import prompt_ids, render
 from llm_engineering.formatting.template_check import check_chat_template
 from llm_engineering.models.base_model import load_model
-from llm_engineering.models.tokenizer import (
-    TEMPLATES,
-    end_token_ids,
-    load_tokenizer,
-    pin_chat_template,
-    set_chat_template,
-    template_text,
-)
+from llm_engineering.models.chat_template import TEMPLATES, pin_chat_template, template_text
+from llm_engineering.models.tokenizer import end_token_ids, load_tokenizer, set_chat_template
 from llm_engineering.recipe.data_blocks import FormattingConfig
 from llm_engineering.recipe.model_blocks import LoraConfig, ModelConfig
 from llm_engineering.recipe.stage_blocks import DPOConfig, SFTConfig

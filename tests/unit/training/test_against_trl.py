@@ -26,7 +26,8 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from llm_engineering.models.tokenizer import load_tokenizer, template_text
+from llm_engineering.models.chat_template import template_text
+from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.stage_blocks import CPTConfig, DPOConfig, KTOConfig, RewardConfig, SFTConfig
 from llm_engineering.recipe.stages import STAGES as TABLE
 from tests.tiny_models import formatted, instruction, labelled, logged, pair, text, train, training_setup

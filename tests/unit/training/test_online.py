@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.models.base_model import load_model
+from llm_engineering.models.chat_template import template_text
 from llm_engineering.models.device import choose_device
 from llm_engineering.models.revision import pin_revision
-from llm_engineering.models.tokenizer import template_text
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
