@@ -102,7 +102,7 @@ def test_a_killed_sweep_keeps_its_trials_and_repeats_the_running_one(swept):
     assert [(t.params, t.value) for t in after[:2]] == [(t.params, t.value) for t in swept.at_kill[:2]]
     assert [trial.number for trial in after if trial.state.name == "FAIL"] == [2]
     assert after[3].params == swept.at_kill[2].params
-    assert "Trial 3 was killed, and is run again" in swept.resumed.stderr
+    assert "Trial 3 was interrupted, and goes on with the same values" in swept.resumed.stderr
     # The first trial has the recipe's own values, and no two others are alike.
     assert after[0].params == {"sft.learning_rate": 1e-2, "sft.lora.r": report["own"]["values"]["sft.lora.r"]}
     values = [tuple(trial["values"].values()) for trial in report["trials"]]

@@ -157,7 +157,7 @@ def next_trial(sweep: Sweep) -> optuna.Trial | None:
             study.set_user_attr(KILLED, [*study.user_attrs.get(KILLED, []), begun.number])
             study.tell(begun.number, state=states.FAIL)
             study.enqueue_trial(begun.params)
-            logger.info("Trial %d was killed, and is run again", begun.number + 1)
+            logger.info("Trial %d was interrupted, and goes on with the same values", begun.number + 1)
         if len(counted(study)) >= sweep.block.trials:
             return None
         # A sampler with the same seed would draw the same values again in each process and after each start.
