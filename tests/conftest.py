@@ -21,6 +21,7 @@ from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.model_blocks import EMBEDDED_MODEL, ModelConfig
 from llm_engineering.recipe.settings import Settings
+from tests.fakes.warm_python import warm_python
 from tests.tiny_models import write_llama, write_model
 
 # A store for each test process: the user's stays as it is, and no two processes create one at the same time.
@@ -82,6 +83,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def job_python() -> Iterator[str]:
+    """The variable PATH of jobs whose `python` has already imported the libraries."""
+    with warm_python() as folder:
+        yield f"{folder}:{os.environ['PATH']}"
 
 
 def free_port() -> int:

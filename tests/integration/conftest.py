@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tests.fakes.warm_python import warm_python
 from tests.integration.preloaded import Forked
 from tests.tiny_models import write_llama
 
@@ -137,13 +135,6 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
     cut["merges"] = [pair for pair in cut["merges"] if "".join(pair) in cut["vocab"]]
     file.write_text(json.dumps(stored))
     return write_llama(tmp_path_factory.mktemp("tiny-model"), AutoTokenizer.from_pretrained(folder))
-
-
-@pytest.fixture(scope="session")
-def job_python() -> Iterator[str]:
-    """The variable PATH of jobs whose `python` has already imported the libraries."""
-    with warm_python() as folder:
-        yield f"{folder}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,11 @@ from llm_engineering.recipe.stage_blocks import SFTConfig
 from tests.fakes import sky
 from tests.tiny_models import formatted, job_of, train, training_setup
 
-SETUP = f"ln -sfn {sys.prefix} .venv"
+
+@pytest.fixture
+def make_venv(job_python):
+    """Commands that make a `.venv` whose `python` has already imported the libraries."""
+    return f"mkdir -p .venv/bin && ln -sfn {job_python.partition(':')[0]}/python .venv/bin/"
 
 
 @pytest.fixture
@@ -39,7 +43,7 @@ def data(tokenizer, tmp_path):
     return formatted("instruction", 12, tokenizer, tmp_path)
 
 
-def stage(tiny_model, setup=SETUP, **fields):
+def stage(tiny_model, setup, **fields):
     """A job of six steps on the machine of the stand-in, and the same work on this machine."""
     config = SFTConfig(
         method="lora",
@@ -60,9 +64,9 @@ def stage(tiny_model, setup=SETUP, **fields):
 
 
 def test_a_running_task_is_followed_and_its_adapter_is_that_of_a_training_here(
-    commands, tiny_model, data, settings, tmp_path
+    commands, make_venv, tiny_model, data, settings, tmp_path
 ):
-    job, config, setup = stage(tiny_model, file_mounts={"/outputs": {"name": "bucket"}})
+    job, config, setup = stage(tiny_model, make_venv, file_mounts={"/outputs": {"name": "bucket"}})
     settings.hf_token = SecretStr("hf_secret_value")
 
     def leave(facts):
@@ -89,8 +93,8 @@ def test_a_running_task_is_followed_and_its_adapter_is_that_of_a_training_here(
     assert not list(settings.llm_output_dir.glob("*partial*"))
 
 
-def test_an_interrupted_task_continues_from_its_checkpoint(commands, tiny_model, data, settings, tmp_path):
-    job, config, setup = stage(tiny_model)
+def test_an_interrupted_task_continues_from_its_checkpoint(commands, make_venv, tiny_model, data, settings, tmp_path):
+    job, config, setup = stage(tiny_model, make_venv)
 
     def interrupt(facts):
         (machine,) = (tmp_path / "sky").glob("sft-*")
@@ -114,8 +118,8 @@ def test_the_end_of_the_log_of_a_failed_task_is_shown(commands, tiny_model, data
         train_with_skypilot(job, data, settings, "acme", lambda facts: None)
 
 
-def test_a_lost_machine_is_named(commands, tiny_model, data, settings, tmp_path):
-    job, _, _ = stage(tiny_model)
+def test_a_lost_machine_is_named(commands, make_venv, tiny_model, data, settings, tmp_path):
+    job, _, _ = stage(tiny_model, make_venv)
 
     def lose(facts):
         for machine in (tmp_path / "sky").glob("sft-*"):
