@@ -44,6 +44,7 @@ promotion:
     better_than: {{base: {{heldout_loss: 0.0}}}}
     not_worse_than: {{sft: {{heldout_loss: 5.0}}}}
 compute: {{device: cpu, dtype: float32}}
+tracking: {{comet: "{comet}"}}
 """
 
 
@@ -88,8 +89,11 @@ def _ended(process: Forked) -> Run:
     return Run(process.wait(), stdout, stderr)
 
 
-def make_project(folder: Path, model: Path, template: "Project | None" = None) -> Project:
-    """Create a project in `folder`. With `template`, it gets a copy of that project's ZenML configuration and store."""
+def make_project(folder: Path, model: Path, template: "Project | None" = None, comet: str = "off") -> Project:
+    """Create a project in `folder`. With `template`, it gets a copy of that project's ZenML configuration and store.
+
+    Comet is off, because it waits a second at the end of each training.
+    """
     instructions = folder / "instructions.jsonl"
     with instructions.open("w") as file:
         for i in range(60):
@@ -99,7 +103,9 @@ def make_project(folder: Path, model: Path, template: "Project | None" = None) -
                 file.write('{"instruction": "broken\n')
     recipe = folder / "recipe.yaml"
     recipe.write_text(
-        RECIPE.format(local=ROOT / "configs" / "python_reference.yaml", model=model, instructions=instructions)
+        RECIPE.format(
+            local=ROOT / "configs" / "python_reference.yaml", model=model, instructions=instructions, comet=comet
+        )
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith("ZENML_")}
     env |= {
@@ -161,7 +167,7 @@ def unused(tiny_model, tmp_path_factory) -> Project:
 
 @pytest.fixture(scope="session")
 def project(tiny_model, tmp_path_factory) -> Project:
-    return make_project(tmp_path_factory.mktemp("project"), tiny_model)
+    return make_project(tmp_path_factory.mktemp("project"), tiny_model, comet="offline")
 
 
 @pytest.fixture

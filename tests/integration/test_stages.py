@@ -196,7 +196,6 @@ extends: {recipe}
 chain: [cpt]
 cpt: {{packing: false, num_train_epochs: 1, logging_steps: 1}}
 data: {{replay: null}}
-tracking: {{comet: 'off'}}
 """
 
 
