@@ -142,20 +142,22 @@ def _trials(report: Report) -> Markup:
         (
             str(trial["number"]),
             *(shown_value(trial["values"].get(key)) for key in keys),
-            f"{trial['loss']:.4f}" if trial["loss"] is not None else "",
-            _ended(trial),
-            trial["run"],
+            *_ended(trial),
         )
         for trial in sorted(report["trials"], key=lambda trial: (trial["loss"] is None, trial["loss"]))
     ]
-    return table(["Trial", *keys, "Validation loss", "State", "Run"], rows)
+    note = f"The runs of ZenML have the names {report['sweep']}-trial-N, where N is the number of the trial."
+    return table(["Trial", *keys, "Validation loss", "State"], rows) + paragraph(note, "small")
 
 
-def _ended(trial: Report) -> str:
+def _ended(trial: Report) -> tuple[str, str]:
+    """The validation loss of a trial, with the share of training where it was stopped, and its state."""
     if trial["state"] == "stopped":
         share, loss = trial["curve"][-1]
-        return f"stopped at {share:.0%} of training, with {loss:.4f}"
-    return f"failed: {trial['reason']}" if trial["state"] == "failed" else "complete"
+        return f"{loss:.4f} at {share:.0%}", "stopped"
+    if trial["state"] == "failed":
+        return "", f"failed: {trial['reason']}"
+    return f"{trial['loss']:.4f}", "complete"
 
 
 def shown_value(value: Any) -> str:

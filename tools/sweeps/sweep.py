@@ -15,7 +15,7 @@ from rich.table import Table
 from llm_engineering.errors import INTERRUPTED, RequestError, WorkError
 from llm_engineering.recipe.loading import check_name, load_recipe, recipe_hash
 from tools.cli import DEFAULT_RECIPE, PROGRAM, Config, Json, Overrides, prepare_zenml
-from tools.sweeps.trials import REASON, RUN, WORKER, Sweep, counted, repeat, run_trials
+from tools.sweeps.trials import REASON, WORKER, Sweep, counted, repeat, run_trials
 from tools.terminal import console
 
 if TYPE_CHECKING:
@@ -188,7 +188,6 @@ def _report(sweep: Sweep, winner: optuna.trial.FrozenTrial, repeats: list[float]
             "loss": trial.value if trial.state == optuna.trial.TrialState.COMPLETE else None,
             "curve": [[step / 1000, loss] for step, loss in sorted(trial.intermediate_values.items())],
             "reason": trial.user_attrs.get(REASON, ""),
-            "run": trial.user_attrs[RUN],
         }
         for trial in counted(sweep.study)
     ]
