@@ -114,10 +114,15 @@ def run(
         recipe, inputs = check_and_pin(recipe)
         warn_of_memory(recipe, stages)
         prepare_zenml()
+        from zenml.integrations.registry import integration_registry
+
         import pipelines.chain  # noqa: F401 — `launch` needs it, and it is to be imported before the next lines
         from tools import results
         from tools.zenml_store import forget_lost
 
+        # ZenML would import these two libraries for materializers of values that no step returns.
+        for library in ("scipy", "sklearn"):
+            integration_registry.integrations.pop(library, None)
         # What was imported stays, so it need not be looked through again.
         gc.freeze()
         gc.enable()

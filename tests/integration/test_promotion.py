@@ -70,7 +70,18 @@ def test_a_cached_repeat_imports_no_library_that_only_a_step_needs(own):
     listed = [line for line in own.repeated.stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip() for line in listed}
     assert {"steps.training", "steps.evaluation"} <= imported
-    assert not imported & {"transformers", "trl", "peft", "comet_ml", "boto3", "openai", "rouge_score", "bm25s"}
+    assert not imported & {
+        "transformers",
+        "trl",
+        "peft",
+        "comet_ml",
+        "boto3",
+        "openai",
+        "rouge_score",
+        "bm25s",
+        "sklearn",
+        "scipy",
+    }
 
 
 def test_a_cached_repeat_belongs_to_the_version_that_has_its_model(own):
