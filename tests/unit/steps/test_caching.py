@@ -58,7 +58,7 @@ def project(tmp_path, monkeypatch):
         (tmp_path / name).write_text(textwrap.dedent(text))
     monkeypatch.setattr(caching, "__file__", str(tmp_path / "steps" / "caching.py"))
 
-    def versions():
+    def forget():
         for cached in (
             caching._source,
             caching._tree,
@@ -68,6 +68,9 @@ def project(tmp_path, monkeypatch):
             caching._version,
         ):
             cached.cache_clear()
+
+    def versions():
+        forget()
         return {name: caching.code_version("steps.s", f"step_{name}") for name in "abcd"}
 
     def edit(name, old, new):
@@ -76,15 +79,7 @@ def project(tmp_path, monkeypatch):
         path.write_text(path.read_text().replace(old, new))
 
     yield versions, edit
-    for cached in (
-        caching._source,
-        caching._tree,
-        caching._definitions,
-        caching._is_module,
-        caching._used,
-        caching._version,
-    ):
-        cached.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
