@@ -54,8 +54,8 @@ class Rewarded:
 def rewarded(tiny_model: Path, unused: Project, tmp_path_factory: pytest.TempPathFactory) -> Rewarded:
     project = make_project(tmp_path_factory.mktemp("rewarded"), tiny_model, unused)
     recipe = project.folder / "reward.yaml"
-    # The gate needs nearly all held-out pairs in order, on every processor. These answers are told apart within an
-    # epoch; an answer of the tiny model may be the beginning of the chosen one.
+    # The gate passes only if nearly all held-out pairs are in order. The model learns to order these pairs in one epoch.
+    # It cannot always order pairs with an answer of the tiny model, which may be the beginning of the chosen answer.
     preferences = project.folder / "preferences.jsonl"
     pairs = (
         {
