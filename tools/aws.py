@@ -69,6 +69,9 @@ def image(
         str,
         typer.Option("--repository", metavar="NAME", help="Name of the repository in ECR. The first call creates it."),
     ] = "llm-engineering",
+    efa: Annotated[
+        bool, typer.Option("--efa", help="Add the software of EFA, AWS's fast network between machines.")
+    ] = False,
 ) -> int:
     """Build the images of SageMaker jobs and push them to ECR.
 
@@ -98,10 +101,11 @@ def image(
     registry = address.partition("/")[0]
     _docker("login", "--username", user, "--password-stdin", registry, given=password)
     for target in targets or TARGETS:
-        image = f"{address}:{tag(target)}"
+        image = f"{address}:{tag(target)}" + ("-efa" if efa else "")
+        network = ["--build-arg", "NETWORK=efa"] if efa else []
         folder = PROJECT_ROOT / "docker"
         # SageMaker's machines are x86-64, even if this machine is not.
-        _docker("build", "--platform", "linux/amd64", "--target", target, "--tag", image, str(folder))
+        _docker("build", "--platform", "linux/amd64", "--target", target, *network, "--tag", image, str(folder))
         _docker("push", image)
         print(f"{TARGETS[target]}={image}")
     print("Copy these lines into .env.", file=sys.stderr)

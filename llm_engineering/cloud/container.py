@@ -1,7 +1,7 @@
 """The entry of a training container: python -m llm_engineering.cloud.container COMMAND …
 
-Compares the installed versions with the lock of the image, reads the job's secret, sets torchrun's variables if the job
-has several machines, and chooses CUDA's libraries for the machine's driver. Then it runs COMMAND, forwards SIGTERM to it,
+Compares the installed versions with the lock of the image, reads the job's secret, sets torchrun's variables and the
+network if the job has several machines, and chooses CUDA's libraries for the machine's driver. Then it runs COMMAND, forwards SIGTERM to it,
 deletes old checkpoints from S3 meanwhile, and writes the reason of a failure into SageMaker's file.
 
 | environment variable | meaning |
@@ -44,6 +44,9 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 # FailureReason shows at most this number of characters of the file.
 _REASON_CHARACTERS = 1024
 _REASON_LINES = 20
+# The machine's network devices with direct access to memory, and NCCL's plugin for AWS's ones in the image.
+_NETWORKS = Path("/sys/class/infiniband")
+_EFA_PLUGIN = Path("/opt/amazon/ofi-nccl/lib/libnccl-net-ofi.so")
 # Shorter values are not hidden: a value such as "yes" is not secret, and occurs in many lines.
 SHORTEST_SECRET = 8
 # Any port works, because no other program uses the job's machines.
@@ -62,7 +65,9 @@ def main() -> int:
         print(f"Error: {error}", file=sys.stderr)
         write_reason(ML, f"Error: {error}")
         return error.exit_code
-    environment = {**os.environ, **secrets, **torchrun_variables(ML), **cuda_variables(_COMPAT, _DRIVER)}
+    machines = torchrun_variables(ML)
+    network = efa_variables(_NETWORKS, _EFA_PLUGIN) if machines else {}
+    environment = {**os.environ, **secrets, **machines, **network, **cuda_variables(_COMPAT, _DRIVER)}
     # One machine is enough: all of them share the address of the checkpoints.
     uri = os.environ.get(CHECKPOINTS_URI) if is_first_machine(ML) else None
     with deleting_old_checkpoints(uri, ML / "checkpoints"):
@@ -178,6 +183,27 @@ def torchrun_variables(ml: Path) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": interface,
         "GLOO_SOCKET_IFNAME": interface,
     }
+
+
+def efa_variables(networks: Path, plugin: Path) -> dict[str, str]:
+    """The environment variables that make NCCL use EFA, AWS's network between machines; empty on machines without it.
+
+    NCCL_NET makes NCCL fail if it cannot use the plugin. Without it, NCCL would use TCP, and only its log would say so.
+
+    Args:
+        networks: the folder in which the kernel lists the devices. Each has a link to its driver.
+        plugin: NCCL's plugin aws-ofi-nccl, which only images built with `make image ARGS=--efa` have.
+    """
+    if not any((device / "device" / "driver").resolve().name == "efa" for device in networks.glob("*")):
+        return {}
+    if not plugin.is_file():
+        print(
+            "These machines have EFA, but the image lacks its software, so the processes exchange gradients over TCP, which "
+            "is slower. Build the image with `make image ARGS=--efa`.",
+            flush=True,
+        )
+        return {}
+    return {"NCCL_NET_PLUGIN": "ofi", "NCCL_NET": "Libfabric", "FI_PROVIDER": "efa"}
 
 
 def cuda_variables(compat: Path, driver: Path) -> dict[str, str]:

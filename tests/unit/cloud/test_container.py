@@ -106,6 +106,32 @@ def test_a_single_machine_needs_no_variables(tmp_path):
     assert container.torchrun_variables(tmp_path) == {}
 
 
+def network_device(tmp_path, name, driver):
+    """A device as the kernel lists it in /sys/class/infiniband."""
+    (tmp_path / "drivers" / driver).mkdir(parents=True)
+    device = tmp_path / "networks" / name / "device"
+    device.mkdir(parents=True)
+    (device / "driver").symlink_to(tmp_path / "drivers" / driver)
+
+
+def test_nccl_must_use_efa_where_machine_and_image_have_it(tmp_path, capfd):
+    networks, plugin = tmp_path / "networks", tmp_path / "libnccl-net-ofi.so"
+    assert container.efa_variables(networks, plugin) == {}
+    network_device(tmp_path, "mlx5_0", "mlx5_core")
+    assert container.efa_variables(networks, plugin) == {}
+    assert capfd.readouterr().out == ""
+    network_device(tmp_path, "rdmap0s6", "efa")
+    assert container.efa_variables(networks, plugin) == {}
+    assert "make image ARGS=--efa" in capfd.readouterr().out
+    plugin.touch()
+    assert container.efa_variables(networks, plugin) == {
+        "NCCL_NET_PLUGIN": "ofi",
+        "NCCL_NET": "Libfabric",
+        "FI_PROVIDER": "efa",
+    }
+    assert capfd.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     ("driver", "used"),
     [

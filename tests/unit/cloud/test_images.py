@@ -24,7 +24,7 @@ FOLDER = ROOT / "docker"
 def instructions() -> dict[str, list[str]]:
     """The Dockerfile's instructions by stage; continued lines are joined."""
     text = (FOLDER / "Dockerfile").read_text().replace("\\\n", " ")
-    stages: dict[str, list[str]] = {}
+    stages: dict[str, list[str]] = {"": []}  # before the first stage
     for line in text.splitlines():
         if found := re.fullmatch(r"FROM (\S+) AS (\S+)", line):
             stages[found[2]] = [line]
@@ -61,14 +61,25 @@ def pins(lock: str) -> dict[str, str]:
 
 def test_each_target_installs_its_lock_and_names_it():
     stages = instructions()
-    assert list(stages) == ["cuda", "base", "training", "retrain"]
+    assert list(stages) == ["", "cuda", "base", "efa", "training", "retrain"]
     for target in aws.TARGETS:
         copied = [line.split()[1] for line in stages[target] if line.startswith("COPY")]
         assert copied == [f"{target}.lock"]
         assert (FOLDER / copied[0]).is_file()
         assert f"ENV {LOCK}=docker/{target}.lock" in stages[target]
         assert any(f"--requirement /opt/locks/{target}.lock" in line for line in stages[target])
-        assert stages[target][0].startswith("FROM base")
+        assert stages[target][0].startswith("FROM ${NETWORK} ")
+
+
+def test_efa_is_added_on_request_and_its_plugin_finds_cudas_runtime():
+    stages = instructions()
+    # An argument of FROM has to stand before the first stage.
+    assert stages[""] == ["ARG NETWORK=base"]
+    efa = " ".join(stages["efa"])
+    assert f"test -e {container._EFA_PLUGIN}" in efa
+    assert str(container._EFA_PLUGIN.parent) in efa.partition("LD_LIBRARY_PATH=")[2].split(":")
+    major = pins("docker/training.lock")["nvidia-cuda-runtime"].partition(".")[0]
+    assert f"nvidia/cu{major}/lib/libcudart.so.{major} {container._EFA_PLUGIN.parent}/libcudart.so" in efa
 
 
 @pytest.mark.parametrize("target", aws.TARGETS)
@@ -134,6 +145,17 @@ def test_make_image_logs_in_builds_and_pushes(docker, settings, monkeypatch, cap
     out, err = capfd.readouterr()
     assert out == f"SAGEMAKER_IMAGE={name}\n"
     assert (docker / "given").read_text() not in err
+
+
+def test_make_image_with_efa(docker, settings, monkeypatch, capfd):
+    with running_sagemaker() as fake:
+        for name, value in fake.env().items():
+            monkeypatch.setenv(name, value)
+        assert run("training", "--efa") == 0
+    name = capfd.readouterr().out.strip().removeprefix("SAGEMAKER_IMAGE=")
+    assert name.endswith(f":{aws.tag('training')}-efa")
+    build = (docker / "asked").read_text().splitlines()[1]
+    assert f"--target training --build-arg NETWORK=efa --tag {name}" in build
 
 
 def test_a_failing_docker_and_a_missing_docker(docker, settings, monkeypatch, capfd):
