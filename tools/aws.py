@@ -72,6 +72,9 @@ def image(
     efa: Annotated[
         bool, typer.Option("--efa", help="Add the software of EFA, AWS's fast network between machines.")
     ] = False,
+    deepspeed: Annotated[
+        bool, typer.Option("--deepspeed", help="Add DeepSpeed, for compute.distributed: deepspeed.")
+    ] = False,
 ) -> int:
     """Build the images of SageMaker jobs and push them to ECR.
 
@@ -100,12 +103,13 @@ def image(
     user, _, password = base64.b64decode(login["authorizationToken"]).decode().partition(":")
     registry = address.partition("/")[0]
     _docker("login", "--username", user, "--password-stdin", registry, given=password)
+    added = ["--build-arg", "NETWORK=efa"] if efa else []
+    added += ["--build-arg", "ADDED=deepspeed.lock"] if deepspeed else []
     for target in targets or TARGETS:
-        image = f"{address}:{tag(target)}" + ("-efa" if efa else "")
-        network = ["--build-arg", "NETWORK=efa"] if efa else []
+        image = f"{address}:{tag(target)}" + ("-efa" if efa else "") + ("-deepspeed" if deepspeed else "")
         folder = PROJECT_ROOT / "docker"
         # SageMaker's machines are x86-64, even if this machine is not.
-        _docker("build", "--platform", "linux/amd64", "--target", target, *network, "--tag", image, str(folder))
+        _docker("build", "--platform", "linux/amd64", "--target", target, *added, "--tag", image, str(folder))
         _docker("push", image)
         print(f"{TARGETS[target]}={image}")
     print("Copy these lines into .env.", file=sys.stderr)
@@ -164,7 +168,9 @@ def stack(
 def tag(target: str) -> str:
     """The tag of an image: its target and the hash of the files that decide its content."""
     folder = PROJECT_ROOT / "docker"
-    content = b"".join((folder / name).read_bytes() for name in ("Dockerfile", "serve", f"{target}.lock"))
+    content = b"".join(
+        (folder / name).read_bytes() for name in ("Dockerfile", "serve", "deepspeed.lock", f"{target}.lock")
+    )
     return f"{target}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 

@@ -137,8 +137,9 @@ def check_processes(compute: ComputeConfig, device: Device) -> None:
         )
     if compute.distributed == "deepspeed" and not _is_installed("deepspeed"):
         raise RequestError(
-            "compute.distributed is deepspeed, and the package deepspeed is not installed. Install it "
-            "(pip install deepspeed), or use --set compute.distributed=fsdp2, which comes with torch."
+            "compute.distributed is deepspeed, and the package deepspeed is not installed. Install it (pip install -c "
+            "requirements.lock -e '.[deepspeed]'; for SageMaker make image ARGS=--deepspeed), or use --set "
+            "compute.distributed=fsdp2, which comes with torch."
         )
     # With several machines, torchrun sets how many of the processes run on this one.
     processes, cards = int(os.environ.get("LOCAL_WORLD_SIZE", compute.num_processes)), torch.cuda.device_count()

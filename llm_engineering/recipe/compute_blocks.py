@@ -154,11 +154,6 @@ class ComputeConfig(Block):
                 f"num_processes {self.num_processes} counts the processes of all machines: make it a multiple of "
                 f"sagemaker.instance_count {self.sagemaker.instance_count}"
             )
-        if self.sagemaker is not None and self.sagemaker.instance_count > 1 and self.distributed != "ddp":
-            raise ValueError(
-                f"distributed {self.distributed} writes its shards to a disk that all processes see, but several "
-                "machines share no disk: use ddp, or sagemaker.instance_count 1"
-            )
         if self.distributed != "ddp" and self.num_processes == 1:
             raise ValueError(
                 f"distributed {self.distributed} has no effect with num_processes 1: remove it, or set num_processes"

@@ -28,7 +28,7 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.arguments import device_facts, effective_batch, halved, sizes_text
 from llm_engineering.training.policy import save_policy
-from llm_engineering.training.processes import ranks
+from llm_engineering.training.processes import files, ranks
 from llm_engineering.training.processes.job import RUN_ID, SUMMARY_FILE, TrainingResult
 from llm_engineering.training.processes.ranks import Interruption, run_lock
 from llm_engineering.training.processes.sharding import whole_weights
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 # Rows, or pairs with two answers each, that the report shows token by token.
 _LABEL_ROWS = 3
 _LABEL_PAIRS = 2
+# Where a machine without the checkpoint keeps a copy of it while it trains.
+_FETCHED = "fetched"
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -69,8 +71,9 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
         logger.info("%s", reason)
 
     # Check the checkpoint that the user named
-    if run.resume_from is not None:
-        check_resumable(run.resume_from, run.identity)
+    named = run.resume_from and _on_this_machine(run.resume_from, folder)
+    if named is not None:
+        check_resumable(named, run.identity)
 
     # Start the trackers
     tags = [stage, setup.model.name_or_path]
@@ -81,7 +84,7 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
         transformers.logging.set_verbosity_error()
         with run_lock(folder) if ranks.is_main() else nullcontext():
             # Train
-            trained = _train_until_it_fits(run, make_trainer, trackers)
+            trained = _train_until_it_fits(run, named, make_trainer, trackers)
             trainer = trained.trainer
 
             # Save the model and its tokenizer
@@ -94,6 +97,8 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
                 run.tokenizer.save_pretrained(str(adapter))
     finally:
         places = trackers.end()
+        if ranks.is_first_here():
+            shutil.rmtree(folder / _FETCHED, ignore_errors=True)
 
     # Write the summary
     history = trainer.state.log_history
@@ -141,17 +146,28 @@ class _Trained(NamedTuple):
     seconds: float
 
 
+def _on_this_machine(checkpoint: Path, folder: Path) -> Path:
+    """A checkpoint of the main process, as a copy in the run's folder if this is another machine that lacks it."""
+    return files.fetch(checkpoint, folder / _FETCHED / checkpoint.name) if ranks.several_machines() else checkpoint
+
+
 def _train_until_it_fits(
     run: TrainingRun[Config],
+    named: Path | None,
     make_trainer: Callable[[Config], ResumableTrainer],
     trackers: Trackers,
 ) -> _Trained:
-    """Train with the recipe's batch size, and halve the batch size each time that the memory is full."""
+    """Train with the recipe's batch size, and halve the batch size each time that the memory is full.
+
+    Args:
+        named: checkpoint to resume from instead of the newest one.
+    """
     stage, setup = run.stage, run.setup
     checkpoints = run.folder / "checkpoints"
     config = run.config
-    newest = newest_complete(checkpoints, run.identity) if ranks.is_main() and not run.resume_from else None
-    checkpoint = run.resume_from or ranks.from_main(newest)
+    newest = newest_complete(checkpoints, run.identity) if ranks.is_main() and named is None else None
+    newest = ranks.from_main(newest)
+    checkpoint = named or (newest and _on_this_machine(newest, run.folder))
     trial = open_trial(stage)
     if trial is not None:
         trial.check_rows(run.identity["dataset"]["validation"])
@@ -191,7 +207,7 @@ def _train_until_it_fits(
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-        checkpoint = newest_complete(checkpoints, run.identity) or run.resume_from
+        checkpoint = newest_complete(checkpoints, run.identity) or named
 
 
 def _peak(run: TrainingRun[Config], trainer: ResumableTrainer) -> float | None:

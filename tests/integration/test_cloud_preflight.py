@@ -70,6 +70,12 @@ def test_an_account_without_problems_logs_nothing(fake, recipe, caplog):
     assert not caplog.records
 
 
+def test_deepspeed_needs_an_image_that_has_it(fake, small_llama):
+    deepspeed = ["compute.num_processes=2", "compute.distributed=deepspeed", "compute.zero_stage=2"]
+    recipe = make_recipe(small_llama, *deepspeed)
+    the_one(recipe, "does not say that it has DeepSpeed", "make image ARGS=--deepspeed", is_warning=True)
+
+
 def no_role(fake: FakeSageMaker) -> None:
     fake.client("iam").delete_role(RoleName="training")
 

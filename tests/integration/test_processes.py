@@ -1,11 +1,15 @@
 """Training in two processes: the same result as in one, no lost checkpoint, and failures that stop both processes."""
 
+import ctypes
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,8 +31,9 @@ from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, RewardConf
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
-from llm_engineering.training.processes import ranks
+from llm_engineering.training.processes import files, ranks
 from llm_engineering.training.telemetry import work
+from tests.fakes.machine import why_no_jobs
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked, fork_server
 from tests.tiny_models import formatted, train, write_model
@@ -46,6 +51,8 @@ ONLINE = {
 }
 DROPOUT = SFT.model_copy(update={"lora": LoraConfig(r=4, lora_dropout=0.1), "logging_steps": 3})
 TIMEOUT_S = 120
+# CLONE_NEWNS of unshare(2).
+_NEW_MOUNTS = 0x20000
 
 
 def poison(step, row):
@@ -82,7 +89,7 @@ def no_memory():
 
 
 def fsdp_on_a_processor():
-    """Let accelerate shard here: it knows FSDP only on cards. In all processes but the first, no weights of the base may be read."""
+    """Let accelerate shard here: it knows FSDP only on cards. The first process of a machine alone may read weights of the base."""
     real = AcceleratorState.__init__
 
     def initialise(self, *args, fsdp_plugin=None, **kwargs):
@@ -92,7 +99,7 @@ def fsdp_on_a_processor():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = initialise
-    if ranks.rank() > 0:
+    if not ranks.is_first_here():
         modeling_utils.safe_open = None
 
 
@@ -118,17 +125,35 @@ def sharded(folder, stop=None):
         signal_at(stop)
 
 
+def hide(folder):
+    """Cover a folder with an empty one for this process, as if it were on the disk of another machine."""
+    folder.mkdir(exist_ok=True)
+    if ctypes.CDLL(None, use_errno=True).unshare(_NEW_MOUNTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(folder)], check=True)
+
+
 def stage_of(config):
     return next(name for name, stage in STAGES.items() if stage.block is type(config))
 
 
-def one_rank(place, port, folder, stage, config, data, start, sabotage, distributed, resume_from=None):
-    """Train as one process of a run, and write the outcome to `outcome-RANK.json` in `folder`."""
+def one_rank(place, port, folder, stage, config, data, start, sabotage, way, apart, resume_from=None):
+    """Train as one process of a run, and write the outcome to `outcome-RANK.json` in `folder`.
+
+    Args:
+        way: keys of `compute` that the recipe refuses on a processor.
+        apart: whether each of two processes is on a machine of its own, which does not see the other's output folder.
+    """
     rank, count = place
     torch.set_num_threads(1)
     if count > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if apart:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        hide(folder / f"machine-{1 - rank}")
+        files._CHUNK_BYTES = 10_000
     compute = ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa", num_processes=count)
     model = ModelConfig(name_or_path=str(data / "model"), revision="test")
     setup = Setup(
@@ -139,10 +164,9 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage, distribu
         tracking=TrackingConfig(comet="off"),
         seed=7,
     )
-    # The recipe refuses fsdp2 on a processor.
-    setup = setup.model_copy(update={"compute": compute.model_copy(update={"distributed": distributed})})
+    setup = setup.model_copy(update={"compute": compute.model_copy(update=way)})
     rows = DatasetDict.load_from_disk(str(data / stage))
-    settings = Settings(llm_output_dir=folder)
+    settings = Settings(llm_output_dir=folder / f"machine-{rank}" if apart else folder)
     ranks.join(compute, "cpu")
     outcome = {"end": "done"}
     try:
@@ -183,12 +207,23 @@ def run(data):
     """
     context = fork_server()
 
-    def start(folder, config, count=2, start=None, sabotage=None, distributed="ddp", resume_from=None):
+    def start(folder, config, count=2, start=None, sabotage=None, distributed="ddp", apart=False, resume_from=None):
         folder.mkdir(exist_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         stage = stage_of(config)
-        arguments = (port, folder, stage, config, data, start, sabotage or {}, distributed, resume_from)
+        arguments = (
+            port,
+            folder,
+            stage,
+            config,
+            data,
+            start,
+            sabotage or {},
+            {"distributed": distributed},
+            apart,
+            resume_from,
+        )
         processes = [context.Process(target=one_rank, args=((rank, count), *arguments)) for rank in range(count)]
         for process in processes:
             process.start()
@@ -277,6 +312,7 @@ def test_two_processes_train_one_adapter(config, run, sft_adapter, tmp_path):
 
 
 FULL = SFT.model_copy(update={"method": "full", "learning_rate": 1e-3})
+DEEPSPEED = {"zero-2": PACKED, "zero-3": FULL}
 
 
 @pytest.mark.parametrize("config", [PACKED, FULL, DPO], ids=["packed", "full", "dpo"])
@@ -353,6 +389,52 @@ def test_signal_to_one_process_stops_both_and_the_resumed_run_ends_like_an_unint
         for outcome in (whole[0], resumed[0])
     ]
     assert untimed[0] == untimed[1]
+
+
+@pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp2"])
+def test_machines_without_a_shared_disk_resume_from_the_checkpoint_of_the_first(distributed, run, tmp_path):
+    def trained(folder, stop=None):
+        sabotage = {1: (signal_at, (stop,))} if stop else {}
+        if distributed == "fsdp2":
+            sabotage = dict.fromkeys((0, 1), (sharded, (folder, stop)))
+        outcomes = run(folder, DROPOUT, sabotage=sabotage, distributed=distributed, apart=True)
+        return [outcome["end"] for outcome in outcomes], outcomes[0].get("summary", {})
+
+    _, whole = trained(tmp_path / "whole")
+    assert trained(tmp_path / "cut", stop=3)[0] == ["KeyboardInterrupt: SIGTERM in step 3"] * 2
+    first, second = ({path.name for path in (tmp_path / "cut").glob(f"machine-{i}/**/*.*")} for i in (0, 1))
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= first
+    assert second == set()
+    ends, resumed = trained(tmp_path / "cut")
+    assert (ends, resumed["resumed_from"]) == (["done", "done"], "checkpoint-3")
+    untimed = [[{k: v for k, v in e.items() if k not in TIMED} for e in run["history"]] for run in (whole, resumed)]
+    assert untimed[0] == untimed[1]
+    assert not list((tmp_path / "cut").glob("machine-1/**/*.*"))
+
+
+@pytest.fixture(scope="module")
+def deepspeed_runs(data, tmp_path_factory):
+    """The outcomes of both machines by folder, from a process whose accelerate has found DeepSpeed when it was imported."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/.venv/deepspeed", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.integration.deepspeed_runs", str(data), str(folder)]
+    subprocess.run(command, env=os.environ | env, cwd=ROOT, check=True, capture_output=True, timeout=3 * TIMEOUT_S)
+    return lambda name: [json.loads((folder / name / f"outcome-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles its communication with g++")
+@pytest.mark.parametrize("way", DEEPSPEED)
+def test_interrupted_machines_with_deepspeed_train_like_one_process(way, deepspeed_runs, alone):
+    """The real DeepSpeed shares optimiser state, gradients and weights. Each machine has only its own shard on its disk."""
+    assert [outcome["end"] for outcome in deepspeed_runs(f"{way}-cut")] == ["KeyboardInterrupt: SIGTERM in step 3"] * 2
+    resumed = deepspeed_runs(f"{way}-resumed")
+    assert [outcome["end"] for outcome in resumed] == ["done", "done"]
+    assert resumed[0]["summary"]["resumed_from"] == "checkpoint-3"
+    one = alone(DEEPSPEED[way])
+    for name in ("loss", "learning_rate", "eval_loss", "num_tokens"):
+        assert history(resumed[0], name) == pytest.approx(history(one, name), abs=1e-4), name
 
 
 def test_nan_loss_in_one_process_stops_both_and_names_the_row(run, data, tmp_path):

@@ -106,6 +106,7 @@ def problems(recipe: Recipe, account: Account, settings: Settings, secrets: Sequ
         *run_check("What you and the role may do", partial(right_problems, config, account, caller)),
         *run_check(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
         *run_check(f"The image {account.image}", partial(_image_problems, account)),
+        *_deepspeed_problems(recipe, account),
         *machine_problems(recipe, config, account, settings),
         # The process of an isolated job reads no secret.
         *([] if config.network_isolation else run_check("The secret", partial(_secret_problems, account, needed))),
@@ -257,6 +258,13 @@ def _bucket_problems(account: Account) -> Iterator[Problem]:
             "Allow these credentials s3:PutObject there (docs/aws/launcher.json), or check the bucket's own policy"
             + (f" and the policy of the key {account.kms_key}" if account.kms_key else ""),
         )
+
+
+def _deepspeed_problems(recipe: Recipe, account: Account) -> list[Problem]:
+    if recipe.compute.distributed != "deepspeed" or "deepspeed" in account.image:
+        return []
+    what = f"compute.distributed is deepspeed, and the name of the image {account.image} does not say that it has DeepSpeed"
+    return [Problem(what, "If it does not, build one with `make image ARGS=--deepspeed`", is_warning=True)]
 
 
 def _image_problems(account: Account) -> Iterator[Problem]:

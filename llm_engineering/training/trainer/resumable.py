@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from llm_engineering.errors import WorkError
-from llm_engineering.training.processes import ranks
+from llm_engineering.training.processes import files, ranks
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.telemetry.work import Work
 from llm_engineering.training.trainer.checkpoints import PARTIAL, SHARDED_STATE, check_space, publish, size
@@ -186,10 +186,9 @@ class ResumableTrainer(HeldOutTrainer):
             self.state.best_model_checkpoint = str(final)
         # Gathering waits for all processes, so after it all of them have written their files.
         window = self._window()
-        own_files = ranks.gathered(_own_files(written)) if ranks.several_machines() else []
+        if ranks.several_machines():
+            files.collect(written)
         if ranks.is_main():
-            for name, content in (file for files in own_files for file in files):
-                (written / name).write_bytes(content)
             if is_best:
                 self.state.save_to_json(str(written / "trainer_state.json"))
             (written / _WINDOW_FILE).write_text(json.dumps(window), encoding="utf-8")
@@ -202,7 +201,7 @@ class ResumableTrainer(HeldOutTrainer):
             )
         ranks.wait()
         # Delete only now: if the machines share a disk, the main process has published its checkpoint from this folder.
-        if own_files and ranks.is_first_here():
+        if ranks.is_first_here():
             shutil.rmtree(partial, ignore_errors=True)
 
     def _needed_bytes(self, folder: Path) -> int:
@@ -328,12 +327,6 @@ class ResumableTrainer(HeldOutTrainer):
             f"training split: {named}. Look at them in the dataset; if nothing is wrong with them, lower learning_rate."
             f"{unchanged}"
         )
-
-
-def _own_files(checkpoint: Path) -> list[tuple[str, bytes]]:
-    """Names and contents of the files that each process writes for itself: random state, and completions in use."""
-    files = (checkpoint / f"{kind}_{ranks.rank()}.pth" for kind in ("rng_state", "completions"))
-    return [(file.name, file.read_bytes()) for file in files if file.is_file()]
 
 
 class ByEpoch:

