@@ -8,6 +8,7 @@ import os
 import re
 import sqlite3
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,11 +17,14 @@ import torch
 import yaml
 from zenml.orchestrators.publish_utils import publish_successful_step_run
 
-# What commands import and compute before their work begins, so that the forked processes need not.
-import tests.integration.warm  # noqa: F401
 from benchmarks.file_kills import Did, Work
+from tests.integration.preloaded import LIBRARIES
 from tests.tiny_models import KINDS, write_model
 from tools.cli import PROJECT_ROOT, main
+
+# What commands import and compute before and in their work, so that the forked processes need not.
+for library in LIBRARIES:
+    import_module(library)
 
 _RECIPE: dict[str, Any] = {
     "extends": str(PROJECT_ROOT / "configs" / "python_reference.yaml"),

@@ -20,7 +20,7 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import IO, Any
 
-_LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.sql_zen_store",
+LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.sql_zen_store",
               "zenml.pipelines.pipeline_definition", "zenml.orchestrators.step_launcher", "zenml.log_stores",
               "zenml.deployers", "zenml.sandboxes", "datasets",
               "matplotlib.pyplot", "peft", "transformers.trainer", "llm_engineering.training.cpt",
@@ -34,7 +34,7 @@ _LIBRARIES = ("tests.integration.installed", "zenml.client", "zenml.zen_stores.s
 def fork_server() -> ForkServerContext:
     """The context of the processes that are forked. The first of them starts the server, for all files of a test process."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_LIBRARIES))
+    context.set_forkserver_preload(list(LIBRARIES))
     return context
 
 
