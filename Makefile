@@ -131,7 +131,7 @@ bench: .venv/ready-dev  ## run the benchmarks (some hours)
 	$(MAKE_PY) -m benchmarks.gate --arms
 	$(MAKE_PY) -m benchmarks.knowledge --seeds 1 --tokens 60000
 	$(MAKE_PY) -m benchmarks.company
-	$(MAKE_PY) -m benchmarks.file_kills
+	$(MAKE_PY) -m benchmarks.file_kills --works answers,decisions,snapshot,record,report,export
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(BIN)/python -m tools.make $@ -m benchmarks.training_cuda; \
 	else echo "Training on a GPU is not measured, because torch finds no CUDA card."; fi

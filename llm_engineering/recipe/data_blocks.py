@@ -222,7 +222,7 @@ class DataConfig(Block):
     `labelled` has single answers in a format of instructions, with a column `label` that says whether the answer is a good
     one; without it, the answers of pairs are good if they are chosen and bad if they are rejected.
     `replay_instructions` is a general dataset of instructions, or `embedded:general`. Its rows are added to the
-    instructions, so that the model forgets less: of the embedded ones at most 200, or as many as there are generated questions.
+    instructions, so that the model forgets less: of the embedded ones as many as there are generated questions, but at least 200.
     They are not held out.
 
     Up to `wordings` other wordings of each question are trained too. Rules write them, for short English questions.
