@@ -8,8 +8,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, ProgressCallback
 
-from llm_engineering.errors import WorkError
+from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.formatting.labels import label_views
 from llm_engineering.formatting.render import IGNORE_INDEX
 from llm_engineering.models.device import choose_optimiser
@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 # Rows, or pairs with two answers each, that the report shows token by token.
 _LABEL_ROWS = 3
 _LABEL_PAIRS = 2
-# Where a machine without the checkpoint keeps a copy of it while it trains.
-_FETCHED = "fetched"
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -70,10 +68,14 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
     for reason in (*run.device.reasons, f"optimiser {optimiser}: {why}"):
         logger.info("%s", reason)
 
-    # Check the checkpoint that the user named
-    named = run.resume_from and _on_this_machine(run.resume_from, folder)
-    if named is not None:
-        check_resumable(named, run.identity)
+    # Check what the run resumes from
+    if ranks.several_machines() and config.load_best and setup.compute.distributed != "ddp":
+        raise RequestError(
+            f"{stage}.load_best reads the best checkpoint on every machine, but only the first one has it on its disk. Set "
+            f"{stage}.load_best to false, or compute.distributed to ddp."
+        )
+    if run.resume_from is not None:
+        _check_named(run.resume_from, run.identity)
 
     # Start the trackers
     tags = [stage, setup.model.name_or_path]
@@ -84,7 +86,7 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
         transformers.logging.set_verbosity_error()
         with run_lock(folder) if ranks.is_main() else nullcontext():
             # Train
-            trained = _train_until_it_fits(run, named, make_trainer, trackers)
+            trained = _train_until_it_fits(run, make_trainer, trackers)
             trainer = trained.trainer
 
             # Save the model and its tokenizer
@@ -97,8 +99,6 @@ def run_training(run: TrainingRun[Config], make_trainer: Callable[[Config], Resu
                 run.tokenizer.save_pretrained(str(adapter))
     finally:
         places = trackers.end()
-        if ranks.is_first_here():
-            shutil.rmtree(folder / _FETCHED, ignore_errors=True)
 
     # Write the summary
     history = trainer.state.log_history
@@ -146,28 +146,45 @@ class _Trained(NamedTuple):
     seconds: float
 
 
-def _on_this_machine(checkpoint: Path, folder: Path) -> Path:
-    """A checkpoint of the main process, as a copy in the run's folder if this is another machine that lacks it."""
-    return files.fetch(checkpoint, folder / _FETCHED / checkpoint.name) if ranks.several_machines() else checkpoint
+def _check_named(checkpoint: Path, identity: Mapping[str, Any]) -> None:
+    """Raise in all processes the RequestError of `check_resumable` on the machine of the main process."""
+    problem = None
+    if ranks.is_main():
+        try:
+            check_resumable(checkpoint, identity)
+        except RequestError as error:
+            problem = str(error)
+    problem = ranks.from_main(problem)
+    if problem is not None:
+        raise RequestError(problem)
+
+
+@contextmanager
+def _on_this_machine(checkpoint: Path | None, folder: Path) -> Iterator[Path | None]:
+    """A checkpoint of the main process. On another machine that lacks it, a copy in the run's folder, removed at the end."""
+    if checkpoint is None or not ranks.several_machines():
+        yield checkpoint
+        return
+    copy = folder / "fetched" / checkpoint.name
+    here = files.fetch(checkpoint, copy)
+    try:
+        yield here
+    finally:
+        if here == copy and ranks.is_first_here():
+            shutil.rmtree(copy.parent)
 
 
 def _train_until_it_fits(
     run: TrainingRun[Config],
-    named: Path | None,
     make_trainer: Callable[[Config], ResumableTrainer],
     trackers: Trackers,
 ) -> _Trained:
-    """Train with the recipe's batch size, and halve the batch size each time that the memory is full.
-
-    Args:
-        named: checkpoint to resume from instead of the newest one.
-    """
+    """Train with the recipe's batch size, and halve the batch size each time that the memory is full."""
     stage, setup = run.stage, run.setup
     checkpoints = run.folder / "checkpoints"
     config = run.config
-    newest = newest_complete(checkpoints, run.identity) if ranks.is_main() and named is None else None
-    newest = ranks.from_main(newest)
-    checkpoint = named or (newest and _on_this_machine(newest, run.folder))
+    newest = newest_complete(checkpoints, run.identity) if ranks.is_main() and not run.resume_from else None
+    checkpoint = run.resume_from or ranks.from_main(newest)
     trial = open_trial(stage)
     if trial is not None:
         trial.check_rows(run.identity["dataset"]["validation"])
@@ -185,7 +202,9 @@ def _train_until_it_fits(
         before = _weight_sums(trainer, setup.compute)
         if trial is not None:
             trainer.add_callback(trial)
-        if _train(stage, trainer, config, setup.compute, checkpoint):
+        with _on_this_machine(checkpoint, run.folder) as here:
+            is_trained = _train(stage, trainer, config, setup.compute, here)
+        if is_trained:
             if trial is not None:
                 trial.end(stage, str(checkpoints), trainer.state.max_steps)
             _check_trained(stage, trainer, before, setup.compute)
@@ -207,7 +226,7 @@ def _train_until_it_fits(
         del trainer
         gc.collect()
         torch.cuda.empty_cache()
-        checkpoint = newest_complete(checkpoints, run.identity) or named
+        checkpoint = newest_complete(checkpoints, run.identity) or run.resume_from
 
 
 def _peak(run: TrainingRun[Config], trainer: ResumableTrainer) -> float | None:

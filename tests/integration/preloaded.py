@@ -128,7 +128,9 @@ class _Process(ForkServerProcess):
     def __init__(self, streams: tuple[int, ...], rest: tuple[Any, ...]) -> None:
         """`streams` become stdout, stderr and, if there is a third one, stdin."""
         super().__init__()
-        self._streams, self._rest = streams, rest
+        # Descriptors here, and `DupFd` in the forked process.
+        self._streams: tuple[Any, ...] = streams
+        self._rest = rest
 
     def __getstate__(self) -> dict[str, Any]:
         # Called once, when the object is pickled for the server.

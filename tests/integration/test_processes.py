@@ -33,6 +33,7 @@ from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
 from llm_engineering.training.processes import files, ranks
 from llm_engineering.training.telemetry import work
+from llm_engineering.training.trainer.checkpoints import PARTIAL
 from tests.fakes.machine import why_no_jobs
 from tests.integration.conftest import ROOT, TIMED
 from tests.integration.preloaded import Forked, fork_server
@@ -402,7 +403,14 @@ def test_machines_without_a_shared_disk_resume_from_the_checkpoint_of_the_first(
         return [outcome["end"] for outcome in outcomes], outcomes[0].get("summary", {})
 
     _, whole = trained(tmp_path / "whole")
+    assert trained(tmp_path / "cut", stop=1)[0] == ["KeyboardInterrupt: SIGTERM in step 1"] * 2
+    # What a killed process has written there.
+    (training,) = (tmp_path / "cut" / "machine-0" / "training").iterdir()
+    left = tmp_path / "cut" / "machine-1" / "training" / training.name / "checkpoints" / PARTIAL / "checkpoint-2"
+    left.mkdir(parents=True)
+    (left / "rng_state_0.pth").write_bytes(b"torn")
     assert trained(tmp_path / "cut", stop=3)[0] == ["KeyboardInterrupt: SIGTERM in step 3"] * 2
+    assert (training / "checkpoints" / "checkpoint-2" / "rng_state_0.pth").read_bytes() != b"torn"
     first, second = ({path.name for path in (tmp_path / "cut").glob(f"machine-{i}/**/*.*")} for i in (0, 1))
     assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= first
     assert second == set()
@@ -435,6 +443,19 @@ def test_interrupted_machines_with_deepspeed_train_like_one_process(way, deepspe
     one = alone(DEEPSPEED[way])
     for name in ("loss", "learning_rate", "eval_loss", "num_tokens"):
         assert history(resumed[0], name) == pytest.approx(history(one, name), abs=1e-4), name
+
+
+@pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
+def test_what_machines_without_a_shared_disk_cannot_do_ends_all_of_them(run, tmp_path):
+    def ends(folder, config=SFT, distributed="ddp", **options):
+        return [end["end"] for end in run(folder, config, distributed=distributed, apart=True, **options)]
+
+    best = ends(tmp_path / "best", SFT.model_copy(update={"load_best": True}), "fsdp2")
+    assert best[0] == best[1]
+    assert "sft.load_best reads the best checkpoint on every machine" in best[0]
+    named = ends(tmp_path / "named", resume_from=tmp_path / "none")
+    assert named[0] == named[1]
+    assert "is not a complete checkpoint" in named[0]
 
 
 def test_nan_loss_in_one_process_stops_both_and_names_the_row(run, data, tmp_path):

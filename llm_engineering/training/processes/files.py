@@ -40,19 +40,22 @@ def fetch(folder: Path, copy: Path) -> Path:
 
 
 def collect(folder: Path) -> None:
-    """Copy what the other machines have written to a folder into the same folder of the main process, and delete it there.
+    """Move what the other machines have written to a folder into the same folder of the main process.
 
-    Machines that share the main process's disk have nothing to send.
+    Of machines that share a disk, the first one sends its files. Those that share the main process's disk send nothing.
     """
-    mark = folder / ranks.from_main(uuid.uuid4().hex)
-    if ranks.is_main():
+    token = ranks.from_main(uuid.uuid4().hex)
+    mark = folder / f"{token}-{ranks.rank()}"
+    if ranks.is_first_here():
+        folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
     ranks.wait()
-    is_apart = ranks.is_first_here() and not mark.is_file()
+    seen = [int(found.name.rpartition("-")[2]) for found in folder.glob(f"{token}-*")]
     ranks.wait()
-    if ranks.is_main():
-        mark.unlink()
-    for giver, files in enumerate(ranks.gathered(_sizes(folder) if is_apart else {})):
+    mark.unlink(missing_ok=True)
+    ranks.wait()
+    gives = not ranks.is_main() and min(seen) == ranks.rank()
+    for giver, files in enumerate(ranks.gathered(_sizes(folder) if gives else {})):
         for name, size in files.items():
             _send(folder / name, folder / name, size, giver, 0)
             if ranks.rank() == giver:

@@ -170,9 +170,11 @@ class ResumableTrainer(HeldOutTrainer):
         folder = Path(self.args.output_dir)
         final = folder / f"checkpoint-{self.state.global_step}"
         partial = folder / PARTIAL
+        # On every machine: what a killed process left here would be collected with the new files.
+        if ranks.is_first_here():
+            shutil.rmtree(partial, ignore_errors=True)
         if ranks.is_main():
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
             check_space(folder, self._needed_bytes(folder))
         ranks.wait()
         self._writing = partial
