@@ -26,7 +26,7 @@ def incumbent_tokenizer(folder: Path, setup: TrainingSetup, settings: Settings) 
 def is_compatible(
     folder: Path, own: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, setup: TrainingSetup
 ) -> bool:
-    """Whether the incumbent has this recipe's base model, vocabulary and chat template, so that both share one base.
+    """Whether the incumbent has this recipe's base model, vocabulary, chat template and end token, so that both share one base.
 
     Args:
         own, ours: the tokenizers of the incumbent and of this recipe.
@@ -35,6 +35,8 @@ def is_compatible(
     return (
         (base is None or (base.name_or_path, base.revision) == (setup.model.name_or_path, setup.model.revision))
         and own.chat_template == ours.chat_template
+        # Templates write these tokens by name.
+        and (own.eos_token, own.bos_token) == (ours.eos_token, ours.bos_token)
         and own.get_vocab() == ours.get_vocab()
     )
 

@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import httpx
-import jinja2
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from llm_engineering.data.rows import Message
 from llm_engineering.feedback.served import ServedLog
-from llm_engineering.formatting.render import prompt_ids
+from llm_engineering.formatting.render import UnrenderableError, checked_text, contains_text, prompt_ids
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.publish.chat_request import ApiError, ChatRequest, read_feedback, read_request
 from llm_engineering.recipe.model_blocks import ModelConfig
@@ -97,15 +97,14 @@ class ServedModel:
     def _prompt_tokens(self, messages: list[dict[str, str]]) -> int:
         conversation = [Message(**message) for message in messages]
         try:
-            length = len(prompt_ids(conversation, self.tokenizer))
-            unread = conversation[0].role == "system" and length == len(prompt_ids(conversation[1:], self.tokenizer))
-        except jinja2.TemplateError as error:
-            message = f"The model's chat template cannot render these messages: {error}."
+            text = checked_text(self.tokenizer, conversation, True)
+        except UnrenderableError as error:
+            message = f"The model's chat template cannot render these messages: {error.__cause__ or error}."
             raise ApiError(400, message, "invalid_value", "messages") from None
-        if unread:
+        if conversation[0].role == "system" and not contains_text(text, conversation[0].content):
             message = "The model's chat template does not include system messages: leave them out."
             raise ApiError(400, message, "invalid_value", "messages[0]")
-        return length
+        return len(prompt_ids(conversation, self.tokenizer))
 
     def _limit(self, request: ChatRequest, prompt_tokens: int) -> int:
         asked = request.max_new_tokens
@@ -182,10 +181,19 @@ class StopTexts:
         return sent
 
 
-def build_app(model: ServedModel, log: ServedLog | None = None) -> FastAPI:
+def _from_this_machine(request: Request) -> None:
+    """Refuse a request of a web site that a browser on this machine shows, or whose name resolves to this machine."""
+    origin = request.headers.get("origin")
+    hosts = {request.url.hostname, *([] if origin is None else [urlsplit(origin).hostname])}
+    if not hosts <= {"127.0.0.1", "localhost"}:
+        raise ApiError(403, "This server answers only requests to 127.0.0.1 or localhost, and none of other web sites.")
+
+
+def build_app(model: ServedModel, log: ServedLog | None = None, *, is_local: bool = False) -> FastAPI:
     """The server: `/v1/chat/completions`, `/v1/models`, `/v1/feedback` and `/health`.
 
     Args:
+        is_local: refuse the requests of web sites.
         log: where requests, answers and feedback are written; None writes nothing and takes no feedback.
     """
     # The environment may name a proxy, which cannot reach this machine's loopback.
@@ -200,7 +208,7 @@ def build_app(model: ServedModel, log: ServedLog | None = None) -> FastAPI:
             yield
 
     # Without a schema and its pages: this API's documentation is OpenAI's.
-    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, openapi_url=None, dependencies=[Depends(_from_this_machine)] if is_local else [])
 
     @app.exception_handler(ApiError)
     async def refuse(_: Request, error: ApiError) -> JSONResponse:
@@ -292,7 +300,8 @@ async def _logged(chunks: AsyncGenerator[_Chunk], write: Callable[..., None]) ->
         async with aclosing(chunks):
             async for chunk in chunks:
                 for key, text in chunk.delta.items():
-                    answer[key] = answer.get(key, "") + text
+                    # The engine makes a list of calls of what looks like one. It is logged in the form of the engine.
+                    answer[key] = answer.get(key, "") + (text if isinstance(text, str) else json.dumps(text))
                 if chunk.finish_reason is not None:
                     is_written = True
                     write(answer, chunk.finish_reason, chunk.usage)

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from llm_engineering.data.rows import Message
 from llm_engineering.errors import RequestError
-from llm_engineering.formatting.render import prompt_ids
+from llm_engineering.formatting.render import UnrenderableError, checked_text, contains_text, prompt_ids
 from llm_engineering.models.base_model import load_model
 from llm_engineering.models.device import Device
 from llm_engineering.models.generate import context_length
@@ -114,8 +113,8 @@ def check_system(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
         RequestError: the template refuses system messages, or leaves them out.
     """
     try:
-        shown = prompt_ids(messages, tokenizer) != prompt_ids(messages[1:], tokenizer)
-    except TemplateError:
+        shown = contains_text(checked_text(tokenizer, messages, True), messages[0].content)
+    except UnrenderableError:
         shown = False
     if not shown:
         raise RequestError("The model's chat template does not include system messages: run without --system.")

@@ -100,6 +100,8 @@ def render_model_card(facts: ModelCardFacts) -> str:
     for stage in chain:
         # The adapter's settings are those of the first stage; the others have none.
         settings[stage] = {k: v for k, v in settings[stage].items() if v is not None or k not in ("method", "lora")}
+    for reward in (reward for stage in chain for reward in settings[stage].get("rewards", [])):
+        reward["use"] = public_name(reward["use"])
     template = recipe.formatting.chat_template
     if template is not None:
         # The template may be a file of this machine.

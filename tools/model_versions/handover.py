@@ -228,7 +228,9 @@ def push(
     facts = card_facts(found, folder, recipe)
     logger.info("Licences:    model %s, base model %s", hub.license, base)
     logger.info("Publishing:  %s, %s", repo_id, "private" if private else "PUBLIC: everyone can read it")
-    files: dict[str, bytes | Path] = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+    files: dict[str, bytes | Path] = {
+        str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()
+    }
     files.update(signature)
     files["README.md"] = render_model_card(facts).encode()
     print(publish("model", files, repo_id, private, settings.hf_token, _is_ours))
@@ -351,4 +353,5 @@ def _is_ours(file: str) -> bool:
 
     `publish` removes such files if this push does not write them. Otherwise old weights would stay and be loaded.
     """
-    return "/" not in file and file.endswith((".safetensors", ".json", ".jinja", ".sig"))
+    is_inside = "/" in file and not file.startswith("additional_chat_templates/")
+    return not is_inside and file.endswith((".safetensors", ".json", ".jinja", ".sig"))

@@ -21,6 +21,7 @@ from llm_engineering.evaluation.models import BASE, Models
 from llm_engineering.evaluation.statistics import Bootstrap
 from llm_engineering.feedback.comparisons import Compared, Comparison, Question, question_of
 from llm_engineering.generation.derived.question_wordings import OTHER_WORDING
+from llm_engineering.models.chat_template import pin_chat_template
 from llm_engineering.models.revision import check_unchanged, pin_revision
 from llm_engineering.models.tokenizer import load_tokenizer
 from llm_engineering.recipe.evaluation_blocks import ExamConfig
@@ -172,7 +173,8 @@ def _compared(recipe: Recipe, key: str, retrieval: bool) -> Compared:
 def _side(key: str, recipe: Recipe, settings: Settings) -> _Side:
     if key == BASE:
         base = pin_revision(recipe.model)
-        return _Side(base, load_tokenizer(base, settings, recipe.formatting.chat_template), None)
+        template = pin_chat_template(recipe.formatting, base, settings).chat_template
+        return _Side(base, load_tokenizer(base, settings, template), None)
     number, _, stage = key.partition(":")
     found = find_model(recipe, number)
     check_unchanged(found.base)
@@ -187,7 +189,8 @@ def _load(keys: Sequence[str], recipe: Recipe, settings: Settings) -> list[tuple
     groups: dict[tuple[Any, ...], list[str]] = {}
     for key, side in sides.items():
         base = side.base
-        same = (base.name_or_path, base.revision, tuple(base.added_tokens), side.tokenizer.chat_template)
+        prompts = (side.tokenizer.chat_template, side.tokenizer.eos_token, side.tokenizer.bos_token)
+        same = (base.name_or_path, base.revision, tuple(base.added_tokens), *prompts)
         groups.setdefault(same, []).append(key)
     loaded: dict[str, tuple[Models, str]] = {}
     for group in groups.values():

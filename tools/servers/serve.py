@@ -187,7 +187,8 @@ def serving_chat(model: ServedModel, listener: socket.socket, log: ServedLog | N
     from llm_engineering.publish.chat_server import build_app
 
     # log_config=None: otherwise uvicorn would add its own handlers for the terminal.
-    config = uvicorn.Config(build_app(model, log), log_config=None, access_log=False, timeout_graceful_shutdown=2)
+    app = build_app(model, log, is_local=listener.getsockname()[0] == HOST)
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

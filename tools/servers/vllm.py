@@ -74,10 +74,11 @@ def side_by_side(found: Found, numbers: list[str], recipe: Recipe, settings: Set
     """The adapters of a version, under the recipe's name, and of other versions, under `name:number`.
 
     Raises:
-        RequestError: a version does not exist, has another base model, or is not signed although it must be; or vLLM cannot
+        RequestError: a version does not exist, has another base model, chat template or end token, or is not signed although it must be; or vLLM cannot
             serve an adapter.
         WorkError: the signature of a version is refused.
     """
+    from llm_engineering.models.tokenizer import load_tokenizer
     from tools.model_versions.signatures import VERSION, check_signature
     from tools.model_versions.versions import find_model
 
@@ -94,6 +95,12 @@ def side_by_side(found: Found, numbers: list[str], recipe: Recipe, settings: Set
             raise RequestError(
                 f"Version {number} was trained on {another}, and version {found.version.number} on {one}. Only versions with the same base "
                 f"model can be served side by side. Serve it alone: make serve VERSION={number}"
+            )
+        templates = [load_tokenizer(one.base.saved_in(one.folders[one.name]), settings) for one in (found, other)]
+        if len({(one.chat_template, one.eos_token) for one in templates}) > 1:
+            raise RequestError(
+                f"Version {number} has another chat template or end token than version {found.version.number}, which all models of one server "
+                f"share. Serve it alone: make serve VERSION={number}"
             )
         check_signature(other.version, VERSION, settings)
         adapters[f"{recipe.name}:{number}"] = other.folders[other.name]

@@ -1,5 +1,6 @@
 """The server's answers to OpenAI's own client, in front of a real `transformers serve` and of one that fails."""
 
+import asyncio
 import http.server
 import json
 import socket
@@ -14,6 +15,8 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from transformers.cli.serve import Serve
 
 from llm_engineering.feedback.served import ServedLog, read_answers, read_feedback
+from llm_engineering.publish import chat_server
+from llm_engineering.publish.chat_request import ApiError
 from llm_engineering.publish.chat_server import ENGINE_MODEL, ServedModel
 from llm_engineering.recipe.settings import Settings
 from tests.tiny_models import write_model
@@ -194,6 +197,50 @@ def test_messages_that_the_chat_template_cannot_show_are_refused(model, template
         ask(client, messages=[{"role": "system", "content": "Be short."}, *ASKED["messages"]])
 
 
+def test_a_default_system_message_of_the_template_may_be_sent(model):
+    tokenizer = type(model.tokenizer).from_pretrained(model.tokenizer.name_or_path)
+    turns = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    tokenizer.chat_template = "{% if messages[0].role != 'system' %}system: Be short.{% endif %}" + turns
+    server = replace(model, tokenizer=tokenizer)
+    asked = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}]
+    assert server._prompt_tokens(asked) == server._prompt_tokens(asked[1:])
+    # As long as the default, and not shown.
+    tokenizer.chat_template = "system: Be short.{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(ApiError, match="does not include system messages"):
+        server._prompt_tokens([{"role": "system", "content": "Be shirt."}, asked[1]])
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:8000", "Origin": "http://localhost:3000"}, 200),
+        ({"Host": "rebound.example:8000"}, 403),
+        ({"Origin": "https://site.example"}, 403),
+        ({"Origin": "null"}, 403),
+    ],
+)
+def test_web_sites_are_refused(client, headers, status):
+    answer = httpx.get(f"{client.base_url}models", headers=headers, trust_env=False)
+    assert answer.status_code == status
+    if status == 403:
+        assert "none of other web sites" in answer.json()["error"]["message"]
+
+
+def test_what_the_engine_takes_for_a_call_is_logged():
+    written = []
+
+    async def chunks():
+        yield chat_server._Chunk({"tool_calls": [{"name": "f"}]})
+        yield chat_server._Chunk({}, "stop")
+
+    async def read():
+        return [chunk async for chunk in chat_server._logged(chunks(), lambda *what: written.append(what))]
+
+    assert len(asyncio.run(read())) == 2
+    assert written == [({"content": "", "tool_calls": '[{"name": "f"}]'}, "stop", None)]
+
+
 @pytest.fixture
 def logged(client, model, tmp_path):
     """A client of a server that logs, and the log. The engine of `client` answers."""
@@ -333,7 +380,7 @@ def test_a_client_that_leaves_ends_the_engines_work(failing, stream):
     body = json.dumps(ASKED | {"stream": stream}).encode()
     url = httpx.URL(str(client.base_url))
     with socket.create_connection((url.host, url.port)) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")

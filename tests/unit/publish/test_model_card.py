@@ -154,3 +154,14 @@ def test_licences_are_known_or_given(recipe):
     assert data_licence(load_recipe("configs/python_reference.yaml", ["data.instructions=rows.jsonl"])) is None
     # What people correct comes with the generated rows.
     assert data_licence(load_recipe("configs/python_reference.yaml", ["data.instructions=review"])) == "psf-2.0"
+
+
+def test_the_file_of_an_own_reward_is_named_without_its_folder(facts):
+    recipe = load_recipe("configs/grpo_arithmetic.yaml")
+    assert recipe.grpo is not None
+    own = recipe.grpo.rewards[0].model_copy(update={"use": "/home/someone/private/r.py:score"})
+    stage = recipe.grpo.model_copy(update={"rewards": [own]})
+    changed = recipe.model_copy(update={"grpo": stage})
+    card = render_model_card(facts.model_copy(update={"recipe": changed, "stage": "grpo"}))
+    assert "use: r.py:score" in card
+    assert "/home/someone" not in card

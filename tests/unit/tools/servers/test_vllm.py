@@ -10,6 +10,7 @@ from llm_engineering.errors import RequestError
 from llm_engineering.recipe.loading import load_recipe
 from llm_engineering.recipe.model_blocks import ModelConfig
 from tests.conftest import ROOT
+from tests.tiny_models import tiny_tokenizer
 from tools.model_versions import signatures, versions
 from tools.servers.serve import serve
 from tools.servers.vllm import adapters_command, installed_vllm, side_by_side
@@ -24,9 +25,9 @@ def version(tmp_path, monkeypatch):
     monkeypatch.setattr(versions, "find_model", lambda recipe, number: made[number])
     monkeypatch.setattr(signatures, "check_signature", lambda version, part, settings: None)
 
-    def make(number, base="org/base", added=None, **config):
+    def make(number, base="org/base", added=None, end="<e>", template="{{ eos_token }}", **config):
         folder = tmp_path / f"adapter-{number}"
-        folder.mkdir()
+        tiny_tokenizer(("<s>", end), template).save_pretrained(folder)
         text = json.dumps({"r": 16, "use_dora": False, "modules_to_save": None, **config})
         (folder / "adapter_config.json").write_text(text)
         model = ModelConfig(name_or_path=base, revision="abc", new_special_tokens=added or [])
@@ -70,6 +71,8 @@ def test_the_base_model_and_all_adapters_are_served_by_name(version, settings, t
         ({"use_dora": True}, "handbook:3 was trained with use_dora true, which vLLM's adapters cannot have"),
         ({"modules_to_save": ["lm_head"]}, r'handbook:3 was trained with modules_to_save \["lm_head"\]'),
         ({"r": 1024}, "handbook:3 was trained with r 1024"),
+        ({"template": "{{ bos_token }}"}, "Version 3 has another chat template or end token than version 5"),
+        ({"end": "<end>"}, "Version 3 has another chat template or end token than version 5"),
     ],
 )
 def test_a_version_that_vllm_cannot_serve_beside_the_first_is_refused(version, settings, other, words):
