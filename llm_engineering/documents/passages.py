@@ -20,7 +20,7 @@ from semantic_text_splitter import TextSplitter
 from llm_engineering.data.rows import QUOTED_CHARS, Quarantined
 from llm_engineering.data.wording import order_to_model, turn_mark
 from llm_engineering.documents.document import Document
-from llm_engineering.documents.sentences import known_names, names_something, sentences
+from llm_engineering.documents.sentences import FENCED, known_names, names_something, sentences
 from llm_engineering.recipe.data_blocks import DocumentsConfig
 
 logger = logging.getLogger(__name__)
@@ -40,8 +40,6 @@ MIN_SENTENCE_WORDS = 4
 _WITH_HEADINGS = (".md", ".markdown", ".html", ".htm", ".pdf", ".docx", ".pptx", ".epub", ".ipynb")
 _HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 _ITEM_MARK = re.compile(r"\s*[-*+•]\s+(?=\S)")
-# Code in fences, where a line with `#` is a comment. A fence that is not closed ends with the text.
-_FENCED = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1|\Z)", re.MULTILINE | re.DOTALL)
 
 
 class Passage(BaseModel):
@@ -85,8 +83,8 @@ def cut_passages(
 
     A model writes questions from the passages, so those that give it orders or spell marks of a chat format are too.
 
-    Sentences are quarantined if they are too short, too long or repeated, or name nothing. All documents together show
-    which words are names.
+    Sentences are quarantined if they are too short, too long or repeated, or name nothing, and so is code in fences. All
+    documents together show which words are names.
     With `max_passages`, that many passages are drawn with the seed, and the others are quarantined as `not_drawn`.
     """
     kept: list[Passage] = []
@@ -94,6 +92,12 @@ def cut_passages(
     first_place: dict[str, str] = {}
     by_sentence = config.unit == "sentence"
     passages = list(_sentences(documents)) if by_sentence else chunks(documents, config)
+    if by_sentence:
+        quarantine += [
+            _passage(document, "", *code.span(), code[0]).set_aside("passage", "not_prose", "code in a fence", code[0])
+            for document in documents
+            for code in FENCED.finditer(document.text)
+        ]
     names = known_names(passage.text for passage in passages) if by_sentence else set()
     for passage in passages:
         if by_sentence:
@@ -196,7 +200,7 @@ def _has_headings(document: Document) -> bool:
 def _headings(document: Document) -> list[re.Match[str]]:
     if not _has_headings(document):
         return []
-    fences = [match.span() for match in _FENCED.finditer(document.text)]
+    fences = [match.span() for match in FENCED.finditer(document.text)]
     starts = [start for start, _ in fences]
     found = []
     for match in _HEADING.finditer(document.text):

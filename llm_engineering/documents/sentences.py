@@ -8,7 +8,11 @@ from typing import NamedTuple
 
 from llm_engineering.recipe.generation_blocks import RejectedCut
 
-_FENCE = re.compile(r"\s*(```|~~~)")
+# Code in fences, where a line with `#` is a comment. A fence that is not closed is text: otherwise one stray mark would hide the
+# rest of a document. More than three tildes alone, or three below a title as short, underline or divide.
+FENCED = re.compile(
+    r"^[ \t]*(`{3,}(?=[^`\n]*$)|(?<!^\S{3}\n)~~~(?!~+[ \t]*$)).*?^[ \t]*\1[`~]*[ \t]*$", re.MULTILINE | re.DOTALL
+)
 _HEADING = re.compile(r"#{1,6}[ \t]+\S")
 # The line below a heading of Markdown or reStructuredText.
 _UNDERLINE = re.compile(r"\s*([=\-~^*\"'+#`])\1{2,}\s*$")
@@ -67,8 +71,11 @@ def sentences(text: str, with_headings: bool) -> Iterator[Sentence]:
     Args:
         with_headings: whether a line that begins with `#` is a heading.
     """
-    for start, end in _blocks(text, with_headings):
-        yield from _split(text, start, end)
+    begin = 0
+    for fence_start, fence_end in [*(fence.span() for fence in FENCED.finditer(text)), (len(text), len(text))]:
+        for start, end in _blocks(text[begin:fence_start], with_headings):
+            yield from _split(text, begin + start, begin + end)
+        begin = fence_end
 
 
 # A digit before the last full stop may be the beginning of a number that was cut: "In Python 3."
@@ -78,7 +85,8 @@ _WHOLE = re.compile(r"(?:(?<!\d)\.|[!?…])[\"'”’»)\]]*$")
 def whole_sentences(text: str) -> str:
     """A text that was cut somewhere, up to the end of its last whole sentence; empty if it has none."""
     end = 0
-    found = list(sentences(text, with_headings=True))
+    # The mark closes a fence that was cut, and is no text elsewhere.
+    found = list(sentences(f"{text}\n\n```", with_headings=True))
     for number, sentence in enumerate(found):
         # Only the last sentence can be cut within a number.
         if _WHOLE.search(sentence.text) or (number < len(found) - 1 and sentence.text.endswith(".")):
@@ -128,24 +136,20 @@ def _is_capitalised(word: str) -> bool:
 
 
 def _blocks(text: str, with_headings: bool) -> Iterator[tuple[int, int]]:
-    """Start and end of each paragraph and list item."""
+    """Start and end of each paragraph and list item of a text without fences."""
     lines = [(match.start(), match[0]) for match in re.finditer(r"[^\n]*\n?", text) if match[0]]
     start: int | None = None
     end = 0
-    in_fence = ""
     for index, (place, line) in enumerate(lines):
         following = lines[index + 1][1] if index + 1 < len(lines) else ""
-        fence = _FENCE.match(line)
         item = _LIST_ITEM.match(line)
         is_heading = with_headings and _HEADING.match(line)
         is_underlined = start is None and bool(_UNDERLINE.match(following)) and bool(line.strip())
         no_text = not line.strip() or _TABLE_ROW.match(line) or _UNDERLINE.match(line)
-        if fence or in_fence or is_heading or is_underlined or no_text:
+        if is_heading or is_underlined or no_text:
             if start is not None:
                 yield start, end
             start = None
-            if fence and in_fence in ("", fence[1]):
-                in_fence = "" if in_fence else fence[1]
             continue
         if item and start is not None:
             yield start, end

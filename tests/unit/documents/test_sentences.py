@@ -90,6 +90,26 @@ Done."""
     assert next(sentences("# A comment of the Mill.", with_headings=False)).text == "# A comment of the Mill."
 
 
+@pytest.mark.parametrize("mark", ["Vans\n~~~~~~", "~~~~~~~~~~", "FAQ\n~~~", "```python", "```pip install acme```"])
+def test_a_mark_that_opens_no_code_does_not_hide_the_text_below(mark):
+    facts = ["The Heron Pump is blue.", "The Otter Gate is red.", "The Plank is read in Oskby."]
+    assert [one for one in split(f"\n\n{mark}\n\n".join(facts)) if one != mark] == facts
+
+
+def test_code_is_set_aside_and_the_headings_below_an_open_fence_are_titles():
+    text = "Start it:\n```\n# The Mill\n```\nThe Plank is in Oskby.\n\n```sh\n# Gates\nThe Otter Gate is red."
+    passages, quarantine = cut(text)
+    assert [(one.title, one.text) for one in passages] == [
+        ("guide", "The Plank is in Oskby."),
+        ("guide: Gates", "The Otter Gate is red."),
+    ]
+    assert [(one.reason, one.text) for one in quarantine] == [
+        ("not_prose", "```\n# The Mill\n```"),
+        ("too_short", "Start it:"),
+        ("too_short", "```sh"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [
