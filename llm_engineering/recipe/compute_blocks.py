@@ -72,12 +72,21 @@ class SageMakerConfig(Block):
             raise ValueError(
                 f"{reserved} needs machines on demand, because SageMaker takes spot machines back: set use_spot to false"
             )
+        if self.training_plan_arn and self.fallback_instance_types:
+            raise ValueError(
+                "training_plan_arn reserves machines of one type, and SageMaker refuses others: set fallback_instance_types to []"
+            )
         if self.max_wait_s is not None and self.max_wait_s < self.max_run_s:
             raise ValueError(
                 f"max_wait_s {self.max_wait_s} is less than max_run_s {self.max_run_s}, but it includes the run: raise "
                 "max_wait_s, or SageMaker refuses the job"
             )
         return self
+
+    @property
+    def has_cards(self) -> bool:
+        """Whether machines of this type have NVIDIA's cards."""
+        return re.match(r"ml\.[gp]\d", self.instance_type) is not None
 
     @property
     def wait_s(self) -> int | None:
@@ -180,7 +189,7 @@ class ComputeConfig(Block):
         On a machine with cards `device: auto` becomes `cuda`, so that a job that finds no card ends at once instead of
         training slowly on a paid machine.
         """
-        has_cards = (self.sagemaker is not None and re.match(r"ml\.[gp]\d", self.sagemaker.instance_type)) or (
+        has_cards = (self.sagemaker is not None and self.sagemaker.has_cards) or (
             self.skypilot is not None and "accelerators" in self.skypilot.resources
         )
         device = "cuda" if self.device == "auto" and has_cards else self.device

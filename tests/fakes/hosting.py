@@ -71,13 +71,17 @@ class Container:
         self.files.cleanup()
 
 
+_REASON = "The primary container for production variant model did not pass the ping health check."
+
+
 class Hosting:
-    """The endpoints of an account, by name: each with its configuration and its container."""
+    """The endpoints of an account, by name: each with its configuration and its container, and those of its update."""
 
     def __init__(self, fake: FakeSageMaker) -> None:
         self.fake = fake
         self.endpoints: dict[str, dict[str, Any]] = {}
         self.containers: dict[str, Container] = {}
+        self.updates: dict[str, tuple[dict[str, Any], Container]] = {}
         # A container is killed when the thread that started it ends, as that of a request does.
         self.starter = ThreadPoolExecutor(1)
 
@@ -85,41 +89,70 @@ class Hosting:
         name = asked["EndpointName"]
         if name in self.endpoints:
             raise Error("ValidationException", f'Cannot create already existing endpoint "{name}".')
-        return self._start(asked | {"CreationTime": time.time()})
+        self.endpoints[name] = asked | {"CreationTime": time.time()}
+        self.containers[name] = self._start(asked)
+        return {"EndpointArn": self._arn(name)}
 
     def update(self, asked: dict[str, Any]) -> dict[str, Any]:
-        self.describe(asked)
-        self.containers.pop(asked["EndpointName"]).end()
-        return self._start(self.endpoints[asked["EndpointName"]] | asked)
+        self._refuse_while_it_changes(asked, "update")
+        name = asked["EndpointName"]
+        self.updates[name] = (self.endpoints[name] | asked, self._start(asked))
+        return {"EndpointArn": self._arn(name)}
 
-    def _start(self, endpoint: dict[str, Any]) -> dict[str, Any]:
-        name, sagemaker = endpoint["EndpointName"], self.fake.client("sagemaker")
+    @staticmethod
+    def _arn(name: str) -> str:
+        return f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/{name}"
+
+    def _refuse_while_it_changes(self, asked: dict[str, Any], what: str) -> None:
+        if self.describe(asked)["EndpointStatus"] in ("Creating", "Updating"):
+            raise Error(
+                "ValidationException", f'Cannot {what} in-progress endpoint "{self._arn(asked["EndpointName"])}".'
+            )
+
+    def _start(self, endpoint: dict[str, Any]) -> Container:
+        sagemaker = self.fake.client("sagemaker")
         config = sagemaker.describe_endpoint_config(EndpointConfigName=endpoint["EndpointConfigName"])
         (variant,) = config["ProductionVariants"]
         model = sagemaker.describe_model(ModelName=variant["ModelName"])
         package = model["PrimaryContainer"]["ModelPackageName"]
-        self.containers[name] = self.starter.submit(Container, self.fake, package).result()
-        self.endpoints[name] = endpoint
-        return {"EndpointArn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/{name}"}
+        return self.starter.submit(Container, self.fake, package).result()
+
+    def _go_on(self, name: str) -> None:
+        """End an update whose container answers or has failed. Then the endpoint goes back to the former configuration."""
+        endpoint, container = self.updates[name]
+        status = container.status
+        if status == "Creating":
+            return
+        del self.updates[name]
+        if status == "InService":
+            self.endpoints[name], container, self.containers[name] = endpoint, self.containers[name], container
+        else:
+            self.endpoints[name]["FailureReason"] = _REASON
+        container.end()
 
     def describe(self, asked: dict[str, Any]) -> dict[str, Any]:
         name = asked["EndpointName"]
         if name not in self.endpoints:
             raise Error(
                 "ValidationException",
-                f'Could not find endpoint "arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/{name}".',
+                f'Could not find endpoint "{self._arn(name)}".',
             )
+        if name in self.updates:
+            self._go_on(name)
         found, status = self.endpoints[name], self.containers[name].status
         answer = {
-            "EndpointName": name, "EndpointArn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:endpoint/{name}",
+            "EndpointName": name, "EndpointArn": self._arn(name),
             "EndpointConfigName": found["EndpointConfigName"], "EndpointStatus": status,
             "CreationTime": found["CreationTime"], "LastModifiedTime": time.time(),
         }  # fmt: skip
-        reason = "The primary container for production variant model did not pass the ping health check."
-        return answer | ({"FailureReason": reason} if status == "Failed" else {})
+        if name in self.updates:
+            pending = {"EndpointConfigName": self.updates[name][0]["EndpointConfigName"]}
+            return answer | {"EndpointStatus": "Updating", "PendingDeploymentSummary": pending}
+        reason = _REASON if status == "Failed" else found.get("FailureReason")
+        return answer | ({"FailureReason": reason} if reason else {})
 
     def delete(self, asked: dict[str, Any]) -> dict[str, Any]:
-        self.describe(asked)
+        self._refuse_while_it_changes(asked, "delete")
         del self.endpoints[asked["EndpointName"]]
         self.containers.pop(asked["EndpointName"]).end()
         return {}
@@ -137,7 +170,8 @@ def hosting(fake: FakeSageMaker):
     """Serve endpoints in an account until the block ends."""
     hosted = Hosting(fake)
     # moto knows no endpoint on newer types.
-    fake.quotas["ml.g4dn.xlarge for endpoint usage"], fake.prices["ml.g4dn.xlarge"] = 2.0, 1.0
+    for kind in ("ml.m5.xlarge", "ml.g4dn.xlarge"):
+        fake.quotas[f"{kind} for endpoint usage"], fake.prices[kind] = 2.0, 1.0
     fake.answers |= {
         ("sagemaker", "CreateEndpoint"): hosted.create,
         ("sagemaker", "UpdateEndpoint"): hosted.update,
@@ -147,4 +181,5 @@ def hosting(fake: FakeSageMaker):
     }
     with ExitStack() as stack:
         stack.callback(lambda: [container.end() for container in hosted.containers.values()])
+        stack.callback(lambda: [container.end() for _, container in hosted.updates.values()])
         yield hosted

@@ -68,6 +68,8 @@ def needs(request: Request) -> Iterator[Need]:
     if operation in ("CreateTrainingJob", "CreateModel"):
         role = asked.get("RoleArn") or asked["ExecutionRoleArn"]
         yield Need("iam:PassRole", role, {"iam:PassedToService": "sagemaker.amazonaws.com"})
+    if "TrainingPlanArn" in asked.get("ResourceConfig", ()):
+        yield Need("sagemaker:CreateTrainingJob", asked["ResourceConfig"]["TrainingPlanArn"], context)
     if operation in ("CreateTrainingJob", "CreateEndpoint") and asked.get("Tags"):
         yield Need("sagemaker:AddTags", _resource(request), context)
     if service == "scheduler" and "Target" in asked:

@@ -12,9 +12,9 @@ from tests.fakes.sagemaker import IMAGE, ROLE, running_sagemaker, why_no_jobs
 
 pytestmark = pytest.mark.skipif(why_no_jobs() is not None, reason=str(why_no_jobs()))
 
-MACHINE = ("--instance-type", "ml.g4dn.xlarge")
+MACHINE = ("--instance-type", "ml.m5.xlarge")
 # The same machine, from the recipe.
-BLOCK = "compute={target: sagemaker, sagemaker: {instance_type: ml.g4dn.xlarge, tags: {team: tests}}}"
+BLOCK = "compute={target: sagemaker, sagemaker: {instance_type: ml.m5.xlarge, tags: {team: tests}}}"
 QUESTION = "Where does the number 7 stand?"
 # Actions of docs/aws/endpoint.json that no request of this test needs.
 UNTESTED = {"sagemaker:InvokeEndpoint", "sagemaker:InvokeEndpointWithResponseStream"}
@@ -60,14 +60,14 @@ def test_a_version_is_served_replaced_and_removed(fake, hosted, fresh_project):
     fresh_project.env["SAGEMAKER_ROLE"] = fresh_project.env["SAGEMAKER_IMAGE"] = ""
     unset = command("deploy", "--version", "1", *MACHINE)
     fresh_project.env |= fake.env()
-    quota, fake.quotas["ml.g4dn.xlarge for endpoint usage"] = fake.quotas["ml.g4dn.xlarge for endpoint usage"], 0.0
+    quota, fake.quotas["ml.m5.xlarge for endpoint usage"] = fake.quotas["ml.m5.xlarge for endpoint usage"], 0.0
     small = command("deploy", "--version", "1", *MACHINE)
-    fake.quotas["ml.g4dn.xlarge for endpoint usage"] = quota
+    fake.quotas["ml.m5.xlarge for endpoint usage"] = quota
     for refused, words in (
         (unset, ("the job's role is missing", "the image is missing")),
         (
             small,
-            ("`ml.g4dn.xlarge for endpoint usage` is 0, but the recipe asks for 1", "request-service-quota-increase"),
+            ("`ml.m5.xlarge for endpoint usage` is 0, but the recipe asks for 1", "request-service-quota-increase"),
         ),
         (command("deploy", "--version", "1"), ("The recipe names no machine for the endpoint",)),
         (command("deploy", "--version", "7", *MACHINE), ("There is no version 7 of tiny",)),
@@ -87,8 +87,8 @@ def test_a_version_is_served_replaced_and_removed(fake, hosted, fresh_project):
     done = command("deploy", "--version", "1", "--set", BLOCK)
     assert done.code == 0, done.stderr
     assert done.stdout == "tiny\n"
-    cost = "An endpoint on 1 x ml.g4dn.xlarge costs about 99.00 USD an hour in eu-west-1 (price list of "
-    assert done.stderr.index(cost) < done.stderr.index("Endpoint:    tiny starts")
+    cost = "An endpoint on 1 x ml.m5.xlarge costs about 99.00 USD an hour in eu-west-1 (price list of "
+    assert done.stderr.index(cost) < done.stderr.index("Endpoint:    tiny is in state Creating")
     assert "Signature:   " in done.stderr
     (model,), (config,), (package,) = parts(fake)
     assert re.fullmatch("tiny-[0-9a-f]{12}", model)
@@ -119,13 +119,18 @@ def test_a_version_is_served_replaced_and_removed(fake, hosted, fresh_project):
     assert other.code == 2
     assert f"The endpoint tiny exists and serves {config}, not tiny-" in other.stderr
     assert "make deploy ARGS=--update" in other.stderr
+    # A machine with a card that torch does not find: SageMaker takes the update back.
+    no_card = command("deploy", "--version", "1", "--instance-type", "ml.g4dn.xlarge", "--update")
+    assert no_card.code == 1
+    assert f"The endpoint tiny still serves {config}, because the update to tiny-" in no_card.stderr
+    assert "failed: The primary container for production variant model" in no_card.stderr
     replaced = command("deploy", "--version", "1", *MACHINE, "--instances", "2", "--update")
     assert replaced.code == 0, replaced.stderr
-    assert len(fake.asked("sagemaker", "UpdateEndpoint")) == 1
+    assert len(fake.asked("sagemaker", "UpdateEndpoint")) == 2
     models, configs, packages = parts(fake)
-    assert len(models) == len(configs) == 2
-    # The version is registered once.
-    assert packages == [1]
+    assert len(models) == len(configs) == 3
+    # The version is registered once for machines with cards, and once for others.
+    assert sorted(packages) == [1, 2]
 
     # Removal ends after the endpoint, and the second call removes the rest.
     fake.fail("sagemaker", "DeleteEndpointConfig", "InternalFailure", status=400)
@@ -134,7 +139,7 @@ def test_a_version_is_served_replaced_and_removed(fake, hosted, fresh_project):
     fake.errors.clear()
     removed = command("undeploy", "--packages")
     assert removed.code == 0, removed.stderr
-    assert removed.stdout.count("Removed: ") == 5
+    assert removed.stdout.count("Removed: ") == 8
     assert parts(fake) == ([], [], [])
     assert command("undeploy").stdout == "There is nothing to remove of an endpoint tiny.\n"
     rights = [*policy("launcher"), *policy("endpoint")]

@@ -56,6 +56,13 @@ def test_policies_are_short_enough_for_iam():
     )
 
 
+@pytest.mark.parametrize("principal", ["launcher", "scheduler"])
+def test_a_job_may_use_a_training_plan(principal):
+    plan = {"TrainingPlanArn": f"arn:aws:sagemaker:{REGION}:{ACCOUNT}:training-plan/spring"}
+    asked = {"TrainingJobName": "weekly--1", "RoleArn": ROLE, "ResourceConfig": plan}
+    assert_allowed([Request(principal, "sagemaker", "CreateTrainingJob", asked, REGION)], principal, policy(principal))
+
+
 def test_the_launcher_may_pass_the_role_only_to_sagemaker():
     (statement,) = [s for s in policy("launcher") if s["Action"] == "iam:PassRole"]
     assert statement["Condition"] == {"StringEquals": {"iam:PassedToService": "sagemaker.amazonaws.com"}}

@@ -6,6 +6,7 @@ SageMaker asks /ping until the server answers, and sends it requests for chat co
 |---|---|
 | `LLM_MODEL_NAME` | the model's name in requests |
 | `LLM_TRUST_REMOTE_CODE` | `1` if the model has code of its own |
+| `LLM_NEEDS_CARD` | `1` if the machine has a card, without which the server ends |
 | `LLM_BIND` | address of the server. SageMaker needs the default, port 8080 on all of the container's addresses |
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from llm_engineering.cloud.sagemaker.endpoints import MODEL_NAME, TRUST_REMOTE_CODE
+from llm_engineering.cloud.sagemaker.endpoints import MODEL_NAME, NEEDS_CARD, TRUST_REMOTE_CODE
 from llm_engineering.errors import WorkError
 from llm_engineering.recipe.settings import Settings
 from tools.servers.serve import run_server, transformers_behind_chat
@@ -30,6 +31,13 @@ _MODEL = Path("/opt/ml/model")
 
 def main() -> int:
     """Serve the model until SIGTERM; returns the exit code."""
+    if os.environ.get(NEEDS_CARD) == "1" and not torch.cuda.is_available():
+        print(
+            f"Error: this machine has a card, but torch {torch.__version__} does not find it. NVIDIA's driver may be too old for "
+            f"CUDA {torch.version.cuda}. The model is not served, because it would be slow on a machine that is paid for its card.",
+            file=sys.stderr,
+        )
+        return WorkError.exit_code
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     host, _, port = os.environ.get("LLM_BIND", "0.0.0.0:8080").partition(":")

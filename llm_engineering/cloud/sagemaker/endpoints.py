@@ -10,12 +10,13 @@ import json
 import logging
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from botocore.exceptions import ClientError, WaiterError
+from botocore.exceptions import ClientError
 
 from llm_engineering.cloud.package import PROJECT_ROOT, code_archive, folder_hash
 from llm_engineering.cloud.sagemaker.account import Account
@@ -30,11 +31,16 @@ logger = logging.getLogger(__name__)
 # The variables of the container, which tools/servers/hosted.py reads.
 MODEL_NAME = "LLM_MODEL_NAME"
 TRUST_REMOTE_CODE = "LLM_TRUST_REMOTE_CODE"
-# Seconds between two looks at an endpoint, and the number of looks. An endpoint needs minutes to start.
-_DELAY_S = 5
-_LOOKS = 720
+NEEDS_CARD = "LLM_NEEDS_CARD"
+# The machine image with NVIDIA's driver 580. The default has driver 470, which the image's CUDA 13 does not support.
+_GPU_AMI = "al2023-ami-sagemaker-inference-gpu-4-1"
 # Seconds that the download of the model, and then its start, may take: SageMaker's bound.
 _START_S = 3600
+# Seconds between two looks at an endpoint, and the number of looks: more than both bounds together.
+_DELAY_S = 5
+_LOOKS = 1500
+# The states in which SageMaker refuses to update or delete an endpoint.
+_CHANGING = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 # SageMaker's limits of an endpoint's name, less the digest that the names of its model and configuration end with.
 _NAME = re.compile(r"[a-zA-Z0-9](-?[a-zA-Z0-9]){0,49}")
 _DIGEST = "[0-9a-f]{12}"
@@ -91,7 +97,7 @@ def deploy(served: Served, endpoint: str, config: SageMakerConfig, account: Acco
 
     Raises:
         RequestError: the endpoint exists and serves something else, or has failed.
-        WorkError: the endpoint does not start.
+        WorkError: the endpoint does not start, or SageMaker took an update back.
     """
     client = account.client("sagemaker")
     with tempfile.TemporaryDirectory() as temporary:
@@ -109,7 +115,9 @@ def deploy(served: Served, endpoint: str, config: SageMakerConfig, account: Acco
                     "CompressionType": "None",
                 }
             },
-            "Environment": {MODEL_NAME: served.model} | ({TRUST_REMOTE_CODE: "1"} if served.trust_remote_code else {}),
+            "Environment": {MODEL_NAME: served.model}
+            | ({TRUST_REMOTE_CODE: "1"} if served.trust_remote_code else {})
+            | ({NEEDS_CARD: "1"} if config.has_cards else {}),
         }
         model: dict[str, Any] = {"ExecutionRoleArn": account.role, "EnableNetworkIsolation": True}
         if config.vpc is not None:
@@ -118,6 +126,8 @@ def deploy(served: Served, endpoint: str, config: SageMakerConfig, account: Acco
                 "SecurityGroupIds": config.vpc.security_group_ids,
             }
         variant = {"InstanceType": config.instance_type, "InitialInstanceCount": config.instance_count}
+        if config.has_cards:
+            variant["InferenceAmiVersion"] = _GPU_AMI
         content = json.dumps([container, model, variant], sort_keys=True)
         name = f"{endpoint}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
         current = _check_endpoint(client, endpoint, name, update)
@@ -135,24 +145,55 @@ def deploy(served: Served, endpoint: str, config: SageMakerConfig, account: Acco
     if current is None:
         tags = [{"Key": key, "Value": value} for key, value in sorted(config.tags.items())]
         client.create_endpoint(EndpointName=endpoint, EndpointConfigName=name, Tags=tags)
-    elif current["EndpointConfigName"] != name:
+    elif _wanted(current) != name:
         client.update_endpoint(EndpointName=endpoint, EndpointConfigName=name)
-    logger.info("Endpoint:    %s starts, which takes minutes. After Ctrl-C it goes on, and is paid", endpoint)
-    try:
-        client.get_waiter("endpoint_in_service").wait(
-            EndpointName=endpoint, WaiterConfig={"Delay": _DELAY_S, "MaxAttempts": _LOOKS}
-        )
-    except WaiterError as error:
-        why = str(error.last_response.get("FailureReason") or error).rstrip(".")
+    found = _settled(client, endpoint) or {"EndpointStatus": "deleted"}
+    status, log = found["EndpointStatus"], f"Its log is /aws/sagemaker/Endpoints/{endpoint} in CloudWatch"
+    why = found.get("FailureReason", f"its state is {status}").rstrip(".")
+    if status != "InService":
         raise WorkError(
-            f"The endpoint {endpoint} does not answer: {why}. Its log is /aws/sagemaker/Endpoints/{endpoint} in CloudWatch. "
-            f"Remove it: make undeploy NAME={endpoint}"
-        ) from error
+            f"The endpoint {endpoint} does not answer: {why}. {log}. Remove it: make undeploy NAME={endpoint}"
+        )
+    if found["EndpointConfigName"] != name:
+        raise WorkError(
+            f"The endpoint {endpoint} still serves {found['EndpointConfigName']}, because the update to {name} failed: {why}. {log}"
+        )
+
+
+def _wanted(endpoint: Mapping[str, Any]) -> str:
+    """The configuration that an endpoint serves, or will serve when its update is done."""
+    return str(endpoint.get("PendingDeploymentSummary", endpoint)["EndpointConfigName"])
+
+
+def _settled(client: Any, endpoint: str) -> dict[str, Any] | None:
+    """Wait until an endpoint no longer changes; returns None if there is no endpoint of this name.
+
+    Raises:
+        WorkError: the endpoint changes for longer than SageMaker's bounds allow.
+    """
+    for look in range(_LOOKS):
+        found = _found(client.describe_endpoint, EndpointName=endpoint)
+        if found is None or found["EndpointStatus"] not in _CHANGING:
+            return found
+        state = found["EndpointStatus"]
+        if look == 0:
+            logger.info(
+                "Endpoint:    %s is in state %s for some minutes. This goes on after Ctrl-C, and is paid",
+                endpoint,
+                state,
+            )
+        time.sleep(_DELAY_S)
+    raise WorkError(
+        f"The endpoint {endpoint} is still in state {state} after {_LOOKS * _DELAY_S} s, and may be paid. "
+        f"Run the command again, or remove it: make undeploy NAME={endpoint}"
+    )
 
 
 def _check_endpoint(client: Any, endpoint: str, name: str, update: bool) -> dict[str, Any] | None:
     """The endpoint, if it exists and may serve the configuration `name`."""
     current = _found(client.describe_endpoint, EndpointName=endpoint)
+    if current is not None and update and _wanted(current) != name:
+        current = _settled(client, endpoint)
     if current is None:
         return None
     if current["EndpointStatus"] == "Failed":
@@ -160,9 +201,9 @@ def _check_endpoint(client: Any, endpoint: str, name: str, update: bool) -> dict
             f"The endpoint {endpoint} exists and has failed: {current.get('FailureReason', 'without a reason').rstrip('.')}. "
             f"Remove it first: make undeploy NAME={endpoint}"
         )
-    if current["EndpointConfigName"] != name and not update:
+    if _wanted(current) != name and not update:
         raise RequestError(
-            f"The endpoint {endpoint} exists and serves {current['EndpointConfigName']}, not {name}. Replace what it serves, "
+            f"The endpoint {endpoint} exists and serves {_wanted(current)}, not {name}. Replace what it serves, "
             "without a pause: make deploy ARGS=--update. Or choose another name: NAME=…"
         )
     return current
@@ -202,7 +243,7 @@ def undeploy(endpoint: str, account: Account, packages: bool) -> Iterator[str]:
         packages: remove the packages of its models from the registry, too.
     """
     client = account.client("sagemaker")
-    if _found(client.describe_endpoint, EndpointName=endpoint) is not None:
+    if _settled(client, endpoint) is not None:
         client.delete_endpoint(EndpointName=endpoint)
         client.get_waiter("endpoint_deleted").wait(
             EndpointName=endpoint, WaiterConfig={"Delay": _DELAY_S, "MaxAttempts": _LOOKS}

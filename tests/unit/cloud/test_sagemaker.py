@@ -147,6 +147,11 @@ def test_spot_machines_are_neither_kept_nor_reserved(keys):
         config(**keys)
 
 
+def test_a_training_plan_has_no_other_types():
+    with pytest.raises(ValidationError, match=r"set fallback_instance_types to \[\]"):
+        config(use_spot=False, training_plan_arn=PLAN, fallback_instance_types=["ml.g6.2xlarge"])
+
+
 def test_only_spot_jobs_have_a_waiting_time():
     spot = request(config(max_run_s=600))
     assert spot["StoppingCondition"] == {"MaxRuntimeInSeconds": 600, "MaxWaitTimeInSeconds": 1200}
