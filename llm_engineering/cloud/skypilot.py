@@ -92,14 +92,19 @@ def train_with_skypilot(
     names = JobNames.of(recipe, job.stage, job_identity(job, data))
     task = _Task(job, f"{job.stage}-{names.digest}", settings)
     status = task.status()
-    if status is None or status not in (*_ACTIVE, "SUCCEEDED"):
-        task.launch(data, recipe)
-    else:
-        logger.info("Machine %s has a task that does this work (%s): following it", task.machine, status.lower())
     try:
+        if status is None or status not in (*_ACTIVE, "SUCCEEDED"):
+            task.launch(data, recipe)
+        else:
+            logger.info("Machine %s has a task that does this work (%s): following it", task.machine, status.lower())
         record(task.facts())
         status = task.follow()
     except KeyboardInterrupt:
+        if task.number is None:
+            logger.warning(
+                "Machine %s may have started, and may be paid: run `sky down %s`", task.machine, task.machine
+            )
+            raise
         _sky("cancel", "--yes", task.machine, str(task.number))
         logger.warning(
             "The task is stopped. The same command continues from its newest checkpoint on machine %s, which is paid until its "

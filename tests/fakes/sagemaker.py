@@ -52,7 +52,7 @@ class FakeSageMaker(FakeAWS):
             f"{kind} for {use} job usage": 4.0
             for kind in ("ml.g5.xlarge", "ml.g5.2xlarge", "ml.p4d.24xlarge")
             for use in ("training", "spot training")
-        }
+        } | {"Longest run time for a training job": 432_000.0}
         self.default_quotas: dict[str, float] = {}
         self.fails_to_start: dict[str, str] = {}
         self.no_capacity: set[str] = set()

@@ -239,6 +239,16 @@ def test_a_quota_that_is_listed_among_the_defaults_only(fake, small_llama):
     assert found(recipe) == []
 
 
+def test_the_longest_run_has_a_quota(fake, small_llama):
+    # No type may run longer, so this is no warning.
+    long = make_recipe(small_llama, "compute.sagemaker.max_run_s=864000")
+    the_one(
+        long,
+        "`Longest run time for a training job` is 432000, but the recipe asks for 864000",
+        "--desired-value 864000",
+    )
+
+
 def test_a_volume_that_is_too_small(fake, small_llama, monkeypatch):
     fake.quotas["ml.m5.xlarge for spot training job usage"] = 1.0
     volume = ("compute.sagemaker.instance_type=ml.m5.xlarge", "compute.sagemaker.volume_size_gb=10")

@@ -74,9 +74,10 @@ def deploy(
     }
     files = {file.name: file for file in folder.iterdir() if file.is_file()} | signature
     lineage = {key: facts.lineage[key] for key in ("run", "recipe", "code")}
-    served = endpoints.Served(
-        recipe.name, found.version.number, files, measures | lineage, recipe.model.trust_remote_code
-    )
+    # lm_eval may have more measures than the registry takes.
+    names = sorted(measures, key=lambda measure: measure.startswith("lm_eval"))[: 50 - len(lineage)]
+    known = lineage | {measure: measures[measure] for measure in names}
+    served = endpoints.Served(recipe.name, found.version.number, files, known, recipe.model.trust_remote_code)
     logger.info("%s", endpoints.hourly(machines, account))
     with translated(f"The endpoint {endpoint} cannot be deployed"):
         endpoints.deploy(served, endpoint, machines, account, update)

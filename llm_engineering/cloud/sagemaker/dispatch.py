@@ -97,19 +97,26 @@ def run_job(work: Work[Result], record: Callable[[dict[str, Any]], None]) -> Res
             name, tried = current["TrainingJobName"], Machine.of(current)
             remaining, has_waited = machines_after(work.config, tried), False
             log = JobLog(work.account.client("logs"), name, from_end=is_found)
-            with translated(f"Job {name} keeps running, but cannot be followed"):
-                current = follow(work.client, log, name, signals, work.config.max_pending_s if remaining else None)
-                if jobs.is_running(current):
-                    logger.warning(
-                        "Job %s has waited for %s for more than %d s (compute.sagemaker.max_pending_s): stopping it",
-                        name,
-                        tried,
-                        work.config.max_pending_s,
-                    )
-                    jobs.stop(work.client, name)
-                    current = follow(work.client, log, name, signals)
-                    has_waited = current["TrainingJobStatus"] == "Stopped"
-            record(work.facts(current))
+            try:
+                with translated(f"Job {name} keeps running, but cannot be followed"):
+                    current = follow(work.client, log, name, signals, work.config.max_pending_s if remaining else None)
+                    if jobs.is_running(current):
+                        logger.warning(
+                            "Job %s has waited for %s for more than %d s (compute.sagemaker.max_pending_s): stopping it",
+                            name,
+                            tried,
+                            work.config.max_pending_s,
+                        )
+                        jobs.stop(work.client, name)
+                        current = follow(work.client, log, name, signals)
+                        has_waited = current["TrainingJobStatus"] == "Stopped"
+            except KeyboardInterrupt:
+                current = jobs.describe(work.client, name)
+                raise
+            finally:
+                if not jobs.is_running(current):
+                    record(work.facts(current))
+                    logger.info("Job %s: %s", name, cost_line(current, work.price(current)))
             if current["TrainingJobStatus"] == "Completed":
                 break
             if not remaining or not (has_waited or is_capacity(current)):
@@ -120,7 +127,6 @@ def run_job(work: Work[Result], record: Callable[[dict[str, Any]], None]) -> Res
             with translated(f"A job for {work.name} cannot be started"):
                 work.former, is_found = current, False
                 current = work.start(remaining)
-    logger.info("Job %s: %s", current["TrainingJobName"], cost_line(current, work.price(current)))
     with translated(f"The results of job {current['TrainingJobName']} cannot be downloaded"):
         return work.fetch(current)
 
@@ -146,6 +152,7 @@ class Work(ABC, Generic[Result]):
         self.former: dict[str, Any] | None = None
         self._channels: dict[str, str] = {}
         self._prices: dict[str, Price | None] = {}
+        self._costs: dict[str, float | None] = {}
 
     def attached(self) -> dict[str, Any] | None:
         """The job that --attach names, if it belongs to this work.
@@ -262,7 +269,10 @@ class Work(ABC, Generic[Result]):
         return self._prices.get(kind)
 
     def facts(self, description: dict[str, Any]) -> dict[str, Any]:
-        """Name, status and machines of a job, and its seconds and cost when it has ended; keys begin with `sagemaker_`."""
+        """Name, status and machines of a job, and its seconds when it has ended; keys begin with `sagemaker_`.
+
+        `sagemaker_cost_usd_estimate` is the cost of all ended jobs of this work that were followed, if their prices are known.
+        """
         resources = description["ResourceConfig"]
         facts = {
             "name": description["TrainingJobName"],
@@ -274,6 +284,10 @@ class Work(ABC, Generic[Result]):
         }
         if not jobs.is_running(description):
             facts |= cost_facts(description, self.price(description))
+            self._costs[facts["name"]] = facts.pop("cost_usd_estimate", None)
+            known = [cost for cost in self._costs.values() if cost is not None]
+            if len(known) == len(self._costs):
+                facts["cost_usd_estimate"] = round(sum(known), 4)
         return {f"sagemaker_{name}": value for name, value in facts.items()}
 
     def downloaded(self, description: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 
@@ -15,6 +15,8 @@ from llm_engineering.recipe.recipe import Recipe
 from llm_engineering.recipe.settings import Settings
 
 _GIB = 2**30
+# The quota for `max_run_s`, in seconds.
+_LONGEST_RUN = "Longest run time for a training job"
 # training/train.py keeps two checkpoints while it writes a third.
 _CHECKPOINTS = 3
 # Disk space for data, caches and the libraries' own files.
@@ -76,23 +78,27 @@ def _offer_problems(asked: Sequence[Machine], account: Account, refused: set[Mac
 def _quota_problems(
     asked: Sequence[Machine], config: SageMakerConfig, account: Account, refused: set[Machine]
 ) -> Iterator[Problem]:
-    """Check that the quotas allow the number of machines of each kind; adds machines without quota to `refused`."""
+    """Check that the quotas allow `max_run_s` and the number of machines of each kind; adds machines without quota to `refused`."""
     count = config.instance_count
     names = [(f"{m.instance_type} for {'spot ' if m.spot else ''}training job usage", m) for m in asked]
     if config.keep_alive_s is not None:
         names += [(f"{m.instance_type} for training warm pool usage", m) for m in asked]
-    for name, problem in small_quotas([name for name, _ in names], count, account):
+    wanted = dict.fromkeys((name for name, _ in names), count) | {_LONGEST_RUN: config.max_run_s}
+    names += [(_LONGEST_RUN, m) for m in asked]
+    for name, problem in small_quotas(wanted, account):
         refused.update(machine for quota, machine in names if quota == name)
         yield problem
 
 
-def small_quotas(names: Sequence[str], count: int, account: Account) -> Iterator[tuple[str, Problem]]:
-    """The quotas that allow fewer machines than `count`, each with the problem."""
+def small_quotas(wanted: Mapping[str, int], account: Account) -> Iterator[tuple[str, Problem]]:
+    """The quotas that are less than the wanted value, each with the problem."""
     quotas = _quotas("list_service_quotas", account)
-    if not set(names) <= quotas.keys():
+    if not wanted.keys() <= quotas.keys():
         # A quota that was never changed may be listed only among the default quotas.
         quotas = _quotas("list_aws_default_service_quotas", account) | quotas
-    for name in names:
+    for name, count in wanted.items():
+        if name == _LONGEST_RUN and name not in quotas:
+            continue
         if name not in quotas:
             yield (
                 name,

@@ -58,14 +58,14 @@ def check_endpoint(recipe: Recipe, config: SageMakerConfig, account: Account, se
     if isinstance(caller, Problem):
         refuse("The endpoint cannot run on SageMaker yet", [caller])
         return
-    quotas = [f"{config.instance_type} for endpoint usage"]
+    quotas = {f"{config.instance_type} for endpoint usage": config.instance_count}
     found = [
         *run_check(f"The role {account.role}", partial(_role_problems, recipe, account, caller)),
         *run_check(f"The bucket {account.bucket}", partial(_bucket_problems, account)),
         *run_check(f"The image {account.image}", partial(_image_problems, account)),
         *run_check(
             "The service quota",
-            lambda: (problem for _, problem in small_quotas(quotas, config.instance_count, account)),
+            lambda: (problem for _, problem in small_quotas(quotas, account)),
         ),
     ]
     refuse("The endpoint cannot run on SageMaker yet", with_policies(found, account, settings, PROJECT_ROOT))

@@ -513,6 +513,63 @@ def test_an_unknown_type_has_no_price():
     assert "60 s billed; the cost is not known" in cost.cost_line(description, None)
 
 
+class Waiting(dispatch.Work):
+    """A work whose jobs are these descriptions, one after another."""
+
+    def __init__(self, *found):
+        super().__init__("exam", {}, config(fallback_instance_types=["ml.g6.2xlarge"]), None, "tiny")
+        self.found = list(found)
+        self._prices = dict.fromkeys(("ml.g5.2xlarge", "ml.g6.2xlarge"), cost.Price(1.0, "2026-01-31"))
+
+    def start(self, choices):
+        return self.found.pop(0) | {"TrainingJobStatus": "InProgress"}
+
+    def unfinished(self):
+        return None
+
+    def upload(self):
+        return {}
+
+    def fetch(self, description):
+        return description["TrainingJobName"]
+
+    command = upload_job = None
+
+
+def test_the_cost_of_jobs_that_were_replaced_failed_or_were_stopped_counts(monkeypatch, caplog):
+    def job(name, kind, seconds, **more):
+        resources = {"InstanceType": kind, "InstanceCount": 1, "VolumeSizeInGB": 100}
+        return ended(**more) | {
+            "TrainingJobName": name, "TrainingJobArn": name, "ResourceConfig": resources, "BillableTimeInSeconds": seconds
+        }  # fmt: skip
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(dispatch.Account, "resolve", lambda *_: SimpleNamespace(client=lambda _: None))
+    lost = job("one", "ml.g5.2xlarge", 1800, reason="CapacityError: Unable to provision requested ML compute capacity.")
+    done, failed = (job("two", "ml.g6.2xlarge", 3600, status=status) for status in ("Completed", "Failed"))
+    ends = {"one": lost, "two": done}
+    monkeypatch.setattr(dispatch, "follow", lambda client, log, name, *_: ends[name])
+    facts = []
+    assert dispatch.run_job(Waiting(lost, done), facts.append) == "two"
+    assert facts[-1]["sagemaker_cost_usd_estimate"] == 1.5
+    assert "Job one: 0 s on 1 x ml.g5.2xlarge, 1800 s billed: about 0.50 USD" in caplog.text
+    ends["two"] = failed
+    with pytest.raises(WorkError):
+        dispatch.run_job(Waiting(lost, failed), facts.append)
+    assert facts[-1]["sagemaker_cost_usd_estimate"] == 1.5
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dispatch, "follow", interrupt)
+    monkeypatch.setattr(dispatch.jobs, "describe", lambda *_: lost | {"TrainingJobStatus": "Stopped"})
+    caplog.clear()
+    with pytest.raises(KeyboardInterrupt):
+        dispatch.run_job(Waiting(lost), facts.append)
+    assert facts[-1]["sagemaker_cost_usd_estimate"] == 0.5
+    assert "1800 s billed: about 0.50 USD" in caplog.text
+
+
 def test_the_folder_hash_covers_names_and_contents(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from llm_engineering.cloud import skypilot
 from llm_engineering.cloud.skypilot import check_skypilot, train_with_skypilot
 from llm_engineering.errors import RequestError, WorkError
 from llm_engineering.recipe.compute_blocks import ComputeConfig, SkyPilotConfig
@@ -110,6 +111,21 @@ def test_an_interrupted_task_continues_from_its_checkpoint(commands, make_venv, 
     here = train(data, config, setup, settings)
     weights = "adapter_model.safetensors"
     assert (result.adapter / weights).read_bytes() == (here.adapter / weights).read_bytes()
+
+
+def test_ctrl_c_while_the_machine_starts_names_what_may_be_paid(
+    commands, tiny_model, data, settings, monkeypatch, caplog
+):
+    job, _, _ = stage(tiny_model, setup="true")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(skypilot._Task, "launch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_with_skypilot(job, data, settings, "acme", lambda facts: None)
+    assert "may have started, and may be paid: run `sky down sft-" in caplog.text
+    assert not any(command.startswith("cancel") for command in commands())
 
 
 def test_the_end_of_the_log_of_a_failed_task_is_shown(commands, tiny_model, data, settings):
