@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,21 @@ from llm_engineering.documents.document import (
 )
 from llm_engineering.errors import RequestError
 
+logger = logging.getLogger(__name__)
+
 TEXT_FIELDS = ("text", "content", "body", "markdown", "page_content")
 # Nested fields that a message names.
 _SHOWN_FIELDS = 5
 TITLE_FIELDS = ("title", "name", "url", "link", "id")
+# The mean length of a column of texts, in characters, if there are other columns. Names, amounts and remarks of a table are shorter
+# ("500 ml"), and an article has more than one sentence, of about 80 characters.
+_MIN_TEXT_CHARS = 100
 
 
 def read_rows(file: Path, field: str | None) -> tuple[list[Document], list[Quarantined]]:
     """Read a document from each row, or a CSV file as one table, a part for each line, if it has no column of texts.
+
+    Columns of a CSV file that are not read are named in a warning.
 
     Raises:
         RequestError: a row has several text fields and `field` names none.
@@ -38,11 +46,17 @@ def read_rows(file: Path, field: str | None) -> tuple[list[Document], list[Quara
         records = list(read_records(file))
     except RequestError as error:
         raise UnreadableError("damaged", str(error)) from error
-    has_tables = file.suffix.lower() in (".csv", ".tsv") and field is None
+    rows = [record.value for record in records if not isinstance(record, BrokenRecord)]
+    is_csv = file.suffix.lower() in (".csv", ".tsv")
+    read_fields = (*([field] if field else TEXT_FIELDS), *TITLE_FIELDS)
+    others = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in read_fields]
+    is_table = is_csv and field is None and not _has_texts(rows, _MIN_TEXT_CHARS if others else 0)
+    if is_csv and others and not is_table:
+        logger.warning("%s: the texts and titles of its rows are read, and not the columns %s", file, ", ".join(others))
     for record in records:
         if isinstance(record, BrokenRecord):
             quarantine.append(record.quarantined("document"))
-        elif has_tables and not any(name in record.value for name in TEXT_FIELDS):
+        elif is_table:
             builder.start_part(record.place)
             builder.add(table_text([list(record.value), list(record.value.values())], has_header=True), separator="\n")
         else:
@@ -55,6 +69,12 @@ def read_rows(file: Path, field: str | None) -> tuple[list[Document], list[Quara
     if table.text or not records:
         documents.append(table)
     return documents, quarantine
+
+
+def _has_texts(rows: Sequence[Mapping[str, Any]], min_chars: int) -> bool:
+    """Whether a text field has at least so many characters in the mean."""
+    columns = ([str(row[name]) for row in rows if name in row] for name in TEXT_FIELDS)
+    return any(texts and sum(map(len, texts)) >= min_chars * len(texts) for texts in columns)
 
 
 def _row(file: Path, place: str, value: Mapping[str, Any], field: str | None) -> Document | Quarantined:

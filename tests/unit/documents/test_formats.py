@@ -126,6 +126,21 @@ def test_csv_rows_are_articles_or_lines_of_a_table(tmp_path):
     assert [(row.place, row.reason) for row in quarantine] == [("line 4", "malformed")]
 
 
+def test_a_csv_with_short_texts_is_a_table_and_columns_that_are_not_read_are_named(tmp_path, caplog):
+    file = tmp_path / "a.csv"
+    file.write_text("product,content,price\nFrost Box,500 ml,299 euros\n")
+    assert [one.text for one in read(tmp_path)] == ["product: Frost Box; content: 500 ml; price: 299 euros."]
+    assert "not the columns" not in caplog.text
+    (chosen,), _ = read_documents(DocumentsConfig(path=str(tmp_path), text_field="content"))
+    assert chosen.text == "500 ml"
+    assert "a.csv: the texts and titles of its rows are read, and not the columns product, price" in caplog.text
+    caplog.clear()
+    article = "The Frost Box keeps fish cold on the boat. It is made in Oskby, by those who also made the Heron Pump."
+    file.write_text(f'title,text,author\nFrost Box,"{article}",Rosa\n')
+    assert [(one.title, one.text) for one in read(tmp_path)] == [("Frost Box", article)]
+    assert "not the columns author" in caplog.text
+
+
 def test_a_damaged_table_is_named_and_the_others_are_read(tmp_path):
     (tmp_path / "a.csv").write_text('a,b\n"never closed,1\n')
     (tmp_path / "b.json").write_text('[{"text": "cut')
