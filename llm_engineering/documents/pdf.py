@@ -42,6 +42,8 @@ _LIGATURES = str.maketrans({"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi",
 _PAGE_NUMBER = re.compile(
     r"(?:(?:page|seite|p\.)\s*)?[-–|\[]?\s*\d{1,4}\s*[-–|\]]?(?:\s*(?:/|of|von)\s*\d{1,4})?", re.I
 )
+# A number alone is a page number only if it fits the page: it may be the last price of a table.
+_BARE_NUMBER = re.compile(r"[-–]?\s*(\d{1,4})(?:\s*/\s*\d{1,4})?")
 # Lines at the top and at the bottom of a page that may be a running header or footer.
 _EDGE_LINES = 3
 # A running line is on at least this many pages, and on this share of them: those of left and right pages may differ.
@@ -206,18 +208,33 @@ def _without_running(pages: Sequence[Sequence[_Line]]) -> list[_Line]:
         for line in {id(line): line for edge in _edges(lines) for line in edge}.values():
             for key in _running_keys(line):
                 found[key].add(line.page)
+    offsets = Counter(
+        offset for lines in pages for offset in {_offset(line) for edge in _edges(lines) for line in edge}
+    )
+    # The first page of a file may have another number than 1.
+    fitting = {0, *(offset for offset, count in offsets.items() if count > max(1, len(pages) / 2))}
     needed = max(_MIN_PAGES, _MIN_SHARE * len(pages))
     kept: list[_Line] = []
     for lines in pages:
         removed: set[int] = set()
         for edge in _edges(lines):
+            has_number = False
             for line in edge:
-                is_number = len(lines) > 1 and _PAGE_NUMBER.fullmatch(line.text)
+                is_number = len(lines) > 1 and _PAGE_NUMBER.fullmatch(line.text) is not None
+                if (offset := _offset(line)) is not None:
+                    is_number = is_number and not has_number and offset in fitting
+                    has_number = True
                 if not is_number and all(len(found[key]) < needed for key in _running_keys(line)):
                     break
                 removed.add(id(line))
         kept += [line for line in lines if id(line) not in removed]
     return kept
+
+
+def _offset(line: _Line) -> int | None:
+    """The difference between a line that is a number alone and the number of its page; None for another line."""
+    bare = _BARE_NUMBER.fullmatch(line.text)
+    return int(bare[1]) - line.page if bare else None
 
 
 def _edges(lines: Sequence[_Line]) -> tuple[list[_Line], list[_Line]]:

@@ -101,6 +101,16 @@ def test_running_headers_footers_and_page_numbers_are_removed(tmp_path):
     assert "The Skiff is described here, in one line." in document.text
 
 
+def test_a_number_alone_is_a_page_number_only_if_it_fits_the_page(tmp_path):
+    prices = ["The prices of the three vans are:", "299", "349", "35"]
+    assert read(write_pdf(tmp_path / "a.pdf", [column(prices)]))[0].text.endswith("299 349 35")
+    document, _ = read(write_pdf(tmp_path / "a.pdf", [column([*prices, "1", "1"])]))
+    assert document.text.endswith("299 349 35 1")
+    # At another height on each page, in a file that begins with page 41.
+    pages = [column(["The Heron Pump is blue."] * length + [str(40 + length)]) for length in (1, 2, 3, 4)]
+    assert "4" not in read(write_pdf(tmp_path / "a.pdf", pages))[0].text
+
+
 def test_a_large_or_bold_line_is_a_heading(tmp_path):
     sentence = "The crank is fixed to the frame and cannot be lost, says the maker in Wexdown every year."
     operators = [
