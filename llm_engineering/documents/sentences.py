@@ -40,12 +40,21 @@ _CONTEXT_CHARS = 80
 # Abbreviations before a name or in the middle of a sentence.
 _NEVER_LAST = frozenset([
     "mr", "mrs", "ms", "mx", "dr", "prof", "st", "messrs", "capt", "col", "gen", "lt", "sgt", "rev", "hon", "mt",
-    "e.g", "i.e", "eg", "ie", "cf", "vs", "viz", "approx", "ca",
+    "e.g", "i.e", "eg", "ie", "cf", "vs", "viz", "approx", "ca", "incl",
+    "excl",
 ])  # fmt: skip
 # Abbreviations before a number. Elsewhere they end a sentence: “No. The stove burns oat husks.”
 _BEFORE_NUMBER = frozenset([
-    "no", "nos", "nr", "fig", "figs", "p", "pp", "vol", "ch", "sec", "art", "eq", "tab",
+    "no", "nos", "nr", "fig", "figs", "p", "pp", "vol", "ch", "sec", "art", "eq", "tab", "max", "min", "tel",
+    "ext", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec",
 ])  # fmt: skip
+# These and initials end a sentence only before a function word: “It belongs to Acme Ltd. The pump is blue.”
+_IN_NAMES = frozenset(["ltd", "inc", "corp", "co"])
+# “31. December” and “31. Dezember”, “9 a.m. Monday”.
+_MONTH = re.compile(
+    r"(?:Januar|Februar|M(?:arch|ärz)|April|Ma[iy]|Jun[ei]|Jul[iy]|August|September|O[ck]tober|November|De[cz]ember)y?\b"
+)
+_DAY = re.compile(r"(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day")
 # Words that begin with a capital for other reasons than that they name something.
 FUNCTION_WORDS = frozenset([
     "a", "an", "the", "i", "i'm", "i've", "i'll", "i'd", "it", "its", "he", "she", "we", "you", "they", "his", "her",
@@ -224,8 +233,11 @@ def _continues(text: str, match: re.Match[str]) -> bool:
         return True
     if word.casefold() in _BEFORE_NUMBER:
         return following[0].isdigit()
-    if len(word) == 1:
-        return word.isupper() and word != "I"
-    next_word = re.match(r"\W*([\w'’]*)", following)
-    is_initials = re.fullmatch(r"(?:[A-Z]\.)+[A-Z]", word) is not None
-    return is_initials and (next_word is None or next_word[1].casefold() not in FUNCTION_WORDS)
+    if re.fullmatch(r"\d{1,2}", word):
+        return _MONTH.match(following) is not None
+    if re.fullmatch(r"[ap]\.m", word):
+        return _DAY.match(following) is not None
+    is_initials = word != "I" and word[-1:].isupper() and re.fullmatch(r"(?:[A-Z][a-z]?\.)*\w", word) is not None
+    next_word = re.match(r"\W*(?:\w\.|([\w'’]*))", following)
+    is_new = next_word is not None and (next_word[1] or "").casefold() in FUNCTION_WORDS
+    return (is_initials or word.casefold() in _IN_NAMES) and not is_new
