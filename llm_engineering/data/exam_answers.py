@@ -2,7 +2,7 @@
 
 An answer is right if its first sentence names an accepted answer, as a run of whole words, and no other candidate.
 Both are normalised first: case, accents, punctuation and articles do not count, numbers are written in digits, dates as
-day, month, year, and common units by one name each.
+day, month, year, times with hours up to 12, amounts before their currency, and common units by one name each.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from llm_engineering.data.rows import MARKS, UNSPACED, words
 MAX_WORDS = 25
 
 _ARTICLES = {"a", "an", "the"}
+# Stands for the letter A, which is no article.
+_LETTER_A = "ᴀ"
+_WEEKDAYS = words("monday tuesday wednesday thursday friday saturday sunday")
 _MONTHS = words("january february march april may june july august september october november december")
+_MONTH_NAMES = {month: month for month in _MONTHS} | {month[:3]: month for month in _MONTHS} | {"sept": "september"}
 _TEENS = words("ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen")
 _NUMBERS = {word: n for n, word in enumerate([*words("zero one two three four five six seven eight nine"), *_TEENS])}
 _TENS = {word: 10 * n for n, word in enumerate(words("twenty thirty forty fifty sixty seventy eighty ninety"), 2)}
 NUMBER_WORDS = _NUMBERS | _TENS
-_SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000}
+_SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
 _ORDINALS = words("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth")
 _UNITS = {
     "%": "percent", "pct": "percent",
@@ -42,7 +46,11 @@ _UNITS = {
 }  # fmt: skip
 # Marks that separate the items of a list.
 _LIST_MARKS = {",", ";", "/", "|", "&", "–"}
-_LIST_WORDS = {"and", "or"}
+# The token of a range that is not of two numbers: `Monday to Friday`. A range of two numbers is a list of two.
+_RANGE = ".."
+_RANGE_WORDS = {"to", "through", "until"}
+_RANGE_ENDS = {*_WEEKDAYS, *_MONTHS, *_UNITS.values(), "am", "pm"}
+_LIST_WORDS = {"and", "or", _RANGE}
 # A part of a sentence that begins with one of these words says something about the answer, and is no other answer.
 _FUNCTION_WORDS = set(
     words(
@@ -58,20 +66,22 @@ _NEGATIONS = {"not", "never", "neither", "nor", "without"}
 
 _WORD = rf"[{UNSPACED}][{MARKS}]*|[^\W\d_{UNSPACED}]\w*(?:[{MARKS}]+\w*)*(?:'\w+)*"
 _TOKEN = re.compile(
-    rf"(?P<number>[-−]?\d+(?:[.,]\d+)*)(?P<suffix>[^\W\d_]+|%)?|(?P<word>{_WORD})|(?P<mark>[^\w\s{MARKS}])"
+    rf"(?P<number>(?:(?<!\w)[-−])?\d+(?:[.,:]\d+)*)(?P<suffix>[^\W\d_]+|%)?|(?P<word>{_WORD})|(?P<mark>[^\w\s{MARKS}])"
 )
-# The end of a sentence, but not the dot of an initial or of a common abbreviation.
-_END = re.compile(
-    r"\n|(?<!\b[A-Z])(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bSt)(?<!\bNo)(?<!\bca)[.!?。！？]+(?=\s|$)"
+_AMOUNT = r"-?\d+(?:[.,]\d+)*(?!\w)(?: (?:hundred|thousand|million|billion)\b)?"
+# The end of a sentence, but not the dot of an initial, of a common abbreviation, or of `a.m.` before a small letter.
+_ABBREVIATIONS = "".join(
+    rf"(?<!\b{word})" for word in ("[A-Z]", "Dr", "Mr", "Mrs", "Ms", "Prof", "St", "No", "ca", "approx")
 )
+_END = re.compile(rf"\n|{_ABBREVIATIONS}[.!?。！？]+(?=\s|$)(?!(?<=[ap]\.m\.)\s[a-z])")
 _FILLERS = {"sure", "yes", "of course", "certainly", "ok", "okay", "well", "answer", "hello", "hi"}
 
 # Phrases with which an answer declines, normalised. They must stand in the first sentence.
 ABSTENTIONS = (
-    "do not say", "does not say", "do not mention", "does not mention", "do not state", "does not state",
-    "do not tell", "does not tell", "do not specify", "does not specify", "do not give", "does not give",
-    "do not know", "does not know", "not mentioned", "not stated", "not specified", "not said", "not given",
-    "not known", "is unknown", "no information", "cannot say", "cannot tell", "cannot answer", "not in documents",
+    *(f"{do} not {verb}" for do in ("do", "does") for verb in words("say mention state tell specify give contain provide know")),
+    *(f"not have {which} information" for which in ("that", "this", "any")), "not have information",
+    "not mentioned", "not stated", "not specified", "not said", "not given", "not known", "is unknown",
+    "no information", "no mention", "cannot say", "cannot tell", "cannot answer", "not in documents",
 )  # fmt: skip
 
 
@@ -79,9 +89,9 @@ def answers_right(answer: str, accepted: Sequence[str], question: str = "") -> b
     """Whether the first sentence of an answer gives one of the accepted answers, and nothing else.
 
     It is wrong if the sentence has more than 25 words, if it denies or does not decide (`not in Oskby`, `Oskby or Dunvey`),
-    or if it lists another candidate beside the accepted answer: the next item after a comma, `and` or the like, with at
-    most one word more than the accepted answer, that does not begin with a function word and is not from the question.
-    Words of the question may stand everywhere.
+    if it compares (`less than 14 days`), or if it lists another candidate beside the accepted answer: the next item after a
+    comma, `and` or the like, with at most one word more than the accepted answer, that does not begin with a function word
+    and is not from the question. Words of the question may stand everywhere.
     """
     # "Yes" is a filler before an answer, unless it is the answer.
     tokens = normalised_tokens(first_sentence(answer, {text.casefold() for text in accepted}))
@@ -100,6 +110,11 @@ def answers_right(answer: str, accepted: Sequence[str], question: str = "") -> b
                 left, right = tokens[: run[0]], tokens[run[-1] + 1 :]
                 clause = [*left, *takewhile(lambda token: token not in _LIST_MARKS, right)]
                 if (_NEGATIONS & set(clause)) - known:
+                    continue
+                if left[-1:] == [_RANGE] or right[:1] == [_RANGE]:
+                    continue
+                # `no more than 14 days` names the number.
+                if left[-1:] == ["than"] and "than" not in known and left[-3:-2] != ["no"]:
                     continue
                 before, after = _next_item(left[::-1])[::-1], _next_item(right)
                 if not any(_is_candidate(item, len(wanted) + 1, known) for item in (before, after)):
@@ -141,15 +156,25 @@ def first_sentence(answer: str, accepted: Set[str] = frozenset()) -> str:
 def normalised_tokens(text: str) -> list[str]:
     """The words of a text as answers are compared, with the marks that separate the items of a list."""
     text = unicodedata.normalize("NFKD", text.replace("’", "'"))
-    text = "".join(c for c in text if not unicodedata.combining(c)).casefold()
+    text = "".join(c for c in text if not unicodedata.combining(c))
+    # `A` alone and a capital A after a word (`Plan A`) are no articles, but before a capital letter (`THIS IS A HARE`).
+    text = re.sub(r"^A(?=\W*$)|(?<=\w )A\b(?! [A-Z])", _LETTER_A, text).casefold()
     text = re.sub(r"\b(can)'t\b|\bcan not\b", "cannot", text)
-    text = re.sub(r"n't\b", " not", text)
+    text = re.sub(r"n't\b|\bno longer\b(?! than)", " not", text)
     text = re.sub(r"'s\b|(?<=s)'(?!\w)", "", text)
     text = re.sub(r"(?<=\d)[\u00a0\u202f '](?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"\b(\d{4})-(\d\d)-(\d\d)\b", _iso_date, text)
+    text = re.sub(r"\b(?P<year>\d{4})-(?P<month>\d\d)-(?P<day>\d\d)\b", _date, text)
+    text = re.sub(r"(?<![\w.])(?P<day>\d\d?)\.(?P<month>\d\d?)\.(?P<year>\d{4})\b(?!\.\d)", _date, text)
+    text = re.sub(r"(?<=\d)\s?([ap])\.?\s?m\b\.?", r" \1m", text)
+    text = re.sub(r"(?<![\w.:])([01]?\d|2[0-3]):([0-5]\d)(?![\w:])", _time, text)
+    text = re.sub(rf"([€$£]|\b(?:eur|usd|gbp)\b)\s?({_AMOUNT})", r" \2 \1 ", text)
     # A range of numbers is a list of two.
     text = re.sub(r"(?<=\d)\s?[-–—]\s?(?=\d)", " – ", text)
-    return _dates([token for token in _numbers(list(_split(text))) if token not in _ARTICLES])
+    text = re.sub(r"\b([ap]m)\s?[-–—]\s?(?=\d)", r"\1 to ", text)
+    # `KX-200` is `KX200`.
+    text = re.sub(r"(?<=[a-z])-(?=\d)", "", text)
+    tokens = [token for token in _numbers(list(_split(text))) if token not in _ARTICLES]
+    return ["a" if token == _LETTER_A else token for token in _ranges(_dates(tokens))]
 
 
 def _words(tokens: Sequence[str]) -> list[str]:
@@ -182,16 +207,19 @@ def _split(text: str) -> Iterator[str]:
 
 
 def _digits(number: str) -> str:
-    """A number without thousands separators and trailing zeros. A single comma before one or two digits is decimal."""
+    """A number without thousands separators and trailing zeros. A single comma before one or two digits is decimal.
+
+    A number with several dots is a version or an address, whose zeros count.
+    """
     number = number.replace("−", "-")
     if re.fullmatch(r"-?\d+,\d{1,2}", number):
         number = number.replace(",", ".")
     number = number.replace(",", "")
-    return number.rstrip("0").rstrip(".") if "." in number else number
+    return number.rstrip("0").rstrip(".") if number.count(".") == 1 else number
 
 
 def _numbers(tokens: list[str]) -> list[str]:
-    """Replace number words by digits: `thirty-one`, `two and a half`, `one hundred and five`, `nineteen seventy-one`."""
+    """Replace number words by digits: `thirty-one`, `two and a half`, `nineteen seventy-one`, `minus 18`, `5 million`."""
     found: list[str] = []
     end = 0
     for match in _NUMBER.finditer("".join(map(_letter, tokens))):
@@ -205,8 +233,8 @@ def _numbers(tokens: list[str]) -> list[str]:
 _SMALL_NUMBER = "(?:tu?|[eu])"
 _HUNDREDS = f"(?:u?H(?:a?{_SMALL_NUMBER})?|{_SMALL_NUMBER})"
 _NUMBER = re.compile(
-    f"(?P<year>e(?:tu?|e)|t(?:tu|e))"
-    f"|(?:{_HUNDREDS}M(?:a?{_HUNDREDS}K)?(?:a?{_HUNDREDS})?|{_HUNDREDS}?K(?:a?{_HUNDREDS})?|{_HUNDREDS}|z)(?:aih)?"
+    f"n?(?P<year>e(?:tu?|e)|t(?:tu|e))|d[HKM]+|nd[HKM]*"
+    f"|n?(?:{_HUNDREDS}M(?:a?{_HUNDREDS}K)?(?:a?{_HUNDREDS})?|{_HUNDREDS}?K(?:a?{_HUNDREDS})?|{_HUNDREDS}|z)(?:aih)?"
 )
 
 
@@ -215,21 +243,28 @@ def _letter(token: str) -> str:
         return "z" if token == "zero" else "u" if _NUMBERS[token] < 10 else "e"
     if token in _TENS:
         return "t"
-    return {"hundred": "H", "thousand": "K", "million": "M", "and": "a", "a": "i", "half": "h"}.get(token, ".")
+    if re.fullmatch(r"\d+(\.\d+)?", token):
+        return "d"
+    letters = {"hundred": "H", "thousand": "K", "million": "M", "billion": "M", "and": "a", "a": "i", "half": "h"}
+    return (letters | {"minus": "n"}).get(token, ".")
 
 
 def _value(number: Sequence[str], is_year: bool) -> float:
+    if number[0] == "minus":
+        return -_value(number[1:], is_year)
     total = current = 0.0
     for place, word in enumerate(number):
         if word in _SCALES:
-            current = max(current, 1) * _SCALES[word]
+            current = (current or 1) * _SCALES[word]
             if word != "hundred":
                 total, current = total + current, 0.0
         elif word == "half":
             current += 0.5
         else:
             # The first two digits of a year are read as one number.
-            current = current * (100 if is_year and place == 1 else 1) + NUMBER_WORDS.get(word, 0)
+            current = current * (100 if is_year and place == 1 else 1) + (
+                NUMBER_WORDS.get(word, 0) if word.isalpha() else float(word)
+            )
     return total + current
 
 
@@ -237,9 +272,26 @@ def _ordinal(token: str) -> str:
     return f"{_ORDINALS.index(token) + 1}th" if token in _ORDINALS else token
 
 
-def _iso_date(match: re.Match[str]) -> str:
-    year, month, day = (int(part) for part in match.groups())
+def _date(match: re.Match[str]) -> str:
+    year, month, day = (int(match[part]) for part in ("year", "month", "day"))
     return f"{day} {_MONTHS[month - 1]} {year}" if 1 <= month <= 12 else match.group()
+
+
+def _time(match: re.Match[str]) -> str:
+    """`17:30` as `5:30 pm`, and `9:00` as `9`."""
+    hour, minutes = int(match[1]), match[2]
+    time = f"{hour - 12 if hour > 12 else hour}" + (f":{minutes}" if minutes != "00" else "")
+    return f"{time} pm" if hour > 12 else time
+
+
+def _ranges(tokens: Sequence[str]) -> list[str]:
+    """Write `to` and the like as one token if it stands between two numbers, times, amounts, weekdays or months."""
+    found = list(tokens)
+    for place in range(1, len(tokens) - 1):
+        ends = (tokens[place - 1], tokens[place + 1])
+        if tokens[place] in _RANGE_WORDS and all(end[-1].isdigit() or end in _RANGE_ENDS for end in ends):
+            found[place] = "–" if all(end[-1].isdigit() for end in ends) else _RANGE
+    return found
 
 
 def _dates(tokens: list[str]) -> list[str]:
@@ -248,14 +300,14 @@ def _dates(tokens: list[str]) -> list[str]:
     place = 0
     while place < len(tokens):
         here, rest = tokens[place], tokens[place + 1 :]
-        if _is_day(here) and rest[:1] == ["of"] and rest[1:2] and rest[1] in _MONTHS:
+        if _is_day(here) and rest[:1] == ["of"] and rest[1:2] and rest[1] in _MONTH_NAMES:
             rest = rest[1:]
             place += 1
-        if _is_day(here) and rest and rest[0] in _MONTHS:
-            found += [here.removesuffix("th"), rest[0]]
+        if _is_day(here) and rest and rest[0] in _MONTH_NAMES:
+            found += [here.removesuffix("th"), _MONTH_NAMES[rest[0]]]
             place += 2
-        elif here in _MONTHS and rest and _is_day(rest[0]):
-            found += [rest[0].removesuffix("th"), here]
+        elif here in _MONTH_NAMES and rest and _is_day(rest[0]):
+            found += [rest[0].removesuffix("th"), _MONTH_NAMES[here]]
             place += 2
         else:
             found.append(here)
