@@ -22,8 +22,23 @@ WORD = re.compile(rf"{_NUMBER}|\w+(?:[-'’]\w+)*")
 _CONTACT = re.compile(r"\S+@\S+\w|(?:https?://|www\.)\S+\w|(?:\+|\(?0)\d+\)?(?:[ -]\d{2,})+|\(?\d{3}\)?[ -]\d{3}-\d{4}")
 # "Model: K12; Price: 30 EUR.", as `documents.document.table_text` writes it.
 TABLE_ROW = re.compile(r"[^:;]{1,60}: [^;]+(?:; [^:;]{1,60}: [^;]+)+")
-# A contact, a price or a percentage counts as one word.
-_TOKEN = re.compile(rf"{_CONTACT.pattern}|[€$£] ?{_NUMBER}|{_NUMBER} ?[€$£%]|{WORD.pattern}")
+_DATE = r"\b(?:\d{4}-\d\d-\d\d|\d\d?[./]\d\d?[./]\d{4})\b"
+_AMOUNT = rf"{_NUMBER}(?: (?:dozen|hundred|thousand|million|billion|trillion|bn|mn)\b)?"
+# A contact, a date, a price, an hour or a percentage counts as one word.
+_TOKEN = re.compile(
+    rf"{_CONTACT.pattern}|{_DATE}|[€$£] ?{_AMOUNT}|{_NUMBER} ?(?:[€$£%]|[ap]\.m\.)|{_AMOUNT}|{WORD.pattern}"
+)
+# What may stand beside an answer. Other signs belong to it: "-18", "120 km/h", "1'000", "Dr." inside of a sentence.
+_BEFORE = re.compile(r"(?:^|[\s(\[{\"“‘„«—])$")
+_AFTER = re.compile(r"[,;:!?)\]}\"'”’»…—]*(?:\s(?![°‰])|\W*$)")
+# "less than 14 days" is another answer than "14 days", and so are "14 days or more" and "14 or 15 days".
+_BOUND_BEFORE = re.compile(r"\b(?:than|at least|at most|or) $", re.IGNORECASE)
+_BOUND_AFTER = re.compile(
+    r",? or (?:more|less|fewer|over|under|above|below|older|younger|later|[€$£]?\d)|,? and (?:over|under|above|older)\b"
+)
+# "2.5" and "9:30" have two parts; three are a version or a time in seconds, unless they are groups of three digits.
+_PARTS = 2
+_GROUPED = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,3}(?:\.\d{3})+(?:,\d+)?"
 
 Kind = Literal[
     "person", "place", "day", "month", "year", "duration", "price", "measure", "hour", "number", "contact", "thing"
@@ -150,7 +165,7 @@ def choose_answers(sentences: Sequence[str], most_nouns: int = 1) -> list[Answer
     def best(number: int, spans: Sequence[_Span], topics: Sequence[str], shared_at_least: float) -> list[AnswerSpan]:
         rated = []
         for span in spans:
-            if len(usage.holding(span.text)) > limit:
+            if len(usage.holding(span.text)) > limit or not _is_whole(sentences[number], span):
                 continue
             apart = [topic for topic in topics if _apart(topic, span.text)] or subject * (span.kind == "person")
             shared, topic = max(((usage.shared(span.text, topic), topic) for topic in apart), default=(0.0, ""))
@@ -304,6 +319,20 @@ def _name_or_number(words: Sequence[_Word], index: int, usage: _Usage) -> tuple[
     return kind, last
 
 
+def _is_whole(text: str, span: _Span) -> bool:
+    """Whether the words are all of a value, and no part of a longer or a bounded one."""
+    before, after = text[: span.start], text[span.end :]
+    if not _BEFORE.search(before) or not _AFTER.match(after):
+        return False
+    for number in (word.text for word in _words(span.text) if word.text[0].isdigit() and span.kind != "contact"):
+        if not re.fullmatch(rf"{_DATE}|{_GROUPED}", number) and len(re.findall(r"\d+", number)) > _PARTS:
+            return False
+    # "1 500 euros", and the groups of digits of an IBAN
+    goes_on = re.search(r"\d\s\d", f"{text[: span.start + 1][-3:]}|{text[span.end - 1 :][:3]}")
+    is_bounded = _BOUND_BEFORE.search(before) or _BOUND_AFTER.match(after)
+    return not goes_on and not (is_bounded and span.kind in EXACT)
+
+
 def _end_of_name(words: Sequence[_Word], index: int, usage: _Usage) -> int:
     last = min(index, len(words) - 1)
     while last + 1 < len(words) and usage.continues(words[last], words[last + 1]):
@@ -314,11 +343,13 @@ def _end_of_name(words: Sequence[_Word], index: int, usage: _Usage) -> int:
 def _number(words: Sequence[_Word], index: int) -> tuple[Kind, int]:
     """What a number says, and its last word: a unit and a month belong to it."""
     number, following = words[index].text, [*words, _NO_WORD][index + 1]
+    if re.fullmatch(_DATE, number):
+        return "day", index
     if re.search("[€$£]", number):
         return "price", index
     if number.endswith("%"):
         return "measure", index
-    if re.fullmatch(r"\d\d?:\d\d", number):
+    if re.fullmatch(r"\d\d?:\d\d", number) or number.endswith(".m."):
         return "hour", index
     if following.gap == " ":
         if following.key in _MONTHS:

@@ -35,6 +35,11 @@ AROUND = [
         ("The price of the Kelp Lamp is €1,200 now.", "€1,200", "price", "Kelp Lamp"),
         ("The Kelp Lamp burns from 9 to 18 o'clock.", "9 to 18 o'clock", "hour", "Kelp Lamp"),
         ("The Kelp Lamp is lit at 17:30.", "17:30", "hour", "Kelp Lamp"),
+        ("The Kelp Lamp is lit at 10 p.m. by us.", "10 p.m.", "hour", "Kelp Lamp"),
+        ("The Kelp Lamp earned €1.5 million so far.", "€1.5 million", "price", "Kelp Lamp"),
+        ("The Kelp Lamp earned 5 million euros so far.", "5 million euros", "price", "Kelp Lamp"),
+        ("The Kelp Lamp was lit on 31.12.2024 at last.", "31.12.2024", "day", "Kelp Lamp"),
+        ("The Kelp Lamp was lit on 2020-05-01 at last.", "2020-05-01", "day", "Kelp Lamp"),
         ("The Kelp Lamp is lit on Mondays and Fridays.", "Monday and Friday", "day", "Kelp Lamp"),
         ("The Kelp Lamp is away from 3 to 17 August.", "3 to 17 August", "day", "Kelp Lamp"),
         ("On March 14 we light the Kelp Lamp.", "March 14", "day", "Kelp Lamp"),
@@ -47,6 +52,25 @@ AROUND = [
 def test_names_and_numbers(sentence, answer, kind, topic):
     asked = choose_answers([sentence, *AROUND])
     assert (answer, kind, topic) in [(one.answer, one.kind, one.topic) for one in asked if one.sentence == 0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "-18 degrees", "-500 euros", "-2.5%", "1 500 euros", "1'000 francs", "+49 (0)30 123456-0", "5 °C", "1.2.3",
+        "DE89 3704 0044 0532 0130 00", "24/7", "120 km/h", "less than 14 days", "at least 5", "5 euros, or 6 dollars",
+        "14 days or more",
+    ],
+)  # fmt: skip
+def test_a_part_of_a_value_is_no_answer(value):
+    asked = choose_answers([f"The Kelp Lamp has {value} with us.", *AROUND])
+    assert not [one.answer for one in asked if one.sentence == 0 and one.answer != "Kelp Lamp"]
+
+
+def test_an_abbreviation_before_a_full_stop_is_no_answer():
+    texts = [f"The Kelp Lamp is kept by {title}. Anna Berg." for title in ("Dr", "Prof", "Ms", "St")]
+    asked = {one.answer for one in choose_answers([*texts, "Ask Dr or Prof or Ms or St.", *AROUND]) if one.sentence < 4}
+    assert not asked & {"Dr", "Prof", "Ms", "St"}
 
 
 def test_a_noun_is_an_answer_if_other_sentences_repeat_it_beside_the_name():
