@@ -220,7 +220,7 @@ def label_preferences(dataset: DatasetDict, has_own_test: bool) -> Annotated[Dat
     return DatasetDict(**candidates, **ledger.datasets())
 
 
-@project_step(output_materializers=HFDatasetMaterializer)
+@project_step(output_materializers=HFDatasetMaterializer, files=PROMPT_FILES)
 def collect_texts(
     documents: DatasetDict,
     config: DocumentsConfig,
