@@ -28,7 +28,7 @@ from llm_engineering.recipe.compute_blocks import ComputeConfig
 from llm_engineering.recipe.training_blocks import TrainConfig
 from llm_engineering.training.arguments import device_facts, effective_batch, halved, sizes_text
 from llm_engineering.training.policy import save_policy
-from llm_engineering.training.processes import files, ranks
+from llm_engineering.training.processes import ranks, transfer
 from llm_engineering.training.processes.job import RUN_ID, SUMMARY_FILE, TrainingResult
 from llm_engineering.training.processes.ranks import Interruption, run_lock
 from llm_engineering.training.processes.sharding import whole_weights
@@ -166,7 +166,7 @@ def _on_this_machine(checkpoint: Path | None, folder: Path) -> Iterator[Path | N
         yield checkpoint
         return
     copy = folder / "fetched" / checkpoint.name
-    here = files.fetch(checkpoint, copy)
+    here = transfer.fetch(checkpoint, copy)
     try:
         yield here
     finally:

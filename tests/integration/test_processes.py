@@ -31,7 +31,7 @@ from llm_engineering.recipe.stage_blocks import DPOConfig, KTOConfig, RewardConf
 from llm_engineering.recipe.stages import STAGES
 from llm_engineering.recipe.training_blocks import TrackingConfig
 from llm_engineering.recipe.training_blocks import TrainingSetup as Setup
-from llm_engineering.training.processes import files, ranks
+from llm_engineering.training.processes import ranks, transfer
 from llm_engineering.training.telemetry import work
 from llm_engineering.training.trainer.checkpoints import PARTIAL
 from tests.fakes.machine import why_no_jobs
@@ -154,7 +154,7 @@ def one_rank(place, port, folder, stage, config, data, start, sabotage, way, apa
     if apart:
         os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         hide(folder / f"machine-{1 - rank}")
-        files._CHUNK_BYTES = 10_000
+        transfer._CHUNK_BYTES = 10_000
     compute = ComputeConfig(device="cpu", dtype="float32", attn_implementation="sdpa", num_processes=count)
     model = ModelConfig(name_or_path=str(data / "model"), revision="test")
     setup = Setup(

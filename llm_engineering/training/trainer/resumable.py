@@ -25,7 +25,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from llm_engineering.errors import WorkError
-from llm_engineering.training.processes import files, ranks
+from llm_engineering.training.processes import ranks, transfer
 from llm_engineering.training.telemetry.flops import TrainingFlops
 from llm_engineering.training.telemetry.work import Work
 from llm_engineering.training.trainer.checkpoints import PARTIAL, SHARDED_STATE, check_space, publish, size
@@ -189,7 +189,7 @@ class ResumableTrainer(HeldOutTrainer):
         # Gathering waits for all processes, so after it all of them have written their files.
         window = self._window()
         if ranks.several_machines():
-            files.collect(written)
+            transfer.collect(written)
         if ranks.is_main():
             if is_best:
                 self.state.save_to_json(str(written / "trainer_state.json"))
